@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune any transformers model by turning the singular directions of its pretrained weights.
+
+Importing this package loads no torch; the names below are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "attach",
+    "load_adapter",
+    "merge_adapter",
+    "save_adapter",
+    "trainable_parameters",
+]
+
+if TYPE_CHECKING:
+    from mirrortune.api import (
+        attach,
+        load_adapter,
+        merge_adapter,
+        save_adapter,
+        trainable_parameters,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("mirrortune.api"), name)
+    raise AttributeError(f"module 'mirrortune' has no attribute '{name}'")

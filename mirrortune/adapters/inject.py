@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the layers to adapt by what they are, puts a core into each, and says what is trained.
+
+Nothing here knows a model family. Inside ``model.base_model`` every linear layer is a target unless its weight is shared or newly
+initialised; what lies outside it, and what the checkpoint did not hold, is the task head, trained in full. Output embeddings stay.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.cores import CORES, Core
+from mirrortune.adapters.factorize import Factors, factorize, resolve_rank
+from mirrortune.adapters.pairings import PAIRINGS
+from mirrortune.adapters.presets import Preset, preset
+from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
+from mirrortune.errors import ConfigError
+
+FactorSource = Callable[[str, Tensor, int], Factors]
+"""(layer name, weight (O, I), rank) -> float64 factors; the default computes, callers may pass a cache."""
+LayerHook = Callable[[str, Tensor, Factors, Core], None]
+"""(layer name, weight, factors, core), called for every layer that attach replaces."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """How an adapter is built, independent of any model's weights; JSON-serialisable by its fields."""
+
+    method: str = "mirror"
+    rank: int | Literal["full"] | None = None
+    pairing: str | None = None
+    target_modules: str = "all-linear"
+    seed: int = 0
+    strategy: Strategy | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def preset(self) -> Preset:
+        """The preset that ``method`` names."""
+        return preset(self.method)
+
+    @property
+    def resolved_rank(self) -> int | Literal["full"]:
+        """The rank asked for, or the preset's."""
+        return self.preset.rank if self.rank is None else self.rank
+
+    @property
+    def resolved_pairing(self) -> str | None:
+        """The pairing asked for, or the preset's."""
+        return self.pairing or self.preset.pairing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What attaching would do to a model: names only, so it can be made on the meta device.
+
+    Attributes:
+        layers: adapted linear layers, name -> (out_features, in_features), in module order.
+        head: names of the task head's parameters, trained in full.
+        plain: names of base parameters trained as they are (``bitfit``, ``full``).
+        skipped: weight-bearing layers left frozen, name -> reason.
+    """
+
+    layers: dict[str, tuple[int, int]]
+    head: tuple[str, ...]
+    plain: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+@dataclass(slots=True, kw_only=True)
+class Attachment:
+    """Kept on an adapted model as ``model.mirrortune``: how it was built and what it trains."""
+
+    spec: AdapterSpec
+    targets: Targets
+
+
+def check_spec(spec: AdapterSpec) -> None:
+    """Refuse unknown methods, pairings and options, and settings that the method would ignore; all at once.
+
+    Raises:
+        ConfigError: naming each setting, the nearest name and what is allowed.
+    """
+    chosen, errors = spec.preset, []
+    if chosen.core is None:
+        ignored = {"rank": spec.rank, "pairing": spec.pairing, "options": spec.options or None}
+        errors += [
+            ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
+            for key, value in ignored.items()
+            if value is not None
+        ]
+    else:
+        core = CORES.get(chosen.core, "adapter.method")
+        checks: list[Callable[[], object]] = [
+            lambda: CORES.check_options(chosen.core or "", spec.options, "adapter.options")
+        ]
+        if "pairs" in inspect.signature(core).parameters:
+            checks.append(lambda: PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing"))
+        elif spec.pairing:
+            errors.append(ConfigError("adapter.pairing", f"method '{spec.method}' pairs nothing"))
+        for check in checks:
+            try:
+                check()
+            except ConfigError as error:
+                errors.append(error)
+    if errors:
+        raise ConfigError.several(errors)
+
+
+def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str] = ()) -> Targets:
+    """Which layers of ``model`` an adapter by ``spec`` takes, and which parameters are its head.
+
+    Args:
+        model: any module; for transformers models the part under ``base_model_prefix`` is adapted.
+        spec: method, rank and target pattern.
+        new_parameters: names of parameters that no checkpoint filled; they belong to the head.
+
+    Raises:
+        ConfigError: if no layer matches ``target_modules`` (with the nearest names), or a rank does not fit.
+    """
+    new = set(new_parameters)
+    prefix = _base_prefix(model)
+    output = _output_embedding_ids(model)
+    parameters = dict(model.named_parameters())
+    head = tuple(
+        name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output
+    )
+    candidates, skipped = _candidates(model, prefix, new, output)
+    plain = _plain_parameters(parameters, spec.preset.plain, set(head))
+    if spec.preset.core is None:
+        return Targets(layers={}, head=head, plain=plain, skipped={})
+    layers = {n: shape for n, shape in candidates.items() if _matches(n, spec.target_modules)}
+    if not layers:
+        raise _no_target(spec.target_modules, candidates)
+    for name, shape in layers.items():
+        resolve_rank(spec.resolved_rank, shape, name)
+    return Targets(layers=layers, head=head, plain=plain, skipped=skipped)
+
+
+def attach(
+    model: nn.Module,
+    spec: AdapterSpec,
+    *,
+    new_parameters: Iterable[str] = (),
+    factor_source: FactorSource | None = None,
+    pairs: dict[str, Tensor] | None = None,
+    on_layer: LayerHook | None = None,
+) -> nn.Module:
+    """Adapt ``model`` in place: cores into its target layers, everything else frozen but the head.
+
+    Args:
+        model: loaded model; its base weights are not changed.
+        spec: what to build.
+        new_parameters: see :func:`find_targets`.
+        factor_source: where factors come from; None computes them.
+        pairs: pairs by layer name, in place of the pairing's own (an adapter being loaded).
+        on_layer: told of every layer, while its factors are at hand.
+
+    Returns:
+        The same model, with ``model.mirrortune`` set.
+
+    Raises:
+        ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
+    """
+    if isinstance(getattr(model, "mirrortune", None), Attachment):
+        raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
+    check_spec(spec)
+    targets = find_targets(model, spec, new_parameters)
+    trained = {*targets.head, *targets.plain}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    for name, shape in targets.layers.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        rank = resolve_rank(spec.resolved_rank, shape, name)
+        factors = (factor_source or _compute)(name, layer.weight, rank)
+        layer_pairs = (pairs or {}).get(name)
+        core = build_core(spec, factors.S, name, layer_pairs)
+        if on_layer:
+            on_layer(name, layer.weight, factors, core)
+        _replace(model, name, SpectralLinear(layer, factors, core, spec.strategy))
+    model.mirrortune = Attachment(spec=spec, targets=targets)  # type: ignore[assignment]
+    return model
+
+
+def build_core(spec: AdapterSpec, S: Tensor, name: str, pairs: Tensor | None = None) -> Core:
+    """The untrained core that ``spec`` gives the layer ``name`` with singular values ``S`` (R,)."""
+    core_name = spec.preset.core
+    assert core_name is not None
+    core_class = CORES.get(core_name, "adapter.method")
+    runtime: list[Tensor] = [S.to(torch.promote_types(S.dtype, torch.float32)).float()]
+    if "pairs" in inspect.signature(core_class).parameters:
+        runtime.append(pairs if pairs is not None else make_pairs(spec, S.shape[0], name))
+    return core_class(*runtime, **spec.options)
+
+
+def make_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor:
+    """Pairs (P, 2) of the spec's pairing for one layer; the generator is seeded by the run's seed and the layer's name."""
+    digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")(rank, generator)
+
+
+def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
+    """The adapted layers of ``model`` by name, in module order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, SpectralLinear)}
+
+
+def attachment(model: nn.Module) -> Attachment:
+    """What :func:`attach` left on the model; ConfigError if it has no adapter."""
+    found = getattr(model, "mirrortune", None)
+    if not isinstance(found, Attachment):
+        raise ConfigError("model", "it has no adapter", fix="Call mirrortune.attach(model) first")
+    return found
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained numbers of the cores: ``<layer>.<parameter>`` -> parameter; empty ones are left out."""
+    return {
+        f"{name}.{key}": parameter
+        for name, layer in spectral_layers(model).items()
+        for key, parameter in layer.core.named_parameters()
+        if parameter.numel()
+    }
+
+
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Everything trained that is not in a core: the head, and biases or weights for ``bitfit`` and ``full``."""
+    targets = attachment(model).targets
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name] for name in (*targets.head, *targets.plain)}
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers an adapted model trains besides its task head."""
+    head = set(attachment(model).targets.head)
+    trained = [p for n, p in plain_parameters(model).items() if n not in head]
+    return sum(p.numel() for p in [*adapter_parameters(model).values(), *trained])
+
+
+def head_parameters(model: nn.Module) -> int:
+    """How many numbers the task head of an adapted model has."""
+    head = attachment(model).targets.head
+    return sum(p.numel() for n, p in model.named_parameters() if n in set(head))
+
+
+def _base_prefix(model: nn.Module) -> str:
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _output_embedding_ids(model: nn.Module) -> set[int]:
+    getter = getattr(model, "get_output_embeddings", None)
+    module = getter() if callable(getter) else None
+    return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
+
+
+def _candidates(
+    model: nn.Module, prefix: str, new: set[str], output: set[int]
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    attention = {
+        f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
+    }
+    found: dict[str, tuple[int, int]] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or not name.startswith(prefix):
+            continue
+        if id(weight) in output or f"{name}.weight" in new:
+            continue  # the output embedding stays frozen; a newly initialised layer is part of the head
+        if name in attention:
+            skipped[name] = "nn.MultiheadAttention reads its weight without calling the layer"
+        elif not isinstance(module, nn.Linear):
+            skipped[name] = f"{type(module).__name__} is not a linear layer"
+        elif owners[id(weight)] > 1:
+            skipped[name] = "its weight is shared with another layer"
+        else:
+            found[name] = (module.out_features, module.in_features)
+    return found, skipped
+
+
+def _plain_parameters(
+    parameters: dict[str, nn.Parameter], kind: str, head: set[str]
+) -> tuple[str, ...]:
+    wanted = {"none": lambda n: False, "bias": lambda n: n.endswith("bias"), "all": lambda n: True}[kind]
+    return tuple(name for name in parameters if name not in head and wanted(name))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern == "all-linear":
+        return True
+    try:
+        # A pattern may start at any dot of the name, so that "query|value" finds encoder.layer.0.attention.self.query.
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+    except re.error as error:
+        raise ConfigError(
+            "adapter.target_modules", f"not a regular expression: {pattern!r} ({error})", allowed="a regex or all-linear"
+        ) from error
+
+
+def _no_target(pattern: str, candidates: dict[str, tuple[int, int]]) -> ConfigError:
+    endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+    near = difflib.get_close_matches(pattern, [*endings, *candidates], n=3, cutoff=0.5)
+    hint = f" Nearest: {', '.join(near)}." if near else ""
+    return ConfigError(
+        "adapter.target_modules",
+        f"'{pattern}' matches none of the {len(candidates)} linear layers.{hint}",
+        allowed=f"all-linear, or a regex for names that end in {', '.join(endings)}",
+    )
+
+
+def _compute(name: str, weight: Tensor, rank: int) -> Factors:
+    return factorize(weight, rank, name=name)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each ``--method`` name stands for: a core with its side, rank and pairing, or a set of plain parameters to train.
+
+Data only and free of torch, so that a wrong method name is reported before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mirrortune.errors import unknown_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """One method.
+
+    Attributes:
+        core: name in ``cores.CORES``, or None for a method that injects nothing.
+        pairing: name in ``pairings.PAIRINGS``, or None where the core pairs nothing.
+        rank: number of leading singular directions kept, or ``"full"`` for all min(out, in).
+        lr: default learning rate of the core's parameters (of the trained base parameters without a core).
+        plain: which parameters of the base model are trained as they are, besides the task head.
+        summary: one line for help texts.
+    """
+
+    core: str | None = None
+    pairing: str | None = None
+    rank: int | Literal["full"] = "full"
+    lr: float
+    plain: Literal["none", "bias", "all"] = "none"
+    summary: str
+
+
+PRESETS: dict[str, Preset] = {
+    "mirror": Preset(
+        core="givens",
+        pairing="mirror",
+        lr=3e-2,
+        summary="plane rotations of the output-side singular vectors, strongest paired with weakest",
+    ),
+    "neighbor": Preset(
+        core="givens",
+        pairing="neighbor",
+        lr=3e-2,
+        summary="the same rotations, each direction paired with the next one",
+    ),
+    "random": Preset(
+        core="givens",
+        pairing="random",
+        lr=3e-2,
+        summary="the same rotations, pairs drawn by the seed",
+    ),
+    "none": Preset(lr=1e-3, summary="the task head alone, the base model frozen"),
+    "bitfit": Preset(lr=1e-3, plain="bias", summary="every bias of the base model, and the head"),
+    "full": Preset(lr=5e-5, plain="all", summary="every parameter: ordinary fine-tuning"),
+}
+
+
+def preset(method: str, where: str = "adapter.method") -> Preset:
+    """The preset called ``method``; ConfigError at ``where`` with the nearest name otherwise."""
+    if method not in PRESETS:
+        raise unknown_name(where, "method", method, PRESETS)
+    return PRESETS[method]

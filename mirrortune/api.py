@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python interface, for a notebook, the transformers Trainer, TRL or any torch loop. All change the model in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from mirrortune.adapter_file import FingerprintBook, load_into, read_adapter, write_adapter
+from mirrortune.adapters import inject
+from mirrortune.adapters.inject import AdapterSpec, attachment
+from mirrortune.atomic import write_folder_atomically
+from mirrortune.errors import ConfigError
+from mirrortune.factor_cache import FactorCache
+from mirrortune.merging import merge_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+M = TypeVar("M", bound="nn.Module")
+
+
+def attach(
+    model: M,
+    method: str = "mirror",
+    rank: int | Literal["full"] | None = None,
+    pairing: str | None = None,
+    target_modules: str = "all-linear",
+    seed: int = 0,
+    **core_options: Any,
+) -> M:
+    """Put an adapter into ``model``: cores into its linear layers, everything else frozen but the task head.
+
+    Args:
+        model: a transformers model, or any torch module.
+        method: ``mirror``, ``neighbor``, ``random``, ``none``, ``bitfit`` or ``full``.
+        rank: leading singular directions kept; None for the method's own.
+        pairing: which directions turn together; None for the method's own.
+        target_modules: ``all-linear``, or a regular expression for layer names (from any dot on).
+        seed: for random pairs.
+        **core_options: options of the method's core, such as ``scale_top_k=8``.
+
+    Returns:
+        The same model, with gradients enabled for what is trained and for nothing else.
+
+    Raises:
+        ConfigError: an unknown name, a rank that does not fit, or no matching layer.
+    """
+    spec = AdapterSpec(
+        method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options
+    )
+    book = FingerprintBook()
+    inject.attach(model, spec, factor_source=FactorCache(), on_layer=book)
+    _remember(model, book)
+    return model
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapter and head of an adapted model to ``directory`` (replaced whole or not at all)."""
+    attachment(model)
+    book = model._mirrortune_fingerprints  # noqa: SLF001  (our own attribute on somebody else's module)
+    assert isinstance(book, FingerprintBook)
+    base = describe_base(model)
+
+    def write(folder: Path) -> None:
+        write_adapter(folder, model, book.entries, base=base, task=None, extra={})
+
+    write_folder_atomically(Path(directory), write)
+
+
+def load_adapter(model: M, directory: str | Path) -> M:
+    """Attach the adapter in ``directory`` to its base ``model``.
+
+    Raises:
+        VerificationError: another base, a basis that cannot be aligned, or a damaged file.
+    """
+    _remember(model, load_into(model, read_adapter(Path(directory)), FactorCache()))
+    return model
+
+
+def merge_adapter(
+    base: str | None, adapter: str | Path, output_dir: str | Path, format: str = "hf"  # noqa: A002  (the contract's name)
+) -> dict[str, Any]:
+    """Write base + adapter as a plain checkpoint to ``output_dir``; verified, or not written.
+
+    Args:
+        base: folder or Hub id of the base; None for the one that the adapter names.
+        adapter: adapter folder.
+        output_dir: a new folder.
+        format: ``"hf"``, the transformers layout.
+
+    Returns:
+        The verification: ``max_abs_logit_error``, ``max_rel_weight_error``, ``tolerance``, ``passed`` and more.
+
+    Raises:
+        VerificationError: the result is out of tolerance, or base and adapter do not belong together.
+    """
+    from dataclasses import asdict  # noqa: PLC0415
+
+    if format != "hf":
+        raise ConfigError("format", f"got {format!r}", allowed="hf")
+    return asdict(merge_folder(Path(adapter), Path(output_dir), factor_source=FactorCache(), base=base))
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers of an adapted ``model`` are trained besides the task head, as the papers count them."""
+    return inject.trainable_parameters(model)
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """What the adapter file says of a base model that the caller loaded: name, commit, dtype and class, where they are known."""
+    config = getattr(model, "config", None)
+    return {
+        "name": getattr(config, "_name_or_path", None) or None,
+        "revision": None,
+        "commit": getattr(config, "_commit_hash", None),
+        "dtype": str(getattr(model, "dtype", "torch.float32")).removeprefix("torch."),
+        "auto_class": type(model).__name__,
+    }
+
+
+def _remember(model: nn.Module, book: FingerprintBook) -> None:
+    model._mirrortune_fingerprints = book  # type: ignore[assignment]  # noqa: SLF001

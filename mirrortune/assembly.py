@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to the parts of a run: model source, task, encoded splits, plan. The one place that unpacks a Recipe."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mirrortune.adapters.inject import AdapterSpec, check_spec
+from mirrortune.adapters.presets import preset
+from mirrortune.columns import choose_columns
+from mirrortune.data import DataSet, Split, load_data, set_aside
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.model import ModelSource, empty_model, find_model, load_tokenizer, resolve_dtype
+from mirrortune.planning import Plan, make_plan
+from mirrortune.recipe import Recipe
+from mirrortune.report import Reporter
+from mirrortune.tasks import Task, task_class
+from mirrortune.tokens import Encoded, encode_split, resolve_max_length
+from mirrortune.training import LoopSettings, subsample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that is known before the weights are loaded."""
+
+    recipe: Recipe
+    spec: AdapterSpec
+    source: ModelSource
+    dtype: torch.dtype
+    tokenizer: Any
+    task: Task
+    max_length: int
+    train: Encoded
+    validation: Encoded
+    data_origin: dict[str, Any]
+    plan: Plan
+
+
+def assemble(recipe: Recipe, reporter: Reporter) -> Job:
+    """Check a recipe against its data and model, tokenise, and plan.
+
+    The data is looked at before the model's files, and weights are not touched at all: what can be wrong is found first.
+
+    Raises:
+        ConfigError, DataError, HubError, ResourceError: see the parts.
+    """
+    spec = adapter_spec(recipe)
+    check_recipe(recipe, spec)
+    data = read_data(recipe)
+    train_rows = data.require(recipe.data.train_split, "data.train_split")
+    task, notes = make_task(recipe, train_rows)
+    reporter.note(f"data: {train_rows.source}, {train_rows.table.num_rows:,} rows")
+    for text in notes:
+        reporter.note(f"  {text}")
+    train_rows, validation_rows = _validation(recipe, data, train_rows, task, reporter)
+    chosen = subsample(train_rows.table.num_rows, recipe.data.max_train_rows, recipe.train.seed)
+    train_rows = Split(table=train_rows.table.take(pa.array(chosen)), source=train_rows.source)
+    assert recipe.model.name is not None
+    source = find_model(
+        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
+    tokenizer = load_tokenizer(source)
+    max_length = resolve_max_length(recipe.data.max_length, tokenizer, source.config)
+    train = encode_split(
+        train_rows, task, tokenizer, max_length=max_length, drop_blank=recipe.data.blank_text == "drop"
+    )
+    validation = encode_split(validation_rows, task, tokenizer, max_length=max_length, drop_blank=False)
+    for name, split in (("train", train), ("validation", validation)):
+        reporter.note(f"  {describe_split(name, split, max_length)}")
+    dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
+    plan = make_plan(
+        empty_model(source, task.auto_class, task.config_fields()),
+        spec,
+        dtype=dtype,
+        rows=recipe.train.batch_size,
+        length=int(train.lengths.max()),
+        is_16bit_compute=resolve_precision(recipe.train.precision) == "bf16",
+    )
+    _check_fits(plan)
+    return Job(
+        recipe=recipe, spec=spec, source=source, dtype=dtype, tokenizer=tokenizer, task=task, max_length=max_length,
+        train=train, validation=validation, data_origin=data.origin, plan=plan,
+    )  # fmt: skip
+
+
+def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
+    """What the recipe's types cannot say: required settings and names in registries; all problems at once."""
+    errors = []
+    required = {
+        "model.name": (recipe.model.name, "Give --model"),
+        "task.kind": (recipe.task.kind, "Give --task"),
+        "data.path": (recipe.data.path, "Give --data"),
+    }
+    for key, (value, fix) in required.items():
+        if value is None:
+            errors.append(ConfigError(key, "it is not set", fix=fix))
+    for check in (lambda: check_spec(spec), lambda: recipe.task.kind and task_class(recipe.task.kind)):
+        try:
+            check()
+        except ConfigError as error:
+            errors.append(error)
+    metrics = recipe.task.metrics
+    if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
+        errors.append(
+            ConfigError(
+                "task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics)
+            )
+        )
+    if errors:
+        raise ConfigError.several(errors)
+
+
+def adapter_spec(recipe: Recipe) -> AdapterSpec:
+    """The recipe's adapter section as plain values."""
+    section = recipe.adapter
+    preset(section.method)
+    return AdapterSpec(
+        method=section.method,
+        rank=section.rank,
+        pairing=section.pairing,
+        target_modules=section.target_modules,
+        seed=recipe.train.seed,
+        strategy=None if section.strategy == "auto" else section.strategy,
+        options=dict(section.options),
+    )
+
+
+def read_data(recipe: Recipe) -> DataSet:
+    """The recipe's data set."""
+    section = recipe.data
+    assert section.path is not None
+    return load_data(section.path, config=section.config, revision=section.revision, encoding=section.encoding)
+
+
+def make_task(recipe: Recipe, rows: Split) -> tuple[Task, list[str]]:
+    """The task with its columns and labels, and notes on what was detected."""
+    section = recipe.data
+    text, label, notes = choose_columns(rows.table, section.text_columns, section.label_column, rows.source)
+    assert recipe.task.kind is not None
+    task = task_class(recipe.task.kind).from_rows(
+        rows.table,
+        rows.source,
+        text_columns=text,
+        label_column=label,
+        metrics=recipe.task.metrics,
+        selection_metric=recipe.task.selection_metric,
+        labels=recipe.task.labels,
+    )
+    return task, notes
+
+
+def loop_settings(recipe: Recipe) -> LoopSettings:
+    """The recipe's train and eval sections as plain values, the method's learning rate filled in."""
+    section = recipe.train
+    return LoopSettings(
+        lr=preset(recipe.adapter.method).lr if section.lr is None else section.lr,
+        head_lr=section.head_lr,
+        batch_size=section.batch_size,
+        gradient_accumulation_steps=section.gradient_accumulation_steps,
+        epochs=section.epochs,
+        max_steps=section.max_steps,
+        schedule=section.schedule,
+        warmup_ratio=section.warmup_ratio,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        seed=section.seed,
+        eval_every_steps=section.eval_every_steps,
+        save_every_steps=section.save_every_steps,
+        log_every_steps=section.log_every_steps,
+        eval_batch_size=recipe.eval.batch_size,
+    )
+
+
+def run_name(recipe: Recipe, recipe_name: str | None) -> str:
+    """``TASK-MODEL-METHOD``: the recipe's last name (or the data's), the model's last name, the method."""
+    task = recipe_name or Path(recipe.data.path or "run").stem
+    model = (recipe.model.name or "model").removeprefix("package:").rstrip("/")
+    parts = model.split("/")
+    model_name = parts[0] if recipe.model.name and recipe.model.name.startswith("package:") else parts[-1]
+    words = (task.rsplit("/", 1)[-1], model_name, recipe.adapter.method)
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()
+
+
+def describe_split(name: str, split: Encoded, max_length: int) -> str:
+    """Rows, lengths and what was cut or left out of one split."""
+    text = f"{name}: {len(split):,} rows, {int(np.median(split.lengths))} tokens (median), {int(split.lengths.max())} at most"
+    if split.num_truncated:
+        text += f"; {split.num_truncated} truncated to {max_length}"
+    if split.num_empty:
+        text += f"; {split.num_empty} blank ({'left out' if split.num_dropped else 'kept'})"
+    return text
+
+
+def default_device() -> torch.device:
+    """The device that accelerate will choose."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_precision(asked: str) -> str:
+    """``fp32`` or ``bf16``; ResourceError if bf16 is asked of a GPU that lacks it."""
+    has_gpu = torch.cuda.is_available()
+    if asked == "auto":
+        return "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    if asked == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
+        raise ResourceError("train.precision", "this GPU has no bf16", fix="Use --precision fp32")
+    return asked
+
+
+def _validation(
+    recipe: Recipe, data: DataSet, train_rows: Split, task: Task, reporter: Reporter
+) -> tuple[Split, Split]:
+    found = data.find(recipe.data.validation_split)
+    if found is not None and found is not train_rows:
+        return train_rows, found
+    targets = task.targets(train_rows.table, train_rows.source, allow_missing=False)
+    train, validation = set_aside(
+        train_rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets)
+    )
+    reporter.note(
+        f"  no split '{recipe.data.validation_split}': {validation.table.num_rows:,} rows set aside for validation "
+        f"(seed {recipe.train.seed}{', stratified' if task.strata(targets) is not None else ''})"
+    )
+    return train, validation
+
+
+def _check_fits(plan: Plan) -> None:
+    if not torch.cuda.is_available():
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    if plan.estimated_memory_bytes > total:
+        raise ResourceError(
+            "memory",
+            f"this run needs about {plan.estimated_memory_bytes / 2**30:.1f} GiB, the GPU has {total / 2**30:.1f} GiB",
+            fix="Lower --batch-size or --max-length, set model.dtype=bfloat16, or --rank to a number",
+        )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are there whole or not at all: written under a temporary name, renamed last."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mirrortune.errors import ResourceError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], *, optional: bool = False) -> None:
+    """Call ``write`` with a temporary file's path beside ``path`` and rename it to ``path``.
+
+    Args:
+        path: the file to make or replace; its folder is made.
+        write: writes the whole content.
+        optional: a cache entry: when it cannot be written, go on without it.
+
+    Raises:
+        ResourceError: if it cannot be written (disk full, no permission); ``path`` is as it was.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        _sync(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        if not optional:
+            raise cannot_write(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a temporary folder beside ``folder`` and rename it to ``folder``, replacing one that is there.
+
+    Raises:
+        ResourceError: if it cannot be written; an old ``folder`` is as it was.
+    """
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        os.chmod(temporary, 0o777 & ~_umask())
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        _swap(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: Exception) -> ResourceError:
+    """The error for a file that could not be written; says so when the disk is full."""
+    number = getattr(error, "errno", None)
+    is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
+    return ResourceError(
+        str(path),
+        f"cannot be written ({'the disk is full' if is_full else error})",
+        fix="Free space or choose another place with -o; what was saved before is intact",
+    )
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    # POSIX renames no folder onto a non-empty one: move the old one aside first, and back if the rename fails.
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

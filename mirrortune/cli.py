@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parse, call one function of ``commands.py``, print. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mirrortune import __version__
+from mirrortune.errors import ConfigError, MirrortuneError
+from mirrortune.flags import given_flags, with_recipe_flags
+from mirrortune.report import Reporter, describe_metrics, kilobytes
+
+if TYPE_CHECKING:
+    from mirrortune.recipe import Layer, Resolved
+
+app = typer.Typer(
+    name="mirrortune",
+    help="Fine-tune any transformers model by turning the singular directions of its weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # --batch_size is --batch-size: users of other tools mix the two.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*=")
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE] [KEY.SUB=VALUE]...", help="A shipped recipe or YAML file, and settings over it.", show_default=False),
+]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option("-t", "--task", metavar="TEXT", help="A shipped task (glue/sst2) or a kind (text-classification, regression).",
+                 rich_help_panel="Model and data", show_default=False),
+]  # fmt: skip
+
+
+def _guard(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors a user can act on: one message on stderr and their exit code, without a traceback unless --debug."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MirrortuneError as error:
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            Reporter().error(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            Reporter().error("interrupted")
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,  # noqa: FBT002
+) -> None:
+    if version:
+        sys.stdout.write(f"mirrortune {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+@_guard
+@with_recipe_flags("output_dir")
+def prepare(
+    words: Words = None, *, task: TaskName = None, dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the weights are fetched.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Check everything, download, tokenise and factorise; train then starts from the caches.
+
+    mirrortune prepare --model roberta-base --task glue/sst2
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    resolved, _ = _resolve(words, task, given, reporter)
+    from mirrortune import commands  # noqa: PLC0415
+
+    result = commands.prepare(resolved, reporter, dry_run=dry_run)
+    lines = [
+        f"{result.targets} layers, {result.trainable_parameters:,} trained numbers besides the head's {result.head_parameters:,}",
+        f"factorised {result.svd_cache['misses']} matrices, read {result.svd_cache['hits']} from the cache, in {result.svd_seconds:.1f} s",
+        "  ".join(f"{name} {count:,} rows" for name, count in result.rows.items()),
+    ]
+    reporter.result(asdict(result), lines)
+
+
+@app.command()
+@_guard
+@with_recipe_flags()
+def train(
+    words: Words = None, *, task: TaskName = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False, overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; fetch no weights, train nothing.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Fine-tune, and write a run directory with the adapter, its metrics and its curves.
+
+    mirrortune train --model roberta-base --task glue/sst2
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    resolved, name = _resolve(words, task, given, reporter)
+    from mirrortune import commands  # noqa: PLC0415
+
+    if dry_run:
+        plan = commands.prepare(resolved, reporter, dry_run=True)
+        reporter.result(asdict(plan), [f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers besides the head's {plan.head_parameters:,}"])
+        return
+    result = commands.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
+    reporter.result(asdict(result), _train_lines(result))
+
+
+@app.command("eval")
+@_guard
+@with_recipe_flags("output_dir")
+def evaluate(
+    target: Target, words: Words = None, *, task: TaskName = None,
+    split: Annotated[str, typer.Option("--split", help="train, validation, test, or the data set's own name.")] = "validation",
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Score a run, a merged folder or any plain model by the task's own metrics.
+
+    mirrortune eval runs/sst2-roberta-base-mirror
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    resolved, _ = _resolve(words, task, given, reporter, beneath=_recipe_of(target))
+    from mirrortune import commands  # noqa: PLC0415
+
+    result = commands.evaluate(target, resolved.recipe, reporter, split=split)
+    reporter.result(asdict(result), [f"{result.split}: {describe_metrics(result.metrics)}  ({result.rows:,} rows)"])
+
+
+@app.command()
+@_guard
+def merge(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or adapter folder.", show_default=False)],
+    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder to make.", show_default=False)],
+    base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="Another place of the same base model.", show_default=False)] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write plain weights that need nothing of ours; reopened and verified, or not written.
+
+    mirrortune merge runs/sst2-roberta-base-mirror -o merged
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    from mirrortune import commands  # noqa: PLC0415
+    from mirrortune.merging import describe  # noqa: PLC0415
+
+    verdict = commands.merge(
+        target, reporter, output_dir=output_dir, base=base, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
+    data = {"output_dir": output_dir, "format": "hf", "verification": asdict(verdict)}
+    reporter.result(data, [f"merged into {output_dir}, verified: {describe(verdict)}", "", f"score it: mirrortune eval {output_dir}"])
+
+
+def main() -> None:
+    """Entry point of ``mirrortune`` and ``python -m mirrortune``."""
+    app()
+
+
+def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:
+    return Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+
+
+def _resolve(
+    words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None
+) -> tuple[Resolved, str | None]:
+    """The recipe from all layers, and the name of the recipe or task that it is mostly made of."""
+    from mirrortune import recipe  # noqa: PLC0415
+
+    overrides = [w for w in words or [] if _OVERRIDE.match(w)]
+    names = [w for w in words or [] if not _OVERRIDE.match(w)]
+    if len(names) > 1:
+        raise ConfigError("arguments", f"one recipe at most, got {', '.join(names)}", fix="Settings are written key.sub=value")
+    kinds = recipe.task_kinds()
+    layers = [beneath] if beneath else []
+    flags = given_flags(given)
+    if task is not None and task in kinds:
+        flags["task.kind"] = ("--task", task)
+    elif task is not None:
+        layers.append(recipe.task_layer(task, kinds))
+    layers += [recipe.read_recipe(n) for n in names]
+    layers += [recipe.override_layer(overrides), recipe.flag_layer(flags)]
+    resolved = recipe.resolve(layers)
+    for key, value in recipe.flatten(resolved.recipe).items():
+        reporter.detail(f"{key} = {value!r}  ({resolved.origins.get(key, 'default')})")
+    shipped = task if task is not None and task not in kinds else None
+    return resolved, Path(names[0]).stem if names else shipped
+
+
+def _recipe_of(target: str) -> Layer | None:
+    """The recipe that a run directory, adapter folder or merged folder carries."""
+    folder = Path(target).expanduser()
+    for place in (folder, folder.parent):
+        if (place / "recipe.yaml").is_file() and (place == folder or (folder / "adapter.json").is_file()):
+            from mirrortune.recipe import read_recipe  # noqa: PLC0415
+
+            return read_recipe(str(place / "recipe.yaml"))
+    return None
+
+
+def _train_lines(result: Any) -> list[str]:
+    run = result.run_dir
+    merged = f"{run.rstrip('/')}-merged"
+    return [
+        f"validation: {describe_metrics(result.metrics)}",
+        f"adapter: {kilobytes(result.adapter_bytes)} in {run}/adapter, with {result.trainable_parameters:,} trained numbers "
+        f"({kilobytes(4 * result.trainable_parameters)}) and a head of {result.head_parameters:,}",
+        f"trained in {result.train_seconds:.0f} s at {result.samples_per_second:.0f} rows/s",
+        "",
+        f"score it:  mirrortune eval {run}",
+        f"export it: mirrortune merge {run} -o {merged}",
+    ]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which columns of a table hold the text and the label, and a sentence that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from mirrortune.errors import DataError, did_you_mean
+
+# Names that users and the Hub's datasets give their columns, the most specific first.
+_PAIR_NAMES = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+)
+_TEXT_NAMES = ("text", "sentence", "content", "review", "document", "body", "comment", "message", "tweet", "title")
+_LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "y")
+
+
+def choose_columns(
+    table: pa.Table, text: Sequence[str] | None, label: str | None, source: str
+) -> tuple[tuple[str, ...], str, list[str]]:
+    """The text columns (one or two) and the label column of ``table``.
+
+    Args:
+        table: the training rows.
+        text: columns the user named, or None to detect.
+        label: the label column the user named, or None to detect.
+        source: the table's file or dataset, for messages.
+
+    Returns:
+        Text columns, label column, and one note for each that was detected rather than given.
+
+    Raises:
+        DataError: if a named column does not exist or nothing fits; lists the columns that do.
+    """
+    if not table.column_names:
+        raise DataError(source, "it has no columns", fix="Give the file a header line")
+    for column, flag in [*((c, "--text-column") for c in text or ()), (label, "--label-column")]:
+        if column is not None and column not in table.column_names:
+            raise DataError(
+                source,
+                f"{flag} '{column}' is not a column.{did_you_mean(column, table.column_names)}",
+                allowed=", ".join(table.column_names),
+            )
+    notes = []
+    if label is None:
+        label = _detect_label(table, text, source)
+        notes.append(f"label column '{label}' (detected; --label-column to change)")
+    if not text:
+        text = _detect_text(table, label, source)
+        notes.append(f"text column{'s' * (len(text) > 1)} {', '.join(map(repr, text))} (detected; --text-column to change)")
+    if len(text) > 2:
+        raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
+    for column in text:
+        _check_is_text(table, column, source)
+    return tuple(text), label, notes
+
+
+def _detect_label(table: pa.Table, text: Sequence[str] | None, source: str) -> str:
+    names = [n for n in table.column_names if n not in (text or ())]
+    by_name = [n for wanted in _LABEL_NAMES for n in names if n.lower() == wanted]
+    if by_name:
+        return by_name[0]
+    if text and len(names) == 1:
+        return names[0]
+    texts = [n for n in names if n.lower() in _TEXT_NAMES]
+    if len(names) == 2 and len(texts) == 1:
+        return next(n for n in names if n not in texts)
+    raise DataError(
+        source,
+        "no column looks like a label",
+        allowed=f"one of the columns {', '.join(table.column_names)}",
+        fix="Name it with --label-column",
+    )
+
+
+def _detect_text(table: pa.Table, label: str, source: str) -> tuple[str, ...]:
+    lowered = {n.lower(): n for n in table.column_names if n != label}
+    for first, second in _PAIR_NAMES:
+        if first in lowered and second in lowered:
+            return lowered[first], lowered[second]
+    for wanted in _TEXT_NAMES:
+        if wanted in lowered:
+            return (lowered[wanted],)
+    strings = [n for n in lowered.values() if _is_string(table.schema.field(n).type)]
+    if len(strings) == 1:
+        return (strings[0],)
+    raise DataError(
+        source,
+        f"{'several columns' if strings else 'no column'} could be the text",
+        allowed=f"one or two of the columns {', '.join(table.column_names)}",
+        fix="Name it with --text-column",
+    )
+
+
+def _check_is_text(table: pa.Table, column: str, source: str) -> None:
+    kind = table.schema.field(column).type
+    if not (_is_string(kind) or pa.types.is_null(kind)):
+        raise DataError(
+            source, f"text column '{column}' holds {kind}, not text", allowed="a column of strings",
+            fix="Name another with --text-column",
+        )  # fmt: skip
+    if table.num_rows and table.column(column).null_count == table.num_rows:
+        raise DataError(
+            source, f"text column '{column}' is empty in all {table.num_rows} rows",
+            allowed=", ".join(table.column_names), fix="Name another with --text-column",
+        )  # fmt: skip
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prepare, train, evaluate, merge: what the CLI's commands do, as functions from a recipe to a result."""
+
+from __future__ import annotations
+
+import platform
+import random
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mirrortune import __version__, model_card
+from mirrortune.adapter_file import FingerprintBook, read_adapter, write_adapter
+from mirrortune.adapters.inject import head_parameters, trainable_parameters
+from mirrortune.assembly import (
+    Job,
+    adapter_spec,
+    assemble,
+    check_recipe,
+    loop_settings,
+    read_data,
+    resolve_precision,
+    run_name,
+)
+from mirrortune.atomic import write_atomically
+from mirrortune.checkpoint import RunDirectory
+from mirrortune.data import DataSet, Split, set_aside
+from mirrortune.errors import ConfigError
+from mirrortune.evaluation import evaluate_split
+from mirrortune.factor_cache import FactorCache
+from mirrortune.loading import adapt_model, base_identity, find_adapter, load_evaluable
+from mirrortune.merging import Verification, merge_folder
+from mirrortune.recipe import Recipe, Resolved, flatten, read_recipe, resolve
+from mirrortune.report import Reporter, draw_curves
+from mirrortune.tasks import Task
+from mirrortune.tokens import encode_split
+from mirrortune.training import Trainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareResult:
+    """See DESIGN: the ``--json`` object of prepare. Sizes in bytes, times in seconds."""
+
+    targets: int
+    trainable_parameters: int
+    head_parameters: int
+    svd_seconds: float
+    svd_cache: dict[str, int]
+    rows: dict[str, int]
+    truncated_rows: dict[str, int]
+    estimated_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """The ``--json`` object of train; ``trainable_parameters`` counts what is trained besides the head."""
+
+    run_dir: str
+    metrics: dict[str, float]
+    trainable_parameters: int
+    head_parameters: int
+    adapter_bytes: int
+    train_seconds: float
+    samples_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateResult:
+    """The ``--json`` object of eval."""
+
+    metrics: dict[str, float]
+    split: str
+    rows: int
+
+
+def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False) -> PrepareResult:
+    """Check everything, download, tokenise and factorise; a later train starts from the caches.
+
+    Args:
+        resolved: the recipe.
+        reporter: is told.
+        dry_run: stop before the weights: nothing but configuration files and data is fetched.
+    """
+    job = assemble(resolved.recipe, reporter)
+    for line in job.plan.lines():
+        reporter.note(line)
+    cache = FactorCache()
+    if not dry_run:
+        adapt_model(job, cache, reporter.bar)
+    return PrepareResult(
+        targets=len(job.plan.targets.layers),
+        trainable_parameters=job.plan.trainable_parameters,
+        head_parameters=job.plan.head_parameters,
+        svd_seconds=round(cache.seconds, 3),
+        svd_cache={"hits": cache.hits, "misses": cache.misses},
+        rows={"train": len(job.train), "validation": len(job.validation)},
+        truncated_rows={"train": job.train.num_truncated, "validation": job.validation.num_truncated},
+        estimated_memory_bytes=job.plan.estimated_memory_bytes,
+    )
+
+
+def train(
+    resolved: Resolved, reporter: Reporter, *, recipe_name: str | None, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
+    """Fine-tune by a recipe and write a run directory.
+
+    Args:
+        resolved: the recipe and the origins of its values.
+        reporter: is told.
+        recipe_name: for the default name of the run directory.
+        resume: continue the run that is there.
+        overwrite: replace the run that is there.
+    """
+    from accelerate import Accelerator  # noqa: PLC0415  (two seconds to import)
+
+    recipe = resolved.recipe
+    check_recipe(recipe, adapter_spec(recipe))
+    run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}"))
+    recipe = recipe.model_copy(update={"output_dir": str(run.path)})
+    accelerator = Accelerator(mixed_precision=_mixed_precision(recipe))
+    reporter.is_main = accelerator.is_main_process
+    if resume:
+        _check_same_recipe(recipe, run)
+    run.check(overwrite=overwrite, resume=resume)
+    job = assemble(recipe, reporter)
+    for line in job.plan.lines():
+        reporter.note(line)
+    count = accelerator.num_processes
+    reporter.note(f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}; writing to {run.path}")
+    if accelerator.is_main_process and not resume:
+        run.create()
+        run.write_text(run.recipe.name, recipe.to_yaml())
+        run.write_json("environment.json", environment(job, resolved, accelerator))
+    accelerator.wait_for_everyone()
+    _seed(recipe.train.seed)  # the head's initial weights
+    # Ranks share one factorisation: the main process fills the cache, the others read it.
+    with accelerator.main_process_first():
+        model, book = adapt_model(job, FactorCache(), reporter.bar)
+    _seed(recipe.train.seed + 1 + accelerator.process_index)  # dropout: the same from a cold and a warm cache, other on each rank
+    result, best_step = _fit(job, model, book, run, accelerator, reporter, resume=resume)
+    if accelerator.is_main_process:
+        _finish_run(run, job, result, best_step)
+    return result
+
+
+def _fit(
+    job: Job, model: nn.Module, book: FingerprintBook, run: RunDirectory, accelerator: Any, reporter: Reporter, *, resume: bool
+) -> tuple[TrainResult, int]:
+    def write_adapter_files(folder: Path) -> int:
+        extra = {"max_length": job.max_length}
+        return write_adapter(folder, model, book.entries, base=base_identity(job), task=job.task.to_dict(), extra=extra)
+
+    with reporter.training() as progress:
+        trainer = Trainer(
+            model,
+            job.task,
+            job.tokenizer,
+            train=job.train,
+            validation=job.validation,
+            settings=loop_settings(job.recipe),
+            run=run,
+            write_adapter_files=write_adapter_files,
+            accelerator=accelerator,
+            progress=progress,
+        )
+        if resume:
+            trainer.resume()
+        outcome = trainer.fit()
+    result = TrainResult(
+        run_dir=str(run.path),
+        metrics=outcome.metrics,
+        trainable_parameters=trainable_parameters(model),
+        head_parameters=head_parameters(model),
+        adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()),
+        train_seconds=round(outcome.train_seconds, 3),
+        samples_per_second=round(outcome.samples_per_second, 2),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    return result, outcome.best_step
+
+
+def evaluate(target: str, recipe: Recipe, reporter: Reporter, *, split: str = "validation") -> EvaluateResult:
+    """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
+
+    Args:
+        target: what to score; a folder or a Hub id.
+        recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain model the
+            task too.
+        reporter: is told.
+        split: ``train``, ``validation``, ``test``, or a data set's own name for a split.
+    """
+    from accelerate import Accelerator  # noqa: PLC0415
+
+    accelerator = Accelerator(mixed_precision=_mixed_precision(recipe))
+    reporter.is_main = accelerator.is_main_process
+    if recipe.data.path is None:
+        raise ConfigError("data.path", "it is not set", fix="Give --data or --task")
+    data = read_data(recipe)
+    found = load_evaluable(target, find_adapter(target), recipe, data)
+    rows = evaluation_rows(recipe, data, split, found.task)
+    encoded = encode_split(
+        rows, found.task, found.tokenizer, max_length=found.max_length, drop_blank=False, allow_missing_targets=True
+    )
+    found.model.to(accelerator.device)
+    with reporter.bar(f"evaluate {split}", len(encoded)) as bar:
+        outcome = evaluate_split(
+            found.model, found.task, encoded, found.tokenizer, accelerator,
+            batch_size=recipe.eval.batch_size, source=rows.source, on_batch=bar.advance_by,
+        )  # fmt: skip
+    return EvaluateResult(metrics=outcome.metrics, split=split, rows=outcome.rows)
+
+
+def merge(
+    target: str, reporter: Reporter, *, output_dir: str, base: str | None = None, overwrite: bool = False, trust_remote_code: bool = False
+) -> Verification:
+    """Merge a run's (or an adapter folder's) adapter into its base and write a plain, verified checkpoint.
+
+    Args:
+        target: run directory or adapter folder.
+        reporter: is told.
+        output_dir: folder to make.
+        base: another place of the same base.
+        overwrite: replace an earlier merge there.
+        trust_remote_code: run code from the base's repository.
+    """
+    folder = find_adapter(target)
+    if folder is None:
+        raise ConfigError("merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote")
+    adapter = read_adapter(folder)
+    reporter.note(f"merging {folder} into {base or adapter.base.get('name')}")
+    recipe_file = folder.parent / "recipe.yaml"
+    extra = {"README.md": model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
+    if recipe_file.is_file():
+        extra["recipe.yaml"] = recipe_file.read_text(encoding="utf-8")
+    return merge_folder(
+        folder,
+        Path(output_dir),
+        factor_source=FactorCache(),
+        base=base,
+        extra_files=extra,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def evaluation_rows(recipe: Recipe, data: DataSet, split: str, task: Task) -> Split:
+    """The rows of ``split``; a validation split that training set aside is cut again, the same for the same seed."""
+    names = {
+        "train": recipe.data.train_split,
+        "validation": recipe.data.validation_split,
+        "test": recipe.data.test_split,
+    }
+    wanted = names.get(split, split)
+    if data.find(wanted) is None and split in ("train", "validation") and data.find(recipe.data.train_split):
+        rows = data.require(recipe.data.train_split, "--split")
+        targets = task.targets(rows.table, rows.source, allow_missing=False)
+        parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
+        return parts[0] if split == "train" else parts[1]
+    return data.require(wanted, "--split")
+
+
+def environment(job: Job, resolved: Resolved, accelerator: Any) -> dict[str, Any]:
+    """Everything that another machine needs to know to repeat the run, besides the recipe."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+    return {
+        "mirrortune": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": job.recipe.train.seed,
+        "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},
+        "data": job.data_origin,
+        "argv": sys.argv,
+        "origins": resolved.origins,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: of the GPU's allocator if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _finish_run(run: RunDirectory, job: Job, result: TrainResult, best_step: int) -> None:
+    events = run.events()
+    data = {**asdict(result), "best_step": best_step, "selection_metric": job.task.selection_metric}
+    run.write_json(run.results.name, data)
+    state = {
+        "global_step": events[-1]["step"],
+        "epoch": events[-1]["epoch"],
+        "best_metric": result.metrics[job.task.selection_metric],
+        "best_model_checkpoint": str(run.checkpoint(best_step)),
+        "log_history": events,
+    }
+    run.write_json("trainer_state.json", state)
+    write_atomically(run.path / "curves.png", lambda path: draw_curves(events, path, job.task.selection_metric))
+    card = model_card.run_card(
+        run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml()
+    )
+    run.write_text("README.md", card)
+
+
+def _check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
+    """Refuse to continue a run under another recipe; names every setting that differs."""
+    if not run.recipe.is_file():
+        raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
+    saved = resolve([read_recipe(str(run.recipe))]).recipe
+    before, now = flatten(saved), flatten(recipe)
+    differing = [
+        ConfigError(f"--resume: {key}", f"the run was started with {before.get(key)!r}, got {now.get(key)!r}", fix="Use the same settings")
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and key != "output_dir"
+    ]
+    if differing:
+        raise ConfigError.several(differing)
+
+
+def _mixed_precision(recipe: Recipe) -> str:
+    return "bf16" if resolve_precision(recipe.train.precision) == "bf16" else "no"
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (some models draw from the global generator)
+    torch.manual_seed(seed)

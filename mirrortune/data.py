@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a data set (file, folder or Hub id), reads its splits and, where there is none, sets rows aside for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
+from mirrortune.hub import hub_errors, resolve_commit
+from mirrortune.locations import looks_like_path, shipped_folder
+from mirrortune.tables import READERS, read_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Names under which people keep the three splits.
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Rows of one split and the name that messages give them (a path, or ``id split``)."""
+
+    table: pa.Table
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """The splits of a data set by their own names, and where they came from (for environment.json)."""
+
+    splits: dict[str, Split]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def find(self, wanted: str) -> Split | None:
+        """The split called ``wanted``, or by one of the usual other names for it."""
+        for name in (wanted, *_SPLIT_NAMES.get(wanted, ())):
+            if name in self.splits:
+                return self.splits[name]
+        return None
+
+    def require(self, wanted: str, where: str) -> Split:
+        """Like :meth:`find`; DataError with the splits that exist when there is none."""
+        found = self.find(wanted)
+        if found is None:
+            raise DataError(
+                where,
+                f"there is no split '{wanted}'.{did_you_mean(wanted, self.splits)}",
+                allowed=", ".join(self.splits),
+            )
+        return found
+
+
+def load_data(
+    path: str, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8", only: Sequence[str] = ()
+) -> DataSet:
+    """Read a data set.
+
+    Args:
+        path: a file; a folder with train/validation/test files; ``shipped:NAME`` for data inside this package; or a Hub id.
+        config: the Hub data set's configuration (``sst2`` of ``nyu-mll/glue``).
+        revision: branch, tag or commit of a Hub data set.
+        encoding: of local text files.
+        only: Hub splits to load; all when empty.
+
+    Raises:
+        DataError: unreadable or missing files.
+        ConfigError: a configuration or revision for local data.
+        HubError: whatever the Hub refused.
+    """
+    if path.startswith("shipped:"):
+        local = shipped_folder() / path.removeprefix("shipped:")
+    else:
+        local = Path(path).expanduser()
+    if local.is_file() or local.is_dir() or looks_like_path(path):
+        for key, value in (("data.config", config), ("data.revision", revision)):
+            if value is not None:
+                raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
+        return _load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding)
+    return _load_from_hub(path, config, revision, only)
+
+
+def set_aside(
+    split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None
+) -> tuple[Split, Split]:
+    """Cut validation rows from a training split, at random but the same for a seed, groups of ``strata`` in proportion.
+
+    Args:
+        split: at least two rows.
+        fraction: share of the rows for validation, in (0, 1).
+        seed: of the draw.
+        strata: group of every row, or None; every group of two rows or more keeps some in both parts.
+
+    Returns:
+        Training and validation rows, each in their original order.
+    """
+    rows = split.table.num_rows
+    if rows < 2:
+        raise DataError(split.source, f"{rows} row cannot be split into training and validation", allowed="2 or more")
+    random = np.random.default_rng(seed)
+    groups = [np.arange(rows)] if strata is None else [np.flatnonzero(strata == g) for g in np.unique(strata)]
+    chosen: list[int] = []
+    for members in groups:
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        chosen += list(random.permutation(members)[:count])
+    if not chosen:  # every group has a single row: take one all the same
+        chosen = [int(random.integers(rows))]
+    held = np.zeros(rows, dtype=bool)
+    held[chosen] = True
+    parts = (split.table.filter(pa.array(mask)) for mask in (~held, held))
+    train, validation = (Split(table=t, source=split.source) for t in parts)
+    return train, validation
+
+
+def _load_file(path: Path, encoding: str) -> DataSet:
+    split = Split(table=read_table(path, encoding), source=str(path))
+    return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: _file_sha256(path)}})
+
+
+def _load_folder(folder: Path, encoding: str) -> DataSet:
+    splits: dict[str, Split] = {}
+    hashes: dict[str, str] = {}
+    for name, files in _files_by_split(folder).items():
+        tables = [read_table(f, encoding) for f in files]
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(str(folder), f"the files of split '{name}' have different columns ({error})") from error
+        splits[name] = Split(table=table, source=str(files[0]) if len(files) == 1 else f"{folder} {name}")
+        hashes |= {f.name: _file_sha256(f) for f in files}
+    if "train" not in splits and "validation" not in splits and "test" not in splits:
+        names = sorted(p.name for p in folder.iterdir())
+        raise DataError(
+            str(folder),
+            f"no train, validation or test file; it holds {', '.join(names[:12]) or 'nothing'}",
+            allowed=f"train, validation, test with one of {', '.join(READERS)}",
+            fix="Rename the files, or give a single file to --data",
+        )
+    return DataSet(splits=splits, origin={"path": str(folder), "sha256": hashes})
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in READERS):
+        stem = re.split(r"[-_.]\d", path.stem.lower(), maxsplit=1)[0]  # train-00000-of-00002 is train
+        for split, names in _SPLIT_NAMES.items():
+            if stem in names:
+                found.setdefault(split, []).append(path)
+    return found
+
+
+def _load_from_hub(path: str, config: str | None, revision: str | None, only: Sequence[str]) -> DataSet:
+    commit = resolve_commit(path, path, revision, "dataset", "--data")
+    with hub_errors(f"data set '{path}'", flag="--data"):
+        import datasets  # noqa: PLC0415  (a second to import, and only Hub data needs it)
+
+        datasets.disable_progress_bars()
+        try:
+            loaded = datasets.load_dataset(path, config, revision=commit)
+        except ValueError as error:
+            if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
+                raise DataError(f"data set '{path}'", _first_sentence(error), fix="Set data.config") from error
+            raise
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise DataError(f"data set '{path}'", _first_sentence(error.__cause__ or error)) from error
+    used = _cached_commit(loaded)
+    if used is not None and used != commit:
+        # The library falls back to whatever it has cached when it cannot reach the Hub, whichever revision was asked for.
+        raise HubError(
+            f"data set '{path}'", f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})", fix="Run prepare online"
+        )
+    wanted = [n for n in loaded if not only or n in only]
+    splits = {n: Split(table=_arrow(loaded[n]), source=f"{path} {n}") for n in wanted}
+    return DataSet(splits=splits, origin={"repository": path, "config": config, "commit": commit})
+
+
+def _arrow(rows: Any) -> pa.Table:
+    # with_format keeps ClassLabel names in the schema's metadata, where the tasks look for them.
+    table = rows.with_format("arrow")[:]
+    return table.replace_schema_metadata(rows.features.arrow_schema.metadata)
+
+
+def _cached_commit(loaded: Any) -> str | None:
+    """The commit in the path of the library's own cache, where it has one."""
+    for rows in loaded.values():
+        for file in rows.cache_files:
+            if re.fullmatch(r"[0-9a-f]{40}", Path(file["filename"]).parent.name):
+                return Path(file["filename"]).parent.name
+    return None
+
+
+def _first_sentence(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

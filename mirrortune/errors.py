@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that a user can act on, each with the exit code of the command-line contract.
+
+    MirrortuneError              1  (never raised itself; anything else that escapes is a bug)
+    +-- ConfigError              2  usage, recipe, flags
+    +-- DivergedError            2  the loss became NaN or infinite (a setting or the data; never a bug of the caller's code)
+    +-- DataError                3  files, columns, labels
+    +-- ResourceError            4  will not fit: memory, disk, wrong hardware
+    +-- VerificationError        5  a merge or an adapter's basis failed its check
+    +-- HubError                 6  network, Hub, authentication
+    +-- InterruptedRun     130/143  stopped by a signal after a safe checkpoint
+
+Every message says where, what is wrong (got what), what is allowed and what to do. This module imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class MirrortuneError(Exception):
+    """A failure with a message for the user.
+
+    Args:
+        where: the place at fault: ``file:line: key``, a flag, a path or a layer's name.
+        problem: what is wrong, with the value that was got.
+        allowed: what would have been accepted.
+        fix: what to do next.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, where: str, problem: str, *, allowed: str | None = None, fix: str | None = None
+    ) -> None:
+        self.where, self.problem, self.allowed, self.fix = where, problem, allowed, fix
+        super().__init__(self.describe())
+
+    def describe(self) -> str:
+        """The whole message on one line, in the order where, problem, allowed, fix."""
+        parts = [f"{self.where}: {self.problem.rstrip('.')}."]
+        if self.allowed:
+            parts.append(f"Allowed: {self.allowed.rstrip('.')}.")
+        if self.fix:
+            parts.append(f"{self.fix.rstrip('.')}.")
+        return " ".join(parts)
+
+
+class ConfigError(MirrortuneError):
+    """Something in the recipe or on the command line; may stand for several problems found at once."""
+
+    exit_code = 2
+
+    @classmethod
+    def several(cls, errors: Sequence[ConfigError]) -> ConfigError:
+        """One error whose message is a line for each of ``errors`` (at least one), so that all are seen at once."""
+        if len(errors) == 1:
+            return errors[0]
+        combined = cls("configuration", f"{len(errors)} problems")
+        combined.args = ("\n".join(error.describe() for error in errors),)
+        return combined
+
+
+class DivergedError(MirrortuneError):
+    """The training loss or its gradient is not finite."""
+
+    exit_code = 2
+
+
+class DataError(MirrortuneError):
+    """A file, column, row or label that cannot be used."""
+
+    exit_code = 3
+
+
+class ResourceError(MirrortuneError):
+    """Memory, disk or hardware that does not suffice."""
+
+    exit_code = 4
+
+
+class VerificationError(MirrortuneError):
+    """A merge or an adapter that is not what it claims to be."""
+
+    exit_code = 5
+
+
+class HubError(MirrortuneError):
+    """A repository, file or connection that the Hub did not give us."""
+
+    exit_code = 6
+
+
+class InterruptedRun(MirrortuneError):
+    """A signal stopped the run after its checkpoint was written; ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, where: str, problem: str, *, signal_number: int, fix: str) -> None:
+        super().__init__(where, problem, fix=fix)
+        self.exit_code = 128 + signal_number
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the nearest candidate, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def unknown_name(where: str, kind: str, name: str, candidates: Iterable[str]) -> ConfigError:
+    """The error for a name that is in no registry: says the nearest one and lists all."""
+    names = sorted(candidates)
+    return ConfigError(
+        where, f"unknown {kind} '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names)
+    )

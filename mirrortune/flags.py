@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that set recipe values: one table from which both the commands' signatures and the recipe's top layer are made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from mirrortune import strict_yaml
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """A command-line flag for one recipe key.
+
+    Attributes:
+        names: spellings, the first one is shown in messages.
+        key: dotted recipe key.
+        kind: Python type of the value; ``"yaml"`` for one read by the recipe's own rules.
+        help: one line.
+        panel: heading in ``--help``.
+    """
+
+    names: tuple[str, ...]
+    key: str
+    kind: Any
+    help: str
+    panel: str
+
+    @property
+    def parameter(self) -> str:
+        """Name of the command function's parameter."""
+        return self.key.replace(".", "__")
+
+
+def _flag(panel: str, names: str, key: str, kind: Any, help: str) -> Flag:  # noqa: A002
+    return Flag(names=tuple(names.split()), key=key, kind=kind, help=help, panel=panel)
+
+
+_DATA, _ADAPTER, _LOOP, _DANGER = "Model and data", "Adapter", "Training", "Dangerous options"
+FLAGS: tuple[Flag, ...] = (
+    _flag(_DATA, "--model -m", "model.name", str, "Hub id or local folder of the base model."),
+    _flag(_DATA, "--revision", "model.revision", str, "Branch, tag or commit of a Hub model."),
+    _flag(_DATA, "--data -d", "data.path", str, "csv, tsv, json, jsonl or parquet file, folder with train/validation/test files, or Hub id."),
+    _flag(_DATA, "--text-column", "data.text_columns", list[str], "Text column; repeat for pairs. Detected by default."),
+    _flag(_DATA, "--label-column", "data.label_column", str, "Label column. Detected by default."),
+    _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
+    _flag(_ADAPTER, "--method", "adapter.method", str, "mirror (default), neighbor, random, none (head only), bitfit or full."),
+    _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full or a number."),
+    _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor or random."),
+    _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, or all-linear."),
+    _flag(_LOOP, "--lr --learning-rate", "train.lr", float, "Peak learning rate of the adapter."),
+    _flag(_LOOP, "--head-lr", "train.head_lr", float, "Peak learning rate of the task head."),
+    _flag(_LOOP, "--batch-size", "train.batch_size", int, "Rows per device."),
+    _flag(_LOOP, "--gradient-accumulation-steps", "train.gradient_accumulation_steps", int, "Batches per optimizer step."),
+    _flag(_LOOP, "--epochs", "train.epochs", float, "Passes over the training rows."),
+    _flag(_LOOP, "--max-steps", "train.max_steps", int, "Stop after this many optimizer steps."),
+    _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
+    _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32 or bf16."),
+    _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),
+    _flag(_DANGER, "--trust-remote-code", "model.trust_remote_code", bool, "Run Python code from the model's repository."),
+)  # fmt: skip
+
+
+def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: replace a command's ``**given`` by a parameter for every flag of the table, less the keys ``left_out``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command)
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [
+            p.replace(annotation=hints[p.name])
+            for p in own.parameters.values()
+            if p.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters += [_parameter(flag) for flag in FLAGS if flag.key not in left_out]
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return command
+
+    return decorate
+
+
+def given_flags(values: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Dotted key -> (flag, value) for the flags that were given."""
+    found: dict[str, tuple[str, Any]] = {}
+    for flag in FLAGS:
+        value = values.get(flag.parameter)
+        if value is None or value == [] or value is False:
+            continue
+        found[flag.key] = (flag.names[0], strict_yaml.parse_scalar(value, flag.names[0]) if flag.kind == "yaml" else value)
+    return found
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    kind = str if flag.kind == "yaml" else flag.kind
+    metavar = {"yaml": "full|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
+    options = {"metavar": metavar} if metavar else {"is_flag": True}
+    option = typer.Option(*flag.names, help=flag.help, rich_help_panel=flag.panel, show_default=False, **options)  # type: ignore[call-overload]
+    return inspect.Parameter(
+        flag.parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if flag.kind is bool else None,
+        annotation=Annotated[kind if flag.kind is bool else kind | None, option],
+    )

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the many exceptions of the Hub's clients into one :class:`HubError` that says what happened and what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mirrortune.errors import HubError, MirrortuneError
+
+# Looked up by class name along the chain of causes: transformers and datasets wrap the client's exceptions in OSError,
+# ConnectionError and classes of their own, and keep the original as the cause.
+_CAUSES: dict[str, tuple[str, str]] = {
+    "GatedRepoError": (
+        "the repository is gated and this account has no access",
+        "Ask for access on its page, then set HF_TOKEN",
+    ),
+    "RepositoryNotFoundError": (
+        "no such repository on the Hub, or it is private",
+        "Check the spelling of {flag}; for a private one set HF_TOKEN; for a local folder check that it exists",
+    ),
+    "DatasetNotFoundError": (
+        "no such data set on the Hub, or it is private or gated",
+        "Check the spelling of {flag}; for a private or gated one set HF_TOKEN; for a local file check that it exists",
+    ),
+    "RevisionNotFoundError": ("no such revision", "Check --revision"),
+    "RemoteEntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
+    "EntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
+    "OfflineModeIsEnabled": ("not in the local cache, and HF_HUB_OFFLINE forbids the network", "Run prepare online first"),
+    "LocalEntryNotFoundError": ("not in the local cache, and the Hub cannot be reached", "Check the network and HF_ENDPOINT"),
+}
+_NETWORK = ("RevisionResolutionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError", "ConnectionError",
+            "ProtocolError", "ChunkedEncodingError", "IncompleteRead", "ClientConnectorError", "ServerDisconnectedError",
+            "ClientPayloadError", "TimeoutException", "FSTimeoutError", "TransportError", "NetworkError", "WriteError")  # fmt: skip
+
+
+@contextmanager
+def hub_errors(where: str, *, flag: str) -> Iterator[None]:
+    """Run code that may talk to the Hub; whatever the Hub or the network refused is raised as HubError at ``where``.
+
+    Args:
+        where: what was being fetched, such as ``"model 'roberta-base'"``.
+        flag: the flag that named it, for the advice.
+    """
+    try:
+        yield
+    except MirrortuneError:
+        raise
+    except Exception as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        problem, fix = explained
+        raise HubError(where, problem, fix=fix.format(flag=flag, what=where.split(" '")[0])) from error
+
+
+def resolve_commit(where: str, repository: str, revision: str | None, kind: str, flag: str) -> str:
+    """The commit that ``revision`` of a Hub repository points to, from the Hub or, where it cannot be asked, the local cache.
+
+    Asked once: every later call names the commit, so that a run never mixes two states of a repository, and files that are
+    cached are used without asking again.
+    """
+    import huggingface_hub  # noqa: PLC0415
+
+    with hub_errors(f"{'data set' if kind == 'dataset' else kind} '{where}'", flag=flag):
+        return str(huggingface_hub.resolve_revision(repository, revision=revision, repo_type=kind).resolved)
+
+
+def _explain(error: BaseException) -> tuple[str, str] | None:
+    chain = list(_chain(error))
+    by_class = {cls.__name__: e for e in chain for cls in type(e).__mro__}
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    for name, explained in _CAUSES.items():
+        if name in by_class:
+            if name == "LocalEntryNotFoundError" and offline:
+                return _CAUSES["OfflineModeIsEnabled"]
+            return explained
+    status = next((s for e in chain if (s := _status(e)) is not None), None)
+    if status in (401, 403):
+        return f"access denied (HTTP {status})", "Set HF_TOKEN to a token that may read it"
+    if status is not None:
+        return f"the Hub answered HTTP {status}", "Try again later"
+    for name in _NETWORK:
+        if name in by_class:
+            return f"the connection failed ({name}: {_first_line(by_class[name])})", "Check the network and HF_ENDPOINT, then run the same command: finished files are kept"
+    if any("couldn't connect" in str(e).lower() or "offline" in str(e).lower() for e in chain):
+        return _CAUSES["OfflineModeIsEnabled" if offline else "LocalEntryNotFoundError"]
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:120] or type(error).__name__

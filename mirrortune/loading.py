@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models ready to run: a base with a fresh adapter for training, or whatever ``eval`` and ``merge`` are pointed at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mirrortune.adapter_file import FingerprintBook, read_adapter
+from mirrortune.adapters.inject import attach
+from mirrortune.assembly import Job, default_device, make_task
+from mirrortune.data import DataSet, Split
+from mirrortune.errors import ConfigError
+from mirrortune.factor_cache import FactorCache
+from mirrortune.merging import load_adapted
+from mirrortune.model import find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.recipe import Recipe
+from mirrortune.tasks import Task, task_class
+from mirrortune.tokens import resolve_max_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluable:
+    """A model with the task it was made for."""
+
+    model: nn.Module
+    task: Task
+    tokenizer: Any
+    max_length: int
+
+
+def adapt_model(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> tuple[nn.Module, FingerprintBook]:
+    """Load the job's base model and put a fresh adapter into it.
+
+    Args:
+        job: from ``assemble``.
+        cache: factors.
+        show_bar: (label, total) -> a context manager with ``advance``; over the layers.
+    """
+    loaded = load_model(
+        job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id
+    )
+    book = FingerprintBook()
+    with show_bar("singular value decompositions", len(job.plan.targets.layers)) as bar:
+        cache.on_layer = bar.advance
+        attach(
+            loaded.model, job.spec, new_parameters=loaded.new_parameters, factor_source=cache, on_layer=book
+        )
+    return loaded.model, book
+
+
+def base_identity(job: Job) -> dict[str, Any]:
+    """What the adapter file says of its base."""
+    return {
+        "name": job.source.name,
+        "revision": job.source.revision,
+        "commit": job.source.commit,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "auto_class": job.task.auto_class,
+    }
+
+
+def find_adapter(target: str) -> Path | None:
+    """The adapter folder that ``target`` (a run directory or the folder itself) holds, or None for anything else.
+
+    Raises:
+        ConfigError: a run directory whose training has not finished.
+    """
+    path = Path(target).expanduser()
+    if (path / "adapter.json").is_file():
+        return path
+    if (path / "adapter").is_dir():
+        return path / "adapter"
+    if (path / "checkpoints").is_dir():
+        raise ConfigError(target, "this run has not finished, it has no adapter yet", fix="Continue it: train ... --resume")
+    return None
+
+
+def load_evaluable(target: str, adapter_folder: Path | None, recipe: Recipe, data: DataSet) -> Evaluable:
+    """The model that ``eval`` was pointed at, with its task.
+
+    Args:
+        target: folder or Hub id of a plain model; ignored when there is an adapter.
+        adapter_folder: from :func:`find_adapter`.
+        recipe: for a plain model: the task; in any case where the base is, if it was named.
+        data: for a plain model: columns and labels.
+    """
+    if adapter_folder is not None:
+        return _load_run(adapter_folder, recipe)
+    source = find_model(target, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(source)
+    task = _plain_task(recipe, data, source.config)
+    dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
+    loaded = load_model(source, task.auto_class, {}, dtype, tokenizer.pad_token_id)
+    if loaded.new_parameters:
+        raise ConfigError(
+            target,
+            f"it has no trained head for this task ({', '.join(loaded.new_parameters[:3])} are missing)",
+            fix="Evaluate a run directory, a merged folder or a fine-tuned model",
+        )
+    max_length = resolve_max_length(recipe.data.max_length, tokenizer, source.config)
+    return Evaluable(model=loaded.model.eval(), task=task, tokenizer=tokenizer, max_length=max_length)
+
+
+def _load_run(adapter_folder: Path, recipe: Recipe) -> Evaluable:
+    adapter = read_adapter(adapter_folder)
+    if adapter.task is None:
+        raise ConfigError(
+            str(adapter_folder), "the adapter was saved outside a task", fix="Merge it and evaluate the merged model"
+        )
+    task = task_class(adapter.task["kind"]).from_dict(adapter.task)
+    source = find_model(
+        recipe.model.name or adapter.base["name"],
+        revision=adapter.base.get("commit") or adapter.base.get("revision"),
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    tokenizer = load_tokenizer(source)
+    model = load_adapted(adapter, source, task, tokenizer.pad_token_id, FactorCache())
+    return Evaluable(model=model, task=task, tokenizer=tokenizer, max_length=int(adapter.extra.get("max_length", 512)))
+
+
+def _plain_task(recipe: Recipe, data: DataSet, config: Any) -> Task:
+    """The task for a plain model: its own class names, in its own order, where it has real ones."""
+    rows = _any_split(data, recipe)
+    labels = recipe.task.labels
+    id2label = getattr(config, "id2label", None) or {}
+    names = tuple(str(id2label[i]) for i in sorted(id2label))
+    is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
+    if labels is None and is_named and recipe.task.kind == "text-classification":
+        found, _ = make_task(recipe, rows)
+        # Only if the data speaks the same names: a model may call "positive" what the data calls "1".
+        if set(getattr(found, "labels", ())) <= set(names):
+            labels = names
+    task_section = recipe.task.model_copy(update={"labels": labels})
+    task, _ = make_task(recipe.model_copy(update={"task": task_section}), rows)
+    outputs, wanted = getattr(config, "num_labels", None), task.config_fields()["num_labels"]
+    if outputs != wanted:
+        raise ConfigError(
+            "task", f"the model has {outputs} outputs, the task has {wanted}", fix="Use the data it was trained for, or set task.labels"
+        )
+    return task
+
+
+def _any_split(data: DataSet, recipe: Recipe) -> Split:
+    for name in (recipe.data.train_split, recipe.data.validation_split, recipe.data.test_split):
+        found = data.find(name)
+        if found is not None:
+            return found
+    return next(iter(data.splits.values()))

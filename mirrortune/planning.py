@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will do, from names and shapes alone: layers, trained numbers, memory. Made on the meta device, before any weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mirrortune.adapters.inject import AdapterSpec, Targets, build_core, check_spec, find_targets
+from mirrortune.adapters.factorize import resolve_rank
+from mirrortune.adapters.spectral_linear import cheapest_strategy
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The run's size.
+
+    Attributes:
+        targets: adapted layers, head and skipped layers.
+        trainable_parameters: trained numbers besides the head.
+        head_parameters: trained numbers of the head.
+        total_parameters: all numbers of the model.
+        estimated_memory_bytes: weights, factors, gradients, optimizer and activations of one training step.
+    """
+
+    targets: Targets
+    trainable_parameters: int
+    head_parameters: int
+    total_parameters: int
+    estimated_memory_bytes: int
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        skipped = f", {len(self.targets.skipped)} other weights left alone" if self.targets.skipped else ""
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        return [
+            f"layers adapted: {len(self.targets.layers)}{skipped}",
+            f"trained numbers: {self.trainable_parameters:,} ({share:.3f}% of the model), and {self.head_parameters:,} of the task head",
+            f"memory, estimated: {self.estimated_memory_bytes / _MIB:,.0f} MiB",
+        ]
+
+
+def make_plan(
+    model: nn.Module,
+    spec: AdapterSpec,
+    *,
+    new_parameters: tuple[str, ...] = (),
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    is_16bit_compute: bool,
+) -> Plan:
+    """Size a run.
+
+    Args:
+        model: on the meta device or loaded; not changed.
+        spec: the adapter.
+        new_parameters: names that no checkpoint fills, where known.
+        dtype: of the base weights.
+        rows: of a micro-batch.
+        length: of its longest row, in tokens.
+        is_16bit_compute: activations in 16 bits.
+
+    Raises:
+        ConfigError: unknown names, nothing to adapt, a rank that does not fit.
+    """
+    check_spec(spec)
+    targets = find_targets(model, spec, new_parameters)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    head = sum(sizes[n] for n in targets.head)
+    trained = sum(sizes[n] for n in targets.plain)
+    factors = 0
+    counts: dict[int, int] = {}
+    for name, shape in targets.layers.items():
+        rank = resolve_rank(spec.resolved_rank, shape, name)
+        if rank not in counts:  # a core's size depends on its rank alone
+            counts[rank] = sum(p.numel() for p in build_core(spec, torch.zeros(rank), name).parameters())
+        trained += counts[rank]
+        factors += rank * sum(shape)
+        if spec.strategy == "factored" or (spec.strategy is None and _is_factored(shape, rank, dtype)):
+            factors -= math.prod(shape)  # the factors stand for the weight on the device
+    total = sum(sizes.values())
+    width = torch.finfo(dtype).bits // 8
+    fixed = (total + factors) * width + (trained + head) * 12  # gradient and two moments in float32
+    activations = rows * length * _activation_numbers(model) * (2 if is_16bit_compute else 4)
+    return Plan(
+        targets=targets,
+        trainable_parameters=trained,
+        head_parameters=head,
+        total_parameters=total,
+        estimated_memory_bytes=fixed + activations,
+    )
+
+
+def _is_factored(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> bool:
+    return cheapest_strategy(shape[0], shape[1], rank, dtype) == "factored"
+
+
+def _activation_numbers(model: nn.Module) -> int:
+    # Kept for backward, a token: the z of every linear layer, and about as much again for norms, softmax and dropout.
+    # An estimate from shapes alone, good to a factor of two.
+    return sum(2 * max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))

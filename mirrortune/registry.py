@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A table of named things that a decorator fills, and whose keyword-only parameters are its recipe options.
+
+The whole extension mechanism: ``@CORES.register("name")`` above a class or ``@PAIRINGS.register("name")`` above a function adds it
+to the recipe's schema, to error messages and to the law tests. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from mirrortune.errors import ConfigError, did_you_mean, unknown_name
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+class Registry(Generic[T]):
+    """Named callables of one kind.
+
+    Args:
+        kind: the word for one of them in messages, such as ``"pairing"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._items: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that adds its target under ``name``; a second use of a name is a programming error."""
+        if name in self._items:
+            raise ValueError(f"{self.kind} '{name}' is registered already")
+
+        def add(item: T) -> T:
+            self._items[name] = item
+            return item
+
+        return add
+
+    def get(self, name: str, where: str) -> T:
+        """The item called ``name``; raises ConfigError at ``where`` with the nearest name otherwise."""
+        if name not in self._items:
+            raise unknown_name(where, self.kind, name, self._items)
+        return self._items[name]
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._items)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """The keyword-only parameters of an item: these are its recipe options."""
+        parameters = inspect.signature(self._items[name]).parameters.values()
+        return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def check_options(self, name: str, given: dict[str, Any], where: str) -> None:
+        """Refuse options that the item does not have, naming the nearest that it has."""
+        known = self.options(name)
+        errors = [
+            ConfigError(
+                f"{where}.{key}",
+                f"{self.kind} '{name}' has no option '{key}'.{did_you_mean(key, known)}",
+                allowed=", ".join(sorted(known)) or "no options",
+            )
+            for key in given
+            if key not in known
+        ]
+        if errors:
+            raise ConfigError.several(errors)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads one tabular file (csv, tsv, json, jsonl, parquet) into an Arrow table, with the line of whatever is wrong with it.
+
+csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the cell, and
+guess types (a column of dates, of "1", of "NA") that a text column must not have.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mirrortune.errors import DataError
+from mirrortune.locations import TABLE_SUFFIXES
+
+# Cells of the csv module are limited to 128 KiB by default; documents are longer.
+_CELL_LIMIT = 1 << 30
+
+
+def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
+    """The rows of one file.
+
+    Args:
+        path: a .csv, .tsv, .json, .jsonl or .parquet file.
+        encoding: of the text formats; a byte order mark is dropped.
+
+    Returns:
+        A table; all cells of csv and tsv are strings, empty cells are null.
+
+    Raises:
+        DataError: if the file is missing, empty, undecodable, truncated or malformed; with its line where there is one.
+    """
+    if not path.is_file():
+        siblings = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        raise DataError(
+            str(path),
+            "no such file",
+            allowed=f"files beside it: {', '.join(siblings[:12])}" if siblings else None,
+            fix="Check the path given to --data",
+        )
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(str(path), f"unknown file type '{path.suffix}'", allowed=", ".join(READERS))
+    if path.stat().st_size == 0:
+        raise DataError(str(path), "the file is empty", fix="Give it a header and rows")
+    table = reader(path, encoding)
+    if table.num_rows == 0:
+        raise DataError(str(path), "the file has no rows", fix="Give it at least one row below the header")
+    return table
+
+
+def _read_parquet(path: Path, encoding: str) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again"
+        ) from error
+
+
+def _read_delimited(path: Path, encoding: str) -> pa.Table:
+    text = _decode(path, encoding)
+    header_line = text.split("\n", 1)[0]
+    if path.suffix.lower() == ".tsv":
+        delimiter = "\t"
+    else:  # semicolons and tabs are common in files called .csv; the header has no prose to mislead the count
+        delimiter = max(",;\t|", key=header_line.count)
+    rows = _parse_rows(path, text, delimiter)
+    try:
+        _, header = next(rows)
+    except StopIteration:
+        raise DataError(str(path), "the file has no header line") from None
+    names = [name.strip() for name in header]
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if repeated:
+        raise DataError(f"{path}:1", f"column name {repeated[0]!r} stands twice in the header", fix="Rename one")
+    columns: list[list[str | None]] = [[] for _ in names]
+    for line, cells in rows:
+        if not cells:
+            continue  # a blank line
+        if len(cells) != len(names):
+            raise DataError(
+                f"{path}:{line}",
+                f"{len(cells)} cells in a row of a table with {len(names)} columns",
+                fix="Quote cells that contain the delimiter, or correct the row",
+            )
+        for column, cell in zip(columns, cells, strict=True):
+            column.append(cell if cell != "" else None)
+    return pa.table({n: pa.array(c, pa.string()) for n, c in zip(names, columns, strict=True)})
+
+
+def _parse_rows(path: Path, text: str, delimiter: str) -> Iterable[tuple[int, list[str]]] | Any:
+    csv.field_size_limit(_CELL_LIMIT)
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{reader.line_num}", f"malformed row ({error})", fix='Close the quote, or double quotes in cells ("")'
+            ) from error
+        yield reader.line_num, cells
+
+
+def _read_json(path: Path, encoding: str) -> pa.Table:
+    text = _decode(path, encoding)
+    if not text.lstrip().startswith("["):
+        return _read_json_lines(path, encoding)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", fix="Correct the line") from error
+    return _from_objects(path, rows)
+
+
+def _read_json_lines(path: Path, encoding: str) -> pa.Table:
+    rows = []
+    for number, line in enumerate(_decode(path, encoding).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}:{number}", f"not valid JSON ({error.msg})", allowed="one JSON object a line"
+            ) from error
+    return _from_objects(path, rows)
+
+
+def _from_objects(path: Path, rows: list[Any]) -> pa.Table:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path} row {number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise DataError(
+                str(path), f"column '{name}' mixes types ({_first_line(error)})", fix="Give every row the same type"
+            ) from error
+    return pa.table(arrays)
+
+
+def _decode(path: Path, encoding: str) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding)
+    except LookupError as error:
+        raise DataError("data.encoding", f"unknown encoding '{encoding}'", allowed="utf-8, latin-1, ...") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}",
+            f"byte 0x{data[error.start]:02x} at offset {error.start} is not {encoding}",
+            fix="Save the file as UTF-8, or name its encoding with data.encoding=latin-1",
+        ) from error
+    return text.replace("\r\n", "\n")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+
+
+READERS: dict[str, Callable[[Path, str], pa.Table]] = {
+    ".csv": _read_delimited,
+    ".tsv": _read_delimited,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+assert tuple(READERS) == TABLE_SUFFIXES

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: accelerate moves tensors between processes, and everything that decides the result is a function of seed and step.
+
+One optimizer step sees one global batch (``batching.py``): micro-batches are summed, not averaged, and divided by the number of items
+in the whole global batch over all ranks, so that the way it is cut does not change the step.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.inject import adapter_parameters, plain_parameters
+from mirrortune.batching import Rows, collate, epoch_batches, micro_batches
+from mirrortune.checkpoint import (
+    LoopState,
+    RunDirectory,
+    optimizer_tensors,
+    random_tensors,
+    restore_optimizer,
+    restore_random,
+)
+from mirrortune.errors import ConfigError, DivergedError, InterruptedRun
+from mirrortune.evaluation import evaluate_split
+from mirrortune.metrics import METRICS
+from mirrortune.optim import Schedule, build_optimizer, lr_factor, set_lr
+from mirrortune.tasks import Task
+from mirrortune.tokens import Encoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """Numbers of the loop, with the meanings and units of the recipe's ``train`` and ``eval`` sections."""
+
+    lr: float
+    head_lr: float
+    batch_size: int
+    gradient_accumulation_steps: int
+    epochs: float
+    max_steps: int | None
+    schedule: Schedule
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    eval_every_steps: int | None
+    save_every_steps: int | None
+    log_every_steps: int
+    eval_batch_size: int
+
+
+class Progress(Protocol):
+    """Who is told how the loop goes (``report.py``); called on the main process only."""
+
+    def on_start(self, total_steps: int, done_steps: int) -> None:
+        """The first step is about to run."""
+
+    def on_step(self, step: int, loss: float, rows: int) -> None:
+        """An optimizer step of ``rows`` rows was made; ``loss`` is its mean per item."""
+
+    def on_log(self, event: dict[str, Any]) -> None:
+        """An event was added to the log."""
+
+    def on_evaluate(self, rows: int) -> None:
+        """``rows`` more validation rows were scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a finished loop achieved.
+
+    Attributes:
+        metrics: of the kept checkpoint, on the validation split.
+        best_step, global_step: steps of the kept checkpoint, and in all.
+        train_seconds: this process's time in optimizer steps, without evaluation and saving.
+        samples_per_second: training rows a second over ``train_seconds``, all ranks together.
+    """
+
+    metrics: dict[str, float]
+    best_step: int
+    global_step: int
+    train_seconds: float
+    samples_per_second: float
+
+
+class Trainer:
+    """Fine-tunes an adapted model.
+
+    Args:
+        model: adapted, on any device; ``accelerator`` moves and wraps it.
+        task: loss and metrics.
+        tokenizer: pads batches.
+        train, validation: encoded splits.
+        settings: numbers of the loop.
+        run: where events and checkpoints go.
+        write_adapter_files: writes the adapter into a folder.
+        accelerator: accelerate's, already made (it owns device, precision and processes).
+        progress: who is told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        tokenizer: Any,
+        *,
+        train: Encoded,
+        validation: Encoded,
+        settings: LoopSettings,
+        run: RunDirectory,
+        write_adapter_files: Callable[[Path], object],
+        accelerator: Any,
+        progress: Progress,
+    ) -> None:
+        self.task, self.tokenizer, self.train, self.validation = task, tokenizer, train, validation
+        self.settings, self.run, self.progress = settings, run, progress
+        self.accelerator, self.write_adapter_files = accelerator, write_adapter_files
+        self.global_batch_size = (
+            settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.steps_per_epoch = math.ceil(len(train) / self.global_batch_size)
+        planned = math.ceil(settings.epochs * self.steps_per_epoch)
+        self.total_steps = min(planned, settings.max_steps or planned)
+        optimizer = build_optimizer(
+            model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay
+        )
+        self.bare_model = model
+        trained = {**adapter_parameters(model), **plain_parameters(model)}
+        # Names from before wrapping: a checkpoint must not depend on how many processes wrote it.
+        self._names = {id(p): n for n, p in trained.items()}
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.state = LoopState(num_processes=accelerator.num_processes)
+        self._seconds, self._rows = 0.0, 0
+        self._stop_signal: int | None = None
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the run.
+
+        Raises:
+            ConfigError: if it was written by another number of processes.
+            VerificationError: if it is damaged.
+        """
+        steps = self.run.saved_steps()
+        if not steps:
+            self._on_main(lambda: self.run.rewind_log(0))
+            return
+        state, tensors = self.run.load_checkpoint(steps[-1])
+        if state.num_processes != self.accelerator.num_processes:
+            raise ConfigError(
+                "--resume",
+                f"the checkpoint was written by {state.num_processes} processes, this run has {self.accelerator.num_processes}",
+                fix=f"Launch {state.num_processes} processes",
+            )
+        from mirrortune.adapter_file import read_adapter, restore_trained  # noqa: PLC0415
+
+        folder = self.run.checkpoint(steps[-1])
+        restore_trained(self.bare_model, read_adapter(folder).tensors, str(folder))
+        restore_optimizer(self._torch_optimizer, self._names, tensors)
+        prefix = f"random.{self.accelerator.process_index}."
+        restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.state = state
+        self._on_main(lambda: self.run.rewind_log(state.global_step))
+
+    def fit(self) -> TrainResult:
+        """Run to the last step and publish the best checkpoint's adapter.
+
+        Raises:
+            DivergedError: on a loss or gradient that is not finite, before the step is made.
+            InterruptedRun: after SIGINT or SIGTERM, once a checkpoint is saved.
+            ResourceError: if a checkpoint cannot be written.
+        """
+        if self.accelerator.is_main_process:
+            self.progress.on_start(self.total_steps, self.state.global_step)
+        self.model.train()
+        with self._signals():
+            while self.state.global_step < self.total_steps:
+                self._run_epoch()
+        best_step = self.state.best_step
+        assert best_step is not None
+        assert self.state.best_metrics is not None
+        self._on_main(lambda: self.run.publish_adapter(best_step))
+        return TrainResult(
+            metrics=self.state.best_metrics,
+            best_step=best_step,
+            global_step=self.state.global_step,
+            train_seconds=self._seconds,
+            samples_per_second=self._rows / self._seconds if self._seconds else 0.0,
+        )
+
+    def _run_epoch(self) -> None:
+        state = self.state
+        batches = epoch_batches(self.train.lengths, self.global_batch_size, self.settings.seed, state.epoch)
+        for batch in batches[state.step_in_epoch :]:
+            started = time.perf_counter()
+            loss_sum, num_items, grad_norm, factor = self._step(batch)
+            self._seconds += time.perf_counter() - started
+            self._rows += len(batch)
+            state.global_step += 1
+            state.step_in_epoch += 1
+            state.window_loss += loss_sum
+            state.window_items += num_items
+            ends_epoch = state.step_in_epoch == len(batches)
+            if ends_epoch:
+                state.epoch, state.step_in_epoch = state.epoch + 1, 0
+            if self.accelerator.is_main_process:
+                self.progress.on_step(state.global_step, loss_sum / num_items, len(batch))
+            self._after_step(grad_norm, factor, ends_epoch=ends_epoch)
+            if state.global_step >= self.total_steps:
+                return
+
+    def _after_step(self, grad_norm: float, factor: float, *, ends_epoch: bool) -> None:
+        settings, step = self.settings, self.state.global_step
+        is_last = step >= self.total_steps
+        if is_last or step % settings.log_every_steps == 0:
+            self._log_training(grad_norm, factor)
+        is_best = False
+        if is_last or _is_due(step, settings.eval_every_steps, ends_epoch=ends_epoch):
+            is_best = self._evaluate()
+        if is_best or is_last or _is_due(step, settings.save_every_steps, ends_epoch=ends_epoch):
+            self._save()
+        stop_signal = self._agreed_stop_signal()
+        if stop_signal and not is_last:
+            if not self.run.checkpoint(step).exists():
+                self._save()
+            raise InterruptedRun(
+                str(self.run.path),
+                f"stopped by {signal.Signals(stop_signal).name} after step {step} of {self.total_steps}, which is saved",
+                signal_number=stop_signal,
+                fix="Continue with the same command and --resume",
+            )
+
+    def _step(self, batch: Rows) -> tuple[float, int, float, float]:
+        """One optimizer step on one global batch: loss sum and items over all ranks, gradient norm, learning rate factor."""
+        accelerator, settings, state = self.accelerator, self.settings, self.state
+        parts = micro_batches(
+            batch,
+            self.train.lengths,
+            num_micro=settings.gradient_accumulation_steps,
+            num_ranks=accelerator.num_processes,
+            rank=accelerator.process_index,
+        )
+        loss_sum, num_items = torch.zeros((), device=accelerator.device), 0
+        for index, rows in enumerate(parts):
+            is_last = index == len(parts) - 1
+            with nullcontext() if is_last else accelerator.no_sync(self.model):
+                loss, items = self._micro_loss(rows, batch)
+                accelerator.backward(loss)
+            loss_sum += loss.detach()
+            num_items += items
+        total, total_items = self._sum_over_ranks(loss_sum, num_items)
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
+                parameter.grad.mul_(accelerator.num_processes / total_items)
+        grad_norm = float(accelerator.clip_grad_norm_(self._parameters(), settings.max_grad_norm))
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            raise self._diverged(total, grad_norm)
+        warmup = math.ceil(settings.warmup_ratio * self.total_steps)
+        factor = lr_factor(
+            state.global_step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule
+        )
+        set_lr(self._torch_optimizer, factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, total_items, grad_norm, factor
+
+    def _micro_loss(self, rows: Rows, batch: Rows) -> tuple[Tensor, int]:
+        # A last global batch may have fewer rows than parts: an empty part still runs forward and backward, with weight zero,
+        # because the other ranks wait for its gradients.
+        is_empty = len(rows) == 0
+        inputs = collate(self.train, batch[:1] if is_empty else rows, self.tokenizer)
+        inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
+        targets = inputs.pop("targets")
+        loss, items = self.task.loss(self.model(**inputs).logits, targets)
+        return (loss * 0, 0) if is_empty else (loss, items)
+
+    def _sum_over_ranks(self, loss_sum: Tensor, num_items: int) -> tuple[float, int]:
+        if self.accelerator.num_processes == 1:
+            return float(loss_sum), num_items
+        both = torch.stack([loss_sum.double(), loss_sum.new_tensor(num_items).double()])
+        loss, items = self.accelerator.reduce(both, reduction="sum").tolist()
+        return float(loss), int(items)
+
+    def _evaluate(self) -> bool:
+        """Score the validation split; whether it is the best so far."""
+        state = self.state
+        result = evaluate_split(
+            self.bare_model,
+            self.task,
+            self.validation,
+            self.tokenizer,
+            self.accelerator,
+            batch_size=self.settings.eval_batch_size,
+            source="validation",
+            on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
+        )
+        name = self.task.selection_metric
+        value = result.metrics[name]
+        sign = 1 if METRICS[name].higher_is_better else -1
+        is_best = state.best_metric is None or sign * value > sign * state.best_metric
+        if is_best:
+            state.best_metric, state.best_step, state.best_metrics = value, state.global_step, result.metrics
+        self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
+        return is_best
+
+    def _log_training(self, grad_norm: float, factor: float) -> None:
+        state, settings = self.state, self.settings
+        loss = state.window_loss / max(1, state.window_items)
+        state.window_loss, state.window_items = 0.0, 0
+        rates = {"lr": settings.lr * factor, "head_lr": settings.head_lr * factor}
+        self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": grad_norm})
+
+    def _position(self) -> dict[str, float]:
+        epoch = self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch
+        return {"step": self.state.global_step, "epoch": round(epoch, 6)}
+
+    def _log(self, event: dict[str, Any]) -> None:
+        def write() -> None:
+            self.run.log(event)
+            self.progress.on_log(event)
+
+        self._on_main(write)
+
+    def _save(self) -> None:
+        states = {f"random.{self.accelerator.process_index}.{k}": v for k, v in random_tensors().items()}
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object  # noqa: PLC0415
+
+            states = dict(gather_object(list(states.items())))
+        tensors = {**optimizer_tensors(self._torch_optimizer, self._names), **states}
+        self._on_main(lambda: self.run.save_checkpoint(self.state, tensors, self.write_adapter_files))
+
+    def _diverged(self, loss: float, grad_norm: float) -> DivergedError:
+        steps = self.run.saved_steps()
+        good = f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
+        return DivergedError(
+            f"step {self.state.global_step + 1}",
+            f"the training loss is {loss:g} and the gradient norm {grad_norm:g}; the step was not made, and {good}",
+            fix="Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume",
+        )
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(inner, torch.optim.Optimizer)
+        return inner
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self._torch_optimizer.param_groups for p in group["params"]]
+
+    def _on_main(self, action: Callable[[], object]) -> None:
+        if self.accelerator.is_main_process:
+            action()
+        self.accelerator.wait_for_everyone()
+
+    def _agreed_stop_signal(self) -> int:
+        # A signal may reach one rank only; all must stop after the same step.
+        if self.accelerator.num_processes == 1:
+            return self._stop_signal or 0
+        own = torch.tensor([self._stop_signal or 0], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).max())
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted and acted on after the step; a second one acts at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        try:
+            previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: the embedding program handles signals
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _is_due(step: int, every: int | None, *, ends_epoch: bool) -> bool:
+    return ends_epoch if every is None else step % every == 0
+
+
+def subsample(num_rows: int, limit: int | None, seed: int) -> Rows:
+    """Indices of a seeded random subset of at most ``limit`` rows, ascending."""
+    if limit is None or limit >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng([seed, num_rows]).permutation(num_rows)[:limit])
