@@ -46,9 +46,7 @@ def attach(
     Raises:
         ConfigError: an unknown name, a rank that does not fit, or no matching layer.
     """
-    spec = AdapterSpec(
-        method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options
-    )
+    spec = AdapterSpec(method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options)
     book = FingerprintBook()
     inject.attach(model, spec, factor_source=FactorCache(), on_layer=book)
     _remember(model, book)
@@ -78,9 +76,7 @@ def load_adapter(model: M, directory: str | Path) -> M:
     return model
 
 
-def merge_adapter(
-    base: str | None, adapter: str | Path, output_dir: str | Path, format: str = "hf"  # noqa: A002  (the contract's name)
-) -> dict[str, Any]:
+def merge_adapter(base: str | None, adapter: str | Path, output_dir: str | Path, format: str = "hf") -> dict[str, Any]:
     """Write base + adapter as a plain checkpoint to ``output_dir``; verified, or not written.
 
     Args:

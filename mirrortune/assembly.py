@@ -63,14 +63,10 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     chosen = subsample(train_rows.table.num_rows, recipe.data.max_train_rows, recipe.train.seed)
     train_rows = Split(table=train_rows.table.take(pa.array(chosen)), source=train_rows.source)
     assert recipe.model.name is not None
-    source = find_model(
-        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
+    source = find_model(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(source)
     max_length = resolve_max_length(recipe.data.max_length, tokenizer, source.config)
-    train = encode_split(
-        train_rows, task, tokenizer, max_length=max_length, drop_blank=recipe.data.blank_text == "drop"
-    )
+    train = encode_split(train_rows, task, tokenizer, max_length=max_length, drop_blank=recipe.data.blank_text == "drop")
     validation = encode_split(validation_rows, task, tokenizer, max_length=max_length, drop_blank=False)
     for name, split in (("train", train), ("validation", validation)):
         reporter.note(f"  {describe_split(name, split, max_length)}")
@@ -109,9 +105,7 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
     metrics = recipe.task.metrics
     if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
         errors.append(
-            ConfigError(
-                "task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics)
-            )
+            ConfigError("task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics))
         )
     if errors:
         raise ConfigError.several(errors)
@@ -215,16 +209,12 @@ def resolve_precision(asked: str) -> str:
     return asked
 
 
-def _validation(
-    recipe: Recipe, data: DataSet, train_rows: Split, task: Task, reporter: Reporter
-) -> tuple[Split, Split]:
+def _validation(recipe: Recipe, data: DataSet, train_rows: Split, task: Task, reporter: Reporter) -> tuple[Split, Split]:
     found = data.find(recipe.data.validation_split)
     if found is not None and found is not train_rows:
         return train_rows, found
     targets = task.targets(train_rows.table, train_rows.source, allow_missing=False)
-    train, validation = set_aside(
-        train_rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets)
-    )
+    train, validation = set_aside(train_rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
     reporter.note(
         f"  no split '{recipe.data.validation_split}': {validation.table.num_rows:,} rows set aside for validation "
         f"(seed {recipe.train.seed}{', stratified' if task.strata(targets) is not None else ''})"

@@ -39,9 +39,13 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*=")
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE] [KEY.SUB=VALUE]...", help="A shipped recipe or YAML file, and settings over it.", show_default=False),
+    typer.Argument(
+        metavar="[RECIPE] [KEY.SUB=VALUE]...", help="A shipped recipe or YAML file, and settings over it.", show_default=False
+    ),
 ]
-Target = Annotated[str, typer.Argument(metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False)]
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
@@ -75,7 +79,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,  # noqa: FBT002
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         sys.stdout.write(f"mirrortune {__version__}\n")
@@ -125,7 +129,12 @@ def train(
 
     if dry_run:
         plan = commands.prepare(resolved, reporter, dry_run=True)
-        reporter.result(asdict(plan), [f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers besides the head's {plan.head_parameters:,}"])
+        reporter.result(
+            asdict(plan),
+            [
+                f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers besides the head's {plan.head_parameters:,}"
+            ],
+        )
         return
     result = commands.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
     reporter.result(asdict(result), _train_lines(result))
@@ -173,7 +182,9 @@ def merge(
         target, reporter, output_dir=output_dir, base=base, overwrite=overwrite, trust_remote_code=trust_remote_code
     )
     data = {"output_dir": output_dir, "format": "hf", "verification": asdict(verdict)}
-    reporter.result(data, [f"merged into {output_dir}, verified: {describe(verdict)}", "", f"score it: mirrortune eval {output_dir}"])
+    reporter.result(
+        data, [f"merged into {output_dir}, verified: {describe(verdict)}", "", f"score it: mirrortune eval {output_dir}"]
+    )
 
 
 def main() -> None:

@@ -219,7 +219,13 @@ def evaluate(target: str, recipe: Recipe, reporter: Reporter, *, split: str = "v
 
 
 def merge(
-    target: str, reporter: Reporter, *, output_dir: str, base: str | None = None, overwrite: bool = False, trust_remote_code: bool = False
+    target: str,
+    reporter: Reporter,
+    *,
+    output_dir: str,
+    base: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Merge a run's (or an adapter folder's) adapter into its base and write a plain, verified checkpoint.
 
@@ -307,9 +313,7 @@ def _finish_run(run: RunDirectory, job: Job, result: TrainResult, best_step: int
     }
     run.write_json("trainer_state.json", state)
     write_atomically(run.path / "curves.png", lambda path: draw_curves(events, path, job.task.selection_metric))
-    card = model_card.run_card(
-        run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml()
-    )
+    card = model_card.run_card(run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml())
     run.write_text("README.md", card)
 
 
@@ -320,7 +324,9 @@ def _check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     saved = resolve([read_recipe(str(run.recipe))]).recipe
     before, now = flatten(saved), flatten(recipe)
     differing = [
-        ConfigError(f"--resume: {key}", f"the run was started with {before.get(key)!r}, got {now.get(key)!r}", fix="Use the same settings")
+        ConfigError(
+            f"--resume: {key}", f"the run was started with {before.get(key)!r}, got {now.get(key)!r}", fix="Use the same settings"
+        )
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and key != "output_dir"
     ]

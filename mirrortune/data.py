@@ -92,9 +92,7 @@ def load_data(
     return _load_from_hub(path, config, revision, only)
 
 
-def set_aside(
-    split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None
-) -> tuple[Split, Split]:
+def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None) -> tuple[Split, Split]:
     """Cut validation rows from a training split, at random but the same for a seed, groups of ``strata`` in proportion.
 
     Args:
@@ -179,7 +177,9 @@ def _load_from_hub(path: str, config: str | None, revision: str | None, only: Se
     if used is not None and used != commit:
         # The library falls back to whatever it has cached when it cannot reach the Hub, whichever revision was asked for.
         raise HubError(
-            f"data set '{path}'", f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})", fix="Run prepare online"
+            f"data set '{path}'",
+            f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})",
+            fix="Run prepare online",
         )
     wanted = [n for n in loaded if not only or n in only]
     splits = {n: Split(table=_arrow(loaded[n]), source=f"{path} {n}") for n in wanted}

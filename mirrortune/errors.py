@@ -31,9 +31,7 @@ class MirrortuneError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, where: str, problem: str, *, allowed: str | None = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, where: str, problem: str, *, allowed: str | None = None, fix: str | None = None) -> None:
         self.where, self.problem, self.allowed, self.fix = where, problem, allowed, fix
         super().__init__(self.describe())
 
@@ -109,6 +107,4 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def unknown_name(where: str, kind: str, name: str, candidates: Iterable[str]) -> ConfigError:
     """The error for a name that is in no registry: says the nearest one and lists all."""
     names = sorted(candidates)
-    return ConfigError(
-        where, f"unknown {kind} '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names)
-    )
+    return ConfigError(where, f"unknown {kind} '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names))

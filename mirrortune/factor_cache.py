@@ -64,9 +64,7 @@ class FactorCache:
 
 def _rounded(factors: Factors, weight: Tensor) -> Factors:
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return Factors(
-        U=factors.U.to(dtype).contiguous(), S=factors.S.contiguous(), Vh=factors.Vh.to(dtype).contiguous()
-    )
+    return Factors(U=factors.U.to(dtype).contiguous(), S=factors.S.contiguous(), Vh=factors.Vh.to(dtype).contiguous())
 
 
 def _read(path: Path, weight: Tensor, rank: int) -> Factors | None:

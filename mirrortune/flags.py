@@ -37,7 +37,7 @@ class Flag:
         return self.key.replace(".", "__")
 
 
-def _flag(panel: str, names: str, key: str, kind: Any, help: str) -> Flag:  # noqa: A002
+def _flag(panel: str, names: str, key: str, kind: Any, help: str) -> Flag:
     return Flag(names=tuple(names.split()), key=key, kind=kind, help=help, panel=panel)
 
 
@@ -73,9 +73,7 @@ def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callabl
         own = inspect.signature(command)
         hints = get_type_hints(command, include_extras=True)
         parameters = [
-            p.replace(annotation=hints[p.name])
-            for p in own.parameters.values()
-            if p.kind is not inspect.Parameter.VAR_KEYWORD
+            p.replace(annotation=hints[p.name]) for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         parameters += [_parameter(flag) for flag in FLAGS if flag.key not in left_out]
         command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]

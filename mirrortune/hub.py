@@ -52,7 +52,7 @@ def hub_errors(where: str, *, flag: str) -> Iterator[None]:
         if explained is None:
             raise
         problem, fix = explained
-        raise HubError(where, problem, fix=fix.format(flag=flag, what=where.split(" '")[0])) from error
+        raise HubError(where, problem, fix=fix.format(flag=flag, what=where.split(" '", maxsplit=1)[0])) from error
 
 
 def resolve_commit(where: str, repository: str, revision: str | None, kind: str, flag: str) -> str:
@@ -83,7 +83,10 @@ def _explain(error: BaseException) -> tuple[str, str] | None:
         return f"the Hub answered HTTP {status}", "Try again later"
     for name in _NETWORK:
         if name in by_class:
-            return f"the connection failed ({name}: {_first_line(by_class[name])})", "Check the network and HF_ENDPOINT, then run the same command: finished files are kept"
+            return (
+                f"the connection failed ({name}: {_first_line(by_class[name])})",
+                "Check the network and HF_ENDPOINT, then run the same command: finished files are kept",
+            )
     if any("couldn't connect" in str(e).lower() or "offline" in str(e).lower() for e in chain):
         return _CAUSES["OfflineModeIsEnabled" if offline else "LocalEntryNotFoundError"]
     return None

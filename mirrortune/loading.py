@@ -41,15 +41,11 @@ def adapt_model(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any
         cache: factors.
         show_bar: (label, total) -> a context manager with ``advance``; over the layers.
     """
-    loaded = load_model(
-        job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id
-    )
+    loaded = load_model(job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id)
     book = FingerprintBook()
     with show_bar("singular value decompositions", len(job.plan.targets.layers)) as bar:
         cache.on_layer = bar.advance
-        attach(
-            loaded.model, job.spec, new_parameters=loaded.new_parameters, factor_source=cache, on_layer=book
-        )
+        attach(loaded.model, job.spec, new_parameters=loaded.new_parameters, factor_source=cache, on_layer=book)
     return loaded.model, book
 
 
@@ -140,7 +136,9 @@ def _plain_task(recipe: Recipe, data: DataSet, config: Any) -> Task:
     outputs, wanted = getattr(config, "num_labels", None), task.config_fields()["num_labels"]
     if outputs != wanted:
         raise ConfigError(
-            "task", f"the model has {outputs} outputs, the task has {wanted}", fix="Use the data it was trained for, or set task.labels"
+            "task",
+            f"the model has {outputs} outputs, the task has {wanted}",
+            fix="Use the data it was trained for, or set task.labels",
         )
     return task
 

@@ -75,9 +75,7 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
 
     commit = None if looks_like_path(location) else resolve_commit(name, location, revision, "model", "--model")
     with hub_errors(f"model '{name}'", flag="--model"), _quiet(), _load_errors(name):
-        config = AutoConfig.from_pretrained(
-            location, revision=commit or revision, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(location, revision=commit or revision, trust_remote_code=trust_remote_code)
     return ModelSource(
         name=name, location=location, revision=revision, commit=commit, trust_remote_code=trust_remote_code, config=config
     )
@@ -156,7 +154,7 @@ def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' own bars and warnings off: what they say (a new head) is part of our plan, in our words."""
+    """Transformers' own bars and warnings off: what they say (a new head) is part of our plan, in our words."""
     from transformers.utils import logging  # noqa: PLC0415
 
     level = logging.get_verbosity()

@@ -29,9 +29,7 @@ def build_optimizer(model: nn.Module, *, lr: float, head_lr: float, weight_decay
         ([p for n, p in plain.items() if n in head_names and p.ndim < 2], head_lr, 0.0),
         ([p for n, p in plain.items() if n in head_names and p.ndim >= 2], head_lr, weight_decay),
     ]
-    groups = [
-        {"params": params, "lr": peak, "peak_lr": peak, "weight_decay": decay} for params, peak, decay in wanted if params
-    ]
+    groups = [{"params": params, "lr": peak, "peak_lr": peak, "weight_decay": decay} for params, peak, decay in wanted if params]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
 
 

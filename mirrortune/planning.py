@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mirrortune.adapters.inject import AdapterSpec, Targets, build_core, check_spec, find_targets
 from mirrortune.adapters.factorize import resolve_rank
+from mirrortune.adapters.inject import AdapterSpec, Targets, build_core, check_spec, find_targets
 from mirrortune.adapters.spectral_linear import cheapest_strategy
 
 _MIB = 1024 * 1024

@@ -313,9 +313,7 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
     got = repr(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         names = list(_section_fields(path[:-1]))
-        return ConfigError(
-            where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names)
-        )
+        return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
     message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     near = ""
     if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):

@@ -32,9 +32,7 @@ for _tag, _pattern, _first in (
         "-+0123456789.",
     ),
 ):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first)
-    )
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
@@ -61,9 +59,7 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(
-            place, f"not valid YAML: {error.problem or error.context}", fix="Correct the line"
-        ) from error
+        raise ConfigError(place, f"not valid YAML: {error.problem or error.context}", fix="Correct the line") from error
     except yaml.YAMLError as error:
         raise ConfigError(source, f"not valid YAML: {error}", fix="Correct the file") from error
     finally:
@@ -105,10 +101,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], so
         return
     for key_node, value_node in node.value:
         place = f"{source}:{key_node.start_mark.line + 1}"
-        if (
-            not isinstance(key_node, yaml.ScalarNode)
-            or key_node.tag != "tag:yaml.org,2002:str"
-        ):
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
             raise ConfigError(place, f"a key must be text, got {key_node.value!r}", fix="Quote it")
         key_path = (*path, key_node.value)
         if key_path in lines:

@@ -59,9 +59,7 @@ def _read_parquet(path: Path, encoding: str) -> pa.Table:
     try:
         return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again"
-        ) from error
+        raise DataError(str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again") from error
 
 
 def _read_delimited(path: Path, encoding: str) -> pa.Table:
@@ -129,9 +127,7 @@ def _read_json_lines(path: Path, encoding: str) -> pa.Table:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}", f"not valid JSON ({error.msg})", allowed="one JSON object a line"
-            ) from error
+            raise DataError(f"{path}:{number}", f"not valid JSON ({error.msg})", allowed="one JSON object a line") from error
     return _from_objects(path, rows)
 
 

@@ -23,7 +23,7 @@ from mirrortune.atomic import write_atomically
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.locations import cache_folder
-from mirrortune.tasks import Task, Targets
+from mirrortune.tasks import Targets, Task
 
 IntArray = npt.NDArray[np.integer[Any]]
 # Part of the key: raise it when the same rows and tokenizer would give other tokens.

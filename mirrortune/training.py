@@ -126,15 +126,11 @@ class Trainer:
         self.task, self.tokenizer, self.train, self.validation = task, tokenizer, train, validation
         self.settings, self.run, self.progress = settings, run, progress
         self.accelerator, self.write_adapter_files = accelerator, write_adapter_files
-        self.global_batch_size = (
-            settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-        )
+        self.global_batch_size = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
         self.steps_per_epoch = math.ceil(len(train) / self.global_batch_size)
         planned = math.ceil(settings.epochs * self.steps_per_epoch)
         self.total_steps = min(planned, settings.max_steps or planned)
-        optimizer = build_optimizer(
-            model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay
-        )
+        optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model = model
         trained = {**adapter_parameters(model), **plain_parameters(model)}
         # Names from before wrapping: a checkpoint must not depend on how many processes wrote it.
@@ -267,9 +263,7 @@ class Trainer:
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             raise self._diverged(total, grad_norm)
         warmup = math.ceil(settings.warmup_ratio * self.total_steps)
-        factor = lr_factor(
-            state.global_step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule
-        )
+        factor = lr_factor(state.global_step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule)
         set_lr(self._torch_optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -87,9 +87,7 @@ def write_tiny_roberta(root: Path, model_id: str = "roberta-base") -> Path:
     folder = root / "models" / model_id
     folder.mkdir(parents=True)
     rng = random.Random(0)
-    sentences = [
-        " ".join(texts) for task in _TASKS.values() for texts, _ in map(task.rule, [rng] * 200)
-    ]
+    sentences = [" ".join(texts) for task in _TASKS.values() for texts, _ in map(task.rule, [rng] * 200)]
     bpe = ByteLevelBPETokenizer()
     special_tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe.train_from_iterator(sentences, vocab_size=400, special_tokens=special_tokens)
@@ -153,14 +151,8 @@ def _table(task: _Task, rng: random.Random, split: str, count: int) -> pa.Table:
         pa.array(labels, pa.int64() if task.classes else pa.float32()),
         pa.array(range(count), pa.int32()),
     ]
-    features: dict[str, Any] = {
-        column: {"dtype": "string", "_type": "Value"} for column in task.columns
-    }
-    features["label"] = (
-        {"names": task.classes, "_type": "ClassLabel"}
-        if task.classes
-        else {"dtype": "float32", "_type": "Value"}
-    )
+    features: dict[str, Any] = {column: {"dtype": "string", "_type": "Value"} for column in task.columns}
+    features["label"] = {"names": task.classes, "_type": "ClassLabel"} if task.classes else {"dtype": "float32", "_type": "Value"}
     features["idx"] = {"dtype": "int32", "_type": "Value"}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     return pa.table(arrays, names=list(features)).replace_schema_metadata(metadata)
@@ -174,10 +166,7 @@ def _card_info(name: str, task: _Task, tables: Mapping[str, pa.Table]) -> dict[s
     return {
         "config_name": name,
         "features": [{"name": column, "dtype": dtype} for column, dtype in dtypes.items()],
-        "splits": [
-            {"name": split, "num_bytes": table.nbytes, "num_examples": table.num_rows}
-            for split, table in tables.items()
-        ],
+        "splits": [{"name": split, "num_bytes": table.nbytes, "num_examples": table.num_rows} for split, table in tables.items()],
         "dataset_size": sum(table.nbytes for table in tables.values()),
     }
 

@@ -72,8 +72,7 @@ class _Repo:
     def info(self, *, gated: bool, with_blobs: bool) -> dict[str, object]:
         """Returns the description of the repository."""
         siblings: list[dict[str, object]] = [
-            {"rfilename": name}
-            | ({"blobId": self.blobs[name], "size": len(data)} if with_blobs else {})
+            {"rfilename": name} | ({"blobId": self.blobs[name], "size": len(data)} if with_blobs else {})
             for name, data in self.files.items()
         ]
         return {
@@ -263,9 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Type": "application/json", **(headers or {})}
         self._send(json.dumps(value).encode(), headers, status)
 
-    def _send(
-        self, body: bytes, headers: Mapping[str, str], status: HTTPStatus = HTTPStatus.OK
-    ) -> None:
+    def _send(self, body: bytes, headers: Mapping[str, str], status: HTTPStatus = HTTPStatus.OK) -> None:
         """Sends an answer, or breaks it off, and closes the connection."""
         self.close_connection = True
         dropped = self.hub.take_drop(self.command)

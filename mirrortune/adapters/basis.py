@@ -93,9 +93,7 @@ def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
     sketch = _sketch(factors, stored.probe_seed, stored.side).cpu()
     reference = stored.sketch.to(torch.float64)
     if sketch.shape != reference.shape:
-        raise VerificationError(
-            name, f"the adapter holds a basis of rank {reference.shape[1]}, got {sketch.shape[1]}"
-        )
+        raise VerificationError(name, f"the adapter holds a basis of rank {reference.shape[1]}, got {sketch.shape[1]}")
     signs = torch.where(sketch[0] * reference[0] < 0, -1.0, 1.0).to(torch.float64)
     distance = (sketch * signs - reference).abs()
     worst = int(distance.max(dim=0).values.argmax())
@@ -114,6 +112,6 @@ def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
 
 def _sketch(factors: Factors, seed: int, side: str) -> Tensor:
     # NumPy's legacy generator is frozen by its maintainers: the same seed gives the same probe in every version.
-    state = np.random.RandomState(seed)  # noqa: NPY002
+    state = np.random.RandomState(seed)
     vectors = {"output": [factors.U], "input": [factors.Vh.T], "both": [factors.U, factors.Vh.T]}[side]
     return torch.stack([torch.from_numpy(state.standard_normal(v.shape[0])).to(v) @ v for v in vectors])

@@ -40,9 +40,7 @@ class Core(nn.Module):
         """K z for every row of ``z`` (N, R), by the given coefficients; shape (N, R)."""
         raise NotImplementedError
 
-    def mix_backward(
-        self, z: Tensor, grad: Tensor, *coefficients: Tensor
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Gradients of ``(grad * mix(z, *coefficients)).sum()`` for z and each coefficient.
 
         This default recomputes ``mix`` under autograd, so a new core need not write a backward pass.
@@ -145,9 +143,7 @@ class Givens(Core):
         own, cross, partner = coefficients
         return own * z + cross * z.index_select(-1, partner)
 
-    def mix_backward(
-        self, z: Tensor, grad: Tensor, *coefficients: Tensor
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """See :class:`Core`; uses that ``partner`` is its own inverse."""
         own, cross, partner = coefficients
         grad_z = own * grad + (cross * grad).index_select(-1, partner)
@@ -158,7 +154,5 @@ class Givens(Core):
 
 def _checked_top_k(top_k: Any, rank: int) -> int:
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= rank:
-        raise ConfigError(
-            "adapter.options.scale_top_k", f"got {top_k!r}", allowed=f"0 to {rank}, or all"
-        )
+        raise ConfigError("adapter.options.scale_top_k", f"got {top_k!r}", allowed=f"0 to {rank}, or all")
     return top_k

@@ -40,9 +40,7 @@ class Factors:
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> Factors:
         """All three factors on ``device`` in ``dtype``."""
-        return Factors(
-            U=self.U.to(device, dtype), S=self.S.to(device, dtype), Vh=self.Vh.to(device, dtype)
-        )
+        return Factors(U=self.U.to(device, dtype), S=self.S.to(device, dtype), Vh=self.Vh.to(device, dtype))
 
 
 def resolve_rank(rank: int | Literal["full"], shape: tuple[int, int], where: str) -> int:
@@ -85,9 +83,7 @@ def factorize(weight: Tensor, rank: int | Literal["full"] = "full", *, name: str
     kept = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
     matrix = weight.detach().to(torch.float64)
     if not torch.isfinite(matrix).all():
-        raise DataError(
-            name, "the weight holds NaN or infinities", fix="Repair or replace the base checkpoint"
-        )
+        raise DataError(name, "the weight holds NaN or infinities", fix="Repair or replace the base checkpoint")
     U, S, Vh = _svd(matrix)
     U, S, Vh = U[:, :kept], S[:kept], Vh[:kept]
     signs = canonical_signs(U)

@@ -100,9 +100,7 @@ def check_spec(spec: AdapterSpec) -> None:
         ]
     else:
         core = CORES.get(chosen.core, "adapter.method")
-        checks: list[Callable[[], object]] = [
-            lambda: CORES.check_options(chosen.core or "", spec.options, "adapter.options")
-        ]
+        checks: list[Callable[[], object]] = [lambda: CORES.check_options(chosen.core or "", spec.options, "adapter.options")]
         if "pairs" in inspect.signature(core).parameters:
             checks.append(lambda: PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing"))
         elif spec.pairing:
@@ -131,9 +129,7 @@ def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[s
     prefix = _base_prefix(model)
     output = _output_embedding_ids(model)
     parameters = dict(model.named_parameters())
-    head = tuple(
-        name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output
-    )
+    head = tuple(name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output)
     candidates, skipped = _candidates(model, prefix, new, output)
     plain = _plain_parameters(parameters, spec.preset.plain, set(head))
     if spec.preset.core is None:
@@ -271,9 +267,7 @@ def _candidates(
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    attention = {
-        f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
-    }
+    attention = {f"{name}.out_proj" for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     found: dict[str, tuple[int, int]] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -293,9 +287,7 @@ def _candidates(
     return found, skipped
 
 
-def _plain_parameters(
-    parameters: dict[str, nn.Parameter], kind: str, head: set[str]
-) -> tuple[str, ...]:
+def _plain_parameters(parameters: dict[str, nn.Parameter], kind: str, head: set[str]) -> tuple[str, ...]:
     wanted = {"none": lambda n: False, "bias": lambda n: n.endswith("bias"), "all": lambda n: True}[kind]
     return tuple(name for name in parameters if name not in head and wanted(name))
 

@@ -41,9 +41,7 @@ class _SpectralProduct(torch.autograd.Function):
         z, U, Vh, *coefficients = ctx.saved_tensors
         dtype = _mixing_dtype(z)
         grad_mixed = grad_y.to(U.dtype) @ U  # (N, R)
-        grad_z, grad_coefficients = ctx.core.mix_backward(
-            z.to(dtype), grad_mixed.to(dtype), *coefficients
-        )
+        grad_z, grad_coefficients = ctx.core.mix_backward(z.to(dtype), grad_mixed.to(dtype), *coefficients)
         grad_x = grad_z.to(z.dtype) @ Vh if ctx.needs_input_grad[0] else None  # (N, I)
         return (grad_x, None, None, None, *grad_coefficients)
 
@@ -66,17 +64,13 @@ class SpectralLinear(nn.Module):
         ConfigError: if ``factored`` is asked for with fewer than min(O, I) directions.
     """
 
-    def __init__(
-        self, base_layer: nn.Linear, factors: Factors, core: Core, strategy: Strategy | None = None
-    ) -> None:
+    def __init__(self, base_layer: nn.Linear, factors: Factors, core: Core, strategy: Strategy | None = None) -> None:
         super().__init__()
         weight = base_layer.weight
         self.base_layer = base_layer.requires_grad_(False)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.rank = factors.rank
-        self.strategy = strategy or cheapest_strategy(
-            self.out_features, self.in_features, self.rank, weight.dtype
-        )
+        self.strategy = strategy or cheapest_strategy(self.out_features, self.in_features, self.rank, weight.dtype)
         if self.strategy == "factored" and self.rank < min(self.out_features, self.in_features):
             raise ConfigError(
                 "adapter.strategy",
@@ -112,9 +106,7 @@ class SpectralLinear(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else U.dtype
         with torch.autocast(x.device.type, enabled=False):
-            product = _SpectralProduct.apply(
-                rows.to(dtype), U.to(dtype), Vh.to(dtype), self.core, *coefficients
-            )
+            product = _SpectralProduct.apply(rows.to(dtype), U.to(dtype), Vh.to(dtype), self.core, *coefficients)
         product = product.reshape(*x.shape[:-1], self.out_features)
         if delta:
             return self.base_layer(x) + product
