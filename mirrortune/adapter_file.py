@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter on disk: ``adapter.safetensors`` holds every trained number and the basis sketches, ``adapter.json`` everything else.
+"""The adapter on disk: ``adapter.safetensors`` holds every trained number and the basis sketches, ``adapter.json``
+everything else.
 
-Loading trusts neither: the tensor file must have the recorded hash, every adapted weight of the base must have the recorded hash,
-and every basis must align with its sketch. What fails is refused with the layer's name.
+Loading trusts neither: the tensor file must have the recorded hash, every adapted weight of the base must have the
+recorded hash, and every basis must align with its sketch. What fails is refused with the layer's name.
 
-Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters; ``sketch.<layer>``
-(1 or 2, R) float32; ``pairs.<layer>`` (P, 2) int32 where the pairing is not a function of the rank alone.
+Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
+``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (P, 2) int32 where the pairing is not a function of the rank
+alone.
 """
 
 from __future__ import annotations
@@ -132,7 +134,9 @@ def read_adapter(folder: Path) -> AdapterFile:
     try:
         data = (folder / _TENSORS).read_bytes()
     except OSError as error:
-        raise VerificationError(str(folder / _TENSORS), "missing or unreadable", fix="Restore the adapter folder") from error
+        raise VerificationError(
+            str(folder / _TENSORS), "missing or unreadable", fix="Restore the adapter folder"
+        ) from error
     if hashlib.sha256(data).hexdigest() != description.get("tensors_sha256"):
         raise VerificationError(
             str(folder / _TENSORS), "damaged: its hash is not the one in adapter.json", fix="Restore the adapter folder"
@@ -178,7 +182,8 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
         The fingerprints, for saving again.
 
     Raises:
-        VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's name.
+        VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's
+            name.
     """
     modules = dict(model.named_modules())
     for name, shape in adapter.shapes.items():
@@ -186,7 +191,9 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
         if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
             found = tuple(weight.shape) if isinstance(weight, Tensor) else "no such layer"
             raise VerificationError(
-                name, f"the adapter was made for a weight of shape {shape}, the base has {found}", fix="Use its own base model"
+                name,
+                f"the adapter was made for a weight of shape {shape}, the base has {found}",
+                fix="Use its own base model",
             )
 
     def checked(name: str, weight: Tensor, rank: int) -> Factors:
@@ -197,7 +204,7 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
             raise VerificationError(
                 name,
                 "the base weight is not the one that the adapter was trained on",
-                allowed=f"{adapter.base.get('name')} at commit {adapter.base.get('commit') or 'unknown'}, in {adapter.base.get('dtype')}",
+                allowed="{name} at commit {commit}, in {dtype}".format_map({"commit": "unknown", **adapter.base}),
                 fix="Load that base; an adapter of another base turns the wrong directions",
             )
         return align(source(name, weight, rank), stored, name)
@@ -236,8 +243,8 @@ def restore_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) ->
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    cores = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
-    return cores | {f"param.{n}": p for n, p in plain_parameters(model).items()}
+    tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
+    return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
 
 
 def _basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, Tensor]:
@@ -252,7 +259,8 @@ def _basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> di
 
 
 def _derived_pairs(spec: AdapterSpec, rank: int) -> Tensor:
-    # Drawn for a layer name that no layer has: equal to a layer's own pairs only when the pairing ignores its generator.
+    # Drawn for a layer name that no layer has: equal to a layer's own pairs only when the pairing ignores its
+    # generator.
     return make_pairs(spec, rank, "")
 
 

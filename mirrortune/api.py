@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python interface, for a notebook, the transformers Trainer, TRL or any torch loop. All change the model in place."""
+"""The Python interface, for a notebook, the transformers Trainer, TRL or any torch loop. All change the model in
+place.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def attach(
     Raises:
         ConfigError: an unknown name, a rank that does not fit, or no matching layer.
     """
-    spec = AdapterSpec(method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options)
+    spec = AdapterSpec(
+        method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options
+    )
     book = FingerprintBook()
     inject.attach(model, spec, factor_source=FactorCache(), on_layer=book)
     _remember(model, book)
@@ -104,7 +108,9 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What the adapter file says of a base model that the caller loaded: name, commit, dtype and class, where they are known."""
+    """What the adapter file says of a base model that the caller loaded: name, commit, dtype and class, where they are
+    known.
+    """
     config = getattr(model, "config", None)
     return {
         "name": getattr(config, "_name_or_path", None) or None,

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe to the parts of a run: model source, task, encoded splits, plan. The one place that unpacks a Recipe."""
+"""From a recipe to the parts of a run: model source, task, encoded splits, plan. The one place that unpacks a
+Recipe.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,8 @@ class Job:
 def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     """Check a recipe against its data and model, tokenise, and plan.
 
-    The data is looked at before the model's files, and weights are not touched at all: what can be wrong is found first.
+    The data is looked at before the model's files, and weights are not touched at all: what can be wrong is found
+    first.
 
     Raises:
         ConfigError, DataError, HubError, ResourceError: see the parts.
@@ -63,10 +67,14 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     chosen = subsample(train_rows.table.num_rows, recipe.data.max_train_rows, recipe.train.seed)
     train_rows = Split(table=train_rows.table.take(pa.array(chosen)), source=train_rows.source)
     assert recipe.model.name is not None
-    source = find_model(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    source = find_model(
+        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
     tokenizer = load_tokenizer(source)
     max_length = resolve_max_length(recipe.data.max_length, tokenizer, source.config)
-    train = encode_split(train_rows, task, tokenizer, max_length=max_length, drop_blank=recipe.data.blank_text == "drop")
+    train = encode_split(
+        train_rows, task, tokenizer, max_length=max_length, drop_blank=recipe.data.blank_text == "drop"
+    )
     validation = encode_split(validation_rows, task, tokenizer, max_length=max_length, drop_blank=False)
     for name, split in (("train", train), ("validation", validation)):
         reporter.note(f"  {describe_split(name, split, max_length)}")
@@ -97,7 +105,9 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
     for key, (value, fix) in required.items():
         if value is None:
             errors.append(ConfigError(key, "it is not set", fix=fix))
-    for check in (lambda: check_spec(spec), lambda: recipe.task.kind and task_class(recipe.task.kind)):
+    kind = recipe.task.kind
+    checks: list[Callable[[], object]] = [lambda: check_spec(spec), lambda: kind and task_class(kind)]
+    for check in checks:
         try:
             check()
         except ConfigError as error:
@@ -105,7 +115,9 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
     metrics = recipe.task.metrics
     if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
         errors.append(
-            ConfigError("task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics))
+            ConfigError(
+                "task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics)
+            )
         )
     if errors:
         raise ConfigError.several(errors)
@@ -184,7 +196,8 @@ def run_name(recipe: Recipe, recipe_name: str | None) -> str:
 
 def describe_split(name: str, split: Encoded, max_length: int) -> str:
     """Rows, lengths and what was cut or left out of one split."""
-    text = f"{name}: {len(split):,} rows, {int(np.median(split.lengths))} tokens (median), {int(split.lengths.max())} at most"
+    median, longest = int(np.median(split.lengths)), int(split.lengths.max())
+    text = f"{name}: {len(split):,} rows, {median} tokens (median), {longest} at most"
     if split.num_truncated:
         text += f"; {split.num_truncated} truncated to {max_length}"
     if split.num_empty:
@@ -209,7 +222,9 @@ def resolve_precision(asked: str) -> str:
     return asked
 
 
-def _validation(recipe: Recipe, data: DataSet, train_rows: Split, task: Task, reporter: Reporter) -> tuple[Split, Split]:
+def _validation(
+    recipe: Recipe, data: DataSet, train_rows: Split, task: Task, reporter: Reporter
+) -> tuple[Split, Split]:
     found = data.find(recipe.data.validation_split)
     if found is not None and found is not train_rows:
         return train_rows, found

@@ -34,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, optional: boo
         temporary = Path(name)
         write(temporary)
         _sync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         if not optional:
@@ -45,7 +45,8 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, optional: boo
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a temporary folder beside ``folder`` and rename it to ``folder``, replacing one that is there.
+    """Call ``write`` with a temporary folder beside ``folder`` and rename it to ``folder``, replacing one that is
+    there.
 
     Raises:
         ResourceError: if it cannot be written; an old ``folder`` is as it was.
@@ -54,7 +55,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        os.chmod(temporary, 0o777 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
         write(temporary)
         for file in temporary.rglob("*"):
             if file.is_file():

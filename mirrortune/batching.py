@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows form which batch, as pure functions of lengths, seed and epoch; and padding to the longest row of a batch.
 
-The unit is the *global batch*: the rows of one optimizer step over all ranks and accumulation steps. It is drawn without regard
-to how it will be cut, so 1 x 8, 2 x 4 and 8 x 1 (micro-batch x accumulation), on one process or two, step through the same rows.
+The unit is the *global batch*: the rows of one optimizer step over all ranks and accumulation steps. It is drawn
+without regard to how it will be cut, so 1 x 8, 2 x 4 and 8 x 1 (micro-batch x accumulation), on one process or two,
+step through the same rows.
 """
 
 from __future__ import annotations

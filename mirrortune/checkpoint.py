@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The run directory: names of its files, the append-only event log, and checkpoints from which a run continues exactly.
 
-A checkpoint is a folder ``checkpoints/step-000500`` with the adapter, ``training.safetensors`` (optimizer moments and random
-states) and ``state.json``; it is written under a temporary name and renamed last. No pickle anywhere.
+A checkpoint is a folder ``checkpoints/step-000500`` with the adapter, ``training.safetensors`` (optimizer moments and
+random states) and ``state.json``; it is written under a temporary name and renamed last. No pickle anywhere.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class RunDirectory:
                 fix="Continue it with --resume, choose another with -o, or replace it with --overwrite",
             )
         if not self.recipe.is_file():
-            raise ConfigError("--overwrite", f"{self.path} is no run of ours and is left alone", fix="Choose another with -o")
+            raise ConfigError(
+                "--overwrite", f"{self.path} is no run of ours and is left alone", fix="Choose another with -o"
+            )
 
     def create(self) -> None:
         """Make the folder anew; what :meth:`check` allowed to be overwritten is removed."""
@@ -166,14 +168,17 @@ class RunDirectory:
         folder = self.checkpoint(global_step)
         try:
             described = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            version, kind, internal, gauss = described.pop("format_version"), *described.pop("python_random")
+            version = described.pop("format_version")
+            kind, internal, gauss = described.pop("python_random")
             if version != STATE_VERSION:
                 raise ValueError(f"format version {version}")
             random.setstate((kind, tuple(internal), gauss))
             return LoopState(**described), load_file(folder / "training.safetensors")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise VerificationError(
-                str(folder), f"damaged checkpoint ({error})", fix=f"Delete {folder.name} to continue from an earlier one"
+                str(folder),
+                f"damaged checkpoint ({error})",
+                fix=f"Delete {folder.name} to continue from an earlier one",
             ) from error
 
     def publish_adapter(self, step: int) -> None:

@@ -40,11 +40,16 @@ _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*=")
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RECIPE] [KEY.SUB=VALUE]...", help="A shipped recipe or YAML file, and settings over it.", show_default=False
+        metavar="[RECIPE] [KEY.SUB=VALUE]...",
+        help="A shipped recipe or YAML file, and settings over it.",
+        show_default=False,
     ),
 ]
 Target = Annotated[
-    str, typer.Argument(metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
@@ -183,7 +188,8 @@ def merge(
     )
     data = {"output_dir": output_dir, "format": "hf", "verification": asdict(verdict)}
     reporter.result(
-        data, [f"merged into {output_dir}, verified: {describe(verdict)}", "", f"score it: mirrortune eval {output_dir}"]
+        data,
+        [f"merged into {output_dir}, verified: {describe(verdict)}", "", f"score it: mirrortune eval {output_dir}"],
     )
 
 
@@ -205,7 +211,9 @@ def _resolve(
     overrides = [w for w in words or [] if _OVERRIDE.match(w)]
     names = [w for w in words or [] if not _OVERRIDE.match(w)]
     if len(names) > 1:
-        raise ConfigError("arguments", f"one recipe at most, got {', '.join(names)}", fix="Settings are written key.sub=value")
+        raise ConfigError(
+            "arguments", f"one recipe at most, got {', '.join(names)}", fix="Settings are written key.sub=value"
+        )
     kinds = recipe.task_kinds()
     layers = [beneath] if beneath else []
     flags = given_flags(given)

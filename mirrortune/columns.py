@@ -54,7 +54,9 @@ def choose_columns(
         notes.append(f"label column '{label}' (detected; --label-column to change)")
     if not text:
         text = _detect_text(table, label, source)
-        notes.append(f"text column{'s' * (len(text) > 1)} {', '.join(map(repr, text))} (detected; --text-column to change)")
+        notes.append(
+            f"text column{'s' * (len(text) > 1)} {', '.join(map(repr, text))} (detected; --text-column to change)"
+        )
     if len(text) > 2:
         raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
     for column in text:
@@ -66,12 +68,12 @@ def _detect_label(table: pa.Table, text: Sequence[str] | None, source: str) -> s
     names = [n for n in table.column_names if n not in (text or ())]
     by_name = [n for wanted in _LABEL_NAMES for n in names if n.lower() == wanted]
     if by_name:
-        return by_name[0]
+        return str(by_name[0])
     if text and len(names) == 1:
-        return names[0]
+        return str(names[0])
     texts = [n for n in names if n.lower() in _TEXT_NAMES]
     if len(names) == 2 and len(texts) == 1:
-        return next(n for n in names if n not in texts)
+        return str(next(n for n in names if n not in texts))
     raise DataError(
         source,
         "no column looks like a label",

@@ -134,7 +134,9 @@ def train(
     for line in job.plan.lines():
         reporter.note(line)
     count = accelerator.num_processes
-    reporter.note(f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}; writing to {run.path}")
+    reporter.note(
+        f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}; writing to {run.path}"
+    )
     if accelerator.is_main_process and not resume:
         run.create()
         run.write_text(run.recipe.name, recipe.to_yaml())
@@ -144,7 +146,9 @@ def train(
     # Ranks share one factorisation: the main process fills the cache, the others read it.
     with accelerator.main_process_first():
         model, book = adapt_model(job, FactorCache(), reporter.bar)
-    _seed(recipe.train.seed + 1 + accelerator.process_index)  # dropout: the same from a cold and a warm cache, other on each rank
+    _seed(
+        recipe.train.seed + 1 + accelerator.process_index
+    )  # dropout: the same from a cold and a warm cache, other on each rank
     result, best_step = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     if accelerator.is_main_process:
         _finish_run(run, job, result, best_step)
@@ -152,7 +156,14 @@ def train(
 
 
 def _fit(
-    job: Job, model: nn.Module, book: FingerprintBook, run: RunDirectory, accelerator: Any, reporter: Reporter, *, resume: bool
+    job: Job,
+    model: nn.Module,
+    book: FingerprintBook,
+    run: RunDirectory,
+    accelerator: Any,
+    reporter: Reporter,
+    *,
+    resume: bool,
 ) -> tuple[TrainResult, int]:
     def write_adapter_files(folder: Path) -> int:
         extra = {"max_length": job.max_length}
@@ -192,8 +203,8 @@ def evaluate(target: str, recipe: Recipe, reporter: Reporter, *, split: str = "v
 
     Args:
         target: what to score; a folder or a Hub id.
-        recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain model the
-            task too.
+        recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain
+            model the task too.
         reporter: is told.
         split: ``train``, ``validation``, ``test``, or a data set's own name for a split.
     """
@@ -239,7 +250,9 @@ def merge(
     """
     folder = find_adapter(target)
     if folder is None:
-        raise ConfigError("merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote")
+        raise ConfigError(
+            "merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote"
+        )
     adapter = read_adapter(folder)
     reporter.note(f"merging {folder} into {base or adapter.base.get('name')}")
     recipe_file = folder.parent / "recipe.yaml"
@@ -313,7 +326,9 @@ def _finish_run(run: RunDirectory, job: Job, result: TrainResult, best_step: int
     }
     run.write_json("trainer_state.json", state)
     write_atomically(run.path / "curves.png", lambda path: draw_curves(events, path, job.task.selection_metric))
-    card = model_card.run_card(run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml())
+    card = model_card.run_card(
+        run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml()
+    )
     run.write_text("README.md", card)
 
 
@@ -325,7 +340,9 @@ def _check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     before, now = flatten(saved), flatten(recipe)
     differing = [
         ConfigError(
-            f"--resume: {key}", f"the run was started with {before.get(key)!r}, got {now.get(key)!r}", fix="Use the same settings"
+            f"--resume: {key}",
+            f"the run was started with {before.get(key)!r}, got {now.get(key)!r}",
+            fix="Use the same settings",
         )
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and key != "output_dir"

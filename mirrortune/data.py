@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a data set (file, folder or Hub id), reads its splits and, where there is none, sets rows aside for validation."""
+"""Finds a data set (file, folder or Hub id), reads its splits and, where there is none, sets rows aside for
+validation.
+"""
 
 from __future__ import annotations
 
@@ -64,12 +66,18 @@ class DataSet:
 
 
 def load_data(
-    path: str, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8", only: Sequence[str] = ()
+    path: str,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    encoding: str = "utf-8",
+    only: Sequence[str] = (),
 ) -> DataSet:
     """Read a data set.
 
     Args:
-        path: a file; a folder with train/validation/test files; ``shipped:NAME`` for data inside this package; or a Hub id.
+        path: a file; a folder with train/validation/test files; ``shipped:NAME`` for data inside this package; or a Hub
+            id.
         config: the Hub data set's configuration (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
         encoding: of local text files.
@@ -80,10 +88,8 @@ def load_data(
         ConfigError: a configuration or revision for local data.
         HubError: whatever the Hub refused.
     """
-    if path.startswith("shipped:"):
-        local = shipped_folder() / path.removeprefix("shipped:")
-    else:
-        local = Path(path).expanduser()
+    is_shipped = path.startswith("shipped:")
+    local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else Path(path).expanduser()
     if local.is_file() or local.is_dir() or looks_like_path(path):
         for key, value in (("data.config", config), ("data.revision", revision)):
             if value is not None:
@@ -175,7 +181,8 @@ def _load_from_hub(path: str, config: str | None, revision: str | None, only: Se
             raise DataError(f"data set '{path}'", _first_sentence(error.__cause__ or error)) from error
     used = _cached_commit(loaded)
     if used is not None and used != commit:
-        # The library falls back to whatever it has cached when it cannot reach the Hub, whichever revision was asked for.
+        # The library falls back to whatever it has cached when it cannot reach the Hub, whichever revision was asked
+        # for.
         raise HubError(
             f"data set '{path}'",
             f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})",

@@ -3,8 +3,8 @@
 
     MirrortuneError              1  (never raised itself; anything else that escapes is a bug)
     +-- ConfigError              2  usage, recipe, flags
-    +-- DivergedError            2  the loss became NaN or infinite (a setting or the data; never a bug of the caller's code)
-    +-- DataError                3  files, columns, labels
+    +-- DivergedError            2  the loss became NaN or infinite (a setting or the data; never a bug of the caller's
+    code) +-- DataError                3  files, columns, labels
     +-- ResourceError            4  will not fit: memory, disk, wrong hardware
     +-- VerificationError        5  a merge or an adapter's basis failed its check
     +-- HubError                 6  network, Hub, authentication
@@ -90,7 +90,7 @@ class HubError(MirrortuneError):
     exit_code = 6
 
 
-class InterruptedRun(MirrortuneError):
+class InterruptedRun(MirrortuneError):  # noqa: N818  (nothing went wrong)
     """A signal stopped the run after its checkpoint was written; ``exit_code`` is 128 + the signal's number."""
 
     def __init__(self, where: str, problem: str, *, signal_number: int, fix: str) -> None:

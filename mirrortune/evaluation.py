@@ -49,6 +49,10 @@ def evaluate_split(
 
     Args:
         model: on the accelerator's device, not wrapped for distribution: ranks may have unequal numbers of batches.
+        task: metrics, loss and predictions.
+        encoded: the rows.
+        tokenizer: pads batches.
+        accelerator: accelerate's; says which rank this is.
         batch_size: rows per process and batch.
         source: the split's name, for messages.
         on_batch: called with the number of rows after each batch.

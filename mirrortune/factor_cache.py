@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Factors on disk, addressed by the content of the weight: a second run on the same model factorises nothing.
 
-One file for each (weight bytes, dtype, rank, algorithm version), shared by every run, recipe and model that holds that weight.
-U and Vh are stored in float32 (the precision in which cores are trained; float64 for float64 weights), S in float64.
+One file for each (weight bytes, dtype, rank, algorithm version), shared by every run, recipe and model that holds that
+weight. U and Vh are stored in float32 (the precision in which cores are trained; float64 for float64 weights), S in
+float64.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from mirrortune.adapters.factorize import FACTORIZE_VERSION, Factors, factorize
 from mirrortune.atomic import write_atomically
 from mirrortune.locations import cache_folder
 
-# A cached decomposition must reproduce the weight on random vectors to this relative error (float32 storage gives about 1e-7).
+# A cached decomposition must reproduce the weight on random vectors to this relative error (float32 storage gives about
+# 1e-7).
 _PROBE_TOLERANCE = 1e-5
 
 

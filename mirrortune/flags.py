@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that set recipe values: one table from which both the commands' signatures and the recipe's top layer are made."""
+"""The flags that set recipe values: one table from which both the commands' signatures and the recipe's top layer are
+made.
+"""
 
 from __future__ import annotations
 
@@ -67,13 +69,17 @@ FLAGS: tuple[Flag, ...] = (
 
 
 def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: replace a command's ``**given`` by a parameter for every flag of the table, less the keys ``left_out``."""
+    """Decorator: replace a command's ``**given`` by a parameter for every flag of the table, less the keys
+    ``left_out``.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command)
         hints = get_type_hints(command, include_extras=True)
         parameters = [
-            p.replace(annotation=hints[p.name]) for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+            p.replace(annotation=hints[p.name])
+            for p in own.parameters.values()
+            if p.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         parameters += [_parameter(flag) for flag in FLAGS if flag.key not in left_out]
         command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -90,7 +96,10 @@ def given_flags(values: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         value = values.get(flag.parameter)
         if value is None or value == [] or value is False:
             continue
-        found[flag.key] = (flag.names[0], strict_yaml.parse_scalar(value, flag.names[0]) if flag.kind == "yaml" else value)
+        found[flag.key] = (
+            flag.names[0],
+            strict_yaml.parse_scalar(value, flag.names[0]) if flag.kind == "yaml" else value,
+        )
     return found
 
 
@@ -98,7 +107,7 @@ def _parameter(flag: Flag) -> inspect.Parameter:
     kind = str if flag.kind == "yaml" else flag.kind
     metavar = {"yaml": "full|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
     options = {"metavar": metavar} if metavar else {"is_flag": True}
-    option = typer.Option(*flag.names, help=flag.help, rich_help_panel=flag.panel, show_default=False, **options)  # type: ignore[call-overload]
+    option = typer.Option(*flag.names, help=flag.help, rich_help_panel=flag.panel, show_default=False, **options)
     return inspect.Parameter(
         flag.parameter,
         inspect.Parameter.KEYWORD_ONLY,

@@ -27,12 +27,23 @@ _CAUSES: dict[str, tuple[str, str]] = {
     "RevisionNotFoundError": ("no such revision", "Check --revision"),
     "RemoteEntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
     "EntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
-    "OfflineModeIsEnabled": ("not in the local cache, and HF_HUB_OFFLINE forbids the network", "Run prepare online first"),
-    "LocalEntryNotFoundError": ("not in the local cache, and the Hub cannot be reached", "Check the network and HF_ENDPOINT"),
+    "OfflineModeIsEnabled": (
+        "not in the local cache, and HF_HUB_OFFLINE forbids the network",
+        "Run prepare online first",
+    ),
+    "LocalEntryNotFoundError": (
+        "not in the local cache, and the Hub cannot be reached",
+        "Check the network and HF_ENDPOINT",
+    ),
 }
-_NETWORK = ("RevisionResolutionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "RemoteProtocolError", "ConnectionError",
-            "ProtocolError", "ChunkedEncodingError", "IncompleteRead", "ClientConnectorError", "ServerDisconnectedError",
-            "ClientPayloadError", "TimeoutException", "FSTimeoutError", "TransportError", "NetworkError", "WriteError")  # fmt: skip
+# fmt: off
+_NETWORK = frozenset((
+    "RevisionResolutionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "WriteError",
+    "RemoteProtocolError", "ProtocolError", "ConnectionError", "ChunkedEncodingError", "IncompleteRead",
+    "ClientConnectorError", "ServerDisconnectedError", "ClientPayloadError", "TimeoutException", "FSTimeoutError",
+    "TransportError", "NetworkError",
+))
+# fmt: on
 
 
 @contextmanager
@@ -56,10 +67,11 @@ def hub_errors(where: str, *, flag: str) -> Iterator[None]:
 
 
 def resolve_commit(where: str, repository: str, revision: str | None, kind: str, flag: str) -> str:
-    """The commit that ``revision`` of a Hub repository points to, from the Hub or, where it cannot be asked, the local cache.
+    """The commit that ``revision`` of a Hub repository points to, from the Hub or, where it cannot be asked, the local
+    cache.
 
-    Asked once: every later call names the commit, so that a run never mixes two states of a repository, and files that are
-    cached are used without asking again.
+    Asked once: every later call names the commit, so that a run never mixes two states of a repository, and files that
+    are cached are used without asking again.
     """
     import huggingface_hub  # noqa: PLC0415
 
@@ -81,12 +93,12 @@ def _explain(error: BaseException) -> tuple[str, str] | None:
         return f"access denied (HTTP {status})", "Set HF_TOKEN to a token that may read it"
     if status is not None:
         return f"the Hub answered HTTP {status}", "Try again later"
-    for name in _NETWORK:
-        if name in by_class:
-            return (
-                f"the connection failed ({name}: {_first_line(by_class[name])})",
-                "Check the network and HF_ENDPOINT, then run the same command: finished files are kept",
-            )
+    failed = next((name for name in by_class if name in _NETWORK), None)
+    if failed is not None:
+        return (
+            f"the connection failed ({failed}: {_first_line(by_class[failed])})",
+            "Check the network and HF_ENDPOINT, then run the same command again: finished files are kept",
+        )
     if any("couldn't connect" in str(e).lower() or "offline" in str(e).lower() for e in chain):
         return _CAUSES["OfflineModeIsEnabled" if offline else "LocalEntryNotFoundError"]
     return None

@@ -41,7 +41,9 @@ def adapt_model(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any
         cache: factors.
         show_bar: (label, total) -> a context manager with ``advance``; over the layers.
     """
-    loaded = load_model(job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id)
+    loaded = load_model(
+        job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id
+    )
     book = FingerprintBook()
     with show_bar("singular value decompositions", len(job.plan.targets.layers)) as bar:
         cache.on_layer = bar.advance
@@ -72,7 +74,9 @@ def find_adapter(target: str) -> Path | None:
     if (path / "adapter").is_dir():
         return path / "adapter"
     if (path / "checkpoints").is_dir():
-        raise ConfigError(target, "this run has not finished, it has no adapter yet", fix="Continue it: train ... --resume")
+        raise ConfigError(
+            target, "this run has not finished, it has no adapter yet", fix="Continue it: train ... --resume"
+        )
     return None
 
 

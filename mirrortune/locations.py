@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are: our cache, the recipes inside the package, weights inside installed packages, and what is a path at all."""
+"""Where things are: our cache, the recipes inside the package, weights inside installed packages, and what is a path at
+all.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def cache_folder() -> Path:
-    """Our cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``)."""
+    """Our cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder (``XDG_CACHE_HOME`` or
+    ``~/.cache``).
+    """
     chosen = os.environ.get("MIRRORTUNE_CACHE")
     if chosen:
         return Path(chosen).expanduser()

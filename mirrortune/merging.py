@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes base + adapter as a plain transformers checkpoint, and believes nothing until it has reopened what it wrote.
 
-Weights are added in float64 and rounded once to the base's stored dtype. The result is written under a temporary name, opened with
-transformers alone, compared tensor by tensor with a float64 reference and by logits with base + adapter, and only then renamed.
+Weights are added in float64 and rounded once to the base's stored dtype. The result is written under a temporary name,
+opened with transformers alone, compared tensor by tensor with a float64 reference and by logits with base + adapter,
+and only then renamed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Verification:
     Attributes:
         max_abs_logit_error: largest difference of a logit between the reopened model and base + adapter, on the probes.
         max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
-        tolerance: allowed logit error: 1e-4 of the largest logit (at least of 1) in float32; 8 roundings of the dtype in 16 bits.
+        tolerance: allowed logit error: 1e-4 of the largest logit (at least of 1) in float32; 8 roundings of the dtype
+            in 16 bits.
         weight_tolerance: allowed weight error: one rounding of the stored dtype.
         changed_tensors: tensors that are not adapted and yet differ from the base.
         passed: everything within tolerance and nothing else changed.
@@ -77,7 +79,8 @@ def merge_folder(
 
     Raises:
         ConfigError: ``output_dir`` is not empty, or the base cannot be found.
-        VerificationError: the base or basis is not the adapter's, or the written checkpoint is out of tolerance (it is removed).
+        VerificationError: the base or basis is not the adapter's, or the written checkpoint is out of tolerance (it is
+            removed).
     """
     adapter = read_adapter(adapter_folder)
     _check_output(output_dir, overwrite=overwrite)
@@ -119,7 +122,9 @@ def merge_folder(
 def load_adapted(
     adapter: AdapterFile, source: ModelSource, task: Task | None, pad_token_id: int | None, factor_source: FactorSource
 ) -> nn.Module:
-    """The base model that the adapter names, in the dtype it was trained on, with the adapter attached; in evaluation mode."""
+    """The base model that the adapter names, in the dtype it was trained on, with the adapter attached; in evaluation
+    mode.
+    """
     dtype = DTYPES[adapter.base["dtype"]]
     loaded = load_model(source, adapter.base["auto_class"], _config_fields(task), dtype, pad_token_id)
     load_into(loaded.model, adapter, factor_source)
@@ -204,7 +209,11 @@ def _check_output(output_dir: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(
-            str(output_dir), "the output directory is not empty", fix="Choose another with -o, or replace it with --overwrite"
+            str(output_dir),
+            "the output directory is not empty",
+            fix="Choose another with -o, or replace it with --overwrite",
         )
     if not (output_dir / "merge.json").is_file():
-        raise ConfigError("--overwrite", f"{output_dir} is no merge of ours and is left alone", fix="Choose another with -o")
+        raise ConfigError(
+            "--overwrite", f"{output_dir} is no merge of ours and is left alone", fix="Choose another with -o"
+        )

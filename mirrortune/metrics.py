@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics by the names that GLUE and its successors use, computed by scikit-learn and SciPy; nothing is fetched at run time."""
+"""Metrics by the names that GLUE and its successors use, computed by scikit-learn and SciPy; nothing is fetched at run
+time.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads configuration, tokenizer and model by transformers' Auto classes, from the Hub, a folder or an installed package.
+"""Loads configuration, tokenizer and model by transformers' Auto classes, from the Hub, a folder or an installed
+package.
 
 No model family is named here. What the checkpoint did not fill (``new_parameters``) is the task head.
 """
@@ -77,7 +78,12 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     with hub_errors(f"model '{name}'", flag="--model"), _quiet(), _load_errors(name):
         config = AutoConfig.from_pretrained(location, revision=commit or revision, trust_remote_code=trust_remote_code)
     return ModelSource(
-        name=name, location=location, revision=revision, commit=commit, trust_remote_code=trust_remote_code, config=config
+        name=name,
+        location=location,
+        revision=revision,
+        commit=commit,
+        trust_remote_code=trust_remote_code,
+        config=config,
     )
 
 
@@ -95,7 +101,9 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights: the one asked for; for ``"auto"`` the stored one, float16 becoming float32 on a CPU."""
+    """The dtype of the base weights: the one asked for; for ``"auto"`` the stored one, float16 becoming float32 on a
+    CPU.
+    """
     if asked != "auto":
         return DTYPES[asked]
     stored = getattr(config, "dtype", None) or torch.float32
@@ -158,8 +166,8 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging  # noqa: PLC0415
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -175,7 +183,9 @@ def _load_errors(name: str) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         text = str(error).strip().split("\n")[0]
         if "Unrecognized configuration class" in text:
-            raise ConfigError(f"model '{name}'", "its architecture has no head for this task in transformers") from error
+            raise ConfigError(
+                f"model '{name}'", "its architecture has no head for this task in transformers"
+            ) from error
         if "trust_remote_code" in text:
             raise ConfigError(
                 f"model '{name}'", "it needs code from its own repository",
@@ -186,7 +196,8 @@ def _load_errors(name: str) -> Iterator[None]:
         raise
     except OSError as error:
         text = str(error).strip().split("\n")[0]
-        # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by hub_errors.)
+        # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by
+        # hub_errors.)
         if looks_like_path(name) and error.__cause__ is None:
             raise ConfigError(f"model '{name}'", text[:300]) from error
         raise

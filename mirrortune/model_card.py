@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md of a run directory and of a merged folder: the Hub's metadata on top, then what was done and what came out."""
+"""README.md of a run directory and of a merged folder: the Hub's metadata on top, then what was done and what came
+out.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ An adapter for `{base["name"]}`, trained by mirrortune {__version__} with method
 {metrics}
 
 Trained numbers: {result["trainable_parameters"]:,} in the adapter and {result["head_parameters"]:,} in the task head;
-{result["adapter_bytes"]:,} bytes on disk. Trained for {result["train_seconds"]:.0f} s at {result["samples_per_second"]:.0f} rows/s.
+{result["adapter_bytes"]:,} bytes on disk. Training took {result["train_seconds"]:.0f} s.
 
 Score it again with `mirrortune eval`, export plain weights with `mirrortune merge`. The recipe:
 
@@ -47,6 +49,7 @@ def merged_card(base: dict[str, Any], method: str, task: dict[str, Any] | None) 
     return f"""{_front_matter(base, [method, *([task["kind"]] if task else [])])}
 # {base.get("name")}, fine-tuned
 
-Plain transformers weights: `{base.get("name")}` with a `{method}` adapter merged into it ({kind}), by mirrortune {__version__}.
+Plain transformers weights: `{base.get("name")}` with a `{method}` adapter merged into it ({kind}),
+by mirrortune {__version__}.
 `merge.json` holds the comparison of these files with base + adapter.
 """

@@ -17,8 +17,8 @@ Schedule = Literal["linear", "cosine", "constant"]
 def build_optimizer(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over everything that ``model`` trains.
 
-    Groups carry ``peak_lr``: ``lr`` for cores (and for base parameters trained as they are), ``head_lr`` for the head. Only matrices
-    outside the cores decay: an angle has no reason to go back to zero.
+    Groups carry ``peak_lr``: ``lr`` for cores (and for base parameters trained as they are), ``head_lr`` for the head.
+    Only matrices outside the cores decay: an angle has no reason to go back to zero.
     """
     head_names = set(attachment(model).targets.head)
     plain = plain_parameters(model)
@@ -29,14 +29,19 @@ def build_optimizer(model: nn.Module, *, lr: float, head_lr: float, weight_decay
         ([p for n, p in plain.items() if n in head_names and p.ndim < 2], head_lr, 0.0),
         ([p for n, p in plain.items() if n in head_names and p.ndim >= 2], head_lr, weight_decay),
     ]
-    groups = [{"params": params, "lr": peak, "peak_lr": peak, "weight_decay": decay} for params, peak, decay in wanted if params]
+    groups = [
+        {"params": params, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        for params, peak, decay in wanted
+        if params
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
 
 
 def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule) -> float:
     """The share of the peak learning rate for optimizer step ``step`` (from 0), in [0, 1].
 
-    Rises linearly over ``warmup_steps`` (its first step already moves), then decays so that the step after the last would be 0.
+    Rises linearly over ``warmup_steps`` (its first step already moves), then decays so that the step after the last
+    would be 0.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will do, from names and shapes alone: layers, trained numbers, memory. Made on the meta device, before any weight."""
+"""What a run will do, from names and shapes alone: layers, trained numbers, memory. Made on the meta device, before any
+weight.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,11 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan in words."""
         skipped = f", {len(self.targets.skipped)} other weights left alone" if self.targets.skipped else ""
+        head = f"{self.head_parameters:,} of the task head"
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
         return [
             f"layers adapted: {len(self.targets.layers)}{skipped}",
-            f"trained numbers: {self.trainable_parameters:,} ({share:.3f}% of the model), and {self.head_parameters:,} of the task head",
+            f"trained numbers: {self.trainable_parameters:,} ({share:.3f}% of the model), and {head}",
             f"memory, estimated: {self.estimated_memory_bytes / _MIB:,.0f} MiB",
         ]
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe: every setting of a run, its type, range and default, and where each value came from.
 
-pydantic stays in this file. Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's shipped recipe
-over the defaults), checked once, and all errors are reported together, each with its file and line or its flag. Imports no torch.
+pydantic stays in this file. Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's
+shipped recipe over the defaults), checked once, and all errors are reported together, each with its file and line or
+its flag. Imports no torch.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class DataSection(_Section):
     label_column: str | None = None
     """The target's column; detected by default."""
     max_length: int | None = Field(default=None, ge=4)
-    """Longest sequence in tokens; longer rows are truncated and counted. The model's own limit, at most 512, by default."""
+    """Longest sequence in tokens; longer rows are truncated and counted. The model's own limit, at most 512, by
+    default."""
     blank_text: Literal["drop", "keep"] = "drop"
     """Training rows whose text is blank; rows of other splits are always kept, so that every row is scored."""
     max_train_rows: int | None = Field(default=None, gt=0)
@@ -281,7 +283,12 @@ def resolve(layers: list[Layer]) -> Resolved:
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Every setting by its dotted key."""
     sections = recipe.model_dump(mode="json")
-    flat = {f"{name}.{key}": v for name, section in sections.items() if isinstance(section, dict) for key, v in section.items()}
+    flat = {
+        f"{name}.{key}": v
+        for name, section in sections.items()
+        if isinstance(section, dict)
+        for key, v in section.items()
+    }
     return flat | {name: value for name, value in sections.items() if not isinstance(value, dict)}
 
 
@@ -353,4 +360,4 @@ def _anchor_data_path(data: dict[str, Any], folder: Path) -> None:
         beside = folder / given
         is_file = Path(given).suffix.lower() in TABLE_SUFFIXES or given.startswith(".")
         if beside.exists() and (is_file or beside.is_dir()) and not Path(given).is_absolute():
-            section["path"] = str(beside.resolve())
+            data["data"]["path"] = str(beside.resolve())

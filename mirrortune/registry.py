@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table of named things that a decorator fills, and whose keyword-only parameters are its recipe options.
 
-The whole extension mechanism: ``@CORES.register("name")`` above a class or ``@PAIRINGS.register("name")`` above a function adds it
-to the recipe's schema, to error messages and to the law tests. Imports nothing heavy.
+The whole extension mechanism: ``@CORES.register("name")`` above a class or ``@PAIRINGS.register("name")`` above a
+function adds it to the recipe's schema, to error messages and to the law tests. Imports nothing heavy.
 """
 
 from __future__ import annotations

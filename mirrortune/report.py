@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only module that prints or draws. Results go to stdout, progress and notes to stderr; plain lines off a terminal."""
+"""The only module that prints or draws. Results go to stdout, progress and notes to stderr; plain lines off a
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,8 @@ class TrainingProgress:
         self._live = is_shown and console.is_terminal
         self._progress = Progress(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[metric]}"), _SpeedColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[metric]}"), _SpeedColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
             console=console, disable=not self._live,
         )  # fmt: skip
         self._task: TaskID | None = None
@@ -134,7 +137,9 @@ class TrainingProgress:
     def on_start(self, total_steps: int, done_steps: int) -> None:
         """See :class:`mirrortune.training.Progress`."""
         self._total = total_steps
-        self._task = self._progress.add_task("train", total=total_steps, completed=done_steps, loss="-", metric="", speed=0.0)
+        self._task = self._progress.add_task(
+            "train", total=total_steps, completed=done_steps, loss="-", metric="", speed=0.0
+        )
         self._progress.start()
 
     def on_step(self, step: int, loss: float, rows: int) -> None:
@@ -175,7 +180,9 @@ def draw_curves(events: Sequence[dict[str, Any]], path: Path, metric: str) -> No
     for kind, label, colour in (("train", "training", "#4477aa"), ("evaluate", "validation", "#cc6677")):
         points = [(e["step"], e["loss"]) for e in events if e["event"] == kind]
         marker = "o" if kind == "evaluate" else None
-        left.plot([p[0] for p in points], [p[1] for p in points], label=label, color=colour, marker=marker, markersize=4)
+        left.plot(
+            [p[0] for p in points], [p[1] for p in points], label=label, color=colour, marker=marker, markersize=4
+        )
     left.set(xlabel="optimizer step", ylabel="loss per item", title="Loss")
     left.legend(frameon=False)
     scores = [(e["step"], e[metric]) for e in events if e["event"] == "evaluate" and metric in e]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """YAML as people mean it: YAML-1.2 scalars, no silent duplicates, and the line of every key.
 
-PyYAML follows YAML 1.1, where ``lr: 2e-4`` is a string, ``no`` is False and ``12:30`` is 750, and it lets the last of two equal
-keys win without a word. Each of these has cost somebody a training run, so recipes are read with the loader below.
+PyYAML follows YAML 1.1, where ``lr: 2e-4`` is a string, ``no`` is False and ``12:30`` is 750, and it lets the last of
+two equal keys win without a word. Each of these has cost somebody a training run, so recipes are read with the loader
+below.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def parse_scalar(text: str, source: str) -> Any:
-    """The value of ``text`` by the same rules as in a recipe (``2e-4`` is a number, ``no`` a string, ``[a, b]`` a list)."""
+    """The value of ``text`` by the same rules as in a recipe (``2e-4`` is a number, ``no`` a string, ``[a, b]`` a
+    list).
+    """
     return load(text, source)[0]
 
 

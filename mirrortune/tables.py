@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one tabular file (csv, tsv, json, jsonl, parquet) into an Arrow table, with the line of whatever is wrong with it.
+"""Reads one tabular file (csv, tsv, json, jsonl, parquet) into an Arrow table, with the line of whatever is wrong with
+it.
 
-csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the cell, and
-guess types (a column of dates, of "1", of "NA") that a text column must not have.
+csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the
+cell, and guess types (a column of dates, of "1", of "NA") that a text column must not have.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,16 @@ def _read_parquet(path: Path, encoding: str) -> pa.Table:
     try:
         return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again") from error
+        raise DataError(
+            str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again"
+        ) from error
 
 
 def _read_delimited(path: Path, encoding: str) -> pa.Table:
     text = _decode(path, encoding)
     header_line = text.split("\n", 1)[0]
-    if path.suffix.lower() == ".tsv":
-        delimiter = "\t"
-    else:  # semicolons and tabs are common in files called .csv; the header has no prose to mislead the count
-        delimiter = max(",;\t|", key=header_line.count)
+    # Semicolons and tabs are common in files called .csv; the header has no prose to mislead the count.
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header_line.count)
     rows = _parse_rows(path, text, delimiter)
     try:
         _, header = next(rows)
@@ -93,7 +94,7 @@ def _read_delimited(path: Path, encoding: str) -> pa.Table:
     return pa.table({n: pa.array(c, pa.string()) for n, c in zip(names, columns, strict=True)})
 
 
-def _parse_rows(path: Path, text: str, delimiter: str) -> Iterable[tuple[int, list[str]]] | Any:
+def _parse_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_CELL_LIMIT)
     reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
     while True:
@@ -103,7 +104,9 @@ def _parse_rows(path: Path, text: str, delimiter: str) -> Iterable[tuple[int, li
             return
         except csv.Error as error:
             raise DataError(
-                f"{path}:{reader.line_num}", f"malformed row ({error})", fix='Close the quote, or double quotes in cells ("")'
+                f"{path}:{reader.line_num}",
+                f"malformed row ({error})",
+                fix='Close the quote, or double quotes in cells ("")',
             ) from error
         yield reader.line_num, cells
 
@@ -127,14 +130,18 @@ def _read_json_lines(path: Path, encoding: str) -> pa.Table:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}", f"not valid JSON ({error.msg})", allowed="one JSON object a line") from error
+            raise DataError(
+                f"{path}:{number}", f"not valid JSON ({error.msg})", allowed="one JSON object a line"
+            ) from error
     return _from_objects(path, rows)
 
 
 def _from_objects(path: Path, rows: list[Any]) -> pa.Table:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise DataError(f"{path} row {number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value")
+            raise DataError(
+                f"{path} row {number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
+            )
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     arrays = {}

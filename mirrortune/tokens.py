@@ -35,7 +35,8 @@ class Encoded:
     """The features of one split.
 
     Attributes:
-        features: name -> values of all rows end to end, shape (T,), int32 (``input_ids``, and ``token_type_ids`` if any).
+        features: name -> values of all rows end to end, shape (T,), int32 (``input_ids``, and ``token_type_ids`` if
+            any).
         offsets: shape (N + 1,), int64; row i is [offsets[i], offsets[i + 1]).
         targets: shape (N,).
         num_truncated: rows cut to the maximum length.
@@ -124,7 +125,9 @@ def resolve_max_length(asked: int | None, tokenizer: Any, config: Any) -> int:
     if asked is None:
         return min(limit or 512, 512)
     if limit is not None and asked > limit:
-        raise ConfigError("data.max_length", f"got {asked}, the model takes at most {limit} tokens", allowed=f"4 to {limit}")
+        raise ConfigError(
+            "data.max_length", f"got {asked}, the model takes at most {limit} tokens", allowed=f"4 to {limit}"
+        )
     return asked
 
 

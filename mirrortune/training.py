@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: accelerate moves tensors between processes, and everything that decides the result is a function of seed and step.
+"""The loop: accelerate moves tensors between processes, and everything that decides the result is a function of seed
+and step.
 
-One optimizer step sees one global batch (``batching.py``): micro-batches are summed, not averaged, and divided by the number of items
-in the whole global batch over all ranks, so that the way it is cut does not change the step.
+One optimizer step sees one global batch (``batching.py``): micro-batches are summed, not averaged, and divided by the
+number of items in the whole global batch over all ranks, so that the way it is cut does not change the step.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class Trainer:
         if state.num_processes != self.accelerator.num_processes:
             raise ConfigError(
                 "--resume",
-                f"the checkpoint was written by {state.num_processes} processes, this run has {self.accelerator.num_processes}",
+                f"the checkpoint is of {state.num_processes} processes, this run has {self.accelerator.num_processes}",
                 fix=f"Launch {state.num_processes} processes",
             )
         from mirrortune.adapter_file import read_adapter, restore_trained  # noqa: PLC0415
@@ -231,13 +232,15 @@ class Trainer:
                 self._save()
             raise InterruptedRun(
                 str(self.run.path),
-                f"stopped by {signal.Signals(stop_signal).name} after step {step} of {self.total_steps}, which is saved",
+                f"{signal.Signals(stop_signal).name} stopped the run after step {step} of {self.total_steps}, which is saved",
                 signal_number=stop_signal,
                 fix="Continue with the same command and --resume",
             )
 
     def _step(self, batch: Rows) -> tuple[float, int, float, float]:
-        """One optimizer step on one global batch: loss sum and items over all ranks, gradient norm, learning rate factor."""
+        """One optimizer step on one global batch: loss sum and items over all ranks, gradient norm, learning rate
+        factor.
+        """
         accelerator, settings, state = self.accelerator, self.settings, self.state
         parts = micro_batches(
             batch,
@@ -263,15 +266,17 @@ class Trainer:
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             raise self._diverged(total, grad_norm)
         warmup = math.ceil(settings.warmup_ratio * self.total_steps)
-        factor = lr_factor(state.global_step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule)
+        factor = lr_factor(
+            state.global_step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule
+        )
         set_lr(self._torch_optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, total_items, grad_norm, factor
 
     def _micro_loss(self, rows: Rows, batch: Rows) -> tuple[Tensor, int]:
-        # A last global batch may have fewer rows than parts: an empty part still runs forward and backward, with weight zero,
-        # because the other ranks wait for its gradients.
+        # A last global batch may have fewer rows than parts: an empty part still runs forward and backward, with weight
+        # zero, because the other ranks wait for its gradients.
         is_empty = len(rows) == 0
         inputs = collate(self.train, batch[:1] if is_empty else rows, self.tokenizer)
         inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
@@ -337,7 +342,9 @@ class Trainer:
 
     def _diverged(self, loss: float, grad_norm: float) -> DivergedError:
         steps = self.run.saved_steps()
-        good = f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
+        good = (
+            f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
+        )
         return DivergedError(
             f"step {self.state.global_step + 1}",
             f"the training loss is {loss:g} and the gradient norm {grad_norm:g}; the step was not made, and {good}",

@@ -152,7 +152,9 @@ def _table(task: _Task, rng: random.Random, split: str, count: int) -> pa.Table:
         pa.array(range(count), pa.int32()),
     ]
     features: dict[str, Any] = {column: {"dtype": "string", "_type": "Value"} for column in task.columns}
-    features["label"] = {"names": task.classes, "_type": "ClassLabel"} if task.classes else {"dtype": "float32", "_type": "Value"}
+    features["label"] = (
+        {"names": task.classes, "_type": "ClassLabel"} if task.classes else {"dtype": "float32", "_type": "Value"}
+    )
     features["idx"] = {"dtype": "int32", "_type": "Value"}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     return pa.table(arrays, names=list(features)).replace_schema_metadata(metadata)
@@ -166,7 +168,10 @@ def _card_info(name: str, task: _Task, tables: Mapping[str, pa.Table]) -> dict[s
     return {
         "config_name": name,
         "features": [{"name": column, "dtype": dtype} for column, dtype in dtypes.items()],
-        "splits": [{"name": split, "num_bytes": table.nbytes, "num_examples": table.num_rows} for split, table in tables.items()],
+        "splits": [
+            {"name": split, "num_bytes": table.nbytes, "num_examples": table.num_rows}
+            for split, table in tables.items()
+        ],
         "dataset_size": sum(table.nbytes for table in tables.values()),
     }
 

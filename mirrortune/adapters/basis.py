@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fingerprints of a weight and of its singular basis, and the repair of a basis that another driver computed.
 
-Two correct decompositions differ in the signs of hundreds of vectors, and a flipped sign turns a learned angle the wrong way: an
-error above 100% of the adapter's effect, in silence. An adapter therefore stores, for each layer, a hash of the weight and a
-sketch p^T U of its basis with a fixed probe p. Loading compares, flips signs back exactly, and refuses what it cannot repair
-(vectors of equal singular values, which every driver mixes as it likes).
+Two correct decompositions differ in the signs of hundreds of vectors, and a flipped sign turns a learned angle the
+wrong way: an error above 100% of the adapter's effect, in silence. An adapter therefore stores, for each layer, a hash
+of the weight and a sketch p^T U of its basis with a fixed probe p. Loading compares, flips signs back exactly, and
+refuses what it cannot repair (vectors of equal singular values, which every driver mixes as it likes).
 
 Shapes: O out_features, I in_features, R rank.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from mirrortune.adapters.factorize import Factors
 from mirrortune.errors import VerificationError
 
-# |p^T u| of a repaired basis may differ from the stored sketch by this much; p has unit-variance entries, so this bounds the
-# distance of the vectors themselves to about 1e-5 and the adapter's effect to well under 1e-4 of itself.
+# |p^T u| of a repaired basis may differ from the stored sketch by this much; p has unit-variance entries, so this
+# bounds the distance of the vectors themselves to about 1e-5 and the adapter's effect to well under 1e-4 of itself.
 SKETCH_TOLERANCE = 1e-5
 # A probe is good when no vector is nearly orthogonal to it: below this the sign of the sketch would be noise.
 _SMALLEST_SKETCH = 1e-3
@@ -36,7 +36,8 @@ class Fingerprint:
     Attributes:
         weight_sha256: hash of the weight's dtype, shape and bytes.
         probe_seed: seed of the probe vectors.
-        side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or ``both``.
+        side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or
+            ``both``.
         sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), float32.
         sigma_head: the largest singular values, at most 8, for diagnosis.
     """
@@ -52,7 +53,7 @@ def weight_digest(weight: Tensor) -> str:
     """SHA-256 (hex) over dtype, shape and the raw bytes of ``weight``."""
     host = weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{host.dtype}:{tuple(host.shape)}:".encode())
-    digest.update(memoryview(host.view(torch.uint8).numpy()).cast("B"))
+    digest.update(host.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

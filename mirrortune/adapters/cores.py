@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cores: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
 
-A core is one class. Its positional parameters are what the layer gives it (``S``, and ``pairs`` if it asks for them); its
-keyword-only parameters are its recipe options. It turns its parameters into *coefficients* (a few small tensors, ordinary
-autograd) and says how coefficients act on z = Vh x. The layer's autograd function does the rest and saves z, never x.
+A core is one class. Its positional parameters are what the layer gives it (``S``, and ``pairs`` if it asks for them);
+its keyword-only parameters are its recipe options. It turns its parameters into *coefficients* (a few small tensors,
+ordinary autograd) and says how coefficients act on z = Vh x. The layer's autograd function does the rest and saves z,
+never x.
 
 Shapes: N rows, R rank, P pairs, O out_features, I in_features.
 """
@@ -33,7 +34,9 @@ class Core(nn.Module):
     """Which singular vectors the core's effect depends on beyond their product with S: U, Vh, or both."""
 
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """Tensors by which :meth:`mix` applies K, or K - diag(S) when ``delta`` (exactly zero for an untrained core)."""
+        """Tensors by which :meth:`mix` applies K, or K - diag(S) when ``delta`` (exactly zero for an untrained
+        core).
+        """
         raise NotImplementedError
 
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
@@ -62,14 +65,14 @@ class Core(nn.Module):
         rank = exact.get_buffer("S").shape[0]
         return exact.mix(torch.eye(rank, dtype=torch.float64), *exact.coefficients(delta=True)).T
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:  # noqa: FBT001, FBT002  (torch's signature)
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             if moved.dtype in (torch.bfloat16, torch.float16):
                 return tensor.to(moved.device)
             return moved
 
-        super()._apply(keep_precision, recurse)
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -78,18 +81,19 @@ CORES: Registry[Callable[..., Core]] = Registry("core")
 
 @CORES.register("givens")
 class Givens(Core):
-    """Rotation by non-overlapping plane rotations, K = R(theta) diag(S) on the output side, diag(S) R(theta) on the input side.
+    """Rotation by non-overlapping plane rotations, K = R(theta) diag(S) on the output side, diag(S) R(theta) on the
+    input side.
 
-    R_ii = R_jj = cos, R_ij = -sin, R_ji = sin for each pair i < j; unpaired axes stay. theta = 0 at the start. Trained numbers:
-    one angle per pair, P = floor(R / 2), plus k for ``scale_top_k``, which puts S (1 + lambda) in place of S for the k leading
-    directions.
+    R_ii = R_jj = cos, R_ij = -sin, R_ji = sin for each pair i < j; unpaired axes stay. theta = 0 at the start. Trained
+    numbers: one angle per pair, P = floor(R / 2), plus k for ``scale_top_k``, which puts S (1 + lambda) in place of S
+    for the k leading directions.
 
     At full rank the output side satisfies W' = (U R U^T) W: every singular value and the whole input-side geometry
     (W'^T W' = W^T W) are kept, unless ``scale_top_k`` changes the singular values.
 
-    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik). It states neither where diag(S) goes nor
-    the initial angles; R between U and diag(S) is the one place where axes are ordered by strength. The scale is the rescaling
-    half of SpecLoRA (arXiv 2505.23099), composed with the rotation by us.
+    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik). It states neither where diag(S)
+    goes nor the initial angles; R between U and diag(S) is the one place where axes are ordered by strength. The scale
+    is the rescaling half of SpecLoRA (arXiv 2505.23099), composed with the rotation by us.
     """
 
     S: Tensor
@@ -131,10 +135,9 @@ class Givens(Core):
         if self.scale.numel():
             padding = self.scale.new_zeros(self.S.shape[0] - self.scale.shape[0])
             scaled = self.S * (1 + torch.cat([self.scale, padding]))
-        if delta:  # cos - 1 = -2 sin^2(angle / 2) without cancellation, so small angles keep all their digits
-            own = -2 * torch.sin(angle / 2).square() * scaled + (scaled - self.S)
-        else:
-            own = torch.cos(angle) * scaled
+        # cos - 1 = -2 sin^2(angle / 2) without cancellation, so small angles keep all their digits.
+        turned = -2 * torch.sin(angle / 2).square() * scaled
+        own = turned + (scaled - self.S) if delta else torch.cos(angle) * scaled
         other = scaled[self.partner] if self.side == "output" else scaled
         return own, torch.sin(angle) * other, self.partner
 

@@ -65,8 +65,8 @@ def resolve_rank(rank: int | Literal["full"], shape: tuple[int, int], where: str
 def factorize(weight: Tensor, rank: int | Literal["full"] = "full", *, name: str = "weight") -> Factors:
     """Singular value decomposition of ``weight`` in float64 on its device.
 
-    float64 whatever the weight's dtype: in float32 the vectors of near-equal singular values are a matter of luck, and an
-    adapter's angles mean nothing in another basis.
+    float64 whatever the weight's dtype: in float32 the vectors of near-equal singular values are a matter of luck, and
+    an adapter's angles mean nothing in another basis.
 
     Args:
         weight: shape (O, I), any floating dtype.
@@ -99,7 +99,7 @@ def canonical_signs(U: Tensor) -> Tensor:
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # Divide and conquer (gesdd) can fail to converge on ill-conditioned weights; QR iteration (gesvd) does not.
         import scipy.linalg  # noqa: PLC0415  (only needed on this rare path)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the layers to adapt by what they are, puts a core into each, and says what is trained.
 
-Nothing here knows a model family. Inside ``model.base_model`` every linear layer is a target unless its weight is shared or newly
-initialised; what lies outside it, and what the checkpoint did not hold, is the task head, trained in full. Output embeddings stay.
+Nothing here knows a model family. Inside ``model.base_model`` every linear layer is a target unless its weight is
+shared or newly initialised; what lies outside it, and what the checkpoint did not hold, is the task head, trained in
+full. Output embeddings stay.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def check_spec(spec: AdapterSpec) -> None:
         ]
     else:
         core = CORES.get(chosen.core, "adapter.method")
-        checks: list[Callable[[], object]] = [lambda: CORES.check_options(chosen.core or "", spec.options, "adapter.options")]
+        checks: list[Callable[[], object]] = [
+            lambda: CORES.check_options(chosen.core or "", spec.options, "adapter.options")
+        ]
         if "pairs" in inspect.signature(core).parameters:
             checks.append(lambda: PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing"))
         elif spec.pairing:
@@ -129,7 +132,9 @@ def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[s
     prefix = _base_prefix(model)
     output = _output_embedding_ids(model)
     parameters = dict(model.named_parameters())
-    head = tuple(name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output)
+    head = tuple(
+        name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output
+    )
     candidates, skipped = _candidates(model, prefix, new, output)
     plain = _plain_parameters(parameters, spec.preset.plain, set(head))
     if spec.preset.core is None:
@@ -200,7 +205,9 @@ def build_core(spec: AdapterSpec, S: Tensor, name: str, pairs: Tensor | None = N
 
 
 def make_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor:
-    """Pairs (P, 2) of the spec's pairing for one layer; the generator is seeded by the run's seed and the layer's name."""
+    """Pairs (P, 2) of the spec's pairing for one layer; the generator is seeded by the run's seed and the layer's
+    name.
+    """
     digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")(rank, generator)
@@ -256,7 +263,7 @@ def _base_prefix(model: nn.Module) -> str:
 
 def _output_embedding_ids(model: nn.Module) -> set[int]:
     getter = getattr(model, "get_output_embeddings", None)
-    module = getter() if callable(getter) else None
+    module: object = getter() if callable(getter) else None
     return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
 
 
@@ -288,8 +295,8 @@ def _candidates(
 
 
 def _plain_parameters(parameters: dict[str, nn.Parameter], kind: str, head: set[str]) -> tuple[str, ...]:
-    wanted = {"none": lambda n: False, "bias": lambda n: n.endswith("bias"), "all": lambda n: True}[kind]
-    return tuple(name for name in parameters if name not in head and wanted(name))
+    ending = {"none": None, "bias": "bias", "all": ""}[kind]
+    return tuple(n for n in parameters if ending is not None and n not in head and n.endswith(ending))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -300,7 +307,9 @@ def _matches(name: str, pattern: str) -> bool:
         return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
     except re.error as error:
         raise ConfigError(
-            "adapter.target_modules", f"not a regular expression: {pattern!r} ({error})", allowed="a regex or all-linear"
+            "adapter.target_modules",
+            f"not a regular expression: {pattern!r} ({error})",
+            allowed="a regex or all-linear",
         ) from error
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which singular directions turn together: functions from a rank to disjoint pairs.
 
-A pairing is one function ``(rank, generator) -> pairs`` with pairs of shape (P, 2), int64, i < j in every row, each index at most
-once, P <= rank // 2. Directions are numbered by descending singular value, from 0. The generator is seeded from the run's seed and
-the layer's name; a pairing that ignores it is a function of the rank alone and needs no place in the adapter file.
+A pairing is one function ``(rank, generator) -> pairs`` with pairs of shape (P, 2), int64, i < j in every row, each
+index at most once, P <= rank // 2. Directions are numbered by descending singular value, from 0. The generator is
+seeded from the run's seed and the layer's name; a pairing that ignores it is a function of the rank alone and needs no
+place in the adapter file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ PAIRINGS: Registry[Pairing] = Registry("pairing")
 def mirror(rank: int, generator: Generator) -> Tensor:
     """Pair k with rank-1-k, the strongest direction with the weakest kept; the middle one of an odd rank stays.
 
-    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), pairs (k, D-k+1) in 1-based numbers.
+    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), pairs (k, D-k+1) in 1-based
+    numbers.
     """
     lower = torch.arange(rank // 2)
     return torch.stack([lower, rank - 1 - lower], dim=1)

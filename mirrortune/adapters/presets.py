@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each ``--method`` name stands for: a core with its side, rank and pairing, or a set of plain parameters to train.
+"""What each ``--method`` name stands for: a core with its side, rank and pairing, or a set of plain parameters to
+train.
 
 Data only and free of torch, so that a wrong method name is reported before anything heavy is imported.
 """

@@ -4,8 +4,8 @@
     branch     y = base(x) + U (K - S) Vh x     exact base model for an untrained core; cheap when R << D
     factored   y = U K Vh x + b                 R = D only; cheaper than branch there, equal to the base up to rounding
 
-Both save z = Vh x (N, R) for the backward pass, not x (N, I): the factors are frozen, so the core's gradient needs only z and
-U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R rank.
+Both save z = Vh x (N, R) for the backward pass, not x (N, I): the factors are frozen, so the core's gradient needs only
+z and U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R rank.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _SpectralProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         z, U, Vh, *coefficients = ctx.saved_tensors
         dtype = _mixing_dtype(z)
         grad_mixed = grad_y.to(U.dtype) @ U  # (N, R)
@@ -47,7 +47,8 @@ class _SpectralProduct(torch.autograd.Function):
 
 
 def _mixing_dtype(z: Tensor) -> torch.dtype:
-    # The core works in float32 even when the model runs in 16 bits: its coefficients are near 1 and differ in the last digits.
+    # The core works in float32 even when the model runs in 16 bits: its coefficients are near 1 and differ in the last
+    # digits.
     return torch.promote_types(z.dtype, torch.float32)
 
 
@@ -67,7 +68,7 @@ class SpectralLinear(nn.Module):
     def __init__(self, base_layer: nn.Linear, factors: Factors, core: Core, strategy: Strategy | None = None) -> None:
         super().__init__()
         weight = base_layer.weight
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer = base_layer.requires_grad_(requires_grad=False)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.rank = factors.rank
         self.strategy = strategy or cheapest_strategy(self.out_features, self.in_features, self.rank, weight.dtype)
@@ -100,18 +101,19 @@ class SpectralLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the adapted layer, shape (..., O), for x (..., I)."""
-        delta = self.strategy == "branch"
-        coefficients = self.core.coefficients(delta=delta)
+        is_branch = self.strategy == "branch"
+        coefficients = self.core.coefficients(delta=is_branch)
         rows, U, Vh = x.reshape(-1, x.shape[-1]), self.U, self.Vh
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else U.dtype
+        factors = (rows.to(dtype), U.to(dtype), Vh.to(dtype))
         with torch.autocast(x.device.type, enabled=False):
-            product = _SpectralProduct.apply(rows.to(dtype), U.to(dtype), Vh.to(dtype), self.core, *coefficients)
+            product: Tensor = _SpectralProduct.apply(*factors, self.core, *coefficients)  # type: ignore[no-untyped-call]
         product = product.reshape(*x.shape[:-1], self.out_features)
-        if delta:
-            return self.base_layer(x) + product
-        bias = self.bias
-        return product if bias is None else product + bias.to(product.dtype)
+        if is_branch:
+            frozen: Tensor = self.base_layer(x)
+            return frozen + product
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -133,8 +135,8 @@ def delta_weight(factors: Factors, core: Core) -> Tensor:
 def cheapest_strategy(out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> Strategy:
     """The strategy with the fewer multiplications per row, in units of the frozen layer's own O * I.
 
-    branch costs 1 + R (O + I) / (O I), factored D (O + I) / (O I). In 16 bits factored would put one more rounding of the whole
-    weight into the model, so branch is taken there.
+    branch costs 1 + R (O + I) / (O I), factored D (O + I) / (O I). In 16 bits factored would put one more rounding of
+    the whole weight into the model, so branch is taken there.
     """
     is_full = rank == min(out_features, in_features)
     return "factored" if is_full and dtype in (torch.float32, torch.float64) else "branch"

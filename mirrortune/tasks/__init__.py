@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of task. A kind is one file in this folder, named like the kind, with a class ``Task``; a dataset is one YAML recipe.
+"""Kinds of task. A kind is one file in this folder, named like the kind, with a class ``Task``; a dataset is one YAML
+recipe.
 
 The file's name is its registration: ``text_classification.py`` is ``text-classification``.
 """

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""regression: one or two texts -> one real number. Squared error; Pearson and Spearman correlation unless others are named."""
+"""regression: one or two texts -> one real number. Squared error; Pearson and Spearman correlation unless others are
+named.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ class Task:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Task:
         """See :class:`mirrortune.tasks.Task`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """See :class:`mirrortune.tasks.Task`."""

@@ -69,7 +69,7 @@ class Task:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Task:
         """See :class:`mirrortune.tasks.Task`."""
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Task:
 
     def predict(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
         """The class of the largest logit."""
-        return logits.argmax(axis=-1)
+        return np.asarray(logits.argmax(axis=-1), dtype=np.int64)
 
     def metrics(self, predictions: npt.NDArray[np.generic], references: npt.NDArray[np.generic]) -> dict[str, float]:
         """See :class:`mirrortune.tasks.Task`."""
@@ -128,10 +128,10 @@ class Task:
 def _refuse_missing(missing: npt.NDArray[np.bool_], source: str, column: str, *, allow_missing: bool) -> None:
     count = int(missing.sum())
     if count and not allow_missing:
-        first = ", ".join(str(i + 1) for i in np.flatnonzero(missing)[:5])
+        first = ", ".join(str(i + 1) for i in np.flatnonzero(missing)[:5]) + (", ..." if count > 5 else "")
         raise DataError(
             source,
-            f"{count} of {len(missing)} rows have no label in column '{column}' (rows {first}{', ...' if count > 5 else ''})",
+            f"{count} of {len(missing)} rows have no label in column '{column}' (rows {first})",
             allowed="a label in every row used for training or validation",
             fix="Fill or remove these rows",
         )
@@ -164,7 +164,9 @@ def _as_name(value: Any) -> str | None:
 def _names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...]:
     kind = column.type
     if pa.types.is_nested(kind):
-        raise DataError(source, f"label column '{name}' holds {kind}", allowed="one class a row, as text or a whole number")
+        raise DataError(
+            source, f"label column '{name}' holds {kind}", allowed="one class a row, as text or a whole number"
+        )
     found = sorted({v for v in map(_as_name, column.to_pylist()) if v is not None})
     numbers = [_number(v) for v in found]
     is_fraction = any(n is not None and not n.is_integer() for n in numbers)
@@ -179,7 +181,7 @@ def _names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...
             allowed="classes that repeat", fix="Name another column with --label-column, or use --task regression",
         )  # fmt: skip
     if found and all(n is not None for n in numbers):
-        found.sort(key=lambda v: float(v))  # "10" after "9"
+        found.sort(key=float)  # "10" after "9"
     return tuple(found)
 
 

@@ -309,7 +309,9 @@ def test_a_range_of_a_file_is_partial_content(root: Path) -> None:
         ("/datasets/nyu-mll/glue/resolve/main/README.md", "Bearer any", 403, "GatedRepo"),
     ],
 )
-def test_an_error_has_the_status_and_the_code_of_the_hub(root: Path, path: str, token: str, status: int, code: str) -> None:
+def test_an_error_has_the_status_and_the_code_of_the_hub(
+    root: Path, path: str, token: str, status: int, code: str
+) -> None:
     with LoopbackHub(root) as hub:
         hub.gated = {"nyu-mll/glue"}
         request = urllib.request.Request(hub.endpoint + path, headers={"Authorization": token})
