@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from mirrortune.adapters.inject import AdapterSpec, check_spec
 from mirrortune.adapters.presets import preset
 from mirrortune.columns import choose_columns
-from mirrortune.data import DataSet, Split, load_data, set_aside
+from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.model import ModelSource, empty_model, find_model, load_tokenizer, resolve_dtype
 from mirrortune.planning import Plan, make_plan
@@ -26,7 +25,7 @@ from mirrortune.recipe import Recipe
 from mirrortune.report import Reporter
 from mirrortune.tasks import Task, task_class
 from mirrortune.tokens import Encoded, encode_split, resolve_max_length
-from mirrortune.training import LoopSettings, subsample
+from mirrortune.training import LoopSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +63,7 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     for text in notes:
         reporter.note(f"  {text}")
     train_rows, validation_rows = _validation(recipe, data, train_rows, task, reporter)
-    chosen = subsample(train_rows.table.num_rows, recipe.data.max_train_rows, recipe.train.seed)
-    train_rows = Split(table=train_rows.table.take(pa.array(chosen)), source=train_rows.source)
+    train_rows = take_subset(train_rows, recipe.data.max_train_rows, recipe.train.seed)
     assert recipe.model.name is not None
     source = find_model(
         recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code

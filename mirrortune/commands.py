@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import platform
 import random
-import resource
-import sys
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mirrortune import __version__, model_card
+from mirrortune import model_card
 from mirrortune.adapter_file import FingerprintBook, read_adapter, write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.assembly import (
@@ -32,6 +28,7 @@ from mirrortune.assembly import (
 from mirrortune.atomic import write_atomically
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split, set_aside
+from mirrortune.environment import environment, peak_memory_bytes
 from mirrortune.errors import ConfigError
 from mirrortune.evaluation import evaluate_split
 from mirrortune.factor_cache import FactorCache
@@ -284,33 +281,6 @@ def evaluation_rows(recipe: Recipe, data: DataSet, split: str, task: Task) -> Sp
         parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
         return parts[0] if split == "train" else parts[1]
     return data.require(wanted, "--split")
-
-
-def environment(job: Job, resolved: Resolved, accelerator: Any) -> dict[str, Any]:
-    """Everything that another machine needs to know to repeat the run, besides the recipe."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
-    return {
-        "mirrortune": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
-        "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-        "seed": job.recipe.train.seed,
-        "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},
-        "data": job.data_origin,
-        "argv": sys.argv,
-        "origins": resolved.origins,
-    }
-
-
-def peak_memory_bytes() -> int:
-    """Most memory in use so far: of the GPU's allocator if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def _finish_run(run: RunDirectory, job: Job, result: TrainResult, best_step: int) -> None:

@@ -128,6 +128,15 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
     return train, validation
 
 
+def take_subset(split: Split, limit: int | None, seed: int) -> Split:
+    """A seeded random subset of at most ``limit`` rows, in their original order; the split itself without a limit."""
+    rows = split.table.num_rows
+    if limit is None or limit >= rows:
+        return split
+    chosen = np.sort(np.random.default_rng([seed, rows]).permutation(rows)[:limit])
+    return Split(table=split.table.take(pa.array(chosen)), source=split.source)
+
+
 def _load_file(path: Path, encoding: str) -> DataSet:
     split = Split(table=read_table(path, encoding), source=str(path))
     return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: _file_sha256(path)}})

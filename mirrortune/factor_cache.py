@@ -83,11 +83,17 @@ def _read(path: Path, weight: Tensor, rank: int) -> Factors | None:
 
 
 def _reproduces(factors: Factors, weight: Tensor) -> bool:
-    """Whether W^T U = Vh^T S on random combinations: true for every rank, at the cost of a few vectors."""
+    """Whether U and Vh are orthonormal and W^T U = Vh^T S, on random combinations: true for every rank, at the cost of
+    a few vectors. The second alone would accept a file of zeros, which a crash can leave behind.
+    """
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(factors.rank, 2, generator=generator, dtype=torch.float64)
-    host = weight.detach().cpu()
-    left = host.T.float() @ (factors.U.double() @ mix).float()
-    right = factors.Vh.double().T @ (factors.S[:, None].double() * mix)
-    scale = float(right.norm()) or 1.0
-    return float((left.double() - right).norm()) <= _PROBE_TOLERANCE * scale
+    U, S, Vh = factors.U.double(), factors.S.double(), factors.Vh.double()
+    image = U @ mix
+    left = weight.detach().cpu().T.float() @ image.float()
+    right = Vh.T @ (S[:, None] * mix)
+    return _is_near(left.double(), right) and _is_near(U.T @ image, mix) and _is_near(Vh @ (Vh.T @ mix), mix)
+
+
+def _is_near(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm()) <= _PROBE_TOLERANCE * (float(expected.norm()) or 1.0)

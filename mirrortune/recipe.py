@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe: every setting of a run, its type, range and default, and where each value came from.
+"""The recipe of a run from its layers, and where each value came from.
 
-pydantic stays in this file. Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's
+Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's
 shipped recipe over the defaults), checked once, and all errors are reported together, each with its file and line or
 its flag. Imports no torch.
 """
@@ -10,156 +10,16 @@ from __future__ import annotations
 
 import json
 import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from mirrortune import strict_yaml
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
 from mirrortune.locations import TABLE_SUFFIXES, shipped_folder
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class ModelSection(_Section):
-    """The base model."""
-
-    name: str | None = None
-    """Hub id, local folder, or package:MODULE/FOLDER inside an installed Python package."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub repository."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the base weights; auto keeps the stored one."""
-    trust_remote_code: bool = False
-    """Run Python code from the model's repository. Dangerous: it runs with your rights."""
-
-
-class TaskSection(_Section):
-    """What is learned."""
-
-    kind: str | None = None
-    """Kind of task, such as text-classification."""
-    labels: tuple[str, ...] | None = None
-    """Class names in the order of the model's outputs; read from the data by default."""
-    metrics: tuple[str, ...] | None = None
-    """Metrics of every evaluation; the kind's own by default."""
-    selection_metric: str | None = None
-    """The metric by which the best checkpoint is kept; the first of metrics by default."""
-
-
-class DataSection(_Section):
-    """Rows to learn from."""
-
-    path: str | None = None
-    """File, folder, Hub id, or shipped:NAME for data inside this package."""
-    config: str | None = None
-    """Configuration of a Hub data set, such as sst2 of nyu-mll/glue."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub data set."""
-    encoding: str = "utf-8"
-    """Encoding of local text files."""
-    train_split: str = "train"
-    """Name of the split to train on."""
-    validation_split: str = "validation"
-    """Name of the split that chooses the best checkpoint; set aside from the training rows if there is none."""
-    test_split: str = "test"
-    """Name of the split that `eval --split test` reads."""
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the training rows set aside when there is no validation split."""
-    text_columns: tuple[str, ...] | None = None
-    """One or two columns of text; detected by default."""
-    label_column: str | None = None
-    """The target's column; detected by default."""
-    max_length: int | None = Field(default=None, ge=4)
-    """Longest sequence in tokens; longer rows are truncated and counted. The model's own limit, at most 512, by
-    default."""
-    blank_text: Literal["drop", "keep"] = "drop"
-    """Training rows whose text is blank; rows of other splits are always kept, so that every row is scored."""
-    max_train_rows: int | None = Field(default=None, gt=0)
-    """Train on a seeded random subset of this many rows."""
-
-
-class AdapterSection(_Section):
-    """What is trained."""
-
-    method: str = "mirror"
-    """Name of the method; see README."""
-    rank: Literal["full"] | typing.Annotated[int, Field(gt=0)] | None = None
-    """Leading singular directions kept of each matrix; the method's own (full for rotations) by default."""
-    pairing: str | None = None
-    """Which directions turn together; the method's own by default."""
-    target_modules: str = "all-linear"
-    """Regular expression for the names of the layers to adapt, from any dot on; all-linear for all."""
-    strategy: Literal["auto", "branch", "factored"] = "auto"
-    """How adapted layers compute; auto takes the cheaper."""
-    options: dict[str, typing.Any] = Field(default_factory=dict)
-    """Options of the method's core, such as scale_top_k."""
-
-
-class TrainSection(_Section):
-    """The loop."""
-
-    lr: float | None = Field(default=None, ge=0)
-    """Peak learning rate of the adapter; the method's own by default."""
-    head_lr: float = Field(default=1e-3, ge=0)
-    """Peak learning rate of the task head."""
-    batch_size: int = Field(default=32, gt=0)
-    """Rows per device and micro-batch."""
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
-    """Micro-batches per optimizer step."""
-    epochs: float = Field(default=3.0, gt=0)
-    """Passes over the training rows."""
-    max_steps: int | None = Field(default=None, gt=0)
-    """Stop after this many optimizer steps, whatever epochs says."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rates after warm-up, to zero at the last step."""
-    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps over which the learning rates rise from zero."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decay, on matrices only; angles, scales and biases have none."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the base model; auto is bf16 on GPUs that have it and fp32 elsewhere."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    """Seed of the head, the order of rows, dropout, the validation rows and random pairs."""
-    eval_every_steps: int | None = Field(default=None, gt=0)
-    """Evaluate every so many optimizer steps; at the end of every epoch by default."""
-    save_every_steps: int | None = Field(default=None, gt=0)
-    """Checkpoint every so many optimizer steps; at the end of every epoch by default."""
-    log_every_steps: int = Field(default=10, gt=0)
-    """Optimizer steps between two lines of the log."""
-    num_workers: int = Field(default=0, ge=0)
-    """Processes that prepare batches beside the main one."""
-
-
-class EvalSection(_Section):
-    """Evaluation."""
-
-    batch_size: int = Field(default=64, gt=0)
-    """Rows per device."""
-
-
-class Recipe(_Section):
-    """All settings of a run, resolved and checked."""
-
-    model: ModelSection = ModelSection()
-    task: TaskSection = TaskSection()
-    data: DataSection = DataSection()
-    adapter: AdapterSection = AdapterSection()
-    train: TrainSection = TrainSection()
-    eval: EvalSection = EvalSection()
-    output_dir: str | None = None
-    """Run directory; runs/TASK-MODEL-METHOD by default."""
-
-    def to_yaml(self) -> str:
-        """The recipe as YAML that loads to an equal recipe; settings that are not set are left out."""
-        return strict_yaml.dump(json.loads(self.model_dump_json(exclude_none=True)))
+from mirrortune.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,29 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: accelerate moves tensors between processes, and everything that decides the result is a function of seed
-and step.
-
-One optimizer step sees one global batch (``batching.py``): micro-batches are summed, not averaged, and divided by the
-number of items in the whole global batch over all ranks, so that the way it is cut does not change the step.
-"""
+"""The loop: when to step, evaluate, save and stop. What decides the result is a function of seed and step alone."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
-from mirrortune.batching import Rows, collate, epoch_batches, micro_batches
+from mirrortune.batching import epoch_batches
 from mirrortune.checkpoint import (
     LoopState,
     RunDirectory,
@@ -35,7 +27,9 @@ from mirrortune.checkpoint import (
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun
 from mirrortune.evaluation import evaluate_split
 from mirrortune.metrics import METRICS
-from mirrortune.optim import Schedule, build_optimizer, lr_factor, set_lr
+from mirrortune.optim import Schedule, build_optimizer, lr_factor
+from mirrortune.signals import StopSignals
+from mirrortune.stepping import NotFiniteError, Stepper, StepResult
 from mirrortune.tasks import Task
 from mirrortune.tokens import Encoded
 
@@ -137,9 +131,19 @@ class Trainer:
         # Names from before wrapping: a checkpoint must not depend on how many processes wrote it.
         self._names = {id(p): n for n, p in trained.items()}
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            accelerator,
+            task=task,
+            encoded=train,
+            tokenizer=tokenizer,
+            num_micro=settings.gradient_accumulation_steps,
+            max_grad_norm=settings.max_grad_norm,
+        )
         self.state = LoopState(num_processes=accelerator.num_processes)
         self._seconds, self._rows = 0.0, 0
-        self._stop_signal: int | None = None
+        self._stop = StopSignals()
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of the run.
@@ -180,7 +184,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.progress.on_start(self.total_steps, self.state.global_step)
         self.model.train()
-        with self._signals():
+        with self._stop:
             while self.state.global_step < self.total_steps:
                 self._run_epoch()
         best_step = self.state.best_step
@@ -200,27 +204,34 @@ class Trainer:
         batches = epoch_batches(self.train.lengths, self.global_batch_size, self.settings.seed, state.epoch)
         for batch in batches[state.step_in_epoch :]:
             started = time.perf_counter()
-            loss_sum, num_items, grad_norm, factor = self._step(batch)
+            try:
+                done = self.stepper.step(batch, self._lr_factor(state.global_step))
+            except NotFiniteError as error:
+                raise self._diverged(error) from error
             self._seconds += time.perf_counter() - started
             self._rows += len(batch)
             state.global_step += 1
             state.step_in_epoch += 1
-            state.window_loss += loss_sum
-            state.window_items += num_items
+            state.window_loss += done.loss_sum
+            state.window_items += done.num_items
             ends_epoch = state.step_in_epoch == len(batches)
             if ends_epoch:
                 state.epoch, state.step_in_epoch = state.epoch + 1, 0
             if self.accelerator.is_main_process:
-                self.progress.on_step(state.global_step, loss_sum / num_items, len(batch))
-            self._after_step(grad_norm, factor, ends_epoch=ends_epoch)
+                self.progress.on_step(state.global_step, done.loss_sum / done.num_items, len(batch))
+            self._after_step(done, ends_epoch=ends_epoch)
             if state.global_step >= self.total_steps:
                 return
 
-    def _after_step(self, grad_norm: float, factor: float, *, ends_epoch: bool) -> None:
+    def _lr_factor(self, step: int) -> float:
+        warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
+        return lr_factor(step, total_steps=self.total_steps, warmup_steps=warmup, schedule=self.settings.schedule)
+
+    def _after_step(self, done: StepResult, *, ends_epoch: bool) -> None:
         settings, step = self.settings, self.state.global_step
         is_last = step >= self.total_steps
         if is_last or step % settings.log_every_steps == 0:
-            self._log_training(grad_norm, factor)
+            self._log_training(done.grad_norm)
         is_best = False
         if is_last or _is_due(step, settings.eval_every_steps, ends_epoch=ends_epoch):
             is_best = self._evaluate()
@@ -232,64 +243,10 @@ class Trainer:
                 self._save()
             raise InterruptedRun(
                 str(self.run.path),
-                f"{signal.Signals(stop_signal).name} stopped the run after step {step} of {self.total_steps}, which is saved",
+                f"{signal.Signals(stop_signal).name} stopped it after step {step} of {self.total_steps}, which is saved",
                 signal_number=stop_signal,
                 fix="Continue with the same command and --resume",
             )
-
-    def _step(self, batch: Rows) -> tuple[float, int, float, float]:
-        """One optimizer step on one global batch: loss sum and items over all ranks, gradient norm, learning rate
-        factor.
-        """
-        accelerator, settings, state = self.accelerator, self.settings, self.state
-        parts = micro_batches(
-            batch,
-            self.train.lengths,
-            num_micro=settings.gradient_accumulation_steps,
-            num_ranks=accelerator.num_processes,
-            rank=accelerator.process_index,
-        )
-        loss_sum, num_items = torch.zeros((), device=accelerator.device), 0
-        for index, rows in enumerate(parts):
-            is_last = index == len(parts) - 1
-            with nullcontext() if is_last else accelerator.no_sync(self.model):
-                loss, items = self._micro_loss(rows, batch)
-                accelerator.backward(loss)
-            loss_sum += loss.detach()
-            num_items += items
-        total, total_items = self._sum_over_ranks(loss_sum, num_items)
-        for parameter in self._parameters():
-            if parameter.grad is not None:
-                # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
-                parameter.grad.mul_(accelerator.num_processes / total_items)
-        grad_norm = float(accelerator.clip_grad_norm_(self._parameters(), settings.max_grad_norm))
-        if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            raise self._diverged(total, grad_norm)
-        warmup = math.ceil(settings.warmup_ratio * self.total_steps)
-        factor = lr_factor(
-            state.global_step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule
-        )
-        set_lr(self._torch_optimizer, factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total, total_items, grad_norm, factor
-
-    def _micro_loss(self, rows: Rows, batch: Rows) -> tuple[Tensor, int]:
-        # A last global batch may have fewer rows than parts: an empty part still runs forward and backward, with weight
-        # zero, because the other ranks wait for its gradients.
-        is_empty = len(rows) == 0
-        inputs = collate(self.train, batch[:1] if is_empty else rows, self.tokenizer)
-        inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
-        targets = inputs.pop("targets")
-        loss, items = self.task.loss(self.model(**inputs).logits, targets)
-        return (loss * 0, 0) if is_empty else (loss, items)
-
-    def _sum_over_ranks(self, loss_sum: Tensor, num_items: int) -> tuple[float, int]:
-        if self.accelerator.num_processes == 1:
-            return float(loss_sum), num_items
-        both = torch.stack([loss_sum.double(), loss_sum.new_tensor(num_items).double()])
-        loss, items = self.accelerator.reduce(both, reduction="sum").tolist()
-        return float(loss), int(items)
 
     def _evaluate(self) -> bool:
         """Score the validation split; whether it is the best so far."""
@@ -313,11 +270,13 @@ class Trainer:
         self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
         return is_best
 
-    def _log_training(self, grad_norm: float, factor: float) -> None:
-        state, settings = self.state, self.settings
+    def _log_training(self, grad_norm: float) -> None:
+        state = self.state
         loss = state.window_loss / max(1, state.window_items)
         state.window_loss, state.window_items = 0.0, 0
-        rates = {"lr": settings.lr * factor, "head_lr": settings.head_lr * factor}
+        group = max(self.optimizer.param_groups, key=lambda g: float(g["peak_lr"]))  # a peak may be 0
+        factor = group["lr"] / (group["peak_lr"] or 1.0)
+        rates = {"lr": self.settings.lr * factor, "head_lr": self.settings.head_lr * factor}
         self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": grad_norm})
 
     def _position(self) -> dict[str, float]:
@@ -340,14 +299,14 @@ class Trainer:
         tensors = {**optimizer_tensors(self._torch_optimizer, self._names), **states}
         self._on_main(lambda: self.run.save_checkpoint(self.state, tensors, self.write_adapter_files))
 
-    def _diverged(self, loss: float, grad_norm: float) -> DivergedError:
+    def _diverged(self, error: NotFiniteError) -> DivergedError:
         steps = self.run.saved_steps()
         good = (
             f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
         )
         return DivergedError(
             f"step {self.state.global_step + 1}",
-            f"the training loss is {loss:g} and the gradient norm {grad_norm:g}; the step was not made, and {good}",
+            f"{error.problem}; the step was not made, and {good}",
             fix="Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume",
         )
 
@@ -357,9 +316,6 @@ class Trainer:
         assert isinstance(inner, torch.optim.Optimizer)
         return inner
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self._torch_optimizer.param_groups for p in group["params"]]
-
     def _on_main(self, action: Callable[[], object]) -> None:
         if self.accelerator.is_main_process:
             action()
@@ -368,36 +324,10 @@ class Trainer:
     def _agreed_stop_signal(self) -> int:
         # A signal may reach one rank only; all must stop after the same step.
         if self.accelerator.num_processes == 1:
-            return self._stop_signal or 0
-        own = torch.tensor([self._stop_signal or 0], device=self.accelerator.device)
+            return self._stop.number
+        own = torch.tensor([self._stop.number], device=self.accelerator.device)
         return int(self.accelerator.gather(own).max())
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are noted and acted on after the step; a second one acts at once."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        try:
-            previous = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: the embedding program handles signals
-            previous = {}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _is_due(step: int, every: int | None, *, ends_epoch: bool) -> bool:
     return ends_epoch if every is None else step % every == 0
-
-
-def subsample(num_rows: int, limit: int | None, seed: int) -> Rows:
-    """Indices of a seeded random subset of at most ``limit`` rows, ascending."""
-    if limit is None or limit >= num_rows:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng([seed, num_rows]).permutation(num_rows)[:limit])

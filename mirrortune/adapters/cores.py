@@ -150,8 +150,9 @@ class Givens(Core):
         """See :class:`Core`; uses that ``partner`` is its own inverse."""
         own, cross, partner = coefficients
         grad_z = own * grad + (cross * grad).index_select(-1, partner)
-        grad_own = torch.einsum("nr,nr->r", grad, z)
-        grad_cross = torch.einsum("nr,nr->r", grad, z.index_select(-1, partner))
+        # Not einsum: it makes R products of length N out of these column sums and takes a third of a CPU step for it.
+        grad_own = (grad * z).sum(dim=0)
+        grad_cross = (grad * z.index_select(-1, partner)).sum(dim=0)
         return grad_z, (grad_own, grad_cross, None)
 
 

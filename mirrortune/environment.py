@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run was made with and on, for ``environment.json``, and how much memory it took."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from mirrortune import __version__
+from mirrortune.assembly import Job
+from mirrortune.recipe import Resolved
+
+
+def environment(job: Job, resolved: Resolved, accelerator: Any) -> dict[str, Any]:
+    """Everything that another machine needs to know to repeat the run, besides the recipe."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+    return {
+        "mirrortune": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": job.recipe.train.seed,
+        "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},
+        "data": job.data_origin,
+        "argv": sys.argv,
+        "origins": resolved.origins,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: of the GPU's allocator if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
