@@ -21,8 +21,8 @@ from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.model import ModelSource, empty_model, find_model, load_tokenizer, resolve_dtype
 from mirrortune.planning import Plan, make_plan
-from mirrortune.recipe import Recipe
 from mirrortune.report import Reporter
+from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, task_class
 from mirrortune.tokens import Encoded, encode_split, resolve_max_length
 from mirrortune.training import LoopSettings

@@ -34,8 +34,9 @@ from mirrortune.evaluation import evaluate_split
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import adapt_model, base_identity, find_adapter, load_evaluable
 from mirrortune.merging import Verification, merge_folder
-from mirrortune.recipe import Recipe, Resolved, flatten, read_recipe, resolve
+from mirrortune.recipe import Resolved, flatten, read_recipe, resolve
 from mirrortune.report import Reporter, draw_curves
+from mirrortune.schema import Recipe
 from mirrortune.tasks import Task
 from mirrortune.tokens import encode_split
 from mirrortune.training import Trainer

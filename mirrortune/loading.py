@@ -18,7 +18,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import load_adapted
 from mirrortune.model import find_model, load_model, load_tokenizer, resolve_dtype
-from mirrortune.recipe import Recipe
+from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, task_class
 from mirrortune.tokens import resolve_max_length
 

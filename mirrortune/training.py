@@ -243,7 +243,7 @@ class Trainer:
                 self._save()
             raise InterruptedRun(
                 str(self.run.path),
-                f"{signal.Signals(stop_signal).name} stopped it after step {step} of {self.total_steps}, which is saved",
+                f"{signal.Signals(stop_signal).name} stopped it after step {step} of {self.total_steps}, which is safe",
                 signal_number=stop_signal,
                 fix="Continue with the same command and --resume",
             )
