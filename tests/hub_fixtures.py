@@ -92,7 +92,7 @@ def write_tiny_roberta(root: Path, model_id: str = "roberta-base") -> Path:
     special_tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe.train_from_iterator(sentences, vocab_size=400, special_tokens=special_tokens)
     bpe.save_model(str(folder))
-    tokenizer = RobertaTokenizer.from_pretrained(folder, model_max_length=64)
+    tokenizer = RobertaTokenizer.from_pretrained(folder, model_max_length=512)
     tokenizer.save_pretrained(folder)
     config = RobertaConfig(
         vocab_size=len(tokenizer),
@@ -100,7 +100,7 @@ def write_tiny_roberta(root: Path, model_id: str = "roberta-base") -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=66,
+        max_position_embeddings=514,
         type_vocab_size=1,
     )
     with torch.random.fork_rng(devices=[]):

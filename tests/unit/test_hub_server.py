@@ -240,7 +240,7 @@ def test_a_model_loads_cold_and_then_offline(clients: Clients) -> None:
     assert ("GET", f"/roberta-base/resolve/{cold['commit']}/model.safetensors") in requests
     assert not [path for _, path in requests if "xet" in path]
     assert cold["tokenizer"] == "RobertaTokenizer"
-    assert cold["max_length"] == 64
+    assert cold["max_length"] == 512
     assert cold["text"] == "<s>the film is lovely</s></s>the plot is new</s>"
     assert cold["logits"] == [1, 2]
     assert warm == cold

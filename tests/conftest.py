@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test has: its own caches and seeds, no network, one torch thread; and a tiny model in a folder.
+
+Builders of models and training data are plain functions in ``tiny_models.py`` and ``tiny_runs.py``.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, which reads it once: no test of ours may depend on the network. Tests of the
+# Hub run clients in subprocesses, whose environment they make themselves.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.tiny_models import tiny_tokenizer, write_tiny_model
+
+# derandomize: a law that fails, fails again. Matrices are at most 16 x 16, so that 40 examples take a second.
+settings.register_profile(
+    "laws",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("laws")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches under this test's folder, and every global generator freshly seeded."""
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path / "mirrortune-cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (some models draw from the global generator)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The word tokenizer of all tiny models."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny BERT with its tokenizer; read only."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-bert")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of every registered pairing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirrortune.adapters.pairings import PAIRINGS
+
+RANKS = st.integers(1, 65)
+SEEDS = st.integers(0, 2**32)
+
+
+def drawn(name: str, rank: int, seed: int) -> torch.Tensor:
+    """The pairs of one pairing."""
+    return PAIRINGS.get(name, "test")(rank, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", PAIRINGS.names())
+@given(rank=RANKS, seed=SEEDS)
+def test_pairs_are_disjoint_ordered_and_in_range(name: str, rank: int, seed: int) -> None:
+    pairs = drawn(name, rank, seed)
+    assert pairs.dtype == torch.int64
+    assert pairs.shape == (rank // 2, 2)
+    used = pairs.flatten().tolist()
+    assert len(set(used)) == len(used)
+    assert all(0 <= i < rank for i in used)
+    assert (pairs[:, 0] < pairs[:, 1]).all()
+
+
+@pytest.mark.parametrize("name", PAIRINGS.names())
+@given(rank=RANKS, seed=SEEDS)
+def test_the_same_seed_gives_the_same_pairs(name: str, rank: int, seed: int) -> None:
+    assert torch.equal(drawn(name, rank, seed), drawn(name, rank, seed))
+
+
+@pytest.mark.parametrize("name", PAIRINGS.names())
+@given(rank=RANKS, seed=SEEDS)
+def test_a_pairing_leaves_the_global_generator_alone(name: str, rank: int, seed: int) -> None:
+    before = torch.get_rng_state()
+    drawn(name, rank, seed)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@given(rank=RANKS, seed=SEEDS)
+def test_mirror_pairs_the_strongest_with_the_weakest(rank: int, seed: int) -> None:
+    assert drawn("mirror", rank, seed).tolist() == [[k, rank - 1 - k] for k in range(rank // 2)]
+
+
+@given(rank=RANKS, seed=SEEDS)
+def test_neighbor_pairs_directions_of_like_strength(rank: int, seed: int) -> None:
+    assert drawn("neighbor", rank, seed).tolist() == [[2 * k, 2 * k + 1] for k in range(rank // 2)]
+
+
+@given(seed=SEEDS)
+def test_random_leaves_any_direction_of_an_odd_rank_unpaired(seed: int) -> None:
+    left_out = {(set(range(5)) - set(drawn("random", 5, seed + k).flatten().tolist())).pop() for k in range(40)}
+    assert left_out == set(range(5))

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small weights, cores and layers for the laws, and what a layer must equal: dense formulas that plain autograd
+differentiates.
+
+Shapes: N rows, O out_features, I in_features, R rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mirrortune.adapters.cores import CORES, Core
+from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.pairings import PAIRINGS
+from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
+
+# Options worth their own run of every law; a core that is not named here runs with its defaults.
+_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "givens": ({}, {"side": "input"}, {"scale_top_k": "all"}, {"side": "input", "scale_top_k": 1})
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One core with its pairing (if it pairs) and options."""
+
+    core: str
+    pairing: str | None
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        words = [self.core, self.pairing or "", *(f"{key}={value}" for key, value in self.options)]
+        return "-".join(word for word in words if word)
+
+    def build(self, S: Tensor, seed: int | None = None) -> Core:
+        """The core for singular values ``S`` (R,) in their dtype; untrained without a ``seed``."""
+        core_class = CORES.get(self.core, "test")
+        runtime = [S]
+        if self.pairing is not None:
+            runtime.append(PAIRINGS.get(self.pairing, "test")(S.shape[0], torch.Generator().manual_seed(7)))
+        core = core_class(*runtime, **dict(self.options))
+        return core if seed is None else train_a_little(core, seed)
+
+
+def variants(core: str) -> list[Variant]:
+    """Every pairing and option set of a core."""
+    pairs = "pairs" in inspect.signature(CORES.get(core, "test")).parameters
+    pairings: list[str | None] = [*PAIRINGS.names()] if pairs else [None]
+    options = _OPTIONS.get(core, ({},))
+    return [Variant(core, pairing, tuple(given.items())) for pairing in pairings for given in options]
+
+
+VARIANTS = [variant for core in CORES.names() for variant in variants(core)]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A layer's sizes and the seed of its numbers."""
+
+    out_features: int
+    in_features: int
+    rank: int
+    seed: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no direction is left out."""
+        return self.rank == min(self.out_features, self.in_features)
+
+    def weight(self) -> Tensor:
+        """Float64 (O, I) with well separated singular values between about 1/4 and 4."""
+        generator = torch.Generator().manual_seed(self.seed)
+        size = min(self.out_features, self.in_features)
+        left, right = (
+            torch.linalg.qr(torch.randn(n, size, generator=generator, dtype=torch.float64))[0]
+            for n in (self.out_features, self.in_features)
+        )
+        spectrum = torch.logspace(0.6, -0.6, size, dtype=torch.float64)
+        return left @ torch.diag(spectrum) @ right.T
+
+    def rows(self, *leading: int) -> Tensor:
+        """Float64 inputs (*leading, I)."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return torch.randn(*leading, self.in_features, generator=generator, dtype=torch.float64)
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, full: bool = False, largest: int = 12) -> Problem:
+    """Shapes from 1 x 1 up in both orientations; rank 1, odd, even or full."""
+    sizes = st.integers(1, largest)
+    out_features, in_features = draw(sizes), draw(sizes)
+    limit = min(out_features, in_features)
+    rank = limit if full else draw(st.one_of(st.just(limit), st.integers(1, limit)))
+    return Problem(out_features, in_features, rank, draw(st.integers(0, 2**16)))
+
+
+@torch.no_grad()
+def train_a_little(core: Core, seed: int) -> Core:
+    """Give every parameter of ``core`` random numbers of a size that training could reach (standard deviation 1/2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in core.parameters():
+        parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return core
+
+
+def build_layer(
+    problem: Problem,
+    variant: Variant,
+    strategy: Strategy,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int | None = None,
+    bias: bool = True,
+) -> SpectralLinear:
+    """An adapted layer whose base weight and factors are ``problem``'s, rounded to ``dtype``.
+
+    The core is float64 beside a float64 weight and float32 otherwise.
+    """
+    linear = nn.Linear(problem.in_features, problem.out_features, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(problem.weight())
+        if bias:
+            linear.bias.copy_(torch.linspace(-1, 1, problem.out_features))
+    factors = factorize(linear.weight, problem.rank)
+    core_dtype = torch.promote_types(dtype, torch.float32)
+    return SpectralLinear(linear, factors, variant.build(factors.S.to(core_dtype), seed), strategy)
+
+
+def strategies(problem: Problem) -> list[Strategy]:
+    """The strategies that can compute this problem."""
+    return ["branch", "factored"] if problem.is_full else ["branch"]
+
+
+def dense_output(layer: SpectralLinear, x: Tensor) -> Tensor:
+    """What ``layer`` must give for ``x`` (..., I), by a dense W' in float64 that plain autograd differentiates.
+
+    K is the core's ``mix`` applied to the identity, so this checks the layer and not the core; cores have laws of their
+    own.
+    """
+    core, base = layer.core, layer.base_layer
+    rank = layer.rank
+    S = core.get_buffer("S").double()
+    coefficients = [c.double() if c.is_floating_point() else c for c in core.coefficients(delta=False)]
+    K = core.mix(torch.eye(rank, dtype=torch.float64), *coefficients).T
+    U, Vh = layer.U.double(), layer.Vh.double()
+    weight = base.weight.double() + U @ (K - torch.diag(S)) @ Vh
+    return F.linear(x.double(), weight, None if base.bias is None else base.bias.double())
+
+
+def gradients(output: Tensor, layer: SpectralLinear, x: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed random functional of ``output`` for x and every number of the core."""
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    trained = {name: p for name, p in layer.core.named_parameters() if p.numel()}
+    wanted = {"x": x, **trained}
+    found = torch.autograd.grad((output.double() * weights).sum(), list(wanted.values()))
+    return {name: g.double() for name, g in zip(wanted, found, strict=True)}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; an absolute norm where ``expected`` is zero."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm()) / (float(expected.norm()) or 1.0)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random transformers models and a word tokenizer for them, all deterministic: mechanics without a download.
+
+Every builder takes the seed of its weights. Hidden size 32 and two layers: a training step takes milliseconds, and
+shapes are still rectangular in both directions (32 x 32, 64 x 32, 32 x 64).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+WORDS = (
+    "the a an this that it film movie plot story actor cast is was looks seems not very really and but so "
+    "good bad great awful wonderful terrible lovely boring brilliant dreadful fun dull long short new old quiet loud"
+).split()
+_SIZES = {"vocab_size": 128, "max_position_embeddings": 64, "num_labels": 2}
+_BERT_SIZES = {**_SIZES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def tiny_bert(seed: int = 0, *, dropout: float = 0.0, **fields: Any) -> nn.Module:
+    """A BERT sequence classifier."""
+    return _build("Bert", seed, {**_BERT_SIZES, **_dropout(dropout), **fields})
+
+
+def tiny_roberta(seed: int = 0, *, dropout: float = 0.0, **fields: Any) -> nn.Module:
+    """A RoBERTa sequence classifier: no pooler, a head of two layers."""
+    sizes = {**_BERT_SIZES, "max_position_embeddings": 66, "pad_token_id": 0}
+    return _build("Roberta", seed, {**sizes, **_dropout(dropout), **fields})
+
+
+def tiny_albert(seed: int = 0, *, dropout: float = 0.0, **fields: Any) -> nn.Module:
+    """An ALBERT sequence classifier: one set of layer modules, run twice."""
+    return _build("Albert", seed, {**_BERT_SIZES, "embedding_size": 16, **_dropout(dropout), **fields})
+
+
+def tiny_distilbert(seed: int = 0, *, dropout: float = 0.0, **fields: Any) -> nn.Module:
+    """A DistilBERT sequence classifier: other names for everything, and no token types."""
+    sizes = {**_SIZES, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    rates = {"dropout": dropout, "attention_dropout": dropout, "seq_classif_dropout": dropout}
+    return _build("DistilBert", seed, {**sizes, **rates, **fields})
+
+
+FAMILIES = {"bert": tiny_bert, "roberta": tiny_roberta, "albert": tiny_albert, "distilbert": tiny_distilbert}
+
+
+def tiny_tokenizer() -> Any:
+    """A word tokenizer with BERT's special tokens that knows ``WORDS`` and splits any other word into letters."""
+    from transformers import BertTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", ",", "!", "?", *WORDS]
+    pieces += [letter for letter in letters if letter not in pieces]
+    pieces += [f"##{letter}" for letter in letters]
+    assert len(pieces) <= _SIZES["vocab_size"]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=64)
+
+
+def write_tiny_model(folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    """A saved tiny BERT (without a trained head) and its tokenizer, as a model folder in the Hub's layout."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tiny_bert(**fields).get_submodule("bert").to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _build(family: str, seed: int, fields: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{family}ForSequenceClassification")(config)
+        with torch.no_grad():  # real weights have a spectrum that falls off, and biases that are not zero
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.05))
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def _dropout(rate: float) -> dict[str, float]:
+    return {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate, "classifier_dropout_prob": rate}
