@@ -14,6 +14,7 @@ from mirrortune.adapters.inject import AdapterSpec, attachment
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
+from mirrortune.hub import local_adapter
 from mirrortune.merging import merge_folder
 
 if TYPE_CHECKING:
@@ -71,12 +72,12 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 def load_adapter(model: M, directory: str | Path) -> M:
-    """Attach the adapter in ``directory`` to its base ``model``.
+    """Attach the adapter in ``directory`` (or in a Hub repository of that id) to its base ``model``.
 
     Raises:
         VerificationError: another base, a basis that cannot be aligned, or a damaged file.
     """
-    _remember(model, load_into(model, read_adapter(Path(directory)), FactorCache()))
+    _remember(model, load_into(model, read_adapter(local_adapter(directory)), FactorCache()))
     return model
 
 
@@ -85,7 +86,7 @@ def merge_adapter(base: str | None, adapter: str | Path, output_dir: str | Path,
 
     Args:
         base: folder or Hub id of the base; None for the one that the adapter names.
-        adapter: adapter folder.
+        adapter: adapter folder, or a Hub id.
         output_dir: a new folder.
         format: ``"hf"``, the transformers layout.
 
@@ -99,7 +100,7 @@ def merge_adapter(base: str | None, adapter: str | Path, output_dir: str | Path,
 
     if format != "hf":
         raise ConfigError("format", f"got {format!r}", allowed="hf")
-    return asdict(merge_folder(Path(adapter), Path(output_dir), factor_source=FactorCache(), base=base))
+    return asdict(merge_folder(local_adapter(adapter), Path(output_dir), factor_source=FactorCache(), base=base))
 
 
 def trainable_parameters(model: nn.Module) -> int:

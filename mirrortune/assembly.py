@@ -124,7 +124,6 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
 def adapter_spec(recipe: Recipe) -> AdapterSpec:
     """The recipe's adapter section as plain values."""
     section = recipe.adapter
-    preset(section.method)
     return AdapterSpec(
         method=section.method,
         rank=section.rank,

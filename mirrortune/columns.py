@@ -59,6 +59,8 @@ def choose_columns(
         )
     if len(text) > 2:
         raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
+    if label in text:
+        raise DataError(source, f"column '{label}' is both text and label", fix="Give --label-column another column")
     for column in text:
         _check_is_text(table, column, source)
     return tuple(text), label, notes

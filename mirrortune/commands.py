@@ -122,7 +122,7 @@ def train(
     recipe = resolved.recipe
     check_recipe(recipe, adapter_spec(recipe))
     run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}"))
-    recipe = recipe.model_copy(update={"output_dir": str(run.path)})
+    recipe = _pinned(recipe, run)
     accelerator = Accelerator(mixed_precision=_mixed_precision(recipe))
     reporter.is_main = accelerator.is_main_process
     if resume:
@@ -135,18 +135,18 @@ def train(
     reporter.note(
         f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}; writing to {run.path}"
     )
+    _seed(recipe.train.seed)  # the head's initial weights
+    # Ranks share one factorisation: the main process fills the cache, the others read it.
+    with accelerator.main_process_first():
+        model, book = adapt_model(job, FactorCache(), reporter.bar)
+    # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
     if accelerator.is_main_process and not resume:
         run.create()
         run.write_text(run.recipe.name, recipe.to_yaml())
         run.write_json("environment.json", environment(job, resolved, accelerator))
     accelerator.wait_for_everyone()
-    _seed(recipe.train.seed)  # the head's initial weights
-    # Ranks share one factorisation: the main process fills the cache, the others read it.
-    with accelerator.main_process_first():
-        model, book = adapt_model(job, FactorCache(), reporter.bar)
-    _seed(
-        recipe.train.seed + 1 + accelerator.process_index
-    )  # dropout: the same from a cold and a warm cache, other on each rank
+    # Dropout: the same from a cold and a warm cache, another on each rank.
+    _seed(recipe.train.seed + 1 + accelerator.process_index)
     result, best_step = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     if accelerator.is_main_process:
         _finish_run(run, job, result, best_step)
@@ -320,6 +320,17 @@ def _check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     ]
     if differing:
         raise ConfigError.several(differing)
+
+
+def _pinned(recipe: Recipe, run: RunDirectory) -> Recipe:
+    """The recipe with local paths made absolute, so that it repeats the run from any folder."""
+    update: dict[str, Any] = {"output_dir": str(run.path)}
+    for section, key in (("model", "name"), ("data", "path")):
+        given = getattr(getattr(recipe, section), key)
+        if given and Path(given).expanduser().exists():
+            absolute = str(Path(given).expanduser().resolve())
+            update[section] = getattr(recipe, section).model_copy(update={key: absolute})
+    return recipe.model_copy(update=update)
 
 
 def _mixed_precision(recipe: Recipe) -> str:

@@ -37,7 +37,8 @@ class MirrortuneError(Exception):
 
     def describe(self) -> str:
         """The whole message on one line, in the order where, problem, allowed, fix."""
-        parts = [f"{self.where}: {self.problem.rstrip('.')}."]
+        problem = self.problem.rstrip(".")
+        parts = [f"{self.where}: {problem}" + ("" if problem.endswith("?") else ".")]
         if self.allowed:
             parts.append(f"Allowed: {self.allowed.rstrip('.')}.")
         if self.fix:

@@ -96,15 +96,14 @@ def given_flags(values: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         value = values.get(flag.parameter)
         if value is None or value == [] or value is False:
             continue
-        found[flag.key] = (
-            flag.names[0],
-            strict_yaml.parse_scalar(value, flag.names[0]) if flag.kind == "yaml" else value,
-        )
+        is_text = flag.kind in (str, list[str], bool)
+        found[flag.key] = (flag.names[0], value if is_text else strict_yaml.parse_scalar(value, flag.names[0]))
     return found
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:
-    kind = str if flag.kind == "yaml" else flag.kind
+    # Numbers are read by the recipe's rules too, so that --lr and train.lr= take and refuse the same.
+    kind = str if flag.kind in ("yaml", int, float) else flag.kind
     metavar = {"yaml": "full|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
     options = {"metavar": metavar} if metavar else {"is_flag": True}
     option = typer.Option(*flag.names, help=flag.help, rich_help_panel=flag.panel, show_default=False, **options)

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from mirrortune.errors import HubError, MirrortuneError
+from mirrortune.locations import looks_like_path
 
 # Looked up by class name along the chain of causes: transformers and datasets wrap the client's exceptions in OSError,
 # ConnectionError and classes of their own, and keep the original as the cause.
@@ -77,6 +79,19 @@ def resolve_commit(where: str, repository: str, revision: str | None, kind: str,
 
     with hub_errors(f"{'data set' if kind == 'dataset' else kind} '{where}'", flag=flag):
         return str(huggingface_hub.resolve_revision(repository, revision=revision, repo_type=kind).resolved)
+
+
+def local_adapter(name: str | Path) -> Path:
+    """The folder of an adapter, named by its folder or by a Hub id (which is then downloaded)."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() or looks_like_path(str(name)):
+        return folder
+    import huggingface_hub  # noqa: PLC0415
+
+    commit = resolve_commit(str(name), str(name), None, "model", "the adapter")
+    with hub_errors(f"adapter '{name}'", flag="the adapter"):
+        files = ["adapter.json", "adapter.safetensors"]
+        return Path(huggingface_hub.snapshot_download(str(name), revision=commit, allow_patterns=files))
 
 
 def _explain(error: BaseException) -> tuple[str, str] | None:

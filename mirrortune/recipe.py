@@ -41,8 +41,9 @@ class Layer:
     def place(self, path: tuple[str, ...]) -> str:
         """Where ``path`` was set, for messages: ``recipe.yaml:4: train.lr`` or ``--lr``."""
         key = ".".join(path)
-        if path in self.flags:
-            return self.flags[path]
+        for known, flag in self.flags.items():
+            if known[: len(path)] == path:
+                return flag
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return f"{self.origin}:{self.lines[path[:end]]}: {key}"
@@ -129,7 +130,8 @@ def resolve(layers: list[Layer]) -> Resolved:
     merged: dict[str, Any] = {}
     owners: dict[tuple[str, ...], Layer] = {}
     for layer in layers:
-        _merge(merged, layer.values, (), layer, owners)
+        # A section whose settings are all commented out is None.
+        _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
     try:
         recipe = Recipe.model_validate_json(json.dumps(merged))
     except ValidationError as error:
@@ -158,6 +160,10 @@ def _merge(
 ) -> None:  # fmt: skip
     for key, value in values.items():
         here = (*path, key)
+        if here in owners and isinstance(value, dict) and not isinstance(target[key], dict):
+            raise ConfigError(
+                owners[here].place(here), f"got {target[key]!r}", allowed=f"a section, such as {key}: {{{next(iter(value))}: ...}}"
+            )
         if isinstance(value, dict) and isinstance(target.get(key, {}), dict):
             _merge(target.setdefault(key, {}), value, here, layer, owners)
         else:

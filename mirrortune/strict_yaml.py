@@ -49,9 +49,10 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         ConfigError: on a syntax error, a duplicate key or a key that is not a string; with the line.
     """
-    loader = _StrictLoader(text)
     lines: dict[KeyPath, int] = {}
+    loader = None
     try:
+        loader = _StrictLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, lines
@@ -61,10 +62,16 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         mark = error.problem_mark or error.context_mark
         place = f"{source}:{mark.line + 1}" if mark else source
         raise ConfigError(place, f"not valid YAML: {error.problem or error.context}", fix="Correct the line") from error
-    except yaml.YAMLError as error:
+    except yaml.reader.ReaderError as error:
+        place = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
+        raise ConfigError(place, f"not valid YAML: character {error.character!r}", fix="Remove it") from error
+    except RecursionError as error:  # also of an alias to its own anchor
+        raise ConfigError(source, "not valid YAML: nested without end", fix="Correct the file") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise ConfigError(source, f"not valid YAML: {error}", fix="Correct the file") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def parse_scalar(text: str, source: str) -> Any:
@@ -97,6 +104,7 @@ _StrictDumper.add_representer(float, _represent_float)
 
 
 def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: str) -> None:
+    _check_tag(node, source)
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             _collect_lines(item, (*path, str(index)), lines, source)
@@ -115,3 +123,13 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], so
             )
         lines[key_path] = key_node.start_mark.line + 1
         _collect_lines(value_node, key_path, lines, source)
+
+
+def _check_tag(node: yaml.Node, source: str) -> None:
+    """Refuse ``!!tags`` of anything that JSON has not, and of scalars that are not what their tag says."""
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    patterns = [p for found in _StrictLoader.yaml_implicit_resolvers.values() for tag, p in found if tag == node.tag]
+    is_plain = kind in ("map", "seq", "str") or any(p.match(node.value) for p in patterns)
+    if not is_plain:
+        place = f"{source}:{node.start_mark.line + 1}"
+        raise ConfigError(place, f"'{node.value}' tagged as {kind}", allowed="plain YAML values", fix="Remove the tag")

@@ -9,6 +9,7 @@ cell, and guess types (a column of dates, of "1", of "NA") that a text column mu
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,15 +97,17 @@ def _read_delimited(path: Path, encoding: str) -> pa.Table:
 
 def _parse_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_CELL_LIMIT)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True)
+    # Not str.splitlines, which also breaks at characters that occur in prose (U+2028, U+0085, form feed).
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
+        start = reader.line_num + 1  # where a quote that is never closed was opened
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise DataError(
-                f"{path}:{reader.line_num}",
+                f"{path}:{start}",
                 f"malformed row ({error})",
                 fix='Close the quote, or double quotes in cells ("")',
             ) from error
@@ -119,6 +122,8 @@ def _read_json(path: Path, encoding: str) -> pa.Table:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", fix="Correct the line") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(str(path), f"not data ({_first_line(error)})", fix="Correct the file") from error
     return _from_objects(path, rows)
 
 
@@ -129,10 +134,9 @@ def _read_json_lines(path: Path, encoding: str) -> pa.Table:
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}", f"not valid JSON ({error.msg})", allowed="one JSON object a line"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or _first_line(error)
+            raise DataError(f"{path}:{number}", f"not valid JSON ({reason})", allowed="one JSON object a line") from error
     return _from_objects(path, rows)
 
 
@@ -148,6 +152,8 @@ def _from_objects(path: Path, rows: list[Any]) -> pa.Table:
     for name, values in columns.items():
         try:
             arrays[name] = pa.array(values)
+        except UnicodeEncodeError as error:
+            raise DataError(str(path), f"column '{name}' holds half a character ({_first_line(error)})") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(
                 str(path), f"column '{name}' mixes types ({_first_line(error)})", fix="Give every row the same type"
@@ -160,7 +166,7 @@ def _decode(path: Path, encoding: str) -> str:
     try:
         text = data.decode("utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding)
     except LookupError as error:
-        raise DataError("data.encoding", f"unknown encoding '{encoding}'", allowed="utf-8, latin-1, ...") from error
+        raise DataError("data.encoding", f"unknown encoding '{encoding}'", allowed="utf-8, latin-1 or another of Python's") from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(

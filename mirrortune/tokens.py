@@ -42,7 +42,6 @@ class Encoded:
         num_truncated: rows cut to the maximum length.
         num_empty: rows whose texts are all blank.
         num_dropped: blank rows that were left out.
-        from_cache: whether it was read rather than made.
     """
 
     features: dict[str, IntArray]
@@ -51,7 +50,6 @@ class Encoded:
     num_truncated: int
     num_empty: int
     num_dropped: int
-    from_cache: bool
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -100,7 +98,7 @@ def encode_split(
         raise DataError(split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column")
     kept = [[column[i] for i in keep] for column in texts]
     key = _cache_key(kept, task, tokenizer, max_length)
-    features, offsets, truncated, hit = _cached_tokens(key, kept, tokenizer, max_length)
+    features, offsets, truncated = _cached_tokens(key, kept, tokenizer, max_length)
     return Encoded(
         features=features,
         offsets=offsets,
@@ -108,7 +106,6 @@ def encode_split(
         num_truncated=truncated,
         num_empty=int(blank.sum()),
         num_dropped=len(blank) - len(keep),
-        from_cache=hit,
     )
 
 
@@ -133,13 +130,13 @@ def resolve_max_length(asked: int | None, tokenizer: Any, config: Any) -> int:
 
 def _cached_tokens(
     key: str, texts: list[list[str]], tokenizer: Any, max_length: int
-) -> tuple[dict[str, IntArray], IntArray, int, bool]:
+) -> tuple[dict[str, IntArray], IntArray, int]:
     path = cache_folder() / "tokens" / key[:2] / f"{key}.safetensors"
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             truncated = int(file.metadata()["num_truncated"])
-        return arrays, arrays.pop("offsets"), truncated, True
+        return arrays, arrays.pop("offsets"), truncated
     except (OSError, SafetensorError, KeyError, ValueError):
         pass  # absent or damaged: make it (anew)
     features, offsets, truncated = _tokenise(texts, tokenizer, max_length)
@@ -149,7 +146,7 @@ def _cached_tokens(
         save_file({**features, "offsets": offsets}, target, metadata)
 
     write_atomically(path, write, optional=True)
-    return features, offsets, truncated, False
+    return features, offsets, truncated
 
 
 def _tokenise(
@@ -160,12 +157,18 @@ def _tokenise(
     truncated = 0
     for start in range(0, len(texts[0]), chunk):
         batch = [column[start : start + chunk] for column in texts]
-        # Asking for the overflow tells which rows were cut, without tokenising twice.
-        encoded = tokenizer(*batch, truncation=True, max_length=max_length, return_attention_mask=False)
-        full = tokenizer(*batch, truncation=False, verbose=False, return_attention_mask=False)
-        truncated += sum(len(f) > len(e) for f, e in zip(full["input_ids"], encoded["input_ids"], strict=True))
+        encoded = tokenizer(*batch, truncation=False, verbose=False, return_attention_mask=False)
+        rows = {n: list(encoded[n]) for n in names}
+        long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
+        if long:  # only these are tokenised again: most rows are short, and counting needs their whole length
+            again = [[column[i] for i in long] for column in batch]
+            cut = tokenizer(*again, truncation=True, max_length=max_length, return_attention_mask=False)
+            for position, i in enumerate(long):
+                for name in names:
+                    rows[name][i] = cut[name][position]
+        truncated += len(long)
         for name in names:
-            parts[name] += encoded[name]
+            parts[name] += rows[name]
     lengths = np.array([len(row) for row in parts["input_ids"]], dtype=np.int64)
     features = {n: np.concatenate([np.asarray(r, dtype=np.int32) for r in rows]) for n, rows in parts.items()}
     return features, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), truncated
