@@ -18,7 +18,9 @@ from mirrortune.adapters.inject import AdapterSpec, check_spec
 from mirrortune.adapters.presets import preset
 from mirrortune.columns import choose_columns
 from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
-from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.errors import ConfigError, ResourceError, unknown_name
+from mirrortune.locations import is_local
+from mirrortune.metrics import METRICS
 from mirrortune.model import ModelSource, empty_model, find_model, load_tokenizer, resolve_dtype
 from mirrortune.planning import Plan, make_plan
 from mirrortune.report import Reporter
@@ -111,6 +113,9 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
         except ConfigError as error:
             errors.append(error)
     metrics = recipe.task.metrics
+    errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
+    if recipe.model.revision is not None and recipe.model.name is not None and is_local(recipe.model.name):
+        errors.append(ConfigError("model.revision", f"{recipe.model.name} is local and has none", fix="Remove it"))
     if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
         errors.append(
             ConfigError(

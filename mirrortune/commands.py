@@ -15,11 +15,13 @@ from torch import nn
 from mirrortune import model_card
 from mirrortune.adapter_file import FingerprintBook, read_adapter, write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
+from mirrortune.adapters.presets import preset
 from mirrortune.assembly import (
     Job,
     adapter_spec,
     assemble,
     check_recipe,
+    default_device,
     loop_settings,
     read_data,
     resolve_precision,
@@ -38,7 +40,7 @@ from mirrortune.recipe import Resolved, flatten, read_recipe, resolve
 from mirrortune.report import Reporter, draw_curves
 from mirrortune.schema import Recipe
 from mirrortune.tasks import Task
-from mirrortune.tokens import encode_split
+from mirrortune.tokens import check_columns, encode_split
 from mirrortune.training import Trainer
 
 
@@ -117,13 +119,13 @@ def train(
         resume: continue the run that is there.
         overwrite: replace the run that is there.
     """
-    from accelerate import Accelerator  # noqa: PLC0415  (two seconds to import)
-
     recipe = resolved.recipe
     check_recipe(recipe, adapter_spec(recipe))
+    if resume and overwrite:
+        raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
     run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}"))
     recipe = _pinned(recipe, run)
-    accelerator = Accelerator(mixed_precision=_mixed_precision(recipe))
+    accelerator = _accelerator(recipe)
     reporter.is_main = accelerator.is_main_process
     if resume:
         _check_same_recipe(recipe, run)
@@ -206,14 +208,16 @@ def evaluate(target: str, recipe: Recipe, reporter: Reporter, *, split: str = "v
         reporter: is told.
         split: ``train``, ``validation``, ``test``, or a data set's own name for a split.
     """
-    from accelerate import Accelerator  # noqa: PLC0415
-
-    accelerator = Accelerator(mixed_precision=_mixed_precision(recipe))
+    accelerator = _accelerator(recipe)
     reporter.is_main = accelerator.is_main_process
-    if recipe.data.path is None:
-        raise ConfigError("data.path", "it is not set", fix="Give --data or --task")
+    adapter_folder = find_adapter(target)
+    needed = {"--data": recipe.data.path, "--task": recipe.task.kind or adapter_folder}
+    if missing := " and ".join(flag for flag, value in needed.items() if value is None):
+        raise ConfigError(
+            target, f"it is no run here, and {missing} not given", fix=f"Check the path, or give {missing}"
+        )
     data = read_data(recipe)
-    found = load_evaluable(target, find_adapter(target), recipe, data)
+    found = load_evaluable(target, adapter_folder, recipe, data)
     rows = evaluation_rows(recipe, data, split, found.task)
     encoded = encode_split(
         rows, found.task, found.tokenizer, max_length=found.max_length, drop_blank=False, allow_missing_targets=True
@@ -278,6 +282,7 @@ def evaluation_rows(recipe: Recipe, data: DataSet, split: str, task: Task) -> Sp
     wanted = names.get(split, split)
     if data.find(wanted) is None and split in ("train", "validation") and data.find(recipe.data.train_split):
         rows = data.require(recipe.data.train_split, "--split")
+        check_columns(rows, task)
         targets = task.targets(rows.table, rows.source, allow_missing=False)
         parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
         return parts[0] if split == "train" else parts[1]
@@ -333,8 +338,17 @@ def _pinned(recipe: Recipe, run: RunDirectory) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _mixed_precision(recipe: Recipe) -> str:
-    return "bf16" if resolve_precision(recipe.train.precision) == "bf16" else "no"
+def _accelerator(recipe: Recipe) -> Any:
+    from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
+
+    # Cores and heads take part in every loss; a base model trained as it is may hold weights that do not.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=preset(recipe.adapter.method).plain != "none")
+    return Accelerator(
+        mixed_precision="bf16" if resolve_precision(recipe.train.precision) == "bf16" else "no",
+        # Without a GPU accelerate must be told: otherwise each of torchrun's processes is a run of its own to it.
+        cpu=default_device().type == "cpu",
+        kwargs_handlers=[ddp],
+    )
 
 
 def _seed(seed: int) -> None:

@@ -105,8 +105,7 @@ def _parameter(flag: Flag) -> inspect.Parameter:
     # Numbers are read by the recipe's rules too, so that --lr and train.lr= take and refuse the same.
     kind = str if flag.kind in ("yaml", int, float) else flag.kind
     metavar = {"yaml": "full|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
-    options = {"metavar": metavar} if metavar else {"is_flag": True}
-    option = typer.Option(*flag.names, help=flag.help, rich_help_panel=flag.panel, show_default=False, **options)
+    option = typer.Option(*flag.names, help=flag.help, metavar=metavar, rich_help_panel=flag.panel, show_default=False)
     return inspect.Parameter(
         flag.parameter,
         inspect.Parameter.KEYWORD_ONLY,

@@ -38,6 +38,11 @@ def looks_like_path(name: str) -> bool:
     return is_rooted or name.count("/") > 1 or "\\" in name or path.suffix.lower() in TABLE_SUFFIXES or path.exists()
 
 
+def is_local(model: str) -> bool:
+    """Whether a model's name means a folder here, or one inside an installed package."""
+    return model.startswith(PACKAGE_SCHEME) or looks_like_path(model)
+
+
 def package_folder(name: str) -> Path:
     """The folder that ``package:MODULE/SUBFOLDER`` names, without running any of the package's code.
 

@@ -24,6 +24,7 @@ from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, load_tokenizer, resolve_dtype
 from mirrortune.tasks import Task, task_class
+from mirrortune.tokens import resolve_max_length
 
 # Sentences for the logit check; short, long, and with unusual characters, so that padding and unknown tokens take part.
 _PROBES = (
@@ -79,8 +80,7 @@ def merge_folder(
 
     Raises:
         ConfigError: ``output_dir`` is not empty, or the base cannot be found.
-        VerificationError: the base or basis is not the adapter's, or the written checkpoint is out of tolerance (it is
-            removed).
+        VerificationError: another base or basis, or a result out of tolerance (which is removed).
     """
     adapter = read_adapter(adapter_folder)
     _check_output(output_dir, overwrite=overwrite)
@@ -194,7 +194,8 @@ def _probe_logits(model: nn.Module, tokenizer: Any, task: Task | None) -> Tensor
     texts = [list(_PROBES)]
     if task is not None and len(task.text_columns) == 2:
         texts.append(list(reversed(_PROBES)))
-    inputs = tokenizer(*texts, padding=True, return_tensors="pt")
+    limit = resolve_max_length(None, tokenizer, model.config)
+    inputs = tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
     device = next(iter(model.parameters())).device
     call: Callable[..., Any] = model.forward
     return torch.as_tensor(call(**{k: v.to(device) for k, v in inputs.items()}).logits).float().cpu()

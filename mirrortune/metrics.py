@@ -87,11 +87,14 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def check_metrics(names: Sequence[str], target: str, num_classes: int | None = None) -> None:
+def check_metrics(
+    names: Sequence[str], target: str, num_classes: int | None = None, selection: str | None = None
+) -> None:
     """Refuse metric names that do not exist or do not fit, before any training.
 
     Args:
         names: metric names asked for, at least one.
+        selection: the one that chooses the best checkpoint, if it was named.
         target: ``"class"`` or ``"number"``.
         num_classes: number of classes, where known.
 
@@ -109,6 +112,8 @@ def check_metrics(names: Sequence[str], target: str, num_classes: int | None = N
             raise ConfigError(
                 "task.metrics", f"'{name}' needs two classes, got {num_classes}", allowed="f1_macro, f1_micro, accuracy"
             )
+    if selection not in (None, *names):
+        raise ConfigError("task.selection_metric", f"'{selection}' is not computed", allowed=", ".join(names))
 
 
 def score(names: Sequence[str], predictions: Array, references: Array) -> dict[str, float]:

@@ -8,17 +8,19 @@ No model family is named here. What the checkpoint did not fill (``new_parameter
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.hub import hub_errors, resolve_commit
-from mirrortune.locations import PACKAGE_SCHEME, looks_like_path, package_folder
+from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,7 +68,8 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
         HubError: whatever the Hub refused.
     """
     location = str(package_folder(name)) if name.startswith(PACKAGE_SCHEME) else str(Path(name).expanduser())
-    if looks_like_path(location):
+    is_folder = is_local(name)
+    if is_folder:
         folder = Path(location)
         if not folder.is_dir():
             raise ConfigError("model.name", f"no such folder: {location}", fix="Check the path given to --model")
@@ -74,7 +77,7 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
             raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
     from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
 
-    commit = None if looks_like_path(location) else resolve_commit(name, location, revision, "model", "--model")
+    commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
     with hub_errors(f"model '{name}'", flag="--model"), _quiet(), _load_errors(name):
         config = AutoConfig.from_pretrained(location, revision=commit or revision, trust_remote_code=trust_remote_code)
     return ModelSource(
@@ -93,6 +96,8 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where the files are missing
+        raise ConfigError(f"model '{source.name}'", "it has no tokenizer files", fix="Put its tokenizer beside it")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ConfigError(f"model '{source.name}'", "its tokenizer has neither a padding nor an end token")
@@ -180,13 +185,15 @@ def _load_errors(name: str) -> Iterator[None]:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"model '{name}'", "does not fit into memory", fix="Set model.dtype=bfloat16") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model '{name}'", f"a file is damaged ({error})", fix="Download or copy it again") from error
     except (ValueError, KeyError) as error:
         text = str(error).strip().split("\n")[0]
         if "Unrecognized configuration class" in text:
             raise ConfigError(
                 f"model '{name}'", "its architecture has no head for this task in transformers"
             ) from error
-        if "trust_remote_code" in text:
+        if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"model '{name}'", "it needs code from its own repository",
                 fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
@@ -198,6 +205,6 @@ def _load_errors(name: str) -> Iterator[None]:
         text = str(error).strip().split("\n")[0]
         # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by
         # hub_errors.)
-        if looks_like_path(name) and error.__cause__ is None:
+        if is_local(name) and error.__cause__ is None:
             raise ConfigError(f"model '{name}'", text[:300]) from error
         raise

@@ -136,8 +136,7 @@ def resolve(layers: list[Layer]) -> Resolved:
         recipe = Recipe.model_validate_json(json.dumps(merged))
     except ValidationError as error:
         found = [_explain(problem, owners, merged) for problem in error.errors()]
-        unique = {e.describe(): e for e in found}
-        raise ConfigError.several(list(unique.values())) from None
+        raise ConfigError.several(_one_each(found)) from None
     origins = {".".join(path): layer.place(path) for path, layer in owners.items()}
     return Resolved(recipe=recipe, origins=origins)
 
@@ -162,9 +161,13 @@ def _merge(
         here = (*path, key)
         if here in owners and isinstance(value, dict) and not isinstance(target[key], dict):
             raise ConfigError(
-                owners[here].place(here), f"got {target[key]!r}", allowed=f"a section, such as {key}: {{{next(iter(value))}: ...}}"
+                owners[here].place(here),
+                f"got {target[key]!r}",
+                allowed=f"a section, such as {key}: {{{next(iter(value))}: ...}}",
             )
         if isinstance(value, dict) and isinstance(target.get(key, {}), dict):
+            if not value:
+                owners[here] = layer
             _merge(target.setdefault(key, {}), value, here, layer, owners)
         else:
             target[key] = value
@@ -176,6 +179,8 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, where: str) 
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
             raise ConfigError(where, f"'{key}' is set both as a value and as a section")
+    if isinstance(values.get(path[-1]), dict) and not isinstance(value, dict):
+        raise ConfigError(where, f"'{path[-1]}' is set both as a value and as a section")
     values[path[-1]] = value
 
 
@@ -188,11 +193,20 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
         names = list(_section_fields(path[:-1]))
         return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
     message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    message = {"array": "a list, such as [a, b]", "an object": "a section of settings"}.get(message, message)
     near = ""
     if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
         choices = [c.strip("' ") for c in message.replace(" or ", ", ").split(",")]
         near = did_you_mean(problem["input"], choices)
     return ConfigError(where, f"got {got}.{near}" if near else f"got {got}", allowed=message)
+
+
+def _one_each(errors: list[ConfigError]) -> list[ConfigError]:
+    # pydantic reports a value once for every type that it could have had.
+    allowed: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        allowed.setdefault((error.where, error.problem), []).append(error.allowed or "")
+    return [ConfigError(*key, allowed=" or ".join(dict.fromkeys(choices))) for key, choices in allowed.items()]
 
 
 def _known_path(loc: tuple[str, ...], merged: dict[str, Any]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ _StrictLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
     (
         "float",
         r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
@@ -34,6 +34,10 @@ for _tag, _pattern, _first in (
     ),
 ):
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+# PyYAML's own takes 010 for octal.
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:

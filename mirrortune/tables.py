@@ -136,7 +136,9 @@ def _read_json_lines(path: Path, encoding: str) -> pa.Table:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or _first_line(error)
-            raise DataError(f"{path}:{number}", f"not valid JSON ({reason})", allowed="one JSON object a line") from error
+            raise DataError(
+                f"{path}:{number}", f"not valid JSON ({reason})", allowed="one JSON object a line"
+            ) from error
     return _from_objects(path, rows)
 
 
@@ -166,7 +168,9 @@ def _decode(path: Path, encoding: str) -> str:
     try:
         text = data.decode("utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding)
     except LookupError as error:
-        raise DataError("data.encoding", f"unknown encoding '{encoding}'", allowed="utf-8, latin-1 or another of Python's") from error
+        raise DataError(
+            "data.encoding", f"unknown encoding '{encoding}'", allowed="a Python codec such as latin-1"
+        ) from error
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(

@@ -82,15 +82,8 @@ def encode_split(
     Raises:
         DataError: a text column that is missing, labels that do not fit, or no row left.
     """
-    for column in task.text_columns:
-        if column not in split.table.column_names:
-            raise DataError(split.source, f"it has no column '{column}'", allowed=", ".join(split.table.column_names))
-    if task.label_column in split.table.column_names:
-        targets = task.targets(split.table, split.source, allow_missing=allow_missing_targets)
-    else:
-        raise DataError(
-            split.source, f"it has no label column '{task.label_column}'", allowed=", ".join(split.table.column_names)
-        )
+    check_columns(split, task)
+    targets = task.targets(split.table, split.source, allow_missing=allow_missing_targets)
     texts = [[t or "" for t in split.table.column(c).to_pylist()] for c in task.text_columns]
     blank = np.array([all(not t.strip() for t in row) for row in zip(*texts, strict=True)], dtype=bool)
     keep = np.flatnonzero(~blank) if drop_blank else np.arange(len(blank))
@@ -107,6 +100,15 @@ def encode_split(
         num_empty=int(blank.sum()),
         num_dropped=len(blank) - len(keep),
     )
+
+
+def check_columns(split: Split, task: Task) -> None:
+    """Refuse a split that lacks a column of the task; DataError with the columns that it has."""
+    for kind, column in [*(("text", c) for c in task.text_columns), ("label", task.label_column)]:
+        if column not in split.table.column_names:
+            raise DataError(
+                split.source, f"it has no {kind} column '{column}'", allowed=", ".join(split.table.column_names)
+            )
 
 
 def resolve_max_length(asked: int | None, tokenizer: Any, config: Any) -> int:

@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         except _HubError as error:
             self._send_json({"error": str(error)}, error.headers, error.status)
 
-    do_GET = do_HEAD = do_POST = _answer
+    do_GET = do_HEAD = do_POST = _answer  # noqa: N815
 
     def _answer_api(self, match: re.Match[str], values: Mapping[str, list[str]]) -> None:
         """Answers with a description, a file list, or what is known of some paths."""

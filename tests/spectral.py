@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mirrortune.adapters.cores import CORES, Core
-from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.factorize import factorize
 from mirrortune.adapters.pairings import PAIRINGS
 from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
 

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+# fmt: off
 WORDS = (
-    "the a an this that it film movie plot story actor cast is was looks seems not very really and but so "
-    "good bad great awful wonderful terrible lovely boring brilliant dreadful fun dull long short new old quiet loud"
-).split()
+    "the", "a", "an", "this", "that", "it", "film", "movie", "plot", "story", "actor", "cast", "is", "was", "looks",
+    "seems", "not", "very", "really", "and", "but", "so", "good", "bad", "great", "awful", "wonderful", "terrible",
+    "lovely", "boring", "brilliant", "dreadful", "fun", "dull", "long", "short", "new", "old", "quiet", "loud",
+)
+# fmt: on
 _SIZES = {"vocab_size": 128, "max_position_embeddings": 64, "num_labels": 2}
 _BERT_SIZES = {**_SIZES, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 

@@ -125,8 +125,8 @@ class Givens(Core):
         sign[lower], sign[upper] = -1.0, 1.0
         for name, buffer in (("S", S), ("pairs", pairs), ("partner", partner), ("plane", plane), ("sign", sign)):
             self.register_buffer(name, buffer.to(S.device), persistent=False)
-        self.theta = nn.Parameter(torch.zeros(num_pairs, dtype=S.dtype, device=S.device))
-        self.scale = nn.Parameter(torch.zeros(num_scales, dtype=S.dtype, device=S.device))
+        self.theta = trained(S, num_pairs)
+        self.scale = trained(S, num_scales)
 
     def coefficients(self, *, delta: bool) -> Coefficients:
         """(a, b, partner) with (K z)_i = a_i z_i + b_i z_partner(i); a - S in place of a when ``delta``."""
@@ -154,6 +154,14 @@ class Givens(Core):
         grad_own = (grad * z).sum(dim=0)
         grad_cross = (grad * z.index_select(-1, partner)).sum(dim=0)
         return grad_z, (grad_own, grad_cross, None)
+
+
+def trained(S: Tensor, count: int) -> nn.Parameter:
+    """``count`` trained zeros of the dtype and device of ``S``; none of them wants a gradient if there are none.
+
+    (DistributedDataParallel waits for the gradient of every parameter that wants one, even an empty one.)
+    """
+    return nn.Parameter(S.new_zeros(count), requires_grad=count > 0)
 
 
 def _checked_top_k(top_k: Any, rank: int) -> int:

@@ -45,7 +45,7 @@ class Task:
         if labels is not None:
             raise DataError(source, "task.labels are class names, and regression has none", fix="Remove task.labels")
         metric_names = metrics or ("pearson", "spearmanr")
-        check_metrics(metric_names, "number")
+        check_metrics(metric_names, "number", selection=selection_metric)
         task = cls(
             text_columns=text_columns,
             label_column=label_column,
@@ -124,7 +124,7 @@ class Task:
             number = float(value)
         except (TypeError, ValueError):
             number = float("inf")
-        if number in (float("inf"), float("-inf")):
+        if abs(number) > np.finfo(np.float32).max:
             raise DataError(
                 f"{source} row {row + 1}",
                 f"label {value!r} in column '{self.label_column}' is not a finite number",

@@ -57,7 +57,7 @@ class Task:
                 fix="Add rows of another class, or name another column with --label-column",
             )
         metric_names = metrics or ("accuracy",)
-        check_metrics(metric_names, "class", len(names))
+        check_metrics(metric_names, "class", len(names), selection_metric)
         return cls(
             text_columns=text_columns,
             label_column=label_column,

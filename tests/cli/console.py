@@ -62,7 +62,9 @@ def mirrortune(*words: object, cache: Path | None = None) -> Outcome:
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def start(*words: object, env: dict[str, str] | None = None, launcher: Sequence[str] = ("-m",)) -> subprocess.Popen[str]:
+def start(
+    *words: object, env: dict[str, str] | None = None, launcher: Sequence[str] = ("-m",)
+) -> subprocess.Popen[str]:
     """Start a command in a process of its own, with pipes for its output.
 
     Args:
@@ -86,7 +88,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> Outcome:
 
 
 def reviews(rows: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Sentences about films in the tiny models' words, each with ``positive`` or ``negative``, which its verdict tells."""
+    """Sentences about films in the tiny models' words, each ``positive`` or ``negative`` by its verdict."""
     draw = random.Random(seed)
     verdicts = {"positive": ("good", "great"), "negative": ("bad", "awful")}
     found = []

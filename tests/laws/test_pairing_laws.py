@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirrortune.adapters.pairings import PAIRINGS
 
+ENOUGH = settings(max_examples=60)
 RANKS = st.integers(1, 65)
 SEEDS = st.integers(0, 2**32)
 
@@ -20,6 +21,7 @@ def drawn(name: str, rank: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PAIRINGS.names())
+@ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_pairs_are_disjoint_ordered_and_in_range(name: str, rank: int, seed: int) -> None:
     pairs = drawn(name, rank, seed)
@@ -32,12 +34,14 @@ def test_pairs_are_disjoint_ordered_and_in_range(name: str, rank: int, seed: int
 
 
 @pytest.mark.parametrize("name", PAIRINGS.names())
+@ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_the_same_seed_gives_the_same_pairs(name: str, rank: int, seed: int) -> None:
     assert torch.equal(drawn(name, rank, seed), drawn(name, rank, seed))
 
 
 @pytest.mark.parametrize("name", PAIRINGS.names())
+@ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_a_pairing_leaves_the_global_generator_alone(name: str, rank: int, seed: int) -> None:
     before = torch.get_rng_state()
@@ -45,11 +49,13 @@ def test_a_pairing_leaves_the_global_generator_alone(name: str, rank: int, seed:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_mirror_pairs_the_strongest_with_the_weakest(rank: int, seed: int) -> None:
     assert drawn("mirror", rank, seed).tolist() == [[k, rank - 1 - k] for k in range(rank // 2)]
 
 
+@ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_neighbor_pairs_directions_of_like_strength(rank: int, seed: int) -> None:
     assert drawn("neighbor", rank, seed).tolist() == [[2 * k, 2 * k + 1] for k in range(rank // 2)]

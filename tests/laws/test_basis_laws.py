@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the basis: what another driver computed is repaired or refused, and never used as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mirrortune.adapter_file import load_into, read_adapter
+from mirrortune.adapters.basis import Fingerprint, align, fingerprint
+from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.inject import AdapterSpec, adapter_parameters, plain_parameters, spectral_layers
+from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.errors import VerificationError
+from tests.spectral import VARIANTS, Problem, Variant, problems, relative
+from tests.tiny_models import tiny_bert
+from tests.tiny_runs import Adapted, adapt, logits
+
+SEEDS = st.integers(0, 2**16)
+SIDES = ["output", "input", "both"]
+# The promise of basis.py: whatever is accepted has the adapter's effect to this share of itself.
+EFFECT_TOLERANCE = 1e-4
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+def flip(factors: Factors, seed: int) -> Factors:
+    """The same decomposition with random signs."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (factors.rank,), generator=generator) * 2.0 - 1.0
+    return Factors(U=factors.U * signs, S=factors.S, Vh=factors.Vh * signs[:, None])
+
+
+def by_gesvd(weight: Tensor, rank: int) -> Factors:
+    """QR iteration instead of divide and conquer."""
+    parts = scipy.linalg.svd(weight.double().numpy(), full_matrices=False, lapack_driver="gesvd")
+    U, S, Vh = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+    return Factors(U=U[:, :rank], S=S[:rank], Vh=Vh[:rank])
+
+
+def by_gram_matrix(weight: Tensor, rank: int) -> Factors:
+    """Eigenvectors of W W^T, or of W^T W where that is smaller; signs as they come."""
+    matrix = weight.double()
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)
+    S, leading = values.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
+    if is_wide:
+        return Factors(U=leading, S=S, Vh=leading.T @ matrix / S[:, None])
+    return Factors(U=matrix @ leading / S, S=S, Vh=leading.T)
+
+
+def by_transposed(weight: Tensor, rank: int) -> Factors:
+    """The decomposition of W^T, turned back."""
+    found = factorize(weight.T.contiguous(), rank)
+    return Factors(U=found.Vh.T, S=found.S, Vh=found.U.T)
+
+
+def by_flipping(weight: Tensor, rank: int) -> Factors:
+    """Our own, with random signs."""
+    return flip(factorize(weight, rank), seed=weight.shape[0])
+
+
+def aligned_or_refused(factors: Factors, stored: Fingerprint) -> Factors | None:
+    """Aligned factors, or None if they are refused."""
+    try:
+        return align(factors, stored, "layer")
+    except VerificationError:
+        return None
+
+
+DRIVERS = {"gesvd": by_gesvd, "gram": by_gram_matrix, "transposed": by_transposed, "flipped": by_flipping}
+Driver = Callable[[Tensor, int], Factors]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@given(problem=problems(), seed=SEEDS)
+def test_flipped_signs_are_repaired_exactly(side: str, problem: Problem, seed: int) -> None:
+    weight = problem.weight()
+    factors = factorize(weight, problem.rank)
+    repaired = align(flip(factors, seed), fingerprint(weight, factors, side), "layer")
+    assert torch.equal(repaired.U, factors.U)
+    assert torch.equal(repaired.S, factors.S)
+    assert torch.equal(repaired.Vh, factors.Vh)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@given(problem=problems(largest=16), seed=SEEDS)
+def test_a_fingerprint_is_the_same_every_time(side: str, problem: Problem, seed: int) -> None:
+    weight = problem.weight()
+    first, second = (fingerprint(weight, factorize(weight, problem.rank), side) for _ in range(2))
+    assert torch.equal(first.sketch, second.sketch)
+    assert (first.weight_sha256, first.probe_seed) == (second.weight_sha256, second.probe_seed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("driver", DRIVERS.values(), ids=list(DRIVERS))
+@given(problem=problems(), seed=SEEDS)
+def test_any_drivers_basis_gives_the_same_effect(driver: Driver, variant: Variant, problem: Problem, seed: int) -> None:
+    weight = problem.weight()
+    factors = factorize(weight, problem.rank)
+    core = variant.build(factors.S, seed)
+    effect = delta_weight(factors, core)
+    aligned = align(driver(weight, problem.rank), fingerprint(weight, factors, core.side), "layer")
+    # Singular values are well apart here, so that drivers agree to about 1e-12; the promise leaves room for real ones.
+    assert relative(delta_weight(aligned, core), effect) <= EFFECT_TOLERANCE / 1e4
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@given(
+    problem=problems(largest=16).filter(lambda p: p.rank >= 2),
+    seed=SEEDS,
+    place=st.integers(0, 30),
+    exponent=st.floats(-9, 0),
+)
+def test_a_mixed_basis_is_refused_or_harmless(
+    variant: Variant, problem: Problem, seed: int, place: int, exponent: float
+) -> None:
+    # Two equal singular values: any rotation of their plane is as correct a decomposition as ours.
+    i = place % (problem.rank - 1)
+    factors = factorize(problem.weight(), problem.rank)
+    S = factors.S.clone()
+    S[i + 1] = S[i]
+    factors = Factors(U=factors.U, S=S, Vh=factors.Vh)
+    weight = factors.U @ torch.diag(S) @ factors.Vh
+    core = variant.build(S, seed)
+    stored = fingerprint(weight, factors, core.side)
+    angle = torch.tensor(10.0**exponent, dtype=torch.float64)
+    turn = torch.eye(problem.rank, dtype=torch.float64)
+    turn[i : i + 2, i : i + 2] = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+    mixed = Factors(U=factors.U @ turn, S=S, Vh=turn.T @ factors.Vh)
+    assert relative(mixed.U @ torch.diag(S) @ mixed.Vh, weight) <= 1e-13
+    # A probe entry of 1/10, rarely less, times the angle is what the sketch moves by.
+    largest_probe = float(stored.sketch[:, i : i + 2].abs().max())
+    aligned = aligned_or_refused(mixed, stored)
+    if aligned is None:
+        assert float(angle) * largest_probe > 1e-6
+    else:
+        assert relative(delta_weight(aligned, core), delta_weight(factors, core)) <= EFFECT_TOLERANCE
+
+
+@pytest.mark.parametrize("side", SIDES)
+@given(problem=problems().filter(lambda p: p.rank >= 2), seed=SEEDS)
+def test_a_permuted_basis_is_refused(side: str, problem: Problem, seed: int) -> None:
+    weight = problem.weight()
+    factors = factorize(weight, problem.rank)
+    order = torch.randperm(problem.rank, generator=torch.Generator().manual_seed(seed)).roll(1)
+    if torch.equal(order, torch.arange(problem.rank)):
+        order = order.flip(0)
+    permuted = Factors(U=factors.U[:, order], S=factors.S[order], Vh=factors.Vh[order])
+    with pytest.raises(VerificationError, match=r"^the\.layer: "):
+        align(permuted, fingerprint(weight, factors, side), "the.layer")
+
+
+@pytest.mark.parametrize("side", SIDES)
+@given(problem=problems().filter(lambda p: p.rank >= 2))
+def test_a_basis_of_another_rank_or_with_nan_is_refused(side: str, problem: Problem) -> None:
+    weight = problem.weight()
+    factors = factorize(weight, problem.rank)
+    stored = fingerprint(weight, factors, side)
+    with pytest.raises(VerificationError, match=r"^the\.layer: .* rank"):
+        align(factorize(weight, problem.rank - 1), stored, "the.layer")
+    broken = Factors(U=factors.U * float("nan"), S=factors.S, Vh=factors.Vh * float("nan"))
+    with pytest.raises(VerificationError, match=r"^the\.layer: "):
+        align(broken, stored, "the.layer")
+
+
+SPECS = [
+    AdapterSpec(),
+    AdapterSpec(rank=7),
+    AdapterSpec(method="neighbor", options={"scale_top_k": "all"}),
+    AdapterSpec(method="random", seed=3, options={"side": "input"}),
+]
+
+
+@pytest.fixture(params=SPECS, ids=lambda s: f"{s.method}-{s.rank}-{s.options}")
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Adapted, Path]:
+    """A trained adapter and its folder."""
+    adapted = adapt(request.param)
+    return adapted, adapted.save(tmp_path / "adapter")
+
+
+def test_save_and_load_are_bit_exact(saved: tuple[Adapted, Path]) -> None:
+    adapted, folder = saved
+    loaded = tiny_bert()
+    book = load_into(loaded, read_adapter(folder), lambda name, weight, rank: factorize(weight, rank))
+    for read in (adapter_parameters, plain_parameters):
+        before, after = read(adapted.model), read(loaded)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(adapted.logits(), logits(loaded))
+    again = Adapted(loaded, book).save(folder.parent / "again")
+    assert (again / "adapter.safetensors").read_bytes() == (folder / "adapter.safetensors").read_bytes()
+    assert (again / "adapter.json").read_bytes() == (folder / "adapter.json").read_bytes()
+
+
+@pytest.mark.parametrize("driver", DRIVERS.values(), ids=list(DRIVERS))
+def test_a_model_loads_with_any_drivers_basis(saved: tuple[Adapted, Path], driver: Driver) -> None:
+    adapted, folder = saved
+    loaded = tiny_bert()
+    load_into(loaded, read_adapter(folder), lambda name, weight, rank: driver(weight.detach(), rank))
+    reference = spectral_layers(adapted.model)
+    for name, layer in spectral_layers(loaded).items():
+        effect = reference[name].delta_weight()
+        # Gram matrices square the spread of singular values and lose half of the digits of small ones.
+        assert relative(layer.delta_weight(), effect) <= EFFECT_TOLERANCE, name
+    assert relative(logits(loaded), adapted.logits()) <= EFFECT_TOLERANCE
+    if driver is by_flipping:
+        assert torch.equal(logits(loaded), adapted.logits())
+
+
+def test_a_flipped_sign_would_not_go_unnoticed(saved: tuple[Adapted, Path]) -> None:
+    """What alignment is for: without it the effect is wrong by more than itself."""
+    adapted, _ = saved
+    for layer in spectral_layers(adapted.model).values():
+        with torch.no_grad():
+            layer.core.get_parameter("scale").zero_()  # the angles' effect alone
+        factors = Factors(U=layer.U.double(), S=layer.core.get_buffer("S").double(), Vh=layer.Vh.double())
+        signs = torch.ones(layer.rank, dtype=torch.float64)
+        signs[layer.core.get_buffer("pairs")[:, 1]] = -1  # one of each pair, so that every angle turns the other way
+        flipped = Factors(U=factors.U * signs, S=factors.S, Vh=factors.Vh * signs[:, None])
+        assert relative(delta_weight(flipped, layer.core), delta_weight(factors, layer.core)) > 1
+
+
+def test_a_base_with_one_changed_bit_is_refused_by_name(saved: tuple[Adapted, Path]) -> None:
+    _, folder = saved
+    other = tiny_bert()
+    weight = other.get_submodule(QUERY).weight
+    with torch.no_grad():
+        weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
+    with pytest.raises(VerificationError, match=rf"^{QUERY}: the base weight is not the one") as caught:
+        load_into(other, read_adapter(folder), lambda name, weight, rank: factorize(weight, rank))
+    assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_base_in_another_dtype_is_refused_by_name(saved: tuple[Adapted, Path], dtype: torch.dtype) -> None:
+    _, folder = saved
+    with pytest.raises(VerificationError, match=rf"^{QUERY}: .*float32"):
+        load_into(tiny_bert().to(dtype), read_adapter(folder), lambda name, weight, rank: factorize(weight, rank))
+
+
+def test_a_degenerate_base_is_refused_by_name(saved: tuple[Adapted, Path]) -> None:
+    _, folder = saved
+
+    def mixing(name: str, weight: Tensor, rank: int) -> Factors:
+        factors = factorize(weight, rank)
+        if name != QUERY:
+            return factors
+        turn = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64))[0]
+        U, Vh = factors.U.clone(), factors.Vh.clone()
+        U[:, 1:3], Vh[1:3] = U[:, 1:3] @ turn, turn.T @ Vh[1:3]
+        return Factors(U=U, S=factors.S, Vh=Vh)
+
+    with pytest.raises(VerificationError, match=rf"^{QUERY}: the basis of this weight cannot be aligned"):
+        load_into(tiny_bert(), read_adapter(folder), mixing)
+
+
+def test_random_pairs_travel_with_the_adapter(tmp_path: Path) -> None:
+    adapted = adapt(AdapterSpec(method="random", seed=3))
+    folder = adapted.save(tmp_path / "adapter")
+    stored = {name for name in read_adapter(folder).tensors if name.startswith("pairs.")}
+    assert stored == {f"pairs.{name}" for name in spectral_layers(adapted.model)}
+    mirror = adapt().save(tmp_path / "mirror")
+    assert not [name for name in read_adapter(mirror).tensors if name.startswith("pairs.")]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the source, read from its syntax trees: who may import whom, who may print, how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mirrortune"
+# From the bottom up; a module imports only from layers below its own. A new module is given its place here.
+LAYERS = (
+    "errors report signals adapters",
+    "adapters.factorize adapters.presets atomic columns locations metrics registry strict_yaml",
+    "adapters.basis adapters.cores adapters.pairings checkpoint flags hub model_card schema tables "
+    "tasks.regression tasks.text_classification",
+    "adapters.spectral_linear data factor_cache model recipe",
+    "adapters.inject tasks",
+    "adapter_file optim planning tokens",
+    "batching merging",
+    "api evaluation stepping",
+    "training",
+    "assembly",
+    "environment loading",
+    "commands",
+    "cli",
+    "__main__",
+)
+RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
+HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "safetensors", "scipy",
+         "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
+# What --help, a wrong flag and a wrong recipe need: they must answer at once.
+LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",
+         "adapters.presets", "cli", "__main__", "__init__")  # fmt: skip
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+)
+
+
+def test_every_module_has_a_layer() -> None:
+    assert set(MODULES) - {"__init__"} == set(RANKS)
+
+
+@pytest.mark.parametrize("module", sorted(RANKS))
+def test_a_module_imports_only_from_layers_below(module: str) -> None:
+    # `from mirrortune import __version__` is the one thing that everybody may have of the package itself.
+    above = {name for name in ours(module) if name != "__init__" and RANKS[name] >= RANKS[module]}
+    assert not above
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("adapters")])
+def test_the_mathematics_could_be_lifted_out(module: str) -> None:
+    assert {name for name in ours(module) if not name.startswith("adapters")} <= {"registry", "errors"}
+    assert foreign(module) & HEAVY <= {"torch", "numpy", "scipy"}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_answers_at_once_imports_nothing_heavy(module: str) -> None:
+    reached, waiting = set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += ours(name, only_at_import=True)
+    assert {name: heavy for name in reached if (heavy := foreign(name, only_at_import=True) & HEAVY)} == {}
+
+
+def test_pydantic_stays_at_the_edge() -> None:
+    assert {name for name in MODULES if "pydantic" in foreign(name)} == {"schema", "recipe"}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "report"])
+def test_only_report_prints(module: str) -> None:
+    spoken = [
+        ast.unparse(node)
+        for node in ast.walk(tree(module))
+        if (isinstance(node, ast.Name) and node.id == "print")
+        or (isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr", "typer.echo"))
+        or (isinstance(node, ast.Attribute) and node.attr in ("print_exc", "print_exception"))
+    ]
+    # The version is printed without the time it takes to import rich; a bug's traceback is for --debug.
+    assert spoken == (["sys.stdout", "traceback.print_exc"] if module == "cli" else [])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_short(module: str) -> None:
+    assert len(path_of(module).read_text(encoding="utf-8").splitlines()) <= 350
+    functions = [n for n in ast.walk(tree(module)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > 60] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_carry_their_licence(module: str) -> None:
+    assert path_of(module).read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n")
+
+
+def path_of(module: str) -> Path:
+    """The file of a module."""
+    folder = PACKAGE.joinpath(*module.split("."))
+    return folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+
+
+@functools.cache
+def tree(module: str) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(path_of(module).read_text(encoding="utf-8"))
+
+
+def imports(module: str, *, only_at_import: bool) -> Iterator[str]:
+    """Dotted names that a module imports; ``from a import b`` gives ``a.b``. Those for type checkers only do not count.
+
+    Args:
+        module: name below the package.
+        only_at_import: leave out what is imported when a function is called.
+    """
+    waiting: list[ast.AST] = [tree(module)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if only_at_import and isinstance(node, ast.FunctionDef):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their module in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        waiting += ast.iter_child_nodes(node)
+
+
+def ours(module: str, *, only_at_import: bool = False) -> set[str]:
+    """Modules of this package that a module imports; ``__init__`` for the package itself."""
+    found = set()
+    for name in imports(module, only_at_import=only_at_import):
+        if name.split(".")[0] == "mirrortune":
+            inner = name.removeprefix("mirrortune").removeprefix(".")
+            while inner and inner not in MODULES:
+                inner = inner.rpartition(".")[0]
+            found.add(inner or "__init__")
+    return found
+
+
+def foreign(module: str, *, only_at_import: bool = False) -> set[str]:
+    """Top-level packages of others that a module imports."""
+    return {name.split(".")[0] for name in imports(module, only_at_import=only_at_import)} - {"mirrortune"}

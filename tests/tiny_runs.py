@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny adapted models and whole training loops on them: a BERT of two layers, sentences that a word decides."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapter_file import FingerprintBook, write_adapter
+from mirrortune.adapters.inject import AdapterSpec, FactorSource, attach, spectral_layers
+from mirrortune.checkpoint import RunDirectory
+from mirrortune.data import Split
+from mirrortune.tasks.text_classification import Task
+from mirrortune.tokens import Encoded, encode_split
+from mirrortune.training import LoopSettings, Trainer
+from tests.spectral import train_a_little
+from tests.tiny_models import WORDS, tiny_bert, tiny_tokenizer
+
+MIRROR = AdapterSpec()
+HEAD = ("classifier.weight", "classifier.bias")
+GOOD = ("good", "great", "wonderful", "lovely", "brilliant")
+BAD = ("bad", "awful", "terrible", "boring", "dreadful")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """An adapted tiny model with the fingerprints of its layers."""
+
+    model: nn.Module
+    book: FingerprintBook
+
+    def save(self, folder: Path, **base: Any) -> Path:
+        """Write the adapter into ``folder``, which is made."""
+        folder.mkdir(parents=True)
+        identity = {"name": "tiny", "revision": None, "commit": None, "dtype": "float32"}
+        identity["auto_class"] = "AutoModelForSequenceClassification"
+        write_adapter(folder, self.model, self.book.entries, base={**identity, **base}, task=None, extra={})
+        return folder
+
+    def logits(self) -> Tensor:
+        """Outputs for a few fixed inputs."""
+        return logits(self.model)
+
+
+def adapt(
+    spec: AdapterSpec = MIRROR,
+    *,
+    model: nn.Module | None = None,
+    trained: int | None = 0,
+    source: FactorSource | None = None,
+) -> Adapted:
+    """A tiny BERT with an adapter.
+
+    Args:
+        spec: of the adapter.
+        model: in place of the tiny BERT.
+        trained: seed of random numbers for the cores and the head; None leaves them untrained.
+        source: of factors; None computes them.
+    """
+    book = FingerprintBook()
+    adapted = attach(model or tiny_bert(), spec, new_parameters=HEAD, factor_source=source, on_layer=book)
+    if trained is not None:
+        for index, layer in enumerate(spectral_layers(adapted).values()):
+            train_a_little(layer.core, trained + index)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(trained)
+            for parameter in (p for n, p in adapted.named_parameters() if n in HEAD):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return Adapted(adapted.eval(), book)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Outputs of any tiny model for a few fixed inputs, in evaluation mode."""
+    generator = torch.Generator().manual_seed(11)
+    ids = torch.randint(5, 45, (3, 9), generator=generator)
+    return torch.as_tensor(model.eval()(input_ids=ids).logits)
+
+
+def classification(**fields: Any) -> Task:
+    """Two classes, ``bad`` and ``good``."""
+    settings: dict[str, Any] = {
+        "metric_names": ("accuracy",),
+        "selection_metric": "accuracy",
+        "labels": ("bad", "good"),
+    }
+    return Task(text_columns=("text",), label_column="label", **{**settings, **fields})
+
+
+def sentences(rows: int, seed: int = 0) -> Encoded:
+    """Sentences of 3 to about 20 tokens with one telling word each, and its class."""
+    random = np.random.default_rng(seed)
+    plain = [word for word in WORDS if word not in (*GOOD, *BAD, "not")]
+    texts, labels = [], []
+    for _ in range(rows):
+        label = int(random.integers(2))
+        words = list(random.choice(plain, size=random.integers(0, 18)))
+        words.insert(int(random.integers(len(words) + 1)), str(random.choice(GOOD if label else BAD)))
+        texts.append(" ".join(words))
+        labels.append(("bad", "good")[label])
+    split = Split(table=pa.table({"text": texts, "label": labels}), source="sentences")
+    return encode_split(split, classification(), tiny_tokenizer(), max_length=32, drop_blank=False)
+
+
+SETTINGS = LoopSettings(
+    lr=3e-2,
+    head_lr=1e-2,
+    batch_size=8,
+    gradient_accumulation_steps=1,
+    epochs=2,
+    max_steps=None,
+    schedule="linear",
+    warmup_ratio=0.1,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    seed=0,
+    eval_every_steps=None,
+    save_every_steps=None,
+    log_every_steps=1,
+    eval_batch_size=16,
+)
+
+
+class Watcher:
+    """A progress that remembers what it was told and may act after a step."""
+
+    def __init__(self, after_step: Callable[[int], None] | None = None) -> None:
+        self.started: list[tuple[int, int]] = []
+        self.losses: list[float] = []
+        self.rows: list[int] = []
+        self.events: list[dict[str, Any]] = []
+        self.evaluated = 0
+        self._after_step = after_step
+
+    def on_start(self, total_steps: int, done_steps: int) -> None:
+        self.started.append((total_steps, done_steps))
+
+    def on_step(self, step: int, loss: float, rows: int) -> None:
+        self.losses.append(loss)
+        self.rows.append(rows)
+        if self._after_step:
+            self._after_step(step)
+
+    def on_log(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+    def on_evaluate(self, rows: int) -> None:
+        self.evaluated += rows
+
+
+def terminate_after(step: int) -> Watcher:
+    """A progress that sends this process SIGTERM after ``step``, as a scheduler would."""
+    return Watcher(lambda done: signal.raise_signal(signal.SIGTERM) if done == step else None)
+
+
+def make_trainer(
+    folder: Path,
+    *,
+    adapted: Adapted | None = None,
+    train: Encoded | None = None,
+    validation: Encoded | None = None,
+    progress: Watcher | None = None,
+    fresh: bool = True,
+    **settings: Any,
+) -> Trainer:
+    """A loop over 30 sentences, in a new run directory unless ``fresh`` is false.
+
+    Args:
+        folder: the run directory.
+        adapted: model; an untrained adapter in the tiny BERT by default.
+        train, validation: splits in place of the sentences.
+        progress: is told.
+        fresh: whether to make the run directory.
+        **settings: fields of ``LoopSettings`` that differ from ``SETTINGS``.
+    """
+    from accelerate import Accelerator
+
+    found = adapted or adapt(trained=None)
+    run = RunDirectory(folder)
+    if fresh:
+        run.create()
+
+    def write(target: Path) -> int:
+        return write_adapter(target, found.model, found.book.entries, base={"name": "tiny"}, task=None, extra={})
+
+    return Trainer(
+        found.model,
+        classification(),
+        tiny_tokenizer(),
+        train=train or sentences(30),
+        validation=validation or sentences(20, seed=1),
+        settings=replace(SETTINGS, **settings),
+        run=run,
+        write_adapter_files=write,
+        accelerator=Accelerator(cpu=True),
+        progress=progress or Watcher(),
+    )

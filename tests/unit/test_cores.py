@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cores: options, parameters and files; the mathematics is in tests/laws."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mirrortune.adapters.cores import CORES, Core, Givens
+from mirrortune.errors import ConfigError
+from tests.spectral import VARIANTS, Variant
+
+S = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5])
+PAIRS = torch.tensor([[0, 4], [1, 3]])
+
+
+def test_the_registered_cores() -> None:
+    assert CORES.names() == ["givens"]
+    assert set(CORES.options("givens")) == {"side", "scale_top_k"}
+
+
+def test_one_known_rotation() -> None:
+    core = Givens(S, PAIRS)
+    with torch.no_grad():
+        core.theta.copy_(torch.tensor([torch.pi / 2, 0.0]))
+    # A quarter turn in the plane (0, 4): the strongest input direction comes out on the weakest output one.
+    K = core.delta_matrix() + torch.diag(S.double())
+    assert float(K[4, 0]) == pytest.approx(4.0)
+    assert float(K[0, 4]) == pytest.approx(-0.5)
+    assert K[0, 0].abs() + K[4, 4].abs() < 1e-6
+    assert K[[1, 2, 3], [1, 2, 3]].tolist() == [3.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(0, 0), (2, 2), (5, 5), ("all", 5)])
+def test_scales_are_as_many_as_asked_for(top_k: int, expected: int) -> None:
+    assert Givens(S, PAIRS, scale_top_k=top_k).scale.numel() == expected
+
+
+@pytest.mark.parametrize("top_k", [-1, 6, 1.5, True, "most", None])
+def test_a_wrong_number_of_scales_is_refused(top_k: object) -> None:
+    with pytest.raises(ConfigError, match=r"^adapter\.options\.scale_top_k: got .*Allowed: 0 to 5, or all"):
+        Givens(S, PAIRS, scale_top_k=top_k)
+
+
+@pytest.mark.parametrize("side", ["both", "left", None])
+def test_a_wrong_side_is_refused(side: str) -> None:
+    with pytest.raises(ConfigError, match=r"^adapter\.options\.side: got .*Allowed: output, input"):
+        Givens(S, PAIRS, side=side)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_only_trained_numbers_are_in_the_state(variant: Variant) -> None:
+    core = variant.build(S)
+    assert set(core.state_dict()) == {name for name, _ in core.named_parameters()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_delta_matrix_changes_nothing(variant: Variant) -> None:
+    core = variant.build(S, seed=1)
+    before = copy.deepcopy(core)
+    delta = core.delta_matrix()
+    assert (delta.dtype, delta.requires_grad) == (torch.float64, False)
+    for name, tensor in before.state_dict(keep_vars=True).items():
+        assert torch.equal(core.get_parameter(name), tensor)
+        assert core.get_parameter(name).dtype == torch.float32
+    assert torch.equal(core.get_buffer("S"), S)
+
+
+def test_a_core_without_its_two_methods_says_so() -> None:
+    with pytest.raises(NotImplementedError):
+        Core().coefficients(delta=True)
+    with pytest.raises(NotImplementedError):
+        Core().mix(S)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""factor_cache: hits are bit-identical, and a file that is not what it should be is never used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.factor_cache import FactorCache
+from tests.spectral import Problem, relative
+
+WEIGHT = Problem(8, 6, 6, seed=1).weight().float()
+
+
+def files(folder: Path) -> list[Path]:
+    """Every cached file."""
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def equal(a: Factors, b: Factors) -> bool:
+    """Whether two decompositions are the same, bit for bit."""
+    return torch.equal(a.U, b.U) and torch.equal(a.S, b.S) and torch.equal(a.Vh, b.Vh)
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> tuple[Path, Factors]:
+    """A cache that holds one weight's factors, and these."""
+    folder = tmp_path / "factors"
+    return folder, FactorCache(folder=folder)("layer", WEIGHT, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_second_run_reads_what_the_first_computed(tmp_path: Path, dtype: torch.dtype, rank: int) -> None:
+    weight = WEIGHT.to(dtype)
+    first, second = FactorCache(folder=tmp_path), FactorCache(folder=tmp_path)
+    computed, read = first("layer", weight, rank), second("another.name", weight.clone(), rank)
+    assert (first.hits, first.misses, second.hits, second.misses) == (0, 1, 1, 0)
+    assert equal(computed, read)
+    assert {read.U.dtype, read.S.dtype, read.Vh.dtype} == {torch.float64}
+    exact = factorize(weight, rank)
+    tolerance = 1e-13 if dtype is torch.float64 else 1e-7  # stored in float32 beside 32-bit and 16-bit weights
+    assert relative(read.U, exact.U) <= tolerance
+    assert relative(read.Vh, exact.Vh) <= tolerance
+    assert torch.equal(read.S, exact.S)
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path / "elsewhere"))
+    FactorCache()("layer", WEIGHT, 6)
+    assert len(files(tmp_path / "elsewhere" / "factors")) == 1
+
+
+def test_other_bytes_dtypes_and_ranks_are_other_entries(filled: tuple[Path, Factors]) -> None:
+    folder, _ = filled
+    changed = WEIGHT.clone()
+    changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(9.0))
+    cache = FactorCache(folder=folder)
+    for weight, rank in ((changed, 6), (WEIGHT.double(), 6), (WEIGHT, 5), (WEIGHT.T.contiguous(), 6)):
+        cache("layer", weight, rank)
+    assert (cache.hits, cache.misses) == (0, 4)
+    assert len(files(folder)) == 5
+
+
+def test_progress_is_told_after_each_layer(tmp_path: Path) -> None:
+    told: list[str] = []
+    cache = FactorCache(folder=tmp_path, on_layer=told.append)
+    for name in ("a", "b"):
+        cache(name, WEIGHT, 2)
+    assert told == ["a", "b"]
+    assert cache.seconds > 0
+
+
+def damage(path: Path, how: str) -> None:
+    """Break one cached file."""
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    tensors = load_file(path)
+    if how == "emptied":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "header":
+        path.write_bytes(b"\xff" * 16 + data[16:])
+    elif how == "zeros":  # blocks that a crash never wrote
+        path.write_bytes(data[:header] + bytes(len(data) - header))
+    elif how == "nan":
+        save_file({name: t * float("nan") for name, t in tensors.items()}, path)
+    elif how == "reversed":
+        save_file({name: t.flip(0).contiguous() for name, t in tensors.items()}, path)
+    elif how == "without Vh":
+        save_file({name: t for name, t in tensors.items() if name != "Vh"}, path)
+    elif how == "half turned":
+        tensors["U"][:, 0] *= -1
+        save_file(tensors, path)
+    elif how == "scaled":
+        save_file({"U": tensors["U"] * 2, "S": tensors["S"] * 2, "Vh": tensors["Vh"]}, path)
+    else:
+        path.unlink()
+        path.mkdir()
+
+
+DAMAGES = ["emptied", "truncated", "header", "zeros", "nan", "reversed", "without Vh", "half turned", "scaled"]
+
+
+@pytest.mark.parametrize("how", [*DAMAGES, "a folder"])
+def test_a_damaged_file_is_computed_again(filled: tuple[Path, Factors], how: str) -> None:
+    folder, computed = filled
+    damage(files(folder)[0], how)
+    cache = FactorCache(folder=folder)
+    assert equal(cache("layer", WEIGHT, 6), computed)
+    assert (cache.hits, cache.misses) == (0, 1)
+    again = FactorCache(folder=folder)
+    assert equal(again("layer", WEIGHT, 6), computed)
+    assert again.hits == (0 if how == "a folder" else 1)
+
+
+def test_another_weights_file_in_its_place_is_computed_again(filled: tuple[Path, Factors]) -> None:
+    folder, computed = filled
+    (own,) = files(folder)
+    FactorCache(folder=folder)("other", Problem(8, 6, 6, seed=2).weight().float(), 6)
+    (other,) = set(files(folder)) - {own}
+    own.write_bytes(other.read_bytes())
+    cache = FactorCache(folder=folder)
+    assert equal(cache("layer", WEIGHT, 6), computed)
+    assert cache.misses == 1
+
+
+@__import__("hypothesis").settings(max_examples=4000)
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory: pytest.TempPathFactory, place: int, bit: int) -> None:
+    folder = tmp_path_factory.mktemp("factors")
+    computed = FactorCache(folder=folder)("layer", WEIGHT, 6)
+    (path,) = files(folder)
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    read = FactorCache(folder=folder)("layer", WEIGHT, 6)
+    for name in ("U", "S", "Vh"):
+        # What the check lets pass: its tolerance of 1e-5 on two random combinations of the six directions.
+        assert relative(getattr(read, name), getattr(computed, name)) <= 1e-4
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "factors").write_text("a file where the folder should be")
+    cache = FactorCache(folder=tmp_path / "factors")
+    factors = cache("layer", WEIGHT, 6)
+    assert relative(factors.U @ torch.diag(factors.S) @ factors.Vh, WEIGHT) <= 1e-6
+    assert cache.misses == 1
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 3), torch.eye(4), torch.ones(4, 4)], ids=["zero", "eye", "ones"])
+def test_degenerate_weights_are_cached_too(tmp_path: Path, weight: torch.Tensor) -> None:
+    first, second = FactorCache(folder=tmp_path), FactorCache(folder=tmp_path)
+    assert equal(first("layer", weight, min(weight.shape)), second("layer", weight, min(weight.shape)))
+    assert second.hits == 1
