@@ -2,7 +2,7 @@
 """The adapter on disk: ``adapter.safetensors`` holds every trained number and the basis sketches, ``adapter.json``
 everything else.
 
-Loading trusts neither: the tensor file must have the recorded hash, every adapted weight of the base must have the
+Loading trusts neither: both files must have the recorded hashes, every adapted weight of the base must have the
 recorded hash, and every basis must align with its sketch. What fails is refused with the layer's name.
 
 Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
@@ -119,6 +119,7 @@ def write_adapter(
         **extra,
     }
     (folder / _TENSORS).write_bytes(data)
+    description["description_sha256"] = _description_digest(description)
     text = json.dumps(description, indent=1) + "\n"
     (folder / _DESCRIPTION).write_text(text, encoding="utf-8")
     return len(data) + len(text.encode())
@@ -277,4 +278,17 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise VerificationError(
             str(path), f"format version {version!r}", allowed=f"up to {FORMAT_VERSION}", fix="Upgrade mirrortune"
         )
+    recorded = description.pop("description_sha256", None)
+    if recorded != _description_digest(description):
+        raise VerificationError(
+            str(path),
+            "damaged or edited: its own hash is another one",
+            fix="Restore the adapter folder; a base that has moved is named with --model",
+        )
     return dict(description)
+
+
+def _description_digest(description: dict[str, Any]) -> str:
+    """SHA-256 over everything that the file says, however it is laid out."""
+    plain = json.loads(json.dumps(description))  # what a reader will find: tuples are lists, keys are text
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -36,7 +36,7 @@ def attach(
 
     Args:
         model: a transformers model, or any torch module.
-        method: ``mirror``, ``neighbor``, ``random``, ``none``, ``bitfit`` or ``full``.
+        method: a name in ``mirrortune.adapters.presets.PRESETS``, such as ``mirror``.
         rank: leading singular directions kept; None for the method's own.
         pairing: which directions turn together; None for the method's own.
         target_modules: ``all-linear``, or a regular expression for layer names (from any dot on).

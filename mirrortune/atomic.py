@@ -70,8 +70,9 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
 
 def cannot_write(path: Path, error: Exception) -> ResourceError:
     """The error for a file that could not be written; says so when the disk is full."""
-    number = getattr(error, "errno", None)
-    is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors keeps the number in its text only.
+    is_full = getattr(error, "errno", None) in full or any(f"(os error {n})" in str(error) for n in full)
     return ResourceError(
         str(path),
         f"cannot be written ({'the disk is full' if is_full else error})",

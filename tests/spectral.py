@@ -23,7 +23,10 @@ from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
 
 # Options worth their own run of every law; a core that is not named here runs with its defaults.
 _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "givens": ({}, {"side": "input"}, {"scale_top_k": "all"}, {"side": "input", "scale_top_k": 1})
+    "givens": ({}, {"side": "input"}, {"scale_top_k": "all"}, {"side": "input", "scale_top_k": 1}),
+    "scale": ({}, {"top_k": 1}),
+    "svft": ({}, {"pattern": "banded"}, {"pattern": "random", "bands": 1}),
+    "psoft": ({}, {"vectors": False}),
 }
 
 

@@ -42,7 +42,9 @@ def test_every_method_recipe_and_exit_code_is_named() -> None:
         assert f"`{method}`" in README
     for name in shipped_recipes():
         assert name in README
-    codes = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.MirrortuneError)}
+    codes = {
+        e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.MirrortuneError)
+    }
     for code in codes:
         assert re.search(rf"^\| {code} \|", README, flags=re.MULTILINE)
 

@@ -53,6 +53,14 @@ PRESETS: dict[str, Preset] = {
         lr=3e-2,
         summary="the same rotations, pairs drawn by the seed",
     ),
+    "scale": Preset(
+        core="scale", lr=3e-2, summary="every singular value times 1 + lambda (leading ones only with top_k)"
+    ),
+    "psoft": Preset(
+        core="psoft", rank=46, lr=3e-3, summary="orthogonal map of the leading input-side subspace, with two vectors"
+    ),
+    "svft": Preset(core="svft", lr=5e-2, summary="a sparse trained matrix between the singular vectors"),
+    "lora-xs": Preset(core="lora-xs", rank=16, lr=3e-3, summary="a free matrix between the leading singular vectors"),
     "none": Preset(lr=1e-3, summary="the task head alone, the base model frozen"),
     "bitfit": Preset(lr=1e-3, plain="bias", summary="every bias of the base model, and the head"),
     "full": Preset(lr=5e-5, plain="all", summary="every parameter: ordinary fine-tuning"),

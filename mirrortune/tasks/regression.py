@@ -16,6 +16,8 @@ from torch import Tensor
 from mirrortune.errors import DataError
 from mirrortune.metrics import check_metrics, score
 
+_LARGEST = float(np.finfo(np.float32).max)  # targets are float32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
@@ -124,7 +126,7 @@ class Task:
             number = float(value)
         except (TypeError, ValueError):
             number = float("inf")
-        if abs(number) > np.finfo(np.float32).max:
+        if abs(number) > _LARGEST:
             raise DataError(
                 f"{source} row {row + 1}",
                 f"label {value!r} in column '{self.label_column}' is not a finite number",

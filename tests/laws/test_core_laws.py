@@ -80,7 +80,7 @@ def test_mix_is_linear_and_treats_rows_alone(variant: Variant, problem: Problem,
     a, b = torch.randn(2, 4, problem.rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     whole = core.mix(a, *coefficients)
     assert relative(core.mix(2 * a - 3 * b, *coefficients), 2 * whole - 3 * core.mix(b, *coefficients)) <= EXACT
-    assert torch.equal(core.mix(a[2:3], *coefficients), whole[2:3])
+    assert relative(core.mix(a[2:3], *coefficients), whole[2:3]) <= EXACT
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

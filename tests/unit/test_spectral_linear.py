@@ -38,7 +38,9 @@ def test_the_cheapest_strategy(rank: int, dtype: torch.dtype, expected: str) -> 
 
 
 def test_factored_needs_every_direction() -> None:
-    with pytest.raises(ConfigError, match=r"^adapter\.strategy: factored needs every singular direction, got rank 2 of 4"):
+    with pytest.raises(
+        ConfigError, match=r"^adapter\.strategy: factored needs every singular direction, got rank 2 of 4"
+    ):
         build_layer(PART, GIVENS, "factored")
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cores: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
+
+A core is one class. Its positional parameters are what the layer gives it (``S``, and ``pairs`` if it asks for them);
+its keyword-only parameters are its recipe options. It turns its parameters into *coefficients* (a few small tensors,
+ordinary autograd) and says how coefficients act on z = Vh x. The layer's autograd function does the rest and saves z,
+never x.
+
+Shapes: N rows, R rank, P pairs, O out_features, I in_features.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.errors import ConfigError
+from mirrortune.registry import Registry
+
+Coefficients = tuple[Tensor, ...]
+
+
+class Core(nn.Module, metaclass=abc.ABCMeta):
+    """What a layer and the law tests require of a core.
+
+    Parameters are float32 and stay so when the model is cast to 16 bits: an angle of 1e-3 has two digits in bfloat16.
+    """
+
+    side: Literal["output", "input", "both"] = "both"
+    """Which singular vectors the core's effect depends on beyond their product with S: U, Vh, or both."""
+
+    @abc.abstractmethod
+    def coefficients(self, *, delta: bool) -> Coefficients:
+        """Tensors by which :meth:`mix` applies K, or K - diag(S) when ``delta`` (exactly zero for an untrained
+        core).
+        """
+
+    @abc.abstractmethod
+    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
+        """K z for every row of ``z`` (N, R), by the given coefficients; shape (N, R)."""
+
+    def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Gradients of ``(grad * mix(z, *coefficients)).sum()`` for z and each coefficient.
+
+        This default recomputes ``mix`` under autograd, so a new core need not write a backward pass.
+        """
+        with torch.enable_grad():
+            inputs = [z.detach().requires_grad_()]
+            inputs += [c.detach().requires_grad_(c.is_floating_point()) for c in coefficients]
+            mixed = self.mix(*inputs)
+            wanted = [t for t in inputs if t.requires_grad]
+            found = iter(torch.autograd.grad(mixed, wanted, grad, allow_unused=True))
+        grads = [next(found) if t.requires_grad else None for t in inputs]
+        grad_z = grads[0] if grads[0] is not None else torch.zeros_like(z)
+        return grad_z, tuple(grads[1:])
+
+    @torch.no_grad()
+    def delta_matrix(self) -> Tensor:
+        """K - diag(S) in float64, shape (R, R), on the CPU."""
+        exact = copy.deepcopy(self).to(device="cpu", dtype=torch.float64)
+        rank = exact.get_buffer("S").shape[0]
+        return exact.mix(torch.eye(rank, dtype=torch.float64), *exact.coefficients(delta=True)).T
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:  # noqa: FBT001, FBT002  (torch's signature)
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+CORES: Registry[Callable[..., Core]] = Registry("core")
+
+
+def trained(S: Tensor, count: int) -> nn.Parameter:
+    """``count`` trained zeros of the dtype and device of ``S``; none of them wants a gradient if there are none.
+
+    (DistributedDataParallel waits for the gradient of every parameter that wants one, even an empty one.)
+    """
+    return nn.Parameter(S.new_zeros(count), requires_grad=count > 0)
+
+
+def checked_top_k(top_k: Any, rank: int, where: str) -> int:
+    """How many leading directions ``top_k`` means (a number, or ``"all"``); ConfigError at ``where`` if neither."""
+    if top_k == "all":
+        return rank
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= rank:
+        raise ConfigError(where, f"got {top_k!r}", allowed=f"0 to {rank}, or all")
+    return top_k
+
+
+def leading(values: Tensor, rank: int) -> Tensor:
+    """``values`` (k,) followed by zeros, shape (rank,)."""
+    return torch.cat([values, values.new_zeros(rank - values.shape[0])])

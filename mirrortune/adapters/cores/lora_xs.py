@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA-XS: a free R x R matrix between the leading singular vectors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mirrortune.adapters.cores.core import CORES, Coefficients, Core
+
+
+@CORES.register("lora-xs")
+class LoraXs(Core):
+    """K = diag(S) (I + M), M (R, R) free, R^2 trained numbers, all zero at the start.
+
+    Reference: LoRA-XS (arXiv 2405.17604), W + U_r diag(S_r) M Vh_r. Differs: M starts at zero and not at small noise.
+    """
+
+    S: Tensor
+    side = "input"
+
+    def __init__(self, S: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("S", S, persistent=False)
+        self.matrix = nn.Parameter(S.new_zeros(S.shape[0], S.shape[0]))
+
+    def coefficients(self, *, delta: bool) -> Coefficients:
+        """(K,) or (K - diag(S),), shape (R, R)."""
+        change = self.S[:, None] * self.matrix
+        return (change if delta else change + self.S.diag(),)
+
+    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
+        """See :class:`Core`."""
+        return z @ coefficients[0].T

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PSOFT: an orthogonal map of the principal subspace, with two vectors that relax its orthogonality."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.cores.core import CORES, Coefficients, Core
+from mirrortune.errors import ConfigError
+
+
+@CORES.register("psoft")
+class Psoft(Core):
+    """K = diag(S) diag(beta) R^T diag(alpha) with R = (I - Q)(I + Q)^-1, Q skew-symmetric; R(R-1)/2 + 2R numbers.
+
+    Q = 0 and alpha = beta = 1 at the start. In the paper's convention h = W^T x, so what stands left of R there stands
+    right of R^T here: it turns the INPUT side, before diag(S).
+
+    Options: ``neumann_terms`` > 0 replaces the inverse by I - Q + Q^2 - ... of that degree, as published (K = 5) but
+    with its degree stated plainly, and refuses ||Q|| >= 1, where the series diverges; 0, the default, solves exactly.
+    ``vectors: false`` leaves alpha and beta at 1.
+
+    Reference: PSOFT (arXiv 2505.11235, ICLR 2026), eq. of section 3. Differs: exact Cayley by default (so does PEFT).
+    """
+
+    S: Tensor
+    lower: Tensor
+    upper: Tensor
+    side = "input"
+
+    def __init__(self, S: Tensor, *, neumann_terms: int = 0, vectors: bool = True) -> None:
+        super().__init__()
+        if not isinstance(neumann_terms, int) or isinstance(neumann_terms, bool) or neumann_terms < 0:
+            raise ConfigError("adapter.options.neumann_terms", f"got {neumann_terms!r}", allowed="0 (exact) or more")
+        rank = S.shape[0]
+        self.neumann_terms = neumann_terms
+        upper, lower = torch.triu_indices(rank, rank, offset=1)
+        for name, buffer in (("S", S), ("upper", upper.to(S.device)), ("lower", lower.to(S.device))):
+            self.register_buffer(name, buffer, persistent=False)
+        self.skew = nn.Parameter(S.new_zeros(rank * (rank - 1) // 2))
+        self.alpha = nn.Parameter(S.new_ones(rank if vectors else 0))
+        self.beta = nn.Parameter(S.new_ones(rank if vectors else 0))
+
+    def turned(self) -> Tensor:
+        """R - I, shape (R, R), without cancellation: exactly zero for Q = 0."""
+        rank = self.S.shape[0]
+        Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew)
+        Q = Q - Q.T
+        identity = torch.eye(rank, dtype=Q.dtype, device=Q.device)
+        if self.neumann_terms:
+            self._check_norm(Q)
+            inverse, power = identity, identity
+            for _ in range(self.neumann_terms):
+                power = -power @ Q
+                inverse = inverse + power
+            return (identity - Q) @ inverse - identity
+        # (I - Q)(I + Q)^-1 - I = -2 Q (I + Q)^-1, and Q commutes with the inverse.
+        solved: Tensor = torch.linalg.solve(identity + Q, -2 * Q)
+        return solved
+
+    def coefficients(self, *, delta: bool) -> Coefficients:
+        """(K,) or (K - diag(S),), shape (R, R)."""
+        turned = self.turned()
+        if self.alpha.numel():
+            scale = self.beta[:, None] * self.alpha
+            # beta R^T alpha - I = beta (R^T - I) alpha + (beta alpha - 1) on the diagonal.
+            turned = scale * turned.T + torch.diag(self.beta * self.alpha - 1)
+        else:
+            turned = turned.T
+        change = self.S[:, None] * turned
+        return (change if delta else change + torch.diag(self.S),)
+
+    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
+        """See :class:`Core`."""
+        return z @ coefficients[0].T
+
+    @torch.no_grad()
+    def _check_norm(self, Q: Tensor) -> None:
+        norm = float(torch.linalg.matrix_norm(Q.double(), ord=2))
+        if norm >= 1:
+            raise ConfigError(
+                "adapter.options.neumann_terms",
+                f"the series diverges: the skew matrix has norm {norm:.2f}",
+                allowed="norms below 1",
+                fix="Use neumann_terms=0 (exact), or lower --lr",
+            )

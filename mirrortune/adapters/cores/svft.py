@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SVFT: a sparse trained matrix between the frozen singular vectors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.cores.core import CORES, Coefficients, Core
+from mirrortune.errors import ConfigError
+
+
+@CORES.register("svft")
+class Svft(Core):
+    """K = diag(S) + M, M zero outside a fixed pattern.
+
+    ``plain``: the diagonal, R numbers. ``banded``: ``bands`` = d off-diagonals on each side as well, R(2d+1) - d(d+1)
+    numbers. ``random``: as many numbers as banded, the diagonal and positions drawn by ``pattern_seed``.
+
+    Reference: SVFT (arXiv 2405.19597, NeurIPS 2024). Differs: M is zero at the start, so the model starts as the base;
+    the paper's code draws M at random through a gate, and draws random positions with replacement from the global
+    generator.
+    """
+
+    S: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(
+        self,
+        S: Tensor,
+        *,
+        pattern: Literal["plain", "banded", "random"] = "plain",
+        bands: int = 2,
+        pattern_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        rank = S.shape[0]
+        if pattern not in ("plain", "banded", "random"):
+            raise ConfigError("adapter.options.pattern", f"got {pattern!r}", allowed="plain, banded, random")
+        if not isinstance(bands, int) or bands < 0:
+            raise ConfigError("adapter.options.bands", f"got {bands!r}", allowed="0 or more")
+        self.is_plain = pattern == "plain"
+        rows, columns = _positions(rank, pattern, min(bands, rank - 1), pattern_seed)
+        self.register_buffer("S", S, persistent=False)
+        self.register_buffer("rows", rows.to(S.device), persistent=False)
+        self.register_buffer("columns", columns.to(S.device), persistent=False)
+        self.values = nn.Parameter(S.new_zeros(len(rows)))
+
+    def coefficients(self, *, delta: bool) -> Coefficients:
+        """The diagonal (R,) for ``plain``, else the matrix K or K - diag(S), (R, R)."""
+        if self.is_plain:
+            return (self.values if delta else self.S + self.values,)
+        rank = self.S.shape[0]
+        matrix = self.S.new_zeros(rank, rank).index_put((self.rows, self.columns), self.values)
+        return (matrix if delta else matrix + torch.diag(self.S),)
+
+    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
+        """See :class:`Core`."""
+        return z * coefficients[0] if self.is_plain else z @ coefficients[0].T
+
+
+def _positions(rank: int, pattern: str, bands: int, seed: int) -> tuple[Tensor, Tensor]:
+    diagonal = torch.arange(rank)
+    if pattern == "plain":
+        return diagonal, diagonal
+    row, column = torch.meshgrid(diagonal, diagonal, indexing="ij")
+    if pattern == "banded":
+        found = ((row - column).abs() <= bands).nonzero()
+    else:
+        count = rank * (2 * bands + 1) - bands * (bands + 1) - rank
+        off = (row != column).nonzero()
+        # NumPy's legacy generator is frozen: the pattern of a seed never changes, so it need not be stored.
+        chosen = np.random.RandomState(seed).permutation(len(off))[:count]
+        found = torch.cat([torch.stack([diagonal, diagonal], dim=1), off[torch.from_numpy(np.sort(chosen))]])
+    return found[:, 0].contiguous(), found[:, 1].contiguous()

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets from files and folders, their hashes, and validation rows set aside."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirrortune.data import Split, load_data, set_aside
+from mirrortune.errors import ConfigError, DataError
+
+CSV = "text,label\na,x\nb,y\n"
+
+
+def write(path: Path, text: str = CSV) -> Path:
+    """A text file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_a_training_split_with_its_hash(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv")
+
+    data = load_data(str(path))
+
+    assert list(data.splits) == ["train"]
+    assert data.splits["train"].source == str(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert data.origin == {"path": str(path), "sha256": {"rows.csv": digest}}
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        ("train.csv validation.csv test.csv", {"train": 2, "validation": 2, "test": 2}),
+        ("training.tsv dev.jsonl", {"train": 2, "validation": 2}),
+        ("Train.CSV val.csv testing.csv notes.csv", {"train": 2, "validation": 2, "test": 2}),
+        ("train-00000-of-00002.parquet train-00001-of-00002.parquet valid.csv", {"train": 4, "validation": 2}),
+        ("train_1.csv train_2.csv", {"train": 4}),
+        ("test.csv", {"test": 2}),
+    ],
+)
+def test_a_folder_has_the_splits_that_its_files_are_named_after(
+    tmp_path: Path, files: str, splits: dict[str, int]
+) -> None:
+    for name in files.split():
+        kind = Path(name).suffix.lower()
+        if kind == ".parquet":
+            pq.write_table(pa.table({"text": ["a", "b"], "label": ["x", "y"]}), tmp_path / name)
+        else:
+            rows = {".tsv": CSV.replace(",", "\t"), ".jsonl": '{"text": "a", "label": "x"}\n' * 2}.get(kind, CSV)
+            write(tmp_path / name, rows)
+
+    data = load_data(str(tmp_path))
+
+    assert {name: split.table.num_rows for name, split in data.splits.items()} == splits
+    assert len(data.origin["sha256"]) == len([n for n in files.split() if n != "notes.csv"])
+
+
+def test_splits_answer_to_their_usual_other_names(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv")
+    write(tmp_path / "dev.csv")
+    data = load_data(str(tmp_path))
+
+    assert data.find("validation") is data.splits["validation"]
+    assert data.find("test") is None
+    with pytest.raises(DataError) as caught:
+        data.require("trian", "--split")
+    assert str(caught.value) == (
+        "--split: there is no split 'trian'. Did you mean 'train'? Allowed: validation, train."
+    )
+
+
+def test_a_folder_without_any_split_says_what_it_holds(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv")
+
+    with pytest.raises(DataError, match=r"no train, validation or test file; it holds rows\.csv.*Rename the files"):
+        load_data(str(tmp_path))
+
+
+def test_files_of_one_split_must_go_together(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), tmp_path / "train-1.parquet")
+
+    with pytest.raises(DataError, match="the files of split 'train' have different columns"):
+        load_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["config", "revision"])
+def test_local_data_has_no_settings_of_the_hub(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"^data.{setting}: local data has none, got 'x'. Remove it"):
+        load_data(str(write(tmp_path / "rows.csv")), **{setting: "x"})
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "./nowhere", "/nowhere/at/all", "~/no-such-folder-of-mine"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_data(name)
+
+
+def rows_of(split: Split) -> list[int]:
+    """The numbers of a split's rows."""
+    return [int(n) for n in split.table.column("n").to_pylist()]
+
+
+GROUPS = st.lists(st.integers(0, 3), min_size=2, max_size=60)
+
+
+@given(GROUPS, st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
+def test_rows_set_aside_are_the_same_for_a_seed_and_in_proportion(groups: list[int], share: float, seed: int) -> None:
+    split = Split(table=pa.table({"n": list(range(len(groups)))}), source="rows")
+    strata = np.array(groups)
+
+    train, validation = set_aside(split, share, seed, strata)
+
+    assert rows_of(train) == sorted(rows_of(train))
+    assert rows_of(validation) == sorted(rows_of(validation))
+    assert sorted(rows_of(train) + rows_of(validation)) == list(range(len(groups)))
+    assert rows_of(train)
+    assert rows_of(validation)
+    again = set_aside(split, share, seed, strata)
+    assert [rows_of(part) for part in again] == [rows_of(train), rows_of(validation)]
+    for group in np.unique(strata):
+        members = int((strata == group).sum())
+        held = int((strata[rows_of(validation)] == group).sum())
+        if members >= 2:
+            assert 1 <= held < members
+            assert abs(held - members * share) <= 1
+
+
+def test_another_seed_sets_other_rows_aside() -> None:
+    split = Split(table=pa.table({"n": list(range(200))}), source="rows")
+
+    drawn = {tuple(rows_of(set_aside(split, 0.1, seed, None)[1])) for seed in range(5)}
+
+    assert len(drawn) == 5
+    assert {len(rows) for rows in drawn} == {20}
+
+
+def test_one_row_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="rows: 1 row cannot be split"):
+        set_aside(Split(table=pa.table({"n": [0]}), source="rows"), 0.1, 0, None)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables from files: what is read, the line of what cannot be, and no exception but DataError for any bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mirrortune.columns import choose_columns
+from mirrortune.errors import DataError
+from mirrortune.tables import READERS, read_table
+from mirrortune.tasks import task_class
+
+ROWS = {"text": ["good film", "bad, sad"], "label": ["a", "b"]}
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    """A file with that content."""
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,label\ngood film,a\n"bad, sad",b\n'),
+        ("a.csv", 'text,label\r\ngood film,a\r\n"bad, sad",b\r\n'),
+        ("a.csv", 'text,label\rgood film,a\r"bad, sad",b'),
+        ("a.csv", '\ufefftext , label\ngood film,a\n\n"bad, sad",b\n\n'),
+        ("a.csv", "text;label\ngood film;a\nbad, sad;b\n"),
+        ("a.csv", "text\tlabel\ngood film\ta\nbad, sad\tb\n"),
+        ("a.TSV", "text\tlabel\ngood film\ta\nbad, sad\tb\n"),
+        ("a.jsonl", '{"text": "good film", "label": "a"}\n\n{"label": "b", "text": "bad, sad"}'),
+        ("a.json", '[{"text": "good film", "label": "a"},\n {"text": "bad, sad", "label": "b"}]'),
+        ("a.json", '{"text": "good film", "label": "a"}\n{"text": "bad, sad", "label": "b"}\n'),
+    ],
+)
+def test_all_text_formats_give_the_same_table(tmp_path: Path, name: str, content: str) -> None:
+    assert read_table(write(tmp_path, name, content)).to_pydict() == ROWS
+
+
+def test_parquet_keeps_its_types_and_metadata(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "label": pa.array([1], pa.int8())}).replace_schema_metadata({"k": "v"})
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    found = read_table(tmp_path / "a.parquet")
+
+    assert found.equals(table)
+    assert (found.schema.metadata or {}).get(b"k") == b"v"
+
+
+def test_cells_stay_text_and_empty_ones_are_null(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "a.csv", "text,label\n2024-01-01,1\nNA,\n007,1.0\n"))
+
+    assert table.to_pydict() == {"text": ["2024-01-01", "NA", "007"], "label": ["1", None, "1.0"]}
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x00", '""', "\\", "é", "😀"])
+def test_a_cell_may_hold_any_character(tmp_path: Path, inside: str) -> None:
+    """Some of these end a line for str.splitlines, and all of them occur in scraped text."""
+    cell = f"one{inside}two".replace('""', '"')
+    for name, content in {
+        "a.csv": f'text,label\n{json.dumps(cell)[0]}one{inside}two",a\nx,b\n',
+        "b.csv": f"text,label\none{inside.replace(chr(34), '-')}two,a\nx,b\n",
+    }.items():
+        table = read_table(write(tmp_path, name, content))
+        assert table.num_rows == 2
+        assert table.column("text")[0].as_py() == (cell if name == "a.csv" else cell.replace('"', "--"))
+    lines = json.dumps({"text": cell}, ensure_ascii=False)
+    assert read_table(write(tmp_path, "a.jsonl", lines)).to_pydict() == {"text": [cell]}
+
+
+def test_another_encoding_is_read_when_it_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "text,label\ncafé,a\n".encode("latin-1"))
+
+    assert read_table(path, "latin-1").column("text").to_pylist() == ["café"]
+    with pytest.raises(DataError, match=r"a\.csv:2: byte 0xe9 at offset 14 is not utf-8.*data\.encoding=latin-1"):
+        read_table(path)
+
+
+def test_a_long_document_is_one_cell(tmp_path: Path) -> None:
+    document = "word " * 100_000
+
+    table = read_table(write(tmp_path, "a.csv", f'text,label\n"{document}",a\n'))
+
+    assert table.column("text")[0].as_py() == document
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "", "a.csv: the file is empty. Give it a header and rows"),
+        ("a.csv", "text,label\n", "a.csv: the file has no rows"),
+        ("a.csv", "text,text\na,b\n", "a.csv:1: column name 'text' stands twice"),
+        ("a.csv", "text,label\na,b\nc\n", "a.csv:3: 1 cells in a row of a table with 2 columns. Quote cells"),
+        ("a.csv", 'text,label\n"a\nb",c\nd,e,f\n', "a.csv:4: 3 cells"),
+        (
+            "a.csv",
+            'text,label\na,b\n"c,d\ne,f\ng,h\n',
+            "a.csv:3: malformed row (unexpected end of data)",
+        ),
+        ("a.csv", 'text,label\n"a"b,c\n', "a.csv:2: malformed row"),
+        ("a.csv", b"text,label\na,b\n\xff,c\n", "a.csv:3: byte 0xff at offset 15 is not utf-8"),
+        ("a.json", "[]", "a.json: the file has no rows"),
+        ("a.json", '[{"a": 1},\n{"a": }]', "a.json:2: not valid JSON (Expecting value)"),
+        ("a.json", '{\n"a": 1}', "a.json:1: not valid JSON"),
+        ("a.json", "[1]", "a.json row 1: got int. Allowed: JSON objects"),
+        ("a.json", "[" * 100_000, "a.json: not data"),
+        ("a.json", "[" + "1" * 5000 + "]", "a.json: not data"),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 1\n', "a.jsonl:3: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl row 2: got list"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", '{"a": ' + "1" * 5000 + "}", "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": "x"}\n', "a.jsonl: column 'a' mixes types"),
+        ("a.jsonl", '{"a": "\\ud800"}\n', "a.jsonl: column 'a' holds half a character"),
+        ("a.jsonl", '{"a": 1' + "0" * 30 + "}\n", "a.jsonl: column 'a'"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet: not a whole parquet file"),
+        ("a.txt", "text", "a.txt: unknown file type '.txt'. Allowed: .csv, .tsv, .json, .jsonl, .parquet"),
+        ("a", "text", "a: unknown file type ''"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_line(tmp_path: Path, name: str, content: str | bytes, says: str) -> None:
+    path = write(tmp_path, name, content)
+
+    with pytest.raises(DataError) as caught:
+        read_table(path)
+
+    assert str(caught.value).startswith(str(tmp_path))
+    assert says in str(caught.value)
+
+
+def test_a_missing_file_lists_what_is_beside_it(tmp_path: Path) -> None:
+    write(tmp_path, "rows.csv", "a\n")
+
+    with pytest.raises(DataError, match=r"row\.csv: no such file. Allowed: files beside it: rows\.csv"):
+        read_table(tmp_path / "row.csv")
+    with pytest.raises(DataError, match="no such file"):
+        read_table(tmp_path / "nowhere" / "rows.csv")
+
+
+def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^data\.encoding: unknown encoding 'utf-99'"):
+        read_table(write(tmp_path, "a.csv", "a\nb\n"), "utf-99")
+
+
+def use(path: Path) -> None:
+    """Everything that happens to a file's rows before a model is needed, for both kinds of task."""
+    table = read_table(path)
+    text, label, _ = choose_columns(table, None, None, str(path))
+    for kind in ("text-classification", "regression"):
+        with contextlib.suppress(DataError):
+            task = task_class(kind).from_rows(table, str(path), text_columns=text, label_column=label)
+            task.targets(table, str(path), allow_missing=True)
+            task.targets(table, str(path), allow_missing=False)
+
+
+NUMBERS = ["0", "1", "1.5", "", "nan", "x", "-1", "1_0", "1e39", "inf", "٣"]
+CSV_BYTES = st.one_of(
+    st.binary(max_size=200),
+    st.text(alphabet=[*'abc1.,;\t|"\n\r -', "\x00", "\u2028"], max_size=80).map(lambda t: f"text,label\n{t}".encode()),
+    st.lists(
+        st.tuples(st.text(max_size=8), st.sampled_from(["0", "1", "1.5", "", "nan", "x", "-1", "1_0", "1e39", "٣"]))
+    )
+    .map(lambda rows: "text,label\n" + "".join(f'"{t.replace(chr(34), "")}",{n}\n' for t, n in rows))
+    .map(lambda text: text.encode("utf-8", "surrogatepass")),
+)
+
+
+@settings(max_examples=400)
+@given(CSV_BYTES)
+@example(b"\xef\xbb\xbf\n")
+@example(b'"')
+@example(b"text,label\n\x00,\x00\n")
+@example(b"\n\ntext,label\na,1\nb,2\n")
+@example(b",\na,1\nb,2\n")
+def test_no_bytes_of_a_csv_raise_anything_but_a_data_error(tmp_path: Path, content: bytes) -> None:
+    with contextlib.suppress(DataError):
+        use(write(tmp_path, "fuzz.csv", content))
+
+
+JSON: Any = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "label", "x"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(JSON | st.fixed_dictionaries({"text": JSON, "label": JSON}), max_size=4),
+    st.sampled_from([".json", ".jsonl"]),
+)
+def test_no_json_raises_anything_but_a_data_error(tmp_path: Path, rows: list[Any], suffix: str) -> None:
+    text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+    with contextlib.suppress(DataError):
+        use(write(tmp_path, f"fuzz{suffix}", text))
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_no_damage_to_a_parquet_file_raises_anything_but_a_data_error(tmp_path: Path, data: st.DataObject) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"] * 20, "label": [0, 1] * 20}), tmp_path / "whole.parquet")
+    content = bytearray((tmp_path / "whole.parquet").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.sampled_from([len(content), len(content) // 2]))
+    with contextlib.suppress(DataError):
+        use(write(tmp_path, "fuzz.parquet", bytes(content[:cut])))
+
+
+def test_every_suffix_has_a_reader() -> None:
+    assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
