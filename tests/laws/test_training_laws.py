@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from mirrortune.adapters.inject import AdapterSpec, adapter_parameters, plain_parameters, spectral_layers
 from mirrortune.batching import collate
 from mirrortune.errors import InterruptedRun
-from mirrortune.evaluation import evaluate_split
+from mirrortune.evaluation import EvalResult, evaluate_split
 from mirrortune.tokens import Encoded
-from tests.tiny_models import FAMILIES, tiny_bert
+from tests.tiny_models import FAMILIES, tiny_bert, tiny_tokenizer
 from tests.tiny_runs import Adapted, Watcher, adapt, classification, make_trainer, sentences, terminate_after
 
 SPECS = {
@@ -50,7 +51,9 @@ def with_dropout(trained: int | None = None) -> Adapted:
 
 
 def seed_everything(seed: int) -> None:
-    """Torch's generator, from which dropout draws."""
+    """Every generator that a model may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
@@ -98,7 +101,7 @@ def test_how_a_batch_is_cut_does_not_matter(tmp_path: Path) -> None:
             epochs=1.5,
         )
         trainer.fit()
-        assert watcher.rows == [8, 8, 8, 6, 8, 8] or sorted(watcher.rows[:4]) == [6, 8, 8, 8]
+        assert sorted(watcher.rows[:4]) == [6, 8, 8, 8]
         results[batch_size] = trained(adapted.model), watcher.losses
     for numbers, losses in results.values():
         # Logits are float64; the loss itself is taken in float32, of which 2e-7 is two roundings.
@@ -182,8 +185,7 @@ def test_ten_steps_are_five_and_five(tmp_path: Path, cut: str) -> None:
     with pytest.raises((InterruptedRun, Killed)):
         first.fit()
     begins_anew = cut == "killed before any checkpoint"
-    seed_everything(1 if begins_anew else 999)
-    np.random.seed(999)  # noqa: NPY002
+    seed_everything(1 if begins_anew else 999)  # a run that begins anew is seeded by its caller
     # Other numbers in core and head: every one of them must come from the checkpoint.
     adapted = with_dropout(trained=None if begins_anew else 7)
     second = make_trainer(tmp_path / "cut", adapted=adapted, fresh=False, **settings)
@@ -223,24 +225,12 @@ def test_another_seed_gives_another_order(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-def score(model: nn.Module, encoded: Encoded, batch_size: int) -> Any:
+def score(model: nn.Module, encoded: Encoded, batch_size: int) -> EvalResult:
     """A split's evaluation."""
+    accelerator = Accelerator(cpu=True)
     return evaluate_split(
-        model,
-        classification(),
-        encoded,
-        make_tokenizer(),
-        Accelerator(cpu=True),
-        batch_size=batch_size,
-        source="rows",
+        model, classification(), encoded, tiny_tokenizer(), accelerator, batch_size=batch_size, source="rows"
     )
-
-
-def make_tokenizer() -> Any:
-    """The tiny models' tokenizer."""
-    from tests.tiny_models import tiny_tokenizer
-
-    return tiny_tokenizer()
 
 
 def reordered(encoded: Encoded, order: list[int]) -> Encoded:
@@ -256,32 +246,35 @@ def reordered(encoded: Encoded, order: list[int]) -> Encoded:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 20, 64])
 def test_scores_do_not_depend_on_padding(batch_size: int) -> None:
-    model, rows = adapt().model, sentences(20)
+    # In float64, so that the order of sums, which the padded shapes decide, is far below what is compared (the loss and
+    # the returned logits are float32).
+    model, rows = adapt().model.double(), sentences(20)
     alone, found = score(model, rows, 1), score(model, rows, batch_size)
-    # Padding changes the shapes and so the order of sums in float32, at logits of size 1.
-    np.testing.assert_allclose(found.logits, alone.logits, atol=2e-6)
-    assert found.metrics == pytest.approx(alone.metrics, rel=1e-6)
+    np.testing.assert_allclose(found.logits, alone.logits, rtol=2e-7)
+    assert found.metrics == pytest.approx(alone.metrics, rel=2e-7)
     assert found.rows == 20
 
 
 def test_scores_do_not_depend_on_the_order_or_the_company_of_rows() -> None:
-    model, rows = adapt().model, sentences(20)
+    model, rows = adapt().model.double(), sentences(20)
     found = score(model, rows, 8)
     order = list(np.random.default_rng(1).permutation(20))
     turned = score(model, reordered(rows, order), 8)
-    np.testing.assert_allclose(turned.logits, found.logits[order], atol=2e-6)
-    assert turned.metrics == pytest.approx(found.metrics, rel=1e-6)
+    np.testing.assert_allclose(turned.logits, found.logits[order], rtol=2e-7)
+    assert turned.metrics == pytest.approx(found.metrics, rel=2e-7)
     halves = [score(model, reordered(rows, part), 8) for part in (order[:10], order[10:])]
     for name, value in found.metrics.items():  # both are means over rows
-        assert sum(half.metrics[name] for half in halves) / 2 == pytest.approx(value, rel=1e-6)
+        assert sum(half.metrics[name] for half in halves) / 2 == pytest.approx(value, rel=2e-7)
 
 
 def test_the_training_loss_does_not_depend_on_padding(tmp_path: Path) -> None:
     losses = []
     for batch_size in (8, 1):
-        watcher = Watcher()
+        watcher, adapted = Watcher(), adapt(trained=None)
+        adapted.model.double()
         make_trainer(
             tmp_path / str(batch_size),
+            adapted=adapted,
             progress=watcher,
             train=sentences(8),
             batch_size=batch_size,
@@ -289,7 +282,7 @@ def test_the_training_loss_does_not_depend_on_padding(tmp_path: Path) -> None:
             max_steps=1,
         ).fit()
         losses += watcher.losses
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-7)
 
 
 @pytest.mark.parametrize("make", [lambda: adapt(trained=None), with_dropout], ids=["without dropout", "with dropout"])
@@ -301,6 +294,20 @@ def test_every_row_is_trained_on_once_an_epoch(tmp_path: Path, make: Callable[[]
     assert sum(watcher.rows) == 60
 
 
-def test_a_model_learns_the_telling_words(tmp_path: Path) -> None:
-    result = make_trainer(tmp_path, train=sentences(160), validation=sentences(40, seed=5), epochs=8).fit()
-    assert result.metrics["accuracy"] >= 0.9
+def test_rotations_learn_what_the_head_alone_cannot(tmp_path: Path) -> None:
+    """One random seed; 400 sentences, 8 epochs. Guessing gives a loss of 0.69."""
+    losses = {}
+    for method in ("none", "mirror"):
+        trainer = make_trainer(
+            tmp_path / method,
+            adapted=adapt(AdapterSpec(method=method), trained=None),
+            train=sentences(400),
+            validation=sentences(100, seed=5),
+            epochs=8,
+            batch_size=16,
+            lr=5e-2,
+            head_lr=3e-2,
+        )
+        losses[method] = trainer.fit().metrics["loss"]
+    assert losses["none"] > 0.65
+    assert losses["mirror"] < 0.6

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of task: from a label column to targets, losses, predictions and metrics."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from mirrortune.errors import ConfigError, DataError
+from mirrortune.recipe import task_kinds
+from mirrortune.tasks import task_class
+
+FEATURES = json.dumps({"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}})
+HUB = pa.table({"text": ["a", "b", "c"], "label": [1, 0, -1]}).replace_schema_metadata({"huggingface": FEATURES})
+
+
+def table(labels: list[Any]) -> pa.Table:
+    """Rows with these labels."""
+    return pa.table({"text": ["x"] * len(labels), "label": labels})
+
+
+def make(kind: str, rows: pa.Table, **settings: Any) -> Any:
+    """A task from rows in rows.csv."""
+    return task_class(kind).from_rows(rows, "rows.csv", text_columns=("text",), label_column="label", **settings)
+
+
+@pytest.mark.parametrize("kind", task_kinds())
+def test_a_task_describes_itself_in_json_and_is_made_again(kind: str) -> None:
+    task = make(kind, table([0, 1, 2, 1]))
+
+    again = task_class(kind).from_dict(json.loads(json.dumps(task.to_dict())))
+
+    assert again == task
+    assert task.kind == kind
+    assert task.selection_metric in task.metric_names
+    assert task.config_fields()["num_labels"] == len(task.config_fields()["id2label"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "targets"),
+    [
+        (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
+        ([" yes ", "no", "yes"], ("no", "yes"), [1, 0, 1]),
+        (["10", "9", "10"], ("9", "10"), [1, 0, 1]),
+        ([10, 9, 10], ("9", "10"), [1, 0, 1]),
+        ([1.0, 0.0, 1.0], ("0", "1"), [1, 0, 1]),
+        ([True, False, True], ("False", "True"), [1, 0, 1]),
+        (["1", "a", "1"], ("1", "a"), [0, 1, 0]),
+    ],
+)
+def test_classes_are_the_values_found_in_order(labels: list[Any], names: tuple[str, ...], targets: list[int]) -> None:
+    task = make("text-classification", table(labels))
+
+    assert task.labels == names
+    assert task.targets(table(labels), "rows.csv", allow_missing=False).tolist() == targets
+    assert task.config_fields()["id2label"] == dict(enumerate(names))
+    assert task.config_fields()["label2id"] == {name: i for i, name in enumerate(names)}
+
+
+def test_class_names_of_a_hub_data_set_are_kept_in_their_order() -> None:
+    task = make("text-classification", HUB)
+
+    assert task.labels == ("neg", "pos")
+    assert task.targets(HUB, "hub", allow_missing=True).tolist() == [1, 0, -1]
+    assert task.is_missing(task.targets(HUB, "hub", allow_missing=True)).tolist() == [False, False, True]
+    with pytest.raises(DataError, match=r"1 of 3 rows have no label in column 'label' \(rows 3\)"):
+        task.targets(HUB, "hub", allow_missing=False)
+
+
+def test_classes_that_are_named_are_taken_as_they_stand() -> None:
+    task = make("text-classification", table(["b", "a"]), labels=("b", "a", "c"))
+
+    assert task.labels == ("b", "a", "c")
+    assert task.targets(table(["a", None, ""]), "rows.csv", allow_missing=True).tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "settings", "says"),
+    [
+        ("text-classification", ["a", "a"], {}, "label column 'label' has one class only ('a'). Allowed: two classes"),
+        ("text-classification", [None, None], {}, "has one class only ('no value')"),
+        ("text-classification", [0.5, 1.5], {}, "holds real numbers (such as 0.5), not classes. Allowed: classes as text"),
+        ("text-classification", ["0.5", "1"], {}, "Use --task regression"),
+        ("text-classification", [[1], [0]], {}, "label column 'label' holds list<"),
+        ("text-classification", [str(i) for i in range(60)], {}, "has 60 different values in 60 rows"),
+        ("regression", ["high", "low"], {}, "rows.csv row 1: label 'high' in column 'label' is not a finite number. "
+         "Correct the row, or use --task text-classification"),
+        ("regression", [1.0, float("inf")], {}, "rows.csv row 2: label inf"),
+        ("regression", [1.0, 1e39], {}, "rows.csv row 2: label 1e+39"),
+        ("regression", [2, 2], {}, "holds one value only (2). Allowed: numbers that differ"),
+        ("regression", [1, 2], {"labels": ("a", "b")}, "regression has none. Remove task.labels"),
+    ],
+)  # fmt: skip
+def test_labels_that_do_not_fit_the_kind_are_refused(
+    kind: str, labels: list[Any], settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        make(kind, table(labels), **settings)
+
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", task_kinds())
+def test_a_selection_metric_must_be_computed(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"task\.selection_metric: 'mae' is not computed"):
+        make(kind, table([1, 2]), selection_metric="mae")
+
+
+def test_missing_numbers_are_counted() -> None:
+    task = make("regression", table([1.5, None, float("nan"), 2]))
+    rows = table(["1.5", "", "nan", "2"])
+
+    found = task.targets(rows, "rows.csv", allow_missing=True)
+
+    assert found.dtype == np.float32
+    assert task.is_missing(found).tolist() == [False, True, True, False]
+    with pytest.raises(DataError, match=r"2 of 4 rows have no number in column 'label' \(rows 2, 3\)"):
+        task.targets(rows, "rows.csv", allow_missing=False)
+
+
+def test_only_classes_are_kept_in_proportion() -> None:
+    classes = np.array([0, 1])
+    assert make("text-classification", table([0, 1])).strata(classes) is classes
+    assert make("regression", table([0, 1])).strata(classes) is None
+
+
+def test_the_loss_of_classes_is_a_sum_over_rows() -> None:
+    task = make("text-classification", table([0, 1, 2]))
+    logits, targets = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), torch.tensor([0, 2])
+
+    loss, items = task.loss(logits, targets)
+
+    assert items == 2
+    assert float(loss) == pytest.approx(-np.log(np.e**2 / (np.e**2 + 2)) + np.log(3))
+    assert task.predict(logits.numpy()).tolist() == [0, 0]
+    assert task.metrics(task.predict(logits.numpy()), targets.numpy()) == {"accuracy": 0.5}
+
+
+def test_the_loss_of_numbers_is_a_sum_over_rows() -> None:
+    task = make("regression", table([0, 1, 2]), metrics=("mse", "pearson"))
+    logits, targets = torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 4.0])
+
+    loss, items = task.loss(logits, targets)
+
+    assert (float(loss), items) == (5.0, 2)
+    assert task.predict(logits.numpy()).tolist() == [1.0, 2.0]
+    assert task.metrics(task.predict(logits.numpy()), targets.numpy()) == pytest.approx({"mse": 2.5, "pearson": 1.0})
+    assert task.config_fields() == {
+        "num_labels": 1, "id2label": {0: "label"}, "label2id": {"label": 0}, "problem_type": "regression",
+    }  # fmt: skip
+
+
+def test_losses_are_taken_in_float32_whatever_the_model_computes_in() -> None:
+    for kind, targets in (("text-classification", torch.tensor([1])), ("regression", torch.tensor([1.0]))):
+        task = make(kind, table([0, 1, 2]))
+        logits = torch.randn(1, task.config_fields()["num_labels"], dtype=torch.bfloat16)
+        assert task.loss(logits, targets)[0].dtype == torch.float32
+
+
+def test_an_unknown_kind_names_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^task\.kind: unknown kind of task 'regresion'\. Did you mean 'regression'\?"
+    ):
+        task_class("regresion")
