@@ -28,15 +28,14 @@ from mirrortune.adapters.basis import Fingerprint, align, fingerprint, weight_di
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import (
-    AdapterSpec,
     FactorSource,
     adapter_parameters,
     attach,
     attachment,
-    make_pairs,
     plain_parameters,
     spectral_layers,
 )
+from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.errors import VerificationError
 
 FORMAT_VERSION = 1
@@ -211,13 +210,18 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
         return align(source(name, weight, rank), stored, name)
 
     book = FingerprintBook()
-    pairs = {n.removeprefix("pairs."): t.long() for n, t in adapter.tensors.items() if n.startswith("pairs.")}
+    pairs = stored_pairs(adapter)
     attach(model, adapter.spec, new_parameters=adapter.head, factor_source=checked, pairs=pairs, on_layer=book)
     missing = set(adapter.shapes) - set(spectral_layers(model))
     if missing:
         raise VerificationError(sorted(missing)[0], "the adapter has this layer, the base does not adapt it")
     restore_trained(model, adapter.tensors, str(adapter.folder))
     return book
+
+
+def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:
+    """The pairs (P, 2) that the file holds, by layer."""
+    return {n.removeprefix("pairs."): t.long() for n, t in adapter.tensors.items() if n.startswith("pairs.")}
 
 
 @torch.no_grad()
@@ -254,15 +258,15 @@ def _basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> di
     for name, layer in spectral_layers(model).items():
         tensors[f"sketch.{name}"] = fingerprints[name].sketch
         pairs = getattr(layer.core, "pairs", None)
-        if isinstance(pairs, Tensor) and not torch.equal(pairs.cpu(), _derived_pairs(spec, layer.rank)):
+        if isinstance(pairs, Tensor) and not _is_derived(pairs.cpu(), spec, layer.rank):
             tensors[f"pairs.{name}"] = pairs.to(torch.int32)
     return tensors
 
 
-def _derived_pairs(spec: AdapterSpec, rank: int) -> Tensor:
-    # Drawn for a layer name that no layer has: equal to a layer's own pairs only when the pairing ignores its
-    # generator.
-    return make_pairs(spec, rank, "")
+def _is_derived(pairs: Tensor, spec: AdapterSpec, rank: int) -> bool:
+    """Whether ``pairs`` follow from the rank alone, so that the file need not hold them."""
+    # Drawn for a name that no layer has: equal to a layer's own pairs only when the pairing ignores its generator.
+    return not needs_saliency(spec) and torch.equal(pairs, make_pairs(spec, rank, ""))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

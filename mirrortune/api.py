@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mirrortune.adapter_file import FingerprintBook, load_into, read_adapter, write_adapter
 from mirrortune.adapters import inject
-from mirrortune.adapters.inject import AdapterSpec, attachment
+from mirrortune.adapters.inject import attachment
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache

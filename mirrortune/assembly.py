@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirrortune.adapters.inject import AdapterSpec, check_spec
 from mirrortune.adapters.presets import preset
+from mirrortune.adapters.spec import AdapterSpec, check_spec
 from mirrortune.columns import choose_columns
 from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
 from mirrortune.errors import ConfigError, ResourceError, unknown_name

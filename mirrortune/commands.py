@@ -27,17 +27,25 @@ from mirrortune.assembly import (
     resolve_precision,
     run_name,
 )
-from mirrortune.atomic import write_atomically
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split, set_aside
 from mirrortune.environment import environment, peak_memory_bytes
 from mirrortune.errors import ConfigError
 from mirrortune.evaluation import evaluate_split
 from mirrortune.factor_cache import FactorCache
-from mirrortune.loading import adapt_model, base_identity, find_adapter, load_evaluable
+from mirrortune.loading import (
+    adapt_model,
+    base_identity,
+    choose_pairs,
+    factorise,
+    find_adapter,
+    load_base,
+    load_evaluable,
+)
 from mirrortune.merging import Verification, merge_folder
-from mirrortune.recipe import Resolved, flatten, read_recipe, resolve
-from mirrortune.report import Reporter, draw_curves
+from mirrortune.recipe import Resolved
+from mirrortune.records import check_same_recipe, pin_paths, write_results
+from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.tasks import Task
 from mirrortune.tokens import check_columns, encode_split
@@ -94,7 +102,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False) ->
         reporter.note(line)
     cache = FactorCache()
     if not dry_run:
-        adapt_model(job, cache, reporter.bar)
+        factorise(job, load_base(job), cache, reporter.bar)
     return PrepareResult(
         targets=len(job.plan.targets.layers),
         trainable_parameters=job.plan.trainable_parameters,
@@ -124,11 +132,11 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
     run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}"))
-    recipe = _pinned(recipe, run)
+    recipe = pin_paths(recipe, run)
     accelerator = _accelerator(recipe)
     reporter.is_main = accelerator.is_main_process
     if resume:
-        _check_same_recipe(recipe, run)
+        check_same_recipe(recipe, run)
     run.check(overwrite=overwrite, resume=resume)
     job = assemble(recipe, reporter)
     for line in job.plan.lines():
@@ -138,9 +146,12 @@ def train(
         f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}; writing to {run.path}"
     )
     _seed(recipe.train.seed)  # the head's initial weights
+    loaded, cache = load_base(job), FactorCache()
+    pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
     # Ranks share one factorisation: the main process fills the cache, the others read it.
     with accelerator.main_process_first():
-        model, book = adapt_model(job, FactorCache(), reporter.bar)
+        book = adapt_model(loaded, job.spec, cache, reporter.bar, pairs)
+    model = loaded.model
     # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
     if accelerator.is_main_process and not resume:
         run.create()
@@ -151,7 +162,7 @@ def train(
     _seed(recipe.train.seed + 1 + accelerator.process_index)
     result, best_step = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     if accelerator.is_main_process:
-        _finish_run(run, job, result, best_step)
+        write_results(run, job, asdict(result), best_step)
     return result
 
 
@@ -287,55 +298,6 @@ def evaluation_rows(recipe: Recipe, data: DataSet, split: str, task: Task) -> Sp
         parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
         return parts[0] if split == "train" else parts[1]
     return data.require(wanted, "--split")
-
-
-def _finish_run(run: RunDirectory, job: Job, result: TrainResult, best_step: int) -> None:
-    events = run.events()
-    data = {**asdict(result), "best_step": best_step, "selection_metric": job.task.selection_metric}
-    run.write_json(run.results.name, data)
-    state = {
-        "global_step": events[-1]["step"],
-        "epoch": events[-1]["epoch"],
-        "best_metric": result.metrics[job.task.selection_metric],
-        "best_model_checkpoint": str(run.checkpoint(best_step)),
-        "log_history": events,
-    }
-    run.write_json("trainer_state.json", state)
-    write_atomically(run.path / "curves.png", lambda path: draw_curves(events, path, job.task.selection_metric))
-    card = model_card.run_card(
-        run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml()
-    )
-    run.write_text("README.md", card)
-
-
-def _check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
-    """Refuse to continue a run under another recipe; names every setting that differs."""
-    if not run.recipe.is_file():
-        raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
-    saved = resolve([read_recipe(str(run.recipe))]).recipe
-    before, now = flatten(saved), flatten(recipe)
-    differing = [
-        ConfigError(
-            f"--resume: {key}",
-            f"the run was started with {before.get(key)!r}, got {now.get(key)!r}",
-            fix="Use the same settings",
-        )
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and key != "output_dir"
-    ]
-    if differing:
-        raise ConfigError.several(differing)
-
-
-def _pinned(recipe: Recipe, run: RunDirectory) -> Recipe:
-    """The recipe with local paths made absolute, so that it repeats the run from any folder."""
-    update: dict[str, Any] = {"output_dir": str(run.path)}
-    for section, key in (("model", "name"), ("data", "path")):
-        given = getattr(getattr(recipe, section), key)
-        if given and Path(given).expanduser().exists():
-            absolute = str(Path(given).expanduser().resolve())
-            update[section] = getattr(recipe, section).model_copy(update={key: absolute})
-    return recipe.model_copy(update=update)
 
 
 def _accelerator(recipe: Recipe) -> Any:

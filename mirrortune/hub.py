@@ -27,15 +27,16 @@ _CAUSES: dict[str, tuple[str, str]] = {
         "Check the spelling of {flag}; for a private or gated one set HF_TOKEN; for a local file check that it exists",
     ),
     "RevisionNotFoundError": ("no such revision", "Check --revision"),
+    # Before EntryNotFoundError, of which it is a kind.
+    "LocalEntryNotFoundError": (
+        "not in the local cache, and the Hub cannot be reached",
+        "Check the network and HF_ENDPOINT",
+    ),
     "RemoteEntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
     "EntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
     "OfflineModeIsEnabled": (
         "not in the local cache, and HF_HUB_OFFLINE forbids the network",
         "Run prepare online first",
-    ),
-    "LocalEntryNotFoundError": (
-        "not in the local cache, and the Hub cannot be reached",
-        "Check the network and HF_ENDPOINT",
     ),
 }
 # fmt: off
@@ -43,7 +44,7 @@ _NETWORK = frozenset((
     "RevisionResolutionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "WriteError",
     "RemoteProtocolError", "ProtocolError", "ConnectionError", "ChunkedEncodingError", "IncompleteRead",
     "ClientConnectorError", "ServerDisconnectedError", "ClientPayloadError", "TimeoutException", "FSTimeoutError",
-    "TransportError", "NetworkError",
+    "TransportError", "NetworkError", "TimeoutError",
 ))
 # fmt: on
 

@@ -3,21 +3,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mirrortune.adapter_file import FingerprintBook, read_adapter
-from mirrortune.adapters.inject import attach
+from mirrortune.adapter_file import FingerprintBook, read_adapter, stored_pairs
+from mirrortune.adapters.factorize import resolve_rank
+from mirrortune.adapters.inject import attach, find_targets
+from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.assembly import Job, default_device, make_task
+from mirrortune.calibration import CalibrationSettings, measure_saliency
+from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import load_adapted
-from mirrortune.model import find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.model import LoadedModel, find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, task_class
 from mirrortune.tokens import resolve_max_length
@@ -33,22 +40,109 @@ class Evaluable:
     max_length: int
 
 
-def adapt_model(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> tuple[nn.Module, FingerprintBook]:
-    """Load the job's base model and put a fresh adapter into it.
+def load_base(job: Job) -> LoadedModel:
+    """The job's base model with a new head."""
+    return load_model(job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id)
+
+
+def adapt_model(
+    loaded: LoadedModel,
+    spec: AdapterSpec,
+    cache: FactorCache,
+    show_bar: Callable[[str, int], Any],
+    pairs: dict[str, Tensor] | None = None,
+) -> FingerprintBook:
+    """Put a fresh adapter into a loaded base model.
 
     Args:
-        job: from ``assemble``.
+        loaded: from :func:`load_base`.
+        spec: the adapter.
         cache: factors.
         show_bar: (label, total) -> a context manager with ``advance``; over the layers.
+        pairs: measured or stored pairs by layer.
     """
-    loaded = load_model(
-        job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id
-    )
     book = FingerprintBook()
-    with show_bar("singular value decompositions", len(job.plan.targets.layers)) as bar:
+    count = len(find_targets(loaded.model, spec, loaded.new_parameters).layers)
+    with show_bar("singular value decompositions", count) as bar:
         cache.on_layer = bar.advance
-        attach(loaded.model, job.spec, new_parameters=loaded.new_parameters, factor_source=cache, on_layer=book)
-    return loaded.model, book
+        attach(
+            loaded.model,
+            spec,
+            new_parameters=loaded.new_parameters,
+            factor_source=cache,
+            pairs=pairs,
+            on_layer=book,
+        )
+    cache.on_layer = None
+    return book
+
+
+def factorise(job: Job, loaded: LoadedModel, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
+    """Fill the cache with the factors of every layer that the job adapts."""
+    layers = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
+    with show_bar("singular value decompositions", len(layers)) as bar:
+        for name, shape in layers.items():
+            weight = loaded.model.get_submodule(name).get_parameter("weight")
+            cache(name, weight, resolve_rank(job.spec.resolved_rank, shape, name))
+            bar.advance(name)
+
+
+def choose_pairs(
+    job: Job,
+    loaded: LoadedModel,
+    cache: FactorCache,
+    run: RunDirectory,
+    accelerator: Any,
+    reporter: Reporter,
+    *,
+    resume: bool,
+) -> dict[str, Tensor] | None:
+    """The same pairs on every rank: stored ones for a resumed run, measured ones for an adaptive pairing, else None."""
+    if not needs_saliency(job.spec):
+        return None
+    steps = run.saved_steps()
+    if resume and steps:
+        return stored_pairs(read_adapter(run.checkpoint(steps[-1])))
+    pairs: dict[str, Tensor] | None = None
+    if accelerator.is_main_process:
+        started = time.perf_counter()
+        pairs = _measured_pairs(job, loaded, cache, accelerator.device)
+        reporter.note(f"pairs measured on the task in {time.perf_counter() - started:.1f} s")
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list  # noqa: PLC0415
+
+        pairs = broadcast_object_list([pairs])[0]
+    return pairs
+
+
+def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, device: torch.device) -> dict[str, Tensor]:
+    spec, section = job.spec, job.recipe.adapter
+    targets = find_targets(loaded.model, spec, loaded.new_parameters)
+
+    def rank_of(shape: tuple[int, int]) -> int:
+        return resolve_rank(spec.resolved_rank, shape, "adapter.rank")
+
+    settings = CalibrationSettings(
+        saliency=section.saliency,
+        num_batches=section.calibration_batches,
+        warmup_steps=section.calibration_warmup_steps,
+        batch_size=job.recipe.train.batch_size,
+        head_lr=job.recipe.train.head_lr,
+        side=spec.options.get("side", "output"),
+        seed=spec.seed,
+    )
+    saliency = measure_saliency(
+        loaded.model,
+        targets,
+        job.task,
+        job.train,
+        job.tokenizer,
+        cache,
+        rank_of=rank_of,
+        settings=settings,
+        device=device,
+    )
+    return {name: make_pairs(spec, len(s), name, s) for name, s in saliency.items()}
 
 
 def base_identity(job: Job) -> dict[str, Any]:

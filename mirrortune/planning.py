@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from mirrortune.adapters.factorize import resolve_rank
-from mirrortune.adapters.inject import AdapterSpec, Targets, build_core, check_spec, find_targets
+from mirrortune.adapters.inject import Targets, find_targets
+from mirrortune.adapters.pairings import PAIRINGS
+from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.spectral_linear import cheapest_strategy
 
 _MIB = 1024 * 1024
@@ -82,7 +84,7 @@ def make_plan(
     for name, shape in targets.layers.items():
         rank = resolve_rank(spec.resolved_rank, shape, name)
         if rank not in counts:  # a core's size depends on its rank alone
-            counts[rank] = sum(p.numel() for p in build_core(spec, torch.zeros(rank), name).parameters())
+            counts[rank] = _core_size(spec, rank, name)
         trained += counts[rank]
         factors += rank * sum(shape)
         if spec.strategy == "factored" or (spec.strategy is None and _is_factored(shape, rank, dtype)):
@@ -98,6 +100,11 @@ def make_plan(
         total_parameters=total,
         estimated_memory_bytes=fixed + activations,
     )
+
+
+def _core_size(spec: AdapterSpec, rank: int, name: str) -> int:
+    mirror = PAIRINGS.get("mirror", "planning")(rank, torch.Generator())  # every pairing has as many pairs
+    return sum(p.numel() for p in build_core(spec, torch.zeros(rank), name, mirror).parameters())
 
 
 def _is_factored(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> bool:

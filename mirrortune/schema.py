@@ -85,6 +85,12 @@ class AdapterSection(_Section):
     """Leading singular directions kept of each matrix; the method's own (full for rotations) by default."""
     pairing: str | None = None
     """Which directions turn together; the method's own by default."""
+    saliency: Literal["mean", "rms"] = "mean"
+    """Adaptive pairing: gradient of the mean loss, or its root mean square over the calibration batches."""
+    calibration_batches: int = Field(default=24, gt=0)
+    """Adaptive pairing: batches over which gradients are measured."""
+    calibration_warmup_steps: int = Field(default=60, ge=0)
+    """Adaptive pairing: steps of the head alone before gradients are measured; the head is then put back."""
     target_modules: str = "all-linear"
     """Regular expression for the names of the layers to adapt, from any dot on; all-linear for all."""
     strategy: Literal["auto", "branch", "factored"] = "auto"
@@ -96,9 +102,9 @@ class AdapterSection(_Section):
 class TrainSection(_Section):
     """The loop."""
 
-    lr: float | None = Field(default=None, ge=0)
+    lr: float | None = Field(default=None, ge=0, lt=1e30)
     """Peak learning rate of the adapter; the method's own by default."""
-    head_lr: float = Field(default=1e-3, ge=0)
+    head_lr: float = Field(default=1e-3, ge=0, lt=1e30)
     """Peak learning rate of the task head."""
     batch_size: int = Field(default=32, gt=0)
     """Rows per device and micro-batch."""

@@ -179,6 +179,9 @@ def _tokenise(
 def _cache_key(texts: list[list[str]], task: Task, tokenizer: Any, max_length: int) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # its description tells how it was last called, which the next call overrules
+        backend.no_truncation()
+        backend.no_padding()
     description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     facts = [_TOKENS_VERSION, task.kind, task.version, max_length, type(tokenizer).__name__]
     facts += [tokenizer.truncation_side, list(tokenizer.model_input_names)]

@@ -207,7 +207,7 @@ class Trainer:
             try:
                 done = self.stepper.step(batch, self._lr_factor(state.global_step))
             except NotFiniteError as error:
-                raise self._diverged(error) from error
+                raise self._diverged(self.state.global_step + 1, f"{error.problem}; the step was not made") from error
             self._seconds += time.perf_counter() - started
             self._rows += len(batch)
             state.global_step += 1
@@ -261,6 +261,8 @@ class Trainer:
             source="validation",
             on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
         )
+        if not math.isfinite(result.metrics["loss"]):
+            raise self._diverged(state.global_step, f"the validation loss is {result.metrics['loss']:g}")
         name = self.task.selection_metric
         value = result.metrics[name]
         sign = 1 if METRICS[name].higher_is_better else -1
@@ -299,14 +301,14 @@ class Trainer:
         tensors = {**optimizer_tensors(self._torch_optimizer, self._names), **states}
         self._on_main(lambda: self.run.save_checkpoint(self.state, tensors, self.write_adapter_files))
 
-    def _diverged(self, error: NotFiniteError) -> DivergedError:
+    def _diverged(self, step: int, problem: str) -> DivergedError:
         steps = self.run.saved_steps()
         good = (
             f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
         )
         return DivergedError(
-            f"step {self.state.global_step + 1}",
-            f"{error.problem}; the step was not made, and {good}",
+            f"step {step}",
+            f"{problem}, and {good}",
             fix="Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume",
         )
 

@@ -30,6 +30,16 @@ _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+def draw_pairs(name: str, rank: int, seed: int) -> Tensor:
+    """The pairs of one pairing; one that is made from measured gradients gets random ones."""
+    pairing = PAIRINGS.get(name, "test")
+    generator = torch.Generator().manual_seed(seed)
+    if "saliency" not in inspect.signature(pairing).parameters:
+        return pairing(rank, generator)
+    noise = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return pairing(rank, generator, noise - noise.T)
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One core with its pairing (if it pairs) and options."""
@@ -47,7 +57,7 @@ class Variant:
         core_class = CORES.get(self.core, "test")
         runtime = [S]
         if self.pairing is not None:
-            runtime.append(PAIRINGS.get(self.pairing, "test")(S.shape[0], torch.Generator().manual_seed(7)))
+            runtime.append(draw_pairs(self.pairing, S.shape[0], seed=7))
         core = core_class(*runtime, **dict(self.options))
         return core if seed is None else train_a_little(core, seed)
 

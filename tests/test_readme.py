@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mirrortune import errors
-from mirrortune.adapters import inject
+from mirrortune.adapters import spec
 from mirrortune.adapters.pairings import PAIRINGS
 from mirrortune.adapters.presets import PRESETS
 from mirrortune.recipe import shipped_recipes
@@ -53,8 +53,8 @@ def test_the_example_pairing_works_as_printed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(PAIRINGS, "_items", dict(PAIRINGS._items))
     example = next(block for block in blocks("python") if "PAIRINGS.register" in block)
     namespace = {"PAIRINGS": PAIRINGS, "torch": torch, "Generator": torch.Generator, "Tensor": torch.Tensor}
-    exec(compile(example, "README.md", "exec"), namespace)  # noqa: S102  (our own documentation)
-    pairs = inject.make_pairs(inject.AdapterSpec(pairing="halves"), 7, "layer")
+    exec(compile(example, "README.md", "exec"), namespace)
+    pairs = spec.make_pairs(spec.AdapterSpec(pairing="halves"), 7, "layer")
     assert pairs.tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
@@ -64,5 +64,5 @@ def test_the_python_example_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merged").symlink_to(tiny_model_dir)
     example = next(block for block in blocks("python") if "mirrortune.attach" in block)
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102
+    exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()

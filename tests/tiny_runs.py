@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapter_file import FingerprintBook, write_adapter
-from mirrortune.adapters.inject import AdapterSpec, FactorSource, attach, spectral_layers
+from mirrortune.adapters.inject import FactorSource, attach, spectral_layers
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import Split
 from mirrortune.tasks.text_classification import Task

@@ -9,55 +9,22 @@ full. Output embeddings stay.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import inspect
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.cores import CORES, Core
+from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors, factorize, resolve_rank
-from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.presets import Preset, preset
-from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
+from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
+from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.errors import ConfigError
 
 FactorSource = Callable[[str, Tensor, int], Factors]
 """(layer name, weight (O, I), rank) -> float64 factors; the default computes, callers may pass a cache."""
 LayerHook = Callable[[str, Tensor, Factors, Core], None]
 """(layer name, weight, factors, core), called for every layer that attach replaces."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterSpec:
-    """How an adapter is built, independent of any model's weights; JSON-serialisable by its fields."""
-
-    method: str = "mirror"
-    rank: int | Literal["full"] | None = None
-    pairing: str | None = None
-    target_modules: str = "all-linear"
-    seed: int = 0
-    strategy: Strategy | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def preset(self) -> Preset:
-        """The preset that ``method`` names."""
-        return preset(self.method)
-
-    @property
-    def resolved_rank(self) -> int | Literal["full"]:
-        """The rank asked for, or the preset's."""
-        return self.preset.rank if self.rank is None else self.rank
-
-    @property
-    def resolved_pairing(self) -> str | None:
-        """The pairing asked for, or the preset's."""
-        return self.pairing or self.preset.pairing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,38 +50,6 @@ class Attachment:
 
     spec: AdapterSpec
     targets: Targets
-
-
-def check_spec(spec: AdapterSpec) -> None:
-    """Refuse unknown methods, pairings and options, and settings that the method would ignore; all at once.
-
-    Raises:
-        ConfigError: naming each setting, the nearest name and what is allowed.
-    """
-    chosen, errors = spec.preset, []
-    if chosen.core is None:
-        ignored = {"rank": spec.rank, "pairing": spec.pairing, "options": spec.options or None}
-        errors += [
-            ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
-            for key, value in ignored.items()
-            if value is not None
-        ]
-    else:
-        core = CORES.get(chosen.core, "adapter.method")
-        checks: list[Callable[[], object]] = [
-            lambda: CORES.check_options(chosen.core or "", spec.options, "adapter.options")
-        ]
-        if "pairs" in inspect.signature(core).parameters:
-            checks.append(lambda: PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing"))
-        elif spec.pairing:
-            errors.append(ConfigError("adapter.pairing", f"method '{spec.method}' pairs nothing"))
-        for check in checks:
-            try:
-                check()
-            except ConfigError as error:
-                errors.append(error)
-    if errors:
-        raise ConfigError.several(errors)
 
 
 def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str] = ()) -> Targets:
@@ -191,26 +126,6 @@ def attach(
         _replace(model, name, SpectralLinear(layer, factors, core, spec.strategy))
     model.mirrortune = Attachment(spec=spec, targets=targets)  # type: ignore[assignment]
     return model
-
-
-def build_core(spec: AdapterSpec, S: Tensor, name: str, pairs: Tensor | None = None) -> Core:
-    """The untrained core that ``spec`` gives the layer ``name`` with singular values ``S`` (R,)."""
-    core_name = spec.preset.core
-    assert core_name is not None
-    core_class = CORES.get(core_name, "adapter.method")
-    runtime: list[Tensor] = [S.to(torch.promote_types(S.dtype, torch.float32)).float()]
-    if "pairs" in inspect.signature(core_class).parameters:
-        runtime.append(pairs if pairs is not None else make_pairs(spec, S.shape[0], name))
-    return core_class(*runtime, **spec.options)
-
-
-def make_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor:
-    """Pairs (P, 2) of the spec's pairing for one layer; the generator is seeded by the run's seed and the layer's
-    name.
-    """
-    digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")(rank, generator)
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:

@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+from mirrortune.adapters.matching import match
 from mirrortune.registry import Registry
 
-Pairing = Callable[[int, Generator], Tensor]
+Pairing = Callable[..., Tensor]
 
 PAIRINGS: Registry[Pairing] = Registry("pairing")
 
@@ -44,3 +45,12 @@ def random(rank: int, generator: Generator) -> Tensor:
     order = torch.randperm(rank, generator=generator)[: rank - rank % 2]
     pairs = order.reshape(-1, 2).sort(dim=1).values
     return pairs[pairs[:, 0].argsort()]
+
+
+@PAIRINGS.register("adaptive")
+def adaptive(rank: int, generator: Generator, saliency: Tensor) -> Tensor:
+    """Pair by a maximum-weight matching of |dL/dtheta| at theta = 0, measured on the task (``calibration.py``).
+
+    Ours: the mirror method's authors name task-adaptive pairing as future work.
+    """
+    return match(saliency.abs())

@@ -53,6 +53,12 @@ PRESETS: dict[str, Preset] = {
         lr=3e-2,
         summary="the same rotations, pairs drawn by the seed",
     ),
+    "adaptive": Preset(
+        core="givens",
+        pairing="adaptive",
+        lr=3e-2,
+        summary="the same rotations, pairs matched to the task's own gradients",
+    ),
     "scale": Preset(
         core="scale", lr=3e-2, summary="every singular value times 1 + lambda (leading ones only with top_k)"
     ),

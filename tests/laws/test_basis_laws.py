@@ -17,7 +17,8 @@ from torch import Tensor
 from mirrortune.adapter_file import load_into, read_adapter
 from mirrortune.adapters.basis import Fingerprint, align, fingerprint
 from mirrortune.adapters.factorize import Factors, factorize
-from mirrortune.adapters.inject import AdapterSpec, adapter_parameters, plain_parameters, spectral_layers
+from mirrortune.adapters.inject import adapter_parameters, plain_parameters, spectral_layers
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import delta_weight
 from mirrortune.errors import VerificationError
 from tests.spectral import VARIANTS, Problem, Variant, problems, relative

@@ -9,22 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mirrortune.adapters.pairings import PAIRINGS
+from tests.spectral import draw_pairs
 
 ENOUGH = settings(max_examples=60)
 RANKS = st.integers(1, 65)
 SEEDS = st.integers(0, 2**32)
 
 
-def drawn(name: str, rank: int, seed: int) -> torch.Tensor:
-    """The pairs of one pairing."""
-    return PAIRINGS.get(name, "test")(rank, torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("name", PAIRINGS.names())
 @ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_pairs_are_disjoint_ordered_and_in_range(name: str, rank: int, seed: int) -> None:
-    pairs = drawn(name, rank, seed)
+    pairs = draw_pairs(name, rank, seed)
     assert pairs.dtype == torch.int64
     assert pairs.shape == (rank // 2, 2)
     used = pairs.flatten().tolist()
@@ -37,7 +33,7 @@ def test_pairs_are_disjoint_ordered_and_in_range(name: str, rank: int, seed: int
 @ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_the_same_seed_gives_the_same_pairs(name: str, rank: int, seed: int) -> None:
-    assert torch.equal(drawn(name, rank, seed), drawn(name, rank, seed))
+    assert torch.equal(draw_pairs(name, rank, seed), draw_pairs(name, rank, seed))
 
 
 @pytest.mark.parametrize("name", PAIRINGS.names())
@@ -45,23 +41,23 @@ def test_the_same_seed_gives_the_same_pairs(name: str, rank: int, seed: int) -> 
 @given(rank=RANKS, seed=SEEDS)
 def test_a_pairing_leaves_the_global_generator_alone(name: str, rank: int, seed: int) -> None:
     before = torch.get_rng_state()
-    drawn(name, rank, seed)
+    draw_pairs(name, rank, seed)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_mirror_pairs_the_strongest_with_the_weakest(rank: int, seed: int) -> None:
-    assert drawn("mirror", rank, seed).tolist() == [[k, rank - 1 - k] for k in range(rank // 2)]
+    assert draw_pairs("mirror", rank, seed).tolist() == [[k, rank - 1 - k] for k in range(rank // 2)]
 
 
 @ENOUGH
 @given(rank=RANKS, seed=SEEDS)
 def test_neighbor_pairs_directions_of_like_strength(rank: int, seed: int) -> None:
-    assert drawn("neighbor", rank, seed).tolist() == [[2 * k, 2 * k + 1] for k in range(rank // 2)]
+    assert draw_pairs("neighbor", rank, seed).tolist() == [[2 * k, 2 * k + 1] for k in range(rank // 2)]
 
 
 @given(seed=SEEDS)
 def test_random_leaves_any_direction_of_an_odd_rank_unpaired(seed: int) -> None:
-    left_out = {(set(range(5)) - set(drawn("random", 5, seed + k).flatten().tolist())).pop() for k in range(40)}
+    left_out = {(set(range(5)) - set(draw_pairs("random", 5, seed + k).flatten().tolist())).pop() for k in range(40)}
     assert left_out == set(range(5))

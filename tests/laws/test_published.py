@@ -17,7 +17,7 @@ from mirrortune.adapters.cores.psoft import Psoft
 from mirrortune.adapters.cores.scale import Scale
 from mirrortune.adapters.cores.svft import Svft
 from mirrortune.adapters.factorize import Factors, factorize
-from mirrortune.adapters.inject import AdapterSpec
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.errors import ConfigError
 from mirrortune.planning import make_plan

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import AdapterSpec, adapter_parameters, plain_parameters, spectral_layers
+from mirrortune.adapters.inject import adapter_parameters, plain_parameters, spectral_layers
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.batching import collate
 from mirrortune.errors import InterruptedRun
 from mirrortune.evaluation import EvalResult, evaluate_split

@@ -71,5 +71,5 @@ def test_delta_matrix_changes_nothing(variant: Variant) -> None:
 
 
 def test_a_core_without_its_two_methods_cannot_be_made() -> None:
-    with pytest.raises(TypeError, match="coefficients, mix|abstract methods"):
+    with pytest.raises(TypeError, match="abstract methods"):
         Core()  # type: ignore[abstract]

@@ -47,7 +47,7 @@ FAILURES: list[tuple[Any, str]] = [
     ("huggingface_hub.errors.LocalEntryNotFoundError", "the Hub cannot be reached. Check the network and HF_ENDPOINT"),
     ("huggingface_hub.errors.OfflineModeIsEnabled", "HF_HUB_OFFLINE forbids the network. Run prepare online first"),
     ("datasets.exceptions.DatasetNotFoundError", "no such data set on the Hub, or it is private or gated. Check the"),
-    ("requests.exceptions.ConnectionError", "the connection failed (ConnectionError: x). Check the network"),
+    ("httpx2.RemoteProtocolError", "the connection failed (RemoteProtocolError: x). Check the network"),
     (AnsweredError(401), "access denied (HTTP 401). Set HF_TOKEN"),
     (AnsweredError(403), "access denied (HTTP 403). Set HF_TOKEN"),
     (AnsweredError(503), "the Hub answered HTTP 503. Try again later"),

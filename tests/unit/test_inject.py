@@ -10,18 +10,16 @@ import torch
 from torch import nn
 
 from mirrortune.adapters.inject import (
-    AdapterSpec,
     adapter_parameters,
     attach,
     attachment,
-    check_spec,
     find_targets,
     head_parameters,
-    make_pairs,
     plain_parameters,
     spectral_layers,
     trainable_parameters,
 )
+from mirrortune.adapters.spec import AdapterSpec, check_spec, make_pairs
 from mirrortune.errors import ConfigError
 from tests.tiny_models import FAMILIES, tiny_albert, tiny_bert, tiny_roberta
 from tests.tiny_runs import logits

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mirrortune.adapters.inject import AdapterSpec, make_pairs
 from mirrortune.adapters.pairings import PAIRINGS
+from mirrortune.adapters.spec import AdapterSpec, make_pairs
 from mirrortune.errors import ConfigError
 
 GIVEN = {
@@ -17,7 +17,7 @@ GIVEN = {
 
 
 def test_the_registered_pairings() -> None:
-    assert PAIRINGS.names() == ["mirror", "neighbor", "random"]
+    assert PAIRINGS.names() == ["adaptive", "mirror", "neighbor", "random"]
 
 
 @pytest.mark.parametrize("name", GIVEN)

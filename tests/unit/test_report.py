@@ -20,7 +20,7 @@ SCORE = {"event": "evaluate", "split": "validation", "step": 20, "epoch": 1.0, "
 def terminal() -> tuple[Console, io.StringIO]:
     """A console that believes to be a terminal, and what is written to it."""
     written = io.StringIO()
-    return Console(file=written, force_terminal=True, width=120), written
+    return Console(file=written, force_terminal=True, width=120, highlight=False), written
 
 
 def show(progress: TrainingProgress) -> None:

@@ -84,7 +84,7 @@ def test_classes_that_are_named_are_taken_as_they_stand() -> None:
     [
         ("text-classification", ["a", "a"], {}, "label column 'label' has one class only ('a'). Allowed: two classes"),
         ("text-classification", [None, None], {}, "has one class only ('no value')"),
-        ("text-classification", [0.5, 1.5], {}, "holds real numbers (such as 0.5), not classes. Allowed: classes as text"),
+        ("text-classification", [0.5, 1.5], {}, "holds real numbers (such as 0.5), not classes. Allowed: classes"),
         ("text-classification", ["0.5", "1"], {}, "Use --task regression"),
         ("text-classification", [[1], [0]], {}, "label column 'label' holds list<"),
         ("text-classification", [str(i) for i in range(60)], {}, "has 60 different values in 60 rows"),

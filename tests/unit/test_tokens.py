@@ -107,6 +107,14 @@ def test_other_labels_are_other_targets_of_the_same_tokens(tokenizer: Any) -> No
     assert found.targets.tolist() == [0, 1]
 
 
+def test_how_the_tokenizer_was_last_called_does_not_matter(tokenizer: Any) -> None:
+    encode(tokenizer, split_of(ROWS))
+    tokenizer(["the", "the film"], padding=True, truncation=True, max_length=3)
+    encode(tokenizer, split_of(ROWS))
+
+    assert len(entries()) == 1
+
+
 @pytest.mark.parametrize("change", ["text", "order", "border", "max_length", "tokenizer", "version", "columns"])
 def test_whatever_changes_the_tokens_changes_the_key(tokenizer: Any, change: str) -> None:
     split = split_of([("the film", "good"), ("a movie", "bad")])

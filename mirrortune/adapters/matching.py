@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maximum-weight matching of singular directions: which disjoint pairs carry the most of a symmetric weight.
+
+Shapes: R directions, P = floor(R / 2) pairs.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+import torch
+from torch import Tensor
+
+# Edmonds' algorithm is cubic and runs in Python here: up to this many directions it takes about a second.
+EXACT_LIMIT = 64
+
+
+def match(weights: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Tensor:
+    """Disjoint pairs of large total weight, all directions but at most one in a pair.
+
+    Exact (Edmonds) for up to ``exact_limit`` directions; greedy above, which takes the heaviest pair that is left and
+    reaches at least half of the maximum.
+
+    Args:
+        weights: shape (R, R), symmetric, finite, >= 0; its diagonal is ignored.
+        exact_limit: largest R that is matched exactly.
+
+    Returns:
+        Pairs (P, 2), int64, i < j in each row, rows in ascending order of i; the same for the same weights.
+    """
+    host = weights.detach().to(device="cpu", dtype=torch.float64)
+    chosen = _exact(host) if len(host) <= exact_limit else _greedy(host)
+    return torch.tensor(sorted(chosen), dtype=torch.int64).reshape(-1, 2)
+
+
+def _exact(weights: Tensor) -> list[tuple[int, int]]:
+    graph = nx.Graph()
+    rows = weights.tolist()
+    # maxcardinality pairs directions of weight zero too, so that there are always floor(R / 2) pairs.
+    graph.add_weighted_edges_from((i, j, rows[i][j]) for i in range(len(rows)) for j in range(i + 1, len(rows)))
+    return [(min(pair), max(pair)) for pair in nx.max_weight_matching(graph, maxcardinality=True)]
+
+
+def _greedy(weights: Tensor) -> list[tuple[int, int]]:
+    rank = len(weights)
+    upper = torch.triu_indices(rank, rank, offset=1)
+    # Stable, so that ties go to the pair of lower numbers whatever the sorting algorithm.
+    order = torch.argsort(weights[upper[0], upper[1]], descending=True, stable=True)
+    free = [True] * rank
+    chosen = []
+    for i, j in upper[:, order].T.tolist():
+        if free[i] and free[j]:
+            free[i] = free[j] = False
+            chosen.append((i, j))
+            if len(chosen) == rank // 2:
+                break
+    return chosen
+
+
+def rotation_gradient(gradient: Tensor, U: Tensor, S: Tensor, Vh: Tensor, side: str) -> Tensor:
+    """dL/dtheta_ij at theta = 0 for every pair of directions.
+
+    On the output side S_i u_j' G v_i - S_j u_i' G v_j, on the input side S_j u_j' G v_i - S_i u_i' G v_j.
+
+    Args:
+        gradient: G = dL/dW, shape (O, I).
+        U: left singular vectors, shape (O, R).
+        S: singular values, shape (R,).
+        Vh: right singular vectors, shape (R, I).
+        side: ``output`` or ``input``.
+
+    Returns:
+        Shape (R, R), antisymmetric.
+    """
+    moved = U.T @ gradient @ Vh.T  # (R, R): entry ji is u_j' G v_i
+    weighted = moved * S if side == "output" else S[:, None] * moved
+    return weighted.T - weighted

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures which rotations the task asks for, before any adapter is in the model: the gradient of every angle at zero.
+
+The head is warmed up first, since the gradients behind an untrained head say nothing; then gradients of the frozen
+weights are gathered over a few batches and projected onto the rotations of each pair of singular directions. The head
+is put back as it was, so that a run with measured pairs starts like any other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.inject import FactorSource, Targets
+from mirrortune.adapters.matching import rotation_gradient
+from mirrortune.batching import collate, epoch_batches
+from mirrortune.tasks import Task
+from mirrortune.tokens import Encoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """How gradients are measured.
+
+    Attributes:
+        saliency: ``mean``, the gradient of the mean loss of all calibration rows; ``rms``, the root mean square over
+            batches, which also counts what different batches pull in opposite directions.
+        num_batches: calibration batches.
+        warmup_steps: optimizer steps of the head before them.
+        batch_size: rows of each.
+        head_lr: learning rate of the warm-up.
+        side: the side that the core turns.
+        seed: of the rows drawn.
+    """
+
+    saliency: Literal["mean", "rms"]
+    num_batches: int
+    warmup_steps: int
+    batch_size: int
+    head_lr: float
+    side: str
+    seed: int
+
+
+def measure_saliency(
+    model: nn.Module,
+    targets: Targets,
+    task: Task,
+    encoded: Encoded,
+    tokenizer: Any,
+    factor_source: FactorSource,
+    *,
+    rank_of: Callable[[tuple[int, int]], int],
+    settings: CalibrationSettings,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Saliency of every pair of directions of every target layer.
+
+    Args:
+        model: the base model without an adapter; its parameters, mode and gradients are left as they were.
+        targets: layers and head.
+        task: the loss.
+        encoded: training rows.
+        tokenizer: pads batches.
+        factor_source: factors of each layer.
+        rank_of: (O, I) -> directions kept.
+        settings: how.
+        device: where to compute.
+
+    Returns:
+        Layer name -> (R, R) float64 on the CPU, antisymmetric for ``mean``, symmetric for ``rms``.
+    """
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    was_training = model.training
+    model.to(device).eval()  # without dropout: the gradient of the model that evaluation sees
+    rows = _batches(encoded, settings)
+    head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
+    start = {n: p.detach().clone() for n, p in head.items()}
+    _only(model, list(head.values()))
+    _warm_up(model, list(head.values()), task, encoded, tokenizer, rows, settings, device)
+    layers = {name: model.get_submodule(name).get_parameter("weight") for name in targets.layers}
+    _only(model, list(layers.values()))
+    found: dict[str, Tensor] = {}
+    for batch in itertools.islice(rows, settings.num_batches):
+        _backward(model, task, encoded, tokenizer, batch, device)
+        if settings.saliency == "rms":
+            _add(found, layers, factor_source, rank_of, settings)
+    if settings.saliency == "mean":
+        _add(found, layers, factor_source, rank_of, settings)
+    with torch.no_grad():
+        for name, parameter in head.items():
+            parameter.copy_(start[name])
+    for parameter, wants_gradient in wanted.items():
+        parameter.requires_grad_(wants_gradient)
+    model.train(was_training)
+    return {name: s.sqrt() if settings.saliency == "rms" else s for name, s in found.items()}
+
+
+def _warm_up(
+    model: nn.Module,
+    head: list[nn.Parameter],
+    task: Task,
+    encoded: Encoded,
+    tokenizer: Any,
+    rows: Iterator[Any],
+    settings: CalibrationSettings,
+    device: torch.device,
+) -> None:
+    optimizer = torch.optim.AdamW(head, lr=settings.head_lr)
+    for batch in itertools.islice(rows, settings.warmup_steps):
+        _backward(model, task, encoded, tokenizer, batch, device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _backward(model: nn.Module, task: Task, encoded: Encoded, tokenizer: Any, batch: Any, device: torch.device) -> None:
+    inputs = {k: v.to(device) for k, v in collate(encoded, batch, tokenizer).items()}
+    labels = inputs.pop("targets")
+    total, items = task.loss(model(**inputs).logits, labels)
+    torch.autograd.backward(total / items)
+
+
+def _add(
+    found: dict[str, Tensor],
+    layers: dict[str, nn.Parameter],
+    factor_source: FactorSource,
+    rank_of: Callable[[tuple[int, int]], int],
+    settings: CalibrationSettings,
+) -> None:
+    """Project the gradients gathered so far onto the angles, add them (squared for rms), and clear them."""
+    for name, weight in layers.items():
+        assert weight.grad is not None
+        factors = factor_source(name, weight, rank_of((weight.shape[0], weight.shape[1])))
+        exact = factors.to(device=weight.device, dtype=torch.float32)
+        gradient = rotation_gradient(weight.grad.float(), exact.U, exact.S, exact.Vh, settings.side).double().cpu()
+        weight.grad = None
+        found[name] = found.get(name, 0) + (gradient.square() if settings.saliency == "rms" else gradient)
+
+
+def _only(model: nn.Module, trained: list[nn.Parameter]) -> None:
+    chosen = {id(p) for p in trained}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+        parameter.grad = None
+
+
+def _batches(encoded: Encoded, settings: CalibrationSettings) -> Iterator[Any]:
+    for epoch in itertools.count():
+        yield from epoch_batches(encoded.lengths, settings.batch_size, settings.seed, epoch)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run directory says of its run besides checkpoints: the recipe that repeats it, results, curves, card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mirrortune import model_card
+from mirrortune.assembly import Job
+from mirrortune.atomic import write_atomically
+from mirrortune.checkpoint import RunDirectory
+from mirrortune.errors import ConfigError
+from mirrortune.loading import base_identity
+from mirrortune.recipe import flatten, read_recipe, resolve
+from mirrortune.report import draw_curves
+from mirrortune.schema import Recipe
+
+
+def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
+    """The recipe with local paths made absolute, so that it repeats the run from any folder."""
+    update: dict[str, Any] = {"output_dir": str(run.path)}
+    for section, key in (("model", "name"), ("data", "path")):
+        given = getattr(getattr(recipe, section), key)
+        if given and Path(given).expanduser().exists():
+            absolute = str(Path(given).expanduser().resolve())
+            update[section] = getattr(recipe, section).model_copy(update={key: absolute})
+    return recipe.model_copy(update=update)
+
+
+def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
+    """Refuse to continue a run under another recipe; names every setting that differs."""
+    if not run.recipe.is_file():
+        raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
+    saved = resolve([read_recipe(str(run.recipe))]).recipe
+    before, now = flatten(saved), flatten(recipe)
+    differing = [
+        ConfigError(
+            f"--resume: {key}",
+            f"the run was started with {before.get(key)!r}, got {now.get(key)!r}",
+            fix="Use the same settings",
+        )
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and key != "output_dir"
+    ]
+    if differing:
+        raise ConfigError.several(differing)
+
+
+def write_results(run: RunDirectory, job: Job, result: dict[str, Any], best_step: int) -> None:
+    """The files of a finished run: results, history in the Trainer's form, curves and model card."""
+    events = run.events()
+    data = {**result, "best_step": best_step, "selection_metric": job.task.selection_metric}
+    run.write_json(run.results.name, data)
+    state = {
+        "global_step": events[-1]["step"],
+        "epoch": events[-1]["epoch"],
+        "best_metric": result["metrics"][job.task.selection_metric],
+        "best_model_checkpoint": str(run.checkpoint(best_step)),
+        "log_history": events,
+    }
+    run.write_json("trainer_state.json", state)
+    write_atomically(run.path / "curves.png", lambda path: draw_curves(events, path, job.task.selection_metric))
+    card = model_card.run_card(
+        run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml()
+    )
+    run.write_text("README.md", card)

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder to run commands in, with data of the user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.console import reviews, write_table
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of the test: it holds ``reviews.csv``, 60 rows, and nothing else."""
+    folder = tmp_path / "desk"
+    write_table(folder / "reviews.csv", reviews(60))
+    monkeypatch.chdir(folder)
+    return folder

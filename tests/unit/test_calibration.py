@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: what it measures is the gradient of the angles, and the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mirrortune import commands, recipe
+from mirrortune.adapter_file import read_adapter, stored_pairs
+from mirrortune.adapters.factorize import factorize
+from mirrortune.adapters.inject import adapter_parameters, attach, find_targets
+from mirrortune.adapters.spec import AdapterSpec, make_pairs
+from mirrortune.batching import collate
+from mirrortune.calibration import CalibrationSettings, measure_saliency
+from mirrortune.errors import ConfigError
+from mirrortune.report import Reporter
+from tests.tiny_models import tiny_bert, tiny_tokenizer
+from tests.tiny_runs import HEAD, classification, sentences
+
+SPEC = AdapterSpec(method="adaptive")
+
+
+def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
+    """Saliency of the tiny model on 12 sentences, all of them in one batch unless changed."""
+    settings = {
+        "saliency": "mean",
+        "num_batches": 1,
+        "warmup_steps": 0,
+        "batch_size": 12,
+        "head_lr": 1e-2,
+        "side": "output",
+        "seed": 0,
+        **changes,
+    }
+    return measure_saliency(
+        model,
+        find_targets(model, SPEC, HEAD),
+        classification(),
+        sentences(12),
+        tiny_tokenizer(),
+        lambda name, weight, rank: factorize(weight, rank),
+        rank_of=min,
+        settings=CalibrationSettings(**settings),
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_it_measures_the_gradient_of_every_angle(side: str) -> None:
+    model = tiny_bert()
+    saliency = measure(copy.deepcopy(model), side=side)
+    adapted = attach(model.eval(), AdapterSpec(options={"side": side}), new_parameters=HEAD)
+    rows = sentences(12)
+    batch = collate(rows, np.arange(12), tiny_tokenizer())
+    targets = batch.pop("targets")
+    total, items = classification().loss(adapted(**batch).logits, targets)
+    (total / items).backward()
+    for name, theta in adapter_parameters(adapted).items():
+        layer = name.rsplit(".", 1)[0]
+        pairs = adapted.get_submodule(layer).core.pairs
+        found = saliency[layer][pairs[:, 0], pairs[:, 1]]
+        torch.testing.assert_close(found.float(), theta.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("saliency", ["mean", "rms"])
+def test_the_model_is_left_as_it_was(saliency: str) -> None:
+    model = tiny_bert().train()
+    before = copy.deepcopy(model.state_dict())
+    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+    first = measure(model, saliency=saliency, warmup_steps=3, num_batches=2, batch_size=4)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    again = measure(model, saliency=saliency, warmup_steps=3, num_batches=2, batch_size=4)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_rms_counts_what_batches_pull_in_opposite_directions() -> None:
+    mean = measure(tiny_bert(), num_batches=3, batch_size=4)
+    rms = measure(tiny_bert(), saliency="rms", num_batches=3, batch_size=4)
+    for name, found in mean.items():
+        assert (rms[name] >= found.abs() / 3**0.5 - 1e-9).all()  # |sum| <= sqrt(3) times the root of the sum of squares
+        assert torch.equal(rms[name], rms[name].T)
+
+
+def test_without_a_task_it_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="measured on a task"):
+        make_pairs(SPEC, 4, "layer")
+
+
+def test_a_run_keeps_its_pairs_and_a_resumed_run_uses_them(tiny_model_dir: Path, tmp_path: Path) -> None:
+    words = ("good", "bad")
+    rows = "".join(f"the film was very {words[i % 2]},{words[i % 2]}\n" for i in range(40))
+    (tmp_path / "films.csv").write_text("text,label\n" + rows)
+    values = {
+        "model": {"name": str(tiny_model_dir)},
+        "task": {"kind": "text-classification"},
+        "data": {"path": str(tmp_path / "films.csv")},
+        "adapter": {"method": "adaptive", "calibration_batches": 2, "calibration_warmup_steps": 2},
+        "train": {"batch_size": 8, "epochs": 2},
+        "output_dir": str(tmp_path / "run"),
+    }
+    resolved = recipe.resolve([recipe.Layer(values=values, origin="test")])
+    quiet = Reporter(verbosity=-1)
+    commands.train(resolved, quiet, recipe_name=None)
+    pairs = stored_pairs(read_adapter(tmp_path / "run" / "adapter"))
+    assert pairs
+    assert any(p.tolist() != [[k, len(p) * 2 - 1 - k] for k in range(len(p))] for p in pairs.values())
+    scored = commands.evaluate(str(tmp_path / "run"), resolved.recipe, quiet)
+    assert (
+        scored.metrics["accuracy"] == commands.train(resolved, quiet, recipe_name=None, resume=True).metrics["accuracy"]
+    )
+    verdict = commands.merge(str(tmp_path / "run"), quiet, output_dir=str(tmp_path / "merged"))
+    assert verdict.passed

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""registry: names, options and their errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from mirrortune.errors import ConfigError
+from mirrortune.registry import Registry
+
+
+@pytest.fixture
+def registry() -> Registry:
+    """Two items, one with options."""
+    found: Registry = Registry("pairing")
+
+    @found.register("mirror")
+    def mirror(rank: int) -> int:
+        return rank
+
+    @found.register("block")
+    def block(rank: int, *, size: int = 2, overlap: bool = False) -> int:
+        return rank * size
+
+    return found
+
+
+def test_items_are_found_by_name(registry: Registry) -> None:
+    assert registry.get("block", "adapter.pairing")(3) == 6
+    assert registry.names() == list(registry) == ["block", "mirror"]
+
+
+def test_the_decorator_leaves_its_target_as_it_is(registry: Registry) -> None:
+    def plain(rank: int) -> int:
+        return rank
+
+    assert registry.register("plain")(plain) is plain
+    assert registry.get("plain", "test") is plain
+
+
+def test_a_name_is_registered_once(registry: Registry) -> None:
+    with pytest.raises(ValueError, match="pairing 'mirror' is registered already"):
+        registry.register("mirror")
+
+
+def test_an_unknown_name_is_refused_with_the_nearest(registry: Registry) -> None:
+    with pytest.raises(ConfigError) as caught:
+        registry.get("miror", "recipe.yaml:7: adapter.pairing")
+    expected = "recipe.yaml:7: adapter.pairing: unknown pairing 'miror'. Did you mean 'mirror'? Allowed: block, mirror."
+    assert str(caught.value) == expected
+    assert caught.value.exit_code == 2
+
+
+def test_a_name_that_is_near_nothing_gets_no_suggestion(registry: Registry) -> None:
+    with pytest.raises(ConfigError) as caught:
+        registry.get("xyz", "here")
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_options_are_the_keyword_only_parameters(registry: Registry) -> None:
+    assert registry.options("mirror") == {}
+    assert {name: p.default for name, p in registry.options("block").items()} == {"size": 2, "overlap": False}
+
+
+def test_unknown_options_are_refused_all_at_once(registry: Registry) -> None:
+    registry.check_options("block", {"size": 3}, "adapter.options")
+    with pytest.raises(ConfigError, match=r"adapter\.options\.sise: pairing 'block' has no option 'sise'.*'size'"):
+        registry.check_options("block", {"sise": 3}, "adapter.options")
+    with pytest.raises(ConfigError) as caught:
+        registry.check_options("mirror", {"a": 1, "rank": 2}, "adapter.options")
+    assert str(caught.value).count("Allowed: no options") == 2
