@@ -51,7 +51,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--text-column", "data.text_columns", list[str], "Text column; repeat for pairs. Detected by default."),
     _flag(_DATA, "--label-column", "data.label_column", str, "Label column. Detected by default."),
     _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
-    _flag(_ADAPTER, "--method", "adapter.method", str, "mirror (default), neighbor, random, adaptive, scale, psoft, svft, lora-xs, none (head only), bitfit or full."),
+    _flag(_ADAPTER, "--method", "adapter.method", str, "mirror (default), neighbor, random, adaptive, scale, speclora, psoft, svft, lora-xs, none (head only), bitfit or full."),
     _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full or a number."),
     _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor, random or adaptive."),
     _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, or all-linear."),

@@ -94,7 +94,7 @@ def merge_folder(
     task = task_class(adapter.task["kind"]).from_dict(adapter.task) if adapter.task else None
     tokenizer = load_tokenizer(source)
     adapted = load_adapted(adapter, source, task, tokenizer.pad_token_id, factor_source)
-    stored = resolve_dtype("auto", source.config, torch.device("cpu"))
+    stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
     plain = load_model(source, adapter.base["auto_class"], _config_fields(task), stored, tokenizer.pad_token_id).model
     verdict: list[Verification] = []
 
@@ -167,6 +167,8 @@ def verify(
         changed += name not in written or not torch.equal(written[name], expected)
     dtype = next(iter(reopened.parameters())).dtype
     logits = _probe_logits(adapted, tokenizer, task)
+    if dtype == torch.float16:
+        reopened.float()  # not every layer computes in float16 on a CPU
     error = float((logits - _probe_logits(reopened, tokenizer, task)).abs().max())
     epsilon = torch.finfo(dtype).eps
     tolerance = max(1e-4, 8 * epsilon) * max(1.0, float(logits.abs().max()))

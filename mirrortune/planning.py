@@ -80,12 +80,12 @@ def make_plan(
     head = sum(sizes[n] for n in targets.head)
     trained = sum(sizes[n] for n in targets.plain)
     factors = 0
-    counts: dict[int, int] = {}
+    counts: dict[tuple[int, tuple[int, int]], int] = {}
     for name, shape in targets.layers.items():
         rank = resolve_rank(spec.resolved_rank, shape, name)
-        if rank not in counts:  # a core's size depends on its rank alone
-            counts[rank] = _core_size(spec, rank, name)
-        trained += counts[rank]
+        if (rank, shape) not in counts:  # a core's size depends on nothing else
+            counts[rank, shape] = _core_size(spec, rank, name, shape)
+        trained += counts[rank, shape]
         factors += rank * sum(shape)
         if spec.strategy == "factored" or (spec.strategy is None and _is_factored(shape, rank, dtype)):
             factors -= math.prod(shape)  # the factors stand for the weight on the device
@@ -102,9 +102,9 @@ def make_plan(
     )
 
 
-def _core_size(spec: AdapterSpec, rank: int, name: str) -> int:
+def _core_size(spec: AdapterSpec, rank: int, name: str, shape: tuple[int, int]) -> int:
     mirror = PAIRINGS.get("mirror", "planning")(rank, torch.Generator())  # every pairing has as many pairs
-    return sum(p.numel() for p in build_core(spec, torch.zeros(rank), name, mirror).parameters())
+    return sum(p.numel() for p in build_core(spec, torch.zeros(rank), name, shape, mirror).parameters())
 
 
 def _is_factored(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ import os
 # Hub run clients in subprocesses, whose environment they make themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,15 @@ settings.register_profile(
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)
+_COUNT = itertools.count()
 
 
 @pytest.fixture(autouse=True)
-def own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches under this test's folder, and every global generator freshly seeded."""
-    monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path / "mirrortune-cache"))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+def own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches in a folder of this test's own (made by whoever writes there), and every global generator freshly seeded."""
+    world = tmp_path_factory.getbasetemp() / f"world-{next(_COUNT)}"
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(world / "mirrortune"))
+    monkeypatch.setenv("HF_HOME", str(world / "huggingface"))
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (some models draw from the global generator)
     torch.manual_seed(0)

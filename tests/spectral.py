@@ -27,6 +27,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "scale": ({}, {"top_k": 1}),
     "svft": ({}, {"pattern": "banded"}, {"pattern": "random", "bands": 1}),
     "psoft": ({}, {"vectors": False}),
+    "speclora": ({"top_k": 2, "lora_rank": 2, "lora_alpha": 3.0},),
 }
 
 
@@ -52,12 +53,17 @@ class Variant:
         words = [self.core, self.pairing or "", *(f"{key}={value}" for key, value in self.options)]
         return "-".join(word for word in words if word)
 
-    def build(self, S: Tensor, seed: int | None = None) -> Core:
-        """The core for singular values ``S`` (R,) in their dtype; untrained without a ``seed``."""
+    def build(self, S: Tensor, seed: int | None = None, shape: tuple[int, int] | None = None) -> Core:
+        """The core for singular values ``S`` (R,) in their dtype; untrained without a ``seed``.
+
+        ``shape`` (O, I) is of the layer, (R, R) where there is none.
+        """
         core_class = CORES.get(self.core, "test")
-        runtime = [S]
+        runtime: list[Any] = [S]
         if self.pairing is not None:
             runtime.append(draw_pairs(self.pairing, S.shape[0], seed=7))
+        if "shape" in inspect.signature(core_class).parameters:
+            runtime.append(shape or (S.shape[0], S.shape[0]))
         core = core_class(*runtime, **dict(self.options))
         return core if seed is None else train_a_little(core, seed)
 
@@ -71,6 +77,10 @@ def variants(core: str) -> list[Variant]:
 
 
 VARIANTS = [variant for core in CORES.names() for variant in variants(core)]
+# Without those that have a branch beside the singular basis (which keeps x, and moves W' without K).
+INSIDE = [v for v in VARIANTS if CORES.get(v.core, "test").beside is Core.beside]
+# For laws of the layer, to which all pairs are alike: random ones, whose order no wrong index could hit by chance.
+LAYER_VARIANTS = [variant for variant in VARIANTS if variant.pairing in (None, "random")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +153,9 @@ def build_layer(
             linear.bias.copy_(torch.linspace(-1, 1, problem.out_features))
     factors = factorize(linear.weight, problem.rank)
     core_dtype = torch.promote_types(dtype, torch.float32)
-    return SpectralLinear(linear, factors, variant.build(factors.S.to(core_dtype), seed), strategy)
+    return SpectralLinear(
+        linear, factors, variant.build(factors.S.to(core_dtype), seed, tuple(linear.weight.shape)), strategy
+    )
 
 
 def strategies(problem: Problem) -> list[Strategy]:
@@ -164,6 +176,8 @@ def dense_output(layer: SpectralLinear, x: Tensor) -> Tensor:
     K = core.mix(torch.eye(rank, dtype=torch.float64), *coefficients).T
     U, Vh = layer.U.double(), layer.Vh.double()
     weight = base.weight.double() + U @ (K - torch.diag(S)) @ Vh
+    beside = core.beside_weight()
+    weight = weight if beside is None else weight + beside.double()
     return F.linear(x.double(), weight, None if base.bias is None else base.bias.double())
 
 

@@ -111,6 +111,19 @@ def sentences(rows: int, seed: int = 0) -> Encoded:
     return encode_split(split, classification(), tiny_tokenizer(), max_length=32, drop_blank=False)
 
 
+def as_encoded(ids: list[list[int]], types: list[list[int]] | None = None) -> Encoded:
+    """Rows of token ids (and types) as the token cache holds them; each row's target is its number."""
+    columns = {"input_ids": ids} if types is None else {"input_ids": ids, "token_type_ids": types}
+    return Encoded(
+        features={name: np.concatenate([np.array(row, np.int32) for row in rows]) for name, rows in columns.items()},
+        offsets=np.concatenate([[0], np.cumsum([len(row) for row in ids])]),
+        targets=np.arange(len(ids)),
+        num_truncated=0,
+        num_empty=0,
+        num_dropped=0,
+    )
+
+
 SETTINGS = LoopSettings(
     lr=3e-2,
     head_lr=1e-2,

@@ -120,7 +120,7 @@ def attach(
         rank = resolve_rank(spec.resolved_rank, shape, name)
         factors = (factor_source or _compute)(name, layer.weight, rank)
         layer_pairs = (pairs or {}).get(name)
-        core = build_core(spec, factors.S, name, layer_pairs)
+        core = build_core(spec, factors.S, name, shape, layer_pairs)
         if on_layer:
             on_layer(name, layer.weight, factors, core)
         _replace(model, name, SpectralLinear(layer, factors, core, spec.strategy))

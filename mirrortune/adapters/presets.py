@@ -62,6 +62,7 @@ PRESETS: dict[str, Preset] = {
     "scale": Preset(
         core="scale", lr=3e-2, summary="every singular value times 1 + lambda (leading ones only with top_k)"
     ),
+    "speclora": Preset(core="speclora", lr=3e-3, summary="the leading singular values rescaled, and a LoRA branch"),
     "psoft": Preset(
         core="psoft", rank=46, lr=3e-3, summary="orthogonal map of the leading input-side subspace, with two vectors"
     ),

@@ -79,14 +79,17 @@ def check_spec(spec: AdapterSpec) -> None:
         raise ConfigError.several(errors)
 
 
-def build_core(spec: AdapterSpec, S: Tensor, name: str, pairs: Tensor | None = None) -> Core:
-    """The untrained core that ``spec`` gives the layer ``name`` with singular values ``S`` (R,)."""
+def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], pairs: Tensor | None = None) -> Core:
+    """The untrained core that ``spec`` gives the layer ``name`` of ``shape`` (O, I) with singular values ``S`` (R,)."""
     core_name = spec.preset.core
     assert core_name is not None
     core_class = CORES.get(core_name, "adapter.method")
-    runtime: list[Tensor] = [S.to(torch.promote_types(S.dtype, torch.float32)).float()]
-    if "pairs" in inspect.signature(core_class).parameters:
+    wanted = inspect.signature(core_class).parameters
+    runtime: list[Any] = [S.float()]
+    if "pairs" in wanted:
         runtime.append(pairs if pairs is not None else make_pairs(spec, S.shape[0], name))
+    if "shape" in wanted:
+        runtime.append(shape)
     return core_class(*runtime, **spec.options)
 
 

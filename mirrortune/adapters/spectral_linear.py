@@ -10,6 +10,7 @@ z and U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R ra
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -110,6 +111,9 @@ class SpectralLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             product: Tensor = _SpectralProduct.apply(*factors, self.core, *coefficients)  # type: ignore[no-untyped-call]
         product = product.reshape(*x.shape[:-1], self.out_features)
+        beside = self.core.beside(x.to(dtype))
+        if beside is not None:
+            product = product + beside
         if is_branch:
             frozen: Tensor = self.base_layer(x)
             return frozen + product
@@ -127,9 +131,11 @@ class SpectralLinear(nn.Module):
 
 @torch.no_grad()
 def delta_weight(factors: Factors, core: Core) -> Tensor:
-    """U (K - diag(S)) Vh in float64 on the CPU, shape (O, I)."""
+    """U (K - diag(S)) Vh, and what the core adds beside it, in float64 on the CPU, shape (O, I)."""
     exact = factors.to(device=torch.device("cpu"), dtype=torch.float64)
-    return exact.U @ core.delta_matrix() @ exact.Vh
+    delta = exact.U @ core.delta_matrix() @ exact.Vh
+    beside = copy.deepcopy(core).to(device="cpu", dtype=torch.float64).beside_weight()
+    return delta if beside is None else delta + beside
 
 
 def cheapest_strategy(out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> Strategy:

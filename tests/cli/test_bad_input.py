@@ -545,7 +545,16 @@ def test_a_rate_as_people_write_it_is_a_number(desk: Path, tiny_model_dir: Path)
 def test_a_loss_that_is_not_a_number_stops_the_run_at_once(
     desk: Path, tiny_model_dir: Path, words: str, says: str
 ) -> None:
-    absurd = "--method full --lr 1e29 --head-lr 1e29 train.schedule=constant train.warmup_ratio=0".split()
+    absurd = [
+        "--method",
+        "full",
+        "--lr",
+        "1e29",
+        "--head-lr",
+        "1e29",
+        "train.schedule=constant",
+        "train.warmup_ratio=0",
+    ]
 
     outcome = mirrortune(
         *["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "-o", "run"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own file and a model folder, and no recipe: every format, detected columns, own labels, numbers to predict."""
+"""A user's own file, a model folder and no recipe: every format, detected columns, own labels, numbers to predict."""
 
 from __future__ import annotations
 

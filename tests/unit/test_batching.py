@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirrortune.batching import collate, epoch_batches, micro_batches
-from mirrortune.tokens import Encoded
+from tests.tiny_runs import as_encoded
 
 SEEDS = st.integers(0, 2**16)
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=200).map(np.array)
@@ -56,7 +56,7 @@ def realistic_lengths(rows: int, seed: int) -> npt.NDArray[np.int64]:
 @pytest.mark.parametrize("size", [8, 32, 64])
 @pytest.mark.parametrize("seed", range(3))
 def test_padding_is_at_most_a_quarter(size: int, seed: int) -> None:
-    """The bound of an epoch; batches in random order hold about twice as many tokens as the rows have."""
+    """The bound of an epoch: 1.25 tokens computed for a real one. Random batches need 1.6 to 3."""
     lengths = realistic_lengths(6000, seed)
     batches = epoch_batches(lengths, size, seed, 0)
     real = int(lengths.sum())
@@ -68,7 +68,7 @@ def test_padding_is_at_most_a_quarter(size: int, seed: int) -> None:
 def test_micro_batches_are_padded_less_than_their_batch() -> None:
     lengths = realistic_lengths(64, 0)
     parts = micro_batches(np.arange(64), lengths, num_micro=8, num_ranks=1, rank=0)
-    assert padded(parts, lengths) <= 1.1 * int(lengths.sum()) < padded([np.arange(64)], lengths)
+    assert padded(parts, lengths) <= 1.25 * int(lengths.sum()) < 0.5 * padded([np.arange(64)], lengths)
 
 
 def test_batches_do_not_come_in_the_order_of_their_lengths() -> None:
@@ -95,17 +95,6 @@ def test_micro_batches_partition_the_batch(
     assert flat == sorted(flat)
 
 
-def encoded(rows: list[list[int]], with_types: bool) -> Encoded:
-    """Rows of token ids as the token cache holds them; the targets are their numbers."""
-    ids = np.concatenate([np.array(row, dtype=np.int32) for row in rows])
-    features = {"input_ids": ids, "token_type_ids": (ids % 2).astype(np.int32)} if with_types else {"input_ids": ids}
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return Encoded(
-        features=features, offsets=offsets, targets=np.arange(len(rows)), num_truncated=0, num_empty=0, num_dropped=0,
-        from_cache=False,
-    )  # fmt: skip
-
-
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
 
@@ -115,7 +104,7 @@ def test_collate_pads_to_the_longest_on_the_tokenizers_side(tokenizer: Any, side
 
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = side
-    batch = collate(encoded(ROWS, with_types=True), np.array([1, 0]), tokenizer)
+    batch = collate(as_encoded(ROWS, [[i % 2 for i in row] for row in ROWS]), np.array([1, 0]), tokenizer)
     pad = tokenizer.pad_token_id
     expected = {"right": [[8, pad, pad], [5, 6, 7]], "left": [[pad, pad, 8], [5, 6, 7]]}[side]
     assert batch["input_ids"].tolist() == expected
@@ -129,21 +118,12 @@ def test_collate_pads_as_the_tokenizer_itself_does(tokenizer: Any) -> None:
     texts = ["the film is good", "bad", "a very very dull plot , and so long"]
     expected = tokenizer(texts, padding=True, return_tensors="pt")
     rows = tokenizer(texts)
-    features = {
-        name: np.concatenate([np.array(row, dtype=np.int32) for row in rows[name]])
-        for name in ("input_ids", "token_type_ids")
-    }
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows["input_ids"]])])
-    split = Encoded(
-        features=features, offsets=offsets, targets=np.zeros(3), num_truncated=0, num_empty=0, num_dropped=0,
-        from_cache=False,
-    )  # fmt: skip
-    batch = collate(split, np.arange(3), tokenizer)
+    batch = collate(as_encoded(rows["input_ids"], rows["token_type_ids"]), np.arange(3), tokenizer)
     assert set(batch) == {*expected, "targets"}
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
 def test_collate_makes_only_what_the_model_takes(tokenizer: Any) -> None:
-    batch = collate(encoded(ROWS, with_types=False), np.array([2]), tokenizer)
+    batch = collate(as_encoded(ROWS), np.array([2]), tokenizer)
     assert set(batch) == {"input_ids", "attention_mask", "targets"}
     assert batch["input_ids"].tolist() == [[9, 10, 11, 12]]

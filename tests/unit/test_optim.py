@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_it_rises_to_the_peak_and_falls_from_it(schedule: Schedule, total: int, 
     assert found[warmup:] == sorted(found[warmup:], reverse=True)
     if warmup < total:
         assert found[warmup] == 1
-    steps = [b - a for a, b in zip(found[:warmup], found[1 : warmup + 1], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(found[: warmup + 1])]
     assert steps == pytest.approx([1 / (warmup + 1)] * len(steps))
 
 

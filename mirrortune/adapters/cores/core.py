@@ -59,6 +59,16 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         grad_z = grads[0] if grads[0] is not None else torch.zeros_like(z)
         return grad_z, tuple(grads[1:])
 
+    def beside(self, x: Tensor) -> Tensor | None:
+        """What the core adds to the layer's output outside the singular basis, (..., O) for x (..., I); None for
+        nothing.
+        """
+        return None
+
+    def beside_weight(self) -> Tensor | None:
+        """The weight (O, I) by which :meth:`beside` acts, or None."""
+        return None
+
     @torch.no_grad()
     def delta_matrix(self) -> Tensor:
         """K - diag(S) in float64, shape (R, R), on the CPU."""

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpecLoRA: rescaling of the leading singular values, with a LoRA branch beside it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from mirrortune.adapters.cores.core import CORES
+from mirrortune.adapters.cores.scale import Scale
+from mirrortune.errors import ConfigError
+
+
+@CORES.register("speclora")
+class SpecLora(Scale):
+    """Scale on the ``top_k`` leading directions, plus a LoRA branch (alpha / rank) B A beside it.
+
+    W' = U diag(S (1 + lambda)) Vh + (alpha / rank) B A, A (rank, I), B (O, rank); k + rank (O + I) trained numbers.
+    lambda = 0 and B = 0 at the start, A uniform as in LoRA, by ``init_seed`` and the layer's shape.
+
+    Reference: SpecLoRA (arXiv 2505.23099), of which only the summary is public: LoRA with learnable rescaling of the
+    top singular directions. Differs, as far as can be known: the true singular directions instead of a mask on W.
+    """
+
+    def __init__(
+        self,
+        S: Tensor,
+        shape: tuple[int, int],
+        *,
+        top_k: int | Literal["all"] = 16,
+        lora_rank: int = 8,
+        lora_alpha: float = 8.0,
+        init_seed: int = 0,
+    ) -> None:
+        super().__init__(S, top_k=top_k if top_k == "all" else min(top_k, S.shape[0]))
+        if not isinstance(lora_rank, int) or lora_rank < 1:
+            raise ConfigError("adapter.options.lora_rank", f"got {lora_rank!r}", allowed="1 or more")
+        out_features, in_features = shape
+        generator = torch.Generator().manual_seed(init_seed * 1_000_003 + out_features * 8191 + in_features)
+        bound = 1 / math.sqrt(in_features)
+        start = torch.rand(lora_rank, in_features, generator=generator, dtype=S.dtype) * 2 * bound - bound
+        self.factor = lora_alpha / lora_rank
+        self.lora_A = nn.Parameter(start.to(S.device))
+        self.lora_B = nn.Parameter(S.new_zeros(out_features, lora_rank))
+
+    def beside(self, x: Tensor) -> Tensor:
+        """(alpha / rank) B A x for every row, shape (..., O)."""
+        down = F.linear(x, self.lora_A.to(x.dtype))
+        return self.factor * F.linear(down, self.lora_B.to(x.dtype))
+
+    def beside_weight(self) -> Tensor:
+        """(alpha / rank) B A, shape (O, I)."""
+        return self.factor * self.lora_B @ self.lora_A

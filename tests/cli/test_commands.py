@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""prepare, train, eval and merge: their --json objects, the files they leave, and what they make of damaged ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from mirrortune import strict_yaml
+from tests.cli.console import mirrortune, reviews, write_table
+from tests.tiny_models import write_tiny_model
+
+# Enough to learn the reviews by.
+SETTINGS = ["--epochs", 4, "--batch-size", 16, "--lr", 0.1, "--head-lr", 1e-2]
+
+
+class Finished:
+    """A finished run of 12 epochs on 240 reviews, for tests that only read it.
+
+    Attributes:
+        run: its folder.
+        words: the command line that made it.
+        result: its --json object.
+        cache: our cache, as the run left it.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        rows = reviews(300)
+        for name, part in {"train": rows[:240], "validation": rows[240:280], "test": rows[280:]}.items():
+            write_table(folder / "data" / f"{name}.csv", part)
+        self.run, self.cache, self.data = folder / "run", folder / "cache", folder / "data"
+        self.words = ["train", "-m", model, "-t", "text-classification", "-d", self.data, *SETTINGS]
+        self.result = mirrortune(*self.words, "-o", self.run, "--json", cache=self.cache).data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Finished:
+    return Finished(tmp_path_factory.mktemp("finished"), tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def merged(finished: Finished) -> Path:
+    folder = finished.run.parent / "merged"
+    assert mirrortune("merge", finished.run, "-o", folder, cache=finished.cache).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished.run, tmp_path / "copy"))
+
+
+def score(target: object, *words: object, cache: Path) -> Any:
+    """The --json object of eval."""
+    return mirrortune("eval", target, "--json", *words, cache=cache).data
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def events_of(run: Path) -> list[Any]:
+    """The log of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_train_tells_what_it_did_and_has_learned_something(finished: Finished) -> None:
+    result = finished.result
+
+    assert list(result) == ["run_dir", "metrics", "trainable_parameters", "head_parameters", "adapter_bytes",
+                            "train_seconds", "samples_per_second", "peak_memory_bytes"]  # fmt: skip
+    assert result["run_dir"] == str(finished.run)
+    assert result["metrics"]["accuracy"] > 0.9
+    # Mirror: an angle for each of the 16 pairs of each of the 13 layers; a head of 2 x 32 weights and 2 biases.
+    assert (result["trainable_parameters"], result["head_parameters"]) == (13 * 16, 66)
+    assert result["adapter_bytes"] == sum(f.stat().st_size for f in (finished.run / "adapter").iterdir()) < 100_000
+    assert result["train_seconds"] > 0
+    assert result["samples_per_second"] == pytest.approx(4 * 240 / result["train_seconds"], rel=0.01)
+    assert result["peak_memory_bytes"] > 2**20
+
+
+def test_prepare_tells_what_train_would_do_and_fills_its_caches(finished: Finished, tmp_path: Path) -> None:
+    words, cache = ["prepare", *finished.words[1:], "--json"], tmp_path / "cache"
+
+    dry = mirrortune(*words, "--dry-run", cache=cache).data
+    first = mirrortune(*words, cache=cache).data
+    again = mirrortune(*words, cache=cache).data
+
+    assert list(first) == ["targets", "trainable_parameters", "head_parameters", "svd_seconds", "svd_cache", "rows",
+                           "truncated_rows", "estimated_memory_bytes"]  # fmt: skip
+    assert (first["targets"], first["trainable_parameters"], first["head_parameters"]) == (13, 13 * 16, 66)
+    assert first["rows"] == {"train": 240, "validation": 40}
+    assert first["truncated_rows"] == {"train": 0, "validation": 0}
+    assert first["estimated_memory_bytes"] > 0
+    assert dry["svd_cache"] == {"hits": 0, "misses": 0}
+    assert first["svd_cache"] == {"hits": 0, "misses": 13}
+    assert again["svd_cache"] == {"hits": 13, "misses": 0}
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    assert mirrortune(*finished.words, "-o", tmp_path / "run", cache=cache).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == files
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (finished.run / "metrics.jsonl").read_bytes()
+
+
+def test_eval_gives_the_runs_own_numbers_wherever_it_is_pointed(
+    finished: Finished, merged: Path, tmp_path: Path
+) -> None:
+    plain = Path(shutil.copytree(merged, tmp_path / "plain"))
+    for ours in ("recipe.yaml", "merge.json", "README.md"):
+        (plain / ours).unlink()
+
+    found = [score(target, cache=finished.cache) for target in (finished.run, finished.run / "adapter", merged)]
+    found.append(score(plain, "-t", "text-classification", "-d", finished.data, cache=finished.cache))
+
+    for each in found:
+        assert list(each) == ["metrics", "split", "rows"]
+        assert (each["split"], each["rows"]) == ("validation", 40)
+        assert each["metrics"] == pytest.approx(finished.result["metrics"], abs=1e-4)
+
+
+def test_eval_scores_any_split(finished: Finished) -> None:
+    for split, rows in {"train": 240, "test": 20}.items():
+        found = score(finished.run, "--split", split, cache=finished.cache)
+        assert (found["split"], found["rows"]) == (split, rows)
+        assert found["metrics"]["accuracy"] > 0.8
+    outcome = mirrortune("eval", finished.run, "--split", "trial", cache=finished.cache)
+    assert outcome.exit_code == 3
+    assert "--split: there is no split 'trial'. Did you mean 'train'? Allowed: test, train, validation" in outcome.said
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "code", "says"),
+    [
+        ("text\na film\n", "--split train", 3, "it has no label column 'label'. Allowed: text."),
+        ("text\na film\nx\n", "", 3, "it has no label column 'label'. Allowed: text."),
+        ("text,label\na film,\nx,\n", "--split train", 3, "2 of 2 rows have no label, so there is nothing to score"),
+        (
+            "text,label\na film,great\nx,bad\n",
+            "--split train",
+            3,
+            "label 'bad' is not among the classes. Allowed: negative",
+        ),
+    ],
+)
+def test_eval_on_rows_that_cannot_be_scored(
+    finished: Finished, tmp_path: Path, content: str, words: str, code: int, says: str
+) -> None:
+    (tmp_path / "other.csv").write_text(content, encoding="utf-8")
+
+    outcome = mirrortune("eval", finished.run, "-d", tmp_path / "other.csv", *words.split(), cache=finished.cache)
+
+    assert outcome.exit_code == code
+    assert says in outcome.said
+    assert outcome.stdout == ""
+
+
+def test_a_model_with_other_outputs_is_not_scored(finished: Finished, merged: Path, tmp_path: Path) -> None:
+    write_table(tmp_path / "three.csv", [("x", label) for label in "abcabc"])
+
+    outcome = mirrortune("eval", merged, "-d", tmp_path / "three.csv", cache=finished.cache)
+
+    assert outcome.exit_code == 2
+    assert "the model has 2 outputs, the task has 3" in outcome.said
+
+
+def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
+    run = finished.run
+    scores = {e["step"]: e["accuracy"] for e in events_of(run) if e["event"] == "evaluate"}
+    best = max(scores, key=lambda step: scores[step])
+
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "trainer_state.json", "results.json", "README.md",
+        "curves.png", "adapter", "checkpoints",
+    }  # fmt: skip
+    assert sorted(scores) == [15, 30, 45, 60], "one evaluation at the end of every epoch"
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:06d}", "step-000060"}
+    for folder in (run / "checkpoints").iterdir():
+        assert {p.name for p in folder.iterdir()} == {
+            "adapter.json", "adapter.safetensors", "state.json", "training.safetensors",
+        }  # fmt: skip
+    for name in ("adapter.json", "adapter.safetensors"):
+        kept = run / "checkpoints" / f"step-{best:06d}" / name
+        assert (run / "adapter" / name).read_bytes() == kept.read_bytes()
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth") or p.name.startswith(".")]
+    assert not (run / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_run_directory_says_what_was_run(finished: Finished, tiny_model_dir: Path) -> None:
+    environment = read(finished.run / "environment.json")
+    results, state = read(finished.run / "results.json"), read(finished.run / "trainer_state.json")
+
+    assert {"torch", "transformers", "accelerate", "safetensors"} <= environment["packages"].keys()
+    assert environment["seed"] == 0
+    assert environment["num_processes"] == 1
+    assert environment["model"]["name"] == str(tiny_model_dir)
+    train = hashlib.sha256((finished.data / "train.csv").read_bytes()).hexdigest()
+    assert environment["data"]["sha256"]["train.csv"] == train
+    assert environment["argv"]
+    assert environment["origins"]["train.lr"] == "--lr"
+    assert results.items() >= finished.result.items()
+    assert state["log_history"] == [
+        json.loads(line) for line in (finished.run / "metrics.jsonl").open(encoding="utf-8")
+    ]
+    card = (finished.run / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"accuracy | {finished.result['metrics']['accuracy']:.4f}" in card
+    adapter = read(finished.run / "adapter" / "adapter.json")
+    assert (adapter["format_version"], adapter["adapter"]["method"]) == (1, "mirror")
+    assert adapter["task"]["labels"] == ["negative", "positive"]
+    assert len(adapter["layers"]) == 13
+
+
+def test_the_saved_recipe_repeats_the_run(finished: Finished, tmp_path: Path) -> None:
+    outcome = mirrortune("train", finished.run / "recipe.yaml", "-o", tmp_path / "again", cache=finished.cache)
+
+    assert outcome.exit_code == 0, outcome.stderr
+    assert (tmp_path / "again" / "metrics.jsonl").read_bytes() == (finished.run / "metrics.jsonl").read_bytes()
+    saved = strict_yaml.load((finished.run / "recipe.yaml").read_text(encoding="utf-8"), "saved")[0]
+    assert saved["train"]["lr"] == 0.1
+    assert saved["adapter"]["target_modules"] == "all-linear"
+
+
+def test_rates_are_logged_as_they_were(finished: Finished, tmp_path: Path) -> None:
+    """Each parameter group has its own peak; one of them may be zero."""
+    words = [*finished.words[:7], "--lr", 0, "--head-lr", 1e-2, "--max-steps", 4, "train.log_every_steps=1"]
+    outcome = mirrortune(*words, "-o", tmp_path / "run", "train.warmup_ratio=0", cache=finished.cache)
+
+    assert outcome.exit_code == 0, outcome.stderr
+    rates = [(e["lr"], e["head_lr"]) for e in events_of(tmp_path / "run") if e["event"] == "train"]
+    assert rates == [(0, pytest.approx(1e-2 * share)) for share in (1, 0.75, 0.5, 0.25)]
+
+
+MERGE_KEYS = {"max_abs_logit_error", "max_rel_weight_error", "tolerance", "passed"}
+PLAIN = """
+import json, sys
+sys.modules["mirrortune"] = None
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, texts = sys.argv[1], json.load(sys.stdin)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+with torch.no_grad():
+    logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+json.dump([model.config.id2label[i] for i in logits.argmax(-1).tolist()], sys.stdout)
+"""
+
+
+def test_a_merged_model_needs_nothing_of_ours(finished: Finished, merged: Path) -> None:
+    texts, labels = zip(*reviews(300)[240:280], strict=True)
+
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(merged)], input=json.dumps(texts), capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    right = sum(a == b for a, b in zip(found, labels, strict=True))
+    assert right / len(labels) == pytest.approx(finished.result["metrics"]["accuracy"], abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_merge_is_verified_and_keeps_the_stored_precision(tmp_path: Path, dtype: str) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype=getattr(torch, dtype))
+    write_table(tmp_path / "rows.csv", reviews(40))
+    words = ["-m", base, "-t", "text-classification", "-d", tmp_path / "rows.csv", "--epochs", 2, "--lr", 0.1]
+    assert mirrortune("train", *words, "-o", tmp_path / "run").exit_code == 0
+
+    found = mirrortune("merge", tmp_path / "run", "-o", tmp_path / "merged", "--json").data
+
+    assert list(found) == ["output_dir", "format", "verification"]
+    assert (found["output_dir"], found["format"]) == (str(tmp_path / "merged"), "hf")
+    verification = found["verification"]
+    assert verification.keys() >= MERGE_KEYS
+    assert verification["passed"] is True
+    assert 0 <= verification["max_abs_logit_error"] <= verification["tolerance"]
+    assert read(tmp_path / "merged" / "merge.json")["verification"] == verification
+    written, before = load_file(tmp_path / "merged" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert {str(t.dtype) for t in written.values()} == {f"torch.{dtype}"}
+    changed = {n for n, t in before.items() if not torch.equal(t, written[f"bert.{n}"])}
+    assert changed
+    assert all(n.endswith("weight") and "LayerNorm" not in n and "embeddings" not in n for n in changed)
+
+
+@pytest.mark.parametrize("name", ["query.weight", "LayerNorm.weight", "classifier.bias"])
+def test_a_merge_that_was_not_written_right_is_not_kept(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The disk, or transformers, changes one number of one tensor."""
+    save = PreTrainedModel.save_pretrained
+
+    def save_and_corrupt(self: PreTrainedModel, folder: Path, **options: Any) -> None:
+        save(self, folder, **options)
+        path = Path(folder) / "model.safetensors"
+        tensors = load_file(path)
+        tensors[next(n for n in tensors if n.endswith(name))].view(-1)[0] += 0.01
+        save_file(tensors, path, {"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_and_corrupt)
+
+    outcome = mirrortune("merge", finished.run, "-o", tmp_path / "out" / "merged", cache=finished.cache)
+
+    assert outcome.exit_code == 5
+    assert "the merged model differs from base + adapter: logits differ by at most" in outcome.said
+    assert "It was not written" in outcome.said
+    assert outcome.stdout == ""
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_earlier_merge_survives_one_that_fails(
+    finished: Finished, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Path(shutil.copytree(merged, tmp_path / "merged"))
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, folder, **options: None)
+
+    with pytest.raises(ValueError, match="config"):  # no error of the user's: shown as it is
+        mirrortune("merge", finished.run, "-o", target, "--overwrite", cache=finished.cache)
+
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir() if "merged" in p.name] == ["merged"]
+
+
+def test_a_merge_replaces_only_a_merge(finished: Finished, merged: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(merged, tmp_path / "merged"))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("years of work", encoding="utf-8")
+
+    def merge(*words: object) -> tuple[int, str]:
+        outcome = mirrortune("merge", finished.run, "-o", *words, cache=finished.cache)
+        return outcome.exit_code, outcome.said
+
+    assert merge(target)[0] == 2
+    assert "not empty. Choose another with -o, or replace it with --overwrite" in merge(target)[1]
+    assert merge(target, "--overwrite")[0] == 0
+    assert merge(tmp_path / "theirs", "--overwrite")[0] == 2
+    assert "is no merge of ours and is left alone" in merge(tmp_path / "theirs", "--overwrite")[1]
+    assert (tmp_path / "theirs" / "thesis.tex").read_text(encoding="utf-8") == "years of work"
+
+
+def edit(name: str, change: Callable[[Any], object]) -> Callable[[Path], object]:
+    """Change an adapter's description."""
+
+    def damage(adapter: Path) -> None:
+        described = read(adapter / name)
+        change(described)
+        (adapter / name).write_text(json.dumps(described), encoding="utf-8")
+
+    return damage
+
+
+def flip(adapter: Path) -> None:
+    """Flip a bit of an adapter's last number."""
+    path = adapter / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped bit": (flip, "damaged: its hash is not the one in adapter.json. Restore the adapter folder"),
+    "no tensors": (lambda a: (a / "adapter.safetensors").unlink(), "adapter.safetensors: missing or unreadable"),
+    "no description": (lambda a: (a / "adapter.json").unlink(), "adapter.json: missing or damaged"),
+    "half a description": (lambda a: (a / "adapter.json").write_text("{"), "adapter.json: missing or damaged"),
+    "a newer format": (
+        edit("adapter.json", lambda d: d.update(format_version=99)),
+        "format version 99. Allowed: up to 1",
+    ),
+    "an edited description": (
+        edit("adapter.json", lambda d: d["layers"].popitem()),
+        "adapter.json: damaged or edited: its own hash is another one. Restore the adapter folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("command", ["eval", "merge"])
+def test_a_damaged_adapter_is_refused(finished: Finished, copy: Path, command: str, name: str) -> None:
+    damage, says = DAMAGE[name]
+    damage(copy / "adapter")
+
+    words = ["-o", copy.parent / "merged"] if command == "merge" else []
+    outcome = mirrortune(command, copy, *words, cache=finished.cache)
+
+    assert outcome.exit_code == 5, outcome.stderr
+    assert says in outcome.said
+    assert outcome.stdout == ""
+    assert not (copy.parent / "merged").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "merge"])
+def test_an_adapter_of_another_base_is_refused(finished: Finished, tmp_path: Path, command: str) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=1)
+
+    words = ["-o", tmp_path / "merged"] if command == "merge" else []
+    outcome = mirrortune(command, finished.run, "-m", other, *words, cache=finished.cache)
+
+    assert outcome.exit_code == 5
+    assert "the base weight is not the one that the adapter was trained on" in outcome.said
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_is_continued_only_with_its_own_settings(finished: Finished, copy: Path) -> None:
+    before = (copy / "metrics.jsonl").read_bytes()
+
+    outcome = mirrortune(*finished.words, "-o", copy, "--resume", "--lr", 0.2, "--seed", 1, cache=finished.cache)
+
+    assert outcome.exit_code == 2
+    assert "--resume: train.lr: the run was started with 0.1, got 0.2. Use the same settings." in outcome.said
+    assert "--resume: train.seed: the run was started with 0, got 1." in outcome.said
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, copy: Path) -> None:
+    outcome = mirrortune(*finished.words, "-o", copy, "--resume", "--json", cache=finished.cache)
+
+    assert outcome.data["metrics"] == finished.result["metrics"]
+    assert (copy / "metrics.jsonl").read_bytes() == (finished.run / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["training.safetensors", "adapter.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_not_continued_from(finished: Finished, copy: Path, name: str) -> None:
+    last = copy / "checkpoints" / "step-000060"
+    (last / name).write_bytes((last / name).read_bytes()[:-20])
+
+    outcome = mirrortune(*finished.words, "-o", copy, "--resume", cache=finished.cache)
+
+    assert outcome.exit_code == 5
+    assert "step-000060" in outcome.said
+    assert "damaged" in outcome.said
+    assert outcome.stdout == ""
