@@ -211,9 +211,7 @@ def test_the_run_directory_says_what_was_run(finished: Finished, tiny_model_dir:
     assert environment["argv"]
     assert environment["origins"]["train.lr"] == "--lr"
     assert results.items() >= finished.result.items()
-    assert state["log_history"] == [
-        json.loads(line) for line in (finished.run / "metrics.jsonl").open(encoding="utf-8")
-    ]
+    assert state["log_history"] == events_of(finished.run)
     card = (finished.run / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"accuracy | {finished.result['metrics']['accuracy']:.4f}" in card

@@ -271,31 +271,36 @@ def test_a_failure_is_an_error_after_few_retries(clients: Clients, name: str) ->
     assert results == FAILURES[name].expected
 
 
+def download(request: str | urllib.request.Request) -> tuple[Any, bytes]:
+    """The headers and the body of an answer, its connection closed."""
+    with urllib.request.urlopen(request) as answer:
+        return answer.headers, answer.read()
+
+
 def test_a_commit_stays_available_after_an_edit(tmp_path: Path) -> None:
     readme = write_glue(tmp_path) / "README.md"
     with LoopbackHub(tmp_path) as hub:
         url = f"{hub.endpoint}/datasets/nyu-mll/glue/resolve/{{}}/README.md"
-        before = urllib.request.urlopen(url.format("main"))
+        before, before_text = download(url.format("main"))
         readme.write_text("edited", encoding="utf-8")
-        after = urllib.request.urlopen(url.format("main"))
-        pinned = urllib.request.urlopen(url.format(before.headers["X-Repo-Commit"]))
+        after, after_text = download(url.format("main"))
+        pinned, pinned_text = download(url.format(before["X-Repo-Commit"]))
 
-        assert after.headers["X-Repo-Commit"] != before.headers["X-Repo-Commit"]
-        assert after.read() == b"edited"
-        assert pinned.read() == before.read()
-        assert pinned.headers["ETag"] == before.headers["ETag"]
+        assert after["X-Repo-Commit"] != before["X-Repo-Commit"]
+        assert after_text == b"edited"
+        assert pinned_text == before_text
+        assert pinned["ETag"] == before["ETag"]
 
 
 def test_a_range_of_a_file_is_partial_content(root: Path) -> None:
     with LoopbackHub(root) as hub:
         url = f"{hub.endpoint}/roberta-base/resolve/main/config.json"
         request = urllib.request.Request(url, headers={"Range": "bytes=2-5"})
-        answer = urllib.request.urlopen(request)
+        headers, part = download(request)
         content = (root / "models/roberta-base/config.json").read_bytes()
 
-        assert answer.status == 206
-        assert answer.headers["Content-Range"] == f"bytes 2-5/{len(content)}"
-        assert answer.read() == content[2:6]
+        assert headers["Content-Range"] == f"bytes 2-5/{len(content)}"
+        assert part == content[2:6]
 
 
 @pytest.mark.parametrize(
@@ -317,6 +322,7 @@ def test_an_error_has_the_status_and_the_code_of_the_hub(
         request = urllib.request.Request(hub.endpoint + path, headers={"Authorization": token})
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request)
+        caught.value.close()
 
     assert (caught.value.code, caught.value.headers["X-Error-Code"]) == (status, code)
 
