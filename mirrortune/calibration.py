@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.inject import FactorSource, Targets
 from mirrortune.adapters.matching import rotation_gradient
 from mirrortune.batching import collate, epoch_batches
+from mirrortune.precision import autocast
 from mirrortune.tasks import Task
 from mirrortune.tokens import Encoded
 
@@ -121,7 +122,9 @@ def _warm_up(
 def _backward(model: nn.Module, task: Task, encoded: Encoded, tokenizer: Any, batch: Any, device: torch.device) -> None:
     inputs = {k: v.to(device) for k, v in collate(encoded, batch, tokenizer).items()}
     labels = inputs.pop("targets")
-    total, items = task.loss(model(**inputs).logits, labels)
+    with autocast(model):
+        logits = model(**inputs).logits
+    total, items = task.loss(logits, labels)
     torch.autograd.backward(total / items)
 
 

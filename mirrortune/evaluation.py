@@ -14,6 +14,7 @@ from torch import nn
 
 from mirrortune.batching import collate
 from mirrortune.errors import DataError
+from mirrortune.precision import autocast
 from mirrortune.tasks import Task
 from mirrortune.tokens import Encoded
 
@@ -76,7 +77,7 @@ def evaluate_split(
         rows = order[start : start + batch_size]
         batch = {k: v.to(accelerator.device) for k, v in collate(encoded, rows, tokenizer).items()}
         targets = batch.pop("targets")
-        with accelerator.autocast():
+        with accelerator.autocast(), autocast(model):
             logits = model(**batch).logits
         loss, _ = task.loss(logits, targets)
         found.append((rows, logits.float().cpu().numpy(), float(loss)))

@@ -24,6 +24,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import load_adapted
 from mirrortune.model import LoadedModel, find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.precision import widen
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, task_class
@@ -62,8 +63,9 @@ def adapt_model(
         pairs: measured or stored pairs by layer.
     """
     book = FingerprintBook()
-    count = len(find_targets(loaded.model, spec, loaded.new_parameters).layers)
-    with show_bar("singular value decompositions", count) as bar:
+    targets = find_targets(loaded.model, spec, loaded.new_parameters)
+    widen(loaded.model, targets.head)
+    with show_bar("singular value decompositions", len(targets.layers)) as bar:
         cache.on_layer = bar.advance
         attach(
             loaded.model,

@@ -23,6 +23,7 @@ from mirrortune.adapters.inject import FactorSource, plain_parameters, spectral_
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.precision import autocast, widen
 from mirrortune.tasks import Task, task_class
 from mirrortune.tokens import resolve_max_length
 
@@ -127,6 +128,7 @@ def load_adapted(
     """
     dtype = DTYPES[adapter.base["dtype"]]
     loaded = load_model(source, adapter.base["auto_class"], _config_fields(task), dtype, pad_token_id)
+    widen(loaded.model, adapter.head)
     load_into(loaded.model, adapter, factor_source)
     return loaded.model.eval()
 
@@ -171,7 +173,9 @@ def verify(
         reopened.float()  # not every layer computes in float16 on a CPU
     error = float((logits - _probe_logits(reopened, tokenizer, task)).abs().max())
     epsilon = torch.finfo(dtype).eps
-    tolerance = max(1e-4, 8 * epsilon) * max(1.0, float(logits.abs().max()))
+    # A base that was trained on in 16 bits computes in 16 bits, whatever precision the checkpoint is stored in.
+    coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
+    tolerance = max(1e-4, 8 * coarsest) * max(1.0, float(logits.abs().max()))
     passed = error <= tolerance and weight_error <= epsilon and not changed
     return Verification(
         max_abs_logit_error=error,
@@ -200,7 +204,9 @@ def _probe_logits(model: nn.Module, tokenizer: Any, task: Task | None) -> Tensor
     inputs = tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
     device = next(iter(model.parameters())).device
     call: Callable[..., Any] = model.forward
-    return torch.as_tensor(call(**{k: v.to(device) for k, v in inputs.items()}).logits).float().cpu()
+    with autocast(model):
+        logits = call(**{k: v.to(device) for k, v in inputs.items()}).logits
+    return torch.as_tensor(logits).float().cpu()
 
 
 def _config_fields(task: Task | None) -> dict[str, Any]:

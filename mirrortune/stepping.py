@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mirrortune.batching import Rows, collate, micro_batches
 from mirrortune.errors import MirrortuneError
 from mirrortune.optim import set_lr
+from mirrortune.precision import autocast
 from mirrortune.tasks import Task
 from mirrortune.tokens import Encoded
 
@@ -122,7 +123,9 @@ class Stepper:
         inputs = collate(self.encoded, batch[:1] if is_empty else rows, self.tokenizer)
         inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
         targets = inputs.pop("targets")
-        loss, items = self.task.loss(self.model(**inputs).logits, targets)
+        with autocast(self.model):
+            logits = self.model(**inputs).logits
+        loss, items = self.task.loss(logits, targets)
         return (loss * 0, 0) if is_empty else (loss, items)
 
     def _sum_over_ranks(self, loss_sum: float, num_items: int) -> tuple[float, int]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
@@ -111,16 +112,17 @@ def attach(
         raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
     check_spec(spec)
     targets = find_targets(model, spec, new_parameters)
+    ranks = {name: resolve_rank(spec.resolved_rank, shape, name) for name, shape in targets.layers.items()}
+    for name, shape in targets.layers.items():  # what a core refuses, it refuses before the model is touched
+        build_core(spec, torch.ones(ranks[name]), name, shape, (pairs or {}).get(name))
     trained = {*targets.head, *targets.plain}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     for name, shape in targets.layers.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        rank = resolve_rank(spec.resolved_rank, shape, name)
-        factors = (factor_source or _compute)(name, layer.weight, rank)
-        layer_pairs = (pairs or {}).get(name)
-        core = build_core(spec, factors.S, name, shape, layer_pairs)
+        factors = (factor_source or _compute)(name, layer.weight, ranks[name])
+        core = build_core(spec, factors.S, name, shape, (pairs or {}).get(name))
         if on_layer:
             on_layer(name, layer.weight, factors, core)
         _replace(model, name, SpectralLinear(layer, factors, core, spec.strategy))
