@@ -43,8 +43,8 @@ class Verification:
     Attributes:
         max_abs_logit_error: largest difference of a logit between the reopened model and base + adapter, on the probes.
         max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
-        tolerance: allowed logit error: 1e-4 of the largest logit (at least of 1) in float32; 8 roundings of the dtype
-            in 16 bits.
+        tolerance: allowed logit error: 1e-4 of the largest logit (at least of 1) in float32; 8 roundings where the base
+            was trained on, or is stored, in 16 bits.
         weight_tolerance: allowed weight error: one rounding of the stored dtype.
         changed_tensors: tensors that are not adapted and yet differ from the base.
         passed: everything within tolerance and nothing else changed.

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are stopped, by a signal or by a full disk, and go on as if nothing had been; and runs of two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
+
+# 150 steps of a few milliseconds: time enough to be interrupted; dropout, so that random states matter.
+SETTINGS = ["--epochs", 10, "--batch-size", 8, "--lr", 0.1, "train.log_every_steps=5"]
+
+
+class Uninterrupted:
+    """A run that nobody stops.
+
+    Attributes:
+        words: its command line, but for ``-o``.
+        log: its metrics.jsonl.
+        env: the environment of processes with the same cache.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        data = write_table(folder / "reviews.csv", reviews(130))
+        self.words = ["train", "-m", model, "-t", "text-classification", "-d", data, *SETTINGS]
+        self.cache = folder / "cache"
+        assert mirrortune(*self.words, "-o", folder / "run", cache=self.cache).exit_code == 0
+        self.log = (folder / "run" / "metrics.jsonl").read_bytes()
+        self.env = {**os.environ, "MIRRORTUNE_CACHE": str(self.cache)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Uninterrupted:
+    return Uninterrupted(tmp_path_factory.mktemp("whole"), tiny_model_dir)
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for something that a running process does; it must not end before."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def checkpoints(run: Path) -> list[str]:
+    """Names of what is in a run's checkpoints folder, hidden things too."""
+    folder = run / "checkpoints"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def resume(whole: Uninterrupted, run: Path) -> Outcome:
+    """Continue a run in this process."""
+    return mirrortune(*whole.words, "-o", run, "--resume", "--json", cache=whole.cache)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_to_the_same_log(
+    whole: Uninterrupted, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    process = start(*whole.words, "-o", run, env=whole.env)
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_size > 0, process)
+    process.send_signal(number)
+    outcome = finish(process)
+
+    assert outcome.exit_code == code, outcome.stderr
+    assert outcome.stdout == ""
+    assert f"{number.name} stopped it after step" in outcome.said
+    assert "Continue with the same command and --resume." in outcome.said
+    assert "Traceback" not in outcome.stderr
+    before = (run / "metrics.jsonl").read_bytes()
+    assert len(before) < len(whole.log)
+    assert whole.log.startswith(before)
+    assert not (run / "adapter").exists()
+    last = checkpoints(run)[-1]
+    assert f"after step {int(last.removeprefix('step-'))} of 150" in outcome.said
+
+    assert resume(whole, run).data["metrics"]["accuracy"] > 0.5
+    assert (run / "metrics.jsonl").read_bytes() == whole.log
+    assert mirrortune("eval", run, cache=whole.cache).exit_code == 0
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(whole: Uninterrupted, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*whole.words, "-o", run, env=whole.env)
+    wait_until(lambda: len([n for n in checkpoints(run) if n.startswith("step-")]) >= 2, process)
+    process.kill()
+    process.communicate()
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"event": "train", "st')  # as a crash leaves it
+
+    assert resume(whole, run).data["metrics"]["accuracy"] > 0.5
+    assert (run / "metrics.jsonl").read_bytes() == whole.log
+
+
+def test_a_full_disk_ends_a_run_with_its_old_checkpoints_whole(whole: Uninterrupted, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*whole.words, "-o", run, env=whole.env)
+    wait_until(lambda: "step-000015" in checkpoints(run), process)
+    # From now on no file of the process may grow beyond 8 KiB, which the log does not and a checkpoint does.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+    outcome = finish(process)
+
+    assert outcome.exit_code == 4, outcome.stderr
+    assert "cannot be written (the disk is full). Free space or choose another place with -o" in outcome.said
+    assert "Traceback" not in outcome.stderr
+    assert outcome.stdout == ""
+    left = checkpoints(run)
+    assert left
+    assert all(name.startswith("step-") for name in left), "half a checkpoint"
+    for name in left:
+        folder = run / "checkpoints" / name
+        assert json.loads((folder / "state.json").read_text(encoding="utf-8"))["global_step"] == int(name[5:])
+        assert load_file(folder / "adapter.safetensors")
+        assert load_file(folder / "training.safetensors")
+
+    assert resume(whole, run).data["metrics"]["accuracy"] > 0.5
+    assert (run / "metrics.jsonl").read_bytes() == whole.log
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """The log of a run."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_two_processes_train_like_one_with_the_batch_of_both(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = write_table(tmp_path / "reviews.csv", reviews(101))  # a last batch that cannot be shared evenly
+    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", data, "--epochs", 2, "--lr", 0.1]
+    words += ["train.log_every_steps=1", "--head-lr", 1e-2, "--json"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
+    env = {**os.environ, "MIRRORTUNE_CACHE": str(tmp_path / "cache")}
+
+    pair = finish(start(*words, "-o", tmp_path / "two", "--batch-size", 8, launcher=torchrun, env=env))
+    one = mirrortune(*words, "-o", tmp_path / "one", "--batch-size", 16)
+
+    assert pair.data["metrics"] == pytest.approx(one.data["metrics"], abs=1e-4)
+    assert pair.stderr.count("running on cpu with 2 processes") == 1
+    assert "running on cpu with 1 process;" in one.stderr
+    assert json.loads((tmp_path / "two" / "environment.json").read_text(encoding="utf-8"))["num_processes"] == 2
+    for left, right in zip(events(tmp_path / "two"), events(tmp_path / "one"), strict=True):
+        assert left.keys() == right.keys()
+        for name, value in left.items():
+            assert value == (right[name] if isinstance(value, str) else pytest.approx(right[name], rel=1e-3, abs=1e-5))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_runs_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """On a CPU accelerate starts one process, whatever number it is told: the run says so."""
+    data = write_table(tmp_path / "reviews.csv", reviews(40))
+    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", data, "-o", tmp_path / "run"]
+    launch = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
+
+    outcome = finish(start(*words, "--max-steps", 2, launcher=[*launch.split(), "--dynamo_backend", "no", "-m"]))
+
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "running on cpu with 1 process;" in outcome.stderr

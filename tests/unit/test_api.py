@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""api: the five functions for other people's loops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mirrortune
+from mirrortune.adapters.inject import adapter_parameters
+from mirrortune.errors import ConfigError, VerificationError
+from tests.tiny_models import tiny_bert
+from tests.tiny_runs import logits
+
+
+def trained(model: nn.Module, steps: int = 3) -> nn.Module:
+    """The model after a few steps of a loop that knows nothing of us."""
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    ids, labels = torch.randint(5, 45, (8, 9)), torch.randint(2, (8,))
+    for _ in range(steps):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def load_base(folder: Path, **options: Any) -> nn.Module:
+    """The tiny model as a user loads it, with a new head."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **options)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def test_the_public_names() -> None:
+    assert set(mirrortune.__all__) == {
+        "__version__",
+        "attach",
+        "load_adapter",
+        "merge_adapter",
+        "save_adapter",
+        "trainable_parameters",
+    }
+    assert all(callable(getattr(mirrortune, name)) for name in mirrortune.__all__ if name != "__version__")
+    with pytest.raises(AttributeError, match="has no attribute 'atach'"):
+        mirrortune.atach  # noqa: B018
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, mirrortune; assert 'torch' not in sys.modules, 'torch'; print(mirrortune.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == mirrortune.__version__
+
+
+def test_attach_changes_the_model_in_place() -> None:
+    model = tiny_bert()
+    before = logits(model)
+    assert mirrortune.attach(model) is model
+    # Factored layers equal the base to float32 rounding.
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    assert mirrortune.trainable_parameters(model) == 13 * 16
+    assert model.mirrortune.spec.method == "mirror"
+
+
+def test_every_argument_is_used() -> None:
+    model = mirrortune.attach(
+        tiny_bert(),
+        method="random",
+        rank=6,
+        pairing="neighbor",
+        target_modules="query|value",
+        seed=4,
+        side="input",
+        scale_top_k=2,
+    )
+    assert mirrortune.trainable_parameters(model) == 4 * (3 + 2)
+    spec = model.mirrortune.spec
+    assert (spec.method, spec.rank, spec.pairing, spec.seed) == ("random", 6, "neighbor", 4)
+    assert spec.options == {"side": "input", "scale_top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "miror"}, "Did you mean 'mirror'"),
+        ({"rank": 99}, "rank 99 does not fit"),
+        ({"pairing": "mirr"}, "unknown pairing"),
+        ({"target_modules": "nothing"}, "matches none"),
+        ({"scale_topk": 2}, "Did you mean 'scale_top_k'"),
+        ({"scale_top_k": -2}, "scale_top_k: got -2"),
+    ],
+)
+def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], message: str) -> None:
+    model = tiny_bert()
+    asking = [p.requires_grad for p in model.parameters()]
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ConfigError, match=message):
+        mirrortune.attach(model, **arguments)
+    assert [name for name, _ in model.named_modules()] == names
+    assert [p.requires_grad for p in model.parameters()] == asking
+
+
+def test_saved_and_loaded_is_the_same_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = trained(mirrortune.attach(load_base(tiny_model_dir), scale_top_k="all"))
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    torch.manual_seed(9)  # another head to begin with
+    loaded = mirrortune.load_adapter(load_base(tiny_model_dir), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    mirrortune.save_adapter(loaded, tmp_path / "again")
+    for name in ("adapter.json", "adapter.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_a_loaded_adapter_trains_on(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = trained(mirrortune.attach(load_base(tiny_model_dir)))
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    loaded = mirrortune.load_adapter(load_base(tiny_model_dir), tmp_path / "adapter")
+    before = {name: p.detach().clone() for name, p in adapter_parameters(loaded).items()}
+    trained(loaded)
+    assert all(not torch.equal(p, before[name]) for name, p in adapter_parameters(loaded).items())
+
+
+def test_merged_equals_adapted(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = trained(mirrortune.attach(load_base(tiny_model_dir)))
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    verdict = mirrortune.merge_adapter(None, tmp_path / "adapter", tmp_path / "merged")
+    assert verdict["passed"] is True
+    assert {"max_abs_logit_error", "max_rel_weight_error", "tolerance"} <= verdict.keys()
+    torch.testing.assert_close(logits(load_base(tmp_path / "merged")), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_another_size_is_merged_too(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = trained(mirrortune.attach(load_base(tiny_model_dir, num_labels=5)))
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    mirrortune.merge_adapter(str(tiny_model_dir), tmp_path / "adapter", tmp_path / "merged")
+    merged = load_base(tmp_path / "merged")
+    assert logits(merged).shape == (3, 5)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_known_format_is_merged(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="format"):
+        mirrortune.merge_adapter(None, tmp_path, tmp_path / "merged", format="gguf")
+
+
+def test_what_has_no_adapter_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="it has no adapter"):
+        mirrortune.save_adapter(tiny_bert(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_foreign_base_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    mirrortune.save_adapter(mirrortune.attach(load_base(tiny_model_dir)), tmp_path / "adapter")
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        mirrortune.load_adapter(tiny_bert(seed=2), tmp_path / "adapter")
+
+
+def test_any_torch_module_will_do(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    model = mirrortune.attach(build(), method="neighbor")
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_()
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    x = torch.randn(5, 6)
+    assert torch.equal(mirrortune.load_adapter(build(), tmp_path / "adapter")(x), model(x))
+
+
+def test_the_transformers_trainer_trains_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = mirrortune.attach(load_base(tiny_model_dir))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": torch.randint(5, 45, (9,)), "labels": i % 2} for i in range(16)]
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=8, report_to=[], save_strategy="no",
+        learning_rate=1e-2, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=rows).train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}

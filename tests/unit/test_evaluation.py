@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""evaluation: every row once, in the split's order, and nothing left changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mirrortune.errors import DataError
+from mirrortune.evaluation import EvalResult, evaluate_split
+from mirrortune.tasks import Task, regression
+from mirrortune.tokens import Encoded
+from tests.tiny_runs import as_encoded, classification
+
+
+@dataclass
+class Output:
+    """What transformers models return."""
+
+    logits: Tensor
+
+
+class Reader(nn.Module):
+    """A model whose logits are (first token, sum of the real tokens): which row it saw, and whether padding counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+        self.was_training: set[bool] = set()
+        self.grad_enabled: set[bool] = set()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Output:
+        self.batches.append(len(input_ids))
+        self.was_training.add(self.training)
+        self.grad_enabled.add(torch.is_grad_enabled())
+        return Output(torch.stack([input_ids[:, 0], (input_ids * attention_mask).sum(dim=1)], dim=1).float())
+
+
+# Row i begins with i + 1; lengths 3, 1, 4, 2, 3.
+ROWS = [[1, 9, 9], [2], [3, 9, 9, 9], [4, 9], [5, 9, 9]]
+SPLIT = replace(as_encoded(ROWS), targets=np.array([0, 1, 0, 1, 0]))
+
+
+def run(
+    model: nn.Module, tokenizer: Any, split: Encoded = SPLIT, task: Task | None = None, **options: Any
+) -> EvalResult:
+    """Evaluate the rows."""
+    settings = {"batch_size": 2, "source": "rows.csv", **options}
+    return evaluate_split(model, task or classification(), split, tokenizer, Accelerator(cpu=True), **settings)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 100])
+def test_every_row_is_scored_once_and_in_order(tokenizer: Any, batch_size: int) -> None:
+    model, told = Reader(), []
+    result = run(model, tokenizer, batch_size=batch_size, on_batch=told.append)
+    assert result.rows == 5
+    assert result.logits.tolist() == [[row[0], sum(row)] for row in ROWS]
+    assert result.logits.dtype == np.float32
+    assert sum(model.batches) == sum(told) == 5
+    assert model.batches == told
+    assert max(told) <= batch_size
+
+
+def test_metrics_and_loss_are_those_of_the_rows(tokenizer: Any) -> None:
+    result = run(Reader(), tokenizer)
+    logits, targets = torch.from_numpy(result.logits), torch.from_numpy(SPLIT.targets)
+    assert result.metrics.keys() == {"accuracy", "loss"}
+    assert result.metrics["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-6)
+    assert result.metrics["accuracy"] == pytest.approx(float((logits.argmax(dim=1) == targets).float().mean()))
+
+
+def test_regression_is_scored_too(tokenizer: Any) -> None:
+    class Number(Reader):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Output:
+            return Output(super().forward(input_ids, attention_mask).logits[:, :1])
+
+    task = regression.Task(
+        text_columns=("text",), label_column="label", metric_names=("mse", "pearson"), selection_metric="mse"
+    )
+    targets = np.array([1, 2, 3, 4, 7], dtype=np.float32)
+    result = run(Number(), tokenizer, replace(SPLIT, targets=targets), task)
+    assert result.metrics["mse"] == result.metrics["loss"] == pytest.approx(4 / 5)
+    assert result.metrics["pearson"] == pytest.approx(float(np.corrcoef(targets, [1, 2, 3, 4, 5])[0, 1]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_its_mode(tokenizer: Any, training: bool) -> None:
+    model = Reader().train(training)
+    run(model, tokenizer)
+    assert model.training == training
+    assert model.was_training == {False}
+    assert model.grad_enabled == {False}
+
+
+def test_the_longest_rows_come_first(tokenizer: Any) -> None:
+    """So that a batch that does not fit into memory is the first one."""
+
+    class Widths(Reader):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Output:
+            widths.append(input_ids.shape[1])
+            return super().forward(input_ids, attention_mask)
+
+    widths: list[int] = []
+    run(Widths(), tokenizer)
+    assert widths == [4, 3, 1]
+
+
+def test_rows_without_a_target_are_refused(tokenizer: Any) -> None:
+    split = replace(SPLIT, targets=np.array([0, -1, 0, -1, 1]))
+    with pytest.raises(DataError, match=r"^rows\.csv: 2 of 5 rows have no label") as caught:
+        run(Reader(), tokenizer, split)
+    assert caught.value.exit_code == 3

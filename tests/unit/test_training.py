@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""training: how many steps, what is logged, kept and published, and how the loop stops; its laws are in tests/laws."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mirrortune.adapter_file import read_adapter
+from mirrortune.adapters.inject import adapter_parameters, plain_parameters
+from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
+from mirrortune.stepping import NotFiniteError
+from mirrortune.training import Trainer
+from tests.tiny_runs import SETTINGS, Adapted, Watcher, adapt, make_trainer, sentences, terminate_after
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The logged events of one kind."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def numbers(adapted: Adapted) -> dict[str, torch.Tensor]:
+    """Copies of the trained numbers."""
+    model = adapted.model
+    return {n: p.detach().clone() for n, p in {**adapter_parameters(model), **plain_parameters(model)}.items()}
+
+
+# 30 rows in batches of 8 are 4 steps an epoch.
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"),
+    [(2, None, 8), (1, None, 4), (0.5, None, 2), (0.1, None, 1), (1.5, None, 6), (3, 5, 5), (1, 99, 4)],
+)
+def test_the_number_of_steps(tmp_path: Path, epochs: float, max_steps: int | None, expected: int) -> None:
+    watcher = Watcher()
+    trainer = make_trainer(tmp_path, progress=watcher, epochs=epochs, max_steps=max_steps)
+    result = trainer.fit()
+    assert result.global_step == trainer.total_steps == expected
+    assert watcher.started == [(expected, 0)]
+    assert len(watcher.rows) == expected
+    assert trainer.run.saved_steps()[-1] == expected
+
+
+def test_a_finished_run_holds_what_it_promises(tmp_path: Path) -> None:
+    watcher = Watcher()
+    trainer = make_trainer(tmp_path, progress=watcher)
+    result = trainer.fit()
+    scored = events(tmp_path, "evaluate")
+    assert [event["step"] for event in scored] == [4, 8]
+    assert [event["epoch"] for event in scored] == [1, 2]
+    best = max(scored, key=lambda event: (event["accuracy"], -event["step"]))
+    assert result.best_step == best["step"]
+    assert result.metrics == {"accuracy": best["accuracy"], "loss": best["loss"]}
+    assert trainer.run.saved_steps() == sorted({best["step"], 8})
+    published, kept = read_adapter(tmp_path / "adapter"), read_adapter(trainer.run.checkpoint(best["step"]))
+    assert all(torch.equal(tensor, kept.tensors[name]) for name, tensor in published.tensors.items())
+    assert watcher.evaluated == 40
+    assert result.samples_per_second == pytest.approx(60 / result.train_seconds)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == watcher.events
+
+
+def test_what_is_logged_of_a_step(tmp_path: Path) -> None:
+    watcher = Watcher()
+    make_trainer(tmp_path, progress=watcher, warmup_ratio=0.25).fit()
+    logged = events(tmp_path, "train")
+    assert [event["step"] for event in logged] == list(range(1, 9))
+    assert [event["epoch"] for event in logged] == [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+    assert [event["loss"] for event in logged] == watcher.losses
+    factors = [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]  # two steps of warm-up
+    assert [event["lr"] for event in logged] == pytest.approx([SETTINGS.lr * factor for factor in factors])
+    assert [event["head_lr"] for event in logged] == pytest.approx([SETTINGS.head_lr * factor for factor in factors])
+    assert all(event["grad_norm"] > 0 for event in logged)
+
+
+def test_a_logged_loss_is_the_mean_over_its_window(tmp_path: Path) -> None:
+    watcher = Watcher()
+    make_trainer(tmp_path, progress=watcher, log_every_steps=3).fit()
+    logged = events(tmp_path, "train")
+    assert [event["step"] for event in logged] == [3, 6, 8]
+    for event, steps in zip(logged, (slice(0, 3), slice(3, 6), slice(6, 8)), strict=True):
+        losses, rows = watcher.losses[steps], watcher.rows[steps]
+        mean = sum(loss * count for loss, count in zip(losses, rows, strict=True)) / sum(rows)
+        assert event["loss"] == pytest.approx(mean)
+
+
+def test_evaluation_and_saving_have_their_own_intervals(tmp_path: Path) -> None:
+    saved: list[int] = []
+    trainer = make_trainer(tmp_path, eval_every_steps=3, save_every_steps=2)
+    write = trainer.write_adapter_files
+    trainer.write_adapter_files = lambda folder: (saved.append(trainer.state.global_step), write(folder))
+    trainer.fit()
+    assert [event["step"] for event in events(tmp_path, "evaluate")] == [3, 6, 8]
+    assert {2, 4, 6, 8} <= set(saved) <= {2, 3, 4, 6, 8}  # and at 3 because its first evaluation is the best so far
+
+
+def test_a_metric_of_which_less_is_better_chooses_the_least(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from mirrortune.tasks.regression import Task
+
+    adapted = adapt(trained=None)
+    adapted.model.classifier = nn.Linear(32, 1)
+    trainer = make_trainer(tmp_path, adapted=adapted, epochs=4)
+    trainer.task = trainer.stepper.task = Task(
+        text_columns=("text",), label_column="label", metric_names=("mse",), selection_metric="mse"
+    )
+    for name in ("train", "validation"):
+        split = getattr(trainer, name)
+        setattr(trainer, name, replace(split, targets=split.targets.astype("float32")))
+    trainer.stepper.encoded = trainer.train
+    result = trainer.fit()
+    scores = {event["step"]: event["mse"] for event in events(tmp_path, "evaluate")}
+    assert result.metrics["mse"] == min(scores.values())
+    assert scores[result.best_step] == min(scores.values())
+
+
+def poison(trainer: Trainer, step: int, value: float) -> None:
+    """After ``step``, one number of the head becomes ``value``, as a broken row or too large a step would make it."""
+    bias = trainer.bare_model.get_parameter("classifier.bias")
+
+    def act(done: int, loss: float, rows: int) -> None:
+        if done == step:
+            with torch.no_grad():
+                bias[0] = value
+
+    trainer.progress.on_step = act
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, value: float) -> None:
+    adapted = adapt(trained=None)
+    trainer = make_trainer(tmp_path, adapted=adapted, save_every_steps=2, eval_every_steps=99)
+    poison(trainer, 5, value)
+    with pytest.raises(DivergedError) as caught:
+        trainer.fit()
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    assert message.startswith("step 6: the training loss is")
+    assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-000004'}" in message
+    assert "--lr" in message
+    assert trainer.state.global_step == 5
+    assert [event["step"] for event in events(tmp_path, "train")] == [1, 2, 3, 4, 5]
+    for name, tensor in numbers(adapted).items():
+        assert name == "classifier.bias" or torch.isfinite(tensor).all()
+    good = read_adapter(trainer.run.checkpoint(4))
+    assert all(torch.isfinite(tensor).all() for tensor in good.tensors.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    adapted = adapt(trained=None)
+    trainer = make_trainer(tmp_path, adapted=adapted)
+    theta = next(iter(adapter_parameters(adapted.model).values()))
+    theta.register_hook(lambda gradient: gradient / 0)
+    before = numbers(adapted)
+    with pytest.raises(
+        DivergedError, match=r"^step 1: .*gradient norm (nan|inf).*there is no checkpoint yet"
+    ) as caught:
+        trainer.fit()
+    assert isinstance(caught.value.__cause__, NotFiniteError)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in numbers(adapted).items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_a_safe_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    watcher = Watcher(lambda step: signal.raise_signal(number) if step == 3 else None)
+    trainer = make_trainer(tmp_path, progress=watcher)
+    with pytest.raises(InterruptedRun, match=rf"{number.name} stopped it after step 3 of 8.*--resume") as caught:
+        trainer.fit()
+    assert caught.value.exit_code == 128 + number
+    assert trainer.run.saved_steps() == [3]
+    assert not (tmp_path / "adapter").exists()
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def twice(step: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+
+    trainer = make_trainer(tmp_path, progress=Watcher(twice))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.run.saved_steps() == []
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_signal_at_the_last_step_changes_nothing(tmp_path: Path) -> None:
+    assert make_trainer(tmp_path, progress=terminate_after(8)).fit().global_step == 8
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_training_works_outside_of_the_main_thread(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    trainer = make_trainer(tmp_path, max_steps=1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(trainer.fit).result().global_step == 1
+
+
+def interrupted(folder: Path) -> Path:
+    """A run directory that was terminated after step 3."""
+    with pytest.raises(InterruptedRun):
+        make_trainer(folder, progress=terminate_after(3)).fit()
+    return folder
+
+
+def test_resuming_says_where_it_goes_on(tmp_path: Path) -> None:
+    watcher = Watcher()
+    trainer = make_trainer(interrupted(tmp_path / "run"), fresh=False, progress=watcher)
+    trainer.resume()
+    trainer.fit()
+    assert watcher.started == [(8, 3)]
+    assert len(watcher.losses) == 5
+
+
+def test_resuming_a_finished_run_publishes_it_again(tmp_path: Path) -> None:
+    first = make_trainer(tmp_path / "run").fit()
+    data = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "adapter" / "adapter.json").unlink()
+    trainer = make_trainer(tmp_path / "run", fresh=False)
+    trainer.resume()
+    again = trainer.fit()
+    assert (again.metrics, again.best_step, again.global_step) == (first.metrics, first.best_step, first.global_step)
+    assert again.samples_per_second == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == data
+    read_adapter(tmp_path / "run" / "adapter")
+
+
+def test_resuming_with_other_processes_is_refused(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "run")
+    path = folder / "checkpoints" / "step-000003" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_processes": 2}))
+    with pytest.raises(ConfigError, match=r"^--resume: the checkpoint is of 2 processes.*Launch 2 processes"):
+        make_trainer(folder, fresh=False).resume()
+
+
+def test_resuming_from_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "run")
+    path = folder / "checkpoints" / "step-000003" / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(VerificationError, match=r"step-000003.*damaged"):
+        make_trainer(folder, fresh=False).resume()
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    """With plain constant steps and a tiny norm, AdamW's first step is still the learning rate times the sign."""
+    norms = []
+    for limit in (1e9, 1e-3):
+        adapted = adapt(trained=None)
+        make_trainer(tmp_path / str(limit), adapted=adapted, max_steps=1, max_grad_norm=limit).fit()
+        norms.append(events(tmp_path / str(limit), "train")[0]["grad_norm"])
+    assert norms[0] == norms[1] > 1e-3  # what is logged is the norm before clipping
+
+
+def test_one_row_can_be_trained_on(tmp_path: Path) -> None:
+    result = make_trainer(tmp_path, train=sentences(1), batch_size=4, gradient_accumulation_steps=3).fit()
+    assert result.global_step == 2
