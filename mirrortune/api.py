@@ -110,8 +110,8 @@ def trainable_parameters(model: nn.Module) -> int:
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What the adapter file says of a base model that the caller loaded: name, commit, dtype and class, where they are
-    known.
+    """What the adapter file says of a base model that the caller loaded: name, commit, dtype, class and labels, where
+    they are known.
     """
     config = getattr(model, "config", None)
     return {
@@ -120,6 +120,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "commit": getattr(config, "_commit_hash", None),
         "dtype": str(getattr(model, "dtype", "torch.float32")).removeprefix("torch."),
         "auto_class": type(model).__name__,
+        "id2label": getattr(config, "id2label", None),  # the head's size, which the base's own config may not have
     }
 
 

@@ -96,7 +96,9 @@ def merge_folder(
     tokenizer = load_tokenizer(source)
     adapted = load_adapted(adapter, source, task, tokenizer.pad_token_id, factor_source)
     stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
-    plain = load_model(source, adapter.base["auto_class"], _config_fields(task), stored, tokenizer.pad_token_id).model
+    plain = load_model(
+        source, adapter.base["auto_class"], _config_fields(adapter, task), stored, tokenizer.pad_token_id
+    ).model
     verdict: list[Verification] = []
 
     def write(folder: Path) -> None:
@@ -127,7 +129,7 @@ def load_adapted(
     mode.
     """
     dtype = DTYPES[adapter.base["dtype"]]
-    loaded = load_model(source, adapter.base["auto_class"], _config_fields(task), dtype, pad_token_id)
+    loaded = load_model(source, adapter.base["auto_class"], _config_fields(adapter, task), dtype, pad_token_id)
     widen(loaded.model, adapter.head)
     load_into(loaded.model, adapter, factor_source)
     return loaded.model.eval()
@@ -174,7 +176,7 @@ def verify(
     error = float((logits - _probe_logits(reopened, tokenizer, task)).abs().max())
     epsilon = torch.finfo(dtype).eps
     # A base that was trained on in 16 bits computes in 16 bits, whatever precision the checkpoint is stored in.
-    coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
+    coarsest = max(epsilon, *(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters())))
     tolerance = max(1e-4, 8 * coarsest) * max(1.0, float(logits.abs().max()))
     passed = error <= tolerance and weight_error <= epsilon and not changed
     return Verification(
@@ -209,8 +211,11 @@ def _probe_logits(model: nn.Module, tokenizer: Any, task: Task | None) -> Tensor
     return torch.as_tensor(logits).float().cpu()
 
 
-def _config_fields(task: Task | None) -> dict[str, Any]:
-    return task.config_fields() if task else {}
+def _config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
+    if task is not None:
+        return task.config_fields()
+    labels = {int(index): name for index, name in (adapter.base.get("id2label") or {}).items()}
+    return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if labels else {}
 
 
 def _check_output(output_dir: Path, *, overwrite: bool) -> None:

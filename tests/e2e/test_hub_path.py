@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """From Hub ids to a scored, merged model, over a real socket: cold, warm and offline, and every way the Hub can fail.
 
-The libraries read their environment when they are imported, so commands run in processes of their own; those that follow
-each other under one environment share a process (``Client``), which saves the seconds of its imports.
+The libraries read their environment when they are imported, so commands run in processes of their own; those under one
+environment share a process (``Client``), which saves the seconds of its imports.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ RUN = "runs/sst2-roberta-base-mirror"
 
 CLIENT = """
 import dataclasses, json, os, sys, time
+import datasets, huggingface_hub, transformers  # their logs go to this process's stderr, not to a command's
 from tests.cli.console import mirrortune
 time.sleep = lambda seconds: None  # the clients wait between their attempts; nobody here does
 for line in sys.stdin:
@@ -265,7 +267,7 @@ MODEL, DATA = {"gated": {"roberta-base"}}, {"gated": {"nyu-mll/glue"}}
 TOKEN = {"HF_TOKEN": "hf_of_nobody"}
 FAILURES = {
     "no such model": Failure(
-        ("model 'roberta-bse': no such repository on the Hub, or it is private", "Check the spelling of --model", "HF_TOKEN"),
+        ("model 'roberta-bse': no such repository on the Hub, or it is private", "Check the spelling of --model"),
         "-m roberta-bse",
     ),
     "no such data": Failure(
@@ -301,6 +303,7 @@ def test_what_the_hub_refuses_is_said_plainly(
     empty_handed: tuple[LoopbackHub, Client], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     hub, ours = empty_handed
+    shutil.rmtree(ours.folder / "hf-home", ignore_errors=True)
     failure = FAILURES[name]
     for attribute, value in failure.hub.items():
         monkeypatch.setattr(hub, attribute, value)
