@@ -85,13 +85,7 @@ def merge_folder(
     """
     adapter = read_adapter(adapter_folder)
     _check_output(output_dir, overwrite=overwrite)
-    if adapter.base.get("name") is None and base is None:
-        raise ConfigError("merge", "the adapter does not say what its base model is", fix="Name it with --model")
-    source = find_model(
-        base or adapter.base["name"],
-        revision=None if base else adapter.base.get("commit") or adapter.base.get("revision"),
-        trust_remote_code=trust_remote_code,
-    )
+    source = _find_base(adapter, base, trust_remote_code=trust_remote_code)
     task = task_class(adapter.task["kind"]).from_dict(adapter.task) if adapter.task else None
     tokenizer = load_tokenizer(source)
     adapted = load_adapted(adapter, source, task, tokenizer.pad_token_id, factor_source)
@@ -216,6 +210,16 @@ def _config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
         return task.config_fields()
     labels = {int(index): name for index, name in (adapter.base.get("id2label") or {}).items()}
     return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if labels else {}
+
+
+def _find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool) -> ModelSource:
+    if adapter.base.get("name") is None and base is None:
+        raise ConfigError("merge", "the adapter does not say what its base model is", fix="Name it with --model")
+    return find_model(
+        base or adapter.base["name"],
+        revision=None if base else adapter.base.get("commit") or adapter.base.get("revision"),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _check_output(output_dir: Path, *, overwrite: bool) -> None:

@@ -40,7 +40,7 @@ _COUNT = itertools.count()
 
 @pytest.fixture(autouse=True)
 def own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches in a folder of this test's own (made by whoever writes there), and every global generator freshly seeded."""
+    """Caches in a folder of this test's own (made by whoever writes there); every global generator freshly seeded."""
     world = tmp_path_factory.getbasetemp() / f"world-{next(_COUNT)}"
     monkeypatch.setenv("MIRRORTUNE_CACHE", str(world / "mirrortune"))
     monkeypatch.setenv("HF_HOME", str(world / "huggingface"))

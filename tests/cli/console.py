@@ -38,6 +38,11 @@ class Outcome:
         return re.sub(r"[\s╭╮╰╯─│]+", " ", self.stderr)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it can be read in a log: no colours, no progress bars (of other people's either), no warnings."""
+        return not re.search(r"\x1b|\r|%\||Warning", self.stdout + self.stderr)
+
+    @property
     def data(self) -> dict[str, Any]:
         """The result of a command that was given --json: it succeeded and wrote one JSON object, on one line."""
         assert self.exit_code == 0, self.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ class Uninterrupted:
 
     Attributes:
         words: its command line, but for ``-o``.
+        run: its folder.
         log: its metrics.jsonl.
         env: the environment of processes with the same cache.
     """
@@ -36,8 +38,9 @@ class Uninterrupted:
         data = write_table(folder / "reviews.csv", reviews(130))
         self.words = ["train", "-m", model, "-t", "text-classification", "-d", data, *SETTINGS]
         self.cache = folder / "cache"
-        assert mirrortune(*self.words, "-o", folder / "run", cache=self.cache).exit_code == 0
-        self.log = (folder / "run" / "metrics.jsonl").read_bytes()
+        self.run = folder / "run"
+        assert mirrortune(*self.words, "-o", self.run, cache=self.cache).exit_code == 0
+        self.log = (self.run / "metrics.jsonl").read_bytes()
         self.env = {**os.environ, "MIRRORTUNE_CACHE": str(self.cache)}
 
 
@@ -81,6 +84,7 @@ def test_a_stopped_run_goes_on_to_the_same_log(
     assert f"{number.name} stopped it after step" in outcome.said
     assert "Continue with the same command and --resume." in outcome.said
     assert "Traceback" not in outcome.stderr
+    assert outcome.is_plain
     before = (run / "metrics.jsonl").read_bytes()
     assert len(before) < len(whole.log)
     assert whole.log.startswith(before)
@@ -93,16 +97,19 @@ def test_a_stopped_run_goes_on_to_the_same_log(
     assert mirrortune("eval", run, cache=whole.cache).exit_code == 0
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(whole: Uninterrupted, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(*whole.words, "-o", run, env=whole.env)
-    wait_until(lambda: len([n for n in checkpoints(run) if n.startswith("step-")]) >= 2, process)
-    process.kill()
-    process.communicate()
+def test_what_a_crash_leaves_goes_on_from_the_last_whole_checkpoint(whole: Uninterrupted, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole.run, tmp_path / "run"))
+    best, last = checkpoints(run)
+    (run / "checkpoints" / last).rename(run / "checkpoints" / f".{last}.x1y2")  # it was being written
+    (run / "checkpoints" / f".{last}.x1y2" / "state.json").unlink()
+    shutil.rmtree(run / "adapter")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write('{"event": "train", "st')  # as a crash leaves it
+        log.write('{"event": "train", "st')
 
-    assert resume(whole, run).data["metrics"]["accuracy"] > 0.5
+    outcome = resume(whole, run)
+
+    assert outcome.data["metrics"]["accuracy"] > 0.5
+    assert f"step {int(best[5:])}/" not in outcome.stderr, "the best checkpoint's step is not made again"
     assert (run / "metrics.jsonl").read_bytes() == whole.log
 
 

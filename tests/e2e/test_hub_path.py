@@ -175,6 +175,8 @@ def test_prepare_is_all_that_needs_the_network(root: Path, trained: Trained, tmp
 
     offline = run_script(hub, tmp_path, *TRAIN, "--json", offline=True)
 
+    assert prepared.is_plain
+    assert offline.is_plain
     assert prepared.data["rows"] == {"train": 120, "validation": 40}
     assert offline.data["metrics"] == trained.cold.data["metrics"]
     assert hub.requests == []
@@ -323,29 +325,17 @@ def refused(outcome: Outcome, says: tuple[str, ...], code: int = 6) -> None:
     assert outcome.stdout == ""
 
 
-def test_a_broken_connection_is_mended_by_trying_again(
+def test_the_same_command_again_is_the_way_on(
     empty_handed: tuple[LoopbackHub, Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub, ours = empty_handed
-    monkeypatch.setattr(hub, "drop_connections", 1)
+    shutil.rmtree(ours.folder / "hf-home", ignore_errors=True)
+    words = ["prepare", *TRAIN[1:], "--json"]
+    monkeypatch.setattr(hub, "drop_connections", True)
+    refused(ours.mirrortune(*words), ("then run the same command again: finished files are kept",))
+    monkeypatch.setattr(hub, "drop_connections", False)
 
-    outcome = ours.mirrortune("prepare", *TRAIN[1:], "--json")
-
-    assert outcome.data["targets"] == 12
-
-
-def test_without_the_hub_the_cache_must_do(root: Path, tmp_path: Path) -> None:
-    with LoopbackHub(root) as hub, client(hub, tmp_path) as ours:
-        assert ours.mirrortune("prepare", *TRAIN[1:]).exit_code == 0
-        hub.stop()
-        assert ours.mirrortune(*TRAIN, "--max-steps", 1).exit_code == 0
-        refused(
-            ours.mirrortune(*TRAIN, "-m", "roberta-large"),
-            ("model 'roberta-large'", "Check the network and HF_ENDPOINT"),
-        )
-        refused(
-            ours.mirrortune(*TRAIN, "-d", "owner/rows"), ("data set 'owner/rows'", "Check the network and HF_ENDPOINT")
-        )
+    assert ours.mirrortune(*words).data["targets"] == 12
 
 
 def test_offline_what_is_not_cached_is_an_error(root: Path, tmp_path: Path) -> None:
@@ -362,3 +352,14 @@ def test_offline_what_is_not_cached_is_an_error(root: Path, tmp_path: Path) -> N
         refused(ours.mirrortune(*words), ("model 'roberta-base': not in the local cache, and HF_HUB_OFFLINE forbids",))
         assert hub.requests == []
     assert os.environ["HF_HUB_OFFLINE"] == "1", "the tests' own process never asks the real Hub"
+
+
+def test_without_the_hub_the_cache_must_do(empty_handed: tuple[LoopbackHub, Client]) -> None:
+    hub, ours = empty_handed
+    assert ours.mirrortune("prepare", *TRAIN[1:]).exit_code == 0
+    hub.stop()  # and so the last test of this hub
+
+    assert ours.mirrortune(*TRAIN, "--max-steps", 1).exit_code == 0
+    advice = "Check the network and HF_ENDPOINT"
+    refused(ours.mirrortune(*TRAIN, "-m", "roberta-large", "-o", "other"), ("model 'roberta-large'", advice))
+    refused(ours.mirrortune(*TRAIN, "-d", "owner/rows", "-o", "other"), ("data set 'owner/rows'", advice))
