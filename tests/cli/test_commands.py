@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mirrortune import strict_yaml
+from mirrortune.adapters.presets import PRESETS
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -439,3 +440,22 @@ def test_a_damaged_checkpoint_is_not_continued_from(finished: Finished, copy: Pa
     assert "step-000060" in outcome.said
     assert "damaged" in outcome.said
     assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize("method", sorted(PRESETS))
+def test_every_method_goes_the_whole_way(desk: Path, tiny_model_dir: Path, method: str) -> None:
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--method", method]
+    words += ["--rank", 8] if isinstance(PRESETS[method].rank, int) else []  # the papers' ranks are for larger matrices
+
+    planned = mirrortune("prepare", *words, "--json").data
+    trained = mirrortune("train", *words, "-o", "run", "--max-steps", 3, "--json").data
+    scored = mirrortune("eval", "run", "--json").data
+    verification = mirrortune("merge", "run", "-o", "merged", "--json").data["verification"]
+    merged = mirrortune("eval", "merged", "--json").data
+
+    for count in ("trainable_parameters", "head_parameters"):
+        assert planned[count] == trained[count]
+    assert (trained["trainable_parameters"] == 0) is (method == "none")
+    assert verification["passed"]
+    assert scored["metrics"] == pytest.approx(trained["metrics"], abs=1e-5)
+    assert merged["metrics"] == pytest.approx(trained["metrics"], abs=1e-4)

@@ -51,13 +51,13 @@ def test_what_needs_no_model_loads_none(words: list[str], code: int) -> None:
 
 def test_help_answers_in_half_a_second() -> None:
     script = Path(sys.executable).with_name("mirrortune")
-    times = []
-    for _ in range(5):  # the best of some: the machine may be busy with other things
+
+    def seconds() -> float:
         started = time.perf_counter()
         subprocess.run([script, "--help"], capture_output=True, check=True)
-        times.append(time.perf_counter() - started)
+        return time.perf_counter() - started
 
-    assert min(times) < 0.5
+    assert any(seconds() < 0.5 for _ in range(10)), "ten times, because the machine may be busy with other things"
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "eval", "merge"])
@@ -184,6 +184,12 @@ def test_a_log_holds_plain_lines(desk: Path, tiny_model_dir: Path) -> None:
         assert outcome.exit_code == 0, outcome.stderr
         assert outcome.stdout
         assert outcome.is_plain
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(desk: Path, tiny_model_dir: Path) -> None:
+    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 1]
+
+    assert mirrortune(*words, cache=desk / "reviews.csv").exit_code == 0
 
 
 def on_terminal(*words: object, env: dict[str, str]) -> str:

@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mirrortune.adapter_file import load_into, read_adapter
+from mirrortune.adapter_file import FingerprintBook, load_into, read_adapter
 from mirrortune.adapters.basis import Fingerprint, align, fingerprint
 from mirrortune.adapters.factorize import Factors, factorize
-from mirrortune.adapters.inject import adapter_parameters, plain_parameters, spectral_layers
+from mirrortune.adapters.inject import adapter_parameters, attach, plain_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import delta_weight
 from mirrortune.errors import VerificationError
-from tests.spectral import LAYER_VARIANTS, Problem, Variant, problems, relative
+from tests.spectral import LAYER_VARIANTS, Problem, Variant, draw_pairs, problems, relative, train_a_little
 from tests.tiny_models import tiny_bert
-from tests.tiny_runs import Adapted, adapt, logits
+from tests.tiny_runs import HEAD, Adapted, adapt, logits
 
 SEEDS = st.integers(0, 2**16)
 SIDES = ["output", "input", "both"]
@@ -263,7 +263,25 @@ def test_a_degenerate_base_is_refused_by_name(saved: tuple[Adapted, Path]) -> No
         load_into(tiny_bert(), read_adapter(folder), mixing)
 
 
-def test_random_pairs_travel_with_the_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["mirror", "random", "adaptive"])
+def test_pairs_of_any_origin_travel_with_the_adapter(tmp_path: Path, method: str) -> None:
+    """Pairs that no seed would give again, such as those matched to a task's gradients."""
+    spec = AdapterSpec(method=method)
+    names = spectral_layers(adapt().model)
+    pairs = {name: draw_pairs("adaptive", 32, seed) for seed, name in enumerate(names)}
+    model, book = tiny_bert(), FingerprintBook()
+    attach(model, spec, new_parameters=HEAD, pairs=pairs, on_layer=book)
+    for layer in spectral_layers(model).values():
+        train_a_little(layer.core, 1)
+    folder = Adapted(model, book).save(tmp_path / "adapter")
+    loaded = tiny_bert()
+    load_into(loaded, read_adapter(folder), lambda name, weight, rank: factorize(weight, rank))
+    for name, layer in spectral_layers(loaded).items():
+        assert torch.equal(layer.core.get_buffer("pairs"), pairs[name])
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_pairs_are_stored_where_the_rank_does_not_tell_them(tmp_path: Path) -> None:
     adapted = adapt(AdapterSpec(method="random", seed=3))
     folder = adapted.save(tmp_path / "adapter")
     stored = {name for name in read_adapter(folder).tensors if name.startswith("pairs.")}
