@@ -80,7 +80,7 @@ class RunDirectory:
         if not overwrite:
             raise ConfigError(
                 str(self.path),
-                "the output directory is not empty",
+                "the output directory is not empty" if self.path.is_dir() else "it is a file",
                 fix="Continue it with --resume, choose another with -o, or replace it with --overwrite",
             )
         if not self.recipe.is_file():

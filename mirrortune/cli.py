@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import typer
 
 from mirrortune import __version__
 from mirrortune.errors import ConfigError, MirrortuneError
-from mirrortune.flags import given_flags, with_recipe_flags
+from mirrortune.flags import NOT_FOR_EVAL, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics, kilobytes
 
 if TYPE_CHECKING:
@@ -147,10 +148,11 @@ def train(
 
 @app.command("eval")
 @_guard
-@with_recipe_flags("output_dir")
+@with_recipe_flags("output_dir", *NOT_FOR_EVAL)
 def evaluate(
     target: Target, words: Words = None, *, task: TaskName = None,
-    split: Annotated[str, typer.Option("--split", help="train, validation, test, or the data set's own name.")] = "validation",
+    split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Score a run, a merged folder or any plain model by the task's own metrics.
@@ -158,10 +160,14 @@ def evaluate(
     mirrortune eval runs/sst2-roberta-base-mirror
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
-    resolved, _ = _resolve(words, task, given, reporter, beneath=_recipe_of(target))
+    own = _recipe_of(target)
+    words = [*(words or []), *([f"eval.batch_size={batch_size}"] if batch_size else [])]
+    resolved, _ = _resolve(words, task, given, reporter, beneath=own)
+    trained_on, asked = (own.values.get("data", {}).get("path") if own else None), resolved.recipe.data.path
+    is_own_data = bool(trained_on and asked) and Path(str(trained_on)).resolve() == Path(str(asked)).resolve()
     from mirrortune import commands  # noqa: PLC0415
 
-    result = commands.evaluate(target, resolved.recipe, reporter, split=split)
+    result = commands.evaluate(target, resolved.recipe, reporter, split=split, is_own_data=is_own_data)
     reporter.result(asdict(result), [f"{result.split}: {describe_metrics(result.metrics)}  ({result.rows:,} rows)"])
 
 
@@ -189,7 +195,11 @@ def merge(
     data = {"output_dir": output_dir, "format": "hf", "verification": asdict(verdict)}
     reporter.result(
         data,
-        [f"merged into {output_dir}, verified: {describe(verdict)}", "", f"score it: mirrortune eval {output_dir}"],
+        [
+            f"merged into {output_dir}, verified: {describe(verdict)}",
+            "",
+            f"score it: mirrortune eval {shlex.quote(output_dir)}",
+        ],
     )
 
 
@@ -250,6 +260,6 @@ def _train_lines(result: Any) -> list[str]:
         f"({kilobytes(4 * result.trainable_parameters)}) and a head of {result.head_parameters:,}",
         f"trained in {result.train_seconds:.0f} s at {result.samples_per_second:.0f} rows/s",
         "",
-        f"score it:  mirrortune eval {run}",
-        f"export it: mirrortune merge {run} -o {merged}",
+        f"score it:  mirrortune eval {shlex.quote(run)}",
+        f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",
     ]

@@ -209,7 +209,9 @@ def _fit(
     return result, outcome.best_step
 
 
-def evaluate(target: str, recipe: Recipe, reporter: Reporter, *, split: str = "validation") -> EvaluateResult:
+def evaluate(
+    target: str, recipe: Recipe, reporter: Reporter, *, split: str | None = None, is_own_data: bool = True
+) -> EvaluateResult:
     """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
 
     Args:
@@ -217,7 +219,9 @@ def evaluate(target: str, recipe: Recipe, reporter: Reporter, *, split: str = "v
         recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain
             model the task too.
         reporter: is told.
-        split: ``train``, ``validation``, ``test``, or a data set's own name for a split.
+        split: ``train``, ``validation``, ``test``, or a data set's own name for a split; None for the validation rows,
+            or for all rows of other data that has none.
+        is_own_data: whether the data is what the target was trained on, as far as its recipe says.
     """
     accelerator = _accelerator(recipe)
     reporter.is_main = accelerator.is_main_process
@@ -229,17 +233,17 @@ def evaluate(target: str, recipe: Recipe, reporter: Reporter, *, split: str = "v
         )
     data = read_data(recipe)
     found = load_evaluable(target, adapter_folder, recipe, data)
-    rows = evaluation_rows(recipe, data, split, found.task)
+    rows, name = evaluation_rows(recipe, data, split, found.task, is_own_data=is_own_data)
     encoded = encode_split(
         rows, found.task, found.tokenizer, max_length=found.max_length, drop_blank=False, allow_missing_targets=True
     )
     found.model.to(accelerator.device)
-    with reporter.bar(f"evaluate {split}", len(encoded)) as bar:
+    with reporter.bar(f"evaluate {name}", len(encoded)) as bar:
         outcome = evaluate_split(
             found.model, found.task, encoded, found.tokenizer, accelerator,
             batch_size=recipe.eval.batch_size, source=rows.source, on_batch=bar.advance_by,
         )  # fmt: skip
-    return EvaluateResult(metrics=outcome.metrics, split=split, rows=outcome.rows)
+    return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows)
 
 
 def merge(
@@ -283,21 +287,31 @@ def merge(
     )
 
 
-def evaluation_rows(recipe: Recipe, data: DataSet, split: str, task: Task) -> Split:
-    """The rows of ``split``; a validation split that training set aside is cut again, the same for the same seed."""
+def evaluation_rows(
+    recipe: Recipe, data: DataSet, split: str | None, task: Task, *, is_own_data: bool
+) -> tuple[Split, str]:
+    """The rows to score, and the name of their split.
+
+    Training sets validation rows aside where its data has none; on that data they are cut again, the same for the same
+    seed. Other data without a validation split is scored whole.
+    """
     names = {
         "train": recipe.data.train_split,
         "validation": recipe.data.validation_split,
         "test": recipe.data.test_split,
     }
-    wanted = names.get(split, split)
-    if data.find(wanted) is None and split in ("train", "validation") and data.find(recipe.data.train_split):
+    has_validation = data.find(recipe.data.validation_split) is not None
+    if split is None and not has_validation and not is_own_data:
+        wanted = recipe.data.train_split if data.find(recipe.data.train_split) else recipe.data.test_split
+        return data.require(wanted, "--split"), "all"
+    split = split or "validation"
+    if is_own_data and not has_validation and split in ("train", "validation"):
         rows = data.require(recipe.data.train_split, "--split")
         check_columns(rows, task)
         targets = task.targets(rows.table, rows.source, allow_missing=False)
         parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
-        return parts[0] if split == "train" else parts[1]
-    return data.require(wanted, "--split")
+        return parts[0] if split == "train" else parts[1], split
+    return data.require(names.get(split, split), "--split"), split
 
 
 def _accelerator(recipe: Recipe) -> Any:

@@ -68,6 +68,11 @@ FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
+# What is trained, and how, is settled when there is something to score; a flag that changed nothing would mislead.
+_KEPT = ("train.seed", "train.precision")
+NOT_FOR_EVAL = tuple(f.key for f in FLAGS if f.key.startswith(("adapter.", "train.")) and f.key not in _KEPT)
+
+
 def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: replace a command's ``**given`` by a parameter for every flag of the table, less the keys
     ``left_out``.

@@ -208,7 +208,7 @@ def _load_run(adapter_folder: Path, recipe: Recipe) -> Evaluable:
         raise ConfigError(
             str(adapter_folder), "the adapter was saved outside a task", fix="Merge it and evaluate the merged model"
         )
-    task = task_class(adapter.task["kind"]).from_dict(adapter.task)
+    task = _run_task(adapter.task, recipe)
     source = find_model(
         recipe.model.name or adapter.base["name"],
         revision=adapter.base.get("commit") or adapter.base.get("revision"),
@@ -216,7 +216,20 @@ def _load_run(adapter_folder: Path, recipe: Recipe) -> Evaluable:
     )
     tokenizer = load_tokenizer(source)
     model = load_adapted(adapter, source, task, tokenizer.pad_token_id, FactorCache())
-    return Evaluable(model=model, task=task, tokenizer=tokenizer, max_length=int(adapter.extra.get("max_length", 512)))
+    trained_length = int(adapter.extra.get("max_length", 512))
+    max_length = resolve_max_length(recipe.data.max_length or trained_length, tokenizer, source.config)
+    return Evaluable(model=model, task=task, tokenizer=tokenizer, max_length=max_length)
+
+
+def _run_task(stored: dict[str, Any], recipe: Recipe) -> Task:
+    """The task that an adapter was trained for, reading the columns that the recipe (or a flag over it) names."""
+    if recipe.task.kind not in (None, stored["kind"]):
+        raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {recipe.task.kind}")
+    text = recipe.data.text_columns or tuple(stored["text_columns"])
+    if len(text) != len(stored["text_columns"]):
+        raise ConfigError("--text-column", f"the run reads {len(stored['text_columns'])} texts, got {len(text)}")
+    columns = {"text_columns": list(text), "label_column": recipe.data.label_column or stored["label_column"]}
+    return task_class(stored["kind"]).from_dict({**stored, **columns})
 
 
 def _plain_task(recipe: Recipe, data: DataSet, config: Any) -> Task:

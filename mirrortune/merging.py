@@ -22,7 +22,7 @@ from mirrortune.adapter_file import AdapterFile, load_into, read_adapter
 from mirrortune.adapters.inject import FactorSource, plain_parameters, spectral_layers
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.model import DTYPES, ModelSource, find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.model import DTYPES, ModelSource, find_model, load_model, load_tokenizer, resolve_dtype, shard_bytes
 from mirrortune.precision import autocast, widen
 from mirrortune.tasks import Task, task_class
 from mirrortune.tokens import resolve_max_length
@@ -97,7 +97,7 @@ def merge_folder(
 
     def write(folder: Path) -> None:
         state = merged_state(plain, adapted)
-        plain.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        plain.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes(source))  # type: ignore[operator]
         del state
         tokenizer.save_pretrained(folder)
         for name, text in (extra_files or {}).items():

@@ -144,6 +144,19 @@ def load_model(
     return LoadedModel(model=model, new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
 
 
+def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
+    """The size in bytes that no shard of a copy should exceed: that of the source's largest, if it has several."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    name = "model.safetensors.index.json"
+    with hub_errors(f"model '{source.name}'", flag="--model"):
+        index = cached_file(source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return default
+    sizes = [f.stat().st_size for f in Path(index).parent.glob("model-*.safetensors")]
+    return max(sizes, default=default)
+
+
 def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, Any]) -> nn.Module:
     """The model's modules without weights (meta device): names and shapes, before anything is downloaded."""
     import transformers  # noqa: PLC0415

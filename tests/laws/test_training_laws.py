@@ -171,7 +171,7 @@ CUTS: dict[str, tuple[Watcher, dict[str, Any]]] = {
     "terminated after the first step": (terminate_after(1), {}),
     "killed two steps after a checkpoint": (
         kill_after(8),
-        {"save_every_steps": 3, "eval_every_steps": 7, "log_every_steps": 1},
+        {"save_every_steps": 3, "eval_every_steps": 6, "log_every_steps": 1},
     ),
     "killed before any checkpoint": (kill_after(2), {}),
 }

@@ -96,6 +96,7 @@ def test_every_argument_is_used() -> None:
         ({"target_modules": "nothing"}, "matches none"),
         ({"scale_topk": 2}, "Did you mean 'scale_top_k'"),
         ({"scale_top_k": -2}, "scale_top_k: got -2"),
+        ({"method": "adaptive"}, "is measured on a task, and there is none here"),
     ],
 )
 def test_wrong_arguments_leave_the_model_as_it_was(arguments: dict[str, Any], message: str) -> None:

@@ -58,8 +58,9 @@ def test_every_linear_layer_of_the_base_is_adapted_and_the_head_trained(family: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_untrained_branch_gives_exactly_the_base_model(family: str) -> None:
-    model = FAMILIES[family]()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_untrained_branch_gives_exactly_the_base_model(family: str, dtype: torch.dtype) -> None:
+    model = FAMILIES[family]().to(dtype)
     before = logits(model)
     attach(model, AdapterSpec(strategy="branch"))
     assert torch.equal(logits(model), before)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows eval scores, which flags it takes, and that a merge keeps its base's sharding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.cli.console import mirrortune, reviews, write_table
+
+
+@pytest.fixture
+def run(desk: Path, tiny_model_dir: Path) -> Path:
+    """A run on ``reviews.csv`` (60 rows), of which training set 6 aside."""
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 2]
+    assert mirrortune("train", *words, "-o", "run").exit_code == 0
+    return desk / "run"
+
+
+def test_rows_set_aside_are_scored_and_not_counted_as_training_rows(run: Path) -> None:
+    validation = mirrortune("eval", run, "--json").data
+    assert (validation["split"], validation["rows"]) == ("validation", 6)
+    train = mirrortune("eval", run, "--split", "train", "--json").data
+    assert (train["split"], train["rows"]) == ("train", 54)
+    by_name = mirrortune("eval", run, "-d", "reviews.csv", "--json").data
+    assert by_name == validation
+
+
+def test_other_data_is_scored_whole(run: Path, desk: Path) -> None:
+    write_table(desk / "new.csv", reviews(35))
+    found = mirrortune("eval", run, "-d", "new.csv", "--json").data
+    assert (found["split"], found["rows"]) == ("all", 35)
+    assert mirrortune("eval", run, "-d", "new.csv", "--split", "train", "--json").data["rows"] == 35
+    outcome = mirrortune("eval", run, "-d", "new.csv", "--split", "validation")
+    assert outcome.exit_code == 3
+    assert "there is no split 'validation'" in outcome.said
+
+
+def test_other_columns_are_read_when_named(run: Path, desk: Path) -> None:
+    rows = [(i, text, label) for i, (text, label) in enumerate(reviews(12))]
+    write_table(desk / "renamed.csv", rows, header=("id", "body", "verdict"))
+    words = ("--text-column", "body", "--label-column", "verdict")
+    assert mirrortune("eval", run, "-d", "renamed.csv", *words, "--json").data["rows"] == 12
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--lr", "1"), "No such option"),
+        (("--method", "full"), "No such option"),
+        (("-t", "regression"), "the run was trained for text-classification, got regression"),
+        (("--text-column", "text", "--text-column", "label"), "the run reads 1 texts, got 2"),
+        (("--batch-size", "0"), "eval.batch_size"),
+        (("--max-length", "100000"), "the model takes at most"),
+    ],
+)
+def test_a_flag_that_cannot_apply_is_refused(run: Path, words: tuple[str, ...], says: str) -> None:
+    outcome = mirrortune("eval", run, *words)
+    assert outcome.exit_code == 2
+    assert says in outcome.said
+
+
+def test_a_merge_keeps_the_sharding_of_its_base(tiny_model_dir: Path, desk: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir)
+    base.save_pretrained("sharded", max_shard_size="20KB")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained("sharded")
+    largest = max(f.stat().st_size for f in Path("sharded").glob("model-*.safetensors"))
+    words = ["-m", "sharded", "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 1]
+    assert mirrortune("train", *words, "-o", "run").exit_code == 0
+    assert mirrortune("merge", "run", "-o", "merged").exit_code == 0
+    shards = [f.stat().st_size for f in Path("merged").glob("model-*.safetensors")]
+    assert len(shards) > 1
+    assert max(shards) <= largest
