@@ -8,8 +8,10 @@ function adds it to the recipe's schema, to error messages and to the law tests.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from types import UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
 
@@ -53,20 +55,43 @@ class Registry(Generic[T]):
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters of an item: these are its recipe options."""
-        parameters = inspect.signature(self._items[name]).parameters.values()
+        parameters = inspect.signature(self._items[name], eval_str=True).parameters.values()
         return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def check_options(self, name: str, given: dict[str, Any], where: str) -> None:
-        """Refuse options that the item does not have, naming the nearest that it has."""
+        """Refuse options that the item does not have, naming the nearest that it has, and values of another type."""
         known = self.options(name)
-        errors = [
-            ConfigError(
-                f"{where}.{key}",
-                f"{self.kind} '{name}' has no option '{key}'.{did_you_mean(key, known)}",
-                allowed=", ".join(sorted(known)) or "no options",
-            )
-            for key in given
-            if key not in known
-        ]
+        errors = []
+        for key, value in given.items():
+            if key not in known:
+                problem = f"{self.kind} '{name}' has no option '{key}'.{did_you_mean(key, known)}"
+                allowed = ", ".join(sorted(known)) or "no options"
+            elif not _fits(value, known[key].annotation):
+                problem, allowed = f"got {value!r}", _describe(known[key].annotation)
+            else:
+                continue
+            errors.append(ConfigError(f"{where}.{key}", problem, allowed=allowed))
         if errors:
             raise ConfigError.several(errors)
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of the type ``hint``; a hint that is neither plain, a union nor a Literal takes anything."""
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return hint not in _WORDS or type(value) is hint  # True is no whole number here
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_describe, get_args(hint)))
+    return _WORDS.get(hint, str(hint))

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.cores.givens import Givens
+from mirrortune.adapters.inject import attach
 from mirrortune.adapters.presets import PRESETS
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError
 from tests.spectral import VARIANTS, Variant
 
@@ -73,3 +77,37 @@ def test_delta_matrix_changes_nothing(variant: Variant) -> None:
 def test_a_core_without_its_two_methods_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="abstract methods"):
         Core()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("mirror", {"side": "left"}),
+        ("mirror", {"scale_top_k": [1]}),
+        ("scale", {"top_k": 9}),
+        ("scale", {"top_k": "few"}),
+        ("psoft", {"neumann_terms": -1}),
+        ("psoft", {"neumann_terms": 1.5}),
+        ("psoft", {"vectors": "yes"}),
+        ("svft", {"pattern": "stripes"}),
+        ("svft", {"bands": -1}),
+        ("svft", {"bands": True}),
+        ("svft", {"pattern": "random", "pattern_seed": -1}),
+        ("svft", {"pattern": "random", "pattern_seed": "a"}),
+        ("speclora", {"lora_rank": 0}),
+        ("speclora", {"lora_rank": True}),
+        ("speclora", {"lora_alpha": float("nan")}),
+        ("speclora", {"lora_alpha": "8"}),
+        ("speclora", {"init_seed": 1.5}),
+        ("speclora", {"top_k": -1}),
+        ("speclora", {"top_k": None}),
+    ],
+)
+def test_a_wrong_option_is_a_configuration_error(method: str, options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    (key,) = set(options) - {"pattern"} or {"pattern"}
+    with pytest.raises(ConfigError, match=rf"^adapter\.options\.{key}: got .*Allowed: ") as caught:
+        attach(model, AdapterSpec(method=method, rank=5, options=options))
+    assert caught.value.exit_code == 2
+    assert isinstance(model[0], nn.Linear)
+    assert model[0].weight.requires_grad

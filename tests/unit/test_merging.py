@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mirrortune.adapter_file import FingerprintBook, write_adapter
-from mirrortune.adapters.factorize import factorize
+from mirrortune.adapter_file import FingerprintBook, read_adapter, write_adapter
 from mirrortune.adapters.inject import AdapterSpec, attach, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
@@ -139,6 +138,21 @@ def test_another_base_is_refused_and_nothing_written(tiny_model_dir: Path, tmp_p
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_a_merge_that_fails_its_check_is_not_written(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """An adapter of finite numbers that overflow: NaN equals nothing, so nobody can say that the merge is right."""
+    adapted = write_trained(tiny_model_dir, tmp_path / "adapter", AdapterSpec())
+    with torch.no_grad():
+        adapted.get_parameter("classifier.weight").fill_(3e38)
+    description = read_adapter(tmp_path / "adapter")
+    write_adapter(
+        tmp_path / "adapter", adapted, description.fingerprints, base=description.base, task=description.task, extra={}
+    )
+    with pytest.raises(VerificationError, match="the merged model differs from base") as caught:
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert caught.value.exit_code == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_an_output_folder_that_holds_anything_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     write_trained(tiny_model_dir, tmp_path / "adapter", AdapterSpec(rank=2))
     target = tmp_path / "merged"
@@ -243,4 +257,3 @@ def test_delta_weights_do_not_depend_on_the_driver(tiny_model_dir: Path, tmp_pat
     merge_folder(tmp_path / "adapter", tmp_path / "b", factor_source=flipped)
     a, b = (reopen(tmp_path / name).state_dict() for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert factorize(torch.eye(2)).rank == 2

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 
 from mirrortune.errors import ConfigError
@@ -19,7 +21,9 @@ def registry() -> Registry:
         return rank
 
     @found.register("block")
-    def block(rank: int, *, size: int = 2, overlap: bool = False) -> int:
+    def block(
+        rank: int, *, size: int = 2, overlap: bool = False, top: int | Literal["all"] = "all", gain: float = 1.0
+    ) -> int:
         return rank * size
 
     return found
@@ -59,7 +63,8 @@ def test_a_name_that_is_near_nothing_gets_no_suggestion(registry: Registry) -> N
 
 def test_options_are_the_keyword_only_parameters(registry: Registry) -> None:
     assert registry.options("mirror") == {}
-    assert {name: p.default for name, p in registry.options("block").items()} == {"size": 2, "overlap": False}
+    defaults = {name: p.default for name, p in registry.options("block").items()}
+    assert defaults == {"size": 2, "overlap": False, "top": "all", "gain": 1.0}
 
 
 def test_unknown_options_are_refused_all_at_once(registry: Registry) -> None:
@@ -69,3 +74,30 @@ def test_unknown_options_are_refused_all_at_once(registry: Registry) -> None:
     with pytest.raises(ConfigError) as caught:
         registry.check_options("mirror", {"a": 1, "rank": 2}, "adapter.options")
     assert str(caught.value).count("Allowed: no options") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({"size": 2.0}, "a whole number"),
+        ({"size": True}, "a whole number"),
+        ({"size": "2"}, "a whole number"),
+        ({"size": None}, "a whole number"),
+        ({"overlap": "yes"}, "true or false"),
+        ({"overlap": 1}, "true or false"),
+        ({"top": "some"}, "a whole number or all"),
+        ({"top": ["all"]}, "a whole number or all"),
+        ({"gain": "1"}, "a number"),
+        ({"gain": float("nan")}, "a number"),
+    ],
+)
+def test_values_of_another_type_are_refused(registry: Registry, given: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        registry.check_options("block", given, "adapter.options")
+    ((key, value),) = given.items()
+    assert str(caught.value) == f"adapter.options.{key}: got {value!r}. Allowed: {allowed}."
+
+
+def test_values_of_the_right_type_are_taken(registry: Registry) -> None:
+    for given in ({"size": 3, "overlap": True, "top": "all", "gain": 2}, {"top": 4, "gain": 0.5}):
+        registry.check_options("block", given, "adapter.options")

@@ -43,6 +43,8 @@ class Svft(Core):
             raise ConfigError("adapter.options.pattern", f"got {pattern!r}", allowed="plain, banded, random")
         if not isinstance(bands, int) or bands < 0:
             raise ConfigError("adapter.options.bands", f"got {bands!r}", allowed="0 or more")
+        if not 0 <= pattern_seed < 2**32:
+            raise ConfigError("adapter.options.pattern_seed", f"got {pattern_seed!r}", allowed="0 to 4294967295")
         self.is_plain = pattern == "plain"
         rows, columns = _positions(rank, pattern, min(bands, rank - 1), pattern_seed)
         self.register_buffer("S", S, persistent=False)
