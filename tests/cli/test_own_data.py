@@ -82,7 +82,8 @@ def test_the_validation_rows_are_drawn_by_the_seed_and_in_proportion(desk: Path,
         assert train(tiny_model_dir, "rows.csv", "--seed", seed, out=out).exit_code == 0
         recipe = resolve([read_recipe(f"{out}/recipe.yaml")]).recipe
         task = task_class("text-classification").from_dict(adapter(desk / out)["task"])
-        held[out] = evaluation_rows(recipe, read_data(recipe), "validation", task, is_own_data=True)[0].table.to_pydict()
+        rows, _ = evaluation_rows(recipe, read_data(recipe), "validation", task, is_own_data=True)
+        held[out] = rows.table.to_pydict()
         assert Counter(held[out]["label"]) == {"x": 6, "y": 3, "z": 1}
 
     assert held["a"] == held["b"]
