@@ -9,7 +9,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,6 @@ from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import looks_like_path, shipped_folder
 from mirrortune.tables import READERS, read_table
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 # Names under which people keep the three splits.
 _SPLIT_NAMES = {
@@ -71,7 +68,6 @@ def load_data(
     config: str | None = None,
     revision: str | None = None,
     encoding: str = "utf-8",
-    only: Sequence[str] = (),
 ) -> DataSet:
     """Read a data set.
 
@@ -81,7 +77,6 @@ def load_data(
         config: the Hub data set's configuration (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
         encoding: of local text files.
-        only: Hub splits to load; all when empty.
 
     Raises:
         DataError: unreadable or missing files.
@@ -95,7 +90,7 @@ def load_data(
             if value is not None:
                 raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
         return _load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding)
-    return _load_from_hub(path, config, revision, only)
+    return _load_from_hub(path, config, revision)
 
 
 def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None) -> tuple[Split, Split]:
@@ -174,7 +169,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _load_from_hub(path: str, config: str | None, revision: str | None, only: Sequence[str]) -> DataSet:
+def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataSet:
     commit = resolve_commit(path, path, revision, "dataset", "--data")
     with hub_errors(f"data set '{path}'", flag="--data"):
         import datasets  # noqa: PLC0415  (a second to import, and only Hub data needs it)
@@ -197,8 +192,7 @@ def _load_from_hub(path: str, config: str | None, revision: str | None, only: Se
             f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})",
             fix="Run prepare online",
         )
-    wanted = [n for n in loaded if not only or n in only]
-    splits = {n: Split(table=_arrow(loaded[n]), source=f"{path} {n}") for n in wanted}
+    splits = {n: Split(table=_arrow(loaded[n]), source=f"{path} {n}") for n in loaded}
     return DataSet(splits=splits, origin={"repository": path, "config": config, "commit": commit})
 
 

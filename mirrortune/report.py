@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-# What a run's log shows of an event, in this order.
+# Levels of verbosity: -q, neither, -v.
 _QUIET, _NORMAL, _VERBOSE = -1, 0, 1
 
 
