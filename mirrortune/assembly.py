@@ -26,13 +26,23 @@ from mirrortune.planning import Plan, make_plan
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, task_class
-from mirrortune.tokens import Encoded, encode_split, resolve_max_length
+from mirrortune.tokens import Encoded, check_columns, encode_split, resolve_max_length
 from mirrortune.training import LoopSettings
+
+HELD_OUT = "held-out half"
+"""What protocol split-dev calls the half of the validation rows that chooses nothing."""
+# The halves of a data set must be the same for every run on it, whatever its seed.
+_HALVES_SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that is known before the weights are loaded."""
+    """Everything that is known before the weights are loaded.
+
+    Attributes (of those that do not speak for themselves):
+        validation: rows that choose the checkpoint.
+        reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
+    """
 
     recipe: Recipe
     spec: AdapterSpec
@@ -43,6 +53,7 @@ class Job:
     max_length: int
     train: Encoded
     validation: Encoded
+    reported: dict[str, Encoded]
     data_origin: dict[str, Any]
     plan: Plan
 
@@ -65,6 +76,7 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     for text in notes:
         reporter.note(f"  {text}")
     train_rows, validation_rows = _validation(recipe, data, train_rows, task, reporter)
+    validation_rows, reported_rows = _reported(recipe, data, validation_rows, task)
     train_rows = take_subset(train_rows, recipe.data.max_train_rows, recipe.train.seed)
     assert recipe.model.name is not None
     source = find_model(
@@ -76,7 +88,11 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
         train_rows, task, tokenizer, max_length=max_length, drop_blank=recipe.data.blank_text == "drop"
     )
     validation = encode_split(validation_rows, task, tokenizer, max_length=max_length, drop_blank=False)
-    for name, split in (("train", train), ("validation", validation)):
+    reported = {
+        name: encode_split(rows, task, tokenizer, max_length=max_length, drop_blank=False)
+        for name, rows in reported_rows.items()
+    }
+    for name, split in {"train": train, "validation": validation, **reported}.items():
         reporter.note(f"  {describe_split(name, split, max_length)}")
     dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
     plan = make_plan(
@@ -90,7 +106,7 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     _check_fits(plan)
     return Job(
         recipe=recipe, spec=spec, source=source, dtype=dtype, tokenizer=tokenizer, task=task, max_length=max_length,
-        train=train, validation=validation, data_origin=data.origin, plan=plan,
+        train=train, validation=validation, reported=reported, data_origin=data.origin, plan=plan,
     )  # fmt: skip
 
 
@@ -237,6 +253,19 @@ def _validation(
         f"(seed {recipe.train.seed}{', stratified' if task.strata(targets) is not None else ''})"
     )
     return train, validation
+
+
+def _reported(recipe: Recipe, data: DataSet, validation: Split, task: Task) -> tuple[Split, dict[str, Split]]:
+    """The rows that choose the checkpoint, and those that only score it."""
+    reported: dict[str, Split] = {}
+    if recipe.eval.protocol == "split-dev":
+        targets = task.targets(validation.table, validation.source, allow_missing=False)
+        validation, reported[HELD_OUT] = set_aside(validation, 0.5, _HALVES_SEED, task.strata(targets))
+    for name in recipe.eval.report_splits:
+        reported[name] = data.require(name, "eval.report_splits")
+        check_columns(reported[name], task)
+        task.targets(reported[name].table, reported[name].source, allow_missing=False)
+    return validation, reported
 
 
 def _check_fits(plan: Plan) -> None:

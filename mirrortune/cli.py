@@ -203,6 +203,55 @@ def merge(
     )
 
 
+@app.command()
+@_guard
+@with_recipe_flags("output_dir", "adapter.method", "train.lr", "train.seed")
+def compare(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY.SUB=VALUE]...", help="Shipped recipes or YAML files, one for each task, and settings over them.", show_default=False)] = None, *,
+    methods: Annotated[str, typer.Option("--methods", metavar="A,B:key=value,...", help="Methods, each with settings of its own; the others are tested against the first.", show_default=False)],
+    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder of the comparison; finished runs in it are kept.")] = "comparison",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method that are reported.")] = 5,
+    tune_seeds: Annotated[int, typer.Option("--tune-seeds", min=1, help="Runs by which each learning rate is judged.")] = 1,
+    lr_grid: Annotated[str | None, typer.Option("--lr-grid", metavar="X,Y,...", help="Learning rates for every method; around its own default otherwise.", show_default=False)] = None,
+    extensions: Annotated[int, typer.Option("--extensions", min=0, help="Learning rates added while the best lies at the edge of the grid.")] = 2,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time; one for each GPU by default.", show_default=False)] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; rebuild the report from what is there.")] = False,
+    task: TaskName = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Train every method with its own learning rate and the same seeds, and say which differences are real.
+
+    mirrortune compare quickstart --methods mirror,random,lora:rank=8,none
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    names = [w for w in words or [] if not _OVERRIDE.match(w)]
+    overrides = [w for w in words or [] if _OVERRIDE.match(w)]
+    # Halves of the validation rows, unless the user says otherwise: the rows that chose a rate must not report it.
+    overrides = ["eval.protocol=split-dev", *overrides]
+    found = [_resolve([n, *overrides], task, given, reporter) for n in names] or [
+        _resolve(overrides, task, given, reporter)
+    ]
+    labels = names or [found[0][1] or "task"]
+    from mirrortune.comparison import make_plan  # noqa: PLC0415
+
+    recipes = {name: resolved.recipe for name, (resolved, _) in zip(labels, found, strict=True)}
+    plan = make_plan(recipes, methods, seeds=seeds, tune_seeds=tune_seeds, lr_grid=lr_grid, extensions=extensions)
+    from mirrortune import comparison_report  # noqa: PLC0415
+
+    results = comparison_report.compare(
+        Path(output_dir),
+        plan,
+        recipes,
+        reporter,
+        jobs=jobs,
+        report_only=report_only,
+        command=shlex.join(["mirrortune", *sys.argv[1:]]),
+    )
+    reporter.result(
+        results,
+        [(Path(output_dir) / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"],
+    )
+
+
 def main() -> None:
     """Entry point of ``mirrortune`` and ``python -m mirrortune``."""
     app()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ from mirrortune.recipe import Resolved
 from mirrortune.records import check_same_recipe, pin_paths, write_results
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
+from mirrortune.scoring import score_kept
 from mirrortune.tasks import Task
 from mirrortune.tokens import check_columns, encode_split
-from mirrortune.training import Trainer
+from mirrortune.training import FitResult, Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +149,9 @@ def train(
     )
     _seed(recipe.train.seed)  # the head's initial weights
     loaded, cache = load_base(job), FactorCache()
+    started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
+    pairing_seconds = time.perf_counter() - started if pairs else 0.0
     # Ranks share one factorisation: the main process fills the cache, the others read it.
     with accelerator.main_process_first():
         book = adapt_model(loaded, job.spec, cache, reporter.bar, pairs)
@@ -160,9 +164,21 @@ def train(
     accelerator.wait_for_everyone()
     # Dropout: the same from a cold and a warm cache, another on each rank.
     _seed(recipe.train.seed + 1 + accelerator.process_index)
-    result, best_step = _fit(job, model, book, run, accelerator, reporter, resume=resume)
+    outcome = _fit(job, model, book, run, accelerator, reporter, resume=resume)
+    reported = score_kept(job, model, run, accelerator, reporter)
+    result = TrainResult(
+        run_dir=str(run.path),
+        metrics=outcome.metrics,
+        trainable_parameters=trainable_parameters(model),
+        head_parameters=head_parameters(model),
+        adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()),
+        train_seconds=round(outcome.train_seconds, 3),
+        samples_per_second=round(outcome.samples_per_second, 2),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
     if accelerator.is_main_process:
-        write_results(run, job, asdict(result), best_step)
+        more = {"reported": reported, "pairing_seconds": pairing_seconds}
+        write_results(run, job, {**asdict(outcome), **asdict(result), **more})
     return result
 
 
@@ -175,7 +191,7 @@ def _fit(
     reporter: Reporter,
     *,
     resume: bool,
-) -> tuple[TrainResult, int]:
+) -> FitResult:
     def write_adapter_files(folder: Path) -> int:
         extra = {"max_length": job.max_length}
         return write_adapter(folder, model, book.entries, base=base_identity(job), task=job.task.to_dict(), extra=extra)
@@ -195,18 +211,7 @@ def _fit(
         )
         if resume:
             trainer.resume()
-        outcome = trainer.fit()
-    result = TrainResult(
-        run_dir=str(run.path),
-        metrics=outcome.metrics,
-        trainable_parameters=trainable_parameters(model),
-        head_parameters=head_parameters(model),
-        adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()),
-        train_seconds=round(outcome.train_seconds, 3),
-        samples_per_second=round(outcome.samples_per_second, 2),
-        peak_memory_bytes=peak_memory_bytes(),
-    )
-    return result, outcome.best_step
+        return trainer.fit()
 
 
 def evaluate(

@@ -153,6 +153,17 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return flat | {name: value for name, value in sections.items() if not isinstance(value, dict)}
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that it means the same from any folder."""
+    update: dict[str, Any] = {}
+    for section, key in (("model", "name"), ("data", "path")):
+        given = getattr(getattr(recipe, section), key)
+        if given and Path(given).expanduser().exists():
+            absolute = str(Path(given).expanduser().resolve())
+            update[section] = getattr(recipe, section).model_copy(update={key: absolute})
+    return recipe.model_copy(update=update)
+
+
 def _merge(
     target: dict[str, Any], values: dict[str, Any], path: tuple[str, ...], layer: Layer,
     owners: dict[tuple[str, ...], Layer],

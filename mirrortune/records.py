@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mirrortune import model_card
@@ -12,20 +11,14 @@ from mirrortune.atomic import write_atomically
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import ConfigError
 from mirrortune.loading import base_identity
-from mirrortune.recipe import flatten, read_recipe, resolve
+from mirrortune.recipe import flatten, read_recipe, resolve, with_absolute_paths
 from mirrortune.report import draw_curves
 from mirrortune.schema import Recipe
 
 
 def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
     """The recipe with local paths made absolute, so that it repeats the run from any folder."""
-    update: dict[str, Any] = {"output_dir": str(run.path)}
-    for section, key in (("model", "name"), ("data", "path")):
-        given = getattr(getattr(recipe, section), key)
-        if given and Path(given).expanduser().exists():
-            absolute = str(Path(given).expanduser().resolve())
-            update[section] = getattr(recipe, section).model_copy(update={key: absolute})
-    return recipe.model_copy(update=update)
+    return with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
 
 
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
@@ -47,16 +40,16 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
         raise ConfigError.several(differing)
 
 
-def write_results(run: RunDirectory, job: Job, result: dict[str, Any], best_step: int) -> None:
+def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
     """The files of a finished run: results, history in the Trainer's form, curves and model card."""
     events = run.events()
-    data = {**result, "best_step": best_step, "selection_metric": job.task.selection_metric}
+    data = {**result, "protocol": job.recipe.eval.protocol, "selection_metric": job.task.selection_metric}
     run.write_json(run.results.name, data)
     state = {
         "global_step": events[-1]["step"],
         "epoch": events[-1]["epoch"],
         "best_metric": result["metrics"][job.task.selection_metric],
-        "best_model_checkpoint": str(run.checkpoint(best_step)),
+        "best_model_checkpoint": str(run.checkpoint(result["best_step"])),
         "log_history": events,
     }
     run.write_json("trainer_state.json", state)

@@ -141,6 +141,11 @@ class EvalSection(_Section):
 
     batch_size: int = Field(default=64, gt=0)
     """Rows per device."""
+    protocol: Literal["dev-best", "split-dev"] = "dev-best"
+    """dev-best chooses the best checkpoint and reports it on the same validation rows; split-dev cuts them in half,
+    always in the same way, chooses on one half and reports on the other."""
+    report_splits: tuple[str, ...] = ()
+    """Labelled splits that score the kept checkpoint once training is over, such as test."""
 
 
 class Recipe(_Section):

@@ -33,6 +33,11 @@ class Preset:
     plain: Literal["none", "bias", "all"] = "none"
     summary: str
 
+    @property
+    def is_head_only(self) -> bool:
+        """Whether nothing but the task head is trained."""
+        return self.core is None and self.plain == "none"
+
 
 PRESETS: dict[str, Preset] = {
     "mirror": Preset(

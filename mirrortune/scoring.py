@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores a finished run's kept checkpoint on the rows that chose nothing: half of the validation rows, a test split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from torch import nn
+
+from mirrortune.adapter_file import read_adapter, restore_trained
+from mirrortune.assembly import Job
+from mirrortune.atomic import write_atomically
+from mirrortune.checkpoint import RunDirectory
+from mirrortune.evaluation import evaluate_split
+from mirrortune.report import Reporter, describe_metrics
+
+
+def score_kept(
+    job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, reporter: Reporter
+) -> dict[str, dict[str, float]]:
+    """Metrics of the kept checkpoint on every split of ``job.reported``, by the split's name.
+
+    Predictions and references go to ``predictions.safetensors`` (``<split>.predictions`` and ``<split>.references``,
+    one row each in the split's order), so that runs can be compared row by row.
+
+    Args:
+        job: what to score on.
+        model: as training left it; given the kept checkpoint's numbers.
+        run: finished.
+        accelerator: accelerate's.
+        reporter: is told.
+    """
+    if not job.reported:
+        return {}
+    restore_trained(model, read_adapter(run.adapter).tensors, str(run.adapter))
+    found: dict[str, dict[str, float]] = {}
+    arrays: dict[str, Any] = {}
+    for name, rows in job.reported.items():
+        outcome = evaluate_split(
+            model, job.task, rows, job.tokenizer, accelerator, batch_size=job.recipe.eval.batch_size, source=name
+        )
+        found[name] = outcome.metrics
+        arrays[f"{name}.predictions"] = np.ascontiguousarray(job.task.predict(outcome.logits))
+        arrays[f"{name}.references"] = np.ascontiguousarray(rows.targets)
+        reporter.note(f"{name}: {describe_metrics(outcome.metrics)}  ({outcome.rows:,} rows)")
+
+    def write(path: Path) -> None:
+        save_file(arrays, path)
+
+    if accelerator.is_main_process:
+        write_atomically(run.path / "predictions.safetensors", write)
+    return found

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is one method better than another, or is the difference within the noise? Paired tests over seeds and over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+_RESAMPLES = 2_000
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """A method against the reference, same seeds and rows.
+
+    Attributes:
+        label: the method.
+        difference: of the mean scores, method minus reference.
+        p_value: two-sided paired t-test over seeds; None with fewer than two.
+        p_adjusted: after Holm's correction for the number of methods tested.
+        low, high: 95% bootstrap interval of the difference over seeds and rows; None without row predictions.
+        verdict: ``better``, ``worse`` or ``within the noise``; ``not tested`` with fewer than two seeds.
+    """
+
+    label: str
+    difference: float
+    p_value: float | None
+    p_adjusted: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """The scores of one method: one a seed, in the same order for every method.
+
+    Attributes:
+        values: shape (seeds,).
+        predictions, references: of every seed's rows, each of shape (rows,), or None if they were not kept.
+    """
+
+    values: tuple[float, ...]
+    predictions: tuple[Array, ...] | None = None
+    references: tuple[Array, ...] | None = None
+
+
+def compare_with_reference(
+    samples: dict[str, Sample],
+    reference: str,
+    metric: Callable[[Array, Array], float],
+    *,
+    higher_is_better: bool,
+    seed: int = 0,
+) -> list[Paired]:
+    """Test every method of ``samples`` against ``reference``.
+
+    A difference counts as real only if both the t-test over seeds (after Holm, p < 0.05) and the bootstrap interval
+    over seeds and rows agree: seeds alone do not see that the rows are a sample too.
+
+    Args:
+        samples: by method; all with the same seeds.
+        reference: one of them.
+        metric: (predictions, references) -> score.
+        higher_is_better: whether a larger score is a better one.
+        seed: of the bootstrap.
+    """
+    base = samples[reference]
+    others = [label for label in samples if label != reference]
+    p_values = [_t_test(samples[label].values, base.values) for label in others]
+    adjusted = holm(p_values)
+    found = []
+    for label, p, p_adjusted in zip(others, p_values, adjusted, strict=True):
+        difference = float(np.mean(samples[label].values) - np.mean(base.values))
+        interval = bootstrap_interval(samples[label], base, metric, seed=seed)
+        found.append(
+            Paired(
+                label=label,
+                difference=difference,
+                p_value=p,
+                p_adjusted=p_adjusted,
+                low=interval[0] if interval else None,
+                high=interval[1] if interval else None,
+                verdict=_verdict(difference, p_adjusted, interval, higher_is_better=higher_is_better),
+            )
+        )
+    return found
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """P-values after Holm's step-down correction, in the given order; None stays None."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, index) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        adjusted[index] = largest
+    return adjusted
+
+
+def bootstrap_interval(
+    sample: Sample, base: Sample, metric: Callable[[Array, Array], float], *, seed: int
+) -> tuple[float, float] | None:
+    """95% interval of the difference of mean scores, seeds and rows drawn anew with replacement.
+
+    Rows are drawn once for all seeds where all seeds were scored on the same rows, else for each seed.
+    """
+    if sample.predictions is None or base.predictions is None or base.references is None or len(sample.values) < 2:
+        return None
+    random = np.random.default_rng(seed)
+    references = base.references
+    is_shared = all(len(r) == len(references[0]) and np.array_equal(r, references[0]) for r in references)
+    differences = np.empty(_RESAMPLES)
+    for index in range(_RESAMPLES):
+        shared = random.integers(len(references[0]), size=len(references[0]))
+        gaps = []
+        for s in random.integers(len(references), size=len(references)):
+            rows = shared if is_shared else random.integers(len(references[s]), size=len(references[s]))
+            truth = references[s][rows]
+            gaps.append(metric(sample.predictions[s][rows], truth) - metric(base.predictions[s][rows], truth))
+        differences[index] = np.mean(gaps)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _t_test(values: Sequence[float], base: Sequence[float]) -> float | None:
+    import scipy.stats  # noqa: PLC0415
+
+    gaps = np.asarray(values) - np.asarray(base)
+    if len(gaps) < 2:
+        return None
+    if (
+        np.ptp(gaps) == 0
+    ):  # the statistic is 0/0 or infinite: no spread, so either no difference at all or a constant one
+        return 1.0 if gaps[0] == 0 else 0.0
+    return float(scipy.stats.ttest_rel(values, base).pvalue)
+
+
+def _verdict(
+    difference: float, p: float | None, interval: tuple[float, float] | None, *, higher_is_better: bool
+) -> str:
+    if p is None:
+        return "not tested"
+    if p >= _LEVEL or (interval and interval[0] <= 0 <= interval[1]):
+        return "within the noise"
+    return "better" if (difference > 0) == higher_is_better else "worse"
