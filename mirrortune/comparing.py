@@ -179,6 +179,8 @@ class Comparison:
             stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._running.append(process)
+        if self._stopped.is_set():  # the signal came between the last look and the start
+            process.send_signal(signal.SIGTERM)
         _, said = process.communicate()
         self._running.remove(process)
         return process.returncode, said.strip()

@@ -86,8 +86,9 @@ def markdown(results: dict[str, Any]) -> str:
     """The table of every task."""
     parts = []
     for task, found in results["tasks"].items():
-        splits = found["splits"]
-        reference = found["reference"]
+        splits, reference = found["splits"], found["reference"]
+        if not splits:  # nothing has finished
+            continue
         head = ["method", "lr", *[f"{found['metric']}, {s}" for s in splits], f"against {reference}, {splits[-1]}",
                 "trained numbers", "adapter", "step", "peak memory"]  # fmt: skip
         lines = [f"### {task}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

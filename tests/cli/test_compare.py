@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mirrortune compare``: a small grid from end to end, what is kept when it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
+
+GRID = ["--seeds", 2, "--lr-grid", "1e-1", "--extensions", 0, "--epochs", 2, "--batch-size", 16, "--jobs", 2]
+
+
+class Compared:
+    """Two methods, two seeds, on reviews with a test split; for tests that only read it.
+
+    Attributes:
+        root: the comparison's folder.
+        words: the command line.
+        outcome: of the command.
+    """
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        rows = reviews(160)
+        for name, part in {"train": rows[:96], "validation": rows[96:128], "test": rows[128:]}.items():
+            write_table(folder / "data" / f"{name}.csv", part)
+        self.root, self.cache = folder / "out", folder / "cache"
+        data = ["-m", model, "-t", "text-classification", "-d", folder / "data", "--head-lr", 1e-2]
+        self.words = ["compare", *data, "--methods", "mirror,none", *GRID, "-o", self.root]
+        self.outcome = self.run()
+
+    def run(self, *words: object) -> Outcome:
+        """The same command again, with more words."""
+        return mirrortune(*self.words, *words, cache=self.cache)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What results.json holds."""
+        found = json.loads((self.root / "results.json").read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Compared:
+    return Compared(tmp_path_factory.mktemp("compared"), tiny_model_dir)
+
+
+def test_it_reports_every_method_on_rows_that_chose_nothing(compared: Compared) -> None:
+    assert compared.outcome.exit_code == 0, compared.outcome.stderr
+    task = compared.results["tasks"]["task"]
+    assert task["splits"] == ["held-out half", "test"]
+    assert task["rows"] == {"held-out half": 16, "test": 32}
+    assert list(task["methods"]) == ["mirror", "none"]
+    for method in task["methods"].values():
+        assert method["seeds"] == [0, 1]
+        for spread in method["reported"].values():
+            assert len(spread["values"]) == 2
+            assert spread["mean"] == pytest.approx(sum(spread["values"]) / 2)
+    assert task["methods"]["mirror"]["trainable_parameters"] > task["methods"]["none"]["trainable_parameters"] == 0
+    assert task["methods"]["none"]["lr_key"] == "train.head_lr"
+    assert [t["label"] for t in task["tests"]["test"]] == ["none"]
+
+
+def test_the_table_says_what_the_results_say(compared: Compared) -> None:
+    table = (compared.root / "table.md").read_text(encoding="utf-8")
+    assert table in compared.outcome.stdout
+    mean = 100 * compared.results["tasks"]["task"]["methods"]["mirror"]["reported"]["test"]["mean"]
+    row = next(line for line in table.splitlines() if line.startswith("| `mirror`"))
+    assert f"{mean:.1f} ±" in row
+
+
+def test_it_draws_its_figures(compared: Compared) -> None:
+    for name in ("score_per_task.png", "score_by_trained_numbers.png", "curves-task.png"):
+        assert (compared.root / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_share_data_order_and_head(compared: Compared) -> None:
+    # Both heads start alike and see the same first batch, so the first loss is the same: no adapter has moved yet.
+    first = []
+    for label in ("mirror", "none"):
+        folder = compared.root / "cells" / "task" / label / "lr-1e-01" / "seed-0"
+        events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        recipe = (folder / "recipe.yaml").read_text()
+        assert "protocol: split-dev" in recipe
+        first.append(events[0]["epoch"])
+        assert not (folder / "checkpoints").exists()
+    assert first[0] == first[1]
+
+
+def test_a_second_run_keeps_what_is_finished(compared: Compared) -> None:
+    before = {p: p.stat().st_mtime_ns for p in compared.root.rglob("cells/**/results.json")}
+    assert len(before) == 4
+    again = compared.run("--report-only", "--json")
+    assert again.data["tasks"] == compared.results["tasks"]
+    assert {p: p.stat().st_mtime_ns for p in compared.root.rglob("cells/**/results.json")} == before
+
+
+def test_other_settings_do_not_mix_with_what_is_there(compared: Compared) -> None:
+    refused = compared.run("--max-length", 16)
+    assert refused.exit_code == 2
+    assert "it holds a comparison of 'task' with other settings" in refused.said
+
+
+def test_all_methods_are_checked_before_any_is_trained(compared: Compared, tmp_path: Path) -> None:
+    words = [w if w != compared.root else tmp_path / "new" for w in compared.words]
+    words[words.index("mirror,none")] = "mirror:pairing=miror,svft:bandz=2,none:rank=3"
+    refused = mirrortune(*words, cache=compared.cache)
+    assert refused.exit_code == 2
+    for part in ("Did you mean 'mirror'", "bandz", "method 'none' has no rank"):
+        assert part in refused.said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(compared: Compared, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    words = [w if w != compared.root else tmp_path for w in compared.words]
+    refused = mirrortune(*words, cache=compared.cache)
+    assert refused.exit_code == 2
+    assert "holds no comparison" in refused.said
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_cell_that_fails_stops_it_with_its_own_message(compared: Compared, tmp_path: Path) -> None:
+    words = [w if w != compared.root else tmp_path / "new" for w in compared.words]
+    words[words.index("mirror,none")] = "psoft:rank=4000"
+    refused = mirrortune(*words, cache=compared.cache)
+    assert refused.exit_code == 2
+    assert "4000" in refused.said
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_goes_on(compared: Compared, tmp_path: Path) -> None:
+    words = [str(w) if w != compared.root else str(tmp_path / "new") for w in compared.words]
+    env = {**os.environ, "MIRRORTUNE_CACHE": str(compared.cache)}
+    process = start(*words, env=env)
+    until = time.monotonic() + 90
+    while not list(tmp_path.rglob("cells/**/results.json")) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stopped = finish(process)
+    assert stopped.exit_code == 130, stopped.stderr
+    assert "finished runs are kept" in stopped.said
+    done = finish(start(*words, "--json", env=env)).data
+    method = done["tasks"]["task"]["methods"]["mirror"]
+    assert method["reported"] == compared.results["tasks"]["task"]["methods"]["mirror"]["reported"]
