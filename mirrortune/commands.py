@@ -166,7 +166,15 @@ def train(
     _seed(recipe.train.seed + 1 + accelerator.process_index)
     outcome = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     reported = score_kept(job, model, run, accelerator, reporter)
-    result = TrainResult(
+    result = _train_result(run, model, outcome)
+    if accelerator.is_main_process:
+        more = {"reported": reported, "pairing_seconds": pairing_seconds}
+        write_results(run, job, {**asdict(outcome), **asdict(result), **more})
+    return result
+
+
+def _train_result(run: RunDirectory, model: nn.Module, outcome: FitResult) -> TrainResult:
+    return TrainResult(
         run_dir=str(run.path),
         metrics=outcome.metrics,
         trainable_parameters=trainable_parameters(model),
@@ -176,10 +184,6 @@ def train(
         samples_per_second=round(outcome.samples_per_second, 2),
         peak_memory_bytes=peak_memory_bytes(),
     )
-    if accelerator.is_main_process:
-        more = {"reported": reported, "pairing_seconds": pairing_seconds}
-        write_results(run, job, {**asdict(outcome), **asdict(result), **more})
-    return result
 
 
 def _fit(

@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new core or kind of task: the files of those two folders are of one layer, and may import each other.
 LAYERS = (
-    "errors precision report signals adapters adapters.matching",
+    "comparison_figures errors precision report signals significance adapters adapters.matching",
     "adapters.factorize adapters.presets atomic columns locations metrics registry strict_yaml",
     "adapters.basis adapters.cores adapters.pairings checkpoint flags hub model_card schema tables",
-    "adapters.spectral_linear data factor_cache model recipe",
+    "adapters.spectral_linear comparison data factor_cache model recipe",
     "adapters.spec tasks",
     "adapters.inject tokens",
     "batching",
@@ -25,8 +25,8 @@ LAYERS = (
     "merging stepping",
     "api training",
     "assembly",
-    "environment loading",
-    "records",
+    "comparing environment loading",
+    "comparison_report records scoring",
     "commands",
     "cli",
     "__main__",

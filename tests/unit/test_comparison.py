@@ -76,7 +76,7 @@ def test_the_grid_grows_while_its_edge_is_best(at: float, chosen_lr: float) -> N
 
 
 def test_the_grid_stops_growing_and_says_so() -> None:
-    cells, chosen = outcome(plan(extensions=2), peak(1e3))
+    chosen = outcome(plan(extensions=2), peak(1e3))[1]
     assert (chosen.lr, chosen.is_at_edge) == (1e-1, True)
     assert outcome(plan(extensions=0), peak(1e3))[1].lr == 1e-2
 
