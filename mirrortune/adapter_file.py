@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter on disk: ``adapter.safetensors`` holds every trained number and the basis sketches, ``adapter.json``
-everything else.
+everything else. The trained numbers of a tuner of PEFT are in PEFT's own two files instead, beside ``adapter.json``.
 
-Loading trusts neither: both files must have the recorded hashes, every adapted weight of the base must have the
+Loading trusts none: all files must have the recorded hashes, every adapted weight of the base must have the
 recorded hash, and every basis must align with its sketch. What fails is refused with the layer's name.
 
 Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
@@ -23,14 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mirrortune import __version__
-from mirrortune.adapters.basis import Fingerprint, align, fingerprint, weight_digest
-from mirrortune.adapters.cores import Core
-from mirrortune.adapters.factorize import Factors
+from mirrortune import __version__, peft_tuners
+from mirrortune.adapters.basis import Fingerprint
 from mirrortune.adapters.inject import (
-    FactorSource,
     adapter_parameters,
-    attach,
     attachment,
     plain_parameters,
     spectral_layers,
@@ -56,6 +52,7 @@ class AdapterFile:
         task: the task's own description, or None for an adapter made in other people's loops.
         head: names of the head's parameters.
         extra: what else the writer recorded (max_length, ...).
+        peft_config: PEFT's own description of the adapter, or None for one of ours.
     """
 
     folder: Path
@@ -67,17 +64,7 @@ class AdapterFile:
     task: dict[str, Any] | None
     head: tuple[str, ...]
     extra: dict[str, Any]
-
-
-class FingerprintBook:
-    """Fingerprints of a model's layers, made once (the base does not change while training) and used at every save."""
-
-    def __init__(self) -> None:
-        self.entries: dict[str, Fingerprint] = {}
-
-    def __call__(self, name: str, weight: Tensor, factors: Factors, core: Core) -> None:
-        """Note one layer; the hook for :func:`mirrortune.adapters.inject.attach`."""
-        self.entries[name] = fingerprint(weight, factors, core.side)
+    peft_config: dict[str, Any] | None
 
 
 def write_adapter(
@@ -89,10 +76,16 @@ def write_adapter(
     task: dict[str, Any] | None,
     extra: dict[str, Any],
 ) -> int:
-    """Write both files into ``folder``, which exists; returns their size in bytes. Callers make the folder atomic."""
+    """Write all files into ``folder``, which exists; returns their size in bytes. Callers make the folder atomic."""
     attached = attachment(model)
     tensors = _trained_tensors(model) | _basis_tensors(model, fingerprints)
-    data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, {"format_version": str(FORMAT_VERSION)})
+    is_peft = attached.spec.preset.peft is not None
+    metadata = {"format": "pt"} if is_peft else {"format_version": str(FORMAT_VERSION)}
+    data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata)
+    files = {_tensor_file(attached.spec): data}
+    if is_peft:
+        config = peft_tuners.peft_config(model, base)
+        files[peft_tuners.CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     layers = {
         name: {
             "shape": list(shape),
@@ -114,14 +107,14 @@ def write_adapter(
         "head": list(attached.targets.head),
         "plain": list(attached.targets.plain),
         "skipped": attached.targets.skipped,
-        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+        **{key: hashlib.sha256(files[name]).hexdigest() for key, name in _hashed_files(attached.spec).items()},
         **extra,
     }
-    (folder / _TENSORS).write_bytes(data)
     description["description_sha256"] = _description_digest(description)
-    text = json.dumps(description, indent=1) + "\n"
-    (folder / _DESCRIPTION).write_text(text, encoding="utf-8")
-    return len(data) + len(text.encode())
+    files[_DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return sum(map(len, files.values()))
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -132,27 +125,19 @@ def read_adapter(folder: Path) -> AdapterFile:
     """
     description = _read_description(folder)
     try:
-        data = (folder / _TENSORS).read_bytes()
-    except OSError as error:
-        raise VerificationError(
-            str(folder / _TENSORS), "missing or unreadable", fix="Restore the adapter folder"
-        ) from error
-    if hashlib.sha256(data).hexdigest() != description.get("tensors_sha256"):
-        raise VerificationError(
-            str(folder / _TENSORS), "damaged: its hash is not the one in adapter.json", fix="Restore the adapter folder"
-        )
-    try:
-        tensors = load(data)
+        spec = AdapterSpec(**description["adapter"])
+        files = {name: _read_file(folder / name, description[key]) for key, name in _hashed_files(spec).items()}
+        tensors = load(files[_tensor_file(spec)])
         layers = description["layers"]
         return AdapterFile(
             folder=folder,
-            spec=AdapterSpec(**description["adapter"]),
+            spec=spec,
             fingerprints={
                 name: Fingerprint(
                     weight_sha256=layer["weight_sha256"],
                     probe_seed=layer["probe_seed"],
                     side=layer["side"],
-                    sketch=tensors[f"sketch.{name}"],
+                    sketch=torch.zeros(0, 0) if spec.preset.peft else tensors[f"sketch.{name}"],
                     sigma_head=tuple(layer["sigma_head"]),
                 )
                 for name, layer in layers.items()
@@ -163,76 +148,24 @@ def read_adapter(folder: Path) -> AdapterFile:
             task=description["task"],
             head=tuple(description["head"]),
             extra={k: v for k, v in description.items() if k in ("max_length",)},
+            peft_config=json.loads(files[peft_tuners.CONFIG_FILE]) if spec.preset.peft else None,
         )
-    except (KeyError, TypeError, IndexError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
         raise VerificationError(
             str(folder / _DESCRIPTION), f"damaged ({type(error).__name__}: {error})", fix="Restore the adapter folder"
         ) from error
 
 
-def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> FingerprintBook:
-    """Attach ``adapter`` to its base ``model`` (in place) and give it its trained numbers.
-
-    Args:
-        model: the base, in the dtype that the adapter was trained on.
-        adapter: from :func:`read_adapter`.
-        source: computes or remembers factors.
-
-    Returns:
-        The fingerprints, for saving again.
-
-    Raises:
-        VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's
-            name.
-    """
-    modules = dict(model.named_modules())
-    for name, shape in adapter.shapes.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
-            found = tuple(weight.shape) if isinstance(weight, Tensor) else "no such layer"
-            raise VerificationError(
-                name,
-                f"the adapter was made for a weight of shape {shape}, the base has {found}",
-                fix="Use its own base model",
-            )
-
-    def checked(name: str, weight: Tensor, rank: int) -> Factors:
-        stored = adapter.fingerprints.get(name)
-        if stored is None:
-            raise VerificationError(name, "the base has this layer, the adapter does not", fix="Use its own base model")
-        if weight_digest(weight) != stored.weight_sha256:
-            raise VerificationError(
-                name,
-                "the base weight is not the one that the adapter was trained on",
-                allowed="{name} at commit {commit}, in {dtype}".format_map({"commit": "unknown", **adapter.base}),
-                fix="Load that base; an adapter of another base turns the wrong directions",
-            )
-        return align(source(name, weight, rank), stored, name)
-
-    book = FingerprintBook()
-    pairs = stored_pairs(adapter)
-    attach(model, adapter.spec, new_parameters=adapter.head, factor_source=checked, pairs=pairs, on_layer=book)
-    missing = set(adapter.shapes) - set(spectral_layers(model))
-    if missing:
-        raise VerificationError(sorted(missing)[0], "the adapter has this layer, the base does not adapt it")
-    restore_trained(model, adapter.tensors, str(adapter.folder))
-    return book
-
-
-def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:
-    """The pairs (P, 2) that the file holds, by layer."""
-    return {n.removeprefix("pairs."): t.long() for n, t in adapter.tensors.items() if n.startswith("pairs.")}
-
-
 @torch.no_grad()
 def restore_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy ``core.*`` and ``param.*`` tensors into an adapted model.
+    """Copy stored numbers into an adapted model: ``core.*`` and ``param.*``, or all that PEFT's file holds.
 
     Raises:
         VerificationError: if names or shapes differ from what the model trains, or a number is not finite.
     """
     wanted = _trained_tensors(model)
-    stored = {n: t for n, t in tensors.items() if n.startswith(("core.", "param."))}
+    is_peft = attachment(model).spec.preset.peft is not None
+    stored = {n: t for n, t in tensors.items() if is_peft or n.startswith(("core.", "param."))}
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())[0]
         place = "only in the adapter" if odd in stored else "missing from the adapter"
@@ -244,10 +177,15 @@ def restore_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) ->
             )
         if not torch.isfinite(stored[name]).all():
             raise VerificationError(where, f"tensor '{name}' holds NaN or infinities", fix="Restore the adapter folder")
-        parameter.copy_(stored[name])
+        if not is_peft:
+            parameter.copy_(stored[name])
+    if is_peft:
+        peft_tuners.restore_tensors(model, stored)
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    if attachment(model).spec.preset.peft is not None:
+        return peft_tuners.adapter_tensors(model)
     tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
     return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
 
@@ -267,6 +205,28 @@ def _is_derived(pairs: Tensor, spec: AdapterSpec, rank: int) -> bool:
     """Whether ``pairs`` follow from the rank alone, so that the file need not hold them."""
     # Drawn for a name that no layer has: equal to a layer's own pairs only when the pairing ignores its generator.
     return not needs_saliency(spec) and torch.equal(pairs, make_pairs(spec, rank, ""))
+
+
+def _tensor_file(spec: AdapterSpec) -> str:
+    return peft_tuners.TENSOR_FILE if spec.preset.peft else _TENSORS
+
+
+def _hashed_files(spec: AdapterSpec) -> dict[str, str]:
+    """Key of its hash in the description -> name of the file."""
+    config = {"config_sha256": peft_tuners.CONFIG_FILE} if spec.preset.peft else {}
+    return {"tensors_sha256": _tensor_file(spec), **config}
+
+
+def _read_file(path: Path, sha256: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise VerificationError(str(path), "missing or unreadable", fix="Restore the adapter folder") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise VerificationError(
+            str(path), "damaged: its hash is not the one in adapter.json", fix="Restore the adapter folder"
+        )
+    return data
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from mirrortune.adapter_file import FingerprintBook, load_into, read_adapter, write_adapter
+from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters import inject
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapting import FingerprintBook, adapt, load_into
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
@@ -53,9 +54,7 @@ def attach(
     spec = AdapterSpec(
         method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options
     )
-    book = FingerprintBook()
-    inject.attach(model, spec, factor_source=FactorCache(), on_layer=book)
-    _remember(model, book)
+    _remember(model, adapt(model, spec, factor_source=FactorCache()))
     return model
 
 

@@ -22,6 +22,7 @@ from mirrortune.errors import ConfigError, ResourceError, unknown_name
 from mirrortune.locations import is_local
 from mirrortune.metrics import METRICS
 from mirrortune.model import ModelSource, empty_model, find_model, load_tokenizer, resolve_dtype
+from mirrortune.peft_tuners import check_options
 from mirrortune.planning import Plan, make_plan
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
@@ -122,7 +123,11 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
         if value is None:
             errors.append(ConfigError(key, "it is not set", fix=fix))
     kind = recipe.task.kind
-    checks: list[Callable[[], object]] = [lambda: check_spec(spec), lambda: kind and task_class(kind)]
+    checks: list[Callable[[], object]] = [
+        lambda: check_spec(spec),
+        lambda: check_options(spec),
+        lambda: kind and task_class(kind),
+    ]
     for check in checks:
         try:
             check()

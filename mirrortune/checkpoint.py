@@ -26,6 +26,7 @@ from mirrortune.atomic import cannot_write, write_atomically, write_folder_atomi
 from mirrortune.errors import ConfigError, VerificationError
 
 STATE_VERSION = 1
+_TRAINING, _STATE = "training.safetensors", "state.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,7 +138,7 @@ class RunDirectory:
     def saved_steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, ascending (as numbers: step-1000000 comes after step-999999)."""
         folders = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []
-        return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdigit() and (f / "state.json").is_file())
+        return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdigit() and (f / _STATE).is_file())
 
     def save_checkpoint(
         self, state: LoopState, tensors: dict[str, Tensor], write_adapter_files: Callable[[Path], object]
@@ -150,9 +151,9 @@ class RunDirectory:
 
         def write(folder: Path) -> None:
             write_adapter_files(folder)
-            save_file(tensors, folder / "training.safetensors")
+            save_file(tensors, folder / _TRAINING)
             described = {"format_version": STATE_VERSION, **asdict(state), "python_random": random.getstate()}
-            _write_text(folder / "state.json", json.dumps(described) + "\n")
+            _write_text(folder / _STATE, json.dumps(described) + "\n")
 
         write_folder_atomically(self.checkpoint(state.global_step), write)
         for step in self.saved_steps():
@@ -167,13 +168,13 @@ class RunDirectory:
         """
         folder = self.checkpoint(global_step)
         try:
-            described = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            described = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             version = described.pop("format_version")
             kind, internal, gauss = described.pop("python_random")
             if version != STATE_VERSION:
                 raise ValueError(f"format version {version}")
             random.setstate((kind, tuple(internal), gauss))
-            return LoopState(**described), load_file(folder / "training.safetensors")
+            return LoopState(**described), load_file(folder / _TRAINING)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise VerificationError(
                 str(folder),
@@ -185,8 +186,9 @@ class RunDirectory:
         """Copy the adapter of a checkpoint to ``adapter/``, where eval and merge look for it."""
 
         def write(folder: Path) -> None:
-            for name in ("adapter.safetensors", "adapter.json"):
-                shutil.copyfile(self.checkpoint(step) / name, folder / name)
+            for file in self.checkpoint(step).iterdir():
+                if file.name not in (_TRAINING, _STATE):  # all else is the adapter's, whose format is not ours to know
+                    shutil.copyfile(file, folder / file.name)
 
         write_folder_atomically(self.adapter, write)
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from mirrortune import model_card
-from mirrortune.adapter_file import FingerprintBook, read_adapter, write_adapter
+from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.presets import preset
+from mirrortune.adapting import FingerprintBook
 from mirrortune.assembly import (
     Job,
     adapter_spec,

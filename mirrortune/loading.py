@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapter_file import FingerprintBook, read_adapter, stored_pairs
+from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.factorize import resolve_rank
-from mirrortune.adapters.inject import attach, find_targets
+from mirrortune.adapters.inject import find_targets
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
+from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
 from mirrortune.assembly import Job, default_device, make_task
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.checkpoint import RunDirectory
@@ -62,25 +63,21 @@ def adapt_model(
         show_bar: (label, total) -> a context manager with ``advance``; over the layers.
         pairs: measured or stored pairs by layer.
     """
-    book = FingerprintBook()
     targets = find_targets(loaded.model, spec, loaded.new_parameters)
     widen(loaded.model, targets.head)
+    if spec.preset.core is None:
+        return adapt(loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache)
     with show_bar("singular value decompositions", len(targets.layers)) as bar:
         cache.on_layer = bar.advance
-        attach(
-            loaded.model,
-            spec,
-            new_parameters=loaded.new_parameters,
-            factor_source=cache,
-            pairs=pairs,
-            on_layer=book,
-        )
+        book = adapt(loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache, pairs=pairs)
     cache.on_layer = None
     return book
 
 
 def factorise(job: Job, loaded: LoadedModel, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
     """Fill the cache with the factors of every layer that the job adapts."""
+    if job.spec.preset.core is None:
+        return
     layers = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
     with show_bar("singular value decompositions", len(layers)) as bar:
         for name, shape in layers.items():

@@ -9,7 +9,7 @@ and only then renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune import __version__
-from mirrortune.adapter_file import AdapterFile, load_into, read_adapter
-from mirrortune.adapters.inject import FactorSource, plain_parameters, spectral_layers
+from mirrortune.adapter_file import AdapterFile, read_adapter
+from mirrortune.adapters.inject import FactorSource, attachment, plain_parameters
+from mirrortune.adapting import load_into
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, load_tokenizer, resolve_dtype, shard_bytes
@@ -138,10 +139,22 @@ def merged_state(plain: nn.Module, adapted: nn.Module) -> dict[str, Tensor]:
     state = dict(plain.state_dict())
     for name, parameter in plain_parameters(adapted).items():
         state[name] = parameter.detach().cpu().to(state[name].dtype)
-    for name, layer in spectral_layers(adapted).items():
-        weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = (weight.double() + layer.delta_weight()).to(weight.dtype)
+    for name, merged in adapted_tensors(adapted, plain.state_dict()):
+        state[name] = merged.to(state[name].dtype)
     return state
+
+
+def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the base model that the adapter changes: its name there, and its merged value in float64.
+
+    Args:
+        adapted: the base model with an adapter.
+        before: tensors of the base model; read layer by layer, as the result is asked for.
+    """
+    for name, layer in attachment(adapted).layers.items():
+        own = {key: before[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in before}
+        for key, merged in layer.merged(own).items():
+            yield f"{name}.{key}", merged
 
 
 @torch.no_grad()
@@ -155,9 +168,9 @@ def verify(
     written, before = dict(reopened.state_dict()), dict(plain.state_dict())
     trained = plain_parameters(adapted)
     weight_error = 0.0
-    for name, layer in spectral_layers(adapted).items():
-        reference = before.pop(f"{name}.weight").double() + layer.delta_weight()
-        difference = float((written[f"{name}.weight"].double() - reference).norm())
+    for name, reference in adapted_tensors(adapted, plain.state_dict()):
+        del before[name]
+        difference = float((written[name].double() - reference).norm())
         weight_error = max(weight_error, difference / (float(reference.norm()) or 1.0))
     changed = 0
     for name, tensor in before.items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mirrortune import peft_tuners
 from mirrortune.adapters.factorize import resolve_rank
 from mirrortune.adapters.inject import Targets, find_targets
 from mirrortune.adapters.pairings import PAIRINGS
@@ -79,9 +80,12 @@ def make_plan(
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     head = sum(sizes[n] for n in targets.head)
     trained = sum(sizes[n] for n in targets.plain)
-    factors = 0
+    factors = 0  # numbers on the device beside the base model's own
+    if spec.preset.peft is not None:
+        tuned, factors = peft_tuners.count_trained(model, spec, new_parameters)
+        trained += tuned
     counts: dict[tuple[int, tuple[int, int]], int] = {}
-    for name, shape in targets.layers.items():
+    for name, shape in targets.layers.items() if spec.preset.core else ():
         rank = resolve_rank(spec.resolved_rank, shape, name)
         if (rank, shape) not in counts:  # a core's size depends on nothing else
             counts[rank, shape] = _core_size(spec, rank, name, shape)

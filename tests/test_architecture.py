@@ -21,7 +21,9 @@ LAYERS = (
     "adapters.spec tasks",
     "adapters.inject tokens",
     "batching",
-    "adapter_file calibration evaluation optim planning",
+    "calibration evaluation optim peft_tuners",
+    "adapter_file planning",
+    "adapting",
     "merging stepping",
     "api training",
     "assembly",
@@ -33,7 +35,7 @@ LAYERS = (
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
 FOLDERS = ("adapters.cores", "tasks")
-HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "pyarrow", "safetensors", "scipy",
+HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow", "safetensors", "scipy",
          "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
 LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",

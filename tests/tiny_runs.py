@@ -14,9 +14,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapter_file import FingerprintBook, write_adapter
+from mirrortune.adapter_file import write_adapter
 from mirrortune.adapters.inject import FactorSource, attach, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapting import FingerprintBook
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import Split
 from mirrortune.tasks.text_classification import Task

@@ -37,7 +37,7 @@ class Fingerprint:
         weight_sha256: hash of the weight's dtype, shape and bytes.
         probe_seed: seed of the probe vectors.
         side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or
-            ``both``.
+            ``both``; ``none`` for an adapter that has no basis.
         sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), float32.
         sigma_head: the largest singular values, at most 8, for diagnosis.
     """
@@ -47,6 +47,11 @@ class Fingerprint:
     side: str
     sketch: Tensor
     sigma_head: tuple[float, ...]
+
+    @classmethod
+    def of_weight(cls, weight_sha256: str) -> Fingerprint:
+        """The fingerprint of a weight whose adapter does not depend on a basis: its hash alone."""
+        return cls(weight_sha256=weight_sha256, probe_seed=0, side="none", sketch=torch.zeros(0, 0), sigma_head=())
 
 
 def weight_digest(weight: Tensor) -> str:

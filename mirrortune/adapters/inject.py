@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the layers to adapt by what they are, puts a core into each, and says what is trained.
 
+Adapters of others are attached elsewhere, by the same rules: their layers only have to say what they train and what
+they merge to (:class:`AdaptedLayer`).
+
 Nothing here knows a model family. Inside ``model.base_model`` every linear layer is a target unless its weight is
 shared or newly initialised; what lies outside it, and what the checkpoint did not hold, is the task head, trained in
 full. Output embeddings stay.
@@ -10,8 +13,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +49,36 @@ class Targets:
     skipped: dict[str, str]
 
 
+class AdaptedLayer(Protocol):
+    """What the rest of the project asks of a layer that an adapter has changed, whoever wrote the adapter."""
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained in this layer, by its name there."""
+
+    def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The layer's plain tensors with the adapter in them.
+
+        Args:
+            before: ``weight`` (O, I) and, if the layer has one, ``bias`` (O,) of the base model, in any dtype.
+
+        Returns:
+            Those that the adapter changes, by the same names, in float64 on the CPU.
+        """
+
+
 @dataclass(slots=True, kw_only=True)
 class Attachment:
-    """Kept on an adapted model as ``model.mirrortune``: how it was built and what it trains."""
+    """Kept on an adapted model as ``model.mirrortune``: how it was built and what it trains.
+
+    Attributes:
+        spec: how it was built.
+        targets: what was adapted.
+        layers: the adapted layers by name, in module order.
+    """
 
     spec: AdapterSpec
     targets: Targets
+    layers: Mapping[str, AdaptedLayer]
 
 
 def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str] = ()) -> Targets:
@@ -73,13 +101,14 @@ def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[s
     )
     candidates, skipped = _candidates(model, prefix, new, output)
     plain = _plain_parameters(parameters, spec.preset.plain, set(head))
-    if spec.preset.core is None:
+    if not spec.preset.is_adapter:
         return Targets(layers={}, head=head, plain=plain, skipped={})
     layers = {n: shape for n, shape in candidates.items() if _matches(n, spec.target_modules)}
     if not layers:
         raise _no_target(spec.target_modules, candidates)
     for name, shape in layers.items():
-        resolve_rank(spec.resolved_rank, shape, name)
+        if spec.preset.core is not None:
+            resolve_rank(spec.resolved_rank, shape, name)
     return Targets(layers=layers, head=head, plain=plain, skipped=skipped)
 
 
@@ -108,16 +137,11 @@ def attach(
     Raises:
         ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
     """
-    if isinstance(getattr(model, "mirrortune", None), Attachment):
-        raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
-    check_spec(spec)
-    targets = find_targets(model, spec, new_parameters)
+    targets = prepare_targets(model, spec, new_parameters)
     ranks = {name: resolve_rank(spec.resolved_rank, shape, name) for name, shape in targets.layers.items()}
     for name, shape in targets.layers.items():  # what a core refuses, it refuses before the model is touched
         build_core(spec, torch.ones(ranks[name]), name, shape, (pairs or {}).get(name))
-    trained = {*targets.head, *targets.plain}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    freeze(model, targets)
     for name, shape in targets.layers.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -126,8 +150,23 @@ def attach(
         if on_layer:
             on_layer(name, layer.weight, factors, core)
         _replace(model, name, SpectralLinear(layer, factors, core, spec.strategy))
-    model.mirrortune = Attachment(spec=spec, targets=targets)  # type: ignore[assignment]
+    model.mirrortune = Attachment(spec=spec, targets=targets, layers=spectral_layers(model))  # type: ignore[assignment]
     return model
+
+
+def prepare_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str]) -> Targets:
+    """The targets of a model that is about to be adapted, after every check that can be made before it is touched."""
+    if isinstance(getattr(model, "mirrortune", None), Attachment):
+        raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
+    check_spec(spec)
+    return find_targets(model, spec, new_parameters)
+
+
+def freeze(model: nn.Module, targets: Targets) -> None:
+    """Gradients for the head and the plainly trained parameters of an unadapted model, and for nothing else."""
+    trained = {*targets.head, *targets.plain}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLinear]:
@@ -144,17 +183,17 @@ def attachment(model: nn.Module) -> Attachment:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained numbers of the cores: ``<layer>.<parameter>`` -> parameter; empty ones are left out."""
+    """Trained numbers of the adapter: ``<layer>.<parameter>`` -> parameter; empty ones are left out."""
     return {
         f"{name}.{key}": parameter
-        for name, layer in spectral_layers(model).items()
-        for key, parameter in layer.core.named_parameters()
+        for name, layer in attachment(model).layers.items()
+        for key, parameter in layer.adapter_parameters().items()
         if parameter.numel()
     }
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Everything trained that is not in a core: the head, and biases or weights for ``bitfit`` and ``full``."""
+    """Everything trained that is not in the adapter: the head, and biases or weights for ``bitfit`` and ``full``."""
     targets = attachment(model).targets
     parameters = dict(model.named_parameters())
     return {name: parameters[name] for name in (*targets.head, *targets.plain)}

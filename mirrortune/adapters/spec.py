@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.presets import Preset, preset
+from mirrortune.adapters.presets import PeftTuner, Preset, preset
 from mirrortune.adapters.spectral_linear import Strategy
 from mirrortune.errors import ConfigError
 
@@ -54,7 +54,9 @@ def check_spec(spec: AdapterSpec) -> None:
         ConfigError: naming each setting, the nearest name and what is allowed.
     """
     chosen, errors = spec.preset, []
-    if chosen.core is None:
+    if chosen.peft is not None:  # its options are PEFT's to know: peft_tuners.check_options
+        errors += _peft_errors(spec, chosen.peft)
+    elif chosen.core is None:
         ignored = {"rank": spec.rank, "pairing": spec.pairing, "options": spec.options or None}
         errors += [
             ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
@@ -77,6 +79,21 @@ def check_spec(spec: AdapterSpec) -> None:
                 errors.append(error)
     if errors:
         raise ConfigError.several(errors)
+
+
+def _peft_errors(spec: AdapterSpec, tuner: PeftTuner) -> list[ConfigError]:
+    """What a tuner of PEFT makes nothing of, among the settings that all methods share."""
+    errors = []
+    ignored = {"pairing": spec.pairing, "strategy": spec.strategy}
+    if tuner.rank is None:
+        ignored["rank"] = None if spec.rank is None else str(spec.rank)
+    elif spec.rank == "full":
+        errors.append(ConfigError("adapter.rank", "got 'full'", allowed=f"a number for method '{spec.method}'"))
+    return errors + [
+        ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
+        for key, value in ignored.items()
+        if value is not None
+    ]
 
 
 def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], pairs: Tensor | None = None) -> Core:

@@ -11,6 +11,7 @@ z and U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R ra
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -118,6 +119,14 @@ class SpectralLinear(nn.Module):
             frozen: Tensor = self.base_layer(x)
             return frozen + product
         return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: the core's parameters."""
+        return dict(self.core.named_parameters())
+
+    def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
+        return {"weight": before["weight"].cpu().double() + self.delta_weight()}
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mirrortune.adapter_file import FingerprintBook, load_into, read_adapter
+from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.basis import Fingerprint, align, fingerprint
 from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.adapters.inject import adapter_parameters, attach, plain_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import VerificationError
 from tests.spectral import LAYER_VARIANTS, Problem, Variant, draw_pairs, problems, relative, train_a_little
 from tests.tiny_models import tiny_bert

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mirrortune.adapter_file import FORMAT_VERSION, load_into, read_adapter, restore_trained, write_adapter
+from mirrortune.adapter_file import FORMAT_VERSION, read_adapter, restore_trained, write_adapter
 from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapting import load_into
 from mirrortune.errors import VerificationError
 from tests.tiny_models import tiny_bert, tiny_roberta
 from tests.tiny_runs import adapt, logits

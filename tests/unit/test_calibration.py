@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mirrortune import commands, recipe
-from mirrortune.adapter_file import read_adapter, stored_pairs
+from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.factorize import factorize
 from mirrortune.adapters.inject import adapter_parameters, attach, find_targets
 from mirrortune.adapters.spec import AdapterSpec, make_pairs
+from mirrortune.adapting import stored_pairs
 from mirrortune.batching import collate
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.errors import ConfigError

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from mirrortune.adapter_file import FingerprintBook, read_adapter, write_adapter
+from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.inject import AdapterSpec, attach, spectral_layers
+from mirrortune.adapting import FingerprintBook
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import Verification, merge_folder, merged_state, verify
