@@ -227,8 +227,9 @@ class _CellError(MirrortuneError):
 
 
 def comparable(recipe: Recipe) -> Recipe:
-    """The recipe of a task as every cell shares it: no output folder, absolute paths."""
-    return with_absolute_paths(recipe).model_copy(update={"output_dir": None})
+    """The recipe of a task as every cell shares it: absolute paths, no output folder, no method's learning rate."""
+    train = recipe.train.model_copy(update={"lr": None})
+    return with_absolute_paths(recipe).model_copy(update={"output_dir": None, "train": train})
 
 
 def with_test_split(job: Job) -> Recipe:
