@@ -58,7 +58,7 @@ def measure_saliency(
     *,
     rank_of: Callable[[tuple[int, int]], int],
     settings: CalibrationSettings,
-    device: torch.device,
+    accelerator: Any,
 ) -> dict[str, Tensor]:
     """Saliency of every pair of directions of every target layer.
 
@@ -71,24 +71,26 @@ def measure_saliency(
         factor_source: factors of each layer.
         rank_of: (O, I) -> directions kept.
         settings: how.
-        device: where to compute.
+        accelerator: accelerate's; says where and in which precision to compute.
 
     Returns:
         Layer name -> (R, R) float64 on the CPU, antisymmetric for ``mean``, symmetric for ``rms``.
     """
     wanted = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
-    model.to(device).eval()  # without dropout: the gradient of the model that evaluation sees
+    model.to(accelerator.device).eval()  # without dropout: the gradient of the model that evaluation sees
     rows = _batches(encoded, settings)
     head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
     start = {n: p.detach().clone() for n, p in head.items()}
     _only(model, list(head.values()))
-    _warm_up(model, list(head.values()), task, encoded, tokenizer, rows, settings, device)
+    with accelerator.autocast():
+        _warm_up(model, list(head.values()), task, encoded, tokenizer, rows, settings, accelerator.device)
     layers = {name: model.get_submodule(name).get_parameter("weight") for name in targets.layers}
     _only(model, list(layers.values()))
     found: dict[str, Tensor] = {}
     for batch in itertools.islice(rows, settings.num_batches):
-        _backward(model, task, encoded, tokenizer, batch, device)
+        with accelerator.autocast():
+            _backward(model, task, encoded, tokenizer, batch, accelerator.device)
         if settings.saliency == "rms":
             _add(found, layers, factor_source, rank_of, settings)
     if settings.saliency == "mean":

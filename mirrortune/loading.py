@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mirrortune.adapter_file import read_adapter
@@ -105,7 +104,7 @@ def choose_pairs(
     pairs: dict[str, Tensor] | None = None
     if accelerator.is_main_process:
         started = time.perf_counter()
-        pairs = _measured_pairs(job, loaded, cache, accelerator.device)
+        pairs = _measured_pairs(job, loaded, cache, accelerator)
         reporter.note(f"pairs measured on the task in {time.perf_counter() - started:.1f} s")
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list  # noqa: PLC0415
@@ -114,7 +113,7 @@ def choose_pairs(
     return pairs
 
 
-def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, device: torch.device) -> dict[str, Tensor]:
+def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
     spec, section = job.spec, job.recipe.adapter
     targets = find_targets(loaded.model, spec, loaded.new_parameters)
 
@@ -139,7 +138,7 @@ def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, device: t
         cache,
         rank_of=rank_of,
         settings=settings,
-        device=device,
+        accelerator=accelerator,
     )
     return {name: make_pairs(spec, len(s), name, s) for name, s in saliency.items()}
 

@@ -41,18 +41,23 @@ def _exact(weights: Tensor) -> list[tuple[int, int]]:
 
 
 def _greedy(weights: Tensor) -> list[tuple[int, int]]:
-    rank = len(weights)
-    upper = torch.triu_indices(rank, rank, offset=1)
-    # Stable, so that ties go to the pair of lower numbers whatever the sorting algorithm.
-    order = torch.argsort(weights[upper[0], upper[1]], descending=True, stable=True)
-    free = [True] * rank
-    chosen = []
-    for i, j in upper[:, order].T.tolist():
-        if free[i] and free[j]:
-            free[i] = free[j] = False
-            chosen.append((i, j))
-            if len(chosen) == rank // 2:
-                break
+    """Takes the heaviest pair that is left, again and again; of equal pairs the one of lower numbers.
+
+    A pair whose members are each other's heaviest would be taken before any pair that touches it, so all such pairs are
+    taken at once: a few passes over the matrix in place of a walk over its R^2 / 2 sorted entries.
+    """
+    left = weights.clone().fill_diagonal_(-1.0)
+    free = torch.arange(len(weights))
+    chosen: list[tuple[int, int]] = []
+    while len(free) > 1:
+        heaviest = left.argmax(dim=1)  # the lowest number among equals
+        here = torch.arange(len(free))
+        is_lower = (heaviest[heaviest] == here) & (here < heaviest)
+        lower, upper = here[is_lower], heaviest[is_lower]
+        chosen += zip(free[lower].tolist(), free[upper].tolist(), strict=True)
+        stays = torch.ones(len(free), dtype=torch.bool)
+        stays[lower] = stays[upper] = False
+        left, free = left[stays][:, stays], free[stays]
     return chosen
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from mirrortune import commands, recipe
@@ -49,7 +50,7 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
         lambda name, weight, rank: factorize(weight, rank),
         rank_of=min,
         settings=CalibrationSettings(**settings),
-        device=torch.device("cpu"),
+        accelerator=Accelerator(cpu=True),
     )
 
 
