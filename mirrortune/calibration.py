@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,10 @@ from mirrortune.batching import collate, epoch_batches
 from mirrortune.precision import autocast
 from mirrortune.tasks import Task
 from mirrortune.tokens import Encoded
+
+# Distinct batches of the warm-up, over which its steps go round. With MiniLM-L6 on the movie sentences, pairs matched
+# after 60 steps over 40 batches carried 2.1 times the gradient of mirror pairs on other rows; over 16 batches, 1.8.
+_WARMUP_BATCHES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +119,45 @@ def _warm_up(
     settings: CalibrationSettings,
     device: torch.device,
 ) -> None:
+    """Train the head alone; the frozen base sees each batch once, whatever the number of steps."""
+    if not head or not settings.warmup_steps:
+        return
+    batches = list(itertools.islice(rows, min(settings.warmup_steps, _WARMUP_BATCHES)))
     optimizer = torch.optim.AdamW(head, lr=settings.head_lr)
-    for batch in itertools.islice(rows, settings.warmup_steps):
-        _backward(model, task, encoded, tokenizer, batch, device)
-        optimizer.step()
-        optimizer.zero_grad()
+    with _remembered_base(model) as of_batch:
+        for step in range(settings.warmup_steps):
+            of_batch(step % len(batches))
+            _backward(model, task, encoded, tokenizer, batches[step % len(batches)], device)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@contextmanager
+def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
+    """Inside, the base of a transformers model computes the output of each batch once and repeats it afterwards.
+
+    Yields a function that says which batch is next. A model without a base of its own computes as ever.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    if not isinstance(base, nn.Module):
+        yield lambda _: None
+        return
+    compute, outputs, current = base.forward, dict[int, Any](), [0]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if current[0] not in outputs:
+            with torch.no_grad():
+                found = compute(*args, **kwargs)
+            if getattr(found, "past_key_values", None) is not None:
+                found.past_key_values = None  # of no use here, and as large as the model's activations
+            outputs[current[0]] = found
+        return outputs[current[0]]
+
+    base.forward = forward
+    try:
+        yield lambda batch: current.__setitem__(0, batch)
+    finally:
+        del base.forward
 
 
 def _backward(model: nn.Module, task: Task, encoded: Encoded, tokenizer: Any, batch: Any, device: torch.device) -> None:

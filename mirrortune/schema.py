@@ -87,7 +87,7 @@ class AdapterSection(_Section):
     """Which directions turn together; the method's own by default."""
     saliency: Literal["mean", "rms"] = "mean"
     """Adaptive pairing: gradient of the mean loss, or its root mean square over the calibration batches."""
-    calibration_batches: int = Field(default=24, gt=0)
+    calibration_batches: int = Field(default=8, gt=0)
     """Adaptive pairing: batches over which gradients are measured."""
     calibration_warmup_steps: int = Field(default=60, ge=0)
     """Adaptive pairing: steps of the head alone before gradients are measured; the head is then put back."""

@@ -122,3 +122,23 @@ def test_a_run_keeps_its_pairs_and_a_resumed_run_uses_them(tiny_model_dir: Path,
     )
     verdict = commands.merge(str(tmp_path / "run"), quiet, output_dir=str(tmp_path / "merged"))
     assert verdict.passed
+
+
+def test_the_warm_up_reads_each_batch_through_the_base_once() -> None:
+    model = tiny_bert()
+    calls = []
+    model.base_model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    measure(model, warmup_steps=9, batch_size=4)
+    assert len(calls) == 9 + 1  # 9 different batches (of later epochs too), and the one that is measured
+    calls.clear()
+    measure(model, warmup_steps=200, batch_size=4)
+    assert len(calls) == 32 + 1
+    assert "forward" not in vars(model.base_model)
+
+
+def test_a_remembered_base_trains_the_head_as_a_computed_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered = measure(tiny_bert(), warmup_steps=20)
+    monkeypatch.setattr(type(tiny_bert()), "base_model_prefix", "nothing")  # so that no base is found
+    computed = measure(tiny_bert(), warmup_steps=20)
+    for name, saliency in computed.items():
+        torch.testing.assert_close(remembered[name], saliency)
