@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec, check_spec
-from mirrortune.columns import choose_columns
 from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
 from mirrortune.errors import ConfigError, ResourceError, unknown_name
+from mirrortune.examples import Examples
 from mirrortune.locations import is_local
 from mirrortune.metrics import METRICS
-from mirrortune.model import ModelSource, empty_model, find_model, load_tokenizer, resolve_dtype
+from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
 from mirrortune.peft_tuners import check_options
 from mirrortune.planning import Plan, make_plan
+from mirrortune.recipe import task_kinds
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
-from mirrortune.tasks import Task, task_class
-from mirrortune.tokens import Encoded, check_columns, encode_split, resolve_max_length
+from mirrortune.tasks import Task, check_columns, settings_of, task_class
+from mirrortune.tokens import Reading
 from mirrortune.training import LoopSettings
 
 HELD_OUT = "held-out half"
@@ -49,12 +49,12 @@ class Job:
     spec: AdapterSpec
     source: ModelSource
     dtype: torch.dtype
-    tokenizer: Any
+    processor: Any
     task: Task
-    max_length: int
-    train: Encoded
-    validation: Encoded
-    reported: dict[str, Encoded]
+    max_length: int | None
+    train: Examples
+    validation: Examples
+    reported: dict[str, Examples]
     data_origin: dict[str, Any]
     plan: Plan
 
@@ -83,18 +83,16 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     source = find_model(
         recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
-    tokenizer = load_tokenizer(source)
-    max_length = resolve_max_length(recipe.data.max_length, tokenizer, source.config)
-    train = encode_split(
-        train_rows, task, tokenizer, max_length=max_length, drop_blank=recipe.data.blank_text == "drop"
-    )
-    validation = encode_split(validation_rows, task, tokenizer, max_length=max_length, drop_blank=False)
-    reported = {
-        name: encode_split(rows, task, tokenizer, max_length=max_length, drop_blank=False)
-        for name, rows in reported_rows.items()
-    }
-    for name, split in {"train": train, "validation": validation, **reported}.items():
-        reporter.note(f"  {describe_split(name, split, max_length)}")
+    processor = task.load_processor(source)
+    max_length = task.resolve_length(recipe.data.max_length, processor, source.config)
+    for split in (train_rows, validation_rows, *reported_rows.values()):
+        check_columns(split, task)
+    scored = Reading(max_length=max_length, seed=recipe.train.seed)
+    train = task.encode(train_rows, processor, replace(scored, drop_blank=recipe.data.blank_text == "drop"))
+    validation = task.encode(validation_rows, processor, scored)
+    reported = {name: task.encode(rows, processor, scored) for name, rows in reported_rows.items()}
+    for name, examples in {"train": train, "validation": validation, **reported}.items():
+        reporter.note(f"  {name}: {examples.describe()}")
     dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
     plan = make_plan(
         empty_model(source, task.auto_class, task.config_fields()),
@@ -106,7 +104,7 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     )
     _check_fits(plan)
     return Job(
-        recipe=recipe, spec=spec, source=source, dtype=dtype, tokenizer=tokenizer, task=task, max_length=max_length,
+        recipe=recipe, spec=spec, source=source, dtype=dtype, processor=processor, task=task, max_length=max_length,
         train=train, validation=validation, reported=reported, data_origin=data.origin, plan=plan,
     )  # fmt: skip
 
@@ -133,6 +131,8 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
             check()
         except ConfigError as error:
             errors.append(error)
+    if kind in task_kinds():
+        errors += _unused_settings(recipe)
     metrics = recipe.task.metrics
     errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
     if recipe.model.revision is not None and recipe.model.name is not None and is_local(recipe.model.name):
@@ -170,19 +170,28 @@ def read_data(recipe: Recipe) -> DataSet:
 
 def make_task(recipe: Recipe, rows: Split) -> tuple[Task, list[str]]:
     """The task with its columns and labels, and notes on what was detected."""
-    section = recipe.data
-    text, label, notes = choose_columns(rows.table, section.text_columns, section.label_column, rows.source)
     assert recipe.task.kind is not None
-    task = task_class(recipe.task.kind).from_rows(
-        rows.table,
-        rows.source,
-        text_columns=text,
-        label_column=label,
-        metrics=recipe.task.metrics,
-        selection_metric=recipe.task.selection_metric,
-        labels=recipe.task.labels,
-    )
-    return task, notes
+    return task_class(recipe.task.kind).from_rows(rows.table, rows.source, **task_settings(recipe))
+
+
+def task_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings of the recipe that its kind of task takes, None where they are not set."""
+    assert recipe.task.kind is not None
+    given = {**dict(recipe.data), **dict(recipe.task)}
+    return {name: given[name] for name in settings_of(recipe.task.kind)}
+
+
+def _unused_settings(recipe: Recipe) -> list[ConfigError]:
+    """Errors for settings of other kinds of task, which would change nothing."""
+    assert recipe.task.kind is not None
+    of_kinds = {name for kind in task_kinds() for name in settings_of(kind)}
+    taken = set(settings_of(recipe.task.kind))
+    return [
+        ConfigError(f"{section}.{name}", f"{recipe.task.kind} has none, got {value!r}", fix="Remove it")
+        for section, values in (("data", recipe.data), ("task", recipe.task))
+        for name, value in values
+        if name in of_kinds - taken and value is not None
+    ]
 
 
 def loop_settings(recipe: Recipe) -> LoopSettings:
@@ -217,17 +226,6 @@ def run_name(recipe: Recipe, recipe_name: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()
 
 
-def describe_split(name: str, split: Encoded, max_length: int) -> str:
-    """Rows, lengths and what was cut or left out of one split."""
-    median, longest = int(np.median(split.lengths)), int(split.lengths.max())
-    text = f"{name}: {len(split):,} rows, {median} tokens (median), {longest} at most"
-    if split.num_truncated:
-        text += f"; {split.num_truncated} truncated to {max_length}"
-    if split.num_empty:
-        text += f"; {split.num_empty} blank ({'left out' if split.num_dropped else 'kept'})"
-    return text
-
-
 def default_device() -> torch.device:
     """The device that accelerate will choose."""
     if torch.cuda.is_available():
@@ -251,11 +249,11 @@ def _validation(
     found = data.find(recipe.data.validation_split)
     if found is not None and found is not train_rows:
         return train_rows, found
-    targets = task.targets(train_rows.table, train_rows.source, allow_missing=False)
-    train, validation = set_aside(train_rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
+    strata = task.strata(train_rows)
+    train, validation = set_aside(train_rows, recipe.data.validation_fraction, recipe.train.seed, strata)
     reporter.note(
         f"  no split '{recipe.data.validation_split}': {validation.table.num_rows:,} rows set aside for validation "
-        f"(seed {recipe.train.seed}{', stratified' if task.strata(targets) is not None else ''})"
+        f"(seed {recipe.train.seed}{', stratified' if strata is not None else ''})"
     )
     return train, validation
 
@@ -264,12 +262,11 @@ def _reported(recipe: Recipe, data: DataSet, validation: Split, task: Task) -> t
     """The rows that choose the checkpoint, and those that only score it."""
     reported: dict[str, Split] = {}
     if recipe.eval.protocol == "split-dev":
-        targets = task.targets(validation.table, validation.source, allow_missing=False)
-        validation, reported[HELD_OUT] = set_aside(validation, 0.5, _HALVES_SEED, task.strata(targets))
+        validation, reported[HELD_OUT] = set_aside(validation, 0.5, _HALVES_SEED, task.strata(validation))
     for name in recipe.eval.report_splits:
         reported[name] = data.require(name, "eval.report_splits")
         check_columns(reported[name], task)
-        task.targets(reported[name].table, reported[name].source, allow_missing=False)
+        task.strata(reported[name])  # refuses rows without a label, before anything is trained
     return validation, reported
 
 

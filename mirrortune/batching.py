@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows form which batch, as pure functions of lengths, seed and epoch; and padding to the longest row of a batch.
+"""Which rows form which batch, as pure functions of lengths, seed and epoch; and a batch on its way through a model.
 
 The unit is the *global batch*: the rows of one optimizer step over all ranks and accumulation steps. It is drawn
 without regard to how it will be cut, so 1 x 8, 2 x 4 and 8 x 1 (micro-batch x accumulation), on one process or two,
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mirrortune.tokens import Encoded
+from mirrortune.examples import Batch, Rows
+from mirrortune.precision import autocast
 
-Rows = npt.NDArray[np.int64]
 # Global batches sorted together by length: enough to make padding small, few enough to leave the order random.
 _BUCKET = 32
 
@@ -51,24 +51,9 @@ def micro_batches(batch: Rows, lengths: npt.NDArray[Any], *, num_micro: int, num
     return np.array_split(ordered, num_micro * num_ranks)[rank::num_ranks]
 
 
-def collate(encoded: Encoded, rows: Rows, tokenizer: Any) -> dict[str, Tensor]:
-    """Tensors of the given rows, padded to the longest of them on the tokenizer's side.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` (and ``token_type_ids``), each (B, L) int64, and ``targets`` (B,).
-    """
-    starts, lengths = encoded.offsets[rows], encoded.lengths[rows]
-    width = int(lengths.max())
-    left = tokenizer.padding_side == "left"
-    fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
-    batch = {}
-    for name, values in encoded.features.items():
-        padded = np.full((len(rows), width), fill[name], dtype=np.int64)
-        for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            padded[i, (width - length if left else 0) : (width if left else length)] = values[start : start + length]
-        batch[name] = torch.from_numpy(padded)
-    position = np.arange(width)
-    mask = position >= (width - lengths)[:, None] if left else position < lengths[:, None]
-    batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-    batch["targets"] = torch.from_numpy(np.ascontiguousarray(encoded.targets[rows]))
-    return batch
+def forward(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Batch, Any, Tensor]:
+    """Run a model on a batch: its inputs on ``device``, what the model gave, and the targets on ``device``."""
+    inputs = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    targets = inputs.pop("targets")
+    with autocast(model):
+        return inputs, model(**inputs), targets

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.inject import FactorSource, Targets
 from mirrortune.adapters.matching import rotation_gradient
-from mirrortune.batching import collate, epoch_batches
-from mirrortune.precision import autocast
+from mirrortune.batching import epoch_batches, forward
+from mirrortune.examples import Examples
 from mirrortune.tasks import Task
-from mirrortune.tokens import Encoded
 
 # Distinct batches of the warm-up, over which its steps go round. With MiniLM-L6 on the movie sentences, pairs matched
 # after 60 steps over 40 batches carried 2.1 times the gradient of mirror pairs on other rows; over 16 batches, 1.8.
@@ -57,8 +56,7 @@ def measure_saliency(
     model: nn.Module,
     targets: Targets,
     task: Task,
-    encoded: Encoded,
-    tokenizer: Any,
+    examples: Examples,
     factor_source: FactorSource,
     *,
     rank_of: Callable[[tuple[int, int]], int],
@@ -71,8 +69,7 @@ def measure_saliency(
         model: the base model without an adapter; its parameters, mode and gradients are left as they were.
         targets: layers and head.
         task: the loss.
-        encoded: training rows.
-        tokenizer: pads batches.
+        examples: training rows.
         factor_source: factors of each layer.
         rank_of: (O, I) -> directions kept.
         settings: how.
@@ -84,18 +81,18 @@ def measure_saliency(
     wanted = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
     model.to(accelerator.device).eval()  # without dropout: the gradient of the model that evaluation sees
-    rows = _batches(encoded, settings)
+    rows = _batches(examples, settings)
     head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
     start = {n: p.detach().clone() for n, p in head.items()}
     _only(model, list(head.values()))
     with accelerator.autocast():
-        _warm_up(model, list(head.values()), task, encoded, tokenizer, rows, settings, accelerator.device)
+        _warm_up(model, list(head.values()), task, examples, rows, settings, accelerator.device)
     layers = {name: model.get_submodule(name).get_parameter("weight") for name in targets.layers}
     _only(model, list(layers.values()))
     found: dict[str, Tensor] = {}
     for batch in itertools.islice(rows, settings.num_batches):
         with accelerator.autocast():
-            _backward(model, task, encoded, tokenizer, batch, accelerator.device)
+            _backward(model, task, examples, batch, accelerator.device)
         if settings.saliency == "rms":
             _add(found, layers, factor_source, rank_of, settings)
     if settings.saliency == "mean":
@@ -113,8 +110,7 @@ def _warm_up(
     model: nn.Module,
     head: list[nn.Parameter],
     task: Task,
-    encoded: Encoded,
-    tokenizer: Any,
+    examples: Examples,
     rows: Iterator[Any],
     settings: CalibrationSettings,
     device: torch.device,
@@ -127,7 +123,7 @@ def _warm_up(
     with _remembered_base(model) as of_batch:
         for step in range(settings.warmup_steps):
             of_batch(step % len(batches))
-            _backward(model, task, encoded, tokenizer, batches[step % len(batches)], device)
+            _backward(model, task, examples, batches[step % len(batches)], device)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -160,12 +156,9 @@ def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
         del base.forward
 
 
-def _backward(model: nn.Module, task: Task, encoded: Encoded, tokenizer: Any, batch: Any, device: torch.device) -> None:
-    inputs = {k: v.to(device) for k, v in collate(encoded, batch, tokenizer).items()}
-    labels = inputs.pop("targets")
-    with autocast(model):
-        logits = model(**inputs).logits
-    total, items = task.loss(logits, labels)
+def _backward(model: nn.Module, task: Task, examples: Examples, rows: Any, device: torch.device) -> None:
+    _, outputs, targets = forward(model, examples.batch(rows), device)
+    total, items = task.loss(outputs, targets)
     torch.autograd.backward(total / items)
 
 
@@ -193,6 +186,6 @@ def _only(model: nn.Module, trained: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _batches(encoded: Encoded, settings: CalibrationSettings) -> Iterator[Any]:
+def _batches(examples: Examples, settings: CalibrationSettings) -> Iterator[Any]:
     for epoch in itertools.count():
-        yield from epoch_batches(encoded.lengths, settings.batch_size, settings.seed, epoch)
+        yield from epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch)

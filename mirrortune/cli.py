@@ -59,7 +59,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
 TaskName = Annotated[
     str | None,
-    typer.Option("-t", "--task", metavar="TEXT", help="A shipped task (glue/sst2) or a kind (text-classification, regression).",
+    typer.Option("-t", "--task", metavar="TEXT", help="A shipped task (glue/sst2) or a kind (text-classification, image-classification, ...).",
                  rich_help_panel="Model and data", show_default=False),
 ]  # fmt: skip
 

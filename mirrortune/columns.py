@@ -22,6 +22,9 @@ _TEXT_NAMES = ("text", "sentence", "content", "review", "document", "body", "com
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "y")
 
 
+_IMAGE_NAMES = ("image", "img", "picture", "photo", "image_path", "image_file", "path", "file_name", "filename", "file")
+
+
 def choose_columns(
     table: pa.Table, text: Sequence[str] | None, label: str | None, source: str
 ) -> tuple[tuple[str, ...], str, list[str]]:
@@ -39,19 +42,11 @@ def choose_columns(
     Raises:
         DataError: if a named column does not exist or nothing fits; lists the columns that do.
     """
-    if not table.column_names:
-        raise DataError(source, "it has no columns", fix="Give the file a header line")
-    for column, flag in [*((c, "--text-column") for c in text or ()), (label, "--label-column")]:
-        if column is not None and column not in table.column_names:
-            raise DataError(
-                source,
-                f"{flag} '{column}' is not a column.{did_you_mean(column, table.column_names)}",
-                allowed=", ".join(table.column_names),
-            )
+    check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
     notes = []
     if label is None:
         label = _detect_label(table, text, source)
-        notes.append(f"label column '{label}' (detected; --label-column to change)")
+        notes.append(_detected("label", label))
     if not text:
         text = _detect_text(table, label, source)
         notes.append(
@@ -64,6 +59,61 @@ def choose_columns(
     for column in text:
         _check_is_text(table, column, source)
     return tuple(text), label, notes
+
+
+def choose_image_column(
+    table: pa.Table, image: str | None, label: str | None, source: str
+) -> tuple[str, str, list[str]]:
+    """The column of images (encoded, or paths) and the label column; like :func:`choose_columns`."""
+    check_named(table, [(image, "--image-column"), (label, "--label-column")], source)
+    notes = []
+    if image is None:
+        fitting = {n.lower(): n for n in table.column_names if n != label and _is_media(table.schema.field(n).type)}
+        encoded = [n for n in fitting.values() if not _is_string(table.schema.field(n).type)]
+        named = [fitting[n] for n in _IMAGE_NAMES if n in fitting]
+        image = next(iter([*encoded[: len(encoded) == 1], *named]), None)
+        if image is None:
+            raise DataError(
+                source,
+                "no column looks like images",
+                allowed=f"one of the columns {', '.join(table.column_names)}, with paths or encoded images",
+                fix="Name it with --image-column",
+            )
+        notes.append(_detected("image", image))
+    elif not _is_media(table.schema.field(image).type):
+        raise DataError(
+            source, f"image column '{image}' holds {table.schema.field(image).type}",
+            allowed="paths, or encoded images (bytes, or the datasets library's images)",
+        )  # fmt: skip
+    if label is None:
+        label = _detect_label(table, (image,), source)
+        notes.append(_detected("label", label))
+    if label == image:
+        raise DataError(source, f"column '{label}' is both image and label", fix="Give --label-column another column")
+    return image, label, notes
+
+
+def check_named(table: pa.Table, named: Sequence[tuple[str | None, str]], source: str) -> None:
+    """Refuse a table without columns, and columns that were named by a flag and do not exist."""
+    if not table.column_names:
+        raise DataError(source, "it has no columns", fix="Give the file a header line")
+    for column, flag in named:
+        if column is not None and column not in table.column_names:
+            raise DataError(
+                source,
+                f"{flag} '{column}' is not a column.{did_you_mean(column, table.column_names)}",
+                allowed=", ".join(table.column_names),
+            )
+
+
+def _detected(role: str, column: str) -> str:
+    return f"{role} column '{column}' (detected; --{role}-column to change)"
+
+
+def _is_media(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return {"bytes", "path"} <= {field.name for field in kind}
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) or _is_string(kind)
 
 
 def _detect_label(table: pa.Table, text: Sequence[str] | None, source: str) -> str:

@@ -50,8 +50,8 @@ from mirrortune.records import check_same_recipe, pin_paths, write_results
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.scoring import score_kept
-from mirrortune.tasks import Task
-from mirrortune.tokens import check_columns, encode_split
+from mirrortune.tasks import Task, check_columns, task_to_dict
+from mirrortune.tokens import Reading
 from mirrortune.training import FitResult, Trainer
 
 
@@ -199,13 +199,13 @@ def _fit(
 ) -> FitResult:
     def write_adapter_files(folder: Path) -> int:
         extra = {"max_length": job.max_length}
-        return write_adapter(folder, model, book.entries, base=base_identity(job), task=job.task.to_dict(), extra=extra)
+        task = task_to_dict(job.task)
+        return write_adapter(folder, model, book.entries, base=base_identity(job), task=task, extra=extra)
 
     with reporter.training() as progress:
         trainer = Trainer(
             model,
             job.task,
-            job.tokenizer,
             train=job.train,
             validation=job.validation,
             settings=loop_settings(job.recipe),
@@ -244,13 +244,12 @@ def evaluate(
     data = read_data(recipe)
     found = load_evaluable(target, adapter_folder, recipe, data)
     rows, name = evaluation_rows(recipe, data, split, found.task, is_own_data=is_own_data)
-    encoded = encode_split(
-        rows, found.task, found.tokenizer, max_length=found.max_length, drop_blank=False, allow_missing_targets=True
-    )
+    check_columns(rows, found.task)
+    examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
     found.model.to(accelerator.device)
-    with reporter.bar(f"evaluate {name}", len(encoded)) as bar:
+    with reporter.bar(f"evaluate {name}", len(examples)) as bar:
         outcome = evaluate_split(
-            found.model, found.task, encoded, found.tokenizer, accelerator,
+            found.model, found.task, examples, accelerator,
             batch_size=recipe.eval.batch_size, source=rows.source, on_batch=bar.advance_by,
         )  # fmt: skip
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows)
@@ -318,8 +317,7 @@ def evaluation_rows(
     if is_own_data and not has_validation and split in ("train", "validation"):
         rows = data.require(recipe.data.train_split, "--split")
         check_columns(rows, task)
-        targets = task.targets(rows.table, rows.source, allow_missing=False)
-        parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(targets))
+        parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(rows))
         return parts[0] if split == "train" else parts[1], split
     return data.require(names.get(split, split), "--split"), split
 

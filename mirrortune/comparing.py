@@ -240,7 +240,7 @@ def with_test_split(job: Job) -> Recipe:
     if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):
         return recipe
     try:
-        job.task.targets(rows.table, rows.source, allow_missing=False)
+        job.task.strata(rows)  # refuses rows without a label
     except DataError:
         return recipe
     update = recipe.eval.model_copy(update={"report_splits": (*recipe.eval.report_splits, name)})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mirrortune.class_folders import class_folder
 from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import looks_like_path, shipped_folder
@@ -30,10 +31,17 @@ _SPLIT_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Rows of one split and the name that messages give them (a path, or ``id split``)."""
+    """Rows of one split.
+
+    Attributes:
+        table: the rows.
+        source: the name that messages give them (a path, or ``id split``).
+        folder: where relative paths in the rows begin, or None.
+    """
 
     table: pa.Table
     source: str
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +80,8 @@ def load_data(
     """Read a data set.
 
     Args:
-        path: a file; a folder with train/validation/test files; ``shipped:NAME`` for data inside this package; or a Hub
-            id.
+        path: a file; a folder with train/validation/test files, or with a folder of images for each class;
+            ``shipped:NAME`` for data inside this package; or a Hub id.
         config: the Hub data set's configuration (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
         encoding: of local text files.
@@ -119,7 +127,7 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
     held = np.zeros(rows, dtype=bool)
     held[chosen] = True
     parts = (split.table.filter(pa.array(mask)) for mask in (~held, held))
-    train, validation = (Split(table=t, source=split.source) for t in parts)
+    train, validation = (replace(split, table=t) for t in parts)
     return train, validation
 
 
@@ -129,11 +137,11 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
     if limit is None or limit >= rows:
         return split
     chosen = np.sort(np.random.default_rng([seed, rows]).permutation(rows)[:limit])
-    return Split(table=split.table.take(pa.array(chosen)), source=split.source)
+    return replace(split, table=split.table.take(pa.array(chosen)))
 
 
 def _load_file(path: Path, encoding: str) -> DataSet:
-    split = Split(table=read_table(path, encoding), source=str(path))
+    split = Split(table=read_table(path, encoding), source=str(path), folder=path.parent)
     return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: _file_sha256(path)}})
 
 
@@ -146,14 +154,18 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
             table = pa.concat_tables(tables, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(str(folder), f"the files of split '{name}' have different columns ({error})") from error
-        splits[name] = Split(table=table, source=str(files[0]) if len(files) == 1 else f"{folder} {name}")
+        source = str(files[0]) if len(files) == 1 else f"{folder} {name}"
+        splits[name] = Split(table=table, source=source, folder=folder)
         hashes |= {f.name: _file_sha256(f) for f in files}
+    if not splits:
+        splits = _class_folders(folder)
+        hashes = {name: _paths_sha256(split) for name, split in splits.items()}
     if "train" not in splits and "validation" not in splits and "test" not in splits:
         names = sorted(p.name for p in folder.iterdir())
         raise DataError(
             str(folder),
             f"no train, validation or test file; it holds {', '.join(names[:12]) or 'nothing'}",
-            allowed=f"train, validation, test with one of {', '.join(READERS)}",
+            allowed=f"train, validation, test with one of {', '.join(READERS)}, or a folder of images for each class",
             fix="Rename the files, or give a single file to --data",
         )
     return DataSet(splits=splits, origin={"path": str(folder), "sha256": hashes})
@@ -167,6 +179,22 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
             if stem in names:
                 found.setdefault(split, []).append(path)
     return found
+
+
+def _class_folders(folder: Path) -> dict[str, Split]:
+    """A folder for each class, or folders train, validation and test of such folders."""
+    subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
+    parts = {split: subs[n] for split, names in _SPLIT_NAMES.items() for n in names if n in subs}
+    found = {name: (part, class_folder(part)) for name, part in (parts or {"train": folder}).items()}
+    return {n: Split(table=t, source=str(part), folder=part) for n, (part, t) in found.items() if t is not None}
+
+
+def _paths_sha256(split: Split) -> str:
+    """Of the names and sizes of a class folder's files: their content may be many gigabytes."""
+    assert split.folder is not None
+    paths = split.table.column(0).to_pylist()
+    lines = [f"{path} {(split.folder / path).stat().st_size}" for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataSet:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from mirrortune.data import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import load_adapted
-from mirrortune.model import LoadedModel, find_model, load_model, load_tokenizer, resolve_dtype
+from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.precision import widen
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
-from mirrortune.tasks import Task, task_class
-from mirrortune.tokens import resolve_max_length
+from mirrortune.tasks import Task, task_from_dict, with_columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +36,13 @@ class Evaluable:
 
     model: nn.Module
     task: Task
-    tokenizer: Any
-    max_length: int
+    processor: Any
+    max_length: int | None
 
 
 def load_base(job: Job) -> LoadedModel:
     """The job's base model with a new head."""
-    return load_model(job.source, job.task.auto_class, job.task.config_fields(), job.dtype, job.tokenizer.pad_token_id)
+    return load_model(job.source, job.task.auto_class, job.task.config_fields(), job.dtype, pad_token_id(job.processor))
 
 
 def adapt_model(
@@ -134,7 +133,6 @@ def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerat
         targets,
         job.task,
         job.train,
-        job.tokenizer,
         cache,
         rank_of=rank_of,
         settings=settings,
@@ -184,18 +182,18 @@ def load_evaluable(target: str, adapter_folder: Path | None, recipe: Recipe, dat
     if adapter_folder is not None:
         return _load_run(adapter_folder, recipe)
     source = find_model(target, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    tokenizer = load_tokenizer(source)
     task = _plain_task(recipe, data, source.config)
+    processor = task.load_processor(source)
     dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
-    loaded = load_model(source, task.auto_class, {}, dtype, tokenizer.pad_token_id)
+    loaded = load_model(source, task.auto_class, {}, dtype, pad_token_id(processor))
     if loaded.new_parameters:
         raise ConfigError(
             target,
             f"it has no trained head for this task ({', '.join(loaded.new_parameters[:3])} are missing)",
             fix="Evaluate a run directory, a merged folder or a fine-tuned model",
         )
-    max_length = resolve_max_length(recipe.data.max_length, tokenizer, source.config)
-    return Evaluable(model=loaded.model.eval(), task=task, tokenizer=tokenizer, max_length=max_length)
+    max_length = task.resolve_length(recipe.data.max_length, processor, source.config)
+    return Evaluable(model=loaded.model.eval(), task=task, processor=processor, max_length=max_length)
 
 
 def _load_run(adapter_folder: Path, recipe: Recipe) -> Evaluable:
@@ -210,40 +208,33 @@ def _load_run(adapter_folder: Path, recipe: Recipe) -> Evaluable:
         revision=adapter.base.get("commit") or adapter.base.get("revision"),
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    tokenizer = load_tokenizer(source)
-    model = load_adapted(adapter, source, task, tokenizer.pad_token_id, FactorCache())
-    trained_length = int(adapter.extra.get("max_length", 512))
-    max_length = resolve_max_length(recipe.data.max_length or trained_length, tokenizer, source.config)
-    return Evaluable(model=model, task=task, tokenizer=tokenizer, max_length=max_length)
+    processor = task.load_processor(source)
+    model = load_adapted(adapter, source, task, pad_token_id(processor), FactorCache())
+    asked = recipe.data.max_length or adapter.extra.get("max_length")
+    max_length = task.resolve_length(asked, processor, source.config)
+    return Evaluable(model=model, task=task, processor=processor, max_length=max_length)
 
 
 def _run_task(stored: dict[str, Any], recipe: Recipe) -> Task:
     """The task that an adapter was trained for, reading the columns that the recipe (or a flag over it) names."""
     if recipe.task.kind not in (None, stored["kind"]):
         raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {recipe.task.kind}")
-    text = recipe.data.text_columns or tuple(stored["text_columns"])
-    if len(text) != len(stored["text_columns"]):
-        raise ConfigError("--text-column", f"the run reads {len(stored['text_columns'])} texts, got {len(text)}")
-    columns = {"text_columns": list(text), "label_column": recipe.data.label_column or stored["label_column"]}
-    return task_class(stored["kind"]).from_dict({**stored, **columns})
+    columns = {name: value for name, value in recipe.data if name.endswith(("_column", "_columns"))}
+    return with_columns(task_from_dict(stored), columns)
 
 
 def _plain_task(recipe: Recipe, data: DataSet, config: Any) -> Task:
     """The task for a plain model: its own class names, in its own order, where it has real ones."""
-    rows = _any_split(data, recipe)
-    labels = recipe.task.labels
+    task, _ = make_task(recipe, _any_split(data, recipe))
     id2label = getattr(config, "id2label", None) or {}
     names = tuple(str(id2label[i]) for i in sorted(id2label))
     is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
-    if labels is None and is_named and recipe.task.kind == "text-classification":
-        found, _ = make_task(recipe, rows)
-        # Only if the data speaks the same names: a model may call "positive" what the data calls "1".
-        if set(getattr(found, "labels", ())) <= set(names):
-            labels = names
-    task_section = recipe.task.model_copy(update={"labels": labels})
-    task, _ = make_task(recipe.model_copy(update={"task": task_section}), rows)
-    outputs, wanted = getattr(config, "num_labels", None), task.config_fields()["num_labels"]
-    if outputs != wanted:
+    found = getattr(task, "labels", None)
+    # Only if the data speaks the same names: a model may call "positive" what the data calls "1".
+    if recipe.task.labels is None and is_named and found and set(found) <= set(names):
+        task = replace(task, labels=names)  # type: ignore[type-var]
+    outputs, wanted = getattr(config, "num_labels", None), task.config_fields().get("num_labels")
+    if wanted is not None and outputs != wanted:
         raise ConfigError(
             "task",
             f"the model has {outputs} outputs, the task has {wanted}",

@@ -23,18 +23,11 @@ from mirrortune.adapters.inject import FactorSource, attachment, plain_parameter
 from mirrortune.adapting import load_into
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.model import DTYPES, ModelSource, find_model, load_model, load_tokenizer, resolve_dtype, shard_bytes
+from mirrortune.examples import Batch
+from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype, shard_bytes
 from mirrortune.precision import autocast, widen
-from mirrortune.tasks import Task, task_class
-from mirrortune.tokens import resolve_max_length
-
-# Sentences for the logit check; short, long, and with unusual characters, so that padding and unknown tokens take part.
-_PROBES = (
-    "A gripping, beautifully acted film.",
-    "No.",
-    "It was neither good nor bad, though the second half dragged on for far longer than the thin story could carry it.",
-    "Größe ≠ quality; 12 % of the plot made sense?!",
-)
+from mirrortune.probes import any_probe, any_processor
+from mirrortune.tasks import Task, task_from_dict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,23 +80,24 @@ def merge_folder(
     adapter = read_adapter(adapter_folder)
     _check_output(output_dir, overwrite=overwrite)
     source = _find_base(adapter, base, trust_remote_code=trust_remote_code)
-    task = task_class(adapter.task["kind"]).from_dict(adapter.task) if adapter.task else None
-    tokenizer = load_tokenizer(source)
-    adapted = load_adapted(adapter, source, task, tokenizer.pad_token_id, factor_source)
+    task = task_from_dict(adapter.task) if adapter.task else None
+    processor = task.load_processor(source) if task else any_processor(source, adapter.base["auto_class"])
+    adapted = load_adapted(adapter, source, task, pad_token_id(processor), factor_source)
     stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
     plain = load_model(
-        source, adapter.base["auto_class"], _config_fields(adapter, task), stored, tokenizer.pad_token_id
+        source, adapter.base["auto_class"], _config_fields(adapter, task), stored, pad_token_id(processor)
     ).model
+    probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
     verdict: list[Verification] = []
 
     def write(folder: Path) -> None:
         state = merged_state(plain, adapted)
         plain.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes(source))  # type: ignore[operator]
         del state
-        tokenizer.save_pretrained(folder)
+        processor.save_pretrained(folder)
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        verdict.append(verify(folder, plain, adapted, adapter.base["auto_class"], tokenizer, task))
+        verdict.append(verify(folder, plain, adapted, adapter.base["auto_class"], probe))
         report = {"mirrortune_version": __version__, "base": adapter.base, "verification": asdict(verdict[0])}
         (folder / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if not verdict[0].passed:
@@ -158,10 +152,10 @@ def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterato
 
 
 @torch.no_grad()
-def verify(
-    folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, tokenizer: Any, task: Task | None
-) -> Verification:
-    """Reopen ``folder`` with transformers alone and compare it with float64 references and with base + adapter."""
+def verify(folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, probe: Batch) -> Verification:
+    """Reopen ``folder`` with transformers alone and compare it with float64 references, and on ``probe`` (inputs of the
+    model's forward) with base + adapter.
+    """
     import transformers  # noqa: PLC0415
 
     reopened = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto").eval()
@@ -177,10 +171,10 @@ def verify(
         expected = trained[name].detach().cpu().to(tensor.dtype) if name in trained else tensor
         changed += name not in written or not torch.equal(written[name], expected)
     dtype = next(iter(reopened.parameters())).dtype
-    logits = _probe_logits(adapted, tokenizer, task)
+    logits = _probe_logits(adapted, probe)
     if dtype == torch.float16:
         reopened.float()  # not every layer computes in float16 on a CPU
-    error = float((logits - _probe_logits(reopened, tokenizer, task)).abs().max())
+    error = float((logits - _probe_logits(reopened, probe)).abs().max())
     epsilon = torch.finfo(dtype).eps
     # A base that was trained on in 16 bits computes in 16 bits, whatever precision the checkpoint is stored in.
     coarsest = max(epsilon, *(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters())))
@@ -205,17 +199,14 @@ def describe(verdict: Verification) -> str:
     )
 
 
-def _probe_logits(model: nn.Module, tokenizer: Any, task: Task | None) -> Tensor:
-    texts = [list(_PROBES)]
-    if task is not None and len(task.text_columns) == 2:
-        texts.append(list(reversed(_PROBES)))
-    limit = resolve_max_length(None, tokenizer, model.config)
-    inputs = tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+def _probe_logits(model: nn.Module, probe: Batch) -> Tensor:
+    """Everything that the model calls logits (one head or several), end to end."""
     device = next(iter(model.parameters())).device
     call: Callable[..., Any] = model.forward
     with autocast(model):
-        logits = call(**{k: v.to(device) for k, v in inputs.items()}).logits
-    return torch.as_tensor(logits).float().cpu()
+        outputs = call(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in probe.items()})
+    logits = [value for name, value in outputs.items() if name.endswith("logits") and isinstance(value, Tensor)]
+    return torch.cat([value.float().cpu().flatten() for value in logits])
 
 
 def _config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:

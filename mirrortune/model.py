@@ -94,15 +94,46 @@ def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer, with a padding token in any case (the end token stands in where there is none)."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
+    no_files = ConfigError(f"model '{source.name}'", "it has no tokenizer files", fix="Put its tokenizer beside it")
     with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+        except ValueError as error:
+            if "instantiate the backend tokenizer" not in str(error):
+                raise
+            raise no_files from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where the files are missing
-        raise ConfigError(f"model '{source.name}'", "it has no tokenizer files", fix="Put its tokenizer beside it")
+        raise no_files
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ConfigError(f"model '{source.name}'", "its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def pad_token_id(processor: Any) -> int | None:
+    """The id that pads texts; None for a processor of something else."""
+    found = getattr(processor, "pad_token_id", None)
+    return found if isinstance(found, int) else None
+
+
+def load_image_processor(source: ModelSource) -> Any:
+    """The model's image processor in its Pillow form, which needs no torchvision and gives the same pixels with and
+    without it.
+    """
+    from transformers import AutoImageProcessor  # noqa: PLC0415
+
+    load: Any = AutoImageProcessor.from_pretrained
+    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+        try:
+            return load(source.location, backend="pil", **source.arguments())
+        except OSError as error:
+            if "preprocessor_config.json" in str(error) and (is_local(source.name) or error.__cause__ is None):
+                raise ConfigError(
+                    f"model '{source.name}'", "it has no image processor",
+                    allowed="a vision model with a preprocessor_config.json", fix="Put one beside it",
+                ) from error  # fmt: skip
+            raise
 
 
 def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:

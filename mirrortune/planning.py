@@ -69,7 +69,7 @@ def make_plan(
         new_parameters: names that no checkpoint fills, where known.
         dtype: of the base weights.
         rows: of a micro-batch.
-        length: of its longest row, in tokens.
+        length: of its longest row, in positions (tokens, or patches of an image).
         is_16bit_compute: activations in 16 bits.
 
     Raises:

@@ -14,6 +14,7 @@ from mirrortune.loading import base_identity
 from mirrortune.recipe import flatten, read_recipe, resolve, with_absolute_paths
 from mirrortune.report import draw_curves
 from mirrortune.schema import Recipe
+from mirrortune.tasks import task_to_dict
 
 
 def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
@@ -55,6 +56,6 @@ def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
     run.write_json("trainer_state.json", state)
     write_atomically(run.path / "curves.png", lambda path: draw_curves(events, path, job.task.selection_metric))
     card = model_card.run_card(
-        run.path.name, base_identity(job), job.spec.method, job.task.to_dict(), data, job.recipe.to_yaml()
+        run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, job.recipe.to_yaml()
     )
     run.write_text("README.md", card)

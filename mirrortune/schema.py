@@ -67,6 +67,12 @@ class DataSection(_Section):
     """One or two columns of text; detected by default."""
     label_column: str | None = None
     """The target's column; detected by default."""
+    image_column: str | None = None
+    """The column of images, encoded or as paths; detected by default."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Height and width of what the model gets, in pixels; the image processor's own by default."""
+    augment: str | None = None
+    """Augmentation of training images: none (default), flip or crop-flip."""
     max_length: int | None = Field(default=None, ge=4)
     """Longest sequence in tokens; longer rows are truncated and counted. The model's own limit, at most 512, by
     default."""

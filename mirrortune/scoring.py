@@ -23,8 +23,8 @@ def score_kept(
 ) -> dict[str, dict[str, float]]:
     """Metrics of the kept checkpoint on every split of ``job.reported``, by the split's name.
 
-    Predictions and references go to ``predictions.safetensors`` (``<split>.predictions`` and ``<split>.references``,
-    one row each in the split's order), so that runs can be compared row by row.
+    Predictions and references that are numbers go to ``predictions.safetensors`` (``<split>.predictions`` and
+    ``<split>.references``, one row each in the split's order), so that runs can be compared row by row.
 
     Args:
         job: what to score on.
@@ -39,12 +39,11 @@ def score_kept(
     found: dict[str, dict[str, float]] = {}
     arrays: dict[str, Any] = {}
     for name, rows in job.reported.items():
-        outcome = evaluate_split(
-            model, job.task, rows, job.tokenizer, accelerator, batch_size=job.recipe.eval.batch_size, source=name
-        )
+        outcome = evaluate_split(model, job.task, rows, accelerator, batch_size=job.recipe.eval.batch_size, source=name)
         found[name] = outcome.metrics
-        arrays[f"{name}.predictions"] = np.ascontiguousarray(job.task.predict(outcome.logits))
-        arrays[f"{name}.references"] = np.ascontiguousarray(rows.targets)
+        for what, values in (("predictions", outcome.predictions), ("references", outcome.references)):
+            if isinstance(values, np.ndarray):
+                arrays[f"{name}.{what}"] = np.ascontiguousarray(values)
         reporter.note(f"{name}: {describe_metrics(outcome.metrics)}  ({outcome.rows:,} rows)")
 
     def write(path: Path) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.batching import Rows, collate, micro_batches
+from mirrortune.batching import forward, micro_batches
 from mirrortune.errors import MirrortuneError
+from mirrortune.examples import Examples, Rows
 from mirrortune.optim import set_lr
-from mirrortune.precision import autocast
 from mirrortune.tasks import Task
-from mirrortune.tokens import Encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +52,7 @@ class Stepper:
         optimizer: prepared by ``accelerator``; its groups carry ``peak_lr``.
         accelerator: accelerate's.
         task: the loss.
-        encoded: training rows.
-        tokenizer: pads batches.
+        examples: training rows.
         num_micro: micro-batches per rank and step.
         max_grad_norm: gradients are scaled down to this norm.
     """
@@ -66,23 +64,22 @@ class Stepper:
         accelerator: Any,
         *,
         task: Task,
-        encoded: Encoded,
-        tokenizer: Any,
+        examples: Examples,
         num_micro: int,
         max_grad_norm: float,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.task, self.encoded, self.tokenizer = task, encoded, tokenizer
+        self.task, self.examples = task, examples
         self.num_micro, self.max_grad_norm = num_micro, max_grad_norm
 
-    def step(self, batch: Rows, lr_factor: float) -> StepResult:
-        """Forward, backward and update on a global batch, at ``lr_factor`` times the peak learning rates.
+    def step(self, batch: Rows, epoch: int, lr_factor: float) -> StepResult:
+        """Forward, backward and update on a global batch of ``epoch``, at ``lr_factor`` times the peak learning rates.
 
         Raises:
             NotFiniteError: before the update.
         """
         accelerator = self.accelerator
-        loss_sum, num_items = self._accumulate(batch)
+        loss_sum, num_items = self._accumulate(batch, epoch)
         loss_sum, num_items = self._sum_over_ranks(loss_sum, num_items)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for parameter in parameters:
@@ -97,11 +94,11 @@ class Stepper:
         self.optimizer.zero_grad()
         return StepResult(loss_sum=loss_sum, num_items=num_items, grad_norm=grad_norm)
 
-    def _accumulate(self, batch: Rows) -> tuple[float, int]:
+    def _accumulate(self, batch: Rows, epoch: int) -> tuple[float, int]:
         """Gradients of this rank's share of the batch; its loss sum and items."""
         parts = micro_batches(
             batch,
-            self.encoded.lengths,
+            self.examples.lengths,
             num_micro=self.num_micro,
             num_ranks=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
@@ -110,22 +107,19 @@ class Stepper:
         for index, rows in enumerate(parts):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss, items = self._micro_loss(rows, batch)
+                loss, items = self._micro_loss(rows, batch, epoch)
                 self.accelerator.backward(loss)
             loss_sum += loss.detach()
             num_items += items
         return float(loss_sum), num_items
 
-    def _micro_loss(self, rows: Rows, batch: Rows) -> tuple[Tensor, int]:
+    def _micro_loss(self, rows: Rows, batch: Rows, epoch: int) -> tuple[Tensor, int]:
         # A last global batch may have fewer rows than parts: an empty part still runs forward and backward, with weight
         # zero, because the other ranks wait for its gradients.
         is_empty = len(rows) == 0
-        inputs = collate(self.encoded, batch[:1] if is_empty else rows, self.tokenizer)
-        inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
-        targets = inputs.pop("targets")
-        with autocast(self.model):
-            logits = self.model(**inputs).logits
-        loss, items = self.task.loss(logits, targets)
+        made = self.examples.batch(batch[:1] if is_empty else rows, epoch)
+        _, outputs, targets = forward(self.model, made, self.accelerator.device)
+        loss, items = self.task.loss(outputs, targets)
         return (loss * 0, 0) if is_empty else (loss, items)
 
     def _sum_over_ranks(self, loss_sum: float, num_items: int) -> tuple[float, int]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows -> token ids, once: the result is cached under a key of everything that it depends on.
+"""Texts -> token ids, once: what was made is cached under a key of everything that it depends on.
 
-Sequences are kept unpadded, end to end, with offsets; padding belongs to batches (``batching.py``).
 Shapes: N rows, T tokens of all rows together.
 """
 
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,93 +22,75 @@ from safetensors.numpy import save_file
 from mirrortune.atomic import write_atomically
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
+from mirrortune.examples import IntArray, Padding, Targets, TokenExamples
 from mirrortune.locations import cache_folder
-from mirrortune.tasks import Targets, Task
 
-IntArray = npt.NDArray[np.integer[Any]]
 # Part of the key: raise it when the same rows and tokenizer would give other tokens.
 _TOKENS_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Encoded:
-    """The features of one split.
+class Reading:
+    """How the rows of a split are made into examples.
 
     Attributes:
-        features: name -> values of all rows end to end, shape (T,), int32 (``input_ids``, and ``token_type_ids`` if
-            any).
-        offsets: shape (N + 1,), int64; row i is [offsets[i], offsets[i + 1]).
-        targets: shape (N,).
-        num_truncated: rows cut to the maximum length.
-        num_empty: rows whose texts are all blank.
-        num_dropped: blank rows that were left out.
+        max_length: longest row, in the kind's own unit (tokens, special ones included); longer rows are truncated and
+            counted. None where all rows are of one size.
+        drop_blank: leave out rows whose texts are empty or white space (they are counted in any case).
+        allow_missing: keep rows without a label (a test split).
+        seed: of whatever is drawn while learning from the rows.
     """
 
-    features: dict[str, IntArray]
-    offsets: IntArray
-    targets: Targets
-    num_truncated: int
-    num_empty: int
-    num_dropped: int
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @property
-    def lengths(self) -> IntArray:
-        """Tokens of each row, shape (N,)."""
-        return np.diff(self.offsets)
+    max_length: int | None
+    drop_blank: bool = False
+    allow_missing: bool = False
+    seed: int = 0
 
 
-def encode_split(
+def encode_texts(
     split: Split,
-    task: Task,
+    columns: Sequence[str],
+    targets: Targets,
+    missing: npt.NDArray[np.bool_],
     tokenizer: Any,
-    *,
-    max_length: int,
-    drop_blank: bool,
-    allow_missing_targets: bool = False,
-) -> Encoded:
-    """Tokens and targets of a split, from the cache if it holds them.
+    reading: Reading,
+    facts: Sequence[object],
+) -> TokenExamples:
+    """Tokens and targets of a split with one text or a pair in each row, from the cache if it holds them.
 
     Args:
         split: the rows.
-        task: names the columns and reads the targets.
+        columns: one or two columns of text.
+        targets: one a row, shape (N, ...).
+        missing: which rows have none, shape (N,).
         tokenizer: a transformers tokenizer.
-        max_length: longest sequence, in tokens, special ones included; longer rows are truncated and counted.
-        drop_blank: leave out rows whose texts are empty or white space (they are counted in any case).
-        allow_missing_targets: keep rows without a label (a test split).
+        reading: what to cut and to leave out.
+        facts: what else the tokens depend on: the kind of task and its version.
 
     Raises:
-        DataError: a text column that is missing, labels that do not fit, or no row left.
+        DataError: if no row is left.
     """
-    check_columns(split, task)
-    targets = task.targets(split.table, split.source, allow_missing=allow_missing_targets)
-    texts = [[t or "" for t in split.table.column(c).to_pylist()] for c in task.text_columns]
+    assert reading.max_length is not None
+    texts = [[t or "" for t in split.table.column(c).to_pylist()] for c in columns]
     blank = np.array([all(not t.strip() for t in row) for row in zip(*texts, strict=True)], dtype=bool)
-    keep = np.flatnonzero(~blank) if drop_blank else np.arange(len(blank))
+    keep = np.flatnonzero(~blank) if reading.drop_blank else np.arange(len(blank))
     if not len(keep):
         raise DataError(split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column")
     kept = [[column[i] for i in keep] for column in texts]
-    key = _cache_key(kept, task, tokenizer, max_length)
-    features, offsets, truncated = _cached_tokens(key, kept, tokenizer, max_length)
-    return Encoded(
-        features=features,
-        offsets=offsets,
+    max_length = reading.max_length
+    key = cache_key(kept, tokenizer, [*facts, max_length])
+    arrays, counts = cached_arrays(key, lambda: _tokenise(kept, tokenizer, max_length))
+    return TokenExamples(
+        features=arrays,
+        offsets=arrays.pop("offsets"),
         targets=targets[keep],
-        num_truncated=truncated,
+        padding=Padding.of(tokenizer),
+        max_length=max_length,
+        num_truncated=counts["num_truncated"],
         num_empty=int(blank.sum()),
         num_dropped=len(blank) - len(keep),
+        num_unlabelled=int(missing[keep].sum()),
     )
-
-
-def check_columns(split: Split, task: Task) -> None:
-    """Refuse a split that lacks a column of the task; DataError with the columns that it has."""
-    for kind, column in [*(("text", c) for c in task.text_columns), ("label", task.label_column)]:
-        if column not in split.table.column_names:
-            raise DataError(
-                split.source, f"it has no {kind} column '{column}'", allowed=", ".join(split.table.column_names)
-            )
 
 
 def resolve_max_length(asked: int | None, tokenizer: Any, config: Any) -> int:
@@ -130,30 +112,57 @@ def resolve_max_length(asked: int | None, tokenizer: Any, config: Any) -> int:
     return asked
 
 
-def _cached_tokens(
-    key: str, texts: list[list[str]], tokenizer: Any, max_length: int
-) -> tuple[dict[str, IntArray], IntArray, int]:
+def cached_arrays(
+    key: str, make: Callable[[], tuple[dict[str, IntArray], dict[str, int]]]
+) -> tuple[dict[str, IntArray], dict[str, int]]:
+    """The arrays and counts that ``make`` returns, from the cache if it holds them whole under ``key``."""
     path = cache_folder() / "tokens" / key[:2] / f"{key}.safetensors"
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            truncated = int(file.metadata()["num_truncated"])
-        return arrays, arrays.pop("offsets"), truncated
+            return arrays, {name: int(count) for name, count in file.metadata().items()}
     except (OSError, SafetensorError, KeyError, ValueError):
         pass  # absent or damaged: make it (anew)
-    features, offsets, truncated = _tokenise(texts, tokenizer, max_length)
-    metadata = {"num_truncated": str(truncated)}
+    arrays, counts = make()
 
     def write(target: Path) -> None:
-        save_file({**features, "offsets": offsets}, target, metadata)
+        save_file(arrays, target, {name: str(count) for name, count in counts.items()})
 
     write_atomically(path, write, optional=True)
-    return features, offsets, truncated
+    return arrays, counts
+
+
+def cache_key(texts: Sequence[Sequence[str]], tokenizer: Any, facts: Sequence[object]) -> str:
+    """A digest of columns of texts, of how ``tokenizer`` reads them, and of ``facts`` (JSON data)."""
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # its description tells how it was last called, which the next call overrules
+        backend.no_truncation()
+        backend.no_padding()
+    description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    known = [_TOKENS_VERSION, *facts, type(tokenizer).__name__]
+    known += [tokenizer.truncation_side, list(tokenizer.model_input_names)]
+    digest.update(json.dumps(known).encode())
+    digest.update(description.encode())
+    for column in texts:
+        array = pa.array(column, pa.large_string())
+        for buffer in array.buffers():
+            if buffer is not None:
+                digest.update(buffer)
+        digest.update(str(len(column)).encode())
+    return digest.hexdigest()
+
+
+def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
+    """Rows end to end as int32, shape (T,), and their offsets, shape (N + 1,)."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
+    return flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
 def _tokenise(
     texts: list[list[str]], tokenizer: Any, max_length: int, chunk: int = 4096
-) -> tuple[dict[str, IntArray], IntArray, int]:
+) -> tuple[dict[str, IntArray], dict[str, int]]:
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
     parts: dict[str, list[list[int]]] = {n: [] for n in names}
     truncated = 0
@@ -171,26 +180,5 @@ def _tokenise(
         truncated += len(long)
         for name in names:
             parts[name] += rows[name]
-    lengths = np.array([len(row) for row in parts["input_ids"]], dtype=np.int64)
-    features = {n: np.concatenate([np.asarray(r, dtype=np.int32) for r in rows]) for n, rows in parts.items()}
-    return features, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), truncated
-
-
-def _cache_key(texts: list[list[str]], task: Task, tokenizer: Any, max_length: int) -> str:
-    digest = hashlib.sha256()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # its description tells how it was last called, which the next call overrules
-        backend.no_truncation()
-        backend.no_padding()
-    description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    facts = [_TOKENS_VERSION, task.kind, task.version, max_length, type(tokenizer).__name__]
-    facts += [tokenizer.truncation_side, list(tokenizer.model_input_names)]
-    digest.update(json.dumps(facts).encode())
-    digest.update(description.encode())
-    for column in texts:
-        array = pa.array(column, pa.large_string())
-        for buffer in array.buffers():
-            if buffer is not None:
-                digest.update(buffer)
-        digest.update(str(len(column)).encode())
-    return digest.hexdigest()
+    arrays = {name: ragged(rows)[0] for name, rows in parts.items()}
+    return {**arrays, "offsets": ragged(parts["input_ids"])[1]}, {"num_truncated": truncated}

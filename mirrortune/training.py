@@ -27,12 +27,12 @@ from mirrortune.checkpoint import (
 )
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun
 from mirrortune.evaluation import evaluate_split
+from mirrortune.examples import Examples
 from mirrortune.metrics import METRICS
 from mirrortune.optim import Schedule, build_optimizer, lr_factor
 from mirrortune.signals import StopSignals
 from mirrortune.stepping import NotFiniteError, Stepper, StepResult
 from mirrortune.tasks import Task
-from mirrortune.tokens import Encoded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,8 +98,7 @@ class Trainer:
     Args:
         model: adapted, on any device; ``accelerator`` moves and wraps it.
         task: loss and metrics.
-        tokenizer: pads batches.
-        train, validation: encoded splits.
+        train, validation: examples.
         settings: numbers of the loop.
         run: where events and checkpoints go.
         write_adapter_files: writes the adapter into a folder.
@@ -111,17 +110,16 @@ class Trainer:
         self,
         model: nn.Module,
         task: Task,
-        tokenizer: Any,
         *,
-        train: Encoded,
-        validation: Encoded,
+        train: Examples,
+        validation: Examples,
         settings: LoopSettings,
         run: RunDirectory,
         write_adapter_files: Callable[[Path], object],
         accelerator: Any,
         progress: Progress,
     ) -> None:
-        self.task, self.tokenizer, self.train, self.validation = task, tokenizer, train, validation
+        self.task, self.train, self.validation = task, train, validation
         self.settings, self.run, self.progress = settings, run, progress
         self.accelerator, self.write_adapter_files = accelerator, write_adapter_files
         self.global_batch_size = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
@@ -139,8 +137,7 @@ class Trainer:
             self.optimizer,
             accelerator,
             task=task,
-            encoded=train,
-            tokenizer=tokenizer,
+            examples=train,
             num_micro=settings.gradient_accumulation_steps,
             max_grad_norm=settings.max_grad_norm,
         )
@@ -210,7 +207,7 @@ class Trainer:
         for batch in batches[state.step_in_epoch :]:
             started = time.perf_counter()
             try:
-                done = self.stepper.step(batch, self._lr_factor(state.global_step))
+                done = self.stepper.step(batch, state.epoch, self._lr_factor(state.global_step))
             except NotFiniteError as error:
                 raise self._diverged(self.state.global_step + 1, f"{error.problem}; the step was not made") from error
             self._step_seconds.append(time.perf_counter() - started)
@@ -260,7 +257,6 @@ class Trainer:
             self.bare_model,
             self.task,
             self.validation,
-            self.tokenizer,
             self.accelerator,
             batch_size=self.settings.eval_batch_size,
             source="validation",

@@ -15,12 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # new core or kind of task: the files of those two folders are of one layer, and may import each other.
 LAYERS = (
     "comparison_figures errors precision report signals significance adapters adapters.matching",
-    "adapters.factorize adapters.presets atomic columns locations metrics registry strict_yaml",
-    "adapters.basis adapters.cores adapters.pairings checkpoint flags hub model_card schema tables",
+    "adapters.factorize adapters.presets atomic class_folders columns examples labels locations metrics registry "
+    "strict_yaml",
+    "adapters.basis adapters.cores adapters.pairings batching checkpoint flags hub model_card schema tables",
     "adapters.spectral_linear comparison data factor_cache model recipe",
-    "adapters.spec tasks",
-    "adapters.inject tokens",
-    "batching",
+    "adapters.spec images tokens",
+    "adapters.inject probes",
+    "tasks",
     "calibration evaluation optim peft_tuners",
     "adapter_file planning",
     "adapting",

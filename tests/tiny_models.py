@@ -72,6 +72,35 @@ def write_tiny_model(folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
     return folder
 
 
+def write_tiny_vision(folder: Path, *, family: str = "Dinov2", num_channels: int = 3, seed: int = 0) -> Path:
+    """A saved tiny vision backbone (16 x 16 pixels, patches of 4) and its image processor, which scales to 20 and cuts.
+
+    Args:
+        folder: is made.
+        family: ``Dinov2`` or ``ViT``.
+        num_channels: of the images.
+        seed: of the weights.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    fields = {"image_size": 16, "patch_size": 4, "num_channels": num_channels}
+    config = getattr(transformers, f"{family}Config")(**sizes, **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{family}Model")(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim > 1 else 0.05))
+    model.save_pretrained(folder)
+    statistics = {"image_mean": [0.5] * num_channels, "image_std": [0.25] * num_channels}
+    crop = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}, "do_center_crop": True}
+    transformers.BitImageProcessorPil(**crop, **statistics).save_pretrained(folder)
+    return folder
+
+
 def _build(family: str, seed: int, fields: dict[str, Any]) -> nn.Module:
     import transformers
 

@@ -20,8 +20,9 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapting import FingerprintBook
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import Split
+from mirrortune.examples import Padding, TokenExamples
 from mirrortune.tasks.text_classification import Task
-from mirrortune.tokens import Encoded, encode_split
+from mirrortune.tokens import Reading
 from mirrortune.training import LoopSettings, Trainer
 from tests.spectral import train_a_little
 from tests.tiny_models import WORDS, tiny_bert, tiny_tokenizer
@@ -97,7 +98,7 @@ def classification(**fields: Any) -> Task:
     return Task(text_columns=("text",), label_column="label", **{**settings, **fields})
 
 
-def sentences(rows: int, seed: int = 0) -> Encoded:
+def sentences(rows: int, seed: int = 0) -> TokenExamples:
     """Sentences of 3 to about 20 tokens with one telling word each, and its class."""
     random = np.random.default_rng(seed)
     plain = [word for word in WORDS if word not in (*GOOD, *BAD, "not")]
@@ -109,19 +110,18 @@ def sentences(rows: int, seed: int = 0) -> Encoded:
         texts.append(" ".join(words))
         labels.append(("bad", "good")[label])
     split = Split(table=pa.table({"text": texts, "label": labels}), source="sentences")
-    return encode_split(split, classification(), tiny_tokenizer(), max_length=32, drop_blank=False)
+    return classification().encode(split, tiny_tokenizer(), Reading(max_length=32))
 
 
-def as_encoded(ids: list[list[int]], types: list[list[int]] | None = None) -> Encoded:
-    """Rows of token ids (and types) as the token cache holds them; each row's target is its number."""
+def as_examples(ids: list[list[int]], types: list[list[int]] | None = None, tokenizer: Any = None) -> TokenExamples:
+    """Rows of token ids (and types), to be padded as ``tokenizer`` does; each row's target is its number."""
     columns = {"input_ids": ids} if types is None else {"input_ids": ids, "token_type_ids": types}
-    return Encoded(
+    return TokenExamples(
         features={name: np.concatenate([np.array(row, np.int32) for row in rows]) for name, rows in columns.items()},
         offsets=np.concatenate([[0], np.cumsum([len(row) for row in ids])]),
         targets=np.arange(len(ids)),
-        num_truncated=0,
-        num_empty=0,
-        num_dropped=0,
+        padding=Padding.of(tokenizer or tiny_tokenizer()),
+        max_length=64,
     )
 
 
@@ -180,8 +180,8 @@ def make_trainer(
     folder: Path,
     *,
     adapted: Adapted | None = None,
-    train: Encoded | None = None,
-    validation: Encoded | None = None,
+    train: TokenExamples | None = None,
+    validation: TokenExamples | None = None,
     progress: Watcher | None = None,
     fresh: bool = True,
     **settings: Any,
@@ -209,7 +209,6 @@ def make_trainer(
     return Trainer(
         found.model,
         classification(),
-        tiny_tokenizer(),
         train=train or sentences(30),
         validation=validation or sentences(20, seed=1),
         settings=replace(SETTINGS, **settings),

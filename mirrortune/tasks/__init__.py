@@ -2,77 +2,89 @@
 """Kinds of task. A kind is one file in this folder, named like the kind, with a class ``Task``; a dataset is one YAML
 recipe.
 
-The file's name is its registration: ``text_classification.py`` is ``text-classification``.
+The file's name is its registration: ``text_classification.py`` is ``text-classification``. The keyword parameters of
+its ``from_rows`` are the settings that it takes from the recipe's ``task`` and ``data`` sections.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from torch import Tensor
 
-from mirrortune.errors import unknown_name
+from mirrortune.data import Split
+from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.examples import Batch, Examples, Targets
+from mirrortune.model import ModelSource
 from mirrortune.recipe import task_kinds
-
-Targets = npt.NDArray[np.generic]
+from mirrortune.tokens import Reading
 
 
 class Task(Protocol):
-    """What the data, the loop, the evaluation and the files require of a kind of task; made once the columns are known.
+    """What the data, the loop, the evaluation and the files require of a kind of task; a frozen dataclass of JSON data,
+    made once the columns are known.
 
     Attributes:
         kind: the kind's name.
         auto_class: name of the transformers class that loads a model for it.
-        text_columns: one or two columns.
-        label_column: the target's column.
         metric_names: metrics of every evaluation; the first one is not special.
         selection_metric: the metric (one of them) by which the best checkpoint is kept.
-        version: raised when the features made from a row change; part of the token cache's key.
     """
 
     kind: str
     auto_class: str
-    text_columns: tuple[str, ...]
-    label_column: str
     metric_names: tuple[str, ...]
     selection_metric: str
-    version: int
 
     @classmethod
-    def from_rows(cls, table: pa.Table, source: str, **settings: Any) -> Task:
-        """The task with its label space read from the training rows; DataError if they do not fit the kind."""
+    def from_rows(cls, table: pa.Table, source: str, **settings: Any) -> tuple[Task, list[str]]:
+        """The task with its columns and label space read from the training rows, and a note for each column that was
+        detected rather than named.
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Task:
-        """The task that :meth:`to_dict` described."""
+        Raises:
+            DataError, ConfigError: if rows or settings do not fit the kind.
+        """
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything needed to evaluate again, as JSON data."""
+    def columns(self) -> list[tuple[str, str]]:
+        """(role, column) of every column that is read; the roles are words for messages."""
 
-    def targets(self, table: pa.Table, source: str, *, allow_missing: bool) -> Targets:
-        """One target a row, shape (N,); missing ones (-1 or NaN) only if allowed. DataError with the row otherwise."""
-
-    def strata(self, targets: Targets) -> Targets | None:
-        """The groups that a split must keep in proportion, shape (N,), or None."""
-
-    def is_missing(self, targets: Targets) -> npt.NDArray[np.bool_]:
-        """Which targets are absent, shape (N,)."""
+    def strata(self, split: Split) -> Targets | None:
+        """The groups that cutting the split must keep in proportion, shape (N,), or None; DataError if a row has no
+        label.
+        """
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of the transformers config that fix the head's size and labels."""
 
-    def loss(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        """Sum of the losses of all items, and how many items it sums over."""
+    def load_processor(self, source: ModelSource) -> Any:
+        """What turns rows into the model's inputs: a tokenizer or more. It has ``save_pretrained``."""
 
-    def predict(self, logits: npt.NDArray[np.float32]) -> Targets:
-        """Predictions, shape (N,), from logits (N, outputs)."""
+    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int | None:
+        """The longest row, in the kind's own unit, or None where all are of one size; ConfigError if ``asked`` does not
+        fit.
+        """
 
-    def metrics(self, predictions: Targets, references: Targets) -> dict[str, float]:
-        """Every metric of ``metric_names``."""
+    def encode(self, split: Split, processor: Any, reading: Reading) -> Examples:
+        """The rows as the model takes them; DataError for rows that cannot be used."""
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Sum of the losses of all items of a batch, and how many items it sums over."""
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
+        """What predictions need to know of each row of a scored batch, on the CPU."""
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
+        """Predictions and references as the kind's metrics compare them, from what was judged of every row, in the
+        order of ``examples``.
+        """
+
+    def probe(self, processor: Any, config: Any) -> Batch:
+        """A few inputs for the model's forward, on which a merged model is compared with base + adapter."""
 
 
 def task_class(kind: str, where: str = "task.kind") -> type[Task]:
@@ -81,3 +93,45 @@ def task_class(kind: str, where: str = "task.kind") -> type[Task]:
         raise unknown_name(where, "kind of task", kind, task_kinds())
     module = importlib.import_module(f"{__name__}.{kind.replace('-', '_')}")
     return module.Task  # type: ignore[no-any-return]
+
+
+def settings_of(kind: str) -> list[str]:
+    """Names of the settings that a kind takes from the recipe."""
+    parameters = inspect.signature(task_class(kind).from_rows).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def task_to_dict(task: Task) -> dict[str, Any]:
+    """Everything needed to evaluate again, as JSON data."""
+    return asdict(task)  # type: ignore[call-overload, no-any-return]
+
+
+def task_from_dict(data: dict[str, Any]) -> Task:
+    """The task that :func:`task_to_dict` described."""
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return task_class(data["kind"])(**known)
+
+
+def with_columns(task: Task, named: dict[str, Any]) -> Task:
+    """The task on other data: ``named`` holds settings that name columns (None where they stay).
+
+    Raises:
+        ConfigError: a column that the kind does not read, or another number of them.
+    """
+    given = {key: value for key, value in named.items() if value is not None}
+    for key, value in given.items():
+        flag, now = "--" + key.replace("_", "-").removesuffix("s"), getattr(task, key, None)
+        if now is None:
+            raise ConfigError(flag, f"{task.kind} has none")
+        if isinstance(now, tuple) and len(now) != len(value):
+            raise ConfigError(flag, f"the run reads {len(now)} {key.split('_')[0]}s, got {len(value)}")
+    return replace(task, **given)  # type: ignore[type-var]
+
+
+def check_columns(split: Split, task: Task) -> None:
+    """Refuse a split that lacks a column of the task; DataError with the columns that it has."""
+    for role, column in task.columns():
+        if column not in split.table.column_names:
+            raise DataError(
+                split.source, f"it has no {role} column '{column}'", allowed=", ".join(split.table.column_names)
+            )

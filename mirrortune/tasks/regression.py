@@ -5,7 +5,8 @@ named.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 from torch import Tensor
 
+from mirrortune.columns import choose_columns
+from mirrortune.data import Split
 from mirrortune.errors import DataError
-from mirrortune.metrics import check_metrics, score
+from mirrortune.examples import Batch, Targets, TokenExamples
+from mirrortune.labels import label_fields, refuse_missing
+from mirrortune.metrics import check_metrics
+from mirrortune.model import ModelSource, load_tokenizer
+from mirrortune.probes import text_probe
+from mirrortune.tokens import Reading, encode_texts, resolve_max_length
 
 _LARGEST = float(np.finfo(np.float32).max)  # targets are float32
 
@@ -37,87 +45,83 @@ class Task:
         table: pa.Table,
         source: str,
         *,
-        text_columns: tuple[str, ...],
-        label_column: str,
+        text_columns: tuple[str, ...] | None = None,
+        label_column: str | None = None,
         metrics: tuple[str, ...] | None = None,
         selection_metric: str | None = None,
-        labels: tuple[str, ...] | None = None,
-    ) -> Task:
+    ) -> tuple[Task, list[str]]:
         """The task; DataError if the label column is not made of finite numbers or is constant."""
-        if labels is not None:
-            raise DataError(source, "task.labels are class names, and regression has none", fix="Remove task.labels")
+        text, label, notes = choose_columns(table, text_columns, label_column, source)
         metric_names = metrics or ("pearson", "spearmanr")
         check_metrics(metric_names, "number", selection=selection_metric)
         task = cls(
-            text_columns=text_columns,
-            label_column=label_column,
+            text_columns=text,
+            label_column=label,
             metric_names=metric_names,
             selection_metric=selection_metric or metric_names[0],
         )
-        values = task.targets(table, source, allow_missing=True)
+        values = task.targets(table, source)
         known = values[~np.isnan(values)]
         if len(known) and np.ptp(known) == 0:
             raise DataError(
                 source,
-                f"label column '{label_column}' holds one value only ({known[0]:g})",
+                f"label column '{label}' holds one value only ({known[0]:g})",
                 allowed="numbers that differ",
                 fix="Name another column with --label-column",
             )
-        return task
+        return task, notes
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Task:
+    def columns(self) -> list[tuple[str, str]]:
         """See :class:`mirrortune.tasks.Task`."""
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**known)
+        return [*(("text", c) for c in self.text_columns), ("label", self.label_column)]
 
-    def to_dict(self) -> dict[str, Any]:
-        """See :class:`mirrortune.tasks.Task`."""
-        return asdict(self)
-
-    def targets(self, table: pa.Table, source: str, *, allow_missing: bool) -> npt.NDArray[np.float32]:
+    def targets(self, table: pa.Table, source: str) -> npt.NDArray[np.float32]:
         """Numbers (N,), float32; NaN where there is none."""
         values = [self._parse(v, source, i) for i, v in enumerate(table.column(self.label_column).to_pylist())]
-        found = np.array(values, dtype=np.float32)
-        count = int(np.isnan(found).sum())
-        if count and not allow_missing:
-            first = ", ".join(str(i + 1) for i in np.flatnonzero(np.isnan(found))[:5])
-            raise DataError(
-                source,
-                f"{count} of {len(found)} rows have no number in column '{self.label_column}' (rows {first})",
-                allowed="a finite number in every row used for training or validation",
-                fix="Fill or remove these rows",
-            )
-        return found
+        return np.array(values, dtype=np.float32)
 
-    def strata(self, targets: npt.NDArray[np.generic]) -> npt.NDArray[np.generic] | None:
+    def strata(self, split: Split) -> None:
         """None: rows are split at random."""
-        return None
-
-    def is_missing(self, targets: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
-        """See :class:`mirrortune.tasks.Task`."""
-        return np.isnan(targets.astype(np.float32))
+        self._complete_targets(split)
 
     def config_fields(self) -> dict[str, Any]:
         """See :class:`mirrortune.tasks.Task`."""
-        return {
-            "num_labels": 1,
-            "id2label": {0: self.label_column},
-            "label2id": {self.label_column: 0},
-            "problem_type": "regression",
-        }
+        return {**label_fields([self.label_column]), "problem_type": "regression"}
 
-    def loss(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-        """Squared error of logits (N, 1) against numbers (N,), summed."""
-        return (logits.float().squeeze(-1) - targets).square().sum(), targets.shape[0]
+    def load_processor(self, source: ModelSource) -> Any:
+        """The tokenizer."""
+        return load_tokenizer(source)
 
-    def predict(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The single output."""
-        return logits[:, 0]
-
-    def metrics(self, predictions: npt.NDArray[np.generic], references: npt.NDArray[np.generic]) -> dict[str, float]:
+    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
         """See :class:`mirrortune.tasks.Task`."""
-        return score(self.metric_names, predictions, references)
+        return resolve_max_length(asked, processor, config)
+
+    def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
+        """See :class:`mirrortune.tasks.Task`."""
+        values = self.targets(split.table, split.source) if reading.allow_missing else self._complete_targets(split)
+        facts = [self.kind, self.version]
+        return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, facts)
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Squared error of logits (B, 1) against numbers (B,), summed."""
+        return (outputs.logits.float().squeeze(-1) - targets).square().sum(), targets.shape[0]
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
+        """Predictions (B,)."""
+        return np.asarray(outputs.logits[:, 0].float().cpu().numpy())
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
+        """The single output and the right number, each (N,)."""
+        return np.array(judged), examples.targets
+
+    def probe(self, processor: Any, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.Task`."""
+        return text_probe(processor, config, num_texts=len(self.text_columns))
+
+    def _complete_targets(self, split: Split) -> npt.NDArray[np.float32]:
+        values = self.targets(split.table, split.source)
+        refuse_missing(np.isnan(values), split.source, self.label_column, "number")
+        return values
 
     def _parse(self, value: Any, source: str, row: int) -> float:
         if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):

@@ -15,7 +15,7 @@ import pytest
 from mirrortune.assembly import read_data
 from mirrortune.commands import evaluation_rows
 from mirrortune.recipe import read_recipe, resolve
-from mirrortune.tasks import task_class
+from mirrortune.tasks import task_from_dict
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
 
 ROWS = reviews(60)
@@ -81,7 +81,7 @@ def test_the_validation_rows_are_drawn_by_the_seed_and_in_proportion(desk: Path,
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert train(tiny_model_dir, "rows.csv", "--seed", seed, out=out).exit_code == 0
         recipe = resolve([read_recipe(f"{out}/recipe.yaml")]).recipe
-        task = task_class("text-classification").from_dict(adapter(desk / out)["task"])
+        task = task_from_dict(adapter(desk / out)["task"])
         rows, _ = evaluation_rows(recipe, read_data(recipe), "validation", task, is_own_data=True)
         held[out] = rows.table.to_pydict()
         assert Counter(held[out]["label"]) == {"x": 6, "y": 3, "z": 1}

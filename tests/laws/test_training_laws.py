@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.batching import collate
 from mirrortune.errors import InterruptedRun
 from mirrortune.evaluation import EvalResult, evaluate_split
-from mirrortune.tokens import Encoded
-from tests.tiny_models import FAMILIES, tiny_bert, tiny_tokenizer
+from mirrortune.examples import TokenExamples
+from tests.tiny_models import FAMILIES, tiny_bert
 from tests.tiny_runs import Adapted, Watcher, adapt, classification, make_trainer, sentences, terminate_after
 
 SPECS = {
@@ -125,7 +124,7 @@ def test_the_step_is_that_of_the_mean_loss_over_the_global_batch(tmp_path: Path)
     cores = list(adapter_parameters(reference.model).values())
     heads = list(plain_parameters(reference.model).values())
     optimizer = torch.optim.AdamW([{"params": cores, "lr": 3e-2}, {"params": heads, "lr": 1e-2}], weight_decay=0.0)
-    batch = collate(train, np.arange(6), trainer.tokenizer)
+    batch = train.batch(np.arange(6))
     targets = batch.pop("targets")
     nn.functional.cross_entropy(reference.model(**batch).logits, targets).backward()
     optimizer.step()
@@ -229,15 +228,13 @@ def test_another_seed_gives_another_order(tmp_path: Path) -> None:
     assert losses[0] != losses[1]
 
 
-def score(model: nn.Module, encoded: Encoded, batch_size: int) -> EvalResult:
+def score(model: nn.Module, encoded: TokenExamples, batch_size: int) -> EvalResult:
     """A split's evaluation."""
     accelerator = Accelerator(cpu=True)
-    return evaluate_split(
-        model, classification(), encoded, tiny_tokenizer(), accelerator, batch_size=batch_size, source="rows"
-    )
+    return evaluate_split(model, classification(), encoded, accelerator, batch_size=batch_size, source="rows")
 
 
-def reordered(encoded: Encoded, order: list[int]) -> Encoded:
+def reordered(encoded: TokenExamples, order: list[int]) -> TokenExamples:
     """The same rows in another order."""
     pieces = [slice(encoded.offsets[i], encoded.offsets[i + 1]) for i in order]
     return replace(
@@ -254,7 +251,7 @@ def test_scores_do_not_depend_on_padding(batch_size: int) -> None:
     # the returned logits are float32).
     model, rows = adapt().model.double(), sentences(20)
     alone, found = score(model, rows, 1), score(model, rows, batch_size)
-    np.testing.assert_allclose(found.logits, alone.logits, rtol=2e-7)
+    np.testing.assert_allclose(found.judged, alone.judged, rtol=2e-7)
     assert found.metrics == pytest.approx(alone.metrics, rel=2e-7)
     assert found.rows == 20
 
@@ -264,7 +261,7 @@ def test_scores_do_not_depend_on_the_order_or_the_company_of_rows() -> None:
     found = score(model, rows, 8)
     order = list(np.random.default_rng(1).permutation(20))
     turned = score(model, reordered(rows, order), 8)
-    np.testing.assert_allclose(turned.logits, found.logits[order], rtol=2e-7)
+    np.testing.assert_allclose(turned.judged, np.stack(found.judged)[order], rtol=2e-7)
     assert turned.metrics == pytest.approx(found.metrics, rel=2e-7)
     halves = [score(model, reordered(rows, part), 8) for part in (order[:10], order[10:])]
     for name, value in found.metrics.items():  # both are means over rows

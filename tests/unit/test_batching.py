@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.batching import collate, epoch_batches, micro_batches
-from tests.tiny_runs import as_encoded
+from mirrortune.batching import epoch_batches, micro_batches
+from tests.tiny_runs import as_examples
 
 SEEDS = st.integers(0, 2**16)
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=200).map(np.array)
@@ -99,12 +99,12 @@ ROWS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_collate_pads_to_the_longest_on_the_tokenizers_side(tokenizer: Any, side: str) -> None:
+def test_batches_are_padded_to_the_longest_on_the_tokenizers_side(tokenizer: Any, side: str) -> None:
     import copy
 
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = side
-    batch = collate(as_encoded(ROWS, [[i % 2 for i in row] for row in ROWS]), np.array([1, 0]), tokenizer)
+    batch = as_examples(ROWS, [[i % 2 for i in row] for row in ROWS], tokenizer).batch(np.array([1, 0]))
     pad = tokenizer.pad_token_id
     expected = {"right": [[8, pad, pad], [5, 6, 7]], "left": [[pad, pad, 8], [5, 6, 7]]}[side]
     assert batch["input_ids"].tolist() == expected
@@ -114,16 +114,16 @@ def test_collate_pads_to_the_longest_on_the_tokenizers_side(tokenizer: Any, side
     assert {t.dtype for t in batch.values()} == {torch.int64}
 
 
-def test_collate_pads_as_the_tokenizer_itself_does(tokenizer: Any) -> None:
+def test_batches_are_padded_as_the_tokenizer_itself_does(tokenizer: Any) -> None:
     texts = ["the film is good", "bad", "a very very dull plot , and so long"]
     expected = tokenizer(texts, padding=True, return_tensors="pt")
     rows = tokenizer(texts)
-    batch = collate(as_encoded(rows["input_ids"], rows["token_type_ids"]), np.arange(3), tokenizer)
+    batch = as_examples(rows["input_ids"], rows["token_type_ids"]).batch(np.arange(3))
     assert set(batch) == {*expected, "targets"}
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-def test_collate_makes_only_what_the_model_takes(tokenizer: Any) -> None:
-    batch = collate(as_encoded(ROWS), np.array([2]), tokenizer)
+def test_a_batch_is_only_what_the_model_takes() -> None:
+    batch = as_examples(ROWS).batch(np.array([2]))
     assert set(batch) == {"input_ids", "attention_mask", "targets"}
     assert batch["input_ids"].tolist() == [[9, 10, 11, 12]]

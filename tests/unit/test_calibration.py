@@ -19,11 +19,10 @@ from mirrortune.adapters.factorize import factorize
 from mirrortune.adapters.inject import adapter_parameters, attach, find_targets
 from mirrortune.adapters.spec import AdapterSpec, make_pairs
 from mirrortune.adapting import stored_pairs
-from mirrortune.batching import collate
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.errors import ConfigError
 from mirrortune.report import Reporter
-from tests.tiny_models import tiny_bert, tiny_tokenizer
+from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD, classification, sentences
 
 SPEC = AdapterSpec(method="adaptive")
@@ -46,7 +45,6 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
         find_targets(model, SPEC, HEAD),
         classification(),
         sentences(12),
-        tiny_tokenizer(),
         lambda name, weight, rank: factorize(weight, rank),
         rank_of=min,
         settings=CalibrationSettings(**settings),
@@ -60,9 +58,9 @@ def test_it_measures_the_gradient_of_every_angle(side: str) -> None:
     saliency = measure(copy.deepcopy(model), side=side)
     adapted = attach(model.eval(), AdapterSpec(options={"side": side}), new_parameters=HEAD)
     rows = sentences(12)
-    batch = collate(rows, np.arange(12), tiny_tokenizer())
+    batch = rows.batch(np.arange(12))
     targets = batch.pop("targets")
-    total, items = classification().loss(adapted(**batch).logits, targets)
+    total, items = classification().loss(adapted(**batch), targets)
     (total / items).backward()
     for name, theta in adapter_parameters(adapted).items():
         layer = name.rsplit(".", 1)[0]

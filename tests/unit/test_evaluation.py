@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mirrortune.errors import DataError
 from mirrortune.evaluation import EvalResult, evaluate_split
+from mirrortune.examples import TokenExamples
 from mirrortune.tasks import Task, regression
-from mirrortune.tokens import Encoded
-from tests.tiny_runs import as_encoded, classification
+from tests.tiny_runs import as_examples, classification
 
 
 @dataclass
@@ -44,38 +44,35 @@ class Reader(nn.Module):
 
 # Row i begins with i + 1; lengths 3, 1, 4, 2, 3.
 ROWS = [[1, 9, 9], [2], [3, 9, 9, 9], [4, 9], [5, 9, 9]]
-SPLIT = replace(as_encoded(ROWS), targets=np.array([0, 1, 0, 1, 0]))
+SPLIT = replace(as_examples(ROWS), targets=np.array([0, 1, 0, 1, 0]))
 
 
-def run(
-    model: nn.Module, tokenizer: Any, split: Encoded = SPLIT, task: Task | None = None, **options: Any
-) -> EvalResult:
+def run(model: nn.Module, split: TokenExamples = SPLIT, task: Task | None = None, **options: Any) -> EvalResult:
     """Evaluate the rows."""
     settings = {"batch_size": 2, "source": "rows.csv", **options}
-    return evaluate_split(model, task or classification(), split, tokenizer, Accelerator(cpu=True), **settings)
+    return evaluate_split(model, task or classification(), split, Accelerator(cpu=True), **settings)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 100])
-def test_every_row_is_scored_once_and_in_order(tokenizer: Any, batch_size: int) -> None:
+def test_every_row_is_scored_once_and_in_order(batch_size: int) -> None:
     model, told = Reader(), []
-    result = run(model, tokenizer, batch_size=batch_size, on_batch=told.append)
+    result = run(model, batch_size=batch_size, on_batch=told.append)
     assert result.rows == 5
-    assert result.logits.tolist() == [[row[0], sum(row)] for row in ROWS]
-    assert result.logits.dtype == np.float32
+    assert np.stack(result.judged).tolist() == [[row[0], sum(row)] for row in ROWS]
     assert sum(model.batches) == sum(told) == 5
     assert model.batches == told
     assert max(told) <= batch_size
 
 
-def test_metrics_and_loss_are_those_of_the_rows(tokenizer: Any) -> None:
-    result = run(Reader(), tokenizer)
-    logits, targets = torch.from_numpy(result.logits), torch.from_numpy(SPLIT.targets)
+def test_metrics_and_loss_are_those_of_the_rows() -> None:
+    result = run(Reader())
+    logits, targets = torch.from_numpy(np.stack(result.judged)), torch.from_numpy(SPLIT.targets)
     assert result.metrics.keys() == {"accuracy", "loss"}
     assert result.metrics["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-6)
     assert result.metrics["accuracy"] == pytest.approx(float((logits.argmax(dim=1) == targets).float().mean()))
 
 
-def test_regression_is_scored_too(tokenizer: Any) -> None:
+def test_regression_is_scored_too() -> None:
     class Number(Reader):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Output:
             return Output(super().forward(input_ids, attention_mask).logits[:, :1])
@@ -84,21 +81,21 @@ def test_regression_is_scored_too(tokenizer: Any) -> None:
         text_columns=("text",), label_column="label", metric_names=("mse", "pearson"), selection_metric="mse"
     )
     targets = np.array([1, 2, 3, 4, 7], dtype=np.float32)
-    result = run(Number(), tokenizer, replace(SPLIT, targets=targets), task)
+    result = run(Number(), replace(SPLIT, targets=targets), task)
     assert result.metrics["mse"] == result.metrics["loss"] == pytest.approx(4 / 5)
     assert result.metrics["pearson"] == pytest.approx(float(np.corrcoef(targets, [1, 2, 3, 4, 5])[0, 1]))
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_its_mode(tokenizer: Any, training: bool) -> None:
+def test_the_model_is_left_in_its_mode(training: bool) -> None:
     model = Reader().train(training)
-    run(model, tokenizer)
+    run(model)
     assert model.training == training
     assert model.was_training == {False}
     assert model.grad_enabled == {False}
 
 
-def test_the_longest_rows_come_first(tokenizer: Any) -> None:
+def test_the_longest_rows_come_first() -> None:
     """So that a batch that does not fit into memory is the first one."""
 
     class Widths(Reader):
@@ -107,12 +104,12 @@ def test_the_longest_rows_come_first(tokenizer: Any) -> None:
             return super().forward(input_ids, attention_mask)
 
     widths: list[int] = []
-    run(Widths(), tokenizer)
+    run(Widths())
     assert widths == [4, 3, 1]
 
 
-def test_rows_without_a_target_are_refused(tokenizer: Any) -> None:
-    split = replace(SPLIT, targets=np.array([0, -1, 0, -1, 1]))
+def test_rows_without_a_target_are_refused() -> None:
+    split = replace(SPLIT, num_unlabelled=2)
     with pytest.raises(DataError, match=r"^rows\.csv: 2 of 5 rows have no label") as caught:
-        run(Reader(), tokenizer, split)
+        run(Reader(), split)
     assert caught.value.exit_code == 3

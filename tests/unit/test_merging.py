@@ -18,6 +18,8 @@ from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import Verification, merge_folder, merged_state, verify
 from mirrortune.model import find_model, load_model, load_tokenizer
+from mirrortune.probes import text_probe
+from mirrortune.tasks import task_to_dict
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import write_tiny_model
 from tests.tiny_runs import classification, logits
@@ -46,7 +48,7 @@ def write_trained(base: Path, folder: Path, spec: AdapterSpec, *, dtype: torch.d
     identity: dict[str, Any] = {"name": str(base), "revision": None, "commit": None, "auto_class": task.auto_class}
     identity["dtype"] = str(dtype).removeprefix("torch.")
     folder.mkdir(parents=True)
-    write_adapter(folder, model, book.entries, base=identity, task=task.to_dict(), extra={"max_length": 32})
+    write_adapter(folder, model, book.entries, base=identity, task=task_to_dict(task), extra={"max_length": 32})
     return model.eval()
 
 
@@ -188,14 +190,14 @@ class Merged:
         self.folder, self.task = tmp_path / "merged", classification()
         self.adapted = write_trained(base, tmp_path / "adapter", AdapterSpec())
         source = find_model(str(base))
-        self.tokenizer = load_tokenizer(source)
+        self.probe = text_probe(load_tokenizer(source), source.config)
         self.plain = load_model(source, self.task.auto_class, self.task.config_fields(), torch.float32, 0).model
         self.state = merged_state(self.plain, self.adapted)
 
     def verify(self) -> Verification:
         """Write the state and verify what was written."""
         self.plain.save_pretrained(self.folder, state_dict=self.state)
-        return verify(self.folder, self.plain, self.adapted, self.task.auto_class, self.tokenizer, self.task)
+        return verify(self.folder, self.plain, self.adapted, self.task.auto_class, self.probe)
 
 
 @pytest.fixture

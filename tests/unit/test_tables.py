@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mirrortune.columns import choose_columns
+from mirrortune.data import Split
 from mirrortune.errors import DataError
 from mirrortune.tables import READERS, read_table
 from mirrortune.tasks import task_class
@@ -158,9 +159,8 @@ def use(path: Path) -> None:
     text, label, _ = choose_columns(table, None, None, str(path))
     for kind in ("text-classification", "regression"):
         with contextlib.suppress(DataError):
-            task = task_class(kind).from_rows(table, str(path), text_columns=text, label_column=label)
-            task.targets(table, str(path), allow_missing=True)
-            task.targets(table, str(path), allow_missing=False)
+            task, _ = task_class(kind).from_rows(table, str(path), text_columns=text, label_column=label)
+            task.strata(Split(table=table, source=str(path)))
 
 
 NUMBERS = ["0", "1", "1.5", "", "nan", "x", "-1", "1_0", "1e39", "inf", "٣"]

@@ -14,9 +14,11 @@ import pytest
 
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
+from mirrortune.examples import TokenExamples
 from mirrortune.locations import cache_folder
+from mirrortune.tasks import check_columns
 from mirrortune.tasks.text_classification import Task
-from mirrortune.tokens import Encoded, encode_split, resolve_max_length
+from mirrortune.tokens import Reading, resolve_max_length
 from tests.tiny_models import tiny_tokenizer
 
 TASK = Task(
@@ -33,9 +35,10 @@ def split_of(rows: list[tuple[str | None, str | None]], **columns: list[Any]) ->
     return Split(table=pa.table(table), source="rows.csv")
 
 
-def encode(tokenizer: Any, split: Split, task: Task = TASK, **options: Any) -> Encoded:
+def encode(tokenizer: Any, split: Split, task: Task = TASK, **options: Any) -> TokenExamples:
     """The split's tokens, blank rows left out unless told otherwise."""
-    return encode_split(split, task, tokenizer, **{"max_length": 32, "drop_blank": True, **options})
+    check_columns(split, task)
+    return task.encode(split, tokenizer, Reading(**{"max_length": 32, "drop_blank": True, **options}))
 
 
 def entries() -> list[Path]:
@@ -43,7 +46,7 @@ def entries() -> list[Path]:
     return sorted(p for p in (cache_folder() / "tokens").rglob("*") if p.is_file())
 
 
-def tokens(encoded: Encoded) -> list[list[int]]:
+def tokens(encoded: TokenExamples) -> list[list[int]]:
     """Token ids of every row."""
     ids = encoded.features["input_ids"]
     return [ids[a:b].tolist() for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)]
@@ -174,7 +177,7 @@ def test_rows_that_cannot_be_used_are_refused(tokenizer: Any, split: Split, task
 
 
 def test_rows_without_a_label_may_be_encoded_for_evaluation(tokenizer: Any) -> None:
-    found = encode(tokenizer, split_of([("a", None), ("b", "good")]), allow_missing_targets=True)
+    found = encode(tokenizer, split_of([("a", None), ("b", "good")]), allow_missing=True)
 
     assert found.targets.tolist() == [-1, 1]
 

@@ -114,7 +114,7 @@ def test_a_metric_of_which_less_is_better_chooses_the_least(tmp_path: Path) -> N
     for name in ("train", "validation"):
         split = getattr(trainer, name)
         setattr(trainer, name, replace(split, targets=split.targets.astype("float32")))
-    trainer.stepper.encoded = trainer.train
+    trainer.stepper.examples = trainer.train
     result = trainer.fit()
     scores = {event["step"]: event["mse"] for event in events(tmp_path, "evaluate")}
     assert result.metrics["mse"] == min(scores.values())

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of any mode -> pixels, decoded when their batch is made. All of it by Pillow and the model's own processor in
+its Pillow form, so that results do not depend on whether torchvision is installed.
+
+Augmentation draws its numbers from (seed, epoch, row) and nothing else: the same on any number of processes, in any
+order, and after a resume. Pillow does the work on the image itself; what is ours is only which box and which side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mirrortune.data import Split
+from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.examples import Batch, IntArray, Rows, Targets
+from mirrortune.model import ModelSource, load_image_processor
+
+Image = Any  # PIL.Image.Image; Pillow is imported when the first image is
+_WHITE = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageReader:
+    """A model's image processor, at the size that is wanted.
+
+    Attributes:
+        processor: transformers' own; ``size`` and ``crop_size`` are changed in place.
+        size: (height, width) of what the model gets, or None where the processor does not fix it.
+        num_channels: 3, or 1 for models of grey images.
+        num_positions: patches of an image, and one; 1 for models without patches.
+        switches: further arguments of the model's forward.
+    """
+
+    processor: Any
+    size: tuple[int, int] | None
+    num_channels: int
+    num_positions: int
+    switches: dict[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, source: ModelSource, auto_class: str, asked: int | None) -> ImageReader:
+        """The reader for a model; ``asked`` is the side of a square in pixels, None for the processor's own size.
+
+        Raises:
+            ConfigError: a model without an image processor, or a size that it cannot take.
+        """
+        processor = load_image_processor(source)
+        config = source.config
+        patch = getattr(config, "patch_size", None)
+        patch = patch[0] if isinstance(patch, (list, tuple)) else patch
+        own = getattr(config, "image_size", None)
+        if asked is not None:
+            if isinstance(patch, int) and asked % patch:
+                near = round(asked / patch) * patch or patch
+                raise ConfigError(
+                    "data.image_size", f"got {asked}, the model's patches are {patch} pixels wide",
+                    allowed=f"a multiple of {patch}, such as {near}",
+                )  # fmt: skip
+            _set_size(processor, asked)
+        size = _output_size(processor)
+        is_other = size is not None and isinstance(own, int) and size != (own, own)
+        patches = math.prod(side // patch for side in size) if size and isinstance(patch, int) else 0
+        return cls(
+            processor=processor,
+            size=size,
+            num_channels=getattr(config, "num_channels", None) or 3,
+            num_positions=patches + 1,
+            # Models with a fixed table of positions stretch it to another grid if they are asked to.
+            switches={"interpolate_pos_encoding": True}
+            if is_other and "interpolate_pos_encoding" in _forward_parameters(auto_class, config)
+            else {},
+        )
+
+    def pixels(self, images: list[Image], source: str) -> Batch:
+        """What the model's forward takes for ``images`` (RGB, or grey for models of grey images): tensors (B, ...)."""
+        arguments: dict[str, Any] = {"images": images}
+        if self.num_channels == 1:
+            arguments = {"images": [np.asarray(i)[..., None] for i in images], "input_data_format": "channels_last"}
+            arguments["do_convert_rgb"] = False
+        try:
+            made = dict(self.processor(**arguments, return_tensors="pt"))
+        except ValueError as error:
+            if self.size is None:
+                raise DataError(
+                    source, "the model's image processor leaves images at different sizes", fix="Set data.image_size"
+                ) from error
+            raise
+        return {**made, **self.switches}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The processor's files, with the size in use."""
+        self.processor.save_pretrained(folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageExamples:
+    """Rows of images; see :class:`mirrortune.examples.Examples`.
+
+    Attributes:
+        images: encoded images or paths, one a row.
+        folder: where relative paths begin.
+        source: the split's name, for messages.
+        targets: one a row, shape (N,).
+        num_unlabelled: rows without a target.
+        reader: makes pixels.
+        augment: a name in ``AUGMENTATIONS``.
+        seed: of the augmentation.
+    """
+
+    images: pa.ChunkedArray
+    folder: Path | None
+    source: str
+    targets: Targets
+    num_unlabelled: int
+    reader: ImageReader
+    augment: str
+    seed: int
+    num_truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def lengths(self) -> IntArray:
+        """Positions of each row, all alike, shape (N,)."""
+        return np.full(len(self), self.reader.num_positions)
+
+    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
+        """The given rows: what the image processor makes of them (``pixel_values``), and ``targets`` (B,)."""
+        found = []
+        for row in rows:
+            image = self._image(int(row))
+            if epoch is not None:
+                image = AUGMENTATIONS[self.augment](image, np.random.default_rng([self.seed, epoch, int(row)]))
+            found.append(image)
+        batch = self.reader.pixels(found, self.source)
+        batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
+        return batch
+
+    def describe(self) -> str:
+        """Rows and the size of their images."""
+        size = "images of their own size" if self.reader.size is None else "{1} x {0} pixels".format(*self.reader.size)
+        return f"{len(self):,} rows, {size}"
+
+    def check(self) -> None:
+        """Open every image, without decoding it; DataError with the first that cannot be."""
+        for row in range(len(self)):
+            with self._opened(row):
+                pass
+
+    def _image(self, row: int) -> Image:
+        with self._opened(row) as opened:
+            return flatten(opened, self.reader.num_channels)
+
+    @contextlib.contextmanager
+    def _opened(self, row: int) -> Iterator[Image]:
+        from PIL import Image as Pillow  # noqa: PLC0415
+
+        value = self.images[row].as_py()
+        try:
+            with Pillow.open(_stream(value, self.folder)) as image:
+                yield image
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, here or on a file cut short
+            raise self._unreadable(row, error) from error
+
+    def _unreadable(self, row: int, error: Exception) -> DataError:
+        value = self.images[row].as_py()
+        path = value.get("path") if isinstance(value, dict) else value
+        name = f" '{path}'" if isinstance(path, str) else ""
+        reason = "it is missing" if value is None else f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        return DataError(
+            f"{self.source} row {row + 1}", f"its image{name} cannot be read ({reason})",
+            allowed="any image that Pillow opens; paths are relative to the table's folder",
+            fix="Replace or remove the row",
+        )  # fmt: skip
+
+
+def flatten(image: Image, num_channels: int = 3) -> Image:
+    """Any image as RGB (or grey, for one channel) with 8 bits: turned upright, 16 bits scaled down, transparency over
+    white, the first frame of several.
+    """
+    from PIL import Image as Pillow  # noqa: PLC0415
+    from PIL import ImageOps  # noqa: PLC0415
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Pillow.fromarray(_eight_bits(np.asarray(image)))
+    if "transparency" in image.info or "A" in image.getbands() or image.mode == "PA":
+        image = image.convert("RGBA")
+        ground = Pillow.new("RGBA", image.size, (_WHITE, _WHITE, _WHITE, _WHITE))
+        image = Pillow.alpha_composite(ground, image)
+    return image.convert("L" if num_channels == 1 else "RGB")
+
+
+def _eight_bits(values: Any) -> Any:
+    """Grey values of 16 or 32 bits, or real ones, as 8 bits: by the range of their type, or by the least range that
+    holds them where the type says nothing.
+    """
+    highest = float(values.max(initial=0))
+    if values.dtype == np.uint16:
+        top = 65535.0
+    elif values.dtype.kind == "f":
+        top = 1.0 if highest <= 1.0 else 255.0 if highest <= 255.0 else highest
+    else:  # 32-bit integers hold 8 or 16 bits in practice
+        top = 255.0 if highest <= 255 else 65535.0 if highest <= 65535 else highest
+    return np.clip(np.rint(values.astype(np.float64) * (255.0 / top)), 0, 255).astype(np.uint8)
+
+
+def _stream(value: Any, folder: Path | None) -> Any:
+    """What Pillow can open for one cell: bytes, a path, or the datasets library's {bytes, path}."""
+    if isinstance(value, dict):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if value is None:
+        raise ValueError("no image")
+    if isinstance(value, bytes):
+        return io.BytesIO(value)
+    path = Path(value).expanduser()
+    return path if path.is_absolute() or folder is None else folder / path
+
+
+def _set_size(processor: Any, side: int) -> None:
+    """Make the processor's output ``side`` x ``side``; what it cuts off around that keeps its share."""
+    square = {"height": side, "width": side}
+    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    if getattr(processor, "do_center_crop", False) and crop.get("height"):
+        scale = side / crop["height"]
+        edges = ("shortest_edge", "height", "width")
+        processor.size = {name: round(size[name] * scale) for name in edges if size.get(name)} or square
+        processor.crop_size = square
+    else:
+        processor.size = square
+    processor.do_resize = True
+
+
+def _output_size(processor: Any) -> tuple[int, int] | None:
+    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    if getattr(processor, "do_center_crop", False) and crop.get("height"):
+        return int(crop["height"]), int(crop["width"])
+    if getattr(processor, "do_resize", False) and size.get("height"):
+        return int(size["height"]), int(size["width"])
+    return None
+
+
+def _forward_parameters(auto_class: str, config: Any) -> set[str]:
+    import transformers  # noqa: PLC0415
+
+    found = getattr(transformers, auto_class)
+    if hasattr(found, "_model_mapping"):  # the only way from a configuration to its class
+        found = found._model_mapping.get(type(config), None)  # noqa: SLF001
+    found = found[0] if isinstance(found, (list, tuple)) else found
+    return set(inspect.signature(found.forward).parameters) if found is not None else set()
+
+
+def _flip(image: Image, random: np.random.Generator) -> Image:
+    from PIL import ImageOps  # noqa: PLC0415
+
+    return ImageOps.mirror(image) if random.random() < 0.5 else image
+
+
+def _crop(image: Image, random: np.random.Generator, least: float = 0.35) -> Image:
+    """A box of ``least`` to all of the area and of aspect 3:4 to 4:3 (Szegedy et al. 2015, section 6, with milder
+    ranges: backbones are adapted here, not trained).
+    """
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * random.uniform(least, 1.0)
+        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        wide, high = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < wide <= width and 0 < high <= height:
+            left, top = int(random.integers(width - wide + 1)), int(random.integers(height - high + 1))
+            return image.crop((left, top, left + wide, top + high))
+    return image
+
+
+AUGMENTATIONS: dict[str, Callable[[Image, np.random.Generator], Image]] = {
+    "none": lambda image, random: image,
+    "flip": _flip,
+    "crop-flip": lambda image, random: _flip(_crop(image, random), random),
+}
+
+
+def check_augmentation(name: str) -> None:
+    """ConfigError with the nearest name if there is no such augmentation."""
+    if name not in AUGMENTATIONS:
+        raise unknown_name("data.augment", "augmentation", name, AUGMENTATIONS)
+
+
+def encode_images(
+    split: Split, column: str, targets: Targets, missing: Any, reader: ImageReader, *, augment: str, seed: int
+) -> ImageExamples:
+    """The images of a split; DataError with the row of one that cannot be opened."""
+    examples = ImageExamples(
+        images=split.table.column(column), folder=split.folder, source=split.source, targets=targets,
+        num_unlabelled=int(missing.sum()), reader=reader, augment=augment, seed=seed,
+    )  # fmt: skip
+    examples.check()
+    return examples
