@@ -46,7 +46,7 @@ def _greedy(weights: Tensor) -> list[tuple[int, int]]:
     A pair whose members are each other's heaviest would be taken before any pair that touches it, so all such pairs are
     taken at once: a few passes over the matrix in place of a walk over its R^2 / 2 sorted entries.
     """
-    left = weights.clone().fill_diagonal_(-1.0)
+    left = weights.clone().fill_diagonal_(-torch.inf)
     free = torch.arange(len(weights))
     chosen: list[tuple[int, int]] = []
     while len(free) > 1:
