@@ -176,6 +176,8 @@ def evaluate(
 def merge(
     target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or adapter folder.", show_default=False)],
     output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder to make.", show_default=False)],
+    format: Annotated[str, typer.Option("--format", metavar="hf|lora", help="Plain weights (hf), or a LoRA adapter in PEFT's format (lora).")] = "hf",
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With --format lora: directions kept; all by default.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="Another place of the same base model.", show_default=False)] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
@@ -186,21 +188,20 @@ def merge(
     mirrortune merge runs/sst2-roberta-base-mirror -o merged
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
-    from mirrortune import commands  # noqa: PLC0415
-    from mirrortune.merging import describe  # noqa: PLC0415
+    if format not in ("hf", "lora"):
+        raise ConfigError("--format", f"got '{format}'", allowed="hf, lora")
+    if rank is not None and format != "lora":
+        raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
+    from mirrortune import commands, export  # noqa: PLC0415
 
-    verdict = commands.merge(
-        target, reporter, output_dir=output_dir, base=base, overwrite=overwrite, trust_remote_code=trust_remote_code
+    where: dict[str, Any] = {"base": base, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    verdict: Any = (
+        commands.merge(target, reporter, output_dir=output_dir, **where)
+        if format == "hf"
+        else export.export_lora(target, Path(output_dir), rank=rank, **where)
     )
-    data = {"output_dir": output_dir, "format": "hf", "verification": asdict(verdict)}
-    reporter.result(
-        data,
-        [
-            f"merged into {output_dir}, verified: {describe(verdict)}",
-            "",
-            f"score it: mirrortune eval {shlex.quote(output_dir)}",
-        ],
-    )
+    data = {"output_dir": output_dir, "format": format, "verification": asdict(verdict)}
+    reporter.result(data, _merge_lines(verdict, output_dir))
 
 
 @app.command()
@@ -298,6 +299,18 @@ def _recipe_of(target: str) -> Layer | None:
 
             return read_recipe(str(place / "recipe.yaml"))
     return None
+
+
+def _merge_lines(verdict: Any, output_dir: str) -> list[str]:
+    from mirrortune import export, merging  # noqa: PLC0415
+
+    if isinstance(verdict, merging.Verification):
+        said = f"merged into {output_dir}, verified: {merging.describe(verdict)}"
+        return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
+    lines = [f"LoRA adapter in {output_dir}, verified: {export.describe(verdict)}"]
+    if verdict.has_head:
+        lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")
+    return lines
 
 
 def _train_lines(result: Any) -> list[str]:

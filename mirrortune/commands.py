@@ -43,6 +43,7 @@ from mirrortune.loading import (
     find_adapter,
     load_base,
     load_evaluable,
+    require_adapter,
 )
 from mirrortune.merging import Verification, merge_folder
 from mirrortune.recipe import Resolved
@@ -274,11 +275,7 @@ def merge(
         overwrite: replace an earlier merge there.
         trust_remote_code: run code from the base's repository.
     """
-    folder = find_adapter(target)
-    if folder is None:
-        raise ConfigError(
-            "merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote"
-        )
+    folder = require_adapter(target)
     adapter = read_adapter(folder)
     reporter.note(f"merging {folder} into {base or adapter.base.get('name')}")
     recipe_file = folder.parent / "recipe.yaml"

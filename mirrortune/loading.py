@@ -170,6 +170,16 @@ def find_adapter(target: str) -> Path | None:
     return None
 
 
+def require_adapter(target: str) -> Path:
+    """The adapter folder of :func:`find_adapter`; ConfigError if ``target`` holds none."""
+    folder = find_adapter(target)
+    if folder is None:
+        raise ConfigError(
+            "merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote"
+        )
+    return folder
+
+
 def load_evaluable(target: str, adapter_folder: Path | None, recipe: Recipe, data: DataSet) -> Evaluable:
     """The model that ``eval`` was pointed at, with its task.
 

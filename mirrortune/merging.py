@@ -52,6 +52,25 @@ class Verification:
     passed: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseWithAdapter:
+    """An adapter opened for merging.
+
+    Attributes:
+        source: of the base.
+        plain: the base in its stored dtype.
+        adapted: the base with the adapter, in the dtype it was trained on; in evaluation mode.
+        processor: tokenizer or image processor.
+        probe: inputs of the model's forward on which results are compared.
+    """
+
+    source: ModelSource
+    plain: nn.Module
+    adapted: nn.Module
+    processor: Any
+    probe: Batch
+
+
 def merge_folder(
     adapter_folder: Path,
     output_dir: Path,
@@ -78,23 +97,16 @@ def merge_folder(
         VerificationError: another base or basis, or a result out of tolerance (which is removed).
     """
     adapter = read_adapter(adapter_folder)
-    _check_output(output_dir, overwrite=overwrite)
-    source = _find_base(adapter, base, trust_remote_code=trust_remote_code)
-    task = task_from_dict(adapter.task) if adapter.task else None
-    processor = task.load_processor(source) if task else any_processor(source, adapter.base["auto_class"])
-    adapted = load_adapted(adapter, source, task, pad_token_id(processor), factor_source)
-    stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
-    plain = load_model(
-        source, adapter.base["auto_class"], _config_fields(adapter, task), stored, pad_token_id(processor)
-    ).model
-    probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
+    check_output(output_dir, overwrite=overwrite)
+    opened = open_adapter(adapter, factor_source, base=base, trust_remote_code=trust_remote_code)
+    source, plain, adapted, probe = opened.source, opened.plain, opened.adapted, opened.probe
     verdict: list[Verification] = []
 
     def write(folder: Path) -> None:
         state = merged_state(plain, adapted)
         plain.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes(source))  # type: ignore[operator]
         del state
-        processor.save_pretrained(folder)
+        opened.processor.save_pretrained(folder)
         for name, text in (extra_files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         verdict.append(verify(folder, plain, adapted, adapter.base["auto_class"], probe))
@@ -109,6 +121,27 @@ def merge_folder(
 
     write_folder_atomically(output_dir, write)
     return verdict[0]
+
+
+def open_adapter(
+    adapter: AdapterFile, factor_source: FactorSource, *, base: str | None, trust_remote_code: bool
+) -> BaseWithAdapter:
+    """Load an adapter's base, with the adapter and without it.
+
+    Raises:
+        ConfigError: the base cannot be found.
+        VerificationError: another base or basis.
+    """
+    source = _find_base(adapter, base, trust_remote_code=trust_remote_code)
+    task = task_from_dict(adapter.task) if adapter.task else None
+    processor = task.load_processor(source) if task else any_processor(source, adapter.base["auto_class"])
+    adapted = load_adapted(adapter, source, task, pad_token_id(processor), factor_source)
+    stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
+    plain = load_model(
+        source, adapter.base["auto_class"], _config_fields(adapter, task), stored, pad_token_id(processor)
+    ).model
+    probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
+    return BaseWithAdapter(source=source, plain=plain, adapted=adapted, processor=processor, probe=probe)
 
 
 def load_adapted(
@@ -171,10 +204,10 @@ def verify(folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, 
         expected = trained[name].detach().cpu().to(tensor.dtype) if name in trained else tensor
         changed += name not in written or not torch.equal(written[name], expected)
     dtype = next(iter(reopened.parameters())).dtype
-    logits = _probe_logits(adapted, probe)
+    logits = probe_logits(adapted, probe)
     if dtype == torch.float16:
         reopened.float()  # not every layer computes in float16 on a CPU
-    error = float((logits - _probe_logits(reopened, probe)).abs().max())
+    error = float((logits - probe_logits(reopened, probe)).abs().max())
     epsilon = torch.finfo(dtype).eps
     # A base that was trained on in 16 bits computes in 16 bits, whatever precision the checkpoint is stored in.
     coarsest = max(epsilon, *(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters())))
@@ -199,7 +232,7 @@ def describe(verdict: Verification) -> str:
     )
 
 
-def _probe_logits(model: nn.Module, probe: Batch) -> Tensor:
+def probe_logits(model: nn.Module, probe: Batch) -> Tensor:
     """Everything that the model calls logits (one head or several), end to end."""
     device = next(iter(model.parameters())).device
     call: Callable[..., Any] = model.forward
@@ -226,7 +259,8 @@ def _find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: boo
     )
 
 
-def _check_output(output_dir: Path, *, overwrite: bool) -> None:
+def check_output(output_dir: Path, *, overwrite: bool, ours: str = "merge.json") -> None:
+    """Refuse a folder that is not ours to fill: one that holds something, unless ``overwrite`` and a file ``ours``."""
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return
     if not overwrite:
@@ -235,7 +269,7 @@ def _check_output(output_dir: Path, *, overwrite: bool) -> None:
             "the output directory is not empty",
             fix="Choose another with -o, or replace it with --overwrite",
         )
-    if not (output_dir / "merge.json").is_file():
+    if not (output_dir / ours).is_file():
         raise ConfigError(
-            "--overwrite", f"{output_dir} is no merge of ours and is left alone", fix="Choose another with -o"
+            "--overwrite", f"{output_dir} is nothing that merge wrote and is left alone", fix="Choose another with -o"
         )

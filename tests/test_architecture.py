@@ -29,7 +29,7 @@ LAYERS = (
     "api training",
     "assembly",
     "comparing environment loading",
-    "comparison_report records scoring",
+    "comparison_report export records scoring",
     "commands",
     "cli",
     "__main__",

@@ -163,7 +163,7 @@ def test_an_output_folder_that_holds_anything_is_refused(tiny_model_dir: Path, t
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="the output directory is not empty"):
         merge(tmp_path / "adapter", target)
-    with pytest.raises(ConfigError, match="is no merge of ours and is left alone"):
+    with pytest.raises(ConfigError, match="is nothing that merge wrote and is left alone"):
         merge(tmp_path / "adapter", target, overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
     (target / "notes.txt").unlink()
