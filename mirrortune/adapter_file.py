@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from mirrortune import __version__, peft_tuners
+from mirrortune import __version__, peft_file
 from mirrortune.adapters.basis import Fingerprint
 from mirrortune.adapters.inject import (
     adapter_parameters,
@@ -53,6 +53,7 @@ class AdapterFile:
         head: names of the head's parameters.
         extra: what else the writer recorded (max_length, ...).
         peft_config: PEFT's own description of the adapter, or None for one of ours.
+        probes: of PEFT's layers; see ``peft_file.layer_probes``.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class AdapterFile:
     head: tuple[str, ...]
     extra: dict[str, Any]
     peft_config: dict[str, Any] | None
+    probes: dict[str, list[float]]
 
 
 def write_adapter(
@@ -81,20 +83,14 @@ def write_adapter(
     tensors = _trained_tensors(model) | _basis_tensors(model, fingerprints)
     is_peft = attached.spec.preset.peft is not None
     metadata = {"format": "pt"} if is_peft else {"format_version": str(FORMAT_VERSION)}
-    data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, metadata)
+    data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, metadata)
     files = {_tensor_file(attached.spec): data}
     if is_peft:
-        config = peft_tuners.peft_config(model, base)
-        files[peft_tuners.CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+        config = peft_file.peft_config(model, base)
+        files[peft_file.CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+    probes = peft_file.layer_probes(model) if is_peft else {}
     layers = {
-        name: {
-            "shape": list(shape),
-            "rank": fingerprints[name].sketch.shape[1],
-            "weight_sha256": fingerprints[name].weight_sha256,
-            "probe_seed": fingerprints[name].probe_seed,
-            "side": fingerprints[name].side,
-            "sigma_head": list(fingerprints[name].sigma_head),
-        }
+        name: {"shape": list(shape), **_describe(fingerprints[name], probes.get(name))}
         for name, shape in attached.targets.layers.items()
     }
     description = {
@@ -133,11 +129,13 @@ def read_adapter(folder: Path) -> AdapterFile:
             folder=folder,
             spec=spec,
             fingerprints={
-                name: Fingerprint(
+                name: Fingerprint.of_weight(layer["weight_sha256"])
+                if spec.preset.peft
+                else Fingerprint(
                     weight_sha256=layer["weight_sha256"],
                     probe_seed=layer["probe_seed"],
                     side=layer["side"],
-                    sketch=torch.zeros(0, 0) if spec.preset.peft else tensors[f"sketch.{name}"],
+                    sketch=tensors[f"sketch.{name}"],
                     sigma_head=tuple(layer["sigma_head"]),
                 )
                 for name, layer in layers.items()
@@ -148,7 +146,8 @@ def read_adapter(folder: Path) -> AdapterFile:
             task=description["task"],
             head=tuple(description["head"]),
             extra={k: v for k, v in description.items() if k in ("max_length",)},
-            peft_config=json.loads(files[peft_tuners.CONFIG_FILE]) if spec.preset.peft else None,
+            peft_config=json.loads(files[peft_file.CONFIG_FILE]) if spec.preset.peft else None,
+            probes={name: layer["response"] for name, layer in layers.items() if spec.preset.peft},
         )
     except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
         raise VerificationError(
@@ -157,12 +156,14 @@ def read_adapter(folder: Path) -> AdapterFile:
 
 
 @torch.no_grad()
-def restore_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+def restore_trained(model: nn.Module, adapter: AdapterFile) -> None:
     """Copy stored numbers into an adapted model: ``core.*`` and ``param.*``, or all that PEFT's file holds.
 
     Raises:
-        VerificationError: if names or shapes differ from what the model trains, or a number is not finite.
+        VerificationError: if names or shapes differ from what the model trains, a number is not finite, or a layer of
+            PEFT then computes something else.
     """
+    tensors, where = adapter.tensors, str(adapter.folder)
     wanted = _trained_tensors(model)
     is_peft = attachment(model).spec.preset.peft is not None
     stored = {n: t for n, t in tensors.items() if is_peft or n.startswith(("core.", "param."))}
@@ -180,12 +181,13 @@ def restore_trained(model: nn.Module, tensors: dict[str, Tensor], where: str) ->
         if not is_peft:
             parameter.copy_(stored[name])
     if is_peft:
-        peft_tuners.restore_tensors(model, stored)
+        peft_file.restore_tensors(model, stored)
+        peft_file.check_probes(model, adapter.probes)
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     if attachment(model).spec.preset.peft is not None:
-        return peft_tuners.adapter_tensors(model)
+        return peft_file.adapter_tensors(model)
     tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
     return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
 
@@ -207,13 +209,25 @@ def _is_derived(pairs: Tensor, spec: AdapterSpec, rank: int) -> bool:
     return not needs_saliency(spec) and torch.equal(pairs, make_pairs(spec, rank, ""))
 
 
+def _describe(found: Fingerprint, response: list[float] | None) -> dict[str, Any]:
+    if response is not None:
+        return {"weight_sha256": found.weight_sha256, "response": response}
+    return {
+        "rank": found.sketch.shape[1],
+        "weight_sha256": found.weight_sha256,
+        "probe_seed": found.probe_seed,
+        "side": found.side,
+        "sigma_head": list(found.sigma_head),
+    }
+
+
 def _tensor_file(spec: AdapterSpec) -> str:
-    return peft_tuners.TENSOR_FILE if spec.preset.peft else _TENSORS
+    return peft_file.TENSOR_FILE if spec.preset.peft else _TENSORS
 
 
 def _hashed_files(spec: AdapterSpec) -> dict[str, str]:
     """Key of its hash in the description -> name of the file."""
-    config = {"config_sha256": peft_tuners.CONFIG_FILE} if spec.preset.peft else {}
+    config = {"config_sha256": peft_file.CONFIG_FILE} if spec.preset.peft else {}
     return {"tensors_sha256": _tensor_file(spec), **config}
 
 

@@ -47,6 +47,7 @@ def adapt(
     """Attach a fresh adapter by ``spec``, ours or PEFT's; see :func:`mirrortune.adapters.inject.attach`."""
     book = FingerprintBook()
     if spec.preset.peft is not None:
+        peft_tuners.count_trained(model, spec, new_parameters)  # what PEFT refuses, it refuses on a copy
         peft_tuners.attach_tuner(model, spec, new_parameters=new_parameters, on_layer=book.note_weight)
     else:
         attach(model, spec, new_parameters=new_parameters, factor_source=factor_source, pairs=pairs, on_layer=book)
@@ -110,7 +111,7 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
     missing = set(adapter.shapes) - set(attachment(model).layers)
     if missing:
         raise VerificationError(sorted(missing)[0], "the adapter has this layer, the base does not adapt it")
-    restore_trained(model, adapter.tensors, str(adapter.folder))
+    restore_trained(model, adapter)
     return book
 
 

@@ -21,7 +21,7 @@ from mirrortune.examples import Examples
 from mirrortune.locations import is_local
 from mirrortune.metrics import METRICS
 from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
-from mirrortune.peft_tuners import check_options
+from mirrortune.peft_configs import check_options
 from mirrortune.planning import Plan, make_plan
 from mirrortune.recipe import task_kinds
 from mirrortune.report import Reporter

@@ -108,9 +108,10 @@ def prepare(
     from mirrortune import commands  # noqa: PLC0415
 
     result = commands.prepare(resolved, reporter, dry_run=dry_run)
+    factorised = f"factorised {result.svd_cache['misses']} matrices, read {result.svd_cache['hits']} from the cache, in {result.svd_seconds:.1f} s"
     lines = [
         f"{result.targets} layers, {result.trainable_parameters:,} trained numbers besides the head's {result.head_parameters:,}",
-        f"factorised {result.svd_cache['misses']} matrices, read {result.svd_cache['hits']} from the cache, in {result.svd_seconds:.1f} s",
+        *([factorised] if any(result.svd_cache.values()) else []),
         "  ".join(f"{name} {count:,} rows" for name, count in result.rows.items()),
     ]
     reporter.result(asdict(result), lines)

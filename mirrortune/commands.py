@@ -46,6 +46,7 @@ from mirrortune.loading import (
     require_adapter,
 )
 from mirrortune.merging import Verification, merge_folder
+from mirrortune.peft_tuners import remarks
 from mirrortune.recipe import Resolved
 from mirrortune.records import check_same_recipe, pin_paths, write_results
 from mirrortune.report import Reporter
@@ -158,6 +159,8 @@ def train(
     with accelerator.main_process_first():
         book = adapt_model(loaded, job.spec, cache, reporter.bar, pairs)
     model = loaded.model
+    for text in remarks(model):
+        reporter.note(text)
     # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
     if accelerator.is_main_process and not resume:
         run.create()

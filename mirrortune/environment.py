@@ -18,7 +18,8 @@ from mirrortune.recipe import Resolved
 
 def environment(job: Job, resolved: Resolved, accelerator: Any) -> dict[str, Any]:
     """Everything that another machine needs to know to repeat the run, besides the recipe."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+    packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
+    packages += ["peft"] if job.spec.preset.peft else []
     return {
         "mirrortune": __version__,
         "python": platform.python_version(),

@@ -91,7 +91,7 @@ def local_adapter(name: str | Path) -> Path:
 
     commit = resolve_commit(str(name), str(name), None, "model", "the adapter")
     with hub_errors(f"adapter '{name}'", flag="the adapter"):
-        files = ["adapter.json", "adapter.safetensors"]
+        files = ["adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors"]
         return Path(huggingface_hub.snapshot_download(str(name), revision=commit, allow_patterns=files))
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from types import UnionType
+from collections.abc import Callable, Iterator, Mapping
+from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
@@ -60,26 +60,37 @@ class Registry(Generic[T]):
 
     def check_options(self, name: str, given: dict[str, Any], where: str) -> None:
         """Refuse options that the item does not have, naming the nearest that it has, and values of another type."""
-        known = self.options(name)
-        errors = []
-        for key, value in given.items():
-            if key not in known:
-                problem = f"{self.kind} '{name}' has no option '{key}'.{did_you_mean(key, known)}"
-                allowed = ", ".join(sorted(known)) or "no options"
-            elif not _fits(value, known[key].annotation):
-                problem, allowed = f"got {value!r}", _describe(known[key].annotation)
-            else:
-                continue
-            errors.append(ConfigError(f"{where}.{key}", problem, allowed=allowed))
+        hints = {key: parameter.annotation for key, parameter in self.options(name).items()}
+        errors = option_errors(given, hints, owner=f"{self.kind} '{name}'", where=where)
         if errors:
             raise ConfigError.several(errors)
 
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def option_errors(given: Mapping[str, Any], hints: Mapping[str, Any], *, owner: str, where: str) -> list[ConfigError]:
+    """What is wrong with the options ``given`` to ``owner``, which has those of ``hints`` (name -> type)."""
+    errors = []
+    for key, value in given.items():
+        if key not in hints:
+            problem = f"{owner} has no option '{key}'.{did_you_mean(key, hints)}"
+            allowed = ", ".join(sorted(hints)) or "no options"
+        elif not _fits(value, hints[key]):
+            problem, allowed = f"got {value!r}", _describe(hints[key])
+        else:
+            continue
+        errors.append(ConfigError(f"{where}.{key}", problem, allowed=allowed))
+    return errors
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null",
+          list: "a list", dict: "a section of settings"}  # fmt: skip
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether ``value`` is of the type ``hint``; a hint that is neither plain, a union nor a Literal takes anything."""
+    if hint is NoneType or hint in (list, dict):
+        return isinstance(value, hint)
+    if get_origin(hint) in (list, dict):
+        return isinstance(value, get_origin(hint))
     if get_origin(hint) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
@@ -94,4 +105,4 @@ def _describe(hint: Any) -> str:
         return ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_describe, get_args(hint)))
-    return _WORDS.get(hint, str(hint))
+    return _WORDS.get(get_origin(hint) or hint, str(hint))

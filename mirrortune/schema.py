@@ -88,7 +88,8 @@ class AdapterSection(_Section):
     method: str = "mirror"
     """Name of the method; see README."""
     rank: Literal["full"] | typing.Annotated[int, Field(gt=0)] | None = None
-    """Leading singular directions kept of each matrix; the method's own (full for rotations) by default."""
+    """Leading singular directions kept of each matrix, or r of a tuner of PEFT; the method's own (full for rotations)
+    by default."""
     pairing: str | None = None
     """Which directions turn together; the method's own by default."""
     saliency: Literal["mean", "rms"] = "mean"
@@ -102,7 +103,7 @@ class AdapterSection(_Section):
     strategy: Literal["auto", "branch", "factored"] = "auto"
     """How adapted layers compute; auto takes the cheaper."""
     options: dict[str, typing.Any] = Field(default_factory=dict)
-    """Options of the method's core, such as scale_top_k."""
+    """Options of the method's core, such as scale_top_k, or fields of the configuration of a tuner of PEFT."""
 
 
 class TrainSection(_Section):
@@ -125,7 +126,7 @@ class TrainSection(_Section):
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rates rise from zero."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decay, on matrices only; angles, scales and biases have none."""
+    """AdamW's decay, on matrices only; adapters and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

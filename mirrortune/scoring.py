@@ -35,7 +35,7 @@ def score_kept(
     """
     if not job.reported:
         return {}
-    restore_trained(model, read_adapter(run.adapter).tensors, str(run.adapter))
+    restore_trained(model, read_adapter(run.adapter))
     found: dict[str, dict[str, float]] = {}
     arrays: dict[str, Any] = {}
     for name, rows in job.reported.items():

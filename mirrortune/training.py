@@ -166,8 +166,7 @@ class Trainer:
             )
         from mirrortune.adapter_file import read_adapter, restore_trained  # noqa: PLC0415
 
-        folder = self.run.checkpoint(steps[-1])
-        restore_trained(self.bare_model, read_adapter(folder).tensors, str(folder))
+        restore_trained(self.bare_model, read_adapter(self.run.checkpoint(steps[-1])))
         restore_optimizer(self._torch_optimizer, self._names, tensors)
         prefix = f"random.{self.accelerator.process_index}."
         restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

@@ -67,7 +67,60 @@ class Preset:
         return self.core is not None or self.peft is not None
 
 
-_LORA = PeftTuner(kind="LORA", alpha="lora_alpha")
+def _peft(
+    kind: str, summary: str, *, lr: float, rank: int | None = None, alpha: str | None = None,
+    fixed: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None,
+) -> Preset:  # fmt: skip
+    """A row of the table of PEFT's tuners; ``rank`` is the default rank, or None for a tuner without one."""
+    field_name = None if rank is None else "r"
+    tuner = PeftTuner(kind=kind, rank=field_name, alpha=alpha, fixed=fixed or {}, defaults=defaults or {})
+    return Preset(peft=tuner, rank="full" if rank is None else rank, lr=lr, summary=summary)
+
+
+_ALPHA = "lora_alpha"
+# Defaults are PEFT's but for the rank, a scale of 1 and what a comment gives a reason for. Learning rates: those of
+# lora and road were the best of three in a prototype, the others are taken from the nearest of its kind.
+# fmt: off
+_PEFT: dict[str, Preset] = {
+    "lora": _peft("LORA", "B A beside each weight", lr=3e-3, rank=8, alpha=_ALPHA),
+    "rslora": _peft("LORA", "LoRA scaled by 1 / sqrt(r)", lr=3e-3, rank=8, alpha=_ALPHA, fixed={"use_rslora": True}),
+    "dora": _peft("LORA", "LoRA for the direction, a vector for the lengths", lr=3e-3, rank=8, alpha=_ALPHA,
+                  fixed={"use_dora": True}),
+    "pissa": _peft("LORA", "LoRA that starts from the leading singular directions", lr=1e-3, rank=8, alpha=_ALPHA,
+                   fixed={"init_lora_weights": "pissa"}),
+    "gralora": _peft("GRALORA", "LoRA in blocks", lr=3e-3, rank=32, alpha="alpha"),
+    "hira": _peft("HIRA", "the weight times a low-rank matrix, entry by entry", lr=4.5e-3, rank=32),
+    "delora": _peft("DELORA", "LoRA with bounded strength", lr=3e-3, rank=8),
+    "glora": _peft("GLORA", "low-rank scale and shift of weight and bias", lr=3e-3, rank=8),
+    "miss": _peft("MISS", "one small matrix, shared by groups of inputs", lr=1e-3, rank=64),
+    "peanut": _peft("PEANUT", "a small network that reads the weight", lr=3e-3, rank=32),
+    "deft": _peft("DEFT", "a low-rank projection out of the weight, and another into it", lr=3e-3, rank=8),
+    "lily": _peft("LILY", "low-rank experts shared between layers; cannot be merged", lr=3e-3, rank=32),
+    "loha": _peft("LOHA", "entrywise product of two low-rank matrices", lr=3e-3, rank=8, alpha="alpha"),
+    "lokr": _peft("LOKR", "Kronecker product of two matrices", lr=3e-3, rank=8, alpha="alpha"),
+    "oft": _peft("OFT", "block-diagonal rotation of the inputs", lr=3e-3),
+    "boft": _peft("BOFT", "butterfly rotation of the inputs", lr=3e-3),
+    "hra": _peft("HRA", "a chain of r Householder reflections of the inputs", lr=3e-3, rank=8),
+    "road": _peft("ROAD", "scaled plane rotations of the outputs", lr=3e-2),
+    "psoft-peft": _peft("PSOFT", "rotation of the leading singular subspace", lr=3e-3, rank=46, alpha="psoft_alpha"),
+    "vera": _peft("VERA", "two vectors around random matrices", lr=1e-2, rank=256),
+    # The random matrices follow from a seed. PEFT would save a copy of them for every layer: megabytes each.
+    "randlora": _peft("RANDLORA", "vectors around random matrices of full rank", lr=1e-3, rank=32,
+                      defaults={"save_projection": False}),
+    "tinylora": _peft("TINYLORA", "a few numbers through the leading singular directions", lr=1e-2, rank=2),
+    "unilora": _peft("UNILORA", "LoRA read from one short shared vector", lr=1e-2, rank=4),
+    # PEFT's 256 does not divide the 384 of a small encoder, and neither does c3a's.
+    "vblora": _peft("VBLORA", "LoRA put together from a shared bank of vectors", lr=1e-2, rank=4,
+                    defaults={"vector_length": 128}),
+    "c3a": _peft("C3A", "circular convolutions", lr=3e-2, defaults={"block_size": 128}),
+    "fourierft": _peft("FOURIERFT", "a few Fourier coefficients of the change", lr=3e-2),
+    "waveft": _peft("WAVEFT", "a few wavelet coefficients of the change", lr=3e-2),
+    "shira": _peft("SHIRA", "a few entries of the weight, drawn by the seed", lr=3e-3, rank=32),
+    "supertuning": _peft("SUPERTUNING", "the hundredth of the entries that is largest", lr=3e-3),
+    # Which layers are feed-forward no shape tells: all are scaled at their outputs unless an option names some.
+    "ia3": _peft("IA3", "a scale for each output", lr=5e-3, defaults={"feedforward_modules": []}),
+}
+# fmt: on
 
 PRESETS: dict[str, Preset] = {
     "mirror": Preset(
@@ -103,15 +156,10 @@ PRESETS: dict[str, Preset] = {
     ),
     "svft": Preset(core="svft", lr=5e-2, summary="a sparse trained matrix between the singular vectors"),
     "lora-xs": Preset(core="lora-xs", rank=16, lr=3e-3, summary="a free matrix between the leading singular vectors"),
-    "lora": Preset(peft=_LORA, rank=8, lr=3e-3, summary="PEFT's LoRA: a trained product of rank r beside each weight"),
-    "road": Preset(
-        peft=PeftTuner(kind="ROAD", rank=None),
-        lr=3e-2,
-        summary="PEFT's RoAd: scaled plane rotations of the outputs of each layer",
-    ),
     "none": Preset(lr=1e-3, summary="the task head alone, the base model frozen"),
     "bitfit": Preset(lr=1e-3, plain="bias", summary="every bias of the base model, and the head"),
     "full": Preset(lr=5e-5, plain="all", summary="every parameter: ordinary fine-tuning"),
+    **_PEFT,
 }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +242,10 @@ def test_another_model_is_refused_by_layer(folder: Path) -> None:
         load_into(tiny_bert(seed=1), read_adapter(folder), compute)
 
 
-def test_refusing_trained_tensors_names_the_place() -> None:
+def test_refusing_trained_tensors_names_the_place(folder: Path) -> None:
     model = adapt(SMALL).model
-    with pytest.raises(VerificationError, match=r"^somewhere: tensor .* is missing"):
-        restore_trained(model, {}, "somewhere")
+    with pytest.raises(VerificationError, match=rf"^{folder}: tensor .* is missing"):
+        restore_trained(model, replace(read_adapter(folder), tensors={}))
 
 
 def test_an_adapter_without_a_core_holds_parameters_alone(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From our settings to the configuration of a tuner of PEFT, and what of it is not the user's to set.
+
+The only module that imports PEFT (the optional extra), when a method asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+import typing
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.registry import option_errors
+
+# Settings of a tuner's configuration that follow from ours, or that a plain linear layer of ours has no use for.
+_OURS = {
+    "target_modules": "adapter.target_modules",
+    "exclude_modules": "adapter.target_modules",
+    "layers_to_transform": "adapter.target_modules",
+    "layers_pattern": "adapter.target_modules",
+    "modules_to_save": "the task, whose head is always trained and saved",
+    "task_type": "the task",
+    "base_model_name_or_path": "model.name",
+    "revision": "model.revision",
+    "bias": "the method: biases stay frozen, as in every adapter here",
+    "inference_mode": "the command",
+    "peft_type": "adapter.method",
+    "fan_in_fan_out": "the layer",
+}
+_UNUSED = ("auto_mapping", "peft_version", "target_parameters", "layer_replication", "trainable_token_indices",
+           "alora_invocation_tokens", "megatron_config", "megatron_core", "ensure_weight_tying", "use_qalora",
+           "qalora_group_size", "use_effective_conv2d")  # fmt: skip
+_NEED_MORE = ("eva", "corda", "loftq")  # ways to start LoRA
+
+
+def import_peft(method: str) -> Any:
+    """The package, or the error that says how to get it."""
+    try:
+        import peft  # noqa: PLC0415  (optional, and seconds to import)
+    except ImportError as error:
+        raise ConfigError(
+            "adapter.method",
+            f"method '{method}' runs PEFT's tuner, and the package peft is not installed",
+            fix='Install it: pip install "mirrortune[peft]"',
+        ) from error
+    return peft
+
+
+def check_options(spec: AdapterSpec) -> None:
+    """Refuse options that the method's tuner does not have or that are not the user's to set; all at once.
+
+    Raises:
+        ConfigError: also if the ``peft`` package is not installed.
+    """
+    chosen = spec.preset.peft
+    if chosen is None:
+        return
+    hints = typing.get_type_hints(import_peft(spec.method).PEFT_TYPE_TO_CONFIG_MAPPING[chosen.kind])
+    ours = {**_OURS, **dict.fromkeys(chosen.fixed, "adapter.method")}
+    if chosen.rank is not None:
+        ours[chosen.rank] = "adapter.rank"
+    errors = [
+        ConfigError(f"adapter.options.{key}", f"it follows from {ours[key]}", fix="Remove it")
+        for key in spec.options
+        if key in ours and key in hints
+    ]
+    allowed = {k: hint for k, hint in hints.items() if k not in ours and k not in _UNUSED and _is_plain(hint)}
+    others = {key: value for key, value in spec.options.items() if key not in ours or key not in hints}
+    errors += option_errors(others, allowed, owner=f"method '{spec.method}'", where="adapter.options")
+    if spec.options.get("init_lora_weights") in _NEED_MORE:
+        start = spec.options["init_lora_weights"]
+        errors.append(
+            ConfigError("adapter.options.init_lora_weights", f"'{start}' needs data or quantisation that is not here")
+        )
+    if errors:
+        raise ConfigError.several(errors)
+    if spec.rank != "full":
+        with recorded_warnings():  # said once, when the adapter is attached
+            make_config(spec, ["anything"])
+
+
+def make_config(spec: AdapterSpec, names: list[str]) -> Any:
+    """PEFT's configuration of the spec's tuner for the layers ``names``; ConfigError if PEFT refuses it."""
+    chosen = spec.preset.peft
+    assert chosen is not None
+    config_class = import_peft(spec.method).PEFT_TYPE_TO_CONFIG_MAPPING[chosen.kind]
+    fields: dict[str, Any] = {**chosen.defaults, **chosen.fixed}
+    if chosen.rank is not None:
+        fields[chosen.rank] = spec.resolved_rank
+    if chosen.alpha is not None:
+        fields[chosen.alpha] = spec.resolved_rank
+    try:
+        return config_class(**{**fields, **spec.options}, target_modules=names)
+    except (ValueError, TypeError) as error:
+        raise ConfigError("adapter.options", f"PEFT refuses them: {first_line(error)}") from error
+
+
+def stored_config(described: dict[str, Any], names: list[str]) -> Any:
+    """The configuration that an adapter folder holds, for the layers ``names``."""
+    peft = import_peft(str(described.get("peft_type")).lower())
+    fields = {k: v for k, v in described.items() if k not in ("modules_to_save", "task_type", "inference_mode")}
+    try:
+        return peft.PeftConfig.from_peft_type(**{**fields, "target_modules": names})
+    except (ValueError, TypeError, KeyError) as error:
+        raise VerificationError("adapter_config.json", f"PEFT cannot read it ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Keeps what PEFT warns of, to be said in its place and once."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield found
+
+
+def first_line(error: BaseException | str) -> str:
+    """What a foreign error or warning says first, in a length for a message of ours."""
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a recipe can say a value of the type ``hint``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return all(map(_is_plain, typing.get_args(hint)))
+    kind = typing.get_origin(hint) or hint
+    return kind is typing.Literal or kind in (int, float, bool, str, list, dict, types.NoneType)
