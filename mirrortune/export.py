@@ -29,21 +29,12 @@ from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
 from mirrortune.merging import BaseWithAdapter, check_output, open_adapter, probe_logits
+from mirrortune.peft_file import common_fields
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM takes; every layer is given the same one."""
 _NEGLIGIBLE = 1e-9  # of the largest singular value of a layer's change: below it a direction is rounding
 _PREFIX = "base_model.model."
-# How the names of transformers' classes end, Auto classes and a family's own.
-_TASK_TYPES = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForSeq2SeqLM": "SEQ_2_SEQ_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,21 +202,15 @@ def _ranks(asked: int | None, needed: int, changes: dict[str, _Change]) -> tuple
 
 
 def _config(adapter: AdapterFile, adapted: nn.Module, rank: int) -> dict[str, Any]:
-    found, model_class = attachment(adapted), str(adapter.base.get("auto_class"))
-    head = sorted({name.rpartition(".")[0] for name in found.targets.head})
     return {
         "peft_type": "LORA",
-        "task_type": next((t for end, t in _TASK_TYPES.items() if model_class.endswith(end)), None),
-        "base_model_name_or_path": adapter.base.get("name"),
-        "revision": adapter.base.get("commit") or adapter.base.get("revision"),
+        **common_fields(adapted, adapter.base),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": _target_modules(adapted, list(found.layers)),
-        "modules_to_save": head or None,
+        "target_modules": _target_modules(adapted, list(attachment(adapted).layers)),
     }
 
 

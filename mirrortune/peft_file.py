@@ -25,12 +25,15 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 # An adapter that changes what a layer computes by less than this changes no prediction; rounding is a hundredth of it.
 PROBE_TOLERANCE = 1e-4
 _NUM_PROBES = 4
+# How the names of transformers' classes end, Auto classes and a family's own.
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
     "ForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
 
@@ -70,15 +73,22 @@ def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     described: dict[str, Any] = {
         k: sorted(v) if isinstance(v, set) else v for k, v in configs[ADAPTER_NAME].to_dict().items()
     }
-    endings = [kind for ending, kind in _TASK_TYPES.items() if str(base.get("auto_class")).endswith(ending)]
-    described |= {
-        "task_type": endings[0] if endings else None,
-        "base_model_name_or_path": _location(base.get("name")),
-        "revision": base.get("commit"),
-        "modules_to_save": _modules_of(model, found.targets.head) or None,
+    described |= common_fields(model, base)
+    return dict(json.loads(json.dumps(described, sort_keys=True)))
+
+
+def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT's description says of any adapter: base model, task and head, and that it is for inference."""
+    model_class, name = str(base.get("auto_class")), base.get("name")
+    # PEFT does not know models inside packages.
+    is_packaged = name is not None and name.startswith(PACKAGE_SCHEME)
+    return {
+        "task_type": next((kind for ending, kind in _TASK_TYPES.items() if model_class.endswith(ending)), None),
+        "base_model_name_or_path": str(package_folder(name)) if name and is_packaged else name,
+        "revision": base.get("commit") or base.get("revision"),
+        "modules_to_save": _modules_of(model, attachment(model).targets.head) or None,
         "inference_mode": True,
     }
-    return dict(json.loads(json.dumps(described, sort_keys=True)))
 
 
 def layer_probes(model: nn.Module) -> dict[str, list[float]]:
@@ -142,9 +152,3 @@ def _modules_of(model: nn.Module, head: Iterable[str]) -> list[str]:
         if name and own and own <= wanted and not any(name.startswith(f"{larger}.") for larger in found):
             found.append(name)
     return found
-
-
-def _location(name: str | None) -> str | None:
-    """Where PEFT, which does not know models inside packages, finds the base model."""
-    is_packaged = name is not None and name.startswith(PACKAGE_SCHEME)
-    return str(package_folder(name)) if name and is_packaged else name
