@@ -22,9 +22,10 @@ class Metric:
     """One score of predictions against references.
 
     Attributes:
-        compute: (predictions, references) -> value; both of shape (N,).
+        compute: (predictions, references) -> value; both one a row, shape (N,) for classes and numbers; for tokens,
+            the row's summed loss and right tokens (N, 2), and its number of tokens (N,).
         higher_is_better: the direction in which the best checkpoint is chosen.
-        target: what it scores, ``"class"`` indices or real ``"number"`` values.
+        target: what it scores: ``"class"`` indices, real ``"number"`` values, ``"token"`` sums.
         binary: defined for two classes only (class 1 is the positive one).
     """
 
@@ -74,6 +75,14 @@ def _error(power: int) -> Callable[[Array, Array], float]:
     return compute
 
 
+def _perplexity(predictions: Array, references: Array) -> float:
+    return float(np.exp(predictions[:, 0].sum() / max(1.0, references.sum())))
+
+
+def _token_accuracy(predictions: Array, references: Array) -> float:
+    return float(predictions[:, 1].sum() / max(1.0, references.sum()))
+
+
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(compute=_accuracy),
     "f1": Metric(compute=_f1("binary"), binary=True),
@@ -84,6 +93,8 @@ METRICS: dict[str, Metric] = {
     "spearmanr": Metric(compute=_correlation("spearmanr"), target="number"),
     "mse": Metric(compute=_error(2), higher_is_better=False, target="number"),
     "mae": Metric(compute=_error(1), higher_is_better=False, target="number"),
+    "perplexity": Metric(compute=_perplexity, higher_is_better=False, target="token"),
+    "token_accuracy": Metric(compute=_token_accuracy, target="token"),
 }
 
 

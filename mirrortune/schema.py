@@ -42,6 +42,10 @@ class TaskSection(_Section):
     """Metrics of every evaluation; the kind's own by default."""
     selection_metric: str | None = None
     """The metric by which the best checkpoint is kept; the first of metrics by default."""
+    loss_on: str | None = None
+    """Language models: learn completions (default where there is a prompt) or all tokens."""
+    format: str | None = None
+    """Language models: write rows by the tokenizer's chat template, or as text; auto takes what the columns suggest."""
 
 
 class DataSection(_Section):
@@ -73,6 +77,8 @@ class DataSection(_Section):
     """Height and width of what the model gets, in pixels; the image processor's own by default."""
     augment: str | None = None
     """Augmentation of training images: none (default), flip or crop-flip."""
+    packing: bool | None = None
+    """Language models: put several training rows into one sequence, blind to each other."""
     max_length: int | None = Field(default=None, ge=4)
     """Longest sequence in tokens; longer rows are truncated and counted. The model's own limit, at most 512, by
     default."""
