@@ -87,6 +87,7 @@ class TokenExamples:
         num_unlabelled: rows without a target.
         switches: further arguments of the model's forward.
         notes: what else is worth knowing of the rows.
+        references: what metrics compare with where that is not ``targets``; the kind's own.
     """
 
     features: dict[str, IntArray]
@@ -100,6 +101,7 @@ class TokenExamples:
     num_unlabelled: int = 0
     switches: dict[str, bool] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    references: Any = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -91,14 +91,14 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     )
 
 
-def load_tokenizer(source: ModelSource) -> Any:
+def load_tokenizer(source: ModelSource, **options: Any) -> Any:
     """The model's tokenizer, with a padding token in any case (the end token stands in where there is none)."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     no_files = ConfigError(f"model '{source.name}'", "it has no tokenizer files", fix="Put its tokenizer beside it")
     with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments(), **options)
         except ValueError as error:
             if "instantiate the backend tokenizer" not in str(error):
                 raise

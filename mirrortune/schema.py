@@ -71,6 +71,8 @@ class DataSection(_Section):
     """One or two columns of text; detected by default."""
     label_column: str | None = None
     """The target's column; detected by default."""
+    stride: int | None = Field(default=None, ge=0)
+    """Question answering: tokens that neighbouring windows of a long context share; 128 by default."""
     image_column: str | None = None
     """The column of images, encoded or as paths; detected by default."""
     image_size: int | None = Field(default=None, ge=1)
