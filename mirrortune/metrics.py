@@ -30,8 +30,8 @@ class Metric:
         compute: (predictions, references) -> value, both with an entry for each row.
         higher_is_better: the direction in which the best checkpoint is chosen.
         targets: what it can score: ``"class"`` indices (N,); real ``"number"`` values (N,); sets of ``"labels"`` (N, C)
-            of 0 and 1; ``"tags"``, lists of names; ``"answers"``, a text against several; ``"token"`` sums:
-            loss and right tokens (N, 2), and their number (N,).
+            of 0 and 1; ``"tags"``, lists of names; ``"answers"``, a text against several; ``"text"`` against one;
+            ``"token"`` sums: loss and right tokens (N, 2), and their number (N,).
         binary: defined for two classes only (class 1 is the positive one).
         requires: a module that may not be installed, and the extra of this package that brings it.
     """
@@ -141,7 +141,28 @@ def _token_accuracy(predictions: Array, references: Array) -> float:
     return float(predictions[:, 1].sum() / max(1.0, references.sum()))
 
 
-_SEQEVAL = ("seqeval", "tags")
+def _rouge(name: str) -> Callable[[Any, Any], float]:
+    def compute(predictions: Any, references: Any) -> float:
+        from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
+
+        scorer = RougeScorer([name], use_stemmer=True)
+        # rougeLsum takes lines for sentences.
+        pairs = zip(predictions, references, strict=True)
+        return float(np.mean([scorer.score(truth, text)[name].fmeasure for text, truth in pairs]))
+
+    return compute
+
+
+def _corpus(name: str) -> Callable[[Any, Any], float]:
+    def compute(predictions: Any, references: Any) -> float:
+        import sacrebleu  # noqa: PLC0415
+
+        return float(getattr(sacrebleu, name)(list(predictions), [list(references)]).score)
+
+    return compute
+
+
+_SEQEVAL, _ROUGE, _BLEU = ("seqeval", "tags"), ("rouge_score", "generation"), ("sacrebleu", "generation")
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(compute=_accuracy),
@@ -160,6 +181,12 @@ METRICS: dict[str, Metric] = {
     "tag_accuracy": Metric(compute=_tag_accuracy, targets=("tags",)),
     "exact_match": Metric(compute=_best_answer(_exact), targets=("answers",)),
     "squad_f1": Metric(compute=_best_answer(_overlap), targets=("answers",)),
+    "rouge1": Metric(compute=_rouge("rouge1"), targets=("text",), requires=_ROUGE),
+    "rouge2": Metric(compute=_rouge("rouge2"), targets=("text",), requires=_ROUGE),
+    "rougeL": Metric(compute=_rouge("rougeL"), targets=("text",), requires=_ROUGE),
+    "rougeLsum": Metric(compute=_rouge("rougeLsum"), targets=("text",), requires=_ROUGE),
+    "bleu": Metric(compute=_corpus("corpus_bleu"), targets=("text",), requires=_BLEU),
+    "chrf": Metric(compute=_corpus("corpus_chrf"), targets=("text",), requires=_BLEU),
     "perplexity": Metric(compute=_perplexity, higher_is_better=False, targets=("token",)),
     "token_accuracy": Metric(compute=_token_accuracy, targets=("token",)),
 }

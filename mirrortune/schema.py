@@ -69,6 +69,8 @@ class DataSection(_Section):
     """Share of the training rows set aside when there is no validation split."""
     text_columns: tuple[str, ...] | None = None
     """One or two columns of text; detected by default."""
+    choice_columns: tuple[str, ...] | None = None
+    """Multiple choice: a column for each ending, or one that holds them all; detected by default."""
     label_column: str | None = None
     """The target's column; detected by default."""
     stride: int | None = Field(default=None, ge=0)
@@ -79,6 +81,10 @@ class DataSection(_Section):
     """Height and width of what the model gets, in pixels; the image processor's own by default."""
     augment: str | None = None
     """Augmentation of training images: none (default), flip or crop-flip."""
+    prefix: str | None = None
+    """Text to text: put before every source text, such as "summarize: "."""
+    max_target_length: int | None = Field(default=None, ge=2)
+    """Text to text: longest target, and longest text that is written when scoring, in tokens; 128 by default."""
     packing: bool | None = None
     """Language models: put several training rows into one sequence, blind to each other."""
     max_length: int | None = Field(default=None, ge=4)

@@ -95,6 +95,20 @@ def encode_texts(
     )
 
 
+def encode_pairs(
+    first: list[str], second: list[str], tokenizer: Any, reading: Reading, facts: Sequence[object]
+) -> TokenExamples:
+    """Tokens of pairs of texts without targets, from the cache if it holds them."""
+    max_length = reading.max_length
+    assert max_length is not None
+    key = cache_key([first, second], tokenizer, [*facts, max_length])
+    arrays, counts = cached_arrays(key, lambda: _tokenise([first, second], tokenizer, max_length))
+    return TokenExamples(
+        features=arrays, offsets=arrays.pop("offsets"), targets=None, padding=Padding.of(tokenizer),
+        max_length=max_length, num_truncated=counts["num_truncated"],
+    )  # fmt: skip
+
+
 def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: int = 512) -> int:
     """The sequence length: what was asked for if the model can take it, else the model's limit (at most ``default``).
 

@@ -160,6 +160,24 @@ def write_tiny_causal(folder: Path, *, template: str | None = CHATML, eos: str =
     return folder
 
 
+def write_tiny_seq2seq(folder: Path, *, seed: int = 0) -> Path:
+    """A saved tiny T5 and its byte-level tokenizer."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    sizes = {"vocab_size": 272, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    tokens = {"decoder_start_token_id": 256, "eos_token_id": 258, "pad_token_id": 256, "dropout_rate": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **tokens))
+    model.save_pretrained(folder)
+    tokenizer = tiny_chat_tokenizer(None)
+    tokenizer.pad_token = "<|end|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _build(family: str, seed: int, fields: dict[str, Any]) -> nn.Module:
     import transformers
 

@@ -21,7 +21,7 @@ from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
 from mirrortune.errors import DataError, did_you_mean
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, TokenExamples
-from mirrortune.labels import as_name, feature_names, in_order, label_fields, refuse_missing
+from mirrortune.labels import as_name, feature_names, in_order, is_list, label_fields, refuse_missing
 from mirrortune.metrics import check_metrics
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
@@ -211,7 +211,7 @@ def _choose(
 ) -> tuple[str, str, list[str]]:
     """The columns of words and of tags, and notes on what was detected."""
     check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
-    lists = {n.lower(): n for n in table.column_names if _is_list(table.schema.field(n).type)}
+    lists = {n.lower(): n for n in table.column_names if is_list(table.schema.field(n).type)}
     texts = {k: n for k, n in lists.items() if is_string(table.schema.field(n).type.value_type)}
     notes = []
     words = text[0] if text else next((texts[n] for n in _WORDS if n in texts), None)
@@ -228,7 +228,3 @@ def _choose(
             fix="Name them with --text-column and --label-column",
         )
     return words, tags, notes
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
