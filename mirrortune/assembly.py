@@ -88,7 +88,9 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     for split in (train_rows, validation_rows, *reported_rows.values()):
         check_columns(split, task)
     scored = Reading(max_length=max_length, seed=recipe.train.seed)
-    train = task.encode(train_rows, processor, replace(scored, drop_blank=recipe.data.blank_text == "drop"))
+    train = task.encode(
+        train_rows, processor, replace(scored, for_training=True, drop_blank=recipe.data.blank_text == "drop")
+    )
     validation = task.encode(validation_rows, processor, scored)
     reported = {name: task.encode(rows, processor, scored) for name, rows in reported_rows.items()}
     for name, examples in {"train": train, "validation": validation, **reported}.items():

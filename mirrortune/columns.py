@@ -46,7 +46,7 @@ def choose_columns(
     notes = []
     if label is None:
         label = _detect_label(table, text, source)
-        notes.append(_detected("label", label))
+        notes.append(detected("label", label))
     if not text:
         text = _detect_text(table, label, source)
         notes.append(
@@ -69,7 +69,7 @@ def choose_image_column(
     notes = []
     if image is None:
         fitting = {n.lower(): n for n in table.column_names if n != label and _is_media(table.schema.field(n).type)}
-        encoded = [n for n in fitting.values() if not _is_string(table.schema.field(n).type)]
+        encoded = [n for n in fitting.values() if not is_string(table.schema.field(n).type)]
         named = [fitting[n] for n in _IMAGE_NAMES if n in fitting]
         image = next(iter([*encoded[: len(encoded) == 1], *named]), None)
         if image is None:
@@ -79,7 +79,7 @@ def choose_image_column(
                 allowed=f"one of the columns {', '.join(table.column_names)}, with paths or encoded images",
                 fix="Name it with --image-column",
             )
-        notes.append(_detected("image", image))
+        notes.append(detected("image", image))
     elif not _is_media(table.schema.field(image).type):
         raise DataError(
             source, f"image column '{image}' holds {table.schema.field(image).type}",
@@ -87,7 +87,7 @@ def choose_image_column(
         )  # fmt: skip
     if label is None:
         label = _detect_label(table, (image,), source)
-        notes.append(_detected("label", label))
+        notes.append(detected("label", label))
     if label == image:
         raise DataError(source, f"column '{label}' is both image and label", fix="Give --label-column another column")
     return image, label, notes
@@ -106,14 +106,15 @@ def check_named(table: pa.Table, named: Sequence[tuple[str | None, str]], source
             )
 
 
-def _detected(role: str, column: str) -> str:
+def detected(role: str, column: str) -> str:
+    """The note on a column that was not named."""
     return f"{role} column '{column}' (detected; --{role}-column to change)"
 
 
 def _is_media(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return {"bytes", "path"} <= {field.name for field in kind}
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) or _is_string(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) or is_string(kind)
 
 
 def _detect_label(table: pa.Table, text: Sequence[str] | None, source: str) -> str:
@@ -142,7 +143,7 @@ def _detect_text(table: pa.Table, label: str, source: str) -> tuple[str, ...]:
     for wanted in _TEXT_NAMES:
         if wanted in lowered:
             return (lowered[wanted],)
-    strings = [n for n in lowered.values() if _is_string(table.schema.field(n).type)]
+    strings = [n for n in lowered.values() if is_string(table.schema.field(n).type)]
     if len(strings) == 1:
         return (strings[0],)
     raise DataError(
@@ -155,7 +156,7 @@ def _detect_text(table: pa.Table, label: str, source: str) -> tuple[str, ...]:
 
 def _check_is_text(table: pa.Table, column: str, source: str) -> None:
     kind = table.schema.field(column).type
-    if not (_is_string(kind) or pa.types.is_null(kind)):
+    if not (is_string(kind) or pa.types.is_null(kind)):
         raise DataError(
             source, f"text column '{column}' holds {kind}, not text", allowed="a column of strings",
             fix="Name another with --text-column",
@@ -167,5 +168,6 @@ def _check_is_text(table: pa.Table, column: str, source: str) -> None:
         )  # fmt: skip
 
 
-def _is_string(kind: pa.DataType) -> bool:
+def is_string(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

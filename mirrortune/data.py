@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.class_folders import class_folder
+from mirrortune.columns import is_string
 from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import looks_like_path, shipped_folder
@@ -140,8 +141,21 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
     return replace(split, table=split.table.take(pa.array(chosen)))
 
 
+def _flat(table: pa.Table) -> pa.Table:
+    """The table with structs of texts (such as ``translation: {en, ro}``) as columns (``translation.en``)."""
+    names = [
+        f.name for f in table.schema if pa.types.is_struct(f.type) and all(is_string(part.type) for part in f.type)
+    ]
+    for name in names:
+        parts = table.select([name]).flatten()
+        table = table.remove_column(table.column_names.index(name))
+        for part in parts.column_names:
+            table = table.append_column(part, parts.column(part))
+    return table
+
+
 def _load_file(path: Path, encoding: str) -> DataSet:
-    split = Split(table=read_table(path, encoding), source=str(path), folder=path.parent)
+    split = Split(table=_flat(read_table(path, encoding)), source=str(path), folder=path.parent)
     return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: _file_sha256(path)}})
 
 
@@ -155,7 +169,7 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(str(folder), f"the files of split '{name}' have different columns ({error})") from error
         source = str(files[0]) if len(files) == 1 else f"{folder} {name}"
-        splits[name] = Split(table=table, source=source, folder=folder)
+        splits[name] = Split(table=_flat(table), source=source, folder=folder)
         hashes |= {f.name: _file_sha256(f) for f in files}
     if not splits:
         splits = _class_folders(folder)
@@ -227,7 +241,7 @@ def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataS
 def _arrow(rows: Any) -> pa.Table:
     # with_format keeps ClassLabel names in the schema's metadata, where the tasks look for them.
     table = rows.with_format("arrow")[:]
-    return table.replace_schema_metadata(rows.features.arrow_schema.metadata)
+    return _flat(table.replace_schema_metadata(rows.features.arrow_schema.metadata))
 
 
 def _cached_commit(loaded: Any) -> str | None:

@@ -99,7 +99,7 @@ def _collect(
     predictions, references = task.answers(in_order, examples)
     return EvalResult(
         metrics={**score(task.metric_names, predictions, references), "loss": loss},
-        rows=len(examples),
+        rows=len(predictions),
         judged=in_order,
         predictions=predictions,
         references=references,

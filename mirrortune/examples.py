@@ -7,13 +7,13 @@ T tokens of all rows together, L tokens of the longest row of a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IntArray = npt.NDArray[np.integer[Any]]
 Targets = npt.NDArray[np.generic]
@@ -45,6 +45,9 @@ class Examples(Protocol):
 
     def describe(self) -> str:
         """Rows, lengths and what was cut or left out, in words."""
+
+    def verify(self, model: nn.Module) -> None:
+        """Refuse, by a ConfigError, a model that does not treat the batches as they mean it to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,9 @@ class TokenExamples:
         num_empty: rows whose texts are all blank.
         num_dropped: blank rows that were left out.
         num_unlabelled: rows without a target.
+        switches: further arguments of the model's forward.
+        notes: what else is worth knowing of the rows.
+        references: what metrics compare with where that is not ``targets``; the kind's own.
     """
 
     features: dict[str, IntArray]
@@ -93,6 +99,9 @@ class TokenExamples:
     num_empty: int = 0
     num_dropped: int = 0
     num_unlabelled: int = 0
+    switches: dict[str, bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    references: Any = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -110,7 +119,7 @@ class TokenExamples:
             (B, L).
         """
         batch, mask = pad_rows(self.features, self.offsets, rows, self.padding)
-        batch["attention_mask"] = mask
+        batch |= {"attention_mask": mask, **self.switches}
         if self.targets is not None:
             batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return batch
@@ -123,7 +132,10 @@ class TokenExamples:
             text += f"; {self.num_truncated} truncated to {self.max_length}"
         if self.num_empty:
             text += f"; {self.num_empty} blank ({'left out' if self.num_dropped else 'kept'})"
-        return text
+        return "; ".join((text, *self.notes))
+
+    def verify(self, model: nn.Module) -> None:
+        """Nothing: every model takes rows side by side."""
 
 
 def pad_rows(features: dict[str, IntArray], offsets: IntArray, rows: Rows, padding: Padding) -> tuple[Batch, Tensor]:

@@ -9,7 +9,6 @@ order, and after a resume. Pillow does the work on the image itself; what is our
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -20,11 +19,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.examples import Batch, IntArray, Rows, Targets
-from mirrortune.model import ModelSource, load_image_processor
+from mirrortune.model import ModelSource, forward_parameters, load_image_processor
 
 Image = Any  # PIL.Image.Image; Pillow is imported when the first image is
 _WHITE = 255
@@ -78,7 +78,7 @@ class ImageReader:
             num_positions=patches + 1,
             # Models with a fixed table of positions stretch it to another grid if they are asked to.
             switches={"interpolate_pos_encoding": True}
-            if is_other and "interpolate_pos_encoding" in _forward_parameters(auto_class, config)
+            if is_other and "interpolate_pos_encoding" in forward_parameters(auto_class, config)
             else {},
         )
 
@@ -152,6 +152,9 @@ class ImageExamples:
         """Rows and the size of their images."""
         size = "images of their own size" if self.reader.size is None else "{1} x {0} pixels".format(*self.reader.size)
         return f"{len(self):,} rows, {size}"
+
+    def verify(self, model: nn.Module) -> None:
+        """Nothing."""
 
     def check(self) -> None:
         """Open every image, without decoding it; DataError with the first that cannot be."""
@@ -250,16 +253,6 @@ def _output_size(processor: Any) -> tuple[int, int] | None:
     if getattr(processor, "do_resize", False) and size.get("height"):
         return int(size["height"]), int(size["width"])
     return None
-
-
-def _forward_parameters(auto_class: str, config: Any) -> set[str]:
-    import transformers  # noqa: PLC0415
-
-    found = getattr(transformers, auto_class)
-    if hasattr(found, "_model_mapping"):  # the only way from a configuration to its class
-        found = found._model_mapping.get(type(config), None)  # noqa: SLF001
-    found = found[0] if isinstance(found, (list, tuple)) else found
-    return set(inspect.signature(found.forward).parameters) if found is not None else set()
 
 
 def _flip(image: Image, random: np.random.Generator) -> Image:

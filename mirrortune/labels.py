@@ -61,6 +61,50 @@ def class_indices(
     return found
 
 
+def label_sets(
+    table: pa.Table, column: str, names: Sequence[str], source: str
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Which of the classes ``names`` each row has.
+
+    Args:
+        table: the rows; ``column`` holds lists of classes, or there is a column of 0 and 1 for each class.
+        column: of lists, or the name of the first class.
+        names: the classes.
+        source: for messages.
+
+    Returns:
+        0 and 1, shape (N, C), and which rows have no label at all (N,): null, which is not an empty list.
+
+    Raises:
+        DataError: a class that is not among them, or a cell that is neither 0 nor 1.
+    """
+    if column in names and not is_list(table.schema.field(column).type):
+        cells = np.array([[as_name(v) for v in table.column(name).to_pylist()] for name in names], dtype=object).T
+        known = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0, "-1": 0.0, None: 0.0}
+        for row, cell in ((r, c) for r, line in enumerate(cells, start=1) for c in line if c not in known):
+            raise DataError(f"{source} row {row}", f"a column of a class holds {cell!r}", allowed="0 and 1")
+        return np.array([[known[c] for c in line] for line in cells], np.float32), (cells == None).all(axis=1)  # noqa: E711
+    index, features = {name: i for i, name in enumerate(names)}, feature_names(table, column)
+    rows = table.column(column).to_pylist()
+    found = np.zeros((len(rows), len(names)), dtype=np.float32)
+    for number, row in enumerate(rows):
+        for name in (_indexed(value, features) for value in row or ()):
+            if name is not None and name not in index:
+                raise DataError(
+                    f"{source} row {number + 1}",
+                    f"label {name!r} is not among the classes.{did_you_mean(name, names)}",
+                    allowed=", ".join(names), fix="Correct the row, or list every class in task.labels",
+                )  # fmt: skip
+            if name is not None:
+                found[number, index[name]] = 1.0
+    return found, np.array([row is None for row in rows])
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def refuse_missing(missing: npt.NDArray[np.bool_], source: str, column: str, what: str = "label") -> None:
     """DataError with the first rows if any row lacks its target; ``missing`` has shape (N,)."""
     count = int(missing.sum())

@@ -42,7 +42,10 @@ class Evaluable:
 
 def load_base(job: Job) -> LoadedModel:
     """The job's base model with a new head."""
-    return load_model(job.source, job.task.auto_class, job.task.config_fields(), job.dtype, pad_token_id(job.processor))
+    fields, pad = job.task.config_fields(), pad_token_id(job.processor)
+    loaded = load_model(job.source, job.task.auto_class, fields, job.dtype, pad)
+    job.train.verify(loaded.model)
+    return loaded
 
 
 def adapt_model(

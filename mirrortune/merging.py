@@ -164,11 +164,23 @@ def merged_state(plain: nn.Module, adapted: nn.Module) -> dict[str, Tensor]:
     Sums are made in float64 and rounded once to the dtype of ``plain``'s tensor.
     """
     state = dict(plain.state_dict())
-    for name, parameter in plain_parameters(adapted).items():
+    for name, parameter in _trained_tensors(adapted, plain).items():
         state[name] = parameter.detach().cpu().to(state[name].dtype)
     for name, merged in adapted_tensors(adapted, plain.state_dict()):
         state[name] = merged.to(state[name].dtype)
     return state
+
+
+def _trained_tensors(adapted: nn.Module, plain: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that were trained as they are, by every name that ``plain`` has for them: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        other: parameter
+        for name, parameter in plain_parameters(adapted).items()
+        for other in names[id(plain.get_parameter(name))]
+    }
 
 
 def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -193,7 +205,7 @@ def verify(folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, 
 
     reopened = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto").eval()
     written, before = dict(reopened.state_dict()), dict(plain.state_dict())
-    trained = plain_parameters(adapted)
+    trained = _trained_tensors(adapted, plain)
     weight_error = 0.0
     for name, reference in adapted_tensors(adapted, plain.state_dict()):
         del before[name]

@@ -5,9 +5,14 @@ time.
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import string
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,16 +27,20 @@ class Metric:
     """One score of predictions against references.
 
     Attributes:
-        compute: (predictions, references) -> value; both of shape (N,).
+        compute: (predictions, references) -> value, both with an entry for each row.
         higher_is_better: the direction in which the best checkpoint is chosen.
-        target: what it scores, ``"class"`` indices or real ``"number"`` values.
+        targets: what it can score: ``"class"`` indices (N,); real ``"number"`` values (N,); sets of ``"labels"`` (N, C)
+            of 0 and 1; ``"tags"``, lists of names; ``"answers"``, a text against several; ``"text"`` against one;
+            ``"token"`` sums: loss and right tokens (N, 2), and their number (N,).
         binary: defined for two classes only (class 1 is the positive one).
+        requires: a module that may not be installed, and the extra of this package that brings it.
     """
 
-    compute: Callable[[Array, Array], float]
+    compute: Callable[[Any, Any], float]
     higher_is_better: bool = True
-    target: str = "class"
+    targets: tuple[str, ...] = ("class",)
     binary: bool = False
+    requires: tuple[str, str] | None = None
 
 
 def _f1(average: str) -> Callable[[Array, Array], float]:
@@ -66,6 +75,56 @@ def _accuracy(predictions: Array, references: Array) -> float:
     return float(np.mean(predictions == references))
 
 
+def _subset_accuracy(predictions: Array, references: Array) -> float:
+    return float(np.mean((predictions == references).all(axis=1)))
+
+
+def _tags(name: str) -> Callable[[Array, Array], float]:
+    """The score of whole entities by seqeval; an entity counts if its borders and its type are right."""
+
+    def compute(predictions: Any, references: Any) -> float:
+        import seqeval.metrics  # noqa: PLC0415
+
+        return float(getattr(seqeval.metrics, name)(references, predictions, zero_division=0))
+
+    return compute
+
+
+def _tag_accuracy(predictions: Any, references: Any) -> float:
+    right = [
+        p == r for row, truth in zip(predictions, references, strict=True) for p, r in zip(row, truth, strict=True)
+    ]
+    return float(np.mean(right)) if right else 0.0
+
+
+def _plain(text: str) -> str:
+    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _exact(answer: str, truth: str) -> float:
+    return float(_plain(answer) == _plain(truth))
+
+
+def _overlap(answer: str, truth: str) -> float:
+    said, right = _plain(answer).split(), _plain(truth).split()
+    common = sum((Counter(said) & Counter(right)).values())
+    if not said or not right:
+        return float(said == right)
+    return 2 * common / (len(said) + len(right))
+
+
+def _best_answer(compare: Callable[[str, str], float]) -> Callable[[Any, Any], float]:
+    """The mean over questions of the best comparison with any right answer; "" is right where there is none."""
+
+    def compute(predictions: Any, references: Any) -> float:
+        pairs = zip(predictions, references, strict=True)
+        return float(np.mean([max(compare(answer, truth) for truth in right or ("",)) for answer, right in pairs]))
+
+    return compute
+
+
 def _error(power: int) -> Callable[[Array, Array], float]:
     def compute(predictions: Array, references: Array) -> float:
         distance = np.abs(predictions.astype(np.float64) - references.astype(np.float64))
@@ -74,16 +133,62 @@ def _error(power: int) -> Callable[[Array, Array], float]:
     return compute
 
 
+def _perplexity(predictions: Array, references: Array) -> float:
+    return float(np.exp(predictions[:, 0].sum() / max(1.0, references.sum())))
+
+
+def _token_accuracy(predictions: Array, references: Array) -> float:
+    return float(predictions[:, 1].sum() / max(1.0, references.sum()))
+
+
+def _rouge(name: str) -> Callable[[Any, Any], float]:
+    def compute(predictions: Any, references: Any) -> float:
+        from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
+
+        scorer = RougeScorer([name], use_stemmer=True)
+        # rougeLsum takes lines for sentences.
+        pairs = zip(predictions, references, strict=True)
+        return float(np.mean([scorer.score(truth, text)[name].fmeasure for text, truth in pairs]))
+
+    return compute
+
+
+def _corpus(name: str) -> Callable[[Any, Any], float]:
+    def compute(predictions: Any, references: Any) -> float:
+        import sacrebleu  # noqa: PLC0415
+
+        return float(getattr(sacrebleu, name)(list(predictions), [list(references)]).score)
+
+    return compute
+
+
+_SEQEVAL, _ROUGE, _BLEU = ("seqeval", "tags"), ("rouge_score", "generation"), ("sacrebleu", "generation")
+
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(compute=_accuracy),
     "f1": Metric(compute=_f1("binary"), binary=True),
-    "f1_macro": Metric(compute=_f1("macro")),
-    "f1_micro": Metric(compute=_f1("micro")),
+    "f1_macro": Metric(compute=_f1("macro"), targets=("class", "labels")),
+    "f1_micro": Metric(compute=_f1("micro"), targets=("class", "labels")),
+    "subset_accuracy": Metric(compute=_subset_accuracy, targets=("labels",)),
     "matthews_correlation": Metric(compute=_matthews),
-    "pearson": Metric(compute=_correlation("pearsonr"), target="number"),
-    "spearmanr": Metric(compute=_correlation("spearmanr"), target="number"),
-    "mse": Metric(compute=_error(2), higher_is_better=False, target="number"),
-    "mae": Metric(compute=_error(1), higher_is_better=False, target="number"),
+    "pearson": Metric(compute=_correlation("pearsonr"), targets=("number",)),
+    "spearmanr": Metric(compute=_correlation("spearmanr"), targets=("number",)),
+    "mse": Metric(compute=_error(2), higher_is_better=False, targets=("number",)),
+    "mae": Metric(compute=_error(1), higher_is_better=False, targets=("number",)),
+    "entity_f1": Metric(compute=_tags("f1_score"), targets=("tags",), requires=_SEQEVAL),
+    "entity_precision": Metric(compute=_tags("precision_score"), targets=("tags",), requires=_SEQEVAL),
+    "entity_recall": Metric(compute=_tags("recall_score"), targets=("tags",), requires=_SEQEVAL),
+    "tag_accuracy": Metric(compute=_tag_accuracy, targets=("tags",)),
+    "exact_match": Metric(compute=_best_answer(_exact), targets=("answers",)),
+    "squad_f1": Metric(compute=_best_answer(_overlap), targets=("answers",)),
+    "rouge1": Metric(compute=_rouge("rouge1"), targets=("text",), requires=_ROUGE),
+    "rouge2": Metric(compute=_rouge("rouge2"), targets=("text",), requires=_ROUGE),
+    "rougeL": Metric(compute=_rouge("rougeL"), targets=("text",), requires=_ROUGE),
+    "rougeLsum": Metric(compute=_rouge("rougeLsum"), targets=("text",), requires=_ROUGE),
+    "bleu": Metric(compute=_corpus("corpus_bleu"), targets=("text",), requires=_BLEU),
+    "chrf": Metric(compute=_corpus("corpus_chrf"), targets=("text",), requires=_BLEU),
+    "perplexity": Metric(compute=_perplexity, higher_is_better=False, targets=("token",)),
+    "token_accuracy": Metric(compute=_token_accuracy, targets=("token",)),
 }
 
 
@@ -95,19 +200,22 @@ def check_metrics(
     Args:
         names: metric names asked for, at least one.
         selection: the one that chooses the best checkpoint, if it was named.
-        target: ``"class"`` or ``"number"``.
+        target: what is scored; see :class:`Metric`.
         num_classes: number of classes, where known.
 
     Raises:
         ConfigError: with the nearest name, or the metrics that fit.
     """
-    fitting = [n for n, m in METRICS.items() if m.target == target]
+    fitting = [n for n, m in METRICS.items() if target in m.targets]
     for name in names:
         if name not in METRICS:
             raise unknown_name("task.metrics", "metric", name, METRICS)
         metric = METRICS[name]
-        if metric.target != target:
+        if target not in metric.targets:
             raise ConfigError("task.metrics", f"'{name}' does not score a {target}", allowed=", ".join(fitting))
+        if metric.requires and importlib.util.find_spec(metric.requires[0]) is None:
+            module, extra = metric.requires
+            raise ConfigError("task.metrics", f"'{name}' needs {module}", fix=f"pip install 'mirrortune[{extra}]'")
         if metric.binary and num_classes not in (None, 2):
             raise ConfigError(
                 "task.metrics", f"'{name}' needs two classes, got {num_classes}", allowed="f1_macro, f1_micro, accuracy"
@@ -116,6 +224,6 @@ def check_metrics(
         raise ConfigError("task.selection_metric", f"'{selection}' is not computed", allowed=", ".join(names))
 
 
-def score(names: Sequence[str], predictions: Array, references: Array) -> dict[str, float]:
-    """Each named metric of ``predictions`` against ``references``, both of shape (N,)."""
+def score(names: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
+    """Each named metric of ``predictions`` against ``references``, both with an entry for each row."""
     return {name: METRICS[name].compute(predictions, references) for name in names}

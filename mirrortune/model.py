@@ -8,6 +8,7 @@ No model family is named here. What the checkpoint did not fill (``new_parameter
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,14 +91,14 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
     )
 
 
-def load_tokenizer(source: ModelSource) -> Any:
+def load_tokenizer(source: ModelSource, **options: Any) -> Any:
     """The model's tokenizer, with a padding token in any case (the end token stands in where there is none)."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     no_files = ConfigError(f"model '{source.name}'", "it has no tokenizer files", fix="Put its tokenizer beside it")
     with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments(), **options)
         except ValueError as error:
             if "instantiate the backend tokenizer" not in str(error):
                 raise
@@ -134,6 +135,17 @@ def load_image_processor(source: ModelSource) -> Any:
                     allowed="a vision model with a preprocessor_config.json", fix="Put one beside it",
                 ) from error  # fmt: skip
             raise
+
+
+def forward_parameters(auto_class: str, config: Any) -> set[str]:
+    """Names of the arguments of a model's forward; none for a class that transformers does not know."""
+    import transformers  # noqa: PLC0415
+
+    found = getattr(transformers, auto_class)
+    if hasattr(found, "_model_mapping"):  # the only way from a configuration to its class
+        found = found._model_mapping.get(type(config), None)  # noqa: SLF001
+    found = found[0] if isinstance(found, (list, tuple)) else found
+    return set(inspect.signature(found.forward).parameters) if found is not None else set()
 
 
 def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:

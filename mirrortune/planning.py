@@ -17,6 +17,7 @@ from mirrortune.adapters.inject import Targets, find_targets
 from mirrortune.adapters.pairings import PAIRINGS
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.spectral_linear import cheapest_strategy
+from mirrortune.errors import ConfigError
 
 _MIB = 1024 * 1024
 
@@ -93,6 +94,8 @@ def make_plan(
         factors += rank * sum(shape)
         if spec.strategy == "factored" or (spec.strategy is None and _is_factored(shape, rank, dtype)):
             factors -= math.prod(shape)  # the factors stand for the weight on the device
+    if not trained + head:
+        raise ConfigError("adapter.method", f"'{spec.method}' trains nothing on this kind of task, which has no head")
     total = sum(sizes.values())
     width = torch.finfo(dtype).bits // 8
     fixed = (total + factors) * width + (trained + head) * 12  # gradient and two moments in float32

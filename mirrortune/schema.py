@@ -42,6 +42,10 @@ class TaskSection(_Section):
     """Metrics of every evaluation; the kind's own by default."""
     selection_metric: str | None = None
     """The metric by which the best checkpoint is kept; the first of metrics by default."""
+    loss_on: str | None = None
+    """Language models: learn completions (default where there is a prompt) or all tokens."""
+    format: str | None = None
+    """Language models: write rows by the tokenizer's chat template, or as text; auto takes what the columns suggest."""
 
 
 class DataSection(_Section):
@@ -65,14 +69,24 @@ class DataSection(_Section):
     """Share of the training rows set aside when there is no validation split."""
     text_columns: tuple[str, ...] | None = None
     """One or two columns of text; detected by default."""
+    choice_columns: tuple[str, ...] | None = None
+    """Multiple choice: a column for each ending, or one that holds them all; detected by default."""
     label_column: str | None = None
     """The target's column; detected by default."""
+    stride: int | None = Field(default=None, ge=0)
+    """Question answering: tokens that neighbouring windows of a long context share; 128 by default."""
     image_column: str | None = None
     """The column of images, encoded or as paths; detected by default."""
     image_size: int | None = Field(default=None, ge=1)
     """Height and width of what the model gets, in pixels; the image processor's own by default."""
     augment: str | None = None
     """Augmentation of training images: none (default), flip or crop-flip."""
+    prefix: str | None = None
+    """Text to text: put before every source text, such as "summarize: "."""
+    max_target_length: int | None = Field(default=None, ge=2)
+    """Text to text: longest target, and longest text that is written when scoring, in tokens; 128 by default."""
+    packing: bool | None = None
+    """Language models: put several training rows into one sequence, blind to each other."""
     max_length: int | None = Field(default=None, ge=4)
     """Longest sequence in tokens; longer rows are truncated and counted. The model's own limit, at most 512, by
     default."""

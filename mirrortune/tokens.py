@@ -36,12 +36,14 @@ class Reading:
     Attributes:
         max_length: longest row, in the kind's own unit (tokens, special ones included); longer rows are truncated and
             counted. None where all rows are of one size.
+        for_training: the rows are learned from.
         drop_blank: leave out rows whose texts are empty or white space (they are counted in any case).
         allow_missing: keep rows without a label (a test split).
         seed: of whatever is drawn while learning from the rows.
     """
 
     max_length: int | None
+    for_training: bool = False
     drop_blank: bool = False
     allow_missing: bool = False
     seed: int = 0
@@ -93,8 +95,22 @@ def encode_texts(
     )
 
 
-def resolve_max_length(asked: int | None, tokenizer: Any, config: Any) -> int:
-    """The sequence length: what was asked for if the model can take it, else the model's own limit (at most 512).
+def encode_pairs(
+    first: list[str], second: list[str], tokenizer: Any, reading: Reading, facts: Sequence[object]
+) -> TokenExamples:
+    """Tokens of pairs of texts without targets, from the cache if it holds them."""
+    max_length = reading.max_length
+    assert max_length is not None
+    key = cache_key([first, second], tokenizer, [*facts, max_length])
+    arrays, counts = cached_arrays(key, lambda: _tokenise([first, second], tokenizer, max_length))
+    return TokenExamples(
+        features=arrays, offsets=arrays.pop("offsets"), targets=None, padding=Padding.of(tokenizer),
+        max_length=max_length, num_truncated=counts["num_truncated"],
+    )  # fmt: skip
+
+
+def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: int = 512) -> int:
+    """The sequence length: what was asked for if the model can take it, else the model's limit (at most ``default``).
 
     Raises:
         ConfigError: if ``asked`` is above what the tokenizer says the model takes.
@@ -104,7 +120,7 @@ def resolve_max_length(asked: int | None, tokenizer: Any, config: Any) -> int:
     # Tokenizers without a limit state an astronomical one; the model's table of positions is the next best fact.
     limit = stated if isinstance(stated, int) and stated < 1_000_000 else positions
     if asked is None:
-        return min(limit or 512, 512)
+        return min(limit or default, default)
     if limit is not None and asked > limit:
         raise ConfigError(
             "data.max_length", f"got {asked}, the model takes at most {limit} tokens", allowed=f"4 to {limit}"

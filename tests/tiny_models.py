@@ -101,6 +101,83 @@ def write_tiny_vision(folder: Path, *, family: str = "Dinov2", num_channels: int
     return folder
 
 
+# The form of ChatML: every turn between marks, the assistant's with generation marks in the second.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ m['content'] }}<|im_end|>{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_chat_tokenizer(template: str | None = CHATML, *, eos: str = "<|im_end|>") -> Any:
+    """A byte-level tokenizer with a chat template, whose every other piece is one byte."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=pieces, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t) for t in ("<|end|>", "<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, model_max_length=256)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_causal(family: str = "Llama", seed: int = 0, **fields: Any) -> nn.Module:
+    """A language model of 272 pieces: ``Llama``, ``GPT2``, ``Qwen2``, ``Mistral``, ..."""
+    import transformers
+
+    sizes = {"vocab_size": 272, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None}
+    if family == "GPT2":
+        sizes = {"vocab_size": 272, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0}
+        sizes |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokens = {"bos_token_id": None, "eos_token_id": 258}
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **tokens, **fields})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.02))
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def write_tiny_causal(folder: Path, *, template: str | None = CHATML, eos: str = "<|im_end|>", **fields: Any) -> Path:
+    """A saved tiny Llama and its chat tokenizer."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tiny_causal(**fields).save_pretrained(folder)
+    tiny_chat_tokenizer(template, eos=eos).save_pretrained(folder)
+    return folder
+
+
+def write_tiny_seq2seq(folder: Path, *, seed: int = 0) -> Path:
+    """A saved tiny T5 and its byte-level tokenizer."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    sizes = {"vocab_size": 272, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    tokens = {"decoder_start_token_id": 256, "eos_token_id": 258, "pad_token_id": 256, "dropout_rate": 0.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **tokens))
+    model.save_pretrained(folder)
+    tokenizer = tiny_chat_tokenizer(None)
+    tokenizer.pad_token = "<|end|>"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _build(family: str, seed: int, fields: dict[str, Any]) -> nn.Module:
     import transformers
 

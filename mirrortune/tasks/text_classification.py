@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""text-classification: one or two texts -> one of C classes. Cross-entropy; accuracy unless other metrics are named."""
+"""text-classification: one or two texts -> one of C classes, or any number of them.
+
+One class: cross-entropy; accuracy unless other metrics are named. Several (the label column holds lists, or ``labels``
+names columns of 0 and 1): binary cross-entropy of every class; f1_micro and f1_macro.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,20 @@ from torch import Tensor
 
 from mirrortune.columns import choose_columns
 from mirrortune.data import Split
+from mirrortune.errors import DataError
 from mirrortune.examples import Batch, Targets, TokenExamples
-from mirrortune.labels import MISSING, class_indices, class_names, label_fields
+from mirrortune.labels import (
+    MISSING,
+    as_name,
+    class_indices,
+    class_names,
+    feature_names,
+    in_order,
+    is_list,
+    label_fields,
+    label_sets,
+    refuse_missing,
+)
 from mirrortune.metrics import check_metrics
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
@@ -25,13 +41,19 @@ from mirrortune.tokens import Reading, encode_texts, resolve_max_length
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """See :class:`mirrortune.tasks.Task`. ``labels`` are the class names, in the order of the model's outputs."""
+    """See :class:`mirrortune.tasks.Task`.
+
+    Attributes:
+        labels: the class names, in the order of the model's outputs.
+        multi_label: a row has any number of classes.
+    """
 
     text_columns: tuple[str, ...]
     label_column: str
     metric_names: tuple[str, ...]
     selection_metric: str
     labels: tuple[str, ...]
+    multi_label: bool = False
     kind: str = "text-classification"
     auto_class: str = "AutoModelForSequenceClassification"
     version: int = 1
@@ -49,30 +71,39 @@ class Task:
         labels: tuple[str, ...] | None = None,
     ) -> tuple[Task, list[str]]:
         """The task with class names from ``labels``, else the column's own features, else the values found, sorted."""
+        as_columns = label_column is None and bool(labels) and set(labels or ()) <= set(table.column_names)
+        if as_columns:
+            label_column = (labels or ("",))[0]
         text, label, notes = choose_columns(table, text_columns, label_column, source)
-        names = class_names(table, label, source, labels)
-        metric_names = metrics or ("accuracy",)
-        check_metrics(metric_names, "class", len(names), selection_metric)
+        multi_label = as_columns or is_list(table.schema.field(label).type)
+        names = _names(table, label, source, labels) if multi_label else class_names(table, label, source, labels)
+        metric_names = metrics or (("f1_micro", "f1_macro") if multi_label else ("accuracy",))
+        check_metrics(metric_names, "labels" if multi_label else "class", len(names), selection_metric)
         task = cls(
             text_columns=text,
             label_column=label,
             metric_names=metric_names,
             selection_metric=selection_metric or metric_names[0],
             labels=names,
+            multi_label=multi_label,
         )
-        return task, notes
+        return task, [*notes, "rows may have several labels"] if multi_label else notes
 
     def columns(self) -> list[tuple[str, str]]:
         """See :class:`mirrortune.tasks.Task`."""
-        return [*(("text", c) for c in self.text_columns), ("label", self.label_column)]
+        as_columns = self.multi_label and self.label_column in self.labels
+        labels = self.labels if as_columns else (self.label_column,)
+        return [*(("text", c) for c in self.text_columns), *(("label", c) for c in labels)]
 
-    def strata(self, split: Split) -> npt.NDArray[np.int64]:
-        """The classes."""
-        return class_indices(split.table, self.label_column, self.labels, split.source, allow_missing=False)
+    def strata(self, split: Split) -> Targets | None:
+        """The classes; None where rows may have several."""
+        targets = self._targets(split, allow_missing=False)[0]
+        return None if self.multi_label else targets
 
     def config_fields(self) -> dict[str, Any]:
         """See :class:`mirrortune.tasks.Task`."""
-        return {**label_fields(self.labels), "problem_type": "single_label_classification"}
+        kind = "multi_label_classification" if self.multi_label else "single_label_classification"
+        return {**label_fields(self.labels), "problem_type": kind}
 
     def load_processor(self, source: ModelSource) -> Any:
         """The tokenizer."""
@@ -84,24 +115,51 @@ class Task:
 
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         """See :class:`mirrortune.tasks.Task`."""
-        targets = class_indices(
-            split.table, self.label_column, self.labels, split.source, allow_missing=reading.allow_missing
-        )
-        facts = [self.kind, self.version]
-        return encode_texts(split, self.text_columns, targets, targets == MISSING, processor, reading, facts)
+        targets, missing = self._targets(split, allow_missing=reading.allow_missing)
+        return encode_texts(split, self.text_columns, targets, missing, processor, reading, [self.kind, self.version])
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Cross-entropy of logits (B, C) against class indices (B,), summed."""
-        return F.cross_entropy(outputs.logits.float(), targets, reduction="sum"), targets.shape[0]
+        """Cross-entropy of logits (B, C) against class indices (B,), summed over rows; or binary cross-entropy against
+        0 and 1 (B, C), summed over rows and classes.
+        """
+        logits = outputs.logits.float()
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"), targets.numel()
+        return F.cross_entropy(logits, targets, reduction="sum"), targets.shape[0]
 
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
         """Logits (B, C)."""
         return np.asarray(outputs.logits.float().cpu().numpy())
 
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """The class of the largest logit and the right class, each (N,)."""
-        return np.stack(judged).argmax(axis=-1), examples.targets
+        """The class of the largest logit and the right class (N,), or all classes of more than even odds (N, C)."""
+        logits = np.stack(judged)
+        return (logits > 0).astype(np.int64) if self.multi_label else logits.argmax(axis=-1), examples.targets
 
     def probe(self, processor: Any, config: Any) -> Batch:
         """See :class:`mirrortune.tasks.Task`."""
         return text_probe(processor, config, num_texts=len(self.text_columns))
+
+    def _targets(self, split: Split, *, allow_missing: bool) -> tuple[Targets, npt.NDArray[np.bool_]]:
+        """The targets, (N,) or (N, C), and which rows have none."""
+        table, column, names, source = split.table, self.label_column, self.labels, split.source
+        if not self.multi_label:
+            targets = class_indices(table, column, names, source, allow_missing=allow_missing)
+            return targets, targets == MISSING
+        sets, missing = label_sets(table, column, names, source)
+        if not allow_missing:
+            refuse_missing(missing, source, column)
+        return sets, missing
+
+
+def _names(table: pa.Table, label: str, source: str, given: tuple[str, ...] | None) -> tuple[str, ...]:
+    found = (
+        {name for row in table.column(label).to_pylist() for name in map(as_name, row or ()) if name}
+        if not given
+        else ()
+    )
+    names = given or feature_names(table, label) or tuple(in_order(set(found)))
+    if len(names) < 2:
+        raise DataError(source, f"label column '{label}' has {len(names)} classes", allowed="two classes or more",
+                        fix="Name another column with --label-column")  # fmt: skip
+    return names

@@ -111,7 +111,8 @@ def test_classes_that_are_named_are_taken_as_they_stand() -> None:
         ("text-classification", [None, None], {}, "has one class only ('no value')"),
         ("text-classification", [0.5, 1.5], {}, "holds real numbers (such as 0.5), not classes. Allowed: classes"),
         ("text-classification", ["0.5", "1"], {}, "Use --task regression"),
-        ("text-classification", [[1], [0]], {}, "label column 'label' holds list<"),
+        ("text-classification", [[1], [1]], {}, "label column 'label' has 1 classes. Allowed: two classes or more"),
+        ("text-classification", [{"a": 1}, {"a": 0}], {}, "label column 'label' holds struct<"),
         ("text-classification", [str(i) for i in range(60)], {}, "has 60 different values in 60 rows"),
         ("regression", ["high", "low"], {}, "rows.csv row 1: label 'high' in column 'label' is not a finite number. "
          "Correct the row, or use --task text-classification"),

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""causal-lm: text that goes on. Conversations, prompts with completions, instructions (alpaca columns) or plain text.
+
+Cross-entropy of every learned token, summed over rows and divided by their number; perplexity and token accuracy. The
+end of an answer is learned with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mirrortune.chat import (
+    Encoding,
+    Message,
+    alpaca_prompt,
+    as_messages,
+    encode_continuation,
+    encode_conversation,
+    save_turn_ends,
+)
+from mirrortune.columns import check_named, detected, is_string
+from mirrortune.data import Split
+from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.examples import IGNORE_INDEX, Batch, Examples, Padding, Targets, TokenExamples
+from mirrortune.labels import refuse_missing
+from mirrortune.metrics import check_metrics
+from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
+from mirrortune.packing import PackedExamples
+from mirrortune.probes import text_probe
+from mirrortune.tokens import Reading, cache_key, cached_arrays, ragged, resolve_max_length
+
+_MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
+_PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
+_TEXTS = ("text", "content", "document")
+_LONGEST = 1024  # the default, where the model takes more
+_FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextReader:
+    """A tokenizer, and what the model's forward takes besides tokens.
+
+    Attributes:
+        tokenizer: transformers' own.
+        is_chat: rows are written by the tokenizer's chat template.
+        switches: further arguments of the model's forward.
+        takes_positions: whether rows can be packed.
+    """
+
+    tokenizer: Any
+    is_chat: bool
+    switches: dict[str, bool] = field(default_factory=dict)
+    takes_positions: bool
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The tokenizer's files; and where generation stops, since the end of a turn was learned as one."""
+        self.tokenizer.save_pretrained(folder)
+        if self.is_chat:
+            save_turn_ends(self.tokenizer, Path(folder))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """See :class:`mirrortune.tasks.Task`.
+
+    Attributes:
+        layout: what the columns hold: ``messages``, ``prompt`` (with its completion in ``label_column``), ``alpaca``
+            (instruction and perhaps input, with the output in ``label_column``) or ``text``.
+        loss_on: ``completions`` or ``all``.
+        format: ``chat``, the tokenizer's template; ``text``, as it stands; ``auto``: chat for messages, and for
+            instructions where there is a template.
+        packing: training rows share sequences.
+    """
+
+    text_columns: tuple[str, ...]
+    label_column: str | None
+    layout: str
+    loss_on: str
+    format: str
+    packing: bool
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    kind: str = "causal-lm"
+    auto_class: str = "AutoModelForCausalLM"
+    version: int = 1
+
+    @classmethod
+    def from_rows(
+        cls,
+        table: pa.Table,
+        source: str,
+        *,
+        text_columns: tuple[str, ...] | None = None,
+        label_column: str | None = None,
+        metrics: tuple[str, ...] | None = None,
+        selection_metric: str | None = None,
+        loss_on: str | None = None,
+        format: str | None = None,
+        packing: bool | None = None,
+    ) -> tuple[Task, list[str]]:
+        """The task; DataError if no column holds text to learn."""
+        for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
+            if value not in (None, *allowed):
+                raise unknown_name(f"task.{key}", "value", str(value), allowed)
+        layout, text, label, notes = _choose(table, text_columns, label_column, source)
+        loss_on = loss_on or ("all" if layout == "text" else "completions")
+        if layout == "text" and loss_on == "completions":
+            raise ConfigError("task.loss_on", f"plain text in column '{text[0]}' has no completions",
+                              fix="Remove it, or name the completion with --label-column")  # fmt: skip
+        metric_names = metrics or ("perplexity", "token_accuracy")
+        check_metrics(metric_names, "token", selection=selection_metric)
+        task = cls(
+            text_columns=text, label_column=label, layout=layout, loss_on=loss_on, format=format or "auto",
+            packing=bool(packing), metric_names=metric_names, selection_metric=selection_metric or metric_names[0],
+        )  # fmt: skip
+        what = {"completions": "the answers (task.loss_on=all to change)", "all": "every token"}[loss_on]
+        return task, [*notes, f"the loss is on {what}"]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.Task`."""
+        return [("text", c) for c in (*self.text_columns, self.label_column) if c is not None]
+
+    def strata(self, split: Split) -> None:
+        """None: rows are split at random."""
+
+    def config_fields(self) -> dict[str, Any]:
+        """None: the output layer stays as it is."""
+        return {}
+
+    def load_processor(self, source: ModelSource) -> TextReader:
+        """The tokenizer; ConfigError if rows need a chat template and there is none."""
+        tokenizer = load_tokenizer(source)
+        has_template = tokenizer.chat_template is not None
+        wants_chat = self.format == "chat" or self.layout == "messages"
+        if wants_chat and (not has_template or self.format == "text"):
+            raise ConfigError(
+                f"model '{source.name}'" if not has_template else "task.format",
+                "its tokenizer has no chat template, and the rows are to be written by one"
+                if not has_template else "conversations cannot be written as plain text",
+                fix="Use a model tuned for chat, or columns of prompts and completions",
+            )  # fmt: skip
+        taken = forward_parameters(self.auto_class, source.config)
+        return TextReader(
+            tokenizer=tokenizer,
+            is_chat=wants_chat or (self.format == "auto" and self.layout == "alpaca" and has_template),
+            # Nothing is generated; and a cache, even an empty one, hides packed rows from transformers' masks.
+            switches={"use_cache": False} if "use_cache" in taken else {},
+            takes_positions="position_ids" in taken,
+        )
+
+    def resolve_length(self, asked: int | None, processor: TextReader, config: Any) -> int:
+        """See :class:`mirrortune.tasks.Task`."""
+        return resolve_max_length(asked, processor.tokenizer, config, default=_LONGEST)
+
+    def encode(self, split: Split, processor: TextReader, reading: Reading) -> Examples:
+        """See :class:`mirrortune.tasks.Task`."""
+        if self.packing and not processor.takes_positions:
+            raise ConfigError("data.packing", "this model takes no positions, so rows would see each other",
+                              fix="Set data.packing=false")  # fmt: skip
+        max_length = reading.max_length
+        assert max_length is not None
+        columns = [split.table.column(c).to_pylist() for _, c in self.columns()]
+        rows = list(zip(*columns, strict=True))
+        blank = np.array([all(not (isinstance(v, list) or str(v or "").strip()) for v in row) for row in rows])
+        kept = [row for row, is_blank in zip(rows, blank, strict=True) if not (is_blank and reading.drop_blank)]
+        if not kept:
+            raise DataError(split.source, f"all {len(rows)} rows are blank", fix="Name another --text-column")
+        facts = [self.kind, self.version, self.layout, self.loss_on, processor.is_chat, max_length]
+        facts += [processor.tokenizer.chat_template if processor.is_chat else None, processor.tokenizer.eos_token_id]
+        key = cache_key([[json.dumps(row, ensure_ascii=False) for row in kept]], processor.tokenizer, facts)
+        arrays, counts = cached_arrays(key, lambda: self._tokenise(kept, processor, max_length, split.source))
+        examples = self._examples(arrays, counts, processor, max_length)
+        return PackedExamples.of(examples) if self.packing and reading.for_training else examples
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Cross-entropy of logits (B, L, V) at each place against the next token of ``targets`` (B, L), summed over the
+        tokens to be learned.
+        """
+        wanted = targets[:, 1:]
+        learned = wanted != IGNORE_INDEX
+        logits = outputs.logits[:, :-1][learned].float()  # (tokens, V): the rest is never made float32
+        return F.cross_entropy(logits, wanted[learned], reduction="sum"), int(learned.sum())
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float64]:
+        """Of each row: the loss of its tokens, how many were foretold, and how many there are; (B, 3) float64."""
+        wanted = targets[:, 1:]
+        learned = wanted != IGNORE_INDEX
+        found = np.zeros((len(targets), 3))
+        for i, mask in enumerate(learned):
+            logits = outputs.logits[i, :-1][mask].float()
+            loss = F.cross_entropy(logits, wanted[i][mask], reduction="sum")
+            right = (logits.argmax(dim=-1) == wanted[i][mask]).sum()
+            found[i] = float(loss), int(right), int(mask.sum())
+        return found
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
+        """Loss and foretold tokens of each row (N, 2), and its number of tokens (N,)."""
+        found = np.stack(judged)
+        return found[:, :2], found[:, 2]
+
+    def probe(self, processor: TextReader, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.Task`."""
+        return {**text_probe(processor.tokenizer, config), **processor.switches}
+
+    def _tokenise(
+        self, rows: list[tuple[Any, ...]], processor: TextReader, max_length: int, source: str
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        ids, targets, has_answer, truncated = [], [], [], 0
+        for number, row in enumerate(rows, start=1):
+            row_ids, learned = self._encode_row(row, processor, f"{source} row {number}")
+            if self.loss_on == "all":
+                learned = [True] * len(row_ids)
+            wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
+            wanted[:1] = [IGNORE_INDEX]  # nothing foretells the first token
+            ids.append(row_ids[:max_length])
+            targets.append(wanted[:max_length])
+            has_answer.append(any(learned[1:]))
+            truncated += len(row_ids) > max_length
+        refuse_missing(~np.array(has_answer), source, self.label_column or self.text_columns[0], "answer to learn")
+        is_kept = [any(t != IGNORE_INDEX for t in row) for row in targets]
+        if not any(is_kept):
+            raise DataError(source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
+        kept_ids = [row for row, keep in zip(ids, is_kept, strict=True) if keep]
+        kept_targets = [row for row, keep in zip(targets, is_kept, strict=True) if keep]
+        flat, offsets = ragged(kept_ids)
+        arrays = {"input_ids": flat, "targets": ragged(kept_targets)[0], "offsets": offsets}
+        return arrays, {"num_truncated": truncated, "num_answers_cut": len(ids) - len(kept_ids)}
+
+    def _encode_row(self, row: tuple[Any, ...], processor: TextReader, where: str) -> Encoding:
+        tokenizer = processor.tokenizer
+        if self.layout == "messages":
+            return encode_conversation(tokenizer, as_messages(row[0], where), where)
+        texts = ["" if value is None else str(value) for value in row]
+        if self.layout == "text":
+            return encode_continuation(tokenizer, "", texts[0])
+        completion = texts.pop()
+        if processor.is_chat:
+            asked = "\n\n".join(text for text in texts if text.strip())
+            turns: list[Message] = [{"role": "user", "content": asked}, {"role": "assistant", "content": completion}]
+            return encode_conversation(tokenizer, turns, where)
+        prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if self.layout == "alpaca" else texts[0]
+        return encode_continuation(tokenizer, prompt, completion)
+
+    def _examples(
+        self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int
+    ) -> TokenExamples:
+        learned = int((arrays["targets"] != IGNORE_INDEX).sum())
+        notes = [f"{learned:,} of {len(arrays['targets']):,} tokens learned"]
+        if counts["num_answers_cut"]:
+            notes.append(f"{counts['num_answers_cut']} left out: their answers begin behind {max_length} tokens")
+        padding = Padding.of(processor.tokenizer)
+        return TokenExamples(
+            features=arrays,
+            offsets=arrays.pop("offsets"),
+            targets=None,
+            padding=Padding(side="right", fill=padding.fill),  # the left side is for generating
+            max_length=max_length,
+            num_truncated=counts["num_truncated"],
+            num_dropped=counts["num_answers_cut"],
+            switches=processor.switches,
+            notes=tuple(notes),
+        )
+
+
+def _choose(
+    table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
+) -> tuple[str, tuple[str, ...], str | None, list[str]]:
+    """Layout, columns read, column of the answers, and notes on what was detected."""
+    check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
+    if text and len(text) > 2:
+        raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
+    if text:
+        is_chat = pa.types.is_list(table.schema.field(text[0]).type) and label is None
+        layout = "messages" if is_chat else "text" if label is None else "prompt" if len(text) == 1 else "alpaca"
+        return layout, text, label, []
+    lowered = {name.lower(): name for name in table.column_names}
+    for name in _MESSAGES:
+        if name in lowered and not is_string(table.schema.field(lowered[name]).type):
+            return "messages", (lowered[name],), None, [detected("text", lowered[name])]
+    if {"instruction", "output"} <= set(lowered):
+        named = tuple(lowered[n] for n in ("instruction", "input") if n in lowered)
+        return "alpaca", named, lowered["output"], [f"columns {', '.join((*named, lowered['output']))} (detected)"]
+    for first, second in _PROMPTS:
+        if first in lowered and second in lowered:
+            notes = [detected("text", lowered[first]), detected("label", lowered[second])]
+            return "prompt", (lowered[first],), lowered[second], notes
+    strings = [name for name in table.column_names if is_string(table.schema.field(name).type)]
+    for name in (*(lowered[n] for n in _TEXTS if n in lowered), *(strings if len(strings) == 1 else ())):
+        return "text", (name,), None, [detected("text", name)]
+    raise DataError(
+        source,
+        "no column looks like text to learn",
+        allowed="messages; prompt and completion; instruction, input and output; or text",
+        fix=f"Name one of {', '.join(table.column_names)} with --text-column, and the answers with --label-column",
+    )

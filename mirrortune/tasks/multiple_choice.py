@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""multiple-choice: a context (and perhaps the beginning of what follows) with several endings -> which one is right.
+
+Every ending is read behind the context, as in SWAG (Zellers et al. 2018); cross-entropy over the endings of a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from mirrortune.columns import check_named, detected
+from mirrortune.data import Split
+from mirrortune.errors import DataError
+from mirrortune.examples import Batch, IntArray, Rows, Targets, TokenExamples
+from mirrortune.labels import MISSING, refuse_missing
+from mirrortune.metrics import check_metrics
+from mirrortune.model import ModelSource, load_tokenizer
+from mirrortune.probes import SENTENCES
+from mirrortune.tokens import Reading, encode_pairs, resolve_max_length
+
+_CONTEXTS = (("sent1", "sent2"), ("ctx",), ("context",), ("premise", "question"), ("premise",), ("question",))
+_LISTS = ("endings", "choices", "options")
+_NUMBERED = re.compile(r"(ending|choice|option|answer|solution|sol)_?\d+|option_?[a-e]", re.IGNORECASE)
+_LABELS = ("label", "labels", "answer", "answerkey", "answer_index", "gold")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceExamples:
+    """See :class:`mirrortune.examples.Examples`.
+
+    Attributes:
+        endings: every ending of every row, behind its context.
+        firsts: shape (N + 1,); row i has the endings [firsts[i], firsts[i + 1]).
+        targets: the right ending of each row, -1 where there is none, shape (N,).
+        num_unlabelled: rows without one.
+    """
+
+    endings: TokenExamples
+    firsts: IntArray
+    targets: Targets
+    num_unlabelled: int
+
+    @property
+    def num_truncated(self) -> int:
+        """Endings that were cut."""
+        return self.endings.num_truncated
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of all endings of each row, shape (N,)."""
+        return np.add.reduceat(self.endings.lengths, self.firsts[:-1])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
+        """Tokens (B, C, L) with C endings at most; targets (B, 2): the right one, and how many there are.
+
+        A row with fewer endings than others is filled up with copies of its last one, which the loss leaves out.
+        """
+        counts = np.diff(self.firsts)[rows]
+        width = int(counts.max())
+        places = self.firsts[rows][:, None] + np.minimum(np.arange(width), counts[:, None] - 1)
+        flat = self.endings.batch(places.flatten())
+        batch: Batch = {k: v.unflatten(0, (len(rows), width)) for k, v in flat.items() if k != "targets"}
+        batch["targets"] = torch.from_numpy(np.stack([self.targets[rows].astype(np.int64), counts], axis=1))
+        return batch
+
+    def describe(self) -> str:
+        """Rows, and the lengths of their endings."""
+        return f"{len(self):,} rows of endings: {self.endings.describe()}"
+
+    def verify(self, model: nn.Module) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """See :class:`mirrortune.tasks.Task`.
+
+    Attributes:
+        text_columns: the context, and perhaps the beginning of every ending.
+        choice_columns: one for each ending, or one that holds them all (a list, or ``{text: [...], label: [...]}``).
+        label_column: the number (from 0), letter or label of the right one.
+    """
+
+    text_columns: tuple[str, ...]
+    choice_columns: tuple[str, ...]
+    label_column: str
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    kind: str = "multiple-choice"
+    auto_class: str = "AutoModelForMultipleChoice"
+    version: int = 1
+
+    @classmethod
+    def from_rows(
+        cls,
+        table: pa.Table,
+        source: str,
+        *,
+        text_columns: tuple[str, ...] | None = None,
+        choice_columns: tuple[str, ...] | None = None,
+        label_column: str | None = None,
+        metrics: tuple[str, ...] | None = None,
+        selection_metric: str | None = None,
+    ) -> tuple[Task, list[str]]:
+        """The task; DataError if there are no columns of contexts, endings and labels."""
+        names = {n.lower(): n for n in table.column_names}
+        given = [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")]
+        check_named(table, [*given, *((c, "data.choice_columns") for c in choice_columns or ())], source)
+        text = text_columns or next((tuple(names[n] for n in c) for c in _CONTEXTS if set(c) <= set(names)), ())
+        lists = [(names[n],) for n in _LISTS if n in names]
+        numbered = tuple(sorted(n for n in table.column_names if _NUMBERED.fullmatch(n)))
+        choices = choice_columns or next(iter(lists), numbered)
+        label = label_column or next((names[n] for n in _LABELS if n in names and names[n] not in choices), None)
+        if not text or len(text) > 2 or not choices or label is None:
+            raise DataError(
+                source, f"no columns of contexts, endings and labels; the columns are {', '.join(names.values())}",
+                allowed="a context, two endings or more, and the number of the right one",
+                fix="Name them with --text-column, data.choice_columns and --label-column",
+            )  # fmt: skip
+        notes = [] if text_columns else [detected("text", ", ".join(text))]
+        notes += [] if choice_columns else [f"endings {', '.join(choices)} (detected; data.choice_columns to change)"]
+        notes += [] if label_column else [detected("label", label)]
+        metric_names = metrics or ("accuracy",)
+        check_metrics(metric_names, "class", selection=selection_metric)
+        task = cls(
+            text_columns=text, choice_columns=choices, label_column=label, metric_names=metric_names,
+            selection_metric=selection_metric or metric_names[0],
+        )  # fmt: skip
+        return task, notes
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.Task`."""
+        roles = {"text": self.text_columns, "choice": self.choice_columns, "label": (self.label_column,)}
+        return [(role, column) for role, columns in roles.items() for column in columns]
+
+    def strata(self, split: Split) -> None:
+        """None: rows are split at random."""
+        refuse_missing(self._choices(split)[1] == MISSING, split.source, self.label_column)
+
+    def config_fields(self) -> dict[str, Any]:
+        """None: a head of one number, whatever the number of endings."""
+        return {}
+
+    def load_processor(self, source: ModelSource) -> Any:
+        """The tokenizer."""
+        return load_tokenizer(source)
+
+    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
+        """See :class:`mirrortune.tasks.Task`; of a context with one ending."""
+        return resolve_max_length(asked, processor, config)
+
+    def encode(self, split: Split, processor: Any, reading: Reading) -> ChoiceExamples:
+        """See :class:`mirrortune.tasks.Task`."""
+        choices, targets = self._choices(split)
+        if not reading.allow_missing:
+            refuse_missing(targets == MISSING, split.source, self.label_column)
+        texts = [[t or "" for t in split.table.column(c).to_pylist()] for c in self.text_columns]
+        begun = texts[1] if len(texts) > 1 else [""] * len(choices)
+        contexts = [context for context, row in zip(texts[0], choices, strict=True) for _ in row]
+        endings = [f"{begin} {c}".strip() for begin, row in zip(begun, choices, strict=True) for c in row]
+        return ChoiceExamples(
+            endings=encode_pairs(contexts, endings, processor, reading, [self.kind, self.version]),
+            firsts=np.concatenate([[0], np.cumsum([len(row) for row in choices])]),
+            targets=targets,
+            num_unlabelled=int((targets == MISSING).sum()),
+        )
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Cross-entropy of logits (B, C) over the endings that each row has, summed over rows."""
+        return F.cross_entropy(_masked(outputs, targets), targets[:, 0], reduction="sum"), targets.shape[0]
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.int64]:
+        """The ending that scores highest (B,)."""
+        return np.asarray(_masked(outputs, targets).argmax(dim=-1).cpu().numpy())
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
+        """The chosen and the right ending, each (N,)."""
+        return np.array(judged), examples.targets
+
+    def probe(self, processor: Any, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.Task`."""
+        limit = resolve_max_length(None, processor, config)
+        made = processor(
+            list(SENTENCES), list(reversed(SENTENCES)), padding=True, truncation=True, max_length=limit,
+            return_tensors="pt",
+        )  # fmt: skip
+        return {name: values.unflatten(0, (2, 2)) for name, values in made.items()}
+
+    def _choices(self, split: Split) -> tuple[list[list[str]], npt.NDArray[np.int64]]:
+        """The endings of each row, and which one is right (-1 where there is no label)."""
+        columns = [split.table.column(c).to_pylist() for c in self.choice_columns]
+        rows, names = [], []
+        for number, cells in enumerate(zip(*columns, strict=True), start=1):
+            first = cells[0]
+            named = first.get("label") if isinstance(first, dict) else None
+            texts = (first.get("text") if isinstance(first, dict) else first) if len(cells) == 1 else list(cells)
+            if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
+                raise DataError(f"{split.source} row {number}", f"its endings are {str(texts)[:120]!r}",
+                                allowed="two texts or more")  # fmt: skip
+            rows.append(texts)
+            names.append([str(name) for name in named] if named else None)
+        labels = split.table.column(self.label_column).to_pylist()
+        found = [
+            self._index(v, len(r), n, split, i) for i, (v, r, n) in enumerate(zip(labels, rows, names, strict=True))
+        ]
+        return rows, np.array(found, dtype=np.int64)
+
+    def _index(self, value: Any, count: int, names: list[str] | None, split: Split, row: int) -> int:
+        text = "" if value is None else str(value).strip()
+        if text in ("", "-1"):
+            return MISSING
+        if names and text in names:
+            return names.index(text)
+        if text.isdigit() and int(text) < count:
+            return int(text)
+        if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
+            return ord(text.upper()) - ord("A")
+        raise DataError(
+            f"{split.source} row {row + 1}", f"label {value!r} names none of its {count} endings",
+            allowed=f"0 to {count - 1}, or A to {chr(ord('A') + count - 1)}",
+        )  # fmt: skip
+
+
+def _masked(outputs: Any, targets: Tensor) -> Tensor:
+    """Logits (B, C), those of endings that a row does not have at minus infinity."""
+    logits: Tensor = outputs.logits.float()
+    numbers = torch.arange(logits.shape[1], device=logits.device)
+    return logits.masked_fill(numbers >= targets[:, 1:], -torch.inf)

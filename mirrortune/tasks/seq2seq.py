@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""seq2seq: text -> text (summaries, translations) by an encoder and a decoder. Cross-entropy of every target token;
+scores are of text that the model writes itself, by greedy search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from mirrortune.columns import check_named, detected, is_string
+from mirrortune.data import Split
+from mirrortune.errors import ConfigError, DataError
+from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples, pad_rows
+from mirrortune.labels import refuse_missing
+from mirrortune.metrics import check_metrics
+from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
+from mirrortune.probes import text_probe
+from mirrortune.tokens import Reading, cache_key, cached_arrays, encode_texts, ragged, resolve_max_length
+
+_PAIRS = (
+    ("document", "summary"), ("article", "highlights"), ("article", "summary"), ("dialogue", "summary"),
+    ("text", "summary"), ("source", "target"), ("input", "target"), ("input", "output"), ("text", "target"),
+)  # fmt: skip
+_LONGEST_TARGET = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairReader:
+    """A tokenizer, and what the decoder begins with.
+
+    Attributes:
+        tokenizer: transformers' own.
+        start_id: the decoder's first token.
+        switches: further arguments of the model's forward.
+    """
+
+    tokenizer: Any
+    start_id: int
+    switches: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's."""
+        return int(self.tokenizer.pad_token_id)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairExamples:
+    """See :class:`mirrortune.examples.Examples`.
+
+    Attributes:
+        sources: what the encoder reads.
+        targets: tokens of the target texts, end to end.
+        target_offsets: shape (N + 1,).
+        references: the target texts.
+        reader: makes the decoder's input.
+        num_cut: target texts that were cut.
+    """
+
+    sources: TokenExamples
+    targets: IntArray
+    target_offsets: IntArray
+    references: list[str]
+    reader: PairReader
+    num_cut: int
+
+    @property
+    def num_truncated(self) -> int:
+        """Source texts that were cut."""
+        return self.sources.num_truncated
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Rows without a target text."""
+        return self.sources.num_unlabelled
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of source and target of each row, shape (N,)."""
+        return self.sources.lengths + np.diff(self.target_offsets)
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
+        """Source tokens, the decoder's input and the targets, each padded on its own."""
+        batch = self.sources.batch(rows)
+        right = Padding(side="right", fill={"targets": IGNORE_INDEX})
+        made, _ = pad_rows({"targets": self.targets}, self.target_offsets, rows, right)
+        shifted = made["targets"].roll(1, dims=1)
+        shifted[:, 0] = self.reader.start_id
+        batch["decoder_input_ids"] = shifted.masked_fill(
+            shifted == IGNORE_INDEX, self.sources.padding.fill["input_ids"]
+        )
+        return {**batch, **made, **self.reader.switches}
+
+    def describe(self) -> str:
+        """Rows, and the lengths of both sides."""
+        lengths = np.diff(self.target_offsets)
+        cut = f", {self.num_cut} cut" if self.num_cut else ""
+        return f"{self.sources.describe()}; targets of {int(np.median(lengths))} tokens, {lengths.max()} at most{cut}"
+
+    def verify(self, model: nn.Module) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """See :class:`mirrortune.tasks.Task`.
+
+    Attributes:
+        text_columns: the source text.
+        label_column: the target text.
+        prefix: put before every source text (``summarize:`` and the like, which T5 was trained with).
+        max_target_length: of targets, and of what is written when scoring, in tokens.
+    """
+
+    text_columns: tuple[str, ...]
+    label_column: str
+    prefix: str
+    max_target_length: int
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    kind: str = "seq2seq"
+    auto_class: str = "AutoModelForSeq2SeqLM"
+    version: int = 1
+
+    @classmethod
+    def from_rows(
+        cls,
+        table: pa.Table,
+        source: str,
+        *,
+        text_columns: tuple[str, ...] | None = None,
+        label_column: str | None = None,
+        metrics: tuple[str, ...] | None = None,
+        selection_metric: str | None = None,
+        prefix: str | None = None,
+        max_target_length: int | None = None,
+    ) -> tuple[Task, list[str]]:
+        """The task; DataError if there are no columns of source and target texts."""
+        names = {n.lower(): n for n in table.column_names}
+        check_named(
+            table, [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")], source
+        )
+        pair = next((p for p in _PAIRS if set(p) <= set(names)), None)
+        text = text_columns or ((names[pair[0]],) if pair else ())
+        label = label_column or (names[pair[1]] if pair and names[pair[1]] not in text else None)
+        fitting = [n for n in table.column_names if is_string(table.schema.field(n).type)]
+        if len(text) != 1 or label is None or not {*text, label} <= set(fitting):
+            raise DataError(
+                source, f"no columns of source and target texts; the columns are {', '.join(table.column_names)}",
+                allowed="two columns of text", fix="Name them with --text-column and --label-column",
+            )  # fmt: skip
+        metric_names = metrics or ("rougeL", "rouge1", "rouge2")
+        check_metrics(metric_names, "text", selection=selection_metric)
+        task = cls(
+            text_columns=text, label_column=label, prefix=prefix or "",
+            max_target_length=max_target_length or _LONGEST_TARGET, metric_names=metric_names,
+            selection_metric=selection_metric or metric_names[0],
+        )  # fmt: skip
+        notes = [] if text_columns else [detected("text", text[0])]
+        return task, notes if label_column else [*notes, detected("label", label)]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.Task`."""
+        return [("text", self.text_columns[0]), ("target", self.label_column)]
+
+    def strata(self, split: Split) -> None:
+        """None: rows are split at random."""
+        refuse_missing(self._missing(split), split.source, self.label_column, "target")
+
+    def config_fields(self) -> dict[str, Any]:
+        """None: the output layer stays as it is."""
+        return {}
+
+    def load_processor(self, source: ModelSource) -> PairReader:
+        """The tokenizer; ConfigError for a model that does not say what its decoder begins with."""
+        config = source.config
+        known = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
+        start = next((i for i in known if isinstance(i, int)), None)
+        if start is None:
+            raise ConfigError(f"model '{source.name}'", "its config has no decoder_start_token_id",
+                              allowed="an encoder-decoder model, such as T5 or BART")  # fmt: skip
+        taken = forward_parameters(self.auto_class, config)
+        switches = {"use_cache": False} if "use_cache" in taken else {}
+        return PairReader(tokenizer=load_tokenizer(source), start_id=start, switches=switches)
+
+    def resolve_length(self, asked: int | None, processor: PairReader, config: Any) -> int:
+        """See :class:`mirrortune.tasks.Task`; of source texts."""
+        return resolve_max_length(asked, processor.tokenizer, config)
+
+    def encode(self, split: Split, processor: PairReader, reading: Reading) -> PairExamples:
+        """See :class:`mirrortune.tasks.Task`."""
+        missing = self._missing(split)
+        if not reading.allow_missing:
+            refuse_missing(missing, split.source, self.label_column, "target")
+        column, tokenizer = self.text_columns[0], processor.tokenizer
+        texts = [str(t or "") for t in split.table.column(column).to_pylist()]
+        references = [str(t or "") for t in split.table.column(self.label_column).to_pylist()]
+        keep = np.array([bool(t.strip()) or not reading.drop_blank for t in texts])
+        if not keep.any():
+            raise DataError(split.source, f"all {len(texts)} rows are blank", fix="Name another --text-column")
+        prefixed = pa.table({column: [self.prefix + t for t, use in zip(texts, keep, strict=True) if use]})
+        kept = [t for t, use in zip(references, keep, strict=True) if use]
+        facts = [self.kind, self.version]
+        rows, unused = Split(table=prefixed, source=split.source), np.zeros(len(kept))
+        sources = encode_texts(rows, [column], unused, missing[keep], tokenizer, reading, facts)
+        left_out = int((~keep).sum())
+        sources = replace(sources, targets=None, num_dropped=left_out, num_empty=left_out)
+        key = cache_key([kept], tokenizer, [*facts, "target", self.max_target_length])
+        arrays, counts = cached_arrays(key, lambda: _target_tokens(kept, tokenizer, self.max_target_length))
+        return PairExamples(
+            sources=sources, targets=arrays["targets"], target_offsets=arrays["offsets"], references=kept,
+            reader=processor, num_cut=counts["num_truncated"],
+        )  # fmt: skip
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Cross-entropy of logits (B, L, V) against targets (B, L), summed over tokens."""
+        learned = targets != IGNORE_INDEX
+        return F.cross_entropy(outputs.logits[learned].float(), targets[learned], reduction="sum"), int(learned.sum())
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
+        """The tokens that the model writes for each row."""
+        asked = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        written = model.generate(**asked, max_new_tokens=self.max_target_length, num_beams=1, do_sample=False)
+        return list(written.cpu().numpy())
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[list[str], list[str]]:
+        """What was written, and what should have been."""
+        tokenizer = examples.reader.tokenizer
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in judged], examples.references
+
+    def probe(self, processor: PairReader, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.Task`."""
+        batch = text_probe(processor.tokenizer, config)
+        batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+        begin = torch.full_like(batch["input_ids"][:, :1], processor.start_id)
+        return {
+            **batch,
+            "decoder_input_ids": torch.cat([begin, batch["input_ids"][:, :-1]], dim=1),
+            **processor.switches,
+        }
+
+    def _missing(self, split: Split) -> Any:
+        return np.array([t is None for t in split.table.column(self.label_column).to_pylist()])
+
+
+def _target_tokens(texts: list[str], tokenizer: Any, max_length: int) -> tuple[dict[str, IntArray], dict[str, int]]:
+    ids = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    ids = [row if row[-1:] == [end] else [*row, end] for row in ids]  # some tokenizers leave it to others
+    # What is cut ends as everything ends: the end token is learned all the same.
+    cut = [row if len(row) <= max_length else [*row[: max_length - 1], end] for row in ids]
+    flat, offsets = ragged(cut)
+    return {"targets": flat, "offsets": offsets}, {"num_truncated": sum(len(row) > max_length for row in ids)}

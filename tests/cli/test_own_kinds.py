@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of task from the command line, on tiny models: a rule is learned, scored again and survives merging."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.console import mirrortune
+from tests.tiny_models import write_tiny_seq2seq
+
+Rows = list[dict[str, Any]]
+_PLAIN = ("the", "a", "plot", "is", "was", "very")
+
+
+def write(path: Path, rows: Rows) -> Path:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def learn(model: Path, kind: str, rows: Rows, *words: object) -> dict[str, float]:
+    """Train on rows, score the run, merge it, and score what was merged: all three agree. Returns the metrics."""
+    data = write(Path("rows.jsonl"), rows)
+    flags = ["-m", model, "-t", kind, "-d", data, "-o", "run", "--batch-size", 8, "--head-lr", "1e-2", "--json", *words]
+    trained = mirrortune("train", *flags)
+    metrics = trained.data["metrics"]
+    assert mirrortune("eval", "run", "--json").data["metrics"] == pytest.approx(metrics, abs=1e-4)
+    merged = mirrortune("merge", "run", "-o", "merged", "--json").data
+    assert merged["verification"]["passed"]
+    assert mirrortune("eval", "merged", "--json").data["metrics"] == pytest.approx(metrics, abs=1e-3)
+    return {str(name): float(value) for name, value in metrics.items()}
+
+
+def test_token_classification(desk: Path, tiny_model_dir: Path) -> None:
+    draw = random.Random(0)
+    rows: Rows = []
+    for _ in range(120):
+        words = [draw.choice((*_PLAIN, "good", "bad")) for _ in range(draw.randrange(2, 9))]
+        tags = [{"good": "B-UP", "bad": "B-DOWN"}.get(word, "O") for word in words]
+        rows.append({"tokens": words, "ner_tags": tags})
+    metrics = learn(tiny_model_dir, "token-classification", rows, "--epochs", 4)
+    assert metrics["entity_f1"] >= 0.8
+    assert metrics["tag_accuracy"] >= 0.9
+
+
+def test_question_answering(desk: Path, tiny_model_dir: Path) -> None:
+    draw = random.Random(0)
+    rows: Rows = []
+    for i in range(160):
+        words = [draw.choice(_PLAIN) for _ in range(draw.randrange(3, 12))]
+        answer = draw.choice(("good", "bad", "awful"))
+        if i % 4:
+            words.insert(draw.randrange(len(words)), answer)
+        context = " ".join(words)
+        found = (
+            {"text": [answer], "answer_start": [context.index(answer)]} if i % 4 else {"text": [], "answer_start": []}
+        )
+        rows.append({"question": "was it ?", "context": context, "answers": found})
+    metrics = learn(tiny_model_dir, "question-answering", rows, "--epochs", 8, "--max-length", 48, "data.stride=8")
+    assert metrics["exact_match"] >= 0.6, "one word of about nine by chance"
+
+
+def test_multiple_choice(desk: Path, tiny_model_dir: Path) -> None:
+    draw = random.Random(0)
+    rows: Rows = []
+    for _ in range(120):
+        label = draw.randrange(3)
+        endings = [f"{draw.choice(_PLAIN)} {'good' if i == label else draw.choice(('bad', 'dull'))}" for i in range(3)]
+        rows.append({"sent1": "the film", "sent2": "it was", "label": label}
+                    | {f"ending{i}": text for i, text in enumerate(endings)})  # fmt: skip
+    assert learn(tiny_model_dir, "multiple-choice", rows, "--epochs", 6)["accuracy"] >= 0.6, "a third by chance"
+
+
+def test_seq2seq(desk: Path, tmp_path: Path) -> None:
+    model = write_tiny_seq2seq(tmp_path / "tiny-t5")
+    draw = random.Random(0)
+    verdicts = {"good": "up", "bad": "down"}
+    rows: Rows = []
+    for _ in range(96):
+        word = draw.choice(("good", "bad"))
+        rows.append({"document": f"{draw.choice(_PLAIN)} film was {word}", "summary": verdicts[word] * 2})
+    flags = [
+        "--method",
+        "full",
+        "--epochs",
+        12,
+        "--lr",
+        "1e-2",
+        "data.max_target_length=12",
+        "task.metrics=[rouge1, bleu]",
+    ]
+    metrics = learn(model, "seq2seq", rows, *flags)
+    assert metrics["rouge1"] >= 0.6, "nothing is right by chance"
+
+
+def test_several_labels(desk: Path, tiny_model_dir: Path) -> None:
+    draw = random.Random(0)
+    rows: Rows = []
+    for _ in range(120):
+        topics = [topic for topic in ("good", "dull", "film") if draw.random() < 0.5]
+        words = [*topics, *(draw.choice(_PLAIN) for _ in range(3))]
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "labels": topics})
+    assert learn(tiny_model_dir, "text-classification", rows, "--epochs", 10)["f1_micro"] >= 0.8
