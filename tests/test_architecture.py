@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
-# new core or kind of task: the files of those two folders are of one layer, and may import each other.
+# new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
     "comparison_figures errors precision report signals significance adapters adapters.matching",
     "adapters.factorize adapters.presets atomic class_folders columns examples labels locations metrics registry "
@@ -35,7 +35,7 @@ LAYERS = (
     "__main__",
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
-FOLDERS = ("adapters.cores", "tasks")
+FOLDERS = ("adapters.cores", "spectra", "tasks")
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow", "safetensors", "scipy",
          "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
@@ -64,9 +64,10 @@ def test_a_module_imports_only_from_layers_below(module: str) -> None:
     assert {name for name in others if RANKS[name] >= RANKS[place(module)]} == set()
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("adapters")])
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(("adapters", "spectra"))])
 def test_the_mathematics_could_be_lifted_out(module: str) -> None:
-    assert {name for name in ours(module) if not name.startswith("adapters")} <= {"registry", "errors"}
+    mathematics = "adapters" if module.startswith("adapters") else ("adapters", "spectra")
+    assert {name for name in ours(module) if not name.startswith(mathematics)} <= {"registry", "errors"}
     assert foreign(module) & HEAVY <= {"torch", "numpy", "scipy"}
 
 
