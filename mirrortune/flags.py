@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flags that set recipe values: one table from which both the commands' signatures and the recipe's top layer are
-made.
+made; and those of behaviour that every command has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from mirrortune import strict_yaml
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

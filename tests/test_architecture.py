@@ -26,11 +26,16 @@ LAYERS = (
     "adapter_file planning",
     "adapting",
     "merging stepping",
+    "weights",
     "api training",
+    "matrices peft_weights",
     "assembly",
+    "analysis",
     "comparing environment loading",
-    "comparison_report export records scoring",
-    "commands",
+    "analysis_figures",
+    "comparison_report export opening scoring",
+    "analysis_report records",
+    "cli_reports commands",
     "cli",
     "__main__",
 )
@@ -40,7 +45,7 @@ HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "pe
          "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
 LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",
-         "adapters.presets", "cli", "__main__", "__init__")  # fmt: skip
+         "adapters.presets", "cli", "cli_reports", "text_tables", "__main__", "__init__")  # fmt: skip
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")

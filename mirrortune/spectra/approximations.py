@@ -24,6 +24,8 @@ from mirrortune.registry import Registry
 # Larger cores of PSOFT need r x r decompositions by the dozen, and larger free matrices are no small adapters.
 _LARGEST_DENSE_RANK = 128
 _PSOFT_SWEEPS = 12
+# Mirror, neighbor and random pairs are chosen without looking at the change; these are matched to it.
+_BEST_PAIRS = "best pairs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,12 +174,12 @@ def _rotated(pairing: str, *, transposed: bool = False) -> Callable[[Change], Si
 
 
 def _pairs(pairing: str, rank: int, gains: Tensor) -> Tensor:
-    if pairing == "matched":
+    if pairing == _BEST_PAIRS:
         return match(gains, exact_limit=0)  # greedy: at least half of the best, for thousands of directions
     return PAIRINGS.get(pairing, "approximation")(rank, torch.Generator().manual_seed(0))
 
 
-for _name in ("mirror", "neighbor", "random", "matched"):
+for _name in ("mirror", "neighbor", "random", _BEST_PAIRS):
     METHODS.register(_name)(_rotated(_name))
 METHODS.register("mirror, input side")(_rotated("mirror", transposed=True))
 

@@ -207,10 +207,10 @@ def test_directions_of_no_strength_cannot_be_scaled() -> None:
     assert max(e.captured for e in by_method(change)["lora-xs"]) == pytest.approx(2)
 
 
-def test_a_matched_pairing_captures_at_least_half_of_what_any_could() -> None:
+def test_the_best_pairs_capture_at_least_half_of_what_any_could() -> None:
     problem = Problem(out_features=20, in_features=20, rank=20, seed=1)
     found = by_method(change_of(problem, noise(problem)))
-    best = found["matched"][-1].captured
+    best = found["best pairs"][-1].captured
     assert all(best >= found[other][-1].captured / 2 for other in ("mirror", "neighbor", "random"))
 
 
