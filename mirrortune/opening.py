@@ -100,6 +100,8 @@ def _open_adapter(name: str, folder: Path, beneath: Weights | None) -> Weights:
         raise ConfigError(name, "the adapter does not say what its base is", fix="Give the base first")
     revision = adapter.base.get("commit") or adapter.base.get("revision")
     base = beneath or open_weights(adapter.base["name"], revision)
+    if adapter.peft_config is not None:
+        return load_peft(name, str(folder), base)
     return AdaptedWeights.of_adapter(name, base, adapter, FactorCache())
 
 

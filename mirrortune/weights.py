@@ -17,12 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mirrortune.adapter_file import AdapterFile, stored_pairs
+from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapters.basis import align, weight_digest
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.spec import build_core
 from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.adapting import stored_pairs
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.model import DTYPES, ModelSource
 

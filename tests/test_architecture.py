@@ -15,10 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
     "comparison_figures errors precision report signals significance adapters adapters.matching",
-    "adapters.factorize adapters.presets atomic class_folders columns examples labels locations metrics registry "
-    "strict_yaml",
+    "adapters.factorize adapters.layer_names adapters.presets atomic class_folders columns examples labels locations metrics "
+    "registry strict_yaml text_tables",
+    "figures pages",
     "adapters.basis adapters.cores adapters.pairings batching checkpoint flags hub model_card schema tables",
     "adapters.spectral_linear comparison data factor_cache model recipe",
+    "angle_figures spectra",
     "adapters.spec images tokens",
     "adapters.inject probes",
     "tasks",

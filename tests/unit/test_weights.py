@@ -126,7 +126,7 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     wide = open_weights(str(write(tmp_path / "c", wider)), None)
     with pytest.raises(ConfigError, match=r"share no matrix.*layers.0.down.*blocks.0.w.*one architecture"):
         pair_matrices(a, other, "all-linear")
-    with pytest.raises(ConfigError, match=r"differ in shape \(layers.0.up.weight: 6 x 4 and 12 x 4"):
+    with pytest.raises(ConfigError, match=r"differ in shape \(layers.0.down.weight: 6 x 4 and 12 x 4"):
         pair_matrices(a, wide, "all-linear")
     with pytest.raises(ConfigError, match="'upp' matches none"):
         pair_matrices(a, a, "upp")
