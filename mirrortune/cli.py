@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirrortune import __version__
-from mirrortune.cli_reports import analyze
+from mirrortune.cli_reports import analyze, report
 from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics, kilobytes
@@ -251,6 +251,7 @@ def compare(
 
 
 app.command()(_guard(analyze))
+app.command()(_guard(report))
 
 
 def main() -> None:

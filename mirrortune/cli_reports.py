@@ -14,6 +14,28 @@ from mirrortune.flags import Debug, Json, Quiet, Verbose
 from mirrortune.report import Reporter
 
 
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Directories of finished runs.", show_default=False)],
+    *,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="The page; RUN/report.html for one run, report.html for several by default.", show_default=False)] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Make a run's page again, or put several runs on one.
+
+    mirrortune report runs/quickstart-mirror runs/quickstart-none -o both.html
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    from mirrortune import pages  # noqa: PLC0415
+    from mirrortune.checkpoint import RunDirectory  # noqa: PLC0415
+    from mirrortune.run_page import run_page  # noqa: PLC0415
+
+    folders = [Path(run).expanduser() for run in runs]
+    path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
+    pages.check_replaceable(path)
+    pages.write_page(path, run_page([RunDirectory(folder) for folder in folders]))
+    reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
+
+
 def analyze(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Before: folder, Hub id, package:..., .safetensors file, run or adapter.", show_default=False)],
     tuned: Annotated[str | None, typer.Argument(metavar="[TUNED]", help="After: the same. May be left out if BASE is a run or an adapter.", show_default=False)] = None,

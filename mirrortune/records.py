@@ -13,6 +13,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.loading import base_identity
 from mirrortune.recipe import flatten, read_recipe, resolve, with_absolute_paths
 from mirrortune.report import draw_curves
+from mirrortune.run_page import write_run_page
 from mirrortune.schema import Recipe
 from mirrortune.tasks import task_to_dict
 
@@ -59,3 +60,4 @@ def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
         run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, job.recipe.to_yaml()
     )
     run.write_text("README.md", card)
+    write_run_page(run)

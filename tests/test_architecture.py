@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
     "comparison_figures errors precision report signals significance adapters adapters.matching",
-    "adapters.factorize adapters.layer_names adapters.presets atomic class_folders columns examples labels locations metrics "
-    "registry strict_yaml text_tables",
+    "adapters.factorize adapters.presets atomic class_folders columns examples labels locations metrics registry "
+    "strict_yaml",
+    "adapters.layer_names text_tables tracking",
     "figures pages",
     "adapters.basis adapters.cores adapters.pairings batching checkpoint flags hub model_card schema tables",
     "adapters.spectral_linear comparison data factor_cache model recipe",
@@ -34,7 +35,8 @@ LAYERS = (
     "assembly",
     "analysis",
     "comparing environment loading",
-    "analysis_figures",
+    "analysis_figures run_figures",
+    "run_page run_recording",
     "comparison_report export opening scoring",
     "analysis_report records",
     "cli_reports commands",
