@@ -12,11 +12,11 @@ from typing import Any
 from mirrortune import __version__, pages
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import ConfigError
-from mirrortune.figures import svg_for_page
+from mirrortune.figures import svg_for_page, write_figure
 from mirrortune.pages import Html
 from mirrortune.recipe import flatten, read_recipe, resolve
 from mirrortune.report import describe_metrics, kilobytes
-from mirrortune.run_figures import History, run_drawings
+from mirrortune.run_figures import History, learning_curves, run_drawings
 
 
 def write_run_page(run: RunDirectory) -> Path:
@@ -24,6 +24,11 @@ def write_run_page(run: RunDirectory) -> Path:
     path = run.path / "report.html"
     pages.write_page(path, run_page([run]))
     return path
+
+
+def write_curves(run: RunDirectory) -> None:
+    """``curves.png`` in the directory of a finished run."""
+    write_figure(learning_curves([_Run(run).history]), run.path / "curves.png")
 
 
 def run_page(runs: Sequence[RunDirectory]) -> str:

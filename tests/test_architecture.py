@@ -108,6 +108,11 @@ def test_only_report_prints(module: str) -> None:
     assert spoken == (["sys.stdout", "traceback.print_exc"] if module == "cli" else [])
 
 
+def test_only_figures_draw() -> None:
+    assert {name for name in MODULES if "matplotlib" in foreign(name)} == {"figures", "comparison_figures"}
+    assert not any("matplotlib" in foreign(name, only_at_import=True) for name in MODULES)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_are_short(module: str) -> None:
     assert len(path_of(module).read_text(encoding="utf-8").splitlines()) <= 350
