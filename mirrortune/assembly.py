@@ -28,6 +28,7 @@ from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, check_columns, settings_of, task_class
 from mirrortune.tokens import Reading
+from mirrortune.tracking import check_tracker
 from mirrortune.training import LoopSettings
 
 HELD_OUT = "held-out half"
@@ -126,6 +127,7 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
     checks: list[Callable[[], object]] = [
         lambda: check_spec(spec),
         lambda: check_options(spec),
+        lambda: check_tracker(recipe.train.track),
         lambda: kind and task_class(kind),
     ]
     for check in checks:

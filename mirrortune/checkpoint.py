@@ -68,6 +68,8 @@ class RunDirectory:
         self.adapter = path / "adapter"
         self.results = path / "results.json"
         self.metrics = path / "metrics.jsonl"
+        self.progress_log = path / "progress.jsonl"
+        self.validation = path / "validation.json"
         self.checkpoints = path / "checkpoints"
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
@@ -108,23 +110,19 @@ class RunDirectory:
 
     def log(self, event: dict[str, Any]) -> None:
         """Append one event to ``metrics.jsonl``."""
-        try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
-        except OSError as error:
-            raise cannot_write(self.metrics, error) from error
+        _append(self.metrics, event)
+
+    def log_progress(self, entry: dict[str, Any]) -> None:
+        """Append one entry to ``progress.jsonl``."""
+        _append(self.progress_log, entry)
 
     def events(self) -> list[dict[str, Any]]:
         """All events so far; a last line cut short by a crash is dropped."""
-        if not self.metrics.is_file():
-            return []
-        found = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return found
+        return _lines(self.metrics)
+
+    def progress(self) -> list[dict[str, Any]]:
+        """All entries of ``progress.jsonl`` so far, in the same way."""
+        return _lines(self.progress_log)
 
     def rewind_log(self, global_step: int) -> None:
         """Drop events after ``global_step``: the continued run will write them again."""
@@ -234,6 +232,26 @@ def restore_random(states: dict[str, Tensor]) -> None:
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirrortune import __version__
+from mirrortune.cli_reports import analyze, report
 from mirrortune.errors import ConfigError, MirrortuneError
-from mirrortune.flags import NOT_FOR_EVAL, given_flags, with_recipe_flags
+from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics, kilobytes
 
 if TYPE_CHECKING:
@@ -52,10 +53,6 @@ Target = Annotated[
         metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
 TaskName = Annotated[
     str | None,
@@ -252,6 +249,10 @@ def compare(
         results,
         [(Path(output_dir) / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"],
     )
+
+
+app.command()(_guard(analyze))
+app.command()(_guard(report))
 
 
 def main() -> None:

@@ -50,6 +50,7 @@ from mirrortune.peft_tuners import remarks
 from mirrortune.recipe import Resolved
 from mirrortune.records import check_same_recipe, pin_paths, write_results
 from mirrortune.report import Reporter
+from mirrortune.run_recording import record_merge, record_validation, recording
 from mirrortune.schema import Recipe
 from mirrortune.scoring import score_kept
 from mirrortune.tasks import Task, check_columns, task_to_dict
@@ -171,6 +172,7 @@ def train(
     _seed(recipe.train.seed + 1 + accelerator.process_index)
     outcome = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     reported = score_kept(job, model, run, accelerator, reporter)
+    record_validation(job, model, run, accelerator)
     result = _train_result(run, model, outcome)
     if accelerator.is_main_process:
         more = {"reported": reported, "pairing_seconds": pairing_seconds}
@@ -206,7 +208,7 @@ def _fit(
         task = task_to_dict(job.task)
         return write_adapter(folder, model, book.entries, base=base_identity(job), task=task, extra=extra)
 
-    with reporter.training() as progress:
+    with recording(job, model, run, accelerator, reporter) as progress:
         trainer = Trainer(
             model,
             job.task,
@@ -285,7 +287,7 @@ def merge(
     extra = {"README.md": model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
     if recipe_file.is_file():
         extra["recipe.yaml"] = recipe_file.read_text(encoding="utf-8")
-    return merge_folder(
+    verdict = merge_folder(
         folder,
         Path(output_dir),
         factor_source=FactorCache(),
@@ -294,6 +296,8 @@ def merge(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
+    record_merge(RunDirectory(folder.parent), output_dir, verdict)
+    return verdict
 
 
 def evaluation_rows(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flags that set recipe values: one table from which both the commands' signatures and the recipe's top layer are
-made.
+made; and those of behaviour that every command has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from mirrortune import strict_yaml
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_LOOP, "--max-steps", "train.max_steps", int, "Stop after this many optimizer steps."),
     _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
     _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32 or bf16."),
+    _flag(_LOOP, "--track", "train.track", str, "Tell a tracker as well: tensorboard, wandb, mlflow or trackio."),
     _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),
     _flag(_DANGER, "--trust-remote-code", "model.trust_remote_code", bool, "Run Python code from the model's repository."),
 )  # fmt: skip

@@ -7,12 +7,11 @@ from typing import Any
 
 from mirrortune import model_card
 from mirrortune.assembly import Job
-from mirrortune.atomic import write_atomically
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import ConfigError
 from mirrortune.loading import base_identity
 from mirrortune.recipe import flatten, read_recipe, resolve, with_absolute_paths
-from mirrortune.report import draw_curves
+from mirrortune.run_page import write_curves, write_run_page
 from mirrortune.schema import Recipe
 from mirrortune.tasks import task_to_dict
 
@@ -54,8 +53,9 @@ def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
         "log_history": events,
     }
     run.write_json("trainer_state.json", state)
-    write_atomically(run.path / "curves.png", lambda path: draw_curves(events, path, job.task.selection_metric))
+    write_curves(run)
     card = model_card.run_card(
         run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, job.recipe.to_yaml()
     )
     run.write_text("README.md", card)
+    write_run_page(run)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only module that prints or draws. Results go to stdout, progress and notes to stderr; plain lines off a
+"""The only module that prints. Results go to stdout, progress and notes to stderr; plain lines off a
 terminal.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -167,32 +166,6 @@ class TrainingProgress:
 
     def on_evaluate(self, rows: int) -> None:
         """See :class:`mirrortune.training.Progress`; evaluations are short beside epochs, so nothing moves."""
-
-
-def draw_curves(events: Sequence[dict[str, Any]], path: Path, metric: str) -> None:
-    """Training loss, validation loss and ``metric`` over optimizer steps, as a PNG at ``path``."""
-    import matplotlib as mpl  # noqa: PLC0415  (slow to import; only needed here)
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for kind, label, colour in (("train", "training", "#4477aa"), ("evaluate", "validation", "#cc6677")):
-        points = [(e["step"], e["loss"]) for e in events if e["event"] == kind]
-        marker = "o" if kind == "evaluate" else None
-        left.plot(
-            [p[0] for p in points], [p[1] for p in points], label=label, color=colour, marker=marker, markersize=4
-        )
-    left.set(xlabel="optimizer step", ylabel="loss per item", title="Loss")
-    left.legend(frameon=False)
-    scores = [(e["step"], e[metric]) for e in events if e["event"] == "evaluate" and metric in e]
-    right.plot([s[0] for s in scores], [s[1] for s in scores], color="#cc6677", marker="o", markersize=4)
-    right.set(xlabel="optimizer step", ylabel=metric, title=f"Validation {metric}")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
 
 
 def describe_metrics(metrics: dict[str, float]) -> str:

@@ -153,6 +153,8 @@ class TrainSection(_Section):
     """Checkpoint every so many optimizer steps; at the end of every epoch by default."""
     log_every_steps: int = Field(default=10, gt=0)
     """Optimizer steps between two lines of the log."""
+    track: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
+    """Experiment tracker that is told every number of the log; none by default."""
     num_workers: int = Field(default=0, ge=0)
     """Processes that prepare batches beside the main one."""
 

@@ -12,13 +12,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
-# new core or kind of task: the files of those two folders are of one layer, and may import each other.
+# new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
     "comparison_figures errors precision report signals significance adapters adapters.matching",
     "adapters.factorize adapters.presets atomic class_folders columns examples labels locations metrics registry "
     "strict_yaml",
+    "adapters.layer_names text_tables tracking",
+    "figures pages",
     "adapters.basis adapters.cores adapters.pairings batching checkpoint flags hub model_card schema tables",
     "adapters.spectral_linear comparison data factor_cache model recipe",
+    "angle_figures spectra",
     "adapters.spec chat images packing tokens",
     "adapters.inject probes",
     "tasks",
@@ -28,21 +31,27 @@ LAYERS = (
     "adapter_file",
     "adapting",
     "merging stepping",
+    "weights",
     "api training",
+    "matrices peft_weights",
     "assembly",
+    "analysis",
     "comparing environment loading",
-    "comparison_report export records scoring",
-    "commands",
+    "analysis_figures run_figures",
+    "run_page run_recording",
+    "comparison_report export opening scoring",
+    "analysis_report records",
+    "cli_reports commands",
     "cli",
     "__main__",
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
-FOLDERS = ("adapters.cores", "tasks")
+FOLDERS = ("adapters.cores", "spectra", "tasks")
 HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow", "safetensors", "scipy",
          "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
 LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",
-         "adapters.presets", "cli", "__main__", "__init__")  # fmt: skip
+         "adapters.presets", "cli", "cli_reports", "text_tables", "__main__", "__init__")  # fmt: skip
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
@@ -66,9 +75,10 @@ def test_a_module_imports_only_from_layers_below(module: str) -> None:
     assert {name for name in others if RANKS[name] >= RANKS[place(module)]} == set()
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("adapters")])
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(("adapters", "spectra"))])
 def test_the_mathematics_could_be_lifted_out(module: str) -> None:
-    assert {name for name in ours(module) if not name.startswith("adapters")} <= {"registry", "errors"}
+    mathematics = "adapters" if module.startswith("adapters") else ("adapters", "spectra")
+    assert {name for name in ours(module) if not name.startswith(mathematics)} <= {"registry", "errors"}
     assert foreign(module) & HEAVY <= {"torch", "numpy", "scipy"}
 
 
@@ -98,6 +108,11 @@ def test_only_report_prints(module: str) -> None:
     ]
     # The version is printed without the time it takes to import rich; a bug's traceback is for --debug.
     assert spoken == (["sys.stdout", "traceback.print_exc"] if module == "cli" else [])
+
+
+def test_only_figures_draw() -> None:
+    assert {name for name in MODULES if "matplotlib" in foreign(name)} == {"figures", "comparison_figures"}
+    assert not any("matplotlib" in foreign(name, only_at_import=True) for name in MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -181,9 +181,9 @@ def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
     scores = {e["step"]: e["accuracy"] for e in events_of(run) if e["event"] == "evaluate"}
     best = max(scores, key=lambda step: scores[step])
 
-    assert {p.name for p in run.iterdir()} == {
+    assert {p.name for p in run.iterdir()} - {"merge.json"} == {  # which is there once it has been merged
         "recipe.yaml", "environment.json", "metrics.jsonl", "trainer_state.json", "results.json", "README.md",
-        "curves.png", "adapter", "checkpoints",
+        "curves.png", "adapter", "checkpoints", "progress.jsonl", "validation.json", "report.html",
     }  # fmt: skip
     assert sorted(scores) == [15, 30, 45, 60], "one evaluation at the end of every epoch"
     assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:06d}", "step-000060"}

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from mirrortune.report import Bar, Reporter, TrainingProgress, describe_metrics, draw_curves, kilobytes
+from mirrortune.report import Bar, Reporter, TrainingProgress, describe_metrics, kilobytes
 
 TRAIN = {"event": "train", "step": 10, "epoch": 0.5, "loss": 0.25, "lr": 3e-3, "head_lr": 0.0, "grad_norm": 1.5}
 SCORE = {"event": "evaluate", "split": "validation", "step": 20, "epoch": 1.0, "accuracy": 0.75, "loss": 0.5}
@@ -139,14 +138,6 @@ def complain(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr("sys.stderr", written)
     Reporter().error("wrong")
     return str(written.getvalue())
-
-
-def test_curves_are_a_picture(tmp_path: Path) -> None:
-    draw_curves([TRAIN, SCORE], tmp_path / "a.png", "accuracy")
-    draw_curves([], tmp_path / "b.png", "accuracy")
-
-    for name in ("a.png", "b.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_numbers_in_words() -> None:

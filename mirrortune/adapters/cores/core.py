@@ -69,6 +69,10 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         """The weight (O, I) by which :meth:`beside` acts, or None."""
         return None
 
+    def angles(self) -> Tensor | None:
+        """Angles in radians of the planes that the core turns, shape (P,), or None if it turns none; for reports."""
+        return None
+
     @torch.no_grad()
     def delta_matrix(self) -> Tensor:
         """K - diag(S) in float64, shape (R, R), on the CPU."""

@@ -73,6 +73,10 @@ class Givens(Core):
         other = scaled[self.partner] if self.side == "output" else scaled
         return own, torch.sin(angle) * other, self.partner
 
+    def angles(self) -> Tensor:
+        """See :class:`Core`."""
+        return self.theta
+
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         """See :class:`Core`."""
         own, cross, partner = coefficients

@@ -71,6 +71,14 @@ class Psoft(Core):
         change = self.S[:, None] * turned
         return (change if delta else change + torch.diag(self.S),)
 
+    @torch.no_grad()
+    def angles(self) -> Tensor:
+        """See :class:`Core`: of the planes that R turns, from the eigenvalues +-i tan(angle / 2) of Q."""
+        rank = self.S.shape[0]
+        Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew).double()
+        tangents: Tensor = torch.linalg.eigvals(Q - Q.T).imag
+        return 2 * tangents.sort(descending=True).values[: rank // 2].clamp(min=0).atan()
+
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         """See :class:`Core`."""
         return z @ coefficients[0].T

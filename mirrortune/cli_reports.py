@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that look at what is there: parse, call, print."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mirrortune.flags import Debug, Json, Quiet, Verbose
+from mirrortune.report import Reporter
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Directories of finished runs.", show_default=False)],
+    *,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="The page; RUN/report.html for one run, report.html for several by default.", show_default=False)] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Make a run's page again, or put several runs on one.
+
+    mirrortune report runs/quickstart-mirror runs/quickstart-none -o both.html
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    from mirrortune import pages  # noqa: PLC0415
+    from mirrortune.checkpoint import RunDirectory  # noqa: PLC0415
+    from mirrortune.run_page import run_page  # noqa: PLC0415
+
+    folders = [Path(run).expanduser() for run in runs]
+    path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
+    pages.check_replaceable(path)
+    pages.write_page(path, run_page([RunDirectory(folder) for folder in folders]))
+    reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
+
+
+def analyze(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Before: folder, Hub id, package:..., .safetensors file, run or adapter.", show_default=False)],
+    tuned: Annotated[str | None, typer.Argument(metavar="[TUNED]", help="After: the same. May be left out if BASE is a run or an adapter.", show_default=False)] = None,
+    *,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Write a self-contained HTML page.", show_default=False)] = None,
+    figures: Annotated[str | None, typer.Option("--figures", metavar="FOLDER", help="Write every figure as PNG and SVG.", show_default=False)] = None,
+    target_modules: Annotated[str, typer.Option("--target-modules", metavar="TEXT", help="Regular expression for layer names, or all-linear.")] = "all-linear",
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many leading directions count as the top; at most a quarter of a matrix's.")] = 16,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Matrices at a time; as many as cores and memory allow by default.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch, tag or commit of BASE on the Hub.", show_default=False)] = None,
+    tuned_revision: Annotated[str | None, typer.Option("--tuned-revision", metavar="TEXT", help="The same of TUNED.", show_default=False)] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Compare the spectra of two checkpoints: what fine-tuning did, and which method could have done it.
+
+    mirrortune analyze roberta-base runs/sst2-roberta-base-full -o report.html
+    """
+    from mirrortune.pages import check_replaceable  # noqa: PLC0415
+
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    if output is not None:
+        check_replaceable(Path(output))  # before the minutes of work
+    from mirrortune import analysis, analysis_report, opening  # noqa: PLC0415
+
+    before, after = opening.open_pair(base, tuned, revision, tuned_revision)
+    found = analysis.analyse(before, after, pattern=target_modules, top_k=top_k, threads=threads, show_bar=reporter.bar)
+    lines = analysis_report.terminal_lines(found)
+    lines += ["", f"{len(found.matrices)} matrices in {found.seconds:.0f} s, {found.threads} at a time"]
+    if output is not None:
+        analysis_report.write_page(found, Path(output), shlex.join(["mirrortune", *sys.argv[1:]]))
+        lines.append(f"page: {output}")
+    if figures is not None:
+        lines.append(f"figures: {len(analysis_report.write_drawings(found, Path(figures)))} files in {figures}")
+    reporter.result({**found.to_json(), "report": output, "figures": figures}, lines)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the words BASE and TUNED mean: a folder, a Hub id, a file, one of our runs, an adapter of ours or of PEFT's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mirrortune.adapter_file import read_adapter
+from mirrortune.errors import ConfigError
+from mirrortune.factor_cache import FactorCache
+from mirrortune.hub import hub_errors, local_adapter, resolve_commit
+from mirrortune.loading import find_adapter
+from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
+from mirrortune.model import find_model
+from mirrortune.peft_weights import load_peft
+from mirrortune.weights import AdaptedWeights, StoredWeights, Weights
+
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def open_pair(
+    base: str, tuned: str | None, base_revision: str | None, tuned_revision: str | None
+) -> tuple[Weights, Weights]:
+    """Both sides of a comparison; nothing but headers and small files is read.
+
+    Args:
+        base: the word for what was there before; for a lone adapter, the adapter.
+        tuned: the word for what came of it; None for an adapter, whose base is known.
+        base_revision: of a Hub repository.
+        tuned_revision: of a Hub repository.
+
+    Raises:
+        ConfigError: no such place, or nothing in it that can be compared.
+        HubError: whatever the Hub refused.
+        VerificationError: a damaged adapter.
+    """
+    if tuned is not None:
+        before = open_weights(base, base_revision)
+        # The base that was named stands under the adapter, unless it is an adapter itself.
+        return before, open_weights(tuned, tuned_revision, before if isinstance(before, StoredWeights) else None)
+    after = open_weights(base, base_revision)
+    if isinstance(after, StoredWeights):
+        raise ConfigError(
+            base, "it is no adapter, so it does not say what it was made from",
+            fix="Give both: mirrortune analyze BASE TUNED",
+        )  # fmt: skip
+    beneath: Weights = after.base  # type: ignore[attr-defined]
+    return beneath, after
+
+
+def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
+    """The weights that ``name`` means; an adapter is put on ``beneath``, or on the base that it names itself."""
+    if not is_local(name):
+        return _open_hub(name, revision, beneath)
+    if revision is not None:
+        raise ConfigError("--revision", f"'{name}' is local and has none", fix="Remove it")
+    path = package_folder(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return StoredWeights.of_files(name, [path])
+    if not path.is_dir():
+        raise ConfigError(name, "no such folder", fix="Check the path")
+    adapter = find_adapter(str(path))
+    if adapter is not None:
+        return _open_adapter(name, adapter, beneath)
+    if (path / "adapter_config.json").is_file():
+        return _open_peft(name, path, beneath)
+    source = find_model(name) if (path / "config.json").is_file() else None
+    return StoredWeights.of_files(name, _files_in(path, name), source)
+
+
+def _open_hub(name: str, revision: str | None, beneath: Weights | None) -> Weights:
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    commit = resolve_commit(name, name, revision, "model", "the model")
+
+    def file(filename: str) -> Path | None:
+        with hub_errors(f"model '{name}'", flag="the model"):
+            found = cached_file(name, filename, revision=commit, _raise_exceptions_for_missing_entries=False)
+        return Path(found) if found else None
+
+    if file("adapter.json"):
+        return _open_adapter(name, local_adapter(name), beneath)
+    if config := file("adapter_config.json"):
+        file("adapter_model.safetensors")
+        return _open_peft(name, config.parent, beneath)
+    source = find_model(name, revision=revision)
+    if index := file(_INDEX):
+        shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        found = [path for shard in shards if (path := file(shard))]
+        return StoredWeights.of_files(name, found, source)
+    if whole := file(_WHOLE):
+        return StoredWeights.of_files(name, [whole], source)
+    raise _no_safetensors(name)
+
+
+def _open_adapter(name: str, folder: Path, beneath: Weights | None) -> Weights:
+    adapter = read_adapter(folder)
+    if beneath is None and not adapter.base.get("name"):
+        raise ConfigError(name, "the adapter does not say what its base is", fix="Give the base first")
+    revision = adapter.base.get("commit") or adapter.base.get("revision")
+    base = beneath or open_weights(adapter.base["name"], revision)
+    if adapter.peft_config is not None:
+        return load_peft(name, str(folder), base)
+    return AdaptedWeights.of_adapter(name, base, adapter, FactorCache())
+
+
+def _open_peft(name: str, folder: Path, beneath: Weights | None) -> Weights:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    own = config.get("base_model_name_or_path")
+    if beneath is None and not own:
+        raise ConfigError(name, "the adapter does not say what its base is", fix="Give the base first")
+    return load_peft(name, str(folder), beneath or open_weights(own, config.get("revision")))
+
+
+def _files_in(folder: Path, name: str) -> list[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(str(index), f"damaged ({error})", fix="Download or copy it again") from error
+        return [folder / shard for shard in sorted(shards)]
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if found := sorted(folder.glob("*.safetensors")):
+        return found
+    raise _no_safetensors(name)
+
+
+def _no_safetensors(name: str) -> ConfigError:
+    return ConfigError(
+        name, "it holds no safetensors files", allowed="a checkpoint in safetensors, a run, or an adapter",
+        fix="Convert it: load it with transformers and call save_pretrained",
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's own page, and several runs on one; read from their directories alone, so that it can be made again."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mirrortune import __version__, pages
+from mirrortune.checkpoint import RunDirectory
+from mirrortune.errors import ConfigError
+from mirrortune.figures import svg_for_page, write_figure
+from mirrortune.pages import Html
+from mirrortune.recipe import flatten, read_recipe, resolve
+from mirrortune.report import describe_metrics, kilobytes
+from mirrortune.run_figures import History, learning_curves, run_drawings
+
+
+def write_run_page(run: RunDirectory) -> Path:
+    """``report.html`` in the directory of a finished run."""
+    path = run.path / "report.html"
+    pages.write_page(path, run_page([run]))
+    return path
+
+
+def write_curves(run: RunDirectory) -> None:
+    """``curves.png`` in the directory of a finished run."""
+    write_figure(learning_curves([_Run(run).history]), run.path / "curves.png")
+
+
+def run_page(runs: Sequence[RunDirectory]) -> str:
+    """The page of one run, or of several side by side.
+
+    Raises:
+        ConfigError: a folder that is no finished run.
+    """
+    found = [_Run(run) for run in runs]
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    parts = _one(found[0]) if len(found) == 1 else _several(found)
+    return pages.page(title, f"mirrortune {__version__}", *parts)
+
+
+class _Run:
+    """A run directory, read."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run, self.name = run, run.path.name
+        if not run.recipe.is_file() or not run.results.is_file():
+            problem = "this run has not finished" if run.recipe.is_file() else "it is no run directory"
+            raise ConfigError(str(run.path), problem, fix="Give a folder that train has finished")
+        self.results: dict[str, Any] = _json(run.results)
+        self.environment: dict[str, Any] = _json(run.path / "environment.json")
+        self.validation: dict[str, Any] = _json(run.validation)
+        self.merge: dict[str, Any] = _json(run.path / "merge.json")
+        self.settings = flatten(resolve([read_recipe(str(run.recipe))]).recipe)
+
+    @property
+    def history(self) -> History:
+        """What is drawn of it."""
+        return History(
+            name=self.name, metric=self.results["selection_metric"], events=self.run.events(),
+            progress=self.run.progress(), validation=self.validation,
+        )  # fmt: skip
+
+    def summary(self) -> dict[str, str]:
+        """What came out, by name."""
+        r = self.results
+        return {
+            "method": str(self.settings["adapter.method"]),
+            "validation": describe_metrics(r["metrics"]),
+            **{f"{split} (reported)": describe_metrics(m) for split, m in (r.get("reported") or {}).items()},
+            "kept after step": f"{r['best_step']:,}",
+            "trained numbers": f"{r['trainable_parameters']:,}, and {r['head_parameters']:,} of the head",
+            "adapter": kilobytes(r["adapter_bytes"]),
+            "training": f"{r['train_seconds']:,.0f} s, {r['samples_per_second']:,.1f} rows per second",
+            "peak memory": f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        }
+
+
+def _one(run: _Run) -> list[Html]:
+    summary = run.summary()
+    parts = [pages.box([f"Validation: {summary['validation']}."])]
+    parts.append(pages.table(("result", ""), list(summary.items()), is_text=True))
+    parts += [pages.heading("Training"), *_figures([run.history])]
+    if run.validation.get("hardest"):
+        head = ("row", "loss", "true", "predicted", "text")
+        rows = [
+            (f"{e['row']}", f"{e['loss']:.3g}", e["reference"], e["prediction"], e["text"])
+            for e in run.validation["hardest"]
+        ]
+        parts += [
+            pages.heading("The hardest validation rows"),
+            pages.table(head, rows, caption="By the loss of the kept checkpoint. Look here for wrong labels.",
+                        is_text=True),
+        ]  # fmt: skip
+    if run.merge:
+        parts += [pages.heading("Merged"), _merge_table(run.merge)]
+    origins = run.environment.get("origins", {})
+    settings = [(k, v, origins.get(k, "default")) for k, v in run.settings.items() if v is not None and v != {}]
+    about = {k: v for k, v in run.environment.items() if k not in ("origins", "argv")}
+    argv = ["mirrortune", *run.environment.get("argv", [])[1:]]
+    return [
+        *parts,
+        pages.heading("Settings"),
+        pages.table(("setting", "value", "from"), settings, is_text=True),
+        pages.heading("Made with"),
+        pages.table(("", ""), _flat(about), is_text=True),
+        Html(f'<p class="soft"><code>{pages.escape(shlex.join(argv))}</code></p>'),
+    ]
+
+
+def _several(runs: Sequence[_Run]) -> list[Html]:
+    names = [run.name for run in runs]
+    summaries = [run.summary() for run in runs]
+    keys = list(dict.fromkeys(key for summary in summaries for key in summary))
+    settings = {key: [run.settings.get(key) for run in runs] for run in runs for key in run.settings}
+    differing = {k: v for k, v in settings.items() if k != "output_dir" and any(x != v[0] for x in v)}
+    return [
+        pages.heading("Results"),
+        pages.table(("", *names), [(key, *[s.get(key, "-") for s in summaries]) for key in keys], is_text=True),
+        pages.heading("Settings that differ"),
+        pages.table(("", *names), [(k, *v) for k, v in differing.items()], is_text=True),
+        pages.heading("Training"),
+        *_figures([run.history for run in runs]),
+    ]
+
+
+def _figures(histories: Sequence[History]) -> list[Html]:
+    return [pages.figure(svg_for_page(d), d.caption, width=d.size[0]) for d in run_drawings(histories)]
+
+
+def _merge_table(merge: dict[str, Any]) -> Html:
+    found = merge["verification"]
+    rows = [
+        ("folder", merge["output_dir"]),
+        ("verified", "yes" if found["passed"] else "no"),
+        ("largest difference of a logit", f"{found['max_abs_logit_error']:.2e} (allowed {found['tolerance']:.2e})"),
+        ("largest relative difference of a weight",
+         f"{found['max_rel_weight_error']:.2e} (allowed {found['weight_tolerance']:.2e})"),
+        ("other tensors changed", found["changed_tensors"]),
+    ]  # fmt: skip
+    return pages.table(("", ""), rows, is_text=True)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for key, value in data.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            rows.append((f"{prefix}{key}", value))
+    return rows
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The file's object; empty if there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(str(path), f"damaged ({error})", fix="Restore the run directory") from error
+    return found if isinstance(found, dict) else {}

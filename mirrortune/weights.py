@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of any checkpoint, read one matrix at a time: plain folders and Hub repositories, our runs, PEFT's
+adapters.
+
+Files are opened for each matrix and closed again: a mapping that stays open would count as memory for every page that
+was read from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mirrortune.adapter_file import AdapterFile
+from mirrortune.adapters.basis import align, weight_digest
+from mirrortune.adapters.cores import Core
+from mirrortune.adapters.inject import FactorSource
+from mirrortune.adapters.spec import build_core
+from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.adapting import stored_pairs
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.model import DTYPES, ModelSource
+
+_FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+class Weights(Protocol):
+    """One side of a comparison.
+
+    Attributes:
+        label: how the user named it.
+        shapes: of every floating point tensor, by name.
+        source: the model that it is of, if it has a configuration.
+    """
+
+    @property
+    def label(self) -> str:
+        """See above."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See above."""
+
+    @property
+    def source(self) -> ModelSource | None:
+        """See above."""
+
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """One tensor, or one entry of its first dimension, in its stored dtype or a wider one."""
+
+    def angles(self, name: str) -> list[float] | None:
+        """Plane angles in degrees, if it is an adapter that turns planes of this weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeights:
+    """Plain safetensors files.
+
+    Attributes:
+        label: see :class:`Weights`.
+        shapes: see :class:`Weights`.
+        files: the file of every tensor.
+        num_opaque: tensors of other types (integers, packed numbers), which are left out.
+    """
+
+    label: str
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, Path]
+    source: ModelSource | None = None
+    num_opaque: int = 0
+
+    @classmethod
+    def of_files(cls, label: str, paths: Iterable[Path], source: ModelSource | None = None) -> StoredWeights:
+        """The tensors of some files, from their headers.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or holds nothing that can be compared.
+        """
+        shapes, files, opaque = {}, {}, 0
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118  (no mapping)
+                        found = file.get_slice(name)
+                        if found.get_dtype() not in _FLOATS:
+                            opaque += 1
+                            continue
+                        shapes[name], files[name] = tuple(found.get_shape()), path
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(
+                    str(path), f"missing or damaged ({error})", fix="Download or copy the checkpoint again"
+                ) from error
+        if not shapes:
+            held = f"{opaque} tensors of packed or whole numbers" if opaque else "no tensors"
+            raise ConfigError(
+                label, f"it holds {held}", allowed="float32, bfloat16, float16 or float64 weights in safetensors files",
+                fix="Dequantise it first" if opaque else "Give a checkpoint",
+            )  # fmt: skip
+        return cls(label=label, shapes=shapes, files=files, source=source, num_opaque=opaque)
+
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """See :class:`Weights`."""
+        try:
+            with safe_open(self.files[name], framework="pt") as file:
+                found: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
+                return found
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{self.files[name]}: {name}", f"cannot be read ({error})") from error
+
+    def angles(self, name: str) -> list[float] | None:
+        """None: see :class:`Weights`."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedWeights:
+    """A base with one of our adapters merged into it, matrix by matrix, in float64.
+
+    Attributes:
+        base: what the adapter was trained on; every adapted weight is checked against the adapter's hash of it.
+        adapter: the adapter.
+        factors: computes or remembers the factors of the base.
+        names: name in the base -> name in the adapter's model, for what the adapter changes.
+    """
+
+    label: str
+    base: Weights
+    adapter: AdapterFile
+    factors: FactorSource
+    names: dict[str, str]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See :class:`Weights`."""
+        return self.base.shapes
+
+    @property
+    def source(self) -> ModelSource | None:
+        """See :class:`Weights`."""
+        return self.base.source
+
+    @classmethod
+    def of_adapter(cls, label: str, base: Weights, adapter: AdapterFile, factors: FactorSource) -> AdaptedWeights:
+        """The tuned side of ``adapter`` over ``base``; ConfigError if the base does not hold the adapted weights."""
+        adapted = [f"{layer}.weight" for layer in adapter.fingerprints]
+        plain = [n.removeprefix("param.") for n in adapter.tensors if n.startswith("param.")]
+        names = match_names(base.shapes, [*adapted, *plain])
+        found = set(names.values())
+        if missing := [name for name in adapted if name not in found]:
+            raise ConfigError(
+                base.label, f"it lacks {len(missing)} weights of the adapter, such as {missing[0]}",
+                allowed=str(adapter.base.get("name")), fix="Give the adapter's own base model",
+            )  # fmt: skip
+        return cls(label=label, base=base, adapter=adapter, factors=factors, names=names)
+
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """See :class:`Weights`.
+
+        Raises:
+            VerificationError: the base weight is not the one that the adapter was trained on, or cannot be aligned.
+        """
+        own = self.names.get(name)
+        if own is None:
+            return self.base.read(name, part)
+        changed = self._read_changed(name, own)
+        return changed if part is None else changed[part]
+
+    def _read_changed(self, name: str, own: str) -> Tensor:
+        weight = self.base.read(name)
+        plain = self.adapter.tensors.get(f"param.{own}")
+        if plain is not None:
+            return plain if plain.shape == weight.shape else weight
+        layer = own.removesuffix(".weight")
+        weight = weight.to(DTYPES[self.adapter.base["dtype"]])
+        stored = self.adapter.fingerprints[layer]
+        if weight_digest(weight) != stored.weight_sha256:
+            raise VerificationError(
+                name, f"{self.base.label} is not the base that the adapter was trained on",
+                allowed=str(self.adapter.base.get("name")), fix="Give the adapter's own base model",
+            )  # fmt: skip
+        aligned = align(self.factors(layer, weight, stored.sketch.shape[1]), stored, layer)
+        return weight.double() + delta_weight(aligned, stored_core(self.adapter, layer, aligned.S))
+
+    def angles(self, name: str) -> list[float] | None:
+        """Plane angles of the adapter at a weight, in degrees, or None if it turns no planes there."""
+        layer = self.names.get(name, "").removesuffix(".weight")
+        if layer not in self.adapter.fingerprints:
+            return None
+        unknown = torch.ones(self.adapter.fingerprints[layer].sketch.shape[1])  # angles do not depend on the strengths
+        found = stored_core(self.adapter, layer, unknown).angles()
+        return None if found is None else found.detach().double().rad2deg().tolist()
+
+
+def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:
+    """A layer's core with its trained numbers, for singular values ``S`` (R,)."""
+    core = build_core(adapter.spec, S, layer, adapter.shapes[layer], stored_pairs(adapter).get(layer))
+    with torch.no_grad():
+        for key, parameter in core.named_parameters():
+            if parameter.numel():
+                parameter.copy_(adapter.tensors[f"core.{layer}.{key}"])
+    return core
+
+
+def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+    """Which name of ``theirs`` is which of ``ours``: the same one, or the same but for a leading part that most share.
+
+    A bare encoder calls ``encoder.layer.0...`` what a classifier made of it calls ``bert.encoder.layer.0...``.
+
+    Returns:
+        ours -> theirs, for those that both have.
+    """
+    here, there = list(ours), list(theirs)
+    common = {*here} & {*there}
+    longer = {(prefix, True): found for prefix, found in _behind_prefixes(there, {*here}).items()}
+    longer |= {(prefix, False): found for prefix, found in _behind_prefixes(here, {*there}).items()}
+    (_, is_theirs), best = max(longer.items(), key=lambda item: len(item[1]), default=(("", True), {}))
+    renamed = {short: long for long, short in best.items()} if is_theirs else best
+    return {name: name if name in common else renamed[name] for name in here if name in common or name in renamed}
+
+
+def _behind_prefixes(names: Iterable[str], known: set[str]) -> dict[str, dict[str, str]]:
+    """For every leading part of ``names``: those names whose rest is ``known``, with that rest."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        words = name.split(".")
+        for place in range(1, len(words)):
+            rest = ".".join(words[place:])
+            if rest in known:
+                found.setdefault(".".join(words[:place]), {})[name] = rest
+    return found
