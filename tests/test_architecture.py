@@ -19,7 +19,7 @@ LAYERS = (
     "strict_yaml",
     "adapters.basis adapters.cores adapters.pairings batching checkpoint flags hub model_card schema tables",
     "adapters.spectral_linear comparison data factor_cache model recipe",
-    "adapters.spec chat images packing tokens",
+    "adapters.spec chat images packing recordings tokens",
     "adapters.inject probes",
     "tasks",
     "calibration evaluation optim peft_tuners",
