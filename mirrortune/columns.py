@@ -22,7 +22,7 @@ _TEXT_NAMES = ("text", "sentence", "content", "review", "document", "body", "com
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "y")
 
 
-_IMAGE_NAMES = ("image", "img", "picture", "photo", "image_path", "image_file", "path", "file_name", "filename", "file")
+_PATH_NAMES = ("path", "file_name", "filename", "file")
 
 
 def choose_columns(
@@ -65,32 +65,45 @@ def choose_image_column(
     table: pa.Table, image: str | None, label: str | None, source: str
 ) -> tuple[str, str, list[str]]:
     """The column of images (encoded, or paths) and the label column; like :func:`choose_columns`."""
-    check_named(table, [(image, "--image-column"), (label, "--label-column")], source)
+    return _choose_media("image", ("image", "img", "picture", "photo"), table, image, label, source)
+
+
+def choose_audio_column(
+    table: pa.Table, audio: str | None, label: str | None, source: str
+) -> tuple[str, str, list[str]]:
+    """The column of recordings (encoded, or paths) and the label column; like :func:`choose_columns`."""
+    return _choose_media("audio", ("audio", "speech", "recording", "sound"), table, audio, label, source)
+
+
+def _choose_media(
+    role: str, names: Sequence[str], table: pa.Table, column: str | None, label: str | None, source: str
+) -> tuple[str, str, list[str]]:
+    check_named(table, [(column, f"--{role}-column"), (label, "--label-column")], source)
     notes = []
-    if image is None:
+    if column is None:
         fitting = {n.lower(): n for n in table.column_names if n != label and _is_media(table.schema.field(n).type)}
         encoded = [n for n in fitting.values() if not is_string(table.schema.field(n).type)]
-        named = [fitting[n] for n in _IMAGE_NAMES if n in fitting]
-        image = next(iter([*encoded[: len(encoded) == 1], *named]), None)
-        if image is None:
+        known = (*names, *(f"{name}_{end}" for name in names for end in ("path", "file")), *_PATH_NAMES)
+        column = next(iter([*encoded[: len(encoded) == 1], *(fitting[n] for n in known if n in fitting)]), None)
+        if column is None:
             raise DataError(
                 source,
-                "no column looks like images",
-                allowed=f"one of the columns {', '.join(table.column_names)}, with paths or encoded images",
-                fix="Name it with --image-column",
+                f"no column looks like {role}s" if role == "image" else "no column looks like recordings",
+                allowed=f"one of the columns {', '.join(table.column_names)}, with paths or encoded files",
+                fix=f"Name it with --{role}-column",
             )
-        notes.append(detected("image", image))
-    elif not _is_media(table.schema.field(image).type):
+        notes.append(detected(role, column))
+    elif not _is_media(table.schema.field(column).type):
         raise DataError(
-            source, f"image column '{image}' holds {table.schema.field(image).type}",
-            allowed="paths, or encoded images (bytes, or the datasets library's images)",
+            source, f"{role} column '{column}' holds {table.schema.field(column).type}",
+            allowed="paths, or encoded files (bytes, or the datasets library's structs of bytes and path)",
         )  # fmt: skip
     if label is None:
-        label = _detect_label(table, (image,), source)
+        label = _detect_label(table, (column,), source)
         notes.append(detected("label", label))
-    if label == image:
-        raise DataError(source, f"column '{label}' is both image and label", fix="Give --label-column another column")
-    return image, label, notes
+    if label == column:
+        raise DataError(source, f"column '{label}' is both {role} and label", fix="Give --label-column another column")
+    return column, label, notes
 
 
 def check_named(table: pa.Table, named: Sequence[tuple[str | None, str]], source: str) -> None:

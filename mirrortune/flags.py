@@ -52,10 +52,11 @@ _DATA, _ADAPTER, _LOOP, _DANGER = "Model and data", "Adapter", "Training", "Dang
 FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--model -m", "model.name", str, "Hub id or local folder of the base model."),
     _flag(_DATA, "--revision", "model.revision", str, "Branch, tag or commit of a Hub model."),
-    _flag(_DATA, "--data -d", "data.path", str, "csv, tsv, json, jsonl or parquet file, folder with train/validation/test files or class folders of images, or Hub id."),
+    _flag(_DATA, "--data -d", "data.path", str, "csv, tsv, json, jsonl or parquet file, folder with train/validation/test files or class folders of images or recordings, or Hub id."),
     _flag(_DATA, "--text-column", "data.text_columns", list[str], "Text column; repeat for pairs. Detected by default."),
     _flag(_DATA, "--label-column", "data.label_column", str, "Label column. Detected by default."),
     _flag(_DATA, "--image-column", "data.image_column", str, "Column of images, encoded or as paths. Detected by default."),
+    _flag(_DATA, "--audio-column", "data.audio_column", str, "Column of recordings, encoded or as paths. Detected by default."),
     _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
     _flag(_ADAPTER, "--method", "adapter.method", str, "mirror (default), neighbor, random, adaptive, scale, speclora, psoft, svft, lora-xs, none (head only), bitfit, full, or a tuner of PEFT such as lora, dora, oft, road (see README)."),
     _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full or a number; r of a tuner of PEFT."),

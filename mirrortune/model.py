@@ -118,6 +118,28 @@ def pad_token_id(processor: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def load_feature_extractor(source: ModelSource) -> Any:
+    """The feature extractor of a model of recordings."""
+    from transformers import AutoFeatureExtractor  # noqa: PLC0415
+
+    load: Any = AutoFeatureExtractor.from_pretrained
+    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+        try:
+            found = load(source.location, **source.arguments())
+        except OSError as error:
+            if "preprocessor_config.json" in str(error) and (is_local(source.name) or error.__cause__ is None):
+                raise _no_processor(source, "feature extractor", "model of recordings") from error
+            raise
+    if not hasattr(found, "sampling_rate"):
+        raise _no_processor(source, "feature extractor", "model of recordings")
+    return found
+
+
+def _no_processor(source: ModelSource, what: str, kind: str) -> ConfigError:
+    allowed = f"a {kind} with a preprocessor_config.json"
+    return ConfigError(f"model '{source.name}'", f"it has no {what}", allowed=allowed, fix="Put one beside it")
+
+
 def load_image_processor(source: ModelSource) -> Any:
     """The model's image processor in its Pillow form, which needs no torchvision and gives the same pixels with and
     without it.
@@ -130,10 +152,7 @@ def load_image_processor(source: ModelSource) -> Any:
             return load(source.location, backend="pil", **source.arguments())
         except OSError as error:
             if "preprocessor_config.json" in str(error) and (is_local(source.name) or error.__cause__ is None):
-                raise ConfigError(
-                    f"model '{source.name}'", "it has no image processor",
-                    allowed="a vision model with a preprocessor_config.json", fix="Put one beside it",
-                ) from error  # fmt: skip
+                raise _no_processor(source, "image processor", "vision model") from error
             raise
 
 

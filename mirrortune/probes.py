@@ -10,6 +10,7 @@ import numpy as np
 from mirrortune.examples import Batch
 from mirrortune.images import ImageReader
 from mirrortune.model import ModelSource, load_tokenizer
+from mirrortune.recordings import RecordingReader
 from mirrortune.tokens import resolve_max_length
 
 # Short, long, and with unusual characters, so that padding and unknown tokens take part.
@@ -37,16 +38,26 @@ def noise_images(num_channels: int = 3, *, count: int = 2, side: int = 64) -> li
     return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for _ in range(count)]
 
 
+def noise_recordings(reader: RecordingReader) -> Batch:
+    """Half a second, and a whole one, of seeded noise."""
+    random = np.random.default_rng(0)
+    return reader.features([random.normal(0, 0.1, n).astype(np.float32) for n in (reader.rate // 2, reader.rate)])
+
+
 def any_processor(source: ModelSource, class_name: str) -> Any:
     """The processor of a model whose task is not known, by what its class says that it takes."""
     import transformers  # noqa: PLC0415
 
     taken = getattr(getattr(transformers, class_name, None), "main_input_name", "input_ids")
-    return ImageReader.load(source, class_name, None) if taken == "pixel_values" else load_tokenizer(source)
+    if taken == "pixel_values":
+        return ImageReader.load(source, class_name, None)
+    return RecordingReader.load(source, 1.0) if taken in ("input_values", "input_features") else load_tokenizer(source)
 
 
 def any_probe(processor: Any, config: Any) -> Batch:
     """A probe by the processor alone."""
     if isinstance(processor, ImageReader):
         return processor.pixels(noise_images(processor.num_channels), "probe")
+    if isinstance(processor, RecordingReader):
+        return noise_recordings(processor)
     return text_probe(processor, config)

@@ -77,6 +77,10 @@ class DataSection(_Section):
     """Question answering: tokens that neighbouring windows of a long context share; 128 by default."""
     image_column: str | None = None
     """The column of images, encoded or as paths; detected by default."""
+    audio_column: str | None = None
+    """The column of recordings, encoded or as paths; detected by default."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Longest recording; longer ones are cut. 10 by default."""
     image_size: int | None = Field(default=None, ge=1)
     """Height and width of what the model gets, in pixels; the image processor's own by default."""
     augment: str | None = None

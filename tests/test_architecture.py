@@ -22,7 +22,7 @@ LAYERS = (
     "adapters.basis adapters.cores adapters.pairings batching checkpoint flags hub model_card schema tables",
     "adapters.spectral_linear comparison data factor_cache model recipe",
     "angle_figures spectra",
-    "adapters.spec chat images packing tokens",
+    "adapters.spec chat images packing recordings tokens",
     "adapters.inject probes",
     "tasks",
     "calibration evaluation optim peft_configs",

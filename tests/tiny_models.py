@@ -178,6 +178,25 @@ def write_tiny_seq2seq(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def write_tiny_audio(folder: Path, *, seed: int = 0) -> Path:
+    """A saved tiny wav2vec 2.0 and its feature extractor, at 16 kHz."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    front = {"conv_dim": (16, 16), "conv_kernel": (10, 8), "conv_stride": (5, 4), "num_feat_extract_layers": 2}
+    rates = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0}
+    rates |= {"layerdrop": 0.0, "mask_time_prob": 0.0, "final_dropout": 0.0}
+    places = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = transformers.Wav2Vec2Config(**sizes, **front, **rates, **places)
+        transformers.Wav2Vec2Model(config).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(sampling_rate=16000).save_pretrained(folder)
+    return folder
+
+
 def _build(family: str, seed: int, fields: dict[str, Any]) -> nn.Module:
     import transformers
 
