@@ -56,7 +56,7 @@ def test_a_perfect_and_a_constant_answer() -> None:
             "class",
             2,
             None,
-            "unknown metric 'acuracy'. Did you mean 'accuracy'? Allowed: accuracy, entity_f1",
+            "unknown metric 'acuracy'. Did you mean 'accuracy'? Allowed: accuracy, bleu",
         ),
         (["pearson"], "class", 2, None, "'pearson' does not score a class. Allowed: accuracy, f1"),
         (["accuracy"], "number", None, None, "'accuracy' does not score a number. Allowed: pearson, spearmanr, mse"),
