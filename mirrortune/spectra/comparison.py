@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mirrortune.adapters.factorize import Factors
 from mirrortune.spectra.approximations import Approximation, Change, approximate
+from mirrortune.spectra.energies import delta_energies, delta_ranks
 from mirrortune.spectra.shares import Shares, split_change
 from mirrortune.spectra.subspaces import (
     Matching,
@@ -104,7 +105,6 @@ class Comparison:
 class _Pair:
     """What the parts of a comparison are computed from; all float64."""
 
-    delta: Tensor
     base: Factors
     tuned: Factors
     matching: Matching
@@ -133,62 +133,48 @@ def compare(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str = "weight
     delta = after - before
     if not delta.any():
         return None
-    base_factors, tuned_factors = decompose(before, name), decompose(after, name)
-    del before, after
-    k = top_directions(base_factors.rank, top_k)
-    found = overlaps(base_factors, tuned_factors)
-    matching = match_directions(found.product())
-    pair = _Pair(delta=delta, base=base_factors, tuned=tuned_factors, matching=matching, k=k)
+    factors = decompose(before, name)
+    del before
+    tuned_factors = decompose(after, name)
+    del after
     total = float(delta.square().sum())
-    shares = split_change(base_factors.S, tuned_factors.S, found, matching, total)
-    kept = _kept(found, k)
-    del found
     energies = delta_energies(delta)
-    left, M, right_energy = _coordinates(delta, base_factors)
-    change = Change(M=M, S=base_factors.S, energies=energies, shape=(delta.shape[0], delta.shape[1]))
+    k = top_directions(factors.rank, top_k)
+    shape = (delta.shape[0], delta.shape[1])
+    seen = _beside(factors, tuned_factors, energies, total, k)
+    del tuned_factors  # from here on only the base's directions are needed, and memory is
+    left, M, right = _coordinates(delta, factors)
+    del delta
+    S = factors.S
+    del factors
     return Comparison(
-        shape=change.shape,
-        norms=_norms(pair, energies),
-        **_spectra(pair, energies),
-        **_directions(pair),
-        principal_angles={size: _angles(pair, size) for size in _subspaces(pair)},
-        kept=kept,
-        subspace_energy={size: _energy(size, left, M, right_energy, total, change.shape) for size in _subspaces(pair)},
-        overlap_output=_rounded(base_factors.U[:, :k].T @ tuned_factors.U[:, :k]),
-        overlap_input=_rounded(base_factors.Vh[:k] @ tuned_factors.Vh[:k].T),
-        block_change=_blocks(M, base_factors.S, k),
+        shape=shape,
+        **seen,
+        subspace_energy={size: _energy(size, left, M, right, total, shape) for size in _subspaces(S)},
+        block_change=_blocks(M, S, k),
         delta=delta_ranks(energies),
-        shares=_relative(shares, total),
-        amplification_by_rank=_by_rank(shares.amplification / total, k),
         outside=max(0.0, 1 - float(M.square().sum()) / total),
-        **_new(shares, tuned_factors.S),
-        approximations=approximate(change),
+        approximations=approximate(Change(M=M, S=S, energies=energies, shape=shape)),
     )
 
 
-def delta_energies(delta: Tensor) -> Tensor:
-    """Squared singular values of ``delta`` (O, I) in descending order, shape (min(O, I),).
-
-    Eigenvalues of the smaller Gram matrix: energies are what is wanted, so nothing is lost by squaring, at a fifth of
-    the time of a decomposition.
-    """
-    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
-    energies: Tensor = torch.linalg.eigvalsh(tall.T @ tall)
-    return energies.flip(0).clamp(min=0)
-
-
-def delta_ranks(energies: Tensor) -> dict[str, float]:
-    """Stable rank, effective rank (Roy & Vetterli 2007) and the 90% rank of a matrix from its squared singular values,
-    descending, not all zero.
-    """
-    values = energies.sqrt()
-    chance = values / values.sum()
-    entropy = -(chance * chance.clamp(min=torch.finfo(chance.dtype).tiny).log()).sum()
-    reached = energies.cumsum(0) / energies.sum()
+def _beside(base: Factors, tuned: Factors, energies: Tensor, total: float, k: int) -> dict[str, Any]:
+    """Every field of a comparison that needs the singular vectors of both sides."""
+    found = overlaps(base, tuned)
+    matching = match_directions(found.product())
+    shares = split_change(base.S, tuned.S, found, matching, total)
+    pair = _Pair(base=base, tuned=tuned, matching=matching, k=k)
     return {
-        "stable_rank": float(energies.sum() / energies[0]),
-        "effective_rank": float(entropy.exp()),
-        "rank_90": int((reached < 0.9).sum()) + 1,
+        "norms": _norms(pair, energies),
+        **_spectra(pair, energies),
+        **_directions(pair),
+        "principal_angles": {size: _angles(pair, size) for size in _subspaces(base.S)},
+        "kept": _kept(found, k),
+        "overlap_output": _rounded(found.left[:k, :k]),
+        "overlap_input": _rounded(found.right[:k, :k]),
+        "shares": _relative(shares, total),
+        "amplification_by_rank": _by_rank(shares.amplification / total, k),
+        **_new(shares, tuned.S),
     }
 
 
@@ -208,7 +194,7 @@ def _coordinates(delta: Tensor, base: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _norms(pair: _Pair, energies: Tensor) -> dict[str, float]:
-    base, tuned, delta = (float(v.norm()) for v in (pair.base.S, pair.tuned.S, pair.delta))
+    base, tuned, delta = (float(v.norm()) for v in (pair.base.S, pair.tuned.S, energies.sqrt()))
     return {
         "base": base,
         "tuned": tuned,
@@ -262,8 +248,8 @@ def _kept(found: Overlaps, k: int) -> dict[str, float]:
     }
 
 
-def _subspaces(pair: _Pair) -> list[int]:
-    limit = max(1, pair.base.rank // 2)
+def _subspaces(S: Tensor) -> list[int]:
+    limit = max(1, len(S) // 2)
     return [size for size in SUBSPACES if size <= limit]
 
 

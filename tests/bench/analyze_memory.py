@@ -85,15 +85,19 @@ def main() -> None:
     started = time.perf_counter()
     done = subprocess.run([str(w) for w in words], stdout=subprocess.PIPE, check=True)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = used.ru_maxrss * 1024
     data = json.loads(done.stdout)
-    print(f"{len(shapes)} matrices, two checkpoints of {size / 1e9:.2f} GB, {data['threads']} threads")  # noqa: T201
-    print(f"{seconds:.0f} s in all, peak resident memory {peak / 1e9:.2f} GB")  # noqa: T201
+    spent = used.ru_utime + used.ru_stime
+    lines = [
+        f"{len(shapes)} matrices, two checkpoints of {size / 1e9:.2f} GB, {data['threads']} threads",
+        f"{seconds:.0f} s in all, {spent:.0f} s of processor time, peak resident memory {peak / 1e9:.2f} GB",
+    ]
     by_shape: dict[tuple[int, int], list[float]] = {}
     for matrix in data["matrices"]:
         by_shape.setdefault(tuple(matrix["shape"]), []).append(data["matrix_seconds"][matrix["name"]])
-    for shape, taken in by_shape.items():
-        print(f"{shape[0]} x {shape[1]}: {median(taken):.1f} s a matrix (median of {len(taken)})")  # noqa: T201
+    lines += [f"{o} x {i}: {median(t):.1f} s a matrix (median of {len(t)})" for (o, i), t in by_shape.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from mirrortune.spectra.approximations import (
     psoft_error,
     sizes,
 )
-from mirrortune.spectra.comparison import delta_energies
+from mirrortune.spectra.energies import delta_energies
 from tests.spectral import Problem, draw_pairs, problems
 
 EVERY = problems(full=True, largest=14)

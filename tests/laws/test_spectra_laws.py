@@ -17,7 +17,8 @@ from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.pairings import mirror
 from mirrortune.errors import DataError
 from mirrortune.spectra import comparison
-from mirrortune.spectra.comparison import Comparison, compare, curve_positions, delta_energies, delta_ranks
+from mirrortune.spectra.comparison import Comparison, compare, curve_positions
+from mirrortune.spectra.energies import delta_energies, delta_ranks
 from mirrortune.spectra.subspaces import decompose, match_directions, overlaps, principal_angles
 
 
