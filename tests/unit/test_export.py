@@ -18,7 +18,7 @@ from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError
 from mirrortune.export import LoraExport, describe, export_lora
 from tests.spectral import relative, train_a_little
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import tiny_roberta, tiny_tokenizer
 from tests.tiny_runs import logits
 from tests.unit.test_merging import write_trained
 
@@ -99,6 +99,18 @@ def test_a_causal_model_travels_whole(tmp_path: Path) -> None:
     ]  # fmt: skip
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
     assert relative(logits(loaded.eval()), logits(model)) <= 1e-5
+
+
+def test_a_head_of_two_layers_travels_as_one_module(tmp_path: Path) -> None:
+    tiny_roberta().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    mirrortune.attach(model, method="mirror", rank=8)
+    with torch.no_grad():
+        model.get_parameter("classifier.dense.weight").add_(0.1)
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    export(tmp_path / "adapter", tmp_path / "lora")
+    assert relative(logits(by_peft(tmp_path / "base", tmp_path / "lora")), logits(model)) <= 1e-5
 
 
 def test_only_the_adapted_layers_are_targets(tiny_model_dir: Path, tmp_path: Path) -> None:
