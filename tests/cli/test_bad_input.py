@@ -164,7 +164,7 @@ BAD: dict[str, Bad] = {
         ),
     ),
     "unknown recipe": Bad(
-        "train glue/sst", 2, ("unknown recipe 'glue/sst'. Did you mean 'glue/sst2'?", "Allowed: glue/cola")
+        "train glue/sst", 2, ("unknown recipe 'glue/sst'. Did you mean 'glue/sst2'?", "Allowed: ag-news")
     ),
     "recipe that is not there": Bad("train my.yaml", 2, ("cannot read my.yaml", "Check the path.")),
     "unknown task": Bad(
