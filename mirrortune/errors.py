@@ -53,11 +53,14 @@ class ConfigError(MirrortuneError):
 
     @classmethod
     def several(cls, errors: Sequence[ConfigError]) -> ConfigError:
-        """One error whose message is a line for each of ``errors`` (at least one), so that all are seen at once."""
-        if len(errors) == 1:
+        """One error whose message is a line for each of ``errors`` (at least one), so that all are seen at once; what
+        was found twice is said once.
+        """
+        lines = dict.fromkeys(str(error) for error in errors)
+        if len(lines) == 1:
             return errors[0]
-        combined = cls("configuration", f"{len(errors)} problems")
-        combined.args = ("\n".join(error.describe() for error in errors),)
+        combined = cls("configuration", f"{len(lines)} problems")
+        combined.args = ("\n".join(lines),)
         return combined
 
 
