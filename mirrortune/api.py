@@ -38,7 +38,7 @@ def attach(
 
     Args:
         model: a transformers model, or any torch module.
-        method: a name in ``mirrortune.adapters.presets.PRESETS``, such as ``mirror``.
+        method: a name in ``mirrortune.adapters.presets.method_names()``, such as ``mirror``.
         rank: leading singular directions kept; None for the method's own.
         pairing: which directions turn together; None for the method's own.
         target_modules: ``all-linear``, or a regular expression for layer names (from any dot on).

@@ -7,8 +7,11 @@ function adds it to the recipe's schema, to error messages and to the law tests.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
 import math
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
@@ -23,10 +26,13 @@ class Registry(Generic[T]):
 
     Args:
         kind: the word for one of them in messages, such as ``"pairing"``.
+        package: the package that registers them, imported when the first one is asked for: one module each, named like
+            the item, so that all names are known before. None where users of the registry import what registers.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, package: str | None = None) -> None:
         self.kind = kind
+        self.package = package
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -42,20 +48,24 @@ class Registry(Generic[T]):
 
     def get(self, name: str, where: str) -> T:
         """The item called ``name``; raises ConfigError at ``where`` with the nearest name otherwise."""
+        if self.package:
+            importlib.import_module(self.package)
         if name not in self._items:
             raise unknown_name(where, self.kind, name, self._items)
         return self._items[name]
 
     def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self._items)
+        """All names, sorted; imports nothing."""
+        spec = importlib.util.find_spec(self.package) if self.package else None
+        modules = pkgutil.iter_modules(spec.submodule_search_locations) if spec else ()
+        return sorted({*self._items, *(m.name.replace("_", "-") for m in modules if not m.name.startswith("_"))})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters of an item: these are its recipe options."""
-        parameters = inspect.signature(self._items[name], eval_str=True).parameters.values()
+        parameters = inspect.signature(self.get(name, self.kind), eval_str=True).parameters.values()
         return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def check_options(self, name: str, given: dict[str, Any], where: str) -> None:

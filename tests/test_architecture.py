@@ -15,12 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
     "comparison_figures errors precision report signals significance adapters adapters.matching",
-    "adapters.factorize adapters.presets atomic class_folders columns examples labels locations metrics registry "
-    "strict_yaml",
+    "adapters.factorize atomic class_folders columns examples labels locations metrics registry strict_yaml",
     "adapters.layer_names text_tables tracking",
     "figures pages",
-    "adapters.basis adapters.cores adapters.pairings batching checkpoint flags hub model_card schema tables",
-    "adapters.spectral_linear comparison data factor_cache model recipe",
+    "adapters.basis adapters.presets batching checkpoint hub model_card schema tables",
+    "adapters.core adapters.pairings flags",
+    "adapters.cores comparison data factor_cache model recipe",
+    "adapters.spectral_linear",
     "angle_figures spectra",
     "adapters.spec chat images packing recordings tokens",
     "adapters.inject probes",

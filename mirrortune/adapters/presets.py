@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each ``--method`` name stands for: a core with its side, rank and pairing, a tuner of PEFT, or a set of plain
-parameters to train.
+parameters to train. A core's own name is a method, which its class describes.
 
-Data only and free of torch, so that a wrong method name is reported before anything heavy is imported.
+Free of torch, so that ``--help`` can list every name before anything heavy is imported.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mirrortune.errors import unknown_name
+from mirrortune.registry import Registry
+
+if TYPE_CHECKING:
+    from mirrortune.adapters.core import Core
+
+CORES: Registry[type[Core]] = Registry("core", package="mirrortune.adapters.cores")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +45,7 @@ class Preset:
     """One method.
 
     Attributes:
-        core: name in ``cores.CORES``, or None for a method that has no core.
+        core: name in ``CORES``, or None for a method that has no core.
         peft: the tuner of PEFT that is run instead of a core, or None.
         pairing: name in ``pairings.PAIRINGS``, or None where the core pairs nothing.
         rank: number of leading singular directions kept, or ``"full"`` for all min(out, in); the tuner's own rank for
@@ -147,15 +154,6 @@ PRESETS: dict[str, Preset] = {
         lr=3e-2,
         summary="the same rotations, pairs matched to the task's own gradients",
     ),
-    "scale": Preset(
-        core="scale", lr=3e-2, summary="every singular value times 1 + lambda (leading ones only with top_k)"
-    ),
-    "speclora": Preset(core="speclora", lr=3e-3, summary="the leading singular values rescaled, and a LoRA branch"),
-    "psoft": Preset(
-        core="psoft", rank=46, lr=3e-3, summary="orthogonal map of the leading input-side subspace, with two vectors"
-    ),
-    "svft": Preset(core="svft", lr=5e-2, summary="a sparse trained matrix between the singular vectors"),
-    "lora-xs": Preset(core="lora-xs", rank=16, lr=3e-3, summary="a free matrix between the leading singular vectors"),
     "none": Preset(lr=1e-3, summary="the task head alone, the base model frozen"),
     "bitfit": Preset(lr=1e-3, plain="bias", summary="every bias of the base model, and the head"),
     "full": Preset(lr=5e-5, plain="all", summary="every parameter: ordinary fine-tuning"),
@@ -163,8 +161,21 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def method_names(*, with_peft: bool = True) -> list[str]:
+    """Every name that ``--method`` takes, sorted; or all but those of PEFT's tuners."""
+    return sorted({*CORES.names(), *(name for name, found in PRESETS.items() if with_peft or found.peft is None)})
+
+
 def preset(method: str, where: str = "adapter.method") -> Preset:
-    """The preset called ``method``; ConfigError at ``where`` with the nearest name otherwise."""
-    if method not in PRESETS:
-        raise unknown_name(where, "method", method, PRESETS)
-    return PRESETS[method]
+    """The preset called ``method``, or the core of that name alone; ConfigError at ``where`` with the nearest name
+    otherwise.
+    """
+    if method in PRESETS:
+        return PRESETS[method]
+    if method not in CORES.names():
+        raise unknown_name(where, "method", method, method_names())
+    core = CORES.get(method, where)
+    summary = (inspect.getdoc(core) or method).splitlines()[0]
+    return Preset(
+        core=method, pairing=core.default_pairing, rank=core.default_rank, lr=core.default_lr, summary=summary
+    )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mirrortune import strict_yaml
-from mirrortune.adapters.presets import PRESETS
+from mirrortune.adapters.presets import method_names, preset
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -443,10 +443,10 @@ def test_a_damaged_checkpoint_is_not_continued_from(finished: Finished, copy: Pa
 
 
 # Of PEFT's tuners one: tests/unit/test_peft_tuners.py has them all.
-@pytest.mark.parametrize("method", [*sorted(m for m, p in PRESETS.items() if p.peft is None), "lora"])
+@pytest.mark.parametrize("method", [*method_names(with_peft=False), "lora"])
 def test_every_method_goes_the_whole_way(desk: Path, tiny_model_dir: Path, method: str) -> None:
     words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--method", method]
-    words += ["--rank", 8] if isinstance(PRESETS[method].rank, int) else []  # the papers' ranks are for larger matrices
+    words += ["--rank", 8] if isinstance(preset(method).rank, int) else []  # the papers' ranks are for larger matrices
 
     planned = mirrortune("prepare", *words, "--json").data
     trained = mirrortune("train", *words, "-o", "run", "--max-steps", 3, "--json").data

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mirrortune.adapters.cores import CORES, Coefficients, Core
 from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
 from tests.spectral import (
     INSIDE,
@@ -215,37 +214,3 @@ def test_only_the_core_asks_for_gradients(strategy: Strategy) -> None:
     layer = build_layer(Problem(4, 6, 4, seed=0), LAYER_VARIANTS[0], strategy, seed=1)
     asking = {name for name, p in layer.named_parameters() if p.requires_grad}
     assert asking == {f"core.{name}" for name, p in layer.core.named_parameters() if p.numel()}
-
-
-def test_a_new_core_is_one_class() -> None:
-    """Registered by its decorator alone, without a backward pass of its own, a core passes the laws of all."""
-
-    @CORES.register("toy")
-    class Toy(Core):
-        """K = diag(S) (I + M), M free."""
-
-        def __init__(self, S: Tensor, *, gain: float = 1.0) -> None:
-            super().__init__()
-            self.register_buffer("S", S, persistent=False)
-            self.gain = gain
-            self.M = nn.Parameter(torch.zeros(len(S), len(S), dtype=S.dtype))
-
-        def coefficients(self, *, delta: bool) -> Coefficients:
-            change = self.S[:, None] * self.M * self.gain
-            return (change if delta else change + torch.diag(self.S),)
-
-        def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-            return z @ coefficients[0].T
-
-    try:
-        variant = Variant("toy", None, (("gain", 0.5),))
-        for problem in (Problem(3, 5, 3, seed=1), Problem(6, 4, 2, seed=2), Problem(1, 1, 1, seed=3)):
-            for dtype in DTYPES:
-                x = problem.rows(2, 3).to(dtype)
-                check_identity(build_layer(problem, variant, "branch", dtype=dtype), x)
-                for strategy in strategies(problem):
-                    layer = build_layer(problem, variant, strategy, dtype=dtype, seed=4)
-                    check_output(layer, x, dtype)
-                    check_gradients(layer, x, dtype)
-    finally:
-        del CORES._items["toy"]

@@ -13,7 +13,7 @@ from torch import nn
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.cores.givens import Givens
 from mirrortune.adapters.inject import attach
-from mirrortune.adapters.presets import PRESETS
+from mirrortune.adapters.presets import PRESETS, method_names, preset
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError
 from tests.spectral import VARIANTS, Variant
@@ -23,8 +23,22 @@ PAIRS = torch.tensor([[0, 4], [1, 3]])
 
 
 def test_the_registered_cores() -> None:
-    assert set(CORES.names()) == {p.core for p in PRESETS.values() if p.core}
+    assert CORES.names() == sorted(CORES._items) == ["givens", "lora-xs", "psoft", "scale", "speclora", "svft"]
+    assert {p.core for p in PRESETS.values() if p.core} <= set(CORES.names())
     assert set(CORES.options("givens")) == {"side", "scale_top_k"}
+
+
+def test_a_cores_own_name_is_a_method() -> None:
+    assert {*CORES.names(), "mirror", "none", "full"} <= set(method_names())
+    for name in CORES.names():
+        found, core = preset(name), CORES.get(name, "test")
+        assert (found.core, found.lr, found.rank) == (name, core.default_lr, core.default_rank)
+        assert found.plain == "none"
+    assert (preset("psoft").rank, preset("lora-xs").rank, preset("scale").rank) == (46, 16, "full")
+    assert (preset("svft").lr, preset("speclora").lr, preset("scale").lr) == (5e-2, 3e-3, 3e-2)
+    assert (preset("givens").pairing, preset("scale").pairing) == ("mirror", None)
+    with pytest.raises(ConfigError, match=r"^adapter\.method: unknown method 'lora-x'\. Did you mean 'lora-xs'"):
+        preset("lora-x")
 
 
 def test_one_known_rotation() -> None:

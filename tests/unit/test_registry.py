@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -101,3 +103,25 @@ def test_values_of_another_type_are_refused(registry: Registry, given: dict[str,
 def test_values_of_the_right_type_are_taken(registry: Registry) -> None:
     for given in ({"size": 3, "overlap": True, "top": "all", "gain": 2}, {"top": 4, "gain": 0.5}):
         registry.check_options("block", given, "adapter.options")
+
+
+def test_names_of_a_package_are_those_of_its_files_and_cost_no_import(tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "somebodys_shapes"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("from somebodys_shapes import big_square\n")
+    (folder / "_drawing.py").write_text("")
+    (folder / "big_square.py").write_text(
+        f"from {__name__} import SHAPES\n@SHAPES.register('big-square')\ndef big_square(*, side=2):\n    return side\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert SHAPES.names() == ["big-square"]
+    assert "somebodys_shapes" not in sys.modules
+    assert set(SHAPES.options("big-square")) == {"side"}
+    assert SHAPES.get("big-square", "test")() == 2
+    SHAPES.register("dot")(lambda: 0)  # what registers itself elsewhere is known too
+    assert SHAPES.names() == ["big-square", "dot"]
+    with pytest.raises(ConfigError, match=r"unknown shape 'dott'\. Did you mean 'dot'"):
+        SHAPES.get("dott", "test")
+
+
+SHAPES: Registry[Any] = Registry("shape", package="somebodys_shapes")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cores, one file each; importing this package registers them all."""
+"""Cores, one file each, named like the core; importing this package registers them all."""
 
 import importlib
 import pkgutil
 
-from mirrortune.adapters.cores.core import CORES, Coefficients, Core
+from mirrortune.adapters.core import CORES, Coefficients, Core
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mirrortune.adapters.cores.core import CORES, Coefficients, Core, checked_top_k, leading, trained
+from mirrortune.adapters.core import CORES, Coefficients, Core, checked_top_k, leading, trained
 from mirrortune.errors import ConfigError
 
 
@@ -34,6 +34,7 @@ class Givens(Core):
     partner: Tensor
     plane: Tensor
     sign: Tensor
+    default_pairing = "mirror"
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mirrortune.adapters.cores.core import CORES, Coefficients, Core
+from mirrortune.adapters.core import CORES, Coefficients, Core
 
 
 @CORES.register("lora-xs")
@@ -17,6 +17,8 @@ class LoraXs(Core):
 
     S: Tensor
     side = "input"
+    default_lr = 3e-3
+    default_rank = 16
 
     def __init__(self, S: Tensor) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.cores.core import CORES, Coefficients, Core
+from mirrortune.adapters.core import CORES, Coefficients, Core
 from mirrortune.errors import ConfigError
 
 
@@ -28,6 +28,8 @@ class Psoft(Core):
     lower: Tensor
     upper: Tensor
     side = "input"
+    default_lr = 3e-3
+    default_rank = 46
 
     def __init__(self, S: Tensor, *, neumann_terms: int = 0, vectors: bool = True) -> None:
         super().__init__()

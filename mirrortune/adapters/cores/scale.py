@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mirrortune.adapters.cores.core import CORES, Coefficients, Core, checked_top_k, leading, trained
+from mirrortune.adapters.core import CORES, Coefficients, Core, checked_top_k, leading, trained
 
 
 @CORES.register("scale")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mirrortune.adapters.cores.core import CORES
+from mirrortune.adapters.core import CORES
 from mirrortune.adapters.cores.scale import Scale
 from mirrortune.errors import ConfigError
 
@@ -25,6 +25,8 @@ class SpecLora(Scale):
     Reference: SpecLoRA (arXiv 2505.23099), of which only the summary is public: LoRA with learnable rescaling of the
     top singular directions. Differs, as far as can be known: the true singular directions instead of a mask on W.
     """
+
+    default_lr = 3e-3
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.cores.core import CORES, Coefficients, Core
+from mirrortune.adapters.core import CORES, Coefficients, Core
 from mirrortune.errors import ConfigError
 
 
@@ -28,6 +28,7 @@ class Svft(Core):
     S: Tensor
     rows: Tensor
     columns: Tensor
+    default_lr = 5e-2
 
     def __init__(
         self,

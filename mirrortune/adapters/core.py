@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cores: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
+"""What a core is: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
 
-A core is one class. Its positional parameters are what the layer gives it (``S``, and ``pairs`` if it asks for them);
-its keyword-only parameters are its recipe options. It turns its parameters into *coefficients* (a few small tensors,
-ordinary autograd) and says how coefficients act on z = Vh x. The layer's autograd function does the rest and saves z,
-never x.
+A core is one class, registered under the name that ``--method`` takes. Its positional parameters are what the layer
+gives it by their names: ``S`` (R,), and if it asks for them ``pairs`` (T, 2), in turn, as many rounds of them as its
+option ``rounds`` says, and ``shape`` (O, I). Its keyword-only parameters are its recipe options. It turns its
+parameters into *coefficients* (a few small tensors, ordinary autograd) and says how coefficients act on z = Vh x. The
+layer's autograd function does the rest and saves z, never x.
 
-Shapes: N rows, R rank, P pairs, O out_features, I in_features.
+Shapes: N rows, R rank, T pairs, O out_features, I in_features.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mirrortune.adapters.presets import CORES
 from mirrortune.errors import ConfigError
-from mirrortune.registry import Registry
+
+__all__ = ["CORES", "Coefficients", "Core", "checked_top_k", "leading", "trained"]
 
 Coefficients = tuple[Tensor, ...]
 
@@ -33,6 +36,12 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
 
     side: Literal["output", "input", "both"] = "both"
     """Which singular vectors the core's effect depends on beyond their product with S: U, Vh, or both."""
+    default_lr: float = 3e-2
+    """Learning rate of the method that is this core alone; that of angles and relative scales."""
+    default_rank: int | Literal["full"] = "full"
+    """Leading directions kept by that method."""
+    default_pairing: str | None = None
+    """Pairing of that method, for a core that asks for ``pairs``."""
 
     @abc.abstractmethod
     def coefficients(self, *, delta: bool) -> Coefficients:
@@ -89,9 +98,6 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-CORES: Registry[Callable[..., Core]] = Registry("core")
 
 
 def trained(S: Tensor, count: int) -> nn.Parameter:
