@@ -6,8 +6,8 @@ Loading trusts none: all files must have the recorded hashes, every adapted weig
 recorded hash, and every basis must align with its sketch. What fails is refused with the layer's name.
 
 Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
-``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (P, 2) int32 where the pairing is not a function of the rank
-alone.
+``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (T, 2) int32, round after round, where the pairing is not a
+function of the rank alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mirrortune.adapters.inject import (
     plain_parameters,
     spectral_layers,
 )
-from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
+from mirrortune.adapters.spec import AdapterSpec, follows_from_rank
 from mirrortune.errors import VerificationError
 
 FORMAT_VERSION = 1
@@ -198,15 +198,9 @@ def _basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> di
     for name, layer in spectral_layers(model).items():
         tensors[f"sketch.{name}"] = fingerprints[name].sketch
         pairs = getattr(layer.core, "pairs", None)
-        if isinstance(pairs, Tensor) and not _is_derived(pairs.cpu(), spec, layer.rank):
+        if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank):
             tensors[f"pairs.{name}"] = pairs.to(torch.int32)
     return tensors
-
-
-def _is_derived(pairs: Tensor, spec: AdapterSpec, rank: int) -> bool:
-    """Whether ``pairs`` follow from the rank alone, so that the file need not hold them."""
-    # Drawn for a name that no layer has: equal to a layer's own pairs only when the pairing ignores its generator.
-    return not needs_saliency(spec) and torch.equal(pairs, make_pairs(spec, rank, ""))
 
 
 def _describe(found: Fingerprint, response: list[float] | None) -> dict[str, Any]:

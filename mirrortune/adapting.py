@@ -116,5 +116,5 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
 
 
 def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:
-    """The pairs (P, 2) that the file holds, by layer."""
+    """The pairs (T, 2) that the file holds, by layer."""
     return {n.removeprefix("pairs."): t.long() for n, t in adapter.tensors.items() if n.startswith("pairs.")}

@@ -6,16 +6,15 @@ weight.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirrortune import peft_tuners
 from mirrortune.adapters.factorize import resolve_rank
 from mirrortune.adapters.inject import Targets, find_targets
-from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
+from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec, make_pairs, needs_saliency
 from mirrortune.adapters.spectral_linear import cheapest_strategy
 from mirrortune.errors import ConfigError
 
@@ -85,12 +84,15 @@ def make_plan(
     if spec.preset.peft is not None:
         tuned, factors = peft_tuners.count_trained(model, spec, new_parameters)
         trained += tuned
-    counts: dict[tuple[int, tuple[int, int]], int] = {}
+    counts: dict[tuple[int, tuple[int, int], int], int] = {}
     for name, shape in targets.layers.items() if spec.preset.core else ():
         rank = resolve_rank(spec.resolved_rank, shape, name)
-        if (rank, shape) not in counts:  # a core's size depends on nothing else
-            counts[rank, shape] = _core_size(spec, rank, name, shape)
-        trained += counts[rank, shape]
+        pairs = _pairs(spec, rank, name)
+        kind = (rank, shape, 0 if pairs is None else len(pairs))
+        if kind not in counts:  # a core's size depends on nothing else
+            core = build_core(spec, torch.zeros(rank), name, shape, pairs)
+            counts[kind] = sum(p.numel() for p in core.parameters())
+        trained += counts[kind]
         factors += rank * sum(shape)
         if spec.strategy == "factored" or (spec.strategy is None and _is_factored(shape, rank, dtype)):
             factors -= math.prod(shape)  # the factors stand for the weight on the device
@@ -109,9 +111,12 @@ def make_plan(
     )
 
 
-def _core_size(spec: AdapterSpec, rank: int, name: str, shape: tuple[int, int]) -> int:
-    mirror = PAIRINGS.get("mirror", "planning")(rank, torch.Generator())  # every pairing has as many pairs
-    return sum(p.numel() for p in build_core(spec, torch.zeros(rank), name, shape, mirror).parameters())
+def _pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
+    """Pairs as many as the core will have, or None for one that pairs nothing."""
+    if spec.resolved_pairing is None:
+        return None
+    # What is measured later pairs as many directions as mirror does.
+    return make_pairs(replace(spec, pairing="mirror") if needs_saliency(spec) else spec, rank, name)
 
 
 def _is_factored(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> bool:

@@ -23,22 +23,32 @@ from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
 
 # Options worth their own run of every law; a core that is not named here runs with its defaults.
 _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "givens": ({}, {"side": "input"}, {"scale_top_k": "all"}, {"side": "input", "scale_top_k": 1}),
+    "givens": (
+        {},
+        {"side": "input"},
+        {"scale_top_k": "all"},
+        {"side": "input", "scale_top_k": 1},
+        {"rounds": 3},
+        {"side": "input", "rounds": 2, "scale_top_k": 1},
+    ),
     "scale": ({}, {"top_k": 1}),
     "svft": ({}, {"pattern": "banded"}, {"pattern": "random", "bands": 1}),
     "psoft": ({}, {"vectors": False}),
     "speclora": ({"top_k": 2, "lora_rank": 2, "lora_alpha": 3.0},),
 }
+_FOR_EVERY_PAIRING = ({}, {"rounds": 3})  # which pairs there are has no part in sides and scales
 
 
-def draw_pairs(name: str, rank: int, seed: int) -> Tensor:
+def draw_pairs(name: str, rank: int, seed: int, rounds: int = 1) -> Tensor:
     """The pairs of one pairing; one that is made from measured gradients gets random ones."""
     pairing = PAIRINGS.get(name, "test")
     generator = torch.Generator().manual_seed(seed)
-    if "saliency" not in inspect.signature(pairing).parameters:
+    if rounds == 1 and "saliency" not in inspect.signature(pairing).parameters:
         return pairing(rank, generator)
     noise = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return pairing(rank, generator, noise - noise.T)
+    given = {"rounds": rounds, "saliency": noise - noise.T}
+    asked = inspect.signature(pairing).parameters
+    return pairing(rank, generator, **{name: value for name, value in given.items() if name in asked})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,7 @@ class Variant:
         core_class = CORES.get(self.core, "test")
         runtime: list[Any] = [S]
         if self.pairing is not None:
-            runtime.append(draw_pairs(self.pairing, S.shape[0], seed=7))
+            runtime.append(draw_pairs(self.pairing, S.shape[0], 7, dict(self.options).get("rounds", 1)))
         if "shape" in inspect.signature(core_class).parameters:
             runtime.append(shape or (S.shape[0], S.shape[0]))
         core = core_class(*runtime, **dict(self.options))
@@ -69,11 +79,17 @@ class Variant:
 
 
 def variants(core: str) -> list[Variant]:
-    """Every pairing and option set of a core."""
+    """A core's pairings and option sets."""
     pairs = "pairs" in inspect.signature(CORES.get(core, "test")).parameters
-    pairings: list[str | None] = [*PAIRINGS.names()] if pairs else [None]
     options = _OPTIONS.get(core, ({},))
-    return [Variant(core, pairing, tuple(given.items())) for pairing in pairings for given in options]
+    if not pairs:
+        return [Variant(core, None, tuple(given.items())) for given in options]
+    return [
+        Variant(core, pairing, tuple(given.items()))
+        for pairing in PAIRINGS.names()
+        for given in options
+        if pairing in ("mirror", "random") or given in _FOR_EVERY_PAIRING
+    ]
 
 
 VARIANTS = [variant for core in CORES.names() for variant in variants(core)]
@@ -120,8 +136,10 @@ def problems(draw: st.DrawFn, *, full: bool = False, largest: int = 12) -> Probl
     sizes = st.integers(1, largest)
     out_features, in_features = draw(sizes), draw(sizes)
     limit = min(out_features, in_features)
-    rank = limit if full else draw(st.one_of(st.just(limit), st.integers(1, limit)))
-    return Problem(out_features, in_features, rank, draw(st.integers(0, 2**16)))
+    ranks = [st.just(limit)]
+    if not full:
+        ranks.append(st.integers(1, limit))
+    return Problem(out_features, in_features, draw(st.one_of(ranks)), draw(st.integers(0, 2**16)))
 
 
 @torch.no_grad()

@@ -16,13 +16,13 @@ _BLOCK = 1 << 16
 
 
 def match(weights: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Tensor:
-    """Disjoint pairs of large total weight, all directions but at most one in a pair.
+    """Disjoint pairs of large total weight, all directions but at most one in a pair, whatever the signs of weights.
 
     Exact (Edmonds) for up to ``exact_limit`` directions; greedy above, which takes the heaviest pair that is left and
-    reaches at least half of the maximum.
+    reaches at least half of the maximum of weights >= 0.
 
     Args:
-        weights: shape (R, R), symmetric, finite, >= 0; its diagonal is ignored.
+        weights: shape (R, R), symmetric, finite; its diagonal is ignored.
         exact_limit: largest R that is matched exactly.
 
     Returns:

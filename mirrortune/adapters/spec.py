@@ -46,6 +46,11 @@ class AdapterSpec:
         """The pairing asked for, or the preset's."""
         return self.pairing or self.preset.pairing
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds of pairs the core takes: its option of that name, 1 for a core that has none."""
+        return int(self.options.get("rounds", 1))
+
 
 def check_spec(spec: AdapterSpec) -> None:
     """Refuse unknown methods, pairings and options, and settings that the method would ignore; all at once.
@@ -69,7 +74,7 @@ def check_spec(spec: AdapterSpec) -> None:
             lambda: CORES.check_options(chosen.core or "", spec.options, "adapter.options")
         ]
         if "pairs" in inspect.signature(core).parameters:
-            checks.append(lambda: PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing"))
+            checks.append(lambda: _check_pairing(spec))
         elif spec.pairing:
             errors.append(ConfigError("adapter.pairing", f"method '{spec.method}' pairs nothing"))
         for check in checks:
@@ -112,12 +117,19 @@ def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], 
 
 def needs_saliency(spec: AdapterSpec) -> bool:
     """Whether the spec's pairing is made from measured gradients."""
-    pairing = spec.resolved_pairing
-    return pairing is not None and "saliency" in inspect.signature(PAIRINGS.get(pairing, "adapter.pairing")).parameters
+    return "saliency" in _asked(spec)
+
+
+def follows_from_rank(pairs: Tensor, spec: AdapterSpec, rank: int) -> bool:
+    """Whether ``pairs`` (T, 2) are what the spec's pairing gives any layer with ``rank`` directions."""
+    if _asked(spec) & _OUTSIDE.keys():
+        return False
+    # Drawn for a name that no layer has: equal to a layer's own pairs only when the pairing ignores its generator.
+    return torch.equal(pairs, make_pairs(spec, rank, ""))
 
 
 def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None = None) -> Tensor:
-    """Pairs (P, 2) of the spec's pairing for one layer.
+    """Pairs (T, 2) of the spec's pairing for one layer, those of the first round first.
 
     Args:
         spec: names the pairing; its seed and ``name`` seed the pairing's generator.
@@ -126,17 +138,42 @@ def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None 
         saliency: (R, R) for a pairing that is made from measured gradients.
 
     Raises:
-        ConfigError: if such a pairing gets no saliency.
+        ConfigError: if a pairing is made from what is not there.
     """
     digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    given = {"rounds": spec.rounds, "saliency": saliency}
+    asked = _asked(spec)
+    for what, (problem, fix) in _OUTSIDE.items():
+        if what in asked and given[what] is None:
+            raise ConfigError("adapter.pairing", f"'{spec.resolved_pairing}' {problem}", fix=fix)
     pairing = PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")
-    if not needs_saliency(spec):
-        return pairing(rank, generator)
-    if saliency is None:
+    return pairing(rank, generator, **{what: value for what, value in given.items() if what in asked})
+
+
+# What a pairing may ask for that neither the rank nor the seed gives.
+_OUTSIDE = {
+    "saliency": (
+        "is measured on a task, and there is none here",
+        "Use mirrortune train, or another pairing",
+    ),
+}
+
+
+def _asked(spec: AdapterSpec) -> set[str]:
+    """Names of the parameters of the spec's pairing; none for a spec without one."""
+    pairing = spec.resolved_pairing
+    return set(inspect.signature(PAIRINGS.get(pairing, "adapter.pairing")).parameters) if pairing else set()
+
+
+def _check_pairing(spec: AdapterSpec) -> None:
+    pairing = PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")
+    rounds = spec.options.get("rounds", 1)
+    if type(rounds) is not int:  # refused as an option
+        return
+    if rounds < 1:
+        raise ConfigError("adapter.options.rounds", f"got {rounds}", allowed="1 or more")
+    if rounds > 1 and "rounds" not in inspect.signature(pairing).parameters:
         raise ConfigError(
-            "adapter.pairing",
-            f"'{spec.resolved_pairing}' is measured on a task, and there is none here",
-            fix="Use mirrortune train, or another pairing",
+            "adapter.options.rounds", f"pairing '{spec.pairing}' has one round, got {rounds}", allowed="1"
         )
-    return pairing(rank, generator, saliency)

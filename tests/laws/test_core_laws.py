@@ -10,9 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mirrortune.adapters.cores import Core
+from mirrortune.adapters.cores.givens import Givens, split_rounds
 from mirrortune.adapters.factorize import factorize
 from mirrortune.adapters.spectral_linear import delta_weight
-from tests.spectral import INSIDE, VARIANTS, Problem, Variant, problems, relative, variants
+from tests.spectral import (
+    INSIDE,
+    VARIANTS,
+    Problem,
+    Variant,
+    draw_pairs,
+    problems,
+    relative,
+    train_a_little,
+    variants,
+)
 
 ROTATIONS = [v for v in variants("givens") if "scale_top_k" not in dict(v.options)]
 SCALED = [v for v in variants("givens") if "scale_top_k" in dict(v.options)]
@@ -27,12 +38,15 @@ def spectrum(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def paper_rotation(core: Core, rank: int) -> Tensor:
-    """R by the paper: R_ii = R_jj = cos, R_ij = -sin, R_ji = sin for each pair i < j, 1 elsewhere on the diagonal."""
+    """R by the paper, R_ii = R_jj = cos, R_ij = -sin, R_ji = sin for each pair i < j, 1 elsewhere on the diagonal: one
+    plane after the other, whatever the rounds."""
     R = torch.eye(rank, dtype=torch.float64)
     theta = core.get_parameter("theta").detach().double()
     for angle, (i, j) in zip(theta, core.get_buffer("pairs").tolist(), strict=True):
-        R[i, i] = R[j, j] = torch.cos(angle)
-        R[i, j], R[j, i] = -torch.sin(angle), torch.sin(angle)
+        plane = torch.eye(rank, dtype=torch.float64)
+        plane[i, i] = plane[j, j] = torch.cos(angle)
+        plane[i, j], plane[j, i] = -torch.sin(angle), torch.sin(angle)
+        R = plane @ R
     return R
 
 
@@ -126,8 +140,11 @@ def test_givens_is_the_papers_formula(variant: Variant, problem: Problem, seed: 
 @given(problem=problems(), seed=SEEDS)
 def test_givens_trains_one_angle_a_pair_and_its_scales(variant: Variant, problem: Problem, seed: int) -> None:
     core = variant.build(spectrum(problem), seed)
-    top_k = dict(variant.options).get("scale_top_k", 0)
-    assert core.get_parameter("theta").numel() == problem.rank // 2
+    top_k, rounds = (dict(variant.options).get(key, default) for key, default in (("scale_top_k", 0), ("rounds", 1)))
+    angles = core.get_parameter("theta").numel()
+    assert angles == len(core.get_buffer("pairs")) <= rounds * (problem.rank // 2)
+    if variant.pairing in ("mirror", "random", "adaptive"):
+        assert angles == rounds * (problem.rank // 2)
     assert core.get_parameter("scale").numel() == (problem.rank if top_k == "all" else top_k)
 
 
@@ -140,19 +157,25 @@ def test_rotations_are_orthogonal_for_any_angle(variant: Variant, rank: int, see
     eye = torch.eye(rank)
     R = core.delta_matrix() + eye.double()
     assert float((R.T @ R - eye.double()).abs().max()) <= EXACT
-    # In the float32 of the forward pass: sine and cosine are each good to one rounding.
+    # In the float32 of the forward pass: sine and cosine are each good to one rounding, in every round.
     K = core.mix(eye, *core.coefficients(delta=False)).detach()
-    assert float((K.T @ K - eye).abs().max()) <= 4 * torch.finfo(torch.float32).eps
+    rounds = dict(variant.options).get("rounds", 1)
+    assert float((K.T @ K - eye).abs().max()) <= 4 * rounds * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("variant", ROTATIONS, ids=str)
 @given(rank=st.integers(1, 16), seed=SEEDS)
 def test_the_opposite_angle_is_the_transposed_rotation(variant: Variant, rank: int, seed: int) -> None:
-    core = variant.build(torch.ones(rank, dtype=torch.float64), seed)
-    forth = core.delta_matrix()
+    S = torch.ones(rank, dtype=torch.float64)
+    core = variant.build(S, seed)
+    back = Givens(
+        S, core.get_buffer("pairs").flip(0), **dict(variant.options)
+    )  # several rounds from the last to the first
     with torch.no_grad():
-        core.get_parameter("theta").neg_()
-    assert torch.equal(core.delta_matrix(), forth.T)
+        back.theta.copy_(-core.get_parameter("theta").flip(0))
+    assert relative(back.delta_matrix(), core.delta_matrix().T) <= EXACT
+    if "rounds" not in dict(variant.options):
+        assert torch.equal(back.delta_matrix(), core.delta_matrix().T)
 
 
 @pytest.mark.parametrize("variant", ROTATIONS, ids=str)
@@ -201,3 +224,81 @@ def test_small_angles_keep_their_digits(exponent: int) -> None:
     exact = -2 * torch.sin(core.get_parameter("theta").double() / 2).square()
     # cos - 1 in float32 would be 0 from an angle of 2e-4 down.
     assert relative(own, exact.expand(2)) <= 4 * torch.finfo(torch.float32).eps
+
+
+def turning(pairing: str, rank: int, rounds: int, seed: int | None = None) -> Givens:
+    """A core whose K is R; untrained without a ``seed``."""
+    core = Givens(torch.ones(rank, dtype=torch.float64), draw_pairs(pairing, rank, 3, rounds), rounds=rounds)
+    if seed is not None:
+        train_a_little(core, seed)
+    return core
+
+
+def dense(core: Core) -> Tensor:
+    """K (R, R), with its graph."""
+    eye = torch.eye(len(core.get_buffer("S")), dtype=torch.float64)
+    return core.mix(eye, *core.coefficients(delta=False)).T
+
+
+def derivative(core: Givens) -> tuple[Tensor, Tensor]:
+    """The entries of K (R * R,), and their derivatives for every angle (R * R, T)."""
+    entries = dense(core).flatten()
+    rows = [torch.autograd.grad(entry, core.theta, retain_graph=True)[0] for entry in entries]
+    return entries.detach(), torch.stack(rows)
+
+
+def reached(core: Givens) -> int:
+    """In how many dimensions the core's angles, as they are, can move K."""
+    return int(torch.linalg.matrix_rank(derivative(core)[1]))
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5, 6, 7])
+def test_a_cycle_of_mirror_rounds_moves_every_way_from_the_start(rank: int) -> None:
+    cycle = rank - 1 + rank % 2
+    for rounds in range(1, cycle + 1):
+        core = turning("mirror", rank, rounds)
+        assert reached(core) == core.theta.numel() == rounds * (rank // 2)
+    assert reached(core) == rank * (rank - 1) // 2  # dimensions of the rotation group
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize(("pairing", "cycles"), [("mirror", 1), ("neighbor", 1), ("random", 3), ("adaptive", 1)])
+def test_enough_rounds_of_any_pairing_move_every_way(pairing: str, cycles: int, rank: int) -> None:
+    # At generic angles: rounds of neighbors repeat their planes, which at theta = 0 count once.
+    assert reached(turning(pairing, rank, cycles * rank, seed=1)) == rank * (rank - 1) // 2
+
+
+@pytest.mark.parametrize(
+    ("pairing", "rounds", "fits"), [("mirror", 3, True), ("neighbor", 4, True), ("mirror", 2, False)]
+)
+def test_a_cycle_of_rounds_fits_a_rotation_far_from_the_start(pairing: str, rounds: int, fits: bool) -> None:
+    target = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64))[0]
+    target[0] *= torch.linalg.det(target)
+    assert float((target - torch.eye(4)).norm()) > 1
+    core = turning(pairing, 4, rounds, seed=0)
+    for _ in range(60):  # Gauss-Newton, in half steps
+        entries, rows = derivative(core)
+        with torch.no_grad():
+            core.theta -= 0.5 * torch.linalg.pinv(rows) @ (entries - target.flatten())
+    assert (float((dense(core) - target).detach().norm()) < 1e-9) is fits
+
+
+@given(rank=st.integers(2, 12), rounds=st.integers(1, 40), seed=SEEDS)
+def test_many_rounds_are_differentiated_from_their_input_alone(rank: int, rounds: int, seed: int) -> None:
+    """The backward pass turns the last round's input back, round after round, in float32 too."""
+    pairs = draw_pairs("random", rank, seed, rounds)
+    for dtype, tolerance in ((torch.float64, EXACT), (torch.float32, 1e-6)):
+        core = train_a_little(Givens(torch.linspace(3, 1, rank, dtype=dtype), pairs, rounds=rounds), seed)
+        coefficients = [c.detach() for c in core.coefficients(delta=True)]
+        z, grad = torch.randn(2, 6, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = core.mix_backward(z.to(dtype), grad.to(dtype), *coefficients)
+        exact = Core.mix_backward(core, z, grad, *[c.double() if c.is_floating_point() else c for c in coefficients])
+        assert relative(found[0], exact[0]) <= tolerance * rounds
+        for own, expected in zip(found[1], exact[1], strict=True):
+            assert own is expected is None or relative(own, expected) <= tolerance * rounds
+
+
+def test_pairs_that_overlap_are_rounds_of_their_own() -> None:
+    pairs = torch.tensor([[0, 1], [2, 3], [1, 2], [0, 3], [0, 1]])
+    assert [len(own) for own in split_rounds(pairs)] == [2, 2, 1]
+    assert [len(own) for own in split_rounds(pairs[:0])] == [0]

@@ -52,6 +52,10 @@ def llama() -> nn.Module:
 COUNTS = [
     (encoder, "mirror", None, {}, "all-linear", 27_648),
     (encoder, "mirror", None, {}, ENCODER_QV, 9_216),
+    (encoder, "mirror", None, {"rounds": 3}, "all-linear", 3 * 27_648),
+    (encoder, "adaptive", None, {"rounds": 2}, "all-linear", 2 * 27_648),
+    (encoder, "neighbor", None, {"rounds": 2}, "all-linear", 72 * (384 + 383)),
+    (encoder, "givens", None, {"scale_top_k": 8}, "all-linear", 27_648 + 72 * 8),
     (encoder, "svft", None, {}, "all-linear", 55_296),
     (encoder, "svft", None, {}, ENCODER_QV, 18_432),
     (encoder, "psoft", 46, {}, "all-linear", 81_144),

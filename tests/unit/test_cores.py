@@ -25,7 +25,7 @@ PAIRS = torch.tensor([[0, 4], [1, 3]])
 def test_the_registered_cores() -> None:
     assert CORES.names() == sorted(CORES._items) == ["givens", "lora-xs", "psoft", "scale", "speclora", "svft"]
     assert {p.core for p in PRESETS.values() if p.core} <= set(CORES.names())
-    assert set(CORES.options("givens")) == {"side", "scale_top_k"}
+    assert set(CORES.options("givens")) == {"side", "rounds", "scale_top_k"}
 
 
 def test_a_cores_own_name_is_a_method() -> None:

@@ -28,6 +28,7 @@ SPECS = {
     "mirror": AdapterSpec(),
     "rank 5": AdapterSpec(rank=5),
     "scaled input side": AdapterSpec(method="random", options={"scale_top_k": "all", "side": "input"}),
+    "rounds": AdapterSpec(options={"rounds": 2}),
     "bitfit": AdapterSpec(method="bitfit"),
     "none": AdapterSpec(method="none"),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.spec import AdapterSpec, make_pairs
+from mirrortune.adapters.spec import AdapterSpec, check_spec, make_pairs
 from mirrortune.errors import ConfigError
 
 GIVEN = {
@@ -58,3 +58,22 @@ def test_the_pairing_overrides_the_methods_own() -> None:
 def test_an_unknown_pairing_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown pairing 'miror'\. Did you mean 'mirror'\?"):
         PAIRINGS.get("miror", "adapter.pairing")
+
+
+def test_a_pairing_that_knows_no_rounds_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PAIRINGS, "_items", dict(PAIRINGS._items))
+
+    @PAIRINGS.register("alone")
+    def alone(rank: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.tensor([[0, 1]])
+
+    check_spec(AdapterSpec(pairing="alone"))
+    assert make_pairs(AdapterSpec(pairing="alone"), 4, "layer").tolist() == [[0, 1]]
+    with pytest.raises(ConfigError, match=r"rounds: pairing 'alone' has one round, got 2\. Allowed: 1"):
+        check_spec(AdapterSpec(pairing="alone", options={"rounds": 2}))
+
+
+def test_random_rounds_are_the_same_on_every_machine() -> None:
+    spec = AdapterSpec(method="random", seed=0, options={"rounds": 2})
+    assert make_pairs(spec, 8, "layer").tolist()[:4] == make_pairs(AdapterSpec(method="random"), 8, "layer").tolist()
+    assert torch.equal(make_pairs(spec, 8, "layer"), make_pairs(spec, 8, "layer"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plane rotations of paired singular directions."""
+"""Plane rotations of paired singular directions, in one round or several."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from mirrortune.errors import ConfigError
 
 @CORES.register("givens")
 class Givens(Core):
-    """Rotation by non-overlapping plane rotations, K = R(theta) diag(S) on the output side, diag(S) R(theta) on the
-    input side.
+    """Rotation by plane rotations, K = R(theta) diag(S) on the output side, diag(S) R(theta) on the input side.
 
-    R_ii = R_jj = cos, R_ij = -sin, R_ji = sin for each pair i < j; unpaired axes stay. theta = 0 at the start. Trained
-    numbers: one angle per pair, P = floor(R / 2), plus k for ``scale_top_k``, which puts S (1 + lambda) in place of S
-    for the k leading directions.
+    R = R_n ... R_1, n = ``rounds``, each round made of non-overlapping plane rotations: R_ii = R_jj = cos, R_ij = -sin,
+    R_ji = sin for each of its pairs i < j; unpaired axes stay. theta = 0 at the start. Trained numbers: one angle per
+    pair, P = floor(R / 2) a round (fewer where the pairing pairs fewer), plus k for ``scale_top_k``, which puts
+    S (1 + lambda) in place of S for the k leading directions.
 
     At full rank the output side satisfies W' = (U R U^T) W: every singular value and the whole input-side geometry
     (W'^T W' = W^T W) are kept, unless ``scale_top_k`` changes the singular values.
 
-    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik). It states neither where diag(S)
-    goes nor the initial angles; R between U and diag(S) is the one place where axes are ordered by strength. The scale
-    is the rescaling half of SpecLoRA (arXiv 2505.23099), composed with the rotation by us.
+    One round reaches a torus of P dimensions inside the rotation group SO(R), which has R (R - 1) / 2. Rounds that meet
+    every pair of directions once (R - 1 rounds of mirror pairs, R for odd R) have as many angles as the group has
+    dimensions, and at theta = 0 their derivatives are its whole Lie algebra, so that they reach every rotation near the
+    identity; SO(R) is compact and connected, so that some number of such cycles reaches every rotation there is.
+
+    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), one round. It states neither
+    where diag(S) goes nor the initial angles; R between U and diag(S) is the one place where axes are ordered by
+    strength. Rounds are ours. The scale is the rescaling half of SpecLoRA (arXiv 2505.23099), composed with the
+    rotation by us.
     """
 
     S: Tensor
@@ -34,6 +40,7 @@ class Givens(Core):
     partner: Tensor
     plane: Tensor
     sign: Tensor
+    side: Literal["output", "input", "both"] = "output"
     default_pairing = "mirror"
 
     def __init__(
@@ -42,52 +49,120 @@ class Givens(Core):
         pairs: Tensor,
         *,
         side: Literal["output", "input"] = "output",
+        rounds: int = 1,
         scale_top_k: int | Literal["all"] = 0,
     ) -> None:
         super().__init__()
         if side not in ("output", "input"):
             raise ConfigError("adapter.options.side", f"got {side!r}", allowed="output, input")
         self.side = side
-        rank, num_pairs = S.shape[0], pairs.shape[0]
+        rank = S.shape[0]
         num_scales = checked_top_k(scale_top_k, rank, "adapter.options.scale_top_k")
-        lower, upper = pairs[:, 0], pairs[:, 1]
-        partner = torch.arange(rank)
-        partner[lower], partner[upper] = upper, lower
-        plane = torch.full((rank,), num_pairs)  # the extra plane num_pairs is the zero angle of unpaired axes
-        plane[lower] = plane[upper] = torch.arange(num_pairs)
-        sign = torch.zeros(rank)
-        sign[lower], sign[upper] = -1.0, 1.0
+        found = split_rounds(pairs)
+        _check_pairs(pairs, len(found), rank, rounds)
+        partner = torch.arange(rank).repeat(len(found), 1)
+        # The extra plane at the end is the zero angle of unpaired axes.
+        plane = torch.full((len(found), rank), pairs.shape[0])
+        sign = torch.zeros(len(found), rank)
+        done = 0
+        for index, own in enumerate(found):
+            lower, upper = own[:, 0], own[:, 1]
+            partner[index, lower], partner[index, upper] = upper, lower
+            plane[index, lower] = plane[index, upper] = torch.arange(done, done + len(own))
+            sign[index, lower], sign[index, upper] = -1.0, 1.0
+            done += len(own)
         for name, buffer in (("S", S), ("pairs", pairs), ("partner", partner), ("plane", plane), ("sign", sign)):
             self.register_buffer(name, buffer.to(S.device), persistent=False)
-        self.theta = trained(S, num_pairs)
+        self.theta = trained(S, pairs.shape[0])
         self.scale = trained(S, num_scales)
 
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """(a, b, partner) with (K z)_i = a_i z_i + b_i z_partner(i); a - S in place of a when ``delta``."""
+        """(a, b, partner), each (n, R), with (K z)_i = a_i z_i + b_i z_partner(i) taken n times, round 1 first.
+
+        diag(S) is a factor of the first round on the output side and of the last on the input side. When ``delta``, a
+        single round has a - S in place of a; several have S as a fourth coefficient, which is taken off in the end.
+        """
         angle = torch.cat([self.theta, self.theta.new_zeros(1)])[self.plane] * self.sign
         scaled = self.S
         if self.scale.numel():
             scaled = self.S * (1 + leading(self.scale, self.S.shape[0]))
-        # cos - 1 = -2 sin^2(angle / 2) without cancellation, so small angles keep all their digits.
-        turned = -2 * torch.sin(angle / 2).square() * scaled
-        own = turned + (scaled - self.S) if delta else torch.cos(angle) * scaled
-        other = scaled[self.partner] if self.side == "output" else scaled
-        return own, torch.sin(angle) * other, self.partner
+        is_exact = delta and len(angle) == 1
+        if is_exact:
+            # cos - 1 = -2 sin^2(angle / 2) without cancellation, so small angles keep all their digits.
+            own = -2 * torch.sin(angle / 2).square() * scaled + (scaled - self.S)
+        else:
+            own = torch.cos(angle) * self._in_its_round(scaled)
+        across = scaled[self.partner[0]] if self.side == "output" else scaled
+        cross = torch.sin(angle) * self._in_its_round(across)
+        return (own, cross, self.partner, self.S) if delta and not is_exact else (own, cross, self.partner)
 
     def angles(self) -> Tensor:
         """See :class:`Core`."""
         return self.theta
 
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`."""
-        own, cross, partner = coefficients
-        return own * z + cross * z.index_select(-1, partner)
+        """See :class:`Core`; one gather and two products a round."""
+        own, cross, partner, *start = coefficients
+        turned = z
+        for a, b, other in zip(own, cross, partner, strict=True):
+            turned = a * turned + b * turned.index_select(-1, other)
+        # This cancels, but to no more than the rounding of the frozen layer's own output, to which it is added.
+        return turned - start[0] * z if start else turned
 
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See :class:`Core`; uses that ``partner`` is its own inverse."""
-        own, cross, partner = coefficients
-        grad_z = own * grad + (cross * grad).index_select(-1, partner)
-        # Not einsum: it makes R products of length N out of these column sums and takes a third of a CPU step for it.
-        grad_own = (grad * z).sum(dim=0)
-        grad_cross = (grad * z.index_select(-1, partner)).sum(dim=0)
-        return grad_z, (grad_own, grad_cross, None)
+        """See :class:`Core`; needs z alone: what entered each round is found by turning the last one's input back.
+
+        Uses that ``partner`` is its own inverse, and that every round but the one that holds diag(S) is orthogonal, so
+        that its inverse has -b in place of b. That one is the first, whose input is z, or the last, whose output is not
+        needed.
+        """
+        own, cross, partner, *start = coefficients
+        entering = z
+        for a, b, other in zip(own[:-1], cross[:-1], partner[:-1], strict=True):
+            entering = a * entering + b * entering.index_select(-1, other)
+        grad_z, grad_own, grad_cross = grad, [], []
+        for t in reversed(range(len(own))):
+            # Not einsum: it makes R products of length N of these column sums and takes a third of a CPU step for it.
+            grad_own.append((grad_z * entering).sum(dim=0))
+            grad_cross.append((grad_z * entering.index_select(-1, partner[t])).sum(dim=0))
+            grad_z = own[t] * grad_z + (cross[t] * grad_z).index_select(-1, partner[t])
+            if t > 1:
+                back = entering.index_select(-1, partner[t - 1])
+                entering = own[t - 1] * entering - cross[t - 1] * back
+            else:
+                entering = z
+        found: tuple[Tensor | None, ...] = (torch.stack(grad_own[::-1]), torch.stack(grad_cross[::-1]), None)
+        if start:
+            grad_z = grad_z - start[0] * grad
+            found = (*found, -(grad * z).sum(dim=0))
+        return grad_z, found
+
+    def _in_its_round(self, scaled: Tensor) -> Tensor:
+        """``scaled`` (R,) as the factor of the round that holds diag(S), ones for the others; (n, R)."""
+        others = scaled.new_ones(len(self.partner) - 1, len(scaled))
+        return torch.cat([scaled[None], others] if self.side == "output" else [others, scaled[None]])
+
+
+def split_rounds(pairs: Tensor) -> list[Tensor]:
+    """Pairs (T, 2) cut into as few runs of disjoint pairs as will do, in order; one empty run for no pairs.
+
+    The order of pairs is all there is to a rotation: those of a round turn planes that do not meet, and commute.
+    """
+    cuts: list[int] = []
+    used: set[int] = set()
+    for index, pair in enumerate(pairs.tolist()):
+        if not used.isdisjoint(pair):
+            cuts.append(index)
+            used.clear()
+        used.update(pair)
+    return list(pairs.tensor_split(cuts))
+
+
+def _check_pairs(pairs: Tensor, needed: int, rank: int, rounds: int) -> None:
+    if rounds < needed:
+        problem = f"got {rounds!r}, and the pairs overlap: they take {needed} rounds"
+        raise ConfigError("adapter.options.rounds", problem, allowed=f"{needed} or more")
+    is_ordered = bool((pairs[:, 0] < pairs[:, 1]).all())
+    if not is_ordered or (len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < rank):
+        problem = "pairs i, j must have i < j, and name directions that are kept"
+        raise ConfigError("adapter.pairing", problem, allowed=f"0 to {rank - 1}")
