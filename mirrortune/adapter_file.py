@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def write_adapter(
     description = {
         "format_version": FORMAT_VERSION,
         "mirrortune_version": __version__,
-        "adapter": asdict(attached.spec),
+        "adapter": attached.spec.to_dict(),
         "base": base,
         "task": task,
         "layers": layers,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters import inject
 from mirrortune.adapters.inject import attachment
+from mirrortune.adapters.pair_lists import PairLists
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapting import FingerprintBook, adapt, load_into
 from mirrortune.atomic import write_folder_atomically
@@ -29,7 +30,7 @@ def attach(
     model: M,
     method: str = "mirror",
     rank: int | Literal["full"] | None = None,
-    pairing: str | None = None,
+    pairing: str | PairLists | None = None,
     target_modules: str = "all-linear",
     seed: int = 0,
     **core_options: Any,
@@ -40,7 +41,8 @@ def attach(
         model: a transformers model, or any torch module.
         method: a name in ``mirrortune.adapters.presets.method_names()``, such as ``mirror``.
         rank: leading singular directions kept; None for the method's own.
-        pairing: which directions turn together; None for the method's own.
+        pairing: which directions turn together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
+            (for several rounds a list of such lists), or lists by layer name or pattern; None for the method's own.
         target_modules: ``all-linear``, or a regular expression for layer names (from any dot on).
         seed: for random pairs.
         **core_options: options of the method's core, such as ``scale_top_k=8``.
@@ -49,7 +51,7 @@ def attach(
         The same model, with gradients enabled for what is trained and for nothing else.
 
     Raises:
-        ConfigError: an unknown name, a rank that does not fit, or no matching layer.
+        ConfigError: an unknown name, a rank or pairs that do not fit, or no matching layer.
     """
     spec = AdapterSpec(
         method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options

@@ -9,6 +9,8 @@ from typing import Any
 
 from mirrortune import __version__, strict_yaml
 
+_LONG_RECIPE = 200  # lines; one that lists pairs may have thousands
+
 
 def _front_matter(base: dict[str, Any], tags: list[str]) -> str:
     data: dict[str, Any] = {"library_name": "transformers", "tags": ["mirrortune", *tags]}
@@ -22,6 +24,9 @@ def run_card(
     title: str, base: dict[str, Any], method: str, task: dict[str, Any], result: dict[str, Any], recipe_yaml: str
 ) -> str:
     """The card of a run: metrics of the kept checkpoint, sizes, and the recipe that repeats it."""
+    recipe = f"```yaml\n{recipe_yaml.rstrip()}\n```"
+    if recipe_yaml.count("\n") > _LONG_RECIPE:
+        recipe = "`recipe.yaml`, which is too long to be shown here."
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in result["metrics"].items())
     return f"""{_front_matter(base, [method, task["kind"]])}
 # {title}
@@ -37,9 +42,7 @@ Trained numbers: {result["trainable_parameters"]:,} in the adapter and {result["
 
 Score it again with `mirrortune eval`, export plain weights with `mirrortune merge`. The recipe:
 
-```yaml
-{recipe_yaml.rstrip()}
-```
+{recipe}
 """
 
 

@@ -88,7 +88,7 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
     data, lines = strict_yaml.load(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(str(path), f"a recipe is a mapping of sections, got {type(data).__name__}")
-    _anchor_data_path(data, path.parent)
+    _anchor_paths(data, path.parent)
     return Layer(values=data, origin=str(path), lines=lines)
 
 
@@ -132,11 +132,17 @@ def resolve(layers: list[Layer]) -> Resolved:
     for layer in layers:
         # A section whose settings are all commented out is None.
         _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
+    found = []
+    try:
+        _read_pairs(merged, owners)
+    except ConfigError as error:
+        found.append(error)
     try:
         recipe = Recipe.model_validate_json(json.dumps(merged))
     except ValidationError as error:
-        found = [_explain(problem, owners, merged) for problem in error.errors()]
-        raise ConfigError.several(_one_each(found)) from None
+        found += _one_each([_explain(problem, owners, merged) for problem in error.errors()])
+    if found:
+        raise ConfigError.several(found)
     origins = {".".join(path): layer.place(path) for path, layer in owners.items()}
     return Resolved(recipe=recipe, origins=origins)
 
@@ -170,7 +176,7 @@ def _merge(
 ) -> None:  # fmt: skip
     for key, value in values.items():
         here = (*path, key)
-        if here in owners and isinstance(value, dict) and not isinstance(target[key], dict):
+        if not path and here in owners and isinstance(value, dict) and not isinstance(target[key], dict):
             raise ConfigError(
                 owners[here].place(here),
                 f"got {target[key]!r}",
@@ -243,12 +249,43 @@ def _section_fields(path: tuple[str, ...]) -> dict[str, Any]:
     return dict(model.model_fields)
 
 
-def _anchor_data_path(data: dict[str, Any], folder: Path) -> None:
-    """A data path in a recipe may be relative to the recipe's folder; make it work from anywhere."""
-    section = data.get("data")
-    given = section.get("path") if isinstance(section, dict) else None
+def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
+    """Paths of data and pairs in a recipe may be relative to the recipe's folder; make them work from anywhere."""
+    given = _setting(data, "data", "path")
     if isinstance(given, str) and not given.startswith("shipped:"):
         beside = folder / given
         is_file = Path(given).suffix.lower() in TABLE_SUFFIXES or given.startswith(".")
         if beside.exists() and (is_file or beside.is_dir()) and not Path(given).is_absolute():
             data["data"]["path"] = str(beside.resolve())
+    pairs = _setting(data, "adapter", "pairing")
+    if isinstance(pairs, str) and pairs.endswith(".json") and (folder / pairs).is_file():
+        data["adapter"]["pairing"] = str((folder / pairs).resolve())
+
+
+def _setting(data: dict[str, Any], section: str, key: str) -> Any:
+    found = data.get(section)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> None:
+    """Put what a .json file of pairs holds in the place of its name, so that the recipe repeats the run without it."""
+    given = _setting(merged, "adapter", "pairing")
+    if not isinstance(given, str) or not given.endswith(".json"):
+        return
+    path = ("adapter", "pairing")
+    where = owners[path].place(path)
+
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"key '{twice}' stands twice")
+        return dict(items)
+
+    try:
+        found = json.loads(Path(given).expanduser().read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(where, f"cannot read {given} ({error})", fix="Check the path and the file") from error
+    if not isinstance(found, list | dict):
+        allowed = "a list of pairs, or an object of such lists by layer name"
+        raise ConfigError(where, f"{given} holds {type(found).__name__}", allowed=allowed)
+    merged["adapter"]["pairing"] = found

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from mirrortune import model_card
@@ -30,7 +31,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     differing = [
         ConfigError(
             f"--resume: {key}",
-            f"the run was started with {before.get(key)!r}, got {now.get(key)!r}",
+            f"the run was started with {_brief(before.get(key))}, got {_brief(now.get(key))}",
             fix="Use the same settings",
         )
         for key in sorted({*before, *now})
@@ -38,6 +39,10 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     ]
     if differing:
         raise ConfigError.several(differing)
+
+
+def _brief(value: Any) -> str:
+    return textwrap.shorten(repr(value), 200, placeholder=" ...")  # pairs come by the thousand
 
 
 def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:

@@ -108,8 +108,9 @@ class AdapterSection(_Section):
     rank: Literal["full"] | typing.Annotated[int, Field(gt=0)] | None = None
     """Leading singular directions kept of each matrix, or r of a tuner of PEFT; the method's own (full for rotations)
     by default."""
-    pairing: str | None = None
-    """Which directions turn together; the method's own by default."""
+    pairing: str | list[typing.Any] | dict[str, typing.Any] | None = None
+    """Which directions turn together: a name, pairs such as [[0, 5], [1, 7]], pairs by layer name or pattern, or a
+    .json file of either; the method's own by default."""
     saliency: Literal["mean", "rms"] = "mean"
     """Adaptive pairing: gradient of the mean loss, or its root mean square over the calibration batches."""
     calibration_batches: int = Field(default=8, gt=0)

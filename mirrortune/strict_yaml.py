@@ -104,7 +104,14 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
+def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.SequenceNode:
+    # Pairs of directions come by the thousand: one line each.
+    is_short = len(value) <= 4 and all(type(item) is int for item in value)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True if is_short else None)
+
+
 _StrictDumper.add_representer(float, _represent_float)
+_StrictDumper.add_representer(list, _represent_list)
 
 
 def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: str) -> None:

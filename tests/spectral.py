@@ -40,15 +40,22 @@ _FOR_EVERY_PAIRING = ({}, {"rounds": 3})  # which pairs there are has no part in
 
 
 def draw_pairs(name: str, rank: int, seed: int, rounds: int = 1) -> Tensor:
-    """The pairs of one pairing; one that is made from measured gradients gets random ones."""
+    """The pairs of one pairing; one that is made from measured gradients or from a list gets random ones."""
     pairing = PAIRINGS.get(name, "test")
     generator = torch.Generator().manual_seed(seed)
-    if rounds == 1 and "saliency" not in inspect.signature(pairing).parameters:
+    if rounds == 1 and not {"saliency", "listed"} & inspect.signature(pairing).parameters.keys():
         return pairing(rank, generator)
     noise = torch.randn(rank, rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    given = {"rounds": rounds, "saliency": noise - noise.T}
+    given = {"rounds": rounds, "saliency": noise - noise.T, "listed": _draw_list(rank, rounds, seed)}
     asked = inspect.signature(pairing).parameters
     return pairing(rank, generator, **{name: value for name, value in given.items() if name in asked})
+
+
+def _draw_list(rank: int, rounds: int, seed: int) -> list[list[list[int]]]:
+    """Some pairs for each round, as a user would list them: in any order, and not of all directions."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(rank, generator=generator)[: rank - rank % 2].reshape(-1, 2) for _ in range(rounds)]
+    return [order[: max(1, len(order) - 1)].tolist() for order in orders]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +102,9 @@ def variants(core: str) -> list[Variant]:
 VARIANTS = [variant for core in CORES.names() for variant in variants(core)]
 # Without those that have a branch beside the singular basis (which keeps x, and moves W' without K).
 INSIDE = [v for v in VARIANTS if CORES.get(v.core, "test").beside is Core.beside]
-# For laws of the layer, to which all pairs are alike: random ones, whose order no wrong index could hit by chance.
-LAYER_VARIANTS = [variant for variant in VARIANTS if variant.pairing in (None, "random")]
+# For laws of the layer, to which all pairs are alike: random ones, whose order no wrong index could hit by chance, and
+# listed ones, which leave directions alone.
+LAYER_VARIANTS = [v for v in VARIANTS if v.pairing in (None, "random") or (v.pairing == "explicit" and not v.options)]
 
 
 @dataclass(frozen=True, slots=True)

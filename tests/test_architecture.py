@@ -18,7 +18,7 @@ LAYERS = (
     "adapters.factorize atomic class_folders columns examples labels locations metrics registry strict_yaml",
     "adapters.layer_names text_tables tracking",
     "figures pages",
-    "adapters.basis adapters.presets batching checkpoint hub model_card schema tables",
+    "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card schema tables",
     "adapters.core adapters.pairings flags",
     "adapters.cores comparison data factor_cache model recipe",
     "adapters.spectral_linear",

@@ -11,8 +11,6 @@ full. Output embeddings stay.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +20,8 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors, factorize, resolve_rank
+from mirrortune.adapters.layer_names import matches, no_match
+from mirrortune.adapters.pair_lists import check_fit
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.errors import ConfigError
@@ -90,7 +90,8 @@ def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[s
         new_parameters: names of parameters that no checkpoint filled; they belong to the head.
 
     Raises:
-        ConfigError: if no layer matches ``target_modules`` (with the nearest names), or a rank does not fit.
+        ConfigError: if no layer matches ``target_modules`` (with the nearest names), or a rank or a list of pairs does
+            not fit.
     """
     new = set(new_parameters)
     prefix = _base_prefix(model)
@@ -103,12 +104,14 @@ def find_targets(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[s
     plain = _plain_parameters(parameters, spec.preset.plain, set(head))
     if not spec.preset.is_adapter:
         return Targets(layers={}, head=head, plain=plain, skipped={})
-    layers = {n: shape for n, shape in candidates.items() if _matches(n, spec.target_modules)}
+    where = "adapter.target_modules"
+    layers = {n: shape for n, shape in candidates.items() if matches(n, spec.target_modules, where)}
     if not layers:
-        raise _no_target(spec.target_modules, candidates)
-    for name, shape in layers.items():
-        if spec.preset.core is not None:
-            resolve_rank(spec.resolved_rank, shape, name)
+        raise no_match(where, spec.target_modules, candidates)
+    if spec.preset.core is not None:
+        ranks = {name: resolve_rank(spec.resolved_rank, shape, name) for name, shape in layers.items()}
+        if spec.pair_lists is not None:
+            check_fit(spec.pair_lists, ranks)
     return Targets(layers=layers, head=head, plain=plain, skipped=skipped)
 
 
@@ -253,31 +256,6 @@ def _candidates(
 def _plain_parameters(parameters: dict[str, nn.Parameter], kind: str, head: set[str]) -> tuple[str, ...]:
     ending = {"none": None, "bias": "bias", "all": ""}[kind]
     return tuple(n for n in parameters if ending is not None and n not in head and n.endswith(ending))
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if pattern == "all-linear":
-        return True
-    try:
-        # A pattern may start at any dot of the name, so that "query|value" finds encoder.layer.0.attention.self.query.
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
-    except re.error as error:
-        raise ConfigError(
-            "adapter.target_modules",
-            f"not a regular expression: {pattern!r} ({error})",
-            allowed="a regex or all-linear",
-        ) from error
-
-
-def _no_target(pattern: str, candidates: dict[str, tuple[int, int]]) -> ConfigError:
-    endings = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-    near = difflib.get_close_matches(pattern, [*endings, *candidates], n=3, cutoff=0.5)
-    hint = f" Nearest: {', '.join(near)}." if near else ""
-    return ConfigError(
-        "adapter.target_modules",
-        f"'{pattern}' matches none of the {len(candidates)} linear layers.{hint}",
-        allowed=f"all-linear, or a regex for names that end in {', '.join(endings)}",
-    )
 
 
 def _compute(name: str, weight: Tensor, rank: int) -> Factors:

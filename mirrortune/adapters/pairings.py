@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from mirrortune.adapters.matching import match
+from mirrortune.adapters.pair_lists import PairList, as_tensor
 from mirrortune.registry import Registry
 
 Pairing = Callable[..., Tensor]
@@ -77,6 +78,12 @@ def adaptive(rank: int, generator: Generator, saliency: Tensor, rounds: int = 1)
         for i, j in (pairs.T, pairs.T.flip(0)):
             weights[i, j] -= taken
     return torch.cat(found)
+
+
+@PAIRINGS.register("explicit")
+def explicit(rank: int, generator: Generator, listed: PairList, rounds: int = 1) -> Tensor:
+    """The pairs that the user lists, a list for each round; directions that no pair names stay."""
+    return as_tensor(listed)
 
 
 def _sorted(pairs: Tensor) -> Tensor:

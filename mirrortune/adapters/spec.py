@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mirrortune.adapters.cores import CORES, Core
+from mirrortune.adapters.pair_lists import PairLists, check_lists, list_for
 from mirrortune.adapters.pairings import PAIRINGS
 from mirrortune.adapters.presets import PeftTuner, Preset, preset
 from mirrortune.adapters.spectral_linear import Strategy
@@ -21,11 +22,14 @@ from mirrortune.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
-    """How an adapter is built, independent of any model's weights; JSON-serialisable by its fields."""
+    """How an adapter is built, independent of any model's weights; JSON-serialisable by its fields.
+
+    ``pairing`` is the name of one, or what ``explicit`` pairs: a list of pairs, or lists by layer name or pattern.
+    """
 
     method: str = "mirror"
     rank: int | Literal["full"] | None = None
-    pairing: str | None = None
+    pairing: str | PairLists | None = None
     target_modules: str = "all-linear"
     seed: int = 0
     strategy: Strategy | None = None
@@ -43,13 +47,24 @@ class AdapterSpec:
 
     @property
     def resolved_pairing(self) -> str | None:
-        """The pairing asked for, or the preset's."""
-        return self.pairing or self.preset.pairing
+        """The name of the pairing asked for, or of the preset's."""
+        if self.pairing is None or isinstance(self.pairing, str):
+            return self.pairing or self.preset.pairing
+        return "explicit"
+
+    @property
+    def pair_lists(self) -> PairLists | None:
+        """The pairs that the user lists, if any."""
+        return None if isinstance(self.pairing, str) else self.pairing
 
     @property
     def rounds(self) -> int:
         """How many rounds of pairs the core takes: its option of that name, 1 for a core that has none."""
         return int(self.options.get("rounds", 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON data; of listed pairs, which adapters keep as tensors, the name of the pairing alone."""
+        return {**asdict(self), "pairing": self.pairing if self.pair_lists is None else self.resolved_pairing}
 
 
 def check_spec(spec: AdapterSpec) -> None:
@@ -75,7 +90,7 @@ def check_spec(spec: AdapterSpec) -> None:
         ]
         if "pairs" in inspect.signature(core).parameters:
             checks.append(lambda: _check_pairing(spec))
-        elif spec.pairing:
+        elif spec.pairing is not None:
             errors.append(ConfigError("adapter.pairing", f"method '{spec.method}' pairs nothing"))
         for check in checks:
             try:
@@ -142,7 +157,8 @@ def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None 
     """
     digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    given = {"rounds": spec.rounds, "saliency": saliency}
+    listed = None if spec.pair_lists is None else list_for(spec.pair_lists, name)
+    given = {"rounds": spec.rounds, "saliency": saliency, "listed": listed}
     asked = _asked(spec)
     for what, (problem, fix) in _OUTSIDE.items():
         if what in asked and given[what] is None:
@@ -156,6 +172,10 @@ _OUTSIDE = {
     "saliency": (
         "is measured on a task, and there is none here",
         "Use mirrortune train, or another pairing",
+    ),
+    "listed": (
+        "takes pairs that you list, and there are none here",
+        "Give the list in its place, adapter.pairing=[[0, 5], [1, 7]], or a .json file",
     ),
 }
 
@@ -177,3 +197,5 @@ def _check_pairing(spec: AdapterSpec) -> None:
         raise ConfigError(
             "adapter.options.rounds", f"pairing '{spec.pairing}' has one round, got {rounds}", allowed="1"
         )
+    if spec.pair_lists is not None:
+        check_lists(spec.pair_lists, rounds)

@@ -22,7 +22,15 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import delta_weight
 from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import VerificationError
-from tests.spectral import LAYER_VARIANTS, Problem, Variant, draw_pairs, problems, relative, train_a_little
+from tests.spectral import (
+    LAYER_VARIANTS,
+    Problem,
+    Variant,
+    draw_pairs,
+    problems,
+    relative,
+    train_a_little,
+)
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD, Adapted, adapt, logits
 
@@ -176,12 +184,17 @@ def test_a_basis_of_another_rank_or_with_nan_is_refused(side: str, problem: Prob
 SPECS = [
     AdapterSpec(),
     AdapterSpec(rank=7),
+    AdapterSpec(method="random", options={"rounds": 3}),
+    AdapterSpec(pairing=[[0, 5], [7, 1]]),
+    AdapterSpec(
+        pairing={"dense": [[[3, 2]], [[0, 1]]], "all-linear": [[[0, 1]], [[2, 1], [0, 3]]]}, options={"rounds": 2}
+    ),
     AdapterSpec(method="neighbor", options={"scale_top_k": "all"}),
     AdapterSpec(method="random", seed=3, options={"side": "input"}),
 ]
 
 
-@pytest.fixture(params=SPECS, ids=lambda s: f"{s.method}-{s.rank}-{s.options}")
+@pytest.fixture(params=SPECS, ids=lambda s: f"{s.method}-{s.rank}-{s.pairing}-{s.options}")
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Adapted, Path]:
     """A trained adapter and its folder."""
     adapted = adapt(request.param)

@@ -17,7 +17,7 @@ GIVEN = {
 
 
 def test_the_registered_pairings() -> None:
-    assert PAIRINGS.names() == ["adaptive", "mirror", "neighbor", "random"]
+    assert PAIRINGS.names() == ["adaptive", "explicit", "mirror", "neighbor", "random"]
 
 
 @pytest.mark.parametrize("name", GIVEN)
