@@ -6,10 +6,11 @@ place.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters import inject
+from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.pair_lists import PairLists
 from mirrortune.adapters.spec import AdapterSpec
@@ -29,7 +30,7 @@ M = TypeVar("M", bound="nn.Module")
 def attach(
     model: M,
     method: str = "mirror",
-    rank: int | Literal["full"] | None = None,
+    rank: Rank | None = None,
     pairing: str | PairLists | None = None,
     target_modules: str = "all-linear",
     seed: int = 0,
@@ -40,7 +41,8 @@ def attach(
     Args:
         model: a transformers model, or any torch module.
         method: a name in ``mirrortune.adapters.presets.method_names()``, such as ``mirror``.
-        rank: leading singular directions kept; None for the method's own.
+        rank: leading singular directions kept: a number, ``"full"`` for min(out, in), or ``"out"`` for as many as there
+            are outputs; None for the method's own.
         pairing: which directions turn together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
             (for several rounds a list of such lists), or lists by layer name or pattern; None for the method's own.
         target_modules: ``all-linear``, or a regular expression for layer names (from any dot on).

@@ -60,7 +60,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--audio-column", "data.audio_column", str, "Column of recordings, encoded or as paths. Detected by default."),
     _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
     _flag(_ADAPTER, "--method", "adapter.method", str, f"mirror by default. {', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see README)."),
-    _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full or a number; r of a tuner of PEFT."),
+    _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT."),
     _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor, random or adaptive, or a .json file of pairs."),
     _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, or all-linear."),
     _flag(_LOOP, "--lr --learning-rate", "train.lr", float, "Peak learning rate of the adapter."),
@@ -118,7 +118,7 @@ def given_flags(values: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 def _parameter(flag: Flag) -> inspect.Parameter:
     # Numbers are read by the recipe's rules too, so that --lr and train.lr= take and refuse the same.
     kind = str if flag.kind in ("yaml", int, float) else flag.kind
-    metavar = {"yaml": "full|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
+    metavar = {"yaml": "full|out|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
     option = typer.Option(*flag.names, help=flag.help, metavar=metavar, rich_help_panel=flag.panel, show_default=False)
     return inspect.Parameter(
         flag.parameter,

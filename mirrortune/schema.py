@@ -105,9 +105,9 @@ class AdapterSection(_Section):
 
     method: str = "mirror"
     """Name of the method; see README."""
-    rank: Literal["full"] | typing.Annotated[int, Field(gt=0)] | None = None
-    """Leading singular directions kept of each matrix, or r of a tuner of PEFT; the method's own (full for rotations)
-    by default."""
+    rank: Literal["full", "out"] | typing.Annotated[int, Field(gt=0)] | None = None
+    """Leading singular directions kept of each matrix: a number, full for min(out, in), or out for all outputs (of a
+    rotation on the output side); r of a tuner of PEFT; the method's own (full for rotations) by default."""
     pairing: str | list[typing.Any] | dict[str, typing.Any] | None = None
     """Which directions turn together: a name, pairs such as [[0, 5], [1, 7]], pairs by layer name or pattern, or a
     .json file of either; the method's own by default."""

@@ -119,7 +119,7 @@ class Problem:
     @property
     def is_full(self) -> bool:
         """Whether no direction is left out."""
-        return self.rank == min(self.out_features, self.in_features)
+        return self.rank >= min(self.out_features, self.in_features)
 
     def weight(self) -> Tensor:
         """Float64 (O, I) with well separated singular values between about 1/4 and 4."""
@@ -139,15 +139,23 @@ class Problem:
 
 
 @st.composite
-def problems(draw: st.DrawFn, *, full: bool = False, largest: int = 12) -> Problem:
-    """Shapes from 1 x 1 up in both orientations; rank 1, odd, even or full."""
+def problems(draw: st.DrawFn, *, full: bool = False, out: bool = False, largest: int = 12) -> Problem:
+    """Shapes from 1 x 1 up in both orientations; rank 1, odd, even or full, and with ``out`` as many as outputs."""
     sizes = st.integers(1, largest)
     out_features, in_features = draw(sizes), draw(sizes)
     limit = min(out_features, in_features)
     ranks = [st.just(limit)]
     if not full:
         ranks.append(st.integers(1, limit))
+    if out:
+        ranks.append(st.just(out_features))
     return Problem(out_features, in_features, draw(st.one_of(ranks)), draw(st.integers(0, 2**16)))
+
+
+def tall_problems() -> st.SearchStrategy[Problem]:
+    """More outputs than inputs, and as many directions as outputs."""
+    sizes = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**16))
+    return sizes.map(lambda s: Problem(s[0] + s[1], s[0], s[0] + s[1], s[2]))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thin singular value decomposition of a weight, in float64 and with canonical signs.
+"""Singular value decomposition of a weight, in float64 and with canonical signs.
 
-Shapes: O out_features, I in_features, D = min(O, I), R rank (1 <= R <= D). W (O, I) = U diag(S) Vh.
+Shapes: O out_features, I in_features, D = min(O, I), R rank (1 <= R <= D, or R = O). W (O, I) = U diag(S) Vh.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from mirrortune.errors import ConfigError, DataError
 # Part of every cache key: raise it when the factors of a given weight change.
 FACTORIZE_VERSION = 1
 
+Rank = int | Literal["full", "out"]
+"""How many directions are kept: a number, all min(O, I), or all O on the output side."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
@@ -26,7 +29,7 @@ class Factors:
     Attributes:
         U: left singular vectors, shape (O, R), orthonormal columns.
         S: singular values, shape (R,), descending, >= 0.
-        Vh: right singular vectors, shape (R, I), orthonormal rows.
+        Vh: right singular vectors, shape (R, I), orthonormal rows; zero rows from D on, where S is zero.
     """
 
     U: Tensor
@@ -43,8 +46,8 @@ class Factors:
         return Factors(U=self.U.to(device, dtype), S=self.S.to(device, dtype), Vh=self.Vh.to(device, dtype))
 
 
-def resolve_rank(rank: int | Literal["full"], shape: tuple[int, int], where: str) -> int:
-    """R for a weight of ``shape``: the number asked for, or min(O, I) for ``"full"``.
+def resolve_rank(rank: Rank, shape: tuple[int, int], where: str) -> int:
+    """R for a weight of ``shape``: the number asked for, min(O, I) for ``"full"``, O for ``"out"``.
 
     Raises:
         ConfigError: if the rank is below 1 or above min(O, I).
@@ -52,17 +55,19 @@ def resolve_rank(rank: int | Literal["full"], shape: tuple[int, int], where: str
     full = min(shape)
     if rank == "full":
         return full
+    if rank == "out":
+        return shape[0]
     if not 1 <= rank <= full:
         raise ConfigError(
             where,
             f"rank {rank} does not fit a weight of shape {shape[0]} x {shape[1]}",
-            allowed=f"1 to {full}, or full",
+            allowed=f"1 to {full}, full or out",
             fix="Lower --rank, or leave this layer out with --target-modules",
         )
     return rank
 
 
-def factorize(weight: Tensor, rank: int | Literal["full"] = "full", *, name: str = "weight") -> Factors:
+def factorize(weight: Tensor, rank: Rank = "full", *, name: str = "weight") -> Factors:
     """Singular value decomposition of ``weight`` in float64 on its device.
 
     float64 whatever the weight's dtype: in float32 the vectors of near-equal singular values are a matter of luck, and
@@ -70,24 +75,50 @@ def factorize(weight: Tensor, rank: int | Literal["full"] = "full", *, name: str
 
     Args:
         weight: shape (O, I), any floating dtype.
-        rank: how many leading triplets to keep.
+        rank: how many leading triplets to keep; O of them, or ``"out"``, even where there are fewer.
         name: the layer's name, for messages.
 
     Returns:
-        Factors in float64, signs canonical: the largest entry of each column of U is positive.
+        Factors in float64, signs canonical: the largest entry of each column of U is positive. Columns of U beyond
+        min(O, I) are those of :func:`complement`.
 
     Raises:
         DataError: if the weight holds NaN or infinities.
         ConfigError: if ``rank`` does not fit.
     """
-    kept = resolve_rank(rank, (weight.shape[0], weight.shape[1]), name)
+    shape = (weight.shape[0], weight.shape[1])
+    kept = resolve_rank("out" if rank == shape[0] else rank, shape, name)
     matrix = weight.detach().to(torch.float64)
     if not torch.isfinite(matrix).all():
         raise DataError(name, "the weight holds NaN or infinities", fix="Repair or replace the base checkpoint")
     U, S, Vh = _svd(matrix)
     U, S, Vh = U[:, :kept], S[:kept], Vh[:kept]
     signs = canonical_signs(U)
-    return Factors(U=(U * signs).contiguous(), S=S.contiguous(), Vh=(Vh * signs[:, None]).contiguous())
+    U, Vh = U * signs, Vh * signs[:, None]
+    if kept > min(shape):
+        missing = kept - min(shape)
+        U = torch.cat([U, complement(U)], dim=1)
+        S, Vh = (torch.cat([t, t.new_zeros(missing, *t.shape[1:])]) for t in (S, Vh))
+    return Factors(U=U.contiguous(), S=S.contiguous(), Vh=Vh.contiguous())
+
+
+def complement(U: Tensor) -> Tensor:
+    """Orthonormal vectors that complete the columns of ``U`` (O, D), D < O, to a basis; shape (O, O - D), float64.
+
+    The weight does not determine them: any basis of its left null space is as good a decomposition. These are the Q of
+    a QR decomposition, diagonal of R positive, of fixed Gaussian vectors projected by I - U U^T. They depend on nothing
+    but the space that U spans, so that neither flipped signs nor mixed vectors of near-equal singular values move them.
+    """
+    out_features, kept = U.shape
+    # NumPy's legacy generator is frozen by its maintainers: the same vectors in every version and on every device.
+    drawn = np.random.RandomState(0).standard_normal((out_features, out_features - kept))
+    vectors = torch.from_numpy(drawn).to(U)
+    # A square Gaussian is ill-conditioned, and one projection would leave a share of U in the last vectors; projected
+    # twice, they are orthogonal to it to rounding.
+    for _ in range(2):
+        vectors, triangle = torch.linalg.qr(vectors - U @ (U.T @ vectors))
+        vectors = vectors * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(U)
+    return vectors
 
 
 def canonical_signs(U: Tensor) -> Tensor:

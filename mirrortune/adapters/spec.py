@@ -7,12 +7,13 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mirrortune.adapters.cores import CORES, Core
+from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.pair_lists import PairLists, check_lists, list_for
 from mirrortune.adapters.pairings import PAIRINGS
 from mirrortune.adapters.presets import PeftTuner, Preset, preset
@@ -28,7 +29,7 @@ class AdapterSpec:
     """
 
     method: str = "mirror"
-    rank: int | Literal["full"] | None = None
+    rank: Rank | None = None
     pairing: str | PairLists | None = None
     target_modules: str = "all-linear"
     seed: int = 0
@@ -41,7 +42,7 @@ class AdapterSpec:
         return preset(self.method)
 
     @property
-    def resolved_rank(self) -> int | Literal["full"]:
+    def resolved_rank(self) -> Rank:
         """The rank asked for, or the preset's."""
         return self.preset.rank if self.rank is None else self.rank
 
@@ -92,6 +93,8 @@ def check_spec(spec: AdapterSpec) -> None:
             checks.append(lambda: _check_pairing(spec))
         elif spec.pairing is not None:
             errors.append(ConfigError("adapter.pairing", f"method '{spec.method}' pairs nothing"))
+        if spec.resolved_rank == "out" and spec.options.get("side", core.side) != "output":
+            errors.append(_no_rank_out(spec))
         for check in checks:
             try:
                 check()
@@ -107,13 +110,18 @@ def _peft_errors(spec: AdapterSpec, tuner: PeftTuner) -> list[ConfigError]:
     ignored = {"pairing": spec.pairing, "strategy": spec.strategy}
     if tuner.rank is None:
         ignored["rank"] = None if spec.rank is None else str(spec.rank)
-    elif spec.rank == "full":
-        errors.append(ConfigError("adapter.rank", "got 'full'", allowed=f"a number for method '{spec.method}'"))
+    elif isinstance(spec.rank, str):
+        errors.append(ConfigError("adapter.rank", f"got {spec.rank!r}", allowed=f"a number for method '{spec.method}'"))
     return errors + [
         ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
         for key, value in ignored.items()
         if value is not None
     ]
+
+
+def _no_rank_out(spec: AdapterSpec) -> ConfigError:
+    problem = f"out keeps output directions that no input reaches; '{spec.method}' does not turn the output side alone"
+    return ConfigError("adapter.rank", problem, allowed="full or a number")
 
 
 def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], pairs: Tensor | None = None) -> Core:

@@ -2,7 +2,7 @@
 """A frozen linear layer with a trained core in its singular basis, and the two ways to run it.
 
     branch     y = base(x) + U (K - S) Vh x     exact base model for an untrained core; cheap when R << D
-    factored   y = U K Vh x + b                 R = D only; cheaper than branch there, equal to the base up to rounding
+    factored   y = U K Vh x + b                 R >= D only; cheaper than branch there, equal to the base up to rounding
 
 Both save z = Vh x (N, R) for the backward pass, not x (N, I): the factors are frozen, so the core's gradient needs only
 z and U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R rank.
@@ -150,8 +150,8 @@ def delta_weight(factors: Factors, core: Core) -> Tensor:
 def cheapest_strategy(out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> Strategy:
     """The strategy with the fewer multiplications per row, in units of the frozen layer's own O * I.
 
-    branch costs 1 + R (O + I) / (O I), factored D (O + I) / (O I). In 16 bits factored would put one more rounding of
+    branch costs 1 + R (O + I) / (O I), factored R (O + I) / (O I). In 16 bits factored would put one more rounding of
     the whole weight into the model, so branch is taken there.
     """
-    is_full = rank == min(out_features, in_features)
+    is_full = rank >= min(out_features, in_features)
     return "factored" if is_full and dtype in (torch.float32, torch.float64) else "branch"

@@ -48,7 +48,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> type[Core]:
 @pytest.mark.usefixtures("toy")
 def test_it_passes_the_laws_of_the_layer() -> None:
     variant = Variant("toy", None, (("gain", 0.5),))
-    for problem in (Problem(3, 5, 3, seed=1), Problem(6, 4, 2, seed=2), Problem(1, 1, 1, seed=3)):
+    for problem in (Problem(3, 5, 3, seed=1), Problem(6, 4, 2, seed=2), Problem(5, 3, 5, 4), Problem(1, 1, 1, seed=3)):
         for dtype in DTYPES:
             x = problem.rows(2, 3).to(dtype)
             check_identity(build_layer(problem, variant, "branch", dtype=dtype), x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs that the user lists and rounds of pairs, from the command line to the merged model."""
+"""Pairs that the user lists, rounds of pairs, and all outputs, from the command line to the merged model."""
 
 from __future__ import annotations
 
@@ -116,13 +116,20 @@ def test_a_wrong_file_of_pairs_is_reported_with_everything_else(desk: Path, tiny
     assert "--lr: got 'fast'" in outcome.said
 
 
-def test_rounds_go_the_whole_way(desk: Path, tiny_model_dir: Path) -> None:
-    words = ("adapter.options={rounds: 2, scale_top_k: 3}",)
+def test_rounds_over_all_outputs_go_the_whole_way(desk: Path, tiny_model_dir: Path) -> None:
+    words = ("--rank", "out", "adapter.options={rounds: 2, scale_top_k: 3}")
     planned = mirrortune(
         "prepare", "-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", *words, "--json"
     )
     trained = train(tiny_model_dir, *words).data
-    assert planned.data["trainable_parameters"] == trained["trainable_parameters"] == 13 * (2 * 16 + 3)
+    # Eleven layers of 32 outputs and two of 64.
+    assert planned.data["trainable_parameters"] == trained["trainable_parameters"] == 2 * (11 * 16 + 2 * 32) + 13 * 3
     scored = mirrortune("eval", "run", "--json").data
     assert scored["metrics"] == pytest.approx(trained["metrics"], abs=1e-5)
     assert mirrortune("merge", "run", "-o", "merged", "--json").data["verification"]["passed"]
+
+
+def test_all_outputs_are_for_rotations_of_the_output_side(desk: Path, tiny_model_dir: Path) -> None:
+    outcome = train(tiny_model_dir, "--method", "psoft", "--rank", "out")
+    assert outcome.exit_code == 2
+    assert "adapter.rank: out keeps output directions that no input reaches; 'psoft' does not turn" in outcome.said

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.basis import Fingerprint, align, fingerprint
-from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.factorize import Factors, complement, factorize
 from mirrortune.adapters.inject import adapter_parameters, attach, plain_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import delta_weight
@@ -29,6 +29,7 @@ from tests.spectral import (
     draw_pairs,
     problems,
     relative,
+    tall_problems,
     train_a_little,
 )
 from tests.tiny_models import tiny_bert
@@ -75,6 +76,16 @@ def by_transposed(weight: Tensor, rank: int) -> Factors:
 def by_flipping(weight: Tensor, rank: int) -> Factors:
     """Our own, with random signs."""
     return flip(factorize(weight, rank), seed=weight.shape[0])
+
+
+def completed(factors: Factors, rank: int) -> Factors:
+    """A driver's decomposition with as many directions as asked for, as :func:`factorize` completes its own."""
+    missing = rank - factors.rank
+    if not missing:
+        return factors
+    U = torch.cat([factors.U, complement(factors.U)], dim=1)
+    S, Vh = (torch.cat([t, t.new_zeros(missing, *t.shape[1:])]) for t in (factors.S, factors.Vh))
+    return Factors(U=U, S=S, Vh=Vh)
 
 
 def aligned_or_refused(factors: Factors, stored: Fingerprint) -> Factors | None:
@@ -181,9 +192,41 @@ def test_a_basis_of_another_rank_or_with_nan_is_refused(side: str, problem: Prob
         align(broken, stored, "the.layer")
 
 
+OUTPUT_VARIANTS = [v for v in LAYER_VARIANTS if v.core == "givens" and "side" not in dict(v.options)]
+
+
+@pytest.mark.parametrize("variant", OUTPUT_VARIANTS, ids=str)
+@given(name=st.sampled_from(sorted(DRIVERS)), problem=tall_problems(), seed=SEEDS)
+def test_any_drivers_basis_of_all_outputs_gives_the_same_effect(
+    name: str, variant: Variant, problem: Problem, seed: int
+) -> None:
+    weight = problem.weight()
+    factors = factorize(weight, "out")
+    core = variant.build(factors.S, seed)
+    other = completed(DRIVERS[name](weight, problem.in_features), problem.out_features)
+    aligned = align(other, fingerprint(weight, factors, core.side), "layer")
+    assert relative(delta_weight(aligned, core), delta_weight(factors, core)) <= EFFECT_TOLERANCE / 1e4
+
+
+@given(problem=tall_problems(), seed=SEEDS)
+def test_another_basis_of_what_no_input_reaches_is_refused(problem: Problem, seed: int) -> None:
+    weight = problem.weight()
+    factors = factorize(weight, "out")
+    noise = torch.randn(problem.out_features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    # A reflection that leaves every left vector of the weight where it is.
+    axis = factors.U[:, problem.in_features :] @ noise[problem.in_features :]
+    if len(noise) - problem.in_features < 2:  # one vector has a sign and nothing else
+        return
+    turned = factors.U - 2 * torch.outer(axis, axis @ factors.U) / axis.square().sum()
+    assert relative(turned @ torch.diag(factors.S) @ factors.Vh, weight) <= 1e-13
+    aligned = aligned_or_refused(Factors(U=turned, S=factors.S, Vh=factors.Vh), fingerprint(weight, factors, "output"))
+    assert aligned is None or relative(aligned.U, factors.U) <= EFFECT_TOLERANCE
+
+
 SPECS = [
     AdapterSpec(),
     AdapterSpec(rank=7),
+    AdapterSpec(rank="out"),
     AdapterSpec(method="random", options={"rounds": 3}),
     AdapterSpec(pairing=[[0, 5], [7, 1]]),
     AdapterSpec(
@@ -219,7 +262,11 @@ def test_save_and_load_are_bit_exact(saved: tuple[Adapted, Path]) -> None:
 def test_a_model_loads_with_any_drivers_basis(saved: tuple[Adapted, Path], driver: Driver) -> None:
     adapted, folder = saved
     loaded = tiny_bert()
-    load_into(loaded, read_adapter(folder), lambda name, weight, rank: driver(weight.detach(), rank))
+
+    def source(name: str, weight: Tensor, rank: int) -> Factors:
+        return completed(driver(weight.detach(), min(rank, *weight.shape)), rank)
+
+    load_into(loaded, read_adapter(folder), source)
     reference = spectral_layers(adapted.model)
     for name, layer in spectral_layers(loaded).items():
         effect = reference[name].delta_weight()

@@ -21,6 +21,7 @@ from tests.spectral import (
     draw_pairs,
     problems,
     relative,
+    tall_problems,
     train_a_little,
     variants,
 )
@@ -200,6 +201,35 @@ def test_rotations_keep_singular_values_and_the_other_side(variant: Variant, pro
         assert relative(turned @ turned.T, weight @ weight.T) <= EXACT
         if problem.is_full:
             assert relative(turned, weight @ (factors.Vh.T @ R @ factors.Vh)) <= EXACT
+
+
+OUTPUT = [v for v in ROTATIONS if "side" not in dict(v.options)]
+
+
+@pytest.mark.parametrize("variant", OUTPUT, ids=str)
+@given(problem=tall_problems(), seed=SEEDS)
+def test_rotations_of_all_outputs_turn_the_whole_weight(variant: Variant, problem: Problem, seed: int) -> None:
+    """W' = (U R U^T) W with a square U, although I directions of it alone belong to W."""
+    weight = problem.weight()
+    factors = factorize(weight, "out")
+    core = variant.build(factors.S, seed)
+    turned = weight + delta_weight(factors, core)
+    rotation = factors.U @ paper_rotation(core, problem.out_features) @ factors.U.T
+    assert relative(turned, rotation @ weight) <= EXACT
+    assert relative(turned.T @ turned, weight.T @ weight) <= EXACT
+    before, after = torch.linalg.svdvals(weight), torch.linalg.svdvals(turned)
+    assert float((after - before).abs().max()) <= EXACT * float(before[0])
+
+
+@given(problem=tall_problems())
+def test_a_pair_of_directions_that_no_input_reaches_is_inert(problem: Problem) -> None:
+    S = factorize(problem.weight(), "out").S
+    core = Givens(S, draw_pairs("mirror", len(S), 0))
+    for index, (strong, _) in enumerate(core.pairs.tolist()):
+        with torch.no_grad():
+            core.theta.zero_()
+            core.theta[index] = 0.5
+        assert core.delta_matrix().any() == (strong < problem.in_features)
 
 
 @pytest.mark.parametrize("variant", SCALED, ids=str)

@@ -84,13 +84,13 @@ def saved_tensors() -> Iterator[list[Tensor]]:
 
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)
-@given(dtype=st.sampled_from(DTYPES), problem=problems())
+@given(dtype=st.sampled_from(DTYPES), problem=problems(out=True))
 def test_an_untrained_branch_is_exactly_the_base_layer(dtype: torch.dtype, variant: Variant, problem: Problem) -> None:
     check_identity(build_layer(problem, variant, "branch", dtype=dtype), problem.rows(3, 2).to(dtype))
 
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)
-@given(dtype=st.sampled_from([torch.float32, torch.float64]), problem=problems(full=True))
+@given(dtype=st.sampled_from([torch.float32, torch.float64]), problem=problems(full=True, out=True))
 def test_an_untrained_factored_layer_is_the_base_layer_to_rounding(
     dtype: torch.dtype, variant: Variant, problem: Problem
 ) -> None:
@@ -104,7 +104,7 @@ def test_an_untrained_factored_layer_is_the_base_layer_to_rounding(
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)
 @given(
     dtype=st.sampled_from(DTYPES),
-    problem=problems(),
+    problem=problems(out=True),
     seed=SEEDS,
     leading=st.sampled_from([(5,), (2, 3), (2, 1, 4), (), (0,)]),
     bias=st.booleans(),
@@ -120,7 +120,7 @@ def test_the_output_is_the_dense_one(
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)
 @given(
     dtype=st.sampled_from(DTYPES),
-    problem=problems(),
+    problem=problems(out=True),
     seed=SEEDS,
     leading=st.sampled_from([(5,), (2, 3)]),
     bias=st.booleans(),
@@ -148,7 +148,7 @@ def test_gradcheck(strategy: Strategy, variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)
 @pytest.mark.parametrize("strategy", ["branch", "factored"])
-@given(problem=problems(full=True), seed=SEEDS)
+@given(problem=problems(full=True, out=True), seed=SEEDS)
 def test_autocast_is_the_dense_formula_to_bfloat16(
     strategy: Strategy, variant: Variant, problem: Problem, seed: int
 ) -> None:
@@ -160,7 +160,7 @@ def test_autocast_is_the_dense_formula_to_bfloat16(
 
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)
-@given(dtype=st.sampled_from(DTYPES), problem=problems(), seed=SEEDS)
+@given(dtype=st.sampled_from(DTYPES), problem=problems(out=True), seed=SEEDS)
 def test_the_merged_weight_gives_the_same_output(
     dtype: torch.dtype, variant: Variant, problem: Problem, seed: int
 ) -> None:
@@ -176,7 +176,7 @@ def test_the_merged_weight_gives_the_same_output(
 
 @pytest.mark.parametrize("variant", INSIDE, ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
-@given(problem=problems(largest=10), seed=SEEDS)
+@given(problem=problems(out=True, largest=10), seed=SEEDS)
 def test_no_input_is_kept_for_the_backward_pass(autocast: bool, variant: Variant, problem: Problem, seed: int) -> None:
     rows = 17  # no side of a weight here and no core's count of numbers, so that a kept row of x shows by its shape
     x = problem.rows(rows).float().requires_grad_()

@@ -16,7 +16,7 @@ from mirrortune.adapters.cores.lora_xs import LoraXs
 from mirrortune.adapters.cores.psoft import Psoft
 from mirrortune.adapters.cores.scale import Scale
 from mirrortune.adapters.cores.svft import Svft
-from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.factorize import Factors, Rank, factorize
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.errors import ConfigError
@@ -52,7 +52,10 @@ def llama() -> nn.Module:
 COUNTS = [
     (encoder, "mirror", None, {}, "all-linear", 27_648),
     (encoder, "mirror", None, {}, ENCODER_QV, 9_216),
+    (encoder, "mirror", "out", {}, "all-linear", 41_472),
+    (encoder, "mirror", "out", {}, ENCODER_QV, 9_216),
     (encoder, "mirror", None, {"rounds": 3}, "all-linear", 3 * 27_648),
+    (encoder, "random", "out", {"rounds": 2}, "all-linear", 2 * 41_472),
     (encoder, "adaptive", None, {"rounds": 2}, "all-linear", 2 * 27_648),
     (encoder, "neighbor", None, {"rounds": 2}, "all-linear", 72 * (384 + 383)),
     (encoder, "givens", None, {"scale_top_k": 8}, "all-linear", 27_648 + 72 * 8),
@@ -63,6 +66,8 @@ COUNTS = [
     (encoder, "lora-xs", 16, {}, "all-linear", 18_432),
     (llama, "mirror", None, {}, QV, 57_344),
     (llama, "mirror", None, {}, "all-linear", 243_712),
+    (llama, "mirror", "out", {}, QV, 57_344),
+    (llama, "mirror", "out", {}, "all-linear", 387_072),
     (llama, "svft", None, {}, QV, 114_688),
     (llama, "svft", None, {}, "all-linear", 487_424),
     (llama, "psoft", 32, {}, QV, 31_360),
@@ -73,7 +78,7 @@ COUNTS = [
 
 @pytest.mark.parametrize(("build", "method", "rank", "options", "targets", "expected"), COUNTS)
 def test_trained_numbers_are_the_papers(
-    build: Any, method: str, rank: int | None, options: dict[str, Any], targets: str, expected: int
+    build: Any, method: str, rank: Rank | None, options: dict[str, Any], targets: str, expected: int
 ) -> None:
     spec = AdapterSpec(method=method, rank=rank, options=options, target_modules=targets)
     plan = make_plan(build(), spec, dtype=torch.float32, rows=1, length=1, is_16bit_compute=False)

@@ -29,6 +29,7 @@ SPECS = {
     "rank 5": AdapterSpec(rank=5),
     "scaled": AdapterSpec(method="neighbor", options={"scale_top_k": "all"}),
     "input side": AdapterSpec(method="random", options={"side": "input"}),
+    "all outputs": AdapterSpec(rank="out"),
     "listed rounds": AdapterSpec(pairing=[[[0, 3], [1, 2]], [[0, 1]]], options={"rounds": 2}),
 }
 

@@ -14,7 +14,7 @@ from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.cores.givens import Givens
 from mirrortune.adapters.inject import attach
 from mirrortune.adapters.presets import PRESETS, method_names, preset
-from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.spec import AdapterSpec, check_spec
 from mirrortune.errors import ConfigError
 from tests.spectral import VARIANTS, Variant
 
@@ -39,6 +39,14 @@ def test_a_cores_own_name_is_a_method() -> None:
     assert (preset("givens").pairing, preset("scale").pairing) == ("mirror", None)
     with pytest.raises(ConfigError, match=r"^adapter\.method: unknown method 'lora-x'\. Did you mean 'lora-xs'"):
         preset("lora-x")
+
+
+@pytest.mark.parametrize("method", ["psoft", "scale", "svft", "lora-xs", "speclora"])
+def test_directions_that_no_input_reaches_are_for_rotations_of_the_output_side(method: str) -> None:
+    for spec in (AdapterSpec(method=method, rank="out"), AdapterSpec(rank="out", options={"side": "input"})):
+        with pytest.raises(ConfigError, match=r"^adapter\.rank: out keeps .*Allowed: full or a number"):
+            check_spec(spec)
+    check_spec(AdapterSpec(rank="out"))
 
 
 def test_one_known_rotation() -> None:

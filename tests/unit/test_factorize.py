@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mirrortune.adapters import factorize as module
-from mirrortune.adapters.factorize import canonical_signs, factorize, resolve_rank
+from mirrortune.adapters.factorize import canonical_signs, complement, factorize, resolve_rank
 from mirrortune.errors import ConfigError, DataError
-from tests.spectral import Problem, problems, relative
+from tests.spectral import Problem, problems, relative, tall_problems
 
 # float64 decompositions of matrices of at most 12 x 12 whose singular values are within a factor of 16.
 EXACT = 1e-13
@@ -86,14 +88,61 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad: float) -> None:
         factorize(weight, name="layer.7")
 
 
-@pytest.mark.parametrize(("rank", "expected"), [("full", 3), (1, 1), (3, 3)])
-def test_ranks_that_fit(rank: int, expected: int) -> None:
+@pytest.mark.parametrize(("rank", "expected"), [("full", 3), ("out", 3), (1, 1), (3, 3)])
+def test_ranks_that_fit(rank: Any, expected: int) -> None:
     assert resolve_rank(rank, (3, 5), "layer") == expected
+
+
+def test_all_outputs_may_be_more_than_there_are_singular_values() -> None:
+    assert resolve_rank("out", (5, 3), "layer") == 5
+    with pytest.raises(ConfigError, match="rank 5 does not fit"):
+        resolve_rank(5, (5, 3), "layer")
+
+
+@given(problem=tall_problems())
+def test_all_outputs_are_the_full_factors_and_zeros(problem: Problem) -> None:
+    weight = problem.weight()
+    full, out = factorize(weight), factorize(weight, "out")
+    kept, size = problem.in_features, problem.out_features
+    assert (out.U.shape, out.S.shape, out.Vh.shape) == ((size, size), (size,), (size, kept))
+    assert torch.equal(out.U[:, :kept], full.U)
+    assert torch.equal(out.S[:kept], full.S)
+    assert torch.equal(out.Vh[:kept], full.Vh)
+    assert not out.S[kept:].any()
+    assert not out.Vh[kept:].any()
+    assert relative(out.U.T @ out.U, torch.eye(size)) <= EXACT
+    assert torch.equal(out.U, factorize(weight, size).U)
+
+
+@given(problem=problems())
+def test_all_outputs_are_the_full_factors_where_there_are_no_more(problem: Problem) -> None:
+    weight = problem.weight()
+    if problem.out_features <= problem.in_features:
+        assert torch.equal(factorize(weight, "out").U, factorize(weight).U)
+        assert torch.equal(factorize(weight, "out").Vh, factorize(weight).Vh)
+
+
+@given(problem=tall_problems(), seed=st.integers(0, 2**16))
+def test_the_complement_depends_on_the_space_alone(problem: Problem, seed: int) -> None:
+    U = factorize(problem.weight()).U
+    noise = torch.randn(U.shape[1], U.shape[1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mixed = U @ torch.linalg.qr(noise)[0]  # flipped signs and mixed vectors are rotations like any other
+    found = complement(U)
+    assert relative(found.T @ U, torch.zeros(1)) <= EXACT
+    # The Gaussian vectors' condition number, some hundreds here, multiplies the rounding of U.
+    assert relative(complement(mixed), found) <= 1e-11
+
+
+def test_a_large_complement_is_orthogonal_to_rounding() -> None:
+    U = torch.linalg.qr(torch.randn(300, 60, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    basis = torch.cat([U, complement(U)], dim=1)
+    assert float((basis.T @ basis - torch.eye(300)).abs().max()) <= 1e-14 * 10
+    assert torch.equal(complement(U), complement(U))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 4])
 def test_ranks_that_do_not_fit_are_refused(rank: int) -> None:
-    with pytest.raises(ConfigError, match=rf"^layer: rank {rank} does not fit .* 3 x 5\. Allowed: 1 to 3, or full"):
+    with pytest.raises(ConfigError, match=rf"^layer: rank {rank} does not fit .* 3 x 5\. Allowed: 1 to 3, full or out"):
         resolve_rank(rank, (3, 5), "layer")
 
 

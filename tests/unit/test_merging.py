@@ -28,7 +28,7 @@ SPECS = {
     "mirror": AdapterSpec(),
     "rank 5": AdapterSpec(rank=5),
     "scaled input side": AdapterSpec(method="random", options={"scale_top_k": "all", "side": "input"}),
-    "rounds": AdapterSpec(options={"rounds": 2}),
+    "rounds over all outputs": AdapterSpec(rank="out", options={"rounds": 2}),
     "listed": AdapterSpec(pairing={"all-linear": [[0, 9], [3, 4]]}),
     "bitfit": AdapterSpec(method="bitfit"),
     "none": AdapterSpec(method="none"),
