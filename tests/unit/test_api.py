@@ -121,6 +121,15 @@ def test_saved_and_loaded_is_the_same_model(tiny_model_dir: Path, tmp_path: Path
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
 
+def test_listed_pairs_are_saved_and_loaded(tiny_model_dir: Path, tmp_path: Path) -> None:
+    pairing = {"query|key": [[[0, 5], [1, 7]], [[0, 1]]], "all-linear": [[[3, 2]], [[2, 9]]]}
+    model = trained(mirrortune.attach(load_base(tiny_model_dir), method="givens", pairing=pairing, rounds=2))
+    assert mirrortune.trainable_parameters(model) == 4 * 3 + 9 * 2
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    loaded = mirrortune.load_adapter(load_base(tiny_model_dir), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_loaded_adapter_trains_on(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = trained(mirrortune.attach(load_base(tiny_model_dir)))
     mirrortune.save_adapter(model, tmp_path / "adapter")
