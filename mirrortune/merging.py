@@ -250,8 +250,14 @@ def probe_logits(model: nn.Module, probe: Batch) -> Tensor:
     call: Callable[..., Any] = model.forward
     with autocast(model):
         outputs = call(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in probe.items()})
-    logits = [value for name, value in outputs.items() if name.endswith("logits") and isinstance(value, Tensor)]
-    return torch.cat([value.float().cpu().flatten() for value in logits])
+    logits = {name: value for name, value in outputs.items() if name.endswith("logits") and isinstance(value, Tensor)}
+    mask = probe.get("attention_mask")
+    for name, value in logits.items():
+        # What a model says of padding means nothing, and rounding moves it further than anything else.
+        is_of_tokens = value.ndim == 3 or name != "logits"
+        if mask is not None and is_of_tokens and value.shape[:2] == mask.shape:
+            logits[name] = value[mask.bool().to(value.device)]
+    return torch.cat([value.float().cpu().flatten() for value in logits.values()])
 
 
 def _config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:

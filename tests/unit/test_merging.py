@@ -16,7 +16,7 @@ from mirrortune.adapters.inject import AdapterSpec, attach, spectral_layers
 from mirrortune.adapting import FingerprintBook
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
-from mirrortune.merging import Verification, merge_folder, merged_state, verify
+from mirrortune.merging import Verification, merge_folder, merged_state, probe_logits, verify
 from mirrortune.model import find_model, load_model, load_tokenizer
 from mirrortune.probes import text_probe
 from mirrortune.tasks import task_to_dict
@@ -262,3 +262,24 @@ def test_delta_weights_do_not_depend_on_the_driver(tiny_model_dir: Path, tmp_pat
     merge_folder(tmp_path / "adapter", tmp_path / "b", factor_source=flipped)
     a, b = (reopen(tmp_path / name).state_dict() for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_a_model_says_of_padding_is_not_compared() -> None:
+    from tests.tiny_models import tiny_causal
+
+    class Talker(torch.nn.Module):
+        """Says noise of padding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_causal()
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            outputs.logits = torch.where(attention_mask[..., None].bool(), outputs.logits, torch.rand(()))
+            return outputs
+
+    ids, mask = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    one, two = (probe_logits(Talker(), {"input_ids": ids, "attention_mask": mask}) for _ in range(2))
+    assert one.numel() == 5 * 272
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
