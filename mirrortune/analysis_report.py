@@ -83,7 +83,7 @@ def html_page(analysis: Analysis, command: str) -> str:
 
 _NOTE = (
     "Change: norm of the change relative to the weight's. Amplified, re-oriented, new: shares of the change's energy. "
-    "σ: relative change of singular values, mean over the top, middle and tail, median over matrices. Turned: angle of "
+    "σ: change of the sum of singular values in the top, middle and tail, median over matrices. Turned: angle of "
     "the top singular vectors. Stable rank: of the change. × chance: energy of the change in the base's top directions "
     "against a change without preference. New dir.: directions along which the base did less than half."
 )
@@ -203,6 +203,8 @@ def _number(value: float | None, *, signed: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     sign = "+" if signed else ""
+    if signed and abs(value) < 1000:
+        return f"{value:+.2f}"
     if value == 0 or 0.01 <= abs(value) < 1000:
         digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
         return f"{value:{sign}.{digits}f}"
