@@ -157,13 +157,16 @@ def _value_change(analysis: Analysis) -> Drawing:
             positions = sorted(p for p, values in curves.items() if len(values) == len(part))
             axes.plot(positions, [median(curves[p]) for p in positions], color=COLOURS[1], linewidth=1.8)
             axes.axhline(0, color=COLOURS[6], linewidth=0.8)
+            steady = [v for p, values in curves.items() if p <= 0.95 * max(curves) for v in values if math.isfinite(v)]
+            edge = 1.2 * max(map(abs, steady), default=1.0) or 1.0
+            axes.set_ylim(-edge, edge)
             axes.set(xscale="log", xlabel="rank position", ylabel="change of the singular value (%)", title=kind)
             tidy(axes)
 
     return Drawing(
         name="singular_value_change",
         caption="Relative change of singular values by rank position: every matrix of a kind (thin) and their median "
-        "(thick).",
+        "(thick). The weakest twentieth, whose values may be next to nothing, may leave the frame.",
         size=_panel_size(len(kinds)),
         draw=draw,
     )
@@ -179,7 +182,9 @@ def _captured(analysis: Analysis) -> Drawing:
                 curve.parameters, [100 * v for v in curve.captured], label=name, marker=MARKERS[place % len(MARKERS)],
                 color=COLOURS[place % len(COLOURS)], linestyle=DASHES[place // len(COLOURS)], markersize=4,
             )  # fmt: skip
-        axes.set(xscale="log", xlabel="trained numbers, all matrices together", ylim=(-2, 102))
+        axes.set(xscale="log", xlabel="trained numbers, all matrices together")
+        best = max(max(c.captured) for c in shown.values())
+        axes.set(yscale="log", ylim=(max(0.01, 100 * min(max(c.captured) for c in shown.values()) / 30), 130 * best))
         axes.set(ylabel="share of the change's energy captured (%)")
         tidy(axes)
         legend_beside(axes)
@@ -237,7 +242,7 @@ def _overlaps(analysis: Analysis) -> Drawing:
 
     def draw(figure: Any) -> None:
         for axes, (matrix, c) in zip(_panels(figure, len(chosen)), chosen.values(), strict=True):
-            mesh = axes.pcolormesh(c.overlap_output, vmin=0, vmax=1, cmap="cividis")
+            mesh = axes.pcolormesh(c.overlap_output, vmin=0, vmax=1, cmap="cividis", edgecolors="face", linewidth=0.3)
             axes.invert_yaxis()
             axes.set(xlabel="direction after (rank)", ylabel="direction before (rank)", title=_title(matrix))
             ticks = sorted({0, c.top_k // 2, c.top_k - 1})

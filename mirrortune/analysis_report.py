@@ -12,12 +12,13 @@ from mirrortune.analysis import Analysis
 from mirrortune.analysis_figures import drawings
 from mirrortune.figures import svg_for_page, write_figures
 from mirrortune.pages import Html
-from mirrortune.spectra.summary import GROUPS, Analysed, Group
+from mirrortune.spectra.summary import Analysed, Group
 from mirrortune.spectra.verdict import BUDGETS
 from mirrortune.text_tables import sparkline, text_table
 
-_GROUP_HEAD = ("matrices", "changed", "change %", "amplified %", "re-oriented %", "new %", "top σ %", "middle σ %",
-               "tail σ %", "turned °", "stable rank", "× chance", "new dir.")  # fmt: skip
+_GROUP_HEAD = ("changed", "change %", "amplified %", "re-oriented %", "new %", "top σ %", "tail σ %", "turned °",
+               "stable rank", "× chance", "new dir.")  # fmt: skip
+_GROUPS = ("top", "tail")
 
 
 def terminal_lines(analysis: Analysis) -> list[str]:
@@ -83,7 +84,7 @@ def html_page(analysis: Analysis, command: str) -> str:
 
 _NOTE = (
     "Change: norm of the change relative to the weight's. Amplified, re-oriented, new: shares of the change's energy. "
-    "σ: relative change of singular values, mean over the top, middle and tail, median over matrices. Turned: angle of "
+    "σ: change of the sum of singular values in the top and the tail, median over matrices. Turned: angle of "
     "the top singular vectors. Stable rank: of the change. × chance: energy of the change in the base's top directions "
     "against a change without preference. New dir.: directions along which the base did less than half."
 )
@@ -91,11 +92,10 @@ _NOTE = (
 
 def _group_row(group: Group) -> list[str]:
     if group.shares is None or group.value_change is None:
-        return [str(group.matrices), "0", *["-"] * (len(_GROUP_HEAD) - 2)]
-    values = [group.value_change.get(name, math.nan) for name in GROUPS]
+        return [f"0/{group.matrices}", *["-"] * (len(_GROUP_HEAD) - 1)]
+    values = [group.value_change.get(name, math.nan) for name in _GROUPS]
     return [
-        str(group.matrices),
-        str(group.changed),
+        f"{group.changed}/{group.matrices}",
         _number(100 * group.relative),
         *[f"{100 * share:.1f}" for share in group.shares.values()],
         *[_number(100 * value, signed=True) for value in values],
@@ -203,6 +203,8 @@ def _number(value: float | None, *, signed: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     sign = "+" if signed else ""
+    if signed and abs(value) < 1000:
+        return f"{value:+.2f}"
     if value == 0 or 0.01 <= abs(value) < 1000:
         digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
         return f"{value:{sign}.{digits}f}"

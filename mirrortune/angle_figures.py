@@ -29,7 +29,7 @@ def angle_drawing(angles: dict[str, list[float]]) -> Drawing:
         left.set(xlabel="angle (degrees)", ylabel="planes", title="All layers")
         tidy(left)
         shares = [100 * np.histogram(part, bins)[0] / max(1, len(part)) for part in angles.values()]
-        mesh = right.pcolormesh(bins, range(len(angles) + 1), shares, cmap="cividis")
+        mesh = right.pcolormesh(bins, range(len(angles) + 1), shares, cmap="cividis", edgecolors="face", linewidth=0.3)
         right.invert_yaxis()
         right.set(xlabel="angle (degrees)", title="By layer")
         step = -(-len(angles) // _MOST_ROWS)

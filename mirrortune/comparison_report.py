@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from mirrortune import pages
 from mirrortune.comparing import Comparison, comparable, default_jobs
 from mirrortune.comparison import Cell, Contender, Plan, choose, slug
 from mirrortune.comparison_figures import draw_curves, draw_per_task, draw_sizes
@@ -58,7 +59,7 @@ def compare(
 
 
 def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
-    """Write ``results.json``, ``table.md`` and the figures; returns the results.
+    """Write ``results.json``, ``table.md``, the figures and a page of them; returns the results.
 
     Methods whose runs are not all there are reported with the seeds they have, and without tests.
     """
@@ -79,6 +80,7 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
         histories = {label: _histories(comparison, task, label) for label in found["methods"]}
         if any(histories.values()):
             draw_curves(histories, found["metric"], root / f"curves-{slug(task)}.png")
+    pages.write_page(root / "report.html", html_page(results, root))
     return results
 
 
@@ -86,18 +88,42 @@ def markdown(results: dict[str, Any]) -> str:
     """The table of every task."""
     parts = []
     for task, found in results["tasks"].items():
-        splits, reference = found["splits"], found["reference"]
-        if not splits:  # nothing has finished
+        if not found["splits"]:  # nothing has finished
             continue
-        head = ["method", "lr", *[f"{found['metric']}, {s}" for s in splits], f"against {reference}, {splits[-1]}",
-                "trained numbers", "adapter", "step", "peak memory"]  # fmt: skip
+        head, rows = _cells(found)
         lines = [f"### {task}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for label, method in found["methods"].items():
-            if method["seeds"]:
-                lines.append("| " + " | ".join(_row(label, method, found, splits)) + " |")
+        lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows]
         lines += ["", _caption(results, found), ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
+
+
+def html_page(results: dict[str, Any], root: Path) -> str:
+    """The tables of all tasks and the figures in ``root``, as one self-contained page."""
+    parts = []
+    for task, found in results["tasks"].items():
+        if found["splits"]:
+            head, rows = _cells(found)
+            parts += [pages.heading(task), pages.table(head, rows), pages.paragraph(_caption(results, found))]
+    parts.append(pages.heading("Figures"))
+    parts += [
+        pages.picture(path.read_bytes(), _FIGURES.get(path.stem, path.stem)) for path in sorted(root.glob("*.png"))
+    ]
+    return pages.page("A comparison of methods", results["command"], *parts)
+
+
+_FIGURES = {
+    "score_per_task": "Every method's score: mean, standard deviation, and a mark for every seed.",
+    "score_by_trained_numbers": "Score against the numbers that are trained besides the head.",
+}
+
+
+def _cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows of a task's table."""
+    splits, reference = found["splits"], found["reference"]
+    head = ["method", "lr", *[f"{found['metric']}, {s}" for s in splits], f"against {reference}, {splits[-1]}",
+            "trained numbers", "adapter", "step", "peak memory"]  # fmt: skip
+    return head, [_row(label, m, found, splits) for label, m in found["methods"].items() if m["seeds"]]
 
 
 def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequence[str]) -> list[str]:
@@ -108,7 +134,7 @@ def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequ
         interval = f" [{100 * test['low']:+.1f}, {100 * test['high']:+.1f}]" if test["low"] is not None else ""
         against = f"{100 * test['difference']:+.1f}{interval} {test['verdict']}"
     return [
-        f"`{label}`",
+        label,
         f"{method['lr']:g}{' (edge of the grid)' if method['is_at_edge'] else ''}",
         *scores,
         against,

@@ -101,7 +101,7 @@ def heat_map(
     array = np.ma.masked_invalid(np.array(values, dtype=float))
     top = float(abs(array).max()) if array.count() else 1.0
     limits = {"vmin": -top, "vmax": top, "cmap": "PuOr"} if zero_centred else {"cmap": "cividis"}
-    mesh = axes.pcolormesh(array, edgecolors="none", **limits)
+    mesh = axes.pcolormesh(array, edgecolors="face", linewidth=0.3, **limits)
     axes.invert_yaxis()
     bar = figure.colorbar(mesh, ax=axes, label=label)
     bar.outline.set_visible(False)

@@ -77,8 +77,8 @@ def learning_curves(runs: Sequence[History]) -> Drawing:
 
     return Drawing(
         name="learning_curves",
-        caption="Training, from top left: loss of the training rows since the last point, score and loss on the "
-        "validation rows, learning rate, gradient norm before clipping, speed without evaluation.",
+        caption="Above: loss of the training rows since the last point, score on the validation rows, learning rate. "
+        "Below: gradient norm before clipping, speed without evaluation, loss on the validation rows.",
         size=(10, 5.2 + 0.2 * (len(runs) // 2)),
         draw=draw,
     )

@@ -174,7 +174,8 @@ def _lengths(job: Job) -> dict[str, Any]:
     longest, shortest = (f(f(v) for v in splits.values()) for f in (max, min))
     if longest == shortest:
         return {}
-    edges = np.unique(np.linspace(shortest, longest + 1, _LENGTH_BINS + 1).round())
+    width = -(-int(longest - shortest + 1) // _LENGTH_BINS)  # of whole numbers: bins of one width hold the same lengths
+    edges = np.arange(shortest, longest + width + 1, width)
     shares = {name: (np.histogram(v, edges)[0] / len(v)).tolist() for name, v in splits.items()}
     return {"edges": edges.tolist(), **shares}
 

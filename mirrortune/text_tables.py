@@ -14,10 +14,12 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns without borders: the first to the left, the others, numbers, to the right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    """Aligned columns without borders: the first to the left, the others, numbers, to the right. Headings break at
+    spaces.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
     for place, name in enumerate(head):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+        table.add_column(name.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     written = io.StringIO()

@@ -43,8 +43,9 @@ class Comparison:
         positions: 1-based rank positions at which the spectra are given.
         base_spectrum, tuned_spectrum: singular values there, each by its own rank.
         delta_spectrum: singular values of Delta there.
-        value_change: (sigma' - sigma) / sigma by rank, mean over the ``top`` k, the ``middle`` and the ``tail`` half.
-        value_change_size: the same of its absolute value.
+        value_change: relative change of the sum of singular values, by rank, of the ``top`` k, the ``middle`` and the
+            ``tail`` half; a mean of relative changes would be the last value's, which is near zero and may double.
+        value_change_size: sum of the absolute changes relative to the sum, in the same parts.
         top_change: the same for each of the top k base directions and its counterpart.
         counterparts: 1-based tuned position of each of the top k base directions, by overlap.
         overlaps: |<u, u'> <v, v'>| of the two, 0 to 1.
@@ -209,14 +210,15 @@ def _norms(pair: _Pair, energies: Tensor) -> dict[str, float]:
 def _spectra(pair: _Pair, energies: Tensor) -> dict[str, Any]:
     positions = curve_positions(pair.base.rank)
     index = torch.tensor(positions) - 1
-    change = _relative_values(pair.tuned.S, pair.base.S)
+    before, change = _groups(pair.base.S, pair.k), _groups(pair.tuned.S - pair.base.S, pair.k)
+    sums = {name: float(part.sum()) for name, part in before.items() if float(part.sum()) > 0}
     return {
         "positions": positions,
         "base_spectrum": pair.base.S[index].tolist(),
         "tuned_spectrum": pair.tuned.S[index].tolist(),
         "delta_spectrum": energies[index].sqrt().tolist(),
-        "value_change": {name: float(part.mean()) for name, part in _groups(change, pair.k).items()},
-        "value_change_size": {name: float(part.abs().mean()) for name, part in _groups(change, pair.k).items()},
+        "value_change": {name: float(change[name].sum()) / total for name, total in sums.items()},
+        "value_change_size": {name: float(change[name].abs().sum()) / total for name, total in sums.items()},
     }
 
 
@@ -307,11 +309,10 @@ def _relative_values(after: Tensor, before: Tensor) -> Tensor:
 
 
 def _groups(values: Tensor, k: int) -> dict[str, Tensor]:
-    """Known values of the top k, the tail half, and what is between; empty groups are left out."""
+    """Values of the top k, of the tail half, and of what is between; empty groups are left out."""
     half = max(k, (len(values) + 1) // 2)
     parts = {"top": values[:k], "middle": values[k:half], "tail": values[half:]}
-    known = {name: part[~part.isnan()] for name, part in parts.items()}
-    return {name: part for name, part in known.items() if len(part)}
+    return {name: part for name, part in parts.items() if len(part)}
 
 
 def _by_rank(shares: Tensor, k: int) -> dict[str, float]:

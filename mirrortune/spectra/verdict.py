@@ -55,14 +55,14 @@ def claims(found: Sequence[Comparison]) -> list[Claim]:
     return [
         _claim(
             "the top singular values are amplified",
-            "their mean relative change is positive and larger than that of the middle and the tail",
+            "their sum grows, and grows by a larger share than the middle's and the tail's",
             f"top {value('top'):+.2%}, middle {value('middle'):+.2%}, tail {value('tail'):+.2%} (medians)",
             usable,
             lambda c: c.value_change["top"] > max(0.0, c.value_change["middle"], c.value_change["tail"]),
         ),
         _claim(
             "the other singular values are nearly unchanged",
-            "the mean size of their relative change is below 1%",
+            "they move by less than 1% of their sum, in the middle and in the tail",
             f"middle {value('middle', size=True):.2%}, tail {value('tail', size=True):.2%}, "
             f"top {value('top', size=True):.2%} (medians)",
             usable,

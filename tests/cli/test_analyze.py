@@ -76,8 +76,8 @@ def test_the_summary_says_what_was_done(done: Checkpoints) -> None:
     assert done.shown.is_plain
     assert "6 of 13 matrices changed" in out
     assert "mostly amplification: 100% amplification, 0% re-orientation, 0% new directions" in out
-    assert re.search(r"^query +2 +2 .*\+50\.0 ", out, flags=re.MULTILINE)
-    assert re.search(r"^pooler.dense +1 +0 ", out, flags=re.MULTILINE)
+    assert re.search(r"^query +2/2 .*\+50\.00 ", out, flags=re.MULTILINE)
+    assert re.search(r"^pooler.dense +0/1 ", out, flags=re.MULTILINE)
     assert "holds: the top singular values are amplified (100% of matrices)" in out
     # Two of 32 values of six matrices: scale captures it all with two numbers each.
     assert re.search(r"^scale .* 12$", out, flags=re.MULTILINE)
