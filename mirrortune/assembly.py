@@ -19,6 +19,7 @@ from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
 from mirrortune.errors import ConfigError, ResourceError, unknown_name
 from mirrortune.examples import Examples
 from mirrortune.locations import is_local
+from mirrortune.loop import LoopSettings
 from mirrortune.metrics import METRICS
 from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
 from mirrortune.peft_configs import check_options
@@ -29,7 +30,6 @@ from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, check_columns, settings_of, task_class
 from mirrortune.tokens import Reading
 from mirrortune.tracking import check_tracker
-from mirrortune.training import LoopSettings
 
 HELD_OUT = "held-out half"
 """What protocol split-dev calls the half of the validation rows that chooses nothing."""
@@ -216,6 +216,8 @@ def loop_settings(recipe: Recipe) -> LoopSettings:
         eval_every_steps=section.eval_every_steps,
         save_every_steps=section.save_every_steps,
         log_every_steps=section.log_every_steps,
+        keep=section.keep,
+        patience=section.patience,
         eval_batch_size=recipe.eval.batch_size,
     )
 

@@ -14,6 +14,9 @@ from safetensors import SafetensorError
 
 from mirrortune.errors import ResourceError
 
+# What a killed process leaves behind is hidden and ends like this, so that it can be told from anything else.
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+
 
 def write_atomically(path: Path, write: Callable[[Path], None], *, optional: bool = False) -> None:
     """Call ``write`` with a temporary file's path beside ``path`` and rename it to ``path``.
@@ -29,7 +32,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, optional: boo
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -54,7 +57,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=_PARTIAL))
         temporary.chmod(0o777 & ~_umask())
         write(temporary)
         for file in temporary.rglob("*"):
@@ -66,6 +69,29 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Put right what a process that was killed while writing into ``folder`` left: half-written files and folders are
+    removed, and a folder that was set aside for its successor is put back if that one never came.
+
+    Only for a place that nobody else is writing into.
+    """
+    for path in folder.glob(f".*{_REPLACED}"):
+        original = path.with_name(path.name[1:].removesuffix(_REPLACED))
+        if not original.exists():
+            path.rename(original)
+    for pattern in (_PARTIAL, _REPLACED):
+        for path in folder.glob(f".*{pattern}"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether :func:`clear_leftovers` would take this file or folder for one of its own."""
+    return path.name.startswith(".") and path.name.endswith((_PARTIAL, _REPLACED))
 
 
 def cannot_write(path: Path, error: Exception) -> ResourceError:
@@ -85,12 +111,12 @@ def _swap(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         temporary.rename(folder)
         return
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.with_name(f".{folder.name}{_REPLACED}")
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     try:
         temporary.rename(folder)
-    except OSError:
+    except BaseException:  # also when a second Ctrl-C ends the process just here
         old.rename(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -2,11 +2,13 @@
 """The run directory: names of its files, the append-only event log, and checkpoints from which a run continues exactly.
 
 A checkpoint is a folder ``checkpoints/step-000500`` with the adapter, ``training.safetensors`` (optimizer moments and
-random states) and ``state.json``; it is written under a temporary name and renamed last. No pickle anywhere.
+random states), ``state.json``, and ``SHA256SUMS`` of them all (``sha256sum -c`` reads it); it is written under a
+temporary name and renamed last. No pickle anywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -16,17 +18,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mirrortune.atomic import cannot_write, write_atomically, write_folder_atomically
+from mirrortune.atomic import (
+    cannot_write,
+    clear_leftovers,
+    is_leftover,
+    write_atomically,
+    write_folder_atomically,
+)
 from mirrortune.errors import ConfigError, VerificationError
 
-STATE_VERSION = 1
-_TRAINING, _STATE = "training.safetensors", "state.json"
+STATE_VERSION = 2
+_TRAINING, _STATE, _SUMS = "training.safetensors", "state.json", "SHA256SUMS"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +46,9 @@ class LoopState:
         best_metric: best value of the selection metric so far, or None.
         best_step: its step.
         best_metrics: all metrics of that evaluation.
+        evaluations_since_best: evaluations in a row that were no better.
+        owes_evaluation: whether the evaluation that is due after ``global_step`` was cut short by a signal.
+        is_interim: whether the checkpoint was saved for a signal alone; the next one replaces it.
         window_loss, window_items: loss summed since the last log line, and over how many items.
         num_processes: ranks that took part.
     """
@@ -50,6 +59,9 @@ class LoopState:
     best_metric: float | None = None
     best_step: int | None = None
     best_metrics: dict[str, float] | None = None
+    evaluations_since_best: int = 0
+    owes_evaluation: bool = False
+    is_interim: bool = False
     window_loss: float = 0.0
     window_items: int = 0
     num_processes: int = 1
@@ -78,7 +90,7 @@ class RunDirectory:
         Raises:
             ConfigError: with the three ways out.
         """
-        if resume or not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if resume or not self.path.exists() or (self.path.is_dir() and self._holds_nothing()):
             return
         if not overwrite:
             raise ConfigError(
@@ -124,10 +136,20 @@ class RunDirectory:
         """All entries of ``progress.jsonl`` so far, in the same way."""
         return _lines(self.progress_log)
 
-    def rewind_log(self, global_step: int) -> None:
-        """Drop events after ``global_step``: the continued run will write them again."""
-        kept = [e for e in self.events() if e["step"] <= global_step]
+    def rewind_log(self, global_step: int, *, owes_evaluation: bool = False) -> None:
+        """Drop what the continued run writes again: events after ``global_step``, and the evaluation that it owes."""
+        kept = [
+            e
+            for e in self.events()
+            if e["step"] < global_step
+            or (e["step"] == global_step and not (owes_evaluation and e["event"] == "evaluate"))
+        ]
         self.write_text(self.metrics.name, "".join(json.dumps(e) + "\n" for e in kept))
+
+    def clear_leftovers(self) -> None:
+        """Remove what a save that was killed has left, and put back what it had set aside."""
+        for folder in (self.path, self.checkpoints):
+            clear_leftovers(folder)
 
     def checkpoint(self, global_step: int) -> Path:
         """Folder of the checkpoint after ``global_step`` optimizer steps."""
@@ -139,9 +161,14 @@ class RunDirectory:
         return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdigit() and (f / _STATE).is_file())
 
     def save_checkpoint(
-        self, state: LoopState, tensors: dict[str, Tensor], write_adapter_files: Callable[[Path], object]
+        self,
+        state: LoopState,
+        tensors: dict[str, Tensor],
+        write_adapter_files: Callable[[Path], object],
+        *,
+        keep: int = 1,
     ) -> None:
-        """Write a checkpoint, then remove all but the best and the last.
+        """Write a checkpoint, then remove all but the best and the last ``keep``.
 
         Raises:
             ResourceError: if it cannot be written; earlier checkpoints are intact.
@@ -152,20 +179,27 @@ class RunDirectory:
             save_file(tensors, folder / _TRAINING)
             described = {"format_version": STATE_VERSION, **asdict(state), "python_random": random.getstate()}
             _write_text(folder / _STATE, json.dumps(described) + "\n")
+            digests = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+            _write_text(folder / _SUMS, _sums(digests))
 
         write_folder_atomically(self.checkpoint(state.global_step), write)
-        for step in self.saved_steps():
-            if step not in (state.global_step, state.best_step):
+        # What was saved for a signal alone does not count: with it or without, the same steps are kept in the end.
+        others = [s for s in self.saved_steps() if s != state.global_step]
+        regular = [s for s in others if not self._is_interim(s)]
+        kept = {state.best_step, *regular[len(regular) - (keep - 1) :]}
+        for step in others:
+            if step not in kept:
                 shutil.rmtree(self.checkpoint(step), ignore_errors=True)
 
     def load_checkpoint(self, global_step: int) -> tuple[LoopState, dict[str, Tensor]]:
         """State and tensors of a checkpoint; sets Python's own random state.
 
         Raises:
-            VerificationError: if a file is missing or damaged.
+            VerificationError: if a file is missing or not the one that was saved; names the checkpoint before it.
         """
         folder = self.checkpoint(global_step)
         try:
+            _check_sums(folder)
             described = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             version = described.pop("format_version")
             kind, internal, gauss = described.pop("python_random")
@@ -174,10 +208,13 @@ class RunDirectory:
             random.setstate((kind, tuple(internal), gauss))
             return LoopState(**described), load_file(folder / _TRAINING)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            earlier = [s for s in self.saved_steps() if s < global_step]
             raise VerificationError(
                 str(folder),
                 f"damaged checkpoint ({error})",
-                fix=f"Delete {folder.name} to continue from an earlier one",
+                fix=f"Delete it to continue from {self.checkpoint(earlier[-1]).name}"
+                if earlier
+                else "There is no earlier one: start again with --overwrite",
             ) from error
 
     def publish_adapter(self, step: int) -> None:
@@ -185,53 +222,21 @@ class RunDirectory:
 
         def write(folder: Path) -> None:
             for file in self.checkpoint(step).iterdir():
-                if file.name not in (_TRAINING, _STATE):  # all else is the adapter's, whose format is not ours to know
+                if file.name not in (_TRAINING, _STATE, _SUMS):  # all else is the adapter's, whose format is its own
                     shutil.copyfile(file, folder / file.name)
 
         write_folder_atomically(self.adapter, write)
 
+    def _holds_nothing(self) -> bool:
+        """Whether the folder is empty, or holds what a run leaves that was killed before it could write anything."""
+        inside = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
+        return all(p == self.checkpoints or is_leftover(p) for p in [*self.path.iterdir(), *inside])
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``; ``names`` maps id(parameter) to its name."""
-    return {
-        f"optimizer.{names[id(parameter)]}.{entry}": value.detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for entry, value in state.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`, onto each parameter's device (AdamW keeps its step counts on the CPU)."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = f"optimizer.{names[id(parameter)]}."
-            entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            for entry, value in entries.items():
-                device = value.device if entry == "step" else parameter.device
-                optimizer.state[parameter][entry] = value.to(device)
-
-
-def random_tensors() -> dict[str, Tensor]:
-    """Random states of this process: torch on CPU and GPU, and NumPy's global one (some models draw from it)."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
-    states = {
-        "torch": torch.get_rng_state(),
-        "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy()),
-        "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random(states: dict[str, Tensor]) -> None:
-    """Inverse of :func:`random_tensors`."""
-    torch.set_rng_state(states["torch"])
-    position, has_gauss, gauss = states["numpy.rest"].tolist()
-    keys = states["numpy.keys"].numpy().view(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    def _is_interim(self, step: int) -> bool:
+        try:
+            return bool(json.loads((self.checkpoint(step) / _STATE).read_text(encoding="utf-8"))["is_interim"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False  # damaged, which whoever loads it will say
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
@@ -259,3 +264,24 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _check_sums(folder: Path) -> None:
+    """OSError or ValueError unless every file of a checkpoint is there as it was saved, and is listed."""
+    text = (folder / _SUMS).read_text(encoding="utf-8")
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    found = {name: _sha256(folder / name) for name in listed}
+    for name, digest in found.items():
+        if digest != listed[name]:
+            raise ValueError(f"{name} is not the file that was saved: its SHA-256 is another")
+    if text != _sums(found) or not {_TRAINING, _STATE} <= found.keys():
+        raise ValueError(f"{_SUMS} is not the file that was saved")
+
+
+def _sums(digests: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ import typer
 
 from mirrortune import __version__
 from mirrortune.cli_reports import analyze, report
-from mirrortune.errors import ConfigError, MirrortuneError
+from mirrortune.errors import ConfigError, MirrortuneError, PeerError
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics, kilobytes
 
@@ -71,7 +71,8 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
         except MirrortuneError as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
-            Reporter().error(str(error))
+            if not isinstance(error, PeerError):  # the process that failed tells why
+                Reporter().error(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             Reporter().error("interrupted")

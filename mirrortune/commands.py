@@ -45,6 +45,7 @@ from mirrortune.loading import (
     load_evaluable,
     require_adapter,
 )
+from mirrortune.loop import FitResult
 from mirrortune.merging import Verification, merge_folder
 from mirrortune.peft_tuners import remarks
 from mirrortune.recipe import Resolved
@@ -55,7 +56,7 @@ from mirrortune.schema import Recipe
 from mirrortune.scoring import score_kept
 from mirrortune.tasks import Task, check_columns, task_to_dict
 from mirrortune.tokens import Reading
-from mirrortune.training import FitResult, Trainer
+from mirrortune.training import Trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +172,9 @@ def train(
     # Dropout: the same from a cold and a warm cache, another on each rank.
     _seed(recipe.train.seed + 1 + accelerator.process_index)
     outcome = _fit(job, model, book, run, accelerator, reporter, resume=resume)
+    if outcome.stopped_early:
+        count = recipe.train.patience
+        reporter.note(f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one")
     reported = score_kept(job, model, run, accelerator, reporter)
     record_validation(job, model, run, accelerator)
     result = _train_result(run, model, outcome)

@@ -3,12 +3,13 @@
 
     MirrortuneError              1  (never raised itself; anything else that escapes is a bug)
     +-- ConfigError              2  usage, recipe, flags
-    +-- DivergedError            2  the loss became NaN or infinite (a setting or the data; never a bug of the caller's
-    code) +-- DataError                3  files, columns, labels
+    +-- DivergedError            2  the loss became NaN or infinite
+    +-- DataError                3  files, columns, labels
     +-- ResourceError            4  will not fit: memory, disk, wrong hardware
     +-- VerificationError        5  a merge or an adapter's basis failed its check
     +-- HubError                 6  network, Hub, authentication
     +-- InterruptedRun     130/143  stopped by a signal after a safe checkpoint
+    +-- PeerError         another's  another process of the run has failed, and says why
 
 Every message says where, what is wrong (got what), what is allowed and what to do. This module imports nothing of ours.
 """
@@ -100,6 +101,14 @@ class InterruptedRun(MirrortuneError):  # noqa: N818  (nothing went wrong)
     def __init__(self, where: str, problem: str, *, signal_number: int, fix: str) -> None:
         super().__init__(where, problem, fix=fix)
         self.exit_code = 128 + signal_number
+
+
+class PeerError(MirrortuneError):
+    """Another process of the run ended with an error, which it reports; this one ends in silence with its exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("processes", "another process of this run has failed")
+        self.exit_code = exit_code
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from mirrortune import ranks
 from mirrortune.batching import forward
 from mirrortune.errors import DataError
-from mirrortune.examples import Examples
+from mirrortune.examples import Examples, Rows
 from mirrortune.metrics import score
 from mirrortune.tasks import Task
+
+
+_Scored = tuple[Rows, list[Any], float, int]
+"""Rows, what the task kept of each, their loss, and over how many items."""
+
+
+class EvaluationStoppedError(Exception):
+    """``should_stop`` said so; nothing was scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,20 +56,23 @@ def evaluate_split(
     batch_size: int,
     source: str,
     on_batch: Callable[[int], None] | None = None,
+    should_stop: Callable[[], object] | None = None,
 ) -> EvalResult:
     """Score every row of ``examples``.
 
     Args:
-        model: on the accelerator's device, not wrapped for distribution: ranks may have unequal numbers of batches.
+        model: on the accelerator's device.
         task: metrics, loss and predictions.
         examples: the rows.
         accelerator: accelerate's; says which rank this is.
         batch_size: rows per process and batch.
         source: the split's name, for messages.
         on_batch: called with the number of rows after each batch.
+        should_stop: asked before each batch, by all ranks alike.
 
     Raises:
-        DataError: if no row has a target.
+        DataError: if a row has no target.
+        EvaluationStoppedError: if ``should_stop`` says so.
     """
     if examples.num_unlabelled:
         raise DataError(
@@ -70,28 +83,35 @@ def evaluate_split(
     was_training = model.training
     model.eval()
     # Longest first: if a batch does not fit into memory, it is the first one.
-    order = np.argsort(-examples.lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes]
-    found: list[tuple[Any, list[Any], float, int]] = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        with accelerator.autocast():
-            inputs, outputs, targets = forward(model, examples.batch(rows), accelerator.device)
-            judged = task.judge(model, inputs, outputs, targets)
-        loss, items = task.loss(outputs, targets)
-        found.append((rows, list(judged), float(loss), items))
-        if on_batch:
-            on_batch(len(rows))
-    model.train(was_training)
-    return _collect(found, task, examples, accelerator)
+    order = np.argsort(-examples.lengths, kind="stable")
+    own = order[accelerator.process_index :: accelerator.num_processes]
+    found: list[_Scored] = []
+    try:
+        # Every rank makes the same number of batches, because those of a sharded model wait for each other: one that
+        # has no row left computes a row and forgets it.
+        for start in range(0, math.ceil(len(examples) / accelerator.num_processes), batch_size):
+            if should_stop is not None and should_stop():
+                raise EvaluationStoppedError
+            rows = own[start : start + batch_size]
+            scored = _score(model, task, examples, rows if len(rows) else order[:1], accelerator)
+            if len(rows):
+                found.append(scored)
+            if on_batch:
+                on_batch(len(rows))
+    finally:
+        model.train(was_training)
+    return _collect(ranks.gather_lists(accelerator, found), task, examples)
 
 
-def _collect(
-    found: list[tuple[Any, list[Any], float, int]], task: Task, examples: Examples, accelerator: Any
-) -> EvalResult:
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object  # noqa: PLC0415
+def _score(model: nn.Module, task: Task, examples: Examples, rows: Rows, accelerator: Any) -> _Scored:
+    with accelerator.autocast():
+        inputs, outputs, targets = forward(model, examples.batch(rows), accelerator.device)
+        judged = task.judge(model, inputs, outputs, targets)
+    loss, items = task.loss(outputs, targets)
+    return rows, list(judged), float(loss), items
 
-        found = gather_object(found)
+
+def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult:
     by_row = {int(row): value for rows, judged, _, _ in found for row, value in zip(rows, judged, strict=True)}
     assert sum(len(part[0]) for part in found) == len(by_row) == len(examples)
     in_order = [by_row[row] for row in range(len(examples))]

@@ -69,6 +69,8 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_LOOP, "--gradient-accumulation-steps", "train.gradient_accumulation_steps", int, "Batches per optimizer step."),
     _flag(_LOOP, "--epochs", "train.epochs", float, "Passes over the training rows."),
     _flag(_LOOP, "--max-steps", "train.max_steps", int, "Stop after this many optimizer steps."),
+    _flag(_LOOP, "--patience", "train.patience", int, "Stop after this many evaluations without a better one."),
+    _flag(_LOOP, "--keep", "train.keep", int, "Last checkpoints kept, besides the best."),
     _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
     _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32 or bf16."),
     _flag(_LOOP, "--track", "train.track", str, "Tell a tracker as well: tensorboard, wandb, mlflow or trackio."),

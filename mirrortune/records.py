@@ -22,6 +22,10 @@ def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
     return with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
 
 
+# Settings that a continued run may change: no number depends on them.
+_FREE = ("output_dir", "train.keep", "train.num_workers")
+
+
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     """Refuse to continue a run under another recipe; names every setting that differs."""
     if not run.recipe.is_file():
@@ -35,7 +39,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
             fix="Use the same settings",
         )
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and key != "output_dir"
+        if before.get(key) != now.get(key) and key not in _FREE
     ]
     if differing:
         raise ConfigError.several(differing)

@@ -29,7 +29,7 @@ from mirrortune.merging import Verification
 from mirrortune.recipe import flatten
 from mirrortune.report import Reporter
 from mirrortune.tracking import Track, tracker
-from mirrortune.training import Progress
+from mirrortune.loop import Progress
 
 _HARDEST = 12
 _LONGEST_TEXT = 400
@@ -38,7 +38,7 @@ _LENGTH_BINS = 30
 
 
 class RunRecorder:
-    """A :class:`mirrortune.training.Progress` that also writes ``progress.jsonl``, and tells a tracker.
+    """A :class:`mirrortune.loop.Progress` that also writes ``progress.jsonl``, and tells a tracker.
 
     Args:
         shown: told everything.
@@ -52,20 +52,20 @@ class RunRecorder:
         self._mark, self._seconds, self._rows = 0.0, 0.0, 0
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
-        """See :class:`mirrortune.training.Progress`; what was written after ``done_steps`` will be written again."""
+        """See :class:`mirrortune.loop.Progress`; what was written after ``done_steps`` will be written again."""
         kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps]
         self._run.write_text(self._run.progress_log.name, "".join(json.dumps(e) + "\n" for e in kept))
         self._shown.on_start(total_steps, done_steps)
         self._mark = time.perf_counter()
 
     def on_step(self, step: int, loss: float, rows: int) -> None:
-        """See :class:`mirrortune.training.Progress`."""
+        """See :class:`mirrortune.loop.Progress`."""
         now = time.perf_counter()
         self._seconds, self._mark, self._rows = self._seconds + now - self._mark, now, self._rows + rows
         self._shown.on_step(step, loss, rows)
 
     def on_log(self, event: dict[str, Any]) -> None:
-        """See :class:`mirrortune.training.Progress`."""
+        """See :class:`mirrortune.loop.Progress`."""
         if event["event"] == "train":
             speed = self._rows / self._seconds if self._seconds else 0.0
             self._run.log_progress({"step": event["step"], "rows_per_second": round(speed, 3)})
@@ -82,7 +82,7 @@ class RunRecorder:
         self._mark = time.perf_counter()  # evaluating is no training
 
     def on_evaluate(self, rows: int) -> None:
-        """See :class:`mirrortune.training.Progress`."""
+        """See :class:`mirrortune.loop.Progress`."""
         self._shown.on_evaluate(rows)
 
 

@@ -156,6 +156,10 @@ class TrainSection(_Section):
     """Evaluate every so many optimizer steps; at the end of every epoch by default."""
     save_every_steps: int | None = Field(default=None, gt=0)
     """Checkpoint every so many optimizer steps; at the end of every epoch by default."""
+    keep: int = Field(default=1, gt=0)
+    """Last checkpoints kept; the best is kept besides."""
+    patience: int | None = Field(default=None, gt=0)
+    """Stop after this many evaluations in a row that were no better than the best; never by default."""
     log_every_steps: int = Field(default=10, gt=0)
     """Optimizer steps between two lines of the log."""
     track: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None

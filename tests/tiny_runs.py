@@ -21,9 +21,10 @@ from mirrortune.adapting import FingerprintBook
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import Split
 from mirrortune.examples import Padding, TokenExamples
+from mirrortune.loop import LoopSettings
 from mirrortune.tasks.text_classification import Task
 from mirrortune.tokens import Reading
-from mirrortune.training import LoopSettings, Trainer
+from mirrortune.training import Trainer
 from tests.spectral import train_a_little
 from tests.tiny_models import WORDS, tiny_bert, tiny_tokenizer
 
@@ -140,20 +141,24 @@ SETTINGS = LoopSettings(
     eval_every_steps=None,
     save_every_steps=None,
     log_every_steps=1,
+    keep=1,
+    patience=None,
     eval_batch_size=16,
 )
 
 
 class Watcher:
-    """A progress that remembers what it was told and may act after a step."""
+    """A progress that remembers what it was told and may act after a step, or when rows were scored."""
 
-    def __init__(self, after_step: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, after_step: Callable[[int], None] | None = None, after_rows: Callable[[int], None] | None = None
+    ) -> None:
         self.started: list[tuple[int, int]] = []
         self.losses: list[float] = []
         self.rows: list[int] = []
         self.events: list[dict[str, Any]] = []
         self.evaluated = 0
-        self._after_step = after_step
+        self._after_step, self._after_rows = after_step, after_rows
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
         self.started.append((total_steps, done_steps))
@@ -169,11 +174,18 @@ class Watcher:
 
     def on_evaluate(self, rows: int) -> None:
         self.evaluated += rows
+        if self._after_rows:
+            self._after_rows(self.evaluated)
 
 
 def terminate_after(step: int) -> Watcher:
     """A progress that sends this process SIGTERM after ``step``, as a scheduler would."""
     return Watcher(lambda done: signal.raise_signal(signal.SIGTERM) if done == step else None)
+
+
+def terminate_after_rows(rows: int) -> Watcher:
+    """A progress that sends this process SIGTERM while it evaluates, once ``rows`` rows were scored in all."""
+    return Watcher(after_rows=lambda done: signal.raise_signal(signal.SIGTERM) if done == rows else None)
 
 
 def make_trainer(

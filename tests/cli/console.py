@@ -82,7 +82,7 @@ def start(
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> Outcome:
+def finish(process: subprocess.Popen[str], timeout: float = 600) -> Outcome:
     """Wait for a command that was started."""
     try:
         stdout, stderr = process.communicate(timeout=timeout)

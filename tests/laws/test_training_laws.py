@@ -22,7 +22,16 @@ from mirrortune.errors import InterruptedRun
 from mirrortune.evaluation import EvalResult, evaluate_split
 from mirrortune.examples import TokenExamples
 from tests.tiny_models import FAMILIES, tiny_bert
-from tests.tiny_runs import Adapted, Watcher, adapt, classification, make_trainer, sentences, terminate_after
+from tests.tiny_runs import (
+    Adapted,
+    Watcher,
+    adapt,
+    classification,
+    make_trainer,
+    sentences,
+    terminate_after,
+    terminate_after_rows,
+)
 
 SPECS = {
     "mirror": AdapterSpec(),
@@ -170,6 +179,10 @@ CUTS: dict[str, tuple[Watcher, dict[str, Any]]] = {
     "terminated in an epoch": (terminate_after(5), {}),
     "terminated between epochs": (terminate_after(4), {}),
     "terminated after the first step": (terminate_after(1), {}),
+    "terminated in an evaluation that was the best": (terminate_after_rows(16), {}),
+    "terminated in a later evaluation": (terminate_after_rows(36), {"save_every_steps": 3, "keep": 2}),
+    "terminated in the last evaluation": (terminate_after_rows(56), {}),
+    "terminated where nothing was due, and more are kept": (terminate_after(5), {"save_every_steps": 2, "keep": 3}),
     "killed two steps after a checkpoint": (
         kill_after(8),
         {"save_every_steps": 3, "eval_every_steps": 6, "log_every_steps": 1},

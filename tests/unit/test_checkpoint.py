@@ -3,25 +3,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from mirrortune.checkpoint import (
-    LoopState,
-    RunDirectory,
-    optimizer_tensors,
-    random_tensors,
-    restore_optimizer,
-    restore_random,
-)
+from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
+from mirrortune.snapshots import random_tensors
 
 TENSORS = {"optimizer.w.exp_avg": torch.arange(3.0), **{f"random.0.{k}": v for k, v in random_tensors().items()}}
 
@@ -44,9 +39,17 @@ def run(tmp_path: Path) -> RunDirectory:
     return found
 
 
-def save(run: RunDirectory, step: int, **state: Any) -> None:
+def save(run: RunDirectory, step: int, *, keep: int = 1, **state: Any) -> None:
     """A checkpoint after ``step`` steps."""
-    run.save_checkpoint(LoopState(global_step=step, **state), TENSORS, adapter_files(f"adapter {step}"))
+    run.save_checkpoint(LoopState(global_step=step, **state), TENSORS, adapter_files(f"adapter {step}"), keep=keep)
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Change a file of a checkpoint and its listed hash, as whoever edits it by hand would."""
+    path.write_bytes(data)
+    sums = path.with_name("SHA256SUMS")
+    lines = [line for line in sums.read_text().splitlines() if not line.endswith(f"  {path.name}")]
+    sums.write_text("\n".join([*lines, f"{hashlib.sha256(data).hexdigest()}  {path.name}"]) + "\n")
 
 
 def test_a_checkpoint_comes_back_as_it_was(run: RunDirectory) -> None:
@@ -76,6 +79,24 @@ def test_the_best_and_the_last_are_kept(run: RunDirectory) -> None:
         assert run.saved_steps() == sorted({step, best})
 
 
+def test_the_last_few_are_kept(run: RunDirectory) -> None:
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 1), (5, 1)):
+        save(run, step, best_step=best, keep=3)
+        assert run.saved_steps() == sorted({1, *range(max(1, step - 2), step + 1)})
+    save(run, 6, best_step=6, keep=1)
+    assert run.saved_steps() == [6]
+
+
+def test_what_was_saved_for_a_signal_alone_does_not_count(run: RunDirectory) -> None:
+    """With an interruption or without, the same checkpoints are there in the end."""
+    for step in (2, 4, 6):
+        save(run, step, best_step=2, keep=2)
+    save(run, 7, best_step=2, keep=2, is_interim=True)
+    assert run.saved_steps() == [2, 6, 7]
+    save(run, 8, best_step=2, keep=2)
+    assert run.saved_steps() == [2, 6, 8]
+
+
 def test_what_is_not_whole_is_not_a_checkpoint(run: RunDirectory) -> None:
     save(run, 3)
     (run.checkpoints / "step-000009").mkdir()
@@ -99,48 +120,66 @@ def test_a_failed_save_leaves_earlier_ones_alone(run: RunDirectory) -> None:
     assert run.load_checkpoint(1)[0].global_step == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("state.json", b""),
-        ("state.json", b"[]"),
-        ("state.json", b"{}"),
-        ("state.json", b'{"format_version": 1, "python_random": []}'),
-        ("state.json", None),
-        ("training.safetensors", b""),
-        ("training.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00garbage"),
-        ("training.safetensors", None),
-    ],
-)
+@pytest.mark.parametrize("name", ["state.json", "training.safetensors", "adapter.json", "SHA256SUMS"])
+@pytest.mark.parametrize("content", [b"", b"[]", None], ids=["empty", "other", "missing"])
 def test_a_damaged_checkpoint_is_refused(run: RunDirectory, name: str, content: bytes | None) -> None:
     save(run, 3)
     path = run.checkpoint(3) / name
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(VerificationError, match=r"step-000003: damaged checkpoint.*Delete step-000003") as caught:
+    with pytest.raises(VerificationError, match=r"step-000003: damaged checkpoint .*There is no earlier one") as caught:
         run.load_checkpoint(3)
     assert caught.value.exit_code == 5
 
 
-@pytest.mark.parametrize("change", [{"format_version": 2}, {"unknown": 1}, {"python_random": [3, [1, 2], None]}])
+@pytest.mark.parametrize("name", ["state.json", "training.safetensors", "adapter.safetensors", "SHA256SUMS"])
+def test_a_flipped_bit_is_refused_and_the_checkpoint_before_is_named(run: RunDirectory, name: str) -> None:
+    for step in (3, 4, 5):
+        save(run, step, best_step=3, keep=2)
+    path = run.checkpoint(5) / name
+    for position in (0, len(path.read_bytes()) // 2, -2):
+        before = path.read_bytes()
+        data = bytearray(before)
+        data[position] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(
+            VerificationError, match=r"step-000005: damaged checkpoint .*Delete it to continue from step-000004\.$"
+        ):
+            run.load_checkpoint(5)
+        path.write_bytes(before)
+    assert run.load_checkpoint(5)[0].global_step == 5
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_the_usual_tool_checks_a_checkpoint(run: RunDirectory) -> None:
+    save(run, 3)
+    command = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=run.checkpoint(3), check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format_version": 1},
+        {"format_version": 3},
+        {"unknown": 1},
+        {"python_random": [3, [1, 2], None]},
+        {"python_random": []},
+    ],
+)
 def test_a_state_that_means_nothing_here_is_refused(run: RunDirectory, change: dict[str, Any]) -> None:
     save(run, 3)
     path = run.checkpoint(3) / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    rewrite(path, json.dumps({**json.loads(path.read_text()), **change}).encode())
     with pytest.raises(VerificationError, match="damaged checkpoint"):
         run.load_checkpoint(3)
 
 
-def test_random_states_come_back() -> None:
-    def draw() -> tuple[Any, ...]:
-        numpy = np.random.standard_normal(3).tolist()  # noqa: NPY002
-        return torch.rand(3).tolist(), torch.randn(1).item(), numpy
-
-    np.random.standard_normal(1)  # noqa: NPY002  (so that a second normal number is waiting)
-    states = random_tensors()
-    expected = draw()
-    assert draw() != expected
-    restore_random(states)
-    assert draw() == expected
+@pytest.mark.parametrize("content", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00garbage"])
+def test_tensors_that_mean_nothing_here_are_refused(run: RunDirectory, content: bytes) -> None:
+    save(run, 3)
+    rewrite(run.checkpoint(3) / "training.safetensors", content)
+    with pytest.raises(VerificationError, match="damaged checkpoint"):
+        run.load_checkpoint(3)
 
 
 def test_pythons_random_state_comes_with_the_checkpoint(run: RunDirectory) -> None:
@@ -150,39 +189,6 @@ def test_pythons_random_state_comes_with_the_checkpoint(run: RunDirectory) -> No
     random.seed(5)
     run.load_checkpoint(1)
     assert [random.random(), random.gauss(0, 1)] == expected
-
-
-def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, dict[int, str]]:
-    """A small model after two AdamW steps; one of its parameters never got a gradient."""
-    torch.manual_seed(seed)
-    model = nn.ModuleDict({"a": nn.Linear(2, 2), "ab": nn.Linear(2, 1), "idle": nn.Linear(1, 1)})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for _ in range(2):
-        model["ab"](model["a"](torch.ones(1, 2))).sum().backward()
-        optimizer.step()
-    return model, optimizer, {id(p): n for n, p in model.named_parameters()}
-
-
-def test_optimizer_states_come_back() -> None:
-    model, optimizer, names = stepped(0)
-    tensors = optimizer_tensors(optimizer, names)
-    assert set(tensors) == {
-        f"optimizer.{name}.{entry}"
-        for name, _ in model.named_parameters()
-        if not name.startswith("idle")
-        for entry in ("step", "exp_avg", "exp_avg_sq")
-    }
-    other, fresh, other_names = stepped(1)
-    restore_optimizer(fresh, other_names, {name: tensor.clone() for name, tensor in tensors.items()})
-    again: dict[str, Tensor] = optimizer_tensors(fresh, other_names)
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
-    other.load_state_dict(model.state_dict())
-    for one, its_optimizer in ((model, optimizer), (other, fresh)):
-        its_optimizer.zero_grad()
-        one["ab"](one["a"](torch.ones(1, 2))).sum().backward()
-        its_optimizer.step()
-    assert all(torch.equal(other.get_parameter(name), parameter) for name, parameter in model.named_parameters())
 
 
 def test_the_log_is_appended_read_and_rewound(run: RunDirectory) -> None:
@@ -201,6 +207,30 @@ def test_the_log_is_appended_read_and_rewound(run: RunDirectory) -> None:
     assert len(run.metrics.read_text().splitlines()) == 3
 
 
+def test_an_evaluation_that_will_be_made_again_is_dropped(run: RunDirectory) -> None:
+    events = [{"event": kind, "step": step} for step in (1, 2) for kind in ("train", "evaluate")]
+    for event in events:
+        run.log(event)
+    run.rewind_log(2, owes_evaluation=True)
+    assert run.events() == events[:3]
+
+
+def test_what_killed_saves_left_is_cleared(run: RunDirectory) -> None:
+    save(run, 3)
+    save(run, 4, best_step=3)
+    for path in (run.path / ".metrics.jsonl.ab12.partial", run.path / ".git", run.checkpoints / ".DS_Store"):
+        path.write_text("half")
+    shutil.copytree(run.checkpoint(4), run.checkpoints / ".step-000005.cd34.partial")
+    shutil.copytree(run.checkpoint(3), run.checkpoints / ".step-000003.replaced")  # its successor came
+    run.checkpoint(4).rename(run.checkpoints / ".step-000004.replaced")  # its successor did not
+    assert run.saved_steps() == [3]
+    run.clear_leftovers()
+    assert run.saved_steps() == [3, 4]
+    assert run.load_checkpoint(4)[0].global_step == 4
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [".DS_Store", "step-000003", "step-000004"]
+    assert sorted(p.name for p in run.path.iterdir()) == [".git", "checkpoints"]
+
+
 def test_publishing_copies_the_adapter_of_a_step(run: RunDirectory) -> None:
     save(run, 1, best_step=1)
     save(run, 2, best_step=1)
@@ -216,6 +246,9 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path: Path) -> None:
     run.check(overwrite=False, resume=False)  # there is nothing yet
     run.path.mkdir()
     run.check(overwrite=False, resume=False)  # it is empty
+    run.checkpoints.mkdir()
+    (run.path / ".recipe.yaml.ab12.partial").write_text("ta")
+    run.check(overwrite=False, resume=False)  # it was killed before it began
     (run.path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="--resume, choose another with -o, or replace it with --overwrite"):
         run.check(overwrite=False, resume=False)

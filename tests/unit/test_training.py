@@ -18,7 +18,16 @@ from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
 from mirrortune.stepping import NotFiniteError
 from mirrortune.training import Trainer
-from tests.tiny_runs import SETTINGS, Adapted, Watcher, adapt, make_trainer, sentences, terminate_after
+from tests.tiny_runs import (
+    SETTINGS,
+    Adapted,
+    Watcher,
+    adapt,
+    make_trainer,
+    sentences,
+    terminate_after,
+    terminate_after_rows,
+)  # fmt: skip
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -93,8 +102,8 @@ def test_a_logged_loss_is_the_mean_over_its_window(tmp_path: Path) -> None:
 def test_evaluation_and_saving_have_their_own_intervals(tmp_path: Path) -> None:
     saved: list[int] = []
     trainer = make_trainer(tmp_path, eval_every_steps=3, save_every_steps=2)
-    write = trainer.write_adapter_files
-    trainer.write_adapter_files = lambda folder: (saved.append(trainer.state.global_step), write(folder))
+    write = trainer.snapshots.write_adapter_files
+    trainer.snapshots.write_adapter_files = lambda folder: (saved.append(trainer.state.global_step), write(folder))
     trainer.fit()
     assert [event["step"] for event in events(tmp_path, "evaluate")] == [3, 6, 8]
     assert {2, 4, 6, 8} <= set(saved) <= {2, 3, 4, 6, 8}  # and at 3 because its first evaluation is the best so far
@@ -167,36 +176,157 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> 
     assert all(torch.equal(tensor, before[name]) for name, tensor in numbers(adapted).items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_a_safe_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "advice"),
+    [
+        (signal.SIGINT, 130, "Continue with the same command and --resume"),
+        (signal.SIGTERM, 143, "Continue with the same command and --resume"),
+        (signal.SIGUSR1, 143, "Submit it again with --resume in its command"),
+    ],
+)
+def test_a_signal_stops_after_a_safe_checkpoint(tmp_path: Path, number: signal.Signals, code: int, advice: str) -> None:
     before = signal.getsignal(number)
     watcher = Watcher(lambda step: signal.raise_signal(number) if step == 3 else None)
     trainer = make_trainer(tmp_path, progress=watcher)
-    with pytest.raises(InterruptedRun, match=rf"{number.name} stopped it after step 3 of 8.*--resume") as caught:
+    with pytest.raises(InterruptedRun, match=rf"{number.name} stopped it after step 3 of 8.*{advice}") as caught:
         trainer.fit()
-    assert caught.value.exit_code == 128 + number
+    assert caught.value.exit_code == code
     assert trainer.run.saved_steps() == [3]
     assert not (tmp_path / "adapter").exists()
     assert signal.getsignal(number) == before
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+def test_slurms_warning_says_which_job_to_requeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    watcher = Watcher(lambda step: signal.raise_signal(signal.SIGUSR1))
+    with pytest.raises(InterruptedRun, match=r"Requeue it \(scontrol requeue 4711\) with --resume in its command"):
+        make_trainer(tmp_path, progress=watcher).fit()
+
+
+def after_step_1(*numbers: signal.Signals) -> Watcher:
+    """A progress that sends this process signals after its first step."""
+    return Watcher(lambda step: [signal.raise_signal(number) for number in numbers] and None)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirrortune.signals.IMPATIENT_AFTER_SECONDS", 0.0)
     before = signal.getsignal(signal.SIGINT)
-
-    def twice(step: int) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-
-    trainer = make_trainer(tmp_path, progress=Watcher(twice))
+    trainer = make_trainer(tmp_path, progress=after_step_1(signal.SIGTERM, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert trainer.run.saved_steps() == []
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_signal_at_the_last_step_changes_nothing(tmp_path: Path) -> None:
-    assert make_trainer(tmp_path, progress=terminate_after(8)).fit().global_step == 8
+def test_the_same_ctrl_c_from_terminal_and_launcher_is_one(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, progress=after_step_1(signal.SIGINT, signal.SIGINT, signal.SIGTERM))
+    with pytest.raises(InterruptedRun, match="SIGINT stopped it after step 1") as caught:
+        trainer.fit()
+    assert caught.value.exit_code == 130
+    assert trainer.run.saved_steps() == [1]
+
+
+# 20 validation rows are scored in two batches, 16 and 4.
+def test_a_signal_stops_an_evaluation(tmp_path: Path) -> None:
+    watcher = terminate_after_rows(16)
+    trainer = make_trainer(tmp_path, progress=watcher)
+    with pytest.raises(InterruptedRun, match="SIGTERM stopped it after step 4 of 8"):
+        trainer.fit()
+    assert watcher.evaluated == 16
+    assert trainer.run.saved_steps() == [4]
+    assert trainer.run.load_checkpoint(4)[0].owes_evaluation
+    assert trainer.bare_model.training
+    again = make_trainer(tmp_path, fresh=False)
+    again.resume()
+    again.fit()
+    assert [event["step"] for event in events(tmp_path, "evaluate")] == [4, 8]
+
+
+def test_a_signal_in_the_last_evaluation_is_honoured_too(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRun, match="after step 8 of 8"):
+        make_trainer(tmp_path, progress=terminate_after(8)).fit()
+    watcher = Watcher()
+    trainer = make_trainer(tmp_path, fresh=False, progress=watcher)
+    trainer.resume()
+    assert trainer.fit().global_step == 8
+    assert watcher.losses == []
+    assert watcher.evaluated == 20
     assert (tmp_path / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_signal_while_saving_waits_for_the_checkpoint(tmp_path: Path, step: int) -> None:
+    trainer = make_trainer(tmp_path, eval_every_steps=99, save_every_steps=4)
+    write = trainer.snapshots.write_adapter_files
+
+    def warned(folder: Path) -> None:
+        if trainer.state.global_step == step:
+            signal.raise_signal(signal.SIGTERM)
+        write(folder)
+
+    trainer.snapshots.write_adapter_files = warned
+    if step == 4:
+        with pytest.raises(InterruptedRun, match="after step 4 of 8"):
+            trainer.fit()
+    else:
+        trainer.fit()  # all that is left is to publish
+    assert trainer.run.saved_steps()[-1] == step
+    assert not trainer.run.load_checkpoint(step)[0].is_interim
+
+
+def test_checkpoints_are_kept_as_asked(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, save_every_steps=1, eval_every_steps=99, keep=3)
+    trainer.fit()
+    assert trainer.run.saved_steps() == [6, 7, 8]
+
+
+def rigged(trainer: Trainer, scores: list[float], monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A loop whose evaluations, in turn, have these accuracies."""
+    from dataclasses import replace
+
+    import mirrortune.training
+    from mirrortune.evaluation import evaluate_split
+
+    given = iter(scores)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        return replace(evaluate_split(*args, **kwargs), metrics={"accuracy": next(given), "loss": 0.5})
+
+    monkeypatch.setattr(mirrortune.training, "evaluate_split", evaluate)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("patience", "scores", "steps", "best"),
+    [
+        (1, [0.5, 0.6, 0.6], 3, 2),  # as good is not better
+        (2, [0.5, 0.4, 0.6, 0.5, 0.5], 5, 3),
+        (3, [0.5, 0.4, 0.4, 0.4], 4, 1),
+        (9, [0.5] * 8, 8, 1),
+    ],
+)
+def test_patience_ends_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: int, scores: list[float], steps: int, best: int
+) -> None:
+    trainer = make_trainer(tmp_path, eval_every_steps=1, save_every_steps=99, patience=patience)
+    result = rigged(trainer, scores, monkeypatch).fit()
+    assert (result.global_step, result.best_step, result.stopped_early) == (steps, best, steps < 8)
+    assert trainer.run.saved_steps() == sorted({best, steps})
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_patience_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"eval_every_steps": 1, "patience": 3}
+    first = make_trainer(tmp_path, progress=terminate_after(3), **settings)
+    with pytest.raises(InterruptedRun):  # before the third evaluation
+        rigged(first, [0.5, 0.4], monkeypatch).fit()
+    second = make_trainer(tmp_path, fresh=False, **settings)
+    second.resume()
+    result = rigged(second, [0.3, 0.2], monkeypatch).fit()
+    assert (result.global_step, result.best_step) == (4, 1)
+    third = make_trainer(tmp_path, fresh=False, **settings)
+    third.resume()
+    assert third.fit().global_step == 4
 
 
 def test_training_works_outside_of_the_main_thread(tmp_path: Path) -> None:
@@ -237,11 +367,12 @@ def test_resuming_a_finished_run_publishes_it_again(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_processes_is_refused(tmp_path: Path) -> None:
-    folder = interrupted(tmp_path / "run")
-    path = folder / "checkpoints" / "step-000003" / "state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_processes": 2}))
+    first = make_trainer(tmp_path, progress=terminate_after(3))
+    first.state.num_processes = 2
+    with pytest.raises(InterruptedRun):
+        first.fit()
     with pytest.raises(ConfigError, match=r"^--resume: the checkpoint is of 2 processes.*Launch 2 processes"):
-        make_trainer(folder, fresh=False).resume()
+        make_trainer(tmp_path, fresh=False).resume()
 
 
 def test_resuming_from_a_damaged_adapter_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training loop is told and what it tells: its settings, who watches it, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mirrortune.optim import Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """Numbers of the loop, with the meanings and units of the recipe's ``train`` and ``eval`` sections."""
+
+    lr: float
+    head_lr: float
+    batch_size: int
+    gradient_accumulation_steps: int
+    epochs: float
+    max_steps: int | None
+    schedule: Schedule
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    eval_every_steps: int | None
+    save_every_steps: int | None
+    log_every_steps: int
+    keep: int
+    patience: int | None
+    eval_batch_size: int
+
+
+class Progress(Protocol):
+    """Who is told how the loop goes (``report.py``); called on the main process only."""
+
+    def on_start(self, total_steps: int, done_steps: int) -> None:
+        """The first step is about to run."""
+
+    def on_step(self, step: int, loss: float, rows: int) -> None:
+        """An optimizer step of ``rows`` rows was made; ``loss`` is its mean per item."""
+
+    def on_log(self, event: dict[str, Any]) -> None:
+        """An event was added to the log."""
+
+    def on_evaluate(self, rows: int) -> None:
+        """``rows`` more validation rows were scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitResult:
+    """What a finished loop achieved.
+
+    Attributes:
+        metrics: of the kept checkpoint, on the validation split.
+        best_step, global_step: steps of the kept checkpoint, and in all.
+        stopped_early: whether patience ended the loop.
+        train_seconds: this process's time in optimizer steps, without evaluation and saving.
+        samples_per_second: training rows a second over ``train_seconds``, all ranks together.
+        median_step_seconds: of this process's optimizer steps, which a busy machine disturbs less than their mean.
+    """
+
+    metrics: dict[str, float]
+    best_step: int
+    global_step: int
+    stopped_early: bool
+    train_seconds: float
+    samples_per_second: float
+    median_step_seconds: float

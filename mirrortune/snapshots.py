@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live objects of a training loop, taken into a checkpoint and brought back from one: adapter, optimizer, random
+states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mirrortune import ranks
+from mirrortune.adapter_file import read_adapter, restore_trained
+from mirrortune.adapters.inject import adapter_parameters, plain_parameters
+from mirrortune.checkpoint import LoopState, RunDirectory
+from mirrortune.errors import ConfigError
+
+
+class Snapshots:
+    """Saves a loop and restores it.
+
+    Args:
+        model: adapted, not wrapped for distribution.
+        optimizer: of everything that ``model`` trains.
+        accelerator: accelerate's.
+        run: where checkpoints go.
+        write_adapter_files: writes the adapter into a folder.
+        keep: last checkpoints kept, besides the best.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Any,
+        *,
+        run: RunDirectory,
+        write_adapter_files: Callable[[Path], object],
+        keep: int,
+    ) -> None:
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.run, self.write_adapter_files, self.keep = run, write_adapter_files, keep
+        self.last_step = 0
+        trained = {**adapter_parameters(model), **plain_parameters(model)}
+        self._names = {id(p): n for n, p in trained.items()}
+
+    def save(self, state: LoopState, *, is_interim: bool = False) -> None:
+        """Write a checkpoint of ``state``; every process takes part.
+
+        Args:
+            state: of the loop.
+            is_interim: whether it is saved for a signal alone.
+
+        Raises:
+            ResourceError: if it cannot be written.
+        """
+        index = self.accelerator.process_index
+        own = [(f"random.{index}.{name}", tensor) for name, tensor in random_tensors().items()]
+        tensors = optimizer_tensors(self.optimizer, self._names) | dict(ranks.gather_lists(self.accelerator, own))
+        state.is_interim = is_interim
+        ranks.from_main(
+            self.accelerator,
+            lambda: self.run.save_checkpoint(state, tensors, self.write_adapter_files, keep=self.keep),
+        )
+        self.last_step = state.global_step
+
+    def restore(self) -> LoopState | None:
+        """Bring the newest checkpoint of the run back, and rewind its log; None if there is no checkpoint.
+
+        Raises:
+            ConfigError: if it was written by another number of processes.
+            VerificationError: if it is damaged.
+        """
+        ranks.from_main(self.accelerator, self.run.clear_leftovers)
+        steps = self.run.saved_steps()
+        if not steps:
+            ranks.from_main(self.accelerator, lambda: self.run.rewind_log(0))
+            return None
+        state, tensors = self.run.load_checkpoint(steps[-1])
+        count = self.accelerator.num_processes
+        if state.num_processes != count:
+            raise ConfigError(
+                "--resume",
+                f"the checkpoint is of {state.num_processes} processes, this run has {count}",
+                fix=f"Launch {state.num_processes} processes",
+            )
+        folder = self.run.checkpoint(steps[-1])
+        restore_trained(self.model, read_adapter(folder))
+        restore_optimizer(self.optimizer, self._names, tensors)
+        prefix = f"random.{self.accelerator.process_index}."
+        restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.last_step = state.global_step
+        owes = state.owes_evaluation
+        ranks.from_main(self.accelerator, lambda: self.run.rewind_log(state.global_step, owes_evaluation=owes))
+        return state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
+    """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``; ``names`` maps id(parameter) to its name."""
+    return {
+        f"optimizer.{names[id(parameter)]}.{entry}": value.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
+    """Inverse of :func:`optimizer_tensors`, onto each parameter's device (AdamW keeps its step counts on the CPU)."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            prefix = f"optimizer.{names[id(parameter)]}."
+            entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            for entry, value in entries.items():
+                device = value.device if entry == "step" else parameter.device
+                optimizer.state[parameter][entry] = value.to(device)
+
+
+def random_tensors() -> dict[str, Tensor]:
+    """Random states of this process: torch on CPU and GPU, and NumPy's global one (some models draw from it)."""
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy()),
+        "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(states: dict[str, Tensor]) -> None:
+    """Inverse of :func:`random_tensors`."""
+    torch.set_rng_state(states["torch"])
+    position, has_gauss, gauss = states["numpy.rest"].tolist()
+    keys = states["numpy.keys"].numpy().view(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
