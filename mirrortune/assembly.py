@@ -218,6 +218,7 @@ def loop_settings(recipe: Recipe) -> LoopSettings:
         log_every_steps=section.log_every_steps,
         keep=section.keep,
         patience=section.patience,
+        num_workers=section.num_workers,
         eval_batch_size=recipe.eval.batch_size,
     )
 

@@ -260,7 +260,8 @@ def evaluate(
     with reporter.bar(f"evaluate {name}", len(examples)) as bar:
         outcome = evaluate_split(
             found.model, found.task, examples, accelerator,
-            batch_size=recipe.eval.batch_size, source=rows.source, on_batch=bar.advance_by,
+            batch_size=recipe.eval.batch_size, source=rows.source, num_workers=recipe.train.num_workers,
+            on_batch=bar.advance_by,
         )  # fmt: skip
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows)
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import nn
 from mirrortune import ranks
 from mirrortune.batching import forward
 from mirrortune.errors import DataError
-from mirrortune.examples import Examples, Rows
+from mirrortune.examples import Batch, Examples, Rows
+from mirrortune.feeding import made_ahead, pinned
 from mirrortune.metrics import score
 from mirrortune.tasks import Task
-
 
 _Scored = tuple[Rows, list[Any], float, int]
 """Rows, what the task kept of each, their loss, and over how many items."""
@@ -55,6 +56,7 @@ def evaluate_split(
     *,
     batch_size: int,
     source: str,
+    num_workers: int = 0,
     on_batch: Callable[[int], None] | None = None,
     should_stop: Callable[[], object] | None = None,
 ) -> EvalResult:
@@ -67,8 +69,9 @@ def evaluate_split(
         accelerator: accelerate's; says which rank this is.
         batch_size: rows per process and batch.
         source: the split's name, for messages.
+        num_workers: threads that make batches ahead.
         on_batch: called with the number of rows after each batch.
-        should_stop: asked before each batch, by all ranks alike.
+        should_stop: asked before each batch, on all ranks alike.
 
     Raises:
         DataError: if a row has no target.
@@ -82,33 +85,45 @@ def evaluate_split(
         )
     was_training = model.training
     model.eval()
-    # Longest first: if a batch does not fit into memory, it is the first one.
-    order = np.argsort(-examples.lengths, kind="stable")
-    own = order[accelerator.process_index :: accelerator.num_processes]
     found: list[_Scored] = []
     try:
-        # Every rank makes the same number of batches, because those of a sharded model wait for each other: one that
-        # has no row left computes a row and forgets it.
-        for start in range(0, math.ceil(len(examples) / accelerator.num_processes), batch_size):
-            if should_stop is not None and should_stop():
-                raise EvaluationStoppedError
-            rows = own[start : start + batch_size]
-            scored = _score(model, task, examples, rows if len(rows) else order[:1], accelerator)
-            if len(rows):
-                found.append(scored)
-            if on_batch:
-                on_batch(len(rows))
+        with closing(_batches(examples, accelerator, batch_size, num_workers)) as batches:
+            for rows, batch in batches:
+                if should_stop is not None and should_stop():
+                    raise EvaluationStoppedError
+                scored = _score(model, task, batch, accelerator)
+                if len(rows):
+                    found.append((rows, *scored))
+                if on_batch:
+                    on_batch(len(rows))
     finally:
         model.train(was_training)
     return _collect(ranks.gather_lists(accelerator, found), task, examples)
 
 
-def _score(model: nn.Module, task: Task, examples: Examples, rows: Rows, accelerator: Any) -> _Scored:
+def _batches(
+    examples: Examples, accelerator: Any, batch_size: int, num_workers: int
+) -> Generator[tuple[Rows, Batch], None, None]:
+    """This rank's rows, and a batch of them (or of any row, where it has none left)."""
+    # Longest first: if a batch does not fit into memory, it is the first one.
+    order = np.argsort(-examples.lengths, kind="stable")
+    own = order[accelerator.process_index :: accelerator.num_processes]
+    # Every rank makes the same number of batches, because those of a sharded model wait for each other.
+    starts = range(0, math.ceil(len(examples) / accelerator.num_processes), batch_size)
+    slices = (own[start : start + batch_size] for start in starts)
+
+    def make(rows: Rows) -> tuple[Rows, Batch]:
+        return rows, pinned(examples.batch(rows if len(rows) else order[:1]), accelerator.device)
+
+    return made_ahead(slices, make, num_workers)
+
+
+def _score(model: nn.Module, task: Task, batch: Batch, accelerator: Any) -> tuple[list[Any], float, int]:
     with accelerator.autocast():
-        inputs, outputs, targets = forward(model, examples.batch(rows), accelerator.device)
+        inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = task.judge(model, inputs, outputs, targets)
     loss, items = task.loss(outputs, targets)
-    return rows, list(judged), float(loss), items
+    return list(judged), float(loss), int(items)
 
 
 def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult:

@@ -29,6 +29,7 @@ class LoopSettings:
     log_every_steps: int
     keep: int
     patience: int | None
+    num_workers: int
     eval_batch_size: int
 
 
@@ -38,8 +39,8 @@ class Progress(Protocol):
     def on_start(self, total_steps: int, done_steps: int) -> None:
         """The first step is about to run."""
 
-    def on_step(self, step: int, loss: float, rows: int) -> None:
-        """An optimizer step of ``rows`` rows was made; ``loss`` is its mean per item."""
+    def on_step(self, step: int, rows: int) -> None:
+        """An optimizer step of ``rows`` rows was made, or is waiting in the device's queue."""
 
     def on_log(self, event: dict[str, Any]) -> None:
         """An event was added to the log."""
@@ -56,7 +57,7 @@ class FitResult:
         metrics: of the kept checkpoint, on the validation split.
         best_step, global_step: steps of the kept checkpoint, and in all.
         stopped_early: whether patience ended the loop.
-        train_seconds: this process's time in optimizer steps, without evaluation and saving.
+        train_seconds: this process's (or its GPU's) time in optimizer steps, without evaluation and saving.
         samples_per_second: training rows a second over ``train_seconds``, all ranks together.
         median_step_seconds: of this process's optimizer steps, which a busy machine disturbs less than their mean.
     """

@@ -124,8 +124,7 @@ class TrainingProgress:
             console=console, disable=not self._live,
         )  # fmt: skip
         self._task: TaskID | None = None
-        self._rows, self._loss = 0, 0.0
-        self._total = 0
+        self._rows = self._total = 0
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -134,38 +133,39 @@ class TrainingProgress:
         self._progress.stop()
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
-        """See :class:`mirrortune.training.Progress`."""
+        """See :class:`mirrortune.loop.Progress`."""
         self._total = total_steps
         self._task = self._progress.add_task(
             "train", total=total_steps, completed=done_steps, loss="-", metric="", speed=0.0
         )
         self._progress.start()
 
-    def on_step(self, step: int, loss: float, rows: int) -> None:
-        """See :class:`mirrortune.training.Progress`."""
+    def on_step(self, step: int, rows: int) -> None:
+        """See :class:`mirrortune.loop.Progress`."""
         self._rows += rows
-        self._loss = loss if self._loss == 0.0 else 0.9 * self._loss + 0.1 * loss
         if self._live and self._task is not None:
             elapsed = self._progress.tasks[0].elapsed or 1e-9
-            self._progress.update(self._task, completed=step, loss=f"{self._loss:.4f}", speed=self._rows / elapsed)
+            self._progress.update(self._task, completed=step, speed=self._rows / elapsed)
 
     def on_log(self, event: dict[str, Any]) -> None:
-        """See :class:`mirrortune.training.Progress`."""
+        """See :class:`mirrortune.loop.Progress`."""
         is_evaluation = event["event"] == "evaluate"
         numbers = {k: v for k, v in event.items() if k not in ("event", "split", "step", "epoch")}
         text = "  ".join(f"{k} {_format(v)}" for k, v in numbers.items())
+        line = f"step {event['step']}/{self._total}  epoch {event['epoch']:.2f}  "
         if is_evaluation:
             shown = next((f"{k} {v:.4f}" for k, v in numbers.items() if k != "loss"), "")
             if self._task is not None:
                 self._progress.update(self._task, metric=shown)
-            line = f"step {event['step']}/{self._total}  epoch {event['epoch']:.2f}  validation: {text}"
             if self._is_shown:
-                self._progress.console.print(line, markup=False)
-        elif self._is_shown and not self._live:
-            self._console.print(f"step {event['step']}/{self._total}  epoch {event['epoch']:.2f}  {text}", markup=False)
+                self._progress.console.print(f"{line}validation: {text}", markup=False)
+        elif self._live and self._task is not None:
+            self._progress.update(self._task, loss=f"{event['loss']:.4f}")
+        elif self._is_shown:
+            self._console.print(line + text, markup=False)
 
     def on_evaluate(self, rows: int) -> None:
-        """See :class:`mirrortune.training.Progress`; evaluations are short beside epochs, so nothing moves."""
+        """See :class:`mirrortune.loop.Progress`; evaluations are short beside epochs, so nothing moves."""
 
 
 def describe_metrics(metrics: dict[str, float]) -> str:

@@ -25,11 +25,11 @@ from mirrortune.assembly import Job
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.evaluation import EvalResult, evaluate_split
 from mirrortune.examples import Examples, TokenExamples
+from mirrortune.loop import Progress
 from mirrortune.merging import Verification
 from mirrortune.recipe import flatten
 from mirrortune.report import Reporter
 from mirrortune.tracking import Track, tracker
-from mirrortune.loop import Progress
 
 _HARDEST = 12
 _LONGEST_TEXT = 400
@@ -58,11 +58,11 @@ class RunRecorder:
         self._shown.on_start(total_steps, done_steps)
         self._mark = time.perf_counter()
 
-    def on_step(self, step: int, loss: float, rows: int) -> None:
+    def on_step(self, step: int, rows: int) -> None:
         """See :class:`mirrortune.loop.Progress`."""
         now = time.perf_counter()
         self._seconds, self._mark, self._rows = self._seconds + now - self._mark, now, self._rows + rows
-        self._shown.on_step(step, loss, rows)
+        self._shown.on_step(step, rows)
 
     def on_log(self, event: dict[str, Any]) -> None:
         """See :class:`mirrortune.loop.Progress`."""

@@ -164,8 +164,8 @@ class TrainSection(_Section):
     """Optimizer steps between two lines of the log."""
     track: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
     """Experiment tracker that is told every number of the log; none by default."""
-    num_workers: int = Field(default=0, ge=0)
-    """Processes that prepare batches beside the main one."""
+    num_workers: int = Field(default=1, ge=0, le=64)
+    """Threads that make batches ahead of the loop; 0 makes each when it is needed. No result depends on it."""
 
 
 class EvalSection(_Section):

@@ -39,7 +39,10 @@ def score_kept(
     found: dict[str, dict[str, float]] = {}
     arrays: dict[str, Any] = {}
     for name, rows in job.reported.items():
-        outcome = evaluate_split(model, job.task, rows, accelerator, batch_size=job.recipe.eval.batch_size, source=name)
+        outcome = evaluate_split(
+            model, job.task, rows, accelerator,
+            batch_size=job.recipe.eval.batch_size, source=name, num_workers=job.recipe.train.num_workers,
+        )  # fmt: skip
         found[name] = outcome.metrics
         for what, values in (("predictions", outcome.predictions), ("references", outcome.references)):
             if isinstance(values, np.ndarray):

@@ -109,14 +109,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`, onto each parameter's device (AdamW keeps its step counts on the CPU)."""
+    """Inverse of :func:`optimizer_tensors`, onto each parameter's device."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = f"optimizer.{names[id(parameter)]}."
             entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             for entry, value in entries.items():
-                device = value.device if entry == "step" else parameter.device
-                optimizer.state[parameter][entry] = value.to(device)
+                optimizer.state[parameter][entry] = value.to(parameter.device)
 
 
 def random_tensors() -> dict[str, Tensor]:

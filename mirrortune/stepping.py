@@ -2,46 +2,24 @@
 """One optimizer step on one global batch.
 
 Micro-batches are summed, not averaged, and the gradient is divided by the number of items in the whole global batch
-over all ranks, so that the way it is cut does not change the step.
+over all ranks, so that the way it is cut does not change the step. Nothing here waits for the device: loss, norm and
+whether they are finite stay on it (``tally.py``), and a step that is not finite is skipped there.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mirrortune.batching import forward, micro_batches
-from mirrortune.errors import MirrortuneError
-from mirrortune.examples import Examples, Rows
+from mirrortune.batching import forward
+from mirrortune.feeding import MicroBatch
 from mirrortune.optim import set_lr
+from mirrortune.tally import Tally
 from mirrortune.tasks import Task
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """A step that was made.
-
-    Attributes:
-        loss_sum: loss of all items of the global batch, over all ranks.
-        num_items: how many items that is.
-        grad_norm: of the mean gradient, before clipping.
-    """
-
-    loss_sum: float
-    num_items: int
-    grad_norm: float
-
-
-class NotFiniteError(MirrortuneError):
-    """The loss or gradient of a step is NaN or infinite; the parameters are as they were."""
-
-    def __init__(self, loss: float, grad_norm: float) -> None:
-        super().__init__("step", f"the training loss is {loss:g} and the gradient norm {grad_norm:g}")
 
 
 class Stepper:
@@ -52,7 +30,7 @@ class Stepper:
         optimizer: prepared by ``accelerator``; its groups carry ``peak_lr``.
         accelerator: accelerate's.
         task: the loss.
-        examples: training rows.
+        tally: counts the steps.
         num_micro: micro-batches per rank and step.
         max_grad_norm: gradients are scaled down to this norm.
     """
@@ -64,67 +42,56 @@ class Stepper:
         accelerator: Any,
         *,
         task: Task,
-        examples: Examples,
+        tally: Tally,
         num_micro: int,
         max_grad_norm: float,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.task, self.examples = task, examples
+        self.task, self.tally = task, tally
         self.num_micro, self.max_grad_norm = num_micro, max_grad_norm
 
-    def step(self, batch: Rows, epoch: int, lr_factor: float) -> StepResult:
-        """Forward, backward and update on a global batch of ``epoch``, at ``lr_factor`` times the peak learning rates.
+    def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> int:
+        """Forward, backward and update on the next global batch, at ``lr_factor`` times the peak learning rates.
 
-        Raises:
-            NotFiniteError: before the update.
+        From the first step on whose loss or gradient is not finite no step is made, and parameters and moments stay
+        what they were; the tally tells.
+
+        Args:
+            number: of the step, from 1.
+            micro_batches: this rank's; ``num_micro`` are taken.
+            lr_factor: share of the peak learning rates.
+
+        Returns:
+            Rows of the global batch.
         """
-        accelerator = self.accelerator
-        loss_sum, num_items = self._accumulate(batch, epoch)
-        loss_sum, num_items = self._sum_over_ranks(loss_sum, num_items)
+        totals, rows = self._accumulate(micro_batches)
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for parameter in parameters:
-            if parameter.grad is not None:
-                # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
-                parameter.grad.mul_(accelerator.num_processes / num_items)
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            raise NotFiniteError(loss_sum / num_items, grad_norm)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
+        torch._foreach_mul_(gradients, self.accelerator.num_processes / totals[1])
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
         set_lr(self.optimizer, lr_factor)
+        self.optimizer.optimizer.found_inf = self.tally.add(totals, norm, number)  # what makes fused AdamW skip a step
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss_sum=loss_sum, num_items=num_items, grad_norm=grad_norm)
+        return rows
 
-    def _accumulate(self, batch: Rows, epoch: int) -> tuple[float, int]:
-        """Gradients of this rank's share of the batch; its loss sum and items."""
-        parts = micro_batches(
-            batch,
-            self.examples.lengths,
-            num_micro=self.num_micro,
-            num_ranks=self.accelerator.num_processes,
-            rank=self.accelerator.process_index,
-        )
-        loss_sum, num_items = torch.zeros((), device=self.accelerator.device), 0
-        for index, rows in enumerate(parts):
-            is_last = index == len(parts) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss, items = self._micro_loss(rows, batch, epoch)
+    def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, int]:
+        """Gradients of this rank's share; its loss sum and number of items, shape (2,), and the global batch's rows."""
+        totals, rows = self.tally.zeros(), 0
+        for left in reversed(range(self.num_micro)):
+            part = next(micro_batches)
+            with self.accelerator.no_sync(self.model) if left else nullcontext():
+                loss, items = self._micro_loss(part)
                 self.accelerator.backward(loss)
-            loss_sum += loss.detach()
-            num_items += items
-        return float(loss_sum), num_items
+            totals[0] += loss.detach()
+            totals[1] += items
+            rows = part.num_rows_of_step
+        return totals, rows
 
-    def _micro_loss(self, rows: Rows, batch: Rows, epoch: int) -> tuple[Tensor, int]:
-        # A last global batch may have fewer rows than parts: an empty part still runs forward and backward, with weight
-        # zero, because the other ranks wait for its gradients.
-        is_empty = len(rows) == 0
-        made = self.examples.batch(batch[:1] if is_empty else rows, epoch)
-        _, outputs, targets = forward(self.model, made, self.accelerator.device)
+    def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
+        _, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
         loss, items = self.task.loss(outputs, targets)
-        return (loss * 0, 0) if is_empty else (loss, items)
-
-    def _sum_over_ranks(self, loss_sum: float, num_items: int) -> tuple[float, int]:
-        if self.accelerator.num_processes == 1:
-            return loss_sum, num_items
-        both = torch.tensor([loss_sum, num_items], dtype=torch.float64, device=self.accelerator.device)
-        total, items = self.accelerator.reduce(both, reduction="sum").tolist()
-        return float(total), int(items)
+        return (loss * 0, 0) if part.is_empty else (loss, items)

@@ -6,25 +6,26 @@ from __future__ import annotations
 import math
 import signal
 import statistics
-import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mirrortune import ranks
-from mirrortune.batching import epoch_batches
 from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
 from mirrortune.evaluation import EvaluationStoppedError, evaluate_split
 from mirrortune.examples import Examples
+from mirrortune.feeding import Feed
 from mirrortune.loop import FitResult, LoopSettings, Progress
 from mirrortune.metrics import METRICS
 from mirrortune.optim import build_optimizer, lr_factor
 from mirrortune.signals import StopSignals, ends_as, how_to_go_on
 from mirrortune.snapshots import Snapshots
-from mirrortune.stepping import NotFiniteError, Stepper
+from mirrortune.stepping import Stepper
+from mirrortune.tally import Reading, StepClock, Tally
 from mirrortune.tasks import Task
 
 
@@ -62,6 +63,15 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(train) / self.global_batch_size)
         planned = math.ceil(settings.epochs * self.steps_per_epoch)
         self.total_steps = min(planned, settings.max_steps or planned)
+        self.feed = Feed(
+            train,
+            accelerator,
+            global_batch_size=self.global_batch_size,
+            num_micro=settings.gradient_accumulation_steps,
+            num_workers=settings.num_workers,
+            seed=settings.seed,
+        )
+        self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -73,12 +83,11 @@ class Trainer:
             self.optimizer,
             accelerator,
             task=task,
-            examples=train,
+            tally=self.tally,
             num_micro=settings.gradient_accumulation_steps,
             max_grad_norm=settings.max_grad_norm,
         )
         self.state = LoopState(num_processes=accelerator.num_processes)
-        self._step_seconds: list[float] = []
         self._rows = 0
         self._signals = StopSignals()
         self._vote = ranks.StopVote(accelerator, self._signals)
@@ -91,6 +100,7 @@ class Trainer:
             VerificationError: if it is damaged.
         """
         self.state = self.snapshots.restore() or self.state
+        self.tally.open_window(self.state.window_loss, self.state.window_items)
 
     def fit(self) -> FitResult:
         """Run to the last step, or until patience ends, and publish the best checkpoint's adapter.
@@ -107,13 +117,14 @@ class Trainer:
         with self._signals:
             if state.owes_evaluation:
                 self._finish_step()
-            while not self._is_done():
-                self._run_epoch()
+            if not self._is_done():
+                self._run_steps()
         self._vote.close()
-        best_step, seconds = state.best_step, sum(self._step_seconds)
+        best_step, step_seconds = state.best_step, self.clock.seconds()
         assert best_step is not None
         assert state.best_metrics is not None
         ranks.from_main(self.accelerator, lambda: self.run.publish_adapter(best_step))
+        seconds = sum(step_seconds)
         return FitResult(
             metrics=state.best_metrics,
             best_step=best_step,
@@ -121,7 +132,7 @@ class Trainer:
             stopped_early=state.global_step < self.total_steps,
             train_seconds=seconds,
             samples_per_second=self._rows / seconds if seconds else 0.0,
-            median_step_seconds=statistics.median(self._step_seconds or [0.0]),
+            median_step_seconds=statistics.median(step_seconds or [0.0]),
         )
 
     def _is_done(self) -> bool:
@@ -131,30 +142,24 @@ class Trainer:
         patience = self.settings.patience
         return patience is not None and self.state.evaluations_since_best >= patience
 
-    def _run_epoch(self) -> None:
+    def _run_steps(self) -> None:
         state = self.state
-        batches = epoch_batches(self.train.lengths, self.global_batch_size, self.settings.seed, state.epoch)
-        for batch in batches[state.step_in_epoch :]:
-            started = time.perf_counter()
-            try:
-                done = self.stepper.step(batch, state.epoch, self._lr_factor(state.global_step))
-            except NotFiniteError as error:
-                raise self._diverged(self.state.global_step + 1, f"{error.problem}; the step was not made") from error
-            self._step_seconds.append(time.perf_counter() - started)
-            self._rows += len(batch)
-            state.global_step += 1
-            state.step_in_epoch += 1
-            state.window_loss += done.loss_sum
-            state.window_items += done.num_items
-            if state.step_in_epoch == len(batches):
-                state.epoch, state.step_in_epoch = state.epoch + 1, 0
-            if self.accelerator.is_main_process:
-                self.progress.on_step(state.global_step, done.loss_sum / done.num_items, len(batch))
-            if state.global_step >= self.total_steps or state.global_step % self.settings.log_every_steps == 0:
-                self._log_training(done.grad_norm)
-            self._finish_step()
-            if self._is_done():
-                return
+        left = self.total_steps - state.global_step
+        with closing(self.feed.micro_batches(state.epoch, state.step_in_epoch, left)) as micro_batches:
+            while not self._is_done():
+                self.clock.start()
+                rows = self.stepper.step(state.global_step + 1, micro_batches, self._lr_factor(state.global_step))
+                self.clock.stop()
+                state.global_step += 1
+                state.step_in_epoch += 1
+                if state.step_in_epoch == self.steps_per_epoch:
+                    state.epoch, state.step_in_epoch = state.epoch + 1, 0
+                self._rows += rows
+                if self.accelerator.is_main_process:
+                    self.progress.on_step(state.global_step, rows)
+                if state.global_step >= self.total_steps or state.global_step % self.settings.log_every_steps == 0:
+                    self._log_training()
+                self._finish_step()
 
     def _lr_factor(self, step: int) -> float:
         warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
@@ -172,7 +177,7 @@ class Trainer:
                 state.owes_evaluation = True
                 self._stop()
         if is_last or is_best or self._is_out_of_patience() or self._is_due(settings.save_every_steps):
-            self.snapshots.save(state)
+            self._save()
         if not self._is_done() and self._vote.poll():
             self._stop()
 
@@ -183,7 +188,7 @@ class Trainer:
     def _stop(self) -> None:
         step = self.state.global_step
         if self.snapshots.last_step != step:
-            self.snapshots.save(self.state, is_interim=True)
+            self._save(is_interim=True)
         number = self._vote.number
         error = InterruptedRun(
             str(self.run.path),
@@ -200,6 +205,7 @@ class Trainer:
             EvaluationStoppedError: when a signal asks to stop.
         """
         state = self.state
+        self._read_tally()
         result = evaluate_split(
             self.bare_model,
             self.task,
@@ -207,6 +213,7 @@ class Trainer:
             self.accelerator,
             batch_size=self.settings.eval_batch_size,
             source="validation",
+            num_workers=self.settings.num_workers,
             on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
             should_stop=self._vote.poll,
         )
@@ -223,14 +230,29 @@ class Trainer:
         self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
         return is_best
 
-    def _log_training(self, grad_norm: float) -> None:
-        state = self.state
-        loss = state.window_loss / max(1, state.window_items)
-        state.window_loss, state.window_items = 0.0, 0
+    def _log_training(self) -> None:
+        reading = self._read_tally()
+        loss = reading.loss_sum / max(1, reading.num_items)
         group = max(self.optimizer.param_groups, key=lambda g: float(g["peak_lr"]))  # a peak may be 0
         factor = group["lr"] / (group["peak_lr"] or 1.0)
         rates = {"lr": self.settings.lr * factor, "head_lr": self.settings.head_lr * factor}
-        self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": grad_norm})
+        self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": reading.grad_norm})
+        self.tally.open_window()
+
+    def _read_tally(self) -> Reading:
+        """What the steps so far have summed up; DivergedError if one of them was not finite."""
+        reading = self.tally.read()
+        if not reading.is_finite:
+            loss, norm = f"{reading.loss:g}", f"{reading.grad_norm:g}"
+            raise self._diverged(
+                reading.step, f"the training loss is {loss} and the gradient norm {norm}; the step was not made"
+            )
+        return reading
+
+    def _save(self, *, is_interim: bool = False) -> None:
+        reading = self._read_tally()
+        self.state.window_loss, self.state.window_items = reading.loss_sum, reading.num_items
+        self.snapshots.save(self.state, is_interim=is_interim)
 
     def _position(self) -> dict[str, float]:
         epoch = self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch

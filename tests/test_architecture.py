@@ -14,13 +14,13 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
-    "comparison_figures errors precision report signals significance adapters adapters.matching",
+    "comparison_figures errors precision report signals significance tally adapters adapters.matching",
     "adapters.factorize atomic class_folders columns examples labels locations metrics registry strict_yaml",
     "adapters.layer_names text_tables tracking",
     "figures pages",
     "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card ranks schema tables",
     "adapters.core adapters.pairings flags",
-    "adapters.cores comparison data factor_cache model recipe",
+    "adapters.cores comparison data factor_cache feeding model recipe",
     "adapters.spectral_linear",
     "angle_figures spectra",
     "adapters.spec chat images packing recordings tokens",

@@ -143,6 +143,7 @@ SETTINGS = LoopSettings(
     log_every_steps=1,
     keep=1,
     patience=None,
+    num_workers=1,
     eval_batch_size=16,
 )
 
@@ -163,14 +164,15 @@ class Watcher:
     def on_start(self, total_steps: int, done_steps: int) -> None:
         self.started.append((total_steps, done_steps))
 
-    def on_step(self, step: int, loss: float, rows: int) -> None:
-        self.losses.append(loss)
+    def on_step(self, step: int, rows: int) -> None:
         self.rows.append(rows)
         if self._after_step:
             self._after_step(step)
 
     def on_log(self, event: dict[str, Any]) -> None:
         self.events.append(event)
+        if event["event"] == "train":
+            self.losses.append(event["loss"])
 
     def on_evaluate(self, rows: int) -> None:
         self.evaluated += rows

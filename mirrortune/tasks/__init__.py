@@ -72,8 +72,10 @@ class Task(Protocol):
     def encode(self, split: Split, processor: Any, reading: Reading) -> Examples:
         """The rows as the model takes them; DataError for rows that cannot be used."""
 
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Sum of the losses of all items of a batch, and how many items it sums over."""
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int | Tensor]:
+        """Sum of the losses of all items of a batch, and how many items it sums over: a tensor where reading the number
+        would wait for the device.
+        """
 
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
         """What predictions need to know of each row of a scored batch, on the CPU."""

@@ -182,14 +182,14 @@ class Task:
         examples = self._examples(arrays, counts, processor, max_length)
         return PackedExamples.of(examples) if self.packing and reading.for_training else examples
 
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of logits (B, L, V) at each place against the next token of ``targets`` (B, L), summed over the
         tokens to be learned.
         """
         wanted = targets[:, 1:]
         learned = wanted != IGNORE_INDEX
         logits = outputs.logits[:, :-1][learned].float()  # (tokens, V): the rest is never made float32
-        return F.cross_entropy(logits, wanted[learned], reduction="sum"), int(learned.sum())
+        return F.cross_entropy(logits, wanted[learned], reduction="sum"), learned.sum()
 
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float64]:
         """Of each row: the loss of its tokens, how many were foretold, and how many there are; (B, 3) float64."""

@@ -228,10 +228,10 @@ class Task:
             reader=processor, num_cut=counts["num_truncated"],
         )  # fmt: skip
 
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of logits (B, L, V) against targets (B, L), summed over tokens."""
         learned = targets != IGNORE_INDEX
-        return F.cross_entropy(outputs.logits[learned].float(), targets[learned], reduction="sum"), int(learned.sum())
+        return F.cross_entropy(outputs.logits[learned].float(), targets[learned], reduction="sum"), learned.sum()
 
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
         """The tokens that the model writes for each row."""

@@ -130,11 +130,11 @@ class Task:
             num_unlabelled=sum(row is None for row in right), references=list(zip(right, seen, strict=True)),
         )  # fmt: skip
 
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of logits (B, L, C) against tags (B, L), summed over words."""
         logits = outputs.logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        return loss, int((targets != IGNORE_INDEX).sum())
+        return loss, (targets != IGNORE_INDEX).sum()
 
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
         """The tag of every word of each row, as far as it was not cut off."""

@@ -234,6 +234,15 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path, spec: AdapterSpec) -> 
     same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_threads_that_make_batches_change_nothing(tmp_path: Path) -> None:
+    for workers in (0, 1, 4):
+        seed_everything(4)
+        settings = {"max_steps": 6, "gradient_accumulation_steps": 2, "batch_size": 4, "num_workers": workers}
+        make_trainer(tmp_path / str(workers), adapted=with_dropout(), **settings).fit()
+    same_run(tmp_path / "0", tmp_path / "1")
+    same_run(tmp_path / "0", tmp_path / "4")
+
+
 def test_another_seed_gives_another_order(tmp_path: Path) -> None:
     losses = []
     for seed in (0, 1):

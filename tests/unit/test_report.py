@@ -27,7 +27,7 @@ def show(progress: TrainingProgress) -> None:
     with progress:
         progress.on_start(20, 0)
         for step in range(1, 21):
-            progress.on_step(step, 0.3, 8)
+            progress.on_step(step, 8)
         progress.on_log(TRAIN)
         progress.on_evaluate(40)
         progress.on_log(SCORE)
@@ -107,7 +107,7 @@ def test_a_terminal_gets_a_live_bar_with_loss_speed_and_metric() -> None:
 
     last = written.getvalue()
     assert "20/20" in last
-    assert "loss 0.3000" in last
+    assert "loss 0.2500" in last
     assert "accuracy 0.7500" in last
     assert "rows/s" in last
     assert "validation: accuracy 0.7500" in last

@@ -29,7 +29,7 @@ def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, dict[int, str]
     """A small model after two AdamW steps; one of its parameters never got a gradient."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "ab": nn.Linear(2, 1), "idle": nn.Linear(1, 1)})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     for _ in range(2):
         model["ab"](model["a"](torch.ones(1, 2))).sum().backward()
         optimizer.step()

@@ -16,7 +16,6 @@ from torch import nn
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
-from mirrortune.stepping import NotFiniteError
 from mirrortune.training import Trainer
 from tests.tiny_runs import (
     SETTINGS,
@@ -90,13 +89,14 @@ def test_what_is_logged_of_a_step(tmp_path: Path) -> None:
 
 def test_a_logged_loss_is_the_mean_over_its_window(tmp_path: Path) -> None:
     watcher = Watcher()
-    make_trainer(tmp_path, progress=watcher, log_every_steps=3).fit()
-    logged = events(tmp_path, "train")
+    make_trainer(tmp_path / "every step", progress=watcher).fit()
+    make_trainer(tmp_path / "every third", log_every_steps=3).fit()
+    logged = events(tmp_path / "every third", "train")
     assert [event["step"] for event in logged] == [3, 6, 8]
     for event, steps in zip(logged, (slice(0, 3), slice(3, 6), slice(6, 8)), strict=True):
         losses, rows = watcher.losses[steps], watcher.rows[steps]
         mean = sum(loss * count for loss, count in zip(losses, rows, strict=True)) / sum(rows)
-        assert event["loss"] == pytest.approx(mean)
+        assert event["loss"] == pytest.approx(mean, rel=1e-12)
 
 
 def test_evaluation_and_saving_have_their_own_intervals(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_metric_of_which_less_is_better_chooses_the_least(tmp_path: Path) -> N
     for name in ("train", "validation"):
         split = getattr(trainer, name)
         setattr(trainer, name, replace(split, targets=split.targets.astype("float32")))
-    trainer.stepper.examples = trainer.train
+    trainer.feed.examples = trainer.train
     result = trainer.fit()
     scores = {event["step"]: event["mse"] for event in events(tmp_path, "evaluate")}
     assert result.metrics["mse"] == min(scores.values())
@@ -134,7 +134,7 @@ def poison(trainer: Trainer, step: int, value: float) -> None:
     """After ``step``, one number of the head becomes ``value``, as a broken row or too large a step would make it."""
     bias = trainer.bare_model.get_parameter("classifier.bias")
 
-    def act(done: int, loss: float, rows: int) -> None:
+    def act(done: int, rows: int) -> None:
         if done == step:
             with torch.no_grad():
                 bias[0] = value
@@ -142,38 +142,87 @@ def poison(trainer: Trainer, step: int, value: float) -> None:
     trainer.progress.on_step = act
 
 
+# After step 5: step 6 is broken. It is found when a line of the log, an evaluation or a checkpoint is due: at once, two
+# steps later, or at the end.
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("due", [{"log_every_steps": 1}, {"save_every_steps": 4}, {"eval_every_steps": 7}, {}])
+def test_a_step_that_is_not_finite_is_not_made(tmp_path: Path, value: float, due: dict[str, int]) -> None:
+    settings = {"log_every_steps": 99, "save_every_steps": 2, "eval_every_steps": 99, **due}
     adapted = adapt(trained=None)
-    trainer = make_trainer(tmp_path, adapted=adapted, save_every_steps=2, eval_every_steps=99)
+    trainer = make_trainer(tmp_path, adapted=adapted, **settings)
     poison(trainer, 5, value)
     with pytest.raises(DivergedError) as caught:
         trainer.fit()
     message = str(caught.value)
     assert caught.value.exit_code == 2
     assert message.startswith("step 6: the training loss is")
+    assert "the step was not made" in message
     assert f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-000004'}" in message
     assert "--lr" in message
-    assert trainer.state.global_step == 5
-    assert [event["step"] for event in events(tmp_path, "train")] == [1, 2, 3, 4, 5]
+    assert trainer.run.saved_steps() == [4]
+    assert all(event["step"] <= 5 for event in trainer.run.events())
     for name, tensor in numbers(adapted).items():
         assert name == "classifier.bias" or torch.isfinite(tensor).all()
     good = read_adapter(trainer.run.checkpoint(4))
     assert all(torch.isfinite(tensor).all() for tensor in good.tensors.values())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+def test_nothing_moves_after_a_step_that_is_not_finite(tmp_path: Path) -> None:
+    """Neither numbers nor moments: not by that step, nor by those that are under way before somebody looks."""
     adapted = adapt(trained=None)
-    trainer = make_trainer(tmp_path, adapted=adapted)
+    rarely = dict.fromkeys(("log_every_steps", "eval_every_steps", "save_every_steps"), 99)
+    trainer = make_trainer(tmp_path, adapted=adapted, max_steps=5, **rarely)
     theta = next(iter(adapter_parameters(adapted.model).values()))
-    theta.register_hook(lambda gradient: gradient / 0)
-    before = numbers(adapted)
-    with pytest.raises(
-        DivergedError, match=r"^step 1: .*gradient norm (nan|inf).*there is no checkpoint yet"
-    ) as caught:
+    calls: list[int] = []
+    theta.register_hook(lambda gradient: gradient / 0 if calls.append(1) or len(calls) == 3 else gradient)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def remember(done: int, rows: int) -> None:
+        states = trainer.optimizer.optimizer.state
+        moments = {f"{i}.{k}": v.clone() for i, state in enumerate(states.values()) for k, v in state.items()}
+        seen.append({**numbers(adapted), **moments})
+
+    trainer.progress.on_step = remember
+    with pytest.raises(DivergedError, match=r"^step 3: .*gradient norm (nan|inf).*there is no checkpoint yet"):
         trainer.fit()
-    assert isinstance(caught.value.__cause__, NotFiniteError)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in numbers(adapted).items())
+    assert len(seen) == 5
+    assert any(not torch.equal(seen[0][name], tensor) for name, tensor in seen[1].items())
+    for later in seen[2:]:
+        assert all(torch.equal(later[name], tensor) for name, tensor in seen[1].items())
+
+
+def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
+    """Whatever reads a number from a tensor is an error, but within the model (which may look at its mask)."""
+    from torch.overrides import TorchFunctionMode
+
+    is_inside_model = False
+
+    class Forbid(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            reads = ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__int__", "__bool__", "__index__")
+            assert is_inside_model or getattr(func, "__name__", "") not in reads, func
+            return func(*args, **(kwargs or {}))
+
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, num_workers=0)
+    parts = list(trainer.feed.micro_batches(0, 0, 3))
+    batches = iter(parts)  # made before, because making them reads numbers
+    forward = trainer.stepper.model.forward
+
+    def freely(**inputs: Any) -> Any:
+        nonlocal is_inside_model
+        is_inside_model = True
+        outputs = forward(**inputs)
+        is_inside_model = False
+        return outputs
+
+    trainer.stepper.model.forward = freely
+    trainer.stepper.step(1, batches, 1.0)
+    with Forbid():
+        for number in (2, 3):
+            trainer.stepper.step(number, batches, 1.0)
+        with pytest.raises(AssertionError, match="tolist"):
+            trainer.tally.read()
+    assert trainer.tally.read().step == 3
 
 
 @pytest.mark.parametrize(
