@@ -69,9 +69,13 @@ def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     Raises:
         ConfigError, DataError, HubError, ResourceError: see the parts.
     """
+    check_recipe(recipe, adapter_spec(recipe))
+    return assemble_on(recipe, read_data(recipe), reporter)
+
+
+def assemble_on(recipe: Recipe, data: DataSet, reporter: Reporter) -> Job:
+    """:func:`assemble` on data that has been read."""
     spec = adapter_spec(recipe)
-    check_recipe(recipe, spec)
-    data = read_data(recipe)
     train_rows = data.require(recipe.data.train_split, "data.train_split")
     task, notes = make_task(recipe, train_rows)
     reporter.note(f"data: {train_rows.source}, {train_rows.table.num_rows:,} rows")

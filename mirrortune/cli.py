@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirrortune import __version__
+from mirrortune import __version__, recipe_commands
 from mirrortune.cli_reports import analyze, report
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
@@ -254,6 +254,10 @@ def compare(
 
 app.command()(_guard(analyze))
 app.command()(_guard(report))
+recipes = typer.Typer(help="List, print and copy the shipped recipes, and print their schema.", no_args_is_help=True)
+for _command in (recipe_commands.ls, recipe_commands.cat, recipe_commands.cp, recipe_commands.schema):
+    recipes.command()(_guard(_command))
+app.add_typer(recipes, name="recipes")
 
 
 def main() -> None:

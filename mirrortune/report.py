@@ -40,8 +40,8 @@ class Reporter:
 
     def __init__(self, *, verbosity: int = 0, as_json: bool = False, is_main: bool = True) -> None:
         self.verbosity, self.as_json, self.is_main = verbosity, as_json, is_main
-        self._out = Console(highlight=False, soft_wrap=True)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._out = Console(highlight=False, soft_wrap=True, emoji=False)
+        self._err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
     def result(self, data: dict[str, Any], lines: Sequence[str]) -> None:
         """The command's result: ``data`` with --json, ``lines`` otherwise."""

@@ -21,7 +21,7 @@ LAYERS = (
     "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card ranks schema tables",
     "adapters.core adapters.pairings flags",
     "adapters.cores comparison data factor_cache feeding model recipe",
-    "adapters.spectral_linear",
+    "adapters.spectral_linear editor_schema",
     "angle_figures spectra",
     "adapters.spec chat images packing recordings tokens",
     "adapters.inject probes",
@@ -42,7 +42,7 @@ LAYERS = (
     "run_page run_recording",
     "comparison_report export opening scoring",
     "analysis_report records",
-    "cli_reports commands",
+    "cli_reports commands recipe_commands",
     "cli",
     "__main__",
 )
@@ -52,7 +52,8 @@ HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "pe
          "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
 LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",
-         "adapters.presets", "cli", "cli_reports", "text_tables", "__main__", "__init__")  # fmt: skip
+         "adapters.presets", "cli", "cli_reports", "recipe_commands", "text_tables", "__main__",
+         "__init__")  # fmt: skip
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")

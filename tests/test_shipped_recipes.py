@@ -4,16 +4,30 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mirrortune.assembly import adapter_spec, check_recipe
+from mirrortune.assembly import adapter_spec, assemble_on, check_recipe
 from mirrortune.data import load_data
+from mirrortune.editor_schema import editor_schema
 from mirrortune.locations import shipped_folder
 from mirrortune.recipe import read_recipe, resolve, shipped_recipes, task_kinds
+from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from tests.cli.console import mirrortune
+from tests.hub_rows import data_set, described
+from tests.tiny_models import (
+    tiny_chat_tokenizer,
+    write_tiny_audio,
+    write_tiny_causal,
+    write_tiny_model,
+    write_tiny_seq2seq,
+    write_tiny_vision,
+)
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 
@@ -89,3 +103,61 @@ def test_shipped_data_is_there_and_has_no_row_in_two_splits() -> None:
     assert not texts["train"] & texts["validation"]
     assert not texts["train"] & texts["test"]
     assert not texts["validation"] & texts["test"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model for each kind of task."""
+    root = tmp_path_factory.mktemp("tiny")
+    text = write_tiny_model(root / "text")
+    kinds = dict.fromkeys(task_kinds(), text)
+    return kinds | {
+        "causal-lm": causal,
+        "seq2seq": write_tiny_seq2seq(root / "seq2seq"),
+        "image-classification": write_tiny_vision(root / "vision"),
+        "audio-classification": write_tiny_audio(root / "audio"),
+    }
+
+
+@pytest.mark.parametrize("name", [n for n in shipped_recipes() if n not in ("quickstart", "movie-ratings")])
+def test_a_recipe_fits_the_data_set_that_it_names(name: str, tiny: dict[str, Path]) -> None:
+    loaded = recipe(name)
+    assert loaded.data.path is not None
+    assert loaded.task.kind is not None
+    # The tiny models see 64 tokens (or 512, of a byte each), or 16 x 16 pixels.
+    length = 512 if loaded.task.kind == "causal-lm" else 64
+    data: dict[str, Any] = {"max_length": loaded.data.max_length and length, "image_size": None, "stride": None}
+    model = loaded.model.model_copy(update={"name": str(tiny[loaded.task.kind])})
+    loaded = loaded.model_copy(update={"model": model, "data": loaded.data.model_copy(update=data)})
+    rows = data_set(loaded.data.path, loaded.data.config)
+
+    job = assemble_on(loaded, rows, Reporter(verbosity=-1))
+
+    assert len(job.train) > 0
+    assert job.plan.trainable_parameters > 0
+    splits = described()[loaded.data.path][loaded.data.config or next(iter(described()[loaded.data.path]))]["splits"]
+    assert loaded.data.train_split in splits
+    has_own = loaded.data.validation_split in splits
+    assert has_own == (len(job.validation) >= 20), "validation rows are set aside only where there is no such split"
+    assert loaded.data.test_split in splits or loaded.data.test_split == "test"
+
+
+def test_what_the_header_says_of_validation_rows_is_so() -> None:
+    for name in shipped_recipes():
+        loaded = recipe(name)
+        if loaded.data.path in described():
+            configs = described()[loaded.data.path]
+            splits = configs[loaded.data.config or next(iter(configs))]["splits"]
+            says = "set aside" in (shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+            assert says == (loaded.data.validation_split not in splits), name
+
+
+def test_the_schema_for_editors_is_that_of_the_recipes() -> None:
+    stored = json.loads((shipped_folder() / "recipe.schema.json").read_text(encoding="utf-8"))
+
+    assert stored == editor_schema(), "make it anew: python -m mirrortune.editor_schema"
+    for name in shipped_recipes():
+        path = shipped_folder() / f"{name}.yaml"
+        line = path.read_text(encoding="utf-8").splitlines()[1]
+        pointed = path.parent / line.removeprefix("# yaml-language-server: $schema=")
+        assert pointed.resolve() == shipped_folder().resolve() / "recipe.schema.json"
