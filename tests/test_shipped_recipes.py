@@ -111,6 +111,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tiny")
     text = write_tiny_model(root / "text")
     kinds = dict.fromkeys(task_kinds(), text)
+    causal = write_tiny_causal(root / "causal", max_position_embeddings=512)
+    tokenizer = tiny_chat_tokenizer()
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(causal)
     return kinds | {
         "causal-lm": causal,
         "seq2seq": write_tiny_seq2seq(root / "seq2seq"),
