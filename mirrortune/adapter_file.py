@@ -7,14 +7,15 @@ recorded hash, and every basis must align with its sketch. What fails is refused
 
 Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
 ``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (T, 2) int32, round after round, where the pairing is not a
-function of the rank alone.
+function of the rank alone. A weight that holds several matrices (experts) has one more dimension in front of all of
+these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from mirrortune.adapters.inject import (
     plain_parameters,
     spectral_layers,
 )
+from mirrortune.adapters.layouts import Layout
 from mirrortune.adapters.spec import AdapterSpec, follows_from_rank
+from mirrortune.adapters.targets import Target
 from mirrortune.errors import VerificationError
 
 FORMAT_VERSION = 1
@@ -46,7 +49,8 @@ class AdapterFile:
         folder: where it was read.
         spec: how to build it.
         fingerprints: by layer, in module order.
-        shapes: (out_features, in_features) by layer.
+        layouts: how the numbers of each layer's weight stand for matrices.
+        weights: every name of each layer's weight in the base model's state.
         tensors: as in the module's docstring.
         base: name, revision, commit, dtype and auto_class of the base model.
         task: the task's own description, or None for an adapter made in other people's loops.
@@ -59,7 +63,8 @@ class AdapterFile:
     folder: Path
     spec: AdapterSpec
     fingerprints: dict[str, Fingerprint]
-    shapes: dict[str, tuple[int, int]]
+    layouts: dict[str, Layout]
+    weights: dict[str, tuple[str, ...]]
     tensors: dict[str, Tensor]
     base: dict[str, Any]
     task: dict[str, Any] | None
@@ -90,8 +95,8 @@ def write_adapter(
         files[peft_file.CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     probes = peft_file.layer_probes(model) if is_peft else {}
     layers = {
-        name: {"shape": list(shape), **_describe(fingerprints[name], probes.get(name))}
-        for name, shape in attached.targets.layers.items()
+        name: {**_describe_target(target), **_describe(fingerprints[name], probes.get(name))}
+        for name, target in attached.targets.layers.items()
     }
     description = {
         "format_version": FORMAT_VERSION,
@@ -133,14 +138,15 @@ def read_adapter(folder: Path) -> AdapterFile:
                 if spec.preset.peft
                 else Fingerprint(
                     weight_sha256=layer["weight_sha256"],
-                    probe_seed=layer["probe_seed"],
+                    probe_seeds=tuple(layer["probe_seeds"]),
                     side=layer["side"],
                     sketch=tensors[f"sketch.{name}"],
                     sigma_head=tuple(layer["sigma_head"]),
                 )
                 for name, layer in layers.items()
             },
-            shapes={name: (layer["shape"][0], layer["shape"][1]) for name, layer in layers.items()},
+            layouts={name: Layout.from_dict(layer["layout"]) for name, layer in layers.items()},
+            weights={name: tuple(layer["tensors"]) for name, layer in layers.items()},
             tensors=tensors,
             base=description["base"],
             task=description["task"],
@@ -198,18 +204,22 @@ def _basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> di
     for name, layer in spectral_layers(model).items():
         tensors[f"sketch.{name}"] = fingerprints[name].sketch
         pairs = getattr(layer.core, "pairs", None)
-        if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank):
+        if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank, layer.layout.count):
             tensors[f"pairs.{name}"] = pairs.to(torch.int32)
     return tensors
+
+
+def _describe_target(target: Target) -> dict[str, Any]:
+    return {"kind": target.kind.name, "tensors": list(target.tensors), "layout": asdict(target.layout)}
 
 
 def _describe(found: Fingerprint, response: list[float] | None) -> dict[str, Any]:
     if response is not None:
         return {"weight_sha256": found.weight_sha256, "response": response}
     return {
-        "rank": found.sketch.shape[1],
+        "rank": found.sketch.shape[-1],
         "weight_sha256": found.weight_sha256,
-        "probe_seed": found.probe_seed,
+        "probe_seeds": list(found.probe_seeds),
         "side": found.side,
         "sigma_head": list(found.sigma_head),
     }

@@ -16,8 +16,9 @@ from mirrortune.adapter_file import AdapterFile, restore_trained
 from mirrortune.adapters.basis import Fingerprint, align, fingerprint, weight_digest
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
-from mirrortune.adapters.inject import FactorSource, attach, attachment
+from mirrortune.adapters.inject import FactorSource, attach
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import VerificationError
 
 
@@ -69,21 +70,10 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
         VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's
             name.
     """
-    modules = dict(model.named_modules())
-    for name, shape in adapter.shapes.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != shape:
-            found = tuple(weight.shape) if isinstance(weight, Tensor) else "no such layer"
-            raise VerificationError(
-                name,
-                f"the adapter was made for a weight of shape {shape}, the base has {found}",
-                fix="Use its own base model",
-            )
+    _check_layers(model, adapter)
 
     def checked(name: str, weight: Tensor) -> Fingerprint:
-        stored = adapter.fingerprints.get(name)
-        if stored is None:
-            raise VerificationError(name, "the base has this layer, the adapter does not", fix="Use its own base model")
+        stored = adapter.fingerprints[name]
         if weight_digest(weight) != stored.weight_sha256:
             raise VerificationError(
                 name,
@@ -102,17 +92,29 @@ def load_into(model: nn.Module, adapter: AdapterFile, source: FactorSource) -> F
             factor_source=lambda name, weight, rank: align(source(name, weight, rank), checked(name, weight), name),
             pairs=stored_pairs(adapter),
             on_layer=book,
+            names=adapter.layouts,
         )
     else:
         peft_tuners.attach_tuner(
-            model, adapter.spec, new_parameters=adapter.head, config=adapter.peft_config,
+            model, adapter.spec, new_parameters=adapter.head, config=adapter.peft_config, names=adapter.layouts,
             on_layer=lambda name, weight: book.entries.update({name: checked(name, weight)}),
         )  # fmt: skip
-    missing = set(adapter.shapes) - set(attachment(model).layers)
-    if missing:
-        raise VerificationError(sorted(missing)[0], "the adapter has this layer, the base does not adapt it")
     restore_trained(model, adapter)
     return book
+
+
+def _check_layers(model: nn.Module, adapter: AdapterFile) -> None:
+    """Refuse a base that lacks one of the adapter's layers, or has it in another shape."""
+    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts).layers
+    for name, layout in adapter.layouts.items():
+        own = found[name].layout if name in found else None
+        if own != layout:
+            raise VerificationError(
+                name,
+                f"the adapter was made for a weight of shape {layout.shape}, the base has "
+                + (f"one of shape {own.shape}, read in another way" if own else "no such layer"),
+                fix="Use its own base model",
+            )
 
 
 def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ def attach(
     pairing: str | PairLists | None = None,
     target_modules: str = "all-linear",
     seed: int = 0,
+    split: dict[str, Any] | None = None,
     **core_options: Any,
 ) -> M:
     """Put an adapter into ``model``: cores into its linear layers, everything else frozen but the task head.
@@ -45,8 +46,12 @@ def attach(
             are outputs; None for the method's own.
         pairing: which directions turn together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
             (for several rounds a list of such lists), or lists by layer name or pattern; None for the method's own.
-        target_modules: ``all-linear``, or a regular expression for layer names (from any dot on).
+        target_modules: ``all-linear``, ``all-layers`` (convolutions too), or a regular expression for layer names (from
+            any dot on).
         seed: for random pairs.
+        split: fused layers whose parts get bases of their own, by a regular expression for their names: ``{"c_attn":
+            3}``, ``{"qkv_proj": [4, 1, 1]}``, or ``{"query_key_value": {"parts": 3, "repeat": 12}}`` where each of 12
+            heads has its own q, k and v.
         **core_options: options of the method's core, such as ``scale_top_k=8``.
 
     Returns:
@@ -56,7 +61,13 @@ def attach(
         ConfigError: an unknown name, a rank or pairs that do not fit, or no matching layer.
     """
     spec = AdapterSpec(
-        method=method, rank=rank, pairing=pairing, target_modules=target_modules, seed=seed, options=core_options
+        method=method,
+        rank=rank,
+        pairing=pairing,
+        target_modules=target_modules,
+        seed=seed,
+        options=core_options,
+        split=split or {},
     )
     _remember(model, adapt(model, spec, factor_source=FactorCache()))
     return model

@@ -166,6 +166,7 @@ def adapter_spec(recipe: Recipe) -> AdapterSpec:
         seed=recipe.train.seed,
         strategy=None if section.strategy == "auto" else section.strategy,
         options=dict(section.options),
+        split=section.model_dump(mode="json")["split"],
     )
 
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import FactorSource, Targets
+from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.matching import rotation_gradient
+from mirrortune.adapters.targets import Targets
 from mirrortune.batching import epoch_batches, forward
 from mirrortune.examples import Examples
 from mirrortune.tasks import Task
@@ -59,7 +60,6 @@ def measure_saliency(
     examples: Examples,
     factor_source: FactorSource,
     *,
-    rank_of: Callable[[tuple[int, int]], int],
     settings: CalibrationSettings,
     accelerator: Any,
 ) -> dict[str, Tensor]:
@@ -71,12 +71,12 @@ def measure_saliency(
         task: the loss.
         examples: training rows.
         factor_source: factors of each layer.
-        rank_of: (O, I) -> directions kept.
         settings: how.
         accelerator: accelerate's; says where and in which precision to compute.
 
     Returns:
-        Layer name -> (R, R) float64 on the CPU, antisymmetric for ``mean``, symmetric for ``rms``.
+        Layer name -> (R, R), or (E, R, R) of a stack, float64 on the CPU, antisymmetric for ``mean``, symmetric for
+        ``rms``.
     """
     wanted = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
@@ -87,16 +87,15 @@ def measure_saliency(
     _only(model, list(head.values()))
     with accelerator.autocast():
         _warm_up(model, list(head.values()), task, examples, rows, settings, accelerator.device)
-    layers = {name: model.get_submodule(name).get_parameter("weight") for name in targets.layers}
-    _only(model, list(layers.values()))
+    _only(model, [target.weight(model) for target in targets.layers.values()])
     found: dict[str, Tensor] = {}
     for batch in itertools.islice(rows, settings.num_batches):
         with accelerator.autocast():
             _backward(model, task, examples, batch, accelerator.device)
         if settings.saliency == "rms":
-            _add(found, layers, factor_source, rank_of, settings)
+            _add(found, model, targets, factor_source, settings)
     if settings.saliency == "mean":
-        _add(found, layers, factor_source, rank_of, settings)
+        _add(found, model, targets, factor_source, settings)
     with torch.no_grad():
         for name, parameter in head.items():
             parameter.copy_(start[name])
@@ -164,19 +163,22 @@ def _backward(model: nn.Module, task: Task, examples: Examples, rows: Any, devic
 
 def _add(
     found: dict[str, Tensor],
-    layers: dict[str, nn.Parameter],
+    model: nn.Module,
+    targets: Targets,
     factor_source: FactorSource,
-    rank_of: Callable[[tuple[int, int]], int],
     settings: CalibrationSettings,
 ) -> None:
     """Project the gradients gathered so far onto the angles, add them (squared for rms), and clear them."""
-    for name, weight in layers.items():
+    for name, target in targets.layers.items():
+        weight = target.weight(model)
         assert weight.grad is not None
-        factors = factor_source(name, weight, rank_of((weight.shape[0], weight.shape[1])))
+        factors = factor_source(name, target.matrix(weight), target.rank)
         exact = factors.to(device=weight.device, dtype=torch.float32)
-        gradient = rotation_gradient(weight.grad.float(), exact.U, exact.S, exact.Vh, settings.side).double().cpu()
-        weight.grad = None
+        slope = target.matrix(weight.grad).float()
+        gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, settings.side).double().cpu()
         found[name] = found.get(name, 0) + (gradient.square() if settings.saliency == "rms" else gradient)
+    for target in targets.layers.values():  # only now: parts of a fused weight share its gradient
+        target.weight(model).grad = None
 
 
 def _only(model: nn.Module, trained: list[nn.Parameter]) -> None:

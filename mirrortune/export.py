@@ -161,7 +161,7 @@ def _check_exportable(adapter: AdapterFile) -> None:
     if adapter.peft_config is not None:
         fix = f"Use {adapter.folder}, or mirrortune merge for plain weights"
         raise ConfigError("--format", f"'{adapter.spec.method}' is saved in PEFT's own format already", fix=fix)
-    if not adapter.shapes:
+    if not adapter.layouts:
         problem = f"method '{adapter.spec.method}' changes no layer by a low-rank matrix"
         raise ConfigError("--format", problem, allowed="hf")
 
@@ -169,7 +169,7 @@ def _check_exportable(adapter: AdapterFile) -> None:
 def _spectral(adapted: nn.Module) -> dict[str, SpectralLinear]:
     found = {}
     for name, layer in attachment(adapted).layers.items():
-        if not isinstance(layer, SpectralLinear):
+        if not isinstance(layer, SpectralLinear) or layer.kind.name not in ("linear", "conv1d-linear"):
             raise ConfigError(name, "LoRA's format holds linear layers only", allowed="--format hf")
         found[name] = layer
     return found

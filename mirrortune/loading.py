@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mirrortune.adapter_file import read_adapter
-from mirrortune.adapters.factorize import resolve_rank
-from mirrortune.adapters.inject import find_targets
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
+from mirrortune.adapters.targets import find_targets
 from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
 from mirrortune.assembly import Job, default_device, make_task
 from mirrortune.calibration import CalibrationSettings, measure_saliency
@@ -81,9 +80,8 @@ def factorise(job: Job, loaded: LoadedModel, cache: FactorCache, show_bar: Calla
         return
     layers = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
     with show_bar("singular value decompositions", len(layers)) as bar:
-        for name, shape in layers.items():
-            weight = loaded.model.get_submodule(name).get_parameter("weight")
-            cache(name, weight, resolve_rank(job.spec.resolved_rank, shape, name))
+        for name, target in layers.items():
+            cache(name, target.matrix(target.weight(loaded.model)), target.rank)
             bar.advance(name)
 
 
@@ -118,10 +116,6 @@ def choose_pairs(
 def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
     spec, section = job.spec, job.recipe.adapter
     targets = find_targets(loaded.model, spec, loaded.new_parameters)
-
-    def rank_of(shape: tuple[int, int]) -> int:
-        return resolve_rank(spec.resolved_rank, shape, "adapter.rank")
-
     settings = CalibrationSettings(
         saliency=section.saliency,
         num_batches=section.calibration_batches,
@@ -137,11 +131,10 @@ def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerat
         job.task,
         job.train,
         cache,
-        rank_of=rank_of,
         settings=settings,
         accelerator=accelerator,
     )
-    return {name: make_pairs(spec, len(s), name, s) for name, s in saliency.items()}
+    return {name: make_pairs(spec, s.shape[-1], name, s, targets.layers[name].count) for name, s in saliency.items()}
 
 
 def base_identity(job: Job) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and only then renamed.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -166,8 +167,9 @@ def merged_state(plain: nn.Module, adapted: nn.Module) -> dict[str, Tensor]:
     state = dict(plain.state_dict())
     for name, parameter in _trained_tensors(adapted, plain).items():
         state[name] = parameter.detach().cpu().to(state[name].dtype)
-    for name, merged in adapted_tensors(adapted, plain.state_dict()):
-        state[name] = merged.to(state[name].dtype)
+    for names, merged in adapted_tensors(adapted, plain.state_dict()):
+        # One tensor under all of its names: what is tied stays tied.
+        state |= dict.fromkeys(names, merged.to(state[names[0]].dtype))
     return state
 
 
@@ -183,17 +185,24 @@ def _trained_tensors(adapted: nn.Module, plain: nn.Module) -> dict[str, nn.Param
     }
 
 
-def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the base model that the adapter changes: its name there, and its merged value in float64.
+def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor of the base model that the adapter changes: its names there, and its merged value in float64.
 
     Args:
         adapted: the base model with an adapter.
         before: tensors of the base model; read layer by layer, as the result is asked for.
     """
-    for name, layer in attachment(adapted).layers.items():
-        own = {key: before[f"{name}.{key}"] for key in ("weight", "bias") if f"{name}.{key}" in before}
-        for key, merged in layer.merged(own).items():
-            yield f"{name}.{key}", merged
+    attached = attachment(adapted)
+    targets = attached.targets.layers
+    for weights, parts in itertools.groupby(attached.layers.items(), key=lambda item: targets[item[0]].tensors):
+        biases = tuple(n.removesuffix("weight") + "bias" for n in weights if n.endswith("weight"))
+        names = {"weight": weights, "bias": biases}
+        own = {key: before[found[0]] for key, found in names.items() if found and found[0] in before}
+        changed: dict[str, Tensor] = {}
+        for _, layer in parts:  # several where a fused weight is split
+            changed |= layer.merged(own | changed)
+        for key, merged in changed.items():
+            yield names[key], merged
 
 
 @torch.no_grad()
@@ -207,10 +216,11 @@ def verify(folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, 
     written, before = dict(reopened.state_dict()), dict(plain.state_dict())
     trained = _trained_tensors(adapted, plain)
     weight_error = 0.0
-    for name, reference in adapted_tensors(adapted, plain.state_dict()):
-        del before[name]
-        difference = float((written[name].double() - reference).norm())
-        weight_error = max(weight_error, difference / (float(reference.norm()) or 1.0))
+    for names, reference in adapted_tensors(adapted, plain.state_dict()):
+        for name in names:
+            del before[name]
+            difference = float((written[name].double() - reference).norm())
+            weight_error = max(weight_error, difference / (float(reference.norm()) or 1.0))
     changed = 0
     for name, tensor in before.items():
         expected = trained[name].detach().cpu().to(tensor.dtype) if name in trained else tensor

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import pickle
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +262,13 @@ def _load_errors(name: str) -> Iterator[None]:
         yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"model '{name}'", "does not fit into memory", fix="Set model.dtype=bfloat16") from error
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"model '{name}'", "its weights are a pickle that holds more than tensors, and would run code when loaded",
+            allowed="safetensors, or a pickle of tensors alone",
+            fix="Take a revision with safetensors (--revision), or open it where you trust it and save_pretrained it",
+        ) from error  # fmt: skip
+    except (SafetensorError, json.JSONDecodeError, struct.error, EOFError) as error:
         raise ConfigError(f"model '{name}'", f"a file is damaged ({error})", fix="Download or copy it again") from error
     except (ValueError, KeyError) as error:
         text = str(error).strip().split("\n")[0]

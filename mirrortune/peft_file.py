@@ -96,7 +96,7 @@ def layer_probes(model: nn.Module) -> dict[str, list[float]]:
     seen along fixed directions.
     """
     found = _attached(model)
-    return {name: _probe(model.get_submodule(name), shape) for name, shape in found.targets.layers.items()}
+    return {name: _probe(model.get_submodule(name), target.shape) for name, target in found.targets.layers.items()}
 
 
 def check_probes(model: nn.Module, stored: dict[str, list[float]]) -> None:

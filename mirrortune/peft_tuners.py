@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import Attachment, Targets, attachment, freeze, prepare_targets
+from mirrortune.adapters.inject import Attachment, attachment, freeze, prepare_targets
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import Targets
 from mirrortune.errors import ConfigError
 from mirrortune.peft_configs import (
     check_options,
@@ -103,6 +104,7 @@ def attach_tuner(
     *,
     new_parameters: Iterable[str] = (),
     config: dict[str, Any] | None = None,
+    names: Collection[str] | None = None,
     on_layer: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place by a tuner of PEFT: the layers that ours would take, all else frozen
@@ -111,22 +113,23 @@ def attach_tuner(
     Args:
         model: loaded model, or one on the meta device.
         spec: what to build; its seed is that of the tuner's random numbers.
-        new_parameters: see :func:`mirrortune.adapters.inject.find_targets`.
+        new_parameters: see :func:`mirrortune.adapters.targets.find_targets`.
         config: PEFT's own configuration, of an adapter that is being loaded.
+        names: exactly these layers, of an adapter that is being loaded.
         on_layer: told (name, weight) of every layer before it is replaced.
 
     Raises:
         ConfigError: a missing package, a wrong option, or a layer that the tuner cannot take.
     """
     peft = import_peft(spec.method)
-    targets = prepare_targets(model, spec, new_parameters)
+    targets = prepare_targets(model, spec, new_parameters, names)
     check_options(spec)
-    names = list(targets.layers)
+    chosen = list(targets.layers)
     with recorded_warnings() as warned:
-        built = make_config(spec, names) if config is None else stored_config(config, names)
+        built = make_config(spec, chosen) if config is None else stored_config(config, chosen)
     if not spec.options:
         warned.clear()  # nothing that the user chose
-    for name in names if on_layer else ():
+    for name in chosen if on_layer else ():
         on_layer(name, model.get_submodule(name).get_parameter("weight"))  # type: ignore[misc]
     freeze(model, targets)
     tuner_class = peft.PEFT_TYPE_TO_TUNER_MAPPING[built.peft_type]

@@ -6,16 +6,16 @@ weight.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from mirrortune import peft_tuners
-from mirrortune.adapters.factorize import resolve_rank
-from mirrortune.adapters.inject import Targets, find_targets
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec, make_pairs, needs_saliency
 from mirrortune.adapters.spectral_linear import cheapest_strategy
+from mirrortune.adapters.targets import Target, Targets, find_targets
 from mirrortune.errors import ConfigError
 
 _MIB = 1024 * 1024
@@ -41,14 +41,30 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        skipped = f", {len(self.targets.skipped)} other weights left alone" if self.targets.skipped else ""
+        kinds = Counter(target.kind.name for target in self.targets.layers.values())
+        adapted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
         head = f"{self.head_parameters:,} of the task head"
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
         return [
-            f"layers adapted: {len(self.targets.layers)}{skipped}",
+            f"layers adapted: {adapted}{_left_alone(self.targets.skipped)}",
+            *_clipped(self.targets.clipped),
             f"trained numbers: {self.trainable_parameters:,} ({share:.3f}% of the model), and {head}",
             f"memory, estimated: {self.estimated_memory_bytes / _MIB:,.0f} MiB",
         ]
+
+
+def _left_alone(skipped: dict[str, str]) -> str:
+    reasons = Counter(skipped.values()).most_common()
+    others = sum(count for _, count in reasons[3:])
+    said = [f"{count} ({reason})" for reason, count in reasons[:3]] + ([f"{others} others"] if others else [])
+    return f"; left alone: {', '.join(said)}" if said else ""
+
+
+def _clipped(names: tuple[str, ...]) -> list[str]:
+    if not names:
+        return []
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"the rank is above min(out, in) of {len(names)} layers, which keep all their directions: {some}"]
 
 
 def make_plan(
@@ -85,16 +101,16 @@ def make_plan(
         tuned, factors = peft_tuners.count_trained(model, spec, new_parameters)
         trained += tuned
     counts: dict[tuple[int, tuple[int, int], int], int] = {}
-    for name, shape in targets.layers.items() if spec.preset.core else ():
-        rank = resolve_rank(spec.resolved_rank, shape, name)
+    for name, target in targets.layers.items() if spec.preset.core else ():
+        rank, shape = target.rank, target.shape
         pairs = _pairs(spec, rank, name)
         kind = (rank, shape, 0 if pairs is None else len(pairs))
         if kind not in counts:  # a core's size depends on nothing else
             core = build_core(spec, torch.zeros(rank), name, shape, pairs)
             counts[kind] = sum(p.numel() for p in core.parameters())
-        trained += counts[kind]
-        factors += rank * sum(shape)
-        if spec.strategy == "factored" or (spec.strategy is None and _is_factored(shape, rank, dtype)):
+        trained += target.count * counts[kind]
+        factors += target.count * rank * sum(shape)
+        if target.count == 1 and (spec.strategy or _strategy(target, dtype)) == "factored":
             factors -= math.prod(shape)  # the factors stand for the weight on the device
     if not trained + head:
         raise ConfigError("adapter.method", f"'{spec.method}' trains nothing on this kind of task, which has no head")
@@ -119,8 +135,8 @@ def _pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
     return make_pairs(replace(spec, pairing="mirror") if needs_saliency(spec) else spec, rank, name)
 
 
-def _is_factored(shape: tuple[int, int], rank: int, dtype: torch.dtype) -> bool:
-    return cheapest_strategy(shape[0], shape[1], rank, dtype) == "factored"
+def _strategy(target: Target, dtype: torch.dtype) -> str:
+    return cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
 
 
 def _activation_numbers(model: nn.Module) -> int:

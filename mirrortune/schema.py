@@ -100,6 +100,19 @@ class DataSection(_Section):
     """Train on a seeded random subset of this many rows."""
 
 
+Parts = typing.Annotated[int, Field(ge=2)]
+Sizes = typing.Annotated[tuple[typing.Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
+
+
+class Interleaved(_Section):
+    """A fused layer whose parts follow each other again and again."""
+
+    parts: Parts | Sizes
+    """Number of parts, or their sizes relative to each other."""
+    repeat: int = Field(default=1, ge=1)
+    """How often they follow each other, such as the number of heads."""
+
+
 class AdapterSection(_Section):
     """What is trained."""
 
@@ -119,8 +132,11 @@ class AdapterSection(_Section):
     """Adaptive pairing: steps of the head alone before gradients are measured; the head is then put back."""
     target_modules: str = "all-linear"
     """Regular expression for the names of the layers to adapt, from any dot on; all-linear for all."""
-    strategy: Literal["auto", "branch", "factored"] = "auto"
-    """How adapted layers compute; auto takes the cheaper."""
+    split: dict[str, Parts | Sizes | Interleaved] = Field(default_factory=dict)
+    """Fused layers whose parts get bases of their own, by a regular expression for their names: {c_attn: 3},
+    {qkv_proj: [4, 1, 1]}, or {query_key_value: {parts: 3, repeat: 12}} where each of 12 heads has its own three."""
+    strategy: Literal["auto", "branch", "factored", "dense"] = "auto"
+    """How adapted layers compute; auto takes the cheapest that a layer allows."""
     options: dict[str, typing.Any] = Field(default_factory=dict)
     """Options of the method's core, such as scale_top_k, or fields of the configuration of a tuner of PEFT."""
 

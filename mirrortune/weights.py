@@ -22,7 +22,7 @@ from mirrortune.adapters.basis import align, weight_digest
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.spec import build_core
-from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.adapters.spectral_weight import delta_weight
 from mirrortune.adapting import stored_pairs
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.model import DTYPES, ModelSource
@@ -148,11 +148,11 @@ class AdaptedWeights:
     @classmethod
     def of_adapter(cls, label: str, base: Weights, adapter: AdapterFile, factors: FactorSource) -> AdaptedWeights:
         """The tuned side of ``adapter`` over ``base``; ConfigError if the base does not hold the adapted weights."""
-        adapted = [f"{layer}.weight" for layer in adapter.fingerprints]
+        adapted = [tensor for tensors in adapter.weights.values() for tensor in tensors]
         plain = [n.removeprefix("param.") for n in adapter.tensors if n.startswith("param.")]
         names = match_names(base.shapes, [*adapted, *plain])
-        found = set(names.values())
-        if missing := [name for name in adapted if name not in found]:
+        found = set(names.values())  # a tied weight is stored under one of its names
+        if missing := [tensors[0] for tensors in adapter.weights.values() if found.isdisjoint(tensors)]:
             raise ConfigError(
                 base.label, f"it lacks {len(missing)} weights of the adapter, such as {missing[0]}",
                 allowed=str(adapter.base.get("name")), fix="Give the adapter's own base model",
@@ -176,30 +176,40 @@ class AdaptedWeights:
         plain = self.adapter.tensors.get(f"param.{own}")
         if plain is not None:
             return plain if plain.shape == weight.shape else weight
-        layer = own.removesuffix(".weight")
         weight = weight.to(DTYPES[self.adapter.base["dtype"]])
-        stored = self.adapter.fingerprints[layer]
-        if weight_digest(weight) != stored.weight_sha256:
-            raise VerificationError(
-                name, f"{self.base.label} is not the base that the adapter was trained on",
-                allowed=str(self.adapter.base.get("name")), fix="Give the adapter's own base model",
-            )  # fmt: skip
-        aligned = align(self.factors(layer, weight, stored.sketch.shape[1]), stored, layer)
-        return weight.double() + delta_weight(aligned, stored_core(self.adapter, layer, aligned.S))
+        changed = weight.double()
+        for layer in self._layers(own):
+            stored, layout = self.adapter.fingerprints[layer], self.adapter.layouts[layer]
+            matrix = layout.matrix(weight).contiguous()
+            if weight_digest(matrix) != stored.weight_sha256:
+                raise VerificationError(
+                    name, f"{self.base.label} is not the base that the adapter was trained on",
+                    allowed=str(self.adapter.base.get("name")), fix="Give the adapter's own base model",
+                )  # fmt: skip
+            aligned = align(self.factors(layer, matrix, stored.sketch.shape[-1]), stored, layer)
+            changed = changed + layout.tensor(delta_weight(aligned, stored_core(self.adapter, layer, aligned.S)))
+        return changed
+
+    def _layers(self, own: str) -> list[str]:
+        """The adapted layers whose weight, or a part of it, the adapter's model calls ``own``."""
+        return [layer for layer, tensors in self.adapter.weights.items() if own in tensors]
 
     def angles(self, name: str) -> list[float] | None:
         """Plane angles of the adapter at a weight, in degrees, or None if it turns no planes there."""
-        layer = self.names.get(name, "").removesuffix(".weight")
-        if layer not in self.adapter.fingerprints:
-            return None
-        unknown = torch.ones(self.adapter.fingerprints[layer].sketch.shape[1])  # angles do not depend on the strengths
-        found = stored_core(self.adapter, layer, unknown).angles()
-        return None if found is None else found.detach().double().rad2deg().tolist()
+        found = []
+        for layer in self._layers(self.names.get(name, "")):
+            stored, layout = self.adapter.fingerprints[layer], self.adapter.layouts[layer]
+            stack = (layout.count,) if layout.count > 1 else ()
+            unknown = torch.ones(*stack, stored.sketch.shape[-1])  # angles do not depend on the strengths
+            angles = stored_core(self.adapter, layer, unknown).angles()
+            if angles is not None:
+                found.append(angles.detach().double().rad2deg().flatten())
+        return torch.cat(found).tolist() if found else None
 
 
 def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:
-    """A layer's core with its trained numbers, for singular values ``S`` (R,)."""
-    core = build_core(adapter.spec, S, layer, adapter.shapes[layer], stored_pairs(adapter).get(layer))
+    """A layer's core with its trained numbers, for singular values ``S``, (R,) or (E, R)."""
+    core = build_core(adapter.spec, S, layer, adapter.layouts[layer].matrix_shape, stored_pairs(adapter).get(layer))
     with torch.no_grad():
         for key, parameter in core.named_parameters():
             if parameter.numel():

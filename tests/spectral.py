@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.factorize import factorize
+from mirrortune.adapters.inject import SpectralLayer
 from mirrortune.adapters.pairings import PAIRINGS
 from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
 
@@ -203,16 +204,21 @@ def dense_output(layer: SpectralLinear, x: Tensor) -> Tensor:
     K is the core's ``mix`` applied to the identity, so this checks the layer and not the core; cores have laws of their
     own.
     """
-    core, base = layer.core, layer.base_layer
-    rank = layer.rank
+    base = layer.base_layer
+    weight = base.weight.double() + dense_change(layer)
+    return F.linear(x.double(), weight, None if base.bias is None else base.bias.double())
+
+
+def dense_change(layer: SpectralLayer) -> Tensor:
+    """W' - W in float64 by its formula, (O, I), or (E, O, I) of a stack; plain autograd differentiates it."""
+    core = layer.core
     S = core.get_buffer("S").double()
     coefficients = [c.double() if c.is_floating_point() else c for c in core.coefficients(delta=False)]
-    K = core.mix(torch.eye(rank, dtype=torch.float64), *coefficients).T
-    U, Vh = layer.U.double(), layer.Vh.double()
-    weight = base.weight.double() + U @ (K - torch.diag(S)) @ Vh
+    identity = torch.eye(layer.rank, dtype=torch.float64).expand(*S.shape[:-1], -1, -1)
+    K = core.mix(identity, *coefficients).mT
+    change = layer.U.double() @ (K - torch.diag_embed(S)) @ layer.Vh.double()
     beside = core.beside_weight()
-    weight = weight if beside is None else weight + beside.double()
-    return F.linear(x.double(), weight, None if base.bias is None else base.bias.double())
+    return change if beside is None else change + beside.double()
 
 
 def gradients(output: Tensor, layer: SpectralLinear, x: Tensor) -> dict[str, Tensor]:

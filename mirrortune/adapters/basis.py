@@ -6,7 +6,7 @@ wrong way: an error above 100% of the adapter's effect, in silence. An adapter t
 of the weight and a sketch p^T U of its basis with a fixed probe p. Loading compares, flips signs back exactly, and
 refuses what it cannot repair (vectors of equal singular values, which every driver mixes as it likes).
 
-Shapes: O out_features, I in_features, R rank.
+Shapes: O out_features, I in_features, R rank, E matrices of a stack (each with a probe of its own).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Fingerprint:
 
     Attributes:
         weight_sha256: hash of the weight's dtype, shape and bytes.
-        probe_seed: seed of the probe vectors.
+        probe_seeds: seed of the probe vectors, one for each matrix.
         side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or
             ``both``; ``none`` for an adapter that has no basis.
-        sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), float32.
-        sigma_head: the largest singular values, at most 8, for diagnosis.
+        sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), or (E, 1 or 2, R), float32.
+        sigma_head: the largest singular values (of the first matrix), at most 8, for diagnosis.
     """
 
     weight_sha256: str
-    probe_seed: int
+    probe_seeds: tuple[int, ...]
     side: str
     sketch: Tensor
     sigma_head: tuple[float, ...]
@@ -51,7 +51,7 @@ class Fingerprint:
     @classmethod
     def of_weight(cls, weight_sha256: str) -> Fingerprint:
         """The fingerprint of a weight whose adapter does not depend on a basis: its hash alone."""
-        return cls(weight_sha256=weight_sha256, probe_seed=0, side="none", sketch=torch.zeros(0, 0), sigma_head=())
+        return cls(weight_sha256=weight_sha256, probe_seeds=(), side="none", sketch=torch.zeros(0, 0), sigma_head=())
 
 
 def weight_digest(weight: Tensor) -> str:
@@ -63,22 +63,17 @@ def weight_digest(weight: Tensor) -> str:
 
 
 def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:
-    """The fingerprint of ``weight`` (O, I) and its ``factors``, for a core that turns ``side``; deterministic."""
-    best_seed, best_sketch, best_smallest = 0, None, -1.0
-    for seed in range(_PROBE_ATTEMPTS):
-        candidate = _sketch(factors, seed, side)
-        smallest = float(candidate[0].abs().min())
-        if smallest > best_smallest:
-            best_seed, best_sketch, best_smallest = seed, candidate, smallest
-        if smallest > _SMALLEST_SKETCH:
-            break
-    assert best_sketch is not None
+    """The fingerprint of ``weight``, (O, I) or (E, O, I), and its ``factors``, for a core that turns ``side``;
+    deterministic.
+    """
+    chosen = [_choose_probe(matrix, side) for matrix in factors.each()]
+    sketches = [sketch.to(torch.float32) for _, sketch in chosen]
     return Fingerprint(
         weight_sha256=weight_digest(weight),
-        probe_seed=best_seed,
+        probe_seeds=tuple(seed for seed, _ in chosen),
         side=side,
-        sketch=best_sketch.to(torch.float32),
-        sigma_head=tuple(float(s) for s in factors.S[:8]),
+        sketch=torch.stack(sketches) if factors.is_stack else sketches[0],
+        sigma_head=tuple(float(s) for s in factors.each()[0].S[:8]),
     )
 
 
@@ -96,8 +91,21 @@ def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
     Raises:
         VerificationError: if some vector is another one even after its sign is repaired.
     """
-    sketch = _sketch(factors, stored.probe_seed, stored.side).cpu()
-    reference = stored.sketch.to(torch.float64)
+    each, references = factors.each(), stored.sketch if factors.is_stack else stored.sketch[None]
+    if len(each) != len(references) or len(each) != len(stored.probe_seeds):
+        raise VerificationError(name, f"the adapter holds {len(references)} bases, the weight has {len(each)}")
+    names = [f"{name}.{index}" for index in range(len(each))] if factors.is_stack else [name]
+    signs = [
+        _signs(matrix, reference.to(torch.float64), seed, stored.side, place)
+        for matrix, reference, seed, place in zip(each, references, stored.probe_seeds, names, strict=True)
+    ]
+    sign = (torch.stack(signs) if factors.is_stack else signs[0]).to(factors.U)
+    return Factors(U=factors.U * sign[..., None, :], S=factors.S, Vh=factors.Vh * sign[..., :, None])
+
+
+def _signs(factors: Factors, reference: Tensor, seed: int, side: str, name: str) -> Tensor:
+    """+1 or -1 for each direction of one basis, shape (R,), float64."""
+    sketch = _sketch(factors, seed, side).cpu()
     if sketch.shape != reference.shape:
         raise VerificationError(name, f"the adapter holds a basis of rank {reference.shape[1]}, got {sketch.shape[1]}")
     signs = torch.where(sketch[0] * reference[0] < 0, -1.0, 1.0).to(torch.float64)
@@ -112,8 +120,21 @@ def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
             fix="Its singular value is too close to a neighbour's, or the adapter file is damaged; "
             "load it where it was trained and merge it there",
         )
-    signs = signs.to(factors.U)
-    return Factors(U=factors.U * signs, S=factors.S, Vh=factors.Vh * signs[:, None])
+    return signs
+
+
+def _choose_probe(factors: Factors, side: str) -> tuple[int, Tensor]:
+    """Seed and sketch of the first good probe of one basis, or of the best of those that were tried."""
+    best_seed, best_sketch, best_smallest = 0, None, -1.0
+    for seed in range(_PROBE_ATTEMPTS):
+        candidate = _sketch(factors, seed, side)
+        smallest = float(candidate[0].abs().min())
+        if smallest > best_smallest:
+            best_seed, best_sketch, best_smallest = seed, candidate, smallest
+        if smallest > _SMALLEST_SKETCH:
+            break
+    assert best_sketch is not None
+    return best_seed, best_sketch
 
 
 def _sketch(factors: Factors, seed: int, side: str) -> Tensor:

@@ -36,6 +36,8 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
 
     side: Literal["output", "input", "both"] = "both"
     """Which singular vectors the core's effect depends on beyond their product with S: U, Vh, or both."""
+    branches: bool = False
+    """Whether its methods do different things for different numbers, so that they cannot be vectorised over cores."""
     default_lr: float = 3e-2
     """Learning rate of the method that is this core alone; that of angles and relative scales."""
     default_rank: int | Literal["full"] = "full"
@@ -68,9 +70,11 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         grad_z = grads[0] if grads[0] is not None else torch.zeros_like(z)
         return grad_z, tuple(grads[1:])
 
-    def beside(self, x: Tensor) -> Tensor | None:
-        """What the core adds to the layer's output outside the singular basis, (..., O) for x (..., I); None for
-        nothing.
+    def beside(self, project: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What the core adds to the layer's output outside the singular basis, (..., O), or None for nothing.
+
+        Args:
+            project: applies a matrix A (n, I) to the layer's input; shape (..., n).
         """
         return None
 
@@ -85,9 +89,13 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     @torch.no_grad()
     def delta_matrix(self) -> Tensor:
         """K - diag(S) in float64, shape (R, R), on the CPU."""
-        exact = copy.deepcopy(self).to(device="cpu", dtype=torch.float64)
+        exact = self.in_float64()
         rank = exact.get_buffer("S").shape[0]
         return exact.mix(torch.eye(rank, dtype=torch.float64), *exact.coefficients(delta=True)).T
+
+    def in_float64(self) -> Core:
+        """A copy in float64 on the CPU."""
+        return copy.deepcopy(self).to(device="cpu", dtype=torch.float64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:  # noqa: FBT001, FBT002  (torch's signature)
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Singular value decomposition of a weight, in float64 and with canonical signs.
 
-Shapes: O out_features, I in_features, D = min(O, I), R rank (1 <= R <= D, or R = O). W (O, I) = U diag(S) Vh.
+Shapes: O out_features, I in_features, D = min(O, I), R rank (1 <= R <= D, or R = O). W (O, I) = U diag(S) Vh. A stack
+of E matrices has a leading dimension E everywhere.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mirrortune.adapters.decompositions import decompose
 from mirrortune.errors import ConfigError, DataError
 
 # Part of every cache key: raise it when the factors of a given weight change.
-FACTORIZE_VERSION = 1
+FACTORIZE_VERSION = 2
 
 Rank = int | Literal["full", "out"]
 """How many directions are kept: a number, all min(O, I), or all O on the output side."""
@@ -24,7 +26,7 @@ Rank = int | Literal["full", "out"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """The R leading singular triplets of a weight, largest singular value first.
+    """The R leading singular triplets of a weight, largest singular value first; or of each matrix of a stack.
 
     Attributes:
         U: left singular vectors, shape (O, R), orthonormal columns.
@@ -39,7 +41,19 @@ class Factors:
     @property
     def rank(self) -> int:
         """R, the number of directions kept."""
-        return self.S.shape[0]
+        return self.S.shape[-1]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether these are the factors of several matrices."""
+        return self.S.ndim == 2
+
+    def each(self) -> list[Factors]:
+        """The factors of each matrix, one of them where there is no stack."""
+        if not self.is_stack:
+            return [self]
+        parts = zip(self.U, self.S, self.Vh, strict=True)
+        return [Factors(U=U, S=S, Vh=Vh) for U, S, Vh in parts]
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> Factors:
         """All three factors on ``device`` in ``dtype``."""
@@ -74,7 +88,7 @@ def factorize(weight: Tensor, rank: Rank = "full", *, name: str = "weight") -> F
     an adapter's angles mean nothing in another basis.
 
     Args:
-        weight: shape (O, I), any floating dtype.
+        weight: shape (O, I), or (E, O, I) for a stack, any floating dtype.
         rank: how many leading triplets to keep; O of them, or ``"out"``, even where there are fewer.
         name: the layer's name, for messages.
 
@@ -83,16 +97,20 @@ def factorize(weight: Tensor, rank: Rank = "full", *, name: str = "weight") -> F
         min(O, I) are those of :func:`complement`.
 
     Raises:
-        DataError: if the weight holds NaN or infinities.
+        DataError: if the weight holds NaN or infinities, or cannot be decomposed.
         ConfigError: if ``rank`` does not fit.
     """
+    if weight.ndim == 3:
+        each = [factorize(matrix, rank, name=f"{name}.{index}") for index, matrix in enumerate(weight)]
+        return Factors(
+            U=torch.stack([f.U for f in each]), S=torch.stack([f.S for f in each]), Vh=torch.stack([f.Vh for f in each])
+        )
     shape = (weight.shape[0], weight.shape[1])
     kept = resolve_rank("out" if rank == shape[0] else rank, shape, name)
     matrix = weight.detach().to(torch.float64)
     if not torch.isfinite(matrix).all():
         raise DataError(name, "the weight holds NaN or infinities", fix="Repair or replace the base checkpoint")
-    U, S, Vh = _svd(matrix)
-    U, S, Vh = U[:, :kept], S[:kept], Vh[:kept]
+    U, S, Vh = decompose(matrix, kept, name)
     signs = canonical_signs(U)
     U, Vh = U * signs, Vh * signs[:, None]
     if kept > min(shape):
@@ -125,16 +143,3 @@ def canonical_signs(U: Tensor) -> Tensor:
     """+1 or -1 for each column of ``U`` (O, R), so that its entry of largest magnitude becomes positive; shape (R,)."""
     largest = U.abs().argmax(dim=0, keepdim=True)
     return torch.where(U.gather(0, largest).squeeze(0) < 0, -1.0, 1.0).to(U.dtype)
-
-
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # Divide and conquer (gesdd) can fail to converge on ill-conditioned weights; QR iteration (gesvd) does not.
-        import scipy.linalg  # noqa: PLC0415  (only needed on this rare path)
-
-        host = np.ascontiguousarray(matrix.cpu().numpy())
-        parts = scipy.linalg.svd(host, full_matrices=False, lapack_driver="gesvd")
-        U, S, Vh = (torch.from_numpy(np.ascontiguousarray(p)).to(matrix.device) for p in parts)
-    return U, S, Vh

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers a pattern of the user's means: ``all-linear``, or a regular expression for the name from any dot on."""
+"""Which layers a pattern of the user's means: ``all-linear``, ``all-layers``, or a regular expression for the name from
+any dot on; and what to say when it means none.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +11,56 @@ from collections.abc import Collection
 
 from mirrortune.errors import ConfigError
 
+ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
+
 
 def matches(name: str, pattern: str, where: str) -> bool:
     """Whether ``pattern`` means the layer ``name``; ConfigError at ``where`` if it is no regular expression."""
-    if pattern == "all-linear":
+    if pattern in (ALL_LINEAR, ALL_LAYERS):
         return True
     try:
         # A pattern may start at any dot of the name, so that "query|value" finds encoder.layer.0.attention.self.query.
         return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
     except re.error as error:
         raise ConfigError(
-            where, f"not a regular expression: {pattern!r} ({error})", allowed="a regex or all-linear"
+            where, f"not a regular expression: {pattern!r} ({error})", allowed="a regex, all-linear or all-layers"
         ) from error
 
 
-def no_match(where: str, pattern: str, names: Collection[str]) -> ConfigError:
-    """The error for a pattern that means none of the layers ``names``: says the nearest."""
+def alternatives(pattern: str) -> list[str]:
+    """The alternatives of a pattern like ``query|value``; the pattern itself where they stand in brackets."""
+    parts = pattern.split("|")
+    return parts if len(parts) > 1 and all(_is_regex(part) for part in parts) else [pattern]
+
+
+def no_match(
+    where: str, pattern: str, names: Collection[str], others: Collection[str] = (), of: str = ""
+) -> ConfigError:
+    """The error for a pattern that means no layer: says the nearest.
+
+    Args:
+        where: the setting.
+        pattern: what matches nothing.
+        names: of the layers that it most likely means.
+        others: of all layers that it could mean.
+        of: the whole pattern, if ``pattern`` is one of its alternatives.
+    """
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    near = difflib.get_close_matches(pattern, [*endings, *names], n=3, cutoff=0.5)
-    hint = f" Nearest: {', '.join(near)}." if near else ""
+    near = difflib.get_close_matches(pattern, [*endings, *names, *others], n=3, cutoff=0.5)
+    hint = f" Nearest: {', '.join(dict.fromkeys(near))}." if near else ""
+    is_part = bool(of) and of != pattern
+    whole = f" (an alternative of '{of}')" if is_part else ""
     return ConfigError(
         where,
-        f"'{pattern}' matches none of the {len(names)} linear layers.{hint}",
+        f"'{pattern}'{whole} matches none of the {len(names)} linear layers.{hint}",
         allowed=f"all-linear, or a regex for names that end in {', '.join(endings)}",
+        fix="Put alternatives that may be absent in brackets: (a|b)" if is_part else "",
     )
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return bool(pattern)

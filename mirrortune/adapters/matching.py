@@ -74,7 +74,7 @@ def rotation_gradient(gradient: Tensor, U: Tensor, S: Tensor, Vh: Tensor, side: 
     On the output side S_i u_j' G v_i - S_j u_i' G v_j, on the input side S_j u_j' G v_i - S_i u_i' G v_j.
 
     Args:
-        gradient: G = dL/dW, shape (O, I).
+        gradient: G = dL/dW, shape (O, I); a leading dimension counts the matrices of a stack, here and below.
         U: left singular vectors, shape (O, R).
         S: singular values, shape (R,).
         Vh: right singular vectors, shape (R, I).
@@ -83,6 +83,6 @@ def rotation_gradient(gradient: Tensor, U: Tensor, S: Tensor, Vh: Tensor, side: 
     Returns:
         Shape (R, R), antisymmetric.
     """
-    moved = U.T @ gradient @ Vh.T  # (R, R): entry ji is u_j' G v_i
-    weighted = moved * S if side == "output" else S[:, None] * moved
-    return weighted.T - weighted
+    moved = U.mT @ gradient @ Vh.mT  # (R, R): entry ji is u_j' G v_i
+    weighted = moved * S[..., None, :] if side == "output" else S[..., :, None] * moved
+    return weighted.mT - weighted

@@ -6,12 +6,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mirrortune.adapters.core_stack import CoreStack
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.pair_lists import PairLists, check_lists, list_for
@@ -35,6 +36,7 @@ class AdapterSpec:
     seed: int = 0
     strategy: Strategy | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
 
     @property
     def preset(self) -> Preset:
@@ -125,7 +127,19 @@ def _no_rank_out(spec: AdapterSpec) -> ConfigError:
 
 
 def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], pairs: Tensor | None = None) -> Core:
-    """The untrained core that ``spec`` gives the layer ``name`` of ``shape`` (O, I) with singular values ``S`` (R,)."""
+    """The untrained core that ``spec`` gives the layer ``name``.
+
+    Args:
+        spec: names the core.
+        S: singular values (R,), or (E, R) of a stack of matrices, each of which gets a core of its own.
+        name: of the layer.
+        shape: (O, I) of each matrix.
+        pairs: (T, 2) or (E, T, 2), in place of the pairing's own.
+    """
+    if S.ndim == 2:
+        chosen = [None] * len(S) if pairs is None else pairs
+        own = _named(spec, name)
+        return CoreStack([build_core(own, S[i], f"{name}.{i}", shape, chosen[i]) for i in range(len(S))])
     core_name = spec.preset.core
     assert core_name is not None
     core_class = CORES.get(core_name, "adapter.method")
@@ -143,26 +157,33 @@ def needs_saliency(spec: AdapterSpec) -> bool:
     return "saliency" in _asked(spec)
 
 
-def follows_from_rank(pairs: Tensor, spec: AdapterSpec, rank: int) -> bool:
-    """Whether ``pairs`` (T, 2) are what the spec's pairing gives any layer with ``rank`` directions."""
+def follows_from_rank(pairs: Tensor, spec: AdapterSpec, rank: int, count: int = 1) -> bool:
+    """Whether ``pairs``, (T, 2) or (E, T, 2), are what the spec's pairing gives any layer with ``rank`` directions of
+    each of its ``count`` = E matrices.
+    """
     if _asked(spec) & _OUTSIDE.keys():
         return False
     # Drawn for a name that no layer has: equal to a layer's own pairs only when the pairing ignores its generator.
-    return torch.equal(pairs, make_pairs(spec, rank, ""))
+    return torch.equal(pairs, make_pairs(spec, rank, "", count=count))
 
 
-def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None = None) -> Tensor:
-    """Pairs (T, 2) of the spec's pairing for one layer, those of the first round first.
+def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None = None, count: int = 1) -> Tensor:
+    """Pairs of the spec's pairing for one layer, (T, 2), or (E, T, 2) for ``count`` = E > 1 stacked matrices; those of
+    the first round first.
 
     Args:
         spec: names the pairing; its seed and ``name`` seed the pairing's generator.
         rank: number of directions R.
         name: of the layer.
-        saliency: (R, R) for a pairing that is made from measured gradients.
+        saliency: (R, R), or (E, R, R), for a pairing that is made from measured gradients.
+        count: E.
 
     Raises:
         ConfigError: if a pairing is made from what is not there.
     """
+    if count > 1:
+        each = [None] * count if saliency is None else saliency
+        return torch.stack([make_pairs(_named(spec, name), rank, f"{name}.{i}", each[i]) for i in range(count)])
     digest = hashlib.sha256(f"{spec.seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     listed = None if spec.pair_lists is None else list_for(spec.pair_lists, name)
@@ -173,6 +194,12 @@ def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None 
             raise ConfigError("adapter.pairing", f"'{spec.resolved_pairing}' {problem}", fix=fix)
     pairing = PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")
     return pairing(rank, generator, **{what: value for what, value in given.items() if what in asked})
+
+
+def _named(spec: AdapterSpec, name: str) -> AdapterSpec:
+    """``spec`` for the matrices of the layer ``name``: a list of pairs that is meant for it is meant for each."""
+    listed = None if spec.pair_lists is None else list_for(spec.pair_lists, name)
+    return spec if listed is None else replace(spec, pairing=listed)
 
 
 # What a pairing may ask for that neither the rank nor the seed gives.

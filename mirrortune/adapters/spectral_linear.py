@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen linear layer with a trained core in its singular basis, and the two ways to run it.
+"""A frozen linear map (linear layer, convolution, embedding) with a trained core in its singular basis, and two ways to
+run it.
 
     branch     y = base(x) + U (K - S) Vh x     exact base model for an untrained core; cheap when R << D
     factored   y = U K Vh x + b                 R >= D only; cheaper than branch there, equal to the base up to rounding
 
 Both save z = Vh x (N, R) for the backward pass, not x (N, I): the factors are frozen, so the core's gradient needs only
-z and U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R rank.
+z and U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R rank; a convolution has a row for each
+position of its output, and I counts its kernel.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,34 +19,45 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
+from mirrortune.adapters.kinds import Embedding, Kind, Linear
+from mirrortune.adapters.spectral_weight import delta_weight, dense_delta
 from mirrortune.errors import ConfigError
 
-Strategy = Literal["branch", "factored"]
+Strategy = Literal["branch", "factored", "dense"]
+
+_LINEAR = Linear()
 
 
 class _SpectralProduct(torch.autograd.Function):
     """x -> U mix(Vh x), with gradients for x and the core's coefficients; U and Vh are constants."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, Vh: Tensor, core: Core, *coefficients: Tensor) -> Tensor:
-        z = F.linear(x, Vh)  # (N, R)
-        ctx.core = core
+    def forward(
+        ctx: Any, x: Tensor, U: Tensor, Vh: Tensor, kind: Kind, base: nn.Module, core: Core, *coefficients: Tensor
+    ) -> Tensor:
+        projected = kind.project(base, x, Vh)  # (..., R)
+        z = projected.reshape(-1, projected.shape[-1])  # (N, R)
+        ctx.kind, ctx.base, ctx.core, ctx.shapes = kind, base, core, (x.shape, projected.shape)
         ctx.save_for_backward(z, U, Vh, *coefficients)
         mixed = core.mix(z.to(_mixing_dtype(z)), *coefficients)
-        return F.linear(mixed.to(z.dtype), U)  # (N, O)
+        # Reshaped before the product: model code may change the output in place, which autograd allows for no view.
+        return F.linear(mixed.to(z.dtype).reshape(projected.shape), U)  # (..., O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         z, U, Vh, *coefficients = ctx.saved_tensors
-        dtype = _mixing_dtype(z)
-        grad_mixed = grad_y.to(U.dtype) @ U  # (N, R)
+        dtype, (shape, projected) = _mixing_dtype(z), ctx.shapes
+        grad_mixed = grad_y.reshape(-1, U.shape[0]).to(U.dtype) @ U  # (N, R)
         grad_z, grad_coefficients = ctx.core.mix_backward(z.to(dtype), grad_mixed.to(dtype), *coefficients)
-        grad_x = grad_z.to(z.dtype) @ Vh if ctx.needs_input_grad[0] else None  # (N, I)
-        return (grad_x, None, None, None, *grad_coefficients)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.kind.project_backward(ctx.base, grad_z.to(z.dtype).reshape(projected), Vh, shape)
+        return (grad_x, None, None, None, None, None, *grad_coefficients)
 
 
 def _mixing_dtype(z: Tensor) -> torch.dtype:
@@ -55,29 +67,40 @@ def _mixing_dtype(z: Tensor) -> torch.dtype:
 
 
 class SpectralLinear(nn.Module):
-    """W' = W + U (K - diag(S)) Vh in place of a frozen linear layer W.
+    """W' = W + U (K - diag(S)) Vh in place of a frozen layer that applies W.
 
     Args:
-        base_layer: the layer to adapt, weight (O, I); frozen and never changed.
-        factors: singular triplets of its weight.
+        base_layer: the layer to adapt, its weight a matrix (O, I) in the eyes of ``kind``; frozen and never changed.
+        factors: singular triplets of that matrix.
         core: owns the trained numbers and K.
         strategy: how to compute the output; None lets :func:`cheapest_strategy` choose.
+        kind: what the layer is, ``kind.is_callable(base_layer)``; a linear layer by default.
 
     Raises:
         ConfigError: if ``factored`` is asked for with fewer than min(O, I) directions.
     """
 
-    def __init__(self, base_layer: nn.Linear, factors: Factors, core: Core, strategy: Strategy | None = None) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        factors: Factors,
+        core: Core,
+        strategy: Literal["branch", "factored"] | None = None,
+        kind: Kind = _LINEAR,
+    ) -> None:
         super().__init__()
-        weight = base_layer.weight
+        weight = base_layer.get_parameter("weight")
         self.base_layer = base_layer.requires_grad_(requires_grad=False)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.kind, self.layout = kind, kind.layouts(base_layer)["weight"]
+        self.out_features, self.in_features = self.layout.matrix_shape
         self.rank = factors.rank
-        self.strategy = strategy or cheapest_strategy(self.out_features, self.in_features, self.rank, weight.dtype)
+        self.strategy = strategy or cheapest_strategy(
+            self.out_features, self.in_features, self.rank, weight.dtype, kind
+        )
         if self.strategy == "factored" and self.rank < min(self.out_features, self.in_features):
             raise ConfigError(
                 "adapter.strategy",
-                f"factored needs every singular direction, got rank {self.rank} of {min(weight.shape)}",
+                f"factored needs every singular direction, got rank {self.rank} of {min(self.layout.matrix_shape)}",
                 allowed="branch",
                 fix="Use --rank full or adapter.strategy=branch",
             )
@@ -93,32 +116,62 @@ class SpectralLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight (O, I), as it was before adapting; model code reads its dtype and device."""
-        return self.base_layer.weight
+        """W' in the base layer's own layout, for code that reads a layer's weight instead of calling the layer.
+
+        Its shape, dtype and device cost nothing, which is all that most readers want; W' is computed when it is used.
+        """
+        return self.adapted_weight() if torch.compiler.is_compiling() else _AdaptedWeight.of(self)
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias (O,), or None."""
-        return self.base_layer.bias
+        bias: Tensor | None = getattr(self.base_layer, "bias", None)
+        return bias
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else model code asks of the layer (``stride``, ``embedding_dim``, ...) the base layer answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the adapted layer, shape (..., O), for x (..., I)."""
+        """Output of the adapted layer for what the base layer takes; (..., O) for x (..., I) of a linear layer."""
         is_branch = self.strategy == "branch"
         coefficients = self.core.coefficients(delta=is_branch)
-        rows, U, Vh = x.reshape(-1, x.shape[-1]), self.U, self.Vh
         autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else U.dtype
-        factors = (rows.to(dtype), U.to(dtype), Vh.to(dtype))
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.U.dtype
+        given = x.to(dtype) if x.is_floating_point() else x
         with torch.autocast(x.device.type, enabled=False):
-            product: Tensor = _SpectralProduct.apply(*factors, self.core, *coefficients)  # type: ignore[no-untyped-call]
-        product = product.reshape(*x.shape[:-1], self.out_features)
-        beside = self.core.beside(x.to(dtype))
+            product = self._product(given, self.U.to(dtype), self.Vh.to(dtype), coefficients)
+        beside = self.core.beside(lambda A: self.kind.project(self.base_layer, given, A.to(dtype)))
         if beside is not None:
             product = product + beside
         if is_branch:
             frozen: Tensor = self.base_layer(x)
-            return frozen + product
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+            return frozen + self.kind.output(self.base_layer, product)
+        biased = product if self.bias is None else product + self.bias.to(product.dtype)
+        return self.kind.output(self.base_layer, biased)
+
+    def _product(self, x: Tensor, U: Tensor, Vh: Tensor, coefficients: tuple[Tensor, ...]) -> Tensor:
+        """U mix(Vh x), shape (..., O)."""
+        if torch.compiler.is_compiling():
+            # A compiler decides by itself what to keep, and need not step into our backward pass to see what it does.
+            z = self.kind.project(self.base_layer, x, Vh)
+            mixed = self.core.mix(z.reshape(-1, z.shape[-1]).to(_mixing_dtype(z)), *coefficients)
+            return F.linear(mixed.to(z.dtype), U).reshape(*z.shape[:-1], -1)
+        product: Tensor = _SpectralProduct.apply(x, U, Vh, self.kind, self.base_layer, self.core, *coefficients)  # type: ignore[no-untyped-call]
+        return product
+
+    def adapted_weight(self) -> Tensor:
+        """W' in the layout and dtype of the base layer's weight, on the device of the factors; differentiable."""
+        with torch.autocast(self.U.device.type, enabled=False):
+            delta = dense_delta(self._factors(), self.core)
+            base: Any = self.base_layer.weight  # a parameter, or a plain tensor beside its factors
+            adapted: Tensor = (base.to(delta) + self.layout.tensor(delta)).to(self.U.dtype)
+        return adapted
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: the core's parameters."""
@@ -126,32 +179,62 @@ class SpectralLinear(nn.Module):
 
     def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
-        return {"weight": before["weight"].cpu().double() + self.delta_weight()}
+        return {"weight": before["weight"].cpu().double() + self.layout.tensor(self.delta_weight())}
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """U (K - diag(S)) Vh in float64 on the CPU, shape (O, I): what merging adds to the base weight."""
-        return delta_weight(Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh), self.core)
+        return delta_weight(self._factors(), self.core)
+
+    def _factors(self) -> Factors:
+        return Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"rank={self.rank}, strategy={self.strategy}"
 
 
-@torch.no_grad()
-def delta_weight(factors: Factors, core: Core) -> Tensor:
-    """U (K - diag(S)) Vh, and what the core adds beside it, in float64 on the CPU, shape (O, I)."""
-    exact = factors.to(device=torch.device("cpu"), dtype=torch.float64)
-    delta = exact.U @ core.delta_matrix() @ exact.Vh
-    beside = copy.deepcopy(core).to(device="cpu", dtype=torch.float64).beside_weight()
-    return delta if beside is None else delta + beside
+class _AdaptedWeight(Tensor):
+    """Stands for a layer's W': answers for its shape, dtype and device, and becomes W' in anything else."""
+
+    layer: SpectralLinear
+
+    @classmethod
+    def of(cls, layer: SpectralLinear) -> _AdaptedWeight:
+        """The weight of ``layer``, not computed yet."""
+        outline = layer.U.detach().new_empty(1).expand(layer.layout.shape)  # all but its numbers, without memory
+        weight = outline.as_subclass(cls)
+        weight.layer = layer
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer from the outline, or compute."""
+        if func in _OUTLINE:
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        given = tree_map(
+            lambda a: a.layer.adapted_weight() if isinstance(a, _AdaptedWeight) else a, (args, kwargs or {})
+        )
+        return func(*given[0], **given[1])
 
 
-def cheapest_strategy(out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> Strategy:
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_sparse",
+               "is_quantized", "is_nested", "names", "itemsize", "nbytes")  # fmt: skip
+_OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Tensor, name)} | {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
+    Tensor.is_complex, Tensor.get_device, Tensor.__len__,
+}  # fmt: skip
+"""What can be said of W' without computing it."""
+
+
+def cheapest_strategy(
+    out_features: int, in_features: int, rank: int, dtype: torch.dtype, kind: Kind = _LINEAR
+) -> Literal["branch", "factored"]:
     """The strategy with the fewer multiplications per row, in units of the frozen layer's own O * I.
 
     branch costs 1 + R (O + I) / (O I), factored R (O + I) / (O I). In 16 bits factored would put one more rounding of
-    the whole weight into the model, so branch is taken there.
+    the whole weight into the model, so branch is taken there; and for embeddings, whose own forward costs nothing.
     """
     is_full = rank >= min(out_features, in_features)
-    return "factored" if is_full and dtype in (torch.float32, torch.float64) else "branch"
+    is_exact_enough = dtype in (torch.float32, torch.float64) and not isinstance(kind, Embedding)
+    return "factored" if is_full and is_exact_enough else "branch"

@@ -19,7 +19,7 @@ from mirrortune.adapters.basis import Fingerprint, align, fingerprint
 from mirrortune.adapters.factorize import Factors, complement, factorize
 from mirrortune.adapters.inject import adapter_parameters, attach, plain_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.adapters.spectral_weight import delta_weight
 from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import VerificationError
 from tests.spectral import (
@@ -117,7 +117,7 @@ def test_a_fingerprint_is_the_same_every_time(side: str, problem: Problem, seed:
     weight = problem.weight()
     first, second = (fingerprint(weight, factorize(weight, problem.rank), side) for _ in range(2))
     assert torch.equal(first.sketch, second.sketch)
-    assert (first.weight_sha256, first.probe_seed) == (second.weight_sha256, second.probe_seed)
+    assert (first.weight_sha256, first.probe_seeds) == (second.weight_sha256, second.probe_seeds)
 
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)

@@ -38,7 +38,10 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16:
 
 def scale_of(layer: SpectralLinear, x: Tensor) -> float:
     """Size of the terms whose sum the output is: roundings are relative to this, and the sum itself may cancel."""
-    terms = [x.double().norm() * layer.weight.double().norm(), x.double().norm() * layer.delta_weight().norm()]
+    terms = [
+        x.double().norm() * layer.base_layer.weight.double().norm(),
+        x.double().norm() * layer.delta_weight().norm(),
+    ]
     return float(sum(terms)) + 1.0
 
 
@@ -169,7 +172,7 @@ def test_the_merged_weight_gives_the_same_output(
         layer = build_layer(problem, variant, strategy, dtype=dtype, seed=seed)
         delta = layer.delta_weight()
         assert delta.dtype == torch.float64
-        merged = (layer.weight.double() + delta).to(dtype)
+        merged = (layer.base_layer.weight.double() + delta).to(dtype)
         error = float((layer(x) - nn.functional.linear(x, merged, layer.bias)).detach().double().norm())
         assert error <= OUTPUT_TOLERANCE[dtype] * scale_of(layer, x)
 

@@ -52,7 +52,7 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     """Copies of everything else, and of the base weights that factored layers keep outside of their parameters."""
     tensors = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     tensors |= dict(model.named_buffers())
-    tensors |= {f"{n}.weight": layer.weight for n, layer in spectral_layers(model).items()}
+    tensors |= {f"{n}.weight": layer.base_layer.weight for n, layer in spectral_layers(model).items()}
     return {n: t.detach().clone() for n, t in tensors.items()}
 
 

@@ -80,7 +80,7 @@ def test_the_files_hold_what_the_format_says(folder: Path) -> None:
     assert description["adapter"]["method"] == "random"
     assert description["head"] == ["classifier.weight", "classifier.bias"]
     assert list(description["layers"]) == layers
-    assert description["layers"][QUERY]["shape"] == [32, 32]
+    assert description["layers"][QUERY]["layout"]["shape"] == [32, 32]
     assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
@@ -144,8 +144,8 @@ def test_a_flipped_bit_is_refused(shared_adapter: Path, name: str, place: int, b
         assert name == "adapter.json"
         assert found.spec == whole.spec
         assert found.base == whole.base
-        assert {n: (f.probe_seed, f.side, f.sigma_head) for n, f in found.fingerprints.items()} == {
-            n: (f.probe_seed, f.side, f.sigma_head) for n, f in whole.fingerprints.items()
+        assert {n: (f.probe_seeds, f.side, f.sigma_head) for n, f in found.fingerprints.items()} == {
+            n: (f.probe_seeds, f.side, f.sigma_head) for n, f in whole.fingerprints.items()
         }
     finally:
         path.write_bytes(data)
@@ -198,8 +198,11 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]
         lambda d, t: d["layers"][QUERY].update(weight_sha256="0" * 64),
         f"{QUERY}: the base weight is not",
     ),
-    "another shape": (lambda d, t: d["layers"][QUERY].update(shape=[32, 16]), rf"{QUERY}: .*shape \(32, 16\)"),
-    "one layer less": (lambda d, t: d["layers"].pop(QUERY), f"{QUERY}: the base has this layer, the adapter does not"),
+    "another shape": (
+        lambda d, t: d["layers"][QUERY]["layout"].update(shape=[32, 16]),
+        rf"{QUERY}: .*shape \(32, 16\)",
+    ),
+    "one layer less": (lambda d, t: d["layers"].pop(QUERY), rf"tensor 'core\.{QUERY}\.\w+' is only in the adapter"),
     "a newer format": (
         lambda d, t: d.update(format_version=FORMAT_VERSION + 1),
         "format version 2.*Upgrade mirrortune",

@@ -16,8 +16,9 @@ from torch import Tensor
 from mirrortune import commands, recipe
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.factorize import factorize
-from mirrortune.adapters.inject import adapter_parameters, attach, find_targets
+from mirrortune.adapters.inject import adapter_parameters, attach
 from mirrortune.adapters.spec import AdapterSpec, make_pairs
+from mirrortune.adapters.targets import find_targets
 from mirrortune.adapting import stored_pairs
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.errors import ConfigError
@@ -46,7 +47,6 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
         classification(),
         sentences(12),
         lambda name, weight, rank: factorize(weight, rank),
-        rank_of=min,
         settings=CalibrationSettings(**settings),
         accelerator=Accelerator(cpu=True),
     )

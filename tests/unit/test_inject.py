@@ -13,13 +13,13 @@ from mirrortune.adapters.inject import (
     adapter_parameters,
     attach,
     attachment,
-    find_targets,
     head_parameters,
     plain_parameters,
     spectral_layers,
     trainable_parameters,
 )
 from mirrortune.adapters.spec import AdapterSpec, check_spec, make_pairs
+from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
 from tests.tiny_models import FAMILIES, tiny_albert, tiny_bert, tiny_roberta
 from tests.tiny_runs import logits
@@ -54,7 +54,7 @@ def test_every_linear_layer_of_the_base_is_adapted_and_the_head_trained(family: 
     # The factored layers of an untrained adapter equal the base to float32 rounding.
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     for name, layer in layers.items():
-        assert torch.equal(layer.weight, untouched[f"{name}.weight"])
+        assert torch.equal(layer.base_layer.weight, untouched[f"{name}.weight"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,24 +97,65 @@ def test_a_new_layer_inside_the_base_belongs_to_the_head() -> None:
 def test_skipped_weights_have_a_reason() -> None:
     targets = find_targets(tiny_bert(), AdapterSpec())
     assert targets.skipped == {
-        f"bert.embeddings.{name}_embeddings": "Embedding is not a linear layer"
+        f"bert.embeddings.{name}_embeddings": "embedding, adapted on request only"
         for name in ("word", "position", "token_type")
     }
 
 
-def test_shared_weights_are_left_alone() -> None:
+def test_a_shared_weight_is_adapted_once_for_all_who_hold_it() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     model[1].weight = model[0].weight
-    targets = find_targets(model, AdapterSpec())
-    assert set(targets.layers) == {"2"}
-    assert targets.skipped == dict.fromkeys(("0", "1"), "its weight is shared with another layer")
+    seen = []
+    attach(model, AdapterSpec(), on_layer=lambda name, *_: seen.append(name))
+    assert seen == ["0", "2"]
+    assert attachment(model).targets.layers["0"].tensors == ("0.weight", "1.weight")
+    with torch.no_grad():
+        adapter_parameters(model)["0.theta"].add_(0.3)
+    assert torch.equal(model[0].weight, model[1].weight)
+    model[1](torch.ones(1, 4)).sum().backward()
+    assert adapter_parameters(model)["0.theta"].grad.any()
 
 
-def test_layers_whose_weight_is_read_around_them_are_left_alone() -> None:
-    model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
-    targets = find_targets(model, AdapterSpec())
-    assert set(targets.layers) == {"1"}
-    assert "without calling" in targets.skipped["0.out_proj"]
+def test_a_module_with_two_parents_is_replaced_in_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+    model = attach(Twice(), AdapterSpec())
+    assert model.first is model.second
+    assert attachment(model).targets.layers["first"].tensors == ("first.weight", "second.weight")
+
+
+def test_weights_that_are_read_around_their_layer_are_adapted_all_the_same() -> None:
+    model = nn.MultiheadAttention(4, 2, batch_first=True)
+    x = torch.randn(2, 3, 4)
+    before = model(x, x, x)[0]
+    attach(model, AdapterSpec())
+    assert set(spectral_layers(model)) == {"in_proj_weight", "out_proj"}
+    torch.testing.assert_close(model(x, x, x)[0], before)
+    for name in spectral_layers(model):
+        after = model.eval()(x, x, x)[0]
+        with torch.no_grad():
+            adapter_parameters(model)[f"{name}.theta"].add_(0.3)
+            assert not torch.allclose(model(x, x, x)[0], after)
+    model(x, x, x)[0].square().sum().backward()
+    assert all(p.grad.any() for p in adapter_parameters(model).values())
+
+
+def test_what_only_asks_for_the_shape_of_a_weight_costs_nothing() -> None:
+    model = attach(nn.Sequential(nn.Linear(4, 3)), AdapterSpec())
+    computed = []
+    plain = model[0].adapted_weight
+    model[0].adapted_weight = lambda: computed.append(1) or plain()
+    weight = model[0].weight
+    assert (weight.shape, weight.dtype, weight.ndim, weight.size(1)) == ((3, 4), torch.float32, 2, 4)
+    assert weight.device == torch.device("cpu")
+    assert not computed
+    assert torch.equal(weight + 0, plain())
+    assert computed
+    assert (weight + 0).requires_grad
 
 
 def test_a_language_models_output_embedding_stays_frozen() -> None:
@@ -153,11 +194,26 @@ def test_a_pattern_that_matches_nothing_names_the_nearest() -> None:
         find_targets(tiny_bert(), AdapterSpec(target_modules="query("))
 
 
-def test_a_rank_that_does_not_fit_names_the_layer() -> None:
+def test_an_alternative_that_matches_nothing_is_an_error_unless_bracketed() -> None:
+    with pytest.raises(ConfigError, match=r"'valeu' \(an alternative of 'query\|valeu'\) .* Nearest: value"):
+        find_targets(tiny_bert(), AdapterSpec(target_modules="query|valeu"))
+    assert len(find_targets(tiny_bert(), AdapterSpec(target_modules="(query|q_proj)")).layers) == 2
+
+
+def test_a_rank_that_fits_no_layer_is_refused() -> None:
     model = tiny_bert()
     with pytest.raises(ConfigError, match=r"^bert\.encoder\.layer\.0\.attention\.self\.query: rank 33 does not fit"):
         attach(model, AdapterSpec(rank=33))
     assert not spectral_layers(model)
+
+
+def test_a_rank_above_that_of_some_layers_leaves_them_whole() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    targets = find_targets(model, AdapterSpec(rank=5))
+    assert {name: target.rank for name, target in targets.layers.items()} == {"0": 5, "1": 3}
+    assert targets.clipped == ("1",)
+    # The preset's own rank was not asked for, so that it may be above that of every layer.
+    assert find_targets(model, AdapterSpec(method="psoft")).clipped == ("0", "1")
 
 
 METHODS: dict[str, Callable[[str], bool]] = {

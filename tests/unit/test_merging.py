@@ -111,7 +111,7 @@ def test_weights_keep_the_stored_dtype(tmp_path: Path, stored: torch.dtype, trai
     assert {p.dtype for p in merged.parameters()} == {stored}
     for name, layer in spectral_layers(adapted).items():
         # One rounding of the sum made in float64.
-        exact = layer.weight.double() + layer.delta_weight()
+        exact = layer.base_layer.weight.double() + layer.delta_weight()
         assert torch.equal(merged.get_parameter(f"{name}.weight"), exact.to(stored))
 
 

@@ -59,11 +59,11 @@ def test_a_layer_looks_like_the_linear_layer_it_replaces() -> None:
 def test_the_base_weight_is_never_changed() -> None:
     for strategy in ("branch", "factored"):
         layer = build_layer(FULL, GIVENS, strategy, dtype=torch.float32, seed=1)
-        before = layer.weight.detach().clone()
+        before = layer.base_layer.weight.detach().clone()
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
         layer(FULL.rows(5).float()).square().sum().backward()
         optimizer.step()
-        assert torch.equal(layer.weight, before)
+        assert torch.equal(layer.base_layer.weight, before)
         assert layer.base_layer.bias.grad is None
         assert layer.U.grad is layer.Vh.grad is None
 
@@ -74,7 +74,8 @@ def test_factored_keeps_no_weight_on_the_device() -> None:
     assert "base_layer.weight" in branch.state_dict()
     assert "base_layer.weight" not in factored.state_dict()
     assert [n for n, _ in factored.named_parameters() if n.endswith("weight")] == []
-    assert factored.to(torch.bfloat16).weight.dtype == torch.float32
+    assert factored.to(torch.bfloat16).base_layer.weight.dtype == torch.float32
+    assert factored.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("strategy", ["branch", "factored"])

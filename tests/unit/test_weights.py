@@ -173,7 +173,7 @@ def test_an_adapter_is_merged_matrix_by_matrix(tmp_path: Path, spec: AdapterSpec
     assert len(layers) > 10
     for name, layer in layers.items():
         own = f"{name.removeprefix('bert.')}.weight"
-        expected = layer.weight.double() + layer.delta_weight()
+        expected = layer.base_layer.weight.double() + layer.delta_weight()
         assert torch.allclose(after.read(own), expected, atol=1e-6)
         angles = after.angles(own)
         if spec.method == "mirror":

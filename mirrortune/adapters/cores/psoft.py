@@ -37,6 +37,7 @@ class Psoft(Core):
             raise ConfigError("adapter.options.neumann_terms", f"got {neumann_terms!r}", allowed="0 (exact) or more")
         rank = S.shape[0]
         self.neumann_terms = neumann_terms
+        self.branches = neumann_terms > 0  # which refuses a norm that is too large
         upper, lower = torch.triu_indices(rank, rank, offset=1)
         for name, buffer in (("S", S), ("upper", upper.to(S.device)), ("lower", lower.to(S.device))):
             self.register_buffer(name, buffer, persistent=False)

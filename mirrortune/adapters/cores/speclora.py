@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -49,10 +50,10 @@ class SpecLora(Scale):
         self.lora_A = nn.Parameter(start.to(S.device))
         self.lora_B = nn.Parameter(S.new_zeros(out_features, lora_rank))
 
-    def beside(self, x: Tensor) -> Tensor:
+    def beside(self, project: Callable[[Tensor], Tensor]) -> Tensor:
         """(alpha / rank) B A x for every row, shape (..., O)."""
-        down = F.linear(x, self.lora_A.to(x.dtype))
-        return self.factor * F.linear(down, self.lora_B.to(x.dtype))
+        down = project(self.lora_A)
+        return self.factor * F.linear(down, self.lora_B.to(down.dtype))
 
     def beside_weight(self) -> Tensor:
         """(alpha / rank) B A, shape (O, I)."""

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kinds of modules that hold matrices: how each is recognised, how its weight is read as a matrix, and how it applies
+one.
+
+A module is known by what it is, never by the model it is in. A new kind is one class here, put into :data:`KINDS`.
+Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups), R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from mirrortune.adapters.layouts import Layout
+
+
+class Kind(ABC):
+    """A kind of module that holds matrices."""
+
+    name: str
+    """What plans and adapter files call it."""
+    is_default: bool = True
+    """Whether ``all-linear`` takes it; other kinds are adapted on request."""
+
+    @abstractmethod
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """Layouts of the weights that ``module`` holds as this kind, by parameter name; empty for another kind."""
+
+    def is_callable(self, module: nn.Module) -> bool:
+        """Whether ``module`` does nothing but what :meth:`project` and the base class of its kind say.
+
+        A module that is not, one with a forward method of its own, has its weight replaced where it is read.
+        """
+        return False
+
+    def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
+        """The directions Vh (R, I) applied to the input in place of the weight: (..., R), features last."""
+        raise NotImplementedError
+
+    def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """The gradient of the input, of ``shape``, for that of :meth:`project`'s result; None if it has none."""
+        raise NotImplementedError
+
+    def output(self, module: nn.Module, y: Tensor) -> Tensor:
+        """``y`` (..., O), features last, in the layout of the module's output."""
+        return y
+
+
+class Linear(Kind):
+    """``nn.Linear``, y = x W^T + b, and modules of other classes that say ``in_features`` and ``out_features`` of a
+    weight of that shape.
+    """
+
+    name = "linear"
+
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """See :class:`Kind`."""
+        weight = own_matrix(module, 2)
+        said = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        if weight is None or said != tuple(weight.shape):
+            return {}
+        return {"weight": Layout(shape=tuple(weight.shape), out_features=weight.shape[0])}
+
+    def is_callable(self, module: nn.Module) -> bool:
+        """See :class:`Kind`."""
+        return type(module).forward is nn.Linear.forward
+
+    def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
+        """See :class:`Kind`."""
+        return F.linear(x, Vh)
+
+    def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """See :class:`Kind`."""
+        return (grad_z @ Vh).reshape(shape)
+
+
+class TransposedLinear(Linear):
+    """``transformers.pytorch_utils.Conv1D`` (GPT-2 and its kin): a linear layer whose weight is (in, out)."""
+
+    name = "conv1d-linear"
+
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """See :class:`Kind`."""
+        weight = own_matrix(module, 2) if _is_transformers_conv1d(type(module)) else None
+        if weight is None:
+            return {}
+        return {"weight": Layout(shape=tuple(weight.shape), out_features=weight.shape[1], is_transposed=True)}
+
+    def is_callable(self, module: nn.Module) -> bool:
+        """See :class:`Kind`."""
+        return type(module).forward.__qualname__ == "Conv1D.forward"
+
+
+class Convolution(Kind):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: W is (out, in * kernel), and each position of the output a row.
+
+    A grouped convolution is a stack of E = groups matrices.
+    """
+
+    name = "convolution"
+    is_default = False
+
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """See :class:`Kind`."""
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return {}
+        weight = own_matrix(module, len(module.kernel_size) + 2)
+        if weight is None:
+            return {}
+        out_features, count = module.out_channels // module.groups, module.groups
+        return {"weight": Layout(shape=tuple(weight.shape), out_features=out_features, count=count)}
+
+    def is_callable(self, module: nn.Module) -> bool:
+        """See :class:`Kind`."""
+        assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+            return False
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+    def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
+        """See :class:`Kind`."""
+        conv: Any = module
+        z: Tensor = conv._conv_forward(x, _kernel(conv, Vh), None)  # noqa: SLF001  (its geometry, whatever its dimension)
+        return z.movedim(-1 - len(conv.kernel_size), -1)
+
+    def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """See :class:`Kind`."""
+        conv: Any = module
+        sizes = len(conv.kernel_size)
+        grad = grad_z.movedim(-1, -1 - sizes)
+        batch = (1,) if len(shape) == sizes + 1 else ()  # an input without a batch dimension
+        x_like = grad.new_empty(1).expand(*batch, *shape)  # only its shape is read
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+            grad.reshape(*batch, *grad.shape), x_like, _kernel(conv, Vh), None, conv.stride, conv.padding,
+            conv.dilation, 0, [0] * sizes, 1, [True, False, False],
+        )  # fmt: skip
+        return found[0].reshape(shape)
+
+    def output(self, module: nn.Module, y: Tensor) -> Tensor:
+        """See :class:`Kind`."""
+        conv: Any = module
+        return y.movedim(-1, -1 - len(conv.kernel_size))
+
+
+class Embedding(Kind):
+    """``nn.Embedding``: the map from a one-hot row to its vector, W (dimensions, vocabulary); on request only."""
+
+    name = "embedding"
+    is_default = False
+
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """See :class:`Kind`."""
+        weight = own_matrix(module, 2) if isinstance(module, nn.Embedding) else None
+        if weight is None:
+            return {}
+        return {"weight": Layout(shape=tuple(weight.shape), out_features=weight.shape[1], is_transposed=True)}
+
+    def is_callable(self, module: nn.Module) -> bool:
+        """See :class:`Kind`."""
+        assert isinstance(module, nn.Embedding)
+        return type(module).forward is nn.Embedding.forward and module.max_norm is None
+
+    def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
+        """See :class:`Kind`."""
+        return F.embedding(x, Vh.T)
+
+    def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """See :class:`Kind`."""
+        return None  # token numbers have no gradient
+
+
+class Attention(Kind):
+    """``nn.MultiheadAttention``: its input projections are parameters of its own (3 D, D), read by its forward.
+
+    Its output projection is a linear layer, whose weight it reads instead of calling it; see ``SpectralLinear.weight``.
+    """
+
+    name = "attention-projection"
+
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """See :class:`Kind`."""
+        if not isinstance(module, nn.MultiheadAttention):
+            return {}
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        held = {n: p for n in names if isinstance(p := getattr(module, n, None), nn.Parameter)}
+        return {n: Layout(shape=tuple(p.shape), out_features=p.shape[0]) for n, p in held.items()}
+
+
+class Experts(Kind):
+    """Fused experts: parameters (experts, out, in), or (experts, in, out), in a module that says how many experts it
+    has. One core for each expert.
+    """
+
+    name = "experts"
+
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """See :class:`Kind`."""
+        held = _expert_parameters(module)
+        if not held:
+            return {}
+        is_transposed = getattr(module, "is_transposed", None)  # what transformers' experts decorator says
+        if is_transposed is None:
+            is_transposed = _is_transposed(list(held.values()))
+        return {
+            name: Layout(
+                shape=tuple(p.shape),
+                count=p.shape[0],
+                out_features=p.shape[2] if is_transposed else p.shape[1],
+                is_transposed=is_transposed,
+            )
+            for name, p in held.items()
+        }
+
+
+class Parameter(Kind):
+    """Any other parameter of two or three dimensions, on request only: read as (out, in), or as (E, out, in)."""
+
+    name = "parameter"
+    is_default = False
+
+    def layouts(self, module: nn.Module) -> dict[str, Layout]:
+        """See :class:`Kind`."""
+        found = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape)
+            leading = math.prod(shape[:-2])
+            if len(shape) in (2, 3) and is_plain(parameter) and min(shape[-2:]) > 1:
+                found[name] = Layout(shape=shape, out_features=shape[-2], count=leading)
+        return found
+
+
+KINDS: tuple[Kind, ...] = (
+    Linear(),
+    TransposedLinear(),
+    Convolution(),
+    Embedding(),
+    Attention(),
+    Experts(),
+    Parameter(),
+)
+"""In the order in which they are asked; the first that knows a module has it."""
+
+
+def own_matrix(module: nn.Module, ndim: int) -> nn.Parameter | None:
+    """``module.weight`` if it is an ordinary floating parameter of ``ndim`` dimensions, not packed and not computed."""
+    weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
+    return weight if weight is not None and weight.ndim == ndim and is_plain(weight) else None
+
+
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether its numbers are what the layer computes with: not packed, and not float8, which waits for its scale."""
+    return parameter.is_floating_point() and parameter.dtype.itemsize > 1
+
+
+def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    counts = {v for n, v in vars(module).items() if "expert" in n and isinstance(v, int) and not isinstance(v, bool)}
+    return {
+        name: p
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and p.shape[0] in counts and p.shape[0] > 1 and min(p.shape[1:]) > 1 and is_plain(p)
+    }
+
+
+def _is_transposed(parameters: list[nn.Parameter]) -> bool:
+    # Where nobody says it: the last map gives as many numbers as the first one takes.
+    first, last = parameters[0].shape, parameters[-1].shape
+    return first[1] == last[2] and first[2] != last[1]
+
+
+def _is_transformers_conv1d(cls: type) -> bool:
+    # By name, so that the mathematics does without transformers.
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)
+
+
+def _kernel(conv: Any, Vh: Tensor) -> Tensor:
+    return Vh.reshape(-1, conv.in_channels, *conv.kernel_size)

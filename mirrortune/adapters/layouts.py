@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the numbers of a weight tensor stand for matrices: orientation, stacks, parts of fused layers.
+
+Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Outputs of a fused layer that belong together: ``start`` to ``stop`` of every one of ``repeat`` periods."""
+
+    repeat: int
+    start: int
+    stop: int
+    period: int
+
+    @property
+    def count(self) -> int:
+        """How many outputs these are."""
+        return self.repeat * (self.stop - self.start)
+
+    @property
+    def total(self) -> int:
+        """How many outputs the whole layer has."""
+        return self.repeat * self.period
+
+    def take(self, whole: Tensor) -> Tensor:
+        """These rows of ``whole`` (total, I)."""
+        return whole.reshape(self.repeat, self.period, -1)[:, self.start : self.stop].flatten(0, 1)
+
+    def put(self, part: Tensor) -> Tensor:
+        """``part`` (count, I) in its place, zero elsewhere; (total, I)."""
+        rows = part.reshape(self.repeat, self.stop - self.start, -1)
+        return F.pad(rows, (0, 0, self.start, self.period - self.stop)).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How the numbers of a weight tensor stand for one matrix W (O, I), or for E of them.
+
+    Attributes:
+        shape: the tensor's own shape.
+        count: E; 1 for one matrix.
+        out_features: O of each matrix.
+        is_transposed: the tensor holds (..., I, O).
+        rows: which of the tensor's outputs the matrix has, or None for all of them.
+    """
+
+    shape: tuple[int, ...]
+    out_features: int
+    count: int = 1
+    is_transposed: bool = False
+    rows: Rows | None = None
+
+    @property
+    def in_features(self) -> int:
+        """I of each matrix."""
+        out_features = self.rows.total if self.rows else self.out_features
+        return math.prod(self.shape) // (self.count * out_features)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(O, I) of each matrix."""
+        return self.out_features, self.in_features
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` as (O, I), or as (E, O, I) when there are several; a view wherever one exists."""
+        stack = (self.count,) if self.count > 1 else ()
+        out_features = self.rows.total if self.rows else self.out_features
+        if self.is_transposed:
+            whole = weight.reshape(*stack, self.in_features, out_features).mT
+        else:
+            whole = weight.reshape(*stack, out_features, self.in_features)
+        return self.rows.take(whole) if self.rows else whole
+
+    def tensor(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`matrix`; zero in rows that the matrix does not have."""
+        whole = self.rows.put(matrix) if self.rows else matrix
+        return (whole.mT if self.is_transposed else whole).reshape(self.shape)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Layout:
+        """The layout whose ``dataclasses.asdict`` is ``fields``, possibly by way of JSON."""
+        rows = fields["rows"]
+        return cls(**{**fields, "shape": tuple(fields["shape"]), "rows": Rows(**rows) if rows else None})
+
+    def split(self, sizes: Sequence[int], repeat: int) -> list[Layout]:
+        """The layouts of the parts of one fused matrix.
+
+        Args:
+            sizes: of the parts, relative to each other: [1, 1, 1] for thirds.
+            repeat: how often the parts follow each other: 1, or the number of heads that each have their own parts.
+
+        Raises:
+            ValueError: if the matrix cannot be cut like that.
+        """
+        unit, rest = divmod(self.out_features, repeat * sum(sizes))
+        if rest or self.count > 1 or self.rows or min(sizes) < 1:
+            raise ValueError(f"{self.out_features} outputs do not divide into {repeat} x {list(sizes)}")
+        ends = list(itertools.accumulate(size * unit for size in sizes))
+        parts = [Rows(repeat=repeat, start=s, stop=e, period=ends[-1]) for s, e in zip([0, *ends], ends, strict=False)]
+        return [replace(self, rows=rows, out_features=rows.count) for rows in parts]

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense strategy: a weight that, wherever it is read, is W' = W + U (K - diag(S)) Vh.
+
+For weights that nobody calls as a layer (fused experts, ``nn.MultiheadAttention``), for layers with a forward method of
+their own, and for a weight that several modules share. W' is made once in each forward pass of its module, in float32,
+and rounded once to the weight's dtype: what trains is what merges. Shapes: O out_features, I in_features, R rank, E
+stacked matrices (a leading dimension of all, where there are several).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mirrortune.adapters.cores import Core
+from mirrortune.adapters.factorize import Factors
+from mirrortune.adapters.layouts import Layout
+
+
+class SpectralWeight(nn.Module):
+    """W -> W', a parametrisation in the sense of ``torch.nn.utils.parametrize``.
+
+    Args:
+        weight: the frozen tensor, in the layout of its module.
+        layout: how its numbers stand for matrices.
+        factors: singular triplets; of a stack, with a leading dimension E.
+        core: owns the trained numbers and K; a ``CoreStack`` for a stack.
+    """
+
+    strategy = "dense"
+
+    def __init__(self, weight: Tensor, layout: Layout, factors: Factors, core: Core) -> None:
+        super().__init__()
+        self.layout = layout
+        self.rank = factors.rank
+        self.out_features, self.in_features = layout.matrix_shape
+        cast = factors.to(device=weight.device, dtype=weight.dtype)
+        self.U = nn.Parameter(cast.U, requires_grad=False)
+        self.Vh = nn.Parameter(cast.Vh, requires_grad=False)
+        self.core = core
+        self._held: dict[bool, Tensor] | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W' of the shape and dtype of ``weight``; equal to it, bit for bit, for an untrained core."""
+        if self._held is None or torch.compiler.is_compiling():
+            return self._adapt(weight)
+        wants_graph = torch.is_grad_enabled()
+        if wants_graph not in self._held:
+            self._held[wants_graph] = self._adapt(weight)
+        return self._held[wants_graph]
+
+    def hold(self, *, held: bool) -> None:
+        """From now on compute W' once and give it to every reader, or forget it and compute it for each."""
+        self._held = {} if held else None
+
+    def _adapt(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            delta = dense_delta(Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh), self.core)
+            adapted: Tensor = (weight.to(delta.dtype) + self.layout.tensor(delta)).to(weight.dtype)
+        return adapted
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: the core's parameters."""
+        return dict(self.core.named_parameters())
+
+    def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
+        return {"weight": before["weight"].cpu().double() + self.layout.tensor(self.delta_weight())}
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """U (K - diag(S)) Vh in float64 on the CPU, (O, I) or (E, O, I): what merging adds to the base matrices."""
+        return delta_weight(Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh), self.core)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"rank={self.rank}, strategy=dense"
+
+
+def dense_delta(factors: Factors, core: Core) -> Tensor:
+    """U (K - diag(S)) Vh and what the core adds beside it, (O, I) or (E, O, I), in float32 or better; differentiable
+    for the core's numbers.
+    """
+    dtype = torch.promote_types(factors.U.dtype, torch.float32)
+    mixed = core.mix(factors.Vh.to(dtype).mT, *core.coefficients(delta=True))  # (I, R): column i of K' Vh in row i
+    delta = factors.U.to(dtype) @ mixed.mT
+    beside = core.beside_weight()
+    return delta if beside is None else delta + beside
+
+
+@torch.no_grad()
+def delta_weight(factors: Factors, core: Core) -> Tensor:
+    """U (K - diag(S)) Vh, and what the core adds beside it, in float64 on the CPU, (O, I) or (E, O, I)."""
+    exact = factors.to(device=torch.device("cpu"), dtype=torch.float64)
+    return dense_delta(exact, core.in_float64())
+
+
+def replace_weight(owners: list[tuple[nn.Module, str]], spectral: SpectralWeight) -> None:
+    """Put ``spectral`` over a weight in every place that holds it: (module, parameter name) each."""
+    for module, parameter in owners:
+        # unsafe leaves out a check that would compute W' once more, on whatever device the model was loaded on
+        parametrize.register_parametrization(module, parameter, spectral, unsafe=True)
+        # A loop over experts reads the whole stack for each of them.
+        module.register_forward_pre_hook(_hold)
+        module.register_forward_hook(_release, always_call=True)
+
+
+def _hold(module: nn.Module, _: object) -> None:
+    for spectral in _spectral_weights(module):
+        spectral.hold(held=True)
+
+
+def _release(module: nn.Module, *_: object) -> None:
+    for spectral in _spectral_weights(module):
+        spectral.hold(held=False)
+
+
+def _spectral_weights(module: nn.Module) -> list[SpectralWeight]:
+    # Found through the module and not remembered by the hooks, which a copy of the module shares with it.
+    chains = module.get_submodule("parametrizations").children()
+    return [p for chain in chains for p in chain.children() if isinstance(p, SpectralWeight)]

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights of a model an adapter takes, which parameters are the task head, and what is left alone and why.
+
+Nothing here knows a model family. Inside ``model.base_model`` every matrix whose kind is asked for is a target; what
+lies outside it, and what the checkpoint did not hold, is the task head, trained in full. Output embeddings stay unless
+a pattern names them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mirrortune.adapters.factorize import Rank, resolve_rank
+from mirrortune.adapters.kinds import KINDS, Kind
+from mirrortune.adapters.layer_names import ALL_LAYERS, ALL_LINEAR, alternatives, matches, no_match
+from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.pair_lists import check_fit
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.errors import ConfigError
+
+_WHERE = "adapter.target_modules"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One weight to adapt, wherever it is used.
+
+    Attributes:
+        kind: what holds it.
+        layout: how its numbers stand for one matrix (O, I), or for several.
+        rank: singular directions kept of each.
+        places: every name of the module that holds it (a module may have several parents), and the parameter's name in
+            it; more than one module where they share the weight.
+    """
+
+    kind: Kind
+    layout: Layout
+    rank: int
+    places: tuple[tuple[str, str], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of each matrix."""
+        return self.layout.matrix_shape
+
+    @property
+    def count(self) -> int:
+        """How many matrices the weight holds."""
+        return self.layout.count
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Every name of the weight in the model's state."""
+        return tuple(".".join(filter(None, place)) for place in self.places)
+
+    def weight(self, model: nn.Module) -> nn.Parameter:
+        """The base weight in ``model``."""
+        path, parameter = self.places[0]
+        module = model.get_submodule(path)
+        if parametrize.is_parametrized(module, parameter):  # another part of the same weight has been adapted
+            module = module.get_submodule(f"parametrizations.{parameter}")
+            parameter = "original"
+        return module.get_parameter(parameter)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` (or a gradient of it) as the matrix, or the stack, that is factorised."""
+        return self.layout.matrix(weight).contiguous()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What attaching would do to a model: names and shapes only, so it can be made on the meta device.
+
+    Attributes:
+        layers: adapted weights by layer name, in module order.
+        head: names of the task head's parameters, trained in full.
+        plain: names of base parameters trained as they are (``bitfit``, ``full``).
+        skipped: weights left frozen, by layer name, with the reason.
+        clipped: layers whose min(O, I) is below the rank asked for; they keep all their directions.
+    """
+
+    layers: dict[str, Target]
+    head: tuple[str, ...]
+    plain: tuple[str, ...]
+    skipped: dict[str, str]
+    clipped: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Candidate:
+    """A weight that could be adapted, with every module that holds it."""
+
+    kind: Kind
+    layout: Layout
+    places: list[tuple[str, str]]
+    is_output: bool
+    is_read: bool
+    """Whether ``nn.MultiheadAttention`` reads its weight and never calls the layer."""
+    whole: str = ""
+    """Name of the fused layer that this is a part of."""
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether tuners of PEFT take it: a linear layer that nobody else is or shares a weight with."""
+        return self.kind.name in ("linear", "conv1d-linear") and len(self.places) == 1 and not self.is_read
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is a convolution in groups: small matrices, of rank 1 where each channel has its own."""
+        return self.kind.name == "convolution" and self.layout.count > 1
+
+
+def find_targets(
+    model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str] = (), names: Collection[str] | None = None
+) -> Targets:
+    """Which weights of ``model`` an adapter by ``spec`` takes, and which parameters are its head.
+
+    Args:
+        model: any module; for transformers models the part under ``base_model_prefix`` is adapted.
+        spec: method, rank and target pattern.
+        new_parameters: names of parameters that no checkpoint filled; they belong to the head.
+        names: exactly these layers, whatever the pattern says (an adapter being loaded); those that the model does not
+            have are left out.
+
+    Raises:
+        ConfigError: if no layer matches ``target_modules``, or one of its alternatives matches none (with the nearest
+            names), the rank is above min(O, I) of every layer, or a list of pairs does not fit.
+    """
+    new = set(new_parameters)
+    prefix = _base_prefix(model)
+    output = _output_embedding_ids(model)
+    parameters = dict(model.named_parameters())
+    head = tuple(
+        name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output
+    )
+    plain = _plain_parameters(parameters, spec.preset.plain, set(head))
+    if not spec.preset.is_adapter:
+        return Targets(layers={}, head=head, plain=plain, skipped={})
+    candidates, skipped = _candidates(model, prefix, new, output)
+    candidates = _split(candidates, spec.split)
+    if spec.preset.peft is not None:
+        skipped |= {
+            n: f"{c.kind.name}, not adapted by PEFT's tuners here" for n, c in candidates.items() if not c.is_peft
+        }
+        candidates = {name: c for name, c in candidates.items() if c.is_peft}
+    if names is None:
+        wanted = _choose(candidates, spec.target_modules)
+        if not wanted:
+            raise _nothing(spec.target_modules, candidates, skipped)
+    else:
+        wanted = {name for name in names if name in candidates}
+    ranks, clipped = _ranks(spec, {n: candidates[n].layout.matrix_shape for n in candidates if n in wanted})
+    if spec.pair_lists is not None:
+        check_fit(spec.pair_lists, ranks)
+    layers = {
+        name: Target(kind=c.kind, layout=c.layout, rank=ranks[name], places=tuple(c.places))
+        for name, c in candidates.items()
+        if name in wanted
+    }
+    skipped |= {name: _why_not(c) for name, c in candidates.items() if name not in wanted and not _is_default(c)}
+    return Targets(layers=layers, head=head, plain=plain, skipped=skipped, clipped=clipped)
+
+
+def _base_prefix(model: nn.Module) -> str:
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _output_embedding_ids(model: nn.Module) -> set[int]:
+    getter = getattr(model, "get_output_embeddings", None)
+    module: object = getter() if callable(getter) else None
+    return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
+
+
+def _candidates(
+    model: nn.Module, prefix: str, new: set[str], output: set[int]
+) -> tuple[dict[str, _Candidate], dict[str, str]]:
+    """Every weight of a known kind inside the base model, by layer name, and those of no kind with the reason."""
+    found: dict[int, _Candidate] = {}
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind, layouts = _kind_of(module)
+        for parameter, layout in layouts.items():
+            weight = module.get_parameter(parameter)
+            full = ".".join(filter(None, (name, parameter)))
+            is_output = id(weight) in output
+            if full in new or not (full.startswith(prefix) or is_output or id(weight) in found):
+                continue  # the task head
+            if id(weight) in found:
+                found[id(weight)].places.append((name, parameter))
+            else:
+                found[id(weight)] = _Candidate(
+                    kind=kind,
+                    layout=layout,
+                    places=[(name, parameter)],
+                    is_output=is_output,
+                    is_read=isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear),
+                )
+        if not layouts and name.startswith(prefix) and (reason := _opaque(module)):
+            skipped[name] = reason
+    return {_layer_name(*c.places[0]): c for c in found.values()}, skipped
+
+
+def _kind_of(module: nn.Module) -> tuple[Kind, dict[str, Layout]]:
+    for kind in KINDS:
+        if layouts := kind.layouts(module):
+            return kind, layouts
+    return KINDS[-1], {}
+
+
+def _opaque(module: nn.Module) -> str | None:
+    """Why a module with a weight of its own is of no kind, or None for one without such a weight."""
+    if parametrize.is_parametrized(module):
+        return "its weight is computed from other parameters"
+    weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
+    if weight is None or weight.ndim < 2:
+        return None
+    numbers = str(weight.dtype).removeprefix("torch.")
+    if numbers.startswith("float8"):
+        return f"{type(module).__name__} of {numbers} numbers, whose scales are elsewhere; load the model dequantised"
+    return f"{type(module).__name__} of {numbers} numbers {tuple(weight.shape)}, which is no kind of layer known here"
+
+
+def _layer_name(module: str, parameter: str) -> str:
+    return module if parameter == "weight" else ".".join(filter(None, (module, parameter)))
+
+
+def _is_default(candidate: _Candidate) -> bool:
+    return candidate.kind.is_default and not candidate.is_output
+
+
+def _is_layer(candidate: _Candidate) -> bool:
+    is_convolution = candidate.kind.name == "convolution" and not candidate.is_grouped
+    return _is_default(candidate) or (is_convolution and not candidate.is_output)
+
+
+def _why_not(candidate: _Candidate) -> str:
+    if candidate.is_output:
+        return "the output embedding"
+    groups = f" in {candidate.layout.count} groups" if candidate.is_grouped else ""
+    return f"{candidate.kind.name}{groups}, adapted on request only"
+
+
+def _choose(candidates: dict[str, _Candidate], pattern: str) -> set[str]:
+    """Names of the layers that ``pattern`` asks for."""
+    if pattern in (ALL_LINEAR, ALL_LAYERS):
+        layers = {name: c for name, c in candidates.items() if _is_layer(c)}
+        linear = {name: c for name, c in layers.items() if _is_default(c)}
+        # Where most numbers are in convolutions, those are what there is to adapt.
+        is_convolutional = 2 * sum(map(_size, linear.values())) < sum(map(_size, layers.values()))
+        return set(layers if pattern == ALL_LAYERS or is_convolutional else linear)
+    chosen = set()
+    for alternative in alternatives(pattern):
+        matched = {name for name, c in candidates.items() if matches(c.whole or name, alternative, _WHERE)}
+        if not matched:
+            raise no_match(_WHERE, alternative, _usual(candidates), candidates, of=pattern)
+        chosen |= matched
+    return chosen
+
+
+def _size(candidate: _Candidate) -> int:
+    return math.prod(candidate.layout.shape)
+
+
+def _nothing(pattern: str, candidates: dict[str, _Candidate], skipped: dict[str, str]) -> ConfigError:
+    found = [f"{name} ({_why_not(c)})" for name, c in candidates.items()]
+    found += [f"{name} ({reason})" for name, reason in skipped.items()]
+    seen = f"; what it holds: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}" if found else ""
+    return ConfigError(
+        _WHERE, f"'{pattern}' finds no layer in this model{seen}",
+        allowed="a regex for a layer that can be adapted on request" if candidates else None,
+    )  # fmt: skip
+
+
+def _usual(candidates: dict[str, _Candidate]) -> list[str]:
+    """The layers that a pattern most likely means: those that are taken unasked, if there are any."""
+    return [name for name, c in candidates.items() if _is_default(c)] or list(candidates)
+
+
+def _split(candidates: dict[str, _Candidate], patterns: Mapping[str, Any]) -> dict[str, _Candidate]:
+    """``candidates`` with every fused layer that a pattern names replaced by its parts, ``<layer>.0`` and so on."""
+    chosen: dict[str, str] = {}
+    for pattern in patterns:
+        named = [name for name in candidates if matches(name, pattern, "adapter.split")]
+        if not named:
+            raise no_match("adapter.split", pattern, _usual(candidates), candidates)
+        chosen |= dict.fromkeys(named, pattern)
+    found = {}
+    for name, whole in candidates.items():
+        if name not in chosen:
+            found[name] = whole
+            continue
+        sizes, repeat = _parts(patterns[chosen[name]])
+        try:
+            layouts = whole.layout.split(sizes, repeat)
+        except ValueError as error:
+            raise ConfigError(f"adapter.split.{chosen[name]}", f"{name}: {error}") from error
+        parts = {f"{name}.{i}": replace(whole, layout=layout, whole=name) for i, layout in enumerate(layouts)}
+        found |= parts
+    return found
+
+
+def _parts(given: Any) -> tuple[list[int], int]:
+    """Relative sizes and repeats of ``3``, ``[4, 1, 1]`` or ``{parts: 3, repeat: 12}``."""
+    repeat = given.get("repeat", 1) if isinstance(given, Mapping) else 1
+    parts = given.get("parts") if isinstance(given, Mapping) else given
+    return ([1] * parts if isinstance(parts, int) else list(parts or ())), repeat
+
+
+def _ranks(spec: AdapterSpec, shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The rank of each layer, and the layers that are too small for the rank asked for."""
+    asked: Rank = "full" if spec.preset.core is None else spec.resolved_rank
+    if isinstance(asked, str):
+        return {name: resolve_rank(asked, shape, name) for name, shape in shapes.items()}, ()
+    clipped = tuple(name for name, shape in shapes.items() if asked > min(shape))
+    if spec.rank is not None and len(clipped) == len(shapes) > 0:
+        largest = max(shapes, key=lambda name: min(shapes[name]))
+        resolve_rank(asked, shapes[largest], largest)
+    return {name: min(asked, *shape) for name, shape in shapes.items()}, clipped
+
+
+def _plain_parameters(parameters: dict[str, nn.Parameter], kind: str, head: set[str]) -> tuple[str, ...]:
+    ending = {"none": None, "bias": "bias", "all": ""}[kind]
+    return tuple(n for n in parameters if ending is not None and n not in head and n.endswith(ending))
