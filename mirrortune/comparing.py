@@ -208,14 +208,27 @@ class Comparison:
             if not path.is_file():
                 continue
             before = resolve([read_recipe(str(path))]).recipe
-            if before != self.recipes[task]:
+            changed = _changed(before.model_dump(), self.recipes[task].model_dump())
+            if changed:
                 raise ConfigError(
                     str(self.root),
-                    f"it holds a comparison of '{task}' with other settings ({path})",
+                    f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
                     fix="Choose another folder with -o, or use the same settings",
                 )
         if self.root.exists() and not stored.is_dir() and any(self.root.iterdir()):
             raise ConfigError(str(self.root), "the folder is not empty and holds no comparison", fix="Choose another")
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """Every setting that could change a result and is not as it was: ``train.epochs was 1, is 2``."""
+    found = []
+    for key, value in now.items():
+        name, old = where + key, before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += _changed(old, value, f"{name}.")
+        elif value != old and name != "train.num_workers":  # who prepares a batch does not change it
+            found.append(f"{name} was {old}, is {value}")
+    return found
 
 
 class _CellError(MirrortuneError):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,8 @@ def draw_per_task(results: dict[str, Any], path: Path) -> None:
                 axis.errorbar(score["mean"], place, xerr=score["std"], fmt=marker, color=colour, capsize=3)
                 axis.plot(score["values"], [place] * len(score["values"]), "|", color=colour, alpha=0.6)
             axis.set(yticks=range(len(methods)), yticklabels=[label for label, _ in methods])
-            axis.set(xlabel=f"{found['metric']}, {split} (mean, standard deviation, every seed)", title=task)
+            axis.set(xlabel=f"{found['metric']}, {split}", title=task)
+            axis.margins(y=0.5 / max(1, len(methods)))
 
 
 def draw_sizes(results: dict[str, Any], path: Path) -> None:
@@ -62,9 +64,16 @@ def draw_sizes(results: dict[str, Any], path: Path) -> None:
                     axis.errorbar(
                         size, score["mean"], yerr=score["std"], fmt=marker, color=colour, capsize=3, label=label
                     )
-            axis.set(xscale="log", xlabel="trained numbers besides the head", ylabel=f"{found['metric']}, {split}")
-            axis.set(title=task)
+            axis.set(xlabel="trained numbers besides the head", ylabel=f"{found['metric']}, {split}", title=task)
+            _by_decades(axis)
             axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _by_decades(axis: Any) -> None:
+    """A logarithmic axis of whole decades: within less than one, matplotlib's own labels run into each other."""
+    axis.set(xscale="log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
 
 
 def draw_curves(histories: dict[str, list[list[dict[str, Any]]]], metric: str, path: Path) -> None:

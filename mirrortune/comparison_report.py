@@ -104,14 +104,17 @@ def html_page(results: dict[str, Any], root: Path) -> str:
     for task, found in results["tasks"].items():
         if found["splits"]:
             head, rows = _cells(found)
-            parts += [pages.heading(task), pages.table(head, rows), pages.paragraph(_caption(results, found))]
+            parts += [
+                pages.heading(task),
+                pages.table(head, rows),
+                pages.paragraph(_caption(results, found).replace("`", "")),
+            ]
     parts.append(pages.heading("Figures"))
-    parts += [
-        pages.picture(path.read_bytes(), _FIGURES.get(path.stem, path.stem)) for path in sorted(root.glob("*.png"))
-    ]
+    parts += [pages.picture(path.read_bytes(), _FIGURES.get(path.stem, _CURVES)) for path in sorted(root.glob("*.png"))]
     return pages.page("A comparison of methods", results["command"], *parts)
 
 
+_CURVES = "Training loss and validation score by epoch, the mean over the seeds of each method."
 _FIGURES = {
     "score_per_task": "Every method's score: mean, standard deviation, and a mark for every seed.",
     "score_by_trained_numbers": "Score against the numbers that are trained besides the head.",

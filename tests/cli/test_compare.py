@@ -106,6 +106,9 @@ def test_other_settings_do_not_mix_with_what_is_there(compared: Compared) -> Non
     refused = compared.run("--max-length", 16)
     assert refused.exit_code == 2
     assert "it holds a comparison of 'task' with other settings" in refused.said
+    assert "data.max_length was " in refused.said
+    assert "is 16. " in refused.said
+    assert compared.run("--report-only", "train.num_workers=0").exit_code == 0
 
 
 def test_all_methods_are_checked_before_any_is_trained(compared: Compared, tmp_path: Path) -> None:
