@@ -175,8 +175,8 @@ def evaluate(
 def merge(
     target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or adapter folder.", show_default=False)],
     output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder to make.", show_default=False)],
-    format: Annotated[str, typer.Option("--format", metavar="hf|lora", help="Plain weights (hf), or a LoRA adapter in PEFT's format (lora).")] = "hf",
-    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With --format lora: directions kept; all by default.", show_default=False)] = None,
+    format: Annotated[str, typer.Option("--format", metavar="hf|lora|gguf", help="Plain weights (hf), a LoRA adapter in PEFT's format (lora) or in llama.cpp's (gguf).")] = "hf",
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With lora and gguf: directions kept; all by default.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="Another place of the same base model.", show_default=False)] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
@@ -187,18 +187,19 @@ def merge(
     mirrortune merge runs/sst2-roberta-base-mirror -o merged
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
-    if format not in ("hf", "lora"):
-        raise ConfigError("--format", f"got '{format}'", allowed="hf, lora")
-    if rank is not None and format != "lora":
+    if format not in ("hf", "lora", "gguf"):
+        raise ConfigError("--format", f"got '{format}'", allowed="hf, lora, gguf")
+    if rank is not None and format == "hf":
         raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
-    from mirrortune import commands, export  # noqa: PLC0415
+    from mirrortune import commands, export, export_gguf  # noqa: PLC0415
 
     where: dict[str, Any] = {"base": base, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    verdict: Any = (
-        commands.merge(target, reporter, output_dir=output_dir, **where)
-        if format == "hf"
-        else export.export_lora(target, Path(output_dir), rank=rank, **where)
-    )
+    verdict: Any
+    if format == "hf":
+        verdict = commands.merge(target, reporter, output_dir=output_dir, **where)
+    else:
+        write: Any = export.export_lora if format == "lora" else export_gguf.export_gguf
+        verdict = write(target, Path(output_dir), rank=rank, **where)
     data = {"output_dir": output_dir, "format": format, "verification": asdict(verdict)}
     reporter.result(data, _merge_lines(verdict, output_dir))
 
@@ -309,11 +310,13 @@ def _recipe_of(target: str) -> Layer | None:
 
 
 def _merge_lines(verdict: Any, output_dir: str) -> list[str]:
-    from mirrortune import export, merging  # noqa: PLC0415
+    from mirrortune import export, export_gguf, merging  # noqa: PLC0415
 
     if isinstance(verdict, merging.Verification):
         said = f"merged into {output_dir}, verified: {merging.describe(verdict)}"
         return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
+    if isinstance(verdict, export_gguf.GgufExport):
+        return [f"LoRA adapter {output_dir}/{export_gguf.FILE}, verified: {export_gguf.describe(verdict)}"]
     lines = [f"LoRA adapter in {output_dir}, verified: {export.describe(verdict)}"]
     if verdict.has_head:
         lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")

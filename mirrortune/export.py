@@ -66,7 +66,7 @@ class LoraExport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Change:
+class Change:
     """A layer's change of weight in singular form: left (O, k) @ diag(values) @ right (k, I), float64."""
 
     left: Tensor
@@ -75,6 +75,7 @@ class _Change:
 
     @property
     def rank(self) -> int:
+        """How many directions it has, beyond rounding."""
         return int((self.values > _NEGLIGIBLE * self.values.max()).sum()) if self.values.max() > 0 else 0
 
     def left_out(self, rank: int) -> float:
@@ -115,11 +116,11 @@ def export_lora(
     """
     adapter = read_adapter(require_adapter(target))
     check_output(output_dir, overwrite=overwrite, ours="lora.json")
-    _check_exportable(adapter)
+    check_exportable(adapter)
     opened = open_adapter(adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code)
-    changes = {name: _change(layer) for name, layer in _spectral(opened.adapted).items()}
+    changes = {name: change_of(layer) for name, layer in spectral_only(opened.adapted).items()}
     needed = max(change.rank for change in changes.values())
-    kept, stored = _ranks(rank, needed, changes)
+    kept, stored = choose_ranks(rank, needed, changes)
     verdict: list[LoraExport] = []
 
     def write(folder: Path) -> None:
@@ -157,7 +158,8 @@ def describe(verdict: LoraExport) -> str:
     )
 
 
-def _check_exportable(adapter: AdapterFile) -> None:
+def check_exportable(adapter: AdapterFile) -> None:
+    """ConfigError for an adapter that is no low-rank change of weights."""
     if adapter.peft_config is not None:
         fix = f"Use {adapter.folder}, or mirrortune merge for plain weights"
         raise ConfigError("--format", f"'{adapter.spec.method}' is saved in PEFT's own format already", fix=fix)
@@ -166,7 +168,8 @@ def _check_exportable(adapter: AdapterFile) -> None:
         raise ConfigError("--format", problem, allowed="hf")
 
 
-def _spectral(adapted: nn.Module) -> dict[str, SpectralLinear]:
+def spectral_only(adapted: nn.Module) -> dict[str, SpectralLinear]:
+    """The adapted layers by name; ConfigError if one of them is nothing that LoRA's format holds."""
     found = {}
     for name, layer in attachment(adapted).layers.items():
         if not isinstance(layer, SpectralLinear) or layer.kind.name not in ("linear", "conv1d-linear"):
@@ -176,15 +179,16 @@ def _spectral(adapted: nn.Module) -> dict[str, SpectralLinear]:
 
 
 @torch.no_grad()
-def _change(layer: SpectralLinear) -> _Change:
+def change_of(layer: SpectralLinear) -> Change:
+    """What a layer's adapter adds to its weight, in singular form."""
     beside = layer.core.beside_weight()
     if beside is not None:  # not in the singular basis: the dense matrix says all
-        return _Change(*torch.linalg.svd(layer.delta_weight(), full_matrices=False))
+        return Change(*torch.linalg.svd(layer.delta_weight(), full_matrices=False))
     P, values, Q = torch.linalg.svd(layer.core.delta_matrix())
-    return _Change(layer.U.cpu().double() @ P, values, Q @ layer.Vh.cpu().double())
+    return Change(layer.U.cpu().double() @ P, values, Q @ layer.Vh.cpu().double())
 
 
-def _ranks(asked: int | None, needed: int, changes: dict[str, _Change]) -> tuple[int, int]:
+def choose_ranks(asked: int | None, needed: int, changes: dict[str, Change]) -> tuple[int, int]:
     """How many directions are kept of each layer, and the rank that they are stored in."""
     largest = SERVED_RANKS[-1]
     if asked is None and needed > largest:
@@ -225,14 +229,14 @@ def _target_modules(adapted: nn.Module, names: list[str]) -> list[str]:
 
 @torch.no_grad()
 def _verify(
-    folder: Path, opened: BaseWithAdapter, changes: dict[str, _Change], *, kept: int, stored: int, needed: int
+    folder: Path, opened: BaseWithAdapter, changes: dict[str, Change], *, kept: int, stored: int, needed: int
 ) -> LoraExport:
     written = load_file(folder / "adapter_model.safetensors")
     plain, adapted = opened.plain, opened.adapted
     state = dict(plain.state_dict())
     delta_error = weight_error = 0.0
     is_best = True
-    for name, layer in _spectral(adapted).items():
+    for name, layer in spectral_only(adapted).items():
         A, B = (written[f"{_PREFIX}{name}.lora_{letter}.weight"].double() for letter in "AB")
         exact = layer.delta_weight()
         difference, size = float((B @ A - exact).norm()), float(exact.norm())

@@ -46,7 +46,7 @@ LAYERS = (
     "analysis_figures run_figures",
     "run_page run_recording",
     "comparison_report export opening scoring",
-    "analysis_report records",
+    "analysis_report export_gguf records",
     "cli_reports commands recipe_commands",
     "cli",
     "__main__",

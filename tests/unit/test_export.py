@@ -142,15 +142,15 @@ def test_what_is_no_lora_is_refused(
 
 
 def test_a_rank_that_no_server_takes_is_refused_with_what_512_would_lose(tmp_path: Path) -> None:
-    from mirrortune.export import _Change, _ranks
+    from mirrortune.export import Change, choose_ranks
 
     values = torch.linspace(2, 1, 600, dtype=torch.float64)
-    change = _Change(torch.eye(600, dtype=torch.float64), values, torch.eye(600, dtype=torch.float64))
+    change = Change(torch.eye(600, dtype=torch.float64), values, torch.eye(600, dtype=torch.float64))
     lost = float(values[512:].norm() / values.norm())
     with pytest.raises(ConfigError, match=f"rank 600.*{lost:.1e}"):
-        _ranks(None, change.rank, {"layer": change})
-    assert _ranks(512, change.rank, {"layer": change}) == (512, 512)
-    assert _ranks(10, change.rank, {"layer": change}) == (10, 16)
+        choose_ranks(None, change.rank, {"layer": change})
+    assert choose_ranks(512, change.rank, {"layer": change}) == (512, 512)
+    assert choose_ranks(10, change.rank, {"layer": change}) == (10, 16)
 
 
 def test_an_earlier_export_is_replaced_only_on_demand(tiny_model_dir: Path, tmp_path: Path) -> None:
