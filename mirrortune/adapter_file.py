@@ -3,21 +3,24 @@
 everything else. The trained numbers of a tuner of PEFT are in PEFT's own two files instead, beside ``adapter.json``.
 
 Loading trusts none: all files must have the recorded hashes, every adapted weight of the base must have the
-recorded hash, and every basis must align with its sketch. What fails is refused with the layer's name.
+recorded hash, every basis must align with its sketch, and every layer must have the effect that it had when it was
+saved. What fails is refused with the layer's name.
 
 Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
 ``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (T, 2) int32, round after round, where the pairing is not a
-function of the rank alone. A weight that holds several matrices (experts) has one more dimension in front of all of
-these.
+function of the rank alone; ``clusters.<layer>`` for near-equal singular values (``basis.py``); ``effects`` (layers, 16)
+probes of every layer's effect, in order; ``factor.<layer>.U``, ``S`` and ``Vh`` in the portable form. A weight that
+holds several matrices (experts) has one more dimension in front of all of these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +28,16 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from mirrortune import __version__, peft_file
+from mirrortune.adapter_format import DESCRIPTION, FORMAT_VERSION, description_text, read_description
+from mirrortune.adapter_parts import (
+    are_ranks_low,
+    basis_tensors,
+    describe_basis,
+    describe_target,
+    factor_tensors,
+    fingerprint_of,
+    split_effects,
+)
 from mirrortune.adapters.basis import Fingerprint
 from mirrortune.adapters.inject import (
     adapter_parameters,
@@ -33,12 +46,11 @@ from mirrortune.adapters.inject import (
     spectral_layers,
 )
 from mirrortune.adapters.layouts import Layout
-from mirrortune.adapters.spec import AdapterSpec, follows_from_rank
-from mirrortune.adapters.targets import Target
-from mirrortune.errors import VerificationError
+from mirrortune.adapters.spec import AdapterSpec, check_spec
+from mirrortune.errors import ConfigError, VerificationError
 
-FORMAT_VERSION = 1
-_DESCRIPTION, _TENSORS = "adapter.json", "adapter.safetensors"
+Form = Literal["auto", "compact", "portable"]
+_TENSORS = "adapter.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +59,14 @@ class AdapterFile:
 
     Attributes:
         folder: where it was read.
+        form: ``compact``, or ``portable`` for one that holds its factors.
         spec: how to build it.
         fingerprints: by layer, in module order.
         layouts: how the numbers of each layer's weight stand for matrices.
         weights: every name of each layer's weight in the base model's state.
-        tensors: as in the module's docstring.
+        dtypes: of each layer's factors where it was trained.
+        effects: probes of each layer's effect, (E, 16); none in format 1, and where it was trained in shards.
+        tensors: as in the module's docstring, but for the effects.
         base: name, revision, commit, dtype and auto_class of the base model.
         task: the task's own description, or None for an adapter made in other people's loops.
         head: names of the head's parameters.
@@ -61,10 +76,13 @@ class AdapterFile:
     """
 
     folder: Path
+    form: str
     spec: AdapterSpec
     fingerprints: dict[str, Fingerprint]
     layouts: dict[str, Layout]
     weights: dict[str, tuple[str, ...]]
+    dtypes: dict[str, str]
+    effects: dict[str, Tensor]
     tensors: dict[str, Tensor]
     base: dict[str, Any]
     task: dict[str, Any] | None
@@ -82,40 +100,64 @@ def write_adapter(
     base: dict[str, Any],
     task: dict[str, Any] | None,
     extra: dict[str, Any],
+    form: Form = "auto",
 ) -> int:
-    """Write all files into ``folder``, which exists; returns their size in bytes. Callers make the folder atomic."""
+    """Write all files into ``folder``, which exists; returns their size in bytes. Callers make the folder atomic.
+
+    Args:
+        folder: where.
+        model: adapted.
+        fingerprints: of its layers.
+        base: see :class:`AdapterFile`.
+        task: see :class:`AdapterFile`.
+        extra: see :class:`AdapterFile`.
+        form: ``compact``: cores and sketches, the basis is computed again when it is loaded; ``portable``: the factors
+            too, as the layers hold them; ``auto``: portable if no layer keeps more than an eighth of its directions,
+            so that its factors are small.
+    """
     attached = attachment(model)
-    tensors = _trained_tensors(model) | _basis_tensors(model, fingerprints)
     is_peft = attached.spec.preset.peft is not None
+    if form == "auto":
+        form = "portable" if are_ranks_low(model) else "compact"
+    tensors = _trained_tensors(model) | basis_tensors(model, fingerprints)
+    tensors |= factor_tensors(model) if form == "portable" else {}
     metadata = {"format": "pt"} if is_peft else {"format_version": str(FORMAT_VERSION)}
     data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, metadata)
     files = {_tensor_file(attached.spec): data}
     if is_peft:
         config = peft_file.peft_config(model, base)
         files[peft_file.CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
-    probes = peft_file.layer_probes(model) if is_peft else {}
-    layers = {
-        name: {**_describe_target(target), **_describe(fingerprints[name], probes.get(name))}
-        for name, target in attached.targets.layers.items()
-    }
     description = {
         "format_version": FORMAT_VERSION,
         "mirrortune_version": __version__,
+        "form": form,
         "adapter": attached.spec.to_dict(),
         "base": base,
         "task": task,
-        "layers": layers,
+        "layers": _describe_layers(model, fingerprints),
         "head": list(attached.targets.head),
         "plain": list(attached.targets.plain),
         "skipped": attached.targets.skipped,
         **{key: hashlib.sha256(files[name]).hexdigest() for key, name in _hashed_files(attached.spec).items()},
         **extra,
     }
-    description["description_sha256"] = _description_digest(description)
-    files[_DESCRIPTION] = (json.dumps(description, indent=1) + "\n").encode()
+    files[DESCRIPTION] = description_text(description).encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return sum(map(len, files.values()))
+
+
+def _describe_layers(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, dict[str, Any]]:
+    attached, held = attachment(model), spectral_layers(model)
+    probes = peft_file.layer_probes(model) if attached.spec.preset.peft is not None else {}
+    return {
+        name: {
+            **describe_target(name, target),
+            **describe_basis(fingerprints[name], probes.get(name)),
+            **({"dtype": str(held[name].U.dtype).removeprefix("torch.")} if name in held else {}),
+        }
+        for name, target in attached.targets.layers.items()
+    }
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -124,40 +166,36 @@ def read_adapter(folder: Path) -> AdapterFile:
     Raises:
         VerificationError: files missing, damaged, or written by a newer format.
     """
-    description = _read_description(folder)
+    description = read_description(folder)
     try:
         spec = AdapterSpec(**description["adapter"])
+        check_spec(spec)
         files = {name: _read_file(folder / name, description[key]) for key, name in _hashed_files(spec).items()}
         tensors = load(files[_tensor_file(spec)])
         layers = description["layers"]
+        is_peft = spec.preset.peft is not None
+        layouts = {name: Layout.from_dict({"rows": None, **layer["layout"]}) for name, layer in layers.items()}
         return AdapterFile(
             folder=folder,
+            form=description.get("form", "compact"),
             spec=spec,
-            fingerprints={
-                name: Fingerprint.of_weight(layer["weight_sha256"])
-                if spec.preset.peft
-                else Fingerprint(
-                    weight_sha256=layer["weight_sha256"],
-                    probe_seeds=tuple(layer["probe_seeds"]),
-                    side=layer["side"],
-                    sketch=tensors[f"sketch.{name}"],
-                    sigma_head=tuple(layer["sigma_head"]),
-                )
-                for name, layer in layers.items()
-            },
-            layouts={name: Layout.from_dict(layer["layout"]) for name, layer in layers.items()},
-            weights={name: tuple(layer["tensors"]) for name, layer in layers.items()},
+            fingerprints={n: fingerprint_of(layer, None if is_peft else n, tensors) for n, layer in layers.items()},
+            layouts=layouts,
+            weights={name: tuple(layer.get("tensors", [f"{name}.weight"])) for name, layer in layers.items()},
+            dtypes={name: layer.get("dtype", description["base"].get("dtype")) for name, layer in layers.items()},
+            effects=split_effects(tensors.pop("effects", None), layouts),
             tensors=tensors,
             base=description["base"],
             task=description["task"],
             head=tuple(description["head"]),
             extra={k: v for k, v in description.items() if k in ("max_length",)},
-            peft_config=json.loads(files[peft_file.CONFIG_FILE]) if spec.preset.peft else None,
-            probes={name: layer["response"] for name, layer in layers.items() if spec.preset.peft},
+            peft_config=json.loads(files[peft_file.CONFIG_FILE]) if is_peft else None,
+            probes={name: layer["response"] for name, layer in layers.items() if is_peft},
         )
-    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, SafetensorError, ConfigError,
+            RuntimeError, OverflowError) as error:  # fmt: skip
         raise VerificationError(
-            str(folder / _DESCRIPTION), f"damaged ({type(error).__name__}: {error})", fix="Restore the adapter folder"
+            str(folder / DESCRIPTION), f"damaged ({type(error).__name__}: {error})", fix="Restore the adapter folder"
         ) from error
 
 
@@ -178,17 +216,24 @@ def restore_trained(model: nn.Module, adapter: AdapterFile) -> None:
         place = "only in the adapter" if odd in stored else "missing from the adapter"
         raise VerificationError(where, f"tensor '{odd}' is {place}", fix="Use the model that the adapter was made for")
     for name, parameter in wanted.items():
-        if parameter.shape != stored[name].shape:
-            raise VerificationError(
-                where, f"tensor '{name}' has shape {tuple(stored[name].shape)}", allowed=str(tuple(parameter.shape))
-            )
-        if not torch.isfinite(stored[name]).all():
-            raise VerificationError(where, f"tensor '{name}' holds NaN or infinities", fix="Restore the adapter folder")
+        found = checked_tensor(adapter, name, parameter.shape)
         if not is_peft:
-            parameter.copy_(stored[name])
+            parameter.copy_(found)
     if is_peft:
         peft_file.restore_tensors(model, stored)
         peft_file.check_probes(model, adapter.probes)
+
+
+def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Tensor:
+    """A tensor of the file; refused if it is missing, of another ``shape``, or not finite."""
+    where, found = str(adapter.folder), adapter.tensors.get(name)
+    if found is None:
+        raise VerificationError(where, f"tensor '{name}' is missing from the adapter", fix="Restore the adapter folder")
+    if tuple(found.shape) != tuple(shape):
+        raise VerificationError(where, f"tensor '{name}' has shape {tuple(found.shape)}", allowed=str(tuple(shape)))
+    if not torch.isfinite(found).all():
+        raise VerificationError(where, f"tensor '{name}' holds NaN or infinities", fix="Restore the adapter folder")
+    return found
 
 
 def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -196,33 +241,6 @@ def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         return peft_file.adapter_tensors(model)
     tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
     return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
-
-
-def _basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, Tensor]:
-    spec = attachment(model).spec
-    tensors: dict[str, Tensor] = {}
-    for name, layer in spectral_layers(model).items():
-        tensors[f"sketch.{name}"] = fingerprints[name].sketch
-        pairs = getattr(layer.core, "pairs", None)
-        if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank, layer.layout.count):
-            tensors[f"pairs.{name}"] = pairs.to(torch.int32)
-    return tensors
-
-
-def _describe_target(target: Target) -> dict[str, Any]:
-    return {"kind": target.kind.name, "tensors": list(target.tensors), "layout": asdict(target.layout)}
-
-
-def _describe(found: Fingerprint, response: list[float] | None) -> dict[str, Any]:
-    if response is not None:
-        return {"weight_sha256": found.weight_sha256, "response": response}
-    return {
-        "rank": found.sketch.shape[-1],
-        "weight_sha256": found.weight_sha256,
-        "probe_seeds": list(found.probe_seeds),
-        "side": found.side,
-        "sigma_head": list(found.sigma_head),
-    }
 
 
 def _tensor_file(spec: AdapterSpec) -> str:
@@ -245,32 +263,3 @@ def _read_file(path: Path, sha256: str) -> bytes:
             str(path), "damaged: its hash is not the one in adapter.json", fix="Restore the adapter folder"
         )
     return data
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / _DESCRIPTION
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VerificationError(
-            str(path), f"missing or damaged ({type(error).__name__})", fix="Give the folder that train wrote"
-        ) from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise VerificationError(
-            str(path), f"format version {version!r}", allowed=f"up to {FORMAT_VERSION}", fix="Upgrade mirrortune"
-        )
-    recorded = description.pop("description_sha256", None)
-    if recorded != _description_digest(description):
-        raise VerificationError(
-            str(path),
-            "damaged or edited: its own hash is another one",
-            fix="Restore the adapter folder; a base that has moved is named with --model",
-        )
-    return dict(description)
-
-
-def _description_digest(description: dict[str, Any]) -> str:
-    """SHA-256 over everything that the file says, however it is laid out."""
-    plain = json.loads(json.dumps(description))  # what a reader will find: tuples are lists, keys are text
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

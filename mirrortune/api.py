@@ -5,10 +5,11 @@ place.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mirrortune.adapter_file import read_adapter, write_adapter
+from mirrortune.adapter_file import Form, read_adapter, write_adapter
 from mirrortune.adapters import inject
 from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.inject import attachment
@@ -73,26 +74,52 @@ def attach(
     return model
 
 
-def save_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Write the adapter and head of an adapted model to ``directory`` (replaced whole or not at all)."""
+def save_adapter(model: nn.Module, directory: str | Path, *, form: Form = "auto") -> None:
+    """Write the adapter and head of an adapted model to ``directory`` (replaced whole or not at all).
+
+    Args:
+        model: adapted by :func:`attach` or :func:`load_adapter`.
+        directory: where.
+        form: ``compact``: kilobytes, the basis is computed again and aligned when it is loaded; ``portable``: carries
+            the factors, exact on any machine; ``auto``: portable where no layer keeps more than an eighth of its
+            directions.
+    """
     attachment(model)
     book = model._mirrortune_fingerprints  # noqa: SLF001  (our own attribute on somebody else's module)
     assert isinstance(book, FingerprintBook)
     base = describe_base(model)
 
     def write(folder: Path) -> None:
-        write_adapter(folder, model, book.entries, base=base, task=None, extra={})
+        write_adapter(folder, model, book.entries, base=base, task=None, extra={}, form=form)
 
     write_folder_atomically(Path(directory), write)
 
 
-def load_adapter(model: M, directory: str | Path) -> M:
-    """Attach the adapter in ``directory`` (or in a Hub repository of that id) to its base ``model``.
+def load_adapter(
+    model: M,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    force_base: bool = False,
+) -> M:
+    """Attach the adapter in ``directory`` to its base ``model``.
+
+    Args:
+        model: the base, known by its weights, wherever they come from.
+        directory: folder, run directory, or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+        subfolder: of the folder or the repository.
+        force_base: dangerous: take a base with other weights, and warn instead of refusing.
 
     Raises:
         VerificationError: another base, a basis that cannot be aligned, or a damaged file.
     """
-    _remember(model, load_into(model, read_adapter(local_adapter(directory)), FactorCache()))
+    folder = local_adapter(directory, revision=revision, subfolder=subfolder)
+    book = load_into(model, read_adapter(folder), FactorCache(), force_base=force_base)
+    for remark in book.remarks:
+        warnings.warn(f"loaded by force: {remark}", stacklevel=2)
+    _remember(model, book)
     return model
 
 

@@ -208,9 +208,9 @@ def _fit(
     resume: bool,
 ) -> FitResult:
     def write_adapter_files(folder: Path) -> int:
+        base, task, form = base_identity(job), task_to_dict(job.task), job.recipe.adapter.form
         extra = {"max_length": job.max_length}
-        task = task_to_dict(job.task)
-        return write_adapter(folder, model, book.entries, base=base_identity(job), task=task, extra=extra)
+        return write_adapter(folder, model, book.entries, base=base, task=task, extra=extra, form=form)
 
     with recording(job, model, run, accelerator, reporter) as progress:
         trainer = Trainer(

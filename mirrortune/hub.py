@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from mirrortune.errors import HubError, MirrortuneError
+from mirrortune.errors import ConfigError, HubError, MirrortuneError
 from mirrortune.locations import looks_like_path
 
 # Looked up by class name along the chain of causes: transformers and datasets wrap the client's exceptions in OSError,
@@ -82,17 +82,34 @@ def resolve_commit(where: str, repository: str, revision: str | None, kind: str,
         return str(huggingface_hub.resolve_revision(repository, revision=revision, repo_type=kind).resolved)
 
 
-def local_adapter(name: str | Path) -> Path:
-    """The folder of an adapter, named by its folder or by a Hub id (which is then downloaded)."""
+def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of an adapter.
+
+    Args:
+        name: its folder, that of a run, or a Hub id, from which its files are downloaded.
+        revision: branch, tag or commit of a Hub repository.
+        subfolder: of the folder or the repository.
+
+    Raises:
+        ConfigError: a revision of a folder, or a subfolder that leads out of it.
+        HubError: whatever the Hub refused.
+    """
+    inside = PurePosixPath(subfolder or ".")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise ConfigError("subfolder", f"got '{subfolder}'", allowed="a folder inside the repository")
     folder = Path(name).expanduser()
     if folder.is_dir() or looks_like_path(str(name)):
-        return folder
+        if revision is not None:
+            raise ConfigError("revision", f"'{name}' is a folder and has none", fix="Remove it")
+        folder = folder / inside
+        return folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder
     import huggingface_hub  # noqa: PLC0415
 
-    commit = resolve_commit(str(name), str(name), None, "model", "the adapter")
+    commit = resolve_commit(str(name), str(name), revision, "model", "the adapter")
     with hub_errors(f"adapter '{name}'", flag="the adapter"):
         files = ["adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(name), revision=commit, allow_patterns=files))
+        patterns = [str(inside / file) for file in files]
+        return Path(huggingface_hub.snapshot_download(str(name), revision=commit, allow_patterns=patterns)) / inside
 
 
 def _explain(error: BaseException) -> tuple[str, str] | None:

@@ -146,15 +146,25 @@ def open_adapter(
 
 
 def load_adapted(
-    adapter: AdapterFile, source: ModelSource, task: Task | None, pad_token_id: int | None, factor_source: FactorSource
+    adapter: AdapterFile,
+    source: ModelSource,
+    task: Task | None,
+    pad_token_id: int | None,
+    factor_source: FactorSource,
+    *,
+    remarks: list[str] | None = None,
 ) -> nn.Module:
     """The base model that the adapter names, in the dtype it was trained on, with the adapter attached; in evaluation
     mode.
+
+    What does not fit is refused, or noted in ``remarks`` if there is such a list.
     """
     dtype = DTYPES[adapter.base["dtype"]]
     loaded = load_model(source, adapter.base["auto_class"], _config_fields(adapter, task), dtype, pad_token_id)
     widen(loaded.model, adapter.head)
-    load_into(loaded.model, adapter, factor_source)
+    book = load_into(loaded.model, adapter, factor_source, force_base=remarks is not None)
+    if remarks is not None:
+        remarks += book.remarks
     return loaded.model.eval()
 
 

@@ -137,6 +137,9 @@ class AdapterSection(_Section):
     {qkv_proj: [4, 1, 1]}, or {query_key_value: {parts: 3, repeat: 12}} where each of 12 heads has its own three."""
     strategy: Literal["auto", "branch", "factored", "dense"] = "auto"
     """How adapted layers compute; auto takes the cheapest that a layer allows."""
+    form: Literal["auto", "compact", "portable"] = "auto"
+    """How the adapter is stored: compact (kilobytes; its basis is computed again, aligned and verified when it is
+    loaded), portable (carries the factors), or auto: portable where no layer keeps over an eighth of its directions."""
     options: dict[str, typing.Any] = Field(default_factory=dict)
     """Options of the method's core, such as scale_top_k, or fields of the configuration of a tuner of PEFT."""
 

@@ -18,13 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mirrortune.adapter_file import AdapterFile
-from mirrortune.adapters.basis import align, weight_digest
-from mirrortune.adapters.cores import Core
 from mirrortune.adapters.inject import FactorSource
-from mirrortune.adapters.spec import build_core
 from mirrortune.adapters.spectral_weight import delta_weight
-from mirrortune.adapting import stored_pairs
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.adapting import stored_core, trained_factors
+from mirrortune.errors import ConfigError
 from mirrortune.model import DTYPES, ModelSource
 
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -179,15 +176,9 @@ class AdaptedWeights:
         weight = weight.to(DTYPES[self.adapter.base["dtype"]])
         changed = weight.double()
         for layer in self._layers(own):
-            stored, layout = self.adapter.fingerprints[layer], self.adapter.layouts[layer]
-            matrix = layout.matrix(weight).contiguous()
-            if weight_digest(matrix) != stored.weight_sha256:
-                raise VerificationError(
-                    name, f"{self.base.label} is not the base that the adapter was trained on",
-                    allowed=str(self.adapter.base.get("name")), fix="Give the adapter's own base model",
-                )  # fmt: skip
-            aligned = align(self.factors(layer, matrix, stored.sketch.shape[-1]), stored, layer)
-            changed = changed + layout.tensor(delta_weight(aligned, stored_core(self.adapter, layer, aligned.S)))
+            layout = self.adapter.layouts[layer]
+            factors = trained_factors(self.adapter, layer, layout.matrix(weight).contiguous(), self.factors)
+            changed = changed + layout.tensor(delta_weight(factors, stored_core(self.adapter, layer, factors.S)))
         return changed
 
     def _layers(self, own: str) -> list[str]:
@@ -200,21 +191,11 @@ class AdaptedWeights:
         for layer in self._layers(self.names.get(name, "")):
             stored, layout = self.adapter.fingerprints[layer], self.adapter.layouts[layer]
             stack = (layout.count,) if layout.count > 1 else ()
-            unknown = torch.ones(*stack, stored.sketch.shape[-1])  # angles do not depend on the strengths
+            unknown = torch.ones(*stack, stored.rank)  # angles do not depend on the strengths
             angles = stored_core(self.adapter, layer, unknown).angles()
             if angles is not None:
                 found.append(angles.detach().double().rad2deg().flatten())
         return torch.cat(found).tolist() if found else None
-
-
-def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:
-    """A layer's core with its trained numbers, for singular values ``S``, (R,) or (E, R)."""
-    core = build_core(adapter.spec, S, layer, adapter.layouts[layer].matrix_shape, stored_pairs(adapter).get(layer))
-    with torch.no_grad():
-        for key, parameter in core.named_parameters():
-            if parameter.numel():
-                parameter.copy_(adapter.tensors[f"core.{layer}.{key}"])
-    return core
 
 
 def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:

@@ -117,7 +117,7 @@ def test_a_fingerprint_is_the_same_every_time(side: str, problem: Problem, seed:
     weight = problem.weight()
     first, second = (fingerprint(weight, factorize(weight, problem.rank), side) for _ in range(2))
     assert torch.equal(first.sketch, second.sketch)
-    assert (first.weight_sha256, first.probe_seeds) == (second.weight_sha256, second.probe_seeds)
+    assert (first.weight_hash, first.probe_seeds) == (second.weight_hash, second.probe_seeds)
 
 
 @pytest.mark.parametrize("variant", LAYER_VARIANTS, ids=str)
@@ -166,15 +166,32 @@ def test_a_mixed_basis_is_refused_or_harmless(
         assert relative(delta_weight(aligned, core), delta_weight(factors, core)) <= EFFECT_TOLERANCE
 
 
+def shuffled(rank: int, seed: int) -> Tensor:
+    """An order of directions that is not theirs."""
+    order = torch.randperm(rank, generator=torch.Generator().manual_seed(seed)).roll(1)
+    return order.flip(0) if torch.equal(order, torch.arange(rank)) else order
+
+
 @pytest.mark.parametrize("side", SIDES)
 @given(problem=problems().filter(lambda p: p.rank >= 2), seed=SEEDS)
-def test_a_permuted_basis_is_refused(side: str, problem: Problem, seed: int) -> None:
+def test_a_permuted_and_flipped_basis_is_put_back_exactly(side: str, problem: Problem, seed: int) -> None:
     weight = problem.weight()
     factors = factorize(weight, problem.rank)
-    order = torch.randperm(problem.rank, generator=torch.Generator().manual_seed(seed)).roll(1)
-    if torch.equal(order, torch.arange(problem.rank)):
-        order = order.flip(0)
-    permuted = Factors(U=factors.U[:, order], S=factors.S[order], Vh=factors.Vh[order])
+    order = shuffled(problem.rank, seed)
+    permuted = flip(Factors(U=factors.U[:, order], S=factors.S[order], Vh=factors.Vh[order]), seed)
+    repaired = align(permuted, fingerprint(weight, factors, side), "layer")
+    assert torch.equal(repaired.U, factors.U)
+    assert torch.equal(repaired.S, factors.S)
+    assert torch.equal(repaired.Vh, factors.Vh)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@given(problem=problems().filter(lambda p: p.rank >= 2), seed=SEEDS)
+def test_vectors_of_other_singular_values_are_refused(side: str, problem: Problem, seed: int) -> None:
+    weight = problem.weight()
+    factors = factorize(weight, problem.rank)
+    order = shuffled(problem.rank, seed)
+    permuted = Factors(U=factors.U[:, order], S=factors.S, Vh=factors.Vh[order])
     with pytest.raises(VerificationError, match=r"^the\.layer: "):
         align(permuted, fingerprint(weight, factors, side), "the.layer")
 
@@ -301,11 +318,10 @@ def test_a_base_with_one_changed_bit_is_refused_by_name(saved: tuple[Adapted, Pa
     assert caught.value.exit_code == 5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_base_in_another_dtype_is_refused_by_name(saved: tuple[Adapted, Path], dtype: torch.dtype) -> None:
+def test_a_base_in_fewer_bits_is_refused_by_name(saved: tuple[Adapted, Path]) -> None:
     _, folder = saved
     with pytest.raises(VerificationError, match=rf"^{QUERY}: .*float32"):
-        load_into(tiny_bert().to(dtype), read_adapter(folder), lambda name, weight, rank: factorize(weight, rank))
+        load_into(tiny_bert().bfloat16(), read_adapter(folder), lambda name, weight, rank: factorize(weight, rank))
 
 
 def test_a_degenerate_base_is_refused_by_name(saved: tuple[Adapted, Path]) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.adapters.basis import align, fingerprint, weight_digest
+from mirrortune.adapters.basis import align, fingerprint, value_digest, weight_digest
 from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.errors import VerificationError
 from tests.spectral import Problem
@@ -50,7 +50,7 @@ def test_a_fingerprint_holds_what_its_side_needs(side: str, count: int) -> None:
     assert found.sketch.shape == (count, 4)
     assert found.sketch.dtype == torch.float32
     assert found.sigma_head == tuple(factors.S.tolist())
-    assert found.weight_sha256 == weight_digest(WEIGHT)
+    assert found.weight_hash == f"values:{value_digest(WEIGHT)}"
     assert len(fingerprint(torch.eye(12), factorize(torch.eye(12)), side).sigma_head) == 8
 
 
@@ -74,7 +74,7 @@ def test_the_refusal_says_which_direction_and_what_to_do() -> None:
     factors = factorize(WEIGHT)
     stored = fingerprint(WEIGHT, factors, "output")
     order = torch.tensor([0, 2, 1, 3])
-    swapped = Factors(U=factors.U[:, order], S=factors.S[order], Vh=factors.Vh[order])
+    swapped = Factors(U=factors.U[:, order], S=factors.S, Vh=factors.Vh[order])
     with pytest.raises(VerificationError) as caught:
         align(swapped, stored, "encoder.query")
     assert caught.value.exit_code == 5
@@ -91,5 +91,11 @@ def test_only_the_side_that_matters_is_compared() -> None:
     factors = factorize(weight)
     other = Factors(U=factors.U, S=factors.S, Vh=torch.cat([factors.Vh[:3], -factors.Vh[3:]]))
     assert torch.equal(align(other, fingerprint(weight, factors, "output"), "layer").U, factors.U)
+    # A direction of value zero has two vectors that nothing ties to each other; each is put back.
+    repaired = align(other, fingerprint(weight, factors, "both"), "layer")
+    assert torch.equal(repaired.Vh, factors.Vh)
+    assert torch.equal(repaired.U, factors.U)
+    mixed = Factors(U=factors.U, S=factors.S, Vh=torch.cat([-factors.Vh[:1], factors.Vh[1:]]))
+    assert torch.equal(align(mixed, fingerprint(weight, factors, "output"), "layer").U, factors.U)
     with pytest.raises(VerificationError):
-        align(other, fingerprint(weight, factors, "both"), "layer")
+        align(mixed, fingerprint(weight, factors, "both"), "layer")

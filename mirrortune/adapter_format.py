@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of ``adapter.json``: written, read, checked, and brought from every earlier format to the present one.
+
+Format 1: the first. A layer has ``shape``, ``probe_seed`` and ``weight_sha256``, the hash of the weight's bytes.
+Format 2: a layer has ``layout`` and ``tensors`` (what its weight is in the model), ``probe_seeds`` (one for each matrix
+of a stack), ``clusters``, ``weight`` (the hash of its numbers, whatever their dtype), ``dtype``; the file has ``form``
+and probes of every layer's effect.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mirrortune.errors import VerificationError
+
+FORMAT_VERSION = 2
+DESCRIPTION = "adapter.json"
+_LARGEST_DESCRIPTION = 64 * 2**20  # bytes; lists of pairs are tensors, so that nothing in it is long
+
+
+def description_text(description: dict[str, Any]) -> str:
+    """The file's text, with the hash of what it says: a key a line, a layer a line."""
+    whole = {**description, "description_sha256": _digest(description)}
+    lines = [
+        f" {json.dumps(key)}: {_layer_lines(value) if key == 'layers' else json.dumps(value)}"
+        for key, value in whole.items()
+    ]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _layer_lines(layers: dict[str, Any]) -> str:
+    lines = [f"  {json.dumps(name)}: {json.dumps(layer)}" for name, layer in layers.items()]
+    return "{\n" + ",\n".join(lines) + "\n }" if lines else "{}"
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What ``adapter.json`` in ``folder`` says, in the present format.
+
+    Raises:
+        VerificationError: missing, damaged, edited, or of a newer format.
+    """
+    path = folder / DESCRIPTION
+    try:
+        if path.stat().st_size > _LARGEST_DESCRIPTION:
+            raise VerificationError(str(path), f"{path.stat().st_size:,} bytes", allowed=f"{_LARGEST_DESCRIPTION:,}")
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise VerificationError(
+            str(path), f"missing or damaged ({type(error).__name__})", fix="Give the folder that train wrote"
+        ) from error
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise VerificationError(
+            str(path), f"format version {version!r}", allowed=f"up to {FORMAT_VERSION}", fix="Upgrade mirrortune"
+        )
+    recorded = description.pop("description_sha256", None)
+    if recorded != _digest(description):
+        raise VerificationError(
+            str(path),
+            "damaged or edited: its own hash is another one",
+            fix="Restore the adapter folder; a base that has moved is named with --model",
+        )
+    return migrate(description)
+
+
+def migrate(description: dict[str, Any]) -> dict[str, Any]:
+    """A description of any format, in the present one; what is there already is left as it is."""
+    if description["format_version"] >= FORMAT_VERSION:
+        return dict(description)
+    layers = {}
+    for name, layer in description["layers"].items():
+        own = dict(layer)
+        if "shape" in own:
+            shape = own.pop("shape")
+            own["layout"] = {"shape": shape, "out_features": shape[0]}
+        if "probe_seed" in own:
+            own["probe_seeds"] = [own.pop("probe_seed")]
+        if "weight_sha256" in own:
+            own["weight"] = f"bytes:{own.pop('weight_sha256')}"
+        layers[name] = own
+    return {**description, "format_version": FORMAT_VERSION, "layers": layers}
+
+
+def _digest(description: dict[str, Any]) -> str:
+    """SHA-256 over everything that the file says, however it is laid out."""
+    plain = json.loads(json.dumps(description))  # what a reader will find: tuples are lists, keys are text
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each layer puts into the files of an adapter, and how it is found there again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.basis import Fingerprint
+from mirrortune.adapters.effect import effect
+from mirrortune.adapters.factorize import Factors
+from mirrortune.adapters.inject import SpectralLayer, attachment, spectral_layers
+from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.spec import follows_from_rank
+from mirrortune.adapters.targets import Target
+
+_PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
+
+
+def fingerprint_of(layer: dict[str, Any], name: str | None, tensors: dict[str, Tensor]) -> Fingerprint:
+    """A layer's fingerprint; ``name`` is None for an adapter that has no basis."""
+    if name is None:
+        return Fingerprint.of_hash(layer["weight"])
+    flat, sketch = tensors.get(f"clusters.{name}", torch.zeros(0)), tensors[f"sketch.{name}"]
+    if not (torch.isfinite(flat).all() and torch.isfinite(sketch).all()):
+        raise ValueError(f"the sketch of '{name}' holds NaN or infinities")
+    clusters = tuple(tuple((int(a), int(b)) for a, b in own) for own in layer.get("clusters", ()))
+    sizes = [sum(2 * (b - a) ** 2 for a, b in own) * (2 if layer["side"] == "both" else 1) for own in clusters]
+    return Fingerprint(
+        weight_hash=layer["weight"],
+        probe_seeds=tuple(layer["probe_seeds"]),
+        side=layer["side"],
+        sketch=sketch,
+        sigma_head=tuple(layer["sigma_head"]),
+        clusters=clusters,
+        cluster_sketches=tuple(torch.split(flat, sizes)),
+    )
+
+
+def split_effects(stored: Tensor | None, layouts: dict[str, Layout]) -> dict[str, Tensor]:
+    """The stored effects of each layer, (E, 16)."""
+    if stored is None:
+        return {}
+    parts = torch.split(stored, [layout.count for layout in layouts.values()])
+    return dict(zip(layouts, parts, strict=True))
+
+
+def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, Tensor]:
+    """Sketches, stored pairs and probes of every layer's effect; see ``adapter_file.py``."""
+    spec = attachment(model).spec
+    tensors: dict[str, Tensor] = {}
+    effects: list[Tensor] = []
+    for name, layer in spectral_layers(model).items():
+        found = fingerprints[name]
+        tensors[f"sketch.{name}"] = found.sketch
+        if any(found.clusters):
+            tensors[f"clusters.{name}"] = torch.cat(found.cluster_sketches)
+        pairs = getattr(layer.core, "pairs", None)
+        if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank, layer.layout.count):
+            tensors[f"pairs.{name}"] = pairs.to(torch.int32)
+        if type(layer.U.data) is Tensor:  # a rank that holds a shard of it cannot say what the whole does
+            effects.append(effect(_factors(layer), layer.core))
+    if len(effects) == len(spectral_layers(model)) > 0:
+        tensors["effects"] = torch.cat(effects).float()
+    return tensors
+
+
+def are_ranks_low(model: nn.Module) -> bool:
+    """Whether no layer keeps more than an eighth of its directions, so that factors are small beside weights."""
+    layers = spectral_layers(model).values()
+    return bool(layers) and all(8 * layer.rank <= min(layer.layout.matrix_shape) for layer in layers)
+
+
+def factor_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The factors of every layer, as it holds them."""
+    return {
+        f"factor.{name}.{key}": tensor
+        for name, layer in spectral_layers(model).items()
+        for key, tensor in (("U", layer.U), ("S", layer.core.get_buffer("S")), ("Vh", layer.Vh))
+    }
+
+
+def _factors(layer: SpectralLayer) -> Factors:
+    return Factors(U=layer.U, S=layer.core.get_buffer("S"), Vh=layer.Vh)
+
+
+def describe_target(name: str, target: Target) -> dict[str, Any]:
+    """What the description says of where a layer's weight is, and how its numbers stand for matrices."""
+    layout = {k: v for k, v in asdict(target.layout).items() if v != _PLAIN_LAYOUT.get(k, ...)}
+    tensors = {} if target.tensors == (f"{name}.weight",) else {"tensors": list(target.tensors)}
+    return {"kind": target.kind.name, **tensors, "layout": layout}
+
+
+def describe_basis(found: Fingerprint, response: list[float] | None) -> dict[str, Any]:
+    """What the description says of a layer's weight and basis."""
+    if response is not None:
+        return {"weight": found.weight_hash, "response": response}
+    return {
+        "rank": found.rank,
+        "weight": found.weight_hash,
+        "probe_seeds": list(found.probe_seeds),
+        "side": found.side,
+        "sigma_head": [float(f"{s:.7g}") for s in found.sigma_head[:3]],
+        **({"clusters": [list(map(list, own)) for own in found.clusters]} if any(found.clusters) else {}),
+    }

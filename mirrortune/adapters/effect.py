@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A few numbers that say what an adapter does to a weight, whatever it is made of.
+
+Gaussian bilinear probes p_k^T (W' - W) x_k: for any error E of the change their errors are p_k^T E x_k, of mean square
+||E||_F^2, so that sixteen of them tell the size of E. They are made from factors and core alone and compared when an
+adapter is loaded: another basis, other pairs or a core that means something else than it did cannot go unnoticed.
+
+Shapes: O out_features, I in_features, R rank, E matrices of a stack.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirrortune.adapters.cores import Core
+from mirrortune.adapters.factorize import Factors
+
+NUM_PROBES = 16
+# Of the change, by norm. The promise is 1e-4 (1e-6 for stored factors); an error beyond it would have to hide in all
+# sixteen probes at once to pass. Sums in float32 differ between machines by about 1e-7.
+EFFECT_TOLERANCE = 2e-5
+EXACT_EFFECT_TOLERANCE = 5e-7
+_FEW = 256  # directions, for which float64 costs nothing
+
+
+@torch.no_grad()
+def effect(factors: Factors, core: Core) -> Tensor:
+    """The probes of U (K - diag(S)) Vh and what the core adds beside it, shape (E, 16), E = 1 for one matrix; float64.
+
+    Args:
+        factors: as the layer holds them; products with many of them are made in float32, the rest in float64.
+        core: the layer's core.
+    """
+    if factors.rank <= _FEW:
+        factors = factors.to(device=torch.device("cpu"), dtype=torch.float64)
+    dtype = torch.promote_types(factors.U.dtype, torch.float32)
+    U, Vh = factors.U.detach().to(dtype), factors.Vh.detach().to(dtype)
+    left, right = _probes(U.shape[-2], 0).to(U), _probes(Vh.shape[-1], 1).to(Vh)
+    exact = core.in_float64()
+    z = (right @ Vh.mT).cpu().double()  # (16, R) or (E, 16, R)
+    mixed = exact.mix(z, *exact.coefficients(delta=True))
+    found = ((left @ U).cpu().double() * mixed).sum(dim=-1)
+    beside = exact.beside_weight()
+    if beside is not None:
+        found = found + ((left.cpu().double() @ beside) * right.cpu().double()).sum(dim=-1)
+    return found.reshape(-1, NUM_PROBES)
+
+
+def effect_error(found: Tensor, expected: Tensor) -> float:
+    """Distance of two effects (E, 16) relative to ``expected``, the largest over the matrices of a stack; 0 if both are
+    nothing, infinite if one is, or if either is not finite.
+    """
+    found, expected = found.double(), expected.double()
+    difference, size = (found - expected).norm(dim=-1), expected.norm(dim=-1)
+    if not bool(torch.isfinite(difference).all()):
+        return float("inf")
+    return float(torch.where(difference == 0, 0.0, difference / size).max())
+
+
+@functools.lru_cache(maxsize=32)
+def _probes(size: int, side: int) -> Tensor:
+    # NumPy's legacy generator is frozen by its maintainers: the same probes in every version.
+    return torch.from_numpy(np.random.RandomState(side).standard_normal((NUM_PROBES, size)))

