@@ -16,7 +16,7 @@ import torch
 from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec, check_spec
 from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
-from mirrortune.errors import ConfigError, ResourceError, unknown_name
+from mirrortune.errors import ConfigError, ResourceError, all_of, unknown_name
 from mirrortune.examples import Examples
 from mirrortune.locations import is_local
 from mirrortune.loop import LoopSettings
@@ -24,7 +24,9 @@ from mirrortune.metrics import METRICS
 from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
 from mirrortune.peft_configs import check_options
 from mirrortune.planning import Plan, make_plan
+from mirrortune.preflight import Stage, Step, check_disk, check_memory, describe, disk_needs
 from mirrortune.recipe import task_kinds
+from mirrortune.rehearsal import Footprint
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.tasks import Task, check_columns, settings_of, task_class
@@ -58,62 +60,116 @@ class Job:
     reported: dict[str, Examples]
     data_origin: dict[str, Any]
     plan: Plan
+    footprint: Footprint
 
 
 def assemble(recipe: Recipe, reporter: Reporter) -> Job:
     """Check a recipe against its data and model, tokenise, and plan.
 
-    The data is looked at before the model's files, and weights are not touched at all: what can be wrong is found
-    first.
+    The weights are not touched at all. What can be wrong with the data and with the model is found before rows are
+    tokenised, and all of it is said at once.
 
     Raises:
         ConfigError, DataError, HubError, ResourceError: see the parts.
     """
     check_recipe(recipe, adapter_spec(recipe))
-    return assemble_on(recipe, read_data(recipe), reporter)
+    return _assemble(recipe, lambda: read_data(recipe), reporter)
 
 
 def assemble_on(recipe: Recipe, data: DataSet, reporter: Reporter) -> Job:
     """:func:`assemble` on data that has been read."""
+    return _assemble(recipe, lambda: data, reporter)
+
+
+def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -> Job:
     spec = adapter_spec(recipe)
-    train_rows = data.require(recipe.data.train_split, "data.train_split")
-    task, notes = make_task(recipe, train_rows)
-    reporter.note(f"data: {train_rows.source}, {train_rows.table.num_rows:,} rows")
-    for text in notes:
-        reporter.note(f"  {text}")
-    train_rows, validation_rows = _validation(recipe, data, train_rows, task, reporter)
-    validation_rows, reported_rows = _reported(recipe, data, validation_rows, task)
-    train_rows = take_subset(train_rows, recipe.data.max_train_rows, recipe.train.seed)
-    assert recipe.model.name is not None
-    source = find_model(
-        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    rows, source = all_of(lambda: _read_rows(recipe, read(), reporter), lambda: _find(recipe))
+    task: Task = rows.task
+    dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
+    model = empty_model(source, task.auto_class, task.config_fields())
+    plan, (processor, max_length), _ = all_of(
+        lambda: make_plan(model, spec, dtype=dtype),
+        lambda: _processor(recipe, task, source),
+        lambda: _check_splits(rows),
     )
-    processor = task.load_processor(source)
-    max_length = task.resolve_length(recipe.data.max_length, processor, source.config)
-    for split in (train_rows, validation_rows, *reported_rows.values()):
-        check_columns(split, task)
     scored = Reading(max_length=max_length, seed=recipe.train.seed)
-    train = task.encode(
-        train_rows, processor, replace(scored, for_training=True, drop_blank=recipe.data.blank_text == "drop")
-    )
-    validation = task.encode(validation_rows, processor, scored)
-    reported = {name: task.encode(rows, processor, scored) for name, rows in reported_rows.items()}
+    learned = replace(scored, for_training=True, drop_blank=recipe.data.blank_text == "drop")
+    train = task.encode(rows.train, processor, learned)
+    validation = task.encode(rows.validation, processor, scored)
+    reported = {name: task.encode(split, processor, scored) for name, split in rows.reported.items()}
     for name, examples in {"train": train, "validation": validation, **reported}.items():
         reporter.note(f"  {name}: {examples.describe()}")
-    dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
-    plan = make_plan(
-        empty_model(source, task.auto_class, task.config_fields()),
-        spec,
-        dtype=dtype,
-        rows=recipe.train.batch_size,
-        length=int(train.lengths.max()),
-        is_16bit_compute=resolve_precision(recipe.train.precision) == "bf16",
-    )
-    _check_fits(plan)
+    stage = Stage(
+        model=model, config=source.config.to_dict(), task=task, train=train, has_length=max_length is not None,
+        smallest_rank=min((min(t.shape) for t in plan.targets.layers.values()), default=0),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
     return Job(
         recipe=recipe, spec=spec, source=source, dtype=dtype, processor=processor, task=task, max_length=max_length,
-        train=train, validation=validation, reported=reported, data_origin=data.origin, plan=plan,
+        train=train, validation=validation, reported=reported, data_origin=rows.origin, plan=plan,
+        footprint=_check_fits(recipe, spec, dtype, stage, source, plan, reporter),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """The splits of a run, and the task that was read from them."""
+
+    task: Task
+    train: Split
+    validation: Split
+    reported: dict[str, Split]
+    origin: dict[str, Any]
+
+
+def _read_rows(recipe: Recipe, data: DataSet, reporter: Reporter) -> _Rows:
+    train = data.require(recipe.data.train_split, "data.train_split")
+    task, notes = make_task(recipe, train)
+    reporter.note(f"data: {train.source}, {train.table.num_rows:,} rows")
+    for text in notes:
+        reporter.note(f"  {text}")
+    train, validation = _validation(recipe, data, train, task, reporter)
+    validation, reported = _reported(recipe, data, validation, task)
+    train = take_subset(train, recipe.data.max_train_rows, recipe.train.seed)
+    return _Rows(task=task, train=train, validation=validation, reported=reported, origin=data.origin)
+
+
+def _check_splits(rows: _Rows) -> None:
+    for split in (rows.train, rows.validation, *rows.reported.values()):
+        check_columns(split, rows.task)
+
+
+def _find(recipe: Recipe) -> ModelSource:
+    section = recipe.model
+    assert section.name is not None
+    return find_model(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+
+
+def _processor(recipe: Recipe, task: Task, source: ModelSource) -> tuple[Any, int | None]:
+    processor = task.load_processor(source)
+    return processor, task.resolve_length(recipe.data.max_length, processor, source.config)
+
+
+def _check_fits(
+    recipe: Recipe, spec: AdapterSpec, dtype: torch.dtype, stage: Stage, source: ModelSource, plan: Plan,
+    reporter: Reporter,
+) -> Footprint:  # fmt: skip
+    for line in plan.lines():
+        reporter.note(line)
+    if as_lora := plan.as_lora():
+        reporter.detail(as_lora)
+    section = recipe.train
+    step = Step(
+        spec=spec, dtype=dtype, rows=min(section.batch_size, len(stage.train)),
+        accumulation=section.gradient_accumulation_steps,
+        is_16bit_compute=resolve_precision(section.precision) == "bf16",
+    )  # fmt: skip
+    found = stage.footprint(step)
+    reporter.note(describe(found, step, stage, plan))
+    output_dir = Path(recipe.output_dir or "runs")
+    needs = disk_needs(source, plan, output_dir=output_dir, keep=recipe.train.keep)
+    all_of(lambda: check_memory(found, step, stage), lambda: check_disk(needs))
+    return found
 
 
 def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
@@ -280,15 +336,3 @@ def _reported(recipe: Recipe, data: DataSet, validation: Split, task: Task) -> t
         check_columns(reported[name], task)
         task.strata(reported[name])  # refuses rows without a label, before anything is trained
     return validation, reported
-
-
-def _check_fits(plan: Plan) -> None:
-    if not torch.cuda.is_available():
-        return
-    total = torch.cuda.get_device_properties(0).total_memory
-    if plan.estimated_memory_bytes > total:
-        raise ResourceError(
-            "memory",
-            f"this run needs about {plan.estimated_memory_bytes / 2**30:.1f} GiB, the GPU has {total / 2**30:.1f} GiB",
-            fix="Lower --batch-size or --max-length, set model.dtype=bfloat16, or --rank to a number",
-        )

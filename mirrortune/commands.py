@@ -71,6 +71,7 @@ class PrepareResult:
     rows: dict[str, int]
     truncated_rows: dict[str, int]
     estimated_memory_bytes: int
+    memory: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +106,6 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False) ->
         dry_run: stop before the weights: nothing but configuration files and data is fetched.
     """
     job = assemble(resolved.recipe, reporter)
-    for line in job.plan.lines():
-        reporter.note(line)
     cache = FactorCache()
     if not dry_run:
         factorise(job, load_base(job), cache, reporter.bar)
@@ -118,7 +117,8 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False) ->
         svd_cache={"hits": cache.hits, "misses": cache.misses},
         rows={"train": len(job.train), "validation": len(job.validation)},
         truncated_rows={"train": job.train.num_truncated, "validation": job.validation.num_truncated},
-        estimated_memory_bytes=job.plan.estimated_memory_bytes,
+        estimated_memory_bytes=job.footprint.total,
+        memory=job.footprint.parts(),
     )
 
 
@@ -146,8 +146,6 @@ def train(
         check_same_recipe(recipe, run)
     run.check(overwrite=overwrite, resume=resume)
     job = assemble(recipe, reporter)
-    for line in job.plan.lines():
-        reporter.note(line)
     count = accelerator.num_processes
     reporter.note(
         f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}; writing to {run.path}"

@@ -17,7 +17,8 @@ Every message says where, what is wrong (got what), what is allowed and what to 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 
 class MirrortuneError(Exception):
@@ -63,6 +64,26 @@ class ConfigError(MirrortuneError):
         combined = cls("configuration", f"{len(lines)} problems")
         combined.args = ("\n".join(lines),)
         return combined
+
+
+def all_of(*steps: Callable[[], Any]) -> list[Any]:
+    """What every step returns; if any fail, one error that says all that is wrong.
+
+    Raises:
+        MirrortuneError: of the first failure's kind, a line for each.
+    """
+    results, errors = [], []
+    for step in steps:
+        try:
+            results.append(step())
+        except MirrortuneError as error:
+            errors.append(error)
+    if not errors:
+        return results
+    lines = dict.fromkeys(str(error) for error in errors)
+    if len(lines) > 1:
+        errors[0].args = ("\n".join(lines),)
+    raise errors[0]
 
 
 class DivergedError(MirrortuneError):

@@ -30,9 +30,8 @@ from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
 from mirrortune.merging import BaseWithAdapter, check_output, open_adapter, probe_logits
 from mirrortune.peft_file import common_fields
+from mirrortune.planning import SERVED_RANKS
 
-SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM takes; every layer is given the same one."""
 _NEGLIGIBLE = 1e-9  # of the largest singular value of a layer's change: below it a direction is rounding
 _PREFIX = "base_model.model."
 

@@ -167,11 +167,7 @@ def count_trained(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[
     Raises:
         ConfigError: see :func:`attach_tuner`.
     """
-    assert spec.preset.peft is not None
-    start = {**spec.preset.peft.fixed, **spec.options}.get("init_lora_weights")
-    config = None
-    if start in ("pissa", "olora"):  # as many numbers as any other start, without a decomposition of every weight
-        config = {**make_config(spec, []).to_dict(), "init_lora_weights": True}
+    config = plain_start(spec)
     adapted = None
     with contextlib.suppress(ConfigError, RuntimeError, NotImplementedError), torch.device("meta"):
         adapted = attach_tuner(_empty_copy(model, "meta"), spec, new_parameters=new_parameters, config=config)
@@ -181,6 +177,15 @@ def count_trained(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[
     trained = sum(p.numel() for layer in layers for p in layer.adapter_parameters().values())
     own = {id(t): t.numel() for t in (*adapted.parameters(), *adapted.buffers())}
     return trained, sum(own.values()) - sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+
+
+def plain_start(spec: AdapterSpec) -> dict[str, Any] | None:
+    """A configuration of PEFT with as many numbers as the spec's, in place of one that would decompose every weight to
+    start with; None for others.
+    """
+    assert spec.preset.peft is not None
+    start = {**spec.preset.peft.fixed, **spec.options}.get("init_lora_weights")
+    return {**make_config(spec, []).to_dict(), "init_lora_weights": True} if start in ("pissa", "olora") else None
 
 
 def _empty_copy(model: nn.Module, device: str) -> nn.Module:

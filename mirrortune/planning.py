@@ -5,20 +5,29 @@ weight.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mirrortune import peft_tuners
+from mirrortune.adapters.factorize import Factors
+from mirrortune.adapters.inject import attach, freeze
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec, make_pairs, needs_saliency
 from mirrortune.adapters.spectral_linear import cheapest_strategy
 from mirrortune.adapters.targets import Target, Targets, find_targets
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, MirrortuneError
+from mirrortune.examples import Batch
+from mirrortune.precision import widen
+from mirrortune.rehearsal import Footprint, rehearse
 
-_MIB = 1024 * 1024
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks of a LoRA that vLLM takes; every layer is given the same one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +39,18 @@ class Plan:
         trainable_parameters: trained numbers besides the head.
         head_parameters: trained numbers of the head.
         total_parameters: all numbers of the model.
-        estimated_memory_bytes: weights, factors, gradients, optimizer and activations of one training step.
+        rank: directions kept of the largest layer; 0 without a core.
+        strategies: how many layers compute in which way.
+        factor_numbers: numbers of all singular vectors and values.
     """
 
     targets: Targets
     trainable_parameters: int
     head_parameters: int
     total_parameters: int
-    estimated_memory_bytes: int
+    rank: int
+    strategies: dict[str, int]
+    factor_numbers: int
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -49,8 +62,17 @@ class Plan:
             f"layers adapted: {adapted}{_left_alone(self.targets.skipped)}",
             *_clipped(self.targets.clipped),
             f"trained numbers: {self.trainable_parameters:,} ({share:.3f}% of the model), and {head}",
-            f"memory, estimated: {self.estimated_memory_bytes / _MIB:,.0f} MiB",
         ]
+
+    def as_lora(self) -> str | None:
+        """What an export in LoRA's format would need, where that is known."""
+        kinds = {target.kind.name for target in self.targets.layers.values()}
+        if not self.rank or not kinds <= {"linear", "conv1d-linear"}:
+            return None
+        largest = SERVED_RANKS[-1]
+        if self.rank > largest:
+            return f"as a LoRA: rank {self.rank}, servers take at most {largest}: merge --format lora --rank {largest}"
+        return f"as a LoRA: rank {next(r for r in SERVED_RANKS if r >= self.rank)}"
 
 
 def _left_alone(skipped: dict[str, str]) -> str:
@@ -67,26 +89,33 @@ def _clipped(names: tuple[str, ...]) -> list[str]:
     return [f"the rank is above min(out, in) of {len(names)} layers, which keep all their directions: {some}"]
 
 
-def make_plan(
-    model: nn.Module,
-    spec: AdapterSpec,
-    *,
-    new_parameters: tuple[str, ...] = (),
-    dtype: torch.dtype,
-    rows: int,
-    length: int,
-    is_16bit_compute: bool,
-) -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a step puts on the device besides the model: the rest of what memory depends on.
+
+    Attributes:
+        batch: a micro-batch of the longest rows, or as good as one; only types and shapes matter.
+        loss: the task's.
+        dtype: of the base weights.
+        is_16bit_compute: activations in 16 bits.
+        device: type of the device.
+    """
+
+    batch: Batch
+    loss: Callable[[Any, Tensor], tuple[Tensor, Any]]
+    dtype: torch.dtype
+    is_16bit_compute: bool
+    device: str
+
+
+def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_parameters: tuple[str, ...] = ()) -> Plan:
     """Size a run.
 
     Args:
         model: on the meta device or loaded; not changed.
         spec: the adapter.
-        new_parameters: names that no checkpoint fills, where known.
         dtype: of the base weights.
-        rows: of a micro-batch.
-        length: of its longest row, in positions (tokens, or patches of an image).
-        is_16bit_compute: activations in 16 bits.
+        new_parameters: names that no checkpoint fills, where known.
 
     Raises:
         ConfigError: unknown names, nothing to adapt, a rank that does not fit.
@@ -96,11 +125,11 @@ def make_plan(
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     head = sum(sizes[n] for n in targets.head)
     trained = sum(sizes[n] for n in targets.plain)
-    factors = 0  # numbers on the device beside the base model's own
     if spec.preset.peft is not None:
-        tuned, factors = peft_tuners.count_trained(model, spec, new_parameters)
-        trained += tuned
+        trained += peft_tuners.count_trained(model, spec, new_parameters)[0]
     counts: dict[tuple[int, tuple[int, int], int], int] = {}
+    strategies: Counter[str] = Counter()
+    largest = factors = 0
     for name, target in targets.layers.items() if spec.preset.core else ():
         rank, shape = target.rank, target.shape
         pairs = _pairs(spec, rank, name)
@@ -109,22 +138,86 @@ def make_plan(
             core = build_core(spec, torch.zeros(rank), name, shape, pairs)
             counts[kind] = sum(p.numel() for p in core.parameters())
         trained += target.count * counts[kind]
-        factors += target.count * rank * sum(shape)
-        if target.count == 1 and (spec.strategy or _strategy(target, dtype)) == "factored":
-            factors -= math.prod(shape)  # the factors stand for the weight on the device
+        largest, factors = max(largest, rank), factors + target.count * rank * (sum(shape) + 1)
+        strategies[_strategy(spec, target, dtype)] += 1
     if not trained + head:
         raise ConfigError("adapter.method", f"'{spec.method}' trains nothing on this kind of task, which has no head")
-    total = sum(sizes.values())
-    width = torch.finfo(dtype).bits // 8
-    fixed = (total + factors) * width + (trained + head) * 12  # gradient and two moments in float32
-    activations = rows * length * _activation_numbers(model) * (2 if is_16bit_compute else 4)
     return Plan(
         targets=targets,
         trainable_parameters=trained,
         head_parameters=head,
-        total_parameters=total,
-        estimated_memory_bytes=fixed + activations,
+        total_parameters=sum(sizes.values()),
+        rank=largest,
+        strategies=dict(strategies),
+        factor_numbers=factors,
     )
+
+
+def footprint(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
+    """The memory of one training step.
+
+    Args:
+        model: without an adapter, on the meta device; not changed.
+        spec: the adapter; it fits the model.
+        load: everything else.
+    """
+    adapted = copy.deepcopy(model)
+    for parameter in (*adapted.parameters(), *adapted.buffers()):
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(load.dtype)
+    base = {name for name, _ in (*adapted.named_parameters(), *adapted.named_buffers())}
+    try:
+        _attach_empty(adapted, spec)
+        return rehearse(
+            adapted, load.batch, load.loss, is_base=_base_names(base), device=load.device,
+            is_16bit_compute=load.is_16bit_compute,
+        )  # fmt: skip
+    except MirrortuneError:
+        raise
+    except Exception:  # noqa: BLE001  (a model of somebody else's that needs numbers: the widths of its layers must do)
+        return _guess(model, spec, load)
+
+
+def _base_names(names: set[str]) -> Callable[[str], bool]:
+    """Whether a tensor of the adapted model belongs to the base: by its own name, as a layer's ``base_layer``, or as
+    what a parametrization starts from.
+    """
+
+    def is_base(name: str) -> bool:
+        plain = name.replace(".base_layer.", ".").replace(".parametrizations.", ".").removesuffix(".original")
+        return plain in names
+
+    return is_base
+
+
+def _attach_empty(model: nn.Module, spec: AdapterSpec) -> None:
+    """Put the spec's adapter into a model on the meta device: everything but the numbers."""
+    targets = find_targets(model, spec)
+    if spec.preset.peft is not None:
+        with torch.device("meta"):
+            peft_tuners.attach_tuner(model, spec, config=peft_tuners.plain_start(spec))
+    elif spec.preset.core is None:
+        freeze(model, targets)
+    else:
+        ranks = {name: target.rank for name, target in targets.layers.items()} if needs_saliency(spec) else {}
+        pairs = {name: found for name, rank in ranks.items() if (found := _pairs(spec, rank, name)) is not None}
+        attach(model, spec, factor_source=_no_factors, pairs=pairs)
+    widen(model, targets.head)
+
+
+def _no_factors(name: str, matrix: Tensor, rank: int) -> Factors:
+    *stack, outputs, inputs = matrix.shape
+    return Factors(
+        U=torch.empty(*stack, outputs, rank, dtype=torch.float64, device="meta"),
+        S=torch.ones(*stack, rank, dtype=torch.float64),
+        Vh=torch.empty(*stack, rank, inputs, dtype=torch.float64, device="meta"),
+    )
+
+
+def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> str:
+    if target.count > 1:
+        return "dense"
+    return spec.strategy or cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
 
 
 def _pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
@@ -135,12 +228,25 @@ def _pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
     return make_pairs(replace(spec, pairing="mirror") if needs_saliency(spec) else spec, rank, name)
 
 
-def _strategy(target: Target, dtype: torch.dtype) -> str:
-    return cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
-
-
-def _activation_numbers(model: nn.Module) -> int:
-    # Kept for backward, a token: the z of every linear layer, and about as much again for norms, softmax and dropout.
-    # An estimate from shapes alone, of tensors only: what Python and its libraries take comes on top. On the quickstart
-    # it says 656 MiB where the whole process peaked at 1,850 MiB; it has not been compared with a GPU's allocator yet.
-    return sum(2 * max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
+def _guess(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
+    """A step's memory from the widths of the layers: z of every linear layer, and about as much again for norms,
+    softmax and dropout.
+    """
+    plan = make_plan(model, spec, dtype=load.dtype)
+    width = torch.finfo(load.dtype).bits // 8
+    factors = 0
+    if spec.preset.peft is not None:
+        factors = peft_tuners.count_trained(model, spec, ())[1]
+    for target in plan.targets.layers.values() if spec.preset.core else ():
+        factors += target.count * target.rank * sum(target.shape)
+    positions = max(math.prod(v.shape) for v in load.batch.values() if isinstance(v, Tensor))
+    numbers = sum(2 * max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
+    gradients = 4 * (plan.trainable_parameters + plan.head_parameters)
+    return Footprint(
+        weights=plan.total_parameters * width,
+        factors=factors * width,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        activations=positions * numbers * (2 if load.is_16bit_compute else 4),
+        is_counted=False,
+    )

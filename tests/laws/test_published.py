@@ -81,7 +81,7 @@ def test_trained_numbers_are_the_papers(
     build: Any, method: str, rank: Rank | None, options: dict[str, Any], targets: str, expected: int
 ) -> None:
     spec = AdapterSpec(method=method, rank=rank, options=options, target_modules=targets)
-    plan = make_plan(build(), spec, dtype=torch.float32, rows=1, length=1, is_16bit_compute=False)
+    plan = make_plan(build(), spec, dtype=torch.float32)
     assert plan.trainable_parameters == expected
 
 

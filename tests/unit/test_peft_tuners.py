@@ -92,8 +92,7 @@ def test_the_adapter_and_the_head_are_trained_and_nothing_else(saved: Saved) -> 
 
 
 def test_the_plan_counts_what_is_trained(saved: Saved) -> None:
-    plan = make_plan(small_bert(), saved.spec, new_parameters=HEAD, dtype=torch.float32, rows=1, length=8,
-                     is_16bit_compute=False)  # fmt: skip
+    plan = make_plan(small_bert(), saved.spec, new_parameters=HEAD, dtype=torch.float32)
     assert plan.trainable_parameters == mirrortune.trainable_parameters(saved.model)
 
 

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Will it fit? Memory of a training step and room on the disks, before any weight is fetched, and the settings that
+would make it fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.examples import Batch, Examples
+from mirrortune.locations import cache_folder, is_local
+from mirrortune.model import ModelSource
+from mirrortune.planning import Load, Plan, footprint
+from mirrortune.rehearsal import Footprint
+from mirrortune.tasks import Task
+
+LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
+_MIB, _GIB = 2**20, 2**30
+# Footprints that this process has found; a comparison plans the same step many times.
+_KNOWN: dict[str, Footprint] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The settings that decide how much memory a training step takes.
+
+    Attributes:
+        spec: the adapter.
+        dtype: of the base weights.
+        rows: of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        length: longest row in positions, or None to take the longest that there is.
+        is_16bit_compute: under bfloat16 autocast.
+    """
+
+    spec: AdapterSpec
+    dtype: torch.dtype
+    rows: int
+    accumulation: int
+    is_16bit_compute: bool
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a step is made on: a model without weights, rows, a device.
+
+    Attributes:
+        model: on the meta device.
+        config: the model's configuration, as a dict.
+        task: the loss.
+        train: rows to learn from.
+        has_length: whether a maximum length is a setting of this kind of task.
+        smallest_rank: directions of the narrowest layer that is adapted.
+        device: type of the device.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    task: Task
+    train: Examples
+    has_length: bool
+    smallest_rank: int
+    device: str
+
+    def footprint(self, step: Step) -> Footprint:
+        """The memory of ``step``."""
+        batch = _longest(self.train, step.rows, step.length)
+        shapes = {k: (list(v.shape), str(v.dtype)) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        known: list[Any] = [
+            self.config,
+            type(self.task).__module__,
+            self.task.config_fields(),
+            step.spec.to_dict(),
+            shapes,
+        ]
+        known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
+        key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        if key not in _KNOWN:
+            load = Load(
+                batch=batch, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
+                device=self.device,
+            )  # fmt: skip
+            _KNOWN[key] = footprint(self.model, step.spec, load)
+        return _KNOWN[key]
+
+    def positions(self) -> int:
+        """Of the longest row."""
+        return int(self.train.lengths.max())
+
+
+def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
+    """The estimate in one line."""
+    parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in found.parts().items())
+    how = "".join(f"; {count} layers {name}" for name, count in plan.strategies.items())
+    guess = "" if found.is_counted else " (a guess from the widths of the layers)"
+    return (
+        f"memory, estimated: {mebibytes(found.total)} MiB{guess} for {step.rows} x {stage.positions()} positions: "
+        f"{parts}{how}"
+    )
+
+
+def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
+    """Refuse a step that the device has no room for.
+
+    Raises:
+        ResourceError: with the settings that would make it fit.
+    """
+    limit, name = device_memory(stage.device)
+    if found.total <= limit:
+        return
+    ways = list(_ways_to_fit(step, stage, limit))
+    fix = f"Any of these makes it fit: {'; '.join(ways)}" if ways else "Use a smaller model or a larger device"
+    raise ResourceError(
+        "memory",
+        f"a training step takes about {found.total / _GIB:,.2f} GiB, {name} has {limit / _GIB:,.2f} GiB",
+        fix=fix,
+    )
+
+
+def device_memory(device: str) -> tuple[int, str]:
+    """Bytes that a step may take, and whose they are: the variable's, the GPU's, or the machine's less what this
+    process holds already.
+    """
+    asked = os.environ.get(LIMIT_VARIABLE)
+    if asked:
+        try:
+            return int(float(asked) * _GIB), f"{LIMIT_VARIABLE}={asked}"
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(LIMIT_VARIABLE, f"got {asked!r}", allowed="a number of GiB") from error
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory), "the GPU"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return total - own, "this machine, beside what the program itself takes,"
+
+
+def check_disk(needs: dict[Path, dict[str, int]]) -> None:
+    """Refuse to begin what the disks have no room for.
+
+    Args:
+        needs: folder (which need not exist) -> bytes by what they are for.
+
+    Raises:
+        ResourceError: for the first folder with too little room.
+    """
+    by_disk: dict[int, tuple[Path, dict[str, int]]] = {}
+    for folder, wanted in needs.items():
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        by_disk.setdefault(place.stat().st_dev, (place, {}))[1].update(wanted)
+    for place, wanted in by_disk.values():
+        total, free = sum(wanted.values()), shutil.disk_usage(place).free
+        if total > free:
+            what = ", ".join(f"{name} {mebibytes(size)} MiB" for name, size in wanted.items() if size)
+            raise ResourceError(
+                f"disk at {place}", f"{mebibytes(total)} MiB are needed ({what}), {mebibytes(free)} MiB are free",
+                fix="Free space, or choose other places with HF_HOME, MIRRORTUNE_CACHE and -o",
+            )  # fmt: skip
+
+
+def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) -> dict[Path, dict[str, int]]:
+    """Bytes that the run will write, by folder: weights that are not there yet, factors, checkpoints."""
+    needs = {cache_folder(): {"factors": 4 * plan.factor_numbers}}
+    stored = str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch.")
+    width = 2 if "16" in stored else 4
+    if not is_local(source.name) and not _has_weights(source):
+        from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
+
+        needs[Path(HF_HUB_CACHE)] = {"the model's weights": plan.total_parameters * width}
+    trained = 4 * (plan.trainable_parameters + plan.head_parameters)
+    # Each checkpoint: the numbers and two moments. One is being written while the others are still there.
+    needs[output_dir] = {"checkpoints": 3 * trained * (keep + 2) + trained}
+    return needs
+
+
+def mebibytes(size: int) -> str:
+    """A size in MiB, in words; one digit behind the point below ten."""
+    return f"{size / _MIB:,.{1 if 0 < size < 10 * _MIB else 0}f}"
+
+
+def _has_weights(source: ModelSource) -> bool:
+    import huggingface_hub  # noqa: PLC0415
+
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    found = (huggingface_hub.try_to_load_from_cache(source.location, n, revision=source.commit) for n in names)
+    return any(isinstance(path, str) for path in found)
+
+
+def _longest(train: Examples, rows: int, length: int | None) -> Batch:
+    """A batch of ``rows`` times the longest row; no row is copied. ``length`` cuts it, in shape alone."""
+    lengths = train.lengths
+    longest = int(lengths.max())
+    one = train.batch(np.array([int(lengths.argmax())]))
+    batch: Batch = {}
+    for name, value in one.items():
+        if isinstance(value, Tensor):
+            shape = [length if length is not None and size == longest else size for size in value.shape[1:]]
+            batch[name] = torch.empty((), dtype=value.dtype).expand(rows * value.shape[0], *shape)
+        else:
+            batch[name] = value
+    return batch
+
+
+def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
+    """Flags that alone, or at last all together, bring a step below ``limit`` bytes, with what it then takes."""
+    found: list[tuple[str, Step]] = []
+    changes = [
+        _fewer_rows(step), _shorter(step, stage), _half(step), _half_compute(step, stage), _lower_rank(step, stage),
+    ]  # fmt: skip
+    for options in filter(None, changes):
+        if stage.footprint(options[-1][1]).total > limit:  # the furthest that this setting goes
+            found.append(options[-1])
+            continue
+        words, changed = next((w, c) for w, c in options if stage.footprint(c).total <= limit)
+        yield f"{words} ({stage.footprint(changed).total / _GIB:,.2f} GiB)"
+    if found and len(found) == sum(map(bool, changes)):  # none suffices alone
+        words, together = " ".join(w for w, _ in found), step
+        for _, changed in found:
+            own = {f: getattr(changed, f) for f in Step.__slots__ if getattr(changed, f) != getattr(step, f)}
+            together = replace(together, **own)
+        total = stage.footprint(together).total
+        if total <= limit:
+            yield f"{words} together ({total / _GIB:,.2f} GiB)"
+
+
+def _fewer_rows(step: Step) -> list[tuple[str, Step]]:
+    options, rows, accumulation = [], step.rows, step.accumulation
+    while rows > 1:
+        rows, accumulation = rows // 2, accumulation * 2
+        words = f"--batch-size {rows} --gradient-accumulation-steps {accumulation}"
+        options.append((words, replace(step, rows=rows, accumulation=accumulation)))
+    return options
+
+
+def _shorter(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    lengths = [n for n in (2048, 1024, 512, 256, 128) if n < stage.positions()] if stage.has_length else []
+    return [(f"--max-length {n}", replace(step, length=n)) for n in lengths]
+
+
+def _half(step: Step) -> list[tuple[str, Step]]:
+    return [("model.dtype=bfloat16", replace(step, dtype=torch.bfloat16))] if step.dtype == torch.float32 else []
+
+
+def _half_compute(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    can = stage.device != "cuda" or torch.cuda.is_bf16_supported()
+    return [("--precision bf16", replace(step, is_16bit_compute=True))] if can and not step.is_16bit_compute else []
+
+
+def _lower_rank(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    if step.spec.preset.core is None or step.spec.resolved_rank != "full" or step.spec.pair_lists is not None:
+        return []
+    ranks = [rank for rank in (64, 16) if rank < stage.smallest_rank]
+    return [(f"--rank {r}", replace(step, spec=replace(step.spec, rank=r, strategy=None))) for r in ranks]

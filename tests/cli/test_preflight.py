@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said before any weight is fetched: whether the run fits, what would make it fit, and all that is wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mirrortune.errors import ResourceError
+from mirrortune.preflight import LIMIT_VARIABLE, check_disk
+from tests.cli.console import mirrortune, reviews, write_table
+
+PREPARE = ("prepare", "-t", "text-classification", "-d", "reviews.csv")
+
+
+@pytest.fixture
+def without_weights(desk: Path, tiny_model_dir: Path) -> Path:
+    """A model's folder with everything but its weights: nothing here may need them."""
+    shutil.copytree(tiny_model_dir, desk / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    return desk / "model"
+
+
+def test_the_plan_says_where_the_memory_goes(without_weights: Path) -> None:
+    outcome = mirrortune(*PREPARE, "-m", without_weights, "--dry-run", "--json")
+
+    parts = outcome.data["memory"]
+    assert parts.keys() == {"weights", "factors", "gradients", "optimizer", "activations"}
+    assert sum(parts.values()) == outcome.data["estimated_memory_bytes"]
+    assert parts["gradients"] == 4 * (outcome.data["trainable_parameters"] + outcome.data["head_parameters"])
+    assert parts["optimizer"] == 2 * parts["gradients"]
+    assert "for 32 x 7 positions: weights 0.1, factors 0.1, gradients 0.0" in outcome.stderr
+    assert "13 layers factored" in outcome.stderr
+    more = mirrortune(*PREPARE, "-m", without_weights, "--dry-run", "--json", "--batch-size", 64).data["memory"]
+    assert {name for name in parts if more[name] != parts[name]} == {"activations"}
+    assert more["activations"] == pytest.approx(2 * parts["activations"], rel=0.2)
+    assert "as a LoRA: rank 32" in mirrortune(*PREPARE, "-m", without_weights, "--dry-run", "-v").stderr
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_what_does_not_fit_is_refused_with_what_would(
+    without_weights: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    fits = mirrortune(*PREPARE, "-m", without_weights, "--dry-run", "--json").data["estimated_memory_bytes"]
+    monkeypatch.setenv(LIMIT_VARIABLE, str(0.6 * fits / 2**30))
+
+    outcome = mirrortune(command, *PREPARE[1:], "-m", without_weights)
+
+    assert outcome.exit_code == 4
+    assert "memory: a training step takes about 0.00 GiB, MIRRORTUNE_DEVICE_MEMORY=" in outcome.said
+    words = re.search(r"makes it fit: --batch-size (\d+) --gradient-accumulation-steps (\d+) \(", outcome.said)
+    assert words is not None, outcome.said
+    rows, steps = map(int, words.groups())
+    assert rows * steps == 32, "the step stays as large as it was"
+    assert not Path("runs").exists()
+    flags = ["--batch-size", rows, "--gradient-accumulation-steps", steps]
+    assert mirrortune(*PREPARE, "-m", without_weights, "--dry-run", *flags).exit_code == 0, "what it said is so"
+
+
+def test_a_limit_that_is_none_is_refused(without_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, "plenty")
+    outcome = mirrortune(*PREPARE, "-m", without_weights, "--dry-run")
+    assert outcome.exit_code == 2
+    assert "MIRRORTUNE_DEVICE_MEMORY: got 'plenty'. Allowed: a number of GiB." in outcome.said
+
+
+def test_a_model_that_fits_nothing_says_so(without_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, "0.00001")
+    outcome = mirrortune(*PREPARE, "-m", without_weights, "--dry-run")
+    assert outcome.exit_code == 4
+    assert "Use a smaller model or a larger device." in outcome.said
+
+
+def test_disks_are_asked_before_anything_is_written(tmp_path: Path) -> None:
+    check_disk({tmp_path / "not" / "there": {"factors": 1}, tmp_path: {"checkpoints": 1000}})
+    free = shutil.disk_usage(tmp_path).free
+
+    with pytest.raises(ResourceError) as caught:
+        check_disk({tmp_path / "a": {"factors": free}, tmp_path / "b": {"checkpoints": free // 2, "nothing": 0}})
+
+    assert "MiB are free" in str(caught.value)
+    assert "factors" in str(caught.value)
+    assert "checkpoints" in str(caught.value), "one disk, both together"
+
+
+def test_all_that_is_wrong_is_said_at_once(without_weights: Path) -> None:
+    settings = ["--target-modules", "quary", "--max-length", 99]
+    outcome = mirrortune(*PREPARE, "-m", without_weights, *settings)
+    assert outcome.exit_code == 2
+    assert "'quary' matches none of the 13 linear layers. Nearest: query." in outcome.said
+    assert "got 99, the model takes at most 64 tokens" in outcome.said
+
+    outcome = mirrortune(*PREPARE, "-m", "./nowhere", "--label-column", "lable")
+    assert outcome.exit_code == 3
+    assert "--label-column 'lable' is not a column. Did you mean 'label'?" in outcome.said
+    assert "no such folder: nowhere" in outcome.said
+
+
+def test_rows_that_are_wrong_are_found_before_tokenising(without_weights: Path) -> None:
+    write_table(Path("parts/train.csv"), reviews(20))
+    write_table(Path("parts/validation.csv"), reviews(9), header=("text", "verdict"))
+    outcome = mirrortune(*PREPARE, "-m", without_weights, "-d", "parts", "--rank", 33)
+    assert outcome.exit_code == 2
+    assert "rank 33 does not fit" in outcome.said
+    assert "validation.csv: it has no label column 'label'" in outcome.said
