@@ -5,6 +5,7 @@ Recipe.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -168,7 +169,9 @@ def _check_fits(
     reporter.note(describe(found, step, stage, plan))
     output_dir = Path(recipe.output_dir or "runs")
     needs = disk_needs(source, plan, output_dir=output_dir, keep=recipe.train.keep)
-    all_of(lambda: check_memory(found, step, stage), lambda: check_disk(needs))
+    # FSDP cuts the weights into shares, by how many the processes know only when they have met.
+    checks = [] if _is_set("ACCELERATE_USE_FSDP") else [lambda: check_memory(found, step, stage)]
+    all_of(*checks, lambda: check_disk(needs))
     return found
 
 
@@ -296,6 +299,8 @@ def run_name(recipe: Recipe, recipe_name: str | None) -> str:
 
 def default_device() -> torch.device:
     """The device that accelerate will choose."""
+    if _is_set("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -336,3 +341,7 @@ def _reported(recipe: Recipe, data: DataSet, validation: Split, task: Task) -> t
         check_columns(reported[name], task)
         task.strata(reported[name])  # refuses rows without a label, before anything is trained
     return validation, reported
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

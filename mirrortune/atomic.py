@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are there whole or not at all: written under a temporary name, renamed last."""
+"""Files and folders that are there whole or not at all: written under a temporary name, renamed last; and made by one
+process, while others that want them wait.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,11 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mirrortune.errors import ResourceError
@@ -45,6 +49,34 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, optional: boo
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_with(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Keep other processes, of this run or of any other, from making the cache entry ``path`` at the same time.
+
+    The lock is the operating system's: it ends with the process that holds it, and waiting for it has no deadline.
+    Where a file system has no locks, or the cache cannot be written, nobody is kept away.
+
+    Args:
+        path: of the entry; its folder is one of those into which a cache spreads its entries.
+        wait: for a process that is making the entry.
+
+    Yields:
+        False if another process is making the entry and nobody waited for it.
+    """
+    # A lock file cannot be removed without a race, so entries share 4096 of them, by the first digits of their names.
+    place = path.parent.parent / ".locks" / f"{path.name[:3]}.lock"
+    with ExitStack() as held:
+        is_ours = True
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(place).acquire(blocking=wait))
+        except Timeout:
+            is_ours = False
+        except (OSError, NotImplementedError):
+            pass
+        yield is_ours
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:

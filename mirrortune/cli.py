@@ -122,6 +122,8 @@ def train(
     words: Words = None, *, task: TaskName = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False, overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; fetch no weights, train nothing.")] = False,
+    num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Processes on this machine: one for each GPU, or sharing the cores.")] = None,
+    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, cpu-2, or a config file of accelerate's.")] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Fine-tune, and write a run directory with the adapter, its metrics and its curves.
@@ -130,6 +132,8 @@ def train(
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
     resolved, name = _resolve(words, task, given, reporter)
+    if not dry_run:
+        _launch_if_asked(num_processes, accelerate_config)
     from mirrortune import commands  # noqa: PLC0415
 
     if dry_run:
@@ -264,6 +268,15 @@ app.add_typer(recipes, name="recipes")
 def main() -> None:
     """Entry point of ``mirrortune`` and ``python -m mirrortune``."""
     app()
+
+
+def _launch_if_asked(num_processes: int | None, profile: str | None) -> None:
+    """Start this very command in several processes, and end with their exit code; do nothing in one of them."""
+    if profile is not None or (num_processes or 1) > 1:
+        from mirrortune import launching  # noqa: PLC0415
+
+        if not launching.is_launched():
+            raise typer.Exit(launching.launch(sys.argv[1:], num_processes=num_processes, profile=profile))
 
 
 def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:

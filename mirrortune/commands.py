@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from mirrortune import model_card
+from mirrortune import model_card, ranks
 from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.presets import preset
@@ -23,10 +20,8 @@ from mirrortune.assembly import (
     adapter_spec,
     assemble,
     check_recipe,
-    default_device,
     loop_settings,
     read_data,
-    resolve_precision,
     run_name,
 )
 from mirrortune.checkpoint import RunDirectory
@@ -44,10 +39,12 @@ from mirrortune.loading import (
     load_base,
     load_evaluable,
     require_adapter,
+    share_factors,
 )
 from mirrortune.loop import FitResult
 from mirrortune.merging import Verification, merge_folder
 from mirrortune.peft_tuners import remarks
+from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
 from mirrortune.records import check_same_recipe, pin_paths, write_results
 from mirrortune.report import Reporter
@@ -140,35 +137,30 @@ def train(
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
     run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}"))
     recipe = pin_paths(recipe, run)
-    accelerator = _accelerator(recipe)
-    reporter.is_main = accelerator.is_main_process
-    if resume:
-        check_same_recipe(recipe, run)
-    run.check(overwrite=overwrite, resume=resume)
+    accelerator = _meet(recipe, run, reporter, resume=resume, overwrite=overwrite)
     job = assemble(recipe, reporter)
-    count = accelerator.num_processes
-    reporter.note(
-        f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}; writing to {run.path}"
-    )
-    _seed(recipe.train.seed)  # the head's initial weights
+    describe_processes(accelerator, reporter, run.path)
+    seed_everything(recipe.train.seed)  # the head's initial weights
     loaded, cache = load_base(job), FactorCache()
+    share_factors(job, loaded, cache, accelerator)
     started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
     pairing_seconds = time.perf_counter() - started if pairs else 0.0
-    # Ranks share one factorisation: the main process fills the cache, the others read it.
-    with accelerator.main_process_first():
-        book = adapt_model(loaded, job.spec, cache, reporter.bar, pairs)
+    book = adapt_model(loaded, job.spec, cache, reporter.bar, pairs)
     model = loaded.model
     for text in remarks(model):
         reporter.note(text)
-    # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
-    if accelerator.is_main_process and not resume:
+
+    def create() -> None:
         run.create()
         run.write_text(run.recipe.name, recipe.to_yaml())
         run.write_json("environment.json", environment(job, resolved, accelerator))
-    accelerator.wait_for_everyone()
+
+    # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
+    if not resume:
+        ranks.from_main(accelerator, create)
     # Dropout: the same from a cold and a warm cache, another on each rank.
-    _seed(recipe.train.seed + 1 + accelerator.process_index)
+    seed_everything(recipe.train.seed + 1 + accelerator.process_index)
     outcome = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     if outcome.stopped_early:
         count = recipe.train.patience
@@ -180,6 +172,22 @@ def train(
         more = {"reported": reported, "pairing_seconds": pairing_seconds}
         write_results(run, job, {**asdict(outcome), **asdict(result), **more})
     return result
+
+
+def _meet(recipe: Recipe, run: RunDirectory, reporter: Reporter, *, resume: bool, overwrite: bool) -> Any:
+    """The object that owns this process and its peers, when the main one has found that the run may be made."""
+    # Cores and heads take part in every loss; a base model trained as it is may hold weights that do not.
+    has_idle = preset(recipe.adapter.method).plain != "none"
+    accelerator = make_accelerator(recipe.train.precision, has_idle_parameters=has_idle)
+    reporter.is_main = accelerator.is_main_process
+
+    def check() -> None:
+        if resume:
+            check_same_recipe(recipe, run)
+        run.check(overwrite=overwrite, resume=resume)
+
+    ranks.from_main(accelerator, check)
+    return accelerator
 
 
 def _train_result(run: RunDirectory, model: nn.Module, outcome: FitResult) -> TrainResult:
@@ -241,7 +249,7 @@ def evaluate(
             or for all rows of other data that has none.
         is_own_data: whether the data is what the target was trained on, as far as its recipe says.
     """
-    accelerator = _accelerator(recipe)
+    accelerator = make_accelerator(recipe.train.precision)
     reporter.is_main = accelerator.is_main_process
     adapter_folder = find_adapter(target)
     needed = {"--data": recipe.data.path, "--task": recipe.task.kind or adapter_folder}
@@ -327,22 +335,3 @@ def evaluation_rows(
         parts = set_aside(rows, recipe.data.validation_fraction, recipe.train.seed, task.strata(rows))
         return parts[0] if split == "train" else parts[1], split
     return data.require(names.get(split, split), "--split"), split
-
-
-def _accelerator(recipe: Recipe) -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
-
-    # Cores and heads take part in every loss; a base model trained as it is may hold weights that do not.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=preset(recipe.adapter.method).plain != "none")
-    return Accelerator(
-        mixed_precision="bf16" if resolve_precision(recipe.train.precision) == "bf16" else "no",
-        # Without a GPU accelerate must be told: otherwise each of torchrun's processes is a run of its own to it.
-        cpu=default_device().type == "cpu",
-        kwargs_handlers=[ddp],
-    )
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (some models draw from the global generator)
-    torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mirrortune.adapters.basis import weight_digest
 from mirrortune.adapters.factorize import FACTORIZE_VERSION, Factors, factorize
-from mirrortune.atomic import write_atomically
+from mirrortune.atomic import alone_with, write_atomically
 from mirrortune.locations import cache_folder
 
 
@@ -44,21 +44,49 @@ class FactorCache:
     def __call__(self, name: str, weight: Tensor, rank: int) -> Factors:
         """Factors of ``weight`` (O, I) with ``rank`` directions: float64 S; U and Vh as stored, cast to float64."""
         started = time.perf_counter()
-        key = hashlib.sha256(f"{weight_digest(weight)}:{rank}:{FACTORIZE_VERSION}".encode()).hexdigest()
-        path = self.folder / key[:2] / f"{key}.safetensors"
-        factors = _read(path, key)
+        key, path = self._place(weight, rank)
+        before, factors = self.misses, _read(path, key)
         if factors is None:
-            self.misses += 1
-            factors = _rounded(factorize(weight, rank, name=name), weight)
-            stored = {"U": factors.U.cpu(), "S": factors.S.cpu(), "Vh": factors.Vh.cpu()}
-            metadata = {"key": key, "sha256": _digest(factors)}
-            write_atomically(path, lambda p: save_file(stored, p, metadata), optional=True)
-        else:
-            self.hits += 1
+            with alone_with(path):  # another process may be at it: then its factors are there when the wait is over
+                factors = _read(path, key) or self._make(name, weight, rank, key, path)
+        self.hits += self.misses == before
         self.seconds += time.perf_counter() - started
         if self.on_layer:
             self.on_layer(name)
         return Factors(U=factors.U.double(), S=factors.S.double(), Vh=factors.Vh.double())
+
+    def share(self, layers: Sequence[tuple[str, Callable[[], Tensor], int]], index: int, count: int) -> None:
+        """Factorise what is missing of ``layers`` (name, matrix, rank) together with the other processes of a run, each
+        beginning at a place of its own and leaving out what another one is at. Not all of it is there at the end: what
+        others are still making, :meth:`__call__` waits for.
+
+        Args:
+            layers: the same on every process.
+            index: of this process.
+            count: of processes.
+        """
+        begin = index * len(layers) // count
+        for name, matrix, rank in [*layers[begin:], *layers[:begin]]:
+            started, weight = time.perf_counter(), matrix()
+            key, path = self._place(weight, rank)
+            if not path.exists():
+                with alone_with(path, wait=False) as is_ours:
+                    if is_ours and not path.exists():
+                        self._make(name, weight, rank, key, path)
+            self.seconds += time.perf_counter() - started
+
+    def _make(self, name: str, weight: Tensor, rank: int, key: str, path: Path) -> Factors:
+        self.misses += 1
+        factors = _rounded(factorize(weight, rank, name=name), weight)
+        stored = {"U": factors.U.cpu(), "S": factors.S.cpu(), "Vh": factors.Vh.cpu()}
+        metadata = {"key": key, "sha256": _digest(factors)}
+        write_atomically(path, lambda p: save_file(stored, p, metadata), optional=True)
+        return factors
+
+    def _place(self, weight: Tensor, rank: int) -> tuple[str, Path]:
+        """Key and file of an entry."""
+        key = hashlib.sha256(f"{weight_digest(weight)}:{rank}:{FACTORIZE_VERSION}".encode()).hexdigest()
+        return key, self.folder / key[:2] / f"{key}.safetensors"
 
 
 def _rounded(factors: Factors, weight: Tensor) -> Factors:

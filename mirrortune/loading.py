@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mirrortune import ranks
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
-from mirrortune.adapters.targets import find_targets
+from mirrortune.adapters.targets import Target, find_targets
 from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
 from mirrortune.assembly import Job, default_device, make_task
 from mirrortune.calibration import CalibrationSettings, measure_saliency
@@ -76,13 +77,30 @@ def adapt_model(
 
 def factorise(job: Job, loaded: LoadedModel, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
     """Fill the cache with the factors of every layer that the job adapts."""
+    layers = _layers(job, loaded)
+    if layers:
+        with show_bar("singular value decompositions", len(layers)) as bar:
+            for name, matrix, rank in layers:
+                cache(name, matrix(), rank)
+                bar.advance(name)
+
+
+def share_factors(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> None:
+    """Factorise together with the other processes of the run; none waits for another here."""
+    if accelerator.num_processes > 1:
+        cache.share(_layers(job, loaded), accelerator.process_index, accelerator.num_processes)
+
+
+def _layers(job: Job, loaded: LoadedModel) -> list[tuple[str, Callable[[], Tensor], int]]:
+    """Name, matrix (one at a time: it may be a copy) and rank of everything that the job factorises."""
     if job.spec.preset.core is None:
-        return
-    layers = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
-    with show_bar("singular value decompositions", len(layers)) as bar:
-        for name, target in layers.items():
-            cache(name, target.matrix(target.weight(loaded.model)), target.rank)
-            bar.advance(name)
+        return []
+
+    def reader(target: Target) -> Callable[[], Tensor]:
+        return lambda: target.matrix(target.weight(loaded.model))
+
+    targets = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
+    return [(name, reader(target), target.rank) for name, target in targets.items()]
 
 
 def choose_pairs(
@@ -101,15 +119,9 @@ def choose_pairs(
     steps = run.saved_steps()
     if resume and steps:
         return stored_pairs(read_adapter(run.checkpoint(steps[-1])))
-    pairs: dict[str, Tensor] | None = None
-    if accelerator.is_main_process:
-        started = time.perf_counter()
-        pairs = _measured_pairs(job, loaded, cache, accelerator)
-        reporter.note(f"pairs measured on the task in {time.perf_counter() - started:.1f} s")
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list  # noqa: PLC0415
-
-        pairs = broadcast_object_list([pairs])[0]
+    started = time.perf_counter()
+    pairs = ranks.from_main(accelerator, lambda: _measured_pairs(job, loaded, cache, accelerator))
+    reporter.note(f"pairs measured on the task in {time.perf_counter() - started:.1f} s")
     return pairs
 
 

@@ -29,6 +29,7 @@ from mirrortune.loop import Progress
 from mirrortune.merging import Verification
 from mirrortune.recipe import flatten
 from mirrortune.report import Reporter
+from mirrortune.sharding import whole_parameters
 from mirrortune.tracking import Track, tracker
 
 _HARDEST = 12
@@ -119,12 +120,13 @@ def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def record_validation(job: Job, model: nn.Module, run: RunDirectory, accelerator: Any) -> None:
     """Score the kept checkpoint on the validation rows once more and write what it answered to ``validation.json``."""
-    restore_trained(model, read_adapter(run.adapter))
+    with whole_parameters(model, write_back=True):
+        restore_trained(model, read_adapter(run.adapter))
+        angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
     outcome = evaluate_split(
         model, job.task, job.validation, accelerator, batch_size=job.recipe.eval.batch_size, source="validation"
     )
     if accelerator.is_main_process:
-        angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
         run.write_json(run.validation.name, {**validation_details(job, outcome), "angles": angles})
 
 

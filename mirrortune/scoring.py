@@ -16,6 +16,7 @@ from mirrortune.atomic import write_atomically
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.evaluation import evaluate_split
 from mirrortune.report import Reporter, describe_metrics
+from mirrortune.sharding import whole_parameters
 
 
 def score_kept(
@@ -35,7 +36,8 @@ def score_kept(
     """
     if not job.reported:
         return {}
-    restore_trained(model, read_adapter(run.adapter))
+    with whole_parameters(model, write_back=True):
+        restore_trained(model, read_adapter(run.adapter))
     found: dict[str, dict[str, float]] = {}
     arrays: dict[str, Any] = {}
     for name, rows in job.reported.items():

@@ -18,6 +18,7 @@ from mirrortune.adapter_file import read_adapter, restore_trained
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import ConfigError
+from mirrortune.sharding import shared_like, whole, whole_parameters
 
 
 class Snapshots:
@@ -62,10 +63,11 @@ class Snapshots:
         own = [(f"random.{index}.{name}", tensor) for name, tensor in random_tensors().items()]
         tensors = optimizer_tensors(self.optimizer, self._names) | dict(ranks.gather_lists(self.accelerator, own))
         state.is_interim = is_interim
-        ranks.from_main(
-            self.accelerator,
-            lambda: self.run.save_checkpoint(state, tensors, self.write_adapter_files, keep=self.keep),
-        )
+        with whole_parameters(self.model):
+            ranks.from_main(
+                self.accelerator,
+                lambda: self.run.save_checkpoint(state, tensors, self.write_adapter_files, keep=self.keep),
+            )
         self.last_step = state.global_step
 
     def restore(self) -> LoopState | None:
@@ -89,7 +91,8 @@ class Snapshots:
                 fix=f"Launch {state.num_processes} processes",
             )
         folder = self.run.checkpoint(steps[-1])
-        restore_trained(self.model, read_adapter(folder))
+        with whole_parameters(self.model, write_back=True):
+            restore_trained(self.model, read_adapter(folder))
         restore_optimizer(self.optimizer, self._names, tensors)
         prefix = f"random.{self.accelerator.process_index}."
         restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -102,20 +105,20 @@ class Snapshots:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
     """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``; ``names`` maps id(parameter) to its name."""
     return {
-        f"optimizer.{names[id(parameter)]}.{entry}": value.detach().cpu().contiguous()
+        f"optimizer.{names[id(parameter)]}.{entry}": whole(value.detach()).cpu().contiguous()
         for parameter, state in optimizer.state.items()
         for entry, value in state.items()
     }
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`, onto each parameter's device."""
+    """Inverse of :func:`optimizer_tensors`, on each parameter's device, and cut as that is."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             prefix = f"optimizer.{names[id(parameter)]}."
             entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             for entry, value in entries.items():
-                optimizer.state[parameter][entry] = value.to(parameter.device)
+                optimizer.state[parameter][entry] = shared_like(value, parameter)
 
 
 def random_tensors() -> dict[str, Tensor]:

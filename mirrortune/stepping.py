@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mirrortune.batching import forward
 from mirrortune.feeding import MicroBatch
 from mirrortune.optim import set_lr
+from mirrortune.sharding import own_share, whole
 from mirrortune.tally import Tally
 from mirrortune.tasks import Task
 
@@ -68,10 +69,10 @@ class Stepper:
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
         # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
         torch._foreach_mul_(gradients, self.accelerator.num_processes / totals[1])
-        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
         set_lr(self.optimizer, lr_factor)
         self.optimizer.optimizer.found_inf = self.tally.add(totals, norm, number)  # what makes fused AdamW skip a step
         self.optimizer.step()

@@ -19,7 +19,7 @@ import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mirrortune.atomic import write_atomically
+from mirrortune.atomic import alone_with, write_atomically
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import IntArray, Padding, Targets, TokenExamples
@@ -133,19 +133,30 @@ def cached_arrays(
 ) -> tuple[dict[str, IntArray], dict[str, int]]:
     """The arrays and counts that ``make`` returns, from the cache if it holds them whole under ``key``."""
     path = cache_folder() / "tokens" / key[:2] / f"{key}.safetensors"
+    found = _read_arrays(path)
+    if found is not None:
+        return found
+    with alone_with(path):  # the processes of a run want the same rows: one makes them
+        found = _read_arrays(path)
+        if found is not None:
+            return found
+        arrays, counts = make()
+
+        def write(target: Path) -> None:
+            save_file(arrays, target, {name: str(count) for name, count in counts.items()})
+
+        write_atomically(path, write, optional=True)
+    return arrays, counts
+
+
+def _read_arrays(path: Path) -> tuple[dict[str, IntArray], dict[str, int]] | None:
+    """What the cache holds, or None when it is absent or damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return arrays, {name: int(count) for name, count in file.metadata().items()}
     except (OSError, SafetensorError, KeyError, ValueError):
-        pass  # absent or damaged: make it (anew)
-    arrays, counts = make()
-
-    def write(target: Path) -> None:
-        save_file(arrays, target, {name: str(count) for name, count in counts.items()})
-
-    write_atomically(path, write, optional=True)
-    return arrays, counts
+        return None
 
 
 def cache_key(texts: Sequence[Sequence[str]], tokenizer: Any, facts: Sequence[object]) -> str:

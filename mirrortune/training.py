@@ -22,6 +22,7 @@ from mirrortune.feeding import Feed
 from mirrortune.loop import FitResult, LoopSettings, Progress
 from mirrortune.metrics import METRICS
 from mirrortune.optim import build_optimizer, lr_factor
+from mirrortune.sharding import choose_units, whole_parameters
 from mirrortune.signals import StopSignals, ends_as, how_to_go_on
 from mirrortune.snapshots import Snapshots
 from mirrortune.stepping import Stepper
@@ -74,6 +75,7 @@ class Trainer:
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model = model
+        choose_units(model, accelerator)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.snapshots = Snapshots(
             model, optimizer, accelerator, run=run, write_adapter_files=write_adapter_files, keep=settings.keep
@@ -227,7 +229,8 @@ class Trainer:
             state.best_metric, state.best_step, state.best_metrics = value, state.global_step, result.metrics
         state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
         state.owes_evaluation = False
-        self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
+        with whole_parameters(self.bare_model):  # those who watch look at the angles
+            self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
         return is_best
 
     def _log_training(self) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
-    "comparison_figures errors precision report signals significance tally adapters adapters.matching",
+    "comparison_figures errors precision report sharding signals significance tally adapters adapters.matching",
     "adapters.layouts adapters.decompositions",
     "adapters.kinds",
     "adapters.factorize atomic class_folders columns examples labels locations metrics registry strict_yaml",
@@ -42,8 +42,8 @@ LAYERS = (
     "matrices peft_weights",
     "assembly",
     "analysis",
-    "comparing environment loading",
-    "analysis_figures run_figures",
+    "comparing environment loading processes",
+    "analysis_figures launching run_figures",
     "run_page run_recording",
     "comparison_report export opening scoring",
     "analysis_report export_gguf records",

@@ -190,6 +190,13 @@ def terminate_after_rows(rows: int) -> Watcher:
     return Watcher(after_rows=lambda done: signal.raise_signal(signal.SIGTERM) if done == rows else None)
 
 
+def make_accelerator() -> Any:
+    """accelerate's object for one process on the CPU."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
 def make_trainer(
     folder: Path,
     *,
@@ -210,8 +217,6 @@ def make_trainer(
         fresh: whether to make the run directory.
         **settings: fields of ``LoopSettings`` that differ from ``SETTINGS``.
     """
-    from accelerate import Accelerator
-
     found = adapted or adapt(trained=None)
     run = RunDirectory(folder)
     if fresh:
@@ -228,6 +233,6 @@ def make_trainer(
         settings=replace(SETTINGS, **settings),
         run=run,
         write_adapter_files=write,
-        accelerator=Accelerator(cpu=True),
+        accelerator=make_accelerator(),
         progress=progress or Watcher(),
     )

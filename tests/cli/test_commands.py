@@ -189,7 +189,7 @@ def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
     assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:06d}", "step-000060"}
     for folder in (run / "checkpoints").iterdir():
         assert {p.name for p in folder.iterdir()} == {
-            "adapter.json", "adapter.safetensors", "state.json", "training.safetensors",
+            "adapter.json", "adapter.safetensors", "state.json", "training.safetensors", "SHA256SUMS",
         }  # fmt: skip
     for name in ("adapter.json", "adapter.safetensors"):
         kept = run / "checkpoints" / f"step-{best:06d}" / name
@@ -217,7 +217,7 @@ def test_the_run_directory_says_what_was_run(finished: Finished, tiny_model_dir:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"accuracy | {finished.result['metrics']['accuracy']:.4f}" in card
     adapter = read(finished.run / "adapter" / "adapter.json")
-    assert (adapter["format_version"], adapter["adapter"]["method"]) == (1, "mirror")
+    assert (adapter["format_version"], adapter["adapter"]["method"]) == (2, "mirror")
     assert adapter["task"]["labels"] == ["negative", "positive"]
     assert len(adapter["layers"]) == 13
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are stopped, by a signal or by a full disk, and go on as if nothing had been; and runs of two processes."""
+"""Runs that are stopped, by a signal or by a full disk, and go on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
+from tests.tiny_models import write_tiny_model
 
 # 150 steps of a few milliseconds: time enough to be interrupted; dropout, so that random states matter.
 SETTINGS = ["--epochs", 10, "--batch-size", 8, "--lr", 0.1, "train.log_every_steps=5"]
@@ -46,8 +45,9 @@ class Uninterrupted:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Uninterrupted:
-    return Uninterrupted(tmp_path_factory.mktemp("whole"), tiny_model_dir)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    folder = tmp_path_factory.mktemp("whole")
+    return Uninterrupted(folder, write_tiny_model(folder / "model", dropout=0.1))
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -156,11 +156,12 @@ def test_a_full_disk_ends_a_run_with_its_old_checkpoints_whole(whole: Uninterrup
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
     """SIGKILL while it loads, trains, evaluates and saves; what is left is continued each time."""
     draw = random.Random(5)
     data = write_table(tmp_path / "reviews.csv", reviews(130))
-    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", data, "--batch-size", 4, "--keep", 2]
+    model = write_tiny_model(tmp_path / "model", dropout=0.1)
+    words = ["train", "-m", model, "-t", "text-classification", "-d", data, "--batch-size", 4, "--keep", 2]
     words += ["--gradient-accumulation-steps", 2, "--epochs", 200, "--lr", 0.1, "train.log_every_steps=2"]
     words += ["train.save_every_steps=5", "train.eval_every_steps=11"]  # about as long as the steps in between
     env = {**os.environ, "MIRRORTUNE_CACHE": str(tmp_path / "cache")}
@@ -184,44 +185,3 @@ def test_twenty_kills_leave_no_trace(tiny_model_dir: Path, tmp_path: Path) -> No
     assert sorted(p.name for p in run.rglob("*")) == sorted(p.name for p in (tmp_path / "whole").rglob("*"))
     for path in (tmp_path / "whole" / "adapter").iterdir():
         assert (run / "adapter" / path.name).read_bytes() == path.read_bytes()
-
-
-def events(run: Path) -> list[dict[str, Any]]:
-    """The log of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def test_two_processes_train_like_one_with_the_batch_of_both(tiny_model_dir: Path, tmp_path: Path) -> None:
-    data = write_table(tmp_path / "reviews.csv", reviews(101))  # a last batch that cannot be shared evenly
-    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", data, "--epochs", 2, "--lr", 0.1]
-    words += ["train.log_every_steps=1", "--head-lr", 1e-2, "--json"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "-m"]
-    env = {**os.environ, "MIRRORTUNE_CACHE": str(tmp_path / "cache")}
-
-    pair = finish(start(*words, "-o", tmp_path / "two", "--batch-size", 8, launcher=torchrun, env=env))
-    one = mirrortune(*words, "-o", tmp_path / "one", "--batch-size", 16)
-
-    assert pair.data["metrics"] == pytest.approx(one.data["metrics"], abs=1e-4)
-    assert pair.stderr.count("running on cpu with 2 processes") == 1
-    assert "running on cpu with 1 process;" in one.stderr
-    assert json.loads((tmp_path / "two" / "environment.json").read_text(encoding="utf-8"))["num_processes"] == 2
-    for left, right in zip(events(tmp_path / "two"), events(tmp_path / "one"), strict=True):
-        assert left.keys() == right.keys()
-        for name, value in left.items():
-            assert value == (right[name] if isinstance(value, str) else pytest.approx(right[name], rel=1e-3, abs=1e-5))
-
-
-@pytest.mark.slow
-def test_accelerate_launch_runs_it(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """On a CPU accelerate starts one process, whatever number it is told: the run says so."""
-    data = write_table(tmp_path / "reviews.csv", reviews(40))
-    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", data, "-o", tmp_path / "run"]
-    launch = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no"
-
-    outcome = finish(start(*words, "--max-steps", 2, launcher=[*launch.split(), "--dynamo_backend", "no", "-m"]))
-
-    assert outcome.exit_code == 0, outcome.stderr
-    assert "running on cpu with 1 process;" in outcome.stderr

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a run: accelerate's object that owns them, their seeds, and what a user should know of how they were
+started.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mirrortune import strict_yaml
+from mirrortune.assembly import default_device, resolve_precision
+from mirrortune.errors import ConfigError
+from mirrortune.report import Reporter
+
+ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
+"""How many processes ``--num-processes`` has launched; set for each of them."""
+
+
+def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> Any:
+    """Accelerate's ``Accelerator`` for this process and its peers.
+
+    Args:
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        has_idle_parameters: whether some of what is trained may take no part in a loss.
+
+    Raises:
+        ConfigError: a launch that this loop cannot serve.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
+    from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
+
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "accelerate launch",
+            "DeepSpeed is not supported",
+            fix="Use --accelerate-config fsdp2, which shards the same",
+        )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if resolve_precision(precision) == "bf16" else "no",
+        # Without a GPU accelerate must be told: otherwise each of torchrun's processes is a run of its own to it.
+        cpu=default_device().type == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters)],
+        # Ours is counted by the loop; accelerate would take another number from its config file and divide by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigError("fsdp_version", f"got {plugin.fsdp_version}", allowed="2")
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "fsdp_cpu_ram_efficient_loading",
+            "every process must read the weights, to know their singular basis",
+            allowed="false",
+        )
+    asked = os.environ.get(ASKED_VARIABLE)
+    if asked and int(asked) != accelerator.num_processes:
+        raise ConfigError("--num-processes", f"asked for {asked}, {accelerator.num_processes} took part")
+    return accelerator
+
+
+def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
+    """Say on what the run runs, how many processes take part, and what may have decided that unasked."""
+    count = accelerator.num_processes
+    kind = " (FSDP2)" if accelerator.is_fsdp2 else ""
+    reporter.note(
+        f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}{kind}; writing to {run}"
+    )
+    if _is_set("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        reporter.note(
+            "warning: accelerate launch --cpu starts one process, whatever --num_processes says; "
+            "use mirrortune train --num-processes N"
+        )
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and ASKED_VARIABLE not in os.environ:
+        _warn_of_default_config(reporter)
+
+
+def seed_everything(seed: int) -> None:
+    """Every generator that a model may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (some models draw from the global generator)
+    torch.manual_seed(seed)
+
+
+def _warn_of_default_config(reporter: Reporter) -> None:
+    from accelerate.commands.config.config_args import default_config_file  # noqa: PLC0415
+
+    path = Path(default_config_file)
+    if not path.is_file() or _is_set("ACCELERATE_USE_CPU"):
+        return
+    shown = ("distributed_type", "num_processes", "num_machines", "mixed_precision", "gpu_ids")
+    found, _ = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    values = ", ".join(f"{key} {found[key]}" for key in shown if key in found)
+    reporter.note(
+        f"warning: without --config_file accelerate launch takes its settings from {path} ({values}); "
+        "remove it if that is not what you want"
+    )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

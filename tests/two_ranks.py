@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two processes do together: a program that torchrun starts. ``tests/unit/test_ranks.py`` reads what came of it.
+
+FSDP2 runs here on the CPU: accelerate shards on accelerators only, so it is told that the CPU is one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+from mirrortune import ranks
+from mirrortune.errors import InterruptedRun, MirrortuneError, PeerError, ResourceError
+from mirrortune.factor_cache import FactorCache
+from mirrortune.sharding import whole
+from mirrortune.signals import StopSignals
+from tests import tiny_runs
+from tests.spectral import Problem
+from tests.tiny_models import tiny_bert
+
+STEPS = {"max_steps": 8, "save_every_steps": 3, "batch_size": 4}  # two processes: batches of 8, as of one
+
+
+def sharding_accelerator() -> Any:
+    """accelerate's object for FSDP2 on the CPU."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return accelerate.Accelerator()
+
+
+def meetings(accelerator: Any) -> dict[str, Any]:
+    """What the processes tell each other."""
+    index = accelerator.process_index
+    found: dict[str, Any] = {
+        "made": ranks.from_main(accelerator, lambda: f"by {index}"),
+        "gathered": ranks.gather_lists(accelerator, [index] * (index + 1)),
+    }
+
+    def fail() -> None:
+        raise ResourceError("disk", "it is full")
+
+    try:
+        ranks.from_main(accelerator, fail)
+    except MirrortuneError as error:
+        found["failed"] = [type(error).__name__, error.exit_code]
+    told = ranks.told_once(accelerator, ResourceError("disk", "it is full"))
+    found["told"] = [isinstance(told, PeerError), told.exit_code]
+    return found
+
+
+def votes(accelerator: Any) -> list[int]:
+    """What five polls answer; the second process is asked to stop before its second."""
+    found = []
+    with StopSignals() as signals:
+        vote = ranks.StopVote(accelerator, signals)
+        for poll in range(5):
+            if poll == 1 and accelerator.process_index == 1:
+                signal.raise_signal(signal.SIGTERM)
+            found.append(vote.poll())
+        vote.close()
+    return found
+
+
+class SlowCache(FactorCache):
+    """A process on a busy machine."""
+
+    def _make(self, *given: Any) -> Any:
+        time.sleep(0.3)
+        return super()._make(*given)
+
+
+def factors(accelerator: Any, folder: Path) -> dict[str, Any]:
+    """How many matrices each process factorised; those of the second process take longer, so the first one helps."""
+    layers = [(f"layer{i}", Problem(12, 8, 8, seed=i).weight, 8) for i in range(12)]
+    cache = (SlowCache if accelerator.process_index else FactorCache)(folder=folder)
+    ranks.gather_lists(accelerator, [0])  # begin together
+    cache.share(layers, accelerator.process_index, accelerator.num_processes)
+    made = cache.misses
+    for name, weight, rank in layers:
+        cache(name, weight(), rank)
+    return {"shared": made, "misses": cache.misses, "hits": cache.hits}
+
+
+def sharded_runs(folder: Path) -> dict[str, Any]:
+    """FSDP2: a whole run, and one that a signal to the second process stops and that is continued."""
+
+    def adapted(trained: int | None = None) -> tiny_runs.Adapted:
+        return tiny_runs.adapt(model=tiny_bert(dropout=0.2), trained=trained)
+
+    torch.manual_seed(100 + int(os.environ["RANK"]))
+    start = torch.get_rng_state()
+    first = tiny_runs.make_trainer(folder / "whole", adapted=adapted(), fresh=is_main(), **STEPS)
+    kinds = {n: isinstance(p, DTensor) for n, p in first.bare_model.named_parameters()}
+    first.fit()
+    torch.set_rng_state(start)
+    cut = tiny_runs.make_trainer(folder / "cut", adapted=adapted(), fresh=is_main(), **STEPS)
+    if not is_main():  # only the main process has a progress to act in
+        step = cut.stepper.step
+        cut.stepper.step = lambda number, *rest: (step(number, *rest), warn(number))[0]
+    stopped = ""
+    try:
+        cut.fit()
+    except InterruptedRun as error:
+        stopped = str(error)
+    except PeerError as error:
+        stopped = f"peer {error.exit_code}"
+    torch.manual_seed(999)
+    second = tiny_runs.make_trainer(folder / "cut", adapted=adapted(7), fresh=False, **STEPS)
+    second.resume()
+    second.fit()
+    trained = {n: whole(p.detach()) for n, p in second.bare_model.named_parameters() if p.requires_grad}
+    expected = {n: whole(p.detach()) for n, p in first.bare_model.named_parameters() if p.requires_grad}
+    return {
+        "sharded": sorted(n for n, is_sharded in kinds.items() if is_sharded),
+        "replicated": sorted(n for n, is_sharded in kinds.items() if not is_sharded),
+        "stopped": stopped,
+        "differing": [n for n in expected if not torch.equal(trained[n], expected[n])],
+        "plain": run_without_dropout(folder / "plain"),
+    }
+
+
+def warn(number: int) -> None:
+    """SIGTERM to this process after step 6."""
+    if number == 6:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def run_without_dropout(folder: Path) -> dict[str, Any]:
+    """FSDP2 as one process could do it too."""
+    trainer = tiny_runs.make_trainer(folder, fresh=is_main(), **STEPS)
+    return trainer.fit().metrics
+
+
+def is_main() -> bool:
+    """Whether this is the first process."""
+    return os.environ["RANK"] == "0"
+
+
+def main(folder: Path) -> None:
+    """Do everything, and write down what came of it."""
+    torch.set_num_threads(1)
+    accelerator = sharding_accelerator()
+    tiny_runs.make_accelerator = lambda: accelerator
+    found = {
+        "count": accelerator.num_processes,
+        "meetings": meetings(accelerator),
+        "votes": votes(accelerator),
+        "factors": factors(accelerator, folder / "factors"),
+        "runs": sharded_runs(folder),
+    }
+    (folder / f"found-{accelerator.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
