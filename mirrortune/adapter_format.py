@@ -16,7 +16,7 @@ from typing import Any
 
 from mirrortune.errors import VerificationError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DESCRIPTION = "adapter.json"
 _LARGEST_DESCRIPTION = 64 * 2**20  # bytes; lists of pairs are tensors, so that nothing in it is long
 
@@ -68,20 +68,31 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def migrate(description: dict[str, Any]) -> dict[str, Any]:
     """A description of any format, in the present one; what is there already is left as it is."""
-    if description["format_version"] >= FORMAT_VERSION:
-        return dict(description)
-    layers = {}
-    for name, layer in description["layers"].items():
-        own = dict(layer)
-        if "shape" in own:
-            shape = own.pop("shape")
-            own["layout"] = {"shape": shape, "out_features": shape[0]}
-        if "probe_seed" in own:
-            own["probe_seeds"] = [own.pop("probe_seed")]
-        if "weight_sha256" in own:
-            own["weight"] = f"bytes:{own.pop('weight_sha256')}"
-        layers[name] = own
-    return {**description, "format_version": FORMAT_VERSION, "layers": layers}
+    found = dict(description)
+    if found["format_version"] < 2:
+        found["layers"] = {name: _layer_of_format_2(layer) for name, layer in found["layers"].items()}
+    if found["format_version"] < 3:
+        found["adapter"] = _adapter_of_format_3(found["adapter"])
+    return {**found, "format_version": FORMAT_VERSION}
+
+
+def _layer_of_format_2(layer: dict[str, Any]) -> dict[str, Any]:
+    own = dict(layer)
+    if "shape" in own:
+        shape = own.pop("shape")
+        own["layout"] = {"shape": shape, "out_features": shape[0]}
+    if "probe_seed" in own:
+        own["probe_seeds"] = [own.pop("probe_seed")]
+    if "weight_sha256" in own:
+        own["weight"] = f"bytes:{own.pop('weight_sha256')}"
+    return own
+
+
+def _adapter_of_format_3(adapter: dict[str, Any]) -> dict[str, Any]:
+    """Until then every number of plane rotations was an angle, and the file left out what was a default."""
+    if adapter["method"] not in ("mirror", "neighbor", "random", "adaptive", "givens"):
+        return adapter
+    return {**adapter, "options": {"unit": "angle", **adapter["options"]}}
 
 
 def _digest(description: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures which rotations the task asks for, before any adapter is in the model: the gradient of every angle at zero.
+"""Measures which rotations the task asks for, before any adapter is in the model, by their gradients at zero.
 
 The head is warmed up first, since the gradients behind an untrained head say nothing; then gradients of the frozen
 weights are gathered over a few batches and projected onto the rotations of each pair of singular directions. The head
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mirrortune.adapters.core import even_steps, plane_strengths
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.matching import rotation_gradient
 from mirrortune.adapters.targets import Targets
@@ -41,6 +42,7 @@ class CalibrationSettings:
         batch_size: rows of each.
         head_lr: learning rate of the warm-up.
         side: the side that the core turns.
+        unit: what its trained numbers count, ``movement`` or ``angle``.
         seed: of the rows drawn.
     """
 
@@ -50,6 +52,7 @@ class CalibrationSettings:
     batch_size: int
     head_lr: float
     side: str
+    unit: str
     seed: int
 
 
@@ -176,6 +179,9 @@ def _add(
         exact = factors.to(device=weight.device, dtype=torch.float32)
         slope = target.matrix(weight.grad).float()
         gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, settings.side).double().cpu()
+        if settings.unit == "movement":
+            S = factors.S.double().cpu()
+            gradient *= even_steps(plane_strengths(S), S)
         found[name] = found.get(name, 0) + (gradient.square() if settings.saliency == "rms" else gradient)
     for target in targets.layers.values():  # only now: parts of a fused weight share its gradient
         target.weight(model).grad = None

@@ -127,6 +127,7 @@ def choose_pairs(
 
 def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
     spec, section = job.spec, job.recipe.adapter
+    settled = spec.settled()
     targets = find_targets(loaded.model, spec, loaded.new_parameters)
     settings = CalibrationSettings(
         saliency=section.saliency,
@@ -134,7 +135,8 @@ def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerat
         warmup_steps=section.calibration_warmup_steps,
         batch_size=job.recipe.train.batch_size,
         head_lr=job.recipe.train.head_lr,
-        side=spec.options.get("side", "output"),
+        side=settled.options["side"],
+        unit=settled.options["unit"],
         seed=spec.seed,
     )
     saliency = measure_saliency(

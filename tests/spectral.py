@@ -31,6 +31,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"side": "input", "scale_top_k": 1},
         {"rounds": 3},
         {"side": "input", "rounds": 2, "scale_top_k": 1},
+        {"unit": "angle", "scale_top_k": 1},
     ),
     "scale": ({}, {"top_k": 1}),
     "svft": ({}, {"pattern": "banded"}, {"pattern": "random", "bands": 1}),

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from mirrortune.adapters.presets import CORES
 from mirrortune.errors import ConfigError
 
-__all__ = ["CORES", "Coefficients", "Core", "checked_top_k", "leading", "trained"]
+__all__ = [
+    "CORES", "Coefficients", "Core", "checked_top_k", "even_steps", "leading", "plane_strengths", "trained"
+]  # fmt: skip
 
 Coefficients = tuple[Tensor, ...]
 
@@ -128,3 +130,25 @@ def checked_top_k(top_k: Any, rank: int, where: str) -> int:
 def leading(values: Tensor, rank: int) -> Tensor:
     """``values`` (k,) followed by zeros, shape (rank,)."""
     return torch.cat([values, values.new_zeros(rank - values.shape[0])])
+
+
+def plane_strengths(S: Tensor) -> Tensor:
+    """How far turning each pair of directions by a radian moves the weight (Frobenius norm), for small angles.
+
+    Of S (..., R), shape (..., R, R): sqrt((S_i^2 + S_j^2) / 2), so that two directions of equal strength make a plane
+    of that strength.
+    """
+    square = S.square()
+    return ((square[..., :, None] + square[..., None, :]) / 2).sqrt()
+
+
+def even_steps(strength: Tensor, S: Tensor, *, largest: float = 10.0) -> Tensor:
+    """Factors that make numbers of different ``strength`` move the weight equally: rms(S) / strength, of its shape.
+
+    Directions of a strength near zero get ``largest`` times the step of an average one and no more: an angle is no more
+    than half a turn, and what is lost there is next to nothing.
+    """
+    average = S.square().mean(dim=-1).sqrt()
+    average = average.reshape(*average.shape, *[1] * (strength.ndim - average.ndim))
+    is_weak = strength * largest <= average
+    return torch.where(is_weak, largest, average / strength.masked_fill(is_weak, 1.0))

@@ -65,9 +65,22 @@ class AdapterSpec:
         """How many rounds of pairs the core takes: its option of that name, 1 for a core that has none."""
         return int(self.options.get("rounds", 1))
 
+    def settled(self) -> AdapterSpec:
+        """This spec with the method's pairing and options written out, so that no default of theirs is left to change.
+
+        Not the rank: a method's own is lowered where a layer has fewer directions, one that is asked for is refused.
+        """
+        if self.preset.core is None:
+            return self
+        options = CORES.options(self.preset.core)
+        own = {key: p.default for key, p in options.items() if p.default is not inspect.Parameter.empty}
+        pairing = self.pairing or self.preset.pairing
+        return replace(self, pairing=pairing, options=own | self.options)
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON data; of listed pairs, which adapters keep as tensors, the name of the pairing alone."""
-        return {**asdict(self), "pairing": self.pairing if self.pair_lists is None else self.resolved_pairing}
+        """The settled fields as JSON data; listed pairs, which adapters keep as tensors, by their name alone."""
+        found = asdict(self.settled())
+        return found if self.pair_lists is None else {**found, "pairing": self.resolved_pairing}
 
 
 def check_spec(spec: AdapterSpec) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mirrortune.adapters.core import plane_strengths
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.cores.givens import Givens, split_rounds
 from mirrortune.adapters.factorize import factorize
@@ -42,7 +43,7 @@ def paper_rotation(core: Core, rank: int) -> Tensor:
     """R by the paper, R_ii = R_jj = cos, R_ij = -sin, R_ji = sin for each pair i < j, 1 elsewhere on the diagonal: one
     plane after the other, whatever the rounds."""
     R = torch.eye(rank, dtype=torch.float64)
-    theta = core.get_parameter("theta").detach().double()
+    theta = core.get_parameter("theta").detach().double() * core.get_buffer("theta_step").double()
     for angle, (i, j) in zip(theta, core.get_buffer("pairs").tolist(), strict=True):
         plane = torch.eye(rank, dtype=torch.float64)
         plane[i, i] = plane[j, j] = torch.cos(angle)
@@ -55,7 +56,7 @@ def paper_core(core: Core) -> Tensor:
     """K of a Givens core, dense: R on the left of diag(S (1 + lambda)) on the output side, on its right on the input
     side."""
     S = core.get_buffer("S").double()
-    scale = core.get_parameter("scale").detach().double()
+    scale = core.get_parameter("scale").detach().double() * core.get_buffer("scale_step").double()
     scaled = torch.diag(torch.cat([S[: len(scale)] * (1 + scale), S[len(scale) :]]))
     R = paper_rotation(core, len(S))
     return R @ scaled if core.side == "output" else scaled @ R
@@ -239,9 +240,46 @@ def test_scales_stretch_exactly_the_leading_directions(variant: Variant, problem
     core = variant.build(S, seed)
     with torch.no_grad():
         core.get_parameter("theta").zero_()
-    scale = core.get_parameter("scale").detach()
+    scale = core.get_parameter("scale").detach() * core.get_buffer("scale_step")
     expected = torch.cat([S[: len(scale)] * scale, torch.zeros(problem.rank - len(scale))])
     assert relative(core.delta_matrix(), torch.diag(expected)) <= EXACT
+
+
+@given(problem=problems(), seed=SEEDS)
+def test_equal_numbers_move_the_weight_equally(problem: Problem, seed: int) -> None:
+    S = spectrum(problem)
+    core = Givens(S, draw_pairs("random", problem.rank, seed), scale_top_k="all")
+    average = S.square().mean().sqrt()
+    for parameter, strengths, moved in (
+        (core.theta, plane_strengths(S)[core.pairs[:, 0], core.pairs[:, 1]], 2**0.5),
+        (core.scale, S, 1.0),
+    ):
+        for index, strength in enumerate(strengths):
+            with torch.no_grad():
+                parameter[index] = 1e-6
+                found = core.delta_matrix().norm() / 1e-6
+                parameter[index] = 0.0
+            # A weak direction is not turned further than ten times as far as an average one.
+            expected = moved * torch.minimum(average, 10 * strength)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+@given(problem=problems(), seed=SEEDS)
+def test_both_units_reach_the_same_weights(problem: Problem, seed: int) -> None:
+    S, pairs = spectrum(problem), draw_pairs("mirror", problem.rank, seed)
+    moved = train_a_little(Givens(S, pairs, scale_top_k="all"), seed)
+    turned = Givens(S, pairs, scale_top_k="all", unit="angle")
+    with torch.no_grad():
+        turned.theta.copy_(moved.theta * moved.theta_step)
+        turned.scale.copy_(moved.scale * moved.scale_step)
+    assert relative(turned.delta_matrix(), moved.delta_matrix()) <= EXACT
+    torch.testing.assert_close(turned.angles(), moved.angles())
+
+
+def test_a_weight_of_zeros_has_finite_steps() -> None:
+    core = Givens(torch.zeros(4), draw_pairs("mirror", 4, 0), scale_top_k="all")
+    assert core.theta_step.tolist() == [10.0, 10.0]
+    assert core.scale_step.tolist() == [10.0] * 4
 
 
 @given(exponent=st.integers(1, 12))

@@ -77,7 +77,7 @@ def test_the_gradient_of_every_angle_is_autograds(side: str, problem: Problem, s
     found = rotation_gradient(gradient, factors.U, factors.S, factors.Vh, side)
     assert torch.equal(found, -found.T)
     for i, j in itertools.combinations(range(problem.rank), 2):
-        core = Givens(factors.S, torch.tensor([[i, j]]), side=side)
+        core = Givens(factors.S, torch.tensor([[i, j]]), side=side, unit="angle")
         eye = torch.eye(problem.rank, dtype=torch.float64)
         delta = factors.U @ core.mix(eye, *core.coefficients(delta=True)).T @ factors.Vh
         (expected,) = torch.autograd.grad((delta * gradient).sum(), core.theta)

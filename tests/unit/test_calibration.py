@@ -38,6 +38,7 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
         "batch_size": 12,
         "head_lr": 1e-2,
         "side": "output",
+        "unit": "movement",
         "seed": 0,
         **changes,
     }
@@ -52,11 +53,11 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
     )
 
 
-@pytest.mark.parametrize("side", ["output", "input"])
-def test_it_measures_the_gradient_of_every_angle(side: str) -> None:
+@pytest.mark.parametrize(("side", "unit"), [("output", "movement"), ("input", "movement"), ("output", "angle")])
+def test_it_measures_the_gradient_of_every_trained_number(side: str, unit: str) -> None:
     model = tiny_bert()
-    saliency = measure(copy.deepcopy(model), side=side)
-    adapted = attach(model.eval(), AdapterSpec(options={"side": side}), new_parameters=HEAD)
+    saliency = measure(copy.deepcopy(model), side=side, unit=unit)
+    adapted = attach(model.eval(), AdapterSpec(options={"side": side, "unit": unit}), new_parameters=HEAD)
     rows = sentences(12)
     batch = rows.batch(np.arange(12))
     targets = batch.pop("targets")

@@ -25,7 +25,7 @@ PAIRS = torch.tensor([[0, 4], [1, 3]])
 def test_the_registered_cores() -> None:
     assert CORES.names() == sorted(CORES._items) == ["givens", "lora-xs", "psoft", "scale", "speclora", "svft"]
     assert {p.core for p in PRESETS.values() if p.core} <= set(CORES.names())
-    assert set(CORES.options("givens")) == {"side", "rounds", "scale_top_k"}
+    assert set(CORES.options("givens")) == {"side", "rounds", "scale_top_k", "unit"}
 
 
 def test_a_cores_own_name_is_a_method() -> None:
@@ -50,7 +50,7 @@ def test_directions_that_no_input_reaches_are_for_rotations_of_the_output_side(m
 
 
 def test_one_known_rotation() -> None:
-    core = Givens(S, PAIRS)
+    core = Givens(S, PAIRS, unit="angle")
     with torch.no_grad():
         core.theta.copy_(torch.tensor([torch.pi / 2, 0.0]))
     # A quarter turn in the plane (0, 4): the strongest input direction comes out on the weakest output one.
@@ -70,6 +70,11 @@ def test_scales_are_as_many_as_asked_for(top_k: int, expected: int) -> None:
 def test_a_wrong_number_of_scales_is_refused(top_k: object) -> None:
     with pytest.raises(ConfigError, match=r"^adapter\.options\.scale_top_k: got .*Allowed: 0 to 5, or all"):
         Givens(S, PAIRS, scale_top_k=top_k)
+
+
+def test_another_unit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^adapter\.options\.unit: got 'degrees'.*Allowed: movement, angle"):
+        Givens(S, PAIRS, unit="degrees")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("side", ["both", "left", None])

@@ -136,7 +136,7 @@ def test_the_file_holds_the_pairs_and_not_the_list(tmp_path: Path) -> None:
     pairing = {"query|key|value": [[[4, 1]], [[1, 0]]], "all-linear": [[[0, 1]], [[1, 2]]]}
     adapted = adapt(AdapterSpec(pairing=pairing, options={"rounds": 2}))
     found = read_adapter(adapted.save(tmp_path / "adapter"))
-    assert found.spec == AdapterSpec(pairing="explicit", options={"rounds": 2})
+    assert found.spec == AdapterSpec(pairing="explicit", options={"rounds": 2}).settled()
     pairs = stored_pairs(found)
     assert pairs.keys() == spectral_layers(adapted.model).keys()
     assert pairs["bert.encoder.layer.0.attention.self.query"].tolist() == [[1, 4], [0, 1]]

@@ -8,7 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mirrortune.adapters.core import CORES, Coefficients, Core, checked_top_k, leading, trained
+from mirrortune.adapters.core import (
+    CORES,
+    Coefficients,
+    Core,
+    checked_top_k,
+    even_steps,
+    leading,
+    plane_strengths,
+    trained,
+)
 from mirrortune.errors import ConfigError
 
 
@@ -29,10 +38,16 @@ class Givens(Core):
     dimensions, and at theta = 0 their derivatives are its whole Lie algebra, so that they reach every rotation near the
     identity; SO(R) is compact and connected, so that some number of such cycles reaches every rotation there is.
 
+    ``unit`` says what the trained numbers count. ``angle``: radians, and scales relative to their singular value.
+    ``movement``: each number times what moves the weight as far as it would in a plane, or a direction, of the layer's
+    root mean square strength (:func:`~mirrortune.adapters.core.even_steps`): an optimizer that gives all numbers equal
+    steps, as Adam does, otherwise moves the weight by sqrt(S_i^2 + S_j^2) an angle and S_i a scale, far in the strong
+    directions and hardly in the weak ones. Both reach the same weights.
+
     Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), one round. It states neither
     where diag(S) goes nor the initial angles; R between U and diag(S) is the one place where axes are ordered by
     strength. Rounds are ours. The scale is the rescaling half of SpecLoRA (arXiv 2505.23099), composed with the
-    rotation by us.
+    rotation by us, and so is the unit of movement.
     """
 
     S: Tensor
@@ -40,7 +55,10 @@ class Givens(Core):
     partner: Tensor
     plane: Tensor
     sign: Tensor
+    theta_step: Tensor
+    scale_step: Tensor
     side: Literal["output", "input", "both"] = "output"
+    default_lr = 2e-2
     default_pairing = "mirror"
 
     def __init__(
@@ -51,10 +69,13 @@ class Givens(Core):
         side: Literal["output", "input"] = "output",
         rounds: int = 1,
         scale_top_k: int | Literal["all"] = 0,
+        unit: Literal["movement", "angle"] = "movement",
     ) -> None:
         super().__init__()
         if side not in ("output", "input"):
             raise ConfigError("adapter.options.side", f"got {side!r}", allowed="output, input")
+        if unit not in ("movement", "angle"):
+            raise ConfigError("adapter.options.unit", f"got {unit!r}", allowed="movement, angle")
         self.side = side
         rank = S.shape[0]
         num_scales = checked_top_k(scale_top_k, rank, "adapter.options.scale_top_k")
@@ -71,7 +92,9 @@ class Givens(Core):
             plane[index, lower] = plane[index, upper] = torch.arange(done, done + len(own))
             sign[index, lower], sign[index, upper] = -1.0, 1.0
             done += len(own)
-        for name, buffer in (("S", S), ("pairs", pairs), ("partner", partner), ("plane", plane), ("sign", sign)):
+        buffers = {"S": S, "pairs": pairs, "partner": partner, "plane": plane, "sign": sign}
+        buffers |= _steps(S, pairs.to(S.device), num_scales, unit)
+        for name, buffer in buffers.items():
             self.register_buffer(name, buffer.to(S.device), persistent=False)
         self.theta = trained(S, pairs.shape[0])
         self.scale = trained(S, num_scales)
@@ -82,10 +105,10 @@ class Givens(Core):
         diag(S) is a factor of the first round on the output side and of the last on the input side. When ``delta``, a
         single round has a - S in place of a; several have S as a fourth coefficient, which is taken off in the end.
         """
-        angle = torch.cat([self.theta, self.theta.new_zeros(1)])[self.plane] * self.sign
+        angle = torch.cat([self.angles(), self.theta.new_zeros(1)])[self.plane] * self.sign
         scaled = self.S
         if self.scale.numel():
-            scaled = self.S * (1 + leading(self.scale, self.S.shape[0]))
+            scaled = self.S * (1 + leading(self.scale * self.scale_step, self.S.shape[0]))
         is_exact = delta and len(angle) == 1
         if is_exact:
             # cos - 1 = -2 sin^2(angle / 2) without cancellation, so small angles keep all their digits.
@@ -98,7 +121,7 @@ class Givens(Core):
 
     def angles(self) -> Tensor:
         """See :class:`Core`."""
-        return self.theta
+        return self.theta * self.theta_step
 
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         """See :class:`Core`; one gather and two products a round."""
@@ -141,6 +164,14 @@ class Givens(Core):
         """``scaled`` (R,) as the factor of the round that holds diag(S), ones for the others; (n, R)."""
         others = scaled.new_ones(len(self.partner) - 1, len(scaled))
         return torch.cat([scaled[None], others] if self.side == "output" else [others, scaled[None]])
+
+
+def _steps(S: Tensor, pairs: Tensor, num_scales: int, unit: str) -> dict[str, Tensor]:
+    """Radians for each number of theta, and shares of the singular value for each of scale."""
+    if unit == "angle":
+        return {"theta_step": S.new_ones(len(pairs)), "scale_step": S.new_ones(num_scales)}
+    of_plane = plane_strengths(S)[pairs[:, 0], pairs[:, 1]]
+    return {"theta_step": even_steps(of_plane, S), "scale_step": even_steps(S[:num_scales], S)}
 
 
 def split_rounds(pairs: Tensor) -> list[Tensor]:
