@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mirrortune import strict_yaml
+from mirrortune.adapter_format import FORMAT_VERSION
 from mirrortune.adapters.presets import method_names, preset
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
@@ -217,7 +218,7 @@ def test_the_run_directory_says_what_was_run(finished: Finished, tiny_model_dir:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"accuracy | {finished.result['metrics']['accuracy']:.4f}" in card
     adapter = read(finished.run / "adapter" / "adapter.json")
-    assert (adapter["format_version"], adapter["adapter"]["method"]) == (2, "mirror")
+    assert (adapter["format_version"], adapter["adapter"]["method"]) == (FORMAT_VERSION, "mirror")
     assert adapter["task"]["labels"] == ["negative", "positive"]
     assert len(adapter["layers"]) == 13
 
@@ -375,7 +376,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a description": (lambda a: (a / "adapter.json").write_text("{"), "adapter.json: missing or damaged"),
     "a newer format": (
         edit("adapter.json", lambda d: d.update(format_version=99)),
-        "format version 99. Allowed: up to 1",
+        f"format version 99. Allowed: up to {FORMAT_VERSION}",
     ),
     "an edited description": (
         edit("adapter.json", lambda d: d["layers"].popitem()),
