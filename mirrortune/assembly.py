@@ -6,7 +6,6 @@ Recipe.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec, check_spec
-from mirrortune.data import DataSet, Split, load_data, set_aside, take_subset
+from mirrortune.data import DataSet, Split, load_data, rows_in_both, set_aside, take_subset
 from mirrortune.errors import ConfigError, ResourceError, all_of, unknown_name
 from mirrortune.examples import Examples
 from mirrortune.locations import is_local
@@ -47,6 +46,7 @@ class Job:
     Attributes (of those that do not speak for themselves):
         validation: rows that choose the checkpoint.
         reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
+        duplicated_rows: validation rows whose texts are also in the training rows.
     """
 
     recipe: Recipe
@@ -62,6 +62,7 @@ class Job:
     data_origin: dict[str, Any]
     plan: Plan
     footprint: Footprint
+    duplicated_rows: int
 
 
 def assemble(recipe: Recipe, reporter: Reporter) -> Job:
@@ -100,6 +101,9 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     reported = {name: task.encode(split, processor, scored) for name, split in rows.reported.items()}
     for name, examples in {"train": train, "validation": validation, **reported}.items():
         reporter.note(f"  {name}: {examples.describe()}")
+    twice = rows_in_both(rows.train.table, rows.validation.table, [c for role, c in task.columns() if role != "label"])
+    if twice:
+        reporter.note(f"  {twice:,} validation rows are also among the training rows")
     stage = Stage(
         model=model, config=source.config.to_dict(), task=task, train=train, has_length=max_length is not None,
         smallest_rank=min((min(t.shape) for t in plan.targets.layers.values()), default=0),
@@ -108,7 +112,7 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     return Job(
         recipe=recipe, spec=spec, source=source, dtype=dtype, processor=processor, task=task, max_length=max_length,
         train=train, validation=validation, reported=reported, data_origin=rows.origin, plan=plan,
-        footprint=_check_fits(recipe, spec, dtype, stage, source, plan, reporter),
+        footprint=_check_fits(recipe, spec, dtype, stage, source, plan, reporter), duplicated_rows=twice,
     )  # fmt: skip
 
 
@@ -285,16 +289,6 @@ def loop_settings(recipe: Recipe) -> LoopSettings:
         num_workers=section.num_workers,
         eval_batch_size=recipe.eval.batch_size,
     )
-
-
-def run_name(recipe: Recipe, recipe_name: str | None) -> str:
-    """``TASK-MODEL-METHOD``: the recipe's last name (or the data's), the model's last name, the method."""
-    task = recipe_name or Path(recipe.data.path or "run").stem
-    model = (recipe.model.name or "model").removeprefix("package:").rstrip("/")
-    parts = model.split("/")
-    model_name = parts[0] if recipe.model.name and recipe.model.name.startswith("package:") else parts[-1]
-    words = (task.rsplit("/", 1)[-1], model_name, recipe.adapter.method)
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()
 
 
 def default_device() -> torch.device:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirrortune import __version__, recipe_commands
-from mirrortune.cli_reports import analyze, report
+from mirrortune.cli_reports import analyze, merge_lines, report, train_lines
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
-from mirrortune.report import Reporter, describe_metrics, kilobytes
+from mirrortune.report import Reporter, describe_metrics
 
 if TYPE_CHECKING:
     from mirrortune.recipe import Layer, Resolved
@@ -95,6 +95,7 @@ def _root(
 @with_recipe_flags("output_dir")
 def prepare(
     words: Words = None, *, task: TaskName = None, dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the weights are fetched.")] = False,
+    show: Annotated[int, typer.Option("--show", min=0, metavar="N", help="Show N training rows as the model will see them: text, ids, mask, labels.")] = 0,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Check everything, download, tokenise and factorise; train then starts from the caches.
@@ -103,9 +104,9 @@ def prepare(
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
     resolved, _ = _resolve(words, task, given, reporter)
-    from mirrortune import commands  # noqa: PLC0415
+    from mirrortune import preparing  # noqa: PLC0415
 
-    result = commands.prepare(resolved, reporter, dry_run=dry_run)
+    result = preparing.prepare(resolved, reporter, dry_run=dry_run, show=show)
     factorised = f"factorised {result.svd_cache['misses']} matrices, read {result.svd_cache['hits']} from the cache, in {result.svd_seconds:.1f} s"
     lines = [
         f"{result.targets} layers, {result.trainable_parameters:,} trained numbers besides the head's {result.head_parameters:,}",
@@ -134,10 +135,10 @@ def train(
     resolved, name = _resolve(words, task, given, reporter)
     if not dry_run:
         _launch_if_asked(num_processes, accelerate_config)
-    from mirrortune import commands  # noqa: PLC0415
+    from mirrortune import commands, preparing  # noqa: PLC0415
 
     if dry_run:
-        plan = commands.prepare(resolved, reporter, dry_run=True)
+        plan = preparing.prepare(resolved, reporter, dry_run=True)
         reporter.result(
             asdict(plan),
             [
@@ -146,7 +147,7 @@ def train(
         )
         return
     result = commands.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
-    reporter.result(asdict(result), _train_lines(result))
+    reporter.result(asdict(result), train_lines(result))
 
 
 @app.command("eval")
@@ -156,6 +157,7 @@ def evaluate(
     target: Target, words: Words = None, *, task: TaskName = None,
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
+    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format; unlabelled rows too.")] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Score a run, a merged folder or any plain model by the task's own metrics.
@@ -170,8 +172,13 @@ def evaluate(
     is_own_data = bool(trained_on and asked) and Path(str(trained_on)).resolve() == Path(str(asked)).resolve()
     from mirrortune import commands  # noqa: PLC0415
 
-    result = commands.evaluate(target, resolved.recipe, reporter, split=split, is_own_data=is_own_data)
-    reporter.result(asdict(result), [f"{result.split}: {describe_metrics(result.metrics)}  ({result.rows:,} rows)"])
+    file = Path(predictions) if predictions else None
+    result = commands.evaluate(
+        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file
+    )
+    said = describe_metrics(result.metrics) or "no labels, nothing scored"
+    lines = [f"{result.split}: {said}  ({result.rows:,} rows)", *([f"predictions: {file}"] if file else [])]
+    reporter.result({**asdict(result), **({"predictions": predictions} if file else {})}, lines)
 
 
 @app.command()
@@ -205,7 +212,7 @@ def merge(
         write: Any = export.export_lora if format == "lora" else export_gguf.export_gguf
         verdict = write(target, Path(output_dir), rank=rank, **where)
     data = {"output_dir": output_dir, "format": format, "verification": asdict(verdict)}
-    reporter.result(data, _merge_lines(verdict, output_dir))
+    reporter.result(data, merge_lines(verdict, output_dir))
 
 
 @app.command()
@@ -320,31 +327,3 @@ def _recipe_of(target: str) -> Layer | None:
 
             return read_recipe(str(place / "recipe.yaml"))
     return None
-
-
-def _merge_lines(verdict: Any, output_dir: str) -> list[str]:
-    from mirrortune import export, export_gguf, merging  # noqa: PLC0415
-
-    if isinstance(verdict, merging.Verification):
-        said = f"merged into {output_dir}, verified: {merging.describe(verdict)}"
-        return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
-    if isinstance(verdict, export_gguf.GgufExport):
-        return [f"LoRA adapter {output_dir}/{export_gguf.FILE}, verified: {export_gguf.describe(verdict)}"]
-    lines = [f"LoRA adapter in {output_dir}, verified: {export.describe(verdict)}"]
-    if verdict.has_head:
-        lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")
-    return lines
-
-
-def _train_lines(result: Any) -> list[str]:
-    run = result.run_dir
-    merged = f"{run.rstrip('/')}-merged"
-    return [
-        f"validation: {describe_metrics(result.metrics)}",
-        f"adapter: {kilobytes(result.adapter_bytes)} in {run}/adapter, with {result.trainable_parameters:,} trained numbers "
-        f"({kilobytes(4 * result.trainable_parameters)}) and a head of {result.head_parameters:,}",
-        f"trained in {result.train_seconds:.0f} s at {result.samples_per_second:.0f} rows/s",
-        "",
-        f"score it:  mirrortune eval {shlex.quote(run)}",
-        f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",
-    ]

@@ -6,12 +6,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mirrortune.flags import Debug, Json, Quiet, Verbose
-from mirrortune.report import Reporter
+from mirrortune.report import Reporter, describe_metrics, kilobytes
 
 
 def report(
@@ -70,3 +70,33 @@ def analyze(
     if figures is not None:
         lines.append(f"figures: {len(analysis_report.write_drawings(found, Path(figures)))} files in {figures}")
     reporter.result({**found.to_json(), "report": output, "figures": figures}, lines)
+
+
+def merge_lines(verdict: Any, output_dir: str) -> list[str]:
+    """What merge says of what it wrote."""
+    from mirrortune import export, export_gguf, merging  # noqa: PLC0415
+
+    if isinstance(verdict, merging.Verification):
+        said = f"merged into {output_dir}, verified: {merging.describe(verdict)}"
+        return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
+    if isinstance(verdict, export_gguf.GgufExport):
+        return [f"LoRA adapter {output_dir}/{export_gguf.FILE}, verified: {export_gguf.describe(verdict)}"]
+    lines = [f"LoRA adapter in {output_dir}, verified: {export.describe(verdict)}"]
+    if verdict.has_head:
+        lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")
+    return lines
+
+
+def train_lines(result: Any) -> list[str]:
+    """What train says of a run."""
+    run = result.run_dir
+    merged = f"{run.rstrip('/')}-merged"
+    return [
+        f"validation: {describe_metrics(result.metrics)}",
+        f"adapter: {kilobytes(result.adapter_bytes)} in {run}/adapter, with {result.trainable_parameters:,} trained numbers "
+        f"({kilobytes(4 * result.trainable_parameters)}) and a head of {result.head_parameters:,}",
+        f"trained in {result.train_seconds:.0f} s at {result.samples_per_second:.0f} rows/s",
+        "",
+        f"score it:  mirrortune eval {shlex.quote(run)}",
+        f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",
+    ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prepare, train, evaluate, merge: what the CLI's commands do, as functions from a recipe to a result."""
+"""train, evaluate, merge: what the CLI's commands do, as functions from a recipe to a result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from mirrortune.assembly import (
     check_recipe,
     loop_settings,
     read_data,
-    run_name,
 )
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split, set_aside
@@ -34,7 +33,6 @@ from mirrortune.loading import (
     adapt_model,
     base_identity,
     choose_pairs,
-    factorise,
     find_adapter,
     load_base,
     load_evaluable,
@@ -44,9 +42,10 @@ from mirrortune.loading import (
 from mirrortune.loop import FitResult
 from mirrortune.merging import Verification, merge_folder
 from mirrortune.peft_tuners import remarks
+from mirrortune.predictions import check_place, write_predictions
 from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
-from mirrortune.records import check_same_recipe, pin_paths, write_results
+from mirrortune.records import check_same_recipe, pin_paths, run_name, write_results
 from mirrortune.report import Reporter
 from mirrortune.run_recording import record_merge, record_validation, recording
 from mirrortune.schema import Recipe
@@ -54,21 +53,6 @@ from mirrortune.scoring import score_kept
 from mirrortune.tasks import Task, check_columns, task_to_dict
 from mirrortune.tokens import Reading
 from mirrortune.training import Trainer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareResult:
-    """See DESIGN: the ``--json`` object of prepare. Sizes in bytes, times in seconds."""
-
-    targets: int
-    trainable_parameters: int
-    head_parameters: int
-    svd_seconds: float
-    svd_cache: dict[str, int]
-    rows: dict[str, int]
-    truncated_rows: dict[str, int]
-    estimated_memory_bytes: int
-    memory: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,31 +76,6 @@ class EvaluateResult:
     metrics: dict[str, float]
     split: str
     rows: int
-
-
-def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False) -> PrepareResult:
-    """Check everything, download, tokenise and factorise; a later train starts from the caches.
-
-    Args:
-        resolved: the recipe.
-        reporter: is told.
-        dry_run: stop before the weights: nothing but configuration files and data is fetched.
-    """
-    job = assemble(resolved.recipe, reporter)
-    cache = FactorCache()
-    if not dry_run:
-        factorise(job, load_base(job), cache, reporter.bar)
-    return PrepareResult(
-        targets=len(job.plan.targets.layers),
-        trainable_parameters=job.plan.trainable_parameters,
-        head_parameters=job.plan.head_parameters,
-        svd_seconds=round(cache.seconds, 3),
-        svd_cache={"hits": cache.hits, "misses": cache.misses},
-        rows={"train": len(job.train), "validation": len(job.validation)},
-        truncated_rows={"train": job.train.num_truncated, "validation": job.validation.num_truncated},
-        estimated_memory_bytes=job.footprint.total,
-        memory=job.footprint.parts(),
-    )
 
 
 def train(
@@ -236,7 +195,13 @@ def _fit(
 
 
 def evaluate(
-    target: str, recipe: Recipe, reporter: Reporter, *, split: str | None = None, is_own_data: bool = True
+    target: str,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    split: str | None = None,
+    is_own_data: bool = True,
+    predictions: Path | None = None,
 ) -> EvaluateResult:
     """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
 
@@ -248,7 +213,10 @@ def evaluate(
         split: ``train``, ``validation``, ``test``, or a data set's own name for a split; None for the validation rows,
             or for all rows of other data that has none.
         is_own_data: whether the data is what the target was trained on, as far as its recipe says.
+        predictions: file for every row's answer; rows without a label are answered too then, and not scored.
     """
+    if predictions is not None:
+        check_place(predictions)
     accelerator = make_accelerator(recipe.train.precision)
     reporter.is_main = accelerator.is_main_process
     adapter_folder = find_adapter(target)
@@ -267,8 +235,11 @@ def evaluate(
         outcome = evaluate_split(
             found.model, found.task, examples, accelerator,
             batch_size=recipe.eval.batch_size, source=rows.source, num_workers=recipe.train.num_workers,
-            on_batch=bar.advance_by,
+            on_batch=bar.advance_by, allow_missing=predictions is not None,
         )  # fmt: skip
+    if predictions is not None and accelerator.is_main_process:
+        labels = getattr(found.task, "labels", None) if recipe.eval.prediction_labels == "names" else None
+        write_predictions(predictions, outcome.predictions, labels, recipe.eval.prediction_bounds)
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows)
 
 

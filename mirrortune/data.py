@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,16 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
         return split
     chosen = np.sort(np.random.default_rng([seed, rows]).permutation(rows)[:limit])
     return replace(split, table=split.table.take(pa.array(chosen)))
+
+
+def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) -> int:
+    """How many rows of ``validation`` have the same texts in ``columns`` as a row of ``train``; 0 where a column holds
+    no text.
+    """
+    if not columns or not all(is_string(table.schema.field(c).type) for c in columns for table in (train, validation)):
+        return 0
+    known = set(zip(*(train.column(c).to_pylist() for c in columns), strict=True))
+    return sum(row in known for row in zip(*(validation.column(c).to_pylist() for c in columns), strict=True))
 
 
 def _flat(table: pa.Table) -> pa.Table:

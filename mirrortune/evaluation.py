@@ -34,7 +34,7 @@ class EvalResult:
     """Scores of a split.
 
     Attributes:
-        metrics: the task's metrics, and ``loss``, the mean over its items.
+        metrics: the task's metrics, and ``loss``, the mean over its items; none where rows have no target.
         rows: rows scored, each once.
         judged: what the task kept of the model's outputs for each row, in the split's order.
         predictions, references: what the metrics compared.
@@ -59,6 +59,7 @@ def evaluate_split(
     num_workers: int = 0,
     on_batch: Callable[[int], None] | None = None,
     should_stop: Callable[[], object] | None = None,
+    allow_missing: bool = False,
 ) -> EvalResult:
     """Score every row of ``examples``.
 
@@ -72,12 +73,13 @@ def evaluate_split(
         num_workers: threads that make batches ahead.
         on_batch: called with the number of rows after each batch.
         should_stop: asked before each batch, on all ranks alike.
+        allow_missing: answer rows that have no target as well, and score nothing then.
 
     Raises:
-        DataError: if a row has no target.
+        DataError: if a row has no target and that is not allowed.
         EvaluationStoppedError: if ``should_stop`` says so.
     """
-    if examples.num_unlabelled:
+    if examples.num_unlabelled and not allow_missing:
         raise DataError(
             source,
             f"{examples.num_unlabelled} of {len(examples)} rows have no label, so there is nothing to score",
@@ -91,7 +93,7 @@ def evaluate_split(
             for rows, batch in batches:
                 if should_stop is not None and should_stop():
                     raise EvaluationStoppedError
-                scored = _score(model, task, batch, accelerator)
+                scored = _score(model, task, batch, accelerator, is_scored=not examples.num_unlabelled)
                 if len(rows):
                     found.append((rows, *scored))
                 if on_batch:
@@ -118,10 +120,14 @@ def _batches(
     return made_ahead(slices, make, num_workers)
 
 
-def _score(model: nn.Module, task: Task, batch: Batch, accelerator: Any) -> tuple[list[Any], float, int]:
+def _score(
+    model: nn.Module, task: Task, batch: Batch, accelerator: Any, *, is_scored: bool
+) -> tuple[list[Any], float, int]:
     with accelerator.autocast():
         inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = task.judge(model, inputs, outputs, targets)
+    if not is_scored:
+        return list(judged), 0.0, 0
     loss, items = task.loss(outputs, targets)
     return list(judged), float(loss), int(items)
 
@@ -132,8 +138,9 @@ def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult
     in_order = [by_row[row] for row in range(len(examples))]
     loss = sum(part[2] for part in found) / max(1, sum(part[3] for part in found))
     predictions, references = task.answers(in_order, examples)
+    is_scored = not examples.num_unlabelled
     return EvalResult(
-        metrics={**score(task.metric_names, predictions, references), "loss": loss},
+        metrics={**score(task.metric_names, predictions, references), "loss": loss} if is_scored else {},
         rows=len(predictions),
         judged=in_order,
         predictions=predictions,

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from mirrortune import model_card
@@ -68,3 +70,13 @@ def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
     )
     run.write_text("README.md", card)
     write_run_page(run)
+
+
+def run_name(recipe: Recipe, recipe_name: str | None) -> str:
+    """``TASK-MODEL-METHOD``: the recipe's last name (or the data's), the model's last name, the method."""
+    task = recipe_name or Path(recipe.data.path or "run").stem
+    model = (recipe.model.name or "model").removeprefix("package:").rstrip("/")
+    parts = model.split("/")
+    model_name = parts[0] if recipe.model.name and recipe.model.name.startswith("package:") else parts[-1]
+    words = (task.rsplit("/", 1)[-1], model_name, recipe.adapter.method)
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()

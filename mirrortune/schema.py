@@ -197,6 +197,10 @@ class EvalSection(_Section):
     always in the same way, chooses on one half and reports on the other."""
     report_splits: tuple[str, ...] = ()
     """Labelled splits that score the kept checkpoint once training is over, such as test."""
+    prediction_labels: Literal["names", "indices"] = "names"
+    """What `eval --predictions` writes of a class: its name, or its index."""
+    prediction_bounds: tuple[float, float] | None = None
+    """Numbers between which `eval --predictions` brings those that it writes."""
 
 
 class Recipe(_Section):

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers as a file, in the format that GLUE's server takes: a row's index (from 0) and its answer, tab-separated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirrortune.atomic import write_atomically
+from mirrortune.errors import ConfigError
+
+_HEADER = "index\tprediction"
+
+
+def check_place(path: Path) -> None:
+    """Refuse a file that is there and is none of predictions; ConfigError."""
+    if path.is_dir():
+        raise ConfigError("--predictions", f"{path} is a folder", fix="Give a file's name")
+    if path.exists() and not path.read_bytes().startswith(_HEADER.encode()):
+        raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
+
+
+def write_predictions(
+    path: Path, predictions: Any, labels: tuple[str, ...] | None, bounds: tuple[float, float] | None
+) -> None:
+    """Write one line for each row.
+
+    Args:
+        path: is replaced.
+        predictions: class indices (N,), numbers (N,), or texts.
+        labels: names to write in place of class indices, or None.
+        bounds: numbers are brought between these.
+
+    Raises:
+        ConfigError: answers that are not one value a row.
+    """
+    is_array = isinstance(predictions, np.ndarray)
+    if is_array and predictions.ndim != 1:
+        raise ConfigError("--predictions", "this kind of task has several numbers a row, and the format one")
+    if is_array and predictions.dtype.kind == "f":
+        numbers = np.clip(predictions, *bounds) if bounds else predictions
+        answers = [f"{number:.3f}" for number in numbers.tolist()]
+    elif is_array:
+        answers = [labels[i] if labels else str(i) for i in predictions.tolist()]
+    else:
+        answers = [_one_line(answer) for answer in predictions]
+    lines = [_HEADER, *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
+
+    def write(file: Path) -> None:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def _one_line(answer: Any) -> str:
+    text = answer if isinstance(answer, str) else " ".join(map(str, answer))
+    return " ".join(text.split())
