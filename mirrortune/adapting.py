@@ -7,7 +7,9 @@ and every layer does what it did. What does not is refused with the layer's name
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import FactorSource, attach
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.targets import find_targets
-from mirrortune.errors import VerificationError
+from mirrortune.errors import ConfigError, VerificationError
 
 
 class FingerprintBook:
@@ -64,7 +66,12 @@ def adapt(
 
 
 def load_into(
-    model: nn.Module, adapter: AdapterFile, source: FactorSource, *, force_base: bool = False
+    model: nn.Module,
+    adapter: AdapterFile,
+    source: FactorSource,
+    *,
+    force_base: bool = False,
+    trained_on: nn.Module | None = None,
 ) -> FingerprintBook:
     """Attach ``adapter`` to its base ``model`` (in place) and give it its trained numbers.
 
@@ -73,6 +80,7 @@ def load_into(
         adapter: from :func:`read_adapter`.
         source: computes or remembers factors.
         force_base: take a base whose weights are others (of the same shapes), and say so in ``remarks``.
+        trained_on: the model whose weights the adapter turns, if ``model`` is the same one in full precision.
 
     Returns:
         The fingerprints, for saving again.
@@ -83,46 +91,49 @@ def load_into(
     """
     _check_layers(model, adapter)
     book = FingerprintBook()
+    spec = adapter.spec
+    read = _reader(adapter, trained_on)
+    if trained_on is not None and spec.strategy != "dense":
+        spec = replace(spec, strategy="branch")  # beside the weights as they are
 
     def factors_of(name: str, weight: Tensor, rank: int) -> Factors:
         stored = adapter.fingerprints[name].rank
         if rank != stored:
             raise VerificationError(name, f"the adapter holds a basis of rank {stored}, got {rank}")
-        return trained_factors(adapter, name, weight, source, remarks=book.remarks if force_base else None)
+        remarks = book.remarks if force_base else None
+        return trained_factors(adapter, name, read(name, weight), source, remarks=remarks)
 
     def note(name: str, weight: Tensor, factors: Factors, core: Core) -> None:
         stored = adapter.fingerprints[name]
-        is_same = stored.weight_hash.startswith("values:") and not force_base
-        if is_same:
+        if stored.weight_hash.startswith("values:") and not force_base:
             book.entries[name] = stored
         else:
-            book(name, weight, factors, core)
+            book(name, read(name, weight), factors, core)
 
     def note_weight(name: str, weight: Tensor) -> None:
         check_weight(adapter, name, weight)
         book.note_weight(name, weight)
 
+    layers: dict[str, Any] = {"new_parameters": adapter.head, "names": adapter.layouts}
     if adapter.peft_config is None:
-        attach(
-            model,
-            adapter.spec,
-            new_parameters=adapter.head,
-            factor_source=factors_of,
-            pairs=stored_pairs(adapter),
-            on_layer=note,
-            names=adapter.layouts,
-        )
+        attach(model, spec, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note, **layers)
     else:
-        peft_tuners.attach_tuner(
-            model,
-            adapter.spec,
-            new_parameters=adapter.head,
-            config=adapter.peft_config,
-            names=adapter.layouts,
-            on_layer=note_weight,
-        )
+        peft_tuners.attach_tuner(model, spec, config=adapter.peft_config, on_layer=note_weight, **layers)
     restore_trained(model, adapter)
     return book
+
+
+def _reader(adapter: AdapterFile, trained_on: nn.Module | None) -> Callable[[str, Tensor], Tensor]:
+    """(layer, weight in the model) -> the weight that the adapter turns there."""
+    if trained_on is None:
+        return lambda _, weight: weight
+    if adapter.peft_config is not None:
+        fix = "Merge without --base, into its dequantised weights, or with PEFT"
+        problem = f"method '{adapter.spec.method}' computes with the weights it was trained on"
+        raise ConfigError("--base", problem, fix=fix)
+    _check_layers(trained_on, adapter)
+    own = find_targets(trained_on, adapter.spec, adapter.head, adapter.layouts).layers
+    return lambda name, _: own[name].read(trained_on)
 
 
 def trained_factors(

@@ -24,7 +24,7 @@ from mirrortune.metrics import METRICS
 from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
 from mirrortune.peft_configs import check_options
 from mirrortune.planning import Plan, make_plan
-from mirrortune.preflight import Stage, Step, check_disk, check_memory, describe, disk_needs
+from mirrortune.preflight import Stage, Step, check_disk, check_memory, describe, disk_needs, packed
 from mirrortune.recipe import task_kinds
 from mirrortune.rehearsal import Footprint
 from mirrortune.report import Reporter
@@ -87,6 +87,8 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     spec = adapter_spec(recipe)
     rows, source = all_of(lambda: _read_rows(recipe, read(), reporter), lambda: _find(recipe))
     task: Task = rows.task
+    if source.is_quantised and spec.preset.core is not None and spec.strategy is None:
+        spec = replace(spec, strategy="branch")  # the only one that leaves packed weights as they are
     dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
     model = empty_model(source, task.auto_class, task.config_fields())
     plan, (processor, max_length), _ = all_of(
@@ -147,7 +149,8 @@ def _check_splits(rows: _Rows) -> None:
 def _find(recipe: Recipe) -> ModelSource:
     section = recipe.model
     assert section.name is not None
-    return find_model(section.name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+    remote = section.trust_remote_code
+    return find_model(section.name, revision=section.revision, trust_remote_code=remote, load_in=section.load_in)
 
 
 def _processor(recipe: Recipe, task: Task, source: ModelSource) -> tuple[Any, int | None]:
@@ -169,7 +172,7 @@ def _check_fits(
         accumulation=section.gradient_accumulation_steps,
         is_16bit_compute=resolve_precision(section.precision) == "bf16",
     )  # fmt: skip
-    found = stage.footprint(step)
+    found = packed(stage.footprint(step), source.load_in, plan, dtype)
     reporter.note(describe(found, step, stage, plan))
     output_dir = Path(recipe.output_dir or "runs")
     needs = disk_needs(source, plan, output_dir=output_dir, keep=recipe.train.keep)

@@ -22,6 +22,7 @@ from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.matching import rotation_gradient
 from mirrortune.adapters.targets import Targets
 from mirrortune.batching import epoch_batches, forward
+from mirrortune.errors import ConfigError
 from mirrortune.examples import Examples
 from mirrortune.tasks import Task
 
@@ -81,6 +82,11 @@ def measure_saliency(
         Layer name -> (R, R), or (E, R, R) of a stack, float64 on the CPU, antisymmetric for ``mean``, symmetric for
         ``rms``.
     """
+    if packed := next((n for n, target in targets.layers.items() if target.kind.is_packed), None):
+        raise ConfigError(
+            "adapter.pairing", f"pairs are measured by gradients of weights, and {packed} is quantised",
+            allowed="mirror, neighbor, random, or pairs that you list", fix="Measure on the model in full precision",
+        )  # fmt: skip
     wanted = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
     model.to(accelerator.device).eval()  # without dropout: the gradient of the model that evaluation sees

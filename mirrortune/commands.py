@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune import model_card, ranks
+from mirrortune import model_card, packed_bases, ranks
 from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.presets import preset
@@ -264,7 +264,7 @@ def merge(
     """
     folder = require_adapter(target)
     adapter = read_adapter(folder)
-    reporter.note(f"merging {folder} into {base or adapter.base.get('name')}")
+    reporter.note(f"merging {folder} into {packed_bases.in_words(adapter, base)}")
     recipe_file = folder.parent / "recipe.yaml"
     extra = {"README.md": model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
     if recipe_file.is_file():

@@ -53,6 +53,7 @@ _DATA, _ADAPTER, _LOOP, _DANGER = "Model and data", "Adapter", "Training", "Dang
 FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--model -m", "model.name", str, "Hub id or local folder of the base model."),
     _flag(_DATA, "--revision", "model.revision", str, "Branch, tag or commit of a Hub model."),
+    _flag(_DATA, "--load-in", "model.load_in", str, "Quantise the base weights while loading: 8bit or 4bit."),
     _flag(_DATA, "--data -d", "data.path", str, "csv, tsv, json, jsonl or parquet file, folder with train/validation/test files or class folders of images or recordings, or Hub id."),
     _flag(_DATA, "--text-column", "data.text_columns", list[str], "Text column; repeat for pairs. Detected by default."),
     _flag(_DATA, "--label-column", "data.label_column", str, "Label column. Detected by default."),
@@ -62,7 +63,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see README); mirror by default."),
     _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT."),
     _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor, random or adaptive, or a .json file of pairs."),
-    _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, or all-linear."),
+    _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, all-linear or all-layers."),
     _flag(_LOOP, "--lr --learning-rate", "train.lr", float, "Peak learning rate of the adapter."),
     _flag(_LOOP, "--head-lr", "train.head_lr", float, "Peak learning rate of the task head."),
     _flag(_LOOP, "--batch-size", "train.batch_size", int, "Rows per device."),

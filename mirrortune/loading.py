@@ -97,7 +97,7 @@ def _layers(job: Job, loaded: LoadedModel) -> list[tuple[str, Callable[[], Tenso
         return []
 
     def reader(target: Target) -> Callable[[], Tensor]:
-        return lambda: target.matrix(target.weight(loaded.model))
+        return lambda: target.read(loaded.model)
 
     targets = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
     return [(name, reader(target), target.rank) for name, target in targets.items()]
@@ -159,6 +159,8 @@ def base_identity(job: Job) -> dict[str, Any]:
         "commit": job.source.commit,
         "dtype": str(job.dtype).removeprefix("torch."),
         "auto_class": job.task.auto_class,
+        **({"load_in": job.source.load_in} if job.source.load_in else {}),
+        **({"quantised": True} if job.source.is_quantised or job.source.gguf_file else {}),
     }
 
 
@@ -227,6 +229,7 @@ def _load_run(adapter_folder: Path, recipe: Recipe) -> Evaluable:
         recipe.model.name or adapter.base["name"],
         revision=adapter.base.get("commit") or adapter.base.get("revision"),
         trust_remote_code=recipe.model.trust_remote_code,
+        load_in=adapter.base.get("load_in"),
     )
     processor = task.load_processor(source)
     model = load_adapted(adapter, source, task, pad_token_id(processor), FactorCache())

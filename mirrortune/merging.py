@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.examples import Batch
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype, shard_bytes
+from mirrortune.packed_bases import load_plain, trained_on
 from mirrortune.precision import autocast, widen
 from mirrortune.probes import any_probe, any_processor
 from mirrortune.tasks import Task, task_from_dict
@@ -134,13 +135,16 @@ def open_adapter(
         VerificationError: another base or basis.
     """
     source = _find_base(adapter, base, trust_remote_code=trust_remote_code)
+    packed = trained_on(adapter, source, base)
+    if packed is not None:
+        source = replace(source, load_in=None)
     task = task_from_dict(adapter.task) if adapter.task else None
     processor = task.load_processor(source) if task else any_processor(source, adapter.base["auto_class"])
-    adapted = load_adapted(adapter, source, task, pad_token_id(processor), factor_source)
+    adapted = load_adapted(adapter, source, task, pad_token_id(processor), factor_source, is_plain=True, turned=packed)
     stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
-    plain = load_model(
+    plain = load_plain(
         source, adapter.base["auto_class"], _config_fields(adapter, task), stored, pad_token_id(processor)
-    ).model
+    )
     probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
     return BaseWithAdapter(source=source, plain=plain, adapted=adapted, processor=processor, probe=probe)
 
@@ -153,19 +157,24 @@ def load_adapted(
     factor_source: FactorSource,
     *,
     remarks: list[str] | None = None,
+    is_plain: bool = False,
+    turned: ModelSource | None = None,
 ) -> nn.Module:
     """The base model that the adapter names, in the dtype it was trained on, with the adapter attached; in evaluation
     mode.
 
-    What does not fit is refused, or noted in ``remarks`` if there is such a list.
+    What does not fit is refused, or noted in ``remarks`` if there is such a list. A quantised base is dequantised if
+    ``is_plain``; ``turned`` is of the quantised one whose weights the adapter turns, if ``source`` is the full one.
     """
     dtype = DTYPES[adapter.base["dtype"]]
-    loaded = load_model(source, adapter.base["auto_class"], _config_fields(adapter, task), dtype, pad_token_id)
-    widen(loaded.model, adapter.head)
-    book = load_into(loaded.model, adapter, factor_source, force_base=remarks is not None)
+    arguments = adapter.base["auto_class"], _config_fields(adapter, task), dtype, pad_token_id
+    model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
+    widen(model, adapter.head)
+    original = None if turned is None else load_plain(turned, *arguments)
+    book = load_into(model, adapter, factor_source, force_base=remarks is not None, trained_on=original)
     if remarks is not None:
         remarks += book.remarks
-    return loaded.model.eval()
+    return model.eval()
 
 
 @torch.no_grad()
@@ -294,6 +303,7 @@ def _find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: boo
         base or adapter.base["name"],
         revision=None if base else adapter.base.get("commit") or adapter.base.get("revision"),
         trust_remote_code=trust_remote_code,
+        load_in=adapter.base.get("load_in"),
     )
 
 

@@ -8,6 +8,7 @@ No model family is named here. What the checkpoint did not fill (``new_parameter
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import json
 import pickle
@@ -24,6 +25,7 @@ from torch import nn
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
+from mirrortune.quantised import is_quantised, keep_trainable, loading_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,6 +40,8 @@ class ModelSource:
         revision: of a Hub repository, or None.
         commit: the commit that ``revision`` pointed to, or None for local folders.
         trust_remote_code: run the repository's own code.
+        load_in: quantise the weights while loading, to ``8bit`` or ``4bit``.
+        gguf_file: the file of a GGUF model, dequantised while loading.
         config: the transformers configuration.
     """
 
@@ -47,11 +51,20 @@ class ModelSource:
     commit: str | None
     trust_remote_code: bool
     config: Any
+    load_in: str | None = None
+    gguf_file: str | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the loaded model has packed weights."""
+        return self.load_in is not None or is_quantised(self.config)
 
     def arguments(self) -> dict[str, Any]:
         """What every ``from_pretrained`` of this source is called with; pinned to the commit once that is known."""
         revision = self.commit or self.revision
         pinned = {"revision": revision} if revision else {}
+        if self.gguf_file:
+            pinned["gguf_file"] = self.gguf_file
         return {**pinned, "trust_remote_code": self.trust_remote_code}
 
 
@@ -63,26 +76,46 @@ class LoadedModel:
     new_parameters: tuple[str, ...]
 
 
-def find_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
+def find_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, load_in: str | None = None
+) -> ModelSource:
     """Read a model's configuration (a small file; no weights).
+
+    Args:
+        name: a Hub id, a folder, or ``package:...``; with the name of a GGUF file behind it, that file.
+        revision: of a Hub repository.
+        trust_remote_code: run the repository's own code.
+        load_in: see :class:`ModelSource`.
 
     Raises:
         ConfigError: no such folder, or a folder that holds no model.
         HubError: whatever the Hub refused.
     """
-    location = str(package_folder(name)) if name.startswith(PACKAGE_SCHEME) else str(Path(name).expanduser())
-    is_folder = is_local(name)
+    place, gguf_file = _split_gguf(name)
+    location = str(package_folder(place)) if place.startswith(PACKAGE_SCHEME) else str(Path(place).expanduser())
+    is_folder = is_local(name) and (gguf_file is None or is_local(place) or Path(location).is_dir())
     if is_folder:
         folder = Path(location)
         if not folder.is_dir():
             raise ConfigError("model.name", f"no such folder: {location}", fix="Check the path given to --model")
-        if not (folder / "config.json").is_file():
+        if gguf_file and not (folder / gguf_file).is_file():
+            raise ConfigError(
+                "model.name", f"no such file: {folder / gguf_file}", fix="Check the path given to --model"
+            )
+        if not gguf_file and not (folder / "config.json").is_file():
             raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
     from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
 
     commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
     with hub_errors(f"model '{name}'", flag="--model"), _quiet(), _load_errors(name):
-        config = AutoConfig.from_pretrained(location, revision=commit or revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            location,
+            revision=commit or revision,
+            trust_remote_code=trust_remote_code,
+            **({"gguf_file": gguf_file} if gguf_file else {}),
+        )
+    if load_in is not None and is_quantised(config):
+        raise ConfigError("model.load_in", f"the checkpoint is quantised already, got {load_in}", fix="Remove it")
     return ModelSource(
         name=name,
         location=location,
@@ -90,7 +123,19 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
         commit=commit,
         trust_remote_code=trust_remote_code,
         config=config,
+        load_in=load_in,
+        gguf_file=gguf_file,
     )
+
+
+def _split_gguf(name: str) -> tuple[str, str | None]:
+    """Folder or repository of ``folder/x.gguf`` or ``owner/name/x.gguf``, and the file; None if it names none."""
+    if not name.lower().endswith(".gguf"):
+        return name, None
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.name", "GGUF files need the package gguf", fix="pip install 'mirrortune[gguf]'")
+    place, _, file = name.replace("\\", "/").rpartition("/")
+    return place or ".", file
 
 
 def load_tokenizer(source: ModelSource, **options: Any) -> Any:
@@ -195,6 +240,7 @@ def load_model(
     import transformers  # noqa: PLC0415
 
     config = task_config(source, config_fields, pad_token_id)
+    packing = {"quantization_config": loading_config(source.load_in, dtype)} if source.load_in else {}
     with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
         model, info = getattr(transformers, auto_class).from_pretrained(
             source.location,
@@ -203,9 +249,10 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **source.arguments(),
+            **packing,
         )
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
-    return LoadedModel(model=model, new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
+    return LoadedModel(model=keep_trainable(model), new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
 
 
 def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:

@@ -130,7 +130,7 @@ def attach_tuner(
     if not spec.options:
         warned.clear()  # nothing that the user chose
     for name in chosen if on_layer else ():
-        on_layer(name, model.get_submodule(name).get_parameter("weight"))  # type: ignore[misc]
+        on_layer(name, targets.layers[name].read(model))  # type: ignore[misc]
     freeze(model, targets)
     tuner_class = peft.PEFT_TYPE_TO_TUNER_MAPPING[built.peft_type]
     with _seeded(model, spec.seed), recorded_warnings() as more:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -103,6 +104,15 @@ class Stage:
     def positions(self) -> int:
         """Of the longest row."""
         return int(self.train.lengths.max())
+
+
+def packed(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype) -> Footprint:
+    """``found`` for a base whose adapted layers are packed into ``8bit`` or ``4bit`` while it is loaded."""
+    if load_in is None:
+        return found
+    numbers = sum(math.prod(target.layout.shape) for target in plan.targets.layers.values())
+    stored = numbers // (2 if load_in == "4bit" else 1)
+    return replace(found, weights=max(0, found.weights - numbers * dtype.itemsize) + stored)
 
 
 def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:

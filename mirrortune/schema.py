@@ -27,6 +27,8 @@ class ModelSection(_Section):
     """Branch, tag or commit of a Hub repository."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights; auto keeps the stored one."""
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Quantise the base weights while loading, by bitsandbytes; adapters compute beside them."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Dangerous: it runs with your rights."""
 

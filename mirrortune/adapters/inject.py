@@ -97,11 +97,13 @@ def attach(
     freeze(model, targets)
     layers: dict[str, AdaptedLayer] = {}
     for name, target in targets.layers.items():
-        matrix = target.matrix(target.weight(model))
+        matrix = target.read(model)
         factors = (factor_source or _compute)(name, matrix, target.rank)
         core = build_core(spec, factors.S, name, target.shape, (pairs or {}).get(name))
         if on_layer:
             on_layer(name, matrix, factors, core)
+        if target.kind.is_packed:
+            factors = factors.to(device=matrix.device, dtype=matrix.dtype)
         layers[name] = _adapt(model, target, factors, core, spec)
     model.mirrortune = Attachment(spec=spec, targets=targets, layers=layers)  # type: ignore[assignment]
     return model
@@ -178,11 +180,13 @@ def _adapt(model: nn.Module, target: Target, factors: Factors, core: Core, spec:
     (first, parameter), *others = modules.values()
     has_parents = all(path for path, _ in target.places)  # the model itself cannot be replaced
     is_called = parameter == "weight" and not others and has_parents and target.kind.is_callable(first)
-    if spec.strategy == "dense" or not is_called or target.layout.rows:
+    strategy = spec.strategy
+    if strategy == "dense" or not is_called or target.layout.rows:
+        assert not target.kind.is_packed
         spectral = SpectralWeight(target.weight(model), target.layout, factors, core)
         replace_weight(list(modules.values()), spectral)
         return spectral
-    layer = SpectralLinear(first, factors, core, spec.strategy, target.kind)
+    layer = SpectralLinear(first, factors, core, strategy, target.kind)
     for path, _ in target.places:  # one layer, wherever the module stands
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

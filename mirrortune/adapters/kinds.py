@@ -2,7 +2,8 @@
 """Kinds of modules that hold matrices: how each is recognised, how its weight is read as a matrix, and how it applies
 one.
 
-A module is known by what it is, never by the model it is in. A new kind is one class here, put into :data:`KINDS`.
+A module is known by what it is, never by the model it is in. A new kind is one class, put into
+``candidates.KINDS``.
 Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups), R rank.
 """
 
@@ -26,10 +27,16 @@ class Kind(ABC):
     """What plans and adapter files call it."""
     is_default: bool = True
     """Whether ``all-linear`` takes it; other kinds are adapted on request."""
+    is_packed: bool = False
+    """Whether the weight is not there as plain numbers: it can be read, and the layer called, but nothing replaced."""
 
     @abstractmethod
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
         """Layouts of the weights that ``module`` holds as this kind, by parameter name; empty for another kind."""
+
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        """The weight, in the shape of its layout."""
+        return module.get_parameter(parameter).detach()
 
     def is_callable(self, module: nn.Module) -> bool:
         """Whether ``module`` does nothing but what :meth:`project` and the base class of its kind say.
@@ -234,27 +241,16 @@ class Parameter(Kind):
         return found
 
 
-KINDS: tuple[Kind, ...] = (
-    Linear(),
-    TransposedLinear(),
-    Convolution(),
-    Embedding(),
-    Attention(),
-    Experts(),
-    Parameter(),
-)
-"""In the order in which they are asked; the first that knows a module has it."""
-
-
 def own_matrix(module: nn.Module, ndim: int) -> nn.Parameter | None:
     """``module.weight`` if it is an ordinary floating parameter of ``ndim`` dimensions, not packed and not computed."""
     weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
     return weight if weight is not None and weight.ndim == ndim and is_plain(weight) else None
 
 
-def is_plain(parameter: nn.Parameter) -> bool:
+def is_plain(parameter: Tensor) -> bool:
     """Whether its numbers are what the layer computes with: not packed, and not float8, which waits for its scale."""
-    return parameter.is_floating_point() and parameter.dtype.itemsize > 1
+    is_wrapper = hasattr(type(parameter), "__tensor_flatten__")  # several plain tensors in one, such as torchao's
+    return parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not is_wrapper
 
 
 def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

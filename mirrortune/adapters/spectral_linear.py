@@ -71,7 +71,7 @@ class SpectralLinear(nn.Module):
 
     Args:
         base_layer: the layer to adapt, its weight a matrix (O, I) in the eyes of ``kind``; frozen and never changed.
-        factors: singular triplets of that matrix.
+        factors: singular triplets of that matrix; of a packed one on the device and in the dtype to compute in.
         core: owns the trained numbers and K.
         strategy: how to compute the output; None lets :func:`cheapest_strategy` choose.
         kind: what the layer is, ``kind.is_callable(base_layer)``; a linear layer by default.
@@ -89,7 +89,7 @@ class SpectralLinear(nn.Module):
         kind: Kind = _LINEAR,
     ) -> None:
         super().__init__()
-        weight = base_layer.get_parameter("weight")
+        weight = factors.U if kind.is_packed else base_layer.get_parameter("weight")
         self.base_layer = base_layer.requires_grad_(requires_grad=False)
         self.kind, self.layout = kind, kind.layouts(base_layer)["weight"]
         self.out_features, self.in_features = self.layout.matrix_shape
@@ -169,7 +169,8 @@ class SpectralLinear(nn.Module):
         """W' in the layout and dtype of the base layer's weight, on the device of the factors; differentiable."""
         with torch.autocast(self.U.device.type, enabled=False):
             delta = dense_delta(self._factors(), self.core)
-            base: Any = self.base_layer.weight  # a parameter, or a plain tensor beside its factors
+            # A parameter, or a plain tensor beside its factors.
+            base: Any = self.kind.read(self.base_layer, "weight") if self.kind.is_packed else self.base_layer.weight
             adapted: Tensor = (base.to(delta) + self.layout.tensor(delta)).to(self.U.dtype)
         return adapted
 
@@ -233,8 +234,9 @@ def cheapest_strategy(
     """The strategy with the fewer multiplications per row, in units of the frozen layer's own O * I.
 
     branch costs 1 + R (O + I) / (O I), factored R (O + I) / (O I). In 16 bits factored would put one more rounding of
-    the whole weight into the model, so branch is taken there; and for embeddings, whose own forward costs nothing.
+    the whole weight into the model, so branch is taken there; for embeddings, whose own forward costs nothing, and for
+    packed weights, which were packed to be small.
     """
     is_full = rank >= min(out_features, in_features)
-    is_exact_enough = dtype in (torch.float32, torch.float64) and not isinstance(kind, Embedding)
+    is_exact_enough = dtype in (torch.float32, torch.float64) and not isinstance(kind, Embedding) and not kind.is_packed
     return "factored" if is_full and is_exact_enough else "branch"

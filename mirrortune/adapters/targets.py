@@ -16,10 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mirrortune.adapters.candidates import Candidate, find_candidates
 from mirrortune.adapters.factorize import Rank, resolve_rank
-from mirrortune.adapters.kinds import KINDS, Kind
+from mirrortune.adapters.kinds import Kind, is_plain
 from mirrortune.adapters.layer_names import ALL_LAYERS, ALL_LINEAR, alternatives, matches, no_match
 from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.packed import plain_dtype
 from mirrortune.adapters.pair_lists import check_fit
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError
@@ -68,6 +70,13 @@ class Target:
             parameter = "original"
         return module.get_parameter(parameter)
 
+    def read(self, model: nn.Module) -> Tensor:
+        """The matrix, or the stack, that is factorised; dequantised, in the model's own dtype, if it is packed."""
+        if not self.kind.is_packed:
+            return self.matrix(self.weight(model).detach())
+        found = self.kind.read(model.get_submodule(self.places[0][0]), self.places[0][1])
+        return self.matrix(found.to(plain_dtype(model)))
+
     def matrix(self, weight: Tensor) -> Tensor:
         """``weight`` (or a gradient of it) as the matrix, or the stack, that is factorised."""
         return self.layout.matrix(weight).contiguous()
@@ -90,30 +99,6 @@ class Targets:
     plain: tuple[str, ...]
     skipped: dict[str, str]
     clipped: tuple[str, ...] = ()
-
-
-@dataclass(slots=True, kw_only=True)
-class _Candidate:
-    """A weight that could be adapted, with every module that holds it."""
-
-    kind: Kind
-    layout: Layout
-    places: list[tuple[str, str]]
-    is_output: bool
-    is_read: bool
-    """Whether ``nn.MultiheadAttention`` reads its weight and never calls the layer."""
-    whole: str = ""
-    """Name of the fused layer that this is a part of."""
-
-    @property
-    def is_peft(self) -> bool:
-        """Whether tuners of PEFT take it: a linear layer that nobody else is or shares a weight with."""
-        return self.kind.name in ("linear", "conv1d-linear") and len(self.places) == 1 and not self.is_read
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether it is a convolution in groups: small matrices, of rank 1 where each channel has its own."""
-        return self.kind.name == "convolution" and self.layout.count > 1
 
 
 def find_targets(
@@ -142,7 +127,7 @@ def find_targets(
     plain = _plain_parameters(parameters, spec.preset.plain, set(head))
     if not spec.preset.is_adapter:
         return Targets(layers={}, head=head, plain=plain, skipped={})
-    candidates, skipped = _candidates(model, prefix, new, output)
+    candidates, skipped = find_candidates(model, prefix, new, output)
     candidates = _split(candidates, spec.split)
     if spec.preset.peft is not None:
         skipped |= {
@@ -156,6 +141,9 @@ def find_targets(
     else:
         wanted = {name for name in names if name in candidates}
     ranks, clipped = _ranks(spec, {n: candidates[n].layout.matrix_shape for n in candidates if n in wanted})
+    packed = [name for name in ranks if candidates[name].kind.is_packed]
+    if packed and spec.strategy not in (None, "branch"):
+        raise ConfigError("adapter.strategy", f"{packed[0]} is quantised, got {spec.strategy}", allowed="auto, branch")
     if spec.pair_lists is not None:
         check_fit(spec.pair_lists, ranks)
     layers = {
@@ -178,76 +166,23 @@ def _output_embedding_ids(model: nn.Module) -> set[int]:
     return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
 
 
-def _candidates(
-    model: nn.Module, prefix: str, new: set[str], output: set[int]
-) -> tuple[dict[str, _Candidate], dict[str, str]]:
-    """Every weight of a known kind inside the base model, by layer name, and those of no kind with the reason."""
-    found: dict[int, _Candidate] = {}
-    skipped: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind, layouts = _kind_of(module)
-        for parameter, layout in layouts.items():
-            weight = module.get_parameter(parameter)
-            full = ".".join(filter(None, (name, parameter)))
-            is_output = id(weight) in output
-            if full in new or not (full.startswith(prefix) or is_output or id(weight) in found):
-                continue  # the task head
-            if id(weight) in found:
-                found[id(weight)].places.append((name, parameter))
-            else:
-                found[id(weight)] = _Candidate(
-                    kind=kind,
-                    layout=layout,
-                    places=[(name, parameter)],
-                    is_output=is_output,
-                    is_read=isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear),
-                )
-        if not layouts and name.startswith(prefix) and (reason := _opaque(module)):
-            skipped[name] = reason
-    return {_layer_name(*c.places[0]): c for c in found.values()}, skipped
-
-
-def _kind_of(module: nn.Module) -> tuple[Kind, dict[str, Layout]]:
-    for kind in KINDS:
-        if layouts := kind.layouts(module):
-            return kind, layouts
-    return KINDS[-1], {}
-
-
-def _opaque(module: nn.Module) -> str | None:
-    """Why a module with a weight of its own is of no kind, or None for one without such a weight."""
-    if parametrize.is_parametrized(module):
-        return "its weight is computed from other parameters"
-    weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
-    if weight is None or weight.ndim < 2:
-        return None
-    numbers = str(weight.dtype).removeprefix("torch.")
-    if numbers.startswith("float8"):
-        return f"{type(module).__name__} of {numbers} numbers, whose scales are elsewhere; load the model dequantised"
-    return f"{type(module).__name__} of {numbers} numbers {tuple(weight.shape)}, which is no kind of layer known here"
-
-
-def _layer_name(module: str, parameter: str) -> str:
-    return module if parameter == "weight" else ".".join(filter(None, (module, parameter)))
-
-
-def _is_default(candidate: _Candidate) -> bool:
+def _is_default(candidate: Candidate) -> bool:
     return candidate.kind.is_default and not candidate.is_output
 
 
-def _is_layer(candidate: _Candidate) -> bool:
+def _is_layer(candidate: Candidate) -> bool:
     is_convolution = candidate.kind.name == "convolution" and not candidate.is_grouped
     return _is_default(candidate) or (is_convolution and not candidate.is_output)
 
 
-def _why_not(candidate: _Candidate) -> str:
+def _why_not(candidate: Candidate) -> str:
     if candidate.is_output:
         return "the output embedding"
     groups = f" in {candidate.layout.count} groups" if candidate.is_grouped else ""
     return f"{candidate.kind.name}{groups}, adapted on request only"
 
 
-def _choose(candidates: dict[str, _Candidate], pattern: str) -> set[str]:
+def _choose(candidates: dict[str, Candidate], pattern: str) -> set[str]:
     """Names of the layers that ``pattern`` asks for."""
     if pattern in (ALL_LINEAR, ALL_LAYERS):
         layers = {name: c for name, c in candidates.items() if _is_layer(c)}
@@ -264,11 +199,11 @@ def _choose(candidates: dict[str, _Candidate], pattern: str) -> set[str]:
     return chosen
 
 
-def _size(candidate: _Candidate) -> int:
+def _size(candidate: Candidate) -> int:
     return math.prod(candidate.layout.shape)
 
 
-def _nothing(pattern: str, candidates: dict[str, _Candidate], skipped: dict[str, str]) -> ConfigError:
+def _nothing(pattern: str, candidates: dict[str, Candidate], skipped: dict[str, str]) -> ConfigError:
     found = [f"{name} ({_why_not(c)})" for name, c in candidates.items()]
     found += [f"{name} ({reason})" for name, reason in skipped.items()]
     seen = f"; what it holds: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}" if found else ""
@@ -278,12 +213,12 @@ def _nothing(pattern: str, candidates: dict[str, _Candidate], skipped: dict[str,
     )  # fmt: skip
 
 
-def _usual(candidates: dict[str, _Candidate]) -> list[str]:
+def _usual(candidates: dict[str, Candidate]) -> list[str]:
     """The layers that a pattern most likely means: those that are taken unasked, if there are any."""
     return [name for name, c in candidates.items() if _is_default(c)] or list(candidates)
 
 
-def _split(candidates: dict[str, _Candidate], patterns: Mapping[str, Any]) -> dict[str, _Candidate]:
+def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dict[str, Candidate]:
     """``candidates`` with every fused layer that a pattern names replaced by its parts, ``<layer>.0`` and so on."""
     chosen: dict[str, str] = {}
     for pattern in patterns:
@@ -296,6 +231,8 @@ def _split(candidates: dict[str, _Candidate], patterns: Mapping[str, Any]) -> di
         if name not in chosen:
             found[name] = whole
             continue
+        if whole.kind.is_packed:
+            raise ConfigError(f"adapter.split.{chosen[name]}", f"{name} is quantised and stays whole", fix="Remove it")
         sizes, repeat = _parts(patterns[chosen[name]])
         try:
             layouts = whole.layout.split(sizes, repeat)
@@ -327,4 +264,7 @@ def _ranks(spec: AdapterSpec, shapes: dict[str, tuple[int, int]]) -> tuple[dict[
 
 def _plain_parameters(parameters: dict[str, nn.Parameter], kind: str, head: set[str]) -> tuple[str, ...]:
     ending = {"none": None, "bias": "bias", "all": ""}[kind]
+    if kind == "all" and (packed := next((n for n, p in parameters.items() if not is_plain(p)), None)):
+        raise ConfigError("adapter.method", f"'full' trains every weight, and {packed} is quantised",
+                          fix="Load the model in full precision, or choose an adapter")  # fmt: skip
     return tuple(n for n in parameters if ending is not None and n not in head and n.endswith(ending))

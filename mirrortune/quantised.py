@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base models in 8 or 4 bits: loading them so, and their dequantised selves, into which an adapter can be merged."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from mirrortune.adapters.packed import PackedLinear, plain_dtype
+from mirrortune.errors import ConfigError
+
+_PACKED = PackedLinear()
+# What transformers and its quantisers note on a model; a dequantised one must not say so.
+_NOTES = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
+
+
+def loading_config(load_in: str, dtype: torch.dtype) -> Any:
+    """How ``from_pretrained`` is told to load in ``8bit`` or ``4bit`` (NF4), computing in ``dtype``.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.load_in", f"{load_in} needs bitsandbytes", fix="pip install 'mirrortune[quantised]'")
+    from transformers import BitsAndBytesConfig  # noqa: PLC0415
+
+    config: Any = BitsAndBytesConfig
+    if load_in == "8bit":
+        return config(load_in_8bit=True)
+    return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether a checkpoint's configuration says that its weights are packed."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def keep_trainable(model: nn.Module) -> nn.Module:
+    """``model``, whose packed layers pass gradients on whatever was computed before."""
+    module: Any
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight in the first forward without gradients, for a
+        # kernel that has none: from the first evaluation on, training would go on without those of the layers below.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module) -> nn.Module:
+    """``model``, changed in place: packed layers become linear ones with the weights that an adapter is trained on."""
+    dtype = plain_dtype(model)
+    packed = [name for name, module in model.named_modules() if _PACKED.layouts(module)]
+    for name in packed:
+        old: Any = model.get_submodule(name)
+        weight = _PACKED.read(old, "weight").to(dtype)
+        bias = getattr(old, "bias", None)
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        model.set_submodule(name, linear)
+    for note in _NOTES:
+        with contextlib.suppress(AttributeError):
+            delattr(model, note)
+    config: Any = getattr(model, "config", None)
+    if is_quantised(config):
+        del config.quantization_config
+    return model

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised bases: packed layers are read and adapted beside what they compute, and merged into plain weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mirrortune.adapter_file import read_adapter, write_adapter
+from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.inject import adapter_parameters, attach, attachment, spectral_layers
+from mirrortune.adapters.packed import PackedLinear
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import find_targets
+from mirrortune.adapting import FingerprintBook, load_into
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.merging import merged_state
+from mirrortune.quantised import dequantise, keep_trainable, loading_config
+from tests.spectral import relative
+
+TOKENS = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+BITS = ["8bit", "4bit"]
+
+
+class Int8Linear(nn.Module):
+    """A packed layer of nobody's: rows of small integers with a scale each."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.packed * self.scale).to(x.dtype), self.bias)
+
+
+class Small(nn.Module):
+    """Two packed layers and a plain norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(6)
+        self.up, self.down = Int8Linear(nn.Linear(6, 10)), Int8Linear(nn.Linear(10, 4, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.norm(x)).relu())
+
+
+def factors(name: str, weight: Tensor, rank: int) -> Factors:
+    return factorize(weight, rank, name=name)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for index, parameter in enumerate(adapter_parameters(model).values()):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, load_in: str | None) -> nn.Module:
+    packing: dict[str, Any] = {}
+    with warnings.catch_warnings():  # bitsandbytes' own, on import and of the dtypes that it computes in
+        warnings.simplefilter("ignore")
+        if load_in is not None:
+            pytest.importorskip("bitsandbytes")
+            packing = {"quantization_config": loading_config(load_in, torch.float32)}
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, **packing)
+    return keep_trainable(model.eval())
+
+
+def logits(model: nn.Module) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Tensor = model(TOKENS).logits
+    return found
+
+
+def test_a_packed_layer_of_any_make_is_read_by_what_it_computes() -> None:
+    model, kind = Small(), PackedLinear()
+    weight = model.up.packed * model.up.scale  # type: ignore[operator]
+    assert torch.equal(kind.read(model.up, "weight"), weight)
+    assert torch.equal(find_targets(model, AdapterSpec()).layers["up"].read(model), weight)
+    assert not kind.layouts(nn.Linear(3, 4))
+    assert not kind.layouts(nn.Sequential(nn.Linear(3, 4)))
+    assert not kind.layouts(nn.Conv1d(3, 4, 1))
+
+
+@pytest.mark.parametrize("method", ["mirror", "psoft", "speclora"])
+def test_its_adapter_computes_what_the_dequantised_model_does(method: str) -> None:
+    spec = AdapterSpec(method=method, options={"lora_rank": 2} if method == "speclora" else {})
+    packed, plain = attach(Small(), spec), attach(dequantise(Small()), spec)
+    assert list(spectral_layers(packed)) == list(spectral_layers(plain)) == ["up", "down"]
+    assert all(layer.strategy == "branch" for layer in spectral_layers(packed).values())
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(packed(x), Small()(x))  # an untrained adapter changes not one bit
+    outputs = [moved(model)(x) for model in (packed, plain)]
+    assert relative(outputs[0], outputs[1]) < 1e-5
+    weights = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))  # rotations keep a sum of squares
+    for output in outputs:
+        (output * weights).sum().backward()
+    for ours, theirs in zip(adapter_parameters(packed).values(), adapter_parameters(plain).values(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert relative(ours.grad, theirs.grad) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        (AdapterSpec(strategy="factored"), "up is quantised, got factored"),
+        (AdapterSpec(strategy="dense"), "up is quantised, got dense"),
+        (AdapterSpec(split={"up": 2}), "up is quantised and stays whole"),
+    ],
+)
+def test_what_would_replace_a_packed_weight_is_refused(spec: AdapterSpec, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        attach(Small(), spec)
+
+
+def test_training_every_weight_of_a_quantised_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'full' trains every weight, and .*q_proj\.weight is quantised"):
+        attach(load(checkpoint, "8bit"), AdapterSpec(method="full"))
+
+
+@pytest.mark.parametrize("load_in", BITS)
+def test_an_adapter_of_a_quantised_model_is_saved_loaded_and_merged(
+    checkpoint: Path, tmp_path: Path, load_in: str
+) -> None:
+    base = load(checkpoint, load_in)
+    before, book = logits(base), FingerprintBook()
+    adapted = attach(base, AdapterSpec(), factor_source=factors, on_layer=book)
+    kinds = {target.kind.name for target in attachment(adapted).targets.layers.values()}
+    assert kinds == {"quantised-linear"}
+    assert torch.equal(logits(adapted), before)
+    after = logits(moved(adapted))
+    after.sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in adapter_parameters(adapted).values())
+    write_adapter(
+        tmp_path, adapted, book.entries, base={"name": str(checkpoint), "dtype": "float32"}, task=None, extra={}
+    )
+    stored = read_adapter(tmp_path)
+
+    again = load(checkpoint, load_in)
+    load_into(again, stored, factors)
+    assert torch.equal(logits(again), after)
+
+    plain = dequantise(load(checkpoint, load_in))
+    assert not hasattr(plain.config, "quantization_config")
+    adapted_plain = copy.deepcopy(plain)
+    load_into(adapted_plain, stored, factors)
+    plain.load_state_dict(merged_state(plain, adapted_plain))
+    assert relative(logits(plain), logits(adapted_plain)) < 1e-5
+    # bitsandbytes computes in 8 bits too; the merged model does not.
+    assert relative(logits(plain), after) < (0.1 if load_in == "8bit" else 0.01)
+    with pytest.raises(VerificationError, match="is not the one that the adapter was trained on"):
+        load_into(load(checkpoint, None), stored, factors)
+
+
+@pytest.mark.parametrize("load_in", BITS)
+def test_an_adapter_of_a_quantised_model_is_merged_into_full_precision(
+    checkpoint: Path, tmp_path: Path, load_in: str
+) -> None:
+    book = FingerprintBook()
+    adapted = moved(attach(load(checkpoint, load_in), AdapterSpec(), factor_source=factors, on_layer=book))
+    write_adapter(
+        tmp_path, adapted, book.entries, base={"name": str(checkpoint), "dtype": "float32"}, task=None, extra={}
+    )
+    full, trained_on = load(checkpoint, None), dequantise(load(checkpoint, load_in))
+    load_into(full, read_adapter(tmp_path), factors, trained_on=trained_on)
+    plain = load(checkpoint, None)
+    expected = plain.get_parameter("model.layers.0.self_attn.q_proj.weight").double()
+    expected = expected + spectral_layers(adapted)["model.layers.0.self_attn.q_proj"].delta_weight()
+    state = merged_state(plain, full)
+    assert relative(state["model.layers.0.self_attn.q_proj.weight"].double(), expected) < 1e-6
+    plain.load_state_dict(state)
+    assert relative(logits(plain), logits(full)) < 1e-5
+
+
+def test_an_evaluation_leaves_the_gradients_of_4_bit_layers(checkpoint: Path) -> None:
+    model = moved(attach(load(checkpoint, "4bit"), AdapterSpec(target_modules="layers.0.self_attn.q_proj")))
+    with torch.no_grad():
+        logits(model)
+    logits(model).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in adapter_parameters(model).values())
+
+
+def test_torchao_weights_are_packed_ones() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 48))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    adapted = attach(copy.deepcopy(model), AdapterSpec())
+    assert attachment(adapted).targets.layers["1"].kind.name == "quantised-linear"
+    assert torch.equal(adapted(x), before)
+    merged = dequantise(model)
+    assert relative(merged(x), before) < 1e-5
