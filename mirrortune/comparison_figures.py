@@ -4,37 +4,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-import numpy as np
+from mirrortune.comparison import slug
+from mirrortune.figures import Drawing, legend_beside, tidy
 
-# Tol's muted set: tells apart with any colour vision, also in grey by its markers.
+# Tol's muted set, more than a single figure of a run needs: told apart with any colour vision, and by markers in grey.
 _COLOURS = (
-    "#332288",
+    "#4477aa",
     "#cc6677",
     "#117733",
-    "#ddcc77",
-    "#88ccee",
-    "#882255",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
     "#44aa99",
     "#999933",
     "#aa4499",
-    "#666666",
+    "#888888",
 )
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
-def draw_per_task(results: dict[str, Any], path: Path) -> None:
-    """Every method's mean score with its standard deviation, a panel for each task."""
+def comparison_drawings(
+    results: dict[str, Any], histories: dict[str, dict[str, list[list[dict[str, Any]]]]]
+) -> list[Drawing]:
+    """Scores per task, scores against trained numbers, and curves of each task; none of what has not finished.
+
+    Args:
+        results: what ``results.json`` holds.
+        histories: by task and method, the events of each seed's run.
+    """
     tasks = {task: found for task, found in results["tasks"].items() if _finished(found)}
-    if not tasks:
-        return
+    found = [_per_task(tasks), _by_size(tasks)] if tasks else []
+    for task, runs in histories.items():
+        if any(runs.values()):
+            found.append(_curves(task, runs, results["tasks"][task]["metric"]))
+    return found
+
+
+def _per_task(tasks: dict[str, Any]) -> Drawing:
     rows = max(len(_finished(found)) for found in tasks.values())
-    with _figure(path, 1, len(tasks), (4.6 * len(tasks), 1.2 + 0.32 * rows)) as axes:
-        for axis, (task, found) in zip(axes.flat, tasks.items(), strict=True):
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(tasks), squeeze=False).flat
+        for axis, (task, found) in zip(panels, tasks.items(), strict=True):
             split = found["splits"][-1]
             methods = sorted(_finished(found).items(), key=lambda item: item[1]["reported"][split]["mean"])
             for place, (label, method) in enumerate(methods):
@@ -45,28 +60,36 @@ def draw_per_task(results: dict[str, Any], path: Path) -> None:
             axis.set(yticks=range(len(methods)), yticklabels=[label for label, _ in methods])
             axis.set(xlabel=f"{found['metric']}, {split}", title=task)
             axis.margins(y=0.5 / max(1, len(methods)))
+            tidy(axis)
+
+    caption = "Score of every method: mean and standard deviation over its seeds, and a mark for each seed."
+    size = (1.5 + 4.5 * len(tasks), 1.2 + 0.32 * rows)
+    return Drawing(name="score_per_task", caption=caption, size=size, draw=draw)
 
 
-def draw_sizes(results: dict[str, Any], path: Path) -> None:
-    """Score against trained numbers besides the head, on a logarithmic axis; methods that train none are a line."""
-    tasks = {task: found for task, found in results["tasks"].items() if _finished(found)}
-    if not tasks:
-        return
-    with _figure(path, 1, len(tasks), (5.2 * len(tasks), 3.8)) as axes:
-        for axis, (task, found) in zip(axes.flat, tasks.items(), strict=True):
+def _by_size(tasks: dict[str, Any]) -> Drawing:
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(tasks), squeeze=False).flat
+        for axis, (task, found) in zip(panels, tasks.items(), strict=True):
             split = found["splits"][-1]
             for label, method in _finished(found).items():
                 score, size = method["reported"][split], method["trainable_parameters"]
                 colour, marker = _style(found, label)
+                style = {"color": colour, "label": label}
                 if size == 0:
-                    axis.axhline(score["mean"], color=colour, linestyle="--", label=label)
+                    axis.axhline(score["mean"], linestyle="--", **style)
                 else:
-                    axis.errorbar(
-                        size, score["mean"], yerr=score["std"], fmt=marker, color=colour, capsize=3, label=label
-                    )
+                    axis.errorbar(size, score["mean"], yerr=score["std"], fmt=marker, capsize=3, **style)
             axis.set(xlabel="trained numbers besides the head", ylabel=f"{found['metric']}, {split}", title=task)
             _by_decades(axis)
-            axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+            legend_beside(axis)
+            tidy(axis)
+
+    caption = (
+        "Score (mean and standard deviation) against trained numbers besides the head, on a logarithmic axis; "
+        "a method that trains none besides the head is a dashed line."
+    )
+    return Drawing(name="score_by_trained_numbers", caption=caption, size=(6.2 * len(tasks), 3.8), draw=draw)
 
 
 def _by_decades(axis: Any) -> None:
@@ -76,46 +99,42 @@ def _by_decades(axis: Any) -> None:
     axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
 
 
-def draw_curves(histories: dict[str, list[list[dict[str, Any]]]], metric: str, path: Path) -> None:
-    """Training loss and validation score over epochs, a line for each method: the mean over its seeds.
-
-    Args:
-        histories: by method, the events of each seed's run.
-        metric: the selection metric.
-        path: of the PNG.
-    """
-    found = {"methods": histories}
-    with _figure(path, 1, 2, (11, 4)) as axes:
-        left, right = axes.flat
+def _curves(task: str, histories: dict[str, list[list[dict[str, Any]]]], metric: str) -> Drawing:
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
         for label, runs in histories.items():
             if not runs:
                 continue
-            colour, marker = _style(found, label)
+            colour, marker = _style({"methods": histories}, label)
             epochs, losses = _mean_curve(runs, "train", "loss")
             left.plot(epochs, _smooth(losses), color=colour, label=label)
             epochs, scores = _mean_curve(runs, "evaluate", metric)
             right.plot(epochs, scores, color=colour, marker=marker, markersize=4, label=label)
         left.set(xlabel="epoch", ylabel="training loss per item, smoothed", title="Training loss")
         right.set(xlabel="epoch", ylabel=f"{metric} (rows that choose the checkpoint)", title=f"Validation {metric}")
-        right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_beside(right)
+        tidy(left)
+        tidy(right)
+
+    caption = f"Training loss and validation score on {task} by epoch, the mean over the seeds of each method."
+    return Drawing(name=f"curves-{slug(task)}", caption=caption, size=(11, 4), draw=draw)
 
 
-def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]], event: str, key: str) -> tuple[Any, Any]:
+def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]], event: str, key: str) -> tuple[list[float], list[float]]:
     by_epoch: dict[float, list[float]] = {}
     for run in runs:
         for entry in run:
             if entry["event"] == event and key in entry:
                 by_epoch.setdefault(entry["epoch"], []).append(entry[key])
     epochs = sorted(by_epoch)
-    return np.array(epochs), np.array([np.mean(by_epoch[e]) for e in epochs])
+    return epochs, [fmean(by_epoch[e]) for e in epochs]
 
 
-def _smooth(values: Any, weight: float = 0.8) -> Any:
-    smoothed, last = [], None
+def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    smoothed: list[float] = []
     for value in values:
-        last = value if last is None else weight * last + (1 - weight) * value
-        smoothed.append(last)
-    return np.array(smoothed)
+        smoothed.append(weight * smoothed[-1] + (1 - weight) * value if smoothed else value)
+    return smoothed
 
 
 def _finished(found: dict[str, Any]) -> dict[str, Any]:
@@ -126,21 +145,3 @@ def _style(found: dict[str, Any], label: str) -> tuple[str, str]:
     """Colour and marker of a method, the same in every figure of a comparison."""
     index = list(found["methods"]).index(label)
     return _COLOURS[index % len(_COLOURS)], _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
-
-
-@contextmanager
-def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    import matplotlib as mpl  # noqa: PLC0415  (slow to import; only needed here)
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    try:
-        yield axes
-        for axis in axes.flat:
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.25)
-        figure.savefig(path, dpi=130, format="png")
-    finally:
-        plt.close(figure)

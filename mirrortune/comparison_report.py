@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from mirrortune import pages
 from mirrortune.comparing import Comparison, comparable, default_jobs
-from mirrortune.comparison import Cell, Contender, Plan, choose, slug
-from mirrortune.comparison_figures import draw_curves, draw_per_task, draw_sizes
+from mirrortune.comparison import Cell, Contender, Plan, choose
+from mirrortune.comparison_figures import comparison_drawings
+from mirrortune.figures import Drawing, svg_for_page, write_figure
 from mirrortune.metrics import METRICS
 from mirrortune.report import Reporter, kilobytes
 from mirrortune.schema import Recipe
@@ -74,13 +75,11 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
     root = comparison.root
     (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (root / "table.md").write_text(markdown(results), encoding="utf-8")
-    draw_per_task(results, root / "score_per_task.png")
-    draw_sizes(results, root / "score_by_trained_numbers.png")
-    for task, found in tasks.items():
-        histories = {label: _histories(comparison, task, label) for label in found["methods"]}
-        if any(histories.values()):
-            draw_curves(histories, found["metric"], root / f"curves-{slug(task)}.png")
-    pages.write_page(root / "report.html", html_page(results, root))
+    histories = {task: {m: _histories(comparison, task, m) for m in found["methods"]} for task, found in tasks.items()}
+    drawings = comparison_drawings(results, histories)
+    for drawing in drawings:
+        write_figure(drawing, root / f"{drawing.name}.png")
+    pages.write_page(root / "report.html", html_page(results, drawings))
     return results
 
 
@@ -98,27 +97,17 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def html_page(results: dict[str, Any], root: Path) -> str:
-    """The tables of all tasks and the figures in ``root``, as one self-contained page."""
+def html_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
+    """The tables of all tasks and the figures, as one self-contained page."""
     parts = []
     for task, found in results["tasks"].items():
         if found["splits"]:
             head, rows = _cells(found)
-            parts += [
-                pages.heading(task),
-                pages.table(head, rows),
-                pages.paragraph(_caption(results, found).replace("`", "")),
-            ]
+            caption = _caption(results, found).replace("`", "")
+            parts += [pages.heading(task), pages.table(head, rows), pages.paragraph(caption)]
     parts.append(pages.heading("Figures"))
-    parts += [pages.picture(path.read_bytes(), _FIGURES.get(path.stem, _CURVES)) for path in sorted(root.glob("*.png"))]
+    parts += [pages.figure(svg_for_page(d), d.caption, width=d.size[0]) for d in drawings]
     return pages.page("A comparison of methods", results["command"], *parts)
-
-
-_CURVES = "Training loss and validation score by epoch, the mean over the seeds of each method."
-_FIGURES = {
-    "score_per_task": "Every method's score: mean, standard deviation, and a mark for every seed.",
-    "score_by_trained_numbers": "Score against the numbers that are trained besides the head.",
-}
 
 
 def _cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -6,7 +6,6 @@ Every text that is put into a page goes through :func:`escape` here; what is mar
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,6 @@ caption { text-align: left; padding-bottom: .25rem; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--faint); }
 th { font-weight: 600; } th:first-child, td:first-child, .left th, .left td { text-align: left; }
 .left td { overflow-wrap: break-word; } .left td:last-child { overflow-wrap: anywhere; min-width: 12rem; }
-figure img { max-width: 100%; background: #fff; }
 figure { margin: 1rem 0 1.5rem; } figure svg { width: 100%; height: auto; max-width: var(--width); display: block; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--mark); }
@@ -104,15 +102,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str
 def figure(svg: str, caption: str, *, width: float) -> Html:
     """An SVG element with its caption, at most ``width`` inches wide."""
     return Html(f'<figure style="--width: {width * 96:.0f}px">{svg}<figcaption>{escape(caption)}</figcaption></figure>')
-
-
-def picture(png: bytes, caption: str) -> Html:
-    """A PNG inside the page, with its caption."""
-    data = base64.b64encode(png).decode()
-    text = escape(caption)
-    return Html(
-        f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-    )
 
 
 def details(summary: str, *parts: Html) -> Html:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
-    "comparison_figures errors precision report sharding signals significance tally adapters adapters.matching",
+    "errors precision report sharding signals significance tally adapters adapters.matching",
     "adapters.layouts adapters.decompositions",
     "adapters.kinds",
     "adapters.packed",
@@ -47,7 +47,7 @@ LAYERS = (
     "assembly",
     "analysis",
     "comparing environment loading processes",
-    "analysis_figures launching run_figures",
+    "analysis_figures comparison_figures launching run_figures",
     "run_page run_recording",
     "comparison_report export opening scoring",
     "analysis_report export_gguf records",
@@ -122,7 +122,7 @@ def test_only_report_prints(module: str) -> None:
 
 
 def test_only_figures_draw() -> None:
-    assert {name for name in MODULES if "matplotlib" in foreign(name)} == {"figures", "comparison_figures"}
+    assert {name for name in MODULES if "matplotlib" in foreign(name)} == {"figures"}
     assert not any("matplotlib" in foreign(name, only_at_import=True) for name in MODULES)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_methods_share_data_order_and_head(compared: Compared) -> None:
         first.append(events[0]["epoch"])
         assert not (folder / "checkpoints").exists()
     assert first[0] == first[1]
+
+
+def test_the_page_holds_the_table_and_every_figure(compared: Compared) -> None:
+    page = (compared.root / "report.html").read_text(encoding="utf-8")
+    table = (compared.root / "table.md").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if line.startswith("| `mirror`"))
+    assert all(cell.strip(" `") in page for cell in row.strip("| ").split("|"))
+    assert page.count("<svg ") == len(list(compared.root.glob("*.png"))) == 3
+    assert not re.search(r"""(src|[^:]href)=["']?(https?:|//)""", page)
 
 
 def test_a_second_run_keeps_what_is_finished(compared: Compared) -> None:

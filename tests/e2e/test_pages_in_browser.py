@@ -68,10 +68,28 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     words = ["train", "-m", model, "-t", "text-classification", "-d", data, "--epochs", 2, "-o", folder / "run", "-q"]
     assert mirrortune(*words, cache=folder / "cache").exit_code == 0
     assert mirrortune("analyze", model, other, "-o", folder / "analysis.html", "-q").exit_code == 0
-    return {"run": folder / "run" / "report.html", "analysis": folder / "analysis.html"}
+    words = [
+        "compare",
+        "-m",
+        model,
+        "-t",
+        "text-classification",
+        "-d",
+        data,
+        "--methods",
+        "mirror,none",
+        "--lr-grid",
+        "1e-2",
+    ]
+    assert mirrortune(*words, "--seeds", 1, "-o", folder / "compared", cache=folder / "cache").exit_code == 0
+    return {
+        "run": folder / "run" / "report.html",
+        "analysis": folder / "analysis.html",
+        "comparison": folder / "compared" / "report.html",
+    }
 
 
-@pytest.mark.parametrize("name", ["run", "analysis"])
+@pytest.mark.parametrize("name", ["run", "analysis", "comparison"])
 def test_a_page_shows_in_light_and_dark_and_asks_for_nothing(pages: dict[str, Path], name: str, tmp_path: Path) -> None:
     assert not any(host in pages[name].read_text(encoding="utf-8") for host in _MAKER)
     dark, console, asked = visit(pages[name], tmp_path, 0)
