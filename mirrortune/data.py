@@ -5,6 +5,7 @@ validation.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 from collections.abc import Sequence
@@ -20,7 +21,14 @@ from mirrortune.class_folders import class_folder
 from mirrortune.columns import is_string
 from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
 from mirrortune.hub import hub_errors, resolve_commit
-from mirrortune.locations import looks_like_path, shipped_folder
+from mirrortune.locations import (
+    HUB_SCHEME,
+    is_pattern,
+    looks_like_path,
+    shipped_folder,
+    split_sample,
+    table_suffix,
+)
 from mirrortune.tables import READERS, read_table
 
 # Names under which people keep the three splits.
@@ -82,8 +90,9 @@ def load_data(
     """Read a data set.
 
     Args:
-        path: a file; a folder with train/validation/test files, or with a folder of images for each class;
-            ``shipped:NAME`` for data inside this package; or a Hub id.
+        path: a file; a pattern for several; a folder with train/validation/test files, or with a folder of images for
+            each class; ``shipped:NAME`` for data inside this package; a Hub id, or ``hf://ID:CONFIG:SPLIT``. ``#500``
+            behind it takes 500 of the training rows.
         config: the Hub data set's configuration (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
         encoding: of local text files.
@@ -93,14 +102,64 @@ def load_data(
         ConfigError: a configuration or revision for local data.
         HubError: whatever the Hub refused.
     """
+    path, sample = split_sample(path)
+    if path.startswith(HUB_SCHEME):
+        return _sampled(_load_address(path, config, revision), sample)
     is_shipped = path.startswith("shipped:")
     local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else Path(path).expanduser()
-    if local.is_file() or local.is_dir() or looks_like_path(path):
-        for key, value in (("data.config", config), ("data.revision", revision)):
-            if value is not None:
-                raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
-        return _load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding)
-    return _load_from_hub(path, config, revision)
+    if not (local.is_file() or local.is_dir() or looks_like_path(path)):
+        return _sampled(_load_from_hub(path, config, revision), sample)
+    for key, value in (("data.config", config), ("data.revision", revision)):
+        if value is not None:
+            raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
+    if is_pattern(path):
+        return _sampled(_load_files(path, encoding), sample)
+    return _sampled(_load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding), sample)
+
+
+def _sampled(data: DataSet, count: int | None) -> DataSet:
+    """The data set with at most ``count`` rows in its training split, always the same ones."""
+    train = data.find("train")
+    if count is None or train is None:
+        return data
+    if count < 2:
+        raise ConfigError("--data", f"got #{count}", allowed="#2 or more: rows to learn from and rows to validate on")
+    name = next(n for n, split in data.splits.items() if split is train)
+    fewer = {**data.splits, name: take_subset(train, count, 0)}
+    return DataSet(splits=fewer, origin={**data.origin, "sample": count})
+
+
+def _load_address(address: str, config: str | None, revision: str | None) -> DataSet:
+    """``hf://owner/name``, ``hf://owner/name:config`` or ``hf://owner/name:config:split``, which is trained on."""
+    name, *parts = address.removeprefix(HUB_SCHEME).removeprefix("datasets/").split(":")
+    if len(parts) > 2 or not name:
+        raise ConfigError("--data", f"got '{address}'", allowed="hf://owner/name, :config and :split behind it")
+    own, split = [*parts, "", ""][:2]
+    if own and config not in (None, own):
+        raise ConfigError("data.config", f"got '{config}', and {address}", fix="Give one of the two")
+    found = _load_from_hub(name, own or config, revision)
+    if not split:
+        return found
+    return DataSet(splits={"train": found.require(split, "--data")}, origin={**found.origin, "split": split})
+
+
+def _load_files(pattern: str, encoding: str) -> DataSet:
+    """All files that a pattern such as ``rows/*.jsonl`` stands for, in the order of their names, as one split."""
+    files = [Path(name) for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]  # noqa: PTH207
+    if not files:
+        raise DataError(pattern, "no file matches", fix="Check the pattern given to --data, and quote it in the shell")
+    split = Split(table=_together(files, pattern, encoding), source=pattern, folder=files[0].parent)
+    return DataSet(
+        splits={"train": split}, origin={"path": pattern, "sha256": {str(f): _file_sha256(f) for f in files}}
+    )
+
+
+def _together(files: Sequence[Path], source: str, encoding: str) -> pa.Table:
+    tables = [read_table(f, encoding) for f in files]
+    try:
+        return _flat(pa.concat_tables(tables, promote_options="permissive"))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(source, f"the files have different columns ({error})") from error
 
 
 def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None) -> tuple[Split, Split]:
@@ -174,13 +233,8 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
     splits: dict[str, Split] = {}
     hashes: dict[str, str] = {}
     for name, files in _files_by_split(folder).items():
-        tables = [read_table(f, encoding) for f in files]
-        try:
-            table = pa.concat_tables(tables, promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(str(folder), f"the files of split '{name}' have different columns ({error})") from error
         source = str(files[0]) if len(files) == 1 else f"{folder} {name}"
-        splits[name] = Split(table=_flat(table), source=source, folder=folder)
+        splits[name] = Split(table=_together(files, f"{folder} {name}", encoding), source=source, folder=folder)
         hashes |= {f.name: _file_sha256(f) for f in files}
     if not splits:
         splits = _class_folders(folder)
@@ -198,8 +252,9 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in READERS):
-        stem = re.split(r"[-_.]\d", path.stem.lower(), maxsplit=1)[0]  # train-00000-of-00002 is train
+    for path in sorted(p for p in folder.iterdir() if table_suffix(p) is not None):
+        # train-00000-of-00002.csv.gz is train
+        stem = re.split(r"[-_]\d", path.name.lower().split(".")[0], maxsplit=1)[0]
         for split, names in _SPLIT_NAMES.items():
             if stem in names:
                 found.setdefault(split, []).append(path)

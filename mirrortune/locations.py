@@ -12,7 +12,8 @@ from pathlib import Path
 from mirrortune.errors import ConfigError
 
 PACKAGE_SCHEME = "package:"
-TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+HUB_SCHEME = "hf://"
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
 
 
 def cache_folder() -> Path:
@@ -35,7 +36,27 @@ def looks_like_path(name: str) -> bool:
     """Whether ``name`` can only be meant as a path and not as a Hub id (``name`` or ``owner/name``)."""
     path = Path(name).expanduser()
     is_rooted = name.startswith((".", "/", "~", "\\")) or path.is_absolute() or path.drive != ""
-    return is_rooted or name.count("/") > 1 or "\\" in name or path.suffix.lower() in TABLE_SUFFIXES or path.exists()
+    is_named_so = table_suffix(path) is not None or is_pattern(name)
+    return is_rooted or name.count("/") > 1 or "\\" in name or is_named_so or path.exists()
+
+
+def table_suffix(path: Path) -> str | None:
+    """The ending of a table's file, without the ``.gz`` of a compressed one; None for other files."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in TABLE_SUFFIXES else None
+
+
+def is_pattern(name: str) -> bool:
+    """Whether ``name`` stands for several files, such as ``rows/*.jsonl``."""
+    return any(sign in name for sign in "*?[") and not Path(name).expanduser().exists()
+
+
+def split_sample(name: str) -> tuple[str, int | None]:
+    """``rows.csv#500`` is 500 rows of rows.csv: the name without, and the number."""
+    place, sign, number = name.rpartition("#")
+    if not sign or not number.isdecimal() or Path(name).expanduser().exists():
+        return name, None
+    return place, int(number)
 
 
 def is_local(model: str) -> bool:

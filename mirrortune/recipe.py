@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from mirrortune import strict_yaml
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
-from mirrortune.locations import TABLE_SUFFIXES, shipped_folder
+from mirrortune.locations import shipped_folder, split_sample, table_suffix
 from mirrortune.schema import Recipe
 
 
@@ -163,9 +163,9 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, so that it means the same from any folder."""
     update: dict[str, Any] = {}
     for section, key in (("model", "name"), ("data", "path")):
-        given = getattr(getattr(recipe, section), key)
+        given, number = split_sample(getattr(getattr(recipe, section), key) or "")
         if given and Path(given).expanduser().exists():
-            absolute = str(Path(given).expanduser().resolve())
+            absolute = str(Path(given).expanduser().resolve()) + (f"#{number}" if number is not None else "")
             update[section] = getattr(recipe, section).model_copy(update={key: absolute})
     return recipe.model_copy(update=update)
 
@@ -253,10 +253,11 @@ def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
     """Paths of data and pairs in a recipe may be relative to the recipe's folder; make them work from anywhere."""
     given = _setting(data, "data", "path")
     if isinstance(given, str) and not given.startswith("shipped:"):
+        given, number = split_sample(given)
         beside = folder / given
-        is_file = Path(given).suffix.lower() in TABLE_SUFFIXES or given.startswith(".")
+        is_file = table_suffix(Path(given)) is not None or given.startswith(".")
         if beside.exists() and (is_file or beside.is_dir()) and not Path(given).is_absolute():
-            data["data"]["path"] = str(beside.resolve())
+            data["data"]["path"] = str(beside.resolve()) + (f"#{number}" if number is not None else "")
     pairs = _setting(data, "adapter", "pairing")
     if isinstance(pairs, str) and pairs.endswith(".json") and (folder / pairs).is_file():
         data["adapter"]["pairing"] = str((folder / pairs).resolve())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one tabular file (csv, tsv, json, jsonl, parquet) into an Arrow table, with the line of whatever is wrong with
-it.
+"""Reads one tabular file (csv, tsv, json, jsonl, parquet, arrow, txt; compressed by gzip or not) into an Arrow table,
+with the line of whatever is wrong with it.
 
 csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the
 cell, and guess types (a column of dates, of "1", of "NA") that a text column must not have.
@@ -9,8 +9,10 @@ cell, and guess types (a column of dates, of "1", of "NA") that a text column mu
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.errors import DataError
-from mirrortune.locations import TABLE_SUFFIXES
+from mirrortune.locations import TABLE_SUFFIXES, table_suffix
 
 # Cells of the csv module are limited to 128 KiB by default; documents are longer.
 _CELL_LIMIT = 1 << 30
@@ -29,7 +31,7 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
     """The rows of one file.
 
     Args:
-        path: a .csv, .tsv, .json, .jsonl or .parquet file.
+        path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row each line) file, or one of them with .gz.
         encoding: of the text formats; a byte order mark is dropped.
 
     Returns:
@@ -46,7 +48,7 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
             allowed=f"files beside it: {', '.join(siblings[:12])}" if siblings else None,
             fix="Check the path given to --data",
         )
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(table_suffix(path) or "")
     if reader is None:
         raise DataError(str(path), f"unknown file type '{path.suffix}'", allowed=", ".join(READERS))
     if path.stat().st_size == 0:
@@ -59,18 +61,34 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
 
 def _read_parquet(path: Path, encoding: str) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return pq.read_table(_bytes(path)) if path.suffix.lower() == ".gz" else pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
+def _read_arrow(path: Path, encoding: str) -> pa.Table:
+    data = _bytes(path)
+    try:
+        opened = pa.ipc.open_file(data) if data[:6] == b"ARROW1" else pa.ipc.open_stream(data)
+        return opened.read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            str(path), f"not a whole arrow file ({_first_line(error)})", fix="Copy or download it again"
+        ) from error
+
+
+def _read_text(path: Path, encoding: str) -> pa.Table:
+    lines = [line for line in _decode(path, encoding).split("\n") if line.strip()]
+    return pa.table({"text": pa.array(lines, pa.string())})
+
+
 def _read_delimited(path: Path, encoding: str) -> pa.Table:
     text = _decode(path, encoding)
     header_line = text.split("\n", 1)[0]
     # Semicolons and tabs are common in files called .csv; the header has no prose to mislead the count.
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=header_line.count)
+    delimiter = "\t" if table_suffix(path) == ".tsv" else max(",;\t|", key=header_line.count)
     rows = _parse_rows(path, text, delimiter)
     try:
         _, header = next(rows)
@@ -163,8 +181,21 @@ def _from_objects(path: Path, rows: list[Any]) -> pa.Table:
     return pa.table(arrays)
 
 
-def _decode(path: Path, encoding: str) -> str:
+def _bytes(path: Path) -> bytes:
+    """What a file holds, unpacked."""
     data = path.read_bytes()
+    if path.suffix.lower() != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            str(path), f"not a whole gzip file ({_first_line(error)})", fix="Copy or download it again"
+        ) from error
+
+
+def _decode(path: Path, encoding: str) -> str:
+    data = _bytes(path)
     try:
         text = data.decode("utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding)
     except LookupError as error:
@@ -191,5 +222,7 @@ READERS: dict[str, Callable[[Path, str], pa.Table]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_text,
 }
 assert tuple(READERS) == TABLE_SUFFIXES

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 import shutil
@@ -289,7 +290,16 @@ BAD: dict[str, Bad] = {
         ("theirs: no train, validation or test file; it holds thesis.tex", "Rename the files"),
         change=fill("theirs"),
     ),
-    "unknown file type": data("text\n", "unknown file type '.txt'. Allowed: .csv, .tsv", name="bad.txt"),
+    "unknown file type": data("text\n", "unknown file type '.docx'. Allowed: .csv, .tsv", name="bad.docx"),
+    "pattern of nothing": choice("-d rows/*.csv", "rows/*.csv: no file matches. Check the pattern given to --data"),
+    "half a gzip file": data(gzip.compress(b"text,label\n" * 99)[:40], "not a whole gzip file", name="bad.csv.gz"),
+    "no gzip file": data("text,label\n", "not a whole gzip file (Not a gzipped file", name="bad.csv.gz"),
+    "no arrow file": data("text,label\n", "not a whole arrow file", name="bad.arrow"),
+    "sample of one row": setting("-d reviews.csv#1", "--data: got #1. Allowed: #2 or more"),
+    "two configurations": setting(
+        "-d hf://nyu-mll/glue:sst2 data.config=cola", "data.config: got 'cola', and hf://nyu-mll/glue:sst2. Give one"
+    ),
+    "address of too many parts": setting("-d hf://a/b:c:d:e", "--data: got 'hf://a/b:c:d:e'. Allowed: hf://owner/name"),
     "empty file": data("", "the file is empty. Give it a header and rows."),
     "header only": data("text,label\n", "the file has no rows."),
     "bytes that are no text": data(

@@ -125,7 +125,11 @@ def test_a_long_document_is_one_cell(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": "\\ud800"}\n', "a.jsonl: column 'a' holds half a character"),
         ("a.jsonl", '{"a": 1' + "0" * 30 + "}\n", "a.jsonl: column 'a'"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a whole parquet file"),
-        ("a.txt", "text", "a.txt: unknown file type '.txt'. Allowed: .csv, .tsv, .json, .jsonl, .parquet"),
+        (
+            "a.docx",
+            "text",
+            "a.docx: unknown file type '.docx'. Allowed: .csv, .tsv, .json, .jsonl, .parquet, .arrow, .txt",
+        ),
         ("a", "text", "a: unknown file type ''"),
     ],
 )
@@ -220,4 +224,4 @@ def test_no_damage_to_a_parquet_file_raises_anything_but_a_data_error(tmp_path: 
 
 
 def test_every_suffix_has_a_reader() -> None:
-    assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet"}
+    assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt"}
