@@ -20,7 +20,7 @@ from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import local_adapter
-from mirrortune.merging import merge_folder
+from mirrortune.merge_folder import merge_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,7 +142,8 @@ def merge_adapter(base: str | None, adapter: str | Path, output_dir: str | Path,
 
     if format != "hf":
         raise ConfigError("format", f"got {format!r}", allowed="hf")
-    return asdict(merge_folder(local_adapter(adapter), Path(output_dir), factor_source=FactorCache(), base=base))
+    folder = local_adapter(adapter)
+    return asdict(merge_folder([folder], Path(output_dir), factor_source=FactorCache(), base=base))
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirrortune import __version__, recipe_commands
-from mirrortune.cli_reports import analyze, merge_lines, report, train_lines
+from mirrortune.cli_exports import merge
+from mirrortune.cli_reports import analyze, report, train_lines
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics
@@ -183,40 +184,6 @@ def evaluate(
 
 @app.command()
 @_guard
-def merge(
-    target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory or adapter folder.", show_default=False)],
-    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder to make.", show_default=False)],
-    format: Annotated[str, typer.Option("--format", metavar="hf|lora|gguf", help="Plain weights (hf), a LoRA adapter in PEFT's format (lora) or in llama.cpp's (gguf).")] = "hf",
-    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With lora and gguf: directions kept; all by default.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="Another place of the same base model.", show_default=False)] = None,
-    overwrite: Overwrite = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
-    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
-) -> None:  # fmt: skip
-    """Write plain weights that need nothing of ours; reopened and verified, or not written.
-
-    mirrortune merge runs/sst2-roberta-base-mirror -o merged
-    """
-    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
-    if format not in ("hf", "lora", "gguf"):
-        raise ConfigError("--format", f"got '{format}'", allowed="hf, lora, gguf")
-    if rank is not None and format == "hf":
-        raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
-    from mirrortune import commands, export, export_gguf  # noqa: PLC0415
-
-    where: dict[str, Any] = {"base": base, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    verdict: Any
-    if format == "hf":
-        verdict = commands.merge(target, reporter, output_dir=output_dir, **where)
-    else:
-        write: Any = export.export_lora if format == "lora" else export_gguf.export_gguf
-        verdict = write(target, Path(output_dir), rank=rank, **where)
-    data = {"output_dir": output_dir, "format": format, "verification": asdict(verdict)}
-    reporter.result(data, merge_lines(verdict, output_dir))
-
-
-@app.command()
-@_guard
 @with_recipe_flags("output_dir", "adapter.method", "train.lr", "train.seed")
 def compare(
     words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY.SUB=VALUE]...", help="Shipped recipes or YAML files, one for each task, and settings over them.", show_default=False)] = None, *,
@@ -264,6 +231,7 @@ def compare(
     )
 
 
+app.command()(_guard(merge))
 app.command()(_guard(analyze))
 app.command()(_guard(report))
 recipes = typer.Typer(help="List, print and copy the shipped recipes, and print their schema.", no_args_is_help=True)

@@ -72,21 +72,6 @@ def analyze(
     reporter.result({**found.to_json(), "report": output, "figures": figures}, lines)
 
 
-def merge_lines(verdict: Any, output_dir: str) -> list[str]:
-    """What merge says of what it wrote."""
-    from mirrortune import export, export_gguf, merging  # noqa: PLC0415
-
-    if isinstance(verdict, merging.Verification):
-        said = f"merged into {output_dir}, verified: {merging.describe(verdict)}"
-        return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
-    if isinstance(verdict, export_gguf.GgufExport):
-        return [f"LoRA adapter {output_dir}/{export_gguf.FILE}, verified: {export_gguf.describe(verdict)}"]
-    lines = [f"LoRA adapter in {output_dir}, verified: {export.describe(verdict)}"]
-    if verdict.has_head:
-        lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")
-    return lines
-
-
 def train_lines(result: Any) -> list[str]:
     """What train says of a run."""
     run = result.run_dir

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train, evaluate, merge: what the CLI's commands do, as functions from a recipe to a result."""
+"""train, evaluate: what the CLI's commands do, as functions from a recipe to a result."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune import model_card, packed_bases, ranks
-from mirrortune.adapter_file import read_adapter, write_adapter
+from mirrortune import ranks
+from mirrortune.adapter_file import write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.presets import preset
 from mirrortune.adapting import FingerprintBook
@@ -36,18 +36,16 @@ from mirrortune.loading import (
     find_adapter,
     load_base,
     load_evaluable,
-    require_adapter,
     share_factors,
 )
 from mirrortune.loop import FitResult
-from mirrortune.merging import Verification, merge_folder
 from mirrortune.peft_tuners import remarks
 from mirrortune.predictions import check_place, write_predictions
 from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
 from mirrortune.records import check_same_recipe, pin_paths, run_name, write_results
 from mirrortune.report import Reporter
-from mirrortune.run_recording import record_merge, record_validation, recording
+from mirrortune.run_recording import record_validation, recording
 from mirrortune.schema import Recipe
 from mirrortune.scoring import score_kept
 from mirrortune.tasks import Task, check_columns, task_to_dict
@@ -241,45 +239,6 @@ def evaluate(
         labels = getattr(found.task, "labels", None) if recipe.eval.prediction_labels == "names" else None
         write_predictions(predictions, outcome.predictions, labels, recipe.eval.prediction_bounds)
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows)
-
-
-def merge(
-    target: str,
-    reporter: Reporter,
-    *,
-    output_dir: str,
-    base: str | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> Verification:
-    """Merge a run's (or an adapter folder's) adapter into its base and write a plain, verified checkpoint.
-
-    Args:
-        target: run directory or adapter folder.
-        reporter: is told.
-        output_dir: folder to make.
-        base: another place of the same base.
-        overwrite: replace an earlier merge there.
-        trust_remote_code: run code from the base's repository.
-    """
-    folder = require_adapter(target)
-    adapter = read_adapter(folder)
-    reporter.note(f"merging {folder} into {packed_bases.in_words(adapter, base)}")
-    recipe_file = folder.parent / "recipe.yaml"
-    extra = {"README.md": model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
-    if recipe_file.is_file():
-        extra["recipe.yaml"] = recipe_file.read_text(encoding="utf-8")
-    verdict = merge_folder(
-        folder,
-        Path(output_dir),
-        factor_source=FactorCache(),
-        base=base,
-        extra_files=extra,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
-    record_merge(RunDirectory(folder.parent), output_dir, verdict)
-    return verdict
 
 
 def evaluation_rows(

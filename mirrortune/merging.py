@@ -9,23 +9,20 @@ and only then renamed.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mirrortune import __version__
-from mirrortune.adapter_file import AdapterFile, read_adapter
+from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapters.inject import FactorSource, attachment, plain_parameters
 from mirrortune.adapting import load_into
-from mirrortune.atomic import write_folder_atomically
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
-from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype, shard_bytes
+from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.packed_bases import load_plain, trained_on
 from mirrortune.precision import autocast, widen
 from mirrortune.probes import any_probe, any_processor
@@ -73,77 +70,32 @@ class BaseWithAdapter:
     probe: Batch
 
 
-def merge_folder(
-    adapter_folder: Path,
-    output_dir: Path,
-    *,
-    factor_source: FactorSource,
-    base: str | None = None,
-    extra_files: dict[str, str] | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> Verification:
-    """Merge the adapter in ``adapter_folder`` into its base and write a complete checkpoint to ``output_dir``.
-
-    Args:
-        adapter_folder: what train or save_adapter wrote.
-        output_dir: a new or empty folder, or any earlier merge with ``overwrite``.
-        factor_source: computes or remembers factors.
-        base: another place of the same base model; its weights are compared all the same.
-        extra_files: texts to put beside the weights, by file name.
-        overwrite: replace ``output_dir``.
-        trust_remote_code: run code from the base's repository.
-
-    Raises:
-        ConfigError: ``output_dir`` is not empty, or the base cannot be found.
-        VerificationError: another base or basis, or a result out of tolerance (which is removed).
-    """
-    adapter = read_adapter(adapter_folder)
-    check_output(output_dir, overwrite=overwrite)
-    opened = open_adapter(adapter, factor_source, base=base, trust_remote_code=trust_remote_code)
-    source, plain, adapted, probe = opened.source, opened.plain, opened.adapted, opened.probe
-    verdict: list[Verification] = []
-
-    def write(folder: Path) -> None:
-        state = merged_state(plain, adapted)
-        plain.save_pretrained(folder, state_dict=state, max_shard_size=shard_bytes(source))  # type: ignore[operator]
-        del state
-        opened.processor.save_pretrained(folder)
-        for name, text in (extra_files or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        verdict.append(verify(folder, plain, adapted, adapter.base["auto_class"], probe))
-        report = {"mirrortune_version": __version__, "base": adapter.base, "verification": asdict(verdict[0])}
-        (folder / "merge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if not verdict[0].passed:
-            raise VerificationError(
-                str(output_dir),
-                f"the merged model differs from base + adapter: {describe(verdict[0])}",
-                fix="It was not written; please report this with the model's name",
-            )
-
-    write_folder_atomically(output_dir, write)
-    return verdict[0]
-
-
 def open_adapter(
-    adapter: AdapterFile, factor_source: FactorSource, *, base: str | None, trust_remote_code: bool
+    adapter: AdapterFile,
+    factor_source: FactorSource,
+    *,
+    base: str | None,
+    trust_remote_code: bool,
+    remarks: list[str] | None = None,
 ) -> BaseWithAdapter:
-    """Load an adapter's base, with the adapter and without it.
+    """Load an adapter's base, with the adapter and without it; ``remarks`` as in :func:`load_adapted`.
 
     Raises:
         ConfigError: the base cannot be found.
         VerificationError: another base or basis.
     """
-    source = _find_base(adapter, base, trust_remote_code=trust_remote_code)
+    source = find_base(adapter, base, trust_remote_code=trust_remote_code)
     packed = trained_on(adapter, source, base)
     if packed is not None:
         source = replace(source, load_in=None)
     task = task_from_dict(adapter.task) if adapter.task else None
     processor = task.load_processor(source) if task else any_processor(source, adapter.base["auto_class"])
-    adapted = load_adapted(adapter, source, task, pad_token_id(processor), factor_source, is_plain=True, turned=packed)
+    adapted = load_adapted(
+        adapter, source, task, pad_token_id(processor), factor_source, remarks=remarks, is_plain=True, turned=packed
+    )
     stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
     plain = load_plain(
-        source, adapter.base["auto_class"], _config_fields(adapter, task), stored, pad_token_id(processor)
+        source, adapter.base["auto_class"], config_fields(adapter, task), stored, pad_token_id(processor)
     )
     probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
     return BaseWithAdapter(source=source, plain=plain, adapted=adapted, processor=processor, probe=probe)
@@ -167,7 +119,7 @@ def load_adapted(
     ``is_plain``; ``turned`` is of the quantised one whose weights the adapter turns, if ``source`` is the full one.
     """
     dtype = DTYPES[adapter.base["dtype"]]
-    arguments = adapter.base["auto_class"], _config_fields(adapter, task), dtype, pad_token_id
+    arguments = adapter.base["auto_class"], config_fields(adapter, task), dtype, pad_token_id
     model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
     widen(model, adapter.head)
     original = None if turned is None else load_plain(turned, *arguments)
@@ -245,21 +197,42 @@ def verify(folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, 
         expected = trained[name].detach().cpu().to(tensor.dtype) if name in trained else tensor
         changed += name not in written or not torch.equal(written[name], expected)
     dtype = next(iter(reopened.parameters())).dtype
-    logits = probe_logits(adapted, probe)
-    if dtype == torch.float16:
-        reopened.float()  # not every layer computes in float16 on a CPU
-    error = float((logits - probe_logits(reopened, probe)).abs().max())
-    epsilon = torch.finfo(dtype).eps
+    logits = compare_logits(reopened, adapted, probe)
+    return judge(logits, weight_error=weight_error, weight_tolerance=torch.finfo(dtype).eps, changed_tensors=changed)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitError:
+    """Largest difference of a logit, and what is allowed."""
+
+    error: float
+    tolerance: float
+
+
+def compare_logits(reopened: nn.Module, adapted: nn.Module, probe: Batch) -> LogitError:
+    """A reopened merged model against base + adapter, on ``probe``."""
     # A base that was trained on in 16 bits computes in 16 bits, whatever precision the checkpoint is stored in.
-    coarsest = max(epsilon, *(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters())))
-    tolerance = max(1e-4, 8 * coarsest) * max(1.0, float(logits.abs().max()))
-    passed = error <= tolerance and weight_error <= epsilon and not changed
+    coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
+    if next(iter(reopened.parameters())).dtype == torch.float16:
+        reopened.float()  # not every layer computes in float16 on a CPU
+    return logit_error(probe_logits(reopened, probe), probe_logits(adapted, probe), coarsest)
+
+
+def logit_error(found: Tensor, expected: Tensor, epsilon: float) -> LogitError:
+    """The largest difference of two models' logits, ``epsilon`` the coarser rounding of both."""
+    tolerance = max(1e-4, 8 * epsilon) * max(1.0, float(expected.abs().max()))
+    return LogitError(float((expected - found).abs().max()), tolerance)
+
+
+def judge(logits: LogitError, *, weight_error: float, weight_tolerance: float, changed_tensors: int) -> Verification:
+    """The verdict on everything that was measured."""
+    passed = logits.error <= logits.tolerance and weight_error <= weight_tolerance and not changed_tensors
     return Verification(
-        max_abs_logit_error=error,
+        max_abs_logit_error=logits.error,
         max_rel_weight_error=weight_error,
-        tolerance=tolerance,
-        weight_tolerance=epsilon,
-        changed_tensors=changed,
+        tolerance=logits.tolerance,
+        weight_tolerance=weight_tolerance,
+        changed_tensors=changed_tensors,
         passed=passed,
     )
 
@@ -273,11 +246,19 @@ def describe(verdict: Verification) -> str:
     )
 
 
-def probe_logits(model: nn.Module, probe: Batch) -> Tensor:
-    """Everything that the model calls logits (one head or several), end to end."""
-    device = next(iter(model.parameters())).device
+@torch.no_grad()
+def probe_logits(model: nn.Module, probe: Batch, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Everything that the model calls logits (one head or several), end to end.
+
+    Args:
+        model: in evaluation mode.
+        probe: inputs of its forward.
+        dtype: of the weights of a model that reads them when it runs, on the CPU.
+    """
+    device = next(iter(model.parameters())).device if dtype is None else torch.device("cpu")
     call: Callable[..., Any] = model.forward
-    with autocast(model):
+    context = autocast(model) if dtype is None else autocast(nn.Linear(1, 1, dtype=dtype))
+    with context:
         outputs = call(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in probe.items()})
     logits = {name: value for name, value in outputs.items() if name.endswith("logits") and isinstance(value, Tensor)}
     mask = probe.get("attention_mask")
@@ -289,14 +270,16 @@ def probe_logits(model: nn.Module, probe: Batch) -> Tensor:
     return torch.cat([value.float().cpu().flatten() for value in logits.values()])
 
 
-def _config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
+def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
+    """Fields of the model's configuration that follow from the adapter's task, or from the labels that it recorded."""
     if task is not None:
         return task.config_fields()
     labels = {int(index): name for index, name in (adapter.base.get("id2label") or {}).items()}
     return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if labels else {}
 
 
-def _find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool) -> ModelSource:
+def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool) -> ModelSource:
+    """The base that an adapter names, or ``base``."""
     if adapter.base.get("name") is None and base is None:
         raise ConfigError("merge", "the adapter does not say what its base model is", fix="Name it with --model")
     return find_model(

@@ -54,7 +54,7 @@ class _Run:
         self.results: dict[str, Any] = _json(run.results)
         self.environment: dict[str, Any] = _json(run.path / "environment.json")
         self.validation: dict[str, Any] = _json(run.validation)
-        self.merge: dict[str, Any] = _json(run.path / "merge.json")
+        self.merge: dict[str, Any] = _json(run.path / "reports" / "merge.json")
         self.settings = flatten(resolve([read_recipe(str(run.recipe))]).recipe)
 
     @property

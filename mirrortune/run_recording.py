@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from mirrortune.checkpoint import RunDirectory
 from mirrortune.evaluation import EvalResult, evaluate_split
 from mirrortune.examples import Examples, TokenExamples
 from mirrortune.loop import Progress
-from mirrortune.merging import Verification
 from mirrortune.recipe import flatten
 from mirrortune.report import Reporter
 from mirrortune.sharding import whole_parameters
@@ -106,10 +104,10 @@ def recording(
         yield RunRecorder(shown, run, model, track)
 
 
-def record_merge(run: RunDirectory, output_dir: str, verdict: Verification) -> None:
+def record_merge(run: RunDirectory, output_dir: str, report: dict[str, Any]) -> None:
     """Note in a run's directory where it was merged to, and how that was verified; other folders are left alone."""
     if run.results.is_file():
-        run.write_json("merge.json", {"output_dir": output_dir, "verification": asdict(verdict)})
+        run.write_json("reports/merge.json", {"output_dir": output_dir, **report})
 
 
 def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:

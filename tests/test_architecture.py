@@ -19,7 +19,7 @@ LAYERS = (
     "adapters.kinds",
     "adapters.packed",
     "quantised",
-    "adapters.factorize atomic class_folders columns examples labels locations metrics registry strict_yaml",
+    "adapters.factorize atomic class_folders columns examples labels locations metrics registry shards strict_yaml",
     "adapter_format adapters.layer_names text_tables tracking",
     "figures pages predictions",
     "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card ranks schema tables",
@@ -41,7 +41,9 @@ LAYERS = (
     "adapting",
     "packed_bases",
     "loop merging snapshots stepping",
-    "weights",
+    "lazy_model weights",
+    "merge_plan",
+    "merge_folder",
     "api training",
     "matrices peft_weights",
     "assembly",
@@ -50,8 +52,8 @@ LAYERS = (
     "analysis_figures comparison_figures launching run_figures",
     "run_page run_recording",
     "comparison_report export opening scoring",
-    "analysis_report export_gguf records",
-    "cli_reports commands preparing recipe_commands",
+    "analysis_report export_gguf records sharing",
+    "cli_exports cli_reports commands preparing recipe_commands",
     "cli",
     "__main__",
 )
@@ -61,7 +63,7 @@ HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "pe
          "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
 LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",
-         "adapters.presets", "cli", "cli_reports", "recipe_commands", "text_tables", "__main__",
+         "adapters.presets", "cli", "cli_exports", "cli_reports", "recipe_commands", "text_tables", "__main__",
          "__init__")  # fmt: skip
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")

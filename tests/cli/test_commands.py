@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
-from mirrortune import strict_yaml
+from mirrortune import merge_folder, strict_yaml
 from mirrortune.adapter_format import FORMAT_VERSION
 from mirrortune.adapters.presets import method_names, preset
 from tests.cli.console import mirrortune, reviews, write_table
@@ -182,7 +181,7 @@ def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
     scores = {e["step"]: e["accuracy"] for e in events_of(run) if e["event"] == "evaluate"}
     best = max(scores, key=lambda step: scores[step])
 
-    assert {p.name for p in run.iterdir()} - {"merge.json"} == {  # which is there once it has been merged
+    assert {p.name for p in run.iterdir()} - {"reports"} == {  # which is there once it has been merged
         "recipe.yaml", "environment.json", "metrics.jsonl", "trainer_state.json", "results.json", "README.md",
         "curves.png", "adapter", "checkpoints", "progress.jsonl", "validation.json", "report.html",
     }  # fmt: skip
@@ -298,17 +297,17 @@ def test_a_merge_is_verified_and_keeps_the_stored_precision(tmp_path: Path, dtyp
 def test_a_merge_that_was_not_written_right_is_not_kept(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """The disk, or transformers, changes one number of one tensor."""
-    save = PreTrainedModel.save_pretrained
+    """The disk changes one number of one tensor."""
+    write = merge_folder.write_shards
 
-    def save_and_corrupt(self: PreTrainedModel, folder: Path, **options: Any) -> None:
-        save(self, folder, **options)
-        path = Path(folder) / "model.safetensors"
+    def write_and_corrupt(folder: Path, shards: Any, make: Any) -> None:
+        write(folder, shards, make)
+        path = folder / "model.safetensors"
         tensors = load_file(path)
         tensors[next(n for n in tensors if n.endswith(name))].view(-1)[0] += 0.01
         save_file(tensors, path, {"format": "pt"})
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_and_corrupt)
+    monkeypatch.setattr(merge_folder, "write_shards", write_and_corrupt)
 
     outcome = mirrortune("merge", finished.run, "-o", tmp_path / "out" / "merged", cache=finished.cache)
 
@@ -324,10 +323,12 @@ def test_an_earlier_merge_survives_one_that_fails(
 ) -> None:
     target = Path(shutil.copytree(merged, tmp_path / "merged"))
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, folder, **options: None)
+    monkeypatch.setattr(merge_folder, "write_shards", lambda folder, shards, make: None)
 
-    with pytest.raises(ValueError, match="config"):  # no error of the user's: shown as it is
-        mirrortune("merge", finished.run, "-o", target, "--overwrite", cache=finished.cache)
+    outcome = mirrortune("merge", finished.run, "-o", target, "--overwrite", cache=finished.cache)
+
+    assert outcome.exit_code == 5
+    assert "other tensors are missing" in outcome.said
 
     assert {p.name: p.read_bytes() for p in target.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir() if "merged" in p.name] == ["merged"]

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mirrortune import commands, recipe
+from mirrortune import commands, recipe, sharing
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.factorize import factorize
 from mirrortune.adapters.inject import adapter_parameters, attach
@@ -119,7 +119,7 @@ def test_a_run_keeps_its_pairs_and_a_resumed_run_uses_them(tiny_model_dir: Path,
     assert (
         scored.metrics["accuracy"] == commands.train(resolved, quiet, recipe_name=None, resume=True).metrics["accuracy"]
     )
-    verdict = commands.merge(str(tmp_path / "run"), quiet, output_dir=str(tmp_path / "merged"))
+    verdict = sharing.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged"))
     assert verdict.passed
 
 

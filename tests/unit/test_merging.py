@@ -16,7 +16,8 @@ from mirrortune.adapters.inject import AdapterSpec, attach, spectral_layers
 from mirrortune.adapting import FingerprintBook
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
-from mirrortune.merging import Verification, merge_folder, merged_state, probe_logits, verify
+from mirrortune.merge_folder import merge_folder
+from mirrortune.merging import Verification, merged_state, probe_logits, verify
 from mirrortune.model import find_model, load_model, load_tokenizer
 from mirrortune.probes import text_probe
 from mirrortune.tasks import task_to_dict
@@ -56,7 +57,7 @@ def write_trained(base: Path, folder: Path, spec: AdapterSpec, *, dtype: torch.d
 
 def merge(adapter: Path, target: Path, **options: Any) -> Verification:
     """Merge with factors from the cache."""
-    return merge_folder(adapter, target, factor_source=FactorCache(), **options)
+    return merge_folder([adapter], target, factor_source=FactorCache(), **options)
 
 
 def reopen(folder: Path) -> nn.Module:
@@ -259,7 +260,7 @@ def test_delta_weights_do_not_depend_on_the_driver(tiny_model_dir: Path, tmp_pat
         return Factors(U=-found.U, S=found.S, Vh=-found.Vh)
 
     merge(tmp_path / "adapter", tmp_path / "a")
-    merge_folder(tmp_path / "adapter", tmp_path / "b", factor_source=flipped)
+    merge_folder([tmp_path / "adapter"], tmp_path / "b", factor_source=flipped)
     a, b = (reopen(tmp_path / name).state_dict() for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mirrortune import commands, recipe
+from mirrortune import commands, recipe, sharing
 from mirrortune.precision import autocast, widen
 from mirrortune.report import Reporter
 from tests.tiny_models import tiny_bert
@@ -47,4 +47,4 @@ def test_a_bfloat16_run_is_trained_scored_and_merged(tiny_model_dir: Path, tmp_p
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     assert {t.dtype for n, t in tensors.items() if n.startswith(("core.", "param."))} == {torch.float32}
     assert commands.evaluate(str(tmp_path / "run"), resolved.recipe, quiet).metrics == trained.metrics
-    assert commands.merge(str(tmp_path / "run"), quiet, output_dir=str(tmp_path / "merged")).passed
+    assert sharing.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged")).passed

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that make something of a run for others: parse, call, print."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mirrortune.errors import ConfigError
+from mirrortune.flags import Debug, Json, Quiet, Verbose
+from mirrortune.report import Reporter
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def merge(
+    targets: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directory or adapter folder; several are merged in order.", show_default=False)], *,
+    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder to make.", show_default=False)],
+    format: Annotated[str, typer.Option("--format", metavar="hf|lora|gguf", help="Plain weights (hf), a LoRA adapter in PEFT's format (lora) or in llama.cpp's (gguf).")] = "hf",
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With lora and gguf: directions kept; all by default.", show_default=False)] = None,
+    max_shard_size: Annotated[str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of plain weights, such as 2GB; as in the base by default.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="Another place of the same base model.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier merge wrote there.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Merge into a base with other weights than the adapter was trained on.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write plain weights that need nothing of ours; reopened and verified, or not written.
+
+    mirrortune merge runs/sst2-roberta-base-mirror -o merged
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    if format not in ("hf", "lora", "gguf"):
+        raise ConfigError("--format", f"got '{format}'", allowed="hf, lora, gguf")
+    if rank is not None and format == "hf":
+        raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
+    if format != "hf":
+        _check_for_lora(targets, max_shard_size, force_base=force_base)
+    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
+    from mirrortune import export, export_gguf, sharing  # noqa: PLC0415
+
+    where: dict[str, Any] = {"base": base, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    verdict: Any
+    if format == "hf":
+        more: dict[str, Any] = {"max_shard_bytes": shard_bytes, "force_base": force_base}
+        verdict = sharing.merge(targets, reporter, output_dir=output_dir, **more, **where)
+    else:
+        write: Any = export.export_lora if format == "lora" else export_gguf.export_gguf
+        verdict = write(targets[0], Path(output_dir), rank=rank, **where)
+    data = {"output_dir": output_dir, "format": format, "verification": asdict(verdict)}
+    reporter.result(data, _merge_lines(verdict, output_dir))
+
+
+def parse_size(text: str, where: str) -> int:
+    """Bytes that ``500MB``, ``2GiB`` or ``1000000`` mean; ConfigError at ``where`` for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS or not float(found[1]) * _UNITS[found[2].upper()] >= 1:
+        raise ConfigError(where, f"got '{text}'", allowed="a size such as 500MB, 2GB or 4GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _check_for_lora(targets: list[str], max_shard_size: str | None, *, force_base: bool) -> None:
+    if len(targets) > 1:
+        raise ConfigError("--format", f"a LoRA is made of one adapter, got {len(targets)}", fix="Merge plain weights")
+    ignored = {"--max-shard-size": max_shard_size, "--force-base": force_base or None}
+    if given := [flag for flag, value in ignored.items() if value is not None]:
+        raise ConfigError(given[0], "it is for plain weights", fix="Remove it, or use --format hf")
+
+
+def _merge_lines(verdict: Any, output_dir: str) -> list[str]:
+    from mirrortune import export, export_gguf, merging  # noqa: PLC0415
+
+    if isinstance(verdict, merging.Verification):
+        said = f"merged into {output_dir}, verified: {merging.describe(verdict)}"
+        return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
+    if isinstance(verdict, export_gguf.GgufExport):
+        return [f"LoRA adapter {output_dir}/{export_gguf.FILE}, verified: {export_gguf.describe(verdict)}"]
+    lines = [f"LoRA adapter in {output_dir}, verified: {export.describe(verdict)}"]
+    if verdict.has_head:
+        lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")
+    return lines

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in safetensors files, read and written one tensor at a time.
+
+The libraries write a file from all of its tensors at once, and read through mappings whose pages count as memory for as
+long as they are open. Here a tensor is read by its place in the file, and what is not changed is copied byte by byte: a
+checkpoint of any size needs the memory of its largest changed tensor.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header, the header (JSON: dtype,
+shape and place of every tensor), the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from mirrortune.errors import ConfigError
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+DTYPE_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+_CHUNK = 1 << 24  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        code: the format's name of its dtype, such as ``BF16``.
+        shape: of the tensor.
+        path: the file.
+        start: place of its first byte in the file.
+        nbytes: how many there are.
+    """
+
+    code: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedTensor:
+    """A tensor to be written: a copy of ``source``'s bytes, or what is made for it when its turn comes.
+
+    ``place`` is the input file that it comes from, None for a tensor that is new.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    source: StoredTensor | None = None
+    place: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * _DTYPES[self.code].itemsize if self.source is None else self.source.nbytes
+
+
+def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of some files, by name, in the order of the files.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or two hold a tensor of one name.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in paths:
+        try:
+            own = _read_header(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            problem = f"missing or damaged ({type(error).__name__}: {error})"
+            raise ConfigError(str(path), problem, fix="Download or copy the checkpoint again") from error
+        if twice := own.keys() & found.keys():
+            raise ConfigError(str(path), f"tensor '{min(twice)}' is in another file as well")
+        found |= own
+    return found
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        dtype = _DTYPES.get(entry["dtype"])
+        is_inside = 0 <= start <= stop <= size - 8 - length
+        if not is_inside or (dtype is not None and math.prod(shape) * dtype.itemsize != stop - start):
+            raise ValueError(f"tensor '{name}' is not where the header says")
+        found[name] = StoredTensor(
+            code=entry["dtype"], shape=shape, path=path, start=8 + length + start, nbytes=stop - start
+        )
+    return found
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """The tensor itself, in its stored dtype, in memory of its own."""
+    dtype = _DTYPES.get(stored.code)
+    if dtype is None:
+        raise ConfigError(str(stored.path), f"dtype {stored.code}", allowed=", ".join(_DTYPES))
+    data = bytearray(stored.nbytes)
+    with stored.path.open("rb") as file:
+        file.seek(stored.start)
+        if file.readinto(data) != stored.nbytes:
+            raise ConfigError(str(stored.path), "it ends in the middle of a tensor", fix="Download or copy it again")
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(stored.shape)
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors have the same dtype, shape and bytes."""
+    if (one.code, one.shape, one.nbytes) != (other.code, other.shape, other.nbytes):
+        return False
+    with one.path.open("rb") as left, other.path.open("rb") as right:
+        left.seek(one.start)
+        right.seek(other.start)
+        done = 0
+        while done < one.nbytes:
+            count = min(_CHUNK, one.nbytes - done)
+            if left.read(count) != right.read(count):
+                return False
+            done += count
+    return True
+
+
+def shard_like(
+    planned: Sequence[PlannedTensor], input_files: Sequence[Path], max_bytes: int | None
+) -> list[list[PlannedTensor]]:
+    """Which tensors share a file.
+
+    Args:
+        planned: in order.
+        input_files: those of the checkpoint that the places are in; without ``max_bytes`` the output has as many, and
+            new tensors go into the last.
+        max_bytes: fill files up to this size instead; a larger tensor has one of its own.
+    """
+    if max_bytes is None:
+        places = {path: index for index, path in enumerate(input_files)}
+        shards: list[list[PlannedTensor]] = [[] for _ in input_files] or [[]]
+        for tensor in planned:
+            shards[-1 if tensor.place is None else places[tensor.place]].append(tensor)
+        return [shard for shard in shards if shard]
+    shards, used = [[]], 0
+    for tensor in planned:
+        if shards[-1] and used + tensor.nbytes > max_bytes:
+            shards, used = [*shards, []], 0
+        shards[-1].append(tensor)
+        used += tensor.nbytes
+    return shards
+
+
+def write_shards(
+    folder: Path, shards: Sequence[Sequence[PlannedTensor]], make: Callable[[PlannedTensor], Tensor]
+) -> None:
+    """Write a checkpoint: one file, or several with their index.
+
+    Args:
+        folder: exists.
+        shards: the tensors of each file.
+        make: gives the tensors that have no source, one at a time, in the dtype and shape that are planned.
+    """
+    count = len(shards)
+    names = [WHOLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, make)
+    if count > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Sequence[PlannedTensor], make: Callable[[PlannedTensor], Tensor]) -> None:
+    # Wide numbers first, as the format's own library has them: every tensor then starts at a multiple of its size.
+    ordered = sorted(tensors, key=lambda t: (-(_DTYPES[t.code].itemsize if t.code in _DTYPES else 1), t.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for tensor in ordered:
+        offsets = [place, place + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": offsets}
+        place += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            if tensor.source is None:
+                file.write(_bytes_of(make(tensor), tensor))
+            else:
+                _copy(tensor.source, file)
+
+
+def _bytes_of(made: Tensor, planned: PlannedTensor) -> memoryview:
+    host = made.detach().cpu().contiguous()
+    assert DTYPE_CODES[host.dtype] == planned.code, planned.name
+    assert tuple(host.shape) == planned.shape, planned.name
+    if not host.numel():
+        return memoryview(b"")
+    data: Any = host.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def _copy(stored: StoredTensor, target: IO[bytes]) -> None:
+    with stored.path.open("rb") as file:
+        file.seek(stored.start)
+        left = stored.nbytes
+        while left:
+            chunk = file.read(min(_CHUNK, left))
+            if not chunk:
+                raise ConfigError(str(stored.path), "it ends in the middle of a tensor", fix="Download it again")
+            target.write(chunk)
+            left -= len(chunk)
+
+
+def indexed_files(index: Mapping[str, Any], where: str) -> list[str]:
+    """Names of the files that an index names, in order; refuses one that is no plain name."""
+    try:
+        names = sorted({*index["weight_map"].values()})
+        is_plain = all(isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors") for n in names)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(where, f"damaged ({type(error).__name__})", fix="Download or copy it again") from error
+    if not names or not is_plain:
+        raise ConfigError(where, "it names files that are none of a checkpoint", fix="Download or copy it again")
+    return names

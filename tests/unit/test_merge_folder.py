@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""merge_folder: tensor by tensor, several adapters, shards, 16 bits; the arithmetic itself is in test_merging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import mirrortune
+from mirrortune import merge_folder as module
+from mirrortune.adapters.inject import AdapterSpec, spectral_layers
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.factor_cache import FactorCache
+from mirrortune.merging import Verification
+from tests.spectral import relative, train_a_little
+from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_model
+from tests.tiny_runs import logits
+from tests.unit.test_merging import write_trained
+
+INPUTS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(4))
+
+
+def merge(*adapters: Path, to: Path, **options: Any) -> Verification:
+    """Merge with factors from the cache."""
+    return module.merge_folder(adapters, to, factor_source=FactorCache(), **options)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The report beside the weights."""
+    found: dict[str, Any] = json.loads((folder / "merge.json").read_text())
+    return found
+
+
+def write_causal(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "40KB", **fields: Any) -> Path:
+    """A tiny language model in several files."""
+    tiny_causal(**fields).to(dtype).save_pretrained(folder, max_shard_size=shard)  # type: ignore[operator]
+    tiny_chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def adapt(base: Path, folder: Path, seed: int = 0, **options: Any) -> nn.Module:
+    """A trained adapter of a language model."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mirrortune.attach(model, **options)
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, seed + index)
+    mirrortune.save_adapter(model, folder)
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    """Logits on fixed tokens."""
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=INPUTS).logits)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])  # GPT2 ties its embeddings and stores its matrices transposed
+def test_a_sharded_model_is_merged_tensor_by_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, lazily: bool
+) -> None:
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    base = write_causal(tmp_path / "base", family=family)
+    adapted = adapt(base, tmp_path / "adapter")
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    report = report_of(tmp_path / "merged")
+    assert "in_memory" not in report
+    assert report["tensors"].keys() == {f"{name}.weight" for name in spectral_layers(adapted)}
+    ours, theirs = (sorted(p.name for p in f.glob("*.safetensors*")) for f in (tmp_path / "merged", base))
+    assert ours == theirs
+    assert len(ours) > 3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(answers(merged), answers(adapted)) <= 1e-5
+    for file in base.glob("*.safetensors"):
+        before, after = load_file(file), load_file(tmp_path / "merged" / file.name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[n], after[n]) for n in before if n not in report["tensors"])
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_a_classifier_lazily_or_not(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool
+) -> None:
+    """Its base has other names, and no head."""
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    write_trained(tiny_model_dir, tmp_path / "adapter", AdapterSpec(method="speclora"))
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    assert verdict.max_abs_logit_error > 0  # two ways to compute it
+    assert "in_memory" not in report_of(tmp_path / "merged")
+
+
+def test_shards_of_a_size_that_was_asked_for(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base", shard="1GB")
+    adapt(base, tmp_path / "adapter", rank=4)
+    merge(tmp_path / "adapter", to=tmp_path / "merged", max_shard_bytes=30_000)
+    files = list((tmp_path / "merged").glob("*.safetensors"))
+    assert len(files) > 4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merge(tmp_path / "adapter", to=tmp_path / "whole")
+    assert [f.name for f in (tmp_path / "whole").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_keep_their_dtype_and_say_what_they_lose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, lazily: bool
+) -> None:
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    base = write_tiny_model(tmp_path / "base", dtype=dtype)
+    write_trained(base, tmp_path / "adapter", AdapterSpec(), dtype=torch.float32)
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    entries = report_of(tmp_path / "merged")["tensors"].values()
+    assert all(0 < e["rounding_loss"] < 0.05 for e in entries)
+    assert all(e["rel_weight_error"] <= torch.finfo(dtype).eps for e in entries)
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(n).dtype for n in file.keys()} == {dtype}  # noqa: SIM118
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_adapters_of_one_base_change_different_weights(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    one = adapt(base, tmp_path / "one", target_modules="q_proj|v_proj")
+    two = adapt(base, tmp_path / "two", seed=9, target_modules="gate_proj|up_proj|down_proj")
+    assert merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged").passed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for part in (one, two):
+        for name, layer in spectral_layers(part).items():
+            exact = layer.base_layer.weight.double() + layer.delta_weight()
+            assert torch.equal(merged.get_parameter(f"{name}.weight"), exact.float())
+    both = merge(tmp_path / "two", tmp_path / "one", to=tmp_path / "other-order")
+    assert both.passed
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other-order")
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), other.parameters(), strict=True))
+
+
+def test_adapters_of_one_base_that_change_the_same_weights_are_refused(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    adapt(base, tmp_path / "one", target_modules="q_proj")
+    adapt(base, tmp_path / "two", seed=9, target_modules="q_proj|k_proj")
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_in_sequence_are_merged_in_sequence(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    adapt(base, tmp_path / "one")
+    merge(tmp_path / "one", to=tmp_path / "first")
+    second = adapt(tmp_path / "first", tmp_path / "two", seed=9)
+    merge(tmp_path / "two", to=tmp_path / "step-by-step")
+    assert merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "at-once", base=str(base)).passed
+    once, steps = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("at-once", "step-by-step"))
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), steps.parameters(), strict=True))
+    assert relative(answers(once), answers(second)) <= 1e-5
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "two", tmp_path / "one", to=tmp_path / "backwards", base=str(base))
+
+
+def test_two_heads_of_one_base_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name, part in (("one", "query"), ("two", "key")):
+        write_trained(tiny_model_dir, tmp_path / name, AdapterSpec(target_modules=part))
+    with pytest.raises(ConfigError, match=r"have both trained 'classifier\.\w+'"):
+        merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged")
+
+
+def test_other_weights_only_by_force(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    write_causal(tmp_path / "other", seed=1)
+    adapt(base, tmp_path / "adapter", rank=4)  # portable
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"))
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"), force_base=True)
+    assert verdict.passed
+    remarks = report_of(tmp_path / "merged")["remarks"]
+    assert any("the base weight is not the one" in remark for remark in remarks)
+
+
+def test_a_base_without_safetensors_is_merged_in_memory(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (base / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(tiny_model_dir / "model.safetensors"), base / "pytorch_model.bin")
+    adapted = write_trained(base, tmp_path / "adapter", AdapterSpec())
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    assert report_of(tmp_path / "merged")["in_memory"] == "the base has no safetensors files"
+    from tests.unit.test_merging import reopen
+
+    assert relative(logits(reopen(tmp_path / "merged")), logits(adapted)) <= 1e-5
