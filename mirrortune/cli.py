@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mirrortune import __version__, recipe_commands
-from mirrortune.cli_exports import merge
+from mirrortune.cli_exports import merge, push
 from mirrortune.cli_reports import analyze, report, train_lines
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
@@ -232,6 +232,7 @@ def compare(
 
 
 app.command()(_guard(merge))
+app.command()(_guard(push))
 app.command()(_guard(analyze))
 app.command()(_guard(report))
 recipes = typer.Typer(help="List, print and copy the shipped recipes, and print their schema.", no_args_is_help=True)

@@ -56,6 +56,24 @@ def merge(
     reporter.result(data, _merge_lines(verdict, output_dir))
 
 
+def push(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder, or what merge wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="ID", help="Repository on the Hub: name or owner/name; made if need be.", show_default=False)], *,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch to send to.", show_default=False)] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Send an adapter or a merged model to the Hub, with a model card made from the run; checked before it is sent.
+
+    mirrortune push runs/sst2-roberta-base-mirror me/sst2-mirror
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    from mirrortune import sharing  # noqa: PLC0415
+
+    result = sharing.push(target, repository, reporter, revision=revision, private=private)
+    reporter.result(asdict(result), [f"{result.kind} pushed to {result.repository}: {result.url}"])
+
+
 def parse_size(text: str, where: str) -> int:
     """Bytes that ``500MB``, ``2GiB`` or ``1000000`` mean; ConfigError at ``where`` for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())

@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from mirrortune.errors import ConfigError, HubError, MirrortuneError
 from mirrortune.locations import looks_like_path
 
+ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors")
+"""Every file that an adapter may have: ours, or PEFT's beside our description."""
 # Looked up by class name along the chain of causes: transformers and datasets wrap the client's exceptions in OSError,
 # ConnectionError and classes of their own, and keep the original as the cause.
 _CAUSES: dict[str, tuple[str, str]] = {
@@ -27,6 +29,7 @@ _CAUSES: dict[str, tuple[str, str]] = {
         "Check the spelling of {flag}; for a private or gated one set HF_TOKEN; for a local file check that it exists",
     ),
     "RevisionNotFoundError": ("no such revision", "Check --revision"),
+    "LocalTokenNotFoundError": ("there is no token", "Set HF_TOKEN to one that may write, or run: hf auth login"),
     # Before EntryNotFoundError, of which it is a kind.
     "LocalEntryNotFoundError": (
         "not in the local cache, and the Hub cannot be reached",
@@ -107,8 +110,7 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
 
     commit = resolve_commit(str(name), str(name), revision, "model", "the adapter")
     with hub_errors(f"adapter '{name}'", flag="the adapter"):
-        files = ["adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors"]
-        patterns = [str(inside / file) for file in files]
+        patterns = [str(inside / file) for file in ADAPTER_FILES]
         return Path(huggingface_hub.snapshot_download(str(name), revision=commit, allow_patterns=patterns)) / inside
 
 

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves a run: a merged model with everything that belongs beside it."""
+"""What leaves a run: a merged model with everything that belongs beside it, and either of them on the Hub."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mirrortune import model_card, packed_bases
+from mirrortune import __version__, model_card, packed_bases
 from mirrortune.adapter_file import read_adapter
 from mirrortune.checkpoint import RunDirectory
+from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
+from mirrortune.hub import ADAPTER_FILES, hub_errors
 from mirrortune.loading import require_adapter
 from mirrortune.merge_folder import merge_folder
 from mirrortune.merging import Verification
 from mirrortune.report import Reporter
 from mirrortune.run_recording import record_merge
+from mirrortune.shards import read_headers
 
 
 def merge(
@@ -46,7 +52,8 @@ def merge(
     into = packed_bases.in_words(read_adapter(folders[0]), base)
     reporter.note(f"merging {', '.join(map(str, folders))} into {into}")
     recipe_file = folders[-1].parent / "recipe.yaml"
-    extra = {"README.md": model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
+    card = _card(folders[-1], Path(output_dir).name, is_merged=True)
+    extra = {"README.md": card or model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
     if recipe_file.is_file():
         extra["recipe.yaml"] = recipe_file.read_text(encoding="utf-8")
     verdict = merge_folder(
@@ -66,3 +73,119 @@ def merge(
     for folder in folders:
         record_merge(RunDirectory(folder.parent), output_dir, report)
     return verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushResult:
+    """The ``--json`` object of push.
+
+    Attributes:
+        repository: its id.
+        url: of the commit.
+        kind: ``adapter`` or ``merged``.
+        files: that were sent.
+    """
+
+    repository: str
+    url: str
+    kind: str
+    files: list[str]
+
+
+def push(
+    target: str, repository: str, reporter: Reporter, *, revision: str | None = None, private: bool = False
+) -> PushResult:
+    """Send a run's adapter, an adapter folder or a merged folder to a repository of the Hub, which is made if need be.
+
+    Everything is read back and checked before anything is sent.
+
+    Args:
+        target: run directory, adapter folder, or a folder that merge wrote.
+        repository: ``name`` or ``owner/name``.
+        reporter: is told.
+        revision: branch to send to; it must exist.
+        private: make a private repository.
+
+    Raises:
+        ConfigError: nothing that can be pushed, or no valid id.
+        VerificationError: a damaged adapter, or a merged folder whose check has not passed.
+        HubError: whatever the Hub refused.
+    """
+    import huggingface_hub  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError("ID", str(error).split(".")[0], allowed="name or owner/name") from error
+    folder = Path(target).expanduser()
+    is_merged = (folder / "merge.json").is_file()
+    with tempfile.TemporaryDirectory() as staged:
+        content = folder if is_merged else Path(staged)
+        if is_merged:
+            _check_merged(folder)
+        else:
+            _stage_adapter(require_adapter(target), content, repository)
+        _check_card(content / "README.md")
+        files = sorted(str(p.relative_to(content)) for p in content.rglob("*") if p.is_file())
+        reporter.note(f"pushing {len(files)} files to {repository}")
+        with hub_errors(f"repository '{repository}'", flag="the repository's id"):
+            api = huggingface_hub.HfApi(library_name="mirrortune", library_version=__version__)
+            full = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+            done = api.upload_folder(
+                repo_id=full, folder_path=content, revision=revision, commit_message=f"mirrortune {__version__}"
+            )
+    kind = "merged" if is_merged else "adapter"
+    return PushResult(repository=full, url=str(done.commit_url), kind=kind, files=files)
+
+
+def _stage_adapter(folder: Path, content: Path, title: str) -> None:
+    """The adapter's own files, checked, with the run's card, recipe, results and curves beside them."""
+    adapter = read_adapter(folder)
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, content / name)
+    for name in ("recipe.yaml", "results.json", "curves.png"):
+        if (folder.parent / name).is_file() and folder.name == "adapter":
+            shutil.copyfile(folder.parent / name, content / name)
+    card = _card(folder, title, is_merged=False)
+    text = card or model_card.adapter_card(title, adapter.base, adapter.spec.method)
+    (content / "README.md").write_text(text, encoding="utf-8")
+
+
+def _card(folder: Path, title: str, *, is_merged: bool) -> str | None:
+    """A card with all that the run of an adapter's folder knows; None for an adapter without a finished run."""
+    run, adapter = RunDirectory(folder.parent), read_adapter(folder)
+    environment = run.path / "environment.json"
+    if adapter.task is None or not (run.results.is_file() and environment.is_file() and run.recipe.is_file()):
+        return None
+    known = {
+        "results": json.loads(run.results.read_text(encoding="utf-8")),
+        "environment": json.loads(environment.read_text(encoding="utf-8")),
+        "recipe": run.recipe.read_text(encoding="utf-8"),
+        "curves": not is_merged and (run.path / "curves.png").is_file(),
+    }
+    return model_card.shared_card(title, adapter.base, adapter.spec.method, adapter.task, known, is_merged=is_merged)
+
+
+def _check_merged(folder: Path) -> None:
+    try:
+        passed = json.loads((folder / "merge.json").read_text(encoding="utf-8"))["verification"]["passed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerificationError(str(folder / "merge.json"), "damaged", fix="Merge again") from error
+    if passed is not True or not (folder / "config.json").is_file():
+        raise VerificationError(str(folder), "its merge has not passed its check", fix="Merge again")
+    read_headers(sorted(folder.glob("*.safetensors")))
+
+
+def _check_card(path: Path) -> None:
+    """Refuse a card that the Hub's own library cannot read back."""
+    from huggingface_hub import ModelCard  # noqa: PLC0415
+
+    try:
+        ModelCard.load(path)
+    except (ValueError, OSError) as error:
+        raise VerificationError(
+            str(path), f"no valid model card ({str(error)[:200]})", fix="Mend its header"
+        ) from error

@@ -14,6 +14,7 @@ available by their id, as on the Hub. All files are plain git blobs: no LFS or x
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -32,6 +33,9 @@ _API_URL = re.compile(
     r"(?:/(?P<verb>revision|tree|paths-info)/(?P<revision>[^/]+)(?:/(?P<path>.+))?)?"
 )
 _FILE_URL = re.compile(rf"/(?:(?P<kind>datasets)/)?{_ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+_UPLOAD_URL = re.compile(
+    rf"/api/(?:repos/create|validate-yaml|models/{_ID}/(?P<verb>preupload|commit)/(?P<revision>[^/]+))"
+)
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -174,6 +178,19 @@ class LoopbackHub:
             raise _HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", message)
         return self._commits[kind, repo_id, commit]
 
+    def create(self, repo_id: str) -> Path:
+        """Makes the folder of a model's repository, if it is not there."""
+        folder = self._root / "models" / repo_id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitattributes").touch()
+        return folder
+
+    def put(self, repo_id: str, path: str, content: bytes) -> None:
+        """Writes a file of a model's repository."""
+        target = self._root / "models" / repo_id / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
     def take_drop(self, method: str) -> bool:
         """Returns whether to break off the answer to a `method` request, and counts it."""
         with self._lock:
@@ -195,8 +212,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.path))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
-        values = parse_qs(body.decode() or url.query)
         try:
+            if self.command == "POST" and self._answer_upload(url.path, body):
+                return
+            values = parse_qs(body.decode() or url.query)
             if match := _API_URL.fullmatch(url.path):
                 self._answer_api(match, values)
             elif match := _FILE_URL.fullmatch(url.path):
@@ -211,6 +230,38 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"error": str(error)}, error.headers, error.status)
 
     do_GET = do_HEAD = do_POST = _answer  # noqa: N815
+
+    def _answer_upload(self, path: str, body: bytes) -> bool:
+        """Answers what an upload asks for, if that is what `path` means: the making of a repository, the check of a
+        card, how to send each file (always inside the commit), and the commit itself.
+        """
+        match = _UPLOAD_URL.fullmatch(path)
+        if match is None:
+            return False
+        if not self._has_token():
+            raise _HubError(HTTPStatus.UNAUTHORIZED, "Unauthorized", "Invalid username or password.")
+        if match["id"] is None and path.endswith("create"):
+            asked = json.loads(body)
+            repo_id = "/".join(filter(None, (asked.get("organization") or "loopback", asked["name"])))
+            folder = self.hub.create(repo_id)
+            self._send_json({"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id, "name": folder.name})
+        elif match["id"] is None:
+            content = json.loads(body)["content"]
+            errors = [] if content.startswith("---\n") else [{"message": "no metadata"}]
+            self._send_json({"errors": errors, "warnings": []}, status=HTTPStatus(400 if errors else 200))
+        elif match["verb"] == "preupload":
+            files = [f["path"] for f in json.loads(body)["files"]]
+            modes = [{"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for p in files]
+            self._send_json({"files": modes})
+        else:
+            repo_id = unquote(match["id"])
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    self.hub.put(repo_id, line["value"]["path"], base64.b64decode(line["value"]["content"]))
+            commit = self.hub.find("models", repo_id, "main").commit
+            url = f"{self.hub.endpoint}/{repo_id}/commit/{commit}"
+            self._send_json({"commitUrl": url, "commitOid": commit, "pullRequestUrl": None, "success": True})
+        return True
 
     def _answer_api(self, match: re.Match[str], values: Mapping[str, list[str]]) -> None:
         """Answers with a description, a file list, or what is known of some paths."""

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""push: an adapter and a merged model on a loopback Hub, with a card, and what is loaded from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.cli.console import mirrortune, reviews, write_table
+from tests.hub_fixtures import client_env
+from tests.hub_server import LoopbackHub
+from tests.tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run and its merged model."""
+    folder = tmp_path_factory.mktemp("desk")
+    base = write_tiny_model(folder / "base")
+    write_table(folder / "reviews.csv", reviews(24))
+    trained = mirrortune(
+        "train", "-m", base, "-t", "text-classification", "-d", folder / "reviews.csv", "--max-steps", 2, "-q",
+        "-o", folder / "run", cache=folder / "cache",
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.stderr
+    merged = mirrortune("merge", folder / "run", "-o", folder / "merged", "-q", cache=folder / "cache")
+    assert merged.exit_code == 0, merged.stderr
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    """An empty Hub."""
+    with LoopbackHub(tmp_path / "hub") as found:
+        yield found
+
+
+def run(
+    hub: LoopbackHub, desk: Path, *words: object, token: str | None = "hf_loopback"
+) -> subprocess.CompletedProcess[str]:
+    """A process whose Hub is ours."""
+    env = client_env(hub.endpoint, desk / "hf-home") | {"MIRRORTUNE_CACHE": str(desk / "cache")}
+    env |= {"HF_TOKEN": token} if token else {}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2])])
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=desk)
+
+
+LOAD = """
+import json, sys, mirrortune
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+mirrortune.load_adapter(model, "loopback/sst2", revision=sys.argv[2])
+mirrortune.save_adapter(model, "again")
+"""
+
+
+def test_an_adapter_goes_to_the_hub_and_back(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    done = run(hub, desk, "-m", "mirrortune", "push", "run", "sst2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["repository"] == "loopback/sst2"
+    assert result["kind"] == "adapter"
+    assert set(result["files"]) == {
+        "README.md", "adapter.json", "adapter.safetensors", "curves.png", "recipe.yaml", "results.json"
+    }  # fmt: skip
+    sent = tmp_path / "hub" / "models" / "loopback" / "sst2"
+    assert (sent / "adapter.safetensors").read_bytes() == (desk / "run/adapter/adapter.safetensors").read_bytes()
+    card = ModelCard.load(sent / "README.md")
+    results = json.loads((desk / "run" / "results.json").read_text())
+    found = {e.metric_type: e.metric_value for e in card.data.eval_results}
+    assert found == results["metrics"]
+    assert card.data.pipeline_tag == "text-classification"
+    assert "## Training" in card.text
+    assert "![curves](curves.png)" in card.text
+    loaded = run(hub, desk, "-c", LOAD, "base", result["url"].rpartition("/")[2])
+    assert loaded.returncode == 0, loaded.stderr
+    assert (desk / "again" / "adapter.safetensors").is_file()
+
+
+def test_a_merged_model_goes_with_its_card(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    done = run(hub, desk, "-m", "mirrortune", "push", "merged", "me/merged", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "merged"
+    sent = tmp_path / "hub" / "models" / "me" / "merged"
+    assert (sent / "model.safetensors").read_bytes() == (desk / "merged" / "model.safetensors").read_bytes()
+    card = ModelCard.load(sent / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {e.metric_type for e in card.data.eval_results} >= {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("words", "token", "code", "said"),
+    [
+        (("nothing", "me/x"), "t", 2, "neither a run directory nor an adapter folder"),
+        (("run", "a/b/c"), "t", 2, "name or owner/name"),
+        (("run", "me/x"), None, 6, "HF_TOKEN"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused(
+    hub: LoopbackHub, desk: Path, words: tuple[str, str], token: str | None, code: int, said: str
+) -> None:
+    done = run(hub, desk, "-m", "mirrortune", "push", *words, token=token)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_adapter_is_not_sent(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for file in (desk / "run" / "adapter").iterdir():
+        (tmp_path / "adapter" / file.name).write_bytes(file.read_bytes()[:-1])
+    done = run(hub, desk, "-m", "mirrortune", "push", tmp_path / "adapter", "me/x")
+    assert done.returncode == 5
+    assert not hub.requests
