@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "adapter_trainer",
     "attach",
     "load_adapter",
     "merge_adapter",
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
         save_adapter,
         trainable_parameters,
     )
+    from mirrortune.trainers import adapter_trainer
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("mirrortune.api"), name)
+        module = "trainers" if name == "adapter_trainer" else "api"
+        return getattr(importlib.import_module(f"mirrortune.{module}"), name)
     raise AttributeError(f"module 'mirrortune' has no attribute '{name}'")

@@ -45,7 +45,7 @@ LAYERS = (
     "merge_plan",
     "merge_folder",
     "api training",
-    "matrices peft_weights",
+    "matrices peft_weights trainers",
     "assembly",
     "analysis",
     "comparing environment loading processes",

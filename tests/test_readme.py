@@ -63,6 +63,7 @@ def test_the_python_example_runs_as_printed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merged").symlink_to(tiny_model_dir)
-    example = next(block for block in blocks("python") if "mirrortune.attach" in block)
-    exec(compile(example, "README.md", "exec"), {})
+    for example in (block for block in blocks("python") if "mirrortune.attach" in block):
+        exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()

@@ -43,6 +43,7 @@ def load_base(folder: Path, **options: Any) -> nn.Module:
 def test_the_public_names() -> None:
     assert set(mirrortune.__all__) == {
         "__version__",
+        "adapter_trainer",
         "attach",
         "load_adapter",
         "merge_adapter",
@@ -201,3 +202,77 @@ def test_the_transformers_trainer_trains_it(tiny_model_dir: Path, tmp_path: Path
     Trainer(model, arguments, train_dataset=rows).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def rows_of(count: int = 24) -> list[dict[str, Any]]:
+    """Token ids and labels that a Trainer takes."""
+    generator = torch.Generator().manual_seed(2)
+    return [{"input_ids": torch.randint(5, 45, (9,), generator=generator), "labels": i % 2} for i in range(count)]
+
+
+def arguments_for(folder: Path, steps: int, **options: Any) -> Any:
+    """Settings of a Trainer that saves a checkpoint every two steps."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=4, report_to=[], save_steps=2, learning_rate=1e-2,
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+
+
+def test_checkpoints_of_the_trainer_hold_the_adapter_and_resume(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    cls = mirrortune.adapter_trainer(Trainer)
+    base = load_base(tiny_model_dir)
+    head = {name: p.detach().clone() for name, p in base.named_parameters() if name.startswith("classifier")}
+
+    def fresh() -> nn.Module:
+        model = load_base(tiny_model_dir)
+        model.load_state_dict(head, strict=False)
+        return mirrortune.attach(model)
+
+    whole = fresh()
+    cls(whole, arguments_for(tmp_path / "whole", 4), train_dataset=rows_of()).train()
+    half = tmp_path / "half"
+    cls(fresh(), arguments_for(half, 2), train_dataset=rows_of()).train()
+    saved = half / "checkpoint-2"
+    assert {p.name for p in (saved / "adapter").iterdir()} == {"adapter.json", "adapter.safetensors"}
+    assert not [p.name for p in saved.rglob("*") if "model" in p.name]
+    resumed = fresh()
+    cls(resumed, arguments_for(half, 4), train_dataset=rows_of()).train(resume_from_checkpoint=str(saved))
+    for name, parameter in adapter_parameters(resumed).items():
+        assert torch.equal(parameter, adapter_parameters(whole)[name])
+    loaded = mirrortune.load_adapter(load_base(tiny_model_dir), half / "checkpoint-4")
+    assert torch.equal(logits(loaded), logits(resumed))
+
+
+def test_an_attached_model_works_inside_a_pipeline(tiny_model_dir: Path) -> None:
+    from transformers import AutoTokenizer, pipeline
+
+    model = trained(mirrortune.attach(load_base(tiny_model_dir)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    answers = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(["a good film", "bad"])
+    with torch.no_grad():
+        scores = model(**tokenizer(["a good film", "bad"], return_tensors="pt", padding=True)).logits.softmax(-1)
+    assert [a["score"] for a in answers] == pytest.approx(scores.max(dim=-1).values.tolist(), abs=1e-5)
+
+
+@pytest.mark.sft
+def test_trl_trains_it(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny_models import tiny_causal, tiny_chat_tokenizer
+
+    tiny_causal().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model = mirrortune.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), rank=8)
+    arguments = trl.SFTConfig(
+        str(tmp_path / "out"), max_steps=2, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        disable_tqdm=True, bf16=False,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"text": ["a good film", "a bad film", "a long plot", "the cast"]})
+    cls = mirrortune.adapter_trainer(trl.SFTTrainer)
+    cls(model, arguments, train_dataset=rows, processing_class=tiny_chat_tokenizer()).train()
+    mirrortune.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out" / "checkpoint-2")

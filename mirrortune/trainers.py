@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer of transformers, or of TRL, with checkpoints that hold the adapter and not the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mirrortune.adapter_file import read_adapter, restore_trained
+from mirrortune.api import save_adapter
+from mirrortune.hub import local_adapter
+
+
+def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
+    """A Trainer class whose checkpoints hold the adapter of an attached model, in their folder ``adapter``.
+
+    What it saves, resumes from and takes as the best model is an adapter, a few kilobytes; everything else (optimizer,
+    schedule, random states) stays the Trainer's own. The model given to it must be attached.
+
+    Args:
+        trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer``, or another class made from the former.
+
+    Example:
+        >>> Trainer = mirrortune.adapter_trainer(transformers.Trainer)  # doctest: +SKIP
+    """
+
+    class AdapterTrainer(trainer_class):  # type: ignore[misc]  # whatever class the caller gives
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            if not self.args.should_save:
+                return
+            folder = Path(output_dir or self.args.output_dir)
+            save_adapter(_bare(self), folder / "adapter")
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+            _restore(self, resume_from_checkpoint)
+
+        def _load_best_model(self) -> None:
+            _restore(self, self.state.best_model_checkpoint)
+
+    AdapterTrainer.__name__ = AdapterTrainer.__qualname__ = f"Adapter{trainer_class.__name__}"
+    return AdapterTrainer
+
+
+def _bare(trainer: Any) -> nn.Module:
+    found: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return found
+
+
+def _restore(trainer: Any, checkpoint: str) -> None:
+    restore_trained(_bare(trainer), read_adapter(local_adapter(checkpoint)))
