@@ -15,7 +15,8 @@ from mirrortune.quantised import dequantise
 def load_plain(source: ModelSource, *arguments: Any) -> nn.Module:
     """The model of :func:`mirrortune.model.load_model`, dequantised if it is quantised."""
     model = load_model(source, *arguments).model
-    return dequantise(model) if source.is_quantised else model
+    # What comes from a GGUF file has plain weights, and is still marked as quantised.
+    return dequantise(model) if source.is_quantised or source.gguf_file else model
 
 
 def trained_on(adapter: AdapterFile, source: ModelSource, base: str | None) -> ModelSource | None:

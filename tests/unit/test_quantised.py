@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from mirrortune.adapters.targets import find_targets
 from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging import merged_state
+from mirrortune.model import find_model, load_model
+from mirrortune.packed_bases import load_plain
 from mirrortune.quantised import dequantise, keep_trainable, loading_config
 from tests.spectral import relative
 
@@ -218,3 +221,51 @@ def test_torchao_weights_are_packed_ones() -> None:
     assert torch.equal(adapted(x), before)
     merged = dequantise(model)
     assert relative(merged(x), before) < 1e-5
+
+
+def write_gguf(folder: Path) -> str:
+    """The smallest Llama in GGUF's 8-bit blocks, without a tokenizer; its path."""
+    gguf = pytest.importorskip("gguf")
+    path, generator = folder / "tiny-q8.gguf", np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    writer.add_rope_freq_base(10000.0)
+    shapes = {
+        "token_embd": (64, 64),
+        "output": (64, 64),
+        **{f"blk.0.attn_{n}": (64, 64) for n in ("q", "k", "v", "output")},
+    }
+    shapes |= {"blk.0.ffn_gate": (128, 64), "blk.0.ffn_up": (128, 64), "blk.0.ffn_down": (64, 128)}
+    for name, shape in shapes.items():
+        numbers = generator.normal(0, 0.1, shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(64, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_a_gguf_file_is_a_model_whose_merged_weights_are_plain(tmp_path: Path) -> None:
+    source = find_model(write_gguf(tmp_path))
+    arguments = ("AutoModelForCausalLM", {}, torch.float32, None)
+    adapted, book = load_model(source, *arguments).model.eval(), FingerprintBook()
+    moved(attach(adapted, AdapterSpec(), factor_source=factors, on_layer=book))
+    assert len(spectral_layers(adapted)) == 7
+    plain = load_plain(source, *arguments)
+    plain.save_pretrained(tmp_path / "merged", state_dict=merged_state(plain, adapted))  # type: ignore[operator]
+    assert not (tmp_path / "merged" / "config.json").read_text(encoding="utf-8").count("quantization")
+    reopened = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(logits(reopened), logits(adapted)) < 1e-4
+    with pytest.raises(ConfigError, match="no such file"):
+        find_model(str(tmp_path / "other.gguf"))
