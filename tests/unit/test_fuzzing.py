@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that nobody would write on purpose: they are read or refused by an error of ours, and nothing else happens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirrortune.assembly import adapter_spec, check_recipe
+from mirrortune.errors import MirrortuneError
+from mirrortune.locations import TABLE_SUFFIXES
+from mirrortune.recipe import flatten, override_layer, read_recipe, resolve
+from mirrortune.schema import Recipe
+from mirrortune.tables import read_table
+from mirrortune.tasks import task_class
+
+KEYS = [key.split(".") for key in flatten(Recipe())]
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12),
+    st.sampled_from(["full", "mirror", "none", "auto", "1e-3", "glue/sst2", "[", "~", "2001-01-01"]),
+)  # fmt: skip
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3))
+SETTINGS = settings(max_examples=120)
+
+
+def refusal(work: Callable[[], object]) -> MirrortuneError | None:
+    """The error of ours that ``work`` ends with, if any; all others are bugs and go on."""
+    try:
+        work()
+    except MirrortuneError as error:
+        return error
+    return None
+
+
+def try_recipe(path: Path) -> None:
+    """Load, resolve and check: whatever comes of it, it is no error of anybody else's."""
+
+    def work() -> None:
+        loaded = resolve([read_recipe(str(path))]).recipe
+        check_recipe(loaded, adapter_spec(loaded))
+        loaded.to_yaml()
+
+    error = refusal(work)
+    assert error is None or (error.exit_code == 2 and str(error).strip())
+
+
+@SETTINGS
+@given(entries=st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=6))
+def test_any_value_of_any_setting(tmp_path: Path, entries: list[tuple[list[str], Any]]) -> None:
+    data: dict[str, Any] = {"model": {"name": "x"}, "data": {"path": "y"}, "task": {"kind": "text-classification"}}
+    for key, value in entries:
+        if len(key) == 1:
+            data[key[0]] = value
+        else:
+            data.setdefault(key[0], {})
+            if isinstance(data[key[0]], dict):
+                data[key[0]][key[1]] = value
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    try_recipe(tmp_path / "a.yaml")
+
+
+@SETTINGS
+@given(content=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda t: t.encode("utf-8", "ignore"))))
+def test_any_bytes_for_a_recipe(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    try_recipe(tmp_path / "a.yaml")
+
+
+@SETTINGS
+@given(cut=st.integers(0, 400), extra=st.text(max_size=20), where=st.integers(0, 400))
+def test_a_real_recipe_with_pieces_missing_or_added(tmp_path: Path, cut: int, extra: str, where: int) -> None:
+    text = Recipe().to_yaml() + "data:\n  path: a\n  text_columns: [x]\ntrain: {lr: 1e-3}\n"
+    changed = (text[:where] + extra + text[where:])[: max(1, len(text) - cut)]
+    (tmp_path / "a.yaml").write_bytes(changed.encode("utf-8", "ignore"))
+    try_recipe(tmp_path / "a.yaml")
+
+
+@SETTINGS
+@given(word=st.tuples(st.sampled_from([".".join(k) for k in KEYS]), st.text(max_size=20)).map("=".join))
+def test_any_word_of_the_command_line(word: str) -> None:
+    error = refusal(lambda: resolve([override_layer([word])]))
+    assert error is None or (error.exit_code == 2 and str(error).strip())
+
+
+@pytest.mark.parametrize("suffix", [*TABLE_SUFFIXES, ".csv.gz"])
+@settings(max_examples=60)
+@given(
+    content=st.one_of(
+        st.binary(max_size=120),
+        st.text(alphabet="ab,;\"'\n\r\t[]{}:0\ufeff\x00é", max_size=120).map(str.encode),
+        st.lists(st.dictionaries(st.sampled_from("ab"), VALUES, max_size=2), max_size=4).map(
+            lambda rows: "\n".join(json.dumps(row) for row in rows).encode("utf-8", "ignore")
+        ),
+    ),
+    pack=st.booleans(),
+)
+def test_any_bytes_for_a_table(tmp_path: Path, suffix: str, content: bytes, pack: bool) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if pack and suffix.endswith(".gz") else content)
+    found = []
+    error = refusal(lambda: found.append(read_table(path)))
+    if error is not None:
+        assert error.exit_code == 3
+        assert str(error).strip()
+        return
+    assert found[0].num_rows > 0
+    for kind in ("text-classification", "regression", "causal-lm"):
+        error = refusal(lambda kind=kind: task_class(kind).from_rows(found[0], "a"))  # type: ignore[misc]
+        assert error is None or str(error).strip()
