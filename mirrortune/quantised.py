@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ def loading_config(load_in: str, dtype: torch.dtype) -> Any:
         raise ConfigError("model.load_in", f"{load_in} needs bitsandbytes", fix="pip install 'mirrortune[quantised]'")
     from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
+    # It says in every pass of every 8-bit layer that it computes in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config: Any = BitsAndBytesConfig
     if load_in == "8bit":
         return config(load_in_8bit=True)
