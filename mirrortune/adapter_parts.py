@@ -69,9 +69,13 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
 
 
 def are_ranks_low(model: nn.Module) -> bool:
-    """Whether no layer keeps more than an eighth of its directions, so that factors are small beside weights."""
+    """Whether no layer keeps more than an eighth of its directions, so that factors are small beside weights; and this
+    process has them whole.
+    """
     layers = spectral_layers(model).values()
-    return bool(layers) and all(8 * layer.rank <= min(layer.layout.matrix_shape) for layer in layers)
+    return bool(layers) and all(
+        8 * layer.rank <= min(layer.layout.matrix_shape) and type(layer.U.data) is Tensor for layer in layers
+    )
 
 
 def factor_tensors(model: nn.Module) -> dict[str, Tensor]:

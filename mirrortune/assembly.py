@@ -15,6 +15,7 @@ import torch
 
 from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec, check_spec
+from mirrortune.compiling import check_compiler
 from mirrortune.data import DataSet, Split, load_data, rows_in_both, set_aside, take_subset
 from mirrortune.errors import ConfigError, ResourceError, all_of, unknown_name
 from mirrortune.examples import Examples
@@ -198,6 +199,7 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
         lambda: check_spec(spec),
         lambda: check_options(spec),
         lambda: check_tracker(recipe.train.track),
+        lambda: check_compiler(default_device()) if recipe.train.compile else None,
         lambda: kind and task_class(kind),
     ]
     for check in checks:

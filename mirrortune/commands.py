@@ -24,6 +24,7 @@ from mirrortune.assembly import (
     read_data,
 )
 from mirrortune.checkpoint import RunDirectory
+from mirrortune.compiling import compile_model
 from mirrortune.data import DataSet, Split, set_aside
 from mirrortune.environment import environment, peak_memory_bytes
 from mirrortune.errors import ConfigError
@@ -139,6 +140,8 @@ def _meet(recipe: Recipe, run: RunDirectory, reporter: Reporter, *, resume: bool
     reporter.is_main = accelerator.is_main_process
 
     def check() -> None:
+        if accelerator.is_fsdp2 and recipe.adapter.form == "portable":
+            raise ConfigError("adapter.form", "no process has whole factors under FSDP2", allowed="auto or compact")
         if resume:
             check_same_recipe(recipe, run)
         run.check(overwrite=overwrite, resume=resume)
@@ -175,6 +178,8 @@ def _fit(
         extra = {"max_length": job.max_length}
         return write_adapter(folder, model, book.entries, base=base, task=task, extra=extra, form=form)
 
+    if job.recipe.train.compile:
+        compile_model(model, accelerator)
     with recording(job, model, run, accelerator, reporter) as progress:
         trainer = Trainer(
             model,

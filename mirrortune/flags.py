@@ -74,6 +74,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_LOOP, "--keep", "train.keep", int, "Last checkpoints kept, besides the best."),
     _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
     _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32 or bf16."),
+    _flag(_LOOP, "--compile", "train.compile", bool, "Compile the model; pays in long runs."),
     _flag(_LOOP, "--track", "train.track", str, "Tell a tracker as well: tensorboard, wandb, mlflow or trackio."),
     _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),
     _flag(_DANGER, "--trust-remote-code", "model.trust_remote_code", bool, "Run Python code from the model's repository."),

@@ -171,6 +171,9 @@ class TrainSection(_Section):
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the base model; auto is bf16 on GPUs that have it and fp32 elsewhere."""
+    compile: bool = False
+    """Compile the model by torch.compile: the first steps take minutes, later ones may be faster, by what depends on
+    model and machine. Results differ in rounding."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the head, the order of rows, dropout, the validation rows and random pairs."""
     eval_every_steps: int | None = Field(default=None, gt=0)

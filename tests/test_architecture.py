@@ -19,7 +19,8 @@ LAYERS = (
     "adapters.kinds",
     "adapters.packed",
     "quantised",
-    "adapters.factorize atomic class_folders columns examples labels locations metrics registry shards strict_yaml",
+    "adapters.factorize atomic class_folders columns compiling examples labels locations metrics registry shards "
+    "strict_yaml",
     "adapter_format adapters.layer_names text_tables tracking",
     "figures pages predictions",
     "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card ranks schema tables",

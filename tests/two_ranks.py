@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from mirrortune import ranks
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import InterruptedRun, MirrortuneError, PeerError, ResourceError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.sharding import whole
@@ -127,6 +128,7 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
         "stopped": stopped,
         "differing": [n for n in expected if not torch.equal(trained[n], expected[n])],
         "plain": run_without_dropout(folder / "plain"),
+        "low": run_of_low_rank(folder / "low"),
     }
 
 
@@ -139,6 +141,13 @@ def warn(number: int) -> None:
 def run_without_dropout(folder: Path) -> dict[str, Any]:
     """FSDP2 as one process could do it too."""
     trainer = tiny_runs.make_trainer(folder, fresh=is_main(), **STEPS)
+    return trainer.fit().metrics
+
+
+def run_of_low_rank(folder: Path) -> dict[str, Any]:
+    """An adapter that would carry its factors, if one process had them whole."""
+    adapted = tiny_runs.adapt(AdapterSpec(rank=4), trained=None)
+    trainer = tiny_runs.make_trainer(folder, adapted=adapted, fresh=is_main(), max_steps=1, batch_size=4)
     return trainer.fit().metrics
 
 
