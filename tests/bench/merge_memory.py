@@ -57,7 +57,7 @@ def write_base(folder: Path, gigabytes: float) -> None:
 def write_adapter(base: Path, folder: Path) -> None:
     """A trained adapter of some layers: rank 16, portable, so that nothing has to be factorised to merge it."""
     model = LlamaForCausalLM.from_pretrained(base)
-    mirrortune.attach(model, rank=16, target_modules=r"layers\.[01]\.self_attn\.[qv]_proj|layers\.0\.mlp\.up_proj")
+    mirrortune.attach(model, rank=16, target_modules=r"layers\.0\.self_attn\.[kv]_proj")
     for index, layer in enumerate(spectral_layers(model).values()):
         train_a_little(layer.core, index)
     mirrortune.save_adapter(model, folder)
