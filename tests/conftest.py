@@ -24,12 +24,12 @@ from hypothesis import HealthCheck, settings
 
 from tests.tiny_models import tiny_tokenizer, write_tiny_model
 
-# derandomize: a law that fails, fails again. 15 examples a core, pairing and option set are about 200 of each law.
+# derandomize: a law that fails, fails again. 10 examples a core, pairing and option set are about 150 of each law.
 settings.register_profile(
     "laws",
     derandomize=True,
     deadline=None,
-    max_examples=15,
+    max_examples=10,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

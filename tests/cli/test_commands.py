@@ -444,8 +444,15 @@ def test_a_damaged_checkpoint_is_not_continued_from(finished: Finished, copy: Pa
     assert outcome.stdout == ""
 
 
-# Of PEFT's tuners one: tests/unit/test_peft_tuners.py has them all.
-@pytest.mark.parametrize("method", [*method_names(with_peft=False), "lora"])
+# Of PEFT's tuners one: tests/unit/test_peft_tuners.py has them all. Every run has one method of each sort: a core with
+# pairs and one without, measured pairs, a tuner, plain parameters, the head alone.
+_OF_EACH_SORT = ("mirror", "psoft", "adaptive", "lora", "full", "none")
+_METHODS = [*method_names(with_peft=False), "lora"]
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in _OF_EACH_SORT else pytest.param(m, marks=pytest.mark.slow) for m in _METHODS]
+)
 def test_every_method_goes_the_whole_way(desk: Path, tiny_model_dir: Path, method: str) -> None:
     words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--method", method]
     words += ["--rank", 8] if isinstance(preset(method).rank, int) else []  # the papers' ranks are for larger matrices

@@ -70,7 +70,14 @@ def resume(whole: Uninterrupted, run: Path) -> Outcome:
     return mirrortune(*whole.words, "-o", run, "--resume", "--json", cache=whole.cache)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on_to_the_same_log(
     whole: Uninterrupted, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:

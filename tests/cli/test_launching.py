@@ -72,6 +72,7 @@ def test_two_processes_train_like_one_with_the_batch_of_both(pair: Pair, tmp_pat
         torch.testing.assert_close(tensor, files[1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_crashed_run_of_two_goes_on_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
     run = Path(shutil.copytree(pair.run, tmp_path / "run"))
     last = max(path.name for path in (run / "checkpoints").iterdir())

@@ -168,6 +168,7 @@ def test_the_second_run_fetches_nothing_and_is_the_same(hub: LoopbackHub, traine
     assert log == (trained.run / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_prepare_is_all_that_needs_the_network(root: Path, trained: Trained, tmp_path: Path) -> None:
     with LoopbackHub(root) as hub:
         prepared = run_script(hub, tmp_path, "prepare", *TRAIN[1:], "--json")

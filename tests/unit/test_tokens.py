@@ -43,7 +43,7 @@ def encode(tokenizer: Any, split: Split, task: Task = TASK, **options: Any) -> T
 
 def entries() -> list[Path]:
     """Files in the token cache."""
-    return sorted(p for p in (cache_folder() / "tokens").rglob("*") if p.is_file())
+    return sorted(p for p in (cache_folder() / "tokens").rglob("*.safetensors"))
 
 
 def tokens(encoded: TokenExamples) -> list[list[int]]:
