@@ -96,6 +96,13 @@ def _one(run: _Run) -> list[Html]:
             pages.table(head, rows, caption="By the loss of the kept checkpoint. Look here for wrong labels.",
                         is_text=True),
         ]  # fmt: skip
+    if run.validation.get("samples"):
+        written = [(f"{e['row']}", e["text"], e["reference"], e["prediction"]) for e in run.validation["samples"]]
+        caption = "Rows from all over the validation split; the kept checkpoint writes the likeliest token each time."
+        parts += [
+            pages.heading("What it writes"),
+            pages.table(("row", "given", "expected", "written"), written, caption=caption, is_text=True),
+        ]
     if run.merge:
         parts += [pages.heading("Merged"), _merge_table(run.merge)]
     origins = run.environment.get("origins", {})

@@ -31,6 +31,7 @@ from mirrortune.sharding import whole_parameters
 from mirrortune.tracking import Track, tracker
 
 _HARDEST = 12
+_SAMPLES = 6
 _LONGEST_TEXT = 400
 _MOST_POINTS = 2000
 _LENGTH_BINS = 30
@@ -124,8 +125,11 @@ def record_validation(job: Job, model: nn.Module, run: RunDirectory, accelerator
     outcome = evaluate_split(
         model, job.task, job.validation, accelerator, batch_size=job.recipe.eval.batch_size, source="validation"
     )
+    details = validation_details(job, outcome)
+    if accelerator.num_processes == 1:  # a sharded model writes with all processes or not at all
+        details |= _samples(job, model, outcome)
     if accelerator.is_main_process:
-        run.write_json(run.validation.name, {**validation_details(job, outcome), "angles": angles})
+        run.write_json(run.validation.name, {**details, "angles": angles})
 
 
 def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
@@ -156,6 +160,23 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
+def _samples(job: Job, model: nn.Module, outcome: EvalResult) -> dict[str, Any]:
+    """Rows from all over the validation split with what the model writes, for tasks whose answers are texts."""
+    rows = np.unique(np.linspace(0, len(job.validation) - 1, _SAMPLES).astype(int)).tolist()
+    write = getattr(job.task, "write", None)
+    if write is not None:
+        model.eval()
+        texts = [write(model, job.processor, job.validation, row) for row in rows]
+    elif all(isinstance(part, list) and isinstance(part[0], str) for part in (outcome.predictions, outcome.references)):
+        texts = [(_text(job, row), outcome.references[row], outcome.predictions[row]) for row in rows]
+    else:
+        return {}
+    keys = ("text", "reference", "prediction")
+    cut = [{key: _shortened(text) for key, text in zip(keys, found, strict=True)} for found in texts]
+    return {"samples": [{"row": row + 1, **found} for row, found in zip(rows, cut, strict=True)]}
+
+
 def _surprise(judged: list[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Cross-entropy of each row, from logits (N, C)."""
     logits = torch.from_numpy(np.stack(judged)).double()
@@ -182,10 +203,13 @@ def _lengths(job: Job) -> dict[str, Any]:
 
 def _text(job: Job, row: int) -> str:
     """A validation row as the model read it, special tokens left out; empty for rows that are not text."""
-    examples = job.validation
+    examples = getattr(job.validation, "sources", job.validation)
     if not isinstance(examples, TokenExamples):
         return ""
     ids = examples.features["input_ids"][examples.offsets[row] : examples.offsets[row + 1]]
     tokenizer = getattr(job.processor, "tokenizer", job.processor)
-    text = str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+    return _shortened(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from mirrortune.chat import (
     encode_continuation,
     encode_conversation,
     save_turn_ends,
+    turn_end_ids,
 )
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
@@ -42,6 +44,7 @@ from mirrortune.tokens import Reading, cache_key, cached_arrays, ragged, resolve
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
 _TEXTS = ("text", "content", "document")
+_MOST_WRITTEN = 64  # tokens
 _LONGEST = 1024  # the default, where the model takes more
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
 
@@ -207,6 +210,26 @@ class Task:
         """Loss and foretold tokens of each row (N, 2), and its number of tokens (N,)."""
         found = np.stack(judged)
         return found[:, :2], found[:, 2]
+
+    def write(self, model: Any, processor: TextReader, examples: TokenExamples, row: int) -> tuple[str, str, str]:
+        """What stands before the first learned token of a row, what follows there, and what the model writes instead.
+
+        Of a row that is learned as a whole, the first half is given. At most 64 tokens, the likeliest each.
+        """
+        tokenizer, start, end = processor.tokenizer, *(int(o) for o in examples.offsets[row : row + 2])
+        ids = examples.features["input_ids"][start:end].tolist()
+        learned = np.flatnonzero(examples.features["targets"][start:end] != IGNORE_INDEX)
+        place = int(learned[0]) if learned[0] > 1 else max(1, len(ids) // 2)
+        given = torch.tensor([ids[:place]], device=next(model.parameters()).device)
+        stops = turn_end_ids(tokenizer) if processor.is_chat else tokenizer.eos_token_id
+        written = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=_MOST_WRITTEN, num_beams=1,
+            do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.eos_token_id,
+        )[0, place:]  # fmt: skip
+        prompt, reference, answer = (
+            tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids[:place], ids[place:], written)
+        )
+        return prompt, reference, answer
 
     def probe(self, processor: TextReader, config: Any) -> Batch:
         """See :class:`mirrortune.tasks.Task`."""

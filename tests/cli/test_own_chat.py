@@ -67,6 +67,13 @@ def test_an_answer_is_learned_and_survives_merging(desk: Path, chatty: Path, pac
     generation = json.loads((desk / "merged" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 258
     assert (desk / "merged" / "chat_template.jinja").is_file()
+    written = json.loads((desk / "run" / "validation.json").read_text())["samples"]
+    assert len(written) == 4
+    for sample in written:
+        assert any(row["messages"][0]["content"] in sample["text"] for row in talks())
+        assert sample["reference"] == "no no no"
+        assert sample["prediction"].startswith("no")
+    assert "What it writes" in (desk / "run" / "report.html").read_text()
 
 
 def test_every_layout_is_taken(desk: Path, chatty: Path) -> None:
