@@ -38,6 +38,13 @@ torch.set_num_threads(1)
 _COUNT = itertools.count()
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name contents by their argument, not by their bytes: those of a gzip file hold the time it was made, and test
+    processes that collect in different seconds would disagree about the names of the tests.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches in a folder of this test's own (made by whoever writes there); every global generator freshly seeded."""
