@@ -74,6 +74,8 @@ def test_train_eval_merge_and_peft_itself_agree(tiny_model_dir: Path, data: Path
         assert not merged.exists()
         return
     assert outcome.data["verification"]["passed"]
+    spectra = [mirrortune("analyze", tiny_model_dir, tuned, "--json").data for tuned in (run / "adapter", merged)]
+    assert spectra[0]["overall"]["relative"] == pytest.approx(spectra[1]["overall"]["relative"], rel=1e-3)
     plain = AutoModelForSequenceClassification.from_pretrained(merged)
     torch.testing.assert_close(logits_of(plain, merged), theirs, rtol=1e-4, atol=1e-4)
 

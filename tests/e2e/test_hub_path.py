@@ -197,8 +197,11 @@ def test_a_run_is_scored_and_merged_and_the_merged_model_is_published(root: Path
     published = root / "models" / "me" / "sst2"
     (ours.folder / "merged").rename(published)
     scores.append(ours.mirrortune("eval", "me/sst2", "--task", "glue/sst2", "--json").data)
+    spectra = [ours.mirrortune("analyze", "roberta-base", tuned, "--json").data for tuned in (RUN, "me/sst2")]
 
     assert verification["passed"]
+    assert spectra[0]["overall"]["changed"] == spectra[1]["overall"]["changed"] > 0
+    assert spectra[0]["overall"]["shares"] == pytest.approx(spectra[1]["overall"]["shares"], abs=1e-4)
     for score in scores:
         assert score["rows"] == 40
         assert score["metrics"] == pytest.approx(expected, abs=1e-4)
