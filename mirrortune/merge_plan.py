@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapters.inject import FactorSource
-from mirrortune.adapters.spectral_weight import delta_weight
+from mirrortune.adapters.spectral import delta_weight
 from mirrortune.adapting import stored_core, trained_factors
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.hub import hub_errors

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapters.inject import FactorSource
-from mirrortune.adapters.spectral_weight import delta_weight
+from mirrortune.adapters.spectral import delta_weight
 from mirrortune.adapting import stored_core, trained_factors
 from mirrortune.errors import ConfigError
 from mirrortune.model import DTYPES, ModelSource

@@ -12,7 +12,6 @@ position of its output, and I counts its kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_map
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.kinds import Embedding, Kind, Linear
-from mirrortune.adapters.spectral_weight import delta_weight, dense_delta
+from mirrortune.adapters.spectral import Spectral
 from mirrortune.errors import ConfigError
 
 Strategy = Literal["branch", "factored", "dense"]
@@ -66,7 +65,7 @@ def _mixing_dtype(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)
 
 
-class SpectralLinear(nn.Module):
+class SpectralLinear(Spectral):
     """W' = W + U (K - diag(S)) Vh in place of a frozen layer that applies W.
 
     Args:
@@ -88,12 +87,10 @@ class SpectralLinear(nn.Module):
         strategy: Literal["branch", "factored"] | None = None,
         kind: Kind = _LINEAR,
     ) -> None:
-        super().__init__()
         weight = factors.U if kind.is_packed else base_layer.get_parameter("weight")
+        super().__init__(factors, core, kind.layouts(base_layer)["weight"], weight)
         self.base_layer = base_layer.requires_grad_(requires_grad=False)
-        self.kind, self.layout = kind, kind.layouts(base_layer)["weight"]
-        self.out_features, self.in_features = self.layout.matrix_shape
-        self.rank = factors.rank
+        self.kind = kind
         self.strategy = strategy or cheapest_strategy(
             self.out_features, self.in_features, self.rank, weight.dtype, kind
         )
@@ -104,11 +101,6 @@ class SpectralLinear(nn.Module):
                 allowed="branch",
                 fix="Use --rank full or adapter.strategy=branch",
             )
-        # Frozen parameters and not buffers, so that sharding wrappers (FSDP2) shard them instead of replicating them.
-        cast = factors.to(device=weight.device, dtype=weight.dtype)
-        self.U = nn.Parameter(cast.U, requires_grad=False)
-        self.Vh = nn.Parameter(cast.Vh, requires_grad=False)
-        self.core = core
         if self.strategy == "factored":
             # The product of the factors stands for the weight, which then need not follow the model to its device.
             del base_layer.weight
@@ -167,28 +159,9 @@ class SpectralLinear(nn.Module):
 
     def adapted_weight(self) -> Tensor:
         """W' in the layout and dtype of the base layer's weight, on the device of the factors; differentiable."""
-        with torch.autocast(self.U.device.type, enabled=False):
-            delta = dense_delta(self._factors(), self.core)
-            # A parameter, or a plain tensor beside its factors.
-            base: Any = self.kind.read(self.base_layer, "weight") if self.kind.is_packed else self.base_layer.weight
-            adapted: Tensor = (base.to(delta) + self.layout.tensor(delta)).to(self.U.dtype)
-        return adapted
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: the core's parameters."""
-        return dict(self.core.named_parameters())
-
-    def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
-        return {"weight": before["weight"].cpu().double() + self.layout.tensor(self.delta_weight())}
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """U (K - diag(S)) Vh in float64 on the CPU, shape (O, I): what merging adds to the base weight."""
-        return delta_weight(self._factors(), self.core)
-
-    def _factors(self) -> Factors:
-        return Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh)
+        # A parameter, or a plain tensor beside its factors.
+        base: Any = self.kind.read(self.base_layer, "weight") if self.kind.is_packed else self.base_layer.weight
+        return self.adapt(base, self.U.dtype)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

@@ -9,8 +9,6 @@ stacked matrices (a leading dimension of all, where there are several).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,9 +16,10 @@ from torch.nn.utils import parametrize
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.spectral import Spectral
 
 
-class SpectralWeight(nn.Module):
+class SpectralWeight(Spectral):
     """W -> W', a parametrisation in the sense of ``torch.nn.utils.parametrize``.
 
     Args:
@@ -33,69 +32,25 @@ class SpectralWeight(nn.Module):
     strategy = "dense"
 
     def __init__(self, weight: Tensor, layout: Layout, factors: Factors, core: Core) -> None:
-        super().__init__()
-        self.layout = layout
-        self.rank = factors.rank
-        self.out_features, self.in_features = layout.matrix_shape
-        cast = factors.to(device=weight.device, dtype=weight.dtype)
-        self.U = nn.Parameter(cast.U, requires_grad=False)
-        self.Vh = nn.Parameter(cast.Vh, requires_grad=False)
-        self.core = core
+        super().__init__(factors, core, layout, weight)
         self._held: dict[bool, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """W' of the shape and dtype of ``weight``; equal to it, bit for bit, for an untrained core."""
         if self._held is None or torch.compiler.is_compiling():
-            return self._adapt(weight)
+            return self.adapt(weight, weight.dtype)
         wants_graph = torch.is_grad_enabled()
         if wants_graph not in self._held:
-            self._held[wants_graph] = self._adapt(weight)
+            self._held[wants_graph] = self.adapt(weight, weight.dtype)
         return self._held[wants_graph]
 
     def hold(self, *, held: bool) -> None:
         """From now on compute W' once and give it to every reader, or forget it and compute it for each."""
         self._held = {} if held else None
 
-    def _adapt(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
-            delta = dense_delta(Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh), self.core)
-            adapted: Tensor = (weight.to(delta.dtype) + self.layout.tensor(delta)).to(weight.dtype)
-        return adapted
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: the core's parameters."""
-        return dict(self.core.named_parameters())
-
-    def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
-        return {"weight": before["weight"].cpu().double() + self.layout.tensor(self.delta_weight())}
-
-    @torch.no_grad()
-    def delta_weight(self) -> Tensor:
-        """U (K - diag(S)) Vh in float64 on the CPU, (O, I) or (E, O, I): what merging adds to the base matrices."""
-        return delta_weight(Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh), self.core)
-
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"rank={self.rank}, strategy=dense"
-
-
-def dense_delta(factors: Factors, core: Core) -> Tensor:
-    """U (K - diag(S)) Vh and what the core adds beside it, (O, I) or (E, O, I), in float32 or better; differentiable
-    for the core's numbers.
-    """
-    dtype = torch.promote_types(factors.U.dtype, torch.float32)
-    mixed = core.mix(factors.Vh.to(dtype).mT, *core.coefficients(delta=True))  # (I, R): column i of K' Vh in row i
-    delta = factors.U.to(dtype) @ mixed.mT
-    beside = core.beside_weight()
-    return delta if beside is None else delta + beside
-
-
-@torch.no_grad()
-def delta_weight(factors: Factors, core: Core) -> Tensor:
-    """U (K - diag(S)) Vh, and what the core adds beside it, in float64 on the CPU, (O, I) or (E, O, I)."""
-    exact = factors.to(device=torch.device("cpu"), dtype=torch.float64)
-    return dense_delta(exact, core.in_float64())
 
 
 def replace_weight(owners: list[tuple[nn.Module, str]], spectral: SpectralWeight) -> None:

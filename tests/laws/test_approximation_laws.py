@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.factorize import factorize
-from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.adapters.spectral import delta_weight
 from mirrortune.spectra.approximations import (
     METHODS,
     Approximation,

@@ -19,7 +19,7 @@ from mirrortune.adapters.basis import Fingerprint, align, fingerprint
 from mirrortune.adapters.factorize import Factors, complement, factorize
 from mirrortune.adapters.inject import adapter_parameters, attach, plain_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.spectral_weight import delta_weight
+from mirrortune.adapters.spectral import delta_weight
 from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import VerificationError
 from tests.spectral import (

@@ -13,7 +13,7 @@ from mirrortune.adapters.core import plane_strengths
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.cores.givens import Givens, split_rounds
 from mirrortune.adapters.factorize import factorize
-from mirrortune.adapters.spectral_linear import delta_weight
+from mirrortune.adapters.spectral import delta_weight
 from tests.spectral import (
     INSIDE,
     VARIANTS,
