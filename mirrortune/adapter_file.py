@@ -38,6 +38,7 @@ from mirrortune.adapter_parts import (
     fingerprint_of,
     split_effects,
 )
+from mirrortune.adapter_validity import check_description, check_settings, check_tensors, read_file, strict_json
 from mirrortune.adapters.basis import Fingerprint
 from mirrortune.adapters.inject import (
     adapter_parameters,
@@ -169,11 +170,17 @@ def read_adapter(folder: Path) -> AdapterFile:
     description = read_description(folder)
     try:
         spec = AdapterSpec(**description["adapter"])
+        is_peft = spec.preset.peft is not None
+        check_description(description, has_basis=not is_peft)
         check_spec(spec)
         files = {name: _read_file(folder / name, description[key]) for key, name in _hashed_files(spec).items()}
         tensors = load(files[_tensor_file(spec)])
         layers = description["layers"]
-        is_peft = spec.preset.peft is not None
+        if not is_peft:
+            check_tensors(description, tensors)
+        peft_config = strict_json(files[peft_file.CONFIG_FILE]) if is_peft else None
+        rank = peft_config.get(spec.preset.peft.rank) if spec.preset.peft and peft_config else spec.rank
+        check_settings(rank, spec.options, layers, tensors)
         layouts = {name: Layout.from_dict({"rows": None, **layer["layout"]}) for name, layer in layers.items()}
         return AdapterFile(
             folder=folder,
@@ -189,19 +196,21 @@ def read_adapter(folder: Path) -> AdapterFile:
             task=description["task"],
             head=tuple(description["head"]),
             extra={k: v for k, v in description.items() if k in ("max_length",)},
-            peft_config=json.loads(files[peft_file.CONFIG_FILE]) if is_peft else None,
+            peft_config=peft_config,
             probes={name: layer["response"] for name, layer in layers.items() if is_peft},
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, SafetensorError, ConfigError,
-            RuntimeError, OverflowError) as error:  # fmt: skip
+            RuntimeError, OverflowError, MemoryError) as error:  # fmt: skip
         raise VerificationError(
             str(folder / DESCRIPTION), f"damaged ({type(error).__name__}: {error})", fix="Restore the adapter folder"
         ) from error
 
 
 @torch.no_grad()
-def restore_trained(model: nn.Module, adapter: AdapterFile) -> None:
+def restore_trained(model: nn.Module, adapter: AdapterFile, *, remarks: list[str] | None = None) -> None:
     """Copy stored numbers into an adapted model: ``core.*`` and ``param.*``, or all that PEFT's file holds.
+
+    A layer of PEFT that computes something else than it did is noted in ``remarks``, if there is such a list.
 
     Raises:
         VerificationError: if names or shapes differ from what the model trains, a number is not finite, or a layer of
@@ -221,7 +230,12 @@ def restore_trained(model: nn.Module, adapter: AdapterFile) -> None:
             parameter.copy_(found)
     if is_peft:
         peft_file.restore_tensors(model, stored)
-        peft_file.check_probes(model, adapter.probes)
+        try:
+            peft_file.check_probes(model, adapter.probes)
+        except VerificationError as error:
+            if remarks is None:
+                raise
+            remarks.append(str(error))
 
 
 def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Tensor:
@@ -254,10 +268,7 @@ def _hashed_files(spec: AdapterSpec) -> dict[str, str]:
 
 
 def _read_file(path: Path, sha256: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise VerificationError(str(path), "missing or unreadable", fix="Restore the adapter folder") from error
+    data = read_file(path)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise VerificationError(
             str(path), "damaged: its hash is not the one in adapter.json", fix="Restore the adapter folder"

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mirrortune.adapter_validity import read_file, strict_json
 from mirrortune.errors import VerificationError
 
 FORMAT_VERSION = 3
@@ -46,7 +47,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_DESCRIPTION:
             raise VerificationError(str(path), f"{path.stat().st_size:,} bytes", allowed=f"{_LARGEST_DESCRIPTION:,}")
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = strict_json(read_file(path))
         version = description["format_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerificationError(

@@ -91,7 +91,7 @@ def load_into(
     """
     _check_layers(model, adapter)
     book = FingerprintBook()
-    spec = adapter.spec
+    spec, remarks = adapter.spec, book.remarks if force_base else None
     read = _reader(adapter, trained_on)
     if trained_on is not None and spec.strategy != "dense":
         spec = replace(spec, strategy="branch")  # beside the weights as they are
@@ -100,7 +100,6 @@ def load_into(
         stored = adapter.fingerprints[name].rank
         if rank != stored:
             raise VerificationError(name, f"the adapter holds a basis of rank {stored}, got {rank}")
-        remarks = book.remarks if force_base else None
         return trained_factors(adapter, name, read(name, weight), source, remarks=remarks)
 
     def note(name: str, weight: Tensor, factors: Factors, core: Core) -> None:
@@ -111,7 +110,7 @@ def load_into(
             book(name, read(name, weight), factors, core)
 
     def note_weight(name: str, weight: Tensor) -> None:
-        check_weight(adapter, name, weight)
+        _check_weight_or_remark(adapter, name, weight, remarks)
         book.note_weight(name, weight)
 
     layers: dict[str, Any] = {"new_parameters": adapter.head, "names": adapter.layouts}
@@ -119,7 +118,7 @@ def load_into(
         attach(model, spec, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note, **layers)
     else:
         peft_tuners.attach_tuner(model, spec, config=adapter.peft_config, on_layer=note_weight, **layers)
-    restore_trained(model, adapter)
+    restore_trained(model, adapter, remarks=remarks)
     return book
 
 
@@ -199,6 +198,15 @@ def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
             name, f"the adapter was trained in {wanted}, the base is loaded in {found}, which would round its factors",
             fix=f"Load the base with dtype={wanted}",
         )  # fmt: skip
+
+
+def _check_weight_or_remark(adapter: AdapterFile, name: str, weight: Tensor, remarks: list[str] | None) -> None:
+    try:
+        check_weight(adapter, name, weight)
+    except VerificationError as error:
+        if remarks is None:
+            raise
+        remarks.append(str(error))
 
 
 def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:

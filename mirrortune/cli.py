@@ -159,6 +159,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
     predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format; unlabelled rows too.")] = None,
+    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Score an adapter on a base (--model) with other weights than it was trained on.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Score a run, a merged folder or any plain model by the task's own metrics.
@@ -175,7 +176,7 @@ def evaluate(
 
     file = Path(predictions) if predictions else None
     result = commands.evaluate(
-        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file
+        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, force_base=force_base
     )
     said = describe_metrics(result.metrics) or "no labels, nothing scored"
     lines = [f"{result.split}: {said}  ({result.rows:,} rows)", *([f"predictions: {file}"] if file else [])]

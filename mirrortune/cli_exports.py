@@ -40,7 +40,7 @@ def merge(
     if rank is not None and format == "hf":
         raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
     if format != "hf":
-        _check_for_lora(targets, max_shard_size, force_base=force_base)
+        _check_for_lora(targets, max_shard_size)
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
     from mirrortune import export, export_gguf, sharing  # noqa: PLC0415
 
@@ -51,7 +51,10 @@ def merge(
         verdict = sharing.merge(targets, reporter, output_dir=output_dir, **more, **where)
     else:
         write: Any = export.export_lora if format == "lora" else export_gguf.export_gguf
-        verdict = write(targets[0], Path(output_dir), rank=rank, **where)
+        remarks: list[str] | None = [] if force_base else None
+        verdict = write(targets[0], Path(output_dir), rank=rank, remarks=remarks, **where)
+        for remark in remarks or ():
+            reporter.note(f"by force: {remark}")
     data = {"output_dir": output_dir, "format": format, "verification": asdict(verdict)}
     reporter.result(data, _merge_lines(verdict, output_dir))
 
@@ -82,12 +85,11 @@ def parse_size(text: str, where: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-def _check_for_lora(targets: list[str], max_shard_size: str | None, *, force_base: bool) -> None:
+def _check_for_lora(targets: list[str], max_shard_size: str | None) -> None:
     if len(targets) > 1:
         raise ConfigError("--format", f"a LoRA is made of one adapter, got {len(targets)}", fix="Merge plain weights")
-    ignored = {"--max-shard-size": max_shard_size, "--force-base": force_base or None}
-    if given := [flag for flag, value in ignored.items() if value is not None]:
-        raise ConfigError(given[0], "it is for plain weights", fix="Remove it, or use --format hf")
+    if max_shard_size is not None:
+        raise ConfigError("--max-shard-size", "it is for plain weights", fix="Remove it, or use --format hf")
 
 
 def _merge_lines(verdict: Any, output_dir: str) -> list[str]:

@@ -205,6 +205,7 @@ def evaluate(
     split: str | None = None,
     is_own_data: bool = True,
     predictions: Path | None = None,
+    force_base: bool = False,
 ) -> EvaluateResult:
     """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
 
@@ -217,19 +218,25 @@ def evaluate(
             or for all rows of other data that has none.
         is_own_data: whether the data is what the target was trained on, as far as its recipe says.
         predictions: file for every row's answer; rows without a label are answered too then, and not scored.
+        force_base: score an adapter on a base with other weights, and say what does not fit.
     """
     if predictions is not None:
         check_place(predictions)
     accelerator = make_accelerator(recipe.train.precision)
     reporter.is_main = accelerator.is_main_process
     adapter_folder = find_adapter(target)
+    if force_base and adapter_folder is None:
+        raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
     needed = {"--data": recipe.data.path, "--task": recipe.task.kind or adapter_folder}
     if missing := " and ".join(flag for flag, value in needed.items() if value is None):
         raise ConfigError(
             target, f"it is no run here, and {missing} not given", fix=f"Check the path, or give {missing}"
         )
     data = read_data(recipe)
-    found = load_evaluable(target, adapter_folder, recipe, data)
+    remarks: list[str] | None = [] if force_base else None
+    found = load_evaluable(target, adapter_folder, recipe, data, remarks=remarks)
+    for remark in remarks or ():
+        reporter.note(f"by force: {remark}")
     rows, name = evaluation_rows(recipe, data, split, found.task, is_own_data=is_own_data)
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))

@@ -98,6 +98,7 @@ def export_lora(
     base: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    remarks: list[str] | None = None,
 ) -> LoraExport:
     """Write a run's (or an adapter folder's) adapter as a LoRA adapter to ``output_dir``, reopen it and compare.
 
@@ -108,6 +109,7 @@ def export_lora(
         base: another place of the same base model.
         overwrite: replace ``output_dir``.
         trust_remote_code: run code from the base's repository.
+        remarks: what does not fit the base is noted here; None to refuse it.
 
     Raises:
         ConfigError: an adapter that is no low-rank change of linear layers, or needs a rank that no server takes.
@@ -116,7 +118,7 @@ def export_lora(
     adapter = read_adapter(require_adapter(target))
     check_output(output_dir, overwrite=overwrite, ours="lora.json")
     check_exportable(adapter)
-    opened = open_adapter(adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code)
+    opened = open_adapter(adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code, remarks=remarks)
     changes = {name: change_of(layer) for name, layer in spectral_only(opened.adapted).items()}
     needed = max(change.rank for change in changes.values())
     kept, stored = choose_ranks(rank, needed, changes)
@@ -133,8 +135,7 @@ def export_lora(
         config = _config(adapter, opened.adapted, stored)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         verdict.append(_verify(folder, opened, changes, kept=kept, stored=stored, needed=needed))
-        report = {"mirrortune_version": __version__, "base": adapter.base, "verification": asdict(verdict[0])}
-        (folder / "lora.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_report(folder, adapter, asdict(verdict[0]), remarks)
         if not verdict[0].passed:
             raise VerificationError(
                 str(output_dir),
@@ -144,6 +145,13 @@ def export_lora(
 
     write_folder_atomically(output_dir, write)
     return verdict[0]
+
+
+def write_report(folder: Path, adapter: AdapterFile, verification: dict[str, Any], remarks: list[str] | None) -> None:
+    """``lora.json``: what was exported, how it was compared, and what did not fit a base that was forced."""
+    report = {"mirrortune_version": __version__, "base": adapter.base, "verification": verification}
+    text = json.dumps({**report, "remarks": remarks or []}, indent=2)
+    (folder / "lora.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def describe(verdict: LoraExport) -> str:

@@ -10,7 +10,6 @@ weights in that order, and so must B have (A is as it was): see :data:`ARCHITECT
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mirrortune import __version__
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.export import change_of, check_exportable, choose_ranks, spectral_only
+from mirrortune.export import change_of, check_exportable, choose_ranks, spectral_only, write_report
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
 from mirrortune.merging import check_output, open_adapter
@@ -72,6 +70,7 @@ def export_gguf(
     base: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    remarks: list[str] | None = None,
 ) -> GgufExport:
     """Write a run's (or an adapter folder's) adapter as ``adapter.gguf``, read it back and compare.
 
@@ -85,7 +84,7 @@ def export_gguf(
     adapter = read_adapter(require_adapter(target))
     check_output(output_dir, overwrite=overwrite, ours="lora.json")
     check_exportable(adapter)
-    opened = open_adapter(adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code)
+    opened = open_adapter(adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code, remarks=remarks)
     config = opened.source.config
     if config.model_type not in ARCHITECTURES:
         problem = f"models of type '{config.model_type}' are not known to agree with llama.cpp's but for names"
@@ -116,8 +115,7 @@ def export_gguf(
             GgufExport(architecture=architecture, rank=stored, kept_rank=kept, needed_rank=needed,
                        max_rel_delta_error=error, tolerance=1e-6, passed=excess <= 1e-6)
         )  # fmt: skip
-        report = {"mirrortune_version": __version__, "base": adapter.base, "verification": asdict(verdict[0])}
-        (folder / "lora.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_report(folder, adapter, asdict(verdict[0]), remarks)
         if not verdict[0].passed:
             raise VerificationError(str(output_dir), f"the GGUF file differs from the adapter: {describe(verdict[0])}")
 

@@ -192,7 +192,9 @@ def require_adapter(target: str) -> Path:
     return folder
 
 
-def load_evaluable(target: str, adapter_folder: Path | None, recipe: Recipe, data: DataSet) -> Evaluable:
+def load_evaluable(
+    target: str, adapter_folder: Path | None, recipe: Recipe, data: DataSet, *, remarks: list[str] | None = None
+) -> Evaluable:
     """The model that ``eval`` was pointed at, with its task.
 
     Args:
@@ -200,9 +202,10 @@ def load_evaluable(target: str, adapter_folder: Path | None, recipe: Recipe, dat
         adapter_folder: from :func:`find_adapter`.
         recipe: for a plain model: the task; in any case where the base is, if it was named.
         data: for a plain model: columns and labels.
+        remarks: what of an adapter does not fit its base is noted here; None to refuse it.
     """
     if adapter_folder is not None:
-        return _load_run(adapter_folder, recipe)
+        return _load_run(adapter_folder, recipe, remarks)
     source = find_model(target, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     task = _plain_task(recipe, data, source.config)
     processor = task.load_processor(source)
@@ -218,21 +221,25 @@ def load_evaluable(target: str, adapter_folder: Path | None, recipe: Recipe, dat
     return Evaluable(model=loaded.model.eval(), task=task, processor=processor, max_length=max_length)
 
 
-def _load_run(adapter_folder: Path, recipe: Recipe) -> Evaluable:
+def _load_run(adapter_folder: Path, recipe: Recipe, remarks: list[str] | None) -> Evaluable:
     adapter = read_adapter(adapter_folder)
     if adapter.task is None:
         raise ConfigError(
             str(adapter_folder), "the adapter was saved outside a task", fix="Merge it and evaluate the merged model"
         )
     task = _run_task(adapter.task, recipe)
+    name = recipe.model.name or adapter.base.get("name")
+    if name is None:
+        raise ConfigError(str(adapter_folder), "the adapter does not say what its base is", fix="Name it with --model")
+    is_named = name == adapter.base.get("name")  # a base elsewhere has other commits
     source = find_model(
-        recipe.model.name or adapter.base["name"],
-        revision=adapter.base.get("commit") or adapter.base.get("revision"),
+        name,
+        revision=adapter.base.get("commit") or adapter.base.get("revision") if is_named else recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
         load_in=adapter.base.get("load_in"),
     )
     processor = task.load_processor(source)
-    model = load_adapted(adapter, source, task, pad_token_id(processor), FactorCache())
+    model = load_adapted(adapter, source, task, pad_token_id(processor), FactorCache(), remarks=remarks)
     asked = recipe.data.max_length or adapter.extra.get("max_length")
     max_length = task.resolve_length(asked, processor, source.config)
     return Evaluable(model=model, task=task, processor=processor, max_length=max_length)

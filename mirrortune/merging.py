@@ -118,6 +118,7 @@ def load_adapted(
     What does not fit is refused, or noted in ``remarks`` if there is such a list. A quantised base is dequantised if
     ``is_plain``; ``turned`` is of the quantised one whose weights the adapter turns, if ``source`` is the full one.
     """
+    check_class(adapter)
     dtype = DTYPES[adapter.base["dtype"]]
     arguments = adapter.base["auto_class"], config_fields(adapter, task), dtype, pad_token_id
     model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
@@ -278,10 +279,25 @@ def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
     return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if labels else {}
 
 
+def check_class(adapter: AdapterFile) -> None:
+    """Refuse an adapter of what is no model of transformers, or was not loaded as their models are."""
+    import transformers  # noqa: PLC0415
+
+    name, dtype = str(adapter.base.get("auto_class")), adapter.base.get("dtype")
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and (
+        name.startswith("AutoModel") or issubclass(found, transformers.PreTrainedModel)
+    )
+    if not is_model or dtype not in DTYPES:
+        problem = f"its base is a '{name}' in {dtype}, which is no model that transformers loads here"
+        raise ConfigError(str(adapter.folder), problem, fix="Use it in Python, with load_adapter")
+
+
 def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool) -> ModelSource:
     """The base that an adapter names, or ``base``."""
     if adapter.base.get("name") is None and base is None:
         raise ConfigError("merge", "the adapter does not say what its base model is", fix="Name it with --model")
+    check_class(adapter)
     return find_model(
         base or adapter.base["name"],
         revision=None if base else adapter.base.get("commit") or adapter.base.get("revision"),

@@ -103,7 +103,8 @@ def make_config(spec: AdapterSpec, names: list[str]) -> Any:
 def stored_config(described: dict[str, Any], names: list[str]) -> Any:
     """The configuration that an adapter folder holds, for the layers ``names``."""
     peft = import_peft(str(described.get("peft_type")).lower())
-    fields = {k: v for k, v in described.items() if k not in ("modules_to_save", "task_type", "inference_mode")}
+    ignored = {"modules_to_save", "task_type", "inference_mode", *_UNUSED} - {"peft_version"}
+    fields = {k: v for k, v in described.items() if k not in ignored}
     try:
         return peft.PeftConfig.from_peft_type(**{**fields, "target_modules": names})
     except (ValueError, TypeError, KeyError) as error:

@@ -101,6 +101,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if get_origin(hint) in (list, dict):
         return isinstance(value, get_origin(hint))
+    if get_origin(hint) is tuple:  # of one kind of thing, as JSON and YAML have it
+        return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
     if get_origin(hint) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
@@ -115,4 +117,6 @@ def _describe(hint: Any) -> str:
         return ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_describe, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list of {_describe(get_args(hint)[0])}"
     return _WORDS.get(get_origin(hint) or hint, str(hint))

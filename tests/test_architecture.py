@@ -21,7 +21,8 @@ LAYERS = (
     "quantised",
     "adapters.factorize atomic class_folders columns compiling examples labels locations metrics registry shards "
     "strict_yaml",
-    "adapter_format adapters.layer_names text_tables tracking",
+    "adapter_validity adapters.layer_names text_tables tracking",
+    "adapter_format",
     "figures pages predictions",
     "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card ranks schema tables",
     "adapters.core adapters.pairings flags",

@@ -11,17 +11,18 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any, Protocol
+from dataclasses import asdict, fields, replace
+from typing import Any, Protocol, get_type_hints
 
 import pyarrow as pa
 from torch import Tensor
 
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.errors import ConfigError, DataError, VerificationError, unknown_name
 from mirrortune.examples import Batch, Examples, Targets
 from mirrortune.model import ModelSource
 from mirrortune.recipe import task_kinds
+from mirrortune.registry import option_errors
 from mirrortune.tokens import Reading
 
 
@@ -109,9 +110,20 @@ def task_to_dict(task: Task) -> dict[str, Any]:
 
 
 def task_from_dict(data: dict[str, Any]) -> Task:
-    """The task that :func:`task_to_dict` described."""
+    """The task that :func:`task_to_dict` described; VerificationError for fields that no such task has."""
+    found, where = task_class(data["kind"], "adapter.json: task"), "adapter.json: task"
     known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return task_class(data["kind"])(**known)
+    errors = option_errors(known, get_type_hints(found), owner=f"task '{data['kind']}'", where=where)
+    if errors:
+        raise VerificationError(where, "; ".join(map(str, errors)), fix="Restore the adapter folder")
+    try:
+        task = found(**known)
+    except (TypeError, ValueError) as error:
+        raise VerificationError(where, f"damaged ({error})", fix="Restore the adapter folder") from error
+    constants = {f.name: f.default for f in fields(found) if f.name in ("kind", "auto_class")}  # type: ignore[arg-type]
+    if odd := [key for key, value in constants.items() if getattr(task, key) != value]:
+        raise VerificationError(where, f"{odd[0]} is {getattr(task, odd[0])!r}", allowed=str(constants[odd[0]]))
+    return task
 
 
 def with_columns(task: Task, named: dict[str, Any]) -> Task:

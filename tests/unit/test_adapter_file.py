@@ -188,7 +188,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]
     "no sketch": (drop(SKETCH), "damaged"),
     "one tensor more": (
         lambda d, t: t.update({"core.other.theta": torch.zeros(1)}),
-        "'core.other.theta' is only in the",
+        "'core.other.theta' cannot be meant",
     ),
     "NaN angle": (put(THETA, spoil(float("nan"))), f"tensor '{THETA}' holds NaN or infinities"),
     "infinite head": (put(HEAD, spoil(float("inf"))), f"tensor '{HEAD}' holds NaN or infinities"),
