@@ -21,7 +21,7 @@ from mirrortune.errors import ConfigError, ResourceError, all_of, unknown_name
 from mirrortune.examples import Examples
 from mirrortune.locations import is_local
 from mirrortune.loop import LoopSettings
-from mirrortune.metrics import METRICS
+from mirrortune.metrics import METRICS, Scores
 from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
 from mirrortune.peft_configs import check_options
 from mirrortune.planning import Plan, make_plan
@@ -248,7 +248,8 @@ def read_data(recipe: Recipe) -> DataSet:
 def make_task(recipe: Recipe, rows: Split) -> tuple[Task, list[str]]:
     """The task with its columns and labels, and notes on what was detected."""
     assert recipe.task.kind is not None
-    return task_class(recipe.task.kind).from_rows(rows.table, rows.source, **task_settings(recipe))
+    scores = Scores(metrics=recipe.task.metrics, selection_metric=recipe.task.selection_metric)
+    return task_class(recipe.task.kind).from_rows(rows.table, rows.source, scores, **task_settings(recipe))
 
 
 def task_settings(recipe: Recipe) -> dict[str, Any]:

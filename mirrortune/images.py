@@ -9,7 +9,6 @@ order, and after a resume. Pillow does the work on the image itself; what is our
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import nn
 
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.examples import Batch, IntArray, Rows, Targets
+from mirrortune.file_cells import FileCells
 from mirrortune.model import ModelSource, forward_parameters, load_image_processor
 
 Image = Any  # PIL.Image.Image; Pillow is imported when the first image is
@@ -108,9 +107,7 @@ class ImageExamples:
     """Rows of images; see :class:`mirrortune.examples.Examples`.
 
     Attributes:
-        images: encoded images or paths, one a row.
-        folder: where relative paths begin.
-        source: the split's name, for messages.
+        images: one a row.
         targets: one a row, shape (N,).
         num_unlabelled: rows without a target.
         reader: makes pixels.
@@ -118,9 +115,7 @@ class ImageExamples:
         seed: of the augmentation.
     """
 
-    images: pa.ChunkedArray
-    folder: Path | None
-    source: str
+    images: FileCells
     targets: Targets
     num_unlabelled: int
     reader: ImageReader
@@ -144,7 +139,7 @@ class ImageExamples:
             if epoch is not None:
                 image = AUGMENTATIONS[self.augment](image, np.random.default_rng([self.seed, epoch, int(row)]))
             found.append(image)
-        batch = self.reader.pixels(found, self.source)
+        batch = self.reader.pixels(found, self.images.source)
         batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return batch
 
@@ -170,23 +165,11 @@ class ImageExamples:
     def _opened(self, row: int) -> Iterator[Image]:
         from PIL import Image as Pillow  # noqa: PLC0415
 
-        value = self.images[row].as_py()
         try:
-            with Pillow.open(_stream(value, self.folder)) as image:
+            with Pillow.open(self.images.open(row)) as image:
                 yield image
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, here or on a file cut short
-            raise self._unreadable(row, error) from error
-
-    def _unreadable(self, row: int, error: Exception) -> DataError:
-        value = self.images[row].as_py()
-        path = value.get("path") if isinstance(value, dict) else value
-        name = f" '{path}'" if isinstance(path, str) else ""
-        reason = "it is missing" if value is None else f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-        return DataError(
-            f"{self.source} row {row + 1}", f"its image{name} cannot be read ({reason})",
-            allowed="any image that Pillow opens; paths are relative to the table's folder",
-            fix="Replace or remove the row",
-        )  # fmt: skip
+            raise self.images.unreadable(row, error) from error
 
 
 def flatten(image: Image, num_channels: int = 3) -> Image:
@@ -218,18 +201,6 @@ def _eight_bits(values: Any) -> Any:
     else:  # 32-bit integers hold 8 or 16 bits in practice
         top = 255.0 if highest <= 255 else 65535.0 if highest <= 65535 else highest
     return np.clip(np.rint(values.astype(np.float64) * (255.0 / top)), 0, 255).astype(np.uint8)
-
-
-def _stream(value: Any, folder: Path | None) -> Any:
-    """What Pillow can open for one cell: bytes, a path, or the datasets library's {bytes, path}."""
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if value is None:
-        raise ValueError("no image")
-    if isinstance(value, bytes):
-        return io.BytesIO(value)
-    path = Path(value).expanduser()
-    return path if path.is_absolute() or folder is None else folder / path
 
 
 def _set_size(processor: Any, side: int) -> None:
@@ -294,7 +265,7 @@ def encode_images(
 ) -> ImageExamples:
     """The images of a split; DataError with the row of one that cannot be opened."""
     examples = ImageExamples(
-        images=split.table.column(column), folder=split.folder, source=split.source, targets=targets,
+        images=FileCells.of(split, column, role="image", readable="any image that Pillow opens"), targets=targets,
         num_unlabelled=int(missing.sum()), reader=reader, augment=augment, seed=seed,
     )  # fmt: skip
     examples.check()

@@ -224,6 +224,31 @@ def check_metrics(
         raise ConfigError("task.selection_metric", f"'{selection}' is not computed", allowed=", ".join(names))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a recipe asks to be scored.
+
+    Attributes:
+        metrics: names, or None for the kind of task's own.
+        selection_metric: the one that chooses the best checkpoint, or None for the first.
+    """
+
+    metrics: tuple[str, ...] | None = None
+    selection_metric: str | None = None
+
+    def fields(self, own: tuple[str, ...], target: str, num_classes: int | None = None) -> dict[str, Any]:
+        """``metric_names`` and ``selection_metric`` of a task of a kind with the metrics ``own``; see
+        :func:`check_metrics` for the rest, and for what is refused.
+        """
+        names = self.metrics or own
+        check_metrics(names, target, num_classes, self.selection_metric)
+        return {"metric_names": names, "selection_metric": self.selection_metric or names[0]}
+
+
+KINDS_OWN = Scores()
+"""Nothing is asked: the kind of task chooses."""
+
+
 def score(names: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
     """Each named metric of ``predictions`` against ``references``, both with an entry for each row."""
     return {name: METRICS[name].compute(predictions, references) for name in names}

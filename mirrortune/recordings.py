@@ -7,7 +7,6 @@ that is too long is cut where (seed, epoch, row) says; a scored one keeps its be
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import nn
 
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError
+from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch, IntArray, Rows, Targets
+from mirrortune.file_cells import FileCells
 from mirrortune.model import ModelSource, load_feature_extractor
 
 Wave = npt.NDArray[np.float32]
@@ -70,9 +69,7 @@ class RecordingExamples:
     """Rows of recordings; see :class:`mirrortune.examples.Examples`.
 
     Attributes:
-        recordings: encoded recordings or paths, one a row.
-        folder: where relative paths begin.
-        source: the split's name, for messages.
+        recordings: one a row.
         targets: one a row, shape (N,).
         num_unlabelled: rows without a target.
         reader: makes features.
@@ -81,9 +78,7 @@ class RecordingExamples:
         seed: of the cuts.
     """
 
-    recordings: pa.ChunkedArray
-    folder: Path | None
-    source: str
+    recordings: FileCells
     targets: Targets
     num_unlabelled: int
     reader: RecordingReader
@@ -118,12 +113,12 @@ class RecordingExamples:
         import soundfile  # noqa: PLC0415
 
         try:
-            samples, rate = soundfile.read(_stream(self.recordings[row].as_py(), self.folder), dtype="float32")
+            samples, rate = soundfile.read(self.recordings.open(row), dtype="float32")
         except (OSError, ValueError, RuntimeError) as error:
-            raise unreadable(self.source, row, self.recordings[row].as_py(), error) from error
+            raise self.recordings.unreadable(row, error) from error
         wave = resample(samples.mean(axis=1) if samples.ndim > 1 else samples, rate, self.reader.rate)
         if not len(wave):
-            raise unreadable(self.source, row, self.recordings[row].as_py(), ValueError("no samples"))
+            raise self.recordings.unreadable(row, ValueError("no samples"))
         longest, first = self.reader.max_samples, 0
         if len(wave) > longest and epoch is not None:
             first = int(np.random.default_rng([self.seed, epoch, row]).integers(len(wave) - longest + 1))
@@ -136,18 +131,19 @@ def encode_recordings(
     """The recordings of a split; DataError with the row of one that cannot be opened."""
     import soundfile  # noqa: PLC0415
 
-    recordings = split.table.column(column)
+    recordings = FileCells.of(
+        split, column, role="recording", readable="wav, flac, ogg, mp3 or what else libsndfile opens"
+    )
     counts = np.zeros(len(recordings), dtype=np.int64)
     for row in range(len(recordings)):
-        value = recordings[row].as_py()
         try:
-            found = soundfile.info(_stream(value, split.folder))
+            found = soundfile.info(recordings.open(row))
         except (OSError, ValueError, RuntimeError) as error:
-            raise unreadable(split.source, row, value, error) from error
+            raise recordings.unreadable(row, error) from error
         counts[row] = math.ceil(found.frames * reader.rate / found.samplerate)
     return RecordingExamples(
-        recordings=recordings, folder=split.folder, source=split.source, targets=targets,
-        num_unlabelled=int(missing.sum()), reader=reader, samples=np.minimum(counts, reader.max_samples),
+        recordings=recordings, targets=targets, num_unlabelled=int(missing.sum()), reader=reader,
+        samples=np.minimum(counts, reader.max_samples),
         num_truncated=int((counts > reader.max_samples).sum()), seed=seed,
     )  # fmt: skip
 
@@ -160,26 +156,3 @@ def resample(samples: Wave, rate: int, wanted: int) -> Wave:
 
     common = math.gcd(rate, wanted)
     return np.asarray(scipy.signal.resample_poly(samples, wanted // common, rate // common), dtype=np.float32)
-
-
-def unreadable(source: str, row: int, value: Any, error: Exception) -> DataError:
-    """The error for a recording that soundfile does not open."""
-    path = value.get("path") if isinstance(value, dict) else value
-    name = f" '{path}'" if isinstance(path, str) else ""
-    reason = "it is missing" if value is None else f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    return DataError(
-        f"{source} row {row + 1}", f"its recording{name} cannot be read ({reason})",
-        allowed="wav, flac, ogg, mp3 or what else libsndfile opens; paths are relative to the table's folder",
-        fix="Replace or remove the row",
-    )  # fmt: skip
-
-
-def _stream(value: Any, folder: Path | None) -> Any:
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if value is None:
-        raise ValueError("no recording")
-    if isinstance(value, bytes):
-        return io.BytesIO(value)
-    path = Path(value).expanduser()
-    return str(path if path.is_absolute() or folder is None else folder / path)

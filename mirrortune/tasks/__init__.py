@@ -3,7 +3,8 @@
 recipe.
 
 The file's name is its registration: ``text_classification.py`` is ``text-classification``. The keyword parameters of
-its ``from_rows`` are the settings that it takes from the recipe's ``task`` and ``data`` sections.
+its ``from_rows`` are the settings that it takes from the recipe's ``task`` and ``data`` sections, besides the scores
+that every kind has.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, VerificationError, unknown_name
 from mirrortune.examples import Batch, Examples, Targets
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource
 from mirrortune.recipe import task_kinds
 from mirrortune.registry import option_errors
@@ -43,7 +45,9 @@ class Task(Protocol):
     selection_metric: str
 
     @classmethod
-    def from_rows(cls, table: pa.Table, source: str, **settings: Any) -> tuple[Task, list[str]]:
+    def from_rows(
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, **settings: Any
+    ) -> tuple[Task, list[str]]:
         """The task with its columns and label space read from the training rows, and a note for each column that was
         detected rather than named.
 

@@ -35,7 +35,7 @@ from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.examples import IGNORE_INDEX, Batch, Examples, Padding, Targets, TokenExamples
 from mirrortune.labels import refuse_missing
-from mirrortune.metrics import check_metrics
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.packing import PackedExamples
 from mirrortune.probes import text_probe
@@ -99,18 +99,10 @@ class Task:
 
     @classmethod
     def from_rows(
-        cls,
-        table: pa.Table,
-        source: str,
-        *,
-        text_columns: tuple[str, ...] | None = None,
-        label_column: str | None = None,
-        metrics: tuple[str, ...] | None = None,
-        selection_metric: str | None = None,
-        loss_on: str | None = None,
-        format: str | None = None,
-        packing: bool | None = None,
-    ) -> tuple[Task, list[str]]:
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
+        loss_on: str | None = None, format: str | None = None, packing: bool | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task; DataError if no column holds text to learn."""
         for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
             if value not in (None, *allowed):
@@ -120,11 +112,9 @@ class Task:
         if layout == "text" and loss_on == "completions":
             raise ConfigError("task.loss_on", f"plain text in column '{text[0]}' has no completions",
                               fix="Remove it, or name the completion with --label-column")  # fmt: skip
-        metric_names = metrics or ("perplexity", "token_accuracy")
-        check_metrics(metric_names, "token", selection=selection_metric)
         task = cls(
             text_columns=text, label_column=label, layout=layout, loss_on=loss_on, format=format or "auto",
-            packing=bool(packing), metric_names=metric_names, selection_metric=selection_metric or metric_names[0],
+            packing=bool(packing), **scores.fields(("perplexity", "token_accuracy"), "token"),
         )  # fmt: skip
         what = {"completions": "the answers (task.loss_on=all to change)", "all": "every token"}[loss_on]
         return task, [*notes, f"the loss is on {what}"]

@@ -23,7 +23,7 @@ from mirrortune.data import Split
 from mirrortune.errors import DataError
 from mirrortune.examples import Batch, IntArray, Rows, Targets, TokenExamples
 from mirrortune.labels import MISSING, refuse_missing
-from mirrortune.metrics import check_metrics
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import SENTENCES
 from mirrortune.tokens import Reading, encode_pairs, resolve_max_length
@@ -105,16 +105,10 @@ class Task:
 
     @classmethod
     def from_rows(
-        cls,
-        table: pa.Table,
-        source: str,
-        *,
-        text_columns: tuple[str, ...] | None = None,
-        choice_columns: tuple[str, ...] | None = None,
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, choice_columns: tuple[str, ...] | None = None,
         label_column: str | None = None,
-        metrics: tuple[str, ...] | None = None,
-        selection_metric: str | None = None,
-    ) -> tuple[Task, list[str]]:
+    ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task; DataError if there are no columns of contexts, endings and labels."""
         names = {n.lower(): n for n in table.column_names}
         given = [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")]
@@ -133,13 +127,8 @@ class Task:
         notes = [] if text_columns else [detected("text", ", ".join(text))]
         notes += [] if choice_columns else [f"endings {', '.join(choices)} (detected; data.choice_columns to change)"]
         notes += [] if label_column else [detected("label", label)]
-        metric_names = metrics or ("accuracy",)
-        check_metrics(metric_names, "class", selection=selection_metric)
-        task = cls(
-            text_columns=text, choice_columns=choices, label_column=label, metric_names=metric_names,
-            selection_metric=selection_metric or metric_names[0],
-        )  # fmt: skip
-        return task, notes
+        chosen = scores.fields(("accuracy",), "class")
+        return cls(text_columns=text, choice_columns=choices, label_column=label, **chosen), notes
 
     def columns(self) -> list[tuple[str, str]]:
         """See :class:`mirrortune.tasks.Task`."""

@@ -23,7 +23,7 @@ from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import Batch, IntArray, Padding, TokenExamples
 from mirrortune.labels import refuse_missing
-from mirrortune.metrics import check_metrics
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
 from mirrortune.tokens import Reading, cache_key, cached_arrays, ragged, resolve_max_length
@@ -73,16 +73,10 @@ class Task:
 
     @classmethod
     def from_rows(
-        cls,
-        table: pa.Table,
-        source: str,
-        *,
-        text_columns: tuple[str, ...] | None = None,
-        label_column: str | None = None,
-        metrics: tuple[str, ...] | None = None,
-        selection_metric: str | None = None,
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         stride: int | None = None,
-    ) -> tuple[Task, list[str]]:
+    ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task; DataError if there are no columns of questions, contexts and answers."""
         names = {n.lower(): n for n in table.column_names}
         text = text_columns or tuple(names[n] for n in ("question", "context") if n in names)
@@ -96,14 +90,9 @@ class Task:
             )  # fmt: skip
         notes = [] if text_columns else [detected("text", text[0]), detected("text", text[1])]
         notes += [] if label_column else [detected("label", label)]
-        metric_names = metrics or ("squad_f1", "exact_match")
-        check_metrics(metric_names, "answers", selection=selection_metric)
-        answers = _answers(table, label, source)
-        task = cls(
-            text_columns=text, label_column=label, may_lack_answer=any(a is not None and not a for a in answers),
-            stride=stride, metric_names=metric_names,
-            selection_metric=selection_metric or metric_names[0],
-        )  # fmt: skip
+        chosen = scores.fields(("squad_f1", "exact_match"), "answers")
+        may_lack_answer = any(a is not None and not a for a in _answers(table, label, source))
+        task = cls(text_columns=text, label_column=label, may_lack_answer=may_lack_answer, stride=stride, **chosen)
         return task, notes
 
     def columns(self) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from mirrortune.data import Split
 from mirrortune.errors import DataError
 from mirrortune.examples import Batch, Targets, TokenExamples
 from mirrortune.labels import label_fields, refuse_missing
-from mirrortune.metrics import check_metrics
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
 from mirrortune.tokens import Reading, encode_texts, resolve_max_length
@@ -41,25 +41,12 @@ class Task:
 
     @classmethod
     def from_rows(
-        cls,
-        table: pa.Table,
-        source: str,
-        *,
-        text_columns: tuple[str, ...] | None = None,
-        label_column: str | None = None,
-        metrics: tuple[str, ...] | None = None,
-        selection_metric: str | None = None,
-    ) -> tuple[Task, list[str]]:
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task; DataError if the label column is not made of finite numbers or is constant."""
         text, label, notes = choose_columns(table, text_columns, label_column, source)
-        metric_names = metrics or ("pearson", "spearmanr")
-        check_metrics(metric_names, "number", selection=selection_metric)
-        task = cls(
-            text_columns=text,
-            label_column=label,
-            metric_names=metric_names,
-            selection_metric=selection_metric or metric_names[0],
-        )
+        task = cls(text_columns=text, label_column=label, **scores.fields(("pearson", "spearmanr"), "number"))
         values = task.targets(table, source)
         known = values[~np.isnan(values)]
         if len(known) and np.ptp(known) == 0:

@@ -21,7 +21,7 @@ from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples, pad_rows
 from mirrortune.labels import refuse_missing
-from mirrortune.metrics import check_metrics
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.probes import text_probe
 from mirrortune.tokens import Reading, cache_key, cached_arrays, encode_texts, ragged, resolve_max_length
@@ -140,17 +140,10 @@ class Task:
 
     @classmethod
     def from_rows(
-        cls,
-        table: pa.Table,
-        source: str,
-        *,
-        text_columns: tuple[str, ...] | None = None,
-        label_column: str | None = None,
-        metrics: tuple[str, ...] | None = None,
-        selection_metric: str | None = None,
-        prefix: str | None = None,
-        max_target_length: int | None = None,
-    ) -> tuple[Task, list[str]]:
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
+        prefix: str | None = None, max_target_length: int | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task; DataError if there are no columns of source and target texts."""
         names = {n.lower(): n for n in table.column_names}
         check_named(
@@ -165,12 +158,10 @@ class Task:
                 source, f"no columns of source and target texts; the columns are {', '.join(table.column_names)}",
                 allowed="two columns of text", fix="Name them with --text-column and --label-column",
             )  # fmt: skip
-        metric_names = metrics or ("rougeL", "rouge1", "rouge2")
-        check_metrics(metric_names, "text", selection=selection_metric)
         task = cls(
             text_columns=text, label_column=label, prefix=prefix or "",
-            max_target_length=max_target_length or _LONGEST_TARGET, metric_names=metric_names,
-            selection_metric=selection_metric or metric_names[0],
+            max_target_length=max_target_length or _LONGEST_TARGET,
+            **scores.fields(("rougeL", "rouge1", "rouge2"), "text"),
         )  # fmt: skip
         notes = [] if text_columns else [detected("text", text[0])]
         return task, notes if label_column else [*notes, detected("label", label)]

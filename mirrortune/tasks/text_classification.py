@@ -24,7 +24,6 @@ from mirrortune.examples import Batch, Targets, TokenExamples
 from mirrortune.labels import (
     MISSING,
     as_name,
-    class_indices,
     class_names,
     feature_names,
     in_order,
@@ -33,26 +32,22 @@ from mirrortune.labels import (
     label_sets,
     refuse_missing,
 )
-from mirrortune.metrics import check_metrics
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
+from mirrortune.one_of_classes import OneOfClasses
 from mirrortune.probes import text_probe
 from mirrortune.tokens import Reading, encode_texts, resolve_max_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class Task(OneOfClasses):
     """See :class:`mirrortune.tasks.Task`.
 
     Attributes:
-        labels: the class names, in the order of the model's outputs.
         multi_label: a row has any number of classes.
     """
 
     text_columns: tuple[str, ...]
-    label_column: str
-    metric_names: tuple[str, ...]
-    selection_metric: str
-    labels: tuple[str, ...]
     multi_label: bool = False
     kind: str = "text-classification"
     auto_class: str = "AutoModelForSequenceClassification"
@@ -60,16 +55,10 @@ class Task:
 
     @classmethod
     def from_rows(
-        cls,
-        table: pa.Table,
-        source: str,
-        *,
-        text_columns: tuple[str, ...] | None = None,
-        label_column: str | None = None,
-        metrics: tuple[str, ...] | None = None,
-        selection_metric: str | None = None,
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         labels: tuple[str, ...] | None = None,
-    ) -> tuple[Task, list[str]]:
+    ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task with class names from ``labels``, else the column's own features, else the values found, sorted."""
         as_columns = label_column is None and bool(labels) and set(labels or ()) <= set(table.column_names)
         if as_columns:
@@ -77,16 +66,9 @@ class Task:
         text, label, notes = choose_columns(table, text_columns, label_column, source)
         multi_label = as_columns or is_list(table.schema.field(label).type)
         names = _names(table, label, source, labels) if multi_label else class_names(table, label, source, labels)
-        metric_names = metrics or (("f1_micro", "f1_macro") if multi_label else ("accuracy",))
-        check_metrics(metric_names, "labels" if multi_label else "class", len(names), selection_metric)
-        task = cls(
-            text_columns=text,
-            label_column=label,
-            metric_names=metric_names,
-            selection_metric=selection_metric or metric_names[0],
-            labels=names,
-            multi_label=multi_label,
-        )
+        own, target = (("f1_micro", "f1_macro"), "labels") if multi_label else (("accuracy",), "class")
+        chosen = scores.fields(own, target, len(names))
+        task = cls(text_columns=text, label_column=label, labels=names, multi_label=multi_label, **chosen)
         return task, [*notes, "rows may have several labels"] if multi_label else notes
 
     def columns(self) -> list[tuple[str, str]]:
@@ -122,19 +104,16 @@ class Task:
         """Cross-entropy of logits (B, C) against class indices (B,), summed over rows; or binary cross-entropy against
         0 and 1 (B, C), summed over rows and classes.
         """
-        logits = outputs.logits.float()
         if self.multi_label:
+            logits = outputs.logits.float()
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"), targets.numel()
-        return F.cross_entropy(logits, targets, reduction="sum"), targets.shape[0]
-
-    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
-        """Logits (B, C)."""
-        return np.asarray(outputs.logits.float().cpu().numpy())
+        return OneOfClasses.loss(self, outputs, targets)
 
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
         """The class of the largest logit and the right class (N,), or all classes of more than even odds (N, C)."""
-        logits = np.stack(judged)
-        return (logits > 0).astype(np.int64) if self.multi_label else logits.argmax(axis=-1), examples.targets
+        if self.multi_label:
+            return (np.stack(judged) > 0).astype(np.int64), examples.targets
+        return OneOfClasses.answers(self, judged, examples)
 
     def probe(self, processor: Any, config: Any) -> Batch:
         """See :class:`mirrortune.tasks.Task`."""
@@ -144,7 +123,7 @@ class Task:
         """The targets, (N,) or (N, C), and which rows have none."""
         table, column, names, source = split.table, self.label_column, self.labels, split.source
         if not self.multi_label:
-            targets = class_indices(table, column, names, source, allow_missing=allow_missing)
+            targets = self.class_targets(split, allow_missing=allow_missing)
             return targets, targets == MISSING
         sets, missing = label_sets(table, column, names, source)
         if not allow_missing:

@@ -22,7 +22,7 @@ from mirrortune.data import Split
 from mirrortune.errors import DataError, did_you_mean
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, TokenExamples
 from mirrortune.labels import as_name, feature_names, in_order, is_list, label_fields, refuse_missing
-from mirrortune.metrics import check_metrics
+from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
 from mirrortune.tokens import Reading, cache_key, cached_arrays, ragged, resolve_max_length
@@ -46,16 +46,10 @@ class Task:
 
     @classmethod
     def from_rows(
-        cls,
-        table: pa.Table,
-        source: str,
-        *,
-        text_columns: tuple[str, ...] | None = None,
-        label_column: str | None = None,
-        metrics: tuple[str, ...] | None = None,
-        selection_metric: str | None = None,
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         labels: tuple[str, ...] | None = None,
-    ) -> tuple[Task, list[str]]:
+    ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task with tags from ``labels``, else the column's own features, else those found, sorted."""
         words, tags, notes = _choose(table, text_columns, label_column, source)
         found = {name for row in table.column(tags).to_pylist() for name in map(as_name, row or ()) if name is not None}
@@ -63,13 +57,8 @@ class Task:
         if len(names) < 2:
             raise DataError(source, f"tag column '{tags}' has one tag only", allowed="two tags or more",
                             fix="Name another column with --label-column")  # fmt: skip
-        metric_names = metrics or (("entity_f1", "tag_accuracy") if _are_entities(names) else ("tag_accuracy",))
-        check_metrics(metric_names, "tags", selection=selection_metric)
-        task = cls(
-            text_columns=(words,), label_column=tags, metric_names=metric_names,
-            selection_metric=selection_metric or metric_names[0], labels=names,
-        )  # fmt: skip
-        return task, notes
+        chosen = scores.fields(("entity_f1", "tag_accuracy") if _are_entities(names) else ("tag_accuracy",), "tags")
+        return cls(text_columns=(words,), label_column=tags, labels=names, **chosen), notes
 
     def columns(self) -> list[tuple[str, str]]:
         """See :class:`mirrortune.tasks.Task`."""

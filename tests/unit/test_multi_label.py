@@ -14,7 +14,7 @@ import torch
 
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
-from mirrortune.metrics import score
+from mirrortune.metrics import Scores, score
 from mirrortune.tasks import task_class, task_from_dict, task_to_dict
 from mirrortune.tokens import Reading
 
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
         encode(tokenizer, task, missing)
     assert encode(tokenizer, task, missing, allow_missing=True).num_unlabelled == 1
     with pytest.raises(ConfigError, match="'accuracy' does not score a labels"):
-        KIND.from_rows(LISTS, "rows.jsonl", label_column="topics", metrics=("accuracy",))
+        KIND.from_rows(LISTS, "rows.jsonl", Scores(metrics=("accuracy",)), label_column="topics")
     odd = pa.table({"text": ["x"], "rude": ["2"], "loud": ["0"]})
     with pytest.raises(DataError, match=r"row 1: a column of a class holds '2'\. Allowed: 0 and 1"):
         encode(tokenizer, KIND.from_rows(COLUMNS, "toxic.csv", labels=("rude", "loud"))[0], odd)

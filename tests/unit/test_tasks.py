@@ -15,7 +15,7 @@ import torch
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.labels import class_indices
-from mirrortune.metrics import score
+from mirrortune.metrics import Scores, score
 from mirrortune.tasks import task_class, task_from_dict, task_to_dict
 
 FEATURES = json.dumps({"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}})
@@ -133,7 +133,7 @@ def test_labels_that_do_not_fit_the_kind_are_refused(
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_a_selection_metric_must_be_computed(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"task\.selection_metric: 'mae' is not computed"):
-        make(kind, table([1, 2]), selection_metric="mae")
+        make(kind, table([1, 2]), scores=Scores(selection_metric="mae"))
 
 
 def test_missing_numbers_are_counted() -> None:
@@ -167,7 +167,7 @@ def test_the_loss_of_classes_is_a_sum_over_rows() -> None:
 
 
 def test_the_loss_of_numbers_is_a_sum_over_rows() -> None:
-    task = make("regression", table([0, 1, 2]), metrics=("mse", "pearson"))
+    task = make("regression", table([0, 1, 2]), scores=Scores(metrics=("mse", "pearson")))
     logits, targets = torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 4.0])
 
     loss, items = task.loss(outputs(logits), targets)
