@@ -6,6 +6,7 @@ place.
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,9 +19,12 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapting import FingerprintBook, adapt, load_into
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError
+from mirrortune.export import export_lora
+from mirrortune.export_gguf import export_gguf
 from mirrortune.factor_cache import FactorCache
-from mirrortune.hub import local_adapter
+from mirrortune.hub import check_repository, local_adapter, path_inside, upload
 from mirrortune.merge_folder import merge_folder
+from mirrortune.model_card import adapter_card
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,8 +78,17 @@ def attach(
     return model
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, form: Form = "auto") -> None:
-    """Write the adapter and head of an adapted model to ``directory`` (replaced whole or not at all).
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    form: Form = "auto",
+    repository: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> None:
+    """Write the adapter and head of an adapted model to ``directory`` (replaced whole or not at all), and send it to
+    the Hub if a repository is named.
 
     Args:
         model: adapted by :func:`attach` or :func:`load_adapter`.
@@ -83,7 +96,19 @@ def save_adapter(model: nn.Module, directory: str | Path, *, form: Form = "auto"
         form: ``compact``: kilobytes, the basis is computed again and aligned when it is loaded; ``portable``: carries
             the factors, exact on any machine; ``auto``: portable where no layer keeps more than an eighth of its
             directions.
+        repository: Hub id, ``name`` or ``owner/name``; made if need be.
+        revision: branch of the repository; it must exist.
+        subfolder: of ``directory`` and of the repository, in which :func:`load_adapter` will find it.
+
+    Raises:
+        ConfigError: the model has no adapter, or no repository can have that id.
+        HubError: whatever the Hub refused.
     """
+    if repository is not None:
+        check_repository(repository)
+    elif revision is not None:
+        raise ConfigError("revision", f"'{directory}' is a folder and has none", fix="Name a repository, or remove it")
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     attachment(model)
     book = model._mirrortune_fingerprints  # noqa: SLF001  (our own attribute on somebody else's module)
     assert isinstance(book, FingerprintBook)
@@ -91,8 +116,14 @@ def save_adapter(model: nn.Module, directory: str | Path, *, form: Form = "auto"
 
     def write(folder: Path) -> None:
         write_adapter(folder, model, book.entries, base=base, task=None, extra={}, form=form)
+        if repository is not None and subfolder is None:
+            card = adapter_card(repository, base, attachment(model).spec.method)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
-    write_folder_atomically(Path(directory), write)
+    target = Path(directory) / path_inside(subfolder)
+    write_folder_atomically(target, write)
+    if repository is not None:
+        upload(target, repository, revision=revision, subfolder=subfolder)
 
 
 def load_adapter(
@@ -123,14 +154,28 @@ def load_adapter(
     return model
 
 
-def merge_adapter(base: str | None, adapter: str | Path, output_dir: str | Path, format: str = "hf") -> dict[str, Any]:
-    """Write base + adapter as a plain checkpoint to ``output_dir``; verified, or not written.
+def merge_adapter(
+    base: str | None,
+    adapter: str | Path,
+    output_dir: str | Path,
+    format: str = "hf",
+    *,
+    rank: int | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    force_base: bool = False,
+) -> dict[str, Any]:
+    """Write base + adapter as a plain checkpoint, or as a LoRA adapter, to ``output_dir``; verified, or not written.
 
     Args:
         base: folder or Hub id of the base; None for the one that the adapter names.
-        adapter: adapter folder, or a Hub id.
+        adapter: adapter folder, run directory, or a Hub id.
         output_dir: a new folder.
-        format: ``"hf"``, the transformers layout.
+        format: ``"hf"``, the transformers layout; ``"lora"``, PEFT's; ``"gguf"``, llama.cpp's.
+        rank: with ``lora`` and ``gguf``: directions kept; None for all.
+        revision: branch, tag or commit of the adapter's Hub repository.
+        subfolder: of the adapter's folder or repository.
+        force_base: dangerous: take a base with other weights, and warn instead of refusing.
 
     Returns:
         The verification: ``max_abs_logit_error``, ``max_rel_weight_error``, ``tolerance``, ``passed`` and more.
@@ -138,17 +183,26 @@ def merge_adapter(base: str | None, adapter: str | Path, output_dir: str | Path,
     Raises:
         VerificationError: the result is out of tolerance, or base and adapter do not belong together.
     """
-    from dataclasses import asdict  # noqa: PLC0415
-
-    if format != "hf":
-        raise ConfigError("format", f"got {format!r}", allowed="hf")
-    folder = local_adapter(adapter)
-    return asdict(merge_folder([folder], Path(output_dir), factor_source=FactorCache(), base=base))
+    folder, target = local_adapter(adapter, revision=revision, subfolder=subfolder), Path(output_dir)
+    if format not in ("hf", "lora", "gguf"):
+        raise ConfigError("format", f"got {format!r}", allowed="hf, lora, gguf")
+    if rank is not None and format == "hf":
+        raise ConfigError("rank", "plain weights have none", allowed="None, or format lora or gguf")
+    verdict: Any
+    remarks: list[str] | None = [] if force_base else None
+    if format == "hf":
+        verdict = merge_folder([folder], target, factor_source=FactorCache(), base=base, remarks=remarks)
+    else:
+        write: Any = export_lora if format == "lora" else export_gguf
+        verdict = write(str(folder), target, rank=rank, base=base, remarks=remarks)
+    for remark in remarks or ():
+        warnings.warn(f"merged by force: {remark}", stacklevel=2)
+    return asdict(verdict)
 
 
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers of an adapted ``model`` are trained besides the task head, as the papers count them."""
-    return inject.trainable_parameters(model)
+    return inject.trainable_parameters(getattr(model, "_orig_mod", model))
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:

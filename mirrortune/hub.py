@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from mirrortune import __version__
 from mirrortune.errors import ConfigError, HubError, MirrortuneError
 from mirrortune.locations import looks_like_path
 
@@ -97,9 +98,7 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
         ConfigError: a revision of a folder, or a subfolder that leads out of it.
         HubError: whatever the Hub refused.
     """
-    inside = PurePosixPath(subfolder or ".")
-    if inside.is_absolute() or ".." in inside.parts:
-        raise ConfigError("subfolder", f"got '{subfolder}'", allowed="a folder inside the repository")
+    inside = path_inside(subfolder)
     folder = Path(name).expanduser()
     if folder.is_dir() or looks_like_path(str(name)):
         if revision is not None:
@@ -112,6 +111,61 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
     with hub_errors(f"adapter '{name}'", flag="the adapter"):
         patterns = [str(inside / file) for file in ADAPTER_FILES]
         return Path(huggingface_hub.snapshot_download(str(name), revision=commit, allow_patterns=patterns)) / inside
+
+
+def check_repository(repository: str) -> None:
+    """ConfigError for what cannot be the id of a repository."""
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError("ID", str(error).split(".")[0], allowed="name or owner/name") from error
+
+
+def upload(
+    folder: Path, repository: str, *, revision: str | None = None, subfolder: str | None = None, private: bool = False
+) -> tuple[str, str]:
+    """Send a folder's files to a model repository of the Hub, which is made if need be.
+
+    Args:
+        folder: what is sent, with its model card.
+        repository: ``name`` or ``owner/name``.
+        revision: branch to send to; it must exist.
+        subfolder: of the repository.
+        private: make a private repository.
+
+    Returns:
+        The repository's whole id, and the address of the commit.
+
+    Raises:
+        ConfigError: no id, or a subfolder that leads out of the repository.
+        HubError: whatever the Hub refused.
+    """
+    import huggingface_hub  # noqa: PLC0415
+
+    check_repository(repository)
+    inside = path_inside(subfolder)
+    with hub_errors(f"repository '{repository}'", flag="the repository's id"):
+        api = huggingface_hub.HfApi(library_name="mirrortune", library_version=__version__)
+        full = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+        done = api.upload_folder(
+            repo_id=full,
+            folder_path=folder,
+            path_in_repo=str(inside),
+            revision=revision,
+            commit_message=f"mirrortune {__version__}",
+        )
+    return str(full), str(done.commit_url)
+
+
+def path_inside(subfolder: str | None) -> PurePosixPath:
+    """A subfolder as a path that does not lead out; ConfigError otherwise."""
+    inside = PurePosixPath(subfolder or ".")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise ConfigError("subfolder", f"got '{subfolder}'", allowed="a folder inside the repository")
+    return inside
 
 
 def _explain(error: BaseException) -> tuple[str, str] | None:

@@ -85,7 +85,7 @@ def merge_folder(
     extra_files: dict[str, str] | None = None,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
-    force_base: bool = False,
+    remarks: list[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Verification:
     """Merge adapters into their base and write a complete checkpoint to ``output_dir``.
@@ -98,7 +98,7 @@ def merge_folder(
         extra_files: texts to put beside the weights, by file name.
         max_shard_bytes: size of the files; as in the base by default.
         overwrite: replace ``output_dir``.
-        force_base: take a base with other weights; what does not fit is noted in ``merge.json``.
+        remarks: what does not fit the base is noted here, and in ``merge.json``; None to refuse it.
         trust_remote_code: run code from the base's repository.
 
     Raises:
@@ -113,7 +113,7 @@ def merge_folder(
     probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
     merge = _Merge(
         adapters=adapters, source=source, base=base, task=task, processor=processor, probe=probe, factors=factor_source,
-        max_shard_bytes=max_shard_bytes, remarks=[] if force_base else None,
+        max_shard_bytes=max_shard_bytes, remarks=remarks,
     )  # fmt: skip
     found: list[Verification] = []
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirrortune import __version__, model_card, packed_bases
+from mirrortune import model_card, packed_bases
 from mirrortune.adapter_file import read_adapter
 from mirrortune.checkpoint import RunDirectory
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import VerificationError
 from mirrortune.factor_cache import FactorCache
-from mirrortune.hub import ADAPTER_FILES, hub_errors
+from mirrortune.hub import ADAPTER_FILES, check_repository, upload
 from mirrortune.loading import require_adapter
 from mirrortune.merge_folder import merge_folder
 from mirrortune.merging import Verification
@@ -56,6 +56,7 @@ def merge(
     extra = {"README.md": card or model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
     if recipe_file.is_file():
         extra["recipe.yaml"] = recipe_file.read_text(encoding="utf-8")
+    remarks: list[str] | None = [] if force_base else None
     verdict = merge_folder(
         folders,
         Path(output_dir),
@@ -64,11 +65,11 @@ def merge(
         extra_files=extra,
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
-        force_base=force_base,
+        remarks=remarks,
         trust_remote_code=trust_remote_code,
     )
     report = json.loads((Path(output_dir) / "merge.json").read_text(encoding="utf-8"))
-    for remark in report["remarks"]:
+    for remark in remarks or ():
         reporter.note(f"by force: {remark}")
     for folder in folders:
         record_merge(RunDirectory(folder.parent), output_dir, report)
@@ -111,14 +112,7 @@ def push(
         VerificationError: a damaged adapter, or a merged folder whose check has not passed.
         HubError: whatever the Hub refused.
     """
-    import huggingface_hub  # noqa: PLC0415
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
-    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ConfigError("ID", str(error).split(".")[0], allowed="name or owner/name") from error
+    check_repository(repository)
     folder = Path(target).expanduser()
     is_merged = (folder / "merge.json").is_file()
     with tempfile.TemporaryDirectory() as staged:
@@ -130,14 +124,9 @@ def push(
         _check_card(content / "README.md")
         files = sorted(str(p.relative_to(content)) for p in content.rglob("*") if p.is_file())
         reporter.note(f"pushing {len(files)} files to {repository}")
-        with hub_errors(f"repository '{repository}'", flag="the repository's id"):
-            api = huggingface_hub.HfApi(library_name="mirrortune", library_version=__version__)
-            full = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
-            done = api.upload_folder(
-                repo_id=full, folder_path=content, revision=revision, commit_message=f"mirrortune {__version__}"
-            )
+        full, url = upload(content, repository, revision=revision, private=private)
     kind = "merged" if is_merged else "adapter"
-    return PushResult(repository=full, url=str(done.commit_url), kind=kind, files=files)
+    return PushResult(repository=full, url=url, kind=kind, files=files)
 
 
 def _stage_adapter(folder: Path, content: Path, title: str) -> None:

@@ -46,8 +46,8 @@ LAYERS = (
     "lazy_model weights",
     "merge_plan",
     "merge_folder",
-    "api training",
-    "matrices peft_weights trainers",
+    "training",
+    "matrices peft_weights",
     "assembly",
     "analysis",
     "comparing environment loading processes",
@@ -55,8 +55,8 @@ LAYERS = (
     "run_page run_recording",
     "comparison_report export opening scoring",
     "analysis_report export_gguf records sharing",
-    "cli_exports cli_reports commands preparing recipe_commands",
-    "cli",
+    "api cli_exports cli_reports commands preparing recipe_commands",
+    "cli trainers",
     "__main__",
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -58,12 +59,50 @@ def test_the_example_pairing_works_as_printed(monkeypatch: pytest.MonkeyPatch) -
     assert pairs.tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-def test_the_python_example_runs_as_printed(
+def examples() -> list[str]:
+    """What the README does in Python, in order; one goes on where another ended."""
+    section = README[README.index("## In Python") : README.index("## What is where")]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+
+
+def run_all(some: list[str]) -> None:
+    """Run examples one after another, as printed."""
+    namespace: dict[str, object] = {}
+    for example in some:
+        exec(compile(example, "README.md", "exec"), namespace)
+
+
+def test_the_python_examples_run_as_printed(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The same graphs; what a C++ compiler makes of them is the slow tests' to see.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    (tmp_path / "merged").symlink_to(tiny_model_dir)
+    assert len(examples()) == 5
+    run_all([example for example in examples() if "import trl" not in example])
+    assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
+    assert (tmp_path / "out" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what torch's own compiler imports
+def test_they_run_with_the_default_compiler(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merged").symlink_to(tiny_model_dir)
-    for example in (block for block in blocks("python") if "mirrortune.attach" in block):
-        exec(compile(example, "README.md", "exec"), {})
-    assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
-    assert (tmp_path / "out" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()
+    run_all(examples()[:2])
+
+
+@pytest.mark.sft
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL's own
+def test_the_example_of_trl_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    from tests.tiny_models import write_tiny_causal
+
+    monkeypatch.chdir(tmp_path)
+    write_tiny_causal(tmp_path / "language-model")
+    run_all(["import mirrortune", *(example for example in examples() if "import trl" in example)])
+    assert (tmp_path / "sft" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()
+    assert not list((tmp_path / "sft").rglob("model*.safetensors"))

@@ -53,6 +53,18 @@ def run(
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=desk)
 
 
+SAVE = """
+import sys, mirrortune
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+mirrortune.attach(model, target_modules="query")
+mirrortune.save_adapter(model, "mine", repository="me/many", revision="main", subfolder="tasks/one")
+again = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+mirrortune.load_adapter(again, "me/many", revision="main", subfolder="tasks/one")
+print(mirrortune.merge_adapter("base", "me/many", "from-hub", subfolder="tasks/one")["passed"])
+mirrortune.save_adapter(model, "mine", repository="alone")
+print(mirrortune.merge_adapter("base", "loopback/alone", "as-lora", format="lora", rank=8)["passed"])
+"""
 LOAD = """
 import json, sys, mirrortune
 from transformers import AutoModelForSequenceClassification
@@ -83,6 +95,18 @@ def test_an_adapter_goes_to_the_hub_and_back(hub: LoopbackHub, desk: Path, tmp_p
     loaded = run(hub, desk, "-c", LOAD, "base", result["url"].rpartition("/")[2])
     assert loaded.returncode == 0, loaded.stderr
     assert (desk / "again" / "adapter.safetensors").is_file()
+
+
+def test_python_saves_to_a_repository_and_merges_from_it(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    done = run(hub, desk, "-c", SAVE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
+    sent = tmp_path / "hub" / "models"
+    assert {p.name for p in (sent / "me" / "many" / "tasks" / "one").iterdir()} == {
+        "adapter.json",
+        "adapter.safetensors",
+    }
+    assert ModelCard.load(sent / "loopback" / "alone" / "README.md").data.library_name == "mirrortune"
 
 
 def test_a_merged_model_goes_with_its_card(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:

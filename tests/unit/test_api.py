@@ -160,7 +160,7 @@ def test_a_head_of_another_size_is_merged_too(tiny_model_dir: Path, tmp_path: Pa
 
 def test_only_the_known_format_is_merged(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format"):
-        mirrortune.merge_adapter(None, tmp_path, tmp_path / "merged", format="gguf")
+        mirrortune.merge_adapter(None, tmp_path, tmp_path / "merged", format="onnx")
 
 
 def test_what_has_no_adapter_cannot_be_saved(tmp_path: Path) -> None:
@@ -259,6 +259,7 @@ def test_an_attached_model_works_inside_a_pipeline(tiny_model_dir: Path) -> None
 
 
 @pytest.mark.sft
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL's own
 def test_trl_trains_it(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -274,5 +275,17 @@ def test_trl_trains_it(tmp_path: Path) -> None:
     )  # fmt: skip
     rows = Dataset.from_dict({"text": ["a good film", "a bad film", "a long plot", "the cast"]})
     cls = mirrortune.adapter_trainer(trl.SFTTrainer)
+    before = adapter_parameters(model)["model.layers.0.mlp.up_proj.theta"].detach().clone()
     cls(model, arguments, train_dataset=rows, processing_class=tiny_chat_tokenizer()).train()
-    mirrortune.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out" / "checkpoint-2")
+    last = tmp_path / "out" / "checkpoint-2"
+    assert not torch.equal(adapter_parameters(model)["model.layers.0.mlp.up_proj.theta"], before)
+    assert not [p.name for p in last.rglob("*.safetensors") if p.parent.name != "adapter"]
+    loaded = mirrortune.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), last)
+    for name, parameter in adapter_parameters(loaded).items():
+        assert torch.equal(parameter, adapter_parameters(model)[name])
+    again = mirrortune.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), rank=8)
+    cls(again, arguments, train_dataset=rows, processing_class=tiny_chat_tokenizer()).train(
+        resume_from_checkpoint=str(last)
+    )
+    for name, parameter in adapter_parameters(again).items():  # nothing was left to train
+        assert torch.equal(parameter, adapter_parameters(model)[name])
