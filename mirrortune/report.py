@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, redirect_stdout
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,11 @@ from rich.text import Text
 
 # Levels of verbosity: -q, neither, -v.
 _QUIET, _NORMAL, _VERBOSE = -1, 0, 1
+
+
+def chatter_to_stderr() -> AbstractContextManager[Any]:
+    """While it is open, what libraries print goes to stderr: standard output belongs to the command's result."""
+    return redirect_stdout(sys.stderr)
 
 
 class Reporter:

@@ -5,6 +5,7 @@ telemetry.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mirrortune.errors import ConfigError
+from mirrortune.report import chatter_to_stderr
 
 PROJECT = "mirrortune"
 # The package that each tracker needs, and what keeps it from phoning home.
@@ -46,6 +48,9 @@ def tracker(name: str | None, folder: Path, settings: dict[str, Any], *, is_main
         folder: the run directory, where local trackers write.
         settings: dotted key -> value, shown by the tracker as the run's configuration.
         is_main: whether this process speaks.
+
+    Raises:
+        ConfigError: the tracker does not start; its own words say why.
     """
     if name is None or not is_main:
         yield None
@@ -60,11 +65,33 @@ def tracker(name: str | None, folder: Path, settings: dict[str, Any], *, is_main
         "mlflow": lambda: tracking.MLflowTracker(PROJECT, run_name=folder.name),
         "trackio": lambda: tracking.TrackioTracker(PROJECT, name=folder.name),
     }[name]()
-    made.start()
-    made.store_init_configuration({k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()})
+    shown = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
     try:
-        yield lambda values, step: made.log(values, step=step)
+        with chatter_to_stderr():
+            made.start()
+            made.store_init_configuration(shown)
+    except Exception as error:
+        raise ConfigError(
+            "--track",
+            f"{name} does not start: {str(error).strip() or type(error).__name__}",
+            fix=f"Install all of {name} (a slim package may lack what it stores in), or leave the option out",
+        ) from error
+
+    def track(values: dict[str, float], step: int) -> None:
+        with chatter_to_stderr():
+            made.log(values, step=step)
+
+    try:
+        yield track
     finally:
+        with chatter_to_stderr():
+            _finish(name, made)
+
+
+def _finish(name: str, made: Any) -> None:
+    if name == "trackio":  # its run's own method, which accelerate calls, leaves it to be finished again at exit
+        importlib.import_module("trackio").finish()
+    else:
         made.finish()
 
 

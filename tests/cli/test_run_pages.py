@@ -196,6 +196,28 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_else(
     assert "wandb" in mirrortune(*words, "--track", "neptune").said
 
 
+def test_a_tracker_that_does_not_start_is_named(tmp_path: Path) -> None:
+    from mirrortune.errors import ConfigError
+    from mirrortune.tracking import tracker
+
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("no folder")
+    with pytest.raises(ConfigError, match="--track: tensorboard does not start: "):
+        tracker("tensorboard", tmp_path, {}, is_main=True).__enter__()
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the trackers' own dependencies
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_standard_output_is_the_results_alone(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mirrortune.tracking import tracker
+
+    pytest.importorskip(name)
+    with tracker(name, tmp_path, {"train.lr": 0.1}, is_main=True) as track:
+        assert track is not None
+        track({"train/loss": 0.5}, 1)
+    assert capsys.readouterr().out == ""
+
+
 def test_nobody_is_asked_to_log_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mirrortune.tracking import _local
 
