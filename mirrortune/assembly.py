@@ -5,20 +5,22 @@ Recipe.
 
 from __future__ import annotations
 
-import os
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec, check_spec
 from mirrortune.compiling import check_compiler
 from mirrortune.data import DataSet, Split, load_data, rows_in_both, set_aside, take_subset
-from mirrortune.errors import ConfigError, ResourceError, all_of, unknown_name
+from mirrortune.errors import ConfigError, DataError, all_of, unknown_name
 from mirrortune.examples import Examples
+from mirrortune.hardware import default_device, is_set, resolve_precision
 from mirrortune.locations import is_local
 from mirrortune.loop import LoopSettings
 from mirrortune.metrics import METRICS, Scores
@@ -30,8 +32,10 @@ from mirrortune.recipe import task_kinds
 from mirrortune.rehearsal import Footprint
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
+from mirrortune.stream_feeding import StreamedExamples
+from mirrortune.streaming import stream_data, stream_problems
 from mirrortune.tasks import Task, check_columns, settings_of, task_class
-from mirrortune.tokens import Reading
+from mirrortune.tokens import Reading, uncached
 from mirrortune.tracking import check_tracker
 
 HELD_OUT = "held-out half"
@@ -45,6 +49,8 @@ class Job:
     """Everything that is known before the weights are loaded.
 
     Attributes (of those that do not speak for themselves):
+        train: rows to learn from; the first ones of a stream.
+        stream: all of them, where they are streamed.
         validation: rows that choose the checkpoint.
         reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
         duplicated_rows: validation rows whose texts are also in the training rows.
@@ -58,6 +64,7 @@ class Job:
     task: Task
     max_length: int | None
     train: Examples
+    stream: StreamedExamples | None
     validation: Examples
     reported: dict[str, Examples]
     data_origin: dict[str, Any]
@@ -114,7 +121,8 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     )  # fmt: skip
     return Job(
         recipe=recipe, spec=spec, source=source, dtype=dtype, processor=processor, task=task, max_length=max_length,
-        train=train, validation=validation, reported=reported, data_origin=rows.origin, plan=plan,
+        train=train, stream=_streamed(recipe, rows.train, task, processor, learned), validation=validation,
+        reported=reported, data_origin=rows.origin, plan=plan,
         footprint=_check_fits(recipe, spec, dtype, stage, source, plan, reporter), duplicated_rows=twice,
     )  # fmt: skip
 
@@ -133,13 +141,28 @@ class _Rows:
 def _read_rows(recipe: Recipe, data: DataSet, reporter: Reporter) -> _Rows:
     train = data.require(recipe.data.train_split, "data.train_split")
     task, notes = make_task(recipe, train)
-    reporter.note(f"data: {train.source}, {train.table.num_rows:,} rows")
+    count = f"{train.table.num_rows:,} rows"
+    reporter.note(f"data: {train.source}, {count if train.stream is None else f'streamed; of its first {count}:'}")
     for text in notes:
         reporter.note(f"  {text}")
     train, validation = _validation(recipe, data, train, task, reporter)
     validation, reported = _reported(recipe, data, validation, task)
     train = take_subset(train, recipe.data.max_train_rows, recipe.train.seed)
     return _Rows(task=task, train=train, validation=validation, reported=reported, origin=data.origin)
+
+
+def _streamed(recipe: Recipe, rows: Split, task: Task, processor: Any, reading: Reading) -> StreamedExamples | None:
+    """All rows of a streamed split; they are made into examples in a thread of their own, with its own processor."""
+    if rows.stream is None:
+        return None
+    own = copy.deepcopy(processor)
+
+    def encode(table: pa.Table, seed: int) -> Examples:
+        block = replace(rows, table=table, stream=None)
+        with uncached():
+            return task.encode(block, own, replace(reading, seed=seed))
+
+    return StreamedExamples(stream=rows.stream, encode=encode, block_rows=recipe.data.shuffle_buffer)
 
 
 def _check_splits(rows: _Rows) -> None:
@@ -178,7 +201,7 @@ def _check_fits(
     output_dir = Path(recipe.output_dir or "runs")
     needs = disk_needs(source, plan, output_dir=output_dir, keep=recipe.train.keep)
     # FSDP cuts the weights into shares, by how many the processes know only when they have met.
-    checks = [] if _is_set("ACCELERATE_USE_FSDP") else [lambda: check_memory(found, step, stage)]
+    checks = [] if is_set("ACCELERATE_USE_FSDP") else [lambda: check_memory(found, step, stage)]
     all_of(*checks, lambda: check_disk(needs))
     return found
 
@@ -194,6 +217,10 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
     for key, (value, fix) in required.items():
         if value is None:
             errors.append(ConfigError(key, "it is not set", fix=fix))
+    errors += stream_problems(
+        is_streamed=recipe.data.streaming, max_steps=recipe.train.max_steps,
+        max_train_rows=recipe.data.max_train_rows, max_eval_rows=recipe.data.max_eval_rows,
+    )  # fmt: skip
     kind = recipe.task.kind
     checks: list[Callable[[], object]] = [
         lambda: check_spec(spec),
@@ -242,6 +269,11 @@ def read_data(recipe: Recipe) -> DataSet:
     """The recipe's data set."""
     section = recipe.data
     assert section.path is not None
+    if section.streaming:
+        return stream_data(
+            section.path, config=section.config, revision=section.revision, encoding=section.encoding,
+            train_split=section.train_split, max_eval_rows=section.max_eval_rows,
+        )  # fmt: skip
     return load_data(section.path, config=section.config, revision=section.revision, encoding=section.encoding)
 
 
@@ -274,46 +306,10 @@ def _unused_settings(recipe: Recipe) -> list[ConfigError]:
 
 def loop_settings(recipe: Recipe) -> LoopSettings:
     """The recipe's train and eval sections as plain values, the method's learning rate filled in."""
-    section = recipe.train
-    return LoopSettings(
-        lr=preset(recipe.adapter.method).lr if section.lr is None else section.lr,
-        head_lr=section.head_lr,
-        batch_size=section.batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation_steps,
-        epochs=section.epochs,
-        max_steps=section.max_steps,
-        schedule=section.schedule,
-        warmup_ratio=section.warmup_ratio,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        seed=section.seed,
-        eval_every_steps=section.eval_every_steps,
-        save_every_steps=section.save_every_steps,
-        log_every_steps=section.log_every_steps,
-        keep=section.keep,
-        patience=section.patience,
-        num_workers=section.num_workers,
-        eval_batch_size=recipe.eval.batch_size,
-    )
-
-
-def default_device() -> torch.device:
-    """The device that accelerate will choose."""
-    if _is_set("ACCELERATE_USE_CPU"):
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def resolve_precision(asked: str) -> str:
-    """``fp32`` or ``bf16``; ResourceError if bf16 is asked of a GPU that lacks it."""
-    has_gpu = torch.cuda.is_available()
-    if asked == "auto":
-        return "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "fp32"
-    if asked == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
-        raise ResourceError("train.precision", "this GPU has no bf16", fix="Use --precision fp32")
-    return asked
+    section, own = recipe.train, {field.name for field in fields(LoopSettings)}
+    given = {name: value for name, value in section if name in own}
+    lr = preset(recipe.adapter.method).lr if section.lr is None else section.lr
+    return LoopSettings(**{**given, "lr": lr, "eval_batch_size": recipe.eval.batch_size})
 
 
 def _validation(
@@ -322,6 +318,11 @@ def _validation(
     found = data.find(recipe.data.validation_split)
     if found is not None and found is not train_rows:
         return train_rows, found
+    if train_rows.stream is not None:
+        raise DataError(
+            train_rows.source, f"there is no split '{recipe.data.validation_split}', and a stream sets no rows aside",
+            fix="Put validation rows into a file or split of their own, beside the training rows",
+        )  # fmt: skip
     strata = task.strata(train_rows)
     train, validation = set_aside(train_rows, recipe.data.validation_fraction, recipe.train.seed, strata)
     reporter.note(
@@ -341,7 +342,3 @@ def _reported(recipe: Recipe, data: DataSet, validation: Split, task: Task) -> t
         check_columns(reported[name], task)
         task.strata(reported[name])  # refuses rows without a label, before anything is trained
     return validation, reported
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

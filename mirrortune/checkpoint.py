@@ -51,6 +51,7 @@ class LoopState:
         is_interim: whether the checkpoint was saved for a signal alone; the next one replaces it.
         window_loss, window_items: loss summed since the last log line, and over how many items.
         num_processes: ranks that took part.
+        places: where each of them was in its share of streamed rows; None for rows that are not.
     """
 
     global_step: int = 0
@@ -65,6 +66,7 @@ class LoopState:
     window_loss: float = 0.0
     window_items: int = 0
     num_processes: int = 1
+    places: list[dict[str, int]] | None = None
 
 
 class RunDirectory:

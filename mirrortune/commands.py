@@ -184,7 +184,7 @@ def _fit(
         trainer = Trainer(
             model,
             job.task,
-            train=job.train,
+            train=job.stream or job.train,
             validation=job.validation,
             settings=loop_settings(job.recipe),
             run=run,

@@ -23,12 +23,14 @@ from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import (
     HUB_SCHEME,
+    hub_address,
     is_pattern,
     looks_like_path,
     shipped_folder,
     split_sample,
     table_suffix,
 )
+from mirrortune.row_stream import RowStream
 from mirrortune.tables import READERS, read_table
 
 # Names under which people keep the three splits.
@@ -47,11 +49,13 @@ class Split:
         table: the rows.
         source: the name that messages give them (a path, or ``id split``).
         folder: where relative paths in the rows begin, or None.
+        stream: all rows, where ``table`` holds only the first ones.
     """
 
     table: pa.Table
     source: str
     folder: Path | None = None
+    stream: RowStream | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,14 +134,9 @@ def _sampled(data: DataSet, count: int | None) -> DataSet:
 
 
 def _load_address(address: str, config: str | None, revision: str | None) -> DataSet:
-    """``hf://owner/name``, ``hf://owner/name:config`` or ``hf://owner/name:config:split``, which is trained on."""
-    name, *parts = address.removeprefix(HUB_SCHEME).removeprefix("datasets/").split(":")
-    if len(parts) > 2 or not name:
-        raise ConfigError("--data", f"got '{address}'", allowed="hf://owner/name, :config and :split behind it")
-    own, split = [*parts, "", ""][:2]
-    if own and config not in (None, own):
-        raise ConfigError("data.config", f"got '{config}', and {address}", fix="Give one of the two")
-    found = _load_from_hub(name, own or config, revision)
+    """``hf://owner/name:config:split``, whose split is trained on; the latter two may be missing."""
+    name, config, split = hub_address(address, config)
+    found = _load_from_hub(name, config, revision)
     if not split:
         return found
     return DataSet(splits={"train": found.require(split, "--data")}, origin={**found.origin, "split": split})
@@ -157,7 +156,7 @@ def _load_files(pattern: str, encoding: str) -> DataSet:
 def _together(files: Sequence[Path], source: str, encoding: str) -> pa.Table:
     tables = [read_table(f, encoding) for f in files]
     try:
-        return _flat(pa.concat_tables(tables, promote_options="permissive"))
+        return flat(pa.concat_tables(tables, promote_options="permissive"))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(source, f"the files have different columns ({error})") from error
 
@@ -211,7 +210,7 @@ def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) 
     return sum(row in known for row in zip(*(validation.column(c).to_pylist() for c in columns), strict=True))
 
 
-def _flat(table: pa.Table) -> pa.Table:
+def flat(table: pa.Table) -> pa.Table:
     """The table with structs of texts (such as ``translation: {en, ro}``) as columns (``translation.en``)."""
     names = [
         f.name for f in table.schema if pa.types.is_struct(f.type) and all(is_string(part.type) for part in f.type)
@@ -225,14 +224,14 @@ def _flat(table: pa.Table) -> pa.Table:
 
 
 def _load_file(path: Path, encoding: str) -> DataSet:
-    split = Split(table=_flat(read_table(path, encoding)), source=str(path), folder=path.parent)
+    split = Split(table=flat(read_table(path, encoding)), source=str(path), folder=path.parent)
     return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: _file_sha256(path)}})
 
 
 def _load_folder(folder: Path, encoding: str) -> DataSet:
     splits: dict[str, Split] = {}
     hashes: dict[str, str] = {}
-    for name, files in _files_by_split(folder).items():
+    for name, files in files_by_split(folder).items():
         source = str(files[0]) if len(files) == 1 else f"{folder} {name}"
         splits[name] = Split(table=_together(files, f"{folder} {name}", encoding), source=source, folder=folder)
         hashes |= {f.name: _file_sha256(f) for f in files}
@@ -250,7 +249,8 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
     return DataSet(splits=splits, origin={"path": str(folder), "sha256": hashes})
 
 
-def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+def files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The tables in a folder by the split that their names begin with."""
     found: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.iterdir() if table_suffix(p) is not None):
         # train-00000-of-00002.csv.gz is train
@@ -314,7 +314,7 @@ def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataS
 def _arrow(rows: Any) -> pa.Table:
     # with_format keeps ClassLabel names in the schema's metadata, where the tasks look for them.
     table = rows.with_format("arrow")[:]
-    return _flat(table.replace_schema_metadata(rows.features.arrow_schema.metadata))
+    return flat(table.replace_schema_metadata(rows.features.arrow_schema.metadata))
 
 
 def _cached_commit(loaded: Any) -> str | None:

@@ -4,7 +4,7 @@
     MirrortuneError              1  (never raised itself; anything else that escapes is a bug)
     +-- ConfigError              2  usage, recipe, flags
     +-- DivergedError            2  the loss became NaN or infinite
-    +-- DataError                3  files, columns, labels
+    +-- DataError                3  files, columns, labels; NoRowsError is one
     +-- ResourceError            4  will not fit: memory, disk, wrong hardware
     +-- VerificationError        5  a merge or an adapter's basis failed its check
     +-- HubError                 6  network, Hub, authentication
@@ -96,6 +96,10 @@ class DataError(MirrortuneError):
     """A file, column, row or label that cannot be used."""
 
     exit_code = 3
+
+
+class NoRowsError(DataError):
+    """Rows of which none is left to learn from."""
 
 
 class ResourceError(MirrortuneError):

@@ -8,6 +8,7 @@ signals, CUDA and the token arrays need no second copy.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,6 +55,9 @@ class Feed:
         seed: of the order.
     """
 
+    place: dict[str, int] | None = None
+    """Nothing but epoch and step need be known to go on; compare ``stream_feeding.py``."""
+
     def __init__(
         self,
         examples: Examples,
@@ -67,6 +71,11 @@ class Feed:
         self.examples, self.accelerator = examples, accelerator
         self.global_batch_size, self.num_micro = global_batch_size, num_micro
         self.num_workers, self.seed = num_workers, seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of all rows."""
+        return math.ceil(len(self.examples) / self.global_batch_size)
 
     def micro_batches(self, epoch: int, step_in_epoch: int, num_steps: int) -> Generator[MicroBatch, None, None]:
         """``num_micro`` for each of ``num_steps`` steps, from a step of an epoch on and through the epochs after it."""

@@ -16,12 +16,13 @@ from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.targets import Target, find_targets
 from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
-from mirrortune.assembly import Job, default_device, make_task
+from mirrortune.assembly import Job, make_task
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
+from mirrortune.hardware import default_device
 from mirrortune.merging import load_adapted
 from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.precision import widen

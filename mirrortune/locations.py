@@ -51,6 +51,19 @@ def is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[") and not Path(name).expanduser().exists()
 
 
+def hub_address(address: str, config: str | None) -> tuple[str, str | None, str]:
+    """``hf://owner/name``, ``hf://owner/name:config`` or ``hf://owner/name:config:split``: Hub id, configuration, split
+    (or nothing); ConfigError if another configuration was given.
+    """
+    name, *parts = address.removeprefix(HUB_SCHEME).removeprefix("datasets/").split(":")
+    if len(parts) > 2 or not name:
+        raise ConfigError("--data", f"got '{address}'", allowed="hf://owner/name, :config and :split behind it")
+    own, split = [*parts, "", ""][:2]
+    if own and config not in (None, own):
+        raise ConfigError("data.config", f"got '{config}', and {address}", fix="Give one of the two")
+    return name, own or config, split
+
+
 def split_sample(name: str) -> tuple[str, int | None]:
     """``rows.csv#500`` is 500 rows of rows.csv: the name without, and the number."""
     place, sign, number = name.rpartition("#")

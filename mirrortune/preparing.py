@@ -44,6 +44,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
             reporter.note(f"{name} {line}")
     for line in show_rows(job.train, job.task, job.processor, show):
         reporter.note(line)
+    counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
     cache = FactorCache()
     if not dry_run:
         factorise(job, load_base(job), cache, reporter.bar)
@@ -53,8 +54,8 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
         head_parameters=job.plan.head_parameters,
         svd_seconds=round(cache.seconds, 3),
         svd_cache={"hits": cache.hits, "misses": cache.misses},
-        rows={"train": len(job.train), "validation": len(job.validation)},
-        truncated_rows={"train": job.train.num_truncated, "validation": job.validation.num_truncated},
+        rows={name: len(examples) for name, examples in counted.items()},
+        truncated_rows={name: examples.num_truncated for name, examples in counted.items()},
         duplicated_rows=job.duplicated_rows,
         estimated_memory_bytes=job.footprint.total,
         memory=job.footprint.parts(),

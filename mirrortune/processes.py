@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mirrortune import strict_yaml
-from mirrortune.assembly import default_device, resolve_precision
 from mirrortune.errors import ConfigError
+from mirrortune.hardware import default_device, is_set, resolve_precision
 from mirrortune.report import Reporter
 
 ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
@@ -35,7 +35,7 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
     from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
     from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
 
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "accelerate launch",
             "DeepSpeed is not supported",
@@ -71,7 +71,7 @@ def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
     reporter.note(
         f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}{kind}; writing to {run}"
     )
-    if _is_set("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    if is_set("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         reporter.note(
             "warning: accelerate launch --cpu starts one process, whatever --num_processes says; "
             "use mirrortune train --num-processes N"
@@ -91,7 +91,7 @@ def _warn_of_default_config(reporter: Reporter) -> None:
     from accelerate.commands.config.config_args import default_config_file  # noqa: PLC0415
 
     path = Path(default_config_file)
-    if not path.is_file() or _is_set("ACCELERATE_USE_CPU"):
+    if not path.is_file() or is_set("ACCELERATE_USE_CPU"):
         return
     shown = ("distributed_type", "num_processes", "num_machines", "mixed_precision", "gpu_ids")
     found, _ = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
@@ -100,7 +100,3 @@ def _warn_of_default_config(reporter: Reporter) -> None:
         f"warning: without --config_file accelerate launch takes its settings from {path} ({values}); "
         "remove it if that is not what you want"
     )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

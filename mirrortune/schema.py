@@ -100,6 +100,13 @@ class DataSection(_Section):
     """Training rows whose text is blank; rows of other splits are always kept, so that every row is scored."""
     max_train_rows: int | None = Field(default=None, gt=0)
     """Train on a seeded random subset of this many rows."""
+    streaming: bool = False
+    """Read training rows while they are learned from, for data larger than memory or disk; needs train.max_steps, and
+    a validation split or file. Columns, classes and lengths are those of the first 1,000 rows."""
+    shuffle_buffer: int = Field(default=4096, gt=0)
+    """Streaming: rows of each process that are read, shuffled and sorted by length together."""
+    max_eval_rows: int | None = Field(default=None, gt=0)
+    """Streaming: rows of every split that is scored, its first ones; 10,000 by default."""
 
 
 Parts = typing.Annotated[int, Field(ge=2)]

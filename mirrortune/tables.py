@@ -86,9 +86,7 @@ def _read_text(path: Path, encoding: str) -> pa.Table:
 
 def _read_delimited(path: Path, encoding: str) -> pa.Table:
     text = _decode(path, encoding)
-    header_line = text.split("\n", 1)[0]
-    # Semicolons and tabs are common in files called .csv; the header has no prose to mislead the count.
-    delimiter = "\t" if table_suffix(path) == ".tsv" else max(",;\t|", key=header_line.count)
+    delimiter = _delimiter(path, text.split("\n", 1)[0])
     rows = _parse_rows(path, text, delimiter)
     try:
         _, header = next(rows)
@@ -111,6 +109,23 @@ def _read_delimited(path: Path, encoding: str) -> pa.Table:
         for column, cell in zip(columns, cells, strict=True):
             column.append(cell if cell != "" else None)
     return pa.table({n: pa.array(c, pa.string()) for n, c in zip(names, columns, strict=True)})
+
+
+def _delimiter(path: Path, header_line: str) -> str:
+    # Semicolons and tabs are common in files called .csv; the header has no prose to mislead the count.
+    return "\t" if table_suffix(path) == ".tsv" else max(",;\t|", key=header_line.count)
+
+
+def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str]:
+    """Column names and delimiter of a csv or tsv file, of which the first line is read; DataError if there is none."""
+    known = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding=known) as file:
+        line = file.readline().rstrip("\r\n")
+    if not line:
+        raise DataError(str(path), "the file has no header line")
+    delimiter = _delimiter(path, line)
+    return next(csv.reader([line], delimiter=delimiter)), delimiter
 
 
 def _parse_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ from safetensors.numpy import save_file
 
 from mirrortune.atomic import alone_with, write_atomically
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError
+from mirrortune.errors import ConfigError, NoRowsError
 from mirrortune.examples import IntArray, Padding, Targets, TokenExamples
 from mirrortune.locations import cache_folder
 
 # Part of the key: raise it when the same rows and tokenizer would give other tokens.
 _TOKENS_VERSION = 1
+_IS_CACHED = ContextVar("is_cached", default=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,14 +73,16 @@ def encode_texts(
         facts: what else the tokens depend on: the kind of task and its version.
 
     Raises:
-        DataError: if no row is left.
+        NoRowsError: if no row is left.
     """
     assert reading.max_length is not None
     texts = [[t or "" for t in split.table.column(c).to_pylist()] for c in columns]
     blank = np.array([all(not t.strip() for t in row) for row in zip(*texts, strict=True)], dtype=bool)
     keep = np.flatnonzero(~blank) if reading.drop_blank else np.arange(len(blank))
     if not len(keep):
-        raise DataError(split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column")
+        raise NoRowsError(
+            split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column"
+        )
     kept = [[column[i] for i in keep] for column in texts]
     max_length = reading.max_length
     key = cache_key(kept, tokenizer, [*facts, max_length])
@@ -132,6 +137,8 @@ def cached_arrays(
     key: str, make: Callable[[], tuple[dict[str, IntArray], dict[str, int]]]
 ) -> tuple[dict[str, IntArray], dict[str, int]]:
     """The arrays and counts that ``make`` returns, from the cache if it holds them whole under ``key``."""
+    if not _IS_CACHED.get():
+        return make()
     path = cache_folder() / "tokens" / key[:2] / f"{key}.safetensors"
     found = _read_arrays(path)
     if found is not None:
@@ -161,6 +168,8 @@ def _read_arrays(path: Path) -> tuple[dict[str, IntArray], dict[str, int]] | Non
 
 def cache_key(texts: Sequence[Sequence[str]], tokenizer: Any, facts: Sequence[object]) -> str:
     """A digest of columns of texts, of how ``tokenizer`` reads them, and of ``facts`` (JSON data)."""
+    if not _IS_CACHED.get():
+        return ""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # its description tells how it was last called, which the next call overrules
@@ -178,6 +187,16 @@ def cache_key(texts: Sequence[Sequence[str]], tokenizer: Any, facts: Sequence[ob
                 digest.update(buffer)
         digest.update(str(len(column)).encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Within, in this thread: nothing is looked up in the cache or put there."""
+    token = _IS_CACHED.set(False)
+    try:
+        yield
+    finally:
+        _IS_CACHED.reset(token)
 
 
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:

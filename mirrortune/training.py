@@ -18,7 +18,6 @@ from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
 from mirrortune.evaluation import EvaluationStoppedError, evaluate_split
 from mirrortune.examples import Examples
-from mirrortune.feeding import Feed
 from mirrortune.loop import FitResult, LoopSettings, Progress
 from mirrortune.metrics import METRICS
 from mirrortune.optim import build_optimizer, lr_factor
@@ -26,6 +25,7 @@ from mirrortune.sharding import choose_units, whole_parameters
 from mirrortune.signals import StopSignals, ends_as, how_to_go_on
 from mirrortune.snapshots import Snapshots
 from mirrortune.stepping import Stepper
+from mirrortune.stream_feeding import StreamedExamples, make_feed
 from mirrortune.tally import Reading, StepClock, Tally
 from mirrortune.tasks import Task
 
@@ -49,7 +49,7 @@ class Trainer:
         model: nn.Module,
         task: Task,
         *,
-        train: Examples,
+        train: Examples | StreamedExamples,
         validation: Examples,
         settings: LoopSettings,
         run: RunDirectory,
@@ -60,18 +60,21 @@ class Trainer:
         self.task, self.train, self.validation = task, train, validation
         self.settings, self.run, self.progress = settings, run, progress
         self.accelerator = accelerator
-        self.global_batch_size = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-        self.steps_per_epoch = math.ceil(len(train) / self.global_batch_size)
-        planned = math.ceil(settings.epochs * self.steps_per_epoch)
-        self.total_steps = min(planned, settings.max_steps or planned)
-        self.feed = Feed(
+        self.feed = make_feed(
             train,
             accelerator,
-            global_batch_size=self.global_batch_size,
+            batch_size=settings.batch_size,
             num_micro=settings.gradient_accumulation_steps,
             num_workers=settings.num_workers,
             seed=settings.seed,
         )
+        if self.feed.steps_per_epoch is None:  # the end of a stream is not known: all its steps are one epoch
+            assert settings.max_steps is not None
+            self.steps_per_epoch = self.total_steps = settings.max_steps
+        else:
+            self.steps_per_epoch = self.feed.steps_per_epoch
+            planned = math.ceil(settings.epochs * self.steps_per_epoch)
+            self.total_steps = min(planned, settings.max_steps or planned)
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model = model
@@ -103,6 +106,8 @@ class Trainer:
         """
         self.state = self.snapshots.restore() or self.state
         self.tally.open_window(self.state.window_loss, self.state.window_items)
+        if self.state.places is not None:
+            self.feed.place = self.state.places[self.accelerator.process_index]
 
     def fit(self) -> FitResult:
         """Run to the last step, or until patience ends, and publish the best checkpoint's adapter.
@@ -255,6 +260,8 @@ class Trainer:
     def _save(self, *, is_interim: bool = False) -> None:
         reading = self._read_tally()
         self.state.window_loss, self.state.window_items = reading.loss_sum, reading.num_items
+        if self.feed.place is not None:
+            self.state.places = ranks.gather_lists(self.accelerator, [self.feed.place])
         self.snapshots.save(self.state, is_interim=is_interim)
 
     def _position(self) -> dict[str, float]:

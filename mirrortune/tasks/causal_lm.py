@@ -32,7 +32,7 @@ from mirrortune.chat import (
 )
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.errors import ConfigError, DataError, NoRowsError, unknown_name
 from mirrortune.examples import IGNORE_INDEX, Batch, Examples, Padding, Targets, TokenExamples
 from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
@@ -167,7 +167,7 @@ class Task:
         blank = np.array([all(not (isinstance(v, list) or str(v or "").strip()) for v in row) for row in rows])
         kept = [row for row, is_blank in zip(rows, blank, strict=True) if not (is_blank and reading.drop_blank)]
         if not kept:
-            raise DataError(split.source, f"all {len(rows)} rows are blank", fix="Name another --text-column")
+            raise NoRowsError(split.source, f"all {len(rows)} rows are blank", fix="Name another --text-column")
         facts = [self.kind, self.version, self.layout, self.loss_on, processor.is_chat, max_length]
         facts += [processor.tokenizer.chat_template if processor.is_chat else None, processor.tokenizer.eos_token_id]
         key = cache_key([[json.dumps(row, ensure_ascii=False) for row in kept]], processor.tokenizer, facts)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError
+from mirrortune.errors import ConfigError, DataError, NoRowsError
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples, pad_rows
 from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
@@ -204,7 +204,7 @@ class Task:
         references = [str(t or "") for t in split.table.column(self.label_column).to_pylist()]
         keep = np.array([bool(t.strip()) or not reading.drop_blank for t in texts])
         if not keep.any():
-            raise DataError(split.source, f"all {len(texts)} rows are blank", fix="Name another --text-column")
+            raise NoRowsError(split.source, f"all {len(texts)} rows are blank", fix="Name another --text-column")
         prefixed = pa.table({column: [self.prefix + t for t, use in zip(texts, keep, strict=True) if use]})
         kept = [t for t, use in zip(references, keep, strict=True) if use]
         facts = [self.kind, self.version]

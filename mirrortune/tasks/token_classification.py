@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
-from mirrortune.errors import DataError, did_you_mean
+from mirrortune.errors import DataError, NoRowsError, did_you_mean
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, TokenExamples
 from mirrortune.labels import as_name, feature_names, in_order, is_list, label_fields, refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
@@ -100,7 +100,7 @@ class Task:
         empty = [not row for row in words]
         keep = [i for i, is_empty in enumerate(empty) if not (is_empty and reading.drop_blank)]
         if not keep:
-            raise DataError(split.source, f"all {len(words)} rows have no words", fix="Name another --text-column")
+            raise NoRowsError(split.source, f"all {len(words)} rows have no words", fix="Name another --text-column")
         kept = [words[i] for i in keep]
         key = cache_key([[json.dumps(row) for row in kept]], processor, [self.kind, self.version, max_length])
         arrays, counts = cached_arrays(key, lambda: _tokenise(kept, processor, max_length))

@@ -12,13 +12,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import write_tiny_causal, write_tiny_model
 
 # 150 steps of a few milliseconds: time enough to be interrupted; dropout, so that random states matter.
 SETTINGS = ["--epochs", 10, "--batch-size", 8, "--lr", 0.1, "train.log_every_steps=5"]
@@ -162,17 +163,47 @@ def test_a_full_disk_ends_a_run_with_its_old_checkpoints_whole(whole: Uninterrup
     assert (run / "metrics.jsonl").read_bytes() == whole.log
 
 
+def of_sentences(folder: Path) -> list[object]:
+    """Sentences with dropout, batches by length, and accumulation."""
+    data = write_table(folder / "reviews.csv", reviews(130))
+    model = write_tiny_model(folder / "model", dropout=0.1)
+    return ["-m", model, "-t", "text-classification", "-d", data, "--batch-size", 4, "--epochs", 100]
+
+
+def of_packed_talks(folder: Path) -> list[object]:
+    """Packed conversations with dropout, accumulation, and several threads that make batches."""
+    draw, path = random.Random(0), folder / "talks.jsonl"
+    model = write_tiny_causal(folder / "model", attention_dropout=0.1)
+    rows = [{"prompt": draw.choice("abcdefgh") * draw.randrange(1, 9), "completion": "no no no"} for _ in range(130)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["-m", model, "-t", "causal-lm", "-d", path, "--max-length", 96, "data.packing=true", "--batch-size", 2]
+    return [*words, "--epochs", 250, "train.num_workers=3"]
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a command and to every process that it has started."""
+    family, waiting = [], [process.pid]
+    while waiting:
+        family.append(waiting.pop())
+        for file in Path(f"/proc/{family[-1]}/task").glob("*/children"):
+            waiting += [int(word) for word in file.read_text(encoding="ascii").split()]
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("of", [of_sentences, of_packed_talks])
+def test_twenty_kills_leave_no_trace(tmp_path: Path, of: Callable[[Path], list[object]], count: int) -> None:
     """SIGKILL while it loads, trains, evaluates and saves; what is left is continued each time."""
     draw = random.Random(5)
-    data = write_table(tmp_path / "reviews.csv", reviews(130))
-    model = write_tiny_model(tmp_path / "model", dropout=0.1)
-    words = ["train", "-m", model, "-t", "text-classification", "-d", data, "--batch-size", 4, "--keep", 2]
-    words += ["--gradient-accumulation-steps", 2, "--epochs", 200, "--lr", 0.1, "train.log_every_steps=2"]
+    words = ["train", *of(tmp_path), "--keep", 2, "--gradient-accumulation-steps", 2, "--lr", 0.1]
+    words += ["train.log_every_steps=2", *(["--num-processes", count] if count > 1 else [])]
     words += ["train.save_every_steps=5", "train.eval_every_steps=11"]  # about as long as the steps in between
     env = {**os.environ, "MIRRORTUNE_CACHE": str(tmp_path / "cache")}
-    assert finish(start(*words, "-o", tmp_path / "whole", env=env)).exit_code == 0
+    assert finish(start(*words, "-o", tmp_path / "whole", env=env), timeout=3000).exit_code == 0
     run, kills = tmp_path / "run", 0
     while kills < 20:
         again = ["--resume"] if (run / "recipe.yaml").is_file() else []
@@ -183,10 +214,9 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path) -> None:
                 assert process.poll() is None
         time.sleep(draw.uniform(0, 0.5 if kills % 5 else 15))
         assert process.poll() is None, "the run is too short"
-        process.kill()
-        process.communicate()
+        kill_all(process)
         kills += 1
-    assert finish(start(*words, "-o", run, "--resume", env=env)).exit_code == 0
+    assert finish(start(*words, "-o", run, "--resume", env=env), timeout=3000).exit_code == 0
 
     assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert sorted(p.name for p in run.rglob("*")) == sorted(p.name for p in (tmp_path / "whole").rglob("*"))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mirrortune.errors import PeerError, ResourceError
 from mirrortune.ranks import StopVote, from_main, gather_lists, told_once
 from mirrortune.signals import StopSignals
-from tests.laws.test_training_laws import same_run
+from tests.laws.test_training_laws import differences
 from tests.tiny_runs import make_accelerator, make_trainer
 
 # As accelerate launch sets it for the profile fsdp2.
@@ -114,7 +114,7 @@ def test_a_sharded_run_that_was_stopped_goes_on_bit_for_bit(pair: Pair) -> None:
     assert "SIGTERM stopped it after step 7 of 8" in found[0]["runs"]["stopped"]  # a step after it came
     assert found[1]["runs"]["stopped"] == "peer 143"
     assert [f["runs"]["differing"] for f in found] == [[], []]
-    same_run(folder / "whole", folder / "cut")
+    assert differences(folder / "whole", folder / "cut") == []
 
 
 def test_alone_nobody_is_waited_for() -> None:
