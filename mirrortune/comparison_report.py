@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 from mirrortune import pages
 from mirrortune.comparing import Comparison, comparable, default_jobs
-from mirrortune.comparison import Cell, Contender, Plan, choose
+from mirrortune.comparison import Cell, Contender, Plan, Score, choose
 from mirrortune.comparison_figures import comparison_drawings
 from mirrortune.figures import Drawing, svg_for_page, write_figure
 from mirrortune.metrics import METRICS
@@ -93,6 +94,10 @@ def markdown(results: dict[str, Any]) -> str:
         lines = [f"### {task}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows]
         lines += ["", _caption(results, found), ""]
+        head, rows = _rates(found)
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows]
+        lines += ["", _rates_caption(results, found), ""]
         parts.append("\n".join(lines))
     return "\n".join(parts)
 
@@ -105,6 +110,8 @@ def html_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
             head, rows = _cells(found)
             caption = _caption(results, found).replace("`", "")
             parts += [pages.heading(task), pages.table(head, rows), pages.paragraph(caption)]
+            head, rows = _rates(found)
+            parts += [pages.table(head, rows), pages.paragraph(_rates_caption(results, found))]
     parts.append(pages.heading("Figures"))
     parts += [pages.figure(svg_for_page(d), d.caption, width=d.size[0]) for d in drawings]
     return pages.page("A comparison of methods", results["command"], *parts)
@@ -119,12 +126,15 @@ def _cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequence[str]) -> list[str]:
-    scores = [f"{100 * s['mean']:.1f} ± {100 * s['std']:.1f}" for s in (method["reported"][n] for n in splits)]
+    spreads = [method["reported"][name] for name in splits]
+    scores = [f"{_score(s['mean'], found)} ± {_score(s['std'], found)}" for s in spreads]
     test = next((t for t in found["tests"].get(splits[-1], []) if t["label"] == label), None)
     against = "-"
     if test is not None:
-        interval = f" [{100 * test['low']:+.1f}, {100 * test['high']:+.1f}]" if test["low"] is not None else ""
-        against = f"{100 * test['difference']:+.1f}{interval} {test['verdict']}"
+        low, high, difference = (
+            "" if test[key] is None else _score(test[key], found, signed=True) for key in ("low", "high", "difference")
+        )
+        against = f"{difference}{f' [{low}, {high}]' if low else ''} {test['verdict']}"
     return [
         label,
         f"{method['lr']:g}{' (edge of the grid)' if method['is_at_edge'] else ''}",
@@ -137,12 +147,47 @@ def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequ
     ]
 
 
+def _rates(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows of a task's table of learning rates."""
+    methods = {label: m["tuning"] for label, m in found["methods"].items() if m["tuning"]}
+    rates = sorted({rate for tuning in methods.values() for rate in tuning}, key=float)
+    rows = []
+    for label, tuning in methods.items():
+        chosen = found["methods"][label]["lr"]
+        cells = []
+        for rate in rates:
+            if rate not in tuning:
+                cells.append("")
+            elif tuning[rate] is None:
+                cells.append("diverged")
+            else:
+                mark = " *" if chosen is not None and f"{chosen:g}" == rate else ""
+                cells.append(f"{_score(tuning[rate]['score'], found)} ({tuning[rate]['loss']:.3f}){mark}")
+        rows.append([label, *cells])
+    return ["method, by learning rate", *rates], rows
+
+
+def _rates_caption(results: dict[str, Any], found: dict[str, Any]) -> str:
+    count = len(results["tune_seeds"])
+    return (
+        f"What chose the learning rates (* is the chosen one): {found['metric']}, and the loss, on the rows for "
+        f"choosing; mean over {count} seed{'s' * (count != 1)}."
+    )
+
+
+def _score(value: float, found: dict[str, Any], *, signed: bool = False) -> str:
+    """A score as it is shown: shares times 100, others (an error, a perplexity) as they are."""
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f}" if METRICS[found["metric"]].is_share else f"{value:{sign}.4g}"
+
+
 def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
     env = results["environment"]
     count = max((len(m["seeds"]) for m in found["methods"].values()), default=0)
+    times = ", times 100" if METRICS[found["metric"]].is_share else ""
     rows = ", ".join(f"{n:,} rows of {name}" for name, n in found["rows"].items())
     return (
-        f"Mean and standard deviation over {count} seed{'s' * (count != 1)}, times 100; learning rates chosen with "
+        f"Mean and standard deviation over {count} seed{'s' * (count != 1)}{times}; learning rates chosen with "
         f"{len(results['tune_seeds'])} seed{'s' * (len(results['tune_seeds']) != 1)} on rows that are not reported; "
         f"scored on {rows}. Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
         f"it counts as better or worse if that interval and a paired t-test over seeds (Holm, p < 0.05) both say so. "
@@ -185,7 +230,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
         "lr_key": who.lr_key,
         "lr": state.lr,
         "is_at_edge": state.is_at_edge,
-        "tuning": {f"{lr:g}": score[0] for lr, score in state.scores.items()},
+        "tuning": {f"{lr:g}": _tuned(comparison, task, who.label, lr, score) for lr, score in state.scores.items()},
         "seeds": [],
     }
     if state.lr is None:
@@ -207,6 +252,20 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
         "selection": _spread([r["metrics"][metric] for r in results.values()]),
         **{key: first[key] for key in _SIZES},
         **{key: float(np.median([r[key] for r in results.values()])) for key in _COSTS},
+    }
+
+
+def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Score) -> dict[str, float] | None:
+    """Mean metric and loss of a learning rate's tuning runs; None if one diverged."""
+    found = [comparison.result(Cell(task, label, lr, seed)) for seed in comparison.plan.tune_seeds]
+    results = [r for r in found if r is not None]
+    if not all(map(math.isfinite, score)):
+        return None
+    metrics = [r["metrics"] for r in results]
+    selected = results[0]["selection_metric"]
+    return {
+        "score": float(np.mean([m[selected] for m in metrics])),
+        "loss": float(np.mean([m["loss"] for m in metrics])),
     }
 
 

@@ -29,6 +29,7 @@ class Metric:
     Attributes:
         compute: (predictions, references) -> value, both with an entry for each row.
         higher_is_better: the direction in which the best checkpoint is chosen.
+        is_share: between 0 and 1 (or -1 and 1), and shown as so many in a hundred.
         targets: what it can score: ``"class"`` indices (N,); real ``"number"`` values (N,); sets of ``"labels"`` (N, C)
             of 0 and 1; ``"tags"``, lists of names; ``"answers"``, a text against several; ``"text"`` against one;
             ``"token"`` sums: loss and right tokens (N, 2), and their number (N,).
@@ -38,6 +39,7 @@ class Metric:
 
     compute: Callable[[Any, Any], float]
     higher_is_better: bool = True
+    is_share: bool = True
     targets: tuple[str, ...] = ("class",)
     binary: bool = False
     requires: tuple[str, str] | None = None
@@ -173,8 +175,8 @@ METRICS: dict[str, Metric] = {
     "matthews_correlation": Metric(compute=_matthews),
     "pearson": Metric(compute=_correlation("pearsonr"), targets=("number",)),
     "spearmanr": Metric(compute=_correlation("spearmanr"), targets=("number",)),
-    "mse": Metric(compute=_error(2), higher_is_better=False, targets=("number",)),
-    "mae": Metric(compute=_error(1), higher_is_better=False, targets=("number",)),
+    "mse": Metric(compute=_error(2), higher_is_better=False, is_share=False, targets=("number",)),
+    "mae": Metric(compute=_error(1), higher_is_better=False, is_share=False, targets=("number",)),
     "entity_f1": Metric(compute=_tags("f1_score"), targets=("tags",), requires=_SEQEVAL),
     "entity_precision": Metric(compute=_tags("precision_score"), targets=("tags",), requires=_SEQEVAL),
     "entity_recall": Metric(compute=_tags("recall_score"), targets=("tags",), requires=_SEQEVAL),
@@ -185,9 +187,9 @@ METRICS: dict[str, Metric] = {
     "rouge2": Metric(compute=_rouge("rouge2"), targets=("text",), requires=_ROUGE),
     "rougeL": Metric(compute=_rouge("rougeL"), targets=("text",), requires=_ROUGE),
     "rougeLsum": Metric(compute=_rouge("rougeLsum"), targets=("text",), requires=_ROUGE),
-    "bleu": Metric(compute=_corpus("corpus_bleu"), targets=("text",), requires=_BLEU),
-    "chrf": Metric(compute=_corpus("corpus_chrf"), targets=("text",), requires=_BLEU),
-    "perplexity": Metric(compute=_perplexity, higher_is_better=False, targets=("token",)),
+    "bleu": Metric(compute=_corpus("corpus_bleu"), targets=("text",), is_share=False, requires=_BLEU),
+    "chrf": Metric(compute=_corpus("corpus_chrf"), targets=("text",), is_share=False, requires=_BLEU),
+    "perplexity": Metric(compute=_perplexity, higher_is_better=False, is_share=False, targets=("token",)),
     "token_accuracy": Metric(compute=_token_accuracy, targets=("token",)),
 }
 

@@ -77,6 +77,15 @@ def test_the_table_says_what_the_results_say(compared: Compared) -> None:
     assert f"{mean:.1f} ±" in row
 
 
+def test_the_table_shows_what_chose_the_learning_rates(compared: Compared) -> None:
+    table = (compared.root / "table.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `") and " *" in line}
+    for label, method in compared.results["tasks"]["task"]["methods"].items():
+        (rate, tried), *_ = method["tuning"].items()
+        assert float(rate) == method["lr"]
+        assert f"{100 * tried['score']:.1f} ({tried['loss']:.3f}) *" in rows[label]
+
+
 def test_it_draws_its_figures(compared: Compared) -> None:
     for name in ("score_per_task.png", "score_by_trained_numbers.png", "curves-task.png"):
         assert (compared.root / name).read_bytes().startswith(b"\x89PNG")
