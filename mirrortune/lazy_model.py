@@ -73,12 +73,3 @@ def _emptier(empty: dict[str, nn.Parameter]) -> Callable[[nn.Module, Any, Any], 
             setattr(module, name, parameter)
 
     return let_go
-
-
-def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All names of every parameter and persistent buffer of a model by each of its names: tied ones have several."""
-    names: dict[int, list[str]] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {name: tuple(names[id(tensor)]) for name, tensor in state.items()}

@@ -2,8 +2,9 @@
 """Writes a merged checkpoint as a folder, and believes nothing until it has read back what it wrote.
 
 Tensor by tensor where the base's files hold the model's own tensors: the memory of the largest tensor suffices, and
-what no adapter changes is copied byte by byte. Otherwise (tuners of PEFT, weights that transformers converts when it
-loads them) as a model in memory. Either way under a temporary name, renamed once it is verified.
+what no adapter changes is copied byte by byte. Otherwise (tuners of PEFT whose layers share numbers, quantised bases,
+weights that transformers converts when it loads them) as a model in memory. Either way under a temporary name, renamed
+once it is verified.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from mirrortune.adapting import stored_core
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.examples import Batch
-from mirrortune.lazy_model import aliases, outline, read_lazily
+from mirrortune.lazy_model import outline, read_lazily
+from mirrortune.merge_contents import aliases, check_contents, check_ties
 from mirrortune.merge_plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging import (
     LogitError,
@@ -41,9 +43,10 @@ from mirrortune.merging import (
     merged_state,
     open_adapter,
     probe_logits,
+    tensor_entry,
     verify,
 )
-from mirrortune.model import ModelSource, pad_token_id, shard_bytes
+from mirrortune.model import ModelSource, find_model, pad_token_id, shard_bytes
 from mirrortune.probes import any_probe, any_processor
 from mirrortune.shards import StoredTensor, read_headers, read_tensor, same_bytes, shard_like, write_shards
 from mirrortune.tasks import Task, task_from_dict
@@ -146,11 +149,13 @@ def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     except NotTensorByTensor as reason:
         if len(merge.adapters) > 1:
             raise ConfigError("merge", f"several adapters cannot be merged here: {reason}") from reason
+        for half_done in folder.iterdir():
+            half_done.unlink()
         report["in_memory"] = str(reason)
-        return _in_memory(merge, folder)
+        return _in_memory(merge, folder, report)
 
 
-def _in_memory(merge: _Merge, folder: Path) -> Verification:
+def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     adapter = merge.adapters[0]
     opened = open_adapter(
         adapter, merge.factors, base=merge.base, trust_remote_code=merge.source.trust_remote_code,
@@ -160,7 +165,9 @@ def _in_memory(merge: _Merge, folder: Path) -> Verification:
     size = merge.max_shard_bytes or shard_bytes(merge.source)
     save(folder, state_dict=merged_state(opened.plain, opened.adapted), max_shard_size=size)
     merge.processor.save_pretrained(folder)
-    return verify(folder, opened.plain, opened.adapted, merge.auto_class, merge.probe)
+    report["contents"] = check_contents(folder, opened.plain, merge.processor)
+    report["tensors"] = {}
+    return verify(folder, opened.plain, opened.adapted, merge.auto_class, merge.probe, entries=report["tensors"])
 
 
 def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
@@ -173,6 +180,8 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     write_shards(folder, shard_like(plan.planned, plan.files, merge.max_shard_bytes), plan.made)
     _save_configuration(folder, model, merge.source, plan)
     merge.processor.save_pretrained(folder)
+    report["contents"] = check_contents(folder, model, merge.processor)
+    check_ties(outline(find_model(str(folder)), merge.auto_class, {}, None), model)
     written = read_headers(sorted(folder.glob("*.safetensors")))
     tensors, changed = _compare_tensors(plan, written)
     report["tensors"] = tensors
@@ -226,16 +235,7 @@ def _compare_tensors(plan: MergePlan, written: dict[str, StoredTensor]) -> tuple
 
 
 def _tensor_error(plan: MergePlan, name: str, own: StoredTensor) -> dict[str, float]:
-    tensor = read_tensor(own)
-    epsilon = torch.finfo(tensor.dtype).eps
-    reference = plan.reference(name)
-    size = float(reference.norm()) or 1.0
-    error = float((tensor.double() - reference).norm())
-    entry = {"rel_weight_error": error / size, "weight_tolerance": epsilon}
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        change = float((reference - read_tensor(plan.stored[name])).norm())
-        entry["rounding_loss"] = error / change if change else 0.0  # of the change: what 16 bits could not hold
-    return entry
+    return tensor_entry(read_tensor(own), plan.reference(name), lambda: read_tensor(plan.stored[name]))
 
 
 def _compare_loaded(merge: _Merge, folder: Path) -> LogitError:
@@ -272,6 +272,11 @@ def _base_with_adapters(merge: _Merge, plan: MergePlan, dtype: torch.dtype) -> n
     for name, changes in plan.adapted.items():
         module = model.get_submodule(name.rpartition(".")[0])
         (adapter, layers), *others = changes
+        if adapter.peft_config is not None:
+            beside.add(name)
+            if name.endswith("weight"):
+                module.register_forward_hook(_tuned(plan, name, adapter, layers[0]))
+            continue
         if others or len(layers) > 1 or type(module) is not nn.Linear or adapter.layouts[layers[0]].rows:
             continue  # read as it is merged
         beside.add(name)
@@ -286,6 +291,15 @@ def _base_with_adapters(merge: _Merge, plan: MergePlan, dtype: torch.dtype) -> n
         return found.to(dtype) if found.is_floating_point() else found
 
     return read_lazily(model, read)
+
+
+def _tuned(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
+    """A hook by which PEFT's layer answers in the place of a linear layer."""
+
+    def answer(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Any:
+        return plan.tuned_layer(name, adapter, layer)[0].module(*given)
+
+    return answer
 
 
 def _branch(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:

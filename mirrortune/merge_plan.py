@@ -24,8 +24,10 @@ from mirrortune.adapters.spectral import delta_weight
 from mirrortune.adapting import stored_core, trained_factors
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.hub import hub_errors
-from mirrortune.lazy_model import aliases
+from mirrortune.merge_contents import aliases
 from mirrortune.model import ModelSource, resolve_dtype
+from mirrortune.peft_layers import head_tensors, lone_layer, stands_alone
+from mirrortune.peft_tuners import PeftLayer
 from mirrortune.shards import (
     DTYPE_CODES,
     INDEX,
@@ -71,8 +73,10 @@ class MergePlan:
         """The value of an adapted weight, float64; of several adapters the last one's, into what the others left
         rounded.
         """
-        current = read_tensor(self.stored[name])
         *before, last = self.adapted[name]
+        if last[0].peft_config is not None:
+            return self._tuned(name, last[0], last[1][0])
+        current = read_tensor(self.stored[name])
         for adapter, layers in before:
             current = self._changed(current, adapter, layers).to(current.dtype)
         return self._changed(current, *last)
@@ -84,6 +88,25 @@ class MergePlan:
         if planned.name in self.trained:
             return self.trained[planned.name].to(dtype)
         return self.reference(planned.name).to(dtype)
+
+    def tuned_layer(self, name: str, adapter: AdapterFile, layer: str) -> tuple[PeftLayer, dict[str, Tensor]]:
+        """A layer of PEFT's around the weight ``name``, and the base's weight and bias as they are stored."""
+        names = {"weight": name, "bias": name.removesuffix("weight") + "bias"}
+        before = {key: read_tensor(self.stored[own]) for key, own in names.items() if own in self.stored}
+        trained_in = getattr(torch, str(adapter.base["dtype"]))
+        held = {key: tensor.to(trained_in) for key, tensor in before.items()}
+        found = lone_layer(adapter, layer, held["weight"], held.get("bias"))
+        if found is None:
+            raise NotTensorByTensor(f"method '{adapter.spec.method}' makes another layer of '{layer}' on its own")
+        return found, before
+
+    def _tuned(self, name: str, adapter: AdapterFile, layer: str) -> Tensor:
+        weight = (
+            name if self.stored[name].shape == adapter.layouts[layer].shape else name.removesuffix("bias") + "weight"
+        )
+        found, before = self.tuned_layer(weight, adapter, layer)
+        key = "weight" if weight == name else "bias"
+        return found.merged(before).get(key, before[key].double())
 
     def _changed(self, weight: Tensor, adapter: AdapterFile, layers: list[str]) -> Tensor:
         changed = weight.double()
@@ -120,10 +143,14 @@ def plan_merge(
         remarks: see :class:`MergePlan`.
 
     Raises:
-        NotTensorByTensor: if the files do not hold the model's own tensors one by one.
+        NotTensorByTensor: if the files do not hold the model's own tensors one by one, or a tuner of PEFT does not
+            stand alone in each layer.
         ConfigError: two adapters of one base train the same parameter.
     """
-    if any(adapter.peft_config is not None for adapter in adapters):
+    tuned = [adapter for adapter in adapters if adapter.peft_config is not None]
+    if any(not stands_alone(adapter) for adapter in tuned):
+        raise NotTensorByTensor("layers of this tuner of PEFT share numbers")
+    if tuned and (len(adapters) > 1 or remarks is not None):
         raise NotTensorByTensor("PEFT merges whole models")
     files = checkpoint_files(source)
     if not files:
@@ -175,10 +202,8 @@ def _trained(adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]])
     found: dict[str, Tensor] = {}
     owners: dict[str, AdapterFile] = {}
     for adapter in adapters:
-        for key, tensor in adapter.tensors.items():
-            if not key.startswith("param."):
-                continue
-            name = key.removeprefix("param.")
+        for name, tensor in _plain_tensors(adapter).items():
+            key = f"param.{name}"
             if name not in names:
                 raise VerificationError(str(adapter.folder), f"tensor '{key}' is none of the model's")
             if not torch.isfinite(tensor).all():
@@ -194,6 +219,14 @@ def _trained(adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]])
     return found
 
 
+def _plain_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
+    """Parameters that were trained as they are, by the model's names."""
+    if adapter.peft_config is not None:
+        return head_tensors(adapter)
+    kind = "param."
+    return {key.removeprefix(kind): t for key, t in adapter.tensors.items() if key.startswith(kind)}
+
+
 def _adapted(
     adapters: Sequence[AdapterFile], stored: dict[str, StoredTensor], names: dict[str, tuple[str, ...]]
 ) -> dict[str, list[tuple[AdapterFile, list[str]]]]:
@@ -207,7 +240,8 @@ def _adapted(
                 raise NotTensorByTensor(f"the files hold no '{tensors[0]}'")
             if stored[here[0]].shape != adapter.layouts[layer].shape:
                 raise NotTensorByTensor(f"the files hold '{here[0]}' otherwise than the model")
-            for name in here:
+            biases = [name.removesuffix("weight") + "bias" for name in here] if adapter.peft_config else []
+            for name in (*here, *(bias for bias in biases if bias in stored)):
                 own.setdefault(name, []).append(layer)
         for name, layers in own.items():
             found.setdefault(name, []).append((adapter, layers))

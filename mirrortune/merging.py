@@ -8,6 +8,7 @@ and only then renamed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from mirrortune.adapters.inject import FactorSource, attachment, plain_parameter
 from mirrortune.adapting import load_into
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
+from mirrortune.merge_contents import check_ties
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.packed_bases import load_plain, trained_on
 from mirrortune.precision import autocast, widen
@@ -178,21 +180,30 @@ def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterato
 
 
 @torch.no_grad()
-def verify(folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, probe: Batch) -> Verification:
+def verify(
+    folder: Path,
+    plain: nn.Module,
+    adapted: nn.Module,
+    auto_class: str,
+    probe: Batch,
+    *,
+    entries: dict[str, dict[str, float]] | None = None,
+) -> Verification:
     """Reopen ``folder`` with transformers alone and compare it with float64 references, and on ``probe`` (inputs of the
-    model's forward) with base + adapter.
+    model's forward) with base + adapter; the errors of each tensor are put into ``entries``.
     """
     import transformers  # noqa: PLC0415
 
     reopened = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto").eval()
+    check_ties(reopened, plain)
     written, before = dict(reopened.state_dict()), dict(plain.state_dict())
     trained = _trained_tensors(adapted, plain)
-    weight_error = 0.0
+    found = {} if entries is None else entries
     for names, reference in adapted_tensors(adapted, plain.state_dict()):
         for name in names:
-            del before[name]
-            difference = float((written[name].double() - reference).norm())
-            weight_error = max(weight_error, difference / (float(reference.norm()) or 1.0))
+            stored = before.pop(name)
+            found[name] = tensor_entry(written[name], reference, functools.partial(Tensor.cpu, stored))
+    weight_error = max((entry["rel_weight_error"] for entry in found.values()), default=0.0)
     changed = 0
     for name, tensor in before.items():
         expected = trained[name].detach().cpu().to(tensor.dtype) if name in trained else tensor
@@ -200,6 +211,23 @@ def verify(folder: Path, plain: nn.Module, adapted: nn.Module, auto_class: str, 
     dtype = next(iter(reopened.parameters())).dtype
     logits = compare_logits(reopened, adapted, probe)
     return judge(logits, weight_error=weight_error, weight_tolerance=torch.finfo(dtype).eps, changed_tensors=changed)
+
+
+def tensor_entry(written: Tensor, reference: Tensor, stored: Callable[[], Tensor]) -> dict[str, float]:
+    """What the report says of an adapted tensor.
+
+    Args:
+        written: as it was read back.
+        reference: its value in float64.
+        stored: reads the base's; asked for 16-bit tensors, whose rounding may lose a part of the change.
+    """
+    error = float((written.double() - reference).norm())
+    entry = {"rel_weight_error": error / (float(reference.norm()) or 1.0)}
+    entry["weight_tolerance"] = torch.finfo(written.dtype).eps
+    if written.dtype in (torch.bfloat16, torch.float16):
+        change = float((reference - stored()).norm())
+        entry["rounding_loss"] = error / change if change else 0.0  # of the change: what 16 bits could not hold
+    return entry
 
 
 @dataclass(frozen=True, slots=True)

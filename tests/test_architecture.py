@@ -41,7 +41,7 @@ LAYERS = (
     "peft_file planning",
     "adapter_file preflight previews",
     "adapting",
-    "packed_bases",
+    "merge_contents packed_bases peft_layers",
     "loop merging snapshots stepping",
     "lazy_model weights",
     "merge_plan",

@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mirrortune
 from mirrortune.adapters.inject import spectral_layers
-from mirrortune.lazy_model import aliases, outline
+from mirrortune.lazy_model import outline
+from mirrortune.merge_contents import aliases
 from mirrortune.model import find_model
 from mirrortune.shards import PlannedTensor, shard_like, write_shards
 from tests.spectral import train_a_little

@@ -20,6 +20,7 @@ from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import Verification
+from tests.peft_methods import move, tiny_spec
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_model
 from tests.tiny_runs import logits
@@ -200,3 +201,50 @@ def test_a_base_without_safetensors_is_merged_in_memory(tiny_model_dir: Path, tm
     from tests.unit.test_merging import reopen
 
     assert relative(logits(reopen(tmp_path / "merged")), logits(adapted)) <= 1e-5
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize(
+    "method", ["lora", "dora", "road", "oft"]
+)  # beside, rescaled, with its bias, before the weight
+def test_tuners_of_peft_are_merged_tensor_by_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, lazily: bool
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    base = write_causal(tmp_path / "base", family="Qwen2", shard="60KB", num_key_value_heads=4)  # has biases
+    model = AutoModelForCausalLM.from_pretrained(base)
+    spec = tiny_spec(method)
+    mirrortune.attach(model, method=method, rank=spec.rank, **spec.options)
+    mirrortune.save_adapter(move(model), tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    report = report_of(tmp_path / "merged")
+    assert "in_memory" not in report
+    assert report["contents"]["chat_template"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(answers(merged), answers(model.eval())) <= 1e-5
+    assert relative(answers(merged), answers(AutoModelForCausalLM.from_pretrained(base).eval())) > 1e-3
+
+
+def test_a_tuner_whose_layers_share_numbers_is_merged_whole(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = write_causal(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mirrortune.attach(model, method="vera", rank=8, target_modules="q_proj")
+    mirrortune.save_adapter(move(model), tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    report = report_of(tmp_path / "merged")
+    assert "share numbers" in report["in_memory"]
+    assert len(report["tensors"]) == 2
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(answers(merged), answers(model.eval())) <= 1e-5
+
+
+def test_a_foreign_base_of_a_tuner_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = write_causal(tmp_path / "base")
+    write_causal(tmp_path / "other", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mirrortune.save_adapter(mirrortune.attach(model, method="lora", rank=2), tmp_path / "adapter")
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a merged folder must hold besides the right weights: what is tied stays tied; labels, tokenizer or processor,
+chat template and generation settings are there and are the model's own. Everything is read back by transformers alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mirrortune.errors import VerificationError
+
+_FIX = "The merged folder was not written; please report this with the model's name"
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of every parameter and persistent buffer of a model by each of its names: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(names[id(tensor)]) for name, tensor in state.items()}
+
+
+def check_ties(reopened: nn.Module, model: nn.Module) -> None:
+    """Refuse a reopened model in which other names stand for one tensor than in ``model``."""
+    found, expected = aliases(reopened), aliases(model)
+    for name, own in expected.items():
+        if sorted(found.get(name, ())) != sorted(own):
+            raise VerificationError(
+                name, f"it is tied to {found.get(name, ())} as reopened", allowed=str(own), fix=_FIX
+            )
+
+
+def check_contents(folder: Path, model: nn.Module, processor: Any) -> dict[str, Any]:
+    """Compare what lies beside the weights in ``folder`` with what belongs there.
+
+    Args:
+        folder: the merged checkpoint.
+        model: the merged model, or one of its configuration.
+        processor: the task's tokenizer, image processor or feature extractor, or our reader that holds one.
+
+    Returns:
+        What was found, for the report.
+
+    Raises:
+        VerificationError: something is missing or another one.
+    """
+    from transformers import AutoConfig, GenerationConfig  # noqa: PLC0415
+
+    wanted: Any = model.config
+    report: dict[str, Any] = {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=hasattr(wanted, "auto_map"))
+    for key in ("id2label", "problem_type"):
+        _require(getattr(config, key, None), getattr(wanted, key, None), f"{key} in config.json")
+    report["labels"] = len(getattr(config, "id2label", None) or ())
+    can_generate: Any = getattr(model, "can_generate", lambda: False)
+    if can_generate():
+        _require((folder / "generation_config.json").is_file(), True, "generation_config.json")  # noqa: FBT003
+        report["generation_config"] = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    inner = next((getattr(processor, key) for key in _HELD if hasattr(processor, key)), processor)
+    again = type(inner).from_pretrained(folder)
+    for key, own in _described(inner).items():
+        _require(_described(again)[key], own, f"the {type(inner).__name__}'s {key}")
+    report |= {"processor": type(inner).__name__, "chat_template": bool(getattr(again, "chat_template", None))}
+    return report
+
+
+_HELD = ("tokenizer", "processor", "extractor")  # in our readers
+
+
+def _described(processor: Any) -> dict[str, Any]:
+    if hasattr(processor, "get_vocab"):
+        text = "It was a GREAT film,  wasn't it? 2.5/5"
+        return {
+            "vocabulary": processor.get_vocab(),
+            "chat template": getattr(processor, "chat_template", None),
+            "special tokens": dict(processor.special_tokens_map),
+            "tokens": processor(text)["input_ids"],
+        }
+    return dict(processor.to_dict())
+
+
+def _require(found: object, expected: object, what: str) -> None:
+    if found != expected:
+        raise VerificationError(what, f"got {str(found)[:200]} as reopened", allowed=str(expected)[:200], fix=_FIX)
