@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -192,6 +192,7 @@ def compare(
     output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder of the comparison; finished runs in it are kept.")] = "comparison",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method that are reported.")] = 5,
     tune_seeds: Annotated[int, typer.Option("--tune-seeds", min=1, help="Runs by which each learning rate is judged.")] = 1,
+    choose_by: Annotated[Literal["score", "loss"], typer.Option("--choose-by", help="What judges a learning rate; the loss is the less noisy one on few rows.")] = "score",
     lr_grid: Annotated[str | None, typer.Option("--lr-grid", metavar="X,Y,...", help="Learning rates for every method; around its own default otherwise.", show_default=False)] = None,
     extensions: Annotated[int, typer.Option("--extensions", min=0, help="Learning rates added while the best lies at the edge of the grid.")] = 2,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time; one for each GPU by default.", show_default=False)] = None,
@@ -214,7 +215,15 @@ def compare(
     from mirrortune.comparison import make_plan  # noqa: PLC0415
 
     recipes = {name: resolved.recipe for name, (resolved, _) in zip(labels, found, strict=True)}
-    plan = make_plan(recipes, methods, seeds=seeds, tune_seeds=tune_seeds, lr_grid=lr_grid, extensions=extensions)
+    plan = make_plan(
+        recipes,
+        methods,
+        seeds=seeds,
+        tune_seeds=tune_seeds,
+        choose_by=choose_by,
+        lr_grid=lr_grid,
+        extensions=extensions,
+    )
     from mirrortune import comparison_report  # noqa: PLC0415
 
     results = comparison_report.compare(

@@ -109,7 +109,8 @@ class Comparison:
             return (-math.inf, -math.inf) if self.has_diverged(cell) else None
         metric = found["selection_metric"]
         sign = 1 if METRICS[metric].higher_is_better else -1
-        return sign * float(found["metrics"][metric]), -float(found["metrics"]["loss"])
+        score, loss = sign * float(found["metrics"][metric]), -float(found["metrics"]["loss"])
+        return (score, loss) if self.plan.choose_by == "score" else (loss, score)
 
     def run(self, jobs: int) -> None:
         """Run every cell that is not finished, ``jobs`` at a time.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mirrortune import strict_yaml
 from mirrortune.adapters.presets import preset
@@ -20,7 +20,9 @@ from mirrortune.errors import ConfigError
 from mirrortune.schema import AdapterSection, Recipe
 
 Score = tuple[float, float]
-"""How good a run is, the larger the better: its selection metric, and minus its validation loss, which settles ties."""
+"""How good a run is, the larger the better: its selection metric and minus its validation loss, in this order or the
+other (``ChooseBy``); the second settles ties."""
+ChooseBy = Literal["score", "loss"]
 
 _WHERE = "--methods"
 
@@ -66,6 +68,7 @@ class Plan:
         seeds: of the reported runs.
         tune_seeds: of the runs that choose a learning rate; the first ones of ``seeds``.
         extensions: how many learning rates may be added beyond the grid while the best one lies at its edge.
+        choose_by: what judges a learning rate, the task's metric or the validation loss; the other settles ties.
     """
 
     tasks: tuple[str, ...]
@@ -73,6 +76,7 @@ class Plan:
     seeds: tuple[int, ...]
     tune_seeds: tuple[int, ...]
     extensions: int
+    choose_by: ChooseBy = "score"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +187,14 @@ def next_cells(plan: Plan, score: Callable[[Cell], Score | None]) -> list[Cell]:
 
 
 def make_plan(
-    recipes: Mapping[str, Recipe], methods: str, *, seeds: int, tune_seeds: int, lr_grid: str | None, extensions: int
+    recipes: Mapping[str, Recipe],
+    methods: str,
+    *,
+    seeds: int,
+    tune_seeds: int,
+    choose_by: ChooseBy = "score",
+    lr_grid: str | None,
+    extensions: int,
 ) -> Plan:
     """The plan that the command line asks for; see ``mirrortune compare --help``.
 
@@ -209,6 +220,7 @@ def make_plan(
         contenders=tuple(contenders),
         seeds=tuple(range(seeds)),
         tune_seeds=tuple(range(tune_seeds)),
+        choose_by=choose_by,
         extensions=extensions,
     )
 

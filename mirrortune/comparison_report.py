@@ -71,6 +71,7 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
         "environment": _environment(comparison),
         "seeds": list(comparison.plan.seeds),
         "tune_seeds": list(comparison.plan.tune_seeds),
+        "choose_by": comparison.plan.choose_by,
         "tasks": tasks,
     }
     root = comparison.root
@@ -184,11 +185,13 @@ def _score(value: float, found: dict[str, Any], *, signed: bool = False) -> str:
 def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
     env = results["environment"]
     count = max((len(m["seeds"]) for m in found["methods"].values()), default=0)
+    tuned = len(results["tune_seeds"])
+    by = " by the loss" if results["choose_by"] == "loss" else ""
     times = ", times 100" if METRICS[found["metric"]].is_share else ""
     rows = ", ".join(f"{n:,} rows of {name}" for name, n in found["rows"].items())
     return (
         f"Mean and standard deviation over {count} seed{'s' * (count != 1)}{times}; learning rates chosen with "
-        f"{len(results['tune_seeds'])} seed{'s' * (len(results['tune_seeds']) != 1)} on rows that are not reported; "
+        f"{tuned} seed{'s' * (tuned != 1)}{by} on rows that are not reported; "
         f"scored on {rows}. Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
         f"it counts as better or worse if that interval and a paired t-test over seeds (Holm, p < 0.05) both say so. "
         f"{env.get('device', '?')}, {env.get('mixed_precision', '?')} mixed precision, torch {env.get('torch', '?')}."

@@ -121,6 +121,13 @@ def test_a_second_run_keeps_what_is_finished(compared: Compared) -> None:
     assert {p: p.stat().st_mtime_ns for p in compared.root.rglob("cells/**/results.json")} == before
 
 
+def test_rates_can_be_chosen_by_the_loss(compared: Compared) -> None:
+    again = compared.run("--report-only", "--choose-by", "loss", "--json")
+    assert again.data["choose_by"] == "loss"
+    assert "by the loss on rows that are not reported" in (compared.root / "table.md").read_text(encoding="utf-8")
+    assert compared.run("--report-only", "--choose-by", "luck").exit_code == 2
+
+
 def test_other_settings_do_not_mix_with_what_is_there(compared: Compared) -> None:
     refused = compared.run("--max-length", 16)
     assert refused.exit_code == 2

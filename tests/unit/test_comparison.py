@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirrortune.comparing import Comparison
 from mirrortune.comparison import (
     Cell,
+    ChooseBy,
     Chosen,
     Contender,
     Plan,
@@ -27,6 +31,7 @@ from mirrortune.comparison import (
     step_from,
 )
 from mirrortune.errors import ConfigError
+from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 
 
@@ -84,6 +89,18 @@ def test_the_grid_stops_growing_and_says_so() -> None:
 def test_a_tie_goes_to_the_lower_loss_then_to_the_lower_rate() -> None:
     assert outcome(plan(extensions=0), lambda c: (0.5, -1.0 if c.lr == 3e-3 else -2.0))[1].lr == 3e-3
     assert outcome(plan(extensions=0), lambda c: (0.5, -1.0))[1].lr == 1e-3
+
+
+@pytest.mark.parametrize(("choose_by", "chosen"), [("score", 1e-3), ("loss", 1e-2)])
+def test_the_loss_judges_if_asked_to(tmp_path: Path, choose_by: ChooseBy, chosen: float) -> None:
+    made = dataclasses.replace(plan(extensions=0), choose_by=choose_by)
+    comparison = Comparison(root=tmp_path, plan=made, recipes={}, reporter=Reporter())
+    for lr, accuracy, loss in ((1e-3, 0.8, 0.5), (3e-3, 0.7, 0.6), (1e-2, 0.7, 0.4)):
+        folder = Cell("t", "a", lr, 0).folder(tmp_path)
+        folder.mkdir(parents=True)
+        found = {"selection_metric": "accuracy", "metrics": {"accuracy": accuracy, "loss": loss}}
+        (folder / "results.json").write_text(json.dumps(found))
+    assert choose(made, "t", made.contenders[0], comparison.score).lr == chosen
 
 
 def test_a_rate_that_diverges_is_never_chosen() -> None:
