@@ -28,7 +28,7 @@ LAYERS = (
     "adapters.core adapters.pairings flags",
     "adapters.core_stack",
     "adapters.cores comparison data factor_cache feeding hardware model recipe",
-    "adapters.effect adapters.spectral file_cells one_of_classes",
+    "adapters.effect adapters.products adapters.spectral file_cells one_of_classes",
     "adapters.spectral_linear adapters.spectral_weight editor_schema",
     "angle_figures spectra",
     "adapters.spec chat images packing recordings stream_feeding streaming tokens",

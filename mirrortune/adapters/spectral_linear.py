@@ -15,54 +15,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.kinds import Embedding, Kind, Linear
+from mirrortune.adapters.products import added_product, spectral_product
 from mirrortune.adapters.spectral import Spectral
 from mirrortune.errors import ConfigError
 
 Strategy = Literal["branch", "factored", "dense"]
 
 _LINEAR = Linear()
-
-
-class _SpectralProduct(torch.autograd.Function):
-    """x -> U mix(Vh x), with gradients for x and the core's coefficients; U and Vh are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, U: Tensor, Vh: Tensor, kind: Kind, base: nn.Module, core: Core, *coefficients: Tensor
-    ) -> Tensor:
-        projected = kind.project(base, x, Vh)  # (..., R)
-        z = projected.reshape(-1, projected.shape[-1])  # (N, R)
-        ctx.kind, ctx.base, ctx.core, ctx.shapes = kind, base, core, (x.shape, projected.shape)
-        ctx.save_for_backward(z, U, Vh, *coefficients)
-        mixed = core.mix(z.to(_mixing_dtype(z)), *coefficients)
-        # Reshaped before the product: model code may change the output in place, which autograd allows for no view.
-        return F.linear(mixed.to(z.dtype).reshape(projected.shape), U)  # (..., O)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        z, U, Vh, *coefficients = ctx.saved_tensors
-        dtype, (shape, projected) = _mixing_dtype(z), ctx.shapes
-        grad_mixed = grad_y.reshape(-1, U.shape[0]).to(U.dtype) @ U  # (N, R)
-        grad_z, grad_coefficients = ctx.core.mix_backward(z.to(dtype), grad_mixed.to(dtype), *coefficients)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = ctx.kind.project_backward(ctx.base, grad_z.to(z.dtype).reshape(projected), Vh, shape)
-        return (grad_x, None, None, None, None, None, *grad_coefficients)
-
-
-def _mixing_dtype(z: Tensor) -> torch.dtype:
-    # The core works in float32 even when the model runs in 16 bits: its coefficients are near 1 and differ in the last
-    # digits.
-    return torch.promote_types(z.dtype, torch.float32)
 
 
 class SpectralLinear(Spectral):
@@ -136,26 +101,31 @@ class SpectralLinear(Spectral):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.U.dtype
         given = x.to(dtype) if x.is_floating_point() else x
+        U, Vh, base = self.U.to(dtype), self.Vh.to(dtype), self.base_layer
+        is_fused = is_branch and self._adds_in_place(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            product = self._product(given, self.U.to(dtype), self.Vh.to(dtype), coefficients)
-        beside = self.core.beside(lambda A: self.kind.project(self.base_layer, given, A.to(dtype)))
+            if is_fused:
+                product = added_product(given, base, U, Vh, self.core, coefficients)
+            else:
+                bias = None if is_branch or self.bias is None else self.bias.to(dtype)
+                product = spectral_product(given, U, Vh, self.kind, base, self.core, coefficients, bias)
+        beside = self.core.beside(lambda A: self.kind.project(base, given, A.to(dtype)))
         if beside is not None:
             product = product + beside
-        if is_branch:
-            frozen: Tensor = self.base_layer(x)
-            return frozen + self.kind.output(self.base_layer, product)
-        biased = product if self.bias is None else product + self.bias.to(product.dtype)
-        return self.kind.output(self.base_layer, biased)
+        if is_fused:
+            return product
+        output = self.kind.output(base, product)
+        return base(x) + output if is_branch else output
 
-    def _product(self, x: Tensor, U: Tensor, Vh: Tensor, coefficients: tuple[Tensor, ...]) -> Tensor:
-        """U mix(Vh x), shape (..., O)."""
-        if torch.compiler.is_compiling():
-            # A compiler decides by itself what to keep, and need not step into our backward pass to see what it does.
-            z = self.kind.project(self.base_layer, x, Vh)
-            mixed = self.core.mix(z.reshape(-1, z.shape[-1]).to(_mixing_dtype(z)), *coefficients)
-            return F.linear(mixed.to(z.dtype), U).reshape(*z.shape[:-1], -1)
-        product: Tensor = _SpectralProduct.apply(x, U, Vh, self.kind, self.base_layer, self.core, *coefficients)  # type: ignore[no-untyped-call]
-        return product
+    def _adds_in_place(self, dtype: torch.dtype) -> bool:
+        """Whether the base layer is y = W x + b in ``dtype`` and nothing more, to whose result ours can be added."""
+        base = self.base_layer
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)  # noqa: SLF001
+        is_plain = type(self.kind) is Linear and self.kind.is_callable(base) and not any(hooks)
+        is_frozen = not any(p.requires_grad for p in base.parameters())  # somebody may train a bias of ours
+        return (
+            is_plain and is_frozen and base.get_parameter("weight").dtype == dtype and not torch.compiler.is_compiling()
+        )
 
     def adapted_weight(self) -> Tensor:
         """W' in the layout and dtype of the base layer's weight, on the device of the factors; differentiable."""

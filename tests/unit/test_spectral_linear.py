@@ -119,3 +119,30 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
     (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.square().sum().backward()
+
+
+@pytest.mark.parametrize("strategy", ["branch", "factored"])
+def test_a_bias_that_somebody_trains_learns(strategy: str) -> None:
+    found = []
+    for is_plain in (True, False):
+        layer = build_layer(FULL, GIVENS, strategy, seed=1)
+        layer.base_layer.bias.requires_grad_()
+        x = FULL.rows(5).double()
+        made = layer(x) if is_plain else nn.functional.linear(x, layer.adapted_weight(), layer.base_layer.bias)
+        made.square().sum().backward()
+        found.append(layer.base_layer.bias.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_on_a_frozen_layer_still_run() -> None:
+    """Its product and ours are one where nobody listens in between, which changes no digit that counts."""
+    layer, seen = build_layer(PART, GIVENS, "branch", seed=1), []
+    x = PART.rows(5).double().requires_grad_()
+    fused = layer(x)
+    (fused_grad,) = torch.autograd.grad(fused.square().sum(), x)
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    apart = layer(x)
+    (grad,) = torch.autograd.grad(apart.square().sum(), x)
+    assert seen == [1]
+    torch.testing.assert_close(fused, apart, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused_grad, grad, rtol=1e-12, atol=1e-12)
