@@ -35,7 +35,8 @@ from mirrortune.schema import Recipe
 from mirrortune.stream_feeding import StreamedExamples
 from mirrortune.streaming import stream_data, stream_problems
 from mirrortune.tasks import Task, check_columns, settings_of, task_class
-from mirrortune.tokens import Reading, uncached
+from mirrortune.token_cache import uncached
+from mirrortune.tokens import Reading
 from mirrortune.tracking import check_tracker
 
 HELD_OUT = "held-out half"
@@ -104,7 +105,7 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
         lambda: _processor(recipe, task, source),
         lambda: _check_splits(rows),
     )
-    scored = Reading(max_length=max_length, seed=recipe.train.seed)
+    scored = Reading(max_length=max_length, seed=recipe.train.seed, tell=lambda text: reporter.detail(f"  {text}"))
     learned = replace(scored, for_training=True, drop_blank=recipe.data.blank_text == "drop")
     train = task.encode(rows.train, processor, learned)
     validation = task.encode(rows.validation, processor, scored)

@@ -31,6 +31,7 @@ from mirrortune.locations import (
     table_suffix,
 )
 from mirrortune.row_stream import RowStream
+from mirrortune.table_parts import take_rows
 from mirrortune.tables import READERS, read_table
 
 # Names under which people keep the three splits.
@@ -186,7 +187,7 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
         chosen = [int(random.integers(rows))]
     held = np.zeros(rows, dtype=bool)
     held[chosen] = True
-    parts = (split.table.filter(pa.array(mask)) for mask in (~held, held))
+    parts = (take_rows(split.table, mask) for mask in (~held, held))
     train, validation = (replace(split, table=t) for t in parts)
     return train, validation
 
@@ -196,8 +197,9 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
     rows = split.table.num_rows
     if limit is None or limit >= rows:
         return split
-    chosen = np.sort(np.random.default_rng([seed, rows]).permutation(rows)[:limit])
-    return replace(split, table=split.table.take(pa.array(chosen)))
+    keep = np.zeros(rows, dtype=bool)
+    keep[np.random.default_rng([seed, rows]).permutation(rows)[:limit]] = True
+    return replace(split, table=take_rows(split.table, keep))
 
 
 def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) -> int:
@@ -206,8 +208,16 @@ def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) 
     """
     if not columns or not all(is_string(table.schema.field(c).type) for c in columns for table in (train, validation)):
         return 0
-    known = set(zip(*(train.column(c).to_pylist() for c in columns), strict=True))
-    return sum(row in known for row in zip(*(validation.column(c).to_pylist() for c in columns), strict=True))
+    return int(np.isin(_row_hashes(validation, columns), _row_hashes(train, columns)).sum())
+
+
+def _row_hashes(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
+    """One number of 64 bits for each row (N,), good within this process: rows may be more than memory holds."""
+    found = [
+        [hash(row) for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)]
+        for batch in table.select(list(columns)).to_batches(max_chunksize=4096)
+    ]
+    return np.array([number for part in found for number in part], dtype=np.int64)
 
 
 def flat(table: pa.Table) -> pa.Table:

@@ -44,18 +44,21 @@ def class_indices(
         DataError: a label that is no class, with its row, or rows without one.
     """
     features = feature_names(table, column)
-    values = [_indexed(v, features) for v in table.column(column).to_pylist()]
-    index = {name: i for i, name in enumerate(names)}
-    unknown = sorted({v for v in values if v is not None and v not in index})
-    if unknown:
-        row = next(i for i, v in enumerate(values) if v == unknown[0])
-        raise DataError(
-            f"{source} row {row + 1}",
-            f"label {unknown[0]!r} is not among the classes.{did_you_mean(unknown[0], names)}",
-            allowed=", ".join(names),
-            fix="Correct the rows, or list every class in task.labels",
-        )
-    found = np.array([MISSING if v is None else index[v] for v in values], dtype=np.int64)
+    index: dict[str | None, int] = {**{name: i for i, name in enumerate(names)}, None: MISSING}
+    found, done = np.empty(table.num_rows, dtype=np.int64), 0
+    for chunk in table.column(column).chunks:
+        values = [_indexed(v, features) for v in chunk.to_pylist()]
+        unknown = next((i for i, v in enumerate(values) if v not in index), None)
+        if unknown is not None:
+            name = str(values[unknown])
+            raise DataError(
+                f"{source} row {done + unknown + 1}",
+                f"label {name!r} is not among the classes.{did_you_mean(name, names)}",
+                allowed=", ".join(names),
+                fix="Correct the rows, or list every class in task.labels",
+            )
+        found[done : done + len(chunk)] = [index[v] for v in values]
+        done += len(chunk)
     if not allow_missing:
         refuse_missing(found == MISSING, source, column)
     return found
@@ -167,7 +170,8 @@ def _names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...
         raise DataError(
             source, f"label column '{name}' holds {kind}", allowed="one class a row, as text or a whole number"
         )
-    found = in_order({v for v in map(as_name, column.to_pylist()) if v is not None})
+    values = (v for chunk in column.chunks for v in set(chunk.to_pylist()))
+    found = in_order({v for v in map(as_name, values) if v is not None})
     numbers = [_number(v) for v in found]
     is_fraction = any(n is not None and not n.is_integer() for n in numbers)
     if found and all(n is not None for n in numbers) and is_fraction:

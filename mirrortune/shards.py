@@ -182,7 +182,7 @@ def write_shards(
     count = len(shards)
     names = [WHOLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, make)
+        write_file(folder / name, shard, make)
     if count > 1:
         total = sum(tensor.nbytes for shard in shards for tensor in shard)
         weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
@@ -190,7 +190,8 @@ def write_shards(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Sequence[PlannedTensor], make: Callable[[PlannedTensor], Tensor]) -> None:
+def write_file(path: Path, tensors: Sequence[PlannedTensor], make: Callable[[PlannedTensor], Tensor]) -> None:
+    """Write one file; ``make`` gives the tensors that have no source."""
     # Wide numbers first, as the format's own library has them: every tensor then starts at a multiple of its size.
     ordered = sorted(tensors, key=lambda t: (-(_DTYPES[t.code].itemsize if t.code in _DTYPES else 1), t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -3,17 +3,20 @@
 with the line of whatever is wrong with it.
 
 csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the
-cell, and guess types (a column of dates, of "1", of "NA") that a text column must not have.
+cell, and guess types (a column of dates, of "1", of "NA") that a text column must not have. Files are read part by
+part; only a .json file that is one array is read whole.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,12 @@ import pyarrow.parquet as pq
 
 from mirrortune.errors import DataError
 from mirrortune.locations import TABLE_SUFFIXES, table_suffix
+from mirrortune.table_parts import join_parts
 
 # Cells of the csv module are limited to 128 KiB by default; documents are longer.
 _CELL_LIMIT = 1 << 30
+# What is read at a time: rows, and characters.
+_PART_ROWS, _PART_SIZE = 65_536, 1 << 24
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
@@ -53,41 +59,52 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
         raise DataError(str(path), f"unknown file type '{path.suffix}'", allowed=", ".join(READERS))
     if path.stat().st_size == 0:
         raise DataError(str(path), "the file is empty", fix="Give it a header and rows")
-    table = reader(path, encoding)
+    try:
+        table = join_parts(reader(path, encoding))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            str(path), f"rows far apart have different types ({_first_line(error)})", fix="Give every row the same type"
+        ) from error
     if table.num_rows == 0:
         raise DataError(str(path), "the file has no rows", fix="Give it at least one row below the header")
     return table
 
 
-def _read_parquet(path: Path, encoding: str) -> pa.Table:
+def _read_parquet(path: Path, encoding: str) -> Iterator[pa.Table]:
     try:
-        return pq.read_table(_bytes(path)) if path.suffix.lower() == ".gz" else pq.read_table(path)
+        with pq.ParquetFile(_bytes(path) if path.suffix.lower() == ".gz" else path) as file:
+            schema = file.schema_arrow
+            yield schema.empty_table()
+            for batch in file.iter_batches(batch_size=_PART_ROWS):
+                yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
-def _read_arrow(path: Path, encoding: str) -> pa.Table:
-    data = _bytes(path)
+def _read_arrow(path: Path, encoding: str) -> Iterator[pa.Table]:
     try:
-        opened = pa.ipc.open_file(data) if data[:6] == b"ARROW1" else pa.ipc.open_stream(data)
-        return opened.read_all()
+        data = pa.memory_map(str(path)).read_buffer() if path.suffix.lower() != ".gz" else pa.py_buffer(_bytes(path))
+        opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
+        yield opened.read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             str(path), f"not a whole arrow file ({_first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
-def _read_text(path: Path, encoding: str) -> pa.Table:
-    lines = [line for line in _decode(path, encoding).split("\n") if line.strip()]
-    return pa.table({"text": pa.array(lines, pa.string())})
+def _read_text(path: Path, encoding: str) -> Iterator[pa.Table]:
+    lines = (line.removesuffix("\n") for line in _lines(path, encoding, "\n"))
+    for part in _parts((line, len(line)) for line in lines if line.strip()):
+        yield pa.table({"text": pa.array(part, pa.string())})
 
 
-def _read_delimited(path: Path, encoding: str) -> pa.Table:
-    text = _decode(path, encoding)
-    delimiter = _delimiter(path, text.split("\n", 1)[0])
-    rows = _parse_rows(path, text, delimiter)
+def _read_delimited(path: Path, encoding: str) -> Iterator[pa.Table]:
+    lines = _lines(path, encoding, "")
+    header_line = next(lines, "")
+    delimiter = _delimiter(path, header_line)
+    rows = _parse_rows(path, itertools.chain([header_line] if header_line else [], lines), delimiter)
     try:
         _, header = next(rows)
     except StopIteration:
@@ -96,19 +113,37 @@ def _read_delimited(path: Path, encoding: str) -> pa.Table:
     repeated = sorted({n for n in names if names.count(n) > 1})
     if repeated:
         raise DataError(f"{path}:1", f"column name {repeated[0]!r} stands twice in the header", fix="Rename one")
-    columns: list[list[str | None]] = [[] for _ in names]
-    for line, cells in rows:
-        if not cells:
-            continue  # a blank line
-        if len(cells) != len(names):
-            raise DataError(
-                f"{path}:{line}",
-                f"{len(cells)} cells in a row of a table with {len(names)} columns",
-                fix="Quote cells that contain the delimiter, or correct the row",
-            )
-        for column, cell in zip(columns, cells, strict=True):
-            column.append(cell if cell != "" else None)
-    return pa.table({n: pa.array(c, pa.string()) for n, c in zip(names, columns, strict=True)})
+
+    def cells_of_rows() -> Iterator[tuple[list[str], int]]:
+        for line, cells in rows:
+            if cells and len(cells) != len(names):  # no cells: a blank line
+                raise DataError(
+                    f"{path}:{line}",
+                    f"{len(cells)} cells in a row of a table with {len(names)} columns",
+                    fix="Quote cells that contain the delimiter, or correct the row",
+                )
+            if cells:
+                yield cells, sum(map(len, cells))
+
+    for part in _parts(cells_of_rows()):
+        columns = zip(*part, strict=True) if part else ((),) * len(names)
+        yield pa.table(
+            {n: pa.array([c or None for c in column], pa.string()) for n, column in zip(names, columns, strict=True)}
+        )
+
+
+def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
+    """Rows, which come with their sizes, in parts of a size that memory can hold; the first one may be empty."""
+    part: list[Any] = []
+    size, is_first = 0, True
+    for row, more in rows:
+        part.append(row)
+        size += more
+        if size >= _PART_SIZE or len(part) >= _PART_ROWS:
+            yield part
+            part, size, is_first = [], 0, False
+    if part or is_first:
+        yield part
 
 
 def _delimiter(path: Path, header_line: str) -> str:
@@ -118,20 +153,16 @@ def _delimiter(path: Path, header_line: str) -> str:
 
 def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str]:
     """Column names and delimiter of a csv or tsv file, of which the first line is read; DataError if there is none."""
-    known = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    with opened(path, "rt", encoding=known) as file:
-        line = file.readline().rstrip("\r\n")
+    line = next(_lines(path, encoding, "\n"), "").rstrip("\n")
     if not line:
         raise DataError(str(path), "the file has no header line")
     delimiter = _delimiter(path, line)
     return next(csv.reader([line], delimiter=delimiter)), delimiter
 
 
-def _parse_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _parse_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(_CELL_LIMIT)
-    # Not str.splitlines, which also breaks at characters that occur in prose (U+2028, U+0085, form feed).
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         start = reader.line_num + 1  # where a quote that is never closed was opened
         try:
@@ -147,36 +178,42 @@ def _parse_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, li
         yield reader.line_num, cells
 
 
-def _read_json(path: Path, encoding: str) -> pa.Table:
-    text = _decode(path, encoding)
-    if not text.lstrip().startswith("["):
-        return _read_json_lines(path, encoding)
+def _read_json(path: Path, encoding: str) -> Iterator[pa.Table]:
+    is_array = next((line.lstrip()[0] == "[" for line in _lines(path, encoding, "\n") if line.strip()), False)
+    if not is_array:
+        yield from _read_json_lines(path, encoding)
+        return
     try:
-        rows = json.loads(text)
+        rows = json.loads("".join(_lines(path, encoding, "\n")))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", fix="Correct the line") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise DataError(str(path), f"not data ({_first_line(error)})", fix="Correct the file") from error
-    return _from_objects(path, rows)
+    yield _from_objects(path, rows, 1)
 
 
-def _read_json_lines(path: Path, encoding: str) -> pa.Table:
-    rows = []
-    for number, line in enumerate(_decode(path, encoding).split("\n"), start=1):
+def _read_json_lines(path: Path, encoding: str) -> Iterator[pa.Table]:
+    done = 0
+    for part in _parts(_json_rows(path, encoding)):
+        yield _from_objects(path, part, done + 1)
+        done += len(part)
+
+
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
+    for number, line in enumerate(_lines(path, encoding, "\n"), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            yield json.loads(line), len(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or _first_line(error)
             raise DataError(
                 f"{path}:{number}", f"not valid JSON ({reason})", allowed="one JSON object a line"
             ) from error
-    return _from_objects(path, rows)
 
 
-def _from_objects(path: Path, rows: list[Any]) -> pa.Table:
-    for number, row in enumerate(rows, start=1):
+def _from_objects(path: Path, rows: list[Any], first: int) -> pa.Table:
+    for number, row in enumerate(rows, start=first):
         if not isinstance(row, dict):
             raise DataError(
                 f"{path} row {number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
@@ -209,29 +246,58 @@ def _bytes(path: Path) -> bytes:
         ) from error
 
 
-def _decode(path: Path, encoding: str) -> str:
-    data = _bytes(path)
+def _lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
+    """The lines of a file with their ends, those of Windows as everybody else's; ``newline`` as for :func:`open`.
+
+    Not by str.splitlines, which also breaks at characters that occur in prose (U+2028, U+0085, form feed).
+    """
+    codec = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
+    is_packed = path.suffix.lower() == ".gz"
     try:
-        text = data.decode("utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding)
+        with _opened(path) as file, io.TextIOWrapper(file, codec, newline=newline) as text:
+            for line in text:
+                yield line.replace("\r\n", "\n")
     except LookupError as error:
         raise DataError(
             "data.encoding", f"unknown encoding '{encoding}'", allowed="a Python codec such as latin-1"
         ) from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}",
-            f"byte 0x{data[error.start]:02x} at offset {error.start} is not {encoding}",
-            fix="Save the file as UTF-8, or name its encoding with data.encoding=latin-1",
-        ) from error
-    return text.replace("\r\n", "\n")
+    except UnicodeError as error:
+        raise _undecodable(path, encoding, codec) from error
+    except (OSError, EOFError, zlib.error) as error:
+        problem = "not a whole gzip file" if is_packed else "it cannot be read"
+        raise DataError(str(path), f"{problem} ({_first_line(error)})", fix="Copy or download it again") from error
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _undecodable(path: Path, encoding: str, codec: str) -> DataError:
+    """The error for a file with bytes that ``codec`` does not know; looks for their place."""
+    decoder = codecs.getincrementaldecoder(codec)()
+    place, line, found = 0, 1, f"it is not {encoding}"
+    with _opened(path) as file:
+        for block in itertools.chain(iter(lambda: file.read(1 << 20), b""), [b""]):
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                start = place - (len(error.object) - len(block)) + error.start  # it holds the end of the last block too
+                line += error.object.count(b"\n", 0, error.start)
+                found = f"byte 0x{error.object[error.start]:02x} at offset {start} is not {encoding}"
+                break
+            except UnicodeError:
+                break
+            place, line = place + len(block), line + block.count(b"\n")
+    return DataError(
+        f"{path}:{line}", found, fix="Save the file as UTF-8, or name its encoding with data.encoding=latin-1"
+    )
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
 
 
-READERS: dict[str, Callable[[Path, str], pa.Table]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[pa.Table]]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".json": _read_json,

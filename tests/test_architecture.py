@@ -23,7 +23,7 @@ LAYERS = (
     "shards strict_yaml",
     "adapter_validity adapters.layer_names text_tables tracking",
     "adapter_format",
-    "figures pages predictions",
+    "figures pages predictions table_parts token_cache",
     "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card ranks schema tables",
     "adapters.core adapters.pairings flags",
     "adapters.core_stack",

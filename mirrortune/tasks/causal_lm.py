@@ -8,7 +8,7 @@ end of an answer is learned with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,15 @@ from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.packing import PackedExamples
 from mirrortune.probes import text_probe
-from mirrortune.tokens import Reading, cache_key, cached_arrays, ragged, resolve_max_length
+from mirrortune.token_cache import Chunk, TokenKey, cached_tokens, data_digest, ragged
+from mirrortune.tokens import Reading, resolve_max_length, select_rows
 
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
 _TEXTS = ("text", "content", "document")
 _MOST_WRITTEN = 64  # tokens
 _LONGEST = 1024  # the default, where the model takes more
+_ROWS = 4096  # of a chunk
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
 
 
@@ -162,16 +164,21 @@ class Task:
                               fix="Set data.packing=false")  # fmt: skip
         max_length = reading.max_length
         assert max_length is not None
-        columns = [split.table.column(c).to_pylist() for _, c in self.columns()]
-        rows = list(zip(*columns, strict=True))
-        blank = np.array([all(not (isinstance(v, list) or str(v or "").strip()) for v in row) for row in rows])
-        kept = [row for row, is_blank in zip(rows, blank, strict=True) if not (is_blank and reading.drop_blank)]
-        if not kept:
-            raise NoRowsError(split.source, f"all {len(rows)} rows are blank", fix="Name another --text-column")
-        facts = [self.kind, self.version, self.layout, self.loss_on, processor.is_chat, max_length]
-        facts += [processor.tokenizer.chat_template if processor.is_chat else None, processor.tokenizer.eos_token_id]
-        key = cache_key([[json.dumps(row, ensure_ascii=False) for row in kept]], processor.tokenizer, facts)
-        arrays, counts = cached_arrays(key, lambda: self._tokenise(kept, processor, max_length, split.source))
+        blank = np.array([_is_blank(row) for chunk in self._chunks(split) for row in zip(*chunk, strict=True)])
+        keep = ~blank if reading.drop_blank else np.ones_like(blank)
+        if not keep.any():
+            raise NoRowsError(split.source, f"all {len(blank)} rows are blank", fix="Name another --text-column")
+        tokenizer = processor.tokenizer
+        written = (
+            [[json.dumps(cell, ensure_ascii=False) for cell in column] for column in chunk]
+            for chunk in select_rows(self._chunks(split), keep)
+        )
+        key = TokenKey.of(
+            reading.rows(split), data_digest(written), tokenizer, columns=[c for _, c in self.columns()],
+            chat_template=tokenizer.chat_template if processor.is_chat else None, end_token=tokenizer.eos_token_id,
+            length=max_length, layout=self.layout, loss_on=self.loss_on, task=[self.kind, self.version],
+        )  # fmt: skip
+        arrays, counts = cached_tokens(key, lambda: self._tokenise(split, keep, processor, max_length), reading.tell)
         examples = self._examples(arrays, counts, processor, max_length)
         return PackedExamples.of(examples) if self.packing and reading.for_training else examples
 
@@ -225,29 +232,40 @@ class Task:
         """See :class:`mirrortune.tasks.Task`."""
         return {**text_probe(processor.tokenizer, config), **processor.switches}
 
+    def _chunks(self, split: Split) -> Iterator[list[list[Any]]]:
+        """The columns that are read, a few thousand rows at a time."""
+        for batch in split.table.select([c for _, c in self.columns()]).to_batches(max_chunksize=_ROWS):
+            yield [column.to_pylist() for column in batch.columns]
+
     def _tokenise(
-        self, rows: list[tuple[Any, ...]], processor: TextReader, max_length: int, source: str
-    ) -> tuple[dict[str, Any], dict[str, int]]:
-        ids, targets, has_answer, truncated = [], [], [], 0
-        for number, row in enumerate(rows, start=1):
-            row_ids, learned = self._encode_row(row, processor, f"{source} row {number}")
-            if self.loss_on == "all":
-                learned = [True] * len(row_ids)
-            wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
-            wanted[:1] = [IGNORE_INDEX]  # nothing foretells the first token
-            ids.append(row_ids[:max_length])
-            targets.append(wanted[:max_length])
-            has_answer.append(any(learned[1:]))
-            truncated += len(row_ids) > max_length
-        refuse_missing(~np.array(has_answer), source, self.label_column or self.text_columns[0], "answer to learn")
-        is_kept = [any(t != IGNORE_INDEX for t in row) for row in targets]
-        if not any(is_kept):
-            raise DataError(source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
-        kept_ids = [row for row, keep in zip(ids, is_kept, strict=True) if keep]
-        kept_targets = [row for row, keep in zip(targets, is_kept, strict=True) if keep]
-        flat, offsets = ragged(kept_ids)
-        arrays = {"input_ids": flat, "targets": ragged(kept_targets)[0], "offsets": offsets}
-        return arrays, {"num_truncated": truncated, "num_answers_cut": len(ids) - len(kept_ids)}
+        self, split: Split, keep: npt.NDArray[np.bool_], processor: TextReader, max_length: int
+    ) -> Iterator[Chunk]:
+        numbers, done, num_rows = np.flatnonzero(keep), 0, 0
+        silent = np.zeros(len(keep), dtype=bool)
+        for chunk in select_rows(self._chunks(split), keep):
+            ids, targets, truncated, cut_away = [], [], 0, 0
+            for number, row in zip(numbers[done:], zip(*chunk, strict=True), strict=False):
+                row_ids, learned = self._encode_row(row, processor, f"{split.source} row {number + 1}")
+                if self.loss_on == "all":
+                    learned = [True] * len(row_ids)
+                silent[number] = not any(learned[1:])  # nothing foretells the first token
+                wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
+                wanted[:1] = [IGNORE_INDEX]
+                truncated += len(row_ids) > max_length
+                if any(t != IGNORE_INDEX for t in wanted[:max_length]):
+                    ids.append(row_ids[:max_length])
+                    targets.append(wanted[:max_length])
+                else:
+                    cut_away += 1
+            done, num_rows = done + len(chunk[0]), num_rows + len(ids)
+            flat, offsets = ragged(ids)
+            answers = ragged(targets)[0]
+            counts = {"num_truncated": truncated, "num_answers_cut": cut_away}
+            counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
+            yield {"input_ids": flat, "targets": answers, "offsets": offsets}, counts
+        refuse_missing(silent, split.source, self.label_column or self.text_columns[0], "answer to learn")
+        if not num_rows:
+            raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
 
     def _encode_row(self, row: tuple[Any, ...], processor: TextReader, where: str) -> Encoding:
         tokenizer = processor.tokenizer
@@ -267,8 +285,7 @@ class Task:
     def _examples(
         self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int
     ) -> TokenExamples:
-        learned = int((arrays["targets"] != IGNORE_INDEX).sum())
-        notes = [f"{learned:,} of {len(arrays['targets']):,} tokens learned"]
+        notes = [f"{counts['num_learned']:,} of {len(arrays['targets']):,} tokens learned"]
         if counts["num_answers_cut"]:
             notes.append(f"{counts['num_answers_cut']} left out: their answers begin behind {max_length} tokens")
         padding = Padding.of(processor.tokenizer)
@@ -283,6 +300,10 @@ class Task:
             switches=processor.switches,
             notes=tuple(notes),
         )
+
+
+def _is_blank(row: Sequence[Any]) -> bool:
+    return all(not (isinstance(value, list) or str(value or "").strip()) for value in row)
 
 
 def _choose(

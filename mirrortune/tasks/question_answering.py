@@ -26,7 +26,8 @@ from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
-from mirrortune.tokens import Reading, cache_key, cached_arrays, ragged, resolve_max_length
+from mirrortune.token_cache import TokenKey, cached_tokens, data_digest, ragged
+from mirrortune.tokens import Reading, resolve_max_length
 
 _LONGEST = 384  # tokens of a window, the default
 _STRIDE = 128
@@ -132,10 +133,12 @@ class Task:
         if not reading.allow_missing:
             refuse_missing(missing, split.source, self.label_column, "answer")
         stride = min(_STRIDE, max_length // 3) if self.stride is None else self.stride
-        facts = [self.kind, self.version, stride, max_length]
-        arrays, _ = cached_arrays(
-            cache_key([questions, contexts], processor, facts),
-            lambda: _windows(questions, contexts, processor, max_length, stride),
+        key = TokenKey.of(
+            reading.rows(split), data_digest([[questions, contexts]]), processor, columns=self.text_columns,
+            length=max_length, stride=stride, task=[self.kind, self.version],
+        )  # fmt: skip
+        arrays, _ = cached_tokens(
+            key, lambda: iter([_windows(questions, contexts, processor, max_length, stride)]), reading.tell
         )
         offsets, owners = arrays.pop("offsets"), arrays.pop("owners")
         places = np.stack([arrays.pop("starts"), arrays.pop("ends")], axis=1)  # (T, 2); -1 outside the context

@@ -24,7 +24,8 @@ from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.probes import text_probe
-from mirrortune.tokens import Reading, cache_key, cached_arrays, encode_texts, ragged, resolve_max_length
+from mirrortune.token_cache import TokenKey, cached_tokens, data_digest, ragged
+from mirrortune.tokens import Reading, encode_texts, resolve_max_length
 
 _PAIRS = (
     ("document", "summary"), ("article", "highlights"), ("article", "summary"), ("dialogue", "summary"),
@@ -212,8 +213,13 @@ class Task:
         sources = encode_texts(rows, [column], unused, missing[keep], tokenizer, reading, facts)
         left_out = int((~keep).sum())
         sources = replace(sources, targets=None, num_dropped=left_out, num_empty=left_out)
-        key = cache_key([kept], tokenizer, [*facts, "target", self.max_target_length])
-        arrays, counts = cached_arrays(key, lambda: _target_tokens(kept, tokenizer, self.max_target_length))
+        key = TokenKey.of(
+            f"{reading.rows(split)}, targets", data_digest([[kept]]), tokenizer, columns=[self.label_column],
+            length=self.max_target_length, task=[*facts, "target"],
+        )  # fmt: skip
+        arrays, counts = cached_tokens(
+            key, lambda: iter([_target_tokens(kept, tokenizer, self.max_target_length)]), reading.tell
+        )
         return PairExamples(
             sources=sources, targets=arrays["targets"], target_offsets=arrays["offsets"], references=kept,
             reader=processor, num_cut=counts["num_truncated"],

@@ -25,7 +25,8 @@ from mirrortune.labels import as_name, feature_names, in_order, is_list, label_f
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
-from mirrortune.tokens import Reading, cache_key, cached_arrays, ragged, resolve_max_length
+from mirrortune.token_cache import TokenKey, cached_tokens, data_digest, ragged
+from mirrortune.tokens import Reading, resolve_max_length
 
 _WORDS = ("tokens", "words", "text", "sentence")
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "ner", "pos", "label", "upos")
@@ -102,8 +103,11 @@ class Task:
         if not keep:
             raise NoRowsError(split.source, f"all {len(words)} rows have no words", fix="Name another --text-column")
         kept = [words[i] for i in keep]
-        key = cache_key([[json.dumps(row) for row in kept]], processor, [self.kind, self.version, max_length])
-        arrays, counts = cached_arrays(key, lambda: _tokenise(kept, processor, max_length))
+        key = TokenKey.of(
+            reading.rows(split), data_digest([[[json.dumps(row) for row in kept]]]), processor,
+            columns=self.text_columns, length=max_length, task=[self.kind, self.version],
+        )  # fmt: skip
+        arrays, counts = cached_tokens(key, lambda: iter([_tokenise(kept, processor, max_length)]), reading.tell)
         offsets, places = arrays.pop("offsets"), arrays.pop("words")
         seen = [places[a:b][places[a:b] >= 0].tolist() for a, b in itertools.pairwise(offsets)]
         right = [tags[i] for i in keep]

@@ -16,7 +16,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.examples import Padding, TokenExamples
 from mirrortune.packing import PackedExamples, best_fit
 from mirrortune.tasks.causal_lm import Task
-from mirrortune.tokens import ragged
+from mirrortune.token_cache import ragged
 from tests.tiny_models import tiny_causal
 
 TASK = Task(

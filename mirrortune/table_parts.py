@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables that come in parts: held in memory while they are small, else on disk and mapped.
+
+What is mapped is paged in when it is read and dropped when memory runs short, so rows may be more than memory holds.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mirrortune.atomic import cannot_write
+from mirrortune.locations import cache_folder
+
+_LIMIT = 1 << 28  # bytes held in memory
+_ROWS = 65_536
+
+
+def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT) -> pa.Table:
+    """One table of all parts, in order.
+
+    Args:
+        parts: with the same columns, or with others that go together: whole with real numbers, null with anything.
+        limit: beyond so many bytes parts go to a file in the cache folder, which nobody else sees and which is gone
+            with the process.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowTypeError: parts whose types do not go together.
+        ResourceError: the disk is full, or the cache folder cannot be written.
+    """
+    held: list[pa.Table] = []
+    size = 0
+    spilled: list[pa.Table] = []
+    for part in parts:
+        held.append(part)
+        size += part.nbytes
+        if size > limit:
+            spilled += _on_disk(held)
+            held, size = [], 0
+    if spilled and held:
+        spilled, held = spilled + _on_disk(held), []
+    return pa.concat_tables([*spilled, *held], promote_options="permissive")
+
+
+def take_rows(table: pa.Table, keep: npt.NDArray[np.bool_], limit: int = _LIMIT) -> pa.Table:
+    """The rows where ``keep`` (N,) is true, in order, as :func:`join_parts` joins them."""
+    if table.nbytes <= limit:
+        return table.filter(pa.array(keep))
+    return join_parts(_kept(table, keep), limit)
+
+
+def _kept(table: pa.Table, keep: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
+    start = 0
+    for batch in table.to_batches(max_chunksize=_ROWS):
+        mask = pa.array(keep[start : start + batch.num_rows])
+        start += batch.num_rows
+        yield pa.Table.from_batches([batch.filter(mask)], schema=table.schema)
+
+
+def _on_disk(parts: list[pa.Table]) -> list[pa.Table]:
+    """The same tables, mapped from a file without a name."""
+    place = cache_folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place) as file:
+            starts = [_append(file, part) for part in parts]
+            file.flush()
+            # The mapping keeps the file alive: on POSIX it has no name any more, elsewhere it is deleted when closed.
+            content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise cannot_write(place, error) from error
+    return [pa.ipc.open_stream(content.slice(start)).read_all() for start in starts]
+
+
+def _append(file: IO[bytes], part: pa.Table) -> int:
+    start = file.tell()
+    # A stream, not a file: its dictionaries may change from batch to batch.
+    with pa.ipc.new_stream(file, part.schema) as writer:
+        writer.write_table(part, max_chunksize=_ROWS)
+    return start

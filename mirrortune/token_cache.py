@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that are made once: kept under a key of everything that they depend on.
+
+They are written chunk by chunk while they are made, so that neither the rows nor their tokens need to fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mirrortune.atomic import alone_with, write_atomically
+from mirrortune.errors import ConfigError
+from mirrortune.examples import IntArray
+from mirrortune.locations import cache_folder
+from mirrortune.shards import PlannedTensor, StoredTensor, read_headers, write_file
+
+# Part of every key: raise it when the same rows and tokenizer would give other tokens.
+_VERSION = 2
+_CODES: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
+_IS_USED = ContextVar("is_used", default=True)
+_COUNT = "count."
+_MAPPED = 1 << 26  # bytes from which an array is left on disk, and paged in as it is used
+_LONGEST_SHOWN = 24  # characters of a value; digests are longer
+
+Chunk = tuple[dict[str, IntArray], dict[str, int]]
+"""Arrays of some rows, end to end (``offsets`` begin at 0 in each chunk), and counts, which add up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenKey:
+    """What the tokens of some rows depend on.
+
+    Attributes:
+        rows: which rows, for messages.
+        parts: values, or digests of what is long, by the names that messages give them.
+    """
+
+    rows: str
+    parts: dict[str, str]
+
+    @classmethod
+    def of(cls, rows: str, data: str, tokenizer: Any, **others: object) -> TokenKey:
+        """The key of rows whose texts have the digest ``data``; ``others`` is JSON data."""
+        if not _IS_USED.get():
+            return cls(rows=rows, parts={})
+        named = {name.replace("_", " "): json.dumps(value) for name, value in others.items()}
+        return cls(rows=rows, parts={"data": data, "tokenizer": _tokenizer_digest(tokenizer), **named})
+
+    @property
+    def digest(self) -> str:
+        """One for all parts."""
+        return hashlib.sha256(json.dumps([_VERSION, self.parts], sort_keys=True).encode()).hexdigest()
+
+    def why_made(self) -> str:
+        """What is other than the last time that these rows were wanted, in words."""
+        try:
+            before = json.loads(self._memory().read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "made for the first time"
+        names = [n for n in {**before, **self.parts} if before.get(n) != self.parts.get(n)]
+        if not names:
+            return "made again: the cache does not hold them"
+        return f"made again: {', '.join(_change(n, before.get(n), self.parts.get(n)) for n in names)} changed"
+
+    def remember(self) -> None:
+        """Keep the parts for the next :meth:`why_made`."""
+        text = json.dumps(self.parts, indent=2)
+        path = self._memory()
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+
+            def write(file: Path) -> None:
+                file.write_text(text, encoding="utf-8")
+
+            write_atomically(path, write, optional=True)
+
+    def _memory(self) -> Path:
+        name = hashlib.sha256(f"{self.rows} {self.parts.get('task')}".encode()).hexdigest()[:16]
+        return cache_folder() / "tokens" / "last" / f"{name}.json"
+
+
+def cached_tokens(
+    key: TokenKey, make: Callable[[], Iterator[Chunk]], tell: Callable[[str], object], mapped_from: int = _MAPPED
+) -> tuple[dict[str, IntArray], dict[str, int]]:
+    """The arrays and counts of all chunks that ``make`` gives, from the cache if it holds them whole under ``key``.
+
+    One process makes them; others that want them wait. ``tell`` is told where they come from. ``make`` is called again
+    where the cache cannot be written. Arrays of ``mapped_from`` bytes or more stay on disk and are mapped.
+    """
+    if not _IS_USED.get():
+        return _joined(make())
+    path = cache_folder() / "tokens" / key.digest[:2] / f"{key.digest}.safetensors"
+    found, said = _read(path, mapped_from), "from the cache"
+    if found is None:
+        with alone_with(path):
+            found, said = _read(path, mapped_from), "from the cache, where another process has just put them"
+            if found is None:
+                said = key.why_made()
+                write_atomically(path, lambda file: _write(file, make()), optional=True)
+    tell(f"tokens of {key.rows}: {said}")
+    key.remember()
+    return found or _read(path, mapped_from) or _joined(make())
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Within, in this thread: nothing is looked up in the cache or put there."""
+    token = _IS_USED.set(False)
+    try:
+        yield
+    finally:
+        _IS_USED.reset(token)
+
+
+def data_digest(chunks: Iterable[Sequence[Sequence[str]]]) -> str:
+    """A digest of columns of texts that come in chunks of rows; how they are cut into chunks does not matter."""
+    if not _IS_USED.get():
+        return ""
+    columns: dict[int, tuple[Any, Any]] = {}
+    for chunk in chunks:
+        for number, texts in enumerate(chunk):
+            ends, content = columns.setdefault(number, (hashlib.sha256(), hashlib.sha256()))
+            offsets, data = pa.array(texts, pa.large_string()).buffers()[1:]
+            ends.update(np.diff(np.frombuffer(offsets, np.int64)[: len(texts) + 1]))
+            content.update(data or b"")
+    return hashlib.sha256(b"".join(part.digest() for pair in columns.values() for part in pair)).hexdigest()
+
+
+def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
+    """Rows end to end as int32, shape (T,), and their offsets, shape (N + 1,)."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if len(rows) else np.empty(0, np.int32)
+    return flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # its description tells how it was last called, which the next call overrules
+        backend.no_truncation()
+        backend.no_padding()
+    description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    known = [type(tokenizer).__name__, tokenizer.truncation_side, list(tokenizer.model_input_names)]
+    return hashlib.sha256((json.dumps(known) + description).encode()).hexdigest()
+
+
+def _change(name: str, before: str | None, now: str | None) -> str:
+    values = [value if value is not None else "none" for value in (before, now)]
+    is_short = all(len(value) <= _LONGEST_SHOWN for value in values)
+    return f"{name} ({values[0]} before, {values[1]} now)" if is_short else name
+
+
+def _shifted(chunks: Iterator[Chunk], counts: Counter[str]) -> Iterator[dict[str, IntArray]]:
+    """The arrays of each chunk, offsets going on where those before ended; counts are added to ``counts``."""
+    end = 0
+    for number, (arrays, more) in enumerate(chunks):
+        counts.update(more)
+        offsets = arrays["offsets"] + end
+        end = int(offsets[-1])
+        yield {**arrays, "offsets": offsets[1:] if number else offsets}
+
+
+def _write(path: Path, chunks: Iterator[Chunk]) -> None:
+    """Write all chunks as one safetensors file; each array goes through a file of its own until its size is known."""
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        place = Path(stack.enter_context(folder))
+        files: dict[str, IO[bytes]] = {}
+        codes: dict[str, str] = {}
+        for arrays in _shifted(chunks, counts):
+            for name, values in arrays.items():
+                if name not in files:
+                    files[name] = stack.enter_context((place / name).open("wb"))
+                    codes[name] = next(code for code, kind in _CODES.items() if values.dtype == kind)
+                files[name].write(np.ascontiguousarray(values, dtype=_CODES[codes[name]]).data)
+        for file in files.values():
+            file.flush()
+        planned = [_copied(name, codes[name], place / name) for name in files]
+        planned += [PlannedTensor(name=f"{_COUNT}{name}", code="I64", shape=(1,)) for name in counts]
+        write_file(path, planned, lambda tensor: torch.tensor([counts[tensor.name.removeprefix(_COUNT)]]))
+
+
+def _copied(name: str, code: str, file: Path) -> PlannedTensor:
+    """An array that fills a whole file."""
+    size = file.stat().st_size
+    shape = (size // np.dtype(_CODES[code]).itemsize,)
+    source = StoredTensor(code=code, shape=shape, path=file, start=0, nbytes=size)
+    return PlannedTensor(name=name, code=code, shape=shape, source=source)
+
+
+def _read(path: Path, mapped_from: int) -> tuple[dict[str, IntArray], dict[str, int]] | None:
+    """What the cache holds, or None when it is absent or damaged."""
+    try:
+        arrays = {name: _array(stored, mapped_from) for name, stored in read_headers([path]).items()}
+    except (ConfigError, OSError, KeyError, ValueError):
+        return None
+    counts = {n.removeprefix(_COUNT): int(arrays.pop(n)[0]) for n in list(arrays) if n.startswith(_COUNT)}
+    return (arrays, counts) if "offsets" in arrays else None
+
+
+def _array(stored: StoredTensor, mapped_from: int) -> IntArray:
+    kind = _CODES[stored.code]
+    if stored.nbytes < max(1, mapped_from):  # what is empty cannot be mapped
+        found: IntArray = np.fromfile(stored.path, kind, stored.shape[0], offset=stored.start)
+        return found
+    return np.memmap(stored.path, kind, "r", stored.start, stored.shape).view(np.ndarray)
+
+
+def _joined(chunks: Iterator[Chunk]) -> tuple[dict[str, IntArray], dict[str, int]]:
+    counts: Counter[str] = Counter()
+    parts = list(_shifted(chunks, counts))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, dict(counts)
