@@ -118,11 +118,15 @@ def _overlap(answer: str, truth: str) -> float:
 
 
 def _best_answer(compare: Callable[[str, str], float]) -> Callable[[Any, Any], float]:
-    """The mean over questions of the best comparison with any right answer; "" is right where there is none."""
+    """The mean over questions of the best comparison with any right answer; "" is right where there is none.
+
+    As the official script of SQuAD 2.0 has it, an answer of nothing but articles and punctuation is none.
+    """
 
     def compute(predictions: Any, references: Any) -> float:
-        pairs = zip(predictions, references, strict=True)
-        return float(np.mean([max(compare(answer, truth) for truth in right or ("",)) for answer, right in pairs]))
+        rights = ([truth for truth in right if _plain(truth)] or [""] for right in references)
+        pairs = zip(predictions, rights, strict=True)
+        return float(np.mean([max(compare(answer, truth) for truth in right) for answer, right in pairs]))
 
     return compute
 
