@@ -82,16 +82,19 @@ def cp(
         raise ConfigError(str(path), "it is there already", fix="Give another name, or --overwrite")
     from mirrortune.atomic import write_atomically  # noqa: PLC0415
 
-    # The editor's schema is named by its place here: the copy lies anywhere.
-    text = _with_modeline(source.read_text(encoding="utf-8"), str(_schema_file().resolve()))
+    # The copy may go to another machine: it names a schema that lies beside it, and no other.
+    has_schema = (path.parent / _schema_file().name).is_file()
+    text = _with_modeline(source.read_text(encoding="utf-8"), _schema_file().name if has_schema else None)
 
     def write(file: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
     write_atomically(path, write)
-    Reporter(as_json=json).result(
-        {"name": name, "path": str(path)}, [f"{name} copied to {path}", f"run it: mirrortune train {path}"]
-    )
+    lines = [f"{name} copied to {path}", f"run it: mirrortune train {path}"]
+    if not has_schema:
+        beside = path.parent / _schema_file().name
+        lines.append(f"let editors complete it: mirrortune recipes schema > {beside}, then copy it again")
+    Reporter(as_json=json).result({"name": name, "path": str(path)}, lines)
 
 
 def schema(*, json: Json = False, debug: Debug = False) -> None:
@@ -113,10 +116,10 @@ def _schema_file() -> Path:
     return shipped_folder() / "recipe.schema.json"
 
 
-def _with_modeline(text: str, schema: str) -> str:
-    """A recipe's text whose modeline points to ``schema``: replaced where it stands, else put below the first line."""
+def _with_modeline(text: str, schema: str | None) -> str:
+    """A recipe's text whose second line names ``schema`` for editors, or which names none."""
     lines = [line for line in text.splitlines() if not line.startswith(_MODELINE)]
-    return "\n".join([*lines[:1], _MODELINE + schema, *lines[1:]]) + "\n"
+    return "\n".join([*lines[:1], *([_MODELINE + schema] if schema else []), *lines[1:]]) + "\n"
 
 
 def _listed(name: str) -> Listed:

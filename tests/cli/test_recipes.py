@@ -37,12 +37,18 @@ def test_a_recipe_is_printed_as_it_is(desk: Path) -> None:
 
 
 def test_a_copy_runs_and_knows_its_schema(desk: Path, tiny_model_dir: Path) -> None:
-    copied = mirrortune("recipes", "cp", "quickstart", "mine/quick.yaml", "--json").data
-    path = Path(copied["path"])
-    assert read_recipe(str(path)).values == read_recipe("quickstart").values
-    schema = Path(path.read_text(encoding="utf-8").splitlines()[1].rpartition("=")[2])
+    first = mirrortune("recipes", "cp", "quickstart", "mine/quick.yaml")
+    path = Path("mine/quick.yaml")
+    assert "$schema" not in path.read_text(encoding="utf-8"), "it would be found on this machine alone"
+    assert "mirrortune recipes schema > mine/recipe.schema.json" in first.stdout
+    schema = desk / "mine" / "recipe.schema.json"
+    schema.write_text(mirrortune("recipes", "schema").stdout, encoding="utf-8")
     assert json.loads(schema.read_text(encoding="utf-8"))["title"] == "mirrortune recipe"
-    assert mirrortune("recipes", "schema").stdout == schema.read_text(encoding="utf-8")
+    copied = mirrortune("recipes", "cp", "quickstart", "mine/quick.yaml", "--overwrite", "--json").data
+    assert Path(copied["path"]) == path
+    line = path.read_text(encoding="utf-8").splitlines()[1]
+    assert line == "# yaml-language-server: $schema=recipe.schema.json"
+    assert read_recipe(str(path)).values == read_recipe("quickstart").values
 
     planned = mirrortune("train", path, "-m", tiny_model_dir, "--max-length", 64, "--dry-run", "--json")
     assert planned.data["rows"] == {"train": 6400, "validation": 1056}
