@@ -7,10 +7,10 @@ recorded hash, every basis must align with its sketch, and every layer must have
 saved. What fails is refused with the layer's name.
 
 Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
-``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (T, 2) int32, round after round, where the pairing is not a
-function of the rank alone; ``clusters.<layer>`` for near-equal singular values (``basis.py``); ``effects`` (layers, 16)
-probes of every layer's effect, in order; ``factor.<layer>.U``, ``S`` and ``Vh`` in the portable form. A weight that
-holds several matrices (experts) has one more dimension in front of all of these.
+``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (T, 2) int16 or int32, round after round, where the pairing is
+not a function of the rank alone; ``clusters.<layer>`` for near-equal singular values (``basis.py``); ``effects``
+(layers, 16) probes of every layer's effect, in order; ``factor.<layer>.U``, ``S`` and ``Vh`` in the portable form. A
+weight that holds several matrices (experts) has one more dimension in front of all of these.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from mirrortune.adapters.layouts import Layout
 from mirrortune.adapters.spec import follows_from_rank
 from mirrortune.adapters.targets import Target
 
+_LARGEST_SHORT = 2**15  # directions, numbered from 0
 _PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
 
 
@@ -60,7 +61,7 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
             tensors[f"clusters.{name}"] = torch.cat(found.cluster_sketches)
         pairs = getattr(layer.core, "pairs", None)
         if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank, layer.layout.count):
-            tensors[f"pairs.{name}"] = pairs.to(torch.int32)
+            tensors[f"pairs.{name}"] = pairs.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
         if type(layer.U.data) is Tensor:  # a rank that holds a shard of it cannot say what the whole does
             effects.append(effect(_factors(layer), layer.core))
     if len(effects) == len(spectral_layers(model)) > 0:

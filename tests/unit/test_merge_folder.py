@@ -203,10 +203,8 @@ def test_a_base_without_safetensors_is_merged_in_memory(tiny_model_dir: Path, tm
     assert relative(logits(reopen(tmp_path / "merged")), logits(adapted)) <= 1e-5
 
 
-@pytest.mark.parametrize("lazily", [False, True])
-@pytest.mark.parametrize(
-    "method", ["lora", "dora", "road", "oft"]
-)  # beside, rescaled, with its bias, before the weight
+# Beside the weight, rescaled, with its bias, before the weight.
+@pytest.mark.parametrize(("method", "lazily"), [("lora", False), ("dora", True), ("road", True), ("oft", False)])
 def test_tuners_of_peft_are_merged_tensor_by_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, lazily: bool
 ) -> None:
