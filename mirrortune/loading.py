@@ -28,6 +28,7 @@ from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, 
 from mirrortune.precision import widen
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
+from mirrortune.stored_model import Layer, stored_layers
 from mirrortune.tasks import Task, task_from_dict, with_columns
 
 
@@ -76,9 +77,17 @@ def adapt_model(
     return book
 
 
-def factorise(job: Job, loaded: LoadedModel, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
-    """Fill the cache with the factors of every layer that the job adapts."""
-    layers = _layers(job, loaded)
+def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
+    """Fill the cache with the factors of every layer that the job adapts.
+
+    One weight at a time is read from the files, and the model is not loaded, unless only a loaded one can say whether
+    it is as the run needs it, or what its weights are.
+    """
+    layers = None
+    if job.spec.preset.core is not None and not job.recipe.data.packing:
+        layers = stored_layers(job.source, job.task.auto_class, job.task.config_fields(), job.spec, job.dtype)
+    if layers is None:
+        layers = _layers(job, load_base(job))
     if layers:
         with show_bar("singular value decompositions", len(layers)) as bar:
             for name, matrix, rank in layers:
@@ -92,8 +101,8 @@ def share_factors(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator
         cache.share(_layers(job, loaded), accelerator.process_index, accelerator.num_processes)
 
 
-def _layers(job: Job, loaded: LoadedModel) -> list[tuple[str, Callable[[], Tensor], int]]:
-    """Name, matrix (one at a time: it may be a copy) and rank of everything that the job factorises."""
+def _layers(job: Job, loaded: LoadedModel) -> list[Layer]:
+    """Everything that the job factorises."""
     if job.spec.preset.core is None:
         return []
 

@@ -9,7 +9,6 @@ that was trained on a merged model follows the adapter that was merged into it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +22,12 @@ from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.spectral import delta_weight
 from mirrortune.adapting import stored_core, trained_factors
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.hub import hub_errors
 from mirrortune.merge_contents import aliases
 from mirrortune.model import ModelSource, resolve_dtype
 from mirrortune.peft_layers import head_tensors, lone_layer, stands_alone
 from mirrortune.peft_tuners import PeftLayer
-from mirrortune.shards import (
-    DTYPE_CODES,
-    INDEX,
-    WHOLE,
-    PlannedTensor,
-    StoredTensor,
-    indexed_files,
-    read_headers,
-    read_tensor,
-)
-from mirrortune.weights import match_names
+from mirrortune.shards import DTYPE_CODES, PlannedTensor, StoredTensor, read_tensor
+from mirrortune.stored_model import checkpoint_files, stored_tensors
 
 
 class NotTensorByTensor(Exception):  # noqa: N818  (a way to go on, not an error)
@@ -155,10 +144,8 @@ def plan_merge(
     files = checkpoint_files(source)
     if not files:
         raise NotTensorByTensor("the base has no safetensors files")
-    headers = read_headers(files)
     names = aliases(model)
-    matched = match_names(headers, names)  # its name in the files -> the model's
-    stored = {mine: headers[theirs] for theirs, mine in matched.items()}
+    stored = stored_tensors(files, names)
     trained = _trained(adapters, names)
     adapted = _adapted(adapters, stored, names)
     code = DTYPE_CODES[resolve_dtype("auto", source.config, torch.device("meta"))]
@@ -246,28 +233,3 @@ def _adapted(
         for name, layers in own.items():
             found.setdefault(name, []).append((adapter, layers))
     return found
-
-
-def checkpoint_files(source: ModelSource) -> list[Path]:
-    """The safetensors files of a model, fetched from the Hub if need be; none if it has others."""
-    from transformers.utils.hub import cached_file  # noqa: PLC0415
-
-    def find(name: str) -> Path | None:
-        with hub_errors(f"model '{source.name}'", flag="--model"):
-            path = cached_file(
-                source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False
-            )
-        return None if path is None else Path(path)
-
-    index = find(INDEX)
-    if index is not None:
-        try:
-            described = json.loads(index.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(str(index), f"damaged ({error})", fix="Download or copy it again") from error
-        found = {name: find(name) for name in indexed_files(described, str(index))}
-        if missing := [name for name, path in found.items() if path is None]:
-            raise ConfigError(str(index.parent), f"file '{missing[0]}' of its index is missing")
-        return [path for path in found.values() if path is not None]
-    whole = find(WHOLE)
-    return [] if whole is None else [whole]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mirrortune.assembly import assemble
 from mirrortune.factor_cache import FactorCache
-from mirrortune.loading import factorise, load_base
+from mirrortune.loading import factorise
 from mirrortune.previews import show_rows, split_summary
 from mirrortune.recipe import Resolved
 from mirrortune.report import Reporter
@@ -47,7 +47,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
     counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
     cache = FactorCache()
     if not dry_run:
-        factorise(job, load_base(job), cache, reporter.bar)
+        factorise(job, cache, reporter.bar)
     return PrepareResult(
         targets=len(job.plan.targets.layers),
         trainable_parameters=job.plan.trainable_parameters,

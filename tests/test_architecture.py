@@ -44,6 +44,7 @@ LAYERS = (
     "merge_contents packed_bases peft_layers",
     "loop merging snapshots stepping",
     "lazy_model weights",
+    "stored_model",
     "merge_plan",
     "merge_folder",
     "training",

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's tensors in its safetensors files, by the model's own names: whatever needs one weight at a time reads it
+there, and the model itself is never in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import Target, find_targets
+from mirrortune.errors import ConfigError
+from mirrortune.hub import hub_errors
+from mirrortune.lazy_model import outline
+from mirrortune.merge_contents import aliases
+from mirrortune.model import ModelSource
+from mirrortune.shards import DTYPE_CODES, INDEX, WHOLE, StoredTensor, indexed_files, read_headers, read_tensor
+from mirrortune.weights import match_names
+
+Layer = tuple[str, Callable[[], Tensor], int]
+"""Name, matrix (one at a time: it is read, or copied, when it is asked for) and rank of what is factorised."""
+_FLOATS = tuple(DTYPE_CODES[dtype] for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+def stored_layers(
+    source: ModelSource, auto_class: str, config_fields: dict[str, Any], spec: AdapterSpec, dtype: torch.dtype
+) -> list[Layer] | None:
+    """The layers that an adapter by ``spec`` would take, each read from the files when its turn comes.
+
+    Args:
+        source: of the model; its files are fetched.
+        auto_class: name of an Auto class.
+        config_fields: see :func:`mirrortune.model.task_config`.
+        spec: with a core.
+        dtype: that the model would be loaded in.
+
+    Returns:
+        None where the files do not hold the model's own weights one by one: packed or converted ones, layers that the
+        checkpoint lacks, pickles, or a model that keeps some in another dtype.
+    """
+    if source.is_quantised or source.gguf_file or source.trust_remote_code:
+        return None
+    model = outline(source, auto_class, config_fields, None)
+    if dtype != torch.float32 and any(getattr(model, f"_keep_in_fp32_modules{end}", None) for end in ("", "_strict")):
+        return None
+    stored = stored_tensors(checkpoint_files(source), aliases(model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = {name for name, tensor in stored.items() if tensor.shape == shapes[name] and tensor.code in _FLOATS}
+    layers = []
+    for name, target in find_targets(model, spec).layers.items():
+        own = next((tensor for tensor in target.tensors if tensor in held), None)
+        if own is None:
+            return None
+        layers.append((name, _reader(target, stored[own], dtype), target.rank))
+    return layers
+
+
+def _reader(target: Target, stored: StoredTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: target.matrix(read_tensor(stored).to(dtype))
+
+
+def stored_tensors(files: Iterable[Path], names: Iterable[str]) -> dict[str, StoredTensor]:
+    """The tensors of ``files`` by the model's ``names`` for them; what the model does not have is left out."""
+    headers = read_headers(files)
+    return {mine: headers[theirs] for theirs, mine in match_names(headers, names).items()}
+
+
+def checkpoint_files(source: ModelSource) -> list[Path]:
+    """The safetensors files of a model, fetched from the Hub if need be; none if it has others."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    def find(name: str) -> Path | None:
+        with hub_errors(f"model '{source.name}'", flag="--model"):
+            path = cached_file(
+                source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False
+            )
+        return None if path is None else Path(path)
+
+    index = find(INDEX)
+    if index is not None:
+        try:
+            described = json.loads(index.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(str(index), f"damaged ({error})", fix="Download or copy it again") from error
+        found = {name: find(name) for name in indexed_files(described, str(index))}
+        if missing := [name for name, path in found.items() if path is None]:
+            raise ConfigError(str(index.parent), f"file '{missing[0]}' of its index is missing")
+        return [path for path in found.values() if path is not None]
+    whole = find(WHOLE)
+    return [] if whole is None else [whole]
