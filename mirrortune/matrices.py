@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensors of a checkpoint are matrices that act on features, and how to read each as (out, in).
 
-Known from the model's modules, built without weights, and not from names: embeddings are tables and left out, GPT-2's
-Conv1D holds its weight as (in, out), convolutions act on patches, and a stack of experts is as many matrices.
+Known from the model's modules, built without weights, by what adapters know of their kinds: GPT-2's Conv1D holds its
+weight as (in, out), convolutions act on patches, a stack of experts is as many matrices. Embeddings are tables and left
+out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from mirrortune.adapters.candidates import kind_of
+from mirrortune.adapters.kinds import Embedding, Kind, Parameter
 from mirrortune.adapters.layer_names import matches, no_match
+from mirrortune.adapters.layouts import Layout
 from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.model import ModelSource, empty_model
 from mirrortune.weights import Weights, match_names
-
-_TRANSPOSED = "Conv1D"  # transformers' own linear layer with the weight as (in, out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +30,29 @@ class Matrix:
     Attributes:
         name: for people; the tensor's name, with the number of its part if it is a stack.
         base, tuned: the tensor's name on either side.
+        layout: how the tensor's numbers stand for the matrix, or for the stack.
         part: entry of the stack, or None.
-        shape: (O, I).
-        is_transposed: whether it is stored as (I, O).
     """
 
     name: str
     base: str
     tuned: str
-    part: int | None
-    shape: tuple[int, int]
-    is_transposed: bool
+    layout: Layout
+    part: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.layout.matrix_shape
 
     def read(self, weights: Weights, name: str) -> Tensor:
         """The matrix (O, I) from one side, where it is called ``name``."""
-        stored = weights.read(name, self.part)
-        flat = stored.reshape(stored.shape[0], -1)
-        return flat.T if self.is_transposed else flat
+        if self.part is None:
+            return self.layout.matrix(weights.read(name))
+        if self.layout.shape[0] != self.layout.count:  # groups of a convolution
+            return self.layout.matrix(weights.read(name))[self.part]
+        entry = replace(self.layout, shape=self.layout.shape[1:], count=1)
+        return entry.matrix(weights.read(name, self.part))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +85,7 @@ def pair_matrices(base: Weights, tuned: Weights, pattern: str) -> Pairing:
     names = match_names(base.shapes, tuned.shapes)
     resized = [n for n, other in names.items() if base.shapes[n] != tuned.shapes[other]]
     same = {n: other for n, other in names.items() if base.shapes[n] == tuned.shapes[other]}
-    kinds = _module_kinds(base.source, base.shapes)
+    kinds = _kinds(base.source, base.shapes)
     found = [m for n in same for m in _as_matrices(n, same[n], base.shapes[n], kinds.get(n))]
     if not found or len(resized) > len(same):
         raise _different(base, tuned, names, resized)
@@ -95,52 +102,34 @@ def pair_matrices(base: Weights, tuned: Weights, pattern: str) -> Pairing:
     )
 
 
-def _as_matrices(name: str, tuned: str, shape: tuple[int, ...], kind: str | None) -> list[Matrix]:
-    if kind == "embedding" or len(shape) < 2:
+def _as_matrices(name: str, tuned: str, shape: tuple[int, ...], held: tuple[Kind, Layout] | None) -> list[Matrix]:
+    kind, layout = held or (None, Layout(shape=shape, out_features=shape[0] if shape else 1))
+    # Position embeddings are often parameters with a batch dimension of one.
+    is_table = isinstance(kind, Embedding) or (isinstance(kind, Parameter) and shape[0] == 1)
+    if len(shape) < 2 or is_table:
         return []
-    if kind == "stack":
-        parts: list[tuple[str, int | None, tuple[int, int]]] = (
-            [(f"{name}[{i}]", i, (shape[1], prod(shape[2:]))) for i in range(shape[0])] if shape[0] > 1 else []
-        )
-    else:
-        parts = [(name, None, (shape[0], prod(shape[1:])))]
-    return [
-        Matrix(
-            name=label, base=name, tuned=tuned, part=part,
-            shape=(size[1], size[0]) if kind == "transposed" else size, is_transposed=kind == "transposed",
-        )
-        for label, part, size in parts
-        if min(size) > 1
-    ]  # fmt: skip
+    if min(layout.matrix_shape) < 2:
+        return []
+    if layout.count == 1:
+        return [Matrix(name=name, base=name, tuned=tuned, layout=layout)]
+    parts = range(layout.count)
+    return [Matrix(name=f"{name}[{i}]", base=name, tuned=tuned, layout=layout, part=i) for i in parts]
 
 
-def _module_kinds(source: ModelSource | None, names: Iterable[str]) -> dict[str, str]:
-    """What holds each tensor: ``linear``, ``transposed``, ``embedding``, ``convolution`` or ``stack``; unknown ones are
-    left out.
-    """
+def _kinds(source: ModelSource | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Kind, Layout]]:
+    """What holds each tensor, and how it is read as a matrix; unknown ones are left out."""
     if source is None:
         return {}
     try:
         model = empty_model(source, "AutoModel", {})
     except (MirrortuneError, ImportError, ValueError, TypeError, AttributeError, RuntimeError, KeyError):
         return {}  # a configuration that transformers cannot build; shapes alone must do
-    kinds = {
-        f"{name}.{key}".removeprefix("."): _kind(module, parameter.ndim)
-        for name, module in model.named_modules()
-        for key, parameter in module.named_parameters(recurse=False)
-    }
-    renamed = match_names(names, kinds)
-    return {name: kinds[own] for name, own in renamed.items()}
-
-
-def _kind(module: nn.Module, ndim: int) -> str:
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if type(module).__name__ == _TRANSPOSED:
-        return "transposed"
-    if isinstance(module, nn.modules.conv._ConvNd):  # noqa: SLF001  (torch has no public name for all convolutions)
-        return "convolution"
-    return "linear" if ndim < 3 else "stack"
+    found: dict[str, tuple[Kind, Layout]] = {}
+    for name, module in model.named_modules():
+        kind, layouts = kind_of(module)
+        found |= {f"{name}.{key}".removeprefix("."): (kind, layout) for key, layout in layouts.items()}
+    renamed = match_names(shapes, found)
+    return {name: found[own] for name, own in renamed.items() if found[own][1].shape == shapes[name]}
 
 
 def _different(base: Weights, tuned: Weights, names: dict[str, str], resized: Sequence[str]) -> ConfigError:

@@ -72,7 +72,7 @@ def find_candidates(
     found: dict[int, Candidate] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kind, layouts = _kind_of(module)
+        kind, layouts = kind_of(module)
         for parameter, layout in layouts.items():
             weight: object = module if kind.is_packed else module.get_parameter(parameter)
             full = ".".join(filter(None, (name, parameter)))
@@ -95,7 +95,10 @@ def find_candidates(
     return {_layer_name(*c.places[0]): c for c in found.values()}, skipped
 
 
-def _kind_of(module: nn.Module) -> tuple[Kind, dict[str, Layout]]:
+def kind_of(module: nn.Module) -> tuple[Kind, dict[str, Layout]]:
+    """The kind of a module, with the layouts of the weights that it holds as such, by parameter name; none if it holds
+    no matrix.
+    """
     for kind in KINDS:
         if layouts := kind.layouts(module):
             return kind, layouts

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.adapters.spectral_weight import SpectralWeight, replace_weight
@@ -179,14 +180,14 @@ def _adapt(model: nn.Module, target: Target, factors: Factors, core: Core, spec:
     modules = {id(m): (m, parameter) for path, parameter in target.places for m in [model.get_submodule(path)]}
     (first, parameter), *others = modules.values()
     has_parents = all(path for path, _ in target.places)  # the model itself cannot be replaced
-    is_called = parameter == "weight" and not others and has_parents and target.kind.is_callable(first)
-    strategy = spec.strategy
-    if strategy == "dense" or not is_called or target.layout.rows:
-        assert not target.kind.is_packed
+    kind, strategy = target.kind, spec.strategy
+    is_alone = parameter == "weight" and not others and has_parents and not target.layout.rows
+    if strategy == "dense" or not is_alone or not isinstance(kind, CallableKind) or not kind.is_callable(first):
+        assert not kind.is_packed
         spectral = SpectralWeight(target.weight(model), target.layout, factors, core)
         replace_weight(list(modules.values()), spectral)
         return spectral
-    layer = SpectralLinear(first, factors, core, strategy, target.kind)
+    layer = SpectralLinear(first, factors, core, strategy, kind)
     for path, _ in target.places:  # one layer, wherever the module stands
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

@@ -38,27 +38,34 @@ class Kind(ABC):
         """The weight, in the shape of its layout."""
         return module.get_parameter(parameter).detach()
 
+
+class CallableKind(Kind):
+    """A kind of module that is called to apply its matrix, and that a layer of ours can stand in for.
+
+    Modules of other kinds have their weight replaced where it is read.
+    """
+
+    @abstractmethod
     def is_callable(self, module: nn.Module) -> bool:
         """Whether ``module`` does nothing but what :meth:`project` and the base class of its kind say.
 
         A module that is not, one with a forward method of its own, has its weight replaced where it is read.
         """
-        return False
 
+    @abstractmethod
     def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
         """The directions Vh (R, I) applied to the input in place of the weight: (..., R), features last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """The gradient of the input, of ``shape``, for that of :meth:`project`'s result; None if it has none."""
-        raise NotImplementedError
 
     def output(self, module: nn.Module, y: Tensor) -> Tensor:
         """``y`` (..., O), features last, in the layout of the module's output."""
         return y
 
 
-class Linear(Kind):
+class Linear(CallableKind):
     """``nn.Linear``, y = x W^T + b, and modules of other classes that say ``in_features`` and ``out_features`` of a
     weight of that shape.
     """
@@ -103,7 +110,7 @@ class TransposedLinear(Linear):
         return type(module).forward.__qualname__ == "Conv1D.forward"
 
 
-class Convolution(Kind):
+class Convolution(CallableKind):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: W is (out, in * kernel), and each position of the output a row.
 
     A grouped convolution is a stack of E = groups matrices.
@@ -154,7 +161,7 @@ class Convolution(Kind):
         return y.movedim(-1, -1 - len(conv.kernel_size))
 
 
-class Embedding(Kind):
+class Embedding(CallableKind):
     """``nn.Embedding``: the map from a one-hot row to its vector, W (dimensions, vocabulary); on request only."""
 
     name = "embedding"

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mirrortune.adapters.core import Coefficients, Core
-from mirrortune.adapters.kinds import Kind
+from mirrortune.adapters.kinds import CallableKind
 
 
 def spectral_product(
     x: Tensor,
     U: Tensor,
     Vh: Tensor,
-    kind: Kind,
+    kind: CallableKind,
     base: nn.Module,
     core: Core,
     coefficients: Coefficients,
@@ -53,8 +53,8 @@ class _SpectralProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, U: Tensor, Vh: Tensor, bias: Tensor | None, kind: Kind, base: nn.Module, core: Core,
-        *coefficients: Tensor,
+        ctx: Any, x: Tensor, U: Tensor, Vh: Tensor, bias: Tensor | None, kind: CallableKind, base: nn.Module,
+        core: Core, *coefficients: Tensor,
     ) -> Tensor:  # fmt: skip
         projected = kind.project(base, x, Vh)  # (..., R)
         z = projected.reshape(-1, projected.shape[-1])  # (N, R)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
-from mirrortune.adapters.kinds import Embedding, Kind, Linear
+from mirrortune.adapters.kinds import CallableKind, Embedding, Kind, Linear
 from mirrortune.adapters.products import added_product, spectral_product
 from mirrortune.adapters.spectral import Spectral
 from mirrortune.errors import ConfigError
@@ -50,7 +50,7 @@ class SpectralLinear(Spectral):
         factors: Factors,
         core: Core,
         strategy: Literal["branch", "factored"] | None = None,
-        kind: Kind = _LINEAR,
+        kind: CallableKind = _LINEAR,
     ) -> None:
         weight = factors.U if kind.is_packed else base_layer.get_parameter("weight")
         super().__init__(factors, core, kind.layouts(base_layer)["weight"], weight)

@@ -75,7 +75,7 @@ def test_matrices_are_known_from_modules(tmp_path: Path) -> None:
 
     assert "wte.weight" not in found, "an embedding is a table"
     attention = found["h.0.attn.c_attn.weight"]
-    assert (attention.shape, attention.is_transposed) == ((24, 8), True)
+    assert (attention.shape, attention.layout.is_transposed) == ((24, 8), True)
     assert attention.read(weights, attention.base).shape == (24, 8)
     bert = open_weights(str(write_tiny_model(tmp_path / "bert")), None)
     names = [m.name for m in pair_matrices(bert, bert, "query|key").matrices]
