@@ -100,11 +100,11 @@ def train(
     describe_processes(accelerator, reporter, run.path)
     seed_everything(recipe.train.seed)  # the head's initial weights
     loaded, cache = load_base(job), FactorCache()
-    share_factors(job, loaded, cache, accelerator)
+    share_factors(job, loaded, cache, accelerator, reporter.bar)
     started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
     pairing_seconds = time.perf_counter() - started if pairs else 0.0
-    book = adapt_model(loaded, job.spec, cache, reporter.bar, pairs)
+    book = adapt_model(loaded, job.spec, cache, pairs)
     model = loaded.model
     for text in remarks(model):
         reporter.note(text)

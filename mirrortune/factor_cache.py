@@ -9,8 +9,11 @@ float64.
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +26,9 @@ from mirrortune.adapters.basis import weight_digest
 from mirrortune.adapters.factorize import FACTORIZE_VERSION, Factors, factorize
 from mirrortune.atomic import alone_with, write_atomically
 from mirrortune.locations import cache_folder
+
+# What matrices that are factorised side by side may take in bytes, and how many copies of one LAPACK needs in float64.
+_MEMORY, _COPIES = 4 << 30, 6
 
 
 @dataclass(slots=True)
@@ -40,6 +46,7 @@ class FactorCache:
     misses: int = 0
     seconds: float = 0.0
     folder: Path = field(default_factory=lambda: cache_folder() / "factors")
+    _counting: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, name: str, weight: Tensor, rank: int) -> Factors:
         """Factors of ``weight`` (O, I) with ``rank`` directions: float64 S; U and Vh as stored, cast to float64."""
@@ -55,28 +62,47 @@ class FactorCache:
             self.on_layer(name)
         return Factors(U=factors.U.double(), S=factors.S.double(), Vh=factors.Vh.double())
 
-    def share(self, layers: Sequence[tuple[str, Callable[[], Tensor], int]], index: int, count: int) -> None:
+    def share(
+        self, layers: Sequence[tuple[str, Callable[[], Tensor], int]], index: int, count: int, *, largest: int = 0
+    ) -> None:
         """Factorise what is missing of ``layers`` (name, matrix, rank) together with the other processes of a run, each
         beginning at a place of its own and leaving out what another one is at. Not all of it is there at the end: what
         others are still making, :meth:`__call__` waits for.
+
+        Matrices are factorised side by side, as many as there are cores and memory for: LAPACK's own threads gain
+        little from a second core (``tests/bench/factorise.py``).
 
         Args:
             layers: the same on every process.
             index: of this process.
             count: of processes.
+            largest: numbers in the largest matrix, if they are known.
         """
         begin = index * len(layers) // count
-        for name, matrix, rank in [*layers[begin:], *layers[:begin]]:
-            started, weight = time.perf_counter(), matrix()
-            key, path = self._place(weight, rank)
-            if not path.exists():
-                with alone_with(path, wait=False) as is_ours:
-                    if is_ours and not path.exists():
-                        self._make(name, weight, rank, key, path)
-            self.seconds += time.perf_counter() - started
+        started = time.perf_counter()
+        with (
+            _cores_shared_out(_MEMORY // (_COPIES * 8 * max(1, largest))) as workers,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            for name in pool.map(self._fill, [*layers[begin:], *layers[:begin]]):
+                if self.on_layer:
+                    self.on_layer(name)
+        self.seconds += time.perf_counter() - started
+
+    def _fill(self, layer: tuple[str, Callable[[], Tensor], int]) -> str:
+        """Make one entry if it is missing and nobody is at it; the layer's name."""
+        name, matrix, rank = layer
+        weight = matrix()
+        key, path = self._place(weight, rank)
+        if not path.exists():
+            with alone_with(path, wait=False) as is_ours:
+                if is_ours and not path.exists():
+                    self._make(name, weight, rank, key, path)
+        return name
 
     def _make(self, name: str, weight: Tensor, rank: int, key: str, path: Path) -> Factors:
-        self.misses += 1
+        with self._counting:
+            self.misses += 1
         factors = _rounded(factorize(weight, rank, name=name), weight)
         stored = {"U": factors.U.cpu(), "S": factors.S.cpu(), "Vh": factors.Vh.cpu()}
         metadata = {"key": key, "sha256": _digest(factors)}
@@ -87,6 +113,18 @@ class FactorCache:
         """Key and file of an entry."""
         key = hashlib.sha256(f"{weight_digest(weight)}:{rank}:{FACTORIZE_VERSION}".encode()).hexdigest()
         return key, self.folder / key[:2] / f"{key}.safetensors"
+
+
+@contextmanager
+def _cores_shared_out(most: int) -> Iterator[int]:
+    """How many threads may work, at most ``most``; within, each operation of torch has its share of the cores."""
+    cores = torch.get_num_threads()
+    workers = max(1, min(cores, most))
+    torch.set_num_threads(cores // workers)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(cores)
 
 
 def _rounded(factors: Factors, weight: Tensor) -> Factors:

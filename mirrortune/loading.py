@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -54,7 +55,6 @@ def adapt_model(
     loaded: LoadedModel,
     spec: AdapterSpec,
     cache: FactorCache,
-    show_bar: Callable[[str, int], Any],
     pairs: dict[str, Tensor] | None = None,
 ) -> FingerprintBook:
     """Put a fresh adapter into a loaded base model.
@@ -63,18 +63,11 @@ def adapt_model(
         loaded: from :func:`load_base`.
         spec: the adapter.
         cache: factors.
-        show_bar: (label, total) -> a context manager with ``advance``; over the layers.
         pairs: measured or stored pairs by layer.
     """
     targets = find_targets(loaded.model, spec, loaded.new_parameters)
     widen(loaded.model, targets.head)
-    if spec.preset.core is None:
-        return adapt(loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache)
-    with show_bar("singular value decompositions", len(targets.layers)) as bar:
-        cache.on_layer = bar.advance
-        book = adapt(loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache, pairs=pairs)
-    cache.on_layer = None
-    return book
+    return adapt(loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache, pairs=pairs)
 
 
 def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
@@ -89,16 +82,34 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
     if layers is None:
         layers = _layers(job, load_base(job))
     if layers:
-        with show_bar("singular value decompositions", len(layers)) as bar:
-            for name, matrix, rank in layers:
-                cache(name, matrix(), rank)
-                bar.advance(name)
+        _share(job, layers, cache, show_bar, 0, 1)
+        for name, matrix, rank in layers:  # read and checked
+            cache(name, matrix(), rank)
+        cache.hits = len(layers) - cache.misses
 
 
-def share_factors(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> None:
+def share_factors(
+    job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any, show_bar: Callable[[str, int], Any]
+) -> None:
     """Factorise together with the other processes of the run; none waits for another here."""
-    if accelerator.num_processes > 1:
-        cache.share(_layers(job, loaded), accelerator.process_index, accelerator.num_processes)
+    layers = _layers(job, loaded)
+    if layers:
+        _share(job, layers, cache, show_bar, accelerator.process_index, accelerator.num_processes)
+
+
+def _share(
+    job: Job,
+    layers: list[tuple[str, Callable[[], Tensor], int]],
+    cache: FactorCache,
+    show_bar: Callable[[str, int], Any],
+    index: int,
+    count: int,
+) -> None:
+    largest = max(math.prod(target.shape) * target.count for target in job.plan.targets.layers.values())
+    with show_bar("singular value decompositions", len(layers)) as bar:
+        cache.on_layer = bar.advance
+        cache.share(layers, index, count, largest=largest)
+    cache.on_layer = None
 
 
 def _layers(job: Job, loaded: LoadedModel) -> list[Layer]:

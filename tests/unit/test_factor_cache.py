@@ -172,3 +172,24 @@ def test_degenerate_weights_are_cached_too(tmp_path: Path, weight: torch.Tensor)
     first, second = FactorCache(folder=tmp_path), FactorCache(folder=tmp_path)
     assert equal(first("layer", weight, min(weight.shape)), second("layer", weight, min(weight.shape)))
     assert second.hits == 1
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 40])  # as many at a time as there are cores; one
+def test_matrices_are_factorised_side_by_side_and_once(tmp_path: Path, largest: int) -> None:
+    weights = [torch.randn(7, 5) for _ in range(6)]
+    layers = [(f"layer{i}", lambda weight=weight: weight, 5) for i, weight in enumerate([*weights, weights[0]])]
+    told: list[str] = []
+    cores = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for index in (0, 1):
+            cache = FactorCache(folder=tmp_path, on_layer=told.append)
+            cache.share(layers, index, 2, largest=largest)
+            assert cache.misses == (0 if index else 6)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(cores)
+    assert sorted(told) == sorted([name for name, _, _ in layers] * 2)
+    alone = FactorCache(folder=tmp_path / "other")
+    for name, weight, rank in layers:
+        assert torch.equal(cache(name, weight(), rank).U, alone(name, weight(), rank).U)
