@@ -16,7 +16,7 @@ from typing import Any
 
 from mirrortune import strict_yaml
 from mirrortune.errors import ConfigError, MirrortuneError, ResourceError, unknown_name
-from mirrortune.processes import ASKED_VARIABLE
+from mirrortune.processes import ASKED_VARIABLE, NO_DEEPSPEED
 from mirrortune.signals import ends_as
 
 _FOLDER = Path(__file__).parent / "profiles"
@@ -68,6 +68,10 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
 def find_profile(name: str) -> Path:
     """The file of a shipped profile, or ``name`` itself if it is one; ConfigError with the nearest name otherwise."""
     shipped = {path.stem: path for path in _FOLDER.glob("*.yaml")}
+    if name in ("zero1", "zero2", "zero3", "deepspeed"):
+        raise ConfigError(
+            "--accelerate-config", f"got '{name}', and {NO_DEEPSPEED}", fix="Use fsdp2, which shards the same"
+        )
     path = shipped.get(name, Path(name).expanduser())
     if not path.is_file():
         raise unknown_name("--accelerate-config", "profile or file", name, shipped)

@@ -21,6 +21,11 @@ from mirrortune.report import Reporter
 ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
 """How many processes ``--num-processes`` has launched; set for each of them."""
 
+NO_DEEPSPEED = (
+    "DeepSpeed is not supported: it makes its steps before the loop knows how many items they are the mean of"
+)
+"""Why; ``fsdp2`` shards weights and factors as its third stage does."""
+
 
 def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> Any:
     """Accelerate's ``Accelerator`` for this process and its peers.
@@ -38,7 +43,7 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
     if is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "accelerate launch",
-            "DeepSpeed is not supported",
+            NO_DEEPSPEED,
             fix="Use --accelerate-config fsdp2, which shards the same",
         )
     accelerator = Accelerator(

@@ -98,6 +98,7 @@ def test_another_number_of_processes_is_refused_by_name(pair: Pair) -> None:
     ("words", "code", "said"),
     [
         (["--accelerate-config", "dpd"], 2, "Did you mean 'ddp'?"),
+        (["--accelerate-config", "zero3"], 2, "got 'zero3', and DeepSpeed is not supported"),
         (["--accelerate-config", "fsdp2"], 4, "fsdp2 needs GPUs"),
         (["--num-processes", 0], 2, "Input should be greater than or equal to 1"),
     ],
