@@ -169,6 +169,19 @@ def test_the_second_run_fetches_nothing_and_is_the_same(hub: LoopbackHub, traine
 
 
 @pytest.mark.slow
+def test_rows_are_streamed_from_the_hub(hub: LoopbackHub, trained: Trained) -> None:
+    words = [word for word in TRAIN if word not in (RUN, "-o")]
+    outcome = trained.client.mirrortune(*words, "-o", "streamed", "--max-steps", 3, "data.streaming=true", "--json")
+
+    assert outcome.data["metrics"].keys() == {"accuracy", "loss"}
+    assert "data: nyu-mll/glue train, streamed; of its first 120 rows:" in outcome.stderr
+    adapter = read(trained.client.folder / "streamed" / "adapter" / "adapter.json")
+    assert adapter["task"]["labels"] == ["negative", "positive"]
+    environment = read(trained.client.folder / "streamed" / "environment.json")
+    data = hub.find("datasets", "nyu-mll/glue", "main")
+    assert environment["data"].items() >= {"commit": data.commit, "streamed": True}.items()
+
+
 def test_prepare_is_all_that_needs_the_network(root: Path, trained: Trained, tmp_path: Path) -> None:
     with LoopbackHub(root) as hub:
         prepared = run_script(hub, tmp_path, "prepare", *TRAIN[1:], "--json")
