@@ -24,6 +24,8 @@ from mirrortune.data import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hardware import default_device
+from mirrortune.hub import local_adapter
+from mirrortune.locations import looks_like_path
 from mirrortune.merging import load_adapted
 from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.precision import widen
@@ -204,8 +206,11 @@ def find_adapter(target: str) -> Path | None:
 
 
 def require_adapter(target: str) -> Path:
-    """The adapter folder of :func:`find_adapter`; ConfigError if ``target`` holds none."""
+    """The adapter folder of :func:`find_adapter`, or of ``owner/name`` on the Hub; ConfigError if there is none."""
     folder = find_adapter(target)
+    owner, _, name = target.partition("/")
+    if folder is None and name and not looks_like_path(target) and not Path(owner).exists():
+        return local_adapter(target)
     if folder is None:
         raise ConfigError(
             "merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote"

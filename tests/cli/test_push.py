@@ -95,6 +95,10 @@ def test_an_adapter_goes_to_the_hub_and_back(hub: LoopbackHub, desk: Path, tmp_p
     loaded = run(hub, desk, "-c", LOAD, "base", result["url"].rpartition("/")[2])
     assert loaded.returncode == 0, loaded.stderr
     assert (desk / "again" / "adapter.safetensors").is_file()
+    merged = run(hub, desk, "-m", "mirrortune", "merge", "loopback/sst2", "-o", "merged-from-hub", "--json")
+    assert merged.returncode == 0, merged.stderr
+    own, theirs = (desk / name / "model.safetensors" for name in ("merged-from-hub", "merged"))
+    assert own.read_bytes() == theirs.read_bytes()
 
 
 def test_python_saves_to_a_repository_and_merges_from_it(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
@@ -125,6 +129,7 @@ def test_a_merged_model_goes_with_its_card(hub: LoopbackHub, desk: Path, tmp_pat
     [
         (("nothing", "me/x"), "t", 2, "neither a run directory nor an adapter folder"),
         (("run", "a/b/c"), "t", 2, "name or owner/name"),
+        (("loopback/nothing", "me/x"), "t", 6, "no such repository on the Hub"),
         (("run", "me/x"), None, 6, "HF_TOKEN"),
     ],
 )
