@@ -7,6 +7,7 @@ They are written chunk by chunk while they are made, so that neither the rows no
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tempfile
 from collections import Counter
@@ -45,24 +46,30 @@ class TokenKey:
 
     Attributes:
         rows: which rows, for messages.
+        kind: of task.
         parts: values, or digests of what is long, by the names that messages give them.
     """
 
     rows: str
+    kind: str
     parts: dict[str, str]
 
     @classmethod
-    def of(cls, rows: str, data: str, tokenizer: Any, **others: object) -> TokenKey:
-        """The key of rows whose texts have the digest ``data``; ``others`` is JSON data."""
+    def of(cls, rows: str, data: str, tokenizer: Any, *, task: tuple[str, int], **others: object) -> TokenKey:
+        """The key of rows whose texts have the digest ``data``; ``task`` is the kind and the version of its code, and
+        ``others`` JSON data.
+        """
+        kind, version = task
         if not _IS_USED.get():
-            return cls(rows=rows, parts={})
+            return cls(rows=rows, kind=kind, parts={})
         named = {name.replace("_", " "): json.dumps(value) for name, value in others.items()}
-        return cls(rows=rows, parts={"data": data, "tokenizer": _tokenizer_digest(tokenizer), **named})
+        digests = {"data": data, "tokenizer": _tokenizer_digest(tokenizer)}
+        return cls(rows=rows, kind=kind, parts={**digests, **named, "task code": f"{version}.{_VERSION}"})
 
     @property
     def digest(self) -> str:
         """One for all parts."""
-        return hashlib.sha256(json.dumps([_VERSION, self.parts], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.kind, self.parts], sort_keys=True).encode()).hexdigest()
 
     def why_made(self) -> str:
         """What is other than the last time that these rows were wanted, in words."""
@@ -87,7 +94,7 @@ class TokenKey:
             write_atomically(path, write, optional=True)
 
     def _memory(self) -> Path:
-        name = hashlib.sha256(f"{self.rows} {self.parts.get('task')}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{self.rows} {self.kind}".encode()).hexdigest()[:16]
         return cache_folder() / "tokens" / "last" / f"{name}.json"
 
 
@@ -140,9 +147,9 @@ def data_digest(chunks: Iterable[Sequence[Sequence[str]]]) -> str:
 
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
     """Rows end to end as int32, shape (T,), and their offsets, shape (N + 1,)."""
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if len(rows) else np.empty(0, np.int32)
-    return flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -52,7 +52,7 @@ def encode_texts(
     missing: npt.NDArray[np.bool_],
     tokenizer: Any,
     reading: Reading,
-    task: Sequence[object],
+    task: tuple[str, int],
 ) -> TokenExamples:
     """Tokens and targets of a split with one text or a pair in each row, from the cache if it holds them.
 
@@ -83,8 +83,9 @@ def encode_texts(
     def make() -> Iterator[Chunk]:
         return (_tokens(chunk, tokenizer, max_length) for chunk in kept())
 
-    facts = {"columns": list(columns), "length": max_length, "task": list(task)}
-    key = TokenKey.of(reading.rows(split), data_digest(kept()), tokenizer, **facts)
+    key = TokenKey.of(
+        reading.rows(split), data_digest(kept()), tokenizer, task=task, columns=list(columns), length=max_length
+    )
     arrays, counts = cached_tokens(key, make, reading.tell)
     return TokenExamples(
         features=arrays,
@@ -100,12 +101,12 @@ def encode_texts(
 
 
 def encode_pairs(
-    first: list[str], second: list[str], tokenizer: Any, reading: Reading, rows: str, task: Sequence[object]
+    first: list[str], second: list[str], tokenizer: Any, reading: Reading, rows: str, task: tuple[str, int]
 ) -> TokenExamples:
     """Tokens of pairs of texts without targets, from the cache if it holds them; ``rows`` is for messages."""
     max_length = reading.max_length
     assert max_length is not None
-    key = TokenKey.of(rows, data_digest([[first, second]]), tokenizer, length=max_length, task=list(task))
+    key = TokenKey.of(rows, data_digest([[first, second]]), tokenizer, task=task, length=max_length)
 
     def chunks() -> Iterator[Chunk]:
         for start in range(0, len(first), _ROWS):
@@ -170,5 +171,6 @@ def _tokens(texts: list[list[str]], tokenizer: Any, max_length: int) -> Chunk:
         for position, i in enumerate(long):
             for name in names:
                 rows[name][i] = cut[name][position]
-    arrays = {name: ragged(values)[0] for name, values in rows.items()}
-    return {**arrays, "offsets": ragged(rows["input_ids"])[1]}, {"num_truncated": len(long)}
+    made = {name: ragged(values) for name, values in rows.items()}
+    arrays = {name: flat for name, (flat, _) in made.items()}
+    return {**arrays, "offsets": made["input_ids"][1]}, {"num_truncated": len(long)}

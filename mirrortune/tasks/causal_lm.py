@@ -176,7 +176,7 @@ class Task:
         key = TokenKey.of(
             reading.rows(split), data_digest(written), tokenizer, columns=[c for _, c in self.columns()],
             chat_template=tokenizer.chat_template if processor.is_chat else None, end_token=tokenizer.eos_token_id,
-            length=max_length, layout=self.layout, loss_on=self.loss_on, task=[self.kind, self.version],
+            length=max_length, layout=self.layout, loss_on=self.loss_on, task=(self.kind, self.version),
         )  # fmt: skip
         arrays, counts = cached_tokens(key, lambda: self._tokenise(split, keep, processor, max_length), reading.tell)
         examples = self._examples(arrays, counts, processor, max_length)

@@ -161,7 +161,7 @@ class Task:
         contexts = [context for context, row in zip(texts[0], choices, strict=True) for _ in row]
         endings = [f"{begin} {c}".strip() for begin, row in zip(begun, choices, strict=True) for c in row]
         return ChoiceExamples(
-            endings=encode_pairs(contexts, endings, processor, reading, reading.rows(split), [self.kind, self.version]),
+            endings=encode_pairs(contexts, endings, processor, reading, reading.rows(split), (self.kind, self.version)),
             firsts=np.concatenate([[0], np.cumsum([len(row) for row in choices])]),
             targets=targets,
             num_unlabelled=int((targets == MISSING).sum()),

@@ -135,7 +135,7 @@ class Task:
         stride = min(_STRIDE, max_length // 3) if self.stride is None else self.stride
         key = TokenKey.of(
             reading.rows(split), data_digest([[questions, contexts]]), processor, columns=self.text_columns,
-            length=max_length, stride=stride, task=[self.kind, self.version],
+            length=max_length, stride=stride, task=(self.kind, self.version),
         )  # fmt: skip
         arrays, _ = cached_tokens(
             key, lambda: iter([_windows(questions, contexts, processor, max_length, stride)]), reading.tell

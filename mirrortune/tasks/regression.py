@@ -86,7 +86,7 @@ class Task:
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         """See :class:`mirrortune.tasks.Task`."""
         values = self.targets(split.table, split.source) if reading.allow_missing else self._complete_targets(split)
-        facts = [self.kind, self.version]
+        facts = (self.kind, self.version)
         return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, facts)
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:

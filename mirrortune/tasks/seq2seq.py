@@ -208,14 +208,14 @@ class Task:
             raise NoRowsError(split.source, f"all {len(texts)} rows are blank", fix="Name another --text-column")
         prefixed = pa.table({column: [self.prefix + t for t, use in zip(texts, keep, strict=True) if use]})
         kept = [t for t, use in zip(references, keep, strict=True) if use]
-        facts = [self.kind, self.version]
+        facts = (self.kind, self.version)
         rows, unused = Split(table=prefixed, source=split.source), np.zeros(len(kept))
         sources = encode_texts(rows, [column], unused, missing[keep], tokenizer, reading, facts)
         left_out = int((~keep).sum())
         sources = replace(sources, targets=None, num_dropped=left_out, num_empty=left_out)
         key = TokenKey.of(
             f"{reading.rows(split)}, targets", data_digest([[kept]]), tokenizer, columns=[self.label_column],
-            length=self.max_target_length, task=[*facts, "target"],
+            length=self.max_target_length, side="target", task=facts,
         )  # fmt: skip
         arrays, counts = cached_tokens(
             key, lambda: iter([_target_tokens(kept, tokenizer, self.max_target_length)]), reading.tell

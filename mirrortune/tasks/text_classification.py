@@ -98,7 +98,7 @@ class Task(OneOfClasses):
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         """See :class:`mirrortune.tasks.Task`."""
         targets, missing = self._targets(split, allow_missing=reading.allow_missing)
-        return encode_texts(split, self.text_columns, targets, missing, processor, reading, [self.kind, self.version])
+        return encode_texts(split, self.text_columns, targets, missing, processor, reading, (self.kind, self.version))
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Cross-entropy of logits (B, C) against class indices (B,), summed over rows; or binary cross-entropy against

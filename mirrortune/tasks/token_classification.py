@@ -105,7 +105,7 @@ class Task:
         kept = [words[i] for i in keep]
         key = TokenKey.of(
             reading.rows(split), data_digest([[[json.dumps(row) for row in kept]]]), processor,
-            columns=self.text_columns, length=max_length, task=[self.kind, self.version],
+            columns=self.text_columns, length=max_length, task=(self.kind, self.version),
         )  # fmt: skip
         arrays, counts = cached_tokens(key, lambda: iter([_tokenise(kept, processor, max_length)]), reading.tell)
         offsets, places = arrays.pop("offsets"), arrays.pop("words")

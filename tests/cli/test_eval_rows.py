@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,19 @@ def run(desk: Path, tiny_model_dir: Path) -> Path:
     words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 2]
     assert mirrortune("train", *words, "-o", "run").exit_code == 0
     return desk / "run"
+
+
+def test_the_protocol_is_named_in_the_results(run: Path, desk: Path, tiny_model_dir: Path) -> None:
+    write_table(desk / "parts" / "train.csv", reviews(16))
+    write_table(desk / "parts" / "validation.csv", reviews(12))
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "parts", "-o", "halves", "--max-steps", 1]
+
+    assert mirrortune("train", *words, "eval.protocol=split-dev").exit_code == 0
+
+    found = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (run, desk / "halves")]
+    assert [results["protocol"] for results in found] == ["dev-best", "split-dev"]
+    assert [list(results["reported"]) for results in found] == [[], ["held-out half"]]
+    assert found[1]["reported"]["held-out half"].keys() == {"accuracy", "loss"}
 
 
 def test_rows_set_aside_are_scored_and_not_counted_as_training_rows(run: Path) -> None:

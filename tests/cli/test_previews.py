@@ -18,10 +18,12 @@ def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path)
     write_table(desk / "parts" / "train.csv", [("the film was good", "up"), ("a bad plot", "down"), ("fun", "up")])
     write_table(desk / "parts" / "validation.csv", [("a bad plot", "down"), ("great", "up")])
 
-    outcome = mirrortune(*PREPARE, "-m", tiny_model_dir, "-d", "parts", "--show", 2, "--json")
+    outcome = mirrortune(*PREPARE, "-m", tiny_model_dir, "-d", "parts", "--show", 2, "--json", "-v", "--rank", 4)
 
     assert outcome.data["duplicated_rows"] == 1
     lines = outcome.stderr.splitlines()
+    assert "as a LoRA: rank 8" in lines, "the least that servers take of 4 and more"
+    assert "  tokens of parts/train.csv (training rows): made for the first time" in lines
     assert "  1 validation rows are also among the training rows" in lines
     assert "train classes: up 2 (67%), down 1 (33%)" in lines
     assert "train lengths: 3 █▁▁█▁█ 6" in lines or any(line.startswith("train lengths: 3 ") for line in lines)
@@ -90,7 +92,7 @@ def test_answers_are_written_as_glue_takes_them(desk: Path, run: Path) -> None:
     assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(9)]
     names = [line.split("\t")[1] for line in lines[1:]]
     assert set(names) <= {"negative", "positive"}
-    again = mirrortune(*words, "eval.prediction_labels=indices")
+    again = mirrortune(*words, "eval.prediction_labels=indices", "data.test_split=test_matched")
     assert "no labels, nothing scored" in again.stdout
     indices = [line.split("\t")[1] for line in (desk / "SST-2.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     assert indices == [{"negative": "0", "positive": "1"}[name] for name in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,8 +234,9 @@ def test_other_tasks_of_glue(trained: Trained, task: str, metrics: set[str], spl
     outcome = trained.client.mirrortune(*words)
 
     assert outcome.data["metrics"].keys() == metrics | {"loss"}
+    where = ["-d", "hf://nyu-mll/glue:stsb"] if task == "glue/stsb" else []
     for split in splits:
-        score = trained.client.mirrortune("eval", task, "--split", split, "--json").data
+        score = trained.client.mirrortune("eval", task, "--split", split, "--json", *where).data
         assert score["metrics"].keys() == metrics | {"loss"}
         assert score["rows"] == 40
     unlabelled = trained.client.mirrortune("eval", task, "--split", "test")
@@ -244,6 +246,18 @@ def test_other_tasks_of_glue(trained: Trained, task: str, metrics: set[str], spl
         assert read(trained.client.folder / task / "adapter" / "adapter.json")["task"]["labels"] == [
             "entailment", "neutral", "contradiction",
         ]  # fmt: skip
+    for split in ("test", "test_mismatched") if task == "glue/mnli" else ("test",):  # the files of GLUE's server
+        answered = trained.client.mirrortune("eval", task, "--split", split, "--predictions", f"{task}-{split}.tsv")
+        assert answered.exit_code == 0, answered.stderr
+        lines = (trained.client.folder / f"{task}-{split}.tsv").read_text(encoding="utf-8").splitlines()
+        cells = [line.split("\t") for line in lines]
+        assert cells[0] == ["index", "prediction"]
+        assert [index for index, _ in cells[1:]] == [str(i) for i in range(20)]
+        said = [answer for _, answer in cells[1:]]
+        if task == "glue/mnli":
+            assert set(said) <= {"entailment", "neutral", "contradiction"}
+        else:
+            assert all(re.fullmatch(r"[0-5]\.\d{3}", answer) and float(answer) <= 5 for answer in said)
 
 
 def test_a_repository_that_moved_on_does_not_change_an_old_run(root: Path, trained: Trained) -> None:

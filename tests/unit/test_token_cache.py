@@ -19,7 +19,9 @@ from mirrortune.locations import cache_folder
 from mirrortune.token_cache import Chunk, TokenKey, cached_tokens, data_digest, ragged
 from tests.tiny_models import tiny_tokenizer
 
-KEY = TokenKey(rows="rows.csv (training rows)", parts={"data": "a" * 64, "length": "128", "task": '["text", 1]'})
+KEY = TokenKey(
+    rows="rows.csv (training rows)", kind="text", parts={"data": "a" * 64, "length": "128", "task code": "1.2"}
+)
 
 
 def chunks(rows: list[list[int]], size: int) -> Iterator[Chunk]:
@@ -69,6 +71,8 @@ def test_it_says_what_is_new(tmp_path: Path) -> None:
     assert ask(length="64", data="b" * 64) == "made again: data changed"
     assert ask(data="c" * 64) == "made again: data, length (64 before, 128 now) changed"
     assert ask() == "from the cache"
+    assert ask(**{"task code": "2.2"}) == "made again: task code (1.2 before, 2.2 now) changed"
+    assert ask() == "from the cache"
     for entry in (cache_folder() / "tokens").rglob("*.safetensors"):
         entry.unlink()
     assert ask() == "made again: the cache does not hold them"
@@ -76,11 +80,11 @@ def test_it_says_what_is_new(tmp_path: Path) -> None:
 
 def test_every_part_has_a_name_that_a_user_knows() -> None:
     tokenizer = tiny_tokenizer()
-    key = TokenKey.of("rows", "digest", tokenizer, columns=["text"], chat_template=None, length=9, task=["kind", 1])
+    key = TokenKey.of("rows", "digest", tokenizer, columns=["text"], task=("kind", 1), chat_template=None, length=9)
 
-    assert list(key.parts) == ["data", "tokenizer", "columns", "chat template", "length", "task"]
+    assert list(key.parts) == ["data", "tokenizer", "columns", "chat template", "length", "task code"]
     tokenizer.add_tokens(["movies"])
-    other = TokenKey.of("rows", "digest", tokenizer, columns=["text"], chat_template=None, length=9, task=["kind", 1])
+    other = TokenKey.of("rows", "digest", tokenizer, columns=["text"], task=("kind", 1), chat_template=None, length=9)
     assert [name for name in key.parts if key.parts[name] != other.parts[name]] == ["tokenizer"]
 
 
