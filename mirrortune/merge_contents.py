@@ -5,10 +5,12 @@ chat template and generation settings are there and are the model's own. Everyth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mirrortune.errors import VerificationError
 
@@ -34,13 +36,33 @@ def check_ties(reopened: nn.Module, model: nn.Module) -> None:
             )
 
 
-def check_contents(folder: Path, model: nn.Module, processor: Any) -> dict[str, Any]:
+def tensor_entry(written: Tensor, reference: Tensor, stored: Callable[[], Tensor]) -> dict[str, float]:
+    """What the report says of an adapted tensor.
+
+    Args:
+        written: as it was read back.
+        reference: its value in float64.
+        stored: reads the base's; asked for 16-bit tensors, whose rounding may lose a part of the change.
+    """
+    error = float((written.double() - reference).norm())
+    entry = {"rel_weight_error": error / (float(reference.norm()) or 1.0)}
+    entry["weight_tolerance"] = torch.finfo(written.dtype).eps
+    if written.dtype in (torch.bfloat16, torch.float16):
+        change = float((reference - stored()).norm())
+        entry["rounding_loss"] = error / change if change else 0.0  # of the change: what 16 bits could not hold
+    return entry
+
+
+def check_contents(
+    folder: Path, model: nn.Module, processor: Any, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Compare what lies beside the weights in ``folder`` with what belongs there.
 
     Args:
         folder: the merged checkpoint.
         model: the merged model, or one of its configuration.
         processor: the task's tokenizer, image processor or feature extractor, or our reader that holds one.
+        trust_remote_code: run code that the configuration names, as the user allowed for the base.
 
     Returns:
         What was found, for the report.
@@ -52,7 +74,7 @@ def check_contents(folder: Path, model: nn.Module, processor: Any) -> dict[str, 
 
     wanted: Any = model.config
     report: dict[str, Any] = {}
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=hasattr(wanted, "auto_map"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     for key in ("id2label", "problem_type"):
         _require(getattr(config, key, None), getattr(wanted, key, None), f"{key} in config.json")
     report["labels"] = len(getattr(config, "id2label", None) or ())

@@ -27,7 +27,7 @@ from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.examples import Batch
 from mirrortune.lazy_model import outline, read_lazily
-from mirrortune.merge_contents import aliases, check_contents, check_ties
+from mirrortune.merge_contents import aliases, check_contents, check_ties, tensor_entry
 from mirrortune.merge_plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging import (
     LogitError,
@@ -43,7 +43,6 @@ from mirrortune.merging import (
     merged_state,
     open_adapter,
     probe_logits,
-    tensor_entry,
     verify,
 )
 from mirrortune.model import ModelSource, find_model, pad_token_id, shard_bytes
@@ -165,9 +164,13 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
     size = merge.max_shard_bytes or shard_bytes(merge.source)
     save(folder, state_dict=merged_state(opened.plain, opened.adapted), max_shard_size=size)
     merge.processor.save_pretrained(folder)
-    report["contents"] = check_contents(folder, opened.plain, merge.processor)
+    trusted = merge.source.trust_remote_code
+    report["contents"] = check_contents(folder, opened.plain, merge.processor, trust_remote_code=trusted)
     report["tensors"] = {}
-    return verify(folder, opened.plain, opened.adapted, merge.auto_class, merge.probe, entries=report["tensors"])
+    return verify(
+        folder, opened.plain, opened.adapted, merge.auto_class, merge.probe, entries=report["tensors"],
+        trust_remote_code=trusted,
+    )  # fmt: skip
 
 
 def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:

@@ -23,7 +23,7 @@ from mirrortune.adapters.inject import FactorSource, attachment, plain_parameter
 from mirrortune.adapting import load_into
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
-from mirrortune.merge_contents import check_ties
+from mirrortune.merge_contents import check_ties, tensor_entry
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.packed_bases import load_plain, trained_on
 from mirrortune.precision import autocast, widen
@@ -188,13 +188,15 @@ def verify(
     probe: Batch,
     *,
     entries: dict[str, dict[str, float]] | None = None,
+    trust_remote_code: bool = False,
 ) -> Verification:
     """Reopen ``folder`` with transformers alone and compare it with float64 references, and on ``probe`` (inputs of the
     model's forward) with base + adapter; the errors of each tensor are put into ``entries``.
     """
     import transformers  # noqa: PLC0415
 
-    reopened = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto").eval()
+    code = {"trust_remote_code": True} if trust_remote_code else {}
+    reopened = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto", **code).eval()
     check_ties(reopened, plain)
     written, before = dict(reopened.state_dict()), dict(plain.state_dict())
     trained = _trained_tensors(adapted, plain)
@@ -211,23 +213,6 @@ def verify(
     dtype = next(iter(reopened.parameters())).dtype
     logits = compare_logits(reopened, adapted, probe)
     return judge(logits, weight_error=weight_error, weight_tolerance=torch.finfo(dtype).eps, changed_tensors=changed)
-
-
-def tensor_entry(written: Tensor, reference: Tensor, stored: Callable[[], Tensor]) -> dict[str, float]:
-    """What the report says of an adapted tensor.
-
-    Args:
-        written: as it was read back.
-        reference: its value in float64.
-        stored: reads the base's; asked for 16-bit tensors, whose rounding may lose a part of the change.
-    """
-    error = float((written.double() - reference).norm())
-    entry = {"rel_weight_error": error / (float(reference.norm()) or 1.0)}
-    entry["weight_tolerance"] = torch.finfo(written.dtype).eps
-    if written.dtype in (torch.bfloat16, torch.float16):
-        change = float((reference - stored()).norm())
-        entry["rounding_loss"] = error / change if change else 0.0  # of the change: what 16 bits could not hold
-    return entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import mirrortune
 from mirrortune import merge_folder as module
+from mirrortune.adapter_file import write_adapter
 from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
@@ -246,3 +247,39 @@ def test_a_foreign_base_of_a_tuner_is_refused(tmp_path: Path) -> None:
     mirrortune.save_adapter(mirrortune.attach(model, method="lora", rank=2), tmp_path / "adapter")
     with pytest.raises(VerificationError, match="the base weight is not the one"):
         merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+"""
+
+
+def test_a_model_with_code_of_its_own_is_merged_whole_and_keeps_its_code(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base", shard="1GB")
+    (base / "own.py").write_text(OWN_CODE)
+    described = json.loads((base / "config.json").read_text())
+    described |= {"model_type": "own-llama", "architectures": ["OwnForCausalLM"]}
+    described["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps(described))
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    mirrortune.attach(model, rank=4)
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, index)
+    identity = {"name": str(base), "dtype": "float32", "auto_class": "AutoModelForCausalLM"}
+    (tmp_path / "adapter").mkdir()
+    entries = model._mirrortune_fingerprints.entries
+    write_adapter(tmp_path / "adapter", model, entries, base=identity, task=None, extra={})
+    with pytest.raises(ConfigError, match="--trust-remote-code"):
+        merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged", trust_remote_code=True).passed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
+    assert type(merged).__name__ == "OwnForCausalLM"
+    assert relative(answers(merged), answers(model.eval())) <= 1e-5
