@@ -20,6 +20,7 @@ from mirrortune.compiling import check_compiler
 from mirrortune.data import DataSet, Split, load_data, rows_in_both, set_aside, take_subset
 from mirrortune.errors import ConfigError, DataError, all_of, unknown_name
 from mirrortune.examples import Examples
+from mirrortune.forward_modes import check_attention, checkpoint_activations
 from mirrortune.hardware import default_device, is_set, resolve_precision
 from mirrortune.locations import is_local
 from mirrortune.loop import LoopSettings
@@ -100,6 +101,8 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
         spec = replace(spec, strategy="branch")  # the only one that leaves packed weights as they are
     dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
     model = empty_model(source, task.auto_class, task.config_fields())
+    if recipe.train.gradient_checkpointing:
+        checkpoint_activations(model)
     plan, (processor, max_length), _ = all_of(
         lambda: make_plan(model, spec, dtype=dtype),
         lambda: _processor(recipe, task, source),
@@ -175,7 +178,8 @@ def _find(recipe: Recipe) -> ModelSource:
     section = recipe.model
     assert section.name is not None
     remote = section.trust_remote_code
-    return find_model(section.name, revision=section.revision, trust_remote_code=remote, load_in=section.load_in)
+    found = find_model(section.name, revision=section.revision, trust_remote_code=remote, load_in=section.load_in)
+    return replace(found, attention=section.attention)
 
 
 def _processor(recipe: Recipe, task: Task, source: ModelSource) -> tuple[Any, int | None]:
@@ -228,6 +232,7 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
         lambda: check_options(spec),
         lambda: check_tracker(recipe.train.track),
         lambda: check_compiler(default_device()) if recipe.train.compile else None,
+        lambda: check_attention(recipe.model.attention, default_device()),
         lambda: kind and task_class(kind),
     ]
     for check in checks:

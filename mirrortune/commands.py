@@ -30,6 +30,7 @@ from mirrortune.environment import environment, peak_memory_bytes
 from mirrortune.errors import ConfigError
 from mirrortune.evaluation import evaluate_split
 from mirrortune.factor_cache import FactorCache
+from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.loading import (
     adapt_model,
     base_identity,
@@ -99,7 +100,7 @@ def train(
     job = assemble(recipe, reporter)
     describe_processes(accelerator, reporter, run.path)
     seed_everything(recipe.train.seed)  # the head's initial weights
-    loaded, cache = load_base(job), FactorCache()
+    loaded, cache = load_base(job), FactorCache(on_remark=reporter.note)
     share_factors(job, loaded, cache, accelerator, reporter.bar)
     started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
@@ -178,6 +179,8 @@ def _fit(
         extra = {"max_length": job.max_length}
         return write_adapter(folder, model, book.entries, base=base, task=task, extra=extra, form=form)
 
+    if job.recipe.train.gradient_checkpointing:
+        checkpoint_activations(model)
     if job.recipe.train.compile:
         compile_model(model, accelerator)
     with recording(job, model, run, accelerator, reporter) as progress:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,11 +38,13 @@ class FactorCache:
 
     Attributes:
         on_layer: called with the layer's name after each matrix, for progress.
+        on_remark: told of every matrix that could not be factorised in the usual way; None leaves that to warnings.
         hits, misses: matrices read, matrices factorised.
         seconds: time spent on both.
     """
 
     on_layer: Callable[[str], None] | None = None
+    on_remark: Callable[[str], None] | None = None
     hits: int = 0
     misses: int = 0
     seconds: float = 0.0
@@ -54,7 +57,7 @@ class FactorCache:
         key, path = self._place(weight, rank)
         before, factors = self.misses, _read(path, key)
         if factors is None:
-            with alone_with(path):  # another process may be at it: then its factors are there when the wait is over
+            with alone_with(path), self._told():  # another process may be at it: then they are there after the wait
                 factors = _read(path, key) or self._make(name, weight, rank, key, path)
         self.hits += self.misses == before
         self.seconds += time.perf_counter() - started
@@ -63,7 +66,13 @@ class FactorCache:
         return Factors(U=factors.U.double(), S=factors.S.double(), Vh=factors.Vh.double())
 
     def share(
-        self, layers: Sequence[tuple[str, Callable[[], Tensor], int]], index: int, count: int, *, largest: int = 0
+        self,
+        layers: Sequence[tuple[str, Callable[[], Tensor], int]],
+        index: int,
+        count: int,
+        *,
+        largest: int = 0,
+        room: int = _MEMORY,
     ) -> None:
         """Factorise what is missing of ``layers`` (name, matrix, rank) together with the other processes of a run, each
         beginning at a place of its own and leaving out what another one is at. Not all of it is there at the end: what
@@ -77,11 +86,13 @@ class FactorCache:
             index: of this process.
             count: of processes.
             largest: numbers in the largest matrix, if they are known.
+            room: bytes that matrices side by side may take; one at a time goes in any case.
         """
         begin = index * len(layers) // count
         started = time.perf_counter()
         with (
-            _cores_shared_out(_MEMORY // (_COPIES * 8 * max(1, largest))) as workers,
+            self._told(),
+            _cores_shared_out(min(_MEMORY, room) // (_COPIES * 8 * max(1, largest))) as workers,
             ThreadPoolExecutor(workers) as pool,
         ):
             for name in pool.map(self._fill, [*layers[begin:], *layers[:begin]]):
@@ -108,6 +119,19 @@ class FactorCache:
         metadata = {"key": key, "sha256": _digest(factors)}
         write_atomically(path, lambda p: save_file(stored, p, metadata), optional=True)
         return factors
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within, what decompositions warn of (in any thread) goes to ``on_remark``."""
+        with warnings.catch_warnings(record=self.on_remark is not None) as said:
+            if self.on_remark is not None:
+                warnings.simplefilter("always", RuntimeWarning)
+            yield
+        for warning in said or ():
+            if self.on_remark is not None and issubclass(warning.category, RuntimeWarning):
+                self.on_remark(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def _place(self, weight: Tensor, rank: int) -> tuple[str, Path]:
         """Key and file of an entry."""

@@ -101,7 +101,7 @@ def share_factors(
 
 def _share(
     job: Job,
-    layers: list[tuple[str, Callable[[], Tensor], int]],
+    layers: list[Layer],
     cache: FactorCache,
     show_bar: Callable[[str, int], Any],
     index: int,
@@ -110,7 +110,8 @@ def _share(
     largest = max(math.prod(target.shape) * target.count for target in job.plan.targets.layers.values())
     with show_bar("singular value decompositions", len(layers)) as bar:
         cache.on_layer = bar.advance
-        cache.share(layers, index, count, largest=largest)
+        # Never more than the model itself, which need not be in memory.
+        cache.share(layers, index, count, largest=largest, room=job.plan.total_parameters * job.dtype.itemsize)
     cache.on_layer = None
 
 

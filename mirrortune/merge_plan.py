@@ -159,7 +159,8 @@ def plan_merge(
         if name in trained or name in adapted:
             if not is_right and name in adapted:
                 raise NotTensorByTensor(f"the files hold '{name}' otherwise than the model")
-            own = found.code if found and is_right else code
+            # Eight bits do not hold a turned weight.
+            own = found.code if found and is_right and not found.code.startswith("F8") else code
             planned[name] = PlannedTensor(name=name, code=own, shape=shape, place=found.path if found else None)
         elif found is not None and is_right:
             planned[name] = PlannedTensor(name=name, code=found.code, shape=shape, source=found, place=found.path)

@@ -224,11 +224,11 @@ class LogitError:
 
 
 def compare_logits(reopened: nn.Module, adapted: nn.Module, probe: Batch) -> LogitError:
-    """A reopened merged model against base + adapter, on ``probe``."""
-    # A base that was trained on in 16 bits computes in 16 bits, whatever precision the checkpoint is stored in.
+    """A reopened merged model against base + adapter, on ``probe``; each rounds as it stores, or as it was trained."""
     coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
-    if next(iter(reopened.parameters())).dtype == torch.float16:
-        reopened.float()  # not every layer computes in float16 on a CPU
+    computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
+    if stored_in == torch.float16 or computed_in == torch.float32:
+        reopened.float()  # no CPU computes all in float16; 16-bit arithmetic is no error of the weights
     return logit_error(probe_logits(reopened, probe), probe_logits(adapted, probe), coarsest)
 
 

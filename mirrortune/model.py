@@ -42,6 +42,7 @@ class ModelSource:
         trust_remote_code: run the repository's own code.
         load_in: quantise the weights while loading, to ``8bit`` or ``4bit``.
         gguf_file: the file of a GGUF model, dequantised while loading.
+        attention: transformers' name of an implementation, or None for the model's own choice.
         config: the transformers configuration.
     """
 
@@ -53,6 +54,7 @@ class ModelSource:
     config: Any
     load_in: str | None = None
     gguf_file: str | None = None
+    attention: str | None = None
 
     @property
     def is_quantised(self) -> bool:
@@ -286,6 +288,8 @@ def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id
         setattr(config, key, value)
     if getattr(config, "pad_token_id", None) is None and pad_token_id is not None:
         config.pad_token_id = pad_token_id
+    if source.attention is not None:
+        config._attn_implementation = source.attention  # noqa: SLF001  (from_pretrained's argument does no other)
     return config
 
 
@@ -328,6 +332,8 @@ def _load_errors(name: str) -> Iterator[None]:
                 f"model '{name}'", "it needs code from its own repository",
                 fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
             ) from error  # fmt: skip
+        if "attn_implementation" in str(error):
+            raise ConfigError("model.attention", text[:300], fix="Set another, or none") from error
         if "model type" in text or "model_type" in text:
             raise ConfigError(f"model '{name}'", text[:300]) from error
         raise

@@ -92,6 +92,8 @@ class Stage:
             shapes,
         ]
         known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
+        known.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
+        known.append(getattr(getattr(self.model, "config", None), "_attn_implementation", None))
         key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
         if key not in _KNOWN:
             load = Load(

@@ -45,7 +45,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
     for line in show_rows(job.train, job.task, job.processor, show):
         reporter.note(line)
     counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
-    cache = FactorCache()
+    cache = FactorCache(on_remark=reporter.note)
     if not dry_run:
         factorise(job, cache, reporter.bar)
     return PrepareResult(

@@ -29,6 +29,9 @@ class ModelSection(_Section):
     """Precision of the base weights; auto keeps the stored one."""
     load_in: Literal["8bit", "4bit"] | None = None
     """Quantise the base weights while loading, by bitsandbytes; adapters compute beside them."""
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
+    """How attention is computed, by transformers' name; the model's own choice (mostly sdpa) by default. The same but
+    for rounding."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Dangerous: it runs with your rights."""
 
@@ -181,6 +184,9 @@ class TrainSection(_Section):
     compile: bool = False
     """Compile the model by torch.compile: the first steps take minutes, later ones may be faster, by what depends on
     model and machine. Results differ in rounding."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of the model's blocks alone for the backward pass, and compute the rest again: less memory, about
+    a third more time."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of the head, the order of rows, dropout, the validation rows and random pairs."""
     eval_every_steps: int | None = Field(default=None, gt=0)

@@ -19,8 +19,8 @@ LAYERS = (
     "adapters.kinds",
     "adapters.packed",
     "quantised",
-    "adapters.factorize atomic class_folders columns compiling examples labels locations metrics registry row_stream "
-    "shards strict_yaml",
+    "adapters.factorize atomic class_folders columns compiling examples forward_modes labels locations metrics "
+    "registry row_stream shards strict_yaml",
     "adapter_validity adapters.layer_names text_tables tracking",
     "adapter_format",
     "figures pages predictions table_parts token_cache",
