@@ -151,7 +151,7 @@ def test_eval_scores_any_split(finished: Finished) -> None:
             "text,label\na film,great\nx,bad\n",
             "--split train",
             3,
-            "label 'bad' is not among the classes. Allowed: negative",
+            "label 'great' is not among the classes. Allowed: negative",
         ),
     ],
 )
