@@ -214,10 +214,10 @@ def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) 
 def _row_hashes(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
     """One number of 64 bits for each row (N,), good within this process: rows may be more than memory holds."""
     found = [
-        [hash(row) for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)]
+        np.array([hash(row) for row in zip(*(c.to_pylist() for c in batch.columns), strict=True)], dtype=np.int64)
         for batch in table.select(list(columns)).to_batches(max_chunksize=4096)
     ]
-    return np.array([number for part in found for number in part], dtype=np.int64)
+    return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 def flat(table: pa.Table) -> pa.Table:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from mirrortune import strict_yaml
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
-from mirrortune.locations import shipped_folder, split_sample, table_suffix
+from mirrortune.locations import HUB_SCHEME, shipped_folder, split_sample, table_suffix
 from mirrortune.schema import Recipe
 
 
@@ -130,6 +130,7 @@ def resolve(layers: list[Layer]) -> Resolved:
     merged: dict[str, Any] = {}
     owners: dict[tuple[str, ...], Layer] = {}
     for layer in layers:
+        _leave_data(merged, owners, layer)
         # A section whose settings are all commented out is None.
         _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
     found = []
@@ -189,6 +190,19 @@ def _merge(
         else:
             target[key] = value
             owners[here] = layer
+
+
+def _leave_data(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer], layer: Layer) -> None:
+    """Take out what files say of a data set on the Hub, if ``layer`` names another one: it is of no other."""
+    before, now = (_setting(values, "data", "path") for values in (merged, layer.values))
+    if not isinstance(before, str) or not isinstance(now, str):
+        return
+    names = [split_sample(path)[0].removeprefix(HUB_SCHEME).removeprefix("datasets/") for path in (before, now)]
+    is_same = names[0].split(":")[0] == names[1].split(":")[0]  # perhaps with another configuration behind it
+    for key, is_kept in (("config", names[0] == names[1]), ("revision", is_same)):
+        owner = owners.get(("data", key))
+        if owner is not None and not owner.flags and not is_kept:
+            del merged["data"][key], owners["data", key]
 
 
 def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, where: str) -> None:

@@ -110,7 +110,7 @@ def write_tiny_roberta(root: Path, model_id: str = "roberta-base") -> Path:
 
 
 def write_glue(root: Path, rows: Mapping[str, int] | None = None) -> Path:
-    """Writes `nyu-mll/glue` with the configurations `mnli`, `sst2` and `stsb`.
+    """Writes `nyu-mll/glue` with the configurations `mnli`, `sst2`, `stsb` and `ax`.
 
     Args:
         root: The root folder of the Hub.
@@ -124,11 +124,13 @@ def write_glue(root: Path, rows: Mapping[str, int] | None = None) -> Path:
     folder = root / "datasets" / "nyu-mll" / "glue"
     infos: list[dict[str, Any]] = []
     configs: list[dict[str, Any]] = []
-    for name, task in _TASKS.items():
+    for name, task in (*_TASKS.items(), ("ax", _TASKS["mnli"])):
         rng = random.Random(name)
         splits = {"train": rows["train"]}
         splits |= {f"validation{variant}": rows["validation"] for variant in task.variants}
         splits |= {f"test{variant}": rows["test"] for variant in task.variants}
+        if name == "ax":  # the diagnostic set has nothing to learn from
+            splits = {"test": rows["test"]}
         tables = {split: _table(task, rng, split, count) for split, count in splits.items()}
         (folder / name).mkdir(parents=True)
         for split, table in tables.items():

@@ -85,17 +85,20 @@ def test_every_layout_is_taken(desk: Path, chatty: Path) -> None:
         "alpaca": [{"instruction": p, "input": "", "output": c} for p, c in pairs],
         "text": [{"text": f"{p} {c}"} for p, c in pairs],
     }
-    logs = {}
     for name, rows in layouts.items():
         write(desk / f"{name}.jsonl", rows)
-        outcome = train(chatty, f"{name}.jsonl", "--max-steps", 1, out=name)
+
+    def shown(name: str, *words: str) -> str:
+        """All rows as the model would get them: text, ids, mask and labels."""
+        flags = ["-m", chatty, "-t", "causal-lm", "-d", f"{name}.jsonl", "--dry-run", "--show", 20, *words]
+        outcome = mirrortune("prepare", *flags)
         assert outcome.exit_code == 0, outcome.stderr
-        logs[name] = (desk / name / "metrics.jsonl").read_text()
-    assert logs["chat"] == logs["sharegpt"] == logs["alpaca"], "the same conversations"
-    assert len(set(logs.values())) == 3
-    as_chat = train(chatty, "prompt.jsonl", "--max-steps", 1, "task.format=chat", out="prompt-chat")
-    assert as_chat.exit_code == 0
-    assert (desk / "prompt-chat" / "metrics.jsonl").read_text() == logs["chat"]
+        return outcome.stderr[outcome.stderr.index("row 1 of 18") :]
+
+    rows = {name: shown(name) for name in layouts}
+    assert rows["chat"] == rows["sharegpt"] == rows["alpaca"], "the same conversations"
+    assert len(set(rows.values())) == 3
+    assert shown("prompt", "task.format=chat") == rows["chat"]
 
 
 def test_truncation_is_counted_and_no_answer_is_cut_away_in_silence(desk: Path, plain: Path) -> None:

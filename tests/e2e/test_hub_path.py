@@ -246,10 +246,13 @@ def test_other_tasks_of_glue(trained: Trained, task: str, metrics: set[str], spl
         assert read(trained.client.folder / task / "adapter" / "adapter.json")["task"]["labels"] == [
             "entailment", "neutral", "contradiction",
         ]  # fmt: skip
-    for split in ("test", "test_mismatched") if task == "glue/mnli" else ("test",):  # the files of GLUE's server
-        answered = trained.client.mirrortune("eval", task, "--split", split, "--predictions", f"{task}-{split}.tsv")
+    asked: list[list[object]] = [["--split", "test"]]
+    if task == "glue/mnli":
+        asked += [["--split", "test_mismatched"], ["-d", "hf://nyu-mll/glue:ax", "--split", "test"]]
+    for words in asked:  # the files of GLUE's server
+        answered = trained.client.mirrortune("eval", task, *words, "--predictions", "answers.tsv")
         assert answered.exit_code == 0, answered.stderr
-        lines = (trained.client.folder / f"{task}-{split}.tsv").read_text(encoding="utf-8").splitlines()
+        lines = (trained.client.folder / "answers.tsv").read_text(encoding="utf-8").splitlines()
         cells = [line.split("\t") for line in lines]
         assert cells[0] == ["index", "prediction"]
         assert [index for index, _ in cells[1:]] == [str(i) for i in range(20)]

@@ -60,6 +60,27 @@ def test_a_later_layer_wins_by_presence_and_says_where_it_came_from(tmp_path: Pa
     }
 
 
+@pytest.mark.parametrize(
+    ("path", "words", "config", "revision"),
+    [
+        ("rows.csv", [], None, None),
+        ("other/data", [], None, None),
+        ("hf://nyu-mll/glue:ax", [], None, "refs/pr/1"),
+        ("hf://nyu-mll/glue", [], "mnli", "refs/pr/1"),
+        ("nyu-mll/glue#500", [], "mnli", "refs/pr/1"),
+        ("rows.csv", ["data.config=own"], "own", None),  # for whoever reads the data to refuse
+    ],
+)
+def test_a_configuration_is_of_the_data_that_it_was_given_with(
+    tmp_path: Path, path: str, words: list[str], config: str | None, revision: str | None
+) -> None:
+    file = written(tmp_path, "data: {path: nyu-mll/glue, config: mnli, revision: refs/pr/1, max_length: 9}\n")
+
+    data = resolve([file, override_layer(words), flag_layer({"data.path": ("--data", path)})]).recipe.data
+
+    assert (data.path, data.config, data.revision, data.max_length) == (path, config, revision, 9)
+
+
 def test_a_resolved_recipe_is_read_back_the_same(tmp_path: Path) -> None:
     words = [
         "train.lr=2e-05",
