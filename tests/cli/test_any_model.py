@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
-from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_model
+from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_causal, write_tiny_model
 
 
 def run(command: str, model: Path, *words: object) -> Outcome:
@@ -130,3 +130,22 @@ def test_a_pickle_of_more_than_tensors_is_refused_with_the_way_out(desk: Path, t
     assert "Take a revision with safetensors (--revision)" in outcome.said
     torch.save(state, base / "pytorch_model.bin")
     assert run("prepare", base, "--json").data["targets"] == 13
+
+
+@pytest.mark.parametrize("load_in", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
+def test_a_quantised_base_is_trained_beside_and_merged_either_way(desk: Path, tmp_path: Path, load_in: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = write_tiny_causal(tmp_path / "base", hidden_size=64, intermediate_size=128)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 12, encoding="utf-8")
+    words = ("-m", base, "-t", "causal-lm", "-d", "rows.jsonl", "--load-in", load_in, "-o", "run", "--max-steps", 2)
+    trained = mirrortune("train", *words, "--rank", 8, "--json").data
+    assert mirrortune("eval", "run", "--json").data["metrics"] == pytest.approx(trained["metrics"], rel=1e-3)
+    merged = mirrortune("merge", "run", "-o", "merged")
+    assert merged.exit_code == 0
+    assert "dequantised (--base merges into full-precision weights instead)" in merged.said
+    assert "quantization" not in Path("merged/config.json").read_text(encoding="utf-8")
+    full = mirrortune("merge", "run", "-o", "full", "--base", base, "--json").data
+    assert full["verification"]["passed"]
+    refused = mirrortune("train", *words, "--overwrite", "--method", "full")
+    assert refused.exit_code == 2
+    assert "'full' trains every weight" in refused.said
