@@ -82,6 +82,7 @@ def checkpoint_files(source: ModelSource) -> list[Path]:
             )
         return None if path is None else Path(path)
 
+    find("generation_config.json")  # what comes with the weights, for a run without the network later
     index = find(INDEX)
     if index is not None:
         try:
