@@ -29,7 +29,7 @@ from mirrortune.atomic import alone_with, write_atomically
 from mirrortune.locations import cache_folder
 
 # What matrices that are factorised side by side may take in bytes, and how many copies of one LAPACK needs in float64.
-_MEMORY, _COPIES = 4 << 30, 6
+_MEMORY, _COPIES = 1 << 30, 6
 
 
 @dataclass(slots=True)

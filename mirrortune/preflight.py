@@ -13,8 +13,9 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.atomic import write_atomically
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.examples import Batch, Examples
 from mirrortune.locations import cache_folder, is_local
@@ -33,8 +35,8 @@ from mirrortune.tasks import Task
 
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
 _MIB, _GIB = 2**20, 2**30
-# Footprints that this process has found; a comparison plans the same step many times.
-_KNOWN: dict[str, Footprint] = {}
+_VERSION = 1
+"""Part of the key of a footprint: raise it when the same step would be counted otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,18 +96,32 @@ class Stage:
         known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
         known.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
         known.append(getattr(getattr(self.model, "config", None), "_attn_implementation", None))
+        known += [_VERSION, *(metadata.version(name) for name in ("torch", "transformers"))]
         key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
-        if key not in _KNOWN:
-            load = Load(
-                batch=batch, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
-                device=self.device,
-            )  # fmt: skip
-            _KNOWN[key] = footprint(self.model, step.spec, load)
-        return _KNOWN[key]
+        load = Load(
+            batch=batch, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
+            device=self.device,
+        )  # fmt: skip
+        return _remembered(key, lambda: footprint(self.model, step.spec, load))
 
     def positions(self) -> int:
         """Of the longest row."""
         return int(self.train.lengths.max())
+
+
+def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
+    """What ``count`` found for ``key`` when it was last asked, by any process: it takes about a second."""
+    path = cache_folder() / "footprints" / key[:2] / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent or damaged
+        return Footprint(**json.loads(path.read_text(encoding="utf-8")))
+    found = count()
+    text = json.dumps(asdict(found)) + "\n"
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write, optional=True)
+    return found
 
 
 def packed(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype) -> Footprint:

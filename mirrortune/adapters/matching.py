@@ -6,7 +6,6 @@ Shapes: R directions, P = floor(R / 2) pairs.
 
 from __future__ import annotations
 
-import networkx as nx
 import torch
 from torch import Tensor
 
@@ -34,6 +33,8 @@ def match(weights: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Tensor:
 
 
 def _exact(weights: Tensor) -> list[tuple[int, int]]:
+    import networkx as nx  # noqa: PLC0415  (adaptive pairs alone need it, and every command would wait for it)
+
     graph = nx.Graph()
     rows = weights.tolist()
     # maxcardinality pairs directions of weight zero too, so that there are always floor(R / 2) pairs.

@@ -43,11 +43,14 @@ from mirrortune.optim import build_optimizer
 # (method, rank); the rank of PEFT's is the one of the issue's comparison, or the tuner's default.
 METHODS: dict[str, tuple[str, Any]] = {
     "lora r=8": ("lora", 8), "mirror": ("mirror", "full"), "mirror r=64": ("mirror", 64), "psoft": ("psoft", None),
-    "speclora": ("speclora", None), "lora-xs": ("lora-xs", None), "none": ("none", None), "dora r=8": ("dora", 8),
+    "speclora": ("speclora", None), "lora-xs": ("lora-xs", None), "none": ("none", None), "frozen": ("none", None),
+    "dora r=8": ("dora", 8),
     "psoft-peft": ("psoft-peft", None), "oft": ("oft", None), "boft": ("boft", None), "hra r=8": ("hra", 8),
     "road": ("road", None), "full": ("full", None),
 }  # fmt: skip
 REFERENCE = "lora r=8"
+# A head alone, and the gradient of the embeddings' output: what any adapter of all layers costs at the least.
+FROZEN = "frozen"
 # hidden size, intermediate size, attention heads, layers. Fewer layers than the models have: a ratio does not see them.
 SIZES = {"mini": (384, 1536, 12, 6), "base": (768, 3072, 12, 4), "1b": (2048, 8192, 32, 4), "8b": (4096, 14336, 32, 2)}
 
@@ -95,6 +98,8 @@ def contestant(base: nn.Module, name: str, factors: Callable[..., Factors]) -> C
     spec = AdapterSpec(method=method, rank=rank)
     head = {n for n, _ in model.named_parameters() if n.split(".")[0] in ("classifier", "score")}
     book = adapt(model, spec, factor_source=factors, new_parameters=head)
+    if name == FROZEN:
+        model.enable_input_require_grads()
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -245,11 +250,16 @@ def table(found: dict[str, Any]) -> str:
     def ratio(row: dict[str, Any], key: str) -> str:
         return f"{row[key] / reference[key]:.2f}" if key in row else ""
 
-    lines = ["| method | trained | adapter | step | saved activations | peak memory | merge |", "|" + "---|" * 7]
+    lines = [
+        "| method | trained | adapter | step | of frozen | saved activations | peak memory | merge |",
+        "|" + "---|" * 8,
+    ]
     for name, row in methods.items():
         size = f"{row['adapter_bytes'] / 1000:,.0f} kB" if row["adapter_bytes"] else ""
         merge = f"{row['merge_seconds']:.2f} s" if row["merge_seconds"] is not None else ""
-        cells = (f"{row['trained']:,}", size, f"{row['step_ratio']:.2f}", ratio(row, "saved_bytes"),
+        least = methods.get(FROZEN)
+        of_frozen = f"{row['step_ratio'] / least['step_ratio']:.2f}" if least else ""
+        cells = (f"{row['trained']:,}", size, f"{row['step_ratio']:.2f}", of_frozen, ratio(row, "saved_bytes"),
                  ratio(row, "peak_bytes"), merge)  # fmt: skip
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines += [

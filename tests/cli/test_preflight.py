@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -105,3 +106,16 @@ def test_rows_that_are_wrong_are_found_before_tokenising(without_weights: Path) 
     assert outcome.exit_code == 2
     assert "rank 33 does not fit" in outcome.said
     assert "validation.csv: it has no label column 'label'" in outcome.said
+
+
+def test_a_count_is_made_once(without_weights: Path, desk: Path) -> None:
+    """By any process: it takes about a second. A file that is damaged is counted again."""
+    words, cache = [*PREPARE, "-m", without_weights, "--dry-run", "--json"], desk / "cache"
+    first = mirrortune(*words, cache=cache).data["memory"]
+    (kept,) = (cache / "footprints").rglob("*.json")
+    counted = json.loads(kept.read_text(encoding="utf-8"))
+    assert {name: counted[name] for name in first} == first
+    kept.write_text(json.dumps({**counted, "activations": 7}), encoding="utf-8")
+    assert mirrortune(*words, cache=cache).data["memory"]["activations"] == 7
+    kept.write_text("{", encoding="utf-8")
+    assert mirrortune(*words, cache=cache).data["memory"] == first

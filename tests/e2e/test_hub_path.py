@@ -169,7 +169,6 @@ def test_the_second_run_fetches_nothing_and_is_the_same(hub: LoopbackHub, traine
     assert log == (trained.run / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
 def test_rows_are_streamed_from_the_hub(hub: LoopbackHub, trained: Trained) -> None:
     words = [word for word in TRAIN if word not in (RUN, "-o")]
     outcome = trained.client.mirrortune(*words, "-o", "streamed", "--max-steps", 3, "data.streaming=true", "--json")
@@ -183,6 +182,7 @@ def test_rows_are_streamed_from_the_hub(hub: LoopbackHub, trained: Trained) -> N
     assert environment["data"].items() >= {"commit": data.commit, "streamed": True}.items()
 
 
+@pytest.mark.slow
 def test_prepare_is_all_that_needs_the_network(root: Path, trained: Trained, tmp_path: Path) -> None:
     with LoopbackHub(root) as hub:
         prepared = run_script(hub, tmp_path, "prepare", *TRAIN[1:], "--json")

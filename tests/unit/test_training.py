@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mirrortune.adapter_file import read_adapter
@@ -72,6 +73,19 @@ def test_a_finished_run_holds_what_it_promises(tmp_path: Path) -> None:
     assert watcher.evaluated == 40
     assert result.samples_per_second == pytest.approx(60 / result.train_seconds)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == watcher.events
+
+
+def test_a_checkpoint_holds_adapter_head_and_optimizer_and_nothing_frozen(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit()
+    folder = trainer.run.checkpoint(1)
+    adapter, training = (load_file(folder / f"{name}.safetensors") for name in ("adapter", "training"))
+    trained = {n for n, p in trainer.bare_model.named_parameters() if p.requires_grad}
+    assert {n for n in adapter if n.startswith("param.")} == {"param.classifier.weight", "param.classifier.bias"}
+    assert {n.partition(".")[0] for n in adapter} == {"core", "param", "sketch", "effects"}
+    assert {n.partition(".")[0] for n in training} == {"optimizer", "random"}
+    moments = {n.removeprefix("optimizer.").rpartition(".")[0] for n in training if n.startswith("optimizer.")}
+    assert moments == {name.replace(".core.", ".") for name in trained}
 
 
 def test_what_is_logged_of_a_step(tmp_path: Path) -> None:
