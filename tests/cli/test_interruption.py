@@ -167,7 +167,7 @@ def of_sentences(folder: Path) -> list[object]:
     """Sentences with dropout, batches by length, and accumulation."""
     data = write_table(folder / "reviews.csv", reviews(130))
     model = write_tiny_model(folder / "model", dropout=0.1)
-    return ["-m", model, "-t", "text-classification", "-d", data, "--batch-size", 4, "--epochs", 100]
+    return ["-m", model, "-t", "text-classification", "-d", data, "--batch-size", 4, "--epochs", 150]
 
 
 def of_packed_talks(folder: Path) -> list[object]:
@@ -177,7 +177,7 @@ def of_packed_talks(folder: Path) -> list[object]:
     rows = [{"prompt": draw.choice("abcdefgh") * draw.randrange(1, 9), "completion": "no no no"} for _ in range(130)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["-m", model, "-t", "causal-lm", "-d", path, "--max-length", 96, "data.packing=true", "--batch-size", 2]
-    return [*words, "--epochs", 250, "train.num_workers=3"]
+    return [*words, "--epochs", 350, "train.num_workers=3"]
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
@@ -212,7 +212,7 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path, of: Callable[[Path], list[o
         if kills % 5:  # the others are killed on the way to their first step
             while not process.stderr.readline().startswith("step "):
                 assert process.poll() is None
-        time.sleep(draw.uniform(0, 0.5 if kills % 5 else 15))
+        time.sleep(draw.uniform(0, 0.5 if kills % 5 else 10))
         assert process.poll() is None, "the run is too short"
         kill_all(process)
         kills += 1
