@@ -77,7 +77,7 @@ def _read_parquet(path: Path, encoding: str) -> Iterator[pa.Table]:
             yield schema.empty_table()
             for batch in file.iter_batches(batch_size=_PART_ROWS):
                 yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
         raise DataError(
             str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again"
         ) from error
@@ -87,8 +87,9 @@ def _read_arrow(path: Path, encoding: str) -> Iterator[pa.Table]:
     try:
         data = pa.memory_map(str(path)).read_buffer() if path.suffix.lower() != ".gz" else pa.py_buffer(_bytes(path))
         opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
-        yield opened.read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+        found = opened.read_all()
+        yield found.select(found.column_names)
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
         raise DataError(
             str(path), f"not a whole arrow file ({_first_line(error)})", fix="Copy or download it again"
         ) from error

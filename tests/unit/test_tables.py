@@ -237,5 +237,19 @@ def test_no_damage_to_a_parquet_file_raises_anything_but_a_data_error(tmp_path: 
     use(write(tmp_path, "fuzz.parquet", bytes(content[:cut])))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_column_whose_name_is_no_text_is_refused(tmp_path: Path, suffix: str) -> None:
+    table, path = pa.table({"text": ["a"], "label": [1]}), tmp_path / f"whole.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    damaged = write(tmp_path, f"a.{suffix}", path.read_bytes().replace(b"label", b"\x80abel"))
+
+    with pytest.raises(DataError, match=f"not a whole {suffix} file"):
+        read_table(damaged)
+
+
 def test_every_suffix_has_a_reader() -> None:
     assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt"}
