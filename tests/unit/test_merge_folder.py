@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,11 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_a_model_with_code_of_its_own_is_merged_whole_and_keeps_its_code(tmp_path: Path) -> None:
+def test_a_model_with_code_of_its_own_is_merged_whole_and_keeps_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     base = write_causal(tmp_path / "base", shard="1GB")
     (base / "own.py").write_text(OWN_CODE)
     described = json.loads((base / "config.json").read_text())
