@@ -9,6 +9,7 @@ that was trained on a merged model follows the adapter that was merged into it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,10 @@ class MergePlan:
         )
         found, before = self.tuned_layer(weight, adapter, layer)
         key = "weight" if weight == name else "bias"
-        return found.merged(before).get(key, before[key].double())
+        merged = found.merged(before).get(key, before[key].double())
+        del found
+        gc.collect()  # PEFT's tuners and their models hold each other
+        return merged
 
     def _changed(self, weight: Tensor, adapter: AdapterFile, layers: list[str]) -> Tensor:
         changed = weight.double()
