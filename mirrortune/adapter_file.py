@@ -7,10 +7,12 @@ recorded hash, every basis must align with its sketch, and every layer must have
 saved. What fails is refused with the layer's name.
 
 Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
-``sketch.<layer>`` (1 or 2, R) float32; ``pairs.<layer>`` (T, 2) int16 or int32, round after round, where the pairing is
-not a function of the rank alone; ``clusters.<layer>`` for near-equal singular values (``basis.py``); ``effects``
-(layers, 16) probes of every layer's effect, in order; ``factor.<layer>.U``, ``S`` and ``Vh`` in the portable form. A
-weight that holds several matrices (experts) has one more dimension in front of all of these.
+``sketch.<layer>`` (1 or 2, R) float32; where the pairing is not a function of the rank alone
+``partners.<layer>``, int16 or int32 (``pair_codes.py``), or where these are no shorter ``pairs.<layer>`` (T, 2), round
+after round;
+``clusters.<layer>`` for near-equal singular values (``basis.py``); ``effects`` (layers, 16) probes of every layer's
+effect, in order; ``factor.<layer>.U``, ``S`` and ``Vh`` in the portable form. A weight that holds several matrices
+(experts) has one more dimension in front of all of these.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from mirrortune.adapter_parts import (
     factor_tensors,
     fingerprint_of,
     split_effects,
+    with_pairs,
 )
 from mirrortune.adapter_validity import check_description, check_settings, check_tensors, read_file, strict_json
 from mirrortune.adapters.basis import Fingerprint
@@ -178,6 +181,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         layers = description["layers"]
         if not is_peft:
             check_tensors(description, tensors)
+            tensors = with_pairs(tensors, layers)
         peft_config = strict_json(files[peft_file.CONFIG_FILE]) if is_peft else None
         rank = peft_config.get(spec.preset.peft.rank) if spec.preset.peft and peft_config else spec.rank
         check_settings(rank, spec.options, layers, tensors)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from mirrortune.adapters.effect import effect
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import SpectralLayer, attachment, spectral_layers
 from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.pair_codes import pairs_of, partners_of
 from mirrortune.adapters.spec import follows_from_rank
 from mirrortune.adapters.targets import Target
 
@@ -61,12 +63,25 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
             tensors[f"clusters.{name}"] = torch.cat(found.cluster_sketches)
         pairs = getattr(layer.core, "pairs", None)
         if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank, layer.layout.count):
-            tensors[f"pairs.{name}"] = pairs.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
+            partners = partners_of(pairs, layer.rank) if pairs.dim() == 2 else None
+            stored = pairs if partners is None else partners
+            kind = "pairs" if partners is None else "partners"
+            tensors[f"{kind}.{name}"] = stored.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
         if type(layer.U.data) is Tensor:  # a rank that holds a shard of it cannot say what the whole does
             effects.append(effect(_factors(layer), layer.core))
     if len(effects) == len(spectral_layers(model)) > 0:
         tensors["effects"] = torch.cat(effects).float()
     return tensors
+
+
+def with_pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, checked, with the pairs that its partners tell in their place."""
+    told = {
+        f"pairs.{name}": pairs_of(tensors[key], layer["rank"])
+        for name, layer in layers.items()
+        if (key := f"partners.{name}") in tensors
+    }
+    return {**{key: t for key, t in tensors.items() if not key.startswith("partners.")}, **told}
 
 
 def are_ranks_low(model: nn.Module) -> bool:

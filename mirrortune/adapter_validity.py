@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mirrortune.adapters.pair_codes import pairs_of
 from mirrortune.errors import VerificationError
 
 _HASH = re.compile(r"(values|bytes):[0-9a-f]{64}")
 _SIDES = {"output": 1, "input": 1, "both": 2}
+_PAIRS = ("pairs", "partners")
 _LARGEST_SIZE = 2**40
 _LARGEST_CLUSTER = 64
 # No setting counts more than the numbers that are stored, or the directions of a layer; a few are small anyhow.
@@ -140,9 +142,9 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
             "param": bool(rest) and (plain is None or rest in plain),
             "factor": rest.rpartition(".")[0] in layers and description.get("form") == "portable",
             "effects": not rest,
-        }.get(kind, kind in ("sketch", "clusters", "pairs") and rest in layers)
+        }.get(kind, kind in ("sketch", "clusters", *_PAIRS) and rest in layers)
         _require(is_known, f"tensor '{key}'")
-        is_right = tensor.dtype in (torch.int16, torch.int32) if kind == "pairs" else tensor.is_floating_point()
+        is_right = tensor.dtype in (torch.int16, torch.int32) if kind in _PAIRS else tensor.is_floating_point()
         _require(is_right, f"the dtype {str(tensor.dtype).removeprefix('torch.')} of tensor '{key}'")
     for name, layer in layers.items():
         count = layer["layout"].get("count", 1)
@@ -154,6 +156,17 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
             _require(pairs.shape[-1] == 2 and tuple(pairs.shape[:-2]) == stack, f"the shape of 'pairs.{name}'")
             low, high = pairs[..., 0], pairs[..., 1]
             _require(bool(((low >= 0) & (low < high) & (high < layer["rank"])).all()), f"a pair of 'pairs.{name}'")
+        partners = tensors.get(f"partners.{name}")
+        if partners is not None:
+            _require(partners.dim() == 1 and not stack and pairs is None, f"the shape of 'partners.{name}'")
+            _check_partners(name, partners, layer["rank"])
+
+
+def _check_partners(name: str, partners: Tensor, rank: int) -> None:
+    try:
+        pairs_of(partners, rank)
+    except ValueError as error:
+        raise ValueError(f"'partners.{name}' is not what it should be: {error}") from error
 
 
 def check_settings(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from transformers import AutoModelForSequenceClassification
 
 from mirrortune import load_adapter
+from mirrortune.adapters.pair_codes import pairs_of
 from mirrortune.errors import MirrortuneError
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
@@ -83,6 +84,19 @@ def put(name: str, change: Callable[[dict[str, torch.Tensor]], torch.Tensor]) ->
 
     def apply(folder: Path, _: Path) -> None:
         rewrite(folder, lambda description, tensors: tensors.update({name: change(tensors)}))
+
+    return apply
+
+
+def listed(change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    """Pairs in the longer form, changed; they are those of the shorter one, which is gone."""
+
+    def apply(folder: Path, _: Path) -> None:
+        def turn(description: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+            pairs = pairs_of(tensors.pop(PARTNERS), 32)
+            tensors[PARTNERS.replace("partners", "pairs")] = change(pairs.short()).contiguous()
+
+        rewrite(folder, turn)
 
     return apply
 
@@ -187,7 +201,7 @@ def peft_spoilt(folder: Path, _: Path) -> None:
 
 
 EVERYWHERE, BY_COMMAND, BY_MERGE = ("python", "eval", "merge"), ("eval", "merge"), ("merge",)
-THETA, LAYER, SKETCH, PAIRS = f"core.{QUERY}.theta", ("layers", QUERY), f"sketch.{QUERY}", f"pairs.{QUERY}"
+THETA, LAYER, SKETCH, PARTNERS = f"core.{QUERY}.theta", ("layers", QUERY), f"sketch.{QUERY}", f"partners.{QUERY}"
 # Run, damage, what is said; and where, if an adapter without a base and a task is still a right one.
 CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ...]]] = {
     "tensors cut short": ("compact", text(lambda t: t[:-3]), "damaged"),
@@ -218,10 +232,15 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "angles of another shape": ("compact", put(THETA, lambda t: t[THETA][1:]), "has shape"),
     "whole numbers as angles": ("compact", put(THETA, lambda t: t[THETA].int()), "dtype int32"),
     "a sketch of whole numbers": ("compact", put(SKETCH, lambda t: t[SKETCH].int()), "dtype int32"),
-    "broken pairs": ("compact", put(PAIRS, lambda t: t[PAIRS].float()), "dtype float32"),
-    "a pair of three": ("compact", put(PAIRS, lambda t: t[PAIRS].reshape(-1)[:30].reshape(10, 3)), "shape of 'pairs"),
-    "a pair that is not there": ("compact", put(PAIRS, lambda t: t[PAIRS] + 1000), "a pair of"),
-    "pairs that overlap": ("compact", put(PAIRS, lambda t: t[PAIRS][:1].expand(16, 2).contiguous()), "overlap"),
+    "broken partners": ("compact", put(PARTNERS, lambda t: t[PARTNERS].float()), "dtype float32"),
+    "a partner that is not there": ("compact", put(PARTNERS, lambda t: t[PARTNERS] + 1000), "has the partner 1"),
+    "partners that end too soon": ("compact", put(PARTNERS, lambda t: t[PARTNERS][:-1]), "end within a round"),
+    "partners in rows": ("compact", put(PARTNERS, lambda t: t[PARTNERS][None]), "shape of 'partners"),
+    "broken pairs": ("compact", listed(lambda pairs: pairs.float()), "dtype float32"),
+    "a pair of three": ("compact", listed(lambda pairs: pairs.reshape(-1)[:30].reshape(10, 3)), "shape of 'pairs"),
+    "a pair that is not there": ("compact", listed(lambda pairs: pairs + 1000), "a pair of"),
+    "pairs that overlap": ("compact", listed(lambda pairs: pairs[:1].expand(16, 2)), "overlap"),
+    "pairs in another order": ("compact", listed(lambda pairs: pairs.flip(0)), "its effect differs"),
     "layers swapped": ("compact", swap("core", ".theta"), "its effect differs"),
     "sketches swapped": ("compact", swap("sketch"), "cannot be aligned"),
     "a layer called like a file": ("compact", renamed_layer, "no such layer"),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mirrortune.adapters.core import plane_strengths
 from mirrortune.adapters.cores import Core
-from mirrortune.adapters.cores.givens import Givens, split_rounds
+from mirrortune.adapters.cores.givens import Givens
 from mirrortune.adapters.factorize import factorize
+from mirrortune.adapters.pair_codes import split_rounds
 from mirrortune.adapters.spectral import delta_weight
 from tests.spectral import (
     INSIDE,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mirrortune.adapters.cores.givens import split_rounds
+from mirrortune.adapters.pair_codes import pairs_of, partners_of, split_rounds
 from mirrortune.adapters.pairings import PAIRINGS
 from tests.spectral import draw_pairs
 
@@ -43,6 +43,38 @@ def test_every_round_is_a_pairing(name: str, rank: int, rounds: int, seed: int) 
     assert (pairs[:, 0] < pairs[:, 1]).all()
     if name not in ("explicit", "adaptive"):  # whose first round is chosen in sight of the others, or fits as well
         assert torch.equal(pairs[: rank // 2], draw_pairs(name, rank, seed))
+
+
+@pytest.mark.parametrize("name", PAIRINGS.names())
+@ENOUGH
+@given(rank=st.integers(2, 41), rounds=st.integers(1, 4), seed=SEEDS)
+def test_partners_tell_the_pairs_in_half_the_room(name: str, rank: int, rounds: int, seed: int) -> None:
+    pairs = draw_pairs(name, rank, seed, rounds)
+    partners = partners_of(pairs, rank)
+    if partners is not None:
+        assert len(partners) < pairs.numel()
+        assert torch.equal(pairs_of(partners, rank), pairs)
+    if name == "random" and rank > 3:
+        assert partners is not None
+        assert len(partners) == -(-rank // 2) * len(split_rounds(pairs))
+
+
+def test_pairs_in_no_order_or_too_few_are_not_told_by_partners() -> None:
+    assert partners_of(torch.tensor([[2, 3], [0, 1]]), 4) is None
+    assert partners_of(torch.tensor([[0, 1]]), 9) is None
+    assert pairs_of(torch.tensor([3, 1, 2]), 4).tolist() == [[0, 3]]
+
+
+@ENOUGH
+@given(partners=st.lists(st.integers(-2, 7), max_size=9), rank=st.integers(1, 6))
+def test_what_is_read_as_partners_is_pairs_or_refused(partners: list[int], rank: int) -> None:
+    try:
+        pairs = pairs_of(torch.tensor(partners, dtype=torch.int64), rank)
+    except ValueError:
+        return
+    assert ((pairs[:, 0] < pairs[:, 1]) & (pairs[:, 0] >= 0) & (pairs[:, 1] < rank)).all()
+    for own in split_rounds(pairs):
+        assert len(own.unique()) == own.numel()
 
 
 @pytest.mark.parametrize("name", PAIRINGS.names())

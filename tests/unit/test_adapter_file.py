@@ -69,14 +69,14 @@ def test_the_files_hold_what_the_format_says(folder: Path) -> None:
     layers = [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
     assert set(tensors) == {
         *(f"core.{name}.{number}" for name in layers for number in ("theta", "scale")),
-        *(f"{kind}.{name}" for name in layers for kind in ("sketch", "pairs")),
+        *(f"{kind}.{name}" for name in layers for kind in ("sketch", "partners")),
         "effects",
         "param.classifier.weight",
         "param.classifier.bias",
     }
-    assert {t.dtype for n, t in tensors.items() if not n.startswith("pairs.")} == {torch.float32}
-    assert tensors[f"pairs.{QUERY}"].dtype == torch.int16
-    assert tensors[f"pairs.{QUERY}"].shape == (16, 2)
+    assert {t.dtype for n, t in tensors.items() if not n.startswith("partners.")} == {torch.float32}
+    assert tensors[f"partners.{QUERY}"].dtype == torch.int16
+    assert tensors[f"partners.{QUERY}"].shape == (16,)
     description = json.loads((folder / "adapter.json").read_text())
     assert description["format_version"] == FORMAT_VERSION
     assert description["adapter"]["method"] == "random"

@@ -18,6 +18,7 @@ from mirrortune.adapters.core import (
     plane_strengths,
     trained,
 )
+from mirrortune.adapters.pair_codes import split_rounds
 from mirrortune.errors import ConfigError
 
 
@@ -172,21 +173,6 @@ def _steps(S: Tensor, pairs: Tensor, num_scales: int, unit: str) -> dict[str, Te
         return {"theta_step": S.new_ones(len(pairs)), "scale_step": S.new_ones(num_scales)}
     of_plane = plane_strengths(S)[pairs[:, 0], pairs[:, 1]]
     return {"theta_step": even_steps(of_plane, S), "scale_step": even_steps(S[:num_scales], S)}
-
-
-def split_rounds(pairs: Tensor) -> list[Tensor]:
-    """Pairs (T, 2) cut into as few runs of disjoint pairs as will do, in order; one empty run for no pairs.
-
-    The order of pairs is all there is to a rotation: those of a round turn planes that do not meet, and commute.
-    """
-    cuts: list[int] = []
-    used: set[int] = set()
-    for index, pair in enumerate(pairs.tolist()):
-        if not used.isdisjoint(pair):
-            cuts.append(index)
-            used.clear()
-        used.update(pair)
-    return list(pairs.tensor_split(cuts))
 
 
 def _check_pairs(pairs: Tensor, needed: int, rank: int, rounds: int) -> None:

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds of pairs, and pairs in half the room for the adapter's file: going up through the directions of a round, the
+first of a pair is always the lowest that is left, so that its partner is all there is to say.
+
+Shapes: R directions, T pairs in all rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def split_rounds(pairs: Tensor) -> list[Tensor]:
+    """Pairs (T, 2) cut into as few runs of disjoint pairs as will do, in order; one empty run for no pairs.
+
+    The order of pairs is all there is to a rotation: those of a round turn planes that do not meet, and commute.
+    """
+    cuts: list[int] = []
+    used: set[int] = set()
+    for index, pair in enumerate(pairs.tolist()):
+        if not used.isdisjoint(pair):
+            cuts.append(index)
+            used.clear()
+        used.update(pair)
+    return list(pairs.tensor_split(cuts))
+
+
+def partners_of(pairs: Tensor, rank: int) -> Tensor | None:
+    """The partners by which ``pairs`` (T, 2) can be told, int64: for each round, of every direction that is not itself
+    a partner, in order; a direction that no pair names is its own. None if the pairs are in another order, or so few
+    that they take less room themselves.
+    """
+    found: list[int] = []
+    for own in split_rounds(pairs):
+        partner = dict(own.tolist())
+        seconds = set(partner.values())
+        found += [partner.get(i, i) for i in range(rank) if i not in seconds]
+    partners = torch.tensor(found, dtype=torch.int64)
+    is_shorter = len(partners) < pairs.numel()
+    return partners if is_shorter and torch.equal(pairs_of(partners, rank), pairs.cpu().long()) else None
+
+
+def pairs_of(partners: Tensor, rank: int) -> Tensor:
+    """The pairs (T, 2), int64, that :func:`partners_of` was given; ValueError if these are no partners of ``rank``
+    directions.
+    """
+    pairs: list[tuple[int, int]] = []
+    taken: set[int] = set()
+    first = 0
+    for partner in partners.tolist():
+        if not first <= partner < rank or partner in taken:
+            raise ValueError(f"direction {first} has the partner {partner}")
+        if partner > first:
+            pairs.append((first, partner))
+            taken.add(partner)
+        first += 1
+        while first in taken:
+            first += 1
+        if first >= rank:  # the round is over
+            first = 0
+            taken.clear()
+    if first:
+        raise ValueError("the partners end within a round")
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
