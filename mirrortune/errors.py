@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -134,6 +135,11 @@ class PeerError(MirrortuneError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("processes", "another process of this run has failed")
         self.exit_code = exit_code
+
+
+def not_as_meant(place: Path, problem: str) -> VerificationError:
+    """The error for what was made, read back, found to be wrong, and therefore never put in its place."""
+    return VerificationError(str(place), problem, fix="It was not written; please report this with the model's name")
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from mirrortune.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import attachment, plain_parameters
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.atomic import write_folder_atomically
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
 from mirrortune.merging import BaseWithAdapter, check_output, open_adapter, probe_logits
@@ -137,11 +137,7 @@ def export_lora(
         verdict.append(_verify(folder, opened, changes, kept=kept, stored=stored, needed=needed))
         write_report(folder, adapter, asdict(verdict[0]), remarks)
         if not verdict[0].passed:
-            raise VerificationError(
-                str(output_dir),
-                f"the LoRA differs from base + adapter: {describe(verdict[0])}",
-                fix="It was not written; please report this with the model's name",
-            )
+            raise not_as_meant(output_dir, f"the LoRA differs from base + adapter: {describe(verdict[0])}")
 
     write_folder_atomically(output_dir, write)
     return verdict[0]

@@ -23,7 +23,7 @@ from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.atomic import write_folder_atomically
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.export import change_of, check_exportable, choose_ranks, spectral_only, write_report
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
@@ -117,7 +117,7 @@ def export_gguf(
         )  # fmt: skip
         write_report(folder, adapter, asdict(verdict[0]), remarks)
         if not verdict[0].passed:
-            raise VerificationError(str(output_dir), f"the GGUF file differs from the adapter: {describe(verdict[0])}")
+            raise not_as_meant(output_dir, f"the GGUF file differs from the adapter: {describe(verdict[0])}")
 
     write_folder_atomically(output_dir, write)
     return verdict[0]

@@ -24,7 +24,7 @@ from mirrortune.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapting import stored_core
 from mirrortune.atomic import write_folder_atomically
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import ConfigError, VerificationError, not_as_meant
 from mirrortune.examples import Batch
 from mirrortune.lazy_model import outline, read_lazily
 from mirrortune.merge_contents import aliases, check_contents, check_ties, tensor_entry
@@ -128,11 +128,7 @@ def merge_folder(
         report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
         (folder / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if not verdict.passed:
-            raise VerificationError(
-                str(output_dir),
-                f"the merged model differs from base + adapter: {describe(verdict)}",
-                fix="It was not written; please report this with the model's name",
-            )
+            raise not_as_meant(output_dir, f"the merged model differs from base + adapter: {describe(verdict)}")
 
     write_folder_atomically(output_dir, write)
     return found[0]

@@ -65,11 +65,12 @@ def examples() -> list[str]:
     return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
 
-def run_all(some: list[str]) -> None:
-    """Run examples one after another, as printed."""
-    namespace: dict[str, object] = {}
+def run_all(some: list[str], namespace: dict[str, object] | None = None) -> dict[str, object]:
+    """Run examples one after another, as printed; returns the names that they leave."""
+    namespace = {} if namespace is None else namespace
     for example in some:
         exec(compile(example, "README.md", "exec"), namespace)
+    return namespace
 
 
 def test_the_python_examples_run_as_printed(
@@ -92,7 +93,12 @@ def test_they_run_with_the_default_compiler(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "merged").symlink_to(tiny_model_dir)
-    run_all(examples()[:2])
+    plain, compiled = examples()[:2]
+    left = run_all([plain])
+    saved = tmp_path / "my-adapter" / "adapter.safetensors"
+    before = saved.read_bytes()
+    run_all([compiled], left)
+    assert saved.read_bytes() != before, "the step through the compiled model moved nothing"
 
 
 @pytest.mark.sft

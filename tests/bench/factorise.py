@@ -17,7 +17,6 @@ thread each, as ``factor_cache.py`` does.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from tests.bench.methods import hardware
+from tests.bench.output import write_and_print
 
 SHAPES = {(768, 768): 48, (3072, 768): 24}  # and as many of the wide ones as of the tall, which cost the same
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -150,12 +150,7 @@ def main() -> None:
     parser.add_argument("--side-by-side", type=int, default=8, help="matrices that are timed by the clock; 0 for none")
     options = parser.parse_args()
     found = measure(options)
-    printed = table(found)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        (options.output / "table.md").write_text(printed, encoding="utf-8")
-    print(printed, end="")  # noqa: T201
+    write_and_print(options.output, found, table(found))
 
 
 if __name__ == "__main__":

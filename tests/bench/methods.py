@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import platform
 import statistics
@@ -39,6 +38,7 @@ from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapting import adapt
 from mirrortune.optim import build_optimizer
+from tests.bench.output import write_and_print
 
 # (method, rank); the rank of PEFT's is the one of the comparison, or the tuner's default.
 METHODS: dict[str, tuple[str, Any]] = {
@@ -323,12 +323,7 @@ def main() -> None:
         "hardware": hardware(options.device),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
     }
-    printed = table(found)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        (options.output / "table.md").write_text(printed, encoding="utf-8")
-    print(printed, end="")  # noqa: T201
+    write_and_print(options.output, found, table(found))
 
 
 def _wait() -> None:

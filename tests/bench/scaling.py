@@ -12,7 +12,6 @@ network need GPUs.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.planning import Load, footprint, make_plan
+from tests.bench.output import write_and_print
 
 BLOCKS, GIB = 80, 2**30
 SIZES = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
@@ -116,12 +116,7 @@ def main() -> None:
         frozen = (found["weights"] + (found["factors"] if name == "mirror" else 0)) / 2
         found["flops"] = 4 * frozen + (6 * found["trained"] if name == "lora" else 0)
         results[name] = found | {"block": block}
-    printed = table(results)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (options.output / "table.md").write_text(printed, encoding="utf-8")
-    print(printed, end="")  # noqa: T201
+    write_and_print(options.output, results, table(results))
 
 
 if __name__ == "__main__":

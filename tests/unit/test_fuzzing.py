@@ -47,7 +47,7 @@ def names_a_place(error: MirrortuneError, *places: str) -> bool:
     return bool(lines) and all(line.lstrip("'").startswith((*places, *keys, "--")) for line in lines)
 
 
-def try_recipe(path: Path) -> None:
+def assert_taken_or_refused(path: Path) -> None:
     """Load, resolve and check. A recipe that is taken means the same when it is written out and read again; one that is
     refused is refused by exit code 2, with the place of everything that is wrong.
     """
@@ -80,14 +80,14 @@ def test_any_value_of_any_setting(tmp_path: Path, entries: list[tuple[list[str],
             if isinstance(data[key[0]], dict):
                 data[key[0]][key[1]] = value
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
-    try_recipe(tmp_path / "a.yaml")
+    assert_taken_or_refused(tmp_path / "a.yaml")
 
 
 @SETTINGS
 @given(content=st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda t: t.encode("utf-8", "ignore"))))
 def test_any_bytes_for_a_recipe(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.yaml").write_bytes(content)
-    try_recipe(tmp_path / "a.yaml")
+    assert_taken_or_refused(tmp_path / "a.yaml")
 
 
 @SETTINGS
@@ -96,7 +96,7 @@ def test_a_real_recipe_with_pieces_missing_or_added(tmp_path: Path, cut: int, ex
     text = Recipe().to_yaml() + "data:\n  path: a\n  text_columns: [x]\ntrain: {lr: 1e-3}\n"
     changed = (text[:where] + extra + text[where:])[: max(1, len(text) - cut)]
     (tmp_path / "a.yaml").write_bytes(changed.encode("utf-8", "ignore"))
-    try_recipe(tmp_path / "a.yaml")
+    assert_taken_or_refused(tmp_path / "a.yaml")
 
 
 @SETTINGS

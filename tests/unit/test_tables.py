@@ -162,7 +162,7 @@ def must_name(error: DataError, path: Path) -> None:
     assert error.problem
 
 
-def use(path: Path) -> None:
+def assert_usable_or_refused(path: Path) -> None:
     """Everything that happens to a file's rows before a model is needed, for both kinds of task: it ends with a table
     and tasks that hold for every row, or with an error of ours that begins with the file.
     """
@@ -204,7 +204,7 @@ CSV_BYTES = st.one_of(
 @example(b"\n\ntext,label\na,1\nb,2\n")
 @example(b",\na,1\nb,2\n")
 def test_no_bytes_of_a_csv_raise_anything_but_a_data_error(tmp_path: Path, content: bytes) -> None:
-    use(write(tmp_path, "fuzz.csv", content))
+    assert_usable_or_refused(write(tmp_path, "fuzz.csv", content))
 
 
 JSON: Any = st.recursive(
@@ -223,7 +223,7 @@ JSON: Any = st.recursive(
 )
 def test_no_json_raises_anything_but_a_data_error(tmp_path: Path, rows: list[Any], suffix: str) -> None:
     text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
-    use(write(tmp_path, f"fuzz{suffix}", text))
+    assert_usable_or_refused(write(tmp_path, f"fuzz{suffix}", text))
 
 
 @settings(max_examples=150)
@@ -234,7 +234,7 @@ def test_no_damage_to_a_parquet_file_raises_anything_but_a_data_error(tmp_path: 
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.sampled_from([len(content), len(content) // 2]))
-    use(write(tmp_path, "fuzz.parquet", bytes(content[:cut])))
+    assert_usable_or_refused(write(tmp_path, "fuzz.parquet", bytes(content[:cut])))
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
