@@ -5,12 +5,14 @@ process, while others that want them wait.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -81,7 +83,7 @@ def alone_with(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a temporary folder beside ``folder`` and rename it to ``folder``, replacing one that is
-    there.
+    there: at every moment the name stands for the old one or the new one, where the file system can exchange names.
 
     Raises:
         ResourceError: if it cannot be written; an old ``folder`` is as it was.
@@ -95,7 +97,9 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
         for file in temporary.rglob("*"):
             if file.is_file():
                 _sync(file)
-        _swap(temporary, folder)
+        restore(folder)
+        if not (folder.exists() and exchange(temporary, folder)):
+            replace_in_two_steps(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
@@ -110,9 +114,7 @@ def clear_leftovers(folder: Path) -> None:
     Only for a place that nobody else is writing into.
     """
     for path in folder.glob(f".*{_REPLACED}"):
-        original = path.with_name(path.name[1:].removesuffix(_REPLACED))
-        if not original.exists():
-            path.rename(original)
+        restore(path.with_name(path.name[1:].removesuffix(_REPLACED)))
     for pattern in (_PARTIAL, _REPLACED):
         for path in folder.glob(f".*{pattern}"):
             if path.is_dir():
@@ -138,20 +140,48 @@ def cannot_write(path: Path, error: Exception) -> ResourceError:
     )
 
 
-def _swap(temporary: Path, folder: Path) -> None:
-    # POSIX renames no folder onto a non-empty one: move the old one aside first, and back if the rename fails.
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}{_REPLACED}")
+def exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders at one stroke; False where the system or the file system cannot."""
+    if not sys.platform.startswith(("linux", "darwin")):
+        return False
+    names, library = (os.fsencode(one), os.fsencode(other)), ctypes.CDLL(None)
+    try:
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(*names, ctypes.c_uint(2)) == 0)  # RENAME_SWAP
+        here = ctypes.c_int(-100)  # AT_FDCWD: relative names are of the working directory
+        return bool(library.renameat2(here, names[0], here, names[1], ctypes.c_uint(2)) == 0)  # RENAME_EXCHANGE
+    except AttributeError:  # an older C library
+        return False
+
+
+def replace_in_two_steps(temporary: Path, folder: Path) -> None:
+    """Rename ``temporary`` to ``folder``, where no file system renames one folder onto another: the old one is set
+    aside, and put back if the second step fails, by :func:`restore` if the process ends between them.
+    """
+    old = set_aside(folder)
     shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
+    if folder.exists():
+        folder.rename(old)
     try:
         temporary.rename(folder)
     except BaseException:  # also when a second Ctrl-C ends the process just here
-        old.rename(folder)
+        restore(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Where a folder waits while its successor takes its name."""
+    return folder.with_name(f".{folder.name}{_REPLACED}")
+
+
+def restore(folder: Path) -> Path:
+    """Put a folder back that a killed process had set aside and not replaced; returns ``folder``, there or not."""
+    old = set_aside(folder) if folder.name else folder
+    if old.is_dir() and not folder.exists():
+        with suppress(OSError):  # a place that may only be read, or another process was faster
+            old.rename(folder)
+    return folder
 
 
 def _sync(path: Path) -> None:

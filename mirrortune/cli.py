@@ -299,7 +299,9 @@ def _resolve(
 
 def _recipe_of(target: str) -> Layer | None:
     """The recipe that a run directory, adapter folder or merged folder carries."""
-    folder = Path(target).expanduser()
+    from mirrortune.atomic import restore  # noqa: PLC0415
+
+    folder = restore(Path(target).expanduser())
     for place in (folder, folder.parent):
         if (place / "recipe.yaml").is_file() and (place == folder or (folder / "adapter.json").is_file()):
             from mirrortune.recipe import read_recipe  # noqa: PLC0415

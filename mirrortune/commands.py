@@ -33,9 +33,9 @@ from mirrortune.factor_cache import FactorCache
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.loading import (
     adapt_model,
+    adapter_to_score,
     base_identity,
     choose_pairs,
-    find_adapter,
     load_base,
     load_evaluable,
     share_factors,
@@ -213,7 +213,7 @@ def evaluate(
     """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
 
     Args:
-        target: what to score; a folder or a Hub id.
+        target: what to score; a folder, or ``owner/name@revision:subfolder`` on the Hub.
         recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain
             model the task too.
         reporter: is told.
@@ -227,7 +227,7 @@ def evaluate(
         check_place(predictions)
     accelerator = make_accelerator(recipe.train.precision)
     reporter.is_main = accelerator.is_main_process
-    adapter_folder = find_adapter(target)
+    adapter_folder = adapter_to_score(target)
     if force_base and adapter_folder is None:
         raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
     needed = {"--data": recipe.data.path, "--task": recipe.task.kind or adapter_folder}

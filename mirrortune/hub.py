@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mirrortune import __version__
+from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError, HubError, MirrortuneError
-from mirrortune.locations import looks_like_path
+from mirrortune.locations import hub_place, looks_like_path
 
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors")
 """Every file that an adapter may have: ours, or PEFT's beside our description."""
@@ -90,7 +91,8 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
     """The folder of an adapter.
 
     Args:
-        name: its folder, that of a run, or a Hub id, from which its files are downloaded.
+        name: its folder, that of a run, or ``owner/name@revision:subfolder`` on the Hub, from which its files are
+            downloaded.
         revision: branch, tag or commit of a Hub repository.
         subfolder: of the folder or the repository.
 
@@ -98,19 +100,38 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
         ConfigError: a revision of a folder, or a subfolder that leads out of it.
         HubError: whatever the Hub refused.
     """
-    inside = path_inside(subfolder)
-    folder = Path(name).expanduser()
-    if folder.is_dir() or looks_like_path(str(name)):
+    folder = restore(Path(name).expanduser())
+    repository, own_revision, own_subfolder = hub_place(str(name))
+    if folder.is_dir() or looks_like_path(repository):
         if revision is not None:
             raise ConfigError("revision", f"'{name}' is a folder and has none", fix="Remove it")
-        folder = folder / inside
-        return folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder
+        folder = restore(folder / path_inside(subfolder))
+        within = restore(folder / "adapter")
+        return within if (within / "adapter.json").is_file() else folder
+    for given, own in ((revision, own_revision), (subfolder, own_subfolder)):
+        if given is not None and own not in (None, given):
+            raise ConfigError(str(name), f"it says '{own}', and '{given}' was given", fix="Give one of the two")
     import huggingface_hub  # noqa: PLC0415
 
-    commit = resolve_commit(str(name), str(name), revision, "model", "the adapter")
+    inside = path_inside(subfolder or own_subfolder)
+    commit = resolve_commit(str(name), repository, revision or own_revision, "model", "the adapter")
     with hub_errors(f"adapter '{name}'", flag="the adapter"):
         patterns = [str(inside / file) for file in ADAPTER_FILES]
-        return Path(huggingface_hub.snapshot_download(str(name), revision=commit, allow_patterns=patterns)) / inside
+        return Path(huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=patterns)) / inside
+
+
+def holds_adapter(place: str) -> bool:
+    """Whether there is an adapter at ``owner/name@revision:subfolder`` on the Hub."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    repository, revision, subfolder = hub_place(place)
+    commit = resolve_commit(place, repository, revision, "model", "the model")
+    with hub_errors(f"model '{place}'", flag="the model"):
+        found = cached_file(
+            repository, str(path_inside(subfolder) / ADAPTER_FILES[0]), revision=commit,
+            _raise_exceptions_for_missing_entries=False,
+        )  # fmt: skip
+    return found is not None
 
 
 def check_repository(repository: str) -> None:

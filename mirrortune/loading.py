@@ -18,14 +18,15 @@ from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.targets import Target, find_targets
 from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
 from mirrortune.assembly import Job, make_task
+from mirrortune.atomic import restore
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hardware import default_device
-from mirrortune.hub import local_adapter
-from mirrortune.locations import looks_like_path
+from mirrortune.hub import holds_adapter, local_adapter
+from mirrortune.locations import hub_place, looks_like_path
 from mirrortune.merging import load_adapted
 from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.precision import widen
@@ -194,10 +195,10 @@ def find_adapter(target: str) -> Path | None:
     Raises:
         ConfigError: a run directory whose training has not finished.
     """
-    path = Path(target).expanduser()
+    path = restore(Path(target).expanduser())
     if (path / "adapter.json").is_file():
         return path
-    if (path / "adapter").is_dir():
+    if restore(path / "adapter").is_dir():
         return path / "adapter"
     if (path / "checkpoints").is_dir():
         raise ConfigError(
@@ -207,16 +208,31 @@ def find_adapter(target: str) -> Path | None:
 
 
 def require_adapter(target: str) -> Path:
-    """The adapter folder of :func:`find_adapter`, or of ``owner/name`` on the Hub; ConfigError if there is none."""
+    """The adapter folder of :func:`find_adapter`, or of ``owner/name@revision:subfolder`` on the Hub, where revision
+    and subfolder may be left out; ConfigError if there is none.
+    """
     folder = find_adapter(target)
-    owner, _, name = target.partition("/")
-    if folder is None and name and not looks_like_path(target) and not Path(owner).exists():
+    if folder is None and _is_on_hub(target):
         return local_adapter(target)
     if folder is None:
         raise ConfigError(
             "merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote"
         )
     return folder
+
+
+def adapter_to_score(target: str) -> Path | None:
+    """As :func:`require_adapter`, but None for anything that may be a model."""
+    folder = find_adapter(target)
+    is_remote = folder is None and _is_on_hub(target) and holds_adapter(target)
+    return local_adapter(target) if is_remote else folder
+
+
+def _is_on_hub(target: str) -> bool:
+    """Whether ``target`` is the id of a repository with its owner, and nothing here is called so."""
+    repository = hub_place(target)[0]
+    owner, _, name = repository.partition("/")
+    return bool(name) and not looks_like_path(repository) and not Path(owner).exists()
 
 
 def load_evaluable(
@@ -226,14 +242,17 @@ def load_evaluable(
 
     Args:
         target: folder or Hub id of a plain model; ignored when there is an adapter.
-        adapter_folder: from :func:`find_adapter`.
+        adapter_folder: from :func:`adapter_to_score`.
         recipe: for a plain model: the task; in any case where the base is, if it was named.
         data: for a plain model: columns and labels.
         remarks: what of an adapter does not fit its base is noted here; None to refuse it.
     """
     if adapter_folder is not None:
         return _load_run(adapter_folder, recipe, remarks)
-    source = find_model(target, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    name, revision, _ = hub_place(target)
+    source = find_model(
+        name, revision=revision or recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
     task = _plain_task(recipe, data, source.config)
     processor = task.load_processor(source)
     dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())

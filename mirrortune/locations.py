@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 from mirrortune.errors import ConfigError
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hf://"
+_HUB_PLACE = re.compile(r"((?:[\w.-]+/)?[\w.-]+)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
 
 
@@ -38,6 +40,13 @@ def looks_like_path(name: str) -> bool:
     is_rooted = name.startswith((".", "/", "~", "\\")) or path.is_absolute() or path.drive != ""
     is_named_so = table_suffix(path) is not None or is_pattern(name)
     return is_rooted or name.count("/") > 1 or "\\" in name or is_named_so or path.exists()
+
+
+def hub_place(name: str) -> tuple[str, str | None, str | None]:
+    """``owner/name@revision:subfolder``: id, revision and subfolder. What is here, or can be no id, is left whole."""
+    is_here = name.startswith(PACKAGE_SCHEME) or Path(name).expanduser().exists()
+    found = None if is_here else _HUB_PLACE.fullmatch(name)
+    return (found[1], found[2], found[3]) if found else (name, None, None)
 
 
 def table_suffix(path: Path) -> str | None:

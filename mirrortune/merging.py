@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapters.inject import FactorSource, attachment, plain_parameters
 from mirrortune.adapting import load_into
+from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
 from mirrortune.merge_contents import check_ties, tensor_entry
@@ -321,7 +322,7 @@ def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool
 
 def check_output(output_dir: Path, *, overwrite: bool, ours: str = "merge.json") -> None:
     """Refuse a folder that is not ours to fill: one that holds something, unless ``overwrite`` and a file ``ours``."""
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+    if not restore(output_dir).exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return
     if not overwrite:
         raise ConfigError(

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
@@ -95,6 +96,7 @@ def find_model(
     """
     place, gguf_file = _split_gguf(name)
     location = str(package_folder(place)) if place.startswith(PACKAGE_SCHEME) else str(Path(place).expanduser())
+    restore(Path(location))
     is_folder = is_local(name) and (gguf_file is None or is_local(place) or Path(location).is_dir())
     if is_folder:
         folder = Path(location)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from mirrortune.adapter_file import read_adapter
+from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import hub_errors, local_adapter, resolve_commit
@@ -51,6 +52,7 @@ def open_pair(
 
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
     """The weights that ``name`` means; an adapter is put on ``beneath``, or on the base that it names itself."""
+    restore(Path(name).expanduser())
     if not is_local(name):
         return _open_hub(name, revision, beneath)
     if revision is not None:

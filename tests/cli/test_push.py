@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ LOAD = """
 import json, sys, mirrortune
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-mirrortune.load_adapter(model, "loopback/sst2", revision=sys.argv[2])
+mirrortune.load_adapter(model, f"loopback/sst2@{sys.argv[2]}")
 mirrortune.save_adapter(model, "again")
 """
 
@@ -92,10 +93,18 @@ def test_an_adapter_goes_to_the_hub_and_back(hub: LoopbackHub, desk: Path, tmp_p
     assert card.data.pipeline_tag == "text-classification"
     assert "## Training" in card.text
     assert "![curves](curves.png)" in card.text
-    loaded = run(hub, desk, "-c", LOAD, "base", result["url"].rpartition("/")[2])
+    commit = result["url"].rpartition("/")[2]
+    loaded = run(hub, desk, "-c", LOAD, "base", commit)
     assert loaded.returncode == 0, loaded.stderr
     assert (desk / "again" / "adapter.safetensors").is_file()
-    merged = run(hub, desk, "-m", "mirrortune", "merge", "loopback/sst2", "-o", "merged-from-hub", "--json")
+    scored = run(hub, desk, "-m", "mirrortune", "eval", f"loopback/sst2@{commit}", "-d", "reviews.csv", "--json")
+    assert scored.returncode == 0, scored.stderr
+    shutil.copytree(desk / "run" / "adapter", tmp_path / "lone")  # without its run's recipe
+    here = mirrortune("eval", tmp_path / "lone", "-d", desk / "reviews.csv", "--json", cache=desk / "cache")
+    assert json.loads(scored.stdout) == json.loads(here.stdout)
+    shutil.copytree(sent, tmp_path / "hub" / "models" / "me" / "many" / "tasks" / "one")
+    (tmp_path / "hub" / "models" / "me" / "many" / "README.md").touch()
+    merged = run(hub, desk, "-m", "mirrortune", "merge", "me/many@main:tasks/one", "-o", "merged-from-hub", "--json")
     assert merged.returncode == 0, merged.stderr
     own, theirs = (desk / name / "model.safetensors" for name in ("merged-from-hub", "merged"))
     assert own.read_bytes() == theirs.read_bytes()
@@ -125,26 +134,28 @@ def test_a_merged_model_goes_with_its_card(hub: LoopbackHub, desk: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("words", "token", "code", "said"),
+    ("words", "token", "said"),
     [
-        (("nothing", "me/x"), "t", 2, "neither a run directory nor an adapter folder"),
-        (("run", "a/b/c"), "t", 2, "name or owner/name"),
-        (("loopback/nothing", "me/x"), "t", 6, "no such repository on the Hub"),
-        (("run", "me/x"), None, 6, "HF_TOKEN"),
+        (("loopback/nothing@main:sub/folder", "me/x"), "t", "no such repository on the Hub"),
+        (("run", "me/x"), None, "HF_TOKEN"),
     ],
 )
-def test_what_cannot_be_pushed_is_refused(
-    hub: LoopbackHub, desk: Path, words: tuple[str, str], token: str | None, code: int, said: str
+def test_what_the_hub_refuses_is_said(
+    hub: LoopbackHub, desk: Path, words: tuple[str, str], token: str | None, said: str
 ) -> None:
     done = run(hub, desk, "-m", "mirrortune", "push", *words, token=token)
-    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    assert (done.returncode, said in done.stderr) == (6, True), done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_adapter_is_not_sent(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
+def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(desk: Path, tmp_path: Path) -> None:
+    (tmp_path / "damaged").mkdir()
     for file in (desk / "run" / "adapter").iterdir():
-        (tmp_path / "adapter" / file.name).write_bytes(file.read_bytes()[:-1])
-    done = run(hub, desk, "-m", "mirrortune", "push", tmp_path / "adapter", "me/x")
-    assert done.returncode == 5
-    assert not hub.requests
+        (tmp_path / "damaged" / file.name).write_bytes(file.read_bytes()[:-1])
+    for words, code, said in (
+        ((desk / "nothing", "me/x"), 2, "neither a run directory nor an adapter folder"),
+        ((desk / "run", "a/b/c"), 2, "name or owner/name"),
+        ((tmp_path / "damaged", "me/x"), 5, "damaged"),
+    ):
+        done = mirrortune("push", *words, cache=desk / "cache")
+        assert (done.exit_code, said in done.stderr) == (code, True), done.stderr

@@ -98,9 +98,6 @@ def kill_saves(folder: Path, kills: int, draw: random.Random) -> Counter[str]:
     for line in kill_lines(lines, kills, draw):
         mirrortune.save_adapter(old, folder / "adapter")
         found["killed"] += killed(lambda: mirrortune.save_adapter(new, folder / "adapter"), line)
-        if not (folder / "adapter").is_dir():
-            found["nothing"] += 1
-            continue
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         try:
             now = answers(mirrortune.load_adapter(base, folder / "adapter"))

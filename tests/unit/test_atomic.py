@@ -6,16 +6,29 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
+import signal
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from mirrortune.atomic import cannot_write, write_atomically, write_folder_atomically
+from mirrortune import atomic
+from mirrortune.atomic import (
+    cannot_write,
+    exchange,
+    replace_in_two_steps,
+    restore,
+    write_atomically,
+    write_folder_atomically,
+)
 from mirrortune.errors import ResourceError
 
 
@@ -89,6 +102,72 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
         write_folder_atomically(tmp_path / "a", lambda p, name=name: (p / name).write_bytes(b"x") and None)
         assert names(tmp_path / "a") == [name]
     assert names(tmp_path) == ["a"]
+
+
+def at_every_line(work: Callable[[], None], look: Callable[[], None]) -> None:
+    """Call ``look`` before every line of the module that ``work`` executes."""
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != atomic.__file__:
+            return None
+        if event == "line":
+            look()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+
+
+def write_one(name: str) -> Callable[[Path], None]:
+    """Writes a folder with one file of this name."""
+    return lambda folder: (folder / name).write_bytes(b"x") and None
+
+
+def can_exchange(place: Path) -> bool:
+    """Whether two folders there can change names."""
+    (place / "one").mkdir()
+    (place / "other").mkdir()
+    found = exchange(place / "one", place / "other")
+    shutil.rmtree(place / "one")
+    shutil.rmtree(place / "other")
+    return found
+
+
+def test_the_name_always_stands_for_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("no exchange of names on this file system")
+    write_folder_atomically(tmp_path / "a", write_one("old"))
+    seen: list[list[str]] = []
+    at_every_line(
+        lambda: write_folder_atomically(tmp_path / "a", write_one("new")), lambda: seen.append(names(tmp_path / "a"))
+    )
+    assert [found for place, found in enumerate(seen) if place == 0 or found != seen[place - 1]] == [["old"], ["new"]]
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_that_a_kill_between_two_renames_has_set_aside_is_found_again(tmp_path: Path) -> None:
+    old, new = tmp_path / "a", tmp_path / "b"
+
+    def kill_without_a_name() -> None:
+        if not old.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for folder in (old, new):
+        write_folder_atomically(folder, write_one(folder.name))
+    child = os.fork()
+    if child == 0:
+        at_every_line(lambda: replace_in_two_steps(new, old), kill_without_a_name)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert names(tmp_path) == [".a.replaced", "b"]
+    assert names(restore(old)) == ["a"]
+    replace_in_two_steps(new, old)
+    assert (names(tmp_path), names(old)) == (["a"], ["b"])
 
 
 @pytest.mark.parametrize("writer", ["python", "safetensors"])
