@@ -31,6 +31,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.evaluation import evaluate_split
 from mirrortune.factor_cache import FactorCache
 from mirrortune.forward_modes import checkpoint_activations
+from mirrortune.hardware import factorising_device
 from mirrortune.loading import (
     adapt_model,
     adapter_to_score,
@@ -100,7 +101,8 @@ def train(
     job = assemble(recipe, reporter)
     describe_processes(accelerator, reporter, run.path)
     seed_everything(recipe.train.seed)  # the head's initial weights
-    loaded, cache = load_base(job), FactorCache(on_remark=reporter.note)
+    loaded = load_base(job)
+    cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
     share_factors(job, loaded, cache, accelerator, reporter.bar)
     started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)

@@ -9,6 +9,7 @@ float64.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 import warnings
@@ -28,6 +29,8 @@ from mirrortune.adapters.factorize import FACTORIZE_VERSION, Factors, factorize
 from mirrortune.atomic import alone_with, write_atomically
 from mirrortune.locations import cache_folder
 
+# Matrices whose smaller side is below this are factorised where they are: a GPU gains nothing on them.
+_SMALLEST_SIDE = 1024
 # What matrices that are factorised side by side may take in bytes, and how many copies of one LAPACK needs in float64.
 _MEMORY, _COPIES = 1 << 30, 6
 
@@ -41,6 +44,8 @@ class FactorCache:
         on_remark: told of every matrix that could not be factorised in the usual way; None leaves that to warnings.
         hits, misses: matrices read, matrices factorised.
         seconds: time spent on both.
+        device: where large matrices are factorised, such as a GPU (``hardware.factorising_device``); None for where
+            their weights are.
     """
 
     on_layer: Callable[[str], None] | None = None
@@ -49,7 +54,9 @@ class FactorCache:
     misses: int = 0
     seconds: float = 0.0
     folder: Path = field(default_factory=lambda: cache_folder() / "factors")
+    device: torch.device | None = None
     _counting: threading.Lock = field(default_factory=threading.Lock)
+    _computing: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, name: str, weight: Tensor, rank: int) -> Factors:
         """Factors of ``weight`` (O, I) with ``rank`` directions: float64 S; U and Vh as stored, cast to float64."""
@@ -114,11 +121,24 @@ class FactorCache:
     def _make(self, name: str, weight: Tensor, rank: int, key: str, path: Path) -> Factors:
         with self._counting:
             self.misses += 1
-        factors = _rounded(factorize(weight, rank, name=name), weight)
+        with self._place_to_compute(weight) as device:
+            factors = _rounded(factorize(weight, rank, name=name, device=device), weight)
         stored = {"U": factors.U.cpu(), "S": factors.S.cpu(), "Vh": factors.Vh.cpu()}
         metadata = {"key": key, "sha256": _digest(factors)}
         write_atomically(path, lambda p: save_file(stored, p, metadata), optional=True)
         return factors
+
+    @contextmanager
+    def _place_to_compute(self, weight: Tensor) -> Iterator[torch.device | None]:
+        """The device for this weight, for one matrix at a time; None for small ones, and where it has no room."""
+        device = self.device
+        if device is None or device == weight.device or min(weight.shape[-2:]) < _SMALLEST_SIDE:
+            yield None
+            return
+        with self._computing:
+            needed = _COPIES * 8 * math.prod(weight.shape[-2:])
+            has_room = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] >= needed
+            yield device if has_room else None
 
     @contextmanager
     def _told(self) -> Iterator[None]:

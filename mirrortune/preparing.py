@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mirrortune.assembly import assemble
 from mirrortune.factor_cache import FactorCache
+from mirrortune.hardware import default_device, factorising_device
 from mirrortune.loading import factorise
 from mirrortune.previews import show_rows, split_summary
 from mirrortune.recipe import Resolved
@@ -45,7 +46,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
     for line in show_rows(job.train, job.task, job.processor, show):
         reporter.note(line)
     counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
-    cache = FactorCache(on_remark=reporter.note)
+    cache = FactorCache(on_remark=reporter.note, device=factorising_device(default_device()))
     if not dry_run:
         factorise(job, cache, reporter.bar)
     return PrepareResult(

@@ -23,6 +23,10 @@ RESIDUAL = 1e-11
 _SMALLEST_SIDE, _LARGEST_SHARE = 1536, 1 / 16
 _ROUNDS, _LARGEST_DEGREE, _LARGEST_GROWTH = 24, 12, 1e10
 
+# What is asked of all triplets that a device other than the matrix's own has found: ||A - U S Vh|| relative to ||A||,
+# and the largest entry of U^T U - I and Vh Vh^T - I. LAPACK stays a hundred times below both.
+_EXACT, _ORTHOGONAL = 1e-12, 1e-8
+
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
@@ -41,6 +45,40 @@ def decompose(matrix: Tensor, rank: int, name: str) -> Triplets:
                 return found
     U, S, Vh = full(matrix, name)
     return U[:, :rank], S[:rank], Vh[:rank]
+
+
+def decompose_on(device: torch.device, matrix: Tensor, rank: int, name: str) -> Triplets | None:
+    """:func:`decompose` on another device, such as a GPU, checked there; the result on the device of ``matrix``.
+
+    None if it cannot be had: too little memory, an operation that is missing or does not converge, or triplets less
+    exact than LAPACK's would be. Nothing is lost then but time.
+    """
+    try:
+        there = matrix.to(device)
+        found = decompose(there, rank, name)
+        if not is_exact(there, found):
+            return None
+        U, S, Vh = (t.to(matrix.device) for t in found)
+    except (RuntimeError, DataError):  # out of memory, not converged and not implemented are RuntimeErrors
+        return None
+    finally:
+        if device.type == "cuda":
+            there = found = None  # type: ignore[assignment]
+            torch.cuda.empty_cache()  # the model needs the memory next
+    return U, S, Vh
+
+
+def is_exact(matrix: Tensor, triplets: Triplets) -> bool:
+    """Whether ``triplets`` are as good as those of LAPACK, or of :func:`leading`, are promised to be."""
+    U, S, Vh = triplets
+    is_full = len(S) == min(matrix.shape)
+    norm = torch.linalg.matrix_norm(matrix)
+    limit = _EXACT * norm if is_full else RESIDUAL * math.sqrt(len(S)) * S[0]
+    sides = matrix @ Vh.T - U * S, matrix.T @ U - Vh.T * S
+    residual = torch.stack([torch.linalg.matrix_norm(side) for side in sides]).max()
+    identity = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    apart = torch.maximum((U.T @ U - identity).abs().max(), (Vh @ Vh.T - identity).abs().max())
+    return bool(residual <= limit) and float(apart) <= _ORTHOGONAL
 
 
 def full(matrix: Tensor, name: str) -> Triplets:

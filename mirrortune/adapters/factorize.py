@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirrortune.adapters.decompositions import decompose
+from mirrortune.adapters.decompositions import decompose, decompose_on
 from mirrortune.errors import ConfigError, DataError
 
 # Part of every cache key: raise it when the factors of a given weight change.
@@ -81,8 +81,10 @@ def resolve_rank(rank: Rank, shape: tuple[int, int], where: str) -> int:
     return rank
 
 
-def factorize(weight: Tensor, rank: Rank = "full", *, name: str = "weight") -> Factors:
-    """Singular value decomposition of ``weight`` in float64 on its device.
+def factorize(
+    weight: Tensor, rank: Rank = "full", *, name: str = "weight", device: torch.device | None = None
+) -> Factors:
+    """Singular value decomposition of ``weight`` in float64, on its device unless another one is named.
 
     float64 whatever the weight's dtype: in float32 the vectors of near-equal singular values are a matter of luck, and
     an adapter's angles mean nothing in another basis.
@@ -91,17 +93,18 @@ def factorize(weight: Tensor, rank: Rank = "full", *, name: str = "weight") -> F
         weight: shape (O, I), or (E, O, I) for a stack, any floating dtype.
         rank: how many leading triplets to keep; O of them, or ``"out"``, even where there are fewer.
         name: the layer's name, for messages.
+        device: where to compute; what cannot be done there as exactly is done on the weight's own device.
 
     Returns:
-        Factors in float64, signs canonical: the largest entry of each column of U is positive. Columns of U beyond
-        min(O, I) are those of :func:`complement`.
+        Factors in float64 on the device of ``weight``, signs canonical: the largest entry of each column of U is
+        positive. Columns of U beyond min(O, I) are those of :func:`complement`.
 
     Raises:
         DataError: if the weight holds NaN or infinities, or cannot be decomposed.
         ConfigError: if ``rank`` does not fit.
     """
     if weight.ndim == 3:
-        each = [factorize(matrix, rank, name=f"{name}.{index}") for index, matrix in enumerate(weight)]
+        each = [factorize(matrix, rank, name=f"{name}.{index}", device=device) for index, matrix in enumerate(weight)]
         return Factors(
             U=torch.stack([f.U for f in each]), S=torch.stack([f.S for f in each]), Vh=torch.stack([f.Vh for f in each])
         )
@@ -110,7 +113,8 @@ def factorize(weight: Tensor, rank: Rank = "full", *, name: str = "weight") -> F
     matrix = weight.detach().to(torch.float64)
     if not torch.isfinite(matrix).all():
         raise DataError(name, "the weight holds NaN or infinities", fix="Repair or replace the base checkpoint")
-    U, S, Vh = decompose(matrix, kept, name)
+    found = None if device is None else decompose_on(device, matrix, min(kept, *shape), name)
+    U, S, Vh = found or decompose(matrix, kept, name)
     signs = canonical_signs(U)
     U, Vh = U * signs, Vh * signs[:, None]
     if kept > min(shape):

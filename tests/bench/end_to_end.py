@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole run from the command line, start-up included: ours beside transformers' Trainer with PEFT's LoRA.
 
-    python -m tests.bench.end_to_end -o tests/bench/results/end-to-end-cpu [--rows 1600] [--repeats 3]
+    python -m tests.bench.end_to_end -o tests/bench/results/end-to-end-cpu [--rows 1600] [--repeats 3] [--device cuda]
 
 MiniLM-L6 on movie sentences, one epoch in batches of 32, all linear layers, evaluation and saving at the end. The peers
 do what the example scripts of transformers do (``run_glue.py``): tokenise with ``datasets``, pad every row to the
 maximum length (``padded``) or every batch to its longest row (``dynamic``).
 Each run is a process of its own with caches of its own; ours is run with an empty cache (``ours``, which factorises)
 and again (``ours, again``). Runs take turns. Time is the processor time of a process and all its threads, which other
-work on the machine does not lengthen much, beside the time on the clock. ``start`` is the time to the first step,
+work on the machine does not lengthen much, beside the time on the clock, which alone counts on a GPU (where all of them
+compute in bfloat16, and none sees a GPU otherwise). ``start`` is the time to the first step,
 beside importing torch and transformers and loading the model (``bare``).
 """
 
@@ -23,11 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.bench.methods import hardware
+from tests.bench.contestants import hardware, versions
 from tests.bench.output import write_and_print
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +59,10 @@ def train_with_peft(data: Path, output: Path, *, is_padded: bool) -> None:
     """What a user of transformers and PEFT runs: a script after ``run_glue.py``."""
     import datasets
     import peft
+    import torch
     import transformers
 
+    has_gpu = torch.cuda.is_available()
     datasets.disable_progress_bars()
     files = {name: str(data / f"{name}.tsv") for name in ("train", "validation")}
     rows = datasets.load_dataset("csv", data_files=files, sep="\t", quoting=csv.QUOTE_MINIMAL)
@@ -78,8 +81,8 @@ def train_with_peft(data: Path, output: Path, *, is_padded: bool) -> None:
     collator = transformers.default_data_collator if is_padded else transformers.DataCollatorWithPadding(tokenizer)
     arguments = transformers.TrainingArguments(
         str(output), per_device_train_batch_size=BATCH, per_device_eval_batch_size=64, num_train_epochs=1,
-        learning_rate=1e-3, eval_strategy="epoch", save_strategy="epoch", logging_steps=10, report_to=[], use_cpu=True,
-        disable_tqdm=True, seed=0,
+        learning_rate=1e-3, eval_strategy="epoch", save_strategy="epoch", logging_steps=10, report_to=[], seed=0,
+        use_cpu=not has_gpu, bf16=has_gpu, disable_tqdm=True,
     )  # fmt: skip
     trainer = transformers.Trainer(
         model, arguments, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=collator,
@@ -127,12 +130,14 @@ def command(name: str, place: Path) -> list[str]:
     return [sys.executable, "-m", "tests.bench.end_to_end", "--peer", name, "--place", str(place)]
 
 
-def run(name: str, place: Path) -> dict[str, float]:
+def run(name: str, place: Path, device: str) -> dict[str, float]:
     """Processor and clock seconds of one run."""
     if name == "ours":
         subprocess.run(["rm", "-rf", str(place / "cache")], check=True)
     env = {**os.environ, "MIRRORTUNE_CACHE": str(place / "cache"), "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1",
            "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(place / f"datasets-{time.time_ns()}")}  # fmt: skip
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     said = subprocess.run(
         command(name, place), check=True, env=env, cwd=place, stdout=subprocess.PIPE, text=True
@@ -152,7 +157,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         write_rows(place / "few", BATCH)
         for _ in range(options.repeats):
             for name, turns in ((name, turns) for name, turns in found.items() if name in options.runs):
-                turns.append(run(name, place))
+                turns.append(run(name, place, options.device))
                 print(f"{name}: {turns[-1]}", file=sys.stderr, flush=True)  # noqa: T201
     return {"seconds": found}
 
@@ -186,16 +191,17 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", nargs="*", choices=(*RUNS, *STARTS), default=(*RUNS, *STARTS))
     parser.add_argument("--peer", choices=("padded", "dynamic", *STARTS), help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main() -> None:
@@ -210,8 +216,8 @@ def main() -> None:
     else:
         found = measure(options) | {
             "rows": options.rows,
-            "hardware": hardware("cpu"),
-            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "hardware": hardware(options.device),
+            "versions": versions(),
         }
         write_and_print(options.output, found, table(found))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to factorise the 72 matrices of a BERT-base in float64: how long each takes, and how exact it is.
 
-    python -m tests.bench.factorise -o tests/bench/results/factorise-cpu [--repeats 3] [--side-by-side 8]
+    python -m tests.bench.factorise -o tests/bench/results/factorise-cpu [--repeats 3] [--side-by-side 8] [--whole 72]
 
     gesdd             LAPACK's divide and conquer, what ``decompositions.full`` calls
     QR and gesdd      of the triangle (768 x 768) of a QR decomposition of the long side
@@ -11,7 +11,8 @@
 Time is processor time of one thread, medians. Exactness is the largest over random matrices and ill-conditioned ones
 (singular values from 1 to 1e-12): ||W - U S Vh|| / ||W|| and the largest entry of U^T U - I and Vh Vh^T - I. Then some
 square ones are factorised by the time on the clock: one after another with LAPACK's threads, and side by side with one
-thread each, as ``factor_cache.py`` does.
+thread each, as ``factor_cache.py`` does. Last, all 72 by ``FactorCache.share`` into an empty cache, by the clock: what
+a first run waits for. ``--device cuda`` does the same on a GPU with shapes of an 8B Llama.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bench.methods import hardware
+from mirrortune.factor_cache import FactorCache
+from tests.bench.contestants import hardware, wait
 from tests.bench.output import write_and_print
 
-SHAPES = {(768, 768): 48, (3072, 768): 24}  # and as many of the wide ones as of the tall, which cost the same
+# Of a BERT-base, and of an 8B Llama but for its small ones; wide ones are counted as tall, which cost the same.
+SHAPES = {"cpu": {(768, 768): 48, (3072, 768): 24}, "cuda": {(4096, 4096): 64, (14336, 4096): 96}}
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
@@ -79,7 +83,7 @@ def matrices(shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
 def errors(W: Tensor, found: Triplets) -> tuple[float, float]:
     """Relative residual, and distance from orthogonality."""
     U, S, Vh = found
-    identity = torch.eye(len(S), dtype=W.dtype)
+    identity = torch.eye(len(S), dtype=W.dtype, device=W.device)
     apart = max(float((U.T @ U - identity).abs().max()), float((Vh @ Vh.T - identity).abs().max()))
     return float((W - U * S @ Vh).norm() / W.norm()), apart
 
@@ -99,58 +103,99 @@ def side_by_side(count: int, cores: int) -> dict[str, float]:
     return {way: min(times) for way, times in found.items()}
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(1)
+def whole(count: int, device: str) -> dict[str, Any]:
+    """Seconds on the clock until ``count`` of a model's matrices are in an empty cache, and until they are read."""
+    shapes = [shape for shape, number in SHAPES[device].items() for _ in range(number)]
+    chosen = shapes[:: max(1, len(shapes) // count)][:count]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(chosen)]
+    layers = [(f"{i}", (lambda w=w: w), min(w.shape)) for i, w in enumerate(weights)]
+    with tempfile.TemporaryDirectory() as folder:
+        cache = FactorCache(folder=Path(folder), device=torch.device(device) if device != "cpu" else None)
+        started = time.perf_counter()
+        cache.share(layers, 0, 1, largest=max(w.numel() for w in weights))
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        for name, matrix, rank in layers:
+            cache(name, matrix(), rank)
+        again = time.perf_counter() - started
+    return {"of": len(shapes), "count": len(chosen), "seconds": seconds, "again_seconds": again}
+
+
+def ways(repeats: int, device: str) -> dict[str, dict[str, Any]]:
+    """Every way on every shape: seconds, and how exact it is; ``all`` is what the whole model would take."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     found: dict[str, dict[str, Any]] = {way: {"seconds": {}, "residual": 0.0, "orthogonality": 0.0} for way in WAYS}
-    for shape in SHAPES:
+    for shape in SHAPES[device]:
         times: dict[str, list[float]] = {way: [] for way in WAYS}
-        for seed in range(options.repeats):
+        for seed in range(repeats):
             for W in matrices(shape, seed).values():
+                there = W.to(device)
                 for way, make in WAYS.items():
-                    started = time.process_time()
-                    triplets = make(W)
-                    times[way].append(time.process_time() - started)
-                    residual, apart = errors(W, triplets)
+                    wait()
+                    started = clock()
+                    triplets = make(there)
+                    wait()
+                    times[way].append(clock() - started)
+                    residual, apart = errors(there, triplets)
                     found[way]["residual"] = max(found[way]["residual"], residual)
                     found[way]["orthogonality"] = max(found[way]["orthogonality"], apart)
         for way, own in times.items():
-            found[way]["seconds"]["x".join(map(str, shape))] = statistics.median(own)
+            found[way]["seconds"][" x ".join(map(str, shape))] = statistics.median(own)
     for row in found.values():
-        row["all"] = sum(SHAPES[shape] * row["seconds"]["x".join(map(str, shape))] for shape in SHAPES)
-    clock = side_by_side(options.side_by_side, cores) if options.side_by_side else {}
-    return {"ways": found, "clock": clock, "count": options.side_by_side, "cores": cores, "load": os.getloadavg()[0]}
+        row["all"] = sum(n * row["seconds"][" x ".join(map(str, shape))] for shape, n in SHAPES[device].items())
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    found = {"whole": whole(options.whole, options.device), "load": os.getloadavg()[0]}
+    clock = {}
+    if options.device == "cpu":
+        clock = side_by_side(options.side_by_side, cores) if options.side_by_side else {}
+        torch.set_num_threads(1)
+    found |= {"ways": ways(options.repeats, options.device), "clock": clock, "count": options.side_by_side}
+    return found | {"cores": cores, "device": options.device, "hardware": hardware(options.device)}
 
 
 def table(found: dict[str, Any]) -> str:
     """The results in Markdown."""
-    lines = ["| way | 768 x 768 | 768 x 3,072 | all 72 | residual | orthogonality |", "|" + "---|" * 6]
+    done, cores = found["whole"], found["cores"]
+    shapes = next(iter(found["ways"].values()))["seconds"]
+    lines = [f"| way | {' | '.join(shapes)} | all {done['of']} | residual | orthogonality |"]
+    lines.append("|" + "---|" * (4 + len(shapes)))
     for way, row in found["ways"].items():
-        square, tall = row["seconds"].values()
-        lines.append(
-            f"| {way} | {square:.3f} s | {tall:.3f} s | {row['all']:.1f} s | {row['residual']:.0e} | "
-            f"{row['orthogonality']:.0e} |"
-        )
-    lines += ["", "Processor seconds of one thread. Asked for: a residual of 1e-12, orthogonality of 1e-8."]
+        each = " | ".join(f"{seconds:.3f} s" for seconds in row["seconds"].values())
+        lines.append(f"| {way} | {each} | {row['all']:.1f} s | {row['residual']:.0e} | {row['orthogonality']:.0e} |")
+    kind = "Processor seconds of one thread" if found["device"] == "cpu" else "Seconds on the clock"
+    lines += ["", f"{kind}. Asked for: a residual of 1e-12, orthogonality of 1e-8."]
     if found["clock"]:
-        lines.append(
-            f"On the clock, {found['count']} of 768 x 768 on {found['cores']} cores (load {found['load']:.1f}): "
-            + ", ".join(f"{way} {seconds:.2f} s" for way, seconds in found["clock"].items())
-            + "."
-        )
-    return "\n".join([*lines, f"{hardware('cpu')}; torch {torch.__version__}."]) + "\n"
+        each = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in found["clock"].items())
+        lines.append(f"On the clock, {found['count']} of 768 x 768 on {cores} cores: {each}.")
+    lines.append(
+        f"On the clock, {done['count']} of the {done['of']} into an empty cache, {cores} cores (load "
+        f"{found['load']:.1f}) and {found['device']}: {done['seconds']:.1f} s; read back and checked in "
+        f"{done['again_seconds']:.1f} s."
+    )
+    return "\n".join([*lines, f"{found['hardware']}; torch {torch.__version__}."]) + "\n"
 
 
 def main() -> None:
     """Measure, write, print."""
+    options = parse()
+    found = measure(options)
+    write_and_print(options.output, found, table(found))
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side-by-side", type=int, default=8, help="matrices that are timed by the clock; 0 for none")
-    options = parser.parse_args()
-    found = measure(options)
-    write_and_print(options.output, found, table(found))
+    parser.add_argument("--whole", type=int, default=72, help="matrices that are put into a cache")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

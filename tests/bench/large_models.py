@@ -2,7 +2,7 @@
 """How much memory it takes to prepare, to train and to merge a large model: a synthetic sharded Llama of some
 gigabytes, each command in a process of its own, whose peak resident memory is measured.
 
-    python -m tests.bench.large_models FOLDER [--gigabytes 2] [--rank full] [--layers 1]
+    python -m tests.bench.large_models FOLDER [-o OUTPUT] [--gigabytes 2] [--rank full] [--layers 1]
 
 FOLDER holds the base, the factors, a run and the merged model, twice the size in all; the base is made where it is
 missing. All seven matrices of the first LAYERS layers are adapted, at full rank unless ``--rank`` says otherwise: their
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mirrortune.shards import PlannedTensor, shard_like, write_shards
+from tests.bench.output import write_and_print
 from tests.tiny_models import tiny_chat_tokenizer
 
 _WIDTH, _INSIDE, _VOCABULARY, _SHARD_BYTES = 1024, 2816, 8192, 400_000_000
@@ -80,14 +82,20 @@ def measured(*words: object, cache: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Make what is missing, run the commands, and print."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rank", default="full")
     parser.add_argument("--layers", type=int, default=1)
-    given = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Make what is missing, run the commands, and print."""
+    given = parse()
     base, rows, run, merged = (given.folder / name for name in ("base", "rows.jsonl", "run", "merged"))
     if not base.is_dir():
         write_base(base, given.gigabytes)
@@ -110,7 +118,15 @@ def main() -> None:
     found["verification"] = found["merge"].pop("printed")["verification"]
     found["layers"] = found["prepare"].pop("printed")["targets"]
     del found["train"]["printed"]
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    rows_of = {name: found[name] for name in ("prepare", "train", "merge")}
+    lines = [
+        f"A checkpoint of {found['checkpoint_gigabytes']} GB:",
+        "",
+        "| command | peak memory | time |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {row['peak_gigabytes']} GB | {row['seconds']} s |" for name, row in rows_of.items()]
+    write_and_print(given.output, found, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `prepare` takes of time and memory when there are many rows, and when they are more than it may hold.
 
-    python -m tests.bench.many_rows FOLDER [--rows 1000000] [--megabytes 800]
+    python -m tests.bench.many_rows FOLDER [-o OUTPUT] [--rows 1000000] [--megabytes 800]
 
 FOLDER gets a tiny model and made-up rows: a few (what the program itself takes), many short ones as csv, and long ones
 as JSON lines. Each is prepared twice in a process of its own, the second time from the cache. Memory is what cannot be
 dropped (anonymous pages): files that are mapped do not count, since they are paged out when memory runs short. Time is
 that of the processor, which other work on the machine does not lengthen. Linux only.
 
-Writes FOLDER/results.json and FOLDER/table.md.
+Writes results.json and table.md to OUTPUT, or to FOLDER.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tests.bench.output import write_and_print
 from tests.tiny_models import write_tiny_model
 
 _SHORT = 8  # words of a short row
@@ -77,13 +78,19 @@ def _anonymous(process: subprocess.Popen[str]) -> Iterator[int]:
         time.sleep(0.02)
 
 
-def main() -> None:
-    """Make the rows, prepare them, write down what it took."""
-    parser = argparse.ArgumentParser()
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--megabytes", type=int, default=800)
-    given = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Make the rows, prepare them, write down what it took."""
+    given = parse()
     folder: Path = given.folder
     folder.mkdir(parents=True, exist_ok=True)
     model = write_tiny_model(folder / "model")
@@ -103,10 +110,9 @@ def main() -> None:
             found.append({"rows": name, "data_mb": round(path.stat().st_size / 1e6), "which": which, **taken})
             sys.stdout.write(json.dumps(found[-1]) + "\n")
             sys.stdout.flush()
-    (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     lines = ["| rows | data, MB | | CPU seconds | peak memory, MB |", "|---|---:|---|---:|---:|"]
     lines += ["| {rows} | {data_mb} | {which} | {cpu_seconds} | {peak_mb} |".format(**row) for row in found]
-    (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_and_print(given.output or folder, found, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -118,12 +119,17 @@ def say(*lines: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser()
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--rows", nargs="*", metavar="NAME", help="only these rows of the second table, and no sizes")
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Print both tables."""
+    arguments = parse()
     size = arguments.size
     if arguments.rows is None:
         say(*sizes_by_rank())

@@ -159,7 +159,7 @@ def test_a_folder_of_something_else_is_left_alone(compared: Compared, tmp_path: 
 def test_a_cell_that_fails_stops_it_with_its_own_message(compared: Compared, tmp_path: Path) -> None:
     words = [w if w != compared.root else tmp_path / "new" for w in compared.words]
     words[words.index("mirror,none")] = "psoft:rank=4000"
-    refused = mirrortune(*words, cache=compared.cache)
+    refused = mirrortune(*words, "--jobs", 1, cache=compared.cache)
     assert refused.exit_code == 2
     assert "4000" in refused.said
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mirrortune.adapters import decompositions
-from mirrortune.adapters.decompositions import RESIDUAL, decompose, full, leading
+from mirrortune.adapters.decompositions import RESIDUAL, decompose, decompose_on, full, is_exact, leading
 from mirrortune.errors import DataError
 
 SPECTRA = {
@@ -112,3 +112,28 @@ def test_what_nothing_decomposes_is_refused_by_name(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(scipy.linalg, "svd", lambda *_, **__: (_ for _ in ()).throw(scipy.linalg.LinAlgError()))
     with pytest.raises(DataError, match=r"^layer\.3: no algorithm finds the singular values of this weight"):
         full(matrix, "layer.3")
+
+
+@pytest.mark.parametrize("rank", [60, 7])
+def test_another_device_gives_the_same_or_nothing(rank: int) -> None:
+    matrix = matrix_of(SPECTRA["exponential"], is_wide=True)
+    expected = decompose(matrix, rank, "w")
+    found = decompose_on(torch.device("cpu"), matrix, rank, "w")
+    assert found is not None
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert decompose_on(torch.device("meta"), matrix, rank, "w") is None  # which computes nothing
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=list(SPECTRA))
+def test_what_is_less_exact_than_lapack_is_not_taken(spectrum: Tensor) -> None:
+    matrix = matrix_of(spectrum, is_wide=False)
+    U, S, Vh = full(matrix, "w")
+    assert is_exact(matrix, (U, S, Vh))
+    found = leading(matrix, 7)
+    assert found is not None
+    assert is_exact(matrix, found)
+    assert not is_exact(matrix, (U * (1 + 1e-7), S, Vh)), "no unit vectors"
+    if spectrum.any():
+        assert not is_exact(matrix, (U, S * (1 + 1e-10), Vh))
+        single = [t.double() for t in torch.linalg.svd(matrix.float(), full_matrices=False)]
+        assert not is_exact(matrix, (single[0], single[1], single[2]))

@@ -193,3 +193,12 @@ def test_matrices_are_factorised_side_by_side_and_once(tmp_path: Path, largest: 
     alone = FactorCache(folder=tmp_path / "other")
     for name, weight, rank in layers:
         assert torch.equal(cache(name, weight(), rank).U, alone(name, weight(), rank).U)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_where_it_is_computed_changes_nothing(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No device of this machine but the CPU computes; what one cannot do is done where the weight is.
+    monkeypatch.setattr("mirrortune.factor_cache._SMALLEST_SIDE", 4)
+    cache = FactorCache(folder=tmp_path, device=torch.device(device))
+    assert equal(cache("layer", WEIGHT, 6), FactorCache(folder=tmp_path / "other")("layer", WEIGHT, 6))
+    assert cache.misses == 1

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bench as far as it goes without an hour or a GPU: command lines, shapes on the meta device, targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.planning import Load, footprint
+from mirrortune.rehearsal import Footprint
+from tests.bench import __main__ as bench
+from tests.bench.contestants import (
+    FROZEN,
+    METHODS,
+    REFERENCE,
+    SIZES,
+    any_factors,
+    contestant,
+    make_batch,
+    make_model,
+)
+from tests.bench.parts import PARTS
+from tests.bench.targets import read_results, targets
+
+ALL = [(device, name) for device, parts in PARTS.items() for name in parts]
+
+
+@pytest.mark.parametrize("is_quick", [False, True])
+@pytest.mark.parametrize(("device", "name"), ALL, ids=[f"{d} {n}" for d, n in ALL])
+def test_every_part_understands_its_words(device: str, name: str, is_quick: bool, tmp_path: Path) -> None:
+    part = PARTS[device][name]
+    if is_quick and part.quick is None:
+        pytest.skip("left out of a quick run")
+    options = part.parsed(part.command(tmp_path / "out", tmp_path, is_quick=is_quick, clock="wall"))
+    assert getattr(options, "device", device) == device
+    assert getattr(options, "output", None) == (tmp_path / "out" if part.writes else None)
+
+
+def counted(size: str, name: str, *, layers: int, length: int) -> Footprint:
+    """The memory of a step in bfloat16 on one row, counted without numbers."""
+    dtype = torch.bfloat16
+    method, rank = METHODS[name]
+    model = make_model(size, length, dtype, "meta", layers=layers)
+    batch = make_batch(1, length, "cpu")
+    batch["targets"] = batch.pop("labels")
+
+    def loss(outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+        return torch.nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum"), 1
+
+    load = Load(batch=batch, loss=loss, dtype=dtype, is_16bit_compute=False, device="cpu")
+    return footprint(model, AdapterSpec(method=method, rank=rank), load)
+
+
+@pytest.mark.parametrize("name", [REFERENCE, "mirror"])
+@pytest.mark.parametrize("size", ["base", "1b", "8b"])
+def test_a_step_of_every_size_goes_through(size: str, name: str) -> None:
+    # As large as on a GPU, and without numbers: all that can be known here of a step there.
+    found = counted(size, name, layers=1, length=2048)
+    assert found.is_counted, "a guess means that it raised"
+    hidden, inner, *_ = SIZES[size]
+    attention = 4 * hidden**2 if size == "base" else 2 * hidden * (hidden + 8 * 2 * hidden // 64)
+    assert found.weights > 2 * attention + 2 * 2 * hidden * inner
+
+
+def test_an_8b_model_takes_less_at_rank_128_than_with_lora() -> None:
+    ours, theirs = (counted("8b", name, layers=2, length=2048) for name in ("mirror r=128", REFERENCE))
+    assert ours.weights == theirs.weights
+    assert ours.total <= theirs.total
+
+
+def test_made_up_factors_have_the_shapes_of_real_ones() -> None:
+    base = make_model("mini", 16, torch.float32, "cpu", layers=1)
+    made = contestant(base, "mirror r=64", any_factors, is_copy=False)
+    made.step(make_batch(2, 16, "cpu"))
+    assert made.trained == 7 * 32, "an angle for each pair of 64 directions"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["methods", "--device", "cuda"], "no part methods on cuda; there are peak-8b, factorise,"),
+        (["--device", "cuda", "--clock", "cpu"], "the processor's time says nothing of a GPU"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.parse(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_results_that_are_kept_can_be_read() -> None:
+    results = read_results(bench.RESULTS, "cpu")
+    verdicts = {line: verdict for line, _, _, verdict in (t.row(results) for t in targets("cpu", "cpu"))}
+    assert verdicts["step at full rank, of hra r=8's (1,024 tokens)"] == "held"
+    assert {"held", "missed"} <= set(verdicts.values()) <= {"held", "missed", "not measured"}
+
+
+def test_a_target_is_judged_by_its_ratio() -> None:
+    def results(ratio: float) -> dict[str, Any]:
+        rows = {REFERENCE: 1.0, FROZEN: 0.8, "mirror r=64": ratio, "dora r=8": 1.2, "mirror": 1.2}
+        return {"methods": {"methods": {n: {"step_ratio": r, "saved_bytes": 8 * r} for n, r in rows.items()}}}
+
+    def found(ratio: float) -> dict[str, list[str]]:
+        return {row[0]: row[1:] for row in (t.row(results(ratio)) for t in targets("cpu", "wall"))}
+
+    step = "step at rank 64, of LoRA's (1,024 tokens)"
+    assert found(1.0)[step] == ["<= 1", "1", "held"]
+    assert found(1.01)[step] == ["<= 1", "1.01", "missed"]
+    assert found(0.7)["saved activations at rank 64, of LoRA's (1,024 tokens)"] == ["<= 0.75", "0.7", "held"]
+    assert found(1.0)["step at full rank, of dora r=8's (1,024 tokens)"] == ["< 1", "1", "missed"]
+    assert found(1.0)["step at full rank, of oft's (1,024 tokens)"][2] == "not measured"
