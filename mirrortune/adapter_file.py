@@ -6,12 +6,13 @@ Loading trusts none: all files must have the recorded hashes, every adapted weig
 recorded hash, every basis must align with its sketch, and every layer must have the effect that it had when it was
 saved. What fails is refused with the layer's name.
 
-Tensors: ``core.<layer>.<parameter>`` float32; ``param.<name>`` the head and other plainly trained parameters;
-``sketch.<layer>`` (1 or 2, R) float32; where the pairing is not a function of the rank alone
-``partners.<layer>``, int16 or int32 (``pair_codes.py``), or where these are no shorter ``pairs.<layer>`` (T, 2), round
-after round;
-``clusters.<layer>`` for near-equal singular values (``basis.py``); ``effects`` (layers, 16) probes of every layer's
-effect, in order; ``factor.<layer>.U``, ``S`` and ``Vh`` in the portable form. A weight that holds several matrices
+Tensors: ``core.<parameter>`` float32; where the pairing is not a function of the rank alone ``partners``, int16 or
+int32 (``pair_codes.py``), or where these are no shorter ``pairs`` (T, 2), round after round; ``clusters`` for
+near-equal singular values (``basis.py``): each of all layers in order (``adapter_packing.py``), and read as
+``core.<layer>.<parameter>``, ``partners.<layer>`` and so on. ``effects`` (layers, 16) are probes of every layer's
+effect and ``signs`` one bit for each vector of each basis; where a layer's factors are in shards, neither, but
+``sketch`` (1 or 2, R) float32. ``param.<name>`` are the head and other plainly trained parameters;
+``factor.<layer>.U``, ``S`` and ``Vh`` the factors, in the portable form. A weight that holds several matrices
 (experts) has one more dimension in front of all of these.
 """
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from mirrortune import __version__, peft_file
 from mirrortune.adapter_format import DESCRIPTION, FORMAT_VERSION, description_text, read_description
+from mirrortune.adapter_packing import pack, unpack
 from mirrortune.adapter_parts import (
     are_ranks_low,
     basis_tensors,
@@ -125,6 +127,10 @@ def write_adapter(
         form = "portable" if are_ranks_low(model) else "compact"
     tensors = _trained_tensors(model) | basis_tensors(model, fingerprints)
     tensors |= factor_tensors(model) if form == "portable" else {}
+    layers = _describe_layers(model, fingerprints)
+    if not is_peft:
+        tensors, holds = pack(tensors, list(layers))
+        layers = {name: {**layer, "holds": holds[name]} for name, layer in layers.items()}
     metadata = {"format": "pt"} if is_peft else {"format_version": str(FORMAT_VERSION)}
     data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, metadata)
     files = {_tensor_file(attached.spec): data}
@@ -138,7 +144,7 @@ def write_adapter(
         "adapter": attached.spec.to_dict(),
         "base": base,
         "task": task,
-        "layers": _describe_layers(model, fingerprints),
+        "layers": layers,
         "head": list(attached.targets.head),
         "plain": list(attached.targets.plain),
         "skipped": attached.targets.skipped,
@@ -180,6 +186,8 @@ def read_adapter(folder: Path) -> AdapterFile:
         tensors = load(files[_tensor_file(spec)])
         layers = description["layers"]
         if not is_peft:
+            if any("holds" in layer for layer in layers.values()):  # as it does since format 4
+                tensors = unpack(tensors, layers)
             check_tensors(description, tensors)
             tensors = with_pairs(tensors, layers)
         peft_config = strict_json(files[peft_file.CONFIG_FILE]) if is_peft else None

@@ -5,31 +5,53 @@ Format 1: the first. A layer has ``shape``, ``probe_seed`` and ``weight_sha256``
 Format 2: a layer has ``layout`` and ``tensors`` (what its weight is in the model), ``probe_seeds`` (one for each matrix
 of a stack), ``clusters``, ``weight`` (the hash of its numbers, whatever their dtype), ``dtype``; the file has ``form``
 and probes of every layer's effect.
+Format 3: plane rotations may count in other units than angles.
+Format 4: what most layers say alike is said once, in ``layers_share``; tensors of all layers are one behind the other,
+and a layer's ``holds`` says what of them is its own (``adapter_packing.py``); signs stand in the place of sketches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from mirrortune.adapter_validity import read_file, strict_json
 from mirrortune.errors import VerificationError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DESCRIPTION = "adapter.json"
 _LARGEST_DESCRIPTION = 64 * 2**20  # bytes; lists of pairs are tensors, so that nothing in it is long
 
 
 def description_text(description: dict[str, Any]) -> str:
     """The file's text, with the hash of what it says: a key a line, a layer a line."""
-    whole = {**description, "description_sha256": _digest(description)}
+    shared, layers = _split_shared(description["layers"])
+    short = {**{k: v for k, v in description.items() if k != "layers"}, "layers_share": shared, "layers": layers}
+    whole = {**short, "description_sha256": _digest(short)}
     lines = [
         f" {json.dumps(key)}: {_layer_lines(value) if key == 'layers' else json.dumps(value)}"
         for key, value in whole.items()
     ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _split_shared(layers: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What most layers say of each key that all have, where some agree; and what every layer says otherwise."""
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(layers))  # tuples are lists, as a reader will find them
+    shared: dict[str, Any] = {}
+    for key in next(iter(plain.values()), {}):
+        said = Counter(json.dumps(layer[key]) if key in layer else None for layer in plain.values())
+        text, count = said.most_common(1)[0]
+        if None not in said and text is not None and count > 1:
+            shared[key] = json.loads(text)
+    own = {
+        name: {key: value for key, value in layer.items() if key not in shared or value != shared[key]}
+        for name, layer in plain.items()
+    }
+    return shared, own
 
 
 def _layer_lines(layers: dict[str, Any]) -> str:
@@ -48,8 +70,12 @@ def read_description(folder: Path) -> dict[str, Any]:
         if path.stat().st_size > _LARGEST_DESCRIPTION:
             raise VerificationError(str(path), f"{path.stat().st_size:,} bytes", allowed=f"{_LARGEST_DESCRIPTION:,}")
         description = strict_json(read_file(path))
-        version = description["format_version"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        version, recorded = description["format_version"], description.pop("description_sha256", None)
+        is_whole = recorded == _digest(description)
+        shared = description.pop("layers_share", {})
+        if shared:
+            description["layers"] = {name: {**shared, **own} for name, own in description["layers"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(
             str(path), f"missing or damaged ({type(error).__name__})", fix="Give the folder that train wrote"
         ) from error
@@ -57,8 +83,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise VerificationError(
             str(path), f"format version {version!r}", allowed=f"up to {FORMAT_VERSION}", fix="Upgrade mirrortune"
         )
-    recorded = description.pop("description_sha256", None)
-    if recorded != _digest(description):
+    if not is_whole:
         raise VerificationError(
             str(path),
             "damaged or edited: its own hash is another one",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mirrortune.adapter_packing import to_bits
 from mirrortune.adapters.basis import Fingerprint
 from mirrortune.adapters.effect import effect
 from mirrortune.adapters.factorize import Factors
@@ -27,7 +28,8 @@ def fingerprint_of(layer: dict[str, Any], name: str | None, tensors: dict[str, T
     """A layer's fingerprint; ``name`` is None for an adapter that has no basis."""
     if name is None:
         return Fingerprint.of_hash(layer["weight"])
-    flat, sketch = tensors.get(f"clusters.{name}", torch.zeros(0)), tensors[f"sketch.{name}"]
+    flat, signs = tensors.get(f"clusters.{name}", torch.zeros(0)), tensors.get(f"signs.{name}")
+    sketch = tensors[f"sketch.{name}"] if signs is None else signs
     if not (torch.isfinite(flat).all() and torch.isfinite(sketch).all()):
         raise ValueError(f"the sketch of '{name}' holds NaN or infinities")
     clusters = tuple(tuple((int(a), int(b)) for a, b in own) for own in layer.get("clusters", ()))
@@ -37,9 +39,9 @@ def fingerprint_of(layer: dict[str, Any], name: str | None, tensors: dict[str, T
         probe_seeds=tuple(layer["probe_seeds"]),
         side=layer["side"],
         sketch=sketch,
-        sigma_head=tuple(layer["sigma_head"]),
         clusters=clusters,
         cluster_sketches=tuple(torch.split(flat, sizes)),
+        has_sizes=signs is None,
     )
 
 
@@ -52,13 +54,12 @@ def split_effects(stored: Tensor | None, layouts: dict[str, Layout]) -> dict[str
 
 
 def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, Tensor]:
-    """Sketches, stored pairs and probes of every layer's effect; see ``adapter_file.py``."""
+    """Sketches or their signs, stored pairs and probes of every layer's effect; see ``adapter_file.py``."""
     spec = attachment(model).spec
     tensors: dict[str, Tensor] = {}
     effects: list[Tensor] = []
     for name, layer in spectral_layers(model).items():
         found = fingerprints[name]
-        tensors[f"sketch.{name}"] = found.sketch
         if any(found.clusters):
             tensors[f"clusters.{name}"] = torch.cat(found.cluster_sketches)
         pairs = getattr(layer.core, "pairs", None)
@@ -69,9 +70,11 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
             tensors[f"{kind}.{name}"] = stored.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
         if type(layer.U.data) is Tensor:  # a rank that holds a shard of it cannot say what the whole does
             effects.append(effect(_factors(layer), layer.core))
-    if len(effects) == len(spectral_layers(model)) > 0:
-        tensors["effects"] = torch.cat(effects).float()
-    return tensors
+    own = {f"sketch.{name}": fingerprints[name].sketch for name in spectral_layers(model)}
+    if len(effects) == len(own) > 0:
+        # These say whether a basis is right; of its sketch the signs are left to say, by which it is turned back.
+        return {**tensors, "effects": torch.cat(effects).float(), "signs": torch.cat([*map(to_bits, own.values())])}
+    return tensors | own
 
 
 def with_pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -123,6 +126,5 @@ def describe_basis(found: Fingerprint, response: list[float] | None) -> dict[str
         "weight": found.weight_hash,
         "probe_seeds": list(found.probe_seeds),
         "side": found.side,
-        "sigma_head": [float(f"{s:.7g}") for s in found.sigma_head[:3]],
         **({"clusters": [list(map(list, own)) for own in found.clusters]} if any(found.clusters) else {}),
     }

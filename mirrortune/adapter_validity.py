@@ -118,6 +118,9 @@ def _check_basis(name: str, layer: dict[str, Any], count: int) -> None:
     seeds = layer["probe_seeds"]
     _require(len(seeds) == count and all(type(s) is int and 0 <= s < 2**32 for s in seeds), f"the seeds of '{name}'")
     _require(_is_count(layer["rank"]), f"the rank of '{name}'")
+    for shape in layer.get("holds", {}).values():
+        is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        _require(is_shape and math.prod(shape) <= _LARGEST_SIZE, f"what '{name}' holds")
     own = layer.get("clusters", [])
     _require(len(own) in (0, count), f"the clusters of '{name}'")
     for clusters in own:
@@ -142,15 +145,18 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
             "param": bool(rest) and (plain is None or rest in plain),
             "factor": rest.rpartition(".")[0] in layers and description.get("form") == "portable",
             "effects": not rest,
-        }.get(kind, kind in ("sketch", "clusters", *_PAIRS) and rest in layers)
+        }.get(kind, kind in ("sketch", "signs", "clusters", *_PAIRS) and rest in layers)
         _require(is_known, f"tensor '{key}'")
         is_right = tensor.dtype in (torch.int16, torch.int32) if kind in _PAIRS else tensor.is_floating_point()
         _require(is_right, f"the dtype {str(tensor.dtype).removeprefix('torch.')} of tensor '{key}'")
     for name, layer in layers.items():
         count = layer["layout"].get("count", 1)
         stack = (count,) if count > 1 else ()
-        sketch = tensors[f"sketch.{name}"]
-        _require(tuple(sketch.shape[:-1]) == (*stack, _SIDES[layer["side"]]), f"the shape of 'sketch.{name}'")
+        if f"signs.{name}" not in tensors:
+            sketch = tensors[f"sketch.{name}"]
+            _require(tuple(sketch.shape[:-1]) == (*stack, _SIDES[layer["side"]]), f"the shape of 'sketch.{name}'")
+        else:
+            _require("effects" in tensors, "signs without effects")
         pairs = tensors.get(f"pairs.{name}")
         if pairs is not None:
             _require(pairs.shape[-1] == 2 and tuple(pairs.shape[:-2]) == stack, f"the shape of 'pairs.{name}'")

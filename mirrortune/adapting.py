@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mirrortune import peft_tuners
 from mirrortune.adapter_file import AdapterFile, checked_tensor, restore_trained
-from mirrortune.adapters.basis import Fingerprint, fingerprint, try_align
+from mirrortune.adapters.basis import Fingerprint, completed, fingerprint, try_align
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.factorize import Factors
@@ -105,7 +105,7 @@ def load_into(
     def note(name: str, weight: Tensor, factors: Factors, core: Core) -> None:
         stored = adapter.fingerprints[name]
         if stored.weight_hash.startswith("values:") and not force_base:
-            book.entries[name] = stored
+            book.entries[name] = completed(stored, factors)
         else:
             book(name, read(name, weight), factors, core)
 
@@ -248,8 +248,8 @@ def _other_effect(name: str, error: float) -> VerificationError:
         name,
         f"the adapter does not do to this weight what it did when it was saved: its effect differs by {error:.1e}",
         allowed=f"at most {EFFECT_TOLERANCE:.0e} of itself",
-        fix="Load it with the version of mirrortune that wrote it and save it again with form='portable', or merge it "
-        "where it was trained",
+        fix="Its basis cannot be found again here (singular values too close to each other), or the file is damaged; "
+        "load it where it was trained and save it again with form='portable', or merge it there",
     )
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     "quantised",
     "adapters.factorize atomic class_folders columns compiling examples forward_modes labels locations metrics "
     "registry row_stream shards strict_yaml",
-    "adapter_validity adapters.layer_names text_tables tracking",
+    "adapter_packing adapter_validity adapters.layer_names text_tables tracking",
     "adapter_format",
     "figures pages predictions table_parts token_cache",
     "adapters.basis adapters.pair_lists adapters.presets batching checkpoint hub model_card ranks schema tables",

@@ -3,9 +3,10 @@
 
 Two correct decompositions differ in the signs of hundreds of vectors, and a flipped sign turns a learned angle the
 wrong way: an error above 100% of the adapter's effect, in silence. An adapter therefore stores, for each layer, a hash
-of the weight and a sketch p^T U of its basis with a fixed probe p. Loading compares, puts vectors into the order of
-their singular values, flips signs back exactly, turns vectors of near-equal singular values back within their cluster
-(which every driver mixes as it likes; for these the sketch has more probes), and refuses what it cannot repair.
+of the weight and a sketch p^T U of its basis with a fixed probe p, or its signs alone where probes of the layer's
+effect (``effect.py``) say whether the basis is right. Loading compares, puts vectors into the order of their singular
+values, flips signs back exactly, turns vectors of near-equal singular values back within their cluster (which every
+driver mixes as it likes; for these the sketch has more probes), and refuses what it cannot repair.
 
 Shapes: O out_features, I in_features, R rank, E matrices of a stack (each with a probe of its own).
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,19 +50,20 @@ class Fingerprint:
         probe_seeds: seed of the probe vectors, one for each matrix.
         side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or
             ``both``; ``none`` for an adapter that has no basis.
-        sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), or (E, 1 or 2, R), float32.
-        sigma_head: the largest singular values (of the first matrix), at most 8, for diagnosis.
+        sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), or (E, 1 or 2, R), float32; of a file that keeps
+            signs, 1 and -1 for the first of them, shape (1, R) or (E, 1, R).
         clusters: of each matrix.
         cluster_sketches: of each matrix, flat, float32: 2m probes (2m, m) for each cluster of m vectors and side.
+        has_sizes: whether the sketch has more than signs.
     """
 
     weight_hash: str
     probe_seeds: tuple[int, ...]
     side: str
     sketch: Tensor
-    sigma_head: tuple[float, ...]
     clusters: tuple[Clusters, ...] = ()
     cluster_sketches: tuple[Tensor, ...] = ()
+    has_sizes: bool = True
 
     @classmethod
     def of_weight(cls, weight: Tensor) -> Fingerprint:
@@ -71,7 +73,7 @@ class Fingerprint:
     @classmethod
     def of_hash(cls, weight_hash: str) -> Fingerprint:
         """The same, of a weight that was hashed before."""
-        return cls(weight_hash=weight_hash, probe_seeds=(), side="none", sketch=torch.zeros(0, 0), sigma_head=())
+        return cls(weight_hash=weight_hash, probe_seeds=(), side="none", sketch=torch.zeros(0, 0))
 
     @property
     def rank(self) -> int:
@@ -118,13 +120,20 @@ def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:
         probe_seeds=tuple(seed for seed, _ in chosen),
         side=side,
         sketch=torch.stack(sketches) if factors.is_stack else sketches[0],
-        sigma_head=tuple(float(s) for s in each[0].S[:8]),
         clusters=clusters,
         cluster_sketches=tuple(
             torch.cat([torch.zeros(0), *(p.flatten().float().cpu() for c in own for p in _cluster_sketch(m, c, side))])
             for m, own in zip(each, clusters, strict=True)
         ),
     )
+
+
+def completed(stored: Fingerprint, factors: Factors) -> Fingerprint:
+    """``stored`` with the whole sketch of ``factors``, which are aligned with it, where it had only signs."""
+    if stored.has_sizes:
+        return stored
+    sketches = [_sketch(f, s, stored.side).float() for f, s in zip(factors.each(), stored.probe_seeds, strict=True)]
+    return replace(stored, sketch=torch.stack(sketches) if factors.is_stack else sketches[0], has_sizes=True)
 
 
 def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
@@ -197,7 +206,7 @@ def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int
     signs = torch.where(sketch[0] * reference[0] < 0, -1.0, 1.0).to(torch.float64)
     for start, stop in clusters:
         signs[start:stop] = 1.0  # turned back, signs and all
-    distance = (sketch * signs - reference).abs().max(dim=0).values
+    distance = (sketch * signs - reference).abs().max(dim=0).values if stored.has_sizes else torch.zeros_like(signs)
     sign = signs.to(factors.U)
     repaired = Factors(U=factors.U * sign, S=factors.S, Vh=factors.Vh * sign[:, None])
     used = repaired.U if stored.side == "output" else repaired.Vh if stored.side == "input" else repaired.U + 0

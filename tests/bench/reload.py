@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's table of reloading: what a saved adapter does where it is loaded, by whose decomposition it is loaded.
 
-    python -m tests.bench.reload [--size 192]
+    python -m tests.bench.reload [--size 192] [--sizes]
 
 Square float32 weights of each kind of ``tests/reload_cases.py`` and the 37 layers of MiniLM-L6. Each row is a
 decomposition; each cell the largest error of the adapter's effect relative to itself, and how many of the loads were
@@ -11,12 +11,14 @@ refused (exit code 5).
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from mirrortune.adapter_file import Form, write_adapter
 from mirrortune.adapters.factorize import Factors
@@ -88,8 +90,13 @@ def sizes_by_rank() -> list[str]:
     """Bytes on disk of compact adapters in a model of BERT-base's shapes; what the weights are changes no size."""
     from transformers import BertConfig, BertModel
 
-    ranks = (1, 8, 64, "full")
-    lines = [f"| BERT-base, 73 layers, compact | {' | '.join(f'rank {r}' for r in ranks)} |", "|---|---|---|---|---|"]
+    ranks = (1, 8, 32, 64, "full")
+    titles = [f"{'' if r == 'full' else 'rank '}{r}" for r in ranks]
+    lines = [
+        f"| BERT-base, 73 layers: compact of trained numbers | {' | '.join(titles)} |",
+        "|---|---|---|---|---|---|",
+    ]
+    what: dict[str, float] = {}
     for method in ("mirror", "random", "svft"):
         found = []
         for rank in ranks:
@@ -100,10 +107,25 @@ def sizes_by_rank() -> list[str]:
                 size = write_adapter(
                     Path(folder), model, book.entries, base={"name": "bert"}, task=None, extra={}, form="compact"
                 )
+                what = bytes_a_layer(Path(folder)) if (method, rank) == ("mirror", 64) else what
             trained = 4 * sum(p.numel() for p in adapter_parameters(model).values())
-            found.append(f"{size / 1e3:.1f} kB of {trained / 1e3:.1f}")
-        lines.append(f"| {method} | {' | '.join(found)} |")
-    return lines
+            ratio = f" ({size / trained:.1f} x)" if trained else ""
+            found.append(f"{size / 1e3:.1f} of {trained / 1e3:.1f} kB{ratio}")
+        lines.append(f"| {'random pairs' if method == 'random' else method} | {' | '.join(found)} |")
+    said = ", ".join(f"{name} {count:.0f}" for name, count in what.items())
+    return [*lines, "", f"mirror of rank 64, bytes a layer: {said}"]
+
+
+def bytes_a_layer(folder: Path) -> dict[str, float]:
+    """What the files of an adapter are made of, by layer; what is there once is shared among them."""
+    tensors = load_file(folder / "adapter.safetensors")
+    text = (folder / "adapter.json").read_text()
+    layers: dict[str, dict[str, str]] = json.loads(text)["layers"]
+    found = {name: float(t.numel() * t.element_size()) for name, t in tensors.items()}
+    found["names"] = sum(map(len, layers))
+    found["hashes"] = sum(len(layer["weight"]) for layer in layers.values())
+    found["all else"] = sum(f.stat().st_size for f in folder.iterdir()) - sum(found.values())
+    return {name: count / len(layers) for name, count in found.items()}
 
 
 def any_factors(name: str, weight: torch.Tensor, rank: int) -> Factors:
@@ -124,6 +146,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--rows", nargs="*", metavar="NAME", help="only these rows of the second table, and no sizes")
+    parser.add_argument("--sizes", action="store_true", help="only the sizes")
     return parser.parse_args(words)
 
 
@@ -132,8 +155,9 @@ def main() -> None:
     arguments = parse()
     size = arguments.size
     if arguments.rows is None:
-        say(*sizes_by_rank())
-        say(*sizes())
+        say(*sizes_by_rank(), "", *sizes())
+    if arguments.sizes:
+        return
     groups = {"MiniLM-L6": real_weights(5)}
     groups |= {kind: {kind: build(size, size).float()} for kind, build in WEIGHTS.items()}
     full = {name: spec for name, spec in SPECS.items() if spec.rank is None}

@@ -23,7 +23,7 @@ from mirrortune.adapters.pair_codes import pairs_of
 from mirrortune.errors import MirrortuneError
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
-from tests.unit.test_adapter_file import rewrite
+from tests.unit.test_adapter_file import rewrite, sign, spelt_out
 
 QUERY, KEY = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key"))
 Damage = Callable[[Path, Path], None]
@@ -53,24 +53,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def sign(folder: Path, description: dict[str, Any] | None = None, data: bytes | None = None) -> None:
-    """Put hashes into a description (that of ``folder`` by default) that fit it and the file of tensors."""
-    path = folder / "adapter.json"
-    found = json.loads(path.read_text()) if description is None else description
-    found.pop("description_sha256", None)
-    if data is not None:
-        (folder / "adapter.safetensors").write_bytes(data)
-        found["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-    found["description_sha256"] = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(found))
-
-
 def say(*keys: Any, value: Any) -> Damage:
     """The description says ``value`` at a place."""
 
     def apply(folder: Path, _: Path) -> None:
-        found = json.loads((folder / "adapter.json").read_text())
-        place = found
+        place = found = spelt_out(folder)
         for key in keys[:-1]:
             place = place[key]
         place[keys[-1]] = value
@@ -84,6 +71,17 @@ def put(name: str, change: Callable[[dict[str, torch.Tensor]], torch.Tensor]) ->
 
     def apply(folder: Path, _: Path) -> None:
         rewrite(folder, lambda description, tensors: tensors.update({name: change(tensors)}))
+
+    return apply
+
+
+def put_all(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    """A tensor of all layers is another one."""
+
+    def apply(folder: Path, _: Path) -> None:
+        tensors = load_file(folder / "adapter.safetensors")
+        tensors[name] = change(tensors[name])
+        sign(folder, spelt_out(folder), save(tensors))
 
     return apply
 
@@ -131,7 +129,7 @@ def header(change: Callable[[bytes], bytes]) -> Damage:
         data = (folder / "adapter.safetensors").read_bytes()
         length = int.from_bytes(data[:8], "little")
         own = change(data[8 : 8 + length])
-        sign(folder, data=len(own).to_bytes(8, "little") + own + data[8 + length :])
+        sign(folder, spelt_out(folder), len(own).to_bytes(8, "little") + own + data[8 + length :])
 
     return apply
 
@@ -141,7 +139,7 @@ def length(value: int) -> Damage:
 
     def apply(folder: Path, _: Path) -> None:
         data = (folder / "adapter.safetensors").read_bytes()
-        sign(folder, data=value.to_bytes(8, "little") + data[8:])
+        sign(folder, spelt_out(folder), value.to_bytes(8, "little") + data[8:])
 
     return apply
 
@@ -201,7 +199,7 @@ def peft_spoilt(folder: Path, _: Path) -> None:
 
 
 EVERYWHERE, BY_COMMAND, BY_MERGE = ("python", "eval", "merge"), ("eval", "merge"), ("merge",)
-THETA, LAYER, SKETCH, PARTNERS = f"core.{QUERY}.theta", ("layers", QUERY), f"sketch.{QUERY}", f"partners.{QUERY}"
+THETA, LAYER, PARTNERS = f"core.{QUERY}.theta", ("layers", QUERY), f"partners.{QUERY}"
 # Run, damage, what is said; and where, if an adapter without a base and a task is still a right one.
 CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ...]]] = {
     "tensors cut short": ("compact", text(lambda t: t[:-3]), "damaged"),
@@ -213,11 +211,11 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "a folder": ("compact", in_place_of("adapter.safetensors", Path.mkdir), "missing or unreadable"),
     "a link to a secret": ("compact", in_place_of("adapter.safetensors", lambda p: p.symlink_to("/etc/passwd")), "hash"),
     "a link to nothing": ("compact", in_place_of("adapter.safetensors", lambda p: p.symlink_to("/none")), "missing"),
-    "an empty file": ("compact", lambda a, b: sign(a, data=b""), "damaged"),
+    "an empty file": ("compact", lambda a, b: sign(a, spelt_out(a), b""), "damaged"),
     "a header of 4 exabytes": ("compact", length(2**62), "damaged"),
     "a header of 90 MB": ("compact", length(90_000_000), "damaged"),
     "a header of brackets": ("compact", header(lambda h: b'{"a":' * 100_000), "damaged"),
-    "a header with a name twice": ("compact", header(lambda h: h.replace(THETA.encode(), THETA.replace("query", "key").encode())), "damaged"),
+    "a header with a name twice": ("compact", header(lambda h: h.replace(b"core.scale", b"core.theta")), "damaged"),
     "tensors beyond the file": ("compact", header(lambda h: h.replace(b'"data_offsets":[0,', b'"data_offsets":[9999999,')), "damaged"),
     "brackets": ("compact", text(lambda t: "[" * 1_000_000), "damaged"),
     "a long number": ("compact", text(lambda t: t.replace('"format_version": ', f'"format_version": {"9" * 5000}', 1)), "damaged"),
@@ -230,8 +228,18 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "another factor": ("portable", spoilt(f"factor.{QUERY}.U", 0.5), "its effect differs"),
     "a factor of another shape": ("portable", put(f"factor.{QUERY}.Vh", lambda t: t[f"factor.{QUERY}.Vh"][:, 1:].contiguous()), "has shape"),
     "angles of another shape": ("compact", put(THETA, lambda t: t[THETA][1:]), "has shape"),
-    "whole numbers as angles": ("compact", put(THETA, lambda t: t[THETA].int()), "dtype int32"),
-    "a sketch of whole numbers": ("compact", put(SKETCH, lambda t: t[SKETCH].int()), "dtype int32"),
+    "whole numbers as angles": ("compact", put_all("core.theta", lambda t: t.int()), "dtype int32"),
+    "an angle too few": ("compact", put_all("core.theta", lambda t: t[1:]), "'core.theta' is too short"),
+    "an angle too many": ("compact", put_all("core.theta", lambda t: torch.cat([t, t[:1]])), "not all of it"),
+    "angles in rows": ("compact", put_all("core.theta", lambda t: t[None]), "'core.theta' is too short"),
+    "signs that are numbers": ("compact", put_all("signs", lambda t: t.float()), "damaged"),
+    "a sign too few": ("compact", put_all("signs", lambda t: t[1:]), "'signs' is too short"),
+    "other signs": ("compact", put_all("signs", lambda t: t ^ 8), "its effect differs"),
+    "a layer that holds a billion": ("compact", say(*LAYER, "holds", "core.theta", value=[10**9]), "is too short"),
+    "a layer that holds less than none": ("compact", say(*LAYER, "holds", "core.theta", value=[-16]), "cannot be meant"),
+    "a layer that holds all effects": ("compact", say(*LAYER, "holds", value={"effects": [32]}), "is too short"),
+    "a layer that holds words": ("compact", say(*LAYER, "holds", value="much"), "damaged"),
+    "layers that share a list": ("compact", say("layers_share", value=[1]), "damaged"),
     "broken partners": ("compact", put(PARTNERS, lambda t: t[PARTNERS].float()), "dtype float32"),
     "a partner that is not there": ("compact", put(PARTNERS, lambda t: t[PARTNERS] + 1000), "has the partner 1"),
     "partners that end too soon": ("compact", put(PARTNERS, lambda t: t[PARTNERS][:-1]), "end within a round"),
@@ -242,7 +250,7 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "pairs that overlap": ("compact", listed(lambda pairs: pairs[:1].expand(16, 2)), "overlap"),
     "pairs in another order": ("compact", listed(lambda pairs: pairs.flip(0)), "its effect differs"),
     "layers swapped": ("compact", swap("core", ".theta"), "its effect differs"),
-    "sketches swapped": ("compact", swap("sketch"), "cannot be aligned"),
+    "signs swapped": ("compact", swap("signs"), "its effect differs"),
     "a layer called like a file": ("compact", renamed_layer, "no such layer"),
     "a tensor called like a file": ("compact", put("../../../etc/passwd", lambda t: t[THETA].clone()), "cannot be meant"),
     "a tensor that is no head": ("compact", put("param.bert.pooler.dense.bias", lambda t: torch.zeros(32)), "cannot be meant"),

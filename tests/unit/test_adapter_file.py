@@ -19,6 +19,8 @@ from torch import Tensor
 
 from mirrortune.adapter_file import read_adapter, restore_trained, write_adapter
 from mirrortune.adapter_format import FORMAT_VERSION
+from mirrortune.adapter_packing import pack, to_bits, unpack
+from mirrortune.adapters.basis import fingerprint
 from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
@@ -44,18 +46,36 @@ def load(folder: Path) -> torch.nn.Module:
     return model
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
-    """Change an adapter as a program would that knows the format: with hashes that fit."""
-    tensors = load_file(folder / "adapter.safetensors")
-    description = json.loads((folder / "adapter.json").read_text())
-    change(description, tensors)
-    data = save(tensors)
+def spelt_out(folder: Path) -> dict[str, Any]:
+    """What the description says, with what its layers share in each of them; and without its own hash."""
+    description: dict[str, Any] = json.loads((folder / "adapter.json").read_text())
     del description["description_sha256"]
-    description["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+    shared = json.dumps(description.pop("layers_share", {}))
+    description["layers"] = {name: {**json.loads(shared), **own} for name, own in description["layers"].items()}
+    return description
+
+
+def sign(folder: Path, description: dict[str, Any], data: bytes | None = None) -> None:
+    """Write a description, and the file of tensors if it is another one, with hashes that fit."""
+    if data is not None:
+        (folder / "adapter.safetensors").write_bytes(data)
+        description["tensors_sha256"] = hashlib.sha256(data).hexdigest()
     text = json.dumps(description, sort_keys=True)
     description["description_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "adapter.safetensors").write_bytes(data)
     (folder / "adapter.json").write_text(json.dumps(description))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
+    """Change an adapter as a program would that knows the format: layer by layer, and put together again."""
+    description = spelt_out(folder)
+    tensors = unpack(load_file(folder / "adapter.safetensors"), description["layers"])
+    change(description, tensors)
+    layers = description.get("layers", {})
+    signs = [tensors.pop(key) for key in list(tensors) if key.startswith("signs.")]
+    packed, holds = pack(tensors, list(layers))
+    for name, own in holds.items():
+        layers[name]["holds"] = own
+    sign(folder, description, save(packed | ({"signs": torch.cat([*map(to_bits, signs)])} if signs else {})))
 
 
 @pytest.fixture
@@ -68,21 +88,25 @@ def test_the_files_hold_what_the_format_says(folder: Path) -> None:
     tensors = load_file(folder / "adapter.safetensors")
     layers = [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
     assert set(tensors) == {
-        *(f"core.{name}.{number}" for name in layers for number in ("theta", "scale")),
-        *(f"{kind}.{name}" for name in layers for kind in ("sketch", "partners")),
+        "core.theta",
+        "core.scale",
+        "partners",
         "effects",
+        "signs",
         "param.classifier.weight",
         "param.classifier.bias",
     }
-    assert {t.dtype for n, t in tensors.items() if not n.startswith("partners.")} == {torch.float32}
-    assert tensors[f"partners.{QUERY}"].dtype == torch.int16
-    assert tensors[f"partners.{QUERY}"].shape == (16,)
+    assert {t.dtype for n, t in tensors.items() if n not in ("partners", "signs")} == {torch.float32}
+    assert (tensors["partners"].dtype, tensors["partners"].shape) == (torch.int16, (2 * 16,))
+    assert (tensors["signs"].dtype, tensors["signs"].shape) == (torch.uint8, (2 * 32 // 8,))
     description = json.loads((folder / "adapter.json").read_text())
     assert description["format_version"] == FORMAT_VERSION
     assert description["adapter"]["method"] == "random"
     assert description["head"] == ["classifier.weight", "classifier.bias"]
     assert list(description["layers"]) == layers
-    assert description["layers"][QUERY]["layout"]["shape"] == [32, 32]
+    assert description["layers_share"]["layout"]["shape"] == [32, 32]
+    assert description["layers_share"]["holds"] == {"core.scale": [2], "core.theta": [16], "partners": [16]}
+    assert description["layers"][QUERY].keys() == {"weight"}
     assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
@@ -102,6 +126,8 @@ def test_an_adapter_is_a_few_kilobytes(tmp_path: Path) -> None:
 def test_an_untouched_adapter_loads(folder: Path) -> None:
     assert torch.equal(logits(load(folder)), adapt(SMALL).logits())
     rewrite(folder, lambda description, tensors: None)
+    assert torch.equal(logits(load(folder)), adapt(SMALL).logits())
+    rewrite(folder, in_shards(lambda sketch: sketch))
     assert torch.equal(logits(load(folder)), adapt(SMALL).logits())
 
 
@@ -146,8 +172,8 @@ def test_a_flipped_bit_is_refused(shared_adapter: Path, name: str, place: int, b
         assert name == "adapter.json"
         assert found.spec == whole.spec
         assert found.base == whole.base
-        assert {n: (f.probe_seeds, f.side, f.sigma_head) for n, f in found.fingerprints.items()} == {
-            n: (f.probe_seeds, f.side, f.sigma_head) for n, f in whole.fingerprints.items()
+        assert {n: (f.probe_seeds, f.side, f.clusters) for n, f in found.fingerprints.items()} == {
+            n: (f.probe_seeds, f.side, f.clusters) for n, f in whole.fingerprints.items()
         }
     finally:
         path.write_bytes(data)
@@ -181,21 +207,43 @@ def spoil(value: float) -> Callable[[Tensor], Tensor]:
     return apply
 
 
+def in_shards(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    """The file is as one of a model in shards, which has whole sketches and no effects; one of them is changed."""
+
+    def apply(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        del tensors["effects"]
+        for name in description["layers"]:
+            weight = tiny_bert().get_parameter(f"{name}.weight").detach()
+            del tensors[f"signs.{name}"]
+            tensors[f"sketch.{name}"] = fingerprint(weight, factorize(weight), "output").sketch
+        tensors[SKETCH] = change(tensors[SKETCH])
+
+    return apply
+
+
 THETA, HEAD, SKETCH = f"core.{QUERY}.theta", "param.classifier.weight", f"sketch.{QUERY}"
 WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
     "no angles": (drop(THETA), f"tensor '{THETA}' is missing from the adapter"),
     "no head": (drop(HEAD), f"tensor '{HEAD}' is missing from the adapter"),
-    "no sketch": (drop(SKETCH), "damaged"),
+    "no signs": (drop(f"signs.{QUERY}"), "damaged"),
+    "no effects": (drop("effects"), "signs without effects"),
     "one tensor more": (
         lambda d, t: t.update({"core.other.theta": torch.zeros(1)}),
         "'core.other.theta' cannot be meant",
     ),
     "NaN angle": (put(THETA, spoil(float("nan"))), f"tensor '{THETA}' holds NaN or infinities"),
     "infinite head": (put(HEAD, spoil(float("inf"))), f"tensor '{HEAD}' holds NaN or infinities"),
-    "NaN sketch": (put(SKETCH, spoil(float("nan"))), f"the sketch of '{QUERY}' holds NaN"),
+    "NaN sketch": (in_shards(spoil(float("nan"))), f"the sketch of '{QUERY}' holds NaN"),
+    "another sketch": (
+        in_shards(spoil(0.25)),
+        f"{QUERY}: the basis of this weight cannot be aligned.* direction 1 of 32",
+    ),
     "angles of another shape": (put(THETA, lambda t: t[:-1]), rf"'{THETA}' has shape \(15,\).*Allowed: \(16,\)"),
     "head of another shape": (put(HEAD, lambda t: t.T.contiguous()), rf"'{HEAD}' has shape \(32, 2\)"),
-    "sketch of another rank": (put(SKETCH, lambda t: t[:, :-1]), f"{QUERY}: the adapter holds a basis of rank 31"),
+    "sketch of another rank": (
+        in_shards(lambda t: t[:, :-1].contiguous()),
+        f"{QUERY}: the adapter holds a basis of rank 31",
+    ),
     "another weight": (
         lambda d, t: d["layers"][QUERY].update(weight=f"values:{'0' * 64}"),
         f"{QUERY}: the base weight is not",

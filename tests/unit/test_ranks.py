@@ -96,16 +96,18 @@ def test_sharded_training_is_that_of_one_process(pair: Pair, tmp_path: Path) -> 
         path = Path("checkpoints", "step-000008", f"{kind}.safetensors")
         sharded, whole = load_file(folder / "plain" / path), load_file(tmp_path / "one" / path)
         # What a layer does to its weight can be probed only where it is whole.
-        assert {n for n in sharded if not n.startswith("random.1.")} == whole.keys() - {"effects"}
+        probes = {"effects", "signs"} & whole.keys()
+        sketches = {"sketch"} if probes else set[str]()
+        assert {n for n in sharded if not n.startswith("random.1.")} == (whole.keys() - probes) | sketches
         for name, tensor in whole.items():
-            if not name.startswith("random.") and name != "effects":
+            if not name.startswith("random.") and name not in probes:
                 torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_of_a_low_rank_no_shares_of_factors_are_stored(pair: Pair) -> None:
     folder, _ = pair
     names = load_file(folder / "low" / "adapter" / "adapter.safetensors").keys()
-    assert "core.bert.encoder.layer.0.attention.self.query.theta" in names
+    assert "core.theta" in names
     assert [name for name in names if name.startswith("factor.")] == []
 
 
