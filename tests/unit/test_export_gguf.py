@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import mirrortune
 from mirrortune.adapters.inject import spectral_layers
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.export_gguf import describe, export_gguf
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer
@@ -78,6 +79,26 @@ def test_a_smaller_rank_says_what_it_leaves_out(tmp_path: Path) -> None:
     assert verdict.passed
     assert verdict.max_rel_delta_error > 1e-2
     assert "truncated" in describe(verdict)
+
+
+@pytest.mark.parametrize(
+    ("format", "method"), [("hf", "mirror"), ("lora", "mirror"), ("gguf", "mirror"), ("hf", "lora")]
+)
+def test_other_weights_are_taken_only_by_force(tmp_path: Path, format: str, method: str) -> None:
+    trained(tmp_path, method=method, rank=4, target_modules="q_proj")
+    tiny_causal(seed=1).save_pretrained(tmp_path / "other")  # type: ignore[operator]
+    tiny_chat_tokenizer().save_pretrained(tmp_path / "other")
+    where = str(tmp_path / "other"), tmp_path / "adapter", tmp_path / "out", format
+    with pytest.raises(VerificationError, match="the base weight is not the one") as caught:
+        mirrortune.merge_adapter(*where)
+    assert (caught.value.exit_code, (tmp_path / "out").exists()) == (5, False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        verdict = mirrortune.merge_adapter(*where, force_base=True)
+    assert verdict["passed"]
+    assert any("merged by force: model.layers.0.self_attn.q_proj: the base weight" in str(w.message) for w in said)
+    report = json.loads((tmp_path / "out" / ("merge.json" if format == "hf" else "lora.json")).read_text())
+    assert sum("the base weight is not the one" in remark for remark in report["remarks"]) >= 2
 
 
 def test_what_llama_cpp_has_otherwise_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
