@@ -1,44 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a recipe to the parts of a run: model source, task, encoded splits, plan. The one place that unpacks a
-Recipe.
-"""
+"""From a recipe to the parts of a run: model source, task, encoded splits, plan."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from mirrortune.adapters.presets import preset
-from mirrortune.adapters.spec import AdapterSpec, check_spec
-from mirrortune.compiling import check_compiler
-from mirrortune.data import DataSet, Split, load_data, rows_in_both, set_aside, take_subset
-from mirrortune.errors import ConfigError, DataError, all_of, unknown_name
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.data import DataSet, Split, rows_in_both, set_aside, take_subset
+from mirrortune.disk_space import check_disk
+from mirrortune.errors import DataError, all_of
 from mirrortune.examples import Examples
-from mirrortune.forward_modes import check_attention, checkpoint_activations
+from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import default_device, is_set, resolve_precision
-from mirrortune.locations import is_local
-from mirrortune.loop import LoopSettings
-from mirrortune.metrics import METRICS, Scores
 from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
-from mirrortune.peft_configs import check_options
 from mirrortune.planning import Plan, make_plan
-from mirrortune.preflight import Stage, Step, check_disk, check_memory, describe, disk_needs, packed
-from mirrortune.recipe import task_kinds
+from mirrortune.preflight import Stage, Step, check_memory, describe, disk_needs, packed
+from mirrortune.recipe_values import adapter_spec, check_recipe, make_task, read_data
 from mirrortune.rehearsal import Footprint
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.stream_feeding import StreamedExamples
-from mirrortune.streaming import stream_data, stream_problems
-from mirrortune.tasks import Task, check_columns, settings_of, task_class
+from mirrortune.tasks import Task, check_columns
 from mirrortune.token_cache import uncached
 from mirrortune.tokens import Reading
-from mirrortune.tracking import check_tracker
 
 HELD_OUT = "held-out half"
 """What protocol split-dev calls the half of the validation rows that chooses nothing."""
@@ -209,113 +200,6 @@ def _check_fits(
     checks = [] if is_set("ACCELERATE_USE_FSDP") else [lambda: check_memory(found, step, stage)]
     all_of(*checks, lambda: check_disk(needs))
     return found
-
-
-def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
-    """What the recipe's types cannot say: required settings and names in registries; all problems at once."""
-    errors = []
-    required = {
-        "model.name": (recipe.model.name, "Give --model"),
-        "task.kind": (recipe.task.kind, "Give --task"),
-        "data.path": (recipe.data.path, "Give --data"),
-    }
-    for key, (value, fix) in required.items():
-        if value is None:
-            errors.append(ConfigError(key, "it is not set", fix=fix))
-    errors += stream_problems(
-        is_streamed=recipe.data.streaming, max_steps=recipe.train.max_steps,
-        max_train_rows=recipe.data.max_train_rows, max_eval_rows=recipe.data.max_eval_rows,
-    )  # fmt: skip
-    kind = recipe.task.kind
-    checks: list[Callable[[], object]] = [
-        lambda: check_spec(spec),
-        lambda: check_options(spec),
-        lambda: check_tracker(recipe.train.track),
-        lambda: check_compiler(default_device()) if recipe.train.compile else None,
-        lambda: check_attention(recipe.model.attention, default_device()),
-        lambda: kind and task_class(kind),
-    ]
-    for check in checks:
-        try:
-            check()
-        except ConfigError as error:
-            errors.append(error)
-    if kind in task_kinds():
-        errors += _unused_settings(recipe)
-    metrics = recipe.task.metrics
-    errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
-    if recipe.model.revision is not None and recipe.model.name is not None and is_local(recipe.model.name):
-        errors.append(ConfigError("model.revision", f"{recipe.model.name} is local and has none", fix="Remove it"))
-    if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
-        errors.append(
-            ConfigError(
-                "task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics)
-            )
-        )
-    if errors:
-        raise ConfigError.several(errors)
-
-
-def adapter_spec(recipe: Recipe) -> AdapterSpec:
-    """The recipe's adapter section as plain values."""
-    section = recipe.adapter
-    return AdapterSpec(
-        method=section.method,
-        rank=section.rank,
-        pairing=section.pairing,
-        target_modules=section.target_modules,
-        seed=recipe.train.seed,
-        strategy=None if section.strategy == "auto" else section.strategy,
-        options=dict(section.options),
-        split=section.model_dump(mode="json")["split"],
-    )
-
-
-def read_data(recipe: Recipe) -> DataSet:
-    """The recipe's data set."""
-    section = recipe.data
-    assert section.path is not None
-    if section.streaming:
-        return stream_data(
-            section.path, config=section.config, revision=section.revision, encoding=section.encoding,
-            train_split=section.train_split, max_eval_rows=section.max_eval_rows,
-        )  # fmt: skip
-    return load_data(section.path, config=section.config, revision=section.revision, encoding=section.encoding)
-
-
-def make_task(recipe: Recipe, rows: Split) -> tuple[Task, list[str]]:
-    """The task with its columns and labels, and notes on what was detected."""
-    assert recipe.task.kind is not None
-    scores = Scores(metrics=recipe.task.metrics, selection_metric=recipe.task.selection_metric)
-    return task_class(recipe.task.kind).from_rows(rows.table, rows.source, scores, **task_settings(recipe))
-
-
-def task_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings of the recipe that its kind of task takes, None where they are not set."""
-    assert recipe.task.kind is not None
-    given = {**dict(recipe.data), **dict(recipe.task)}
-    return {name: given[name] for name in settings_of(recipe.task.kind)}
-
-
-def _unused_settings(recipe: Recipe) -> list[ConfigError]:
-    """Errors for settings of other kinds of task, which would change nothing."""
-    assert recipe.task.kind is not None
-    of_kinds = {name for kind in task_kinds() for name in settings_of(kind)}
-    taken = set(settings_of(recipe.task.kind))
-    return [
-        ConfigError(f"{section}.{name}", f"{recipe.task.kind} has none, got {value!r}", fix="Remove it")
-        for section, values in (("data", recipe.data), ("task", recipe.task))
-        for name, value in values
-        if name in of_kinds - taken and value is not None
-    ]
-
-
-def loop_settings(recipe: Recipe) -> LoopSettings:
-    """The recipe's train and eval sections as plain values, the method's learning rate filled in."""
-    section, own = recipe.train, {field.name for field in fields(LoopSettings)}
-    given = {name: value for name, value in section if name in own}
-    lr = preset(recipe.adapter.method).lr if section.lr is None else section.lr
-    return LoopSettings(**{**given, "lr": lr, "eval_batch_size": recipe.eval.batch_size})
 
 
 def _validation(

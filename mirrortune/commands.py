@@ -15,14 +15,7 @@ from mirrortune.adapter_file import write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.presets import preset
 from mirrortune.adapting import FingerprintBook
-from mirrortune.assembly import (
-    Job,
-    adapter_spec,
-    assemble,
-    check_recipe,
-    loop_settings,
-    read_data,
-)
+from mirrortune.assembly import Job, assemble
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.compiling import compile_model
 from mirrortune.data import DataSet, Split, set_aside
@@ -46,6 +39,7 @@ from mirrortune.peft_tuners import remarks
 from mirrortune.predictions import check_place, write_predictions
 from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
+from mirrortune.recipe_values import adapter_spec, check_recipe, loop_settings, read_data
 from mirrortune.records import check_same_recipe, pin_paths, run_name, write_results
 from mirrortune.report import Reporter
 from mirrortune.run_recording import record_validation, recording

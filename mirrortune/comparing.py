@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from mirrortune import strict_yaml
-from mirrortune.assembly import Job, adapter_spec, assemble, check_recipe, read_data
+from mirrortune.assembly import Job, assemble
 from mirrortune.comparison import Cell, Contender, Plan, Score, next_cells, slug
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
 from mirrortune.metrics import METRICS
 from mirrortune.recipe import Layer, read_recipe, resolve, with_absolute_paths
+from mirrortune.recipe_values import adapter_spec, check_recipe, read_data
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.errors import DataError, did_you_mean
+from mirrortune.row_chunks import cells, nulls
 
 MISSING = -1
 # More classes than this, in more than half of the rows each its own, is a text or an id and not a label.
@@ -82,15 +83,14 @@ def label_sets(
         DataError: a class that is not among them, or a cell that is neither 0 nor 1.
     """
     if column in names and not is_list(table.schema.field(column).type):
-        cells = np.array([[as_name(v) for v in table.column(name).to_pylist()] for name in names], dtype=object).T
+        named = np.array([[as_name(v) for v in cells(table, name)] for name in names], dtype=object).T
         known = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0, "-1": 0.0, None: 0.0}
-        for row, cell in ((r, c) for r, line in enumerate(cells, start=1) for c in line if c not in known):
+        for row, cell in ((r, c) for r, line in enumerate(named, start=1) for c in line if c not in known):
             raise DataError(f"{source} row {row}", f"a column of a class holds {cell!r}", allowed="0 and 1")
-        return np.array([[known[c] for c in line] for line in cells], np.float32), (cells == None).all(axis=1)  # noqa: E711
+        return np.array([[known[c] for c in line] for line in named], np.float32), (named == None).all(axis=1)  # noqa: E711
     index, features = {name: i for i, name in enumerate(names)}, feature_names(table, column)
-    rows = table.column(column).to_pylist()
-    found = np.zeros((len(rows), len(names)), dtype=np.float32)
-    for number, row in enumerate(rows):
+    found = np.zeros((table.num_rows, len(names)), dtype=np.float32)
+    for number, row in enumerate(cells(table, column)):
         for name in (_indexed(value, features) for value in row or ()):
             if name is not None and name not in index:
                 raise DataError(
@@ -100,7 +100,7 @@ def label_sets(
                 )  # fmt: skip
             if name is not None:
                 found[number, index[name]] = 1.0
-    return found, np.array([row is None for row in rows])
+    return found, nulls(table, column)
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -17,7 +17,7 @@ from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.targets import Target, find_targets
 from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
-from mirrortune.assembly import Job, make_task
+from mirrortune.assembly import Job
 from mirrortune.atomic import restore
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.checkpoint import RunDirectory
@@ -30,6 +30,7 @@ from mirrortune.locations import hub_place, looks_like_path
 from mirrortune.merging import load_adapted
 from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.precision import widen
+from mirrortune.recipe_values import make_task
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.stored_model import Layer, stored_layers

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.atomic import write_atomically
+from mirrortune.disk_space import mebibytes
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.examples import Batch, Examples
 from mirrortune.locations import cache_folder, is_local
@@ -34,7 +34,7 @@ from mirrortune.rehearsal import Footprint
 from mirrortune.tasks import Task
 
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
-_MIB, _GIB = 2**20, 2**30
+_GIB = 2**30
 _VERSION = 1
 """Part of the key of a footprint: raise it when the same step would be counted otherwise."""
 
@@ -181,29 +181,6 @@ def device_memory(device: str) -> tuple[int, str]:
     return total - own, "this machine, beside what the program itself takes,"
 
 
-def check_disk(needs: dict[Path, dict[str, int]]) -> None:
-    """Refuse to begin what the disks have no room for.
-
-    Args:
-        needs: folder (which need not exist) -> bytes by what they are for.
-
-    Raises:
-        ResourceError: for the first folder with too little room.
-    """
-    by_disk: dict[int, tuple[Path, dict[str, int]]] = {}
-    for folder, wanted in needs.items():
-        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        by_disk.setdefault(place.stat().st_dev, (place, {}))[1].update(wanted)
-    for place, wanted in by_disk.values():
-        total, free = sum(wanted.values()), shutil.disk_usage(place).free
-        if total > free:
-            what = ", ".join(f"{name} {mebibytes(size)} MiB" for name, size in wanted.items() if size)
-            raise ResourceError(
-                f"disk at {place}", f"{mebibytes(total)} MiB are needed ({what}), {mebibytes(free)} MiB are free",
-                fix="Free space, or choose other places with HF_HOME, MIRRORTUNE_CACHE and -o",
-            )  # fmt: skip
-
-
 def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) -> dict[Path, dict[str, int]]:
     """Bytes that the run will write, by folder: weights that are not there yet, factors, checkpoints."""
     needs = {cache_folder(): {"factors": 4 * plan.factor_numbers}}
@@ -217,11 +194,6 @@ def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) 
     # Each checkpoint: the numbers and two moments. One is being written while the others are still there.
     needs[output_dir] = {"checkpoints": 3 * trained * (keep + 2) + trained}
     return needs
-
-
-def mebibytes(size: int) -> str:
-    """A size in MiB, in words; one digit behind the point below ten."""
-    return f"{size / _MIB:,.{1 if 0 < size < 10 * _MIB else 0}f}"
 
 
 def _has_weights(source: ModelSource) -> bool:

@@ -23,21 +23,24 @@ import pyarrow as pa
 import torch
 
 from mirrortune.atomic import alone_with, write_atomically
+from mirrortune.disk_space import check_disk
 from mirrortune.errors import ConfigError
 from mirrortune.examples import IntArray
 from mirrortune.locations import cache_folder
 from mirrortune.shards import PlannedTensor, StoredTensor, read_headers, write_file
 
 # Part of every key: raise it when the same rows and tokenizer would give other tokens.
-_VERSION = 2
+_VERSION = 3
 _CODES: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 _IS_USED = ContextVar("is_used", default=True)
 _COUNT = "count."
 _MAPPED = 1 << 26  # bytes from which an array is left on disk, and paged in as it is used
 _LONGEST_SHOWN = 24  # characters of a value; digests are longer
 
-Chunk = tuple[dict[str, IntArray], dict[str, int]]
+Tokens = tuple[dict[str, IntArray], dict[str, int]]
 """Arrays of some rows, end to end (``offsets`` begin at 0 in each chunk), and counts, which add up."""
+Chunk = tuple[int, dict[str, IntArray], dict[str, int]]
+"""How many rows, and their tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +102,26 @@ class TokenKey:
 
 
 def cached_tokens(
-    key: TokenKey, make: Callable[[], Iterator[Chunk]], tell: Callable[[str], object], mapped_from: int = _MAPPED
-) -> tuple[dict[str, IntArray], dict[str, int]]:
+    key: TokenKey,
+    make: Callable[[], Iterator[Chunk]],
+    tell: Callable[[str], object],
+    *,
+    num_rows: int,
+    mapped_from: int = _MAPPED,
+) -> Tokens:
     """The arrays and counts of all chunks that ``make`` gives, from the cache if it holds them whole under ``key``.
 
-    One process makes them; others that want them wait. ``tell`` is told where they come from. ``make`` is called again
-    where the cache cannot be written. Arrays of ``mapped_from`` bytes or more stay on disk and are mapped.
+    One process makes them; others that want them wait.
+
+    Args:
+        key: everything that they depend on.
+        make: called again where the cache cannot be written.
+        tell: is told where they come from.
+        num_rows: of all chunks; with the first one it tells how much room they take.
+        mapped_from: arrays of so many bytes or more stay on disk and are mapped.
+
+    Raises:
+        ResourceError: if the disk has less room than they will take.
     """
     if not _IS_USED.get():
         return _joined(make())
@@ -115,7 +132,7 @@ def cached_tokens(
             found, said = _read(path, mapped_from), "from the cache, where another process has just put them"
             if found is None:
                 said = key.why_made()
-                write_atomically(path, lambda file: _write(file, make()), optional=True)
+                write_atomically(path, lambda file: _write(file, _with_room(make(), key, num_rows)), optional=True)
     tell(f"tokens of {key.rows}: {said}")
     key.remember()
     return found or _read(path, mapped_from) or _joined(make())
@@ -131,18 +148,23 @@ def uncached() -> Iterator[None]:
         _IS_USED.reset(token)
 
 
-def data_digest(chunks: Iterable[Sequence[Sequence[str]]]) -> str:
-    """A digest of columns of texts that come in chunks of rows; how they are cut into chunks does not matter."""
+def data_digest(chunks: Iterable[Sequence[Sequence[Any]]], types: Sequence[str] = ()) -> str:
+    """A digest of columns of cells (text, or JSON data) of the given types that come in chunks of rows; how they are
+    cut into chunks does not matter.
+    """
     if not _IS_USED.get():
         return ""
     columns: dict[int, tuple[Any, Any]] = {}
     for chunk in chunks:
-        for number, texts in enumerate(chunk):
+        for number, column in enumerate(chunk):
             ends, content = columns.setdefault(number, (hashlib.sha256(), hashlib.sha256()))
-            offsets, data = pa.array(texts, pa.large_string()).buffers()[1:]
-            ends.update(np.diff(np.frombuffer(offsets, np.int64)[: len(texts) + 1]))
+            offsets, data = pa.array([_as_text(cell) for cell in column], pa.large_string()).buffers()[1:]
+            lengths = np.diff(np.frombuffer(offsets, np.int64)[: len(column) + 1])
+            lengths[[cell is None for cell in column]] = -1  # null is not the empty text
+            ends.update(lengths)
             content.update(data or b"")
-    return hashlib.sha256(b"".join(part.digest() for pair in columns.values() for part in pair)).hexdigest()
+    parts = [*(part.digest() for pair in columns.values() for part in pair), json.dumps(list(types)).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
@@ -150,6 +172,10 @@ def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
     return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
+
+
+def _as_text(cell: Any) -> str | None:
+    return cell if cell is None or isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
@@ -168,10 +194,20 @@ def _change(name: str, before: str | None, now: str | None) -> str:
     return f"{name} ({values[0]} before, {values[1]} now)" if is_short else name
 
 
+def _with_room(chunks: Iterator[Chunk], key: TokenKey, num_rows: int) -> Iterator[Chunk]:
+    """The same chunks, if the disk has room for as many more as the first one is a part of."""
+    for number, chunk in enumerate(chunks):
+        if not number:
+            size = sum(array.nbytes for array in chunk[1].values()) * num_rows // max(1, chunk[0])
+            # They are written twice: each array until its size is known, then all of them in one file.
+            check_disk({cache_folder(): {f"tokens of {key.rows}": 2 * size}})
+        yield chunk
+
+
 def _shifted(chunks: Iterator[Chunk], counts: Counter[str]) -> Iterator[dict[str, IntArray]]:
     """The arrays of each chunk, offsets going on where those before ended; counts are added to ``counts``."""
     end = 0
-    for number, (arrays, more) in enumerate(chunks):
+    for number, (_, arrays, more) in enumerate(chunks):
         counts.update(more)
         offsets = arrays["offsets"] + end
         end = int(offsets[-1])
@@ -207,7 +243,7 @@ def _copied(name: str, code: str, file: Path) -> PlannedTensor:
     return PlannedTensor(name=name, code=code, shape=shape, source=source)
 
 
-def _read(path: Path, mapped_from: int) -> tuple[dict[str, IntArray], dict[str, int]] | None:
+def _read(path: Path, mapped_from: int) -> Tokens | None:
     """What the cache holds, or None when it is absent or damaged."""
     try:
         arrays = {name: _array(stored, mapped_from) for name, stored in read_headers([path]).items()}
@@ -225,7 +261,7 @@ def _array(stored: StoredTensor, mapped_from: int) -> IntArray:
     return np.memmap(stored.path, kind, "r", stored.start, stored.shape).view(np.ndarray)
 
 
-def _joined(chunks: Iterator[Chunk]) -> tuple[dict[str, IntArray], dict[str, int]]:
+def _joined(chunks: Iterator[Chunk]) -> Tokens:
     counts: Counter[str] = Counter()
     parts = list(_shifted(chunks, counts))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, dict(counts)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts -> token ids, chunk by chunk, through the cache of :mod:`mirrortune.token_cache`."""
+"""Rows -> token ids, chunk by chunk, through the cache of :mod:`mirrortune.token_cache`: what every kind of task that
+reads text shares.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, NoRowsError
-from mirrortune.examples import Padding, Targets, TokenExamples
-from mirrortune.token_cache import Chunk, TokenKey, cached_tokens, data_digest, ragged
-
-_ROWS = 4096  # of a chunk
+from mirrortune.examples import IntArray, Padding, Rows, Targets, TokenExamples
+from mirrortune.row_chunks import Columns, row_chunks
+from mirrortune.token_cache import Chunk, TokenKey, Tokens, cached_tokens, data_digest, ragged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,96 +45,165 @@ class Reading:
         return f"{split.source} ({'training' if self.for_training else 'other'} rows)"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """Rows that have become tokens, on disk where they are many.
+
+    Attributes:
+        arrays: as they were made, rows end to end.
+        counts: as they were made, added up.
+        keep: rows of the split that are among them, shape (N,).
+        num_blank: rows of the split that are blank.
+    """
+
+    arrays: dict[str, IntArray]
+    counts: dict[str, int]
+    keep: npt.NDArray[np.bool_]
+    num_blank: int
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that were left out."""
+        return int((~self.keep).sum())
+
+    def spread(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """What is true of the rows that were kept, as an array of all rows of the split."""
+        found = np.zeros(len(self.keep), dtype=bool)
+        found[self.keep] = flags
+        return found
+
+
+def tokenise_rows(
+    split: Split,
+    columns: Sequence[str],
+    tokenizer: Any,
+    reading: Reading,
+    task: tuple[str, int],
+    make: Callable[[Columns, Rows], Tokens],
+    *,
+    is_blank: Callable[[tuple[Any, ...]], bool] | None = None,
+    keep: npt.NDArray[np.bool_] | None = None,
+    what: str = "",
+    facts: dict[str, object],
+) -> TokenRows:
+    """Tokens of the rows of a split, from the cache if it holds them; the one way in which every kind makes its own.
+
+    Neither the rows nor their tokens need to fit into memory: rows are read and made a thousand at a time, and go
+    to the cache as they are made.
+
+    Args:
+        split: the rows.
+        columns: all that ``make`` reads.
+        tokenizer: a transformers tokenizer.
+        reading: which rows to leave out, and whom to tell.
+        task: the kind of task and the version of its code.
+        make: cells of some rows (a list for each column) and their numbers in the split (from 0) -> arrays, counts.
+        is_blank: whether a row says nothing; None where no row does.
+        keep: rows that are read, shape (N,), in place of what ``is_blank`` says.
+        what: more words for messages on these tokens.
+        facts: whatever else the tokens depend on, as JSON data.
+
+    Raises:
+        NoRowsError: if no row is left.
+        ResourceError: if the disk has no room for the tokens.
+    """
+    table, blank = split.table, np.zeros(split.table.num_rows, dtype=bool)
+    if is_blank is not None:
+        rows = (row for chunk in row_chunks(table, columns) for row in zip(*chunk, strict=True))
+        blank = np.fromiter((is_blank(row) for row in rows), dtype=bool, count=len(blank))
+    if keep is None:
+        keep = ~blank if reading.drop_blank else np.ones_like(blank)
+    if not keep.any():
+        raise NoRowsError(
+            split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column"
+        )
+    types = [str(table.schema.field(name).type) for name in columns]
+    data = data_digest(row_chunks(table, columns, keep), types)
+    key = TokenKey.of(reading.rows(split) + what, data, tokenizer, task=task, columns=list(columns), **facts)
+
+    def chunks() -> Iterator[Chunk]:
+        numbers, done = np.flatnonzero(keep), 0
+        for chunk in row_chunks(table, columns, keep):
+            count = len(chunk[0])
+            yield count, *make(chunk, numbers[done : done + count])
+            done += count
+
+    arrays, counts = cached_tokens(key, chunks, reading.tell, num_rows=int(keep.sum()))
+    return TokenRows(arrays=arrays, counts=counts, keep=keep, num_blank=int(blank.sum()))
+
+
 def encode_texts(
     split: Split,
     columns: Sequence[str],
-    targets: Targets,
+    targets: Targets | None,
     missing: npt.NDArray[np.bool_],
     tokenizer: Any,
     reading: Reading,
     task: tuple[str, int],
-) -> TokenExamples:
-    """Tokens and targets of a split with one text or a pair in each row, from the cache if it holds them.
+    prefix: str = "",
+) -> tuple[TokenExamples, npt.NDArray[np.bool_]]:
+    """Tokens and targets of a split with one text or a pair in each row.
 
     Args:
         split: the rows.
         columns: one or two columns of text.
-        targets: one a row, shape (N, ...).
+        targets: one a row, shape (N, ...), or None.
         missing: which rows have none, shape (N,).
         tokenizer: a transformers tokenizer.
         reading: what to cut and to leave out.
         task: the kind of task and the version of its code.
+        prefix: put before every text of the first column.
+
+    Returns:
+        The examples, and which rows of the split they are, shape (N,).
 
     Raises:
         NoRowsError: if no row is left.
     """
     max_length = reading.max_length
     assert max_length is not None
-    blank = np.array([r for c in text_chunks(split.table, columns) for r in _blank(c)], dtype=bool)
-    keep = ~blank if reading.drop_blank else np.ones_like(blank)
-    if not keep.any():
-        raise NoRowsError(
-            split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column"
-        )
 
-    def kept() -> Iterator[list[list[str]]]:
-        return select_rows(text_chunks(split.table, columns), keep)
+    def make(texts: Columns, numbers: Rows) -> Tokens:
+        first, *others = ([text or "" for text in column] for column in texts)
+        return pieces([[prefix + text for text in first] if prefix else first, *others], tokenizer, max_length)
 
-    def make() -> Iterator[Chunk]:
-        return (_tokens(chunk, tokenizer, max_length) for chunk in kept())
-
-    key = TokenKey.of(
-        reading.rows(split), data_digest(kept()), tokenizer, task=task, columns=list(columns), length=max_length
-    )
-    arrays, counts = cached_tokens(key, make, reading.tell)
-    return TokenExamples(
+    facts: dict[str, object] = {"length": max_length} | ({"prefix": prefix} if prefix else {})
+    made = tokenise_rows(split, columns, tokenizer, reading, task, make, is_blank=is_blank_text, facts=facts)
+    arrays, keep = made.arrays, made.keep
+    examples = TokenExamples(
         features=arrays,
         offsets=arrays.pop("offsets"),
-        targets=targets[keep],
+        targets=None if targets is None else targets[keep],
         padding=Padding.of(tokenizer),
         max_length=max_length,
-        num_truncated=counts["num_truncated"],
-        num_empty=int(blank.sum()),
-        num_dropped=int((~keep).sum()),
+        num_truncated=made.counts["num_truncated"],
+        num_empty=made.num_blank,
+        num_dropped=made.num_dropped,
         num_unlabelled=int(missing[keep].sum()),
     )
+    return examples, keep
 
 
-def encode_pairs(
-    first: list[str], second: list[str], tokenizer: Any, reading: Reading, rows: str, task: tuple[str, int]
-) -> TokenExamples:
-    """Tokens of pairs of texts without targets, from the cache if it holds them; ``rows`` is for messages."""
-    max_length = reading.max_length
-    assert max_length is not None
-    key = TokenKey.of(rows, data_digest([[first, second]]), tokenizer, task=task, length=max_length)
-
-    def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(first), _ROWS):
-            yield _tokens([first[start : start + _ROWS], second[start : start + _ROWS]], tokenizer, max_length)
-
-    arrays, counts = cached_tokens(key, chunks, reading.tell)
-    return TokenExamples(
-        features=arrays, offsets=arrays.pop("offsets"), targets=None, padding=Padding.of(tokenizer),
-        max_length=max_length, num_truncated=counts["num_truncated"],
-    )  # fmt: skip
+def is_blank_text(row: Sequence[Any]) -> bool:
+    """Whether all texts of a row are empty, or white space, or null; a list is not."""
+    return all(not (isinstance(value, list) or str(value or "").strip()) for value in row)
 
 
-def text_chunks(table: pa.Table, columns: Sequence[str]) -> Iterator[list[list[str]]]:
-    """Columns of text, a few thousand rows at a time; "" where a cell is null."""
-    for batch in table.select(list(columns)).to_batches(max_chunksize=_ROWS):
-        yield [[t or "" for t in batch.column(i).to_pylist()] for i in range(len(columns))]
-
-
-def select_rows(chunks: Iterator[list[list[Any]]], keep: npt.NDArray[np.bool_]) -> Iterator[list[list[Any]]]:
-    """The rows of columns in chunks for which ``keep`` (N,) is true; chunks of which none is left are left out."""
-    start = 0
-    for chunk in chunks:
-        flags = keep[start : start + len(chunk[0])]
-        start += len(flags)
-        if flags.all():
-            yield chunk
-        elif flags.any():
-            yield [[value for value, use in zip(column, flags, strict=True) if use] for column in chunk]
+def pieces(texts: list[list[str]], tokenizer: Any, max_length: int) -> Tokens:
+    """``input_ids`` (and ``token_type_ids``) of texts, or of pairs of them, cut to a length, and how many were."""
+    names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
+    encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
+    rows = {n: list(encoded[n]) for n in names}
+    long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
+    if long:  # only these are tokenised again: most rows are short, and counting needs their whole length
+        again = [[column[i] for i in long] for column in texts]
+        cut = tokenizer(*again, truncation=True, max_length=max_length, return_attention_mask=False)
+        for position, i in enumerate(long):
+            for name in names:
+                rows[name][i] = cut[name][position]
+    made = {name: ragged(values) for name, values in rows.items()}
+    arrays = {name: flat for name, (flat, _) in made.items()}
+    return {**arrays, "offsets": made["input_ids"][1]}, {"num_truncated": len(long)}
 
 
 def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: int = 512) -> int:
@@ -154,23 +223,3 @@ def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: 
             "data.max_length", f"got {asked}, the model takes at most {limit} tokens", allowed=f"4 to {limit}"
         )
     return asked
-
-
-def _blank(chunk: list[list[str]]) -> list[bool]:
-    return [all(not text.strip() for text in row) for row in zip(*chunk, strict=True)]
-
-
-def _tokens(texts: list[list[str]], tokenizer: Any, max_length: int) -> Chunk:
-    names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
-    encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
-    rows = {n: list(encoded[n]) for n in names}
-    long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
-    if long:  # only these are tokenised again: most rows are short, and counting needs their whole length
-        again = [[column[i] for i in long] for column in texts]
-        cut = tokenizer(*again, truncation=True, max_length=max_length, return_attention_mask=False)
-        for position, i in enumerate(long):
-            for name in names:
-                rows[name][i] = cut[name][position]
-    made = {name: ragged(values) for name, values in rows.items()}
-    arrays = {name: flat for name, (flat, _) in made.items()}
-    return {**arrays, "offsets": made["input_ids"][1]}, {"num_truncated": len(long)}

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from mirrortune.assembly import adapter_spec, assemble_on, check_recipe
+from mirrortune.assembly import assemble_on
 from mirrortune.data import load_data
 from mirrortune.editor_schema import editor_schema
 from mirrortune.locations import shipped_folder
 from mirrortune.recipe import read_recipe, resolve, shipped_recipes, task_kinds
+from mirrortune.recipe_values import adapter_spec, check_recipe
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from tests.cli.console import mirrortune

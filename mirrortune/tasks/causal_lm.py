@@ -7,8 +7,7 @@ end of an answer is learned with it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,22 +31,22 @@ from mirrortune.chat import (
 )
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError, NoRowsError, unknown_name
-from mirrortune.examples import IGNORE_INDEX, Batch, Examples, Padding, Targets, TokenExamples
+from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.examples import IGNORE_INDEX, Batch, Examples, Padding, Rows, Targets, TokenExamples
 from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.packing import PackedExamples
 from mirrortune.probes import text_probe
-from mirrortune.token_cache import Chunk, TokenKey, cached_tokens, data_digest, ragged
-from mirrortune.tokens import Reading, resolve_max_length, select_rows
+from mirrortune.row_chunks import Columns
+from mirrortune.token_cache import Tokens, ragged
+from mirrortune.tokens import Reading, is_blank_text, resolve_max_length, tokenise_rows
 
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
 _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
 _TEXTS = ("text", "content", "document")
 _MOST_WRITTEN = 64  # tokens
 _LONGEST = 1024  # the default, where the model takes more
-_ROWS = 4096  # of a chunk
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
 
 
@@ -162,24 +161,25 @@ class Task:
         if self.packing and not processor.takes_positions:
             raise ConfigError("data.packing", "this model takes no positions, so rows would see each other",
                               fix="Set data.packing=false")  # fmt: skip
-        max_length = reading.max_length
+        max_length, tokenizer = reading.max_length, processor.tokenizer
         assert max_length is not None
-        blank = np.array([_is_blank(row) for chunk in self._chunks(split) for row in zip(*chunk, strict=True)])
-        keep = ~blank if reading.drop_blank else np.ones_like(blank)
-        if not keep.any():
-            raise NoRowsError(split.source, f"all {len(blank)} rows are blank", fix="Name another --text-column")
-        tokenizer = processor.tokenizer
-        written = (
-            [[json.dumps(cell, ensure_ascii=False) for cell in column] for column in chunk]
-            for chunk in select_rows(self._chunks(split), keep)
-        )
-        key = TokenKey.of(
-            reading.rows(split), data_digest(written), tokenizer, columns=[c for _, c in self.columns()],
-            chat_template=tokenizer.chat_template if processor.is_chat else None, end_token=tokenizer.eos_token_id,
-            length=max_length, layout=self.layout, loss_on=self.loss_on, task=(self.kind, self.version),
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            return self._tokenise(columns, numbers, processor, max_length, split.source)
+
+        facts = {
+            "chat_template": tokenizer.chat_template if processor.is_chat else None,
+            "end_token": tokenizer.eos_token_id, "length": max_length, "layout": self.layout, "loss_on": self.loss_on,
+        }  # fmt: skip
+        made = tokenise_rows(
+            split, [c for _, c in self.columns()], tokenizer, reading, (self.kind, self.version), make,
+            is_blank=is_blank_text, facts=facts,
         )  # fmt: skip
-        arrays, counts = cached_tokens(key, lambda: self._tokenise(split, keep, processor, max_length), reading.tell)
-        examples = self._examples(arrays, counts, processor, max_length)
+        silent = made.spread(made.arrays.pop("silent") > 0)
+        refuse_missing(silent, split.source, self.label_column or self.text_columns[0], "answer to learn")
+        if len(made.arrays["offsets"]) < 2:
+            raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
+        examples = self._examples(made.arrays, made.counts, processor, max_length)
         return PackedExamples.of(examples) if self.packing and reading.for_training else examples
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,42 +232,26 @@ class Task:
         """See :class:`mirrortune.tasks.Task`."""
         return {**text_probe(processor.tokenizer, config), **processor.switches}
 
-    def _chunks(self, split: Split) -> Iterator[list[list[Any]]]:
-        """The columns that are read, a few thousand rows at a time."""
-        for batch in split.table.select([c for _, c in self.columns()]).to_batches(max_chunksize=_ROWS):
-            yield [column.to_pylist() for column in batch.columns]
+    def _tokenise(self, columns: Columns, numbers: Rows, processor: TextReader, max_length: int, source: str) -> Tokens:
+        """Tokens and targets of some rows; ``silent`` (N,) is 1 for those that have nothing to learn."""
+        ids, targets, truncated, silent = [], [], 0, np.zeros(len(numbers), dtype=np.int32)
+        for place, (number, *row) in enumerate(zip(numbers, *columns, strict=True)):
+            row_ids, learned = self._encode_row(row, processor, f"{source} row {number + 1}")
+            if self.loss_on == "all":
+                learned = [True] * len(row_ids)
+            silent[place] = not any(learned[1:])  # nothing foretells the first token
+            wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
+            wanted[:1] = [IGNORE_INDEX]
+            truncated += len(row_ids) > max_length
+            if any(t != IGNORE_INDEX for t in wanted[:max_length]):
+                ids.append(row_ids[:max_length])
+                targets.append(wanted[:max_length])
+        (flat, offsets), (answers, _) = ragged(ids), ragged(targets)
+        counts = {"num_truncated": truncated, "num_answers_cut": len(numbers) - len(ids)}
+        counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
+        return {"input_ids": flat, "targets": answers, "offsets": offsets, "silent": silent}, counts
 
-    def _tokenise(
-        self, split: Split, keep: npt.NDArray[np.bool_], processor: TextReader, max_length: int
-    ) -> Iterator[Chunk]:
-        numbers, done, num_rows = np.flatnonzero(keep), 0, 0
-        silent = np.zeros(len(keep), dtype=bool)
-        for chunk in select_rows(self._chunks(split), keep):
-            ids, targets, truncated, cut_away = [], [], 0, 0
-            for number, row in zip(numbers[done:], zip(*chunk, strict=True), strict=False):
-                row_ids, learned = self._encode_row(row, processor, f"{split.source} row {number + 1}")
-                if self.loss_on == "all":
-                    learned = [True] * len(row_ids)
-                silent[number] = not any(learned[1:])  # nothing foretells the first token
-                wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
-                wanted[:1] = [IGNORE_INDEX]
-                truncated += len(row_ids) > max_length
-                if any(t != IGNORE_INDEX for t in wanted[:max_length]):
-                    ids.append(row_ids[:max_length])
-                    targets.append(wanted[:max_length])
-                else:
-                    cut_away += 1
-            done, num_rows = done + len(chunk[0]), num_rows + len(ids)
-            flat, offsets = ragged(ids)
-            answers = ragged(targets)[0]
-            counts = {"num_truncated": truncated, "num_answers_cut": cut_away}
-            counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
-            yield {"input_ids": flat, "targets": answers, "offsets": offsets}, counts
-        refuse_missing(silent, split.source, self.label_column or self.text_columns[0], "answer to learn")
-        if not num_rows:
-            raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
-
-    def _encode_row(self, row: tuple[Any, ...], processor: TextReader, where: str) -> Encoding:
+    def _encode_row(self, row: Sequence[Any], processor: TextReader, where: str) -> Encoding:
         tokenizer = processor.tokenizer
         if self.layout == "messages":
             return encode_conversation(tokenizer, as_messages(row[0], where), where)
@@ -300,10 +284,6 @@ class Task:
             switches=processor.switches,
             notes=tuple(notes),
         )
-
-
-def _is_blank(row: Sequence[Any]) -> bool:
-    return all(not (isinstance(value, list) or str(value or "").strip()) for value in row)
 
 
 def _choose(

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from mirrortune.columns import check_named, detected
 from mirrortune.data import Split
 from mirrortune.errors import DataError
-from mirrortune.examples import Batch, IntArray, Rows, Targets, TokenExamples
+from mirrortune.examples import Batch, IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.labels import MISSING, refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import SENTENCES
-from mirrortune.tokens import Reading, encode_pairs, resolve_max_length
+from mirrortune.row_chunks import Columns, row_chunks
+from mirrortune.token_cache import Tokens
+from mirrortune.tokens import Reading, pieces, resolve_max_length, tokenise_rows
 
 _CONTEXTS = (("sent1", "sent2"), ("ctx",), ("context",), ("premise", "question"), ("premise",), ("question",))
 _LISTS = ("endings", "choices", "options")
@@ -137,7 +139,12 @@ class Task:
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
-        refuse_missing(self._choices(split)[1] == MISSING, split.source, self.label_column)
+        missing, done = np.zeros(split.table.num_rows, dtype=bool), 0
+        for chunk in row_chunks(split.table, [*self.choice_columns, self.label_column]):
+            numbers = np.arange(done, done + len(chunk[0]))
+            missing[numbers] = np.array(self._read(chunk, numbers, split.source)[1]) == MISSING
+            done += len(numbers)
+        refuse_missing(missing, split.source, self.label_column)
 
     def config_fields(self) -> dict[str, Any]:
         """None: a head of one number, whatever the number of endings."""
@@ -153,16 +160,41 @@ class Task:
 
     def encode(self, split: Split, processor: Any, reading: Reading) -> ChoiceExamples:
         """See :class:`mirrortune.tasks.Task`."""
-        choices, targets = self._choices(split)
+        max_length = reading.max_length
+        assert max_length is not None
+        num_texts = len(self.text_columns)
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            contexts, *begun = ([text or "" for text in column] for column in columns[:num_texts])
+            rows, right = self._read(columns[num_texts:], numbers, split.source)
+            begins = begun[0] if begun else [""] * len(rows)
+            asked = [context for context, row in zip(contexts, rows, strict=True) for _ in row]
+            endings = [f"{begin} {c}".strip() for begin, row in zip(begins, rows, strict=True) for c in row]
+            arrays, counts = pieces([asked, endings], processor, max_length)
+            sizes = np.array([len(row) for row in rows], dtype=np.int32)
+            return {**arrays, "sizes": sizes, "right": np.array(right, dtype=np.int32)}, counts
+
+        columns = [column for _, column in self.columns()]  # texts, choices, label
+        made = tokenise_rows(
+            split,
+            columns,
+            processor,
+            reading,
+            (self.kind, self.version),
+            make,
+            facts={"length": max_length, "num_texts": num_texts},
+        )
+        arrays = made.arrays
+        targets, sizes = arrays.pop("right").astype(np.int64), arrays.pop("sizes")
         if not reading.allow_missing:
             refuse_missing(targets == MISSING, split.source, self.label_column)
-        texts = [[t or "" for t in split.table.column(c).to_pylist()] for c in self.text_columns]
-        begun = texts[1] if len(texts) > 1 else [""] * len(choices)
-        contexts = [context for context, row in zip(texts[0], choices, strict=True) for _ in row]
-        endings = [f"{begin} {c}".strip() for begin, row in zip(begun, choices, strict=True) for c in row]
+        endings = TokenExamples(
+            features=arrays, offsets=arrays.pop("offsets"), targets=None, padding=Padding.of(processor),
+            max_length=max_length, num_truncated=made.counts["num_truncated"],
+        )  # fmt: skip
         return ChoiceExamples(
-            endings=encode_pairs(contexts, endings, processor, reading, reading.rows(split), (self.kind, self.version)),
-            firsts=np.concatenate([[0], np.cumsum([len(row) for row in choices])]),
+            endings=endings,
+            firsts=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
             targets=targets,
             num_unlabelled=int((targets == MISSING).sum()),
         )
@@ -188,39 +220,41 @@ class Task:
         )  # fmt: skip
         return {name: values.unflatten(0, (2, 2)) for name, values in made.items()}
 
-    def _choices(self, split: Split) -> tuple[list[list[str]], npt.NDArray[np.int64]]:
-        """The endings of each row, and which one is right (-1 where there is no label)."""
-        columns = [split.table.column(c).to_pylist() for c in self.choice_columns]
-        rows, names = [], []
-        for number, cells in enumerate(zip(*columns, strict=True), start=1):
-            first = cells[0]
-            named = first.get("label") if isinstance(first, dict) else None
-            texts = (first.get("text") if isinstance(first, dict) else first) if len(cells) == 1 else list(cells)
-            if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
-                raise DataError(f"{split.source} row {number}", f"its endings are {str(texts)[:120]!r}",
-                                allowed="two texts or more")  # fmt: skip
-            rows.append(texts)
-            names.append([str(name) for name in named] if named else None)
-        labels = split.table.column(self.label_column).to_pylist()
-        found = [
-            self._index(v, len(r), n, split, i) for i, (v, r, n) in enumerate(zip(labels, rows, names, strict=True))
-        ]
-        return rows, np.array(found, dtype=np.int64)
+    def _read(self, columns: Columns, numbers: Rows, source: str) -> tuple[list[list[str]], list[int]]:
+        """The endings of each of some rows, and which one is right (-1 where there is no label).
 
-    def _index(self, value: Any, count: int, names: list[str] | None, split: Split, row: int) -> int:
-        text = "" if value is None else str(value).strip()
-        if text in ("", "-1"):
-            return MISSING
-        if names and text in names:
-            return names.index(text)
-        if text.isdigit() and int(text) < count:
-            return int(text)
-        if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
-            return ord(text.upper()) - ord("A")
-        raise DataError(
-            f"{split.source} row {row + 1}", f"label {value!r} names none of its {count} endings",
-            allowed=f"0 to {count - 1}, or A to {chr(ord('A') + count - 1)}",
-        )  # fmt: skip
+        Args:
+            columns: the cells of the choice columns and of the label column.
+            numbers: of the rows in the split.
+            source: for messages.
+        """
+        *choices, labels = columns
+        rows, right = [], []
+        for number, label, *row_cells in zip(numbers, labels, *choices, strict=True):
+            where, first = f"{source} row {number + 1}", row_cells[0]
+            named = first.get("label") if isinstance(first, dict) else None
+            texts = (first.get("text") if isinstance(first, dict) else first) if len(row_cells) == 1 else row_cells
+            if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
+                raise DataError(where, f"its endings are {str(texts)[:120]!r}", allowed="two texts or more")
+            rows.append(texts)
+            right.append(_index(label, len(texts), [str(name) for name in named] if named else None, where))
+        return rows, right
+
+
+def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
+    text = "" if value is None else str(value).strip()
+    if text in ("", "-1"):
+        return MISSING
+    if names and text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < count:
+        return int(text)
+    if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
+        return ord(text.upper()) - ord("A")
+    raise DataError(
+        where, f"label {value!r} names none of its {count} endings",
+        allowed=f"0 to {count - 1}, or A to {chr(ord('A') + count - 1)}",
+    )  # fmt: skip
 
 
 def _masked(outputs: Any, targets: Tensor) -> Tensor:

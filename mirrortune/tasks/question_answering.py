@@ -7,7 +7,7 @@ of its windows (Devlin et al. 2019, section 4.2 and 4.3: no answer where the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,34 +21,20 @@ from torch import Tensor
 from mirrortune.columns import check_named, detected
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
-from mirrortune.examples import Batch, IntArray, Padding, TokenExamples
+from mirrortune.examples import Batch, IntArray, Padding, Rows, TokenExamples
 from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
-from mirrortune.token_cache import TokenKey, cached_tokens, data_digest, ragged
-from mirrortune.tokens import Reading, resolve_max_length
+from mirrortune.row_chunks import Columns, cells, nulls, row_chunks
+from mirrortune.token_cache import Tokens, ragged
+from mirrortune.tokens import Reading, resolve_max_length, tokenise_rows
 
 _LONGEST = 384  # tokens of a window, the default
 _STRIDE = 128
 _N_BEST, _MAX_ANSWER = 20, 30  # spans considered per window end; tokens of an answer
 
 Answer = tuple[str, int]  # text and its first character in the context; -1 if it was not said where
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What scoring needs to know of a row.
-
-    Attributes:
-        context: the text that spans are cut out of.
-        answers: every right one; none if there is none.
-        windows: numbers of its windows.
-    """
-
-    context: str
-    answers: tuple[str, ...]
-    windows: range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +78,9 @@ class Task:
         notes = [] if text_columns else [detected("text", text[0]), detected("text", text[1])]
         notes += [] if label_column else [detected("label", label)]
         chosen = scores.fields(("squad_f1", "exact_match"), "answers")
-        may_lack_answer = any(a is not None and not a for a in _answers(table, label, source))
+        rows = enumerate(cells(table, label), start=1)
+        # All of them, not only until one is found: a cell that holds no answers is said here.
+        may_lack_answer = sum(_answers(value, f"{source} row {number}") == () for number, value in rows) > 0
         task = cls(text_columns=text, label_column=label, may_lack_answer=may_lack_answer, stride=stride, **chosen)
         return task, notes
 
@@ -102,8 +90,7 @@ class Task:
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
-        answers = _answers(split.table, self.label_column, split.source)
-        refuse_missing(np.array([a is None for a in answers]), split.source, self.label_column, "answer")
+        refuse_missing(nulls(split.table, self.label_column), split.source, self.label_column, "answer")
 
     def config_fields(self) -> dict[str, Any]:
         """A head of two: where a span begins, and where it ends."""
@@ -125,41 +112,37 @@ class Task:
         """See :class:`mirrortune.tasks.Task`; a row becomes one window or more."""
         max_length = reading.max_length
         assert max_length is not None
-        # Leading white space is no part of the question, and would fill windows of its own (SQuAD has some).
-        questions, contexts = ([str(t or "") for t in split.table.column(c).to_pylist()] for c in self.text_columns)
-        questions = [q.lstrip() for q in questions]
-        answers = _answers(split.table, self.label_column, split.source)
-        missing = np.array([a is None for a in answers])
+        missing = nulls(split.table, self.label_column)
         if not reading.allow_missing:
             refuse_missing(missing, split.source, self.label_column, "answer")
         stride = min(_STRIDE, max_length // 3) if self.stride is None else self.stride
-        key = TokenKey.of(
-            reading.rows(split), data_digest([[questions, contexts]]), processor, columns=self.text_columns,
-            length=max_length, stride=stride, task=(self.kind, self.version),
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            contexts = [str(text or "") for text in columns[1]]
+            answers = [_answers(v, f"{split.source} row {n + 1}") for n, v in zip(numbers, columns[2], strict=True)]
+            # Leading white space is no part of the question, and would fill windows of its own (SQuAD has some).
+            questions = [str(text or "").lstrip() for text in columns[0]]
+            return _windows(questions, contexts, answers, processor, max_length, stride)
+
+        made = tokenise_rows(
+            split, [*self.text_columns, self.label_column], processor, reading, (self.kind, self.version), make,
+            facts={"length": max_length, "stride": stride},
         )  # fmt: skip
-        arrays, _ = cached_tokens(
-            key, lambda: iter([_windows(questions, contexts, processor, max_length, stride)]), reading.tell
-        )
-        offsets, owners = arrays.pop("offsets"), arrays.pop("owners")
-        places = np.stack([arrays.pop("starts"), arrays.pop("ends")], axis=1)  # (T, 2); -1 outside the context
-        firsts = np.searchsorted(owners, np.arange(len(questions) + 1))
-        counts = np.diff(firsts)
+        arrays = made.arrays
+        offsets, counts = arrays.pop("offsets"), arrays.pop("windows")
+        scoring = _Scoring(
+            split=split, columns=(self.text_columns[1], self.label_column), counts=counts,
+            starts=arrays.pop("starts"), ends=arrays.pop("ends"), offsets=offsets,
+        )  # fmt: skip
         return TokenExamples(
             features=arrays,
             offsets=offsets,
-            targets=_spans(places, offsets, [_located(answers[o], contexts[o]) for o in owners]),
+            targets=np.stack([arrays.pop("first"), arrays.pop("last")], axis=1).astype(np.int64),
             padding=Padding.of(processor),
             max_length=max_length,
-            num_unlabelled=int(missing[owners].sum()),
-            notes=(f"{len(questions):,} questions, {int((counts > 1).sum()):,} of them read through several windows",),
-            references=_Scoring(
-                questions=[
-                    Question(context=c, answers=tuple(t for t, _ in a or ()), windows=range(first, first + n))
-                    for c, a, first, n in zip(contexts, answers, firsts, counts, strict=False)
-                ],
-                places=places,
-                offsets=offsets,
-            ),
+            num_unlabelled=int(counts[missing].sum()),
+            notes=(f"{len(counts):,} questions, {int((counts > 1).sum()):,} of them read through several windows",),
+            references=scoring,
         )
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
@@ -176,8 +159,11 @@ class Task:
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[list[str], list[tuple[str, ...]]]:
         """The best answer of every question ("" for none), and its right ones."""
         scoring: _Scoring = examples.references
-        said = [scoring.best(q, judged, may_lack_answer=self.may_lack_answer) for q in scoring.questions]
-        return said, [question.answers for question in scoring.questions]
+        said, right = [], []
+        for context, answers, windows in scoring.questions():
+            said.append(scoring.best(context, windows, judged, may_lack_answer=self.may_lack_answer))
+            right.append(tuple(text for text, _ in answers or ()))
+        return said, right
 
     def probe(self, processor: Any, config: Any) -> Batch:
         """See :class:`mirrortune.tasks.Task`."""
@@ -186,22 +172,40 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scoring:
-    """Questions, and where in its context every token of every window stands: characters (T, 2), -1 outside of it."""
+    """What scoring needs to know of the questions.
 
-    questions: list[Question]
-    places: IntArray
+    Attributes:
+        split, columns: where contexts and answers stand.
+        counts: windows of each question, shape (N,).
+        starts, ends: where in its context every token of every window stands, in characters; -1 outside of it; (T,).
+        offsets: of the windows.
+    """
+
+    split: Split
+    columns: tuple[str, str]
+    counts: IntArray
+    starts: IntArray
+    ends: IntArray
     offsets: IntArray
 
-    def best(self, question: Question, judged: Sequence[Any], *, may_lack_answer: bool) -> str:
-        """The span that scores highest over all windows, or "" where having none scores higher."""
+    def questions(self) -> Iterator[tuple[str, tuple[Answer, ...] | None, range]]:
+        """Of each question: the text that spans are cut out of, the right answers, and the numbers of its windows."""
+        stop = 0
+        rows = (row for chunk in row_chunks(self.split.table, self.columns) for row in zip(*chunk, strict=True))
+        for count, (context, value) in zip(self.counts.tolist(), rows, strict=True):
+            stop += count
+            yield str(context or ""), _answers(value, self.split.source), range(stop - count, stop)
+
+    def best(self, context: str, windows: range, judged: Sequence[Any], *, may_lack_answer: bool) -> str:
+        """The span that scores highest over some windows, or "" where having none scores higher."""
         spans, none = [], float("inf")
-        for window in question.windows:
-            places = self.places[self.offsets[window] : self.offsets[window + 1]]
+        for window in windows:
+            begin, end = self.offsets[window : window + 2]
             starts, ends = judged[window]
             none = min(none, float(starts[0] + ends[0]))
-            spans += _best_spans(starts, ends, places)
+            spans += _best_spans(starts, ends, np.stack([self.starts[begin:end], self.ends[begin:end]], axis=1))
         score, low, high = max(spans, default=(-np.inf, 0, 0))
-        return "" if may_lack_answer and none > score else question.context[low:high]
+        return "" if may_lack_answer and none > score else context[low:high]
 
 
 def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArray) -> list[tuple[float, int, int]]:
@@ -217,18 +221,17 @@ def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArr
     ]
 
 
-def _spans(places: IntArray, offsets: IntArray, located: Sequence[Answer | None]) -> IntArray:
-    """First and last token (N, 2) of each window's answer; the window's first token where it has not all of it."""
-    found = np.zeros((len(located), 2), dtype=np.int64)
-    for window, answer in enumerate(located):
-        if answer is None:
-            continue
-        low, high = answer[1], answer[1] + len(answer[0])
-        inside = places[offsets[window] : offsets[window + 1]]
-        tokens = np.flatnonzero((inside[:, 1] > low) & (inside[:, 0] < high) & (inside[:, 1] > 0))
-        if len(tokens) and inside[tokens[0], 0] <= low and inside[tokens[-1], 1] >= high:
-            found[window] = tokens[0], tokens[-1]
-    return found
+def _span(places: IntArray, answer: Answer | None) -> tuple[int, int]:
+    """First and last token of a window's answer, whose tokens stand at ``places`` (L, 2) of its context; twice its
+    first token where it has not all of it.
+    """
+    if answer is None:
+        return 0, 0
+    low, high = answer[1], answer[1] + len(answer[0])
+    tokens = np.flatnonzero((places[:, 1] > low) & (places[:, 0] < high) & (places[:, 1] > 0))
+    if len(tokens) and places[tokens[0], 0] <= low and places[tokens[-1], 1] >= high:
+        return int(tokens[0]), int(tokens[-1])
+    return 0, 0
 
 
 def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
@@ -241,48 +244,53 @@ def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
     return None
 
 
-def _answers(table: pa.Table, column: str, source: str) -> list[tuple[Answer, ...] | None]:
-    """The right answers of each row; none for a question without one, None where the label is missing."""
-    found: list[tuple[Answer, ...] | None] = []
-    for number, value in enumerate(table.column(column).to_pylist(), start=1):
-        if isinstance(value, dict) and "text" in value:
-            texts, starts = value["text"] or [], value.get("answer_start") or []
-            found.append(tuple(zip(texts, [*starts, *([-1] * (len(texts) - len(starts)))], strict=True)))
-        elif isinstance(value, list):
-            parts = [v if isinstance(v, dict) else {"text": v} for v in value]
-            found.append(tuple((str(p.get("text", "")), int(p.get("answer_start", -1))) for p in parts))
-        elif isinstance(value, str) or value is None:
-            found.append(None if value is None else ((value, -1),) if value.strip() else ())
-        else:
-            raise DataError(f"{source} row {number}", f"answers are {str(value)[:120]!r}",
-                            allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
-    return found
+def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
+    """The right answers that a cell holds; none for a question without one, None where the label is missing."""
+    if value is None:
+        return None
+    if isinstance(value, dict) and "text" in value:
+        texts, starts = value["text"] or [], value.get("answer_start") or []
+        return tuple(zip(texts, [*starts, *([-1] * (len(texts) - len(starts)))], strict=True))
+    if isinstance(value, list):
+        parts = [v if isinstance(v, dict) else {"text": v} for v in value]
+        return tuple((str(p.get("text", "")), int(p.get("answer_start", -1))) for p in parts)
+    if isinstance(value, str):
+        return ((value, -1),) if value.strip() else ()
+    raise DataError(where, f"answers are {str(value)[:120]!r}",
+                    allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
 
 
 def _windows(
-    questions: list[str], contexts: list[str], tokenizer: Any, max_length: int, stride: int, chunk: int = 1024
-) -> tuple[dict[str, IntArray], dict[str, int]]:
+    questions: list[str],
+    contexts: list[str],
+    answers: Sequence[tuple[Answer, ...] | None],
+    tokenizer: Any,
+    max_length: int,
+    stride: int,
+) -> Tokens:
+    """Windows of some questions: ``starts`` and ``ends`` (T,) are the places of their tokens in the context, -1 outside
+    of it; ``first`` and ``last`` (one a window) its answer; ``windows`` (one a question) how many there are.
+    """
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
-    parts: dict[str, list[Any]] = {n: [] for n in (*names, "starts", "ends")}
-    owners: list[int] = []
-    for start in range(0, len(questions), chunk):
-        # A question may fill no more than half of a window.
-        asked = tokenizer(questions[start : start + chunk], add_special_tokens=False, truncation=True,
-                          max_length=max(1, max_length // 2 - 4), return_offsets_mapping=True)  # fmt: skip
-        places = zip(questions[start : start + chunk], asked["offset_mapping"], strict=True)
-        cut = [question[: pieces[-1][1]] if pieces else "" for question, pieces in places]
-        made = tokenizer(
-            cut, contexts[start : start + chunk], truncation="only_second", max_length=max_length, stride=stride,
-            return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
-        )  # fmt: skip
-        for i, owner in enumerate(made["overflow_to_sample_mapping"]):
-            owners.append(start + owner)
-            inside = [part == 1 for part in made.sequence_ids(i)]
-            offsets = made["offset_mapping"][i]
-            parts["starts"].append([low if use else -1 for (low, _), use in zip(offsets, inside, strict=True)])
-            parts["ends"].append([high if use else -1 for (_, high), use in zip(offsets, inside, strict=True)])
-        for name in names:
-            parts[name] += list(made[name])
-    arrays = {name: ragged(values)[0] for name, values in parts.items()}
-    arrays |= {"offsets": ragged(parts["input_ids"])[1], "owners": np.array(owners, dtype=np.int64)}
-    return arrays, {"windows": len(owners)}
+    # A question may fill no more than half of a window.
+    asked = tokenizer(questions, add_special_tokens=False, truncation=True, max_length=max(1, max_length // 2 - 4),
+                      return_offsets_mapping=True)  # fmt: skip
+    ends = (pieces[-1][1] if pieces else 0 for pieces in asked["offset_mapping"])
+    cut = [question[:end] for question, end in zip(questions, ends, strict=True)]
+    made = tokenizer(
+        cut, contexts, truncation="only_second", max_length=max_length, stride=stride,
+        return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
+    )  # fmt: skip
+    located = [_located(answer, context) for answer, context in zip(answers, contexts, strict=True)]
+    owners = np.array(made["overflow_to_sample_mapping"], dtype=np.int64)
+    places, spans = [], []
+    for window, owner in enumerate(owners):
+        inside = np.array([part == 1 for part in made.sequence_ids(window)])
+        places.append(np.where(inside[:, None], np.array(made["offset_mapping"][window]), -1))
+        spans.append(_span(places[-1], located[owner]))
+    starts_and_ends, first_and_last = np.concatenate(places).astype(np.int32), np.array(spans, dtype=np.int32)
+    arrays = {name: ragged(list(made[name]))[0] for name in names}
+    arrays |= {"starts": starts_and_ends[:, 0], "ends": starts_and_ends[:, 1], "offsets": ragged(made["input_ids"])[1]}
+    arrays |= {"first": first_and_last[:, 0], "last": first_and_last[:, 1]}
+    arrays["windows"] = np.bincount(owners, minlength=len(questions)).astype(np.int32)
+    return arrays, {}

@@ -22,6 +22,7 @@ from mirrortune.labels import label_fields, refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
+from mirrortune.row_chunks import cells
 from mirrortune.tokens import Reading, encode_texts, resolve_max_length
 
 _LARGEST = float(np.finfo(np.float32).max)  # targets are float32
@@ -64,8 +65,8 @@ class Task:
 
     def targets(self, table: pa.Table, source: str) -> npt.NDArray[np.float32]:
         """Numbers (N,), float32; NaN where there is none."""
-        values = [self._parse(v, source, i) for i, v in enumerate(table.column(self.label_column).to_pylist())]
-        return np.array(values, dtype=np.float32)
+        values = (self._parse(v, source, i) for i, v in enumerate(cells(table, self.label_column)))
+        return np.fromiter(values, dtype=np.float32, count=table.num_rows)
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
@@ -87,7 +88,7 @@ class Task:
         """See :class:`mirrortune.tasks.Task`."""
         values = self.targets(split.table, split.source) if reading.allow_missing else self._complete_targets(split)
         facts = (self.kind, self.version)
-        return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, facts)
+        return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, facts)[0]
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Squared error of logits (B, 1) against numbers (B,), summed."""

@@ -5,8 +5,8 @@ scores are of text that the model writes itself, by greedy search.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError, NoRowsError
+from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples, pad_rows
 from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.probes import text_probe
-from mirrortune.token_cache import TokenKey, cached_tokens, data_digest, ragged
-from mirrortune.tokens import Reading, encode_texts, resolve_max_length
+from mirrortune.row_chunks import Columns, cells, nulls
+from mirrortune.token_cache import Tokens, ragged
+from mirrortune.tokens import Reading, encode_texts, resolve_max_length, tokenise_rows
 
 _PAIRS = (
     ("document", "summary"), ("article", "highlights"), ("article", "summary"), ("dialogue", "summary"),
@@ -66,7 +67,7 @@ class PairExamples:
         sources: what the encoder reads.
         targets: tokens of the target texts, end to end.
         target_offsets: shape (N + 1,).
-        references: the target texts.
+        references: reads the target texts.
         reader: makes the decoder's input.
         num_cut: target texts that were cut.
     """
@@ -74,7 +75,7 @@ class PairExamples:
     sources: TokenExamples
     targets: IntArray
     target_offsets: IntArray
-    references: list[str]
+    references: Callable[[], list[str]]
     reader: PairReader
     num_cut: int
 
@@ -173,7 +174,7 @@ class Task:
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
-        refuse_missing(self._missing(split), split.source, self.label_column, "target")
+        refuse_missing(nulls(split.table, self.label_column), split.source, self.label_column, "target")
 
     def config_fields(self) -> dict[str, Any]:
         """None: the output layer stays as it is."""
@@ -197,32 +198,28 @@ class Task:
 
     def encode(self, split: Split, processor: PairReader, reading: Reading) -> PairExamples:
         """See :class:`mirrortune.tasks.Task`."""
-        missing = self._missing(split)
+        missing, tokenizer, facts = (
+            nulls(split.table, self.label_column),
+            processor.tokenizer,
+            (self.kind, self.version),
+        )
         if not reading.allow_missing:
             refuse_missing(missing, split.source, self.label_column, "target")
-        column, tokenizer = self.text_columns[0], processor.tokenizer
-        texts = [str(t or "") for t in split.table.column(column).to_pylist()]
-        references = [str(t or "") for t in split.table.column(self.label_column).to_pylist()]
-        keep = np.array([bool(t.strip()) or not reading.drop_blank for t in texts])
-        if not keep.any():
-            raise NoRowsError(split.source, f"all {len(texts)} rows are blank", fix="Name another --text-column")
-        prefixed = pa.table({column: [self.prefix + t for t, use in zip(texts, keep, strict=True) if use]})
-        kept = [t for t, use in zip(references, keep, strict=True) if use]
-        facts = (self.kind, self.version)
-        rows, unused = Split(table=prefixed, source=split.source), np.zeros(len(kept))
-        sources = encode_texts(rows, [column], unused, missing[keep], tokenizer, reading, facts)
-        left_out = int((~keep).sum())
-        sources = replace(sources, targets=None, num_dropped=left_out, num_empty=left_out)
-        key = TokenKey.of(
-            f"{reading.rows(split)}, targets", data_digest([[kept]]), tokenizer, columns=[self.label_column],
-            length=self.max_target_length, side="target", task=facts,
-        )  # fmt: skip
-        arrays, counts = cached_tokens(
-            key, lambda: iter([_target_tokens(kept, tokenizer, self.max_target_length)]), reading.tell
+        sources, keep = encode_texts(
+            split, self.text_columns, None, missing, tokenizer, reading, facts, prefix=self.prefix
         )
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            return _target_tokens([str(text or "") for text in columns[0]], tokenizer, self.max_target_length)
+
+        made = tokenise_rows(
+            split, [self.label_column], tokenizer, reading, facts, make, keep=keep, what=", targets",
+            facts={"length": self.max_target_length, "side": "target"},
+        )  # fmt: skip
         return PairExamples(
-            sources=sources, targets=arrays["targets"], target_offsets=arrays["offsets"], references=kept,
-            reader=processor, num_cut=counts["num_truncated"],
+            sources=sources, targets=made.arrays["targets"], target_offsets=made.arrays["offsets"], reader=processor,
+            references=lambda: [str(text or "") for text in cells(split.table, self.label_column, keep)],
+            num_cut=made.counts["num_truncated"],
         )  # fmt: skip
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +236,7 @@ class Task:
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[list[str], list[str]]:
         """What was written, and what should have been."""
         tokenizer = examples.reader.tokenizer
-        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in judged], examples.references
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in judged], examples.references()
 
     def probe(self, processor: PairReader, config: Any) -> Batch:
         """See :class:`mirrortune.tasks.Task`."""
@@ -252,11 +249,8 @@ class Task:
             **processor.switches,
         }
 
-    def _missing(self, split: Split) -> Any:
-        return np.array([t is None for t in split.table.column(self.label_column).to_pylist()])
 
-
-def _target_tokens(texts: list[str], tokenizer: Any, max_length: int) -> tuple[dict[str, IntArray], dict[str, int]]:
+def _target_tokens(texts: list[str], tokenizer: Any, max_length: int) -> Tokens:
     ids = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids = [row if row[-1:] == [end] else [*row, end] for row in ids]  # some tokenizers leave it to others

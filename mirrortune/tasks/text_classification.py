@@ -36,6 +36,7 @@ from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.one_of_classes import OneOfClasses
 from mirrortune.probes import text_probe
+from mirrortune.row_chunks import cells
 from mirrortune.tokens import Reading, encode_texts, resolve_max_length
 
 
@@ -98,7 +99,8 @@ class Task(OneOfClasses):
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         """See :class:`mirrortune.tasks.Task`."""
         targets, missing = self._targets(split, allow_missing=reading.allow_missing)
-        return encode_texts(split, self.text_columns, targets, missing, processor, reading, (self.kind, self.version))
+        facts = (self.kind, self.version)
+        return encode_texts(split, self.text_columns, targets, missing, processor, reading, facts)[0]
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Cross-entropy of logits (B, C) against class indices (B,), summed over rows; or binary cross-entropy against
@@ -132,11 +134,7 @@ class Task(OneOfClasses):
 
 
 def _names(table: pa.Table, label: str, source: str, given: tuple[str, ...] | None) -> tuple[str, ...]:
-    found = (
-        {name for row in table.column(label).to_pylist() for name in map(as_name, row or ()) if name}
-        if not given
-        else ()
-    )
+    found = {name for row in cells(table, label) for name in map(as_name, row or ()) if name} if not given else ()
     names = given or feature_names(table, label) or tuple(in_order(set(found)))
     if len(names) < 2:
         raise DataError(source, f"label column '{label}' has {len(names)} classes", allowed="two classes or more",

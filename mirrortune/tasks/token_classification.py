@@ -6,27 +6,28 @@ word; whole entities are scored by seqeval where the tags have the form B-X, I-X
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
-from mirrortune.errors import DataError, NoRowsError, did_you_mean
-from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, TokenExamples
+from mirrortune.errors import DataError, did_you_mean
+from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples
 from mirrortune.labels import as_name, feature_names, in_order, is_list, label_fields, refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import text_probe
-from mirrortune.token_cache import TokenKey, cached_tokens, data_digest, ragged
-from mirrortune.tokens import Reading, resolve_max_length
+from mirrortune.row_chunks import Columns, cells, row_chunks
+from mirrortune.token_cache import Tokens, ragged
+from mirrortune.tokens import Reading, resolve_max_length, tokenise_rows
 
 _WORDS = ("tokens", "words", "text", "sentence")
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "ner", "pos", "label", "upos")
@@ -53,7 +54,7 @@ class Task:
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task with tags from ``labels``, else the column's own features, else those found, sorted."""
         words, tags, notes = _choose(table, text_columns, label_column, source)
-        found = {name for row in table.column(tags).to_pylist() for name in map(as_name, row or ()) if name is not None}
+        found = {name for row in cells(table, tags) for name in map(as_name, row or ()) if name is not None}
         names = labels or feature_names(table, tags) or tuple(in_order(found))
         if len(names) < 2:
             raise DataError(source, f"tag column '{tags}' has one tag only", allowed="two tags or more",
@@ -67,7 +68,11 @@ class Task:
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
-        refuse_missing(np.array([tags is None for tags in self._tags(split)]), split.source, self.label_column, "tag")
+        features = feature_names(split.table, self.label_column)
+        rows = enumerate(cells(split.table, self.label_column), start=1)
+        missing = (self._indices(tags, features, f"{split.source} row {n}") is None for n, tags in rows)
+        known = np.fromiter(missing, dtype=bool, count=split.table.num_rows)
+        refuse_missing(known, split.source, self.label_column, "tag")
 
     def config_fields(self) -> dict[str, Any]:
         """See :class:`mirrortune.tasks.Task`."""
@@ -90,37 +95,32 @@ class Task:
         """See :class:`mirrortune.tasks.Task`."""
         max_length = reading.max_length
         assert max_length is not None
-        words = [[str(w) for w in row or ()] for row in split.table.column(self.text_columns[0]).to_pylist()]
-        tags = self._tags(split)
-        if not reading.allow_missing:
-            refuse_missing(np.array([t is None for t in tags]), split.source, self.label_column, "tag")
-        for row, (given, wanted) in enumerate(zip(words, tags, strict=True), start=1):
-            if wanted is not None and len(given) != len(wanted):
-                raise DataError(f"{split.source} row {row}", f"{len(given)} words and {len(wanted)} tags",
-                                allowed="a tag for every word", fix="Correct the row")  # fmt: skip
-        empty = [not row for row in words]
-        keep = [i for i, is_empty in enumerate(empty) if not (is_empty and reading.drop_blank)]
-        if not keep:
-            raise NoRowsError(split.source, f"all {len(words)} rows have no words", fix="Name another --text-column")
-        kept = [words[i] for i in keep]
-        key = TokenKey.of(
-            reading.rows(split), data_digest([[[json.dumps(row) for row in kept]]]), processor,
-            columns=self.text_columns, length=max_length, task=(self.kind, self.version),
+        features = feature_names(split.table, self.label_column)
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            words = [[str(w) for w in row or ()] for row in columns[0]]
+            tags = [
+                self._indices(row, features, f"{split.source} row {n + 1}")
+                for n, row in zip(numbers, columns[1], strict=True)
+            ]
+            for number, given, wanted in zip(numbers, words, tags, strict=True):
+                if wanted is not None and len(given) != len(wanted):
+                    raise DataError(f"{split.source} row {number + 1}", f"{len(given)} words and {len(wanted)} tags",
+                                    allowed="a tag for every word", fix="Correct the row")  # fmt: skip
+            return _tokenise(words, tags, processor, max_length)
+
+        made = tokenise_rows(
+            split, (self.text_columns[0], self.label_column), processor, reading, (self.kind, self.version), make,
+            is_blank=lambda row: not row[0], facts={"length": max_length, "labels": self.labels},
         )  # fmt: skip
-        arrays, counts = cached_tokens(key, lambda: iter([_tokenise(kept, processor, max_length)]), reading.tell)
-        offsets, places = arrays.pop("offsets"), arrays.pop("words")
-        seen = [places[a:b][places[a:b] >= 0].tolist() for a, b in itertools.pairwise(offsets)]
-        right = [tags[i] for i in keep]
-        arrays["targets"] = np.full(len(places), IGNORE_INDEX, dtype=np.int32)
-        arrays["targets"][places >= 0] = [
-            row[word] if row is not None else IGNORE_INDEX
-            for row, words_seen in zip(right, seen, strict=True)
-            for word in words_seen
-        ]
+        arrays = made.arrays
+        offsets, places, missing = arrays.pop("offsets"), arrays.pop("words"), arrays.pop("missing") > 0
+        if not reading.allow_missing:
+            refuse_missing(made.spread(missing), split.source, self.label_column, "tag")
         return TokenExamples(
             features=arrays, offsets=offsets, targets=None, padding=Padding.of(processor), max_length=max_length,
-            num_truncated=counts["num_truncated"], num_empty=sum(empty), num_dropped=len(words) - len(keep),
-            num_unlabelled=sum(row is None for row in right), references=list(zip(right, seen, strict=True)),
+            num_truncated=made.counts["num_truncated"], num_empty=made.num_blank, num_dropped=made.num_dropped,
+            num_unlabelled=int(missing.sum()), references=lambda: self._references(split, made.keep, places, offsets),
         )  # fmt: skip
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,37 +139,42 @@ class Task:
         (``O``, or the first tag).
         """
         none = "O" if "O" in self.labels else self.labels[0]
-        found = []
-        for tags, (right, seen) in zip(judged, examples.references, strict=True):
-            row = [none] * len(right)
-            for word, tag in zip(seen, tags, strict=True):
+        found, references = [], []
+        for given, (right, count, seen) in zip(judged, examples.references(), strict=True):
+            row = [none] * count
+            for word, tag in zip(seen, given, strict=True):
                 row[word] = self.labels[tag]
             found.append(row)
-        return found, [[self.labels[tag] for tag in right] for right, _ in examples.references]
+            references.append([] if right is None else [self.labels[tag] for tag in right])
+        return found, references
 
     def probe(self, processor: Any, config: Any) -> Batch:
         """See :class:`mirrortune.tasks.Task`."""
         return text_probe(processor, config)
 
-    def _tags(self, split: Split) -> list[list[int] | None]:
-        """The tags of each row as indices into ``labels``; None where there are none."""
-        index = {name: i for i, name in enumerate(self.labels)}
+    def _references(
+        self, split: Split, keep: npt.NDArray[np.bool_], places: IntArray, offsets: IntArray
+    ) -> Iterator[tuple[list[int] | None, int, list[int]]]:
+        """Of each row: its tags, how many words it has, and those whose first pieces were read."""
         features = feature_names(split.table, self.label_column)
-        found: list[list[int] | None] = []
-        for number, row in enumerate(split.table.column(self.label_column).to_pylist(), start=1):
-            names = [features[t] if features and isinstance(t, int) and t >= 0 else as_name(t) for t in row or ()]
-            unknown = next((n for n in names if n not in index), None) if row is not None else None
-            if row is not None and features and any(isinstance(t, int) and t < 0 for t in row):
-                found.append(None)  # the Hub's unlabelled test splits
-                continue
-            if unknown is not None:
-                raise DataError(
-                    f"{split.source} row {number}",
-                    f"tag {unknown!r} is not among the tags.{did_you_mean(unknown, self.labels)}",
-                    allowed=", ".join(self.labels), fix="Correct the row, or list every tag in task.labels",
-                )  # fmt: skip
-            found.append(None if row is None else [index[n] for n in names if n is not None])
-        return found
+        rows = (r for c in row_chunks(split.table, [c for _, c in self.columns()], keep) for r in zip(*c, strict=True))
+        for (words, tags), (start, stop) in zip(rows, itertools.pairwise(offsets), strict=True):
+            firsts = places[start:stop]
+            yield self._indices(tags, features, split.source), len(words or ()), firsts[firsts >= 0].tolist()
+
+    def _indices(self, row: list[Any] | None, features: tuple[str, ...] | None, where: str) -> list[int] | None:
+        """The tags of a row as indices into ``labels``; None where there are none."""
+        if row is None or (features and any(isinstance(t, int) and t < 0 for t in row)):
+            return None  # below 0: the Hub's unlabelled test splits
+        index = {name: i for i, name in enumerate(self.labels)}
+        names = [features[t] if features and isinstance(t, int) else as_name(t) for t in row]
+        unknown = next((n for n in names if n not in index), None) if names else None
+        if unknown is not None:
+            raise DataError(
+                where, f"tag {unknown!r} is not among the tags.{did_you_mean(unknown, self.labels)}",
+                allowed=", ".join(self.labels), fix="Correct the row, or list every tag in task.labels",
+            )  # fmt: skip
+        return [index[n] for n in names if n is not None]
 
 
 def _are_entities(names: Sequence[str]) -> bool:
@@ -177,26 +182,27 @@ def _are_entities(names: Sequence[str]) -> bool:
     return "O" in names and all(n == "O" or re.fullmatch(r"[BIESLU]-.+", n) for n in names)
 
 
-def _tokenise(
-    rows: list[list[str]], tokenizer: Any, max_length: int, chunk: int = 4096
-) -> tuple[dict[str, IntArray], dict[str, int]]:
+def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: Any, max_length: int) -> Tokens:
+    """Pieces of the words of some rows; ``words``: the word that a piece begins, or -1; ``targets``: its tag;
+    ``missing`` (N,): 1 for a row without tags.
+    """
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
-    parts: dict[str, list[list[int]]] = {n: [] for n in (*names, "words")}
-    truncated = 0
-    for start in range(0, len(rows), chunk):
-        batch = rows[start : start + chunk]
-        options: dict[str, Any] = {"is_split_into_words": True, "verbose": False}
-        made = tokenizer(batch, truncation=True, max_length=max_length, **options)
-        for i, words in enumerate(batch):
-            pieces = made.word_ids(i)
-            firsts = [-1 if w is None or w == before else w for w, before in zip(pieces, [None, *pieces], strict=False)]
-            parts["words"].append(firsts)
-            # A word in the middle of a row may have no pieces; only the last ones can have been cut off.
-            truncated += len(pieces) == max_length and max(firsts) < len(words) - 1
-        for name in names:
-            parts[name] += list(made[name])
-    arrays = {name: ragged(values)[0] for name, values in parts.items()}
-    return {**arrays, "offsets": ragged(parts["input_ids"])[1]}, {"num_truncated": truncated}
+    options: dict[str, Any] = {"is_split_into_words": True, "verbose": False}
+    made = tokenizer(rows, truncation=True, max_length=max_length, **options)
+    firsts, targets, truncated = [], [], 0
+    for i, (words, right) in enumerate(zip(rows, tags, strict=True)):
+        pieces = made.word_ids(i)
+        begun = [-1 if w is None or w == before else w for w, before in zip(pieces, [None, *pieces], strict=False)]
+        firsts.append(begun)
+        # A row without tags gets any: its words are answered all the same, and nothing is scored.
+        wanted = [0] * len(words) if right is None else right
+        targets.append([IGNORE_INDEX if word < 0 else wanted[word] for word in begun])
+        # A word in the middle of a row may have no pieces; only the last ones can have been cut off.
+        truncated += len(pieces) == max_length and max(begun) < len(words) - 1
+    arrays = {name: ragged(list(made[name]))[0] for name in names}
+    arrays |= {"words": ragged(firsts)[0], "targets": ragged(targets)[0], "offsets": ragged(firsts)[1]}
+    arrays["missing"] = np.array([right is None for right in tags], dtype=np.int32)
+    return arrays, {"num_truncated": truncated}
 
 
 def _choose(

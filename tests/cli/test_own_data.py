@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mirrortune.assembly import read_data
 from mirrortune.commands import evaluation_rows
 from mirrortune.recipe import read_recipe, resolve
+from mirrortune.recipe_values import read_data
 from mirrortune.tasks import task_from_dict
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
 

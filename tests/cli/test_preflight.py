@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mirrortune.disk_space import check_disk
 from mirrortune.errors import ResourceError
-from mirrortune.preflight import LIMIT_VARIABLE, check_disk
+from mirrortune.preflight import LIMIT_VARIABLE
 from tests.cli.console import mirrortune, reviews, write_table
 
 PREPARE = ("prepare", "-t", "text-classification", "-d", "reviews.csv")

@@ -14,10 +14,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirrortune.assembly import adapter_spec, check_recipe
 from mirrortune.errors import MirrortuneError
 from mirrortune.locations import TABLE_SUFFIXES
 from mirrortune.recipe import flatten, override_layer, read_recipe, resolve
+from mirrortune.recipe_values import adapter_spec, check_recipe
 from mirrortune.schema import Recipe
 from mirrortune.tables import read_table
 from mirrortune.tasks import task_class

@@ -79,7 +79,7 @@ def test_every_window_knows_whether_it_has_the_answer(tokenizer: Any) -> None:
 
 def test_every_word_of_the_context_is_in_a_window(tokenizer: Any) -> None:
     _, found = encode(tokenizer, rows(answer("film")), 16, stride=2)
-    seen = {(low, high) for low, high in found.references.places.tolist() if high > 0}
+    seen = {(low, high) for low, high in zip(found.references.starts, found.references.ends, strict=True) if high > 0}
     assert {CONTEXT[low:high] for low, high in seen} >= set(CONTEXT.split())
 
 

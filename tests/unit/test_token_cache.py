@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirrortune.errors import ResourceError
 from mirrortune.locations import cache_folder
-from mirrortune.token_cache import Chunk, TokenKey, cached_tokens, data_digest, ragged
+from mirrortune.token_cache import Chunk, TokenKey, cached_tokens, data_digest, ragged, uncached
 from tests.tiny_models import tiny_tokenizer
 
 KEY = TokenKey(
@@ -28,7 +29,7 @@ def chunks(rows: list[list[int]], size: int) -> Iterator[Chunk]:
     """Rows of tokens in chunks of a few, each with a count."""
     for start in range(0, len(rows), size):
         flat, offsets = ragged(rows[start : start + size])
-        yield {"input_ids": flat, "offsets": offsets}, {"seen": len(offsets) - 1}
+        yield len(offsets) - 1, {"input_ids": flat, "offsets": offsets}, {"seen": len(offsets) - 1}
 
 
 @given(
@@ -45,7 +46,9 @@ def test_rows_come_back_whatever_their_chunks(
             (folder / "tokens").write_text("in the way")
 
         for _ in range(2):
-            arrays, counts = cached_tokens(KEY, lambda: chunks(rows, size), str, mapped_from)
+            arrays, counts = cached_tokens(
+                KEY, lambda: chunks(rows, size), str, num_rows=len(rows), mapped_from=mapped_from
+            )
 
             flat, offsets = ragged(rows)
             np.testing.assert_array_equal(arrays["input_ids"], flat)
@@ -62,7 +65,7 @@ def test_it_says_what_is_new(tmp_path: Path) -> None:
 
     def ask(**parts: str) -> str:
         key = replace(KEY, parts=KEY.parts | parts)
-        cached_tokens(key, lambda: chunks([[1, 2], [3]], 1), said.append)
+        cached_tokens(key, lambda: chunks([[1, 2], [3]], 1), said.append, num_rows=2)
         return said[-1].removeprefix("tokens of rows.csv (training rows): ")
 
     assert ask() == "made for the first time"
@@ -102,6 +105,28 @@ def test_the_digest_is_of_the_texts_and_their_borders_alone(rows: list[tuple[str
         assert data_digest([[second, first]]) != whole
 
 
+def test_null_is_no_text_and_a_list_is_no_writing_of_it() -> None:
+    cells: list[list[Any]] = [[None], [""], ["null"], ["[]"], [[]], [{"a": None}]]
+    types = ["string"] * 4 + ["list<item: null>", "struct<a: null>"]
+    assert len({data_digest([[column]], [kind]) for column, kind in zip(cells, types, strict=True)}) == 6
+
+
+def test_a_disk_without_room_is_said_before_more_is_made() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[Chunk]:
+        for number, chunk in enumerate(chunks([[1, 2], [3]], 1)):
+            made.append(number)
+            yield chunk
+
+    with pytest.raises(ResourceError, match=r"MiB are needed \(tokens of rows.csv \(training rows\) .* MiB are free"):
+        cached_tokens(KEY, make, str, num_rows=2**60)
+    assert made == [0]
+    assert not list(cache_folder().rglob("*.partial"))
+    with uncached():
+        cached_tokens(KEY, make, str, num_rows=2**60)
+
+
 def _prepare(started: Any, said: Any, makes: Any) -> None:
     def make() -> Iterator[Chunk]:
         with makes.get_lock():
@@ -110,7 +135,7 @@ def _prepare(started: Any, said: Any, makes: Any) -> None:
         time.sleep(0.3)  # long enough for the other one to come and wait
         yield from chunks([[1, 2], [3]], 1)
 
-    arrays, _ = cached_tokens(KEY, make, said.put)
+    arrays, _ = cached_tokens(KEY, make, said.put, num_rows=2)
     assert arrays["input_ids"].tolist() == [1, 2, 3]
 
 
