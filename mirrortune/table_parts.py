@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
 import numpy as np
@@ -41,10 +41,10 @@ def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT) -> pa.Table:
         held.append(part)
         size += part.nbytes
         if size > limit:
-            spilled += _on_disk(held)
+            spilled += _spilled(held)
             held, size = [], 0
     if spilled and held:
-        spilled, held = spilled + _on_disk(held), []
+        spilled, held = spilled + _spilled(held), []
     return pa.concat_tables([*spilled, *held], promote_options="permissive")
 
 
@@ -63,18 +63,34 @@ def _kept(table: pa.Table, keep: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
         yield pa.Table.from_batches([batch.filter(mask)], schema=table.schema)
 
 
-def _on_disk(parts: list[pa.Table]) -> list[pa.Table]:
-    """The same tables, mapped from a file without a name."""
+def on_disk(write: Callable[[IO[bytes]], object]) -> pa.Buffer:
+    """What ``write`` writes, mapped from a file without a name in the cache folder.
+
+    Raises:
+        ResourceError: the disk is full, or the cache folder cannot be written.
+    """
     place = cache_folder()
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place) as file:
-            starts = [_append(file, part) for part in parts]
-            file.flush()
-            # The mapping keeps the file alive: on POSIX it has no name any more, elsewhere it is deleted when closed.
-            content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115
     except OSError as error:
         raise cannot_write(place, error) from error
+    with file:
+        try:
+            write(file)
+            file.flush()
+        except OSError as error:
+            if error.errno is None:  # not of the disk: of whatever is being read
+                raise
+            raise cannot_write(place, error) from error
+        # The mapping keeps the file alive: on POSIX it has no name any more, elsewhere it is deleted when closed.
+        return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b"")
+
+
+def _spilled(parts: list[pa.Table]) -> list[pa.Table]:
+    """The same tables, on disk."""
+    starts: list[int] = []
+    content = on_disk(lambda file: starts.extend(_append(file, part) for part in parts))
     return [pa.ipc.open_stream(content.slice(start)).read_all() for start in starts]
 
 

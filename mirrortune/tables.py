@@ -4,18 +4,15 @@ with the line of whatever is wrong with it.
 
 csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the
 cell, and guess types (a column of dates, of "1", of "NA") that a text column must not have. Files are read part by
-part; only a .json file that is one array is read whole.
+part.
 """
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
-import io
 import itertools
 import json
-import zlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.errors import DataError
+from mirrortune.json_rows import JSONArrayError, array_elements
 from mirrortune.locations import TABLE_SUFFIXES, table_suffix
-from mirrortune.table_parts import join_parts
+from mirrortune.table_parts import join_parts, on_disk
+from mirrortune.text_files import blocks_of, first_line, is_packed, lines_of, open_bytes, unpacking
 
 # Cells of the csv module are limited to 128 KiB by default; documents are longer.
 _CELL_LIMIT = 1 << 30
@@ -63,7 +62,7 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
         table = join_parts(reader(path, encoding))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(
-            str(path), f"rows far apart have different types ({_first_line(error)})", fix="Give every row the same type"
+            str(path), f"rows far apart have different types ({first_line(error)})", fix="Give every row the same type"
         ) from error
     if table.num_rows == 0:
         raise DataError(str(path), "the file has no rows", fix="Give it at least one row below the header")
@@ -72,37 +71,39 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
 
 def _read_parquet(path: Path, encoding: str) -> Iterator[pa.Table]:
     try:
-        with pq.ParquetFile(_bytes(path) if path.suffix.lower() == ".gz" else path) as file:
-            schema = file.schema_arrow
+        with pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
+            schema, facts = file.schema_arrow, file.metadata
             yield schema.empty_table()
-            for batch in file.iter_batches(batch_size=_PART_ROWS):
+            size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
+            rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # of images, a few
+            for batch in file.iter_batches(batch_size=rows):
                 yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
         raise DataError(
-            str(path), f"not a whole parquet file ({_first_line(error)})", fix="Copy or download it again"
+            str(path), f"not a whole parquet file ({first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
 def _read_arrow(path: Path, encoding: str) -> Iterator[pa.Table]:
     try:
-        data = pa.memory_map(str(path)).read_buffer() if path.suffix.lower() != ".gz" else pa.py_buffer(_bytes(path))
+        data = _mapped(path)
         opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
         found = opened.read_all()
         yield found.select(found.column_names)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
         raise DataError(
-            str(path), f"not a whole arrow file ({_first_line(error)})", fix="Copy or download it again"
+            str(path), f"not a whole arrow file ({first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
 def _read_text(path: Path, encoding: str) -> Iterator[pa.Table]:
-    lines = (line.removesuffix("\n") for line in _lines(path, encoding, "\n"))
+    lines = (line.removesuffix("\n") for line in lines_of(path, encoding, "\n"))
     for part in _parts((line, len(line)) for line in lines if line.strip()):
         yield pa.table({"text": pa.array(part, pa.string())})
 
 
 def _read_delimited(path: Path, encoding: str) -> Iterator[pa.Table]:
-    lines = _lines(path, encoding, "")
+    lines = lines_of(path, encoding, "")
     header_line = next(lines, "")
     delimiter = _delimiter(path, header_line)
     rows = _parse_rows(path, itertools.chain([header_line] if header_line else [], lines), delimiter)
@@ -154,7 +155,7 @@ def _delimiter(path: Path, header_line: str) -> str:
 
 def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str]:
     """Column names and delimiter of a csv or tsv file, of which the first line is read; DataError if there is none."""
-    line = next(_lines(path, encoding, "\n"), "").rstrip("\n")
+    line = next(lines_of(path, encoding, "\n"), "").rstrip("\n")
     if not line:
         raise DataError(str(path), "the file has no header line")
     delimiter = _delimiter(path, line)
@@ -180,34 +181,36 @@ def _parse_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tu
 
 
 def _read_json(path: Path, encoding: str) -> Iterator[pa.Table]:
-    is_array = next((line.lstrip()[0] == "[" for line in _lines(path, encoding, "\n") if line.strip()), False)
-    if not is_array:
+    start = next((text for block in blocks_of(path, encoding) if (text := block.lstrip())), "")
+    if not start.startswith("["):
         yield from _read_json_lines(path, encoding)
         return
     try:
-        rows = json.loads("".join(_lines(path, encoding, "\n")))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", fix="Correct the line") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise DataError(str(path), f"not data ({_first_line(error)})", fix="Correct the file") from error
-    yield _from_objects(path, rows, 1)
+        yield from _in_parts(path, array_elements(blocks_of(path, encoding)))
+    except JSONArrayError as error:
+        raise DataError(f"{path}:{error.line}", f"not valid JSON ({error})", fix="Correct the line") from error
 
 
 def _read_json_lines(path: Path, encoding: str) -> Iterator[pa.Table]:
+    return _in_parts(path, _json_rows(path, encoding))
+
+
+def _in_parts(path: Path, rows: Iterable[tuple[Any, int]]) -> Iterator[pa.Table]:
+    """Tables of JSON objects, which come with their sizes."""
     done = 0
-    for part in _parts(_json_rows(path, encoding)):
+    for part in _parts(rows):
         yield _from_objects(path, part, done + 1)
         done += len(part)
 
 
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
-    for number, line in enumerate(_lines(path, encoding, "\n"), start=1):
+    for number, line in enumerate(lines_of(path, encoding, "\n"), start=1):
         if not line.strip():
             continue
         try:
             yield json.loads(line), len(line)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or _first_line(error)
+            reason = getattr(error, "msg", None) or first_line(error)
             raise DataError(
                 f"{path}:{number}", f"not valid JSON ({reason})", allowed="one JSON object a line"
             ) from error
@@ -226,76 +229,20 @@ def _from_objects(path: Path, rows: list[Any], first: int) -> pa.Table:
         try:
             arrays[name] = pa.array(values)
         except UnicodeEncodeError as error:
-            raise DataError(str(path), f"column '{name}' holds half a character ({_first_line(error)})") from error
+            raise DataError(str(path), f"column '{name}' holds half a character ({first_line(error)})") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             raise DataError(
-                str(path), f"column '{name}' mixes types ({_first_line(error)})", fix="Give every row the same type"
+                str(path), f"column '{name}' mixes types ({first_line(error)})", fix="Give every row the same type"
             ) from error
     return pa.table(arrays)
 
 
-def _bytes(path: Path) -> bytes:
-    """What a file holds, unpacked."""
-    data = path.read_bytes()
-    if path.suffix.lower() != ".gz":
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            str(path), f"not a whole gzip file ({_first_line(error)})", fix="Copy or download it again"
-        ) from error
-
-
-def _lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
-    """The lines of a file with their ends, those of Windows as everybody else's; ``newline`` as for :func:`open`.
-
-    Not by str.splitlines, which also breaks at characters that occur in prose (U+2028, U+0085, form feed).
-    """
-    codec = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
-    is_packed = path.suffix.lower() == ".gz"
-    try:
-        with _opened(path) as file, io.TextIOWrapper(file, codec, newline=newline) as text:
-            for line in text:
-                yield line.replace("\r\n", "\n")
-    except LookupError as error:
-        raise DataError(
-            "data.encoding", f"unknown encoding '{encoding}'", allowed="a Python codec such as latin-1"
-        ) from error
-    except UnicodeError as error:
-        raise _undecodable(path, encoding, codec) from error
-    except (OSError, EOFError, zlib.error) as error:
-        problem = "not a whole gzip file" if is_packed else "it cannot be read"
-        raise DataError(str(path), f"{problem} ({_first_line(error)})", fix="Copy or download it again") from error
-
-
-def _opened(path: Path) -> Any:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _undecodable(path: Path, encoding: str, codec: str) -> DataError:
-    """The error for a file with bytes that ``codec`` does not know; looks for their place."""
-    decoder = codecs.getincrementaldecoder(codec)()
-    place, line, found = 0, 1, f"it is not {encoding}"
-    with _opened(path) as file:
-        for block in itertools.chain(iter(lambda: file.read(1 << 20), b""), [b""]):
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                start = place - (len(error.object) - len(block)) + error.start  # it holds the end of the last block too
-                line += error.object.count(b"\n", 0, error.start)
-                found = f"byte 0x{error.object[error.start]:02x} at offset {start} is not {encoding}"
-                break
-            except UnicodeError:
-                break
-            place, line = place + len(block), line + block.count(b"\n")
-    return DataError(
-        f"{path}:{line}", found, fix="Save the file as UTF-8, or name its encoding with data.encoding=latin-1"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+def _mapped(path: Path) -> pa.Buffer:
+    """What a file holds, on disk: mapped, or unpacked into a file without a name first."""
+    if not is_packed(path):
+        return pa.memory_map(str(path)).read_buffer()
+    with unpacking(path), open_bytes(path) as packed:
+        return on_disk(lambda file: shutil.copyfileobj(packed, file))
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[pa.Table]]] = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mirrortune.errors import DataError, ResourceError
@@ -99,3 +100,13 @@ def test_a_byte_that_is_wrong_far_behind_has_its_place(tmp_path: Path, name: str
 
     with pytest.raises(DataError, match=rf":30002: byte 0xe9 at offset {len(good)} is not utf-8"):
         read_table(path)
+
+
+def test_long_cells_of_parquet_are_read_some_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "images.parquet"
+    draw = np.random.default_rng(0)
+    pq.write_table(pa.table({"image": [draw.bytes(1_000_000) for _ in range(40)]}), path)
+
+    table = read_table(path)
+
+    assert max(len(chunk) for chunk in table.column("image").chunks) <= 16
