@@ -158,7 +158,7 @@ def evaluate(
     target: Target, words: Words = None, *, task: TaskName = None,
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
-    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format; unlabelled rows too.")] = None,
+    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format, to a file or into a folder; unlabelled rows too.")] = None,
     force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Score an adapter on a base (--model) with other weights than it was trained on.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
@@ -179,8 +179,9 @@ def evaluate(
         target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, force_base=force_base
     )
     said = describe_metrics(result.metrics) or "no labels, nothing scored"
-    lines = [f"{result.split}: {said}  ({result.rows:,} rows)", *([f"predictions: {file}"] if file else [])]
-    reporter.result({**asdict(result), **({"predictions": predictions} if file else {})}, lines)
+    lines = [f"{result.split}: {said}  ({result.rows:,} rows)"]
+    lines += [f"predictions: {result.predictions}"] if file else []
+    reporter.result({name: value for name, value in asdict(result).items() if value is not None}, lines)
 
 
 @app.command()

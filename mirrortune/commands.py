@@ -21,7 +21,7 @@ from mirrortune.compiling import compile_model
 from mirrortune.data import DataSet, Split, set_aside
 from mirrortune.environment import environment, peak_memory_bytes
 from mirrortune.errors import ConfigError
-from mirrortune.evaluation import evaluate_split
+from mirrortune.evaluation import EvalResult, evaluate_split
 from mirrortune.factor_cache import FactorCache
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import factorising_device
@@ -36,7 +36,7 @@ from mirrortune.loading import (
 )
 from mirrortune.loop import FitResult
 from mirrortune.peft_tuners import remarks
-from mirrortune.predictions import check_place, write_predictions
+from mirrortune.predictions import prediction_file, write_predictions
 from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
 from mirrortune.recipe_values import adapter_spec, check_recipe, loop_settings, read_data
@@ -45,7 +45,7 @@ from mirrortune.report import Reporter
 from mirrortune.run_recording import record_validation, recording
 from mirrortune.schema import Recipe
 from mirrortune.scoring import score_kept
-from mirrortune.tasks import Task, check_columns, task_to_dict
+from mirrortune.tasks import Task, check_columns, task_to_dict, with_label_columns
 from mirrortune.tokens import Reading
 from mirrortune.training import Trainer
 
@@ -66,11 +66,12 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
-    """The ``--json`` object of eval."""
+    """The ``--json`` object of eval; ``predictions`` is there where answers were written."""
 
     metrics: dict[str, float]
     split: str
     rows: int
+    predictions: str | None = None
 
 
 def train(
@@ -216,11 +217,12 @@ def evaluate(
         split: ``train``, ``validation``, ``test``, or a data set's own name for a split; None for the validation rows,
             or for all rows of other data that has none.
         is_own_data: whether the data is what the target was trained on, as far as its recipe says.
-        predictions: file for every row's answer; rows without a label are answered too then, and not scored.
+        predictions: file for every row's answer, or a folder for the file that the recipe names for the split; rows
+            without a label are answered too then, and nothing is scored.
         force_base: score an adapter on a base with other weights, and say what does not fit.
     """
-    if predictions is not None:
-        check_place(predictions)
+    if predictions is not None and not predictions.is_dir():
+        prediction_file(predictions, "", {})
     accelerator = make_accelerator(recipe.train.precision)
     reporter.is_main = accelerator.is_main_process
     adapter_folder = adapter_to_score(target)
@@ -237,8 +239,13 @@ def evaluate(
     for remark in remarks or ():
         reporter.note(f"by force: {remark}")
     rows, name = evaluation_rows(recipe, data, split, found.task, is_own_data=is_own_data)
+    if predictions is not None:
+        predictions = prediction_file(predictions, _own_name(rows, data, name), recipe.eval.prediction_files)
+        rows = with_label_columns(rows, found.task)
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
+    if (count := examples.num_unlabelled) and predictions is not None:
+        reporter.note(f"{name}: {count:,} of {len(examples):,} rows have no label: nothing is scored")
     found.model.to(accelerator.device)
     with reporter.bar(f"evaluate {name}", len(examples)) as bar:
         outcome = evaluate_split(
@@ -247,9 +254,19 @@ def evaluate(
             on_batch=bar.advance_by, allow_missing=predictions is not None,
         )  # fmt: skip
     if predictions is not None and accelerator.is_main_process:
-        labels = getattr(found.task, "labels", None) if recipe.eval.prediction_labels == "names" else None
-        write_predictions(predictions, outcome.predictions, labels, recipe.eval.prediction_bounds)
-    return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows)
+        _write_answers(predictions, outcome, found.task, recipe)
+    written = None if predictions is None else str(predictions)
+    return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
+
+
+def _write_answers(file: Path, outcome: EvalResult, task: Task, recipe: Recipe) -> None:
+    labels = getattr(task, "labels", None) if recipe.eval.prediction_labels == "names" else None
+    write_predictions(file, outcome.predictions, labels, recipe.eval.prediction_bounds)
+
+
+def _own_name(rows: Split, data: DataSet, asked: str) -> str:
+    """What the data set itself calls a split."""
+    return next((name for name, known in data.splits.items() if known is rows), asked)
 
 
 def evaluation_rows(

@@ -83,7 +83,7 @@ def evaluate_split(
         raise DataError(
             source,
             f"{examples.num_unlabelled} of {len(examples)} rows have no label, so there is nothing to score",
-            fix="Evaluate a labelled split with --split (the Hub's GLUE test sets are unlabelled)",
+            fix="Name a labelled split with --split, or give --predictions FILE for the answers alone",
         )
     was_training = model.training
     model.eval()

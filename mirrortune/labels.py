@@ -121,6 +121,24 @@ def refuse_missing(missing: npt.NDArray[np.bool_], source: str, column: str, wha
         )
 
 
+def without_labels(table: pa.Table, column: str, missing: str) -> pa.Table:
+    """The table with null in ``column`` wherever its value is ``missing``, as a class or as a number."""
+    if column not in table.column_names or pa.types.is_nested(table.schema.field(column).type):
+        return table
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    found, kind = table.column(column), table.schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        found, kind = found.cast(kind.value_type), kind.value_type
+    names = {value: as_name(value) for value in found.unique().to_pylist()}
+    number = _number(missing)
+    gone = [v for v, name in names.items() if name and (name == missing or _number(name) == number is not None)]
+    if not gone:
+        return table
+    kept = pc.if_else(pc.is_in(found, value_set=pa.array(gone, kind)), pa.scalar(None, kind), found)
+    return table.set_column(table.column_names.index(column), pa.field(column, kind), kept)
+
+
 def label_fields(names: Sequence[str]) -> dict[str, Any]:
     """Fields of the transformers config for a head with these classes."""
     return {

@@ -14,12 +14,21 @@ from mirrortune.errors import ConfigError
 _HEADER = "index\tprediction"
 
 
-def check_place(path: Path) -> None:
-    """Refuse a file that is there and is none of predictions; ConfigError."""
+def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
+    """The file that ``path`` means for a split: itself, or the one in a folder that ``names`` has for it.
+
+    Raises:
+        ConfigError: a file that is there and is none of predictions.
+    """
+    return _checked(path / names.get(split, f"{split}.tsv") if path.is_dir() else path)
+
+
+def _checked(path: Path) -> Path:
     if path.is_dir():
-        raise ConfigError("--predictions", f"{path} is a folder", fix="Give a file's name")
+        raise ConfigError("--predictions", f"{path} is a folder", fix="Give another name")
     if path.exists() and not path.read_bytes().startswith(_HEADER.encode()):
         raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
+    return path
 
 
 def write_predictions(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from mirrortune.adapters.presets import preset
@@ -14,6 +14,7 @@ from mirrortune.data import DataSet, Split, load_data
 from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.forward_modes import check_attention
 from mirrortune.hardware import default_device
+from mirrortune.labels import as_name, without_labels
 from mirrortune.locations import is_local
 from mirrortune.loop import LoopSettings
 from mirrortune.metrics import METRICS, Scores
@@ -40,6 +41,8 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
         is_streamed=recipe.data.streaming, max_steps=recipe.train.max_steps,
         max_train_rows=recipe.data.max_train_rows, max_eval_rows=recipe.data.max_eval_rows,
     )  # fmt: skip
+    if recipe.data.missing_label is not None and recipe.data.label_column is None:
+        errors.append(ConfigError("data.missing_label", "no label column is named", fix="Give --label-column"))
     kind = recipe.task.kind
     checks: list[Callable[[], object]] = [
         lambda: check_spec(spec),
@@ -86,7 +89,24 @@ def adapter_spec(recipe: Recipe) -> AdapterSpec:
 
 
 def read_data(recipe: Recipe) -> DataSet:
-    """The recipe's data set."""
+    """The recipe's data set, its rows without labels with nulls for them."""
+    found, section = _read(recipe), recipe.data
+    missing = None if section.missing_label is None else as_name(section.missing_label)
+    if missing is None or section.label_column is None:
+        return found
+    column = section.label_column
+
+    def cleared(split: Split) -> Split:
+        stream = split.stream
+        if stream is not None:
+            flatten = stream.flatten
+            stream = replace(stream, flatten=lambda table: without_labels(flatten(table), column, missing))
+        return replace(split, table=without_labels(split.table, column, missing), stream=stream)
+
+    return replace(found, splits={name: cleared(split) for name, split in found.splits.items()})
+
+
+def _read(recipe: Recipe) -> DataSet:
     section = recipe.data
     assert section.path is not None
     if section.streaming:

@@ -78,6 +78,8 @@ class DataSection(_Section):
     """Multiple choice: a column for each ending, or one that holds them all; detected by default."""
     label_column: str | None = None
     """The target's column; detected by default."""
+    missing_label: int | float | str | None = None
+    """What stands in label_column, which must be named, where a row has no label: -1 in GLUE's test splits."""
     stride: int | None = Field(default=None, ge=0)
     """Question answering: tokens that neighbouring windows of a long context share; 128 by default."""
     image_column: str | None = None
@@ -219,6 +221,9 @@ class EvalSection(_Section):
     """What `eval --predictions` writes of a class: its name, or its index."""
     prediction_bounds: tuple[float, float] | None = None
     """Numbers between which `eval --predictions` brings those that it writes."""
+    prediction_files: dict[str, str] = Field(default_factory=dict)
+    """Names of the files that `eval --predictions FOLDER` writes, by the data set's own names for its splits; SPLIT.tsv
+    for others."""
 
 
 class Recipe(_Section):

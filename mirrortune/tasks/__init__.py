@@ -27,6 +27,8 @@ from mirrortune.recipe import task_kinds
 from mirrortune.registry import option_errors
 from mirrortune.tokens import Reading
 
+_TARGET_ROLES = ("label", "tag", "answer", "target")
+
 
 class Task(Protocol):
     """What the data, the loop, the evaluation and the files require of a kind of task; a frozen dataclass of JSON data,
@@ -144,6 +146,17 @@ def with_columns(task: Task, named: dict[str, Any]) -> Task:
         if isinstance(now, tuple) and len(now) != len(value):
             raise ConfigError(flag, f"the run reads {len(now)} {key.split('_')[0]}s, got {len(value)}")
     return replace(task, **given)  # type: ignore[type-var]
+
+
+def with_label_columns(split: Split, task: Task) -> Split:
+    """The split with a column of nulls for each of the task's columns of targets that it lacks: rows to be answered
+    often come without one.
+    """
+    table = split.table
+    for role, column in task.columns():
+        if role in _TARGET_ROLES and column not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows))
+    return replace(split, table=table)
 
 
 def check_columns(split: Split, task: Task) -> None:

@@ -96,6 +96,12 @@ def test_answers_are_written_as_glue_takes_them(desk: Path, run: Path) -> None:
     assert "no labels, nothing scored" in again.stdout
     indices = [line.split("\t")[1] for line in (desk / "SST-2.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     assert indices == [{"negative": "0", "positive": "1"}[name] for name in names]
+    (desk / "hidden" / "test.csv").write_text("text\n" + "".join(f"{text}\n" for text, _ in reviews(9)))
+    (desk / "answers").mkdir()
+    named = ["eval.prediction_files={test: GOOD.tsv}", "eval.prediction_labels=indices"]
+    without = mirrortune(*words[:-1], "answers", *named, "--json")
+    assert without.data["predictions"] == "answers/GOOD.tsv", "no column of labels at all"
+    assert (desk / "answers" / "GOOD.tsv").read_bytes() == (desk / "SST-2.tsv").read_bytes()
 
 
 def test_labelled_rows_are_scored_and_written(desk: Path, run: Path) -> None:

@@ -240,19 +240,23 @@ def test_other_tasks_of_glue(trained: Trained, task: str, metrics: set[str], spl
         assert score["metrics"].keys() == metrics | {"loss"}
         assert score["rows"] == 40
     unlabelled = trained.client.mirrortune("eval", task, "--split", "test")
+    assert unlabelled.exit_code == 3
+    assert "20 of 20 rows have no label, so there is nothing to score. Name a labelled split" in unlabelled.said
     if task == "glue/mnli":
-        assert unlabelled.exit_code == 3
-        assert "20 of 20 rows have no label, so there is nothing to score. Evaluate a labelled split" in unlabelled.said
         assert read(trained.client.folder / task / "adapter" / "adapter.json")["task"]["labels"] == [
             "entailment", "neutral", "contradiction",
         ]  # fmt: skip
-    asked: list[list[object]] = [["--split", "test"]]
+    asked: dict[str, list[object]] = {"STS-B.tsv": ["--split", "test"]}
     if task == "glue/mnli":
-        asked += [["--split", "test_mismatched"], ["-d", "hf://nyu-mll/glue:ax", "--split", "test"]]
-    for words in asked:  # the files of GLUE's server
-        answered = trained.client.mirrortune("eval", task, *words, "--predictions", "answers.tsv")
+        asked = {"MNLI-m.tsv": ["--split", "test"], "MNLI-mm.tsv": ["--split", "test_mismatched"],
+                 "AX.tsv": ["-d", "hf://nyu-mll/glue:ax", "--split", "test"]}  # fmt: skip
+    (trained.client.folder / "submission").mkdir(exist_ok=True)
+    for name, words in asked.items():  # the files of GLUE's server
+        answered = trained.client.mirrortune("eval", task, *words, "--predictions", "submission")
         assert answered.exit_code == 0, answered.stderr
-        lines = (trained.client.folder / "answers.tsv").read_text(encoding="utf-8").splitlines()
+        assert "no labels, nothing scored" in answered.stdout
+        assert "20 of 20 rows have no label: nothing is scored" in answered.stderr
+        lines = (trained.client.folder / "submission" / name).read_text(encoding="utf-8").splitlines()
         cells = [line.split("\t") for line in lines]
         assert cells[0] == ["index", "prediction"]
         assert [index for index, _ in cells[1:]] == [str(i) for i in range(20)]
