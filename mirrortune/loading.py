@@ -186,7 +186,7 @@ def base_identity(job: Job) -> dict[str, Any]:
         "dtype": str(job.dtype).removeprefix("torch."),
         "auto_class": job.task.auto_class,
         **({"load_in": job.source.load_in} if job.source.load_in else {}),
-        **({"quantised": True} if job.source.is_quantised or job.source.gguf_file else {}),
+        **({"quantised": True} if job.source.is_stored_packed else {}),
     }
 
 

@@ -172,7 +172,7 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
 def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     if merge.source.trust_remote_code:
         raise NotTensorByTensor("the model's own code says how its weights are loaded")
-    if merge.source.is_quantised or any(adapter.base.get("quantised") for adapter in merge.adapters):
+    if merge.source.is_stored_packed or any(adapter.base.get("quantised") for adapter in merge.adapters):
         raise NotTensorByTensor("the base is quantised")
     model = merge.outline()
     plan = plan_merge(merge.source, model, merge.adapters, merge.factors, merge.remarks)

@@ -7,26 +7,21 @@ No model family is named here. What the checkpoint did not fill (``new_parameter
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import inspect
-import json
-import pickle
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from mirrortune.atomic import restore
-from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.errors import ConfigError
 from mirrortune.hub import hub_errors, resolve_commit
+from mirrortune.load_errors import load_errors
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
-from mirrortune.quantised import is_quantised, keep_trainable, loading_config
+from mirrortune.quantised import can_be_dequantised, is_quantised, keep_trainable, loading_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,7 +55,12 @@ class ModelSource:
     @property
     def is_quantised(self) -> bool:
         """Whether the loaded model has packed weights."""
-        return self.load_in is not None or is_quantised(self.config)
+        return self.load_in is not None or (is_quantised(self.config) and not can_be_dequantised(self.config))
+
+    @property
+    def is_stored_packed(self) -> bool:
+        """Whether its files do, or the loaded model does: what is read of the files is not what is adapted."""
+        return self.is_quantised or self.gguf_file is not None or is_quantised(self.config)
 
     def arguments(self) -> dict[str, Any]:
         """What every ``from_pretrained`` of this source is called with; pinned to the commit once that is known."""
@@ -111,7 +111,7 @@ def find_model(
     from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
 
     commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
-    with hub_errors(f"model '{name}'", flag="--model"), _quiet(), _load_errors(name):
+    with hub_errors(f"model '{name}'", flag="--model"), load_errors(name):
         config = AutoConfig.from_pretrained(
             location,
             revision=commit or revision,
@@ -147,7 +147,7 @@ def load_tokenizer(source: ModelSource, **options: Any) -> Any:
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     no_files = ConfigError(f"model '{source.name}'", "it has no tokenizer files", fix="Put its tokenizer beside it")
-    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments(), **options)
         except ValueError as error:
@@ -174,7 +174,7 @@ def load_feature_extractor(source: ModelSource) -> Any:
     from transformers import AutoFeatureExtractor  # noqa: PLC0415
 
     load: Any = AutoFeatureExtractor.from_pretrained
-    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
         try:
             found = load(source.location, **source.arguments())
         except OSError as error:
@@ -198,7 +198,7 @@ def load_image_processor(source: ModelSource) -> Any:
     from transformers import AutoImageProcessor  # noqa: PLC0415
 
     load: Any = AutoImageProcessor.from_pretrained
-    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
         try:
             return load(source.location, backend="pil", **source.arguments())
         except OSError as error:
@@ -244,8 +244,10 @@ def load_model(
     import transformers  # noqa: PLC0415
 
     config = task_config(source, config_fields, pad_token_id)
+    if can_be_dequantised(config):
+        config.quantization_config["dequantize"] = True
     packing = {"quantization_config": loading_config(source.load_in, dtype)} if source.load_in else {}
-    with hub_errors(f"model '{source.name}'", flag="--model"), _quiet(), _load_errors(source.name):
+    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
         model, info = getattr(transformers, auto_class).from_pretrained(
             source.location,
             config=config,
@@ -277,7 +279,7 @@ def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, A
     import transformers  # noqa: PLC0415
 
     config = task_config(source, config_fields, None)
-    with _quiet(), _load_errors(source.name), torch.device("meta"):
+    with load_errors(source.name), torch.device("meta"):
         model = getattr(transformers, auto_class).from_config(config, trust_remote_code=source.trust_remote_code)
     assert isinstance(model, nn.Module)
     return model
@@ -293,56 +295,3 @@ def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id
     if source.attention is not None:
         config._attn_implementation = source.attention  # noqa: SLF001  (from_pretrained's argument does no other)
     return config
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Transformers' own bars and warnings off: what they say (a new head) is part of our plan, in our words."""
-    from transformers.utils import logging  # noqa: PLC0415
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-@contextlib.contextmanager
-def _load_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(f"model '{name}'", "does not fit into memory", fix="Set model.dtype=bfloat16") from error
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"model '{name}'", "its weights are a pickle that holds more than tensors, and would run code when loaded",
-            allowed="safetensors, or a pickle of tensors alone",
-            fix="Take a revision with safetensors (--revision), or open it where you trust it and save_pretrained it",
-        ) from error  # fmt: skip
-    except (SafetensorError, json.JSONDecodeError, struct.error, EOFError) as error:
-        raise ConfigError(f"model '{name}'", f"a file is damaged ({error})", fix="Download or copy it again") from error
-    except (ValueError, KeyError) as error:
-        text = str(error).strip().split("\n")[0]
-        if "Unrecognized configuration class" in text:
-            raise ConfigError(
-                f"model '{name}'", "its architecture has no head for this task in transformers"
-            ) from error
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"model '{name}'", "it needs code from its own repository",
-                fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
-            ) from error  # fmt: skip
-        if "attn_implementation" in str(error):
-            raise ConfigError("model.attention", text[:300], fix="Set another, or none") from error
-        if "model type" in text or "model_type" in text:
-            raise ConfigError(f"model '{name}'", text[:300]) from error
-        raise
-    except OSError as error:
-        text = str(error).strip().split("\n")[0]
-        # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by
-        # hub_errors.)
-        if is_local(name) and error.__cause__ is None:
-            raise ConfigError(f"model '{name}'", text[:300]) from error
-        raise

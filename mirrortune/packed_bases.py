@@ -15,8 +15,8 @@ from mirrortune.quantised import dequantise
 def load_plain(source: ModelSource, *arguments: Any) -> nn.Module:
     """The model of :func:`mirrortune.model.load_model`, dequantised if it is quantised."""
     model = load_model(source, *arguments).model
-    # What comes from a GGUF file has plain weights, and is still marked as quantised.
-    return dequantise(model) if source.is_quantised or source.gguf_file else model
+    # What is dequantised while it is loaded has plain weights, and is still marked as quantised.
+    return dequantise(model) if source.is_stored_packed else model
 
 
 def trained_on(adapter: AdapterFile, source: ModelSource, base: str | None) -> ModelSource | None:
@@ -30,7 +30,7 @@ def trained_on(adapter: AdapterFile, source: ModelSource, base: str | None) -> M
     if base is None or source.load_in is not None:
         return None if base is None else source
     recorded = adapter.base.get("name")
-    if recorded in (None, base) or source.is_quantised or not adapter.base.get("quantised"):
+    if recorded in (None, base) or source.is_stored_packed or not adapter.base.get("quantised"):
         return None
     revision = adapter.base.get("commit") or adapter.base.get("revision")
     return find_model(str(recorded), revision=revision, trust_remote_code=source.trust_remote_code)

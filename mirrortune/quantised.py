@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 from typing import Any
 
@@ -15,8 +16,10 @@ from mirrortune.adapters.packed import PackedLinear, plain_dtype
 from mirrortune.errors import ConfigError
 
 _PACKED = PackedLinear()
-# What transformers and its quantisers note on a model; a dequantised one must not say so.
-_NOTES = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
+# What transformers and its quantisers note on a model; a dequantised one must not say so. The conversions of its
+# weights are undone when it is saved: without the note, those of its architecture alone, and nothing is packed again.
+_NOTES = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method",
+          "_weight_conversions")  # fmt: skip
 
 
 def loading_config(load_in: str, dtype: torch.dtype) -> Any:
@@ -40,6 +43,21 @@ def loading_config(load_in: str, dtype: torch.dtype) -> Any:
 def is_quantised(config: Any) -> bool:
     """Whether a checkpoint's configuration says that its weights are packed."""
     return getattr(config, "quantization_config", None) is not None
+
+
+def can_be_dequantised(config: Any) -> bool:
+    """Whether transformers can dequantise a checkpoint's packed weights while it loads them.
+
+    So it does with formats whose own layers pass no gradient on, or are no layers before the first forward pass of the
+    model: float8 with scales, MXFP4, compressed-tensors.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # noqa: PLC0415
+
+    packing = getattr(config, "quantization_config", None)
+    if not isinstance(packing, dict):
+        return False
+    reads = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(packing.get("quant_method")))
+    return reads is not None and "dequantize" in inspect.signature(reads).parameters
 
 
 def keep_trainable(model: nn.Module) -> nn.Module:

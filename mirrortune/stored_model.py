@@ -44,7 +44,7 @@ def stored_layers(
         None where the files do not hold the model's own weights one by one: packed or converted ones, layers that the
         checkpoint lacks, pickles, or a model that keeps some in another dtype.
     """
-    if source.is_quantised or source.gguf_file or source.trust_remote_code:
+    if source.is_stored_packed or source.trust_remote_code:
         return None
     model = outline(source, auto_class, config_fields, None)
     if dtype != torch.float32 and any(getattr(model, f"_keep_in_fp32_modules{end}", None) for end in ("", "_strict")):

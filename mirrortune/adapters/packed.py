@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.kinds import Linear, is_plain, own_matrix
 from mirrortune.adapters.layouts import Layout
+from mirrortune.errors import ConfigError
 
 _BLOCK = 1024  # rows of the identity that a layer is applied to at once
 
@@ -82,8 +83,18 @@ def _by_columns(module: Any) -> Tensor:
             count = min(_BLOCK, module.in_features - start)
             units = torch.zeros(count, module.in_features, dtype=dtype, device=device)
             units[torch.arange(count), torch.arange(start, start + count)] = 1
-            columns.append(module(units))
+            columns.append(_outputs(module, units))
     finally:
         if bias is not None:
             module.bias = bias
     return torch.cat(columns).T.contiguous()
+
+
+def _outputs(module: Any, x: Tensor) -> Tensor:
+    try:
+        return module(x)  # type: ignore[no-any-return]
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            "model", f"a quantised layer cannot be called by itself ({type(error).__name__}: {str(error)[:200]})",
+            fix="Load the model dequantised (dequantize=True in its quantization_config), or in full precision",
+        ) from error  # fmt: skip

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -269,3 +272,62 @@ def test_a_gguf_file_is_a_model_whose_merged_weights_are_plain(tmp_path: Path) -
     assert relative(logits(reopened), logits(adapted)) < 1e-4
     with pytest.raises(ConfigError, match="no such file"):
         find_model(str(tmp_path / "other.gguf"))
+
+
+def write_float8(checkpoint: Path, folder: Path) -> dict[str, Tensor]:
+    """The checkpoint as DeepSeek writes it, float8 with a scale for every block of 32 x 32; what its weights mean."""
+    plain = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    meant, stored = dict(plain), dict[str, Tensor]()
+    for name, weight in plain.items():
+        if "_proj" not in name:
+            stored[name] = weight
+            continue
+        blocks = weight.unfold(0, 32, 32).unfold(1, 32, 32)
+        scale = blocks.abs().amax((-2, -1)) / 448
+        wide = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+        stored[name], stored[f"{name}_scale_inv"] = (weight / wide).to(torch.float8_e4m3fn), scale
+        meant[name] = stored[name].float() * wide
+    shutil.copytree(checkpoint, folder)
+    safetensors.torch.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [32] * 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return meant
+
+
+def test_float8_with_scales_is_dequantised_while_it_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    meant = write_float8(checkpoint, tmp_path / "float8")
+    source = find_model(str(tmp_path / "float8"))
+    assert source.is_stored_packed
+    assert not source.is_quantised, "what is adapted is plain"
+    arguments = ("AutoModelForCausalLM", {}, torch.float32, None)
+    adapted = load_model(source, *arguments).model.eval()
+    for name, weight in adapted.state_dict().items():
+        assert relative(weight, meant[name]) < 1e-6, name
+    moved(attach(adapted, AdapterSpec(), factor_source=factors))
+    plain = load_plain(source, *arguments)
+    plain.save_pretrained(tmp_path / "merged", state_dict=merged_state(plain, adapted))  # type: ignore[operator]
+    assert "quantization" not in (tmp_path / "merged" / "config.json").read_text(encoding="utf-8")
+    reopened = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(logits(reopened), logits(adapted)) < 1e-4
+
+
+def test_a_format_whose_package_is_not_here_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    write_float8(checkpoint, tmp_path / "other")
+    place = tmp_path / "other" / "config.json"
+    config = json.loads(place.read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "aqlm"}
+    place.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"(?s)aqlm.*Install it"):
+        load_model(find_model(str(place.parent)), "AutoModelForCausalLM", {}, torch.float32, None)
+
+
+def test_a_packed_layer_that_cannot_be_called_by_itself_is_named() -> None:
+    model = Small()
+    model.up.forward = lambda x: x @ model.up.packed.to(torch.int8)  # type: ignore[method-assign, operator]
+    with pytest.raises(ConfigError, match=r"cannot be called by itself.*Load the model dequantised"):
+        find_targets(model, AdapterSpec()).layers["up"].read(model)
