@@ -7,7 +7,7 @@ and every layer does what it did. What does not is refused with the layer's name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE,
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import FactorSource, attach
 from mirrortune.adapters.spec import AdapterSpec, build_core
+from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError, VerificationError
 
@@ -54,6 +55,7 @@ def adapt(
     factor_source: FactorSource,
     new_parameters: Iterable[str] = (),
     pairs: dict[str, Tensor] | None = None,
+    strategies: Mapping[str, Strategy] | None = None,
 ) -> FingerprintBook:
     """Attach a fresh adapter by ``spec``, ours or PEFT's; see :func:`mirrortune.adapters.inject.attach`."""
     book = FingerprintBook()
@@ -61,7 +63,10 @@ def adapt(
         peft_tuners.count_trained(model, spec, new_parameters)  # what PEFT refuses, it refuses on a copy
         peft_tuners.attach_tuner(model, spec, new_parameters=new_parameters, on_layer=book.note_weight)
     else:
-        attach(model, spec, new_parameters=new_parameters, factor_source=factor_source, pairs=pairs, on_layer=book)
+        attach(
+            model, spec, new_parameters=new_parameters, factor_source=factor_source, pairs=pairs, on_layer=book,
+            strategies=strategies,
+        )  # fmt: skip
     return book
 
 

@@ -14,6 +14,7 @@ from mirrortune import ranks
 from mirrortune.adapter_file import write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.presets import preset
+from mirrortune.adapters.targets import find_targets
 from mirrortune.adapting import FingerprintBook
 from mirrortune.assembly import Job, assemble
 from mirrortune.checkpoint import RunDirectory
@@ -45,6 +46,7 @@ from mirrortune.report import Reporter
 from mirrortune.run_recording import record_validation, recording
 from mirrortune.schema import Recipe
 from mirrortune.scoring import score_kept
+from mirrortune.strategy_choice import by_strategy, choose_strategies
 from mirrortune.tasks import Task, check_columns, task_to_dict, with_label_columns
 from mirrortune.tokens import Reading
 from mirrortune.training import Trainer
@@ -102,7 +104,9 @@ def train(
     started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
     pairing_seconds = time.perf_counter() - started if pairs else 0.0
-    book = adapt_model(loaded, job.spec, cache, pairs)
+    targets = find_targets(loaded.model, job.spec, loaded.new_parameters)
+    strategies = choose_strategies(job, targets, run, accelerator, reporter, resume=resume)
+    book = adapt_model(loaded, job.spec, cache, pairs, strategies)
     model = loaded.model
     for text in remarks(model):
         reporter.note(text)
@@ -110,7 +114,7 @@ def train(
     def create() -> None:
         run.create()
         run.write_text(run.recipe.name, recipe.to_yaml())
-        run.write_json("environment.json", environment(job, resolved, accelerator))
+        run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
 
     # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
     if not resume:

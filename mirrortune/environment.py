@@ -16,8 +16,15 @@ from mirrortune.assembly import Job
 from mirrortune.recipe import Resolved
 
 
-def environment(job: Job, resolved: Resolved, accelerator: Any) -> dict[str, Any]:
-    """Everything that another machine needs to know to repeat the run, besides the recipe."""
+def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict[str, list[str]]) -> dict[str, Any]:
+    """Everything that another machine needs to know to repeat the run, besides the recipe.
+
+    Args:
+        job: assembled.
+        resolved: its recipe.
+        accelerator: of this process.
+        strategies: layers by how they compute.
+    """
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
     packages += ["peft"] if job.spec.preset.peft else []
     return {
@@ -28,6 +35,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any) -> dict[str, Any
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
+        "strategies": strategies,
         "seed": job.recipe.train.seed,
         "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},
         "data": job.data_origin,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mirrortune import ranks
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
+from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import Target, find_targets
 from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
 from mirrortune.assembly import Job
@@ -60,6 +61,7 @@ def adapt_model(
     spec: AdapterSpec,
     cache: FactorCache,
     pairs: dict[str, Tensor] | None = None,
+    strategies: Mapping[str, Strategy] | None = None,
 ) -> FingerprintBook:
     """Put a fresh adapter into a loaded base model.
 
@@ -68,10 +70,14 @@ def adapt_model(
         spec: the adapter.
         cache: factors.
         pairs: measured or stored pairs by layer.
+        strategies: how layers compute, by layer.
     """
     targets = find_targets(loaded.model, spec, loaded.new_parameters)
     widen(loaded.model, targets.head)
-    return adapt(loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache, pairs=pairs)
+    return adapt(
+        loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache, pairs=pairs,
+        strategies=strategies,
+    )  # fmt: skip
 
 
 def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:

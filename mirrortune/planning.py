@@ -19,7 +19,7 @@ from mirrortune import peft_tuners
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import attach, freeze
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec, make_pairs, needs_saliency
-from mirrortune.adapters.spectral_linear import cheapest_strategy
+from mirrortune.adapters.strategies import Strategy, cheapest_strategy
 from mirrortune.adapters.targets import Target, Targets, find_targets
 from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.examples import Batch
@@ -40,7 +40,6 @@ class Plan:
         head_parameters: trained numbers of the head.
         total_parameters: all numbers of the model.
         rank: directions kept of the largest layer; 0 without a core.
-        strategies: how many layers compute in which way.
         factor_numbers: numbers of all singular vectors and values.
     """
 
@@ -49,7 +48,6 @@ class Plan:
     head_parameters: int
     total_parameters: int
     rank: int
-    strategies: dict[str, int]
     factor_numbers: int
 
     def lines(self) -> list[str]:
@@ -99,6 +97,7 @@ class Load:
         dtype: of the base weights.
         is_16bit_compute: activations in 16 bits.
         device: type of the device.
+        tokens: of an ordinary micro-batch, by which strategies are chosen; None where nobody knows.
     """
 
     batch: Batch
@@ -106,6 +105,7 @@ class Load:
     dtype: torch.dtype
     is_16bit_compute: bool
     device: str
+    tokens: int | None = None
 
 
 def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_parameters: tuple[str, ...] = ()) -> Plan:
@@ -128,18 +128,16 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
     if spec.preset.peft is not None:
         trained += peft_tuners.count_trained(model, spec, new_parameters)[0]
     counts: dict[tuple[int, tuple[int, int], int], int] = {}
-    strategies: Counter[str] = Counter()
     largest = factors = 0
     for name, target in targets.layers.items() if spec.preset.core else ():
         rank, shape = target.rank, target.shape
-        pairs = _pairs(spec, rank, name)
+        pairs = planned_pairs(spec, rank, name)
         kind = (rank, shape, 0 if pairs is None else len(pairs))
         if kind not in counts:  # a core's size depends on nothing else
             core = build_core(spec, torch.zeros(rank), name, shape, pairs)
             counts[kind] = sum(p.numel() for p in core.parameters())
         trained += target.count * counts[kind]
         largest, factors = max(largest, rank), factors + target.count * rank * (sum(shape) + 1)
-        strategies[_strategy(spec, target, dtype)] += 1
     if not trained + head:
         raise ConfigError("adapter.method", f"'{spec.method}' trains nothing on this kind of task, which has no head")
     return Plan(
@@ -148,7 +146,6 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
         head_parameters=head,
         total_parameters=sum(sizes.values()),
         rank=largest,
-        strategies=dict(strategies),
         factor_numbers=factors,
     )
 
@@ -167,7 +164,7 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
             parameter.data = parameter.data.to(load.dtype)
     base = {name for name, _ in (*adapted.named_parameters(), *adapted.named_buffers())}
     try:
-        _attach_empty(adapted, spec)
+        _attach_empty(adapted, spec, load.dtype, load.tokens)
         return rehearse(
             adapted, load.batch, load.loss, is_base=_base_names(base), device=load.device,
             is_16bit_compute=load.is_16bit_compute,
@@ -190,7 +187,7 @@ def _base_names(names: set[str]) -> Callable[[str], bool]:
     return is_base
 
 
-def _attach_empty(model: nn.Module, spec: AdapterSpec) -> None:
+def _attach_empty(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype, tokens: int | None) -> None:
     """Put the spec's adapter into a model on the meta device: everything but the numbers."""
     targets = find_targets(model, spec)
     if spec.preset.peft is not None:
@@ -200,8 +197,9 @@ def _attach_empty(model: nn.Module, spec: AdapterSpec) -> None:
         freeze(model, targets)
     else:
         ranks = {name: target.rank for name, target in targets.layers.items()} if needs_saliency(spec) else {}
-        pairs = {name: found for name, rank in ranks.items() if (found := _pairs(spec, rank, name)) is not None}
-        attach(model, spec, factor_source=_no_factors, pairs=pairs)
+        pairs = {name: found for name, rank in ranks.items() if (found := planned_pairs(spec, rank, name)) is not None}
+        chosen = strategies_of(targets, spec, dtype, tokens)
+        attach(model, spec, factor_source=_no_factors, pairs=pairs, strategies=chosen)
     widen(model, targets.head)
 
 
@@ -214,13 +212,25 @@ def _no_factors(name: str, matrix: Tensor, rank: int) -> Factors:
     )
 
 
-def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> str:
-    if target.count > 1:
-        return "dense"
-    return spec.strategy or cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
+def strategies_of(targets: Targets, spec: AdapterSpec, dtype: torch.dtype, tokens: int | None) -> dict[str, Strategy]:
+    """How each layer computes: as the spec says, or what is cheapest by counting products.
+
+    Args:
+        targets: the layers.
+        spec: the adapter.
+        dtype: of the base weights.
+        tokens: of a micro-batch; None where nobody knows.
+    """
+
+    def of(target: Target) -> Strategy:
+        if target.count > 1:
+            return "dense"
+        return spec.strategy or cheapest_strategy(*target.shape, target.rank, dtype, target.kind, tokens)
+
+    return {name: of(target) for name, target in targets.layers.items()} if spec.preset.core else {}
 
 
-def _pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
+def planned_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
     """Pairs as many as the core will have, or None for one that pairs nothing."""
     if spec.resolved_pairing is None:
         return None

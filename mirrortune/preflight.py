@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -29,13 +30,13 @@ from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.examples import Batch, Examples
 from mirrortune.locations import cache_folder, is_local
 from mirrortune.model import ModelSource
-from mirrortune.planning import Load, Plan, footprint
+from mirrortune.planning import Load, Plan, footprint, strategies_of
 from mirrortune.rehearsal import Footprint
 from mirrortune.tasks import Task
 
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
 _GIB = 2**30
-_VERSION = 1
+_VERSION = 2
 """Part of the key of a footprint: raise it when the same step would be counted otherwise."""
 
 
@@ -96,17 +97,32 @@ class Stage:
         known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
         known.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
         known.append(getattr(getattr(self.model, "config", None), "_attn_implementation", None))
-        known += [_VERSION, *(metadata.version(name) for name in ("torch", "transformers"))]
+        tokens = typical_tokens(self.train, step.rows, step.length)
+        known += [tokens, _VERSION, *(metadata.version(name) for name in ("torch", "transformers"))]
         key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
         load = Load(
             batch=batch, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
-            device=self.device,
+            device=self.device, tokens=tokens,
         )  # fmt: skip
         return _remembered(key, lambda: footprint(self.model, step.spec, load))
 
     def positions(self) -> int:
         """Of the longest row."""
         return int(self.train.lengths.max())
+
+
+def typical_tokens(train: Examples, rows: int, length: int | None = None) -> int | None:
+    """Tokens of an ordinary micro-batch, as a power of two; None where rows are not made of tokens.
+
+    Args:
+        train: rows.
+        rows: of a micro-batch.
+        length: what longer rows are cut to.
+    """
+    if "input_ids" not in train.batch(np.array([0])):
+        return None
+    lengths = train.lengths if length is None else np.minimum(train.lengths, length)
+    return int(2 ** round(math.log2(max(1.0, rows * float(lengths.mean())))))
 
 
 def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
@@ -136,7 +152,8 @@ def packed(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype
 def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
     """The estimate in one line."""
     parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in found.parts().items())
-    how = "".join(f"; {count} layers {name}" for name, count in plan.strategies.items())
+    chosen = strategies_of(plan.targets, step.spec, step.dtype, typical_tokens(stage.train, step.rows, step.length))
+    how = "".join(f"; {count} layers {name}" for name, count in Counter(chosen.values()).items())
     guess = "" if found.is_counted else " (a guess from the widths of the layers)"
     return (
         f"memory, estimated: {mebibytes(found.total)} MiB{guess} for {step.rows} x {stage.positions()} positions: "

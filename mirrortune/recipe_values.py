@@ -82,7 +82,7 @@ def adapter_spec(recipe: Recipe) -> AdapterSpec:
         pairing=section.pairing,
         target_modules=section.target_modules,
         seed=recipe.train.seed,
-        strategy=None if section.strategy == "auto" else section.strategy,
+        strategy=None if section.strategy == "auto" or section.strategy == "measured" else section.strategy,  # noqa: PLR1714
         options=dict(section.options),
         split=section.model_dump(mode="json")["split"],
     )

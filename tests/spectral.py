@@ -20,7 +20,8 @@ from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.factorize import factorize
 from mirrortune.adapters.inject import SpectralLayer
 from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
+from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.strategies import Strategy
 
 # Options worth their own run of every law; a core that is not named here runs with its defaults.
 _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {

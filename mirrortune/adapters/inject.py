@@ -20,6 +20,7 @@ from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.adapters.spectral_weight import SpectralWeight, replace_weight
+from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import Target, Targets, find_targets
 from mirrortune.errors import ConfigError
 
@@ -73,6 +74,7 @@ def attach(
     pairs: dict[str, Tensor] | None = None,
     on_layer: LayerHook | None = None,
     names: Collection[str] | None = None,
+    strategies: Mapping[str, Strategy] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place: cores into its target layers, everything else frozen but the head.
 
@@ -84,6 +86,7 @@ def attach(
         pairs: pairs by layer name, in place of the pairing's own (an adapter being loaded).
         on_layer: told of every layer, while its factors are at hand.
         names: see :func:`find_targets`.
+        strategies: by layer name, in place of the spec's.
 
     Returns:
         The same model, with ``model.mirrortune`` set.
@@ -105,7 +108,8 @@ def attach(
             on_layer(name, matrix, factors, core)
         if target.kind.is_packed:
             factors = factors.to(device=matrix.device, dtype=matrix.dtype)
-        layers[name] = _adapt(model, target, factors, core, spec)
+        strategy = (strategies or {}).get(name, spec.strategy)
+        layers[name] = _adapt(model, target, factors, core, strategy)
     model.mirrortune = Attachment(spec=spec, targets=targets, layers=layers)  # type: ignore[assignment]
     return model
 
@@ -176,11 +180,11 @@ def _compute(name: str, weight: Tensor, rank: int) -> Factors:
     return factorize(weight, rank, name=name)
 
 
-def _adapt(model: nn.Module, target: Target, factors: Factors, core: Core, spec: AdapterSpec) -> SpectralLayer:
+def _adapt(model: nn.Module, target: Target, factors: Factors, core: Core, strategy: Strategy | None) -> SpectralLayer:
     modules = {id(m): (m, parameter) for path, parameter in target.places for m in [model.get_submodule(path)]}
     (first, parameter), *others = modules.values()
     has_parents = all(path for path, _ in target.places)  # the model itself cannot be replaced
-    kind, strategy = target.kind, spec.strategy
+    kind = target.kind
     is_alone = parameter == "weight" and not others and has_parents and not target.layout.rows
     if strategy == "dense" or not is_alone or not isinstance(kind, CallableKind) or not kind.is_callable(first):
         assert not kind.is_packed

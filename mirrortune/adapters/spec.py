@@ -18,7 +18,7 @@ from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.pair_lists import PairLists, check_lists, list_for
 from mirrortune.adapters.pairings import PAIRINGS
 from mirrortune.adapters.presets import PeftTuner, Preset, preset
-from mirrortune.adapters.spectral_linear import Strategy
+from mirrortune.adapters.strategies import Strategy
 from mirrortune.errors import ConfigError
 
 

@@ -20,12 +20,11 @@ from torch.utils._pytree import tree_map
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors
-from mirrortune.adapters.kinds import CallableKind, Embedding, Kind, Linear
+from mirrortune.adapters.kinds import CallableKind, Linear
 from mirrortune.adapters.products import added_product, spectral_product
 from mirrortune.adapters.spectral import Spectral
+from mirrortune.adapters.strategies import cheapest_strategy
 from mirrortune.errors import ConfigError
-
-Strategy = Literal["branch", "factored", "dense"]
 
 _LINEAR = Linear()
 
@@ -37,7 +36,7 @@ class SpectralLinear(Spectral):
         base_layer: the layer to adapt, its weight a matrix (O, I) in the eyes of ``kind``; frozen and never changed.
         factors: singular triplets of that matrix; of a packed one on the device and in the dtype to compute in.
         core: owns the trained numbers and K.
-        strategy: how to compute the output; None lets :func:`cheapest_strategy` choose.
+        strategy: how to compute the output; None for what is cheapest by the layer's shape.
         kind: what the layer is, ``kind.is_callable(base_layer)``; a linear layer by default.
 
     Raises:
@@ -56,6 +55,7 @@ class SpectralLinear(Spectral):
         super().__init__(factors, core, kind.layouts(base_layer)["weight"], weight)
         self.base_layer = base_layer.requires_grad_(requires_grad=False)
         self.kind = kind
+        # Without the number of rows it is never dense, which is no matter of the layer alone.
         self.strategy = strategy or cheapest_strategy(
             self.out_features, self.in_features, self.rank, weight.dtype, kind
         )
@@ -169,17 +169,3 @@ _OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Ten
     Tensor.is_complex, Tensor.get_device, Tensor.__len__,
 }  # fmt: skip
 """What can be said of W' without computing it."""
-
-
-def cheapest_strategy(
-    out_features: int, in_features: int, rank: int, dtype: torch.dtype, kind: Kind = _LINEAR
-) -> Literal["branch", "factored"]:
-    """The strategy with the fewer multiplications per row, in units of the frozen layer's own O * I.
-
-    branch costs 1 + R (O + I) / (O I), factored R (O + I) / (O I). In 16 bits factored would put one more rounding of
-    the whole weight into the model, so branch is taken there; for embeddings, whose own forward costs nothing, and for
-    packed weights, which were packed to be small.
-    """
-    is_full = rank >= min(out_features, in_features)
-    is_exact_enough = dtype in (torch.float32, torch.float64) and not isinstance(kind, Embedding) and not kind.is_packed
-    return "factored" if is_full and is_exact_enough else "branch"

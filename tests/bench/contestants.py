@@ -26,8 +26,10 @@ from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import find_targets
 from mirrortune.adapting import adapt
 from mirrortune.optim import build_optimizer
+from mirrortune.planning import strategies_of
 
 # (method, rank); the rank of PEFT's is the one of the issue's comparison, or the tuner's default.
 METHODS: dict[str, tuple[str, Any]] = {
@@ -95,13 +97,16 @@ class Contestant:
         self.optimizer.zero_grad()
 
 
-def contestant(base: nn.Module, name: str, factors: Callable[..., Factors], *, is_copy: bool = True) -> Contestant:
-    """A copy of ``base``, or itself, adapted."""
+def contestant(
+    base: nn.Module, name: str, factors: Callable[..., Factors], *, tokens: int | None = None, is_copy: bool = True
+) -> Contestant:
+    """A copy of ``base``, or itself, adapted as ``train`` would for batches of ``tokens``."""
     method, rank = METHODS[name]
     model = copy.deepcopy(base) if is_copy else base
     spec = AdapterSpec(method=method, rank=rank)
     head = {n for n, _ in model.named_parameters() if n.split(".")[0] in ("classifier", "score")}
-    book = adapt(model, spec, factor_source=factors, new_parameters=head)
+    chosen = strategies_of(find_targets(model, spec, head), spec, next(model.parameters()).dtype, tokens)
+    book = adapt(model, spec, factor_source=factors, new_parameters=head, strategies=chosen)
     if name == FROZEN:
         model.enable_input_require_grads()
     model.train()

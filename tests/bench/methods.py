@@ -60,7 +60,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     base, batch = base_model(options), make_batch(options.batch, options.length, options.device)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     factors, seconds = factor_source(base, clock) if options.factors == "real" else (any_factors, None)
-    made = {name: contestant(base, name, factors) for name in options.methods}
+    tokens = options.batch * options.length
+    made = {name: contestant(base, name, factors, tokens=tokens) for name in options.methods}
     found: dict[str, dict[str, Any]] = {
         name: {"trained": one.trained, "adapter_bytes": one.adapter_bytes} for name, one in made.items()
     }

@@ -37,7 +37,7 @@ class Part:
         found = [str(scratch)] if self.has_folder else []
         found += ["-o", str(output)] if self.writes else []
         found += [*self.words, *((self.quick or ()) if is_quick else ())]
-        return [*found, "--clock", clock] if self.module == "methods" else found
+        return [*found, "--clock", clock] if self.module in ("methods", "strategies") else found
 
     def parsed(self, words: list[str]) -> Namespace:
         """``words`` as the module itself understands them; SystemExit if it does not."""
@@ -55,6 +55,7 @@ CPU = {
         module="factorise", folder="factorise-cpu",
         quick=("--repeats", "1", "--side-by-side", "2", "--whole", "4"),
     ),
+    "strategies": Part(module="strategies", folder="strategies-cpu", quick=("--rows", "512")),
     "large-models": Part(
         module="large_models", folder="large-models", has_folder=True, quick=("--gigabytes", "0.1"),
     ),
@@ -83,6 +84,10 @@ CUDA = {
     "peak-8b": Part(
         module="peak", folder="peak-cuda-8b", words=(*_EIGHT_B, "--methods", "lora r=8", "mirror r=128", "frozen"),
         quick=("--layers", "2"),
+    ),
+    "strategies": Part(
+        module="strategies", folder="strategies-cuda", words=("--device", "cuda", "--autocast", "bfloat16"),
+        quick=("--rows", "1024"),
     ),
     "factorise": Part(
         module="factorise", folder="factorise-cuda", words=("--device", "cuda", "--repeats", "1", "--whole", "4"),

@@ -46,7 +46,8 @@ def peak_of_one(options: argparse.Namespace) -> int:
     """The most memory that this process, or its GPU, has held in two steps of one method, in bytes."""
     base = base_model(options)
     factors = factor_source(base)[0] if options.factors == "real" else any_factors
-    made = contestant(base, options.peak, factors, is_copy=False)
+    tokens = options.batch * options.length
+    made = contestant(base, options.peak, factors, tokens=tokens, is_copy=False)
     batch = make_batch(options.batch, options.length, options.device)
     del factors
     if options.device == "cuda":

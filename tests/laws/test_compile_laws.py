@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mirrortune.adapters.inject import adapter_parameters
-from mirrortune.adapters.spectral_linear import Strategy
+from mirrortune.adapters.strategies import Strategy
 from tests.laws.test_kind_laws import CASES, METHODS, STRATEGIES, adapted
 from tests.spectral import relative
 

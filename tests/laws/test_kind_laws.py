@@ -23,7 +23,7 @@ from mirrortune.adapters.candidates import KINDS
 from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.adapters.inject import adapter_parameters, attach, attachment, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.spectral_linear import Strategy
+from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import ConfigError
 from tests.spectral import dense_change, relative, train_a_little

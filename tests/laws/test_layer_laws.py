@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mirrortune.adapters.spectral_linear import SpectralLinear, Strategy
+from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.strategies import Strategy
 from tests.spectral import (
     INSIDE,
     LAYER_VARIANTS,

@@ -82,7 +82,7 @@ def test_made_up_factors_have_the_shapes_of_real_ones() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["methods", "--device", "cuda"], "no part methods on cuda; there are peak-8b, factorise,"),
+        (["methods", "--device", "cuda"], "no part methods on cuda; there are peak-8b, "),
         (["--device", "cuda", "--clock", "cpu"], "the processor's time says nothing of a GPU"),
     ],
 )

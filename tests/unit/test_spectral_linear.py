@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from mirrortune.adapters.factorize import factorize
-from mirrortune.adapters.spectral_linear import SpectralLinear, cheapest_strategy
+from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.strategies import cheapest_strategy
 from mirrortune.errors import ConfigError
 from tests.spectral import VARIANTS, Problem, build_layer
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long each way of computing an adapted layer takes, and what it costs to take the one that is counted as cheapest.
+
+    python -m tests.bench.strategies -o tests/bench/results/strategies-cpu [--clock cpu] [--method mirror]
+
+For each shape, rank and number of rows every strategy is timed in turns (``adapters/timing.py``). ``counted`` is the
+choice of ``adapters/strategies.py``, by shape alone and with the number of rows; behind it stands how many times the
+fastest's time it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirrortune.adapters import timing
+from mirrortune.adapters.spec import AdapterSpec, build_core
+from mirrortune.adapters.strategies import candidates, cheapest_strategy
+from tests.bench.contestants import hardware, versions
+from tests.bench.output import write_and_print
+
+SHAPES = {
+    "cpu": [(384, 384), (1536, 384), (768, 768), (3072, 768), (768, 3072)],
+    "cuda": [(768, 768), (3072, 768), (2048, 2048), (8192, 2048), (4096, 4096), (14336, 4096)],
+}
+ROWS = {"cpu": (512, 1024, 2048, 4096), "cuda": (1024, 4096, 16384)}
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row of the table for each case."""
+    if options.clock == "cpu":
+        timing.time.perf_counter = time.process_time  # type: ignore[attr-defined]
+    found, device = [], torch.device(options.device)
+    for shape in SHAPES[options.device]:
+        for rank in (min(shape), min(shape) // 2, 64):
+            core = build_core(AdapterSpec(method=options.method, rank=rank), torch.linspace(2, 1, rank), "w", shape)
+            for rows in options.rows or ROWS[options.device]:
+                allowed = candidates(*shape, rank, torch.float32)
+                started = time.perf_counter()
+                seconds = timing.time_strategies(
+                    shape, core, allowed, rows=rows, dtype=torch.float32, device=device, autocast=options.autocast
+                )
+                cost = time.perf_counter() - started
+                picks = {"shape": cheapest_strategy(*shape, rank, torch.float32),
+                         "rows": cheapest_strategy(*shape, rank, torch.float32, rows=rows)}  # fmt: skip
+                best = min(seconds.values())
+                found.append({
+                    "shape": shape, "rank": rank, "rows": rows, "seconds": seconds, "cost": cost, "counted": picks,
+                    "regret": {name: seconds[pick] / best for name, pick in picks.items()},
+                })  # fmt: skip
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = ["| layer | rank | rows | branch | factored | dense | counted by shape | with rows |", "|" + "---|" * 8]
+    for case in found["cases"]:
+        times = [
+            f"{1000 * case['seconds'][s]:.1f} ms" if s in case["seconds"] else ""
+            for s in ("branch", "factored", "dense")
+        ]
+        picks = [f"{pick} {case['regret'][name]:.2f}" for name, pick in case["counted"].items()]
+        size = f"{case['shape'][0]} x {case['shape'][1]}"
+        lines.append(f"| {' | '.join([size, str(case['rank']), str(case['rows']), *times, *picks])} |")
+    regrets = {name: [case["regret"][name] for case in found["cases"]] for name in ("shape", "rows")}
+    said = {name: f"{statistics.mean(r):.3f} in the mean, {max(r):.2f} at the most" for name, r in regrets.items()}
+    lines += ["", f"Counted choices in units of the fastest: by shape {said['shape']}; with rows {said['rows']}.",
+              f"Timing took {statistics.mean(c['cost'] for c in found['cases']):.1f} s a case. {found['hardware']}; "
+              f"{', '.join(f'{k} {v}' for k, v in found['versions'].items())}."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--device", choices=SHAPES, default="cpu")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--method", default="mirror")
+    parser.add_argument("--rows", nargs="*", type=int)
+    parser.add_argument("--autocast", type=lambda name: getattr(torch, name))
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Measure, write, print."""
+    options = parse()
+    found = {"cases": measure(options), "hardware": hardware(options.device), "versions": versions()}
+    write_and_print(options.output, found, table(found))
+
+
+if __name__ == "__main__":
+    main()
