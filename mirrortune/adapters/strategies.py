@@ -18,7 +18,8 @@ Strategy = Literal["branch", "factored", "dense"]
 _LINEAR = Linear()
 # What is no product, in products: passes over W' (adding, casting, its gradient) for each of its entries, and passes
 # over what a core mixes for each of its N R numbers. Fitted to timings on one core of a CPU (python -m
-# tests.bench.strategies), where the choice that they lead to takes 1.02 times as long as the best in the mean, 1.23 at the most.
+# tests.bench.strategies), where the choice that they lead to takes 1.02 times as long as the best in the mean, and 1.23
+# at the most.
 _PASSES, _MIXING = 256, 600
 # Products of the layer's own, N O I, from which on the number of rows has a say: below, a step takes a millisecond or
 # two whatever is chosen.
