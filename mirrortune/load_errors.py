@@ -25,7 +25,7 @@ def load_errors(name: str) -> Iterator[None]:
         ResourceError: it does not fit into memory.
     """
     try:
-        with _quiet():
+        with quiet():
             yield
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"model '{name}'", "does not fit into memory", fix="Set model.dtype=bfloat16") from error
@@ -65,7 +65,7 @@ def load_errors(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Transformers' own bars and warnings off: what they say (a new head) is part of our plan, in our words."""
     from transformers.utils import logging  # noqa: PLC0415
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a merged checkpoint as a folder, and believes nothing until it has read back what it wrote.
 
-Tensor by tensor where the base's files hold the model's own tensors: the memory of the largest tensor suffices, and
-what no adapter changes is copied byte by byte. Otherwise (tuners of PEFT whose layers share numbers, quantised bases,
-weights that transformers converts when it loads them) as a model in memory. Either way under a temporary name, renamed
+Tensor by tensor where it can be: the memory of the largest tensor suffices (of the largest layer of experts, where
+transformers stacks them), and what no adapter changes is copied byte by byte. Otherwise (GGUF, pickles, a model's own
+code, tuners of PEFT on other layers than linear ones) as a model in memory. Either way under a temporary name, renamed
 once it is verified.
 """
 
@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import nn
 
 from mirrortune import __version__
 from mirrortune.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import FactorSource
-from mirrortune.adapting import stored_core
 from mirrortune.atomic import write_folder_atomically
-from mirrortune.errors import ConfigError, VerificationError, not_as_meant
+from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.examples import Batch
-from mirrortune.lazy_model import outline, read_lazily
-from mirrortune.merge_contents import aliases, check_contents, check_ties, tensor_entry
+from mirrortune.lazy_model import outline
+from mirrortune.merge_checks import FLOATS, Written, compare_lazily, compare_tensors
+from mirrortune.merge_contents import check_contents, check_ties
 from mirrortune.merge_plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging import (
     LogitError,
@@ -39,15 +38,16 @@ from mirrortune.merging import (
     find_base,
     judge,
     load_adapted,
-    logit_error,
     merged_state,
     open_adapter,
-    probe_logits,
     verify,
 )
 from mirrortune.model import ModelSource, find_model, pad_token_id, shard_bytes
+from mirrortune.packed_bases import trained_on
+from mirrortune.part_loading import CannotLoadParts
 from mirrortune.probes import any_probe, any_processor
-from mirrortune.shards import StoredTensor, read_headers, read_tensor, same_bytes, shard_like, write_shards
+from mirrortune.quantised import is_quantised
+from mirrortune.shards import shard_like, write_shards
 from mirrortune.tasks import Task, task_from_dict
 
 LARGE = 2**30
@@ -67,6 +67,21 @@ class _Merge:
     factors: FactorSource
     max_shard_bytes: int | None
     remarks: list[str] | None
+
+    @property
+    def packed(self) -> ModelSource | None:
+        """Of the quantised model whose weights the adapter turns, where it is merged into full ones."""
+        return trained_on(self.adapters[0], self.source, self.base) if len(self.adapters) == 1 else None
+
+    @property
+    def into(self) -> ModelSource:
+        """Of the weights that the adapters are merged into."""
+        return self.source if self.packed is None else replace(self.source, load_in=None)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether an adapter was trained on packed weights."""
+        return self.source.is_stored_packed or any(adapter.base.get("quantised") for adapter in self.adapters)
 
     @property
     def auto_class(self) -> str:
@@ -141,7 +156,7 @@ def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     ]
     try:
         return _by_tensors(merge, folder, report)
-    except NotTensorByTensor as reason:
+    except (NotTensorByTensor, CannotLoadParts) as reason:
         if len(merge.adapters) > 1:
             raise ConfigError("merge", f"several adapters cannot be merged here: {reason}") from reason
         for half_done in folder.iterdir():
@@ -172,20 +187,24 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
 def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     if merge.source.trust_remote_code:
         raise NotTensorByTensor("the model's own code says how its weights are loaded")
-    if merge.source.is_stored_packed or any(adapter.base.get("quantised") for adapter in merge.adapters):
+    if merge.source.gguf_file or (merge.is_quantised and len(merge.adapters) > 1):
         raise NotTensorByTensor("the base is quantised")
     model = merge.outline()
-    plan = plan_merge(merge.source, model, merge.adapters, merge.factors, merge.remarks)
+    plan = plan_merge(merge.into, model, merge.adapters, merge.factors, merge.remarks, merge.packed)
     write_shards(folder, shard_like(plan.planned, plan.files, merge.max_shard_bytes), plan.made)
     _save_configuration(folder, model, merge.source, plan)
     merge.processor.save_pretrained(folder)
     report["contents"] = check_contents(folder, model, merge.processor)
     check_ties(outline(find_model(str(folder)), merge.auto_class, {}, None), model)
-    written = read_headers(sorted(folder.glob("*.safetensors")))
-    tensors, changed = _compare_tensors(plan, written)
+    written = Written.of(folder, plan)
+    tensors, changed = compare_tensors(plan, written)
     report["tensors"] = tensors
-    is_large = sum(t.nbytes for t in written.values()) > LARGE or len(merge.adapters) > 1
-    logits = _compare_lazily(merge, plan, written) if is_large else _compare_loaded(merge, folder)
+    is_large = sum(t.nbytes for t in written.headers.values()) > LARGE or len(merge.adapters) > 1
+    logits = (
+        compare_lazily(merge.outline, merge.probe, plan, written)
+        if is_large or merge.is_quantised
+        else _compare_loaded(merge, folder)
+    )
     epsilon = max((t["weight_tolerance"] for t in tensors.values()), default=torch.finfo(torch.float32).eps)
     beyond = sum(t["rel_weight_error"] > t["weight_tolerance"] for t in tensors.values())
     error = max((t["rel_weight_error"] for t in tensors.values()), default=0.0)
@@ -198,8 +217,10 @@ def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, pla
 
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    floats = [t.code for t in plan.planned if t.code in _FLOATS]
-    config.dtype = _FLOATS[max(set(floats), key=floats.count)]
+    if is_quantised(config):
+        del config.quantization_config
+    floats = [t.code for t in plan.planned if t.code in FLOATS]
+    config.dtype = FLOATS[max(set(floats), key=floats.count)]
     config.save_pretrained(folder)
     can_generate: Any = getattr(model, "can_generate", lambda: False)
     if can_generate():
@@ -210,33 +231,6 @@ def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, pla
         generation.save_pretrained(folder)
 
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@torch.no_grad()
-def _compare_tensors(plan: MergePlan, written: dict[str, StoredTensor]) -> tuple[dict[str, dict[str, float]], int]:
-    """Errors of every adapted tensor against its float64 reference, and how many others are not what they should be."""
-    found: dict[str, dict[str, float]] = {}
-    if odd := written.keys() ^ {tensor.name for tensor in plan.planned}:
-        raise VerificationError(
-            "merge", f"'{min(odd)}' and {len(odd) - 1} other tensors are missing, or new, as written"
-        )
-    changed = 0
-    for planned in plan.planned:
-        own = written[planned.name]
-        if planned.source is not None:
-            changed += not same_bytes(own, planned.source)
-        elif planned.name in plan.trained:
-            changed += not torch.equal(read_tensor(own), plan.made(planned))
-        else:
-            found[planned.name] = _tensor_error(plan, planned.name, own)
-    return found, changed
-
-
-def _tensor_error(plan: MergePlan, name: str, own: StoredTensor) -> dict[str, float]:
-    return tensor_entry(read_tensor(own), plan.reference(name), lambda: read_tensor(plan.stored[name]))
-
-
 def _compare_loaded(merge: _Merge, folder: Path) -> LogitError:
     import transformers  # noqa: PLC0415
 
@@ -244,76 +238,3 @@ def _compare_loaded(merge: _Merge, folder: Path) -> LogitError:
     adapted = load_adapted(adapter, merge.source, merge.task, pad, merge.factors, remarks=merge.remarks)
     reopened = getattr(transformers, merge.auto_class).from_pretrained(folder, dtype="auto").eval()
     return compare_logits(reopened, adapted, merge.probe)
-
-
-def _compare_lazily(merge: _Merge, plan: MergePlan, written: dict[str, StoredTensor]) -> LogitError:
-    """Both models read their weights module by module; the adapter runs beside its layers, as it was trained."""
-    model = merge.outline()
-    names = aliases(model)
-    stored_in = max((_FLOATS[t.code] for t in written.values() if t.code in _FLOATS), key=lambda d: torch.finfo(d).eps)
-    trained_in = getattr(torch, str(merge.adapters[-1].base["dtype"]))
-    # Not every layer computes in float16 on a CPU, and 16-bit arithmetic is no error of the weights.
-    computed_in = (
-        torch.float32 if torch.float16 in (stored_in, trained_in) or trained_in == torch.float32 else stored_in
-    )
-
-    def read_merged(name: str) -> Tensor:
-        found = read_tensor(next(written[twin] for twin in names[name] if twin in written))
-        return found.to(computed_in) if found.is_floating_point() else found
-
-    found = probe_logits(read_lazily(model, read_merged), merge.probe, dtype=computed_in)
-    expected = probe_logits(_base_with_adapters(merge, plan, trained_in), merge.probe, dtype=trained_in)
-    epsilon = max(torch.finfo(dtype).eps for dtype in (stored_in, trained_in))
-    return logit_error(found, expected, epsilon)
-
-
-def _base_with_adapters(merge: _Merge, plan: MergePlan, dtype: torch.dtype) -> nn.Module:
-    model = merge.outline()
-    names = aliases(model)
-    beside: set[str] = set()
-    for name, changes in plan.adapted.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        (adapter, layers), *others = changes
-        if adapter.peft_config is not None:
-            beside.add(name)
-            if name.endswith("weight"):
-                module.register_forward_hook(_tuned(plan, name, adapter, layers[0]))
-            continue
-        if others or len(layers) > 1 or type(module) is not nn.Linear or adapter.layouts[layers[0]].rows:
-            continue  # read as it is merged
-        beside.add(name)
-        module.register_forward_hook(_branch(plan, name, adapter, layers[0]))
-
-    def read(name: str) -> Tensor:
-        if name in plan.trained:
-            return plan.trained[name].to(dtype if name in plan.stored else torch.float32)
-        own = next(twin for twin in names[name] if twin in plan.stored)
-        is_adapted = own in plan.adapted and own not in beside
-        found = plan.reference(own) if is_adapted else read_tensor(plan.stored[own])
-        return found.to(dtype) if found.is_floating_point() else found
-
-    return read_lazily(model, read)
-
-
-def _tuned(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
-    """A hook by which PEFT's layer answers in the place of a linear layer."""
-
-    def answer(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Any:
-        return plan.tuned_layer(name, adapter, layer)[0].module(*given)
-
-    return answer
-
-
-def _branch(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
-    """A hook that adds U (K - diag(S)) Vh x to a linear layer's output, in float32."""
-
-    def add(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            factors = plan.factors(read_tensor(plan.stored[name]), adapter, layer)
-            core, x = stored_core(adapter, layer, factors.S), given[0].float()
-            z = F.linear(x, factors.Vh.float())
-            product = F.linear(core.mix(z, *core.coefficients(delta=True)), factors.U.float())
-            beside = core.beside(lambda matrix: F.linear(x, matrix.float()))
-            return output + (product if beside is None else product + beside).to(output.dtype)
-
-    return add

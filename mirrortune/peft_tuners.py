@@ -170,9 +170,9 @@ def count_trained(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[
     config = plain_start(spec)
     adapted = None
     with contextlib.suppress(ConfigError, RuntimeError, NotImplementedError), torch.device("meta"):
-        adapted = attach_tuner(_empty_copy(model, "meta"), spec, new_parameters=new_parameters, config=config)
+        adapted = attach_tuner(hollow_copy(model, "meta"), spec, new_parameters=new_parameters, config=config)
     if adapted is None:  # a tuner that looks at its numbers: weights of one zero that stands for all
-        adapted = attach_tuner(_empty_copy(model, "cpu"), spec, new_parameters=new_parameters, config=config)
+        adapted = attach_tuner(hollow_copy(model, "cpu"), spec, new_parameters=new_parameters, config=config)
     layers = attachment(adapted).layers.values()
     trained = sum(p.numel() for layer in layers for p in layer.adapter_parameters().values())
     own = {id(t): t.numel() for t in (*adapted.parameters(), *adapted.buffers())}
@@ -188,7 +188,8 @@ def plain_start(spec: AdapterSpec) -> dict[str, Any] | None:
     return {**make_config(spec, []).to_dict(), "init_lora_weights": True} if start in ("pissa", "olora") else None
 
 
-def _empty_copy(model: nn.Module, device: str) -> nn.Module:
+def hollow_copy(model: nn.Module, device: str) -> nn.Module:
+    """A copy of ``model`` whose parameters are zeros that take no memory."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.zeros((), dtype=p.dtype, device=device).expand(p.shape), requires_grad=False)
         for p in model.parameters()

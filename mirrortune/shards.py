@@ -57,7 +57,8 @@ class StoredTensor:
 class PlannedTensor:
     """A tensor to be written: a copy of ``source``'s bytes, or what is made for it when its turn comes.
 
-    ``place`` is the input file that it comes from, None for a tensor that is new.
+    ``place`` is the input file that it comes from, None for a tensor that is new; ``stands_for`` what the model calls
+    the tensors that it is made of, where files have them otherwise.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     source: StoredTensor | None = None
     place: Path | None = None
+    stands_for: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,8 @@ from mirrortune.hub import hub_errors
 from mirrortune.lazy_model import outline
 from mirrortune.merge_contents import aliases
 from mirrortune.model import ModelSource
-from mirrortune.shards import DTYPE_CODES, INDEX, WHOLE, StoredTensor, indexed_files, read_headers, read_tensor
+from mirrortune.part_loading import CannotLoadParts, LoadedTensor, PartLoader, value_of
+from mirrortune.shards import DTYPE_CODES, INDEX, WHOLE, StoredTensor, indexed_files, read_headers
 from mirrortune.weights import match_names
 
 Layer = tuple[str, Callable[[], Tensor], int]
@@ -41,15 +42,22 @@ def stored_layers(
         dtype: that the model would be loaded in.
 
     Returns:
-        None where the files do not hold the model's own weights one by one: packed or converted ones, layers that the
-        checkpoint lacks, pickles, or a model that keeps some in another dtype.
+        None where the files do not hold the model's weights: layers that the checkpoint lacks, pickles, GGUF, a model
+        that keeps some in another dtype, or one that transformers loads in a way that has no parts.
     """
-    if source.is_stored_packed or source.trust_remote_code:
+    if source.gguf_file or source.trust_remote_code:
         return None
     model = outline(source, auto_class, config_fields, None)
     if dtype != torch.float32 and any(getattr(model, f"_keep_in_fp32_modules{end}", None) for end in ("", "_strict")):
         return None
-    stored = stored_tensors(checkpoint_files(source), aliases(model))
+    files = checkpoint_files(source)
+    try:
+        loader = part_loader(source, auto_class, config_fields, dtype, files) if files else None
+    except CannotLoadParts:
+        if source.is_stored_packed:
+            return None
+        loader = None
+    stored = stored_tensors(files, aliases(model)) if loader is None else loader.tensors()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = {name for name, tensor in stored.items() if tensor.shape == shapes[name] and tensor.code in _FLOATS}
     layers = []
@@ -61,8 +69,20 @@ def stored_layers(
     return layers
 
 
-def _reader(target: Target, stored: StoredTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: target.matrix(read_tensor(stored).to(dtype))
+def _reader(target: Target, stored: StoredTensor | LoadedTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: target.matrix(value_of(stored, dtype).to(dtype))
+
+
+def part_loader(
+    source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, files: list[Path]
+) -> PartLoader | None:
+    """What reads weights that the files hold otherwise than the model; None where they hold the model's own.
+
+    Raises:
+        CannotLoadParts: see :class:`PartLoader`.
+    """
+    loader = PartLoader(source, auto_class, config_fields, dtype, files)
+    return None if loader.is_plain else loader
 
 
 def stored_tensors(files: Iterable[Path], names: Iterable[str]) -> dict[str, StoredTensor]:

@@ -2,11 +2,13 @@
 """How much memory it takes to prepare, to train and to merge a large model: a synthetic sharded Llama of some
 gigabytes, each command in a process of its own, whose peak resident memory is measured.
 
-    python -m tests.bench.large_models FOLDER [-o OUTPUT] [--gigabytes 2] [--rank full] [--layers 1]
+    python -m tests.bench.large_models FOLDER [-o OUTPUT] [--gigabytes 2] [--rank full] [--layers 1] [--load-in 4bit]
+                                       [--experts 8]
 
 FOLDER holds the base, the factors, a run and the merged model, twice the size in all; the base is made where it is
 missing. All seven matrices of the first LAYERS layers are adapted, at full rank unless ``--rank`` says otherwise: their
-factors, which training holds besides the weights, are counted by their size in the cache.
+factors, which training holds besides the weights, are counted by their size in the cache. With ``--experts`` it is a
+Mixtral, whose files hold expert by expert what the model stacks.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 from mirrortune.shards import PlannedTensor, shard_like, write_shards
 from tests.bench.output import write_and_print
@@ -34,18 +37,21 @@ _LARGEST = 4 * _VOCABULARY * _WIDTH
 """Bytes of the largest matrix, the embedding."""
 
 
-def write_base(folder: Path, gigabytes: float) -> None:
+def write_base(folder: Path, gigabytes: float, experts: int | None) -> None:
     """Random float32 weights, made and written one at a time."""
-    per_layer = 4 * (2 * _WIDTH * _WIDTH + 2 * _WIDTH * _WIDTH // 4 + 3 * _WIDTH * _INSIDE)
-    layers = max(1, round((gigabytes * 1e9 - 2 * _LARGEST) / per_layer))
-    config = LlamaConfig(vocab_size=_VOCABULARY, hidden_size=_WIDTH, intermediate_size=_INSIDE, dtype="float32",
-                         num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=4,
-                         max_position_embeddings=512, architectures=["LlamaForCausalLM"])  # fmt: skip
+    per_layer = 4 * (2 * _WIDTH * _WIDTH + 2 * _WIDTH * _WIDTH // 4 + 3 * _WIDTH * _INSIDE * (experts or 1))
+    family, own = ("Llama", {}) if experts is None else ("Mixtral", {"num_local_experts": experts})
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=_VOCABULARY, hidden_size=_WIDTH, intermediate_size=_INSIDE, dtype="float32",
+        num_hidden_layers=max(1, round((gigabytes * 1e9 - 2 * _LARGEST) / per_layer)), num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=512, architectures=[f"{family}ForCausalLM"], **own,
+    )  # fmt: skip
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     tiny_chat_tokenizer().save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        shapes = {name: tuple(t.shape) for name, t in revert_weight_conversion(model, model.state_dict()).items()}
     plan = [PlannedTensor(name=name, code="F32", shape=shape) for name, shape in shapes.items()]
     seeds = {name: seed for seed, name in enumerate(shapes)}
 
@@ -90,6 +96,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rank", default="full")
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--load-in", choices=["4bit", "8bit"])
+    parser.add_argument("--experts", type=int)
     return parser.parse_args(words)
 
 
@@ -98,18 +106,21 @@ def main() -> None:
     given = parse()
     base, rows, run, merged = (given.folder / name for name in ("base", "rows.jsonl", "run", "merged"))
     if not base.is_dir():
-        write_base(base, given.gigabytes)
+        write_base(base, given.gigabytes, given.experts)
     write_rows(rows)
     cache = given.folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     numbers = "|".join(map(str, range(given.layers)))
     recipe = ["-m", base, "-t", "causal-lm", "-d", rows, "--rank", given.rank, "--batch-size", 2, "--max-length", 64,
               "--target-modules", rf"layers\.({numbers})\..*_proj"]  # fmt: skip
+    recipe += ["--load-in", given.load_in] if given.load_in else []
     found: dict[str, Any] = {
         "checkpoint_gigabytes": round(sum(f.stat().st_size for f in base.glob("*.safetensors")) / 1e9, 3),
         "files": len(list(base.glob("*.safetensors"))),
         "largest_matrix_gigabytes": round(_LARGEST / 1e9, 3),
         "rank": given.rank,
+        "load_in": given.load_in,
+        "experts": given.experts,
         "prepare": measured("prepare", *recipe, cache=cache),
     }
     found["factors_gigabytes"] = round(sum(f.stat().st_size for f in cache.rglob("*.safetensors")) / 1e9, 3)

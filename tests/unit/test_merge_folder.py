@@ -204,8 +204,12 @@ def test_a_base_without_safetensors_is_merged_in_memory(tiny_model_dir: Path, tm
     assert relative(logits(reopen(tmp_path / "merged")), logits(adapted)) <= 1e-5
 
 
-# Beside the weight, rescaled, with its bias, before the weight.
-@pytest.mark.parametrize(("method", "lazily"), [("lora", False), ("dora", True), ("road", True), ("oft", False)])
+# Beside the weight, rescaled, with its bias, before the weight; of numbers that all layers share.
+@pytest.mark.parametrize(
+    ("method", "lazily"),
+    [("lora", False), ("dora", True), ("road", True), ("oft", False), ("vera", True), ("randlora", False),
+     ("vblora", True), ("unilora", False), ("tinylora", True)],
+)  # fmt: skip
 def test_tuners_of_peft_are_merged_tensor_by_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, lazily: bool
 ) -> None:
@@ -223,20 +227,6 @@ def test_tuners_of_peft_are_merged_tensor_by_tensor(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert relative(answers(merged), answers(model.eval())) <= 1e-5
     assert relative(answers(merged), answers(AutoModelForCausalLM.from_pretrained(base).eval())) > 1e-3
-
-
-def test_a_tuner_whose_layers_share_numbers_is_merged_whole(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    base = write_causal(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    mirrortune.attach(model, method="vera", rank=8, target_modules="q_proj")
-    mirrortune.save_adapter(move(model), tmp_path / "adapter")
-    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
-    report = report_of(tmp_path / "merged")
-    assert "share numbers" in report["in_memory"]
-    assert len(report["tensors"]) == 2
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert relative(answers(merged), answers(model.eval())) <= 1e-5
 
 
 def test_a_foreign_base_of_a_tuner_is_refused(tmp_path: Path) -> None:
