@@ -57,7 +57,7 @@ def choose_columns(
     if label in text:
         raise DataError(source, f"column '{label}' is both text and label", fix="Give --label-column another column")
     for column in text:
-        _check_is_text(table, column, source)
+        check_is_text(table, column, source)
     return tuple(text), label, notes
 
 
@@ -167,7 +167,8 @@ def _detect_text(table: pa.Table, label: str, source: str) -> tuple[str, ...]:
     )
 
 
-def _check_is_text(table: pa.Table, column: str, source: str) -> None:
+def check_is_text(table: pa.Table, column: str, source: str) -> None:
+    """Refuse a column that holds no text, or nothing at all."""
     kind = table.schema.field(column).type
     if not (is_string(kind) or pa.types.is_null(kind)):
         raise DataError(

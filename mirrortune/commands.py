@@ -244,8 +244,8 @@ def evaluate(
         reporter.note(f"by force: {remark}")
     rows, name = evaluation_rows(recipe, data, split, found.task, is_own_data=is_own_data)
     if predictions is not None:
-        predictions = prediction_file(predictions, _own_name(rows, data, name), recipe.eval.prediction_files)
-        rows = with_label_columns(rows, found.task)
+        own = next((key for key, known in data.splits.items() if known is rows), name)  # what the data set calls it
+        rows, predictions = _to_be_answered(rows, own, found.task, recipe, predictions)
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
     if (count := examples.num_unlabelled) and predictions is not None:
@@ -268,9 +268,11 @@ def _write_answers(file: Path, outcome: EvalResult, task: Task, recipe: Recipe) 
     write_predictions(file, outcome.predictions, labels, recipe.eval.prediction_bounds)
 
 
-def _own_name(rows: Split, data: DataSet, asked: str) -> str:
-    """What the data set itself calls a split."""
-    return next((name for name, known in data.splits.items() if known is rows), asked)
+def _to_be_answered(rows: Split, name: str, task: Task, recipe: Recipe, place: Path) -> tuple[Split, Path]:
+    """The rows, which need no targets, and the file for their answers; ConfigError before anything is scored."""
+    if hasattr(task, "write"):
+        raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row")
+    return with_label_columns(rows, task), prediction_file(place, name, recipe.eval.prediction_files)
 
 
 def evaluation_rows(

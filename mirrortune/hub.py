@@ -61,12 +61,19 @@ def hub_errors(where: str, *, flag: str) -> Iterator[None]:
     Args:
         where: what was being fetched, such as ``"model 'roberta-base'"``.
         flag: the flag that named it, for the advice.
+
+    Raises:
+        ConfigError: a name that can be no repository's.
+        HubError: everything else.
     """
     try:
         yield
     except MirrortuneError:
         raise
     except Exception as error:
+        if type(error).__name__ == "HFValidationError":
+            problem = f"{where} is neither here nor an id that the Hub could have"
+            raise ConfigError(flag, problem, allowed="what exists here, or owner/name", fix="Check the path") from error
         explained = _explain(error)
         if explained is None:
             raise

@@ -116,7 +116,7 @@ def refuse_missing(missing: npt.NDArray[np.bool_], source: str, column: str, wha
         raise DataError(
             source,
             f"{count} of {len(missing)} rows have no {what} in column '{column}' (rows {first})",
-            allowed=f"a {what} in every row used for training or validation",
+            allowed=f"{'an' if what[0] in 'aeiou' else 'a'} {what} in every row used for training or validation",
             fix="Fill or remove these rows",
         )
 

@@ -38,17 +38,20 @@ def write_predictions(
 
     Args:
         path: is replaced.
-        predictions: class indices (N,), numbers (N,), or texts.
+        predictions: class indices (N,), numbers (N,), 0 and 1 for each of several classes (N, C), or texts.
         labels: names to write in place of class indices, or None.
         bounds: numbers are brought between these.
 
     Raises:
-        ConfigError: answers that are not one value a row.
+        ConfigError: several real numbers a row.
     """
     is_array = isinstance(predictions, np.ndarray)
-    if is_array and predictions.ndim != 1:
+    if is_array and predictions.ndim != 1 and predictions.dtype.kind == "f":
         raise ConfigError("--predictions", "this kind of task has several numbers a row, and the format one")
-    if is_array and predictions.dtype.kind == "f":
+    if is_array and predictions.ndim != 1:
+        chosen = ([labels[i] if labels else str(i) for i in np.flatnonzero(row)] for row in predictions)
+        answers = [",".join(names) for names in chosen]
+    elif is_array and predictions.dtype.kind == "f":
         numbers = np.clip(predictions, *bounds) if bounds else predictions
         answers = [f"{number:.3f}" for number in numbers.tolist()]
     elif is_array:

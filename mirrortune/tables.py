@@ -212,7 +212,10 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or first_line(error)
             raise DataError(
-                f"{path}:{number}", f"not valid JSON ({reason})", allowed="one JSON object a line"
+                f"{path}:{number}",
+                f"not valid JSON ({reason})",
+                allowed="one JSON object a line"
+                + (", or an array of objects" if table_suffix(path) == ".json" else ""),
             ) from error
 
 

@@ -38,7 +38,7 @@ from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.packing import PackedExamples
 from mirrortune.probes import text_probe
-from mirrortune.row_chunks import Columns
+from mirrortune.row_chunks import Columns, nulls
 from mirrortune.token_cache import Tokens, ragged
 from mirrortune.tokens import Reading, is_blank_text, resolve_max_length, tokenise_rows
 
@@ -161,6 +161,8 @@ class Task:
         if self.packing and not processor.takes_positions:
             raise ConfigError("data.packing", "this model takes no positions, so rows would see each other",
                               fix="Set data.packing=false")  # fmt: skip
+        if self.label_column is not None and not reading.allow_missing:
+            refuse_missing(nulls(split.table, self.label_column), split.source, self.label_column, "answer")
         max_length, tokenizer = reading.max_length, processor.tokenizer
         assert max_length is not None
 

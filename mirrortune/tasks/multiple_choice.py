@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mirrortune.columns import check_named, detected
+from mirrortune.columns import check_is_text, check_named, detected
 from mirrortune.data import Split
 from mirrortune.errors import DataError
 from mirrortune.examples import Batch, IntArray, Padding, Rows, Targets, TokenExamples
-from mirrortune.labels import MISSING, refuse_missing
+from mirrortune.labels import MISSING, as_name, refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import SENTENCES
@@ -126,6 +126,8 @@ class Task:
                 allowed="a context, two endings or more, and the number of the right one",
                 fix="Name them with --text-column, data.choice_columns and --label-column",
             )  # fmt: skip
+        for column in text:
+            check_is_text(table, column, source)
         notes = [] if text_columns else [detected("text", ", ".join(text))]
         notes += [] if choice_columns else [f"endings {', '.join(choices)} (detected; data.choice_columns to change)"]
         notes += [] if label_column else [detected("label", label)]
@@ -242,8 +244,8 @@ class Task:
 
 
 def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
-    text = "" if value is None else str(value).strip()
-    if text in ("", "-1"):
+    text = as_name(int(value) if isinstance(value, bool) else value)
+    if text in (None, "-1"):
         return MISSING
     if names and text in names:
         return names.index(text)

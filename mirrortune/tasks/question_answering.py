@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mirrortune.columns import check_named, detected
+from mirrortune.columns import check_is_text, check_named, detected
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import Batch, IntArray, Padding, Rows, TokenExamples
@@ -75,6 +75,8 @@ class Task:
                 allowed="question, context and answers",
                 fix="Name them with --text-column (question, then context) and --label-column",
             )  # fmt: skip
+        for column in text:
+            check_is_text(table, column, source)
         notes = [] if text_columns else [detected("text", text[0]), detected("text", text[1])]
         notes += [] if label_column else [detected("label", label)]
         chosen = scores.fields(("squad_f1", "exact_match"), "answers")
@@ -248,16 +250,24 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
     """The right answers that a cell holds; none for a question without one, None where the label is missing."""
     if value is None:
         return None
-    if isinstance(value, dict) and "text" in value:
-        texts, starts = value["text"] or [], value.get("answer_start") or []
-        return tuple(zip(texts, [*starts, *([-1] * (len(texts) - len(starts)))], strict=True))
-    if isinstance(value, list):
-        parts = [v if isinstance(v, dict) else {"text": v} for v in value]
-        return tuple((str(p.get("text", "")), int(p.get("answer_start", -1))) for p in parts)
     if isinstance(value, str):
         return ((value, -1),) if value.strip() else ()
-    raise DataError(where, f"answers are {str(value)[:120]!r}",
-                    allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
+    if isinstance(value, dict):
+        texts, starts = _listed(value.get("text")), _listed(value.get("answer_start"))
+    else:
+        parts = [part if isinstance(part, dict) else {"text": part} for part in _listed(value)]
+        texts, starts = [part.get("text") for part in parts], [part.get("answer_start") for part in parts]
+    places = [-1 if start is None else start for start in starts] + [-1] * (len(texts) - len(starts))
+    fits = len(texts) == len(places) and all(isinstance(text, str) for text in texts)
+    if not fits or not all(isinstance(place, int | float) and place == int(place) for place in places):
+        raise DataError(where, f"answers are {str(value)[:120]!r}",
+                        allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
+    return tuple((text, int(place)) for text, place in zip(texts, places, strict=True))
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as it is, nothing as none, and anything else as a list of itself."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _windows(

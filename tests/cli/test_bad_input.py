@@ -350,6 +350,26 @@ BAD: dict[str, Bad] = {
     ),
     "numbers for text": data('{"text": 1, "label": 0}\n', "text column 'text' holds int64, not text", name="bad.jsonl"),
     "empty text column": data("text,label\n,a\n,b\n", "text column 'text' is empty in all 2 rows.", "--text-column"),
+    "a number for a context": data(
+        '[{"question": 1, "choices": ["a", "b"], "label": 0}]',
+        "text column 'question' holds int64, not text",
+        name="bad.json",
+        words="-t multiple-choice",
+    ),
+    "more places than answers": data(
+        '[{"question": "a", "context": "b c", "answers": {"text": ["b"], "answer_start": [0, 2]}}]',
+        "bad.json row 1: answers are",
+        "Allowed: {text: [...], answer_start: [...]}",
+        name="bad.json",
+        words="-t question-answering",
+    ),
+    "one object over many lines": data(
+        '{\n"text": "a"}',
+        "bad.json:1: not valid JSON",
+        "one JSON object a line, or an array of objects",
+        name="bad.json",
+    ),
+    "a sample that is no number": setting("-d reviews.csv#many", "'reviews.csv#many' is neither here nor an id"),
     "blank texts only": data("text,label\n" + "  ,a\n  ,b\n" * 4, "rows are blank.", "--text-column"),
     # Labels.
     "one class": data(

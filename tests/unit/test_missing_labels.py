@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,13 @@ import pytest
 import torch
 
 from mirrortune.data import Split
+from mirrortune.errors import DataError
 from mirrortune.labels import without_labels
+from mirrortune.predictions import write_predictions
 from mirrortune.tasks import task_class, with_label_columns
+from mirrortune.tasks.causal_lm import TextReader
 from mirrortune.tokens import Reading
+from tests.tiny_models import tiny_chat_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,21 @@ def test_what_stands_for_no_label_is_null(values: list[Any], kind: pa.DataType, 
     assert found.column("label").to_pylist() == expected
     assert found.column("x").to_pylist() == [1, 2, 3]
     assert found.schema.metadata == {b"k": b"v"}
+
+
+def test_a_prompt_without_its_completion_is_not_learned_as_nothing() -> None:
+    rows = pa.table({"prompt": ["a", "b"], "completion": ["c", None]})
+    task = task_class("causal-lm").from_rows(rows, "rows")[0]
+    reader = TextReader(tokenizer=tiny_chat_tokenizer(), is_chat=False, takes_positions=True)
+
+    with pytest.raises(DataError, match=r"1 of 2 rows have no answer in column 'completion' \(rows 2\).*an answer in"):
+        task.encode(Split(table=rows, source="rows"), reader, Reading(max_length=16))
+
+
+def test_several_classes_are_written_side_by_side(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "p.tsv", np.array([[1, 0, 1], [0, 0, 0]]), ("a", "b", "c"), None)
+
+    assert (tmp_path / "p.tsv").read_text().splitlines() == ["index\tprediction", "0\ta,c", "1\t"]
 
 
 def test_lists_and_columns_that_are_not_there_are_left() -> None:
