@@ -19,6 +19,7 @@ from mirrortune.adapters.layouts import Layout
 from mirrortune.adapters.pair_codes import pairs_of, partners_of
 from mirrortune.adapters.spec import follows_from_rank
 from mirrortune.adapters.targets import Target
+from mirrortune.sharding import is_whole
 
 _LARGEST_SHORT = 2**15  # directions, numbered from 0
 _PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
@@ -68,7 +69,7 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
             stored = pairs if partners is None else partners
             kind = "pairs" if partners is None else "partners"
             tensors[f"{kind}.{name}"] = stored.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
-        if type(layer.U.data) is Tensor:  # a rank that holds a shard of it cannot say what the whole does
+        if is_whole(layer.U):  # a rank that holds a shard of it cannot say what the whole does
             effects.append(effect(_factors(layer), layer.core))
     own = {f"sketch.{name}": fingerprints[name].sketch for name in spectral_layers(model)}
     if len(effects) == len(own) > 0:
@@ -93,7 +94,7 @@ def are_ranks_low(model: nn.Module) -> bool:
     """
     layers = spectral_layers(model).values()
     return bool(layers) and all(
-        8 * layer.rank <= min(layer.layout.matrix_shape) and type(layer.U.data) is Tensor for layer in layers
+        8 * layer.rank <= min(layer.layout.matrix_shape) and is_whole(layer.U) for layer in layers
     )
 
 

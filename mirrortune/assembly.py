@@ -196,8 +196,9 @@ def _check_fits(
     reporter.note(describe(found, step, stage, plan))
     output_dir = Path(recipe.output_dir or "runs")
     needs = disk_needs(source, plan, output_dir=output_dir, keep=recipe.train.keep)
-    # FSDP cuts the weights into shares, by how many the processes know only when they have met.
-    checks = [] if is_set("ACCELERATE_USE_FSDP") else [lambda: check_memory(found, step, stage)]
+    # FSDP and DeepSpeed cut what they hold into shares, by how many the processes know only when they have met.
+    is_cut = is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED")
+    checks = [] if is_cut else [lambda: check_memory(found, step, stage)]
     all_of(*checks, lambda: check_disk(needs))
     return found
 

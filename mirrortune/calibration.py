@@ -24,6 +24,7 @@ from mirrortune.adapters.targets import Targets
 from mirrortune.batching import epoch_batches, forward
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Examples
+from mirrortune.precision import mixed
 from mirrortune.tasks import Task
 
 # Distinct batches of the warm-up, over which its steps go round. With MiniLM-L6 on the movie sentences, pairs matched
@@ -94,12 +95,12 @@ def measure_saliency(
     head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
     start = {n: p.detach().clone() for n, p in head.items()}
     _only(model, list(head.values()))
-    with accelerator.autocast():
+    with mixed(accelerator):
         _warm_up(model, list(head.values()), task, examples, rows, settings, accelerator.device)
     _only(model, [target.weight(model) for target in targets.layers.values()])
     found: dict[str, Tensor] = {}
     for batch in itertools.islice(rows, settings.num_batches):
-        with accelerator.autocast():
+        with mixed(accelerator):
             _backward(model, task, examples, batch, accelerator.device)
         if settings.saliency == "rms":
             _add(found, model, targets, factor_source, settings)

@@ -125,7 +125,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False, overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; fetch no weights, train nothing.")] = False,
     num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Processes on this machine: one for each GPU, or sharing the cores.")] = None,
-    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, cpu-2, or a config file of accelerate's.")] = None,
+    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, zero2, zero3, cpu-2, or a config file of accelerate's.")] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Fine-tune, and write a run directory with the adapter, its metrics and its curves.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune import ranks
+from mirrortune import ranks, zero
 from mirrortune.adapter_file import write_adapter
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.presets import preset
@@ -96,6 +96,8 @@ def train(
     recipe = pin_paths(recipe, run)
     accelerator = _meet(recipe, run, reporter, resume=resume, overwrite=overwrite)
     job = assemble(recipe, reporter)
+    if zero.stage_of(accelerator) and job.source.is_quantised:
+        raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
     describe_processes(accelerator, reporter, run.path)
     seed_everything(recipe.train.seed)  # the head's initial weights
     loaded = load_base(job)
@@ -121,13 +123,14 @@ def train(
         ranks.from_main(accelerator, create)
     # Dropout: the same from a cold and a warm cache, another on each rank.
     seed_everything(recipe.train.seed + 1 + accelerator.process_index)
+    counts = trainable_parameters(model), head_parameters(model)  # before processes share them
     outcome = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     if outcome.stopped_early:
         count = recipe.train.patience
         reporter.note(f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one")
     reported = score_kept(job, model, run, accelerator, reporter)
     record_validation(job, model, run, accelerator)
-    result = _train_result(run, model, outcome)
+    result = _train_result(run, outcome, *counts)
     if accelerator.is_main_process:
         more = {"reported": reported, "pairing_seconds": pairing_seconds}
         write_results(run, job, {**asdict(outcome), **asdict(result), **more})
@@ -142,8 +145,9 @@ def _meet(recipe: Recipe, run: RunDirectory, reporter: Reporter, *, resume: bool
     reporter.is_main = accelerator.is_main_process
 
     def check() -> None:
-        if accelerator.is_fsdp2 and recipe.adapter.form == "portable":
-            raise ConfigError("adapter.form", "no process has whole factors under FSDP2", allowed="auto or compact")
+        kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if zero.stage_of(accelerator) == 3 else None
+        if kind and recipe.adapter.form == "portable":
+            raise ConfigError("adapter.form", f"no process has whole factors under {kind}", allowed="auto or compact")
         if resume:
             check_same_recipe(recipe, run)
         run.check(overwrite=overwrite, resume=resume)
@@ -152,12 +156,12 @@ def _meet(recipe: Recipe, run: RunDirectory, reporter: Reporter, *, resume: bool
     return accelerator
 
 
-def _train_result(run: RunDirectory, model: nn.Module, outcome: FitResult) -> TrainResult:
+def _train_result(run: RunDirectory, outcome: FitResult, num_trained: int, num_head: int) -> TrainResult:
     return TrainResult(
         run_dir=str(run.path),
         metrics=outcome.metrics,
-        trainable_parameters=trainable_parameters(model),
-        head_parameters=head_parameters(model),
+        trainable_parameters=num_trained,
+        head_parameters=num_head,
         adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()),
         train_seconds=round(outcome.train_seconds, 3),
         samples_per_second=round(outcome.samples_per_second, 2),

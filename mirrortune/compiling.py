@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mirrortune import zero
 from mirrortune.errors import ConfigError, ResourceError
 
 _COMPILERS = ("g++", "clang++", "c++", "cl")
@@ -37,6 +38,7 @@ def compile_model(model: nn.Module, accelerator: Any) -> None:
     Raises:
         ConfigError: if the model's parameters are cut into shares.
     """
-    if accelerator.is_fsdp2:
-        raise ConfigError("--compile", "it does not go with FSDP2", fix="Leave --compile out, or use ddp")
+    if accelerator.is_fsdp2 or zero.stage_of(accelerator):
+        kind = "FSDP2" if accelerator.is_fsdp2 else "DeepSpeed"
+        raise ConfigError("--compile", f"it does not go with {kind}", fix="Leave --compile out, or use ddp")
     model.compile()

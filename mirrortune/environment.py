@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from mirrortune import __version__
+from mirrortune import __version__, zero
 from mirrortune.assembly import Job
+from mirrortune.hardware import resolve_precision
 from mirrortune.recipe import Resolved
 
 
@@ -27,6 +28,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
     """
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
     packages += ["peft"] if job.spec.preset.peft else []
+    packages += ["deepspeed"] if zero.stage_of(accelerator) else []
     return {
         "mirrortune": __version__,
         "python": platform.python_version(),
@@ -34,7 +36,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
         "packages": {name: metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "num_processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": "bf16" if resolve_precision(job.recipe.train.precision) == "bf16" else "no",
         "strategies": strategies,
         "seed": job.recipe.train.seed,
         "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},

@@ -19,6 +19,7 @@ from mirrortune.errors import DataError
 from mirrortune.examples import Batch, Examples, Rows
 from mirrortune.feeding import made_ahead, pinned
 from mirrortune.metrics import score
+from mirrortune.precision import mixed
 from mirrortune.tasks import Task
 
 _Scored = tuple[Rows, list[Any], float, int]
@@ -123,7 +124,7 @@ def _batches(
 def _score(
     model: nn.Module, task: Task, batch: Batch, accelerator: Any, *, is_scored: bool
 ) -> tuple[list[Any], float, int]:
-    with accelerator.autocast():
+    with mixed(accelerator):
         inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = task.judge(model, inputs, outputs, targets)
     if not is_scored:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mirrortune import strict_yaml
+from mirrortune import strict_yaml, zero
 from mirrortune.errors import ConfigError, MirrortuneError, ResourceError, unknown_name
-from mirrortune.processes import ASKED_VARIABLE, NO_DEEPSPEED
+from mirrortune.processes import ASKED_VARIABLE
 from mirrortune.signals import ends_as
 
 _FOLDER = Path(__file__).parent / "profiles"
@@ -52,6 +52,8 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
             f"{path.stem} needs GPUs: accelerate shards on accelerators only",
             fix="Use ddp or cpu-2 here",
         )
+    if config.get("distributed_type") == "DEEPSPEED":
+        zero.check_installed()
     if not on_cpu and count > gpus and config.get("num_machines", 1) == 1:
         raise ResourceError("--num-processes", f"got {count}, this machine has {gpus} GPUs", allowed=f"1 to {gpus}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -68,10 +70,6 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
 def find_profile(name: str) -> Path:
     """The file of a shipped profile, or ``name`` itself if it is one; ConfigError with the nearest name otherwise."""
     shipped = {path.stem: path for path in _FOLDER.glob("*.yaml")}
-    if name in ("zero1", "zero2", "zero3", "deepspeed"):
-        raise ConfigError(
-            "--accelerate-config", f"got '{name}', and {NO_DEEPSPEED}", fix="Use fsdp2, which shards the same"
-        )
     path = shipped.get(name, Path(name).expanduser())
     if not path.is_file():
         raise unknown_name("--accelerate-config", "profile or file", name, shipped)

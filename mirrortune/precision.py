@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,22 @@ def widen(model: nn.Module, names: Iterable[str]) -> None:
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:
     """The context to run ``model`` in: bfloat16 autocast when any of its weights is in 16 bits, nothing otherwise."""
-    parameters = list(model.parameters())
-    if any(p.dtype in _HALF for p in parameters):
-        return torch.autocast(parameters[0].device.type, torch.bfloat16)
+    if holds_half(model):
+        return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def holds_half(model: nn.Module) -> bool:
+    """Whether any of its weights is in 16 bits."""
+    return any(p.dtype in _HALF for p in model.parameters())
+
+
+def mixed(accelerator: Any) -> AbstractContextManager[object]:
+    """The context to run a model in that is called without the wrapper that ``accelerator`` has put around it."""
+    plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)
+    if plugin is None:
+        context: AbstractContextManager[object] = accelerator.autocast()
+        return context
+    # accelerate leaves autocast to DeepSpeed, which has it in its own wrapper.
+    enabled = plugin.deepspeed_config["torch_autocast"]["enabled"]
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)

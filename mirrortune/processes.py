@@ -13,18 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mirrortune import strict_yaml
-from mirrortune.errors import ConfigError
+from mirrortune import strict_yaml, zero
+from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.hardware import default_device, is_set, resolve_precision
 from mirrortune.report import Reporter
 
 ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
 """How many processes ``--num-processes`` has launched; set for each of them."""
-
-NO_DEEPSPEED = (
-    "DeepSpeed is not supported: it makes its steps before the loop knows how many items they are the mean of"
-)
-"""Why; ``fsdp2`` shards weights and factors as its third stage does."""
 
 
 def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> Any:
@@ -40,20 +35,21 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
     from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
     from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
 
-    if is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "accelerate launch",
-            NO_DEEPSPEED,
-            fix="Use --accelerate-config fsdp2, which shards the same",
-        )
+    is_cpu, is_bf16 = default_device().type == "cpu", resolve_precision(precision) == "bf16"
+    has_zero = is_set("ACCELERATE_USE_DEEPSPEED")
+    if has_zero and is_cpu:
+        raise ResourceError("accelerate launch", "DeepSpeed needs GPUs: accelerate starts it on accelerators only")
     accelerator = Accelerator(
-        mixed_precision="bf16" if resolve_precision(precision) == "bf16" else "no",
+        mixed_precision="bf16" if is_bf16 and not has_zero else "no",
         # Without a GPU accelerate must be told: otherwise each of torchrun's processes is a run of its own to it.
-        cpu=default_device().type == "cpu",
+        cpu=is_cpu,
+        deepspeed_plugin=zero.make_plugin(is_bf16=is_bf16) if has_zero else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters)],
         # Ours is counted by the loop; accelerate would take another number from its config file and divide by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if has_zero:
+        zero.load_whole()
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise ConfigError("fsdp_version", f"got {plugin.fsdp_version}", allowed="2")
@@ -72,7 +68,8 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
 def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
     """Say on what the run runs, how many processes take part, and what may have decided that unasked."""
     count = accelerator.num_processes
-    kind = " (FSDP2)" if accelerator.is_fsdp2 else ""
+    stage = zero.stage_of(accelerator)
+    kind = " (FSDP2)" if accelerator.is_fsdp2 else f" (DeepSpeed ZeRO-{stage})" if stage else ""
     reporter.note(
         f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}{kind}; writing to {run}"
     )
@@ -96,7 +93,7 @@ def _warn_of_default_config(reporter: Reporter) -> None:
     from accelerate.commands.config.config_args import default_config_file  # noqa: PLC0415
 
     path = Path(default_config_file)
-    if not path.is_file() or is_set("ACCELERATE_USE_CPU"):
+    if not path.is_file() or is_set("ACCELERATE_USE_CPU") or _was_given_config():
         return
     shown = ("distributed_type", "num_processes", "num_machines", "mixed_precision", "gpu_ids")
     found, _ = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
@@ -105,3 +102,14 @@ def _warn_of_default_config(reporter: Reporter) -> None:
         f"warning: without --config_file accelerate launch takes its settings from {path} ({values}); "
         "remove it if that is not what you want"
     )
+
+
+def _was_given_config() -> bool:
+    """Whether the launcher that started this process was given a config file; it tells only its own command line."""
+    import psutil  # noqa: PLC0415
+
+    try:
+        words = [word for parent in psutil.Process().parents() for word in parent.cmdline()]
+    except psutil.Error:  # one of them has gone, or is somebody else's
+        return False
+    return any(word.replace("-", "_").split("=")[0] == "__config_file" for word in words)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that are cut into shares, one for each process (FSDP2), made whole where files want them whole.
+"""Parameters that are cut into shares, one for each process (FSDP2, ZeRO-3), made whole where files want them whole.
 
 Everything here is a meeting: all processes of a run call it together, in the same order.
 """
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mirrortune import zero
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -36,17 +38,16 @@ def shared_like(value: Tensor, like: Tensor) -> Tensor:
 
 def choose_units(model: nn.Module, accelerator: Any) -> None:
     """Tell accelerate's FSDP2 which modules of ``model`` are gathered as one, its blocks, and transformers that it is
-    cut; do nothing without FSDP2.
+    cut, as ZeRO-3 cuts it too; do nothing without the two.
 
     accelerate 1.15 takes what transformers lists as not to be split, in encoders the embeddings too, and then fails to
     make a unit of the token embedding, which is in one already.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:
-        return
-    # What writes text then goes on until all processes are done: those that stopped earlier would be waited for.
-    vars(model)["_is_fsdp_managed_module"] = True
-    if plugin.transformer_cls_names_to_wrap:
+    if plugin is not None or zero.stage_of(accelerator) == 3:
+        # What writes text then goes on until all processes are done: those that stopped earlier would be waited for.
+        vars(model)["_is_fsdp_managed_module"] = True
+    if plugin is None or plugin.transformer_cls_names_to_wrap:
         return
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     listed = set(getattr(model, "_no_split_modules", None) or ())
@@ -56,7 +57,7 @@ def choose_units(model: nn.Module, accelerator: Any) -> None:
 
 @contextmanager
 def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
-    """Within: the trained parameters of ``model`` are whole, on the CPU. Those that are not cut stay as they are.
+    """Within: the trained parameters of ``model`` are whole, under FSDP2 on the CPU. Others stay as they are.
 
     Args:
         model: whose frozen parameters, the bulk of it, stay cut.
@@ -74,7 +75,8 @@ def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[
     for module, name, parameter in cut:
         module.register_parameter(name, nn.Parameter(whole(parameter.detach()).cpu()))
     try:
-        yield
+        with zero.whole_parameters(model, write_back=write_back):
+            yield
     finally:
         for module, name, parameter in cut:
             written = module.get_parameter(name)
@@ -82,3 +84,8 @@ def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[
             if write_back:
                 with torch.no_grad():
                     parameter.copy_(shared_like(written.detach(), parameter))
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether this process has all numbers of a tensor."""
+    return type(tensor.data) is Tensor and zero.is_whole(tensor)

@@ -5,7 +5,7 @@ states.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mirrortune import ranks
+from mirrortune import ranks, zero
 from mirrortune.adapter_file import read_adapter, restore_trained
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.checkpoint import LoopState, RunDirectory
@@ -26,7 +26,7 @@ class Snapshots:
 
     Args:
         model: adapted, not wrapped for distribution.
-        optimizer: of everything that ``model`` trains.
+        optimizer: of everything that ``model`` trains; DeepSpeed's, under it.
         accelerator: accelerate's.
         run: where checkpoints go.
         write_adapter_files: writes the adapter into a folder.
@@ -36,7 +36,7 @@ class Snapshots:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         accelerator: Any,
         *,
         run: RunDirectory,
@@ -46,8 +46,7 @@ class Snapshots:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.run, self.write_adapter_files, self.keep = run, write_adapter_files, keep
         self.last_step = 0
-        trained = {**adapter_parameters(model), **plain_parameters(model)}
-        self._names = {id(p): n for n, p in trained.items()}
+        self._trained = {**adapter_parameters(model), **plain_parameters(model)}
 
     def save(self, state: LoopState, *, is_interim: bool = False) -> None:
         """Write a checkpoint of ``state``; every process takes part.
@@ -61,7 +60,7 @@ class Snapshots:
         """
         index = self.accelerator.process_index
         own = [(f"random.{index}.{name}", tensor) for name, tensor in random_tensors().items()]
-        tensors = optimizer_tensors(self.optimizer, self._names) | dict(ranks.gather_lists(self.accelerator, own))
+        tensors = optimizer_tensors(self.optimizer, self._trained) | dict(ranks.gather_lists(self.accelerator, own))
         state.is_interim = is_interim
         with whole_parameters(self.model):
             ranks.from_main(
@@ -93,7 +92,7 @@ class Snapshots:
         folder = self.run.checkpoint(steps[-1])
         with whole_parameters(self.model, write_back=True):
             restore_trained(self.model, read_adapter(folder))
-        restore_optimizer(self.optimizer, self._names, tensors)
+        restore_optimizer(self.optimizer, self._trained, tensors)
         prefix = f"random.{self.accelerator.process_index}."
         restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.last_step = state.global_step
@@ -102,23 +101,32 @@ class Snapshots:
         return state
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``; ``names`` maps id(parameter) to its name."""
+def optimizer_tensors(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``, whole, of ``trained``, parameters by name."""
+    if zero.is_zero_optimizer(optimizer):
+        states = zero.optimizer_states(optimizer, trained)
+    else:
+        states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     return {
-        f"optimizer.{names[id(parameter)]}.{entry}": whole(value.detach()).cpu().contiguous()
-        for parameter, state in optimizer.state.items()
+        f"optimizer.{name}.{entry}": whole(value.detach()).cpu().contiguous()
+        for name, state in states.items()
         for entry, value in state.items()
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Inverse of :func:`optimizer_tensors`, on each parameter's device, and cut as that is."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            prefix = f"optimizer.{names[id(parameter)]}."
-            entries = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            for entry, value in entries.items():
-                optimizer.state[parameter][entry] = shared_like(value, parameter)
+    states: dict[str, dict[str, Tensor]] = {}
+    for name in trained:
+        prefix = f"optimizer.{name}."
+        if entries := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
+            states[name] = entries
+    if zero.is_zero_optimizer(optimizer):
+        zero.restore_states(optimizer, trained, states)
+        return
+    for name, entries in states.items():
+        for entry, value in entries.items():
+            optimizer.state[trained[name]][entry] = shared_like(value, trained[name])
 
 
 def random_tensors() -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from mirrortune import zero
 from mirrortune.batching import forward
 from mirrortune.feeding import MicroBatch
 from mirrortune.optim import set_lr
@@ -23,33 +24,96 @@ from mirrortune.tally import Tally
 from mirrortune.tasks import Task
 
 
+class Update(Protocol):
+    """How gradients are summed and a step is made of them."""
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of a micro-batch's summed loss; ``is_last`` of its step."""
+
+    def step(self, totals: Tensor, number: int) -> None:
+        """Divide the gradients by the items, clip and step, unless they or those of a step before were not finite.
+
+        Args:
+            totals: loss sum and number of items of the global batch, shape (2,).
+            number: of the step, from 1.
+        """
+
+
+class PlainUpdate:
+    """On one process, or on several under DistributedDataParallel or FSDP2.
+
+    Args:
+        optimizer: prepared by ``accelerator``.
+        accelerator: accelerate's.
+        tally: counts the steps.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    def __init__(self, optimizer: Any, accelerator: Any, tally: Tally, max_grad_norm: float) -> None:
+        self.optimizer, self.accelerator = optimizer, accelerator
+        self.tally, self.max_grad_norm = tally, max_grad_norm
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of a micro-batch's summed loss."""
+        self.accelerator.backward(loss)
+
+    def step(self, totals: Tensor, number: int) -> None:
+        """See :class:`Update`."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
+        # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
+        torch._foreach_mul_(gradients, self.accelerator.num_processes / totals[1])
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
+        self.optimizer.optimizer.found_inf = self.tally.add(totals, norm, number)  # what makes fused AdamW skip a step
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def prepare(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, tally: Tally, max_grad_norm: float
+) -> tuple[Any, Any, Update]:
+    """``model`` and ``optimizer`` as accelerate wraps them for its processes, and how steps are made with them.
+
+    Args:
+        model: bare; ``accelerator`` moves it, and wraps or cuts it.
+        optimizer: of what it trains.
+        accelerator: accelerate's.
+        tally: counts the steps.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+    if zero.stage_of(accelerator):
+        engine, wrapped = zero.prepare(model, optimizer, accelerator, max_grad_norm=max_grad_norm)
+        return engine, wrapped, zero.ZeroUpdate(engine, accelerator.num_processes, tally)
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    return prepared, wrapped, PlainUpdate(wrapped, accelerator, tally, max_grad_norm)
+
+
 class Stepper:
     """Makes optimizer steps.
 
     Args:
         model: prepared by ``accelerator``.
         optimizer: prepared by ``accelerator``; its groups carry ``peak_lr``.
+        update: of the two.
         accelerator: accelerate's.
         task: the loss.
         tally: counts the steps.
         num_micro: micro-batches per rank and step.
-        max_grad_norm: gradients are scaled down to this norm.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Any,
+        update: Update,
         accelerator: Any,
         *,
         task: Task,
         tally: Tally,
         num_micro: int,
-        max_grad_norm: float,
     ) -> None:
-        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
-        self.task, self.tally = task, tally
-        self.num_micro, self.max_grad_norm = num_micro, max_grad_norm
+        self.model, self.optimizer, self.update, self.accelerator = model, optimizer, update, accelerator
+        self.task, self.tally, self.num_micro = task, tally, num_micro
 
     def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> int:
         """Forward, backward and update on the next global batch, at ``lr_factor`` times the peak learning rates.
@@ -68,15 +132,8 @@ class Stepper:
         totals, rows = self._accumulate(micro_batches)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
-        # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
-        torch._foreach_mul_(gradients, self.accelerator.num_processes / totals[1])
-        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
         set_lr(self.optimizer, lr_factor)
-        self.optimizer.optimizer.found_inf = self.tally.add(totals, norm, number)  # what makes fused AdamW skip a step
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.update.step(totals, number)
         return rows
 
     def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, int]:
@@ -86,7 +143,7 @@ class Stepper:
             part = next(micro_batches)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss, items = self._micro_loss(part)
-                self.accelerator.backward(loss)
+                self.update.backward(loss, is_last=left == 0)
             totals[0] += loss.detach()
             totals[1] += items
             rows = part.num_rows_of_step

@@ -24,7 +24,7 @@ from mirrortune.optim import build_optimizer, lr_factor
 from mirrortune.sharding import choose_units, whole_parameters
 from mirrortune.signals import StopSignals, ends_as, how_to_go_on
 from mirrortune.snapshots import Snapshots
-from mirrortune.stepping import Stepper
+from mirrortune.stepping import Stepper, prepare
 from mirrortune.stream_feeding import StreamedExamples, make_feed
 from mirrortune.tally import Reading, StepClock, Tally
 from mirrortune.tasks import Task
@@ -79,18 +79,23 @@ class Trainer:
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model = model
         choose_units(model, accelerator)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer, update = prepare(model, optimizer, accelerator, self.tally, settings.max_grad_norm)
         self.snapshots = Snapshots(
-            model, optimizer, accelerator, run=run, write_adapter_files=write_adapter_files, keep=settings.keep
+            model,
+            self.optimizer.optimizer,
+            accelerator,
+            run=run,
+            write_adapter_files=write_adapter_files,
+            keep=settings.keep,
         )
         self.stepper = Stepper(
             self.model,
             self.optimizer,
+            update,
             accelerator,
             task=task,
             tally=self.tally,
             num_micro=settings.gradient_accumulation_steps,
-            max_grad_norm=settings.max_grad_norm,
         )
         self.state = LoopState(num_processes=accelerator.num_processes)
         self._rows = 0

@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
-    "errors json_rows precision report row_chunks sharding signals significance tally adapters adapters.matching "
+    "errors json_rows precision report row_chunks signals significance tally adapters adapters.matching "
     "adapters.pair_codes",
-    "adapters.layouts adapters.decompositions disk_space text_files",
-    "adapters.kinds",
+    "adapters.layouts adapters.decompositions disk_space text_files zero",
+    "adapters.kinds sharding",
     "adapters.packed",
     "quantised",
     "adapters.factorize atomic class_folders columns compiling examples forward_modes labels locations metrics "
@@ -66,8 +66,8 @@ LAYERS = (
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
 FOLDERS = ("adapters.cores", "spectra", "tasks")
-HEAVY = {"accelerate", "datasets", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow", "safetensors", "scipy",
-         "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
+HEAVY = {"accelerate", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow",
+         "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
 LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",
          "adapters.presets", "cli", "cli_exports", "cli_reports", "recipe_commands", "text_tables", "__main__",

@@ -152,7 +152,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         f"{name}.{key}": parameter
         for name, layer in attachment(model).layers.items()
         for key, parameter in layer.adapter_parameters().items()
-        if parameter.numel()
+        if getattr(parameter, "ds_numel", parameter.numel())  # what ZeRO-3 has cut is empty between its uses
     }
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
+from tests.cli.console import REPOSITORY, Outcome, finish, mirrortune, reviews, start, write_table
 from tests.tiny_models import write_tiny_model
 
 
@@ -98,7 +99,8 @@ def test_another_number_of_processes_is_refused_by_name(pair: Pair) -> None:
     ("words", "code", "said"),
     [
         (["--accelerate-config", "dpd"], 2, "Did you mean 'ddp'?"),
-        (["--accelerate-config", "zero3"], 2, "got 'zero3', and DeepSpeed is not supported"),
+        (["--accelerate-config", "zero1"], 2, "Did you mean 'zero"),
+        (["--accelerate-config", "zero3"], 4, "zero3 needs GPUs"),
         (["--accelerate-config", "fsdp2"], 4, "fsdp2 needs GPUs"),
         (["--num-processes", 0], 2, "Input should be greater than or equal to 1"),
     ],
@@ -155,3 +157,31 @@ def test_launchers_of_others_run_it(pair: Pair, tmp_path: Path, launcher: str, c
     assert outcome.exit_code == 0, outcome.stderr
     assert f"running on cpu with {count}" in outcome.stderr
     assert ("accelerate launch --cpu starts one process" in outcome.stderr) == (launcher == "accelerate")
+
+
+@pytest.mark.slow
+def test_two_machines_train_like_two_processes_of_one(pair: Pair, tmp_path: Path) -> None:
+    """Two launchers that find each other by an address and a port, with a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ddp = REPOSITORY / "mirrortune" / "profiles" / "ddp.yaml"
+    options = f"--num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
+    env = {**pair.env, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    machines = [
+        start(
+            *pair.words, "-o", tmp_path / "run", "--batch-size", 8, env=env,
+            launcher=["-m", "accelerate.commands.launch", "--config_file", str(ddp), *options.split(),
+                      "--machine_rank", str(rank), "-m"],
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    first, second = map(finish, machines)
+
+    assert first.exit_code == second.exit_code == 0, first.stderr + second.stderr
+    assert first.stderr.count("with 2 processes;") == 1
+    assert "with 2 processes" not in second.stderr
+    assert first.data["metrics"] == pair.outcome.data["metrics"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (pair.run / "metrics.jsonl").read_bytes()
+    for path in (pair.run / "adapter").iterdir():
+        assert (tmp_path / "run" / "adapter" / path.name).read_bytes() == path.read_bytes()

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config import config_args
@@ -53,6 +54,20 @@ def test_a_default_config_that_had_no_say_is_not_spoken_of(stale: Path, monkeypa
     assert len(said()) == 1
     monkeypatch.delenv(ASKED_VARIABLE)
     stale.unlink()
+    assert len(said()) == 1
+
+
+@pytest.mark.parametrize("words", [["--config_file", "mine.yaml"], ["--config-file=mine.yaml"]])
+def test_a_config_that_the_launcher_was_given_is_no_stale_one(
+    stale: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    def started_by(*words: str) -> None:
+        parents = [SimpleNamespace(cmdline=lambda: ["accelerate", "launch", *words, "-m", "mirrortune", "train"])]
+        monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parents=lambda: parents))
+
+    started_by("--num_processes", "2")
+    assert str(stale) in said()[1]
+    started_by(*words)
     assert len(said()) == 1
 
 

@@ -33,7 +33,7 @@ def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, dict[int, str]
     for _ in range(2):
         model["ab"](model["a"](torch.ones(1, 2))).sum().backward()
         optimizer.step()
-    return model, optimizer, {id(p): n for n, p in model.named_parameters()}
+    return model, optimizer, dict(model.named_parameters())
 
 
 def test_optimizer_states_come_back() -> None:

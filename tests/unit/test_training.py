@@ -82,7 +82,7 @@ def test_a_checkpoint_holds_adapter_head_and_optimizer_and_nothing_frozen(tmp_pa
     adapter, training = (load_file(folder / f"{name}.safetensors") for name in ("adapter", "training"))
     trained = {n for n, p in trainer.bare_model.named_parameters() if p.requires_grad}
     assert {n for n in adapter if n.startswith("param.")} == {"param.classifier.weight", "param.classifier.bias"}
-    assert {n.partition(".")[0] for n in adapter} == {"core", "param", "sketch", "effects"}
+    assert {n.partition(".")[0] for n in adapter} == {"core", "param", "signs", "effects"}
     assert {n.partition(".")[0] for n in training} == {"optimizer", "random"}
     moments = {n.removeprefix("optimizer.").rpartition(".")[0] for n in training if n.startswith("optimizer.")}
     assert moments == {name.replace(".core.", ".") for name in trained}
