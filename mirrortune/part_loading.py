@@ -23,7 +23,7 @@ from mirrortune.lazy_model import outline
 from mirrortune.load_errors import quiet
 from mirrortune.model import ModelSource, task_config
 from mirrortune.quantised import can_be_dequantised, loading_config
-from mirrortune.shards import DTYPE_CODES, PlannedTensor, StoredTensor, read_headers, read_tensor
+from mirrortune.shards import DTYPE_CODES, PlannedTensor, StoredTensor, give_back_memory, read_headers, read_tensor
 
 _PACKED = PackedLinear()
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -167,6 +167,7 @@ class PartLoader:
             else:
                 for own, tensor in before.items():
                     _owner(self._model, own)[own.rpartition(".")[2]] = tensor
+            give_back_memory()
 
     def _fill(self, parts: list[Part]) -> None:
         """Let transformers load ``parts`` into the skeleton."""

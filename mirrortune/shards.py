@@ -11,8 +11,11 @@ shape and place of every tensor), the tensors' bytes without gaps.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +130,15 @@ def read_tensor(stored: StoredTensor) -> Tensor:
             raise ConfigError(str(stored.path), "it ends in the middle of a tensor", fix="Download or copy it again")
     flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     return flat.reshape(stored.shape)
+
+
+def give_back_memory() -> None:
+    """Let the system have memory that was freed: the C library keeps what lies below a small piece that is in use, by
+    the end of a checkpoint that is converted tensor by tensor as much as all of it.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

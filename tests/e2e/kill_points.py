@@ -93,6 +93,7 @@ def kill_saves(folder: Path, kills: int, draw: random.Random) -> Counter[str]:
     """Saves over an earlier adapter."""
     old, new = trained(folder, 0), trained(folder, 7)
     states = {"old": answers(old), "new": answers(new)}
+    mirrortune.save_adapter(old, folder / "counted")
     lines = count_lines(lambda: mirrortune.save_adapter(new, folder / "counted"))
     found: Counter[str] = Counter()
     for line in kill_lines(lines, kills, draw):
