@@ -231,8 +231,13 @@ def require_adapter(target: str) -> Path:
 def adapter_to_score(target: str) -> Path | None:
     """As :func:`require_adapter`, but None for anything that may be a model."""
     folder = find_adapter(target)
-    is_remote = folder is None and _is_on_hub(target) and holds_adapter(target)
-    return local_adapter(target) if is_remote else folder
+    if folder is not None or not _is_on_hub(target):
+        return folder
+    if holds_adapter(target):
+        return local_adapter(target)
+    if hub_place(target)[2] is not None:
+        raise ConfigError(target, "no adapter is there", allowed="an adapter, or the id of a model without subfolder")
+    return None
 
 
 def _is_on_hub(target: str) -> bool:

@@ -179,21 +179,6 @@ def run_client(script: str, env: dict[str, str], *args: str) -> list[Report]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@dataclass(frozen=True)
-class Clients:
-    """What the slow clients will have reported.
-
-    Attributes:
-        model: The requests for loading a model, and the reports from online and from offline.
-        glue: The same for loading GLUE.
-        failures: The reports of each of `FAILURES`.
-    """
-
-    model: Future[Loads]
-    glue: Future[Loads]
-    failures: dict[str, Future[list[Report]]]
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `roberta-base` and `nyu-mll/glue`."""
@@ -223,19 +208,16 @@ def fail(root: Path, home: Path, failure: Failure) -> list[Report]:
 
 
 @pytest.fixture(scope="module")
-def clients(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
-    """All slow clients, started together because each spends seconds on its imports."""
+def failures(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[list[Report]]]]:
+    """What the clients of each of `FAILURES` report, started together because each spends seconds on its imports."""
     homes = tmp_path_factory.mktemp("homes")
     with ThreadPoolExecutor(2) as pool:
-        yield Clients(
-            pool.submit(load_twice, root, homes / "model", LOAD_MODEL),
-            pool.submit(load_twice, root, homes / "glue", LOAD_GLUE),
-            {name: pool.submit(fail, root, homes / name, FAILURES[name]) for name in FAILURES},
-        )
+        yield {name: pool.submit(fail, root, homes / name, FAILURES[name]) for name in FAILURES}
 
 
-def test_a_model_loads_cold_and_then_offline(clients: Clients) -> None:
-    requests, (cold,), (warm,) = clients.model.result()
+@pytest.mark.slow  # the libraries alone; tests/e2e/test_hub_path.py goes this way with ours
+def test_a_model_loads_cold_and_then_offline(root: Path, tmp_path: Path) -> None:
+    requests, (cold,), (warm,) = load_twice(root, tmp_path, LOAD_MODEL)
 
     assert ("GET", f"/roberta-base/resolve/{cold['commit']}/model.safetensors") in requests
     assert not [path for _, path in requests if "xet" in path]
@@ -246,8 +228,9 @@ def test_a_model_loads_cold_and_then_offline(clients: Clients) -> None:
     assert warm == cold
 
 
-def test_glue_loads_cold_and_then_offline(clients: Clients) -> None:
-    _, cold, warm = clients.glue.result()
+@pytest.mark.slow
+def test_glue_loads_cold_and_then_offline(root: Path, tmp_path: Path) -> None:
+    _, cold, warm = load_twice(root, tmp_path, LOAD_GLUE)
 
     sst2, stsb, mnli = cold
     assert sst2["rows"] == stsb["rows"] == {"train": 120, "validation": 40, "test": 20}
@@ -265,8 +248,8 @@ def test_glue_loads_cold_and_then_offline(clients: Clients) -> None:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_is_an_error_after_few_retries(clients: Clients, name: str) -> None:
-    reports = clients.failures[name].result()
+def test_a_failure_is_an_error_after_few_retries(failures: dict[str, Future[list[Report]]], name: str) -> None:
+    reports = failures[name].result()
     results = {report["call"]: (report["error"], report["waits"]) for report in reports}
     assert results == FAILURES[name].expected
 
