@@ -12,12 +12,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.cli.console import mirrortune, reviews, write_table
 
 
-@pytest.fixture
-def run(desk: Path, tiny_model_dir: Path) -> Path:
-    """A run on ``reviews.csv`` (60 rows), of which training set 6 aside."""
-    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 2]
-    assert mirrortune("train", *words, "-o", "run").exit_code == 0
-    return desk / "run"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A run on ``reviews.csv`` (60 rows) beside it, of which training set 6 aside; nobody writes into it."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = write_table(folder / "reviews.csv", reviews(60))
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", rows, "--max-steps", 2]
+    assert mirrortune("train", *words, "-o", folder / "run").exit_code == 0
+    return folder / "run"
 
 
 def test_the_protocol_is_named_in_the_results(run: Path, desk: Path, tiny_model_dir: Path) -> None:
@@ -33,12 +35,12 @@ def test_the_protocol_is_named_in_the_results(run: Path, desk: Path, tiny_model_
     assert found[1]["reported"]["held-out half"].keys() == {"accuracy", "loss"}
 
 
-def test_rows_set_aside_are_scored_and_not_counted_as_training_rows(run: Path) -> None:
+def test_rows_set_aside_are_scored_and_not_counted_as_training_rows(run: Path, desk: Path) -> None:
     validation = mirrortune("eval", run, "--json").data
     assert (validation["split"], validation["rows"]) == ("validation", 6)
     train = mirrortune("eval", run, "--split", "train", "--json").data
     assert (train["split"], train["rows"]) == ("train", 54)
-    by_name = mirrortune("eval", run, "-d", "reviews.csv", "--json").data
+    by_name = mirrortune("eval", run, "-d", run.parent / "reviews.csv", "--json").data
     assert by_name == validation
 
 

@@ -48,7 +48,7 @@ def adapter(run: Path) -> Any:
 
 def test_every_format_gives_the_same_run_to_the_last_digit(desk: Path, tiny_model_dir: Path) -> None:
     logs = {}
-    for suffix in ("csv", "jsonl", "parquet"):  # that all forms are one table is tested where tables are
+    for suffix in ("csv", "parquet"):  # that all forms are one table is tested where tables are
         outcome = train(tiny_model_dir, write(desk, f"rows.{suffix}"), out=suffix)
         assert outcome.data["metrics"].keys() == {"accuracy", "loss"}
         assert "label column 'label' (detected; --label-column to change)" in outcome.stderr

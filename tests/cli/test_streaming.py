@@ -73,6 +73,7 @@ def test_two_processes_stream_their_shares_and_go_on_bit_for_bit(tmp_path: Path,
     assert differences(tmp_path / "whole", run) == []
 
 
+@pytest.mark.slow
 def test_streamed_conversations_are_packed_block_by_block(tmp_path: Path) -> None:
     draw, data = random.Random(0), tmp_path / "data"
     data.mkdir()
