@@ -28,9 +28,11 @@ def numbers(model: nn.Module, output: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("name", "method", "strategy"),
     [
-        *(("linear", method, strategy) for method in METHODS for strategy in STRATEGIES[:2] if "series" not in method),
-        *((name, "random input", strategy) for name in COMPILED for strategy in STRATEGIES[::2]),
-        ("transposed experts", "mirror", None),
+        # What a core does is the same in every strategy, and what a strategy does with every core.
+        *(("linear", method, None) for method in METHODS if "series" not in method),
+        *(("linear", "mirror", strategy) for strategy in STRATEGIES[1:]),
+        *((name, "random input", strategy) for name in COMPILED[1:] for strategy in STRATEGIES[::2]),
+        pytest.param("transposed experts", "mirror", None, marks=pytest.mark.slow),
     ],
 )
 def test_compiling_breaks_no_graph_and_changes_nothing(name: str, method: str, strategy: Strategy | None) -> None:
