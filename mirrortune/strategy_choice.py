@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mirrortune import ranks
+from mirrortune import ranks, zero
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import SMALLEST_WORK, Strategy, candidates
 from mirrortune.adapters.targets import Target, Targets
@@ -60,8 +60,9 @@ def choose_strategies(
         if is_measured:
             reporter.note(f"adapter.strategy=measured changes nothing: method '{job.spec.method}' has no strategies")
         return {}
-    # Weights that are made dense are replaced where they are read, which FSDP2 has not been tried with.
-    tokens = None if accelerator.is_fsdp2 else typical_tokens(job.train, job.recipe.train.batch_size)
+    # Weights that are made dense are replaced where they are read, which has not been tried where they are cut up.
+    is_cut = accelerator.is_fsdp2 or zero.stage_of(accelerator) == 3
+    tokens = None if is_cut else typical_tokens(job.train, job.recipe.train.batch_size)
     counted = strategies_of(targets, job.spec, job.dtype, tokens)
     if not is_measured or tokens is None:
         return counted
