@@ -27,7 +27,7 @@ from mirrortune.rehearsal import Footprint
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.stream_feeding import StreamedExamples
-from mirrortune.tasks import Task, check_columns
+from mirrortune.tasks import TARGET_ROLES, Task, check_columns
 from mirrortune.token_cache import uncached
 from mirrortune.tokens import Reading
 
@@ -106,7 +106,9 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     reported = {name: task.encode(split, processor, scored) for name, split in rows.reported.items()}
     for name, examples in {"train": train, "validation": validation, **reported}.items():
         reporter.note(f"  {name}: {examples.describe()}")
-    twice = rows_in_both(rows.train.table, rows.validation.table, [c for role, c in task.columns() if role != "label"])
+    twice = rows_in_both(
+        rows.train.table, rows.validation.table, [c for role, c in task.columns() if role not in TARGET_ROLES]
+    )
     if twice:
         reporter.note(f"  {twice:,} validation rows are also among the training rows")
     stage = Stage(

@@ -30,6 +30,7 @@ from mirrortune.locations import (
     split_sample,
     table_suffix,
 )
+from mirrortune.row_chunks import row_chunks
 from mirrortune.row_stream import RowStream
 from mirrortune.table_parts import take_rows
 from mirrortune.tables import READERS, read_table
@@ -203,21 +204,21 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
 
 
 def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) -> int:
-    """How many rows of ``validation`` have the same texts in ``columns`` as a row of ``train``; 0 where a column holds
-    no text.
+    """How many rows of ``validation`` have the same cells in ``columns`` as a row of ``train``; 0 where a column holds
+    files.
     """
-    if not columns or not all(is_string(table.schema.field(c).type) for c in columns for table in (train, validation)):
+    kinds = [table.schema.field(c).type for c in columns for table in (train, validation)]
+    if not kinds or any(pa.types.is_binary(k) or (pa.types.is_struct(k) and k.get_field_index("bytes") >= 0)
+                        for k in kinds):  # fmt: skip
         return 0
     return int(np.isin(_row_hashes(validation, columns), _row_hashes(train, columns)).sum())
 
 
 def _row_hashes(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
     """One number of 64 bits for each row (N,), good within this process: rows may be more than memory holds."""
-    found = [
-        np.array([hash(row) for row in zip(*(c.to_pylist() for c in batch.columns), strict=True)], dtype=np.int64)
-        for batch in table.select(list(columns)).to_batches(max_chunksize=4096)
-    ]
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+    rows = (row for chunk in row_chunks(table, columns) for row in zip(*chunk, strict=True))
+    hashes = (hash(tuple(cell if isinstance(cell, str | None) else repr(cell) for cell in row)) for row in rows)
+    return np.fromiter(hashes, dtype=np.int64, count=table.num_rows)
 
 
 def flat(table: pa.Table) -> pa.Table:

@@ -27,7 +27,8 @@ from mirrortune.recipe import task_kinds
 from mirrortune.registry import option_errors
 from mirrortune.tokens import Reading
 
-_TARGET_ROLES = ("label", "tag", "answer", "target")
+TARGET_ROLES = ("label", "tag", "answer", "target")
+"""Words by which :meth:`Task.columns` calls what is learned."""
 
 
 class Task(Protocol):
@@ -154,7 +155,7 @@ def with_label_columns(split: Split, task: Task) -> Split:
     """
     table = split.table
     for role, column in task.columns():
-        if role in _TARGET_ROLES and column not in table.column_names:
+        if role in TARGET_ROLES and column not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows))
     return replace(split, table=table)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.data import Split, load_data, set_aside
+from mirrortune.data import Split, load_data, rows_in_both, set_aside
 from mirrortune.errors import ConfigError, DataError
 
 CSV = "text,label\na,x\nb,y\n"
@@ -148,3 +149,22 @@ def test_another_seed_sets_other_rows_aside() -> None:
 def test_one_row_cannot_be_split() -> None:
     with pytest.raises(DataError, match="rows: 1 row cannot be split"):
         set_aside(Split(table=pa.table({"n": [0]}), source="rows"), 0.1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("cells", "count"),
+    [
+        (["a film", "a plot", "None", None], 2),
+        ([["a", "film"], ["a", "plot"], ["None"], None], 2),
+        ([{"role": "a"}, {"role": "b"}, {"role": "None"}, {"role": None}], 2),
+        ([1, 2, 3, None], 2),
+        ([{"bytes": b"x", "path": "p"}] * 4, 0),
+        ([b"x"] * 4, 0),
+    ],
+)
+def test_rows_that_are_in_both_splits_are_counted_whatever_they_hold(cells: list[Any], count: int) -> None:
+    table = pa.table({"x": cells, "y": ["same"] * 4})
+    first, last = table.slice(0, 2), pa.concat_tables([table.slice(1, 1), table.slice(3, 1), table.slice(0, 1)])
+
+    assert rows_in_both(first, last, ["x", "y"]) == count
+    assert rows_in_both(first, last, []) == 0
