@@ -27,7 +27,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hardware import default_device
 from mirrortune.hub import holds_adapter, local_adapter
-from mirrortune.locations import hub_place, looks_like_path
+from mirrortune.locations import hub_place, is_local
 from mirrortune.merging import load_adapted
 from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.precision import widen
@@ -244,7 +244,7 @@ def _is_on_hub(target: str) -> bool:
     """Whether ``target`` is the id of a repository with its owner, and nothing here is called so."""
     repository = hub_place(target)[0]
     owner, _, name = repository.partition("/")
-    return bool(name) and not looks_like_path(repository) and not Path(owner).exists()
+    return bool(name) and not is_local(repository) and not Path(owner).exists()
 
 
 def load_evaluable(

@@ -14,7 +14,7 @@ from mirrortune.errors import ConfigError
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hf://"
-_HUB_PLACE = re.compile(r"((?:[\w.-]+/)?[\w.-]+)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
+_HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mirrortune.errors import ConfigError
-from mirrortune.locations import cache_folder, is_local, looks_like_path, package_folder, shipped_folder
+from mirrortune.loading import adapter_to_score
+from mirrortune.locations import cache_folder, hub_place, is_local, looks_like_path, package_folder, shipped_folder
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,29 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "mirrortune"
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("me/x", ("me/x", None, None)), ("me/x@v1", ("me/x", "v1", None)), ("me/x:a/b", ("me/x", None, "a/b")),
+        ("me/x@refs/pr/1:a", ("me/x", "refs/pr/1", "a")), ("x", ("x", None, None)),
+        ("package:weights/model", ("package:weights/model", None, None)), ("./me@v1", ("./me@v1", None, None)),
+        ("C:\\models", ("C:\\models", None, None)), ("me/x:/a", ("me/x:/a", None, None)),
+    ],
+)  # fmt: skip
+def test_a_place_on_the_hub_has_a_revision_and_a_subfolder(
+    name: str, place: tuple[str, str | None, str | None]
+) -> None:
+    assert hub_place(name) == place
+
+
+def test_what_is_here_is_never_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "x@v1").mkdir(parents=True)
+    assert hub_place("me/x@v1") == ("me/x@v1", None, None)
+    for name in ("me/x@v1", "me/y@v1", "package:weights/model", "./x", "roberta-base"):
+        assert adapter_to_score(name) is None
 
 
 def test_a_folder_inside_a_package_is_found_without_running_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
