@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_and_print(folder: Path | None, found: dict[str, Any], table: str) -> None:
+def write_and_print(folder: Path | None, found: dict[str, Any] | list[Any], table: str) -> None:
     """Write ``results.json`` and ``table.md`` to ``folder``, if there is one, and print the table."""
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ class Part:
 _FEW = ("--methods", "mirror", "mirror r=64", "frozen", "dora r=8")
 _TINY = ("--size", "mini", "--steps", "3", "--warmup", "1", *_FEW)
 # By the time that they take, shortest first: a run that is stopped has what came before. HRA takes ten times a step of
-# LoRA's and BOFT did not finish in nine minutes; they are in the whole run all the same.
+# LoRA's; BOFT, which takes minutes, takes one.
 CPU = {
     "scaling": Part(module="scaling", folder="scaling-70b"),
     "factorise": Part(
