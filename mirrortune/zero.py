@@ -61,7 +61,8 @@ def make_plugin(*, is_bf16: bool) -> Any:
     check_installed()
     from accelerate.utils import DeepSpeedPlugin  # noqa: PLC0415
 
-    plugin = DeepSpeedPlugin(zero3_init_flag=False)
+    # Numbers that the recipe decides; where its config names none, the launcher says that they are "none".
+    plugin = DeepSpeedPlugin(zero3_init_flag=False, gradient_accumulation_steps=1, gradient_clipping=1.0)
     config = plugin.deepspeed_config
     _check(config)
     # Autocast as without DeepSpeed: its bf16 mode would round what is trained to 16 bits, its modules' gradients too.
@@ -69,7 +70,6 @@ def make_plugin(*, is_bf16: bool) -> Any:
     config["torch_autocast"] = {"enabled": is_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     config["gradient_accumulation_steps"] = 1  # ours is counted by the loop
     config["zero_allow_untested_optimizer"] = True
-    plugin.gradient_accumulation_steps = 1
     return plugin
 
 
