@@ -26,6 +26,8 @@ from mirrortune.quantised import can_be_dequantised, loading_config
 from mirrortune.shards import DTYPE_CODES, PlannedTensor, StoredTensor, give_back_memory, read_headers, read_tensor
 
 _PACKED = PackedLinear()
+# What the inside of another library raises that is used otherwise than it expects.
+_FOREIGN = (ImportError, AttributeError, TypeError, ValueError, KeyError, RuntimeError, NotImplementedError)
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -97,7 +99,7 @@ class PartLoader:
             with quiet():
                 self._model, self._quantizer = _skeleton(source, auto_class, config_fields, dtype, files)
                 self._parts = self._find_parts()
-        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        except _FOREIGN as error:
             raise CannotLoadParts(f"{type(error).__name__}: {str(error)[:200]}") from error
         self._part_of = {name: part for part in self._parts for name in part.names}
         self._recent: dict[tuple[str, ...], dict[str, Tensor]] = {}
@@ -161,6 +163,8 @@ class PartLoader:
                 found = _PACKED.read(held, last) if _PACKED.layouts(held) else held.get_parameter(last)
                 return found.detach().to(self._dtype)
             return torch.as_tensor(_owner(self._model, name)[last]).detach()
+        except _FOREIGN as error:
+            raise CannotLoadParts(f"{name}: {type(error).__name__}: {str(error)[:200]}") from error
         finally:
             if module is not None:
                 self._model.set_submodule(path, module)

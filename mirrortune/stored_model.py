@@ -66,6 +66,11 @@ def stored_layers(
         if own is None:
             return None
         layers.append((name, _reader(target, stored[own], dtype), target.rank))
+    try:
+        for _, read, _ in layers[:1] if loader is not None else []:
+            read()  # whether there are parts is only seen when one is loaded
+    except CannotLoadParts:
+        return None
     return layers
 
 

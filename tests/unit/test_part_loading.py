@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -150,6 +150,14 @@ def test_a_quantised_base_is_read_and_merged_one_layer_at_a_time(tmp_path: Path,
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert relative(answers(merged), answers(adapted)) <= 1e-5
     assert base.is_dir()
+
+
+def test_what_the_loader_cannot_take_apart_is_left_to_loading(tmp_path: Path) -> None:
+    base, _ = quantised(tmp_path, "stored in float8")
+    broken = load_file(base / "model.safetensors")
+    scales = [name for name in broken if name.endswith("_scale_inv")]
+    save_file({n: t[:1, :0] if n in scales else t for n, t in broken.items()}, base / "model.safetensors")
+    assert stored_layers(find_model(str(base)), CAUSAL, {}, AdapterSpec(), torch.float32) is None
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_into_full_weights_one_at_a_time(tmp_path: Path) -> None:
