@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.inject import attachment
+from mirrortune.merging import adapted_tensors
 from tests.bench.contestants import (
     FROZEN,
     METHODS,
@@ -44,16 +45,13 @@ _SLOW = 20
 """Steps of the reference that a step may take to be repeated: BOFT's take minutes on a CPU."""
 
 
-def merge_seconds(made: Contestant, clock: Callable[[], float]) -> float | None:
+def merge_seconds(made: Contestant, base: nn.Module, clock: Callable[[], float]) -> float | None:
     """How long the changed weights of all layers take to compute; None for what has none."""
-    layers = attachment(made.model).layers
-    if not layers:
+    if not attachment(made.model).layers:
         return None
     started = clock()
-    for layer in layers.values():
-        before = {k: p.detach() for k, p in layer.base_layer.named_parameters()}
-        before["weight"] = layer.base_layer.weight.detach()
-        layer.merged(before)
+    for _ in adapted_tensors(made.model, base.state_dict()):
+        pass
     wait()
     return clock() - started
 
@@ -75,7 +73,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "saved_bytes": saved_bytes(made[name], batch),
             "step_seconds": statistics.median(own for own, _ in steps),
             "step_ratio": statistics.median(own / reference for own, reference in steps),
-            "merge_seconds": merge_seconds(made[name], clock),
+            "merge_seconds": merge_seconds(made[name], base, clock),
         }
     num_weights = sum(isinstance(m, nn.Linear) and min(m.weight.shape) > 2 for m in base.modules())
     return {"methods": found, "factorise_seconds": seconds, "matrices": num_weights}

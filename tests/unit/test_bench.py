@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.planning import Load, footprint
 from mirrortune.rehearsal import Footprint
@@ -23,6 +25,7 @@ from tests.bench.contestants import (
     make_batch,
     make_model,
 )
+from tests.bench.methods import merge_seconds
 from tests.bench.parts import PARTS
 from tests.bench.targets import read_results, targets
 
@@ -77,6 +80,17 @@ def test_made_up_factors_have_the_shapes_of_real_ones() -> None:
     made = contestant(base, "mirror r=64", any_factors, is_copy=False)
     made.step(make_batch(2, 16, "cpu"))
     assert made.trained == 7 * 32, "an angle for each pair of 64 directions"
+
+
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_merging_is_timed_however_a_layer_computes(tokens: int) -> None:
+    base = make_model("mini", 16, torch.float32, "cpu", layers=1)
+    made = contestant(base, "mirror", any_factors, tokens=tokens)
+    strategies = {layer.strategy for layer in spectral_layers(made.model).values()}
+    assert ("dense" in strategies) == (tokens == 4096)
+    seconds = merge_seconds(made, base, time.perf_counter)
+    assert seconds is not None
+    assert seconds > 0
 
 
 @pytest.mark.parametrize(
