@@ -244,8 +244,6 @@ def load_model(
     import transformers  # noqa: PLC0415
 
     config = task_config(source, config_fields, pad_token_id)
-    if can_be_dequantised(config):
-        config.quantization_config["dequantize"] = True
     packing = {"quantization_config": loading_config(source.load_in, dtype)} if source.load_in else {}
     with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
         model, info = getattr(transformers, auto_class).from_pretrained(
@@ -286,8 +284,12 @@ def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, A
 
 
 def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id: int | None) -> Any:
-    """A copy of the source's configuration with the task's labels, and a padding id where it has none."""
+    """A copy of the source's configuration with the task's labels, and a padding id where it has none; it says that
+    packed weights are to be dequantised while they are loaded, where transformers can.
+    """
     config = type(source.config).from_dict(source.config.to_dict())
+    if can_be_dequantised(config):
+        config.quantization_config["dequantize"] = True
     for key, value in config_fields.items():
         setattr(config, key, value)
     if getattr(config, "pad_token_id", None) is None and pad_token_id is not None:

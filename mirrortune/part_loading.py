@@ -22,7 +22,7 @@ from mirrortune.adapters.packed import PackedLinear
 from mirrortune.lazy_model import outline
 from mirrortune.load_errors import quiet
 from mirrortune.model import ModelSource, task_config
-from mirrortune.quantised import can_be_dequantised, loading_config
+from mirrortune.quantised import loading_config
 from mirrortune.shards import DTYPE_CODES, PlannedTensor, StoredTensor, give_back_memory, read_headers, read_tensor
 
 _PACKED = PackedLinear()
@@ -324,8 +324,6 @@ def _skeleton(
     from transformers.quantizers.auto import get_hf_quantizer  # noqa: PLC0415
 
     config: Any = task_config(source, config_fields, None)
-    if can_be_dequantised(config):
-        config.quantization_config["dequantize"] = True
     packing = loading_config(source.load_in, dtype) if source.load_in else None
     quantizer, config, device_map = get_hf_quantizer(config, packing, {"": "cpu"}, True, {})  # type: ignore[no-untyped-call]  # noqa: FBT003
     model_class: Any = getattr(transformers, auto_class)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,20 +157,24 @@ def is_main() -> bool:
     return os.environ["RANK"] == "0"
 
 
-def main(folder: Path) -> None:
-    """Do everything, and write down what came of it."""
+def report(folder: Path, accelerator: Any, do: dict[str, Callable[[], Any]]) -> None:
+    """Do everything, runs by ``accelerator``, and write down what came of it in this process's file."""
     torch.set_num_threads(1)
-    accelerator = sharding_accelerator()
     tiny_runs.make_accelerator = lambda: accelerator
-    found = {
-        "count": accelerator.num_processes,
-        "meetings": meetings(accelerator),
-        "votes": votes(accelerator),
-        "factors": factors(accelerator, folder / "factors"),
-        "runs": sharded_runs(folder),
-    }
+    found = {"count": accelerator.num_processes, **{name: one() for name, one in do.items()}}
     (folder / f"found-{accelerator.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    """What FSDP2 and the meetings of processes are tested by."""
+    accelerator = sharding_accelerator()
+    report(folder, accelerator, {
+        "meetings": lambda: meetings(accelerator),
+        "votes": lambda: votes(accelerator),
+        "factors": lambda: factors(accelerator, folder / "factors"),
+        "runs": lambda: sharded_runs(folder),
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ DeepSpeed has an accelerator for the CPU; accelerate has not, so it is told that
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from mirrortune.precision import widen
 from mirrortune.snapshots import optimizer_tensors
 from tests import tiny_runs
 from tests.tiny_models import tiny_bert
+from tests.two_ranks import is_main, report
 
 STEPS = {"max_steps": 8, "save_every_steps": 3, "batch_size": 4}  # two processes: batches of 8, as of one
 RUNS: dict[str, tuple[AdapterSpec, dict[str, Any]]] = {
@@ -51,11 +51,6 @@ def zero_accelerator() -> Any:
     accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
     zero.load_whole()
     return accelerator
-
-
-def is_main() -> bool:
-    """Whether this is the first process."""
-    return os.environ["RANK"] == "0"
 
 
 def fit(folder: Path, spec: AdapterSpec | None = None, *, half: bool = False, **settings: Any) -> dict[str, Any]:
@@ -123,18 +118,12 @@ def diverged(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """Do everything, and write down what came of it."""
-    torch.set_num_threads(1)
-    accelerator = zero_accelerator()
-    tiny_runs.make_accelerator = lambda: accelerator
-    found = {
-        "count": accelerator.num_processes,
-        "runs": {name: fit(folder / name, spec, **settings) for name, (spec, settings) in RUNS.items()},
-        "stopped": stopped(folder),
-        "diverged": diverged(folder / "diverged"),
-    }
-    (folder / f"found-{accelerator.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
-    torch.distributed.destroy_process_group()
+    """What ZeRO is tested by."""
+    report(folder, zero_accelerator(), {
+        "runs": lambda: {name: fit(folder / name, spec, **settings) for name, (spec, settings) in RUNS.items()},
+        "stopped": lambda: stopped(folder),
+        "diverged": lambda: diverged(folder / "diverged"),
+    })  # fmt: skip
 
 
 def command(words: list[str]) -> None:

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,8 +209,8 @@ def test_what_was_not_shown_to_be_exact_is_refused(
         make_plugin(is_bf16=False)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
-def test_without_deepspeed_it_is_named() -> None:
+def test_without_deepspeed_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"pip install 'mirrortune\[deepspeed\]'"):
         make_plugin(is_bf16=False)
 
