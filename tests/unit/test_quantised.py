@@ -26,7 +26,7 @@ from mirrortune.adapters.targets import find_targets
 from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging import merged_state
-from mirrortune.model import find_model, load_model
+from mirrortune.model import find_model, load_model, task_config
 from mirrortune.packed_bases import load_plain
 from mirrortune.quantised import dequantise, keep_trainable, loading_config
 from tests.spectral import relative
@@ -304,6 +304,8 @@ def test_float8_with_scales_is_dequantised_while_it_is_loaded(checkpoint: Path, 
     source = find_model(str(tmp_path / "float8"))
     assert source.is_stored_packed
     assert not source.is_quantised, "what is adapted is plain"
+    # Without a GPU transformers would do so unasked.
+    assert task_config(source, {}, None).quantization_config["dequantize"]
     arguments = ("AutoModelForCausalLM", {}, torch.float32, None)
     adapted = load_model(source, *arguments).model.eval()
     for name, weight in adapted.state_dict().items():
