@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from mirrortune.arrow_arrays import text_array
+
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
 
@@ -22,7 +24,7 @@ def class_folder(folder: Path) -> pa.Table | None:
         return None
     is_audio = Path(rows[0][0]).suffix.lower() in AUDIO_SUFFIXES
     paths, labels = zip(*rows, strict=True)
-    return pa.table({"audio" if is_audio else "image": pa.array(paths), "label": pa.array(labels)})
+    return pa.table({"audio" if is_audio else "image": text_array(paths), "label": text_array(labels)})
 
 
 def _suffix(path: Path) -> bool:

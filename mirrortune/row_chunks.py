@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mirrortune.arrow_arrays import flag_array
+
 _ROWS, _SIZE = 1024, 1 << 22  # of a chunk; bytes in the table, of which Python's values and tokens take many times more
 
 Columns = list[list[Any]]
@@ -33,7 +35,7 @@ def row_chunks(table: pa.Table, columns: Sequence[str], keep: npt.NDArray[np.boo
             flags = None if keep is None else keep[start : start + batch.num_rows]
             start += batch.num_rows
             if flags is not None and not flags.all():
-                batch = batch.filter(pa.array(flags))
+                batch = batch.filter(flag_array(flags))
             if batch.num_rows:
                 yield [column.to_pylist() for column in batch.columns]
 

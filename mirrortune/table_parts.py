@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mirrortune.arrow_arrays import flag_array
 from mirrortune.atomic import cannot_write
 from mirrortune.locations import cache_folder
 
@@ -51,14 +52,14 @@ def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT) -> pa.Table:
 def take_rows(table: pa.Table, keep: npt.NDArray[np.bool_], limit: int = _LIMIT) -> pa.Table:
     """The rows where ``keep`` (N,) is true, in order, as :func:`join_parts` joins them."""
     if table.nbytes <= limit:
-        return table.filter(pa.array(keep))
+        return table.filter(flag_array(keep))
     return join_parts(_kept(table, keep), limit)
 
 
 def _kept(table: pa.Table, keep: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
     start = 0
     for batch in table.to_batches(max_chunksize=_ROWS):
-        mask = pa.array(keep[start : start + batch.num_rows])
+        mask = flag_array(keep[start : start + batch.num_rows])
         start += batch.num_rows
         yield pa.Table.from_batches([batch.filter(mask)], schema=table.schema)
 

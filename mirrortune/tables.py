@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mirrortune.arrow_arrays import text_array
 from mirrortune.errors import DataError
 from mirrortune.json_rows import JSONArrayError, array_elements
 from mirrortune.locations import TABLE_SUFFIXES, table_suffix
@@ -99,7 +100,7 @@ def _read_arrow(path: Path, encoding: str) -> Iterator[pa.Table]:
 def _read_text(path: Path, encoding: str) -> Iterator[pa.Table]:
     lines = (line.removesuffix("\n") for line in lines_of(path, encoding, "\n"))
     for part in _parts((line, len(line)) for line in lines if line.strip()):
-        yield pa.table({"text": pa.array(part, pa.string())})
+        yield pa.table({"text": text_array(part)})
 
 
 def _read_delimited(path: Path, encoding: str) -> Iterator[pa.Table]:
@@ -129,9 +130,7 @@ def _read_delimited(path: Path, encoding: str) -> Iterator[pa.Table]:
 
     for part in _parts(cells_of_rows()):
         columns = zip(*part, strict=True) if part else ((),) * len(names)
-        yield pa.table(
-            {n: pa.array([c or None for c in column], pa.string()) for n, column in zip(names, columns, strict=True)}
-        )
+        yield pa.table({n: text_array([c or None for c in column]) for n, column in zip(names, columns, strict=True)})
 
 
 def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
@@ -230,7 +229,7 @@ def _from_objects(path: Path, rows: list[Any], first: int) -> pa.Table:
     arrays = {}
     for name, values in columns.items():
         try:
-            arrays[name] = pa.array(values)
+            arrays[name] = text_array(values) if _is_text(values) else pa.array(values)
         except UnicodeEncodeError as error:
             raise DataError(str(path), f"column '{name}' holds half a character ({first_line(error)})") from error
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -238,6 +237,10 @@ def _from_objects(path: Path, rows: list[Any], first: int) -> pa.Table:
                 str(path), f"column '{name}' mixes types ({first_line(error)})", fix="Give every row the same type"
             ) from error
     return pa.table(arrays)
+
+
+def _is_text(cells: list[Any]) -> bool:
+    return all(cell is None or isinstance(cell, str) for cell in cells) and any(cell is not None for cell in cells)
 
 
 def _mapped(path: Path) -> pa.Buffer:

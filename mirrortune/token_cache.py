@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from mirrortune.atomic import alone_with, write_atomically
@@ -158,11 +157,10 @@ def data_digest(chunks: Iterable[Sequence[Sequence[Any]]], types: Sequence[str] 
     for chunk in chunks:
         for number, column in enumerate(chunk):
             ends, content = columns.setdefault(number, (hashlib.sha256(), hashlib.sha256()))
-            offsets, data = pa.array([_as_text(cell) for cell in column], pa.large_string()).buffers()[1:]
-            lengths = np.diff(np.frombuffer(offsets, np.int64)[: len(column) + 1])
-            lengths[[cell is None for cell in column]] = -1  # null is not the empty text
-            ends.update(lengths)
-            content.update(data or b"")
+            texts = [None if cell is None else _as_text(cell).encode() for cell in column]
+            # null is not the empty text
+            ends.update(np.fromiter((-1 if text is None else len(text) for text in texts), np.int64, len(texts)))
+            content.update(b"".join(text for text in texts if text))
     parts = [*(part.digest() for pair in columns.values() for part in pair), json.dumps(list(types)).encode()]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -174,8 +172,8 @@ def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
     return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
 
 
-def _as_text(cell: Any) -> str | None:
-    return cell if cell is None or isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
+def _as_text(cell: Any) -> str:
+    return cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
-    "errors json_rows precision report row_chunks signals significance tally adapters adapters.matching "
+    "arrow_arrays errors json_rows precision report signals significance tally adapters adapters.matching "
     "adapters.pair_codes",
-    "adapters.layouts adapters.decompositions disk_space text_files zero",
+    "adapters.layouts adapters.decompositions disk_space row_chunks text_files zero",
     "adapters.kinds sharding",
     "adapters.packed",
     "quantised",

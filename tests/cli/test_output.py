@@ -27,6 +27,19 @@ finally:
     print(json.dumps([name for name in {HEAVY} if name in sys.modules]), file=sys.stderr)
 """
 
+LATER = ("datasets", "pandas", "peft", "matplotlib", "sklearn", "scipy.stats", "bitsandbytes")
+"""What a run needs after its first step, or not at all; each is a third of a second or more."""
+UNTIL_THE_FIRST_STEP = f"""
+import json, sys
+from mirrortune.cli import app
+from mirrortune.training import Trainer
+def first_step(self):
+    print(json.dumps([name for name in {LATER} if name in sys.modules]))
+    raise SystemExit
+Trainer._run_steps = first_step
+app(sys.argv[1:])
+"""
+
 
 def train(model: Path, *words: object) -> Outcome:
     """Two steps of training on reviews.csv, into the folder ``run``."""
@@ -47,6 +60,18 @@ def test_what_needs_no_model_loads_none(words: list[str], code: int) -> None:
 
     assert done.returncode == code
     assert json.loads(done.stderr.splitlines()[-1]) == []
+
+
+def test_a_run_loads_nothing_that_its_first_step_does_not_need(desk: Path, tiny_model_dir: Path) -> None:
+    words = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", desk / "reviews.csv", "-o", desk / "run"]
+    done = subprocess.run(
+        [sys.executable, "-c", UNTIL_THE_FIRST_STEP, *map(str, words), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert json.loads(done.stdout) == [], done.stderr
 
 
 def test_help_answers_in_half_a_second() -> None:
