@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.planning import Load, footprint
 from mirrortune.rehearsal import Footprint
 from tests.bench import __main__ as bench
+from tests.bench import pairing_drift, rates
 from tests.bench.contestants import (
     FROZEN,
     METHODS,
@@ -112,6 +114,33 @@ def test_the_results_that_are_kept_can_be_read() -> None:
     verdicts = {line: verdict for line, _, _, verdict in (t.row(results) for t in targets("cpu", "cpu"))}
     assert verdicts["step at full rank, of hra r=8's (1,024 tokens)"] == "held"
     assert {"held", "missed"} <= set(verdicts.values()) <= {"held", "missed", "not measured"}
+
+
+def test_a_learning_rate_is_judged_by_its_worst_pair(tmp_path: Path) -> None:
+    tried = {
+        "words": {0.01: 0.5, 0.03: 0.4, 0.1: 0.6},
+        "images": {0.01: 1.0, 0.03: 1.5},
+        "chat": {0.01: 2.0, 0.03: 2.2},
+    }
+    for name, losses in tried.items():
+        (tmp_path / name).mkdir()
+        method = {"tuning": {str(rate): {"loss": loss} for rate, loss in losses.items()}}
+        results = {"tasks": {name: {"methods": {"mirror": method, "none": method}}}}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+
+    (row,) = rates.rows(rates.read([f"{name}={tmp_path / name}" for name in tried]), list(tried))
+
+    assert row["method"] == "mirror", "what trains no adapter has no rate of its own"
+    assert row["least"] == (0.01, pytest.approx(1.25)), "0.03 is better on two pairs, and 1.5 times the best on one"
+    assert row["losses"]["images"] == {0.01: 1.0, 0.03: 1.5}
+    said = rates.table([row], list(tried))
+    assert "| `mirror` | 1.25 1.00 1.00 | 1.00 1.50 1.10 | 1.50 - - | 0.01 (1.25) | 0.02 |" in said
+
+
+def test_what_pairs_carry_is_the_gradient_of_their_planes() -> None:
+    planes = torch.tensor([[0.0, 1, 2], [-1, 0, 3], [-2, -3, 0]], dtype=torch.float64)
+    assert pairing_drift.carried({"a": torch.tensor([[0, 2]])}, {"a": planes}) == 4
+    assert pairing_drift.carried({"a": torch.tensor([[[0, 1], [1, 2]]])}, {"a": planes}) == 10
 
 
 def test_a_target_is_judged_by_its_ratio() -> None:
