@@ -124,12 +124,12 @@ def train(
     # Dropout: the same from a cold and a warm cache, another on each rank.
     seed_everything(recipe.train.seed + 1 + accelerator.process_index)
     counts = trainable_parameters(model), head_parameters(model)  # before processes share them
-    outcome = _fit(job, model, book, run, accelerator, reporter, resume=resume)
+    outcome, best = _fit(job, model, book, run, accelerator, reporter, resume=resume)
     if outcome.stopped_early:
         count = recipe.train.patience
         reporter.note(f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one")
     reported = score_kept(job, model, run, accelerator, reporter)
-    record_validation(job, model, run, accelerator)
+    record_validation(job, model, run, accelerator, best)
     result = _train_result(run, outcome, *counts)
     if accelerator.is_main_process:
         more = {"reported": reported, "pairing_seconds": pairing_seconds}
@@ -178,7 +178,7 @@ def _fit(
     reporter: Reporter,
     *,
     resume: bool,
-) -> FitResult:
+) -> tuple[FitResult, EvalResult | None]:
     def write_adapter_files(folder: Path) -> int:
         base, task, form = base_identity(job), task_to_dict(job.task), job.recipe.adapter.form
         extra = {"max_length": job.max_length}
@@ -202,7 +202,7 @@ def _fit(
         )
         if resume:
             trainer.resume()
-        return trainer.fit()
+        return trainer.fit(), trainer.best_result
 
 
 def evaluate(

@@ -117,14 +117,25 @@ def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: a.detach().double().rad2deg() for n, a in found.items() if a is not None and a.numel()}
 
 
-def record_validation(job: Job, model: nn.Module, run: RunDirectory, accelerator: Any) -> None:
-    """Score the kept checkpoint on the validation rows once more and write what it answered to ``validation.json``."""
+def record_validation(
+    job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, outcome: EvalResult | None
+) -> None:
+    """Write what the kept checkpoint answered on the validation rows to ``validation.json``.
+
+    Args:
+        job: of the run.
+        model: the adapted model; the kept checkpoint is put into it.
+        run: where the file goes.
+        accelerator: accelerate's.
+        outcome: of the evaluation that the checkpoint was kept for, which is done again if this process made none.
+    """
     with whole_parameters(model, write_back=True):
         restore_trained(model, read_adapter(run.adapter))
         angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
-    outcome = evaluate_split(
-        model, job.task, job.validation, accelerator, batch_size=job.recipe.eval.batch_size, source="validation"
-    )
+    if outcome is None:
+        outcome = evaluate_split(
+            model, job.task, job.validation, accelerator, batch_size=job.recipe.eval.batch_size, source="validation"
+        )
     details = validation_details(job, outcome)
     if accelerator.num_processes == 1:  # a sharded model writes with all processes or not at all
         details |= _samples(job, model, outcome)

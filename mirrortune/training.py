@@ -16,7 +16,7 @@ from torch import nn
 from mirrortune import ranks
 from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
-from mirrortune.evaluation import EvaluationStoppedError, evaluate_split
+from mirrortune.evaluation import EvalResult, EvaluationStoppedError, evaluate_split
 from mirrortune.examples import Examples
 from mirrortune.loop import FitResult, LoopSettings, Progress
 from mirrortune.metrics import METRICS
@@ -98,6 +98,7 @@ class Trainer:
             num_micro=settings.gradient_accumulation_steps,
         )
         self.state = LoopState(num_processes=accelerator.num_processes)
+        self.best_result: EvalResult | None = None  # of this process: a resumed run may have been at its best before
         self._rows = 0
         self._signals = StopSignals()
         self._vote = ranks.StopVote(accelerator, self._signals)
@@ -237,6 +238,7 @@ class Trainer:
         is_best = state.best_metric is None or sign * value > sign * state.best_metric
         if is_best:
             state.best_metric, state.best_step, state.best_metrics = value, state.global_step, result.metrics
+            self.best_result = result
         state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
         state.owes_evaluation = False
         with whole_parameters(self.bare_model):  # those who watch look at the angles

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mirrortune import merge_folder, strict_yaml
+from mirrortune import merge_folder, run_recording, strict_yaml, training
 from mirrortune.adapter_format import FORMAT_VERSION
 from mirrortune.adapters.presets import method_names, preset
 from tests.cli.console import mirrortune, reviews, write_table
@@ -429,6 +430,30 @@ def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, cop
 
     assert outcome.data["metrics"] == finished.result["metrics"]
     assert (copy / "metrics.jsonl").read_bytes() == (finished.run / "metrics.jsonl").read_bytes()
+
+
+def test_the_kept_answers_are_those_that_the_kept_checkpoint_gives_again(finished: Finished, copy: Path) -> None:
+    kept = (copy / "validation.json").read_bytes()
+    (copy / "validation.json").unlink()
+
+    with pytest.MonkeyPatch.context() as patch:
+        scored = Mock(side_effect=run_recording.evaluate_split)
+        patch.setattr(run_recording, "evaluate_split", scored)
+        mirrortune(*finished.words, "-o", copy, "--resume", cache=finished.cache)
+
+    assert (copy / "validation.json").read_bytes() == kept, "what the loop had kept of its best evaluation"
+    assert scored.call_count == 1, "nothing was trained, so that nothing was kept either"
+
+
+def test_a_run_scores_its_validation_rows_no_more_than_its_log_says(finished: Finished, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        again, scored = Mock(side_effect=run_recording.evaluate_split), Mock(side_effect=training.evaluate_split)
+        patch.setattr(run_recording, "evaluate_split", again)
+        patch.setattr(training, "evaluate_split", scored)
+        mirrortune(*finished.words, "-o", tmp_path / "run", cache=finished.cache)
+
+    log = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert (again.call_count, scored.call_count) == (0, log.count('"evaluate"'))
 
 
 @pytest.mark.parametrize("name", ["training.safetensors", "adapter.safetensors", "state.json"])
