@@ -108,8 +108,8 @@ _PEFT: dict[str, Preset] = {
     "oft": _peft("OFT", "block-diagonal rotation of the inputs", lr=3e-3),
     "boft": _peft("BOFT", "butterfly rotation of the inputs", lr=3e-3),
     "hra": _peft("HRA", "a chain of r Householder reflections of the inputs", lr=3e-3, rank=8),
-    "road": _peft("ROAD", "scaled plane rotations of the outputs", lr=3e-2),
-    "psoft-peft": _peft("PSOFT", "rotation of the leading singular subspace", lr=3e-3, rank=46, alpha="psoft_alpha"),
+    "road": _peft("ROAD", "scaled plane rotations of the outputs", lr=1e-2),
+    "psoft-peft": _peft("PSOFT", "rotation of the leading singular subspace", lr=1e-3, rank=46, alpha="psoft_alpha"),
     "vera": _peft("VERA", "two vectors around random matrices", lr=1e-2, rank=256),
     # The random matrices follow from a seed. PEFT would save a copy of them for every layer: megabytes each.
     "randlora": _peft("RANDLORA", "vectors around random matrices of full rank", lr=1e-3, rank=32,

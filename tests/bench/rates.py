@@ -3,7 +3,8 @@
 
     python -m tests.bench.rates "movie sentences=DIR" "clothes=DIR,DIR" -o tests/bench/results/rates
 
-Each pair of model and task is a name and the folders that ``mirrortune compare`` wrote for it. A cell is the validation
+Each pair of model and task is a name and the folders that ``mirrortune compare`` wrote for it; a method with rates of
+its own (``mirror:lr=2e-2``) joins the method. A cell is the validation
 loss at that rate, on the rows for choosing, in units of the method's best on that pair, one number for each pair in
 their order: 1.00 is the best, and a rate with small numbers throughout is a good default. ``least`` is the rate whose
 worst pair is least above its best, among those that all pairs tried.
@@ -32,12 +33,14 @@ def read(pairs: Sequence[str]) -> dict[str, dict[str, dict[float, float]]]:
         for folder in folders.split(","):
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
             (task,) = results["tasks"].values()
-            for method, result in task["methods"].items():
-                losses = {float(rate): judged["loss"] for rate, judged in result["tuning"].items()}
-                best = min(losses.values())
-                of_pair = found.setdefault(method, {}).setdefault(name, {})
-                of_pair |= {rate: loss / best for rate, loss in losses.items()}
-    return found
+            for written, result in task["methods"].items():
+                method = ":".join(part for part in written.split(":") if not part.startswith("lr="))
+                losses = found.setdefault(method, {}).setdefault(name, {})
+                losses |= {float(rate): judged["loss"] for rate, judged in result["tuning"].items()}
+    return {
+        method: {name: {r: loss / min(losses.values()) for r, loss in losses.items()} for name, losses in named.items()}
+        for method, named in found.items()
+    }
 
 
 def least(by_pair: dict[str, dict[float, float]]) -> tuple[float, float] | None:

@@ -125,7 +125,8 @@ def test_a_learning_rate_is_judged_by_its_worst_pair(tmp_path: Path) -> None:
     for name, losses in tried.items():
         (tmp_path / name).mkdir()
         method = {"tuning": {str(rate): {"loss": loss} for rate, loss in losses.items()}}
-        results = {"tasks": {name: {"methods": {"mirror": method, "none": method}}}}
+        finer = {"tuning": {"0.02": {"loss": 2.5}}} if name == "chat" else method
+        results = {"tasks": {name: {"methods": {"mirror": method, "none": method, "mirror:lr=2e-2": finer}}}}
         (tmp_path / name / "results.json").write_text(json.dumps(results))
 
     (row,) = rates.rows(rates.read([f"{name}={tmp_path / name}" for name in tried]), list(tried))
@@ -134,7 +135,7 @@ def test_a_learning_rate_is_judged_by_its_worst_pair(tmp_path: Path) -> None:
     assert row["least"] == (0.01, pytest.approx(1.25)), "0.03 is better on two pairs, and 1.5 times the best on one"
     assert row["losses"]["images"] == {0.01: 1.0, 0.03: 1.5}
     said = rates.table([row], list(tried))
-    assert "| `mirror` | 1.25 1.00 1.00 | 1.00 1.50 1.10 | 1.50 - - | 0.01 (1.25) | 0.02 |" in said
+    assert "| `mirror` | 1.25 1.00 1.00 | - - 1.25 | 1.00 1.50 1.10 | 1.50 - - | 0.01 (1.25) | 0.02 |" in said
 
 
 def test_what_pairs_carry_is_the_gradient_of_their_planes() -> None:

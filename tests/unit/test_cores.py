@@ -35,7 +35,7 @@ def test_a_cores_own_name_is_a_method() -> None:
         assert (found.core, found.lr, found.rank) == (name, core.default_lr, core.default_rank)
         assert found.plain == "none"
     assert (preset("psoft").rank, preset("lora-xs").rank, preset("scale").rank) == (46, 16, "full")
-    assert (preset("svft").lr, preset("speclora").lr, preset("scale").lr) == (5e-2, 3e-3, 3e-2)
+    assert (preset("svft").lr, preset("speclora").lr, preset("scale").lr) == (3e-2, 3e-3, 3e-2)
     assert (preset("givens").pairing, preset("scale").pairing) == ("mirror", None)
     with pytest.raises(ConfigError, match=r"^adapter\.method: unknown method 'lora-x'\. Did you mean 'lora-xs'"):
         preset("lora-x")

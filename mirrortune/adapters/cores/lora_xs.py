@@ -17,7 +17,7 @@ class LoraXs(Core):
 
     S: Tensor
     side = "input"
-    default_lr = 3e-3
+    default_lr = 1e-2
     default_rank = 16
 
     def __init__(self, S: Tensor) -> None:

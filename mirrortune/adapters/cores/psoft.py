@@ -28,7 +28,7 @@ class Psoft(Core):
     lower: Tensor
     upper: Tensor
     side = "input"
-    default_lr = 3e-3
+    default_lr = 1e-3
     default_rank = 46
 
     def __init__(self, S: Tensor, *, neumann_terms: int = 0, vectors: bool = True) -> None:

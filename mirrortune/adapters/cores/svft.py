@@ -28,7 +28,7 @@ class Svft(Core):
     S: Tensor
     rows: Tensor
     columns: Tensor
-    default_lr = 5e-2
+    default_lr = 3e-2
 
     def __init__(
         self,
