@@ -50,7 +50,7 @@ def test_every_method_recipe_and_exit_code_is_named() -> None:
         assert re.search(rf"^\| {code} \|", README, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("results", ["movie-sentences", "fashion-mnist"])
+@pytest.mark.parametrize("results", ["movie-sentences", "fashion-mnist", "rates"])
 def test_tables_of_results_are_those_that_are_kept(results: str) -> None:
     kept = (ROOT / "tests" / "bench" / "results" / results / "table.md").read_text(encoding="utf-8")
     assert [line for line in kept.splitlines() if line.startswith("|") and line not in README.splitlines()] == []

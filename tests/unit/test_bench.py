@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mirrortune.adapters.inject import spectral_layers
+from mirrortune.adapters.presets import preset
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.planning import Load, footprint
 from mirrortune.rehearsal import Footprint
@@ -136,6 +137,16 @@ def test_a_learning_rate_is_judged_by_its_worst_pair(tmp_path: Path) -> None:
     assert row["losses"]["images"] == {0.01: 1.0, 0.03: 1.5}
     said = rates.table([row], list(tried))
     assert "| `mirror` | 1.25 1.00 1.00 | - - 1.25 | 1.00 1.50 1.10 | 1.50 - - | 0.01 (1.25) | 0.02 |" in said
+
+
+def test_the_defaults_are_those_of_the_evidence() -> None:
+    kept = json.loads((bench.RESULTS / "rates" / "results.json").read_text(encoding="utf-8"))
+    assert {row["method"]: row["default"] for row in kept} == {
+        row["method"]: preset(row["method"].partition(":")[0]).lr for row in kept
+    }
+    for row in kept:
+        rate, ratio = row["least"]
+        assert rate / 3 < row["default"] < rate * 3, f"{row['method']} has its least at {rate}, {ratio:.2f} of the best"
 
 
 def test_what_pairs_carry_is_the_gradient_of_their_planes() -> None:
