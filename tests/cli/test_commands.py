@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from mirrortune import merge_folder, run_recording, strict_yaml, training
 from mirrortune.adapter_format import FORMAT_VERSION
 from mirrortune.adapters.presets import method_names, preset
+from mirrortune.evaluation import EvalResult, evaluate_split
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -432,17 +434,24 @@ def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, cop
     assert (copy / "metrics.jsonl").read_bytes() == (finished.run / "metrics.jsonl").read_bytes()
 
 
-def test_the_kept_answers_are_those_that_the_kept_checkpoint_gives_again(finished: Finished, copy: Path) -> None:
-    kept = (copy / "validation.json").read_bytes()
-    (copy / "validation.json").unlink()
+def test_the_kept_answers_are_those_that_the_kept_checkpoint_gives_again(finished: Finished, tmp_path: Path) -> None:
+    scores = iter((0.9, 0.8, 0.7, 0.6))
+
+    def worse_and_worse(*args: Any, **kwargs: Any) -> EvalResult:
+        """The answers as they are, with scores by which the first evaluation is the best and the last is not."""
+        found = evaluate_split(*args, **kwargs)
+        return replace(found, metrics=found.metrics | {"accuracy": next(scores)})
 
     with pytest.MonkeyPatch.context() as patch:
-        scored = Mock(side_effect=run_recording.evaluate_split)
-        patch.setattr(run_recording, "evaluate_split", scored)
-        mirrortune(*finished.words, "-o", copy, "--resume", cache=finished.cache)
+        patch.setattr(training, "evaluate_split", worse_and_worse)
+        mirrortune(*finished.words, "-o", tmp_path / "run", cache=finished.cache)
+    assert next(scores, None) is None
+    kept = (tmp_path / "run" / "validation.json").read_bytes()
+    (tmp_path / "run" / "validation.json").unlink()
 
-    assert (copy / "validation.json").read_bytes() == kept, "what the loop had kept of its best evaluation"
-    assert scored.call_count == 1, "nothing was trained, so that nothing was kept either"
+    mirrortune(*finished.words, "-o", tmp_path / "run", "--resume", cache=finished.cache)
+
+    assert (tmp_path / "run" / "validation.json").read_bytes() == kept, "nothing was trained: they were scored again"
 
 
 def test_a_run_scores_its_validation_rows_no_more_than_its_log_says(finished: Finished, tmp_path: Path) -> None:
