@@ -78,7 +78,7 @@ class AdapterFile:
         head: names of the head's parameters.
         extra: what else the writer recorded (max_length, ...).
         peft_config: PEFT's own description of the adapter, or None for one of ours.
-        probes: of PEFT's layers; see ``peft_file.layer_probes``.
+        probes: of PEFT's layers, without numbers where it was trained in shards; see ``peft_file.layer_probes``.
     """
 
     folder: Path

@@ -20,6 +20,7 @@ from mirrortune.errors import VerificationError
 from mirrortune.locations import PACKAGE_SCHEME, package_folder
 from mirrortune.peft_configs import import_peft
 from mirrortune.peft_tuners import ADAPTER_NAME, PeftAttachment
+from mirrortune.sharding import is_in_shards, is_whole
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 # An adapter that changes what a layer computes by less than this changes no prediction; rounding is a hundredth of it.
@@ -48,17 +49,20 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return state | {f"base_model.model.{name}": parameters[name].detach() for name in found.targets.head}
 
 
+@torch.no_grad()
 def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of :func:`adapter_tensors`, by the same names and shapes, back into an adapted model."""
     found = _attached(model)
-    peft = import_peft(found.spec.method)
-    head = {f"base_model.model.{name}": name for name in found.targets.head}
-    with torch.no_grad():
-        for key, name in head.items():
-            model.get_parameter(name).copy_(tensors[key])
-    peft.set_peft_model_state_dict(
-        _Wrapped(found.tuner), {k: t for k, t in tensors.items() if k not in head}, adapter_name=ADAPTER_NAME
-    )
+    head = {f"base_model.model.{name}" for name in found.targets.head}
+    # PEFT's own way is load_state_dict, after which FSDP2 looks for its shares in what is whole just now.
+    is_ours = is_in_shards(model)
+    for key, tensor in adapter_tensors(model).items():
+        if is_ours or key in head:
+            tensor.copy_(tensors[key])
+    if not is_ours:
+        import_peft(found.spec.method).set_peft_model_state_dict(
+            _Wrapped(found.tuner), {k: t for k, t in tensors.items() if k not in head}, adapter_name=ADAPTER_NAME
+        )
 
 
 def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
@@ -93,19 +97,24 @@ def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
 
 def layer_probes(model: nn.Module) -> dict[str, list[float]]:
     """A few numbers for each adapted layer that depend on all that it computes with: its response to a fixed input,
-    seen along fixed directions.
+    seen along fixed directions; none where this process has only a share of the layer, and cannot say.
     """
-    found = _attached(model)
-    return {name: _probe(model.get_submodule(name), target.shape) for name, target in found.targets.layers.items()}
+    layers = {name: (model.get_submodule(name), target) for name, target in _attached(model).targets.layers.items()}
+    return {
+        name: _probe(module, target.shape) if all(map(is_whole, module.parameters())) else []
+        for name, (module, target) in layers.items()
+    }
 
 
 def check_probes(model: nn.Module, stored: dict[str, list[float]]) -> None:
-    """Refuse an adapter whose layers do not compute what they computed when it was saved.
+    """Refuse an adapter whose layers do not compute what they computed when it was saved, where it says what they did.
 
     Raises:
         VerificationError: with the layer's name.
     """
     for name, expected in stored.items():
+        if not expected:
+            continue
         now = _probe(model.get_submodule(name), _attached(model).targets.layers[name].shape)
         difference = max(abs(a - b) for a, b in zip(now, expected, strict=True))
         if not difference <= PROBE_TOLERANCE * max(map(abs, expected)):

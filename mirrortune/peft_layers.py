@@ -77,7 +77,9 @@ def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | N
 
 
 def _as_saved(model: nn.Module, adapter: AdapterFile, name: str) -> PeftLayer | None:
-    """A layer of an adapted model, if it computes what it did when it was saved."""
+    """A layer of an adapted model, if it is known to compute what it did when it was saved."""
+    if not adapter.probes[name]:
+        return None
     try:
         peft_file.check_probes(model, {name: adapter.probes[name]})
     except VerificationError:

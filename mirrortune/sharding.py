@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mirrortune import zero
 
+_EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
+
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which this process may hold a share."""
@@ -56,6 +58,33 @@ def choose_units(model: nn.Module, accelerator: Any) -> None:
 
 
 @contextmanager
+def ties_in_one_unit(model: nn.Module) -> Iterator[None]:
+    """Within: accelerate's FSDP2 leaves an embedding that other modules than the output have too (encoder and decoder
+    of a T5) in the unit of the whole model.
+
+    accelerate 1.15 makes a unit of it, or of it and the output; the others then are in a second unit, and torch from
+    2.13 on refuses a parameter in two.
+    """
+    embeddings = [getattr(model, name, lambda: None)() for name in _EMBEDDINGS]
+    weights = [None if module is None else _own_weight(module) for module in embeddings]
+    holders = [m for m in model.modules() if weights[0] is not None and _own_weight(m) is weights[0]]
+    if {id(m) for m in holders} <= {id(m) for m in embeddings}:
+        yield
+        return
+    hidden = [name for name, weight in zip(_EMBEDDINGS, weights, strict=True) if weight is weights[0]]
+    vars(model).update(dict.fromkeys(hidden, lambda: None))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del vars(model)[name]
+
+
+def _own_weight(module: nn.Module) -> Tensor | None:
+    return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+@contextmanager
 def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
     """Within: the trained parameters of ``model`` are whole, under FSDP2 on the CPU. Others stay as they are.
 
@@ -84,6 +113,11 @@ def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[
             if write_back:
                 with torch.no_grad():
                     parameter.copy_(shared_like(written.detach(), parameter))
+
+
+def is_in_shards(model: nn.Module) -> bool:
+    """Whether FSDP2 has cut ``model``, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def is_whole(tensor: Tensor) -> bool:

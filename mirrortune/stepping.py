@@ -19,7 +19,8 @@ from mirrortune import zero
 from mirrortune.batching import forward
 from mirrortune.feeding import MicroBatch
 from mirrortune.optim import set_lr
-from mirrortune.sharding import own_share, whole
+from mirrortune.report import chatter_to_stderr
+from mirrortune.sharding import own_share, ties_in_one_unit, whole
 from mirrortune.tally import Tally
 from mirrortune.tasks import Task
 
@@ -84,7 +85,8 @@ def prepare(
     if zero.stage_of(accelerator):
         engine, wrapped = zero.prepare(model, optimizer, accelerator, max_grad_norm=max_grad_norm)
         return engine, wrapped, zero.ZeroUpdate(engine, accelerator.num_processes, tally)
-    prepared, wrapped = accelerator.prepare(model, optimizer)
+    with ties_in_one_unit(model), chatter_to_stderr():  # for FSDP2 it imports DeepSpeed where that is, which speaks
+        prepared, wrapped = accelerator.prepare(model, optimizer)
     return prepared, wrapped, PlainUpdate(wrapped, accelerator, tally, max_grad_norm)
 
 

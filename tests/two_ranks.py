@@ -21,7 +21,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from mirrortune import ranks
+from mirrortune import cli, commands, ranks
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import InterruptedRun, MirrortuneError, PeerError, ResourceError
 from mirrortune.factor_cache import FactorCache
@@ -177,5 +177,12 @@ def main(folder: Path) -> None:
     })  # fmt: skip
 
 
+def command(words: list[str]) -> None:
+    """The command line as it would be on two GPUs."""
+    commands.make_accelerator = lambda *_, **__: sharding_accelerator()
+    sys.argv = ["mirrortune", *words]
+    cli.main()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1])) if len(sys.argv) == 2 else command(sys.argv[2:])

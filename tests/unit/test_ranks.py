@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 
 from mirrortune.errors import PeerError, ResourceError
 from mirrortune.ranks import StopVote, from_main, gather_lists, told_once
+from mirrortune.sharding import ties_in_one_unit
 from mirrortune.signals import StopSignals
+from tests.cli.console import mirrortune, reviews, write_table
 from tests.laws.test_training_laws import differences
+from tests.tiny_models import WORDS, tiny_causal, write_tiny_model, write_tiny_seq2seq
 from tests.tiny_runs import make_accelerator, make_trainer
 
 # As accelerate launch sets it for the profile fsdp2.
@@ -31,22 +34,27 @@ FSDP = {
 ROOT = Path(__file__).parents[2]
 
 
+def launch(folder: Path, *words: object) -> str:
+    """What two processes under FSDP2 print to stdout."""
+    env = {
+        **os.environ,
+        **FSDP,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "MIRRORTUNE_CACHE": str(folder / "cache"),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tests.two_ranks", str(folder), *map(str, words)]
+    process = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Where the two processes worked, and what each of them found."""
     folder = tmp_path_factory.mktemp("pair")
-    env = {
-        **os.environ,
-        **FSDP,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MIRRORTUNE_CACHE": str(folder / "cache"),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    process = subprocess.run(
-        [*command, "tests.two_ranks", str(folder)], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
+    launch(folder)
     return folder, [json.loads((folder / f"found-{i}.json").read_text(encoding="utf-8")) for i in (0, 1)]
 
 
@@ -117,6 +125,46 @@ def test_a_sharded_run_that_was_stopped_goes_on_bit_for_bit(pair: Pair) -> None:
     assert found[1]["runs"]["stopped"] == "peer 143"
     assert [f["runs"]["differing"] for f in found] == [[], []]
     assert differences(folder / "whole", folder / "cut") == []
+
+
+# Numbers of PEFT's that FSDP2 has cut, and an embedding that encoder, decoder and output share.
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mirror", "lora", "dora", "encoder and decoder"])
+def test_a_sharded_command_is_that_of_one_process(tmp_path: Path, kind: str) -> None:
+    words: list[object] = ["train", "--epochs", 2, "--lr", 0.05, "--json"]
+    if kind == "encoder and decoder":
+        (tmp_path / "rows.jsonl").write_text(
+            "".join(json.dumps({"source": f"say {w}", "target": w}) + "\n" for w in WORDS[:33]), encoding="utf-8"
+        )
+        words += ["-m", write_tiny_seq2seq(tmp_path / "model"), "-t", "seq2seq", "-d", tmp_path / "rows.jsonl"]
+    else:
+        words += ["-m", write_tiny_model(tmp_path / "model"), "-t", "text-classification", "--method", kind]
+        words += ["-d", write_table(tmp_path / "reviews.csv", reviews(61))]
+    two = json.loads(launch(tmp_path, *words, "-o", tmp_path / "two", "--batch-size", 4))
+    one = mirrortune(*words, "-o", tmp_path / "one", "--batch-size", 8).data
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-5)
+    assert two["trainable_parameters"] == one["trainable_parameters"]
+    assert mirrortune("eval", tmp_path / "two", "--json").data["metrics"] == pytest.approx(two["metrics"], rel=1e-5)
+    assert mirrortune("merge", tmp_path / "two", "-o", tmp_path / "merged", "--json").data["verification"]["passed"]
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_an_embedding_of_many_is_left_to_the_whole_model(is_tied: bool) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=is_tied))
+    if not is_tied:
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros(11, 8))
+    output = model.get_output_embeddings()
+    with ties_in_one_unit(model):
+        assert model.get_input_embeddings() is None
+        assert model.get_output_embeddings() is (None if is_tied else output)
+    assert model.get_input_embeddings() is model.shared
+    assert model.get_output_embeddings() is output
+    alone = tiny_causal(tie_word_embeddings=is_tied)  # accelerate makes one unit of the two, or two
+    with ties_in_one_unit(alone):
+        assert alone.get_input_embeddings() is alone.model.embed_tokens
 
 
 def test_alone_nobody_is_waited_for() -> None:

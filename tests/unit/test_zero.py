@@ -159,11 +159,14 @@ def test_a_gradient_that_is_not_finite_ends_a_run_before_its_step(pair: Pair) ->
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_command_goes_the_whole_way(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "method"), [(2, "mirror"), (2, "lora"), (3, "mirror"), (3, "lora"), (3, "dora"), (3, "oft")]
+)
+def test_a_command_goes_the_whole_way(tmp_path: Path, stage: int, method: str) -> None:
     pytest.importorskip("deepspeed", exc_type=ImportError)
     words: list[object] = ["train", "-m", write_tiny_model(tmp_path / "model"), "-t", "text-classification"]
     words += ["-d", write_table(tmp_path / "reviews.csv", reviews(61)), "--epochs", 2, "--lr", 0.1, "--json"]
+    words += ["--method", method]
     process = launch(tmp_path, stage, *words, "-o", tmp_path / "two", "--batch-size", 8)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("\n") == 1
