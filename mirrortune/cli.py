@@ -212,7 +212,7 @@ def compare(
     found = [_resolve([n, *overrides], task, given, reporter) for n in names] or [
         _resolve(overrides, task, given, reporter)
     ]
-    labels = names or [found[0][1] or "task"]
+    labels = names or [found[0][1] or Path(found[0][0].recipe.data.path or "task").stem]
     from mirrortune.comparison import make_plan  # noqa: PLC0415
 
     recipes = {name: resolved.recipe for name, (resolved, _) in zip(labels, found, strict=True)}

@@ -55,7 +55,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> 
 
 def test_it_reports_every_method_on_rows_that_chose_nothing(compared: Compared) -> None:
     assert compared.outcome.exit_code == 0, compared.outcome.stderr
-    task = compared.results["tasks"]["task"]
+    task = compared.results["tasks"]["data"]
     assert task["splits"] == ["held-out half", "test"]
     assert task["rows"] == {"held-out half": 16, "test": 32}
     assert list(task["methods"]) == ["mirror", "none"]
@@ -72,7 +72,7 @@ def test_it_reports_every_method_on_rows_that_chose_nothing(compared: Compared) 
 def test_the_table_says_what_the_results_say(compared: Compared) -> None:
     table = (compared.root / "table.md").read_text(encoding="utf-8")
     assert table in compared.outcome.stdout
-    mean = 100 * compared.results["tasks"]["task"]["methods"]["mirror"]["reported"]["test"]["mean"]
+    mean = 100 * compared.results["tasks"]["data"]["methods"]["mirror"]["reported"]["test"]["mean"]
     row = next(line for line in table.splitlines() if line.startswith("| `mirror`"))
     assert f"{mean:.1f} ±" in row
 
@@ -80,14 +80,14 @@ def test_the_table_says_what_the_results_say(compared: Compared) -> None:
 def test_the_table_shows_what_chose_the_learning_rates(compared: Compared) -> None:
     table = (compared.root / "table.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `") and " *" in line}
-    for label, method in compared.results["tasks"]["task"]["methods"].items():
+    for label, method in compared.results["tasks"]["data"]["methods"].items():
         (rate, tried), *_ = method["tuning"].items()
         assert float(rate) == method["lr"]
         assert f"{100 * tried['score']:.1f} ({tried['loss']:.3f}) *" in rows[label]
 
 
 def test_it_draws_its_figures(compared: Compared) -> None:
-    for name in ("score_per_task.png", "score_by_trained_numbers.png", "curves-task.png"):
+    for name in ("score_per_task.png", "score_by_trained_numbers.png", "curves-data.png"):
         assert (compared.root / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -95,7 +95,7 @@ def test_methods_share_data_order_and_head(compared: Compared) -> None:
     # Both heads start alike and see the same first batch, so the first loss is the same: no adapter has moved yet.
     first = []
     for label in ("mirror", "none"):
-        folder = compared.root / "cells" / "task" / label / "lr-1e-01" / "seed-0"
+        folder = compared.root / "cells" / "data" / label / "lr-1e-01" / "seed-0"
         events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         recipe = (folder / "recipe.yaml").read_text()
         assert "protocol: split-dev" in recipe
@@ -131,7 +131,7 @@ def test_rates_can_be_chosen_by_the_loss(compared: Compared) -> None:
 def test_other_settings_do_not_mix_with_what_is_there(compared: Compared) -> None:
     refused = compared.run("--max-length", 16)
     assert refused.exit_code == 2
-    assert "it holds a comparison of 'task' with other settings" in refused.said
+    assert "it holds a comparison of 'data' with other settings" in refused.said
     assert "data.max_length was " in refused.said
     assert "is 16. " in refused.said
     assert compared.run("--report-only", "train.num_workers=0").exit_code == 0
@@ -177,5 +177,5 @@ def test_an_interrupted_comparison_goes_on(compared: Compared, tmp_path: Path) -
     assert stopped.exit_code == 130, stopped.stderr
     assert "finished runs are kept" in stopped.said
     done = finish(start(*words, "--json", env=env)).data
-    method = done["tasks"]["task"]["methods"]["mirror"]
-    assert method["reported"] == compared.results["tasks"]["task"]["methods"]["mirror"]["reported"]
+    method = done["tasks"]["data"]["methods"]["mirror"]
+    assert method["reported"] == compared.results["tasks"]["data"]["methods"]["mirror"]["reported"]
