@@ -254,7 +254,18 @@ app.add_typer(recipes, name="recipes")
 
 def main() -> None:
     """Entry point of ``mirrortune`` and ``python -m mirrortune``."""
-    app()
+    try:
+        app()
+    except SystemExit:  # of success too; where a process ends otherwise, the others may still wait for it
+        _leave_peers()
+        raise
+
+
+def _leave_peers() -> None:
+    """Close the connections to the other processes of a run, which torch warns about at exit if they are open."""
+    torch: Any = sys.modules.get("torch")  # nothing to close where it was not imported
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _launch_if_asked(num_processes: int | None, profile: str | None) -> None:

@@ -88,6 +88,12 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         """Angles in radians of the planes that the core turns, shape (P,), or None if it turns none; for reports."""
         return None
 
+    def forget_own_pairs(self) -> None:
+        """From now on compute with whatever numbers and pairs it is called with, in :class:`CoreStack` those of others.
+
+        A core that has found its own pairs to be of a kind that is fast to compute with must stop relying on it.
+        """
+
     @torch.no_grad()
     def delta_matrix(self) -> Tensor:
         """K - diag(S) in float64, shape (R, R), on the CPU."""

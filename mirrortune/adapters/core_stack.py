@@ -30,6 +30,7 @@ class CoreStack(Core):
         super().__init__()
         self.side, self.branches = cores[0].side, cores[0].branches
         self._one = [_Calls(copy.deepcopy(cores[0]))]  # in a list: its own numbers are no part of this module
+        self._one[0].core.forget_own_pairs()
         with torch.no_grad():
             for name, first in cores[0].named_parameters():
                 stacked = torch.stack([core.get_parameter(name) for core in cores])

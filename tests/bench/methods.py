@@ -4,16 +4,17 @@
     python -m tests.bench.methods -o tests/bench/results/methods-cpu [--size base] [--batch 8] [--length 128]
     python -m tests.bench.methods -o FOLDER --device cuda --dtype bfloat16 --size 1b --length 2048 --factors any
 
-One model of random weights, the same linear layers, the same batch. Steps of all methods are taken in turns and each is
-divided by the step of ``lora`` in its turn, so that a machine that is busy, or grows warm, slows all of them alike; the
-table has the medians. Saved activations are what autograd keeps between forward and backward, without parameters. Peak
-memory is of a process of its own for each method (of the GPU's allocator, if there is one). The results, with hardware
-and versions, are written as results.json and table.md.
+One model of random weights, the same linear layers, the same batch. Steps of all methods are taken in turns, each turn
+in an order of its own, and each is divided by the step of ``lora`` in its turn, so that a machine that is busy, or
+grows warm, slows all of them alike; the table has the medians. Saved activations are what autograd keeps between
+forward and backward, without parameters. Peak memory is of a process of its own for each method (of the GPU's
+allocator, if there is one). The results, with hardware and versions, are written as results.json and table.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +42,8 @@ from tests.bench.contestants import (
 from tests.bench.output import write_and_print
 from tests.bench.peak import add_options, base_model, peaks, setting
 
-_SLOW = 20
-"""Steps of the reference that a step may take to be repeated: BOFT's take minutes on a CPU."""
+_SLOW = 5
+"""Steps of the reference that a step may take to be repeated: BOFT's and HRA's take ten and more on a CPU."""
 
 
 def merge_seconds(made: Contestant, base: nn.Module, clock: Callable[[], float]) -> float | None:
@@ -84,13 +85,15 @@ def turns(
 ) -> dict[str, list[tuple[float, float]]]:
     """Seconds of each step of each contestant, and of the reference's step in the same turn.
 
-    What takes :data:`_SLOW` times the reference's in its first turn takes no other, and that one counts. What runs out
-    of the GPU's memory is left out.
+    Their order is another in every turn: who comes after a method that touched gigabytes pays for it. What takes
+    :data:`_SLOW` times the reference's in the first turn takes no other, and that one counts. What runs out of the
+    GPU's memory is left out.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (REFERENCE, *made)}
-    running, reference = list(taken), 0.0
+    running = list(taken)
     for turn in range(warmup + steps):
-        for name in list(running):
+        own: dict[str, float] = {}
+        for name in random.Random(turn).sample(running, len(running)):
             wait()
             started = clock()
             try:
@@ -100,16 +103,14 @@ def turns(
                 if name == REFERENCE:
                     raise
                 made[name].optimizer.zero_grad()
-                running.remove(name)
                 del taken[name]
                 continue
-            own = clock() - started
-            reference = own if name == REFERENCE else reference
-            is_slow = turn == 0 and own > _SLOW * reference
-            if turn >= warmup or is_slow:
-                taken[name].append((own, reference))
-            if is_slow:
-                running.remove(name)
+            own[name] = clock() - started
+        slow = {name for name, seconds in own.items() if turn == 0 and seconds > _SLOW * own[REFERENCE]}
+        for name, seconds in own.items():
+            if turn >= warmup or name in slow:
+                taken[name].append((seconds, own[REFERENCE]))
+        running = [name for name in running if name in own and name not in slow]
     return taken
 
 
@@ -156,7 +157,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.set_defaults(factors="real")
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that others use too"
@@ -173,8 +174,7 @@ def main() -> None:
     options = parse()
     found = measure(options)
     if not options.no_peaks:
-        measured = [name for name, row in found["methods"].items() if row.get("step_ratio", 0) < _SLOW]
-        for name, peak in peaks(options, measured).items():
+        for name, peak in peaks(options, [n for n, row in found["methods"].items() if "step_ratio" in row]).items():
             found["methods"][name]["peak_bytes"] = peak
     found |= {"setting": setting(options), "clock": options.clock}
     found |= {"hardware": hardware(options.device), "versions": versions()}

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
+from mirrortune import cli
 from tests.cli.console import REPOSITORY, Outcome, finish, mirrortune, reviews, start, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -119,6 +122,18 @@ def test_a_process_that_was_launched_launches_nothing(tiny_model_dir: Path, monk
     outcome = mirrortune(*words)
     assert outcome.exit_code == 2
     assert "a launcher has started this process already" in outcome.said
+
+
+@pytest.mark.parametrize(("word", "code"), [("ls", 0), ("what", 2)])
+def test_a_process_closes_its_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, code: int
+) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    monkeypatch.setattr(sys, "argv", ["mirrortune", "recipes", word])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+    assert not distributed.is_initialized()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mirrortune.adapters.core import plane_strengths
+from mirrortune.adapters.core_stack import CoreStack
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.cores.givens import Givens
 from mirrortune.adapters.factorize import factorize
@@ -365,6 +366,37 @@ def test_many_rounds_are_differentiated_from_their_input_alone(rank: int, rounds
         assert relative(found[0], exact[0]) <= tolerance * rounds
         for own, expected in zip(found[1], exact[1], strict=True):
             assert own is expected is None or relative(own, expected) <= tolerance * rounds
+
+
+@given(rank=st.integers(2, 12), rounds=st.integers(1, 4), seed=SEEDS)
+def test_reversing_in_place_of_gathering_changes_no_bit(rank: int, rounds: int, seed: int) -> None:
+    core = train_a_little(
+        Givens(torch.linspace(3, 1, rank), draw_pairs("mirror", rank, 0, rounds), rounds=rounds), seed
+    )
+    coefficients = [c.detach() for c in core.coefficients(delta=False)]
+    z, grad = torch.randn(2, 6, rank, generator=torch.Generator().manual_seed(seed))
+    reversed_ = [core.mix(z, *coefficients), *flat(core.mix_backward(z, grad, *coefficients))]
+    core.forget_own_pairs()
+    gathered = [core.mix(z, *coefficients), *flat(core.mix_backward(z, grad, *coefficients))]
+    assert len(reversed_) == len(gathered) == 4
+    assert all(map(torch.equal, reversed_, gathered))
+
+
+def flat(found: tuple[Tensor, tuple[Tensor | None, ...]]) -> list[Tensor]:
+    """Gradients of ``mix_backward``, one after the other."""
+    return [t for t in (found[0], *found[1]) if t is not None]
+
+
+@pytest.mark.parametrize("mirrored", [0, 1])
+def test_a_stack_asks_each_core_for_its_own_pairs(mirrored: int) -> None:
+    """What one of them may do because its pairs are mirror pairs, the others may not."""
+    all_pairs = [torch.tensor([[0, 1], [2, 3]])] * 2
+    all_pairs[mirrored] = torch.tensor([[0, 3], [1, 2]])
+    cores = [train_a_little(Givens(torch.linspace(3, 1, 4), pairs), i) for i, pairs in enumerate(all_pairs)]
+    stack, z = CoreStack(cores), torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    mixed = stack.mix(z, *stack.coefficients(delta=False))
+    for own, core, rows in zip(mixed, cores, z, strict=True):
+        assert relative(own, core.mix(rows, *core.coefficients(delta=False))) <= 1e-6
 
 
 def test_pairs_that_overlap_are_rounds_of_their_own() -> None:
