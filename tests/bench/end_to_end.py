@@ -9,8 +9,8 @@ maximum length (``padded``) or every batch to its longest row (``dynamic``).
 Each run is a process of its own with caches of its own; ours is run with an empty cache (``ours``, which factorises)
 and again (``ours, again``). Runs take turns. Time is the processor time of a process and all its threads, which other
 work on the machine does not lengthen much, beside the time on the clock, which alone counts on a GPU (where all of them
-compute in bfloat16, and none sees a GPU otherwise). ``start`` is the time to the first step,
-beside importing torch and transformers and loading the model (``bare``).
+compute in bfloat16, and none sees a GPU otherwise). ``start`` is the time to the first step of a run that was made
+before, beside importing torch and transformers and loading the model (``bare``), in turns of their own.
 """
 
 from __future__ import annotations
@@ -155,10 +155,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         place = Path(folder)
         write_rows(place / "data", options.rows)
         write_rows(place / "few", BATCH)
-        for _ in range(options.repeats):
-            for name, turns in ((name, turns) for name, turns in found.items() if name in options.runs):
-                turns.append(run(name, place, options.device))
-                print(f"{name}: {turns[-1]}", file=sys.stderr, flush=True)  # noqa: T201
+        chosen = [name for name in found if name in options.runs]
+        for name in [name for name in chosen if name in RUNS] * options.repeats:
+            found[name].append(run(name, place, options.device))
+            print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)  # noqa: T201
+        for turn in range(1 + options.starts):
+            for name in [name for name in chosen if name in STARTS]:
+                taken = run(name, place, options.device)
+                if turn:  # the first fills the caches
+                    found[name].append(taken)
+                    print(f"{name}: {taken}", file=sys.stderr, flush=True)  # noqa: T201
     return {"seconds": found}
 
 
@@ -182,9 +188,9 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         "Ratios of processor time (of the time on the clock in brackets), medians of the turns' ratios.",
-        f"From the command to the first step, caches warm: {median(start, 'cpu'):.1f} s of processor time, "
-        f"{ratio(start, bare, 'cpu')} times importing torch and transformers and loading the model "
-        f"({median(bare, 'cpu'):.1f} s).",
+        f"From the command to the first step, caches warm: {median(start, 'cpu'):.1f} s of processor time "
+        f"({median(start, 'wall'):.1f} s on the clock), {ratio(start, bare, 'cpu')} ({ratio(start, bare, 'wall')}) times "
+        f"importing torch and transformers and loading the model ({median(bare, 'cpu'):.1f} s).",
         f"{found['rows']:,} rows, {len(seconds['ours'])} turns ({len(seconds[start])} of starts). {found['hardware']}; "
         f"{', '.join(f'{k} {v}' for k, v in found['versions'].items())}.",
     ]
@@ -197,6 +203,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=6)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--runs", nargs="*", choices=(*RUNS, *STARTS), default=(*RUNS, *STARTS))
     parser.add_argument("--peer", choices=("padded", "dynamic", *STARTS), help=argparse.SUPPRESS)

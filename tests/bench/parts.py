@@ -64,7 +64,7 @@ CPU = {
     ),
     "methods-256": Part(module="methods", folder="methods-cpu", words=("--length", "32"), quick=_TINY),
     "methods": Part(module="methods", folder="methods-cpu-1024", quick=(*_TINY, "--length", "64", "--no-peaks")),
-    "end-to-end": Part(module="end_to_end", folder="end-to-end-cpu", quick=("--rows", "80", "--repeats", "1")),
+    "end-to-end": Part(module="end_to_end", folder="end-to-end-cpu", quick=("--rows", "80", "--repeats", "1", "--starts", "1")),
     "reload": Part(module="reload", folder="reload", quick=None, writes=False),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ CUDA = {
        for size, rows in (("base", 16), ("1b", 4), ("8b", 2)) for length in (512, 1024, 2048)},
     "end-to-end": Part(
         module="end_to_end", folder="end-to-end-cuda", words=("--device", "cuda"),
-        quick=("--rows", "80", "--repeats", "1"),
+        quick=("--rows", "80", "--repeats", "1", "--starts", "1"),
     ),
 }  # fmt: skip
 PARTS = {"cpu": CPU, "cuda": CUDA}
