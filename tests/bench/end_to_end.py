@@ -189,8 +189,8 @@ def table(found: dict[str, Any]) -> str:
         "",
         "Ratios of processor time (of the time on the clock in brackets), medians of the turns' ratios.",
         f"From the command to the first step, caches warm: {median(start, 'cpu'):.1f} s of processor time "
-        f"({median(start, 'wall'):.1f} s on the clock), {ratio(start, bare, 'cpu')} ({ratio(start, bare, 'wall')}) times "
-        f"importing torch and transformers and loading the model ({median(bare, 'cpu'):.1f} s).",
+        f"({median(start, 'wall'):.1f} s on the clock), {ratio(start, bare, 'cpu')} ({ratio(start, bare, 'wall')}) "
+        f"times importing torch and transformers and loading the model ({median(bare, 'cpu'):.1f} s).",
         f"{found['rows']:,} rows, {len(seconds['ours'])} turns ({len(seconds[start])} of starts). {found['hardware']}; "
         f"{', '.join(f'{k} {v}' for k, v in found['versions'].items())}.",
     ]

@@ -64,7 +64,9 @@ CPU = {
     ),
     "methods-256": Part(module="methods", folder="methods-cpu", words=("--length", "32"), quick=_TINY),
     "methods": Part(module="methods", folder="methods-cpu-1024", quick=(*_TINY, "--length", "64", "--no-peaks")),
-    "end-to-end": Part(module="end_to_end", folder="end-to-end-cpu", quick=("--rows", "80", "--repeats", "1", "--starts", "1")),
+    "end-to-end": Part(
+        module="end_to_end", folder="end-to-end-cpu", quick=("--rows", "80", "--repeats", "1", "--starts", "1"),
+    ),
     "reload": Part(module="reload", folder="reload", quick=None, writes=False),
 }  # fmt: skip
 
