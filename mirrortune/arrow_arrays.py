@@ -22,13 +22,16 @@ def text_array(cells: Sequence[str | None]) -> pa.Array:
     Raises:
         UnicodeEncodeError: a cell holds half a surrogate pair.
     """
-    encoded = [b"" if cell is None else cell.encode() for cell in cells]
-    offsets = np.zeros(len(cells) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, encoded), np.int64, len(cells)), out=offsets[1:])
+    joined, ends = bytearray(), [0]  # grows in place: a list of encoded cells would hold all of them once more
+    for cell in cells:
+        if cell is not None:
+            joined += cell.encode()
+        ends.append(len(joined))
+    offsets = np.array(ends, np.int64)
     is_large = offsets[-1] > _MOST
     known = np.fromiter((cell is not None for cell in cells), np.bool_, len(cells))
     mask = None if known.all() else _bits(known)
-    data = [pa.py_buffer(offsets if is_large else offsets.astype(np.int32)), pa.py_buffer(b"".join(encoded))]
+    data = [pa.py_buffer(offsets if is_large else offsets.astype(np.int32)), pa.py_buffer(joined)]
     return pa.Array.from_buffers(pa.large_string() if is_large else pa.string(), len(cells), [mask, *data])
 
 

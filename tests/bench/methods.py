@@ -86,11 +86,11 @@ def turns(
     """Seconds of each step of each contestant, and of the reference's step in the same turn.
 
     Their order is another in every turn: who comes after a method that touched gigabytes pays for it. What takes
-    :data:`_SLOW` times the reference's in the first turn takes no other, and that one counts. What runs out of the
+    :data:`_SLOW` times the reference's in the first turn takes one more, and that one counts. What runs out of the
     GPU's memory is left out.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in (REFERENCE, *made)}
-    running = list(taken)
+    running, slow = list(taken), set[str]()
     for turn in range(warmup + steps):
         own: dict[str, float] = {}
         for name in random.Random(turn).sample(running, len(running)):
@@ -106,11 +106,11 @@ def turns(
                 del taken[name]
                 continue
             own[name] = clock() - started
-        slow = {name for name, seconds in own.items() if turn == 0 and seconds > _SLOW * own[REFERENCE]}
         for name, seconds in own.items():
             if turn >= warmup or name in slow:
                 taken[name].append((seconds, own[REFERENCE]))
-        running = [name for name in running if name in own and name not in slow]
+        running = [name for name in own if name not in slow]
+        slow = {name for name in own if turn == 0 and own[name] > _SLOW * own[REFERENCE]}
     return taken
 
 
