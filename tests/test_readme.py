@@ -56,6 +56,16 @@ def test_tables_of_results_are_those_that_are_kept(results: str) -> None:
     assert [line for line in kept.splitlines() if line.startswith("|") and line not in README.splitlines()] == []
 
 
+def test_the_table_of_steps_is_that_of_the_bench() -> None:
+    kept = (ROOT / "tests" / "bench" / "results" / "methods-cpu-1024" / "table.md").read_text(encoding="utf-8")
+    measured = {cells[1].strip(): cells[4:8] for line in kept.splitlines() if len(cells := line.split("|")) == 10}
+    table = README[README.index("| method | step | step, of the frozen backbone's |") :].partition("\n\n")[0]
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    assert len(rows) > 5
+    for cells in rows:
+        assert cells[2:6] == measured[cells[1].strip().replace(" --rank ", " r=")]
+
+
 def test_the_example_pairing_works_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PAIRINGS, "_items", dict(PAIRINGS._items))
     example = next(block for block in blocks("python") if "PAIRINGS.register" in block)
