@@ -51,7 +51,7 @@ def choose_units(model: nn.Module, accelerator: Any) -> None:
         vars(model)["_is_fsdp_managed_module"] = True
     if plugin is None or plugin.transformer_cls_names_to_wrap:
         return
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = _embedding(model, _EMBEDDINGS[0])
     listed = set(getattr(model, "_no_split_modules", None) or ())
     holds_embedding = {type(m).__name__ for m in model.modules() if any(part is embedding for part in m.modules())}
     plugin.transformer_cls_names_to_wrap = sorted(listed - holds_embedding) or None
@@ -65,19 +65,26 @@ def ties_in_one_unit(model: nn.Module) -> Iterator[None]:
     accelerate 1.15 makes a unit of it, or of it and the output; the others then are in a second unit, and torch from
     2.13 on refuses a parameter in two.
     """
-    embeddings = [getattr(model, name, lambda: None)() for name in _EMBEDDINGS]
-    weights = [None if module is None else _own_weight(module) for module in embeddings]
-    holders = [m for m in model.modules() if weights[0] is not None and _own_weight(m) is weights[0]]
-    if {id(m) for m in holders} <= {id(m) for m in embeddings}:
-        yield
-        return
-    hidden = [name for name, weight in zip(_EMBEDDINGS, weights, strict=True) if weight is weights[0]]
+    embeddings = [_embedding(model, name) for name in _EMBEDDINGS]
+    first, second = (None if module is None else _own_weight(module) for module in embeddings)
+    holders = [m for m in model.modules() if first is not None and _own_weight(m) is first]
+    is_shared = not {id(m) for m in holders} <= {id(m) for m in embeddings}
+    hidden = [name for name, module in zip(_EMBEDDINGS, embeddings, strict=True) if module is None]
+    hidden += [name for name, weight in zip(_EMBEDDINGS, (first, second), strict=True) if is_shared and weight is first]
     vars(model).update(dict.fromkeys(hidden, lambda: None))
     try:
         yield
     finally:
         for name in hidden:
             del vars(model)[name]
+
+
+def _embedding(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        found: nn.Module | None = getattr(model, name, lambda: None)()
+    except NotImplementedError:  # transformers does not know where this family, of sound say, has its own
+        return None
+    return found
 
 
 def _own_weight(module: nn.Module) -> Tensor | None:

@@ -150,7 +150,7 @@ def test_a_sharded_command_is_that_of_one_process(tmp_path: Path, kind: str) -> 
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_an_embedding_of_many_is_left_to_the_whole_model(is_tied: bool) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration, Wav2Vec2Config, Wav2Vec2Model
 
     sizes = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=is_tied))
@@ -162,6 +162,11 @@ def test_an_embedding_of_many_is_left_to_the_whole_model(is_tied: bool) -> None:
         assert model.get_output_embeddings() is (None if is_tied else output)
     assert model.get_input_embeddings() is model.shared
     assert model.get_output_embeddings() is output
+    deaf = Wav2Vec2Model(Wav2Vec2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                                        conv_dim=[8], conv_stride=[2], conv_kernel=[3], num_feat_extract_layers=1,
+                                        num_conv_pos_embedding_groups=2))  # fmt: skip
+    with ties_in_one_unit(deaf):  # which outside of it says that it does not know
+        assert deaf.get_input_embeddings() is None
     alone = tiny_causal(tie_word_embeddings=is_tied)  # accelerate makes one unit of the two, or two
     with ties_in_one_unit(alone):
         assert alone.get_input_embeddings() is alone.model.embed_tokens
