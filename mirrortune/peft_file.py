@@ -55,11 +55,11 @@ def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     found = _attached(model)
     head = {f"base_model.model.{name}" for name in found.targets.head}
     # PEFT's own way is load_state_dict, after which FSDP2 looks for its shares in what is whole just now.
-    is_ours = is_in_shards(model)
+    is_cut = is_in_shards(model)
     for key, tensor in adapter_tensors(model).items():
-        if is_ours or key in head:
+        if is_cut or key in head:
             tensor.copy_(tensors[key])
-    if not is_ours:
+    if not is_cut:
         import_peft(found.spec.method).set_peft_model_state_dict(
             _Wrapped(found.tuner), {k: t for k, t in tensors.items() if k not in head}, adapter_name=ADAPTER_NAME
         )

@@ -127,7 +127,7 @@ class Givens(Core):
         return self.theta * self.theta_step
 
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`; one gather and two products a round."""
+        """See :class:`Core`; one exchange of partners and two products a round."""
         own, cross, partner, *start = coefficients
         turned = z
         for t, (a, b) in enumerate(zip(own, cross, strict=True)):
