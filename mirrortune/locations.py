@@ -19,13 +19,13 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt
 
 
 def cache_folder() -> Path:
-    """Our cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder (``XDG_CACHE_HOME`` or
-    ``~/.cache``).
+    """The absolute path of the cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder
+    (``XDG_CACHE_HOME`` or ``~/.cache``).
     """
     chosen = os.environ.get("MIRRORTUNE_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mirrortune"
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "mirrortune"
 
 
 def shipped_folder() -> Path:

@@ -47,8 +47,12 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 @pytest.fixture(autouse=True)
 def own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches in a folder of this test's own (made by whoever writes there); every global generator freshly seeded."""
+    """A working directory and caches of this test's own, so that nothing is written into the checkout; every global
+    generator freshly seeded.
+    """
     world = tmp_path_factory.getbasetemp() / f"world-{next(_COUNT)}"
+    (world / "work").mkdir(parents=True)
+    monkeypatch.chdir(world / "work")
     monkeypatch.setenv("MIRRORTUNE_CACHE", str(world / "mirrortune"))
     monkeypatch.setenv("HF_HOME", str(world / "huggingface"))
     random.seed(0)

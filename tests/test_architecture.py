@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_only_figures_draw() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_are_short(module: str) -> None:
-    assert len(path_of(module).read_text(encoding="utf-8").splitlines()) <= 350
+    assert len(path_of(module).read_text(encoding="utf-8").splitlines()) <= 500
     functions = [n for n in ast.walk(tree(module)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > 60] == []
 
@@ -145,6 +146,16 @@ def test_files_and_functions_are_short(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_files_carry_their_licence(module: str) -> None:
     assert path_of(module).read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n")
+
+
+def test_only_the_projects_own_files_are_tracked() -> None:
+    if not (PACKAGE.parent / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in listed.splitlines()}
+    assert top - {".ci", ".gitignore", "docs"} == {
+        "mirrortune", "tests", "recipes", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "constraints.txt"
+    }  # fmt: skip
 
 
 def path_of(module: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -107,12 +108,14 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_every_kind_reads_the_same_rows_however_they_are_stored(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_reads_the_same_rows_however_they_are_stored(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, table = tiny_tokenizer(), table_of(CASES[kind], 23)
     task, whole = encode(CASES[kind], table.combine_chunks(), tokenizer)
     parts = pa.concat_tables([table.slice(0, 3), table.slice(3, 1), table.slice(4, 12), table.slice(16)])
 
-    monkeypatch.setenv("MIRRORTUNE_CACHE", "elsewhere")  # the key is the same
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path / "elsewhere"))  # the key is the same
     other = encode(CASES[kind], parts, tokenizer)[1]
 
     rows = np.arange(len(whole))
