@@ -7,7 +7,7 @@ they merge to (:class:`AdaptedLayer`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,6 +99,7 @@ def attach(
         S = torch.ones((target.count, target.rank) if target.count > 1 else (target.rank,))
         build_core(spec, S, name, target.shape, (pairs or {}).get(name))
     freeze(model, targets)
+    listed = _listed_modules(model)
     layers: dict[str, AdaptedLayer] = {}
     for name, target in targets.layers.items():
         matrix = target.read(model)
@@ -109,7 +110,7 @@ def attach(
         if target.kind.is_packed:
             factors = factors.to(device=matrix.device, dtype=matrix.dtype)
         strategy = (strategies or {}).get(name, spec.strategy)
-        layers[name] = _adapt(model, target, factors, core, strategy)
+        layers[name] = _adapt(model, target, factors, core, strategy, listed)
     model.mirrortune = Attachment(spec=spec, targets=targets, layers=layers)  # type: ignore[assignment]
     return model
 
@@ -180,12 +181,28 @@ def _compute(name: str, weight: Tensor, rank: int) -> Factors:
     return factorize(weight, rank, name=name)
 
 
-def _adapt(model: nn.Module, target: Target, factors: Factors, core: Core, strategy: Strategy | None) -> SpectralLayer:
+def _listed_modules(model: nn.Module) -> set[int]:
+    """Ids of modules that a forward may reach through a plain list, tuple or dict and not by name: another module in
+    their place would not be called.
+    """
+    found: set[int] = set()
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_") and isinstance(value, (list, tuple, dict)):
+                values = value.values() if isinstance(value, dict) else value
+                found |= {id(entry) for entry in values if isinstance(entry, nn.Module)}
+    return found
+
+
+def _adapt(
+    model: nn.Module, target: Target, factors: Factors, core: Core, strategy: Strategy | None, listed: Container[int]
+) -> SpectralLayer:
     modules = {id(m): (m, parameter) for path, parameter in target.places for m in [model.get_submodule(path)]}
     (first, parameter), *others = modules.values()
     has_parents = all(path for path, _ in target.places)  # the model itself cannot be replaced
     kind = target.kind
     is_alone = parameter == "weight" and not others and has_parents and not target.layout.rows
+    is_alone &= id(first) not in listed or kind.is_packed
     if strategy == "dense" or not is_alone or not isinstance(kind, CallableKind) or not kind.is_callable(first):
         assert not kind.is_packed
         spectral = SpectralWeight(target.weight(model), target.layout, factors, core)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirrortune.adapters.inject import (
     adapter_parameters,
@@ -21,6 +21,7 @@ from mirrortune.adapters.inject import (
 from mirrortune.adapters.spec import AdapterSpec, check_spec, make_pairs
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError
+from tests.spectral import relative, train_a_little
 from tests.tiny_models import FAMILIES, tiny_albert, tiny_bert, tiny_roberta
 from tests.tiny_runs import logits
 
@@ -291,3 +292,31 @@ def test_settings_that_mean_nothing_are_refused_all_at_once(spec: AdapterSpec, w
         check_spec(spec)
     assert all(word in str(caught.value) for word in words)
     assert caught.value.exit_code == 2
+
+
+def test_layers_that_a_model_calls_through_a_list_are_adapted_where_they_are() -> None:
+    """As MaskFormer's pixel decoder does: a module put in the place of theirs would never run."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = [nn.Linear(6, 6), nn.Linear(6, 4)]
+            for index, stage in enumerate(self.stages):
+                self.add_module(str(index), stage)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for stage in self.stages:
+                x = stage(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Listed(), torch.randn(5, 6)
+    before = model(x)
+    attach(model, AdapterSpec())
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    for index, layer in enumerate(spectral_layers(model).values()):
+        assert all(bool(p.grad.any()) for p in layer.core.parameters() if p.grad is not None)
+        assert any(p.grad is not None for p in layer.core.parameters())
+        train_a_little(layer.core, index)
+    assert relative(model(x), before) > 1e-2
