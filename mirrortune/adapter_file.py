@@ -23,7 +23,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,8 +34,9 @@ from mirrortune import __version__, peft_file
 from mirrortune.adapter_format import DESCRIPTION, FORMAT_VERSION, description_text, read_description
 from mirrortune.adapter_packing import pack, unpack
 from mirrortune.adapter_parts import (
-    are_ranks_low,
+    Form,
     basis_tensors,
+    chosen_form,
     describe_basis,
     describe_target,
     factor_tensors,
@@ -55,7 +56,6 @@ from mirrortune.adapters.layouts import Layout
 from mirrortune.adapters.spec import AdapterSpec, check_spec
 from mirrortune.errors import ConfigError, VerificationError
 
-Form = Literal["auto", "compact", "portable"]
 _TENSORS = "adapter.safetensors"
 
 
@@ -118,13 +118,12 @@ def write_adapter(
         task: see :class:`AdapterFile`.
         extra: see :class:`AdapterFile`.
         form: ``compact``: cores and sketches, the basis is computed again when it is loaded; ``portable``: the factors
-            too, as the layers hold them; ``auto``: portable if no layer keeps more than an eighth of its directions,
-            so that its factors are small.
+            too, as the layers hold them; ``auto``: see :func:`mirrortune.adapter_parts.chosen_form`.
     """
     attached = attachment(model)
     is_peft = attached.spec.preset.peft is not None
     if form == "auto":
-        form = "portable" if are_ranks_low(model) else "compact"
+        form = chosen_form(model)
     tensors = _trained_tensors(model) | basis_tensors(model, fingerprints)
     tensors |= factor_tensors(model) if form == "portable" else {}
     layers = _describe_layers(model, fingerprints)

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mirrortune.adapter_packing import to_bits
-from mirrortune.adapters.basis import Fingerprint
-from mirrortune.adapters.effect import effect
+from mirrortune.adapters.basis import Fingerprint, redrawn
+from mirrortune.adapters.effect import EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import SpectralLayer, attachment, spectral_layers
 from mirrortune.adapters.layouts import Layout
@@ -21,7 +21,11 @@ from mirrortune.adapters.spec import follows_from_rank
 from mirrortune.adapters.targets import Target
 from mirrortune.sharding import is_whole
 
+Form = Literal["auto", "compact", "portable"]
 _LARGEST_SHORT = 2**15  # directions, numbered from 0
+_LOW = 8  # of so many directions one is kept: then factors are small beside weights
+_SVD_WORK = 22  # floating-point operations of a decomposition, in units of O I min(O, I) (Golub and Van Loan, 8.6)
+_LONG_WORK = 2e12  # one to two minutes on two cores of a laptop, in float64
 _PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
 
 
@@ -88,14 +92,43 @@ def with_pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict
     return {**{key: t for key, t in tensors.items() if not key.startswith("partners.")}, **told}
 
 
-def are_ranks_low(model: nn.Module) -> bool:
-    """Whether no layer keeps more than an eighth of its directions, so that factors are small beside weights; and this
-    process has them whole.
+def usual_form(sizes: Iterable[tuple[tuple[int, int], int, int]]) -> Literal["compact", "portable"]:
+    """The form of an adapter whose bases can be computed again: compact, unless that takes whoever loads it minutes and
+    the factors are small.
+
+    Args:
+        sizes: shape (O, I), rank and number of matrices of each layer.
+    """
+    found = list(sizes)
+    is_low = bool(found) and all(_LOW * rank <= min(shape) for shape, rank, _ in found)
+    work = sum(_SVD_WORK * shape[0] * shape[1] * min(shape) * count for shape, _, count in found)
+    return "portable" if is_low and work > _LONG_WORK else "compact"
+
+
+@torch.no_grad()
+def chosen_form(model: nn.Module) -> Literal["compact", "portable"]:
+    """The form in which an adapter is saved if none is asked for: :func:`usual_form`, and portable where a basis cannot
+    be found again and the adapter would do something else in another one.
     """
     layers = spectral_layers(model).values()
-    return bool(layers) and all(
-        8 * layer.rank <= min(layer.layout.matrix_shape) and is_whole(layer.U) for layer in layers
-    )
+    if not all(is_whole(layer.U) for layer in layers):  # no process has the factors
+        return "compact"
+    usual = usual_form((layer.layout.matrix_shape, layer.rank, layer.layout.count) for layer in layers)
+    return usual if all(map(_can_be_found_again, layers)) else "portable"
+
+
+def _can_be_found_again(layer: SpectralLayer) -> bool:
+    factors = _factors(layer)
+    found = [(matrix, redrawn(matrix)) for matrix in factors.each()]
+    if all(other is None for _, other in found):
+        return True
+    each = [(other or matrix).to(device=torch.device("cpu"), dtype=torch.float64) for matrix, other in found]
+    mixed = each[0]
+    if factors.is_stack:
+        parts = zip(*((f.U, f.S, f.Vh) for f in each), strict=True)
+        U, S, Vh = (torch.stack(part) for part in parts)
+        mixed = Factors(U=U, S=S, Vh=Vh)
+    return effect_error(effect(mixed, layer.core), effect(factors, layer.core)) <= EFFECT_TOLERANCE
 
 
 def factor_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -186,6 +186,8 @@ def _check_fits(
 ) -> Footprint:  # fmt: skip
     for line in plan.lines():
         reporter.note(line)
+    if stored_as := plan.stored_as(recipe.adapter.form, dtype):
+        reporter.note(stored_as)
     if as_lora := plan.as_lora():
         reporter.detail(as_lora)
     section = recipe.train

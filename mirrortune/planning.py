@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune import peft_tuners
+from mirrortune.adapter_parts import Form, usual_form
+from mirrortune.adapters.effect import NUM_PROBES
 from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.inject import attach, freeze
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec, make_pairs, needs_saliency
@@ -28,6 +30,8 @@ from mirrortune.rehearsal import Footprint, rehearse
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of a LoRA that vLLM takes; every layer is given the same one."""
+# Of adapter.json and of the header of the tensors: in all, and for a layer besides its name.
+_FILE_BYTES, _LAYER_BYTES = 1400, 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +58,43 @@ class Plan:
         """The plan in words."""
         kinds = Counter(target.kind.name for target in self.targets.layers.values())
         adapted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
-        head = f"{self.head_parameters:,} of the task head"
-        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        head = f", and {self.head_parameters:,} of the task head" if self.head_parameters else ""
+        share = percent(self.trainable_parameters / max(1, self.total_parameters))
         return [
             f"layers adapted: {adapted}{_left_alone(self.targets.skipped)}",
             *_clipped(self.targets.clipped),
-            f"trained numbers: {self.trainable_parameters:,} ({share:.3f}% of the model), and {head}",
+            f"trained numbers: {self.trainable_parameters:,} ({share} of the model){head}",
         ]
+
+    def stored_as(self, form: Form, dtype: torch.dtype) -> str | None:
+        """The form of the adapter file and its size, and what the other form would take; None without a core.
+
+        Args:
+            form: ``adapter.form`` of the recipe.
+            dtype: of the base weights, in which factors are kept.
+        """
+        layers = self.targets.layers
+        if not self.rank:
+            return None
+        chosen = usual_form((t.shape, t.rank, t.count) for t in layers.values()) if form == "auto" else form
+        compact = (
+            _FILE_BYTES
+            + 4 * (self.trainable_parameters + self.head_parameters)
+            + sum(
+                _LAYER_BYTES + len(name) + target.count * (4 * NUM_PROBES + target.rank // 8)
+                for name, target in layers.items()
+            )
+        )
+        portable = compact + self.factor_numbers * dtype.itemsize
+        if chosen == "compact":
+            return (
+                f"adapter file: about {_size(compact)} in the compact form, whose bases are computed again when it is "
+                f"loaded (adapter.form=portable carries them: {_size(portable)})"
+            )
+        return (
+            f"adapter file: about {_size(portable)} in the portable form, which carries its bases "
+            f"(adapter.form=compact computes them again when it is loaded: {_size(compact)})"
+        )
 
     def as_lora(self) -> str | None:
         """What an export in LoRA's format would need, where that is known."""
@@ -71,6 +105,16 @@ class Plan:
         if self.rank > largest:
             return f"as a LoRA: rank {self.rank}, servers take at most {largest}: merge --format lora --rank {largest}"
         return f"as a LoRA: rank {next(r for r in SERVED_RANKS if r >= self.rank)}"
+
+
+def percent(share: float) -> str:
+    """A share in percent with three decimals, or as many as it takes to show two digits of it."""
+    decimals = 3 if share <= 0 else max(3, 1 - math.floor(math.log10(100 * share)))
+    return f"{100 * share:.{decimals}f}%"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"
 
 
 def _left_alone(skipped: dict[str, str]) -> str:

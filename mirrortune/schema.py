@@ -154,7 +154,8 @@ class AdapterSection(_Section):
     fastest by timing them once on this machine."""
     form: Literal["auto", "compact", "portable"] = "auto"
     """How the adapter is stored: compact (kilobytes; its basis is computed again, aligned and verified when it is
-    loaded), portable (carries the factors), or auto: portable where no layer keeps over an eighth of its directions."""
+    loaded), portable (carries the factors, about the size of a LoRA of the same rank), or auto: compact, but portable
+    where the basis cannot be computed again exactly, or where that takes minutes and the factors are small."""
     options: dict[str, typing.Any] = Field(default_factory=dict)
     """Options of the method's core, such as scale_top_k, or fields of the configuration of a tuner of PEFT."""
 

@@ -220,13 +220,51 @@ def _clusters(factors: Factors) -> Clusters:
     S = factors.S.double().cpu()
     limit = min(factors.U.shape[0], factors.Vh.shape[1], factors.rank)  # what is added to a basis follows from it
     largest = float(S[0])
-    cuts = [0, *(i for i in range(1, limit) if float(S[i - 1] - S[i]) > _CLUSTER_GAP * largest), limit]
-    found = []
-    for start, stop in itertools.pairwise(cuts):
-        is_null = float(S[start]) <= _NULL * largest
-        if (stop - start > 1 or is_null) and stop - start <= _LARGEST_CLUSTER:
-            found.append((start, stop))
-    return tuple(found)
+    return tuple(
+        (start, stop)
+        for start, stop in _runs(S[:limit], _CLUSTER_GAP)
+        if (stop - start > 1 or float(S[start]) <= _NULL * largest) and stop - start <= _LARGEST_CLUSTER
+    )
+
+
+def _runs(S: Tensor, gap: float) -> list[tuple[int, int]]:
+    """Singular values (R,), float64, cut where neighbours are further apart than ``gap`` of the largest: the first of
+    each run, and the one behind it.
+    """
+    behind = (S[:-1] - S[1:] > gap * S[0]).nonzero().flatten() + 1
+    return list(itertools.pairwise([0, *behind.tolist(), len(S)]))
+
+
+def redrawn(factors: Factors) -> Factors | None:
+    """``factors`` of one matrix as another driver may find them: vectors mixed at random where no fingerprint can turn
+    them back; None where it can turn back all.
+
+    That is within more near-equal singular values than a fingerprint keeps probes of, and where the last ones that are
+    kept may be part of a longer run (of three values and more: of two it would be chance).
+    """
+    gap = max(_CLUSTER_GAP, 2 * torch.finfo(factors.S.dtype).eps)  # layers hold theirs rounded
+    S = factors.S.double().cpu()
+    full = min(factors.U.shape[0], factors.Vh.shape[1])
+    runs = [
+        (start, stop)
+        for start, stop in _runs(S[: min(full, factors.rank)], gap)
+        if stop - start > _LARGEST_CLUSTER or (stop == factors.rank < full and stop - start > 2)
+    ]
+    if not runs:
+        return None
+    U, Vh = factors.U.to(torch.float64, copy=True), factors.Vh.to(torch.float64, copy=True)
+    for start, stop in runs:
+        turns = [_random_turn(stop - start, seed).to(U) for seed in (0, 1)]
+        is_null = float(S[stop - 1]) <= _NULL * float(S[0])
+        U[:, start:stop] = U[:, start:stop] @ turns[0]
+        Vh[start:stop] = turns[int(is_null)].T @ Vh[start:stop]
+    return Factors(U=U, S=factors.S, Vh=Vh)
+
+
+def _random_turn(size: int, seed: int) -> Tensor:
+    drawn = torch.from_numpy(np.random.RandomState(seed).standard_normal((size, size)))
+    turn: Tensor = torch.linalg.qr(drawn)[0]
+    return turn
 
 
 def _cluster_sketch(factors: Factors, cluster: tuple[int, int], side: str) -> list[Tensor]:
