@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mirrortune.adapter_file import Form, read_adapter, write_adapter
+from mirrortune.adapter_file import read_adapter, write_adapter
+from mirrortune.adapter_parts import Form
 from mirrortune.adapters import inject
 from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.inject import attachment
@@ -94,8 +95,9 @@ def save_adapter(
         model: adapted by :func:`attach` or :func:`load_adapter`.
         directory: where.
         form: ``compact``: kilobytes, the basis is computed again and aligned when it is loaded; ``portable``: carries
-            the factors, exact on any machine; ``auto``: portable where no layer keeps more than an eighth of its
-            directions.
+            the factors, about the size of a LoRA of the same rank, and loads at once; ``auto``: compact, but portable
+            where the basis cannot be computed again exactly, or where that takes minutes (large matrices) and no layer
+            keeps more than an eighth of its directions.
         repository: Hub id, ``name`` or ``owner/name``; made if need be.
         revision: branch of the repository; it must exist.
         subfolder: of ``directory`` and of the repository, in which :func:`load_adapter` will find it.
@@ -178,7 +180,9 @@ def merge_adapter(
         force_base: dangerous: take a base with other weights, and warn instead of refusing.
 
     Returns:
-        The verification: ``max_abs_logit_error``, ``max_rel_weight_error``, ``tolerance``, ``passed`` and more.
+        The verification: ``max_abs_logit_error`` (of logits, or of what else the model answers with; None if no inputs
+        are known that it computes), ``max_rel_weight_error``, ``tolerance``, ``passed`` and more. Files that the base
+        lacks and a merge of the whole model in memory are warned of.
 
     Raises:
         VerificationError: the result is out of tolerance, or base and adapter do not belong together.
@@ -191,7 +195,7 @@ def merge_adapter(
     verdict: Any
     remarks: list[str] | None = [] if force_base else None
     if format == "hf":
-        verdict = merge_folder([folder], target, factor_source=FactorCache(), base=base, remarks=remarks)
+        verdict = merge_folder([folder], target, factor_source=FactorCache(), base=base, remarks=remarks, on_note=_warn)
     else:
         write: Any = export_lora if format == "lora" else export_gguf
         verdict = write(str(folder), target, rank=rank, base=base, remarks=remarks)
@@ -218,6 +222,10 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "auto_class": type(model).__name__,
         "id2label": getattr(config, "id2label", None),  # the head's size, which the base's own config may not have
     }
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def _remember(model: nn.Module, book: FingerprintBook) -> None:

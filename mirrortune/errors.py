@@ -142,6 +142,14 @@ def not_as_meant(place: Path, problem: str) -> VerificationError:
     return VerificationError(str(place), problem, fix="It was not written; please report this with the model's name")
 
 
+def raised_here(error: BaseException) -> bool:
+    """Whether an exception was raised by a line of this package, and not inside another library that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).parent.is_relative_to(Path(__file__).parent)
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest candidate, or an empty string when none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)

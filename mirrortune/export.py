@@ -28,7 +28,8 @@ from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
-from mirrortune.merging import BaseWithAdapter, check_output, open_adapter, probe_logits
+from mirrortune.merging import BaseWithAdapter, OutputError, check_output, compare_outputs, open_adapter
+from mirrortune.outputs import compared_outputs
 from mirrortune.peft_file import common_fields
 from mirrortune.planning import SERVED_RANKS
 
@@ -47,10 +48,12 @@ class LoraExport:
         max_rel_delta_error: largest ||B A - delta|| / ||delta|| over the layers, of the files as reopened: what a
             smaller rank than needed leaves out, or rounding.
         max_rel_weight_error: the same relative to the layer's new weight.
-        max_abs_logit_error: largest difference of an output on the probes between base + LoRA and base + adapter.
-        tolerance: allowed logit error where the rank suffices.
+        max_abs_logit_error: largest difference of an output on the probes between base + LoRA and base + adapter, both
+            in the dtype that the adapter was trained in; None if no inputs are known that the model computes.
+        tolerance: allowed error of an output where the rank suffices.
         has_head: a task head travels with it, which PEFT loads and LoRA servers do not.
         passed: exact where the rank suffices, and otherwise as close as that rank can be.
+        not_compared: why no outputs could be compared; empty if they were.
     """
 
     rank: int
@@ -58,10 +61,11 @@ class LoraExport:
     needed_rank: int
     max_rel_delta_error: float
     max_rel_weight_error: float
-    max_abs_logit_error: float
+    max_abs_logit_error: float | None
     tolerance: float
     has_head: bool
     passed: bool
+    not_compared: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,10 @@ def export_lora(
     adapter = read_adapter(require_adapter(target))
     check_output(output_dir, overwrite=overwrite, ours="lora.json")
     check_exportable(adapter)
-    opened = open_adapter(adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code, remarks=remarks)
+    # What the adapter was trained on is what the LoRA is compared on, whatever dtype the base is stored in.
+    opened = open_adapter(
+        adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code, remarks=remarks, is_as_trained=True
+    )
     changes = {name: change_of(layer) for name, layer in spectral_only(opened.adapted).items()}
     needed = max(change.rank for change in changes.values())
     kept, stored = choose_ranks(rank, needed, changes)
@@ -152,9 +159,12 @@ def write_report(folder: Path, adapter: AdapterFile, verification: dict[str, Any
 
 def describe(verdict: LoraExport) -> str:
     """The verdict in one line."""
+    outputs = f"outputs were not compared ({verdict.not_compared})"
+    if verdict.max_abs_logit_error is not None:
+        outputs = f"outputs by at most {verdict.max_abs_logit_error:.1e}"
     text = (
         f"rank {verdict.rank} (the change has rank {verdict.needed_rank}), "
-        f"changes differ by {verdict.max_rel_delta_error:.1e}, logits by at most {verdict.max_abs_logit_error:.1e}"
+        f"changes differ by {verdict.max_rel_delta_error:.1e}, {outputs}"
     )
     return text + (
         f" (allowed {verdict.tolerance:.1e})" if verdict.kept_rank >= verdict.needed_rank else " (truncated)"
@@ -197,7 +207,7 @@ def choose_ranks(asked: int | None, needed: int, changes: dict[str, Change]) -> 
     if asked is None and needed > largest:
         error = max(change.left_out(largest) for change in changes.values())
         raise ConfigError(
-            "--rank",
+            "--format",
             f"the change has rank {needed}, LoRA servers take at most {largest}",
             fix=f"--rank {largest} keeps the leading directions (relative error {error:.1e}); or merge plain weights",
         )
@@ -250,13 +260,7 @@ def _verify(
         state[f"{name}.weight"] = (state[f"{name}.weight"].double() + B @ A).to(state[f"{name}.weight"].dtype)
     for name in plain_parameters(adapted):
         state[name] = written[_PREFIX + name].to(state[name].dtype)
-    expected = probe_logits(adapted, opened.probe)
-    kept_state = {n: t.clone() for n, t in plain.state_dict().items()}
-    plain.load_state_dict(state)
-    error = float((expected - probe_logits(plain.float(), opened.probe)).abs().max())
-    plain.load_state_dict(kept_state)
-    coarsest = max(torch.finfo(p.dtype).eps for p in adapted.parameters())
-    tolerance = max(1e-5, 8 * coarsest) * max(1.0, float(expected.abs().max()))
+    outputs = _compare_outputs(opened, state)
     is_exact = kept >= needed
     return LoraExport(
         rank=stored,
@@ -264,8 +268,27 @@ def _verify(
         needed_rank=needed,
         max_rel_delta_error=delta_error,
         max_rel_weight_error=weight_error,
-        max_abs_logit_error=error,
-        tolerance=tolerance,
+        max_abs_logit_error=outputs.error,
+        tolerance=outputs.tolerance,
         has_head=bool(attachment(adapted).targets.head),
-        passed=is_best and math.isfinite(error) and (not is_exact or error <= tolerance),
+        passed=is_best and _is_fine(outputs, is_exact=is_exact),
+        not_compared=outputs.reason,
     )
+
+
+def _compare_outputs(opened: BaseWithAdapter, state: dict[str, Tensor]) -> OutputError:
+    """Compare base + adapter with the plain base, into which the weights of ``state`` are put."""
+    plain, adapted = opened.plain, opened.adapted
+    coarsest = max(torch.finfo(p.dtype).eps for p in adapted.parameters())
+    plain.load_state_dict(state)
+    plain.float()  # 16-bit arithmetic is no error of the weights
+    return compare_outputs(
+        lambda probe: compared_outputs(plain, probe), lambda probe: compared_outputs(adapted, probe), opened.probes,
+        tolerance=max(1e-5, 8 * coarsest),
+    )  # fmt: skip
+
+
+def _is_fine(outputs: OutputError, *, is_exact: bool) -> bool:
+    if outputs.error is None:
+        return True
+    return math.isfinite(outputs.error) and (not is_exact or outputs.error <= outputs.tolerance)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapting import stored_core
 from mirrortune.errors import VerificationError
-from mirrortune.examples import Batch
 from mirrortune.lazy_model import read_lazily
 from mirrortune.merge_contents import aliases, tensor_entry
 from mirrortune.merge_plan import MergePlan
-from mirrortune.merging import LogitError, logit_error, probe_logits
+from mirrortune.merging import OutputError, Probes, compare_outputs
 from mirrortune.model import find_model, resolve_dtype
+from mirrortune.outputs import compared_outputs
 from mirrortune.part_loading import LoadedTensor, value_of
 from mirrortune.shards import StoredTensor, read_headers, same_bytes
 from mirrortune.stored_model import part_loader
@@ -81,8 +81,8 @@ def compare_tensors(plan: MergePlan, written: Written) -> tuple[dict[str, dict[s
     return found, changed
 
 
-def compare_lazily(make: Callable[[], nn.Module], probe: Batch, plan: MergePlan, written: Written) -> LogitError:
-    """The logits of the merged model and of base + adapter, of models without weights that ``make`` makes.
+def compare_lazily(make: Callable[[], nn.Module], probes: Probes, plan: MergePlan, written: Written) -> OutputError:
+    """The outputs of the merged model and of base + adapter, of models without weights that ``make`` makes.
 
     Both read their weights module by module; the adapter runs beside its layers, as it was trained.
     """
@@ -100,10 +100,13 @@ def compare_lazily(make: Callable[[], nn.Module], probe: Batch, plan: MergePlan,
         found = value_of(next(written.tensors[twin] for twin in names[name] if twin in written.tensors))
         return found.to(computed_in) if found.is_floating_point() else found
 
-    found = probe_logits(read_lazily(model, read_merged), probe, dtype=computed_in)
-    expected = probe_logits(_base_with_adapters(make(), plan, trained_in), probe, dtype=trained_in)
+    merged = read_lazily(model, read_merged)
+    adapted = _base_with_adapters(make(), plan, trained_in)
     epsilon = max(torch.finfo(dtype).eps for dtype in (stored_in, trained_in))
-    return logit_error(found, expected, epsilon)
+    return compare_outputs(
+        lambda probe: compared_outputs(merged, probe, dtype=computed_in),
+        lambda probe: compared_outputs(adapted, probe, dtype=trained_in), probes, tolerance=max(1e-4, 8 * epsilon),
+    )  # fmt: skip
 
 
 def _base_with_adapters(model: nn.Module, plan: MergePlan, dtype: torch.dtype) -> nn.Module:

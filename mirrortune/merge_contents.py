@@ -5,7 +5,7 @@ chat template and generation settings are there and are the model's own. Everyth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,15 @@ def tensor_entry(written: Tensor, reference: Tensor, stored: Callable[[], Tensor
 
 
 def check_contents(
-    folder: Path, model: nn.Module, processor: Any, *, trust_remote_code: bool = False
+    folder: Path, model: nn.Module, processors: Sequence[Any], *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Compare what lies beside the weights in ``folder`` with what belongs there.
 
     Args:
         folder: the merged checkpoint.
         model: the merged model, or one of its configuration.
-        processor: the task's tokenizer, image processor or feature extractor, or our reader that holds one.
+        processors: tokenizer, image processor or feature extractor, or readers of ours that hold one; those that the
+            base has.
         trust_remote_code: run code that the configuration names, as the user allowed for the base.
 
     Returns:
@@ -75,19 +76,33 @@ def check_contents(
     wanted: Any = model.config
     report: dict[str, Any] = {}
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    for key in ("id2label", "problem_type"):
-        _require(getattr(config, key, None), getattr(wanted, key, None), f"{key} in config.json")
+    _require(_named(config), _named(wanted), "id2label in config.json")
+    _require(
+        getattr(config, "problem_type", None), getattr(wanted, "problem_type", None), "problem_type in config.json"
+    )
     report["labels"] = len(getattr(config, "id2label", None) or ())
     can_generate: Any = getattr(model, "can_generate", lambda: False)
     if can_generate():
         _require((folder / "generation_config.json").is_file(), True, "generation_config.json")  # noqa: FBT003
         report["generation_config"] = GenerationConfig.from_pretrained(folder).to_diff_dict()
-    inner = next((getattr(processor, key) for key in _HELD if hasattr(processor, key)), processor)
-    again = type(inner).from_pretrained(folder)
-    for key, own in _described(inner).items():
-        _require(_described(again)[key], own, f"the {type(inner).__name__}'s {key}")
-    report |= {"processor": type(inner).__name__, "chat_template": bool(getattr(again, "chat_template", None))}
+    report |= {"processor": None, "chat_template": False}
+    for processor in processors:
+        inner = next((getattr(processor, key) for key in _HELD if hasattr(processor, key)), processor)
+        again, name = type(inner).from_pretrained(folder), type(inner).__name__
+        for key, own in _described(inner).items():
+            _require(_described(again)[key], own, f"the {name}'s {key}")
+        report["processor"] = f"{report['processor']}, {name}" if report["processor"] else name
+        report["chat_template"] |= bool(getattr(again, "chat_template", None))
     return report
+
+
+def _named(config: Any) -> dict[int, str] | None:
+    """The labels of a configuration; None for those that it has numbered itself, of which some classes make another
+    count than their configuration.
+    """
+    labels = getattr(config, "id2label", None) or {}
+    is_numbered = all(name == f"LABEL_{index}" for index, name in labels.items())
+    return None if is_numbered else labels
 
 
 _HELD = ("tokenizer", "processor", "extractor")  # in our readers

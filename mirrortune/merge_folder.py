@@ -10,7 +10,8 @@ once it is verified.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ from mirrortune.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, not_as_meant
-from mirrortune.examples import Batch
 from mirrortune.lazy_model import outline
 from mirrortune.merge_checks import FLOATS, Written, compare_lazily, compare_tensors
 from mirrortune.merge_contents import check_contents, check_ties
 from mirrortune.merge_plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging import (
-    LogitError,
+    OutputError,
+    Probes,
     Verification,
     check_output,
-    compare_logits,
+    compare_models,
     config_fields,
     describe,
     find_base,
@@ -40,18 +41,23 @@ from mirrortune.merging import (
     load_adapted,
     merged_state,
     open_adapter,
+    padding_id,
     verify,
 )
-from mirrortune.model import ModelSource, find_model, pad_token_id, shard_bytes
+from mirrortune.model import DTYPES, ModelSource, find_model, resolve_dtype, shard_bytes
 from mirrortune.packed_bases import trained_on
 from mirrortune.part_loading import CannotLoadParts
-from mirrortune.probes import any_probe, any_processor
+from mirrortune.probes import find_processors, probes
 from mirrortune.quantised import is_quantised
 from mirrortune.shards import shard_like, write_shards
 from mirrortune.tasks import Task, task_from_dict
 
 LARGE = 2**30
 """Bytes of weights above which the models that are compared read theirs module by module."""
+
+
+def _ignore(_: str) -> None:
+    """Drop a note."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +68,11 @@ class _Merge:
     source: ModelSource
     base: str | None
     task: Task | None
-    processor: Any
-    probe: Batch
+    processors: Sequence[Any]
     factors: FactorSource
     max_shard_bytes: int | None
     remarks: list[str] | None
+    on_note: Callable[[str], None]
 
     @property
     def packed(self) -> ModelSource | None:
@@ -90,7 +96,11 @@ class _Merge:
     def outline(self) -> nn.Module:
         """The merged model without weights."""
         fields = config_fields(self.adapters[-1], self.task)
-        return outline(self.source, self.auto_class, fields, pad_token_id(self.processor))
+        return outline(self.source, self.auto_class, fields, padding_id(self.processors))
+
+    def probes(self) -> Probes:
+        """Inputs on which the merged model is compared."""
+        return probes(self.task, self.processors, self.source, self.auto_class)
 
 
 def merge_folder(
@@ -104,6 +114,7 @@ def merge_folder(
     overwrite: bool = False,
     remarks: list[str] | None = None,
     trust_remote_code: bool = False,
+    on_note: Callable[[str], None] = _ignore,
 ) -> Verification:
     """Merge adapters into their base and write a complete checkpoint to ``output_dir``.
 
@@ -117,6 +128,7 @@ def merge_folder(
         overwrite: replace ``output_dir``.
         remarks: what does not fit the base is noted here, and in ``merge.json``; None to refuse it.
         trust_remote_code: run code from the base's repository.
+        on_note: called with what the user should know: files that the base lacks, a merge of the whole model in memory.
 
     Raises:
         ConfigError: ``output_dir`` is not empty, the base cannot be found, or the adapters contradict each other.
@@ -126,11 +138,13 @@ def merge_folder(
     check_output(output_dir, overwrite=overwrite)
     source = find_base(adapters[0], base, trust_remote_code=trust_remote_code)
     task = task_from_dict(adapters[-1].task) if adapters[-1].task else None
-    processor = task.load_processor(source) if task else any_processor(source, adapters[-1].base["auto_class"])
-    probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
+    processors, missing = find_processors(task, source, str(adapters[-1].base["auto_class"]))
+    if missing:
+        kinds = " and no ".join(missing)
+        on_note(f"the base has no {kinds}, so none is written; add it to {output_dir} for whoever uses the model")
     merge = _Merge(
-        adapters=adapters, source=source, base=base, task=task, processor=processor, probe=probe, factors=factor_source,
-        max_shard_bytes=max_shard_bytes, remarks=remarks,
+        adapters=adapters, source=source, base=base, task=task, processors=processors, factors=factor_source,
+        max_shard_bytes=max_shard_bytes, remarks=remarks, on_note=on_note,
     )  # fmt: skip
     found: list[Verification] = []
 
@@ -159,10 +173,27 @@ def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     except (NotTensorByTensor, CannotLoadParts) as reason:
         if len(merge.adapters) > 1:
             raise ConfigError("merge", f"several adapters cannot be merged here: {reason}") from reason
-        for half_done in folder.iterdir():
-            half_done.unlink()
+        _empty(folder)
         report["in_memory"] = str(reason)
+        merge.on_note(f"merging with the whole model in memory ({_size(merge)}), not tensor by tensor: {reason}")
         return _in_memory(merge, folder, report)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a way of merging that was given up has written."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _size(merge: _Merge) -> str:
+    """What merging in memory takes: the base with the adapter and without it, and the merged model as reopened."""
+    numbers = sum(p.numel() for p in merge.outline().parameters())
+    stored = resolve_dtype("auto", merge.source.config, torch.device("meta"))
+    trained_in = DTYPES[merge.adapters[0].base["dtype"]]
+    return f"about {numbers * (2 * stored.itemsize + trained_in.itemsize) / 2**30:,.1f} GiB"
 
 
 def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
@@ -174,12 +205,13 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
     save: Any = opened.plain.save_pretrained
     size = merge.max_shard_bytes or shard_bytes(merge.source)
     save(folder, state_dict=merged_state(opened.plain, opened.adapted), max_shard_size=size)
-    merge.processor.save_pretrained(folder)
+    for processor in merge.processors:
+        processor.save_pretrained(folder)
     trusted = merge.source.trust_remote_code
-    report["contents"] = check_contents(folder, opened.plain, merge.processor, trust_remote_code=trusted)
+    report["contents"] = check_contents(folder, opened.plain, merge.processors, trust_remote_code=trusted)
     report["tensors"] = {}
     return verify(
-        folder, opened.plain, opened.adapted, merge.auto_class, merge.probe, entries=report["tensors"],
+        folder, opened.plain, opened.adapted, merge.auto_class, merge.probes(), entries=report["tensors"],
         trust_remote_code=trusted,
     )  # fmt: skip
 
@@ -193,22 +225,23 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     plan = plan_merge(merge.into, model, merge.adapters, merge.factors, merge.remarks, merge.packed)
     write_shards(folder, shard_like(plan.planned, plan.files, merge.max_shard_bytes), plan.made)
     _save_configuration(folder, model, merge.source, plan)
-    merge.processor.save_pretrained(folder)
-    report["contents"] = check_contents(folder, model, merge.processor)
+    for processor in merge.processors:
+        processor.save_pretrained(folder)
+    report["contents"] = check_contents(folder, model, merge.processors)
     check_ties(outline(find_model(str(folder)), merge.auto_class, {}, None), model)
     written = Written.of(folder, plan)
     tensors, changed = compare_tensors(plan, written)
     report["tensors"] = tensors
     is_large = sum(t.nbytes for t in written.headers.values()) > LARGE or len(merge.adapters) > 1
-    logits = (
-        compare_lazily(merge.outline, merge.probe, plan, written)
+    outputs = (
+        compare_lazily(merge.outline, merge.probes(), plan, written)
         if is_large or merge.is_quantised
         else _compare_loaded(merge, folder)
     )
     epsilon = max((t["weight_tolerance"] for t in tensors.values()), default=torch.finfo(torch.float32).eps)
     beyond = sum(t["rel_weight_error"] > t["weight_tolerance"] for t in tensors.values())
     error = max((t["rel_weight_error"] for t in tensors.values()), default=0.0)
-    return judge(logits, weight_error=error, weight_tolerance=epsilon, changed_tensors=changed + beyond)
+    return judge(outputs, weight_error=error, weight_tolerance=epsilon, changed_tensors=changed + beyond)
 
 
 def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, plan: MergePlan) -> None:
@@ -231,10 +264,10 @@ def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, pla
         generation.save_pretrained(folder)
 
 
-def _compare_loaded(merge: _Merge, folder: Path) -> LogitError:
+def _compare_loaded(merge: _Merge, folder: Path) -> OutputError:
     import transformers  # noqa: PLC0415
 
-    adapter, pad = merge.adapters[0], pad_token_id(merge.processor)
+    adapter, pad = merge.adapters[0], padding_id(merge.processors)
     adapted = load_adapted(adapter, merge.source, merge.task, pad, merge.factors, remarks=merge.remarks)
     reopened = getattr(transformers, merge.auto_class).from_pretrained(folder, dtype="auto").eval()
-    return compare_logits(reopened, adapted, merge.probe)
+    return compare_models(reopened, adapted, merge.probes())

@@ -2,15 +2,15 @@
 """Writes base + adapter as a plain transformers checkpoint, and believes nothing until it has reopened what it wrote.
 
 Weights are added in float64 and rounded once to the base's stored dtype. The result is written under a temporary name,
-opened with transformers alone, compared tensor by tensor with a float64 reference and by logits with base + adapter,
-and only then renamed.
+opened with transformers alone, compared tensor by tensor with a float64 reference and by its outputs with base +
+adapter, and only then renamed.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,19 @@ from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapters.inject import FactorSource, attachment, plain_parameters
 from mirrortune.adapting import load_into
 from mirrortune.atomic import restore
+from mirrortune.drawn_inputs import first_that_runs
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
 from mirrortune.merge_contents import check_ties, tensor_entry
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
+from mirrortune.outputs import compared_outputs, largest_difference
 from mirrortune.packed_bases import load_plain, trained_on
-from mirrortune.precision import autocast, widen
-from mirrortune.probes import any_probe, any_processor
+from mirrortune.precision import widen
+from mirrortune.probes import find_processors, probes
 from mirrortune.tasks import Task, task_from_dict
+
+Probes = Batch | Iterable[Batch]
+"""Inputs of a model's forward, or candidates for them, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,21 +42,24 @@ class Verification:
     """The verdict on a merged checkpoint.
 
     Attributes:
-        max_abs_logit_error: largest difference of a logit between the reopened model and base + adapter, on the probes.
+        max_abs_logit_error: largest difference of an output (:mod:`mirrortune.outputs`) between the reopened model and
+            base + adapter, on the probes; None if no inputs are known that the model computes.
         max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
-        tolerance: allowed logit error: 1e-4 of the largest logit (at least of 1) in float32; 8 roundings where the base
-            was trained on, or is stored, in 16 bits.
+        tolerance: allowed error of an output: 1e-4 of the largest output (at least of 1) in float32; 8 roundings where
+            the base was trained on, or is stored, in 16 bits.
         weight_tolerance: allowed weight error: one rounding of the stored dtype.
         changed_tensors: tensors that are not adapted and yet differ from the base.
         passed: everything within tolerance and nothing else changed.
+        not_compared: why no outputs could be compared; empty if they were.
     """
 
-    max_abs_logit_error: float
+    max_abs_logit_error: float | None
     max_rel_weight_error: float
     tolerance: float
     weight_tolerance: float
     changed_tensors: int
     passed: bool
+    not_compared: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +68,15 @@ class BaseWithAdapter:
 
     Attributes:
         source: of the base.
-        plain: the base in its stored dtype.
+        plain: the base without the adapter.
         adapted: the base with the adapter, in the dtype it was trained on; in evaluation mode.
-        processor: tokenizer or image processor.
-        probe: inputs of the model's forward on which results are compared.
+        probes: inputs of the model's forward on which results are compared, or candidates for them.
     """
 
     source: ModelSource
     plain: nn.Module
     adapted: nn.Module
-    processor: Any
-    probe: Batch
+    probes: Probes
 
 
 def open_adapter(
@@ -80,8 +86,17 @@ def open_adapter(
     base: str | None,
     trust_remote_code: bool,
     remarks: list[str] | None = None,
+    is_as_trained: bool = False,
 ) -> BaseWithAdapter:
-    """Load an adapter's base, with the adapter and without it; ``remarks`` as in :func:`load_adapted`.
+    """Load an adapter's base, with the adapter and without it.
+
+    Args:
+        adapter: from :func:`read_adapter`.
+        factor_source: computes or remembers factors.
+        base: another place of the same base model.
+        trust_remote_code: run code from the base's repository.
+        remarks: see :func:`load_adapted`.
+        is_as_trained: load the plain base in the dtype that the adapter was trained on, and not in the stored one.
 
     Raises:
         ConfigError: the base cannot be found.
@@ -92,16 +107,21 @@ def open_adapter(
     if packed is not None:
         source = replace(source, load_in=None)
     task = task_from_dict(adapter.task) if adapter.task else None
-    processor = task.load_processor(source) if task else any_processor(source, adapter.base["auto_class"])
-    adapted = load_adapted(
-        adapter, source, task, pad_token_id(processor), factor_source, remarks=remarks, is_plain=True, turned=packed
-    )
-    stored = resolve_dtype("auto", source.config, torch.device("meta"))  # float16 too, which no CPU trains in
-    plain = load_plain(
-        source, adapter.base["auto_class"], config_fields(adapter, task), stored, pad_token_id(processor)
-    )
-    probe = task.probe(processor, source.config) if task else any_probe(processor, source.config)
-    return BaseWithAdapter(source=source, plain=plain, adapted=adapted, processor=processor, probe=probe)
+    auto_class = str(adapter.base["auto_class"])
+    processors, _ = find_processors(task, source, auto_class)
+    pad = padding_id(processors)
+    adapted = load_adapted(adapter, source, task, pad, factor_source, remarks=remarks, is_plain=True, turned=packed)
+    # The stored dtype may be float16 too, which no CPU trains in.
+    stored = resolve_dtype("auto", source.config, torch.device("meta"))
+    dtype = DTYPES[adapter.base["dtype"]] if is_as_trained else stored
+    plain = load_plain(source, auto_class, config_fields(adapter, task), dtype, pad)
+    found = probes(task, processors, source, auto_class)
+    return BaseWithAdapter(source=source, plain=plain, adapted=adapted, probes=found)
+
+
+def padding_id(processors: Sequence[Any]) -> int | None:
+    """The id that pads texts, of the first processor that has one."""
+    return next((found for one in processors if (found := pad_token_id(one)) is not None), None)
 
 
 def load_adapted(
@@ -186,13 +206,14 @@ def verify(
     plain: nn.Module,
     adapted: nn.Module,
     auto_class: str,
-    probe: Batch,
+    probes: Probes,
     *,
     entries: dict[str, dict[str, float]] | None = None,
     trust_remote_code: bool = False,
 ) -> Verification:
-    """Reopen ``folder`` with transformers alone and compare it with float64 references, and on ``probe`` (inputs of the
-    model's forward) with base + adapter; the errors of each tensor are put into ``entries``.
+    """Reopen ``folder`` with transformers alone and compare it with float64 references, and on ``probes`` (inputs of
+    the model's forward, or candidates for them) with base + adapter; the errors of each tensor are put into
+    ``entries``.
     """
     import transformers  # noqa: PLC0415
 
@@ -212,77 +233,84 @@ def verify(
         expected = trained[name].detach().cpu().to(tensor.dtype) if name in trained else tensor
         changed += name not in written or not torch.equal(written[name], expected)
     dtype = next(iter(reopened.parameters())).dtype
-    logits = compare_logits(reopened, adapted, probe)
-    return judge(logits, weight_error=weight_error, weight_tolerance=torch.finfo(dtype).eps, changed_tensors=changed)
+    outputs = compare_models(reopened, adapted, probes)
+    return judge(outputs, weight_error=weight_error, weight_tolerance=torch.finfo(dtype).eps, changed_tensors=changed)
 
 
-@dataclass(frozen=True, slots=True)
-class LogitError:
-    """Largest difference of a logit, and what is allowed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputError:
+    """How far two models' outputs are from each other.
 
-    error: float
+    Attributes:
+        error: the largest difference; None if they could not be compared.
+        tolerance: the largest that is allowed.
+        reason: why they could not be compared.
+    """
+
+    error: float | None
     tolerance: float
+    reason: str = ""
 
 
-def compare_logits(reopened: nn.Module, adapted: nn.Module, probe: Batch) -> LogitError:
-    """A reopened merged model against base + adapter, on ``probe``; each rounds as it stores, or as it was trained."""
+def compare_models(reopened: nn.Module, adapted: nn.Module, probes: Probes) -> OutputError:
+    """Compare a reopened merged model with base + adapter on ``probes``; each rounds as it stores, or as it was
+    trained.
+    """
     coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
     computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
     if stored_in == torch.float16 or computed_in == torch.float32:
         reopened.float()  # no CPU computes all in float16; 16-bit arithmetic is no error of the weights
-    return logit_error(probe_logits(reopened, probe), probe_logits(adapted, probe), coarsest)
+    return compare_outputs(
+        lambda probe: compared_outputs(reopened, probe), lambda probe: compared_outputs(adapted, probe), probes,
+        tolerance=max(1e-4, 8 * coarsest),
+    )  # fmt: skip
 
 
-def logit_error(found: Tensor, expected: Tensor, epsilon: float) -> LogitError:
-    """The largest difference of two models' logits, ``epsilon`` the coarser rounding of both."""
-    tolerance = max(1e-4, 8 * epsilon) * max(1.0, float(expected.abs().max()))
-    return LogitError(float((expected - found).abs().max()), tolerance)
+def compare_outputs(
+    merged: Callable[[Batch], Tensor], adapted: Callable[[Batch], Tensor], probes: Probes, *, tolerance: float
+) -> OutputError:
+    """Compare two models on the same inputs.
+
+    Args:
+        merged: inputs of the forward -> outputs (N,) of a model that needs nothing of ours, which therefore decides
+            which of several candidates for its inputs are right.
+        adapted: the same of base + adapter.
+        probes: inputs, or candidates for them.
+        tolerance: allowed error, relative to the largest output (at least to 1).
+    """
+    found = (probes, merged(probes)) if isinstance(probes, dict) else first_that_runs(probes, merged)
+    if isinstance(found, str):
+        return OutputError(error=None, tolerance=tolerance, reason=found)
+    probe, outputs = found
+    expected = adapted(probe)
+    finite = expected[torch.isfinite(expected)]
+    largest = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
+    return OutputError(error=largest_difference(outputs, expected), tolerance=tolerance * largest)
 
 
-def judge(logits: LogitError, *, weight_error: float, weight_tolerance: float, changed_tensors: int) -> Verification:
+def judge(outputs: OutputError, *, weight_error: float, weight_tolerance: float, changed_tensors: int) -> Verification:
     """The verdict on everything that was measured."""
-    passed = logits.error <= logits.tolerance and weight_error <= weight_tolerance and not changed_tensors
+    is_same = outputs.error is None or outputs.error <= outputs.tolerance
     return Verification(
-        max_abs_logit_error=logits.error,
+        max_abs_logit_error=outputs.error,
         max_rel_weight_error=weight_error,
-        tolerance=logits.tolerance,
+        tolerance=outputs.tolerance,
         weight_tolerance=weight_tolerance,
         changed_tensors=changed_tensors,
-        passed=passed,
+        passed=is_same and weight_error <= weight_tolerance and not changed_tensors,
+        not_compared=outputs.reason,
     )
 
 
 def describe(verdict: Verification) -> str:
     """The verdict in one line."""
+    outputs = f"outputs were not compared, the model takes no inputs that are known here ({verdict.not_compared})"
+    if verdict.max_abs_logit_error is not None:
+        outputs = f"outputs differ by at most {verdict.max_abs_logit_error:.1e} (allowed {verdict.tolerance:.1e})"
     return (
-        f"logits differ by at most {verdict.max_abs_logit_error:.1e} (allowed {verdict.tolerance:.1e}), "
-        f"weights by {verdict.max_rel_weight_error:.1e} (allowed {verdict.weight_tolerance:.1e}), "
+        f"{outputs}, weights by {verdict.max_rel_weight_error:.1e} (allowed {verdict.weight_tolerance:.1e}), "
         f"{verdict.changed_tensors} other tensors changed"
     )
-
-
-@torch.no_grad()
-def probe_logits(model: nn.Module, probe: Batch, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Everything that the model calls logits (one head or several), end to end.
-
-    Args:
-        model: in evaluation mode.
-        probe: inputs of its forward.
-        dtype: of the weights of a model that reads them when it runs, on the CPU.
-    """
-    device = next(iter(model.parameters())).device if dtype is None else torch.device("cpu")
-    call: Callable[..., Any] = model.forward
-    context = autocast(model) if dtype is None else autocast(nn.Linear(1, 1, dtype=dtype))
-    with context:
-        outputs = call(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in probe.items()})
-    logits = {name: value for name, value in outputs.items() if name.endswith("logits") and isinstance(value, Tensor)}
-    mask = probe.get("attention_mask")
-    for name, value in logits.items():
-        # What a model says of padding means nothing, and rounding moves it further than anything else.
-        is_of_tokens = value.ndim == 3 or name != "logits"
-        if mask is not None and is_of_tokens and value.shape[:2] == mask.shape:
-            logits[name] = value[mask.bool().to(value.device)]
-    return torch.cat([value.float().cpu().flatten() for value in logits.values()])
 
 
 def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:

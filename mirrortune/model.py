@@ -23,7 +23,16 @@ from mirrortune.load_errors import load_errors
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
 from mirrortune.quantised import can_be_dequantised, is_quantised, keep_trainable, loading_config
 
+_LARGEST_MADE_UP = 1000  # pieces: special ones, and T5's sentinels
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "special_tokens_map.json",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NoProcessorError(ConfigError):
+    """A model without the files of its tokenizer, image processor or feature extractor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,24 +152,43 @@ def _split_gguf(name: str) -> tuple[str, str | None]:
 
 
 def load_tokenizer(source: ModelSource, **options: Any) -> Any:
-    """The model's tokenizer, with a padding token in any case (the end token stands in where there is none)."""
+    """The model's tokenizer, with a padding token in any case (the end token stands in where there is none).
+
+    Raises:
+        NoProcessorError: the model has no tokenizer files.
+        ConfigError, HubError: they cannot be read or fetched.
+    """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
-    no_files = ConfigError(f"model '{source.name}'", "it has no tokenizer files", fix="Put its tokenizer beside it")
-    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
+    where = f"model '{source.name}'"
+    no_files = NoProcessorError(where, "it has no tokenizer files", fix="Put its tokenizer beside it")
+    with hub_errors(where, flag="--model"), load_errors(source.name):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments(), **options)
-        except ValueError as error:
-            if "instantiate the backend tokenizer" not in str(error):
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            if _has_tokenizer_files(source):
                 raise
             raise no_files from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where the files are missing
-        raise no_files
+        # Transformers makes one up where the files are missing.
+        if len(tokenizer) < _LARGEST_MADE_UP and not _has_tokenizer_files(source):
+            raise no_files
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"model '{source.name}'", "its tokenizer has neither a padding nor an end token")
+            raise ConfigError(where, "its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _has_tokenizer_files(source: ModelSource) -> bool:
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(
+            source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False
+        )
+        return found
+
+    return source.gguf_file is not None or any(find(name) is not None for name in _TOKENIZER_FILES)
 
 
 def pad_token_id(processor: Any) -> int | None:
@@ -186,9 +214,9 @@ def load_feature_extractor(source: ModelSource) -> Any:
     return found
 
 
-def _no_processor(source: ModelSource, what: str, kind: str) -> ConfigError:
+def _no_processor(source: ModelSource, what: str, kind: str) -> NoProcessorError:
     allowed = f"a {kind} with a preprocessor_config.json"
-    return ConfigError(f"model '{source.name}'", f"it has no {what}", allowed=allowed, fix="Put one beside it")
+    return NoProcessorError(f"model '{source.name}'", f"it has no {what}", allowed=allowed, fix="Put one beside it")
 
 
 def load_image_processor(source: ModelSource) -> Any:
@@ -207,14 +235,24 @@ def load_image_processor(source: ModelSource) -> Any:
             raise
 
 
-def forward_parameters(auto_class: str, config: Any) -> set[str]:
-    """Names of the arguments of a model's forward; none for a class that transformers does not know."""
+def model_class(auto_class: str, config: Any) -> Any:
+    """The class by which an Auto class (or a model class, which is returned) makes models of a configuration; None for
+    one that transformers does not know.
+    """
     import transformers  # noqa: PLC0415
 
     found = getattr(transformers, auto_class)
     if hasattr(found, "_model_mapping"):  # the only way from a configuration to its class
         found = found._model_mapping.get(type(config), None)  # noqa: SLF001
-    found = found[0] if isinstance(found, (list, tuple)) else found
+    if isinstance(found, (list, tuple)):
+        named = getattr(config, "architectures", None) or ()
+        found = next((one for one in found if one.__name__ in named), found[0])
+    return found
+
+
+def forward_parameters(auto_class: str, config: Any) -> set[str]:
+    """Names of the arguments of a model's forward; none for a class that transformers does not know."""
+    found = model_class(auto_class, config)
     return set(inspect.signature(found.forward).parameters) if found is not None else set()
 
 

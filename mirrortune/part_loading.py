@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.packed import PackedLinear
+from mirrortune.errors import raised_here
 from mirrortune.lazy_model import outline
 from mirrortune.load_errors import quiet
 from mirrortune.model import ModelSource, task_config
@@ -26,8 +28,12 @@ from mirrortune.quantised import loading_config
 from mirrortune.shards import DTYPE_CODES, PlannedTensor, StoredTensor, give_back_memory, read_headers, read_tensor
 
 _PACKED = PackedLinear()
-# What the inside of another library raises that is used otherwise than it expects.
-_FOREIGN = (ImportError, AttributeError, TypeError, ValueError, KeyError, RuntimeError, NotImplementedError)
+# What the inside of transformers and of quantisers raises where it is used otherwise than it expects, or is another
+# version. Only calls into it are guarded (see _ask): the same from a line of ours is a mistake of ours.
+_FOREIGN = (
+    ImportError, AttributeError, TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AssertionError,
+)  # fmt: skip
+T = TypeVar("T")
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -95,12 +101,10 @@ class PartLoader:
         self._files, self._dtype = files, dtype
         self._headers = read_headers(files)
         self._plain = outline(source, auto_class, config_fields, None)
-        try:
-            with quiet():
-                self._model, self._quantizer = _skeleton(source, auto_class, config_fields, dtype, files)
-                self._parts = self._find_parts()
-        except _FOREIGN as error:
-            raise CannotLoadParts(f"{type(error).__name__}: {str(error)[:200]}") from error
+        _check_loader()
+        with quiet():
+            self._model, self._quantizer = _ask(_skeleton, source, auto_class, config_fields, dtype, files)
+            self._parts = _ask(self._find_parts)
         self._part_of = {name: part for part in self._parts for name in part.names}
         self._recent: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
@@ -157,14 +161,12 @@ class PartLoader:
             self._model.set_submodule(path, _twin(module))
         before = {n: _owner(self._model, n)[n.rpartition(".")[2]] for p in parts for n in p.names}
         try:
-            self._fill(parts)
+            _ask(self._fill, parts)
             if module is not None and last == "weight":
                 held = self._model.get_submodule(path)
-                found = _PACKED.read(held, last) if _PACKED.layouts(held) else held.get_parameter(last)
+                found = _ask(_PACKED.read, held, last) if _PACKED.layouts(held) else held.get_parameter(last)
                 return found.detach().to(self._dtype)
             return torch.as_tensor(_owner(self._model, name)[last]).detach()
-        except _FOREIGN as error:
-            raise CannotLoadParts(f"{name}: {type(error).__name__}: {str(error)[:200]}") from error
         finally:
             if module is not None:
                 self._model.set_submodule(path, module)
@@ -231,13 +233,7 @@ class PartLoader:
         Raises:
             CannotLoadParts: the loader does not know how, or gives others.
         """
-        back = part.converter.reverse_transform()
-        first = None
-        for name, value in values.items():
-            renamed, pattern = back.rename_source_key(name)
-            first = first or renamed
-            back.add_tensor(renamed, name, pattern, value)
-        made = back.convert(first, model=self._model, config=self._plain.config)
+        made = _ask(self._converted_back, part, values)
         flat = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         found = {}
         for key in part.keys:
@@ -247,6 +243,15 @@ class PartLoader:
                 raise CannotLoadParts(f"'{key}' is not made again out of {', '.join(values)}")
             found[key] = flat[same[0]]
         return found
+
+    def _converted_back(self, part: Part, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        back = part.converter.reverse_transform()
+        first = None
+        for name, value in values.items():
+            renamed, pattern = back.rename_source_key(name)
+            first = first or renamed
+            back.add_tensor(renamed, name, pattern, value)
+        return dict(back.convert(first, model=self._model, config=self._plain.config))
 
     def _is_packed(self, name: str) -> bool:
         """Whether a name belongs to a layer that is another one in the quantised model."""
@@ -294,6 +299,53 @@ class PartLoader:
             header = self._headers[key]
             trial.add_tensor(name, key, pattern, torch.empty(header.shape, dtype=_DTYPES[header.code], device="meta"))
         return tuple(trial.convert(name, model=self._model, config=self._plain.config))
+
+
+@functools.cache
+def _check_loader() -> None:
+    """CannotLoadParts if the functions of transformers that are used here are missing, or take other arguments: they
+    are not part of its public interface.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
+        from transformers.core_model_loading import (  # noqa: PLC0415
+            convert_and_load_state_dict_in_model,
+            rename_source_key,
+        )
+        from transformers.modeling_utils import LoadStateDictConfig  # noqa: PLC0415
+        from transformers.quantizers.auto import get_hf_quantizer  # noqa: PLC0415
+
+        settings = ("dtype", "dtype_plan", "hf_quantizer", "weight_mapping", "device_map")
+        uses: tuple[tuple[Callable[..., Any], int, tuple[str, ...]], ...] = (
+            (get_model_conversion_mapping, 3, ()), (convert_and_load_state_dict_in_model, 3, ()),
+            (rename_source_key, 5, ()), (get_hf_quantizer, 5, ()), (LoadStateDictConfig, 0, settings),
+        )  # fmt: skip
+        for function, count, names in uses:
+            inspect.signature(function).bind(*[None] * count, **dict.fromkeys(names))
+    except (ImportError, TypeError) as error:
+        raise CannotLoadParts(f"this version of transformers loads models in another way ({error})") from error
+
+
+def _ask(function: Callable[..., T], *arguments: Any) -> T:
+    """Call what uses the inside of transformers.
+
+    Raises:
+        CannotLoadParts: an exception began inside another library, or with something that this version of it lacks:
+            it loads the checkpoint in another way. Exceptions that begin in this package are raised as they are.
+    """
+    try:
+        return function(*arguments)
+    except _FOREIGN as error:
+        lacks = isinstance(error, AttributeError) and not _is_ours(getattr(error, "obj", None))
+        if raised_here(error) and not (lacks or isinstance(error, ImportError)):
+            raise
+        raise CannotLoadParts(f"{type(error).__name__} in transformers' loader: {str(error)[:200]}") from error
+
+
+def _is_ours(value: object) -> bool:
+    """Whether an object, or the class that it is, is made in this package."""
+    kind = value if isinstance(value, type) else type(value)
+    return kind.__module__.split(".")[0] == "mirrortune"
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from mirrortune.drawn_inputs import drawn_inputs, input_names
 from mirrortune.examples import Batch
-from mirrortune.images import ImageReader
-from mirrortune.model import ModelSource, load_tokenizer
+from mirrortune.model import (
+    ModelSource,
+    NoProcessorError,
+    empty_model,
+    load_feature_extractor,
+    load_image_processor,
+    load_tokenizer,
+    model_class,
+)
 from mirrortune.recordings import RecordingReader
 from mirrortune.tokens import resolve_max_length
 
@@ -44,20 +53,54 @@ def noise_recordings(reader: RecordingReader) -> Batch:
     return reader.features([random.normal(0, 0.1, n).astype(np.float32) for n in (reader.rate // 2, reader.rate)])
 
 
-def any_processor(source: ModelSource, class_name: str) -> Any:
-    """The processor of a model whose task is not known, by what its class says that it takes."""
-    import transformers  # noqa: PLC0415
+def probes(task: Any, processors: Sequence[Any], source: ModelSource, auto_class: str) -> Batch | Iterator[Batch]:
+    """Inputs on which models are compared: the task's own, or for a model without a task or without a processor
+    candidates that are drawn from its configuration.
+    """
+    if task is not None and processors:
+        found: Batch = task.probe(processors[0], source.config)
+        return found
+    found_class = _class_of(source, auto_class)
+    return iter(()) if found_class is None else drawn_inputs(found_class, source.config)
 
-    taken = getattr(getattr(transformers, class_name, None), "main_input_name", "input_ids")
-    if taken == "pixel_values":
-        return ImageReader.load(source, class_name, None)
-    return RecordingReader.load(source, 1.0) if taken in ("input_values", "input_features") else load_tokenizer(source)
+
+def _class_of(source: ModelSource, auto_class: str) -> Any:
+    """The class of a model; None if neither transformers nor code of its own that may be run has one."""
+    found = model_class(auto_class, source.config)
+    return type(empty_model(source, auto_class, {})) if found is None and source.trust_remote_code else found
 
 
-def any_probe(processor: Any, config: Any) -> Batch:
-    """A probe by the processor alone."""
-    if isinstance(processor, ImageReader):
-        return processor.pixels(noise_images(processor.num_channels), "probe")
-    if isinstance(processor, RecordingReader):
-        return noise_recordings(processor)
-    return text_probe(processor, config)
+def find_processors(task: Any, source: ModelSource, auto_class: str) -> tuple[list[Any], list[str]]:
+    """What turns rows into the inputs of a model, as far as it lies beside the weights.
+
+    Args:
+        task: of the adapter; None for one that was saved outside a task.
+        source: of the base model.
+        auto_class: name of an Auto class, or of a model's own.
+
+    Returns:
+        The task's processor, or the tokenizer, the image processor and the feature extractor of what the model takes;
+        and the names of those that are missing.
+    """
+    if task is not None:
+        try:
+            return [task.load_processor(source)], []
+        except NoProcessorError as error:
+            return [], [error.problem.removeprefix("it has no ").removesuffix(" files")]
+    found_class = _class_of(source, auto_class)
+    taken = {"input_ids"} if found_class is None else input_names(found_class)
+    # A model of recordings may write text, of which its inputs say nothing.
+    kinds: tuple[tuple[str, Callable[[ModelSource], Any], set[str], set[str]], ...] = (
+        ("tokenizer", load_tokenizer, {"input_ids", "decoder_input_ids"}, {"input_values", "input_features"}),
+        ("image processor", load_image_processor, {"pixel_values", "pixel_values_videos"}, set()),
+        ("feature extractor", load_feature_extractor, {"input_values", "input_features"}, set()),
+    )
+    found, missing = [], []
+    for name, load, inputs, possible in kinds:
+        if not taken & (inputs | possible):
+            continue
+        try:
+            found.append(load(source))
+        except NoProcessorError:
+            missing += [name] if taken & inputs else []
+    return found, missing

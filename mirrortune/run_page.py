@@ -73,7 +73,8 @@ class _Run:
             "validation": describe_metrics(r["metrics"]),
             **{f"{split} (reported)": describe_metrics(m) for split, m in (r.get("reported") or {}).items()},
             "kept after step": f"{r['best_step']:,}",
-            "trained numbers": f"{r['trainable_parameters']:,}, and {r['head_parameters']:,} of the head",
+            "trained numbers": f"{r['trainable_parameters']:,}"
+            + (f", and {r['head_parameters']:,} of the head" if r["head_parameters"] else ""),
             "adapter": kilobytes(r["adapter_bytes"]),
             "training": f"{r['train_seconds']:,.0f} s, {r['samples_per_second']:,.1f} rows per second",
             "peak memory": f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
@@ -140,11 +141,13 @@ def _figures(histories: Sequence[History]) -> list[Html]:
 
 
 def _merge_table(merge: dict[str, Any]) -> Html:
-    found = merge["verification"]
+    found, outputs = merge["verification"], "not compared"
+    if found["max_abs_logit_error"] is not None:
+        outputs = f"{found['max_abs_logit_error']:.2e} (allowed {found['tolerance']:.2e})"
     rows = [
         ("folder", merge["output_dir"]),
         ("verified", "yes" if found["passed"] else "no"),
-        ("largest difference of a logit", f"{found['max_abs_logit_error']:.2e} (allowed {found['tolerance']:.2e})"),
+        ("largest difference of an output", outputs),
         ("largest relative difference of a weight",
          f"{found['max_rel_weight_error']:.2e} (allowed {found['weight_tolerance']:.2e})"),
         ("other tensors changed", found["changed_tensors"]),

@@ -67,6 +67,7 @@ def merge(
         overwrite=overwrite,
         remarks=remarks,
         trust_remote_code=trust_remote_code,
+        on_note=reporter.note,
     )
     report = json.loads((Path(output_dir) / "merge.json").read_text(encoding="utf-8"))
     for remark in remarks or ():

@@ -315,7 +315,7 @@ def test_a_merge_that_was_not_written_right_is_not_kept(
     outcome = mirrortune("merge", finished.run, "-o", tmp_path / "out" / "merged", cache=finished.cache)
 
     assert outcome.exit_code == 5
-    assert "the merged model differs from base + adapter: logits differ by at most" in outcome.said
+    assert "the merged model differs from base + adapter: outputs differ by at most" in outcome.said
     assert "It was not written" in outcome.said
     assert outcome.stdout == ""
     assert list((tmp_path / "out").iterdir()) == []

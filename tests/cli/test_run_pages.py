@@ -123,8 +123,8 @@ def test_a_merge_is_shown_when_the_page_is_made_again(runs: Runs) -> None:
     after = text_of(runs.mirror / "report.html")
 
     assert done.data == {"report": str(runs.mirror / "report.html"), "runs": [str(runs.mirror)]}
-    assert "largest difference of a logit" not in before
-    assert "largest difference of a logit" in after
+    assert "largest difference of an output" not in before
+    assert "largest difference of an output" in after
     assert str(runs.folder / "merged") in after
 
 

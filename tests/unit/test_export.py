@@ -18,7 +18,7 @@ from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError
 from mirrortune.export import LoraExport, describe, export_lora
 from tests.spectral import relative, train_a_little
-from tests.tiny_models import tiny_roberta, tiny_tokenizer
+from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, tiny_roberta, tiny_tokenizer
 from tests.tiny_runs import logits
 from tests.unit.test_merging import write_trained
 
@@ -103,6 +103,42 @@ def test_a_causal_model_travels_whole(tmp_path: Path) -> None:
     assert relative(logits(loaded.eval()), logits(model)) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("stored", "trained_in"), [("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
+)
+def test_it_is_compared_and_used_in_the_dtype_of_training_and_in_the_stored_one(
+    tmp_path: Path, stored: str, trained_in: str
+) -> None:
+    """An adapter that was trained in float32 on a checkpoint in bfloat16 is right, and is exported as exactly."""
+    tiny_causal().to(getattr(torch, stored)).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    tiny_chat_tokenizer().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=trained_in)
+    mirrortune.attach(model, rank=8)
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, index)
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    verdict = export(tmp_path / "adapter", tmp_path / "lora")
+    epsilon = torch.finfo(getattr(torch, trained_in)).eps
+    ours = causal_logits(model.eval())
+    largest = max(1.0, float(ours.abs().max()))
+    assert verdict.passed
+    assert verdict.tolerance <= max(1e-5, 8 * epsilon) * max(1.0, 2 * largest)
+    assert verdict.max_rel_delta_error <= 1e-6
+    for dtype in ("float32", "bfloat16"):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        by_peft = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+        coarsest = max(epsilon, torch.finfo(getattr(torch, dtype)).eps)
+        difference = float((causal_logits(by_peft) - ours).abs().max())
+        assert difference <= max(1e-5, 8 * coarsest) * largest
+
+
+def causal_logits(model: Any) -> torch.Tensor:
+    """Logits of a language model on fixed tokens, in the model's own dtype."""
+    ids = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=ids).logits).float()
+
+
 def test_a_head_of_two_layers_travels_as_one_module(tmp_path: Path) -> None:
     tiny_roberta().save_pretrained(tmp_path / "base")  # type: ignore[operator]
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -147,8 +183,9 @@ def test_a_rank_that_no_server_takes_is_refused_with_what_512_would_lose(tmp_pat
     values = torch.linspace(2, 1, 600, dtype=torch.float64)
     change = Change(torch.eye(600, dtype=torch.float64), values, torch.eye(600, dtype=torch.float64))
     lost = float(values[512:].norm() / values.norm())
-    with pytest.raises(ConfigError, match=f"rank 600.*{lost:.1e}"):
+    with pytest.raises(ConfigError, match=f"rank 600.*--rank 512 keeps.*{lost:.1e}") as caught:
         choose_ranks(None, change.rank, {"layer": change})
+    assert caught.value.where == "--format"  # nobody gave a rank
     assert choose_ranks(512, change.rank, {"layer": change}) == (512, 512)
     assert choose_ranks(10, change.rank, {"layer": change}) == (10, 16)
 

@@ -42,13 +42,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_what_is_missing_or_another_is_refused(tmp_path: Path, damage: str) -> None:
     folder = write_tiny_causal(tmp_path / "merged")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    report = check_contents(folder, model, tokenizer)
+    report = check_contents(folder, model, [tokenizer])
     assert report["chat_template"] is True
     assert report["processor"] == type(tokenizer).__name__
     change, said = DAMAGE[damage]
     change(folder)
     with pytest.raises(VerificationError, match=said) as caught:
-        check_contents(folder, model, tokenizer)
+        check_contents(folder, model, [tokenizer])
     assert caught.value.exit_code == 5
 
 

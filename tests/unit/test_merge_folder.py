@@ -22,6 +22,7 @@ from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merging import Verification
+from mirrortune.part_loading import CannotLoadParts, PartLoader
 from tests.peft_methods import move, tiny_spec
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_model
@@ -190,18 +191,102 @@ def test_other_weights_only_by_force(tmp_path: Path) -> None:
 
 
 def test_a_base_without_safetensors_is_merged_in_memory(tiny_model_dir: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in tiny_model_dir.iterdir():
-        if file.suffix != ".safetensors":
-            (base / file.name).write_bytes(file.read_bytes())
-    torch.save(load_file(tiny_model_dir / "model.safetensors"), base / "pytorch_model.bin")
+    base = without_safetensors(tiny_model_dir, tmp_path / "base")
     adapted = write_trained(base, tmp_path / "adapter", AdapterSpec())
     assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
     assert report_of(tmp_path / "merged")["in_memory"] == "the base has no safetensors files"
     from tests.unit.test_merging import reopen
 
     assert relative(logits(reopen(tmp_path / "merged")), logits(adapted)) <= 1e-5
+
+
+def without_safetensors(source: Path, folder: Path) -> Path:
+    """The same model as a pickle, which is merged in memory."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_why_a_model_is_merged_in_memory_is_said(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = without_safetensors(tiny_model_dir, tmp_path / "base")
+    write_trained(base, tmp_path / "adapter", AdapterSpec())
+    notes: list[str] = []
+    merge(tmp_path / "adapter", to=tmp_path / "merged", on_note=notes.append)
+    assert notes == ["merging with the whole model in memory (about 0.0 GiB), not tensor by tensor: "
+                     "the base has no safetensors files"]  # fmt: skip
+    mirrortune.save_adapter(mirrortune.attach(AutoModelForCausalLM.from_pretrained(
+        write_causal(tmp_path / "causal", shard="1GB"))), tmp_path / "plain")  # fmt: skip
+    notes.clear()
+    merge(tmp_path / "plain", to=tmp_path / "by-tensors", on_note=notes.append)
+    assert notes == []
+
+
+def test_what_was_half_written_goes_with_its_folders(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_trained(tiny_model_dir, tmp_path / "adapter", AdapterSpec())
+
+    def give_up(folder: Path, *_: Any, **__: Any) -> Any:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("half")
+        raise CannotLoadParts("as of a test")
+
+    monkeypatch.setattr(module, "check_contents", give_up_once := Once(give_up, module.check_contents))
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    assert give_up_once.calls == 2
+    assert not (tmp_path / "merged" / "additional_chat_templates").exists()
+    assert report_of(tmp_path / "merged")["in_memory"] == "as of a test"
+
+
+class Once:
+    """One function for the first call, another for those after it."""
+
+    def __init__(self, first: Any, then: Any) -> None:
+        self.first, self.then, self.calls = first, then, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return (self.first if self.calls == 1 else self.then)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
+def test_mistakes_of_our_own_are_no_reason_to_merge_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """A line of this package that raises, called by what asks transformers' loader."""
+    base = write_causal(tmp_path / "base")
+    adapt(base, tmp_path / "adapter", rank=4)
+    wrong = {AttributeError: "part.nothing", TypeError: "len(5)", KeyError: "{}['key']"}[kind]
+    place = Path(mirrortune.__file__).parent / "part_loading.py"
+    names: dict[str, Any] = {}
+    exec(compile(f"def wrong(self, part=None):\n    {wrong}", str(place), "exec"), names)
+    monkeypatch.setattr(PartLoader, "_find_parts", names["wrong"])
+    if kind is AttributeError:  # of an object of ours
+        monkeypatch.setattr(PartLoader, "_find_parts", lambda self: names["wrong"](self, PartLoader))
+    with pytest.raises(kind):
+        merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_another_version_of_transformers_lacks_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.conversion_mapping as loader
+
+    base = write_causal(tmp_path / "base", family="Mixtral", num_local_experts=2)
+    adapt(base, tmp_path / "adapter", rank=4)
+
+    def changed(*_: Any) -> Any:
+        raise TypeError("it works in another way now")
+
+    monkeypatch.setattr(loader, "get_model_conversion_mapping", changed)
+    notes: list[str] = []
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged", on_note=notes.append).passed
+    assert len(notes) == 1
+    assert "not tensor by tensor: the files hold no 'model.layers.0.mlp.experts" in notes[0]
 
 
 # Beside the weight, rescaled, with its bias, before the weight; of numbers that all layers share.
@@ -273,7 +358,10 @@ def test_a_model_with_code_of_its_own_is_merged_whole_and_keeps_its_code(
     write_adapter(tmp_path / "adapter", model, entries, base=identity, task=None, extra={})
     with pytest.raises(ConfigError, match="--trust-remote-code"):
         merge(tmp_path / "adapter", to=tmp_path / "merged")
-    assert merge(tmp_path / "adapter", to=tmp_path / "merged", trust_remote_code=True).passed
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged", trust_remote_code=True)
+    assert verdict.passed
+    assert verdict.max_abs_logit_error is not None
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
     assert type(merged).__name__ == "OwnForCausalLM"
     assert relative(answers(merged), answers(model.eval())) <= 1e-5

@@ -17,8 +17,9 @@ from mirrortune.adapting import FingerprintBook
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.merge_folder import merge_folder
-from mirrortune.merging import Verification, merged_state, probe_logits, verify
+from mirrortune.merging import OutputError, Verification, judge, merged_state, verify
 from mirrortune.model import find_model, load_model, load_tokenizer
+from mirrortune.outputs import compared_outputs
 from mirrortune.probes import text_probe
 from mirrortune.tasks import task_to_dict
 from tests.spectral import relative, train_a_little
@@ -281,6 +282,31 @@ def test_what_a_model_says_of_padding_is_not_compared() -> None:
             return outputs
 
     ids, mask = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    one, two = (probe_logits(Talker(), {"input_ids": ids, "attention_mask": mask}) for _ in range(2))
+    one, two = (compared_outputs(Talker(), {"input_ids": ids, "attention_mask": mask}) for _ in range(2))
     assert one.numel() == 5 * 272
     torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def test_weights_alone_are_compared_where_no_inputs_are_known(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And that is said; a weight that is wrong is found all the same."""
+    from transformers import AutoModel
+
+    import mirrortune
+    from mirrortune.merging import describe
+
+    model = mirrortune.attach(AutoModel.from_pretrained(tiny_model_dir))
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, index)
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    wrong = {"input_ids": torch.tensor([[10**6]])}
+    monkeypatch.setattr("mirrortune.probes.drawn_inputs", lambda *_: iter([wrong]))
+    verdict = merge(tmp_path / "adapter", tmp_path / "merged")
+    assert verdict.passed
+    assert verdict.max_abs_logit_error is None
+    assert "IndexError" in verdict.not_compared
+    assert "outputs were not compared" in describe(verdict)
+    assert json.loads((tmp_path / "merged" / "merge.json").read_text())["verification"]["max_abs_logit_error"] is None
+    assert not judge(OutputError(error=None, tolerance=1e-4), weight_error=1e-3, weight_tolerance=1e-7,
+                     changed_tensors=0).passed  # fmt: skip
