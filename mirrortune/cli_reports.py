@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -76,12 +77,23 @@ def train_lines(result: Any) -> list[str]:
     """What train says of a run."""
     run = result.run_dir
     merged = f"{run.rstrip('/')}-merged"
+    head = f" and a head of {result.head_parameters:,}" if result.head_parameters else ""
     return [
         f"validation: {describe_metrics(result.metrics)}",
-        f"adapter: {kilobytes(result.adapter_bytes)} in {run}/adapter, with {result.trainable_parameters:,} trained numbers "
-        f"({kilobytes(4 * result.trainable_parameters)}) and a head of {result.head_parameters:,}",
+        f"adapter: {kilobytes(result.adapter_bytes)}{_form(run)} in {run}/adapter, with "
+        f"{result.trainable_parameters:,} trained numbers ({kilobytes(4 * result.trainable_parameters)}){head}",
         f"trained in {result.train_seconds:.0f} s at {result.samples_per_second:.0f} rows/s",
         "",
         f"score it:  mirrortune eval {shlex.quote(run)}",
         f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",
     ]
+
+
+def _form(run: str) -> str:
+    """The form in which a run's adapter was saved, in words; nothing for tuners of PEFT, which have only one."""
+    folder = Path(run) / "adapter"
+    if not (folder / "adapter.safetensors").is_file():
+        return ""
+    form = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["form"]
+    leave_out = ", with its bases: adapter.form=compact leaves them out" if form == "portable" else ""
+    return f" ({form} form{leave_out})"

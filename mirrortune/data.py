@@ -250,7 +250,7 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
         splits = _class_folders(folder)
         hashes = {name: _paths_sha256(split) for name, split in splits.items()}
     if "train" not in splits and "validation" not in splits and "test" not in splits:
-        names = sorted(p.name for p in folder.iterdir())
+        names = sorted(p.name for p in folder.glob("[!.]*"))
         raise DataError(
             str(folder),
             f"no train, validation or test file; it holds {', '.join(names[:12]) or 'nothing'}",

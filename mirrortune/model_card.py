@@ -41,7 +41,7 @@ An adapter for `{base["name"]}`, trained by mirrortune {__version__} with method
 |---|---|
 {metrics}
 
-Trained numbers: {result["trainable_parameters"]:,} in the adapter and {result["head_parameters"]:,} in the task head;
+Trained numbers: {result["trainable_parameters"]:,} in the adapter{_head(" and {:,} in the task head", result)};
 {result["adapter_bytes"]:,} bytes on disk. Training took {result["train_seconds"]:.0f} s.
 
 Score it again with `mirrortune eval`, export plain weights with `mirrortune merge`. The recipe:
@@ -112,7 +112,7 @@ def shared_card(
 # {title}
 
 {what} of `{base.get("name")}`, trained by mirrortune {__version__} with method `{method}` for {kind} on `{dataset}`:
-{results["trainable_parameters"]:,} trained numbers besides a task head of {results["head_parameters"]:,}.
+{results["trainable_parameters"]:,} trained numbers{_head(" besides a task head of {:,}", results)}.
 
 | validation | value |
 |---|---|
@@ -152,3 +152,8 @@ def _recipe_block(recipe_yaml: str) -> str:
     if recipe_yaml.count("\n") > _LONG_RECIPE:
         return "`recipe.yaml`, which is too long to be shown here."
     return f"```yaml\n{recipe_yaml.rstrip()}\n```"
+
+
+def _head(words: str, results: dict[str, Any]) -> str:
+    """``words`` with the numbers of the task head in them; nothing for a model without one."""
+    return words.format(results["head_parameters"]) if results["head_parameters"] else ""

@@ -47,7 +47,7 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
         DataError: if the file is missing, empty, undecodable, truncated or malformed; with its line where there is one.
     """
     if not path.is_file():
-        siblings = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        siblings = sorted(p.name for p in path.parent.glob("[!.]*")) if path.parent.is_dir() else []
         raise DataError(
             str(path),
             "no such file",

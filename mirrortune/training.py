@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from mirrortune import ranks
+from mirrortune.adapters.inject import attachment
 from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
 from mirrortune.evaluation import EvalResult, EvaluationStoppedError, evaluate_split
@@ -77,7 +78,7 @@ class Trainer:
             self.total_steps = min(planned, settings.max_steps or planned)
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
-        self.bare_model = model
+        self.bare_model, self.has_head = model, bool(attachment(model).targets.head)
         choose_units(model, accelerator)
         self.model, self.optimizer, update = prepare(model, optimizer, accelerator, self.tally, settings.max_grad_norm)
         self.snapshots = Snapshots(
@@ -250,7 +251,9 @@ class Trainer:
         loss = reading.loss_sum / max(1, reading.num_items)
         group = max(self.optimizer.param_groups, key=lambda g: float(g["peak_lr"]))  # a peak may be 0
         factor = group["lr"] / (group["peak_lr"] or 1.0)
-        rates = {"lr": self.settings.lr * factor, "head_lr": self.settings.head_lr * factor}
+        rates = {"lr": self.settings.lr * factor}
+        if self.has_head:
+            rates["head_lr"] = self.settings.head_lr * factor
         self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": reading.grad_norm})
         self.tally.open_window()
 

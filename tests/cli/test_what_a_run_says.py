@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands say of a run's size, of the form of its adapter, and of a head that there is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.console import mirrortune
+from tests.cli.test_own_chat import talks, write
+from tests.tiny_models import write_tiny_causal, write_tiny_model
+
+
+def test_a_model_without_a_head_is_not_said_to_have_one(desk: Path) -> None:
+    write(desk / "talks.jsonl", talks(12))
+    model = write_tiny_causal(desk / "llama")
+    words = ["-m", model, "-t", "causal-lm", "-d", "talks.jsonl", "--max-steps", 2, "--batch-size", 4, "-o", "run"]
+
+    outcome = mirrortune("train", *words, "--max-length", 64, "train.log_every_steps=1")
+
+    assert outcome.exit_code == 0, outcome.stderr
+    events = [json.loads(line) for line in (desk / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"lr"} <= {key for event in events for key in event}
+    assert not any("head_lr" in event for event in events)
+    said = outcome.stdout + outcome.stderr + (desk / "run" / "README.md").read_text()
+    assert not [line for line in said.splitlines() if "head" in line and "train.head_lr" not in line]
+    assert "(compact form) in run/adapter, with" in outcome.stdout
+
+
+@pytest.mark.parametrize(("asked", "other"), [("compact", "portable"), ("portable", "compact")])
+def test_the_form_of_the_adapter_is_said_where_it_is_chosen(desk: Path, asked: str, other: str) -> None:
+    model = write_tiny_model(desk / "bert")
+    words = ["-m", model, "-t", "text-classification", "-d", "reviews.csv", "--rank", 4, f"adapter.form={asked}"]
+
+    prepared = mirrortune("prepare", *words, "--dry-run")
+    trained = mirrortune("train", *words, "--max-steps", 1, "-o", "run")
+
+    assert f"in the {asked} form" in prepared.stderr
+    assert f"adapter.form={other}" in prepared.stderr
+    assert f" ({asked} form" in trained.stdout
+    assert ("adapter.form=compact leaves them out" in trained.stdout) == (asked == "portable")
+
+
+def test_partial_folders_are_not_listed_as_files(desk: Path) -> None:
+    (desk / ".merged.abc.partial").mkdir()
+    model = write_tiny_model(desk / "bert")
+    words = ["prepare", "--dry-run", "-m", model, "-t", "text-classification", "-d"]
+    missing = mirrortune(*words, "review.csv")
+    assert missing.exit_code == 3
+    assert "files beside it: bert, reviews.csv." in missing.said
+    (desk / "empty" / ".run.abc.partial").mkdir(parents=True)
+    assert "it holds nothing" in mirrortune(*words, "empty").said
