@@ -188,7 +188,7 @@ class RunDirectory:
         # What was saved for a signal alone does not count: with it or without, the same steps are kept in the end.
         others = [s for s in self.saved_steps() if s != state.global_step]
         regular = [s for s in others if not self._is_interim(s)]
-        kept = {state.best_step, *regular[len(regular) - (keep - 1) :]}
+        kept = {state.best_step, *(regular[-(keep - 1) :] if keep > 1 else [])}
         for step in others:
             if step not in kept:
                 shutil.rmtree(self.checkpoint(step), ignore_errors=True)

@@ -8,11 +8,14 @@ import json
 import random
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
@@ -85,6 +88,25 @@ def test_the_last_few_are_kept(run: RunDirectory) -> None:
         assert run.saved_steps() == sorted({1, *range(max(1, step - 2), step + 1)})
     save(run, 6, best_step=6, keep=1)
     assert run.saved_steps() == [6]
+
+
+@given(keep=st.integers(1, 9), saves=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=14))
+def test_any_sequence_of_saves_leaves_the_last_few_and_the_best(
+    tmp_path: Path, keep: int, saves: list[tuple[bool, bool]]
+) -> None:
+    """After a regular save exactly the last ``keep`` regular checkpoints and the best one are there."""
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        run = RunDirectory(Path(folder) / "run")
+        run.create()
+        regular: list[int] = []
+        best = None
+        for step, (is_best, is_interim) in enumerate(saves, start=1):
+            if not is_interim:
+                regular.append(step)
+                best = step if is_best or best is None else best
+            save(run, step, keep=keep, best_step=best, is_interim=is_interim)
+            last = regular[-keep:] if not is_interim else [*regular[max(0, len(regular) - keep + 1) :], step]
+            assert run.saved_steps() == sorted({*last, *([best] if best else [])})
 
 
 def test_what_was_saved_for_a_signal_alone_does_not_count(run: RunDirectory) -> None:
