@@ -19,7 +19,7 @@ from mirrortune.errors import DataError, all_of
 from mirrortune.examples import Examples
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import default_device, is_set, resolve_precision
-from mirrortune.model import ModelSource, empty_model, find_model, resolve_dtype
+from mirrortune.model import ModelSource, describe_widening, empty_model, find_model, resolve_dtype
 from mirrortune.planning import Plan, make_plan
 from mirrortune.preflight import Stage, Step, check_memory, describe, disk_needs, packed
 from mirrortune.recipe_values import adapter_spec, check_recipe, make_task, read_data
@@ -91,6 +91,8 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     if source.is_quantised and spec.preset.core is not None and spec.strategy is None:
         spec = replace(spec, strategy="branch")  # the only one that leaves packed weights as they are
     dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
+    if said := describe_widening(recipe.model.dtype, source.config, default_device()):
+        reporter.note(said)
     model = empty_model(source, task.auto_class, task.config_fields())
     if recipe.train.gradient_checkpointing:
         checkpoint_activations(model)

@@ -185,7 +185,7 @@ def restore(folder: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write alone
     try:
         os.fsync(handle)
     finally:

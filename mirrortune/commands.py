@@ -244,8 +244,8 @@ def evaluate(
     data = read_data(recipe)
     remarks: list[str] | None = [] if force_base else None
     found = load_evaluable(target, adapter_folder, recipe, data, remarks=remarks)
-    for remark in remarks or ():
-        reporter.note(f"by force: {remark}")
+    for note in (*(f"by force: {remark}" for remark in remarks or ()), *filter(None, [found.note])):
+        reporter.note(note)
     rows, name = evaluation_rows(recipe, data, split, found.task, is_own_data=is_own_data)
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # what the data set calls it

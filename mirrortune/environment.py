@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from importlib import metadata
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 
 from mirrortune import __version__, zero
 from mirrortune.assembly import Job
-from mirrortune.hardware import resolve_precision
+from mirrortune.hardware import peak_resident_bytes, resolve_precision
 from mirrortune.recipe import Resolved
 
 
@@ -50,5 +49,4 @@ def peak_memory_bytes() -> int:
     """Most memory in use so far: of the GPU's allocator if there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak_resident_bytes()

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+import time
+from typing import Any
 
 import torch
 
@@ -40,6 +44,54 @@ def factorising_device(device: torch.device) -> torch.device | None:
     return device if is_fast else None
 
 
+_SLOW = 1.5
+"""Times as long as in float32 that a product in bfloat16 takes on a CPU that has no units for it: it was 3 to 45 on
+such machines, and 0.4 to 0.8 on those that have them.
+"""
+
+
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether ``device`` computes slower in a 16-bit ``dtype`` than in float32, by so much that nobody wants it."""
+    if device.type != "cpu":
+        return False
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and bfloat16_slowdown() > _SLOW)
+
+
+@functools.cache
+def bfloat16_slowdown() -> float:
+    """Time of a linear layer, forward and backward, in bfloat16 on this CPU, in units of its time in float32.
+
+    It is measured once in a process: which instructions make a CPU fast is another list for every vendor, and the
+    libraries under torch may be told not to use them.
+    """
+    return _linear_seconds(torch.bfloat16) / _linear_seconds(torch.float32)
+
+
+def _linear_seconds(dtype: torch.dtype) -> float:
+    """Best of a few: the first one sets the libraries up, and others may be disturbed."""
+    x, weight = (torch.ones(64, 512, dtype=dtype, requires_grad=True), torch.ones(512, 512, dtype=dtype))
+    found = []
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.autograd.grad(torch.nn.functional.linear(x, weight).sum(), x)
+            found.append(time.perf_counter() - started)
+    return min(found)
+
+
 def is_set(variable: str) -> bool:
-    """Whether an environment variable says yes."""
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+    """Whether an environment variable says yes, in the words that accelerate takes for it."""
+    return os.environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set of this process so far."""
+    try:
+        import resource  # noqa: PLC0415  (Windows has none)
+    except ImportError:
+        import psutil  # noqa: PLC0415
+
+        memory: Any = psutil.Process().memory_info()
+        return int(memory.peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

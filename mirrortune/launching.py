@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mirrortune import strict_yaml, zero
+from mirrortune import zero
 from mirrortune.errors import ConfigError, MirrortuneError, ResourceError, unknown_name
-from mirrortune.processes import ASKED_VARIABLE
+from mirrortune.processes import ASKED_VARIABLE, read_accelerate_config
 from mirrortune.signals import ends_as
 
 _FOLDER = Path(__file__).parent / "profiles"
@@ -42,7 +42,7 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
     import torch  # noqa: PLC0415
 
     path = find_profile(profile or "ddp")
-    config, _ = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    config = read_accelerate_config(path)
     gpus = torch.cuda.device_count()
     on_cpu = bool(config.get("use_cpu")) or gpus == 0
     count = num_processes or config.get("num_processes") or max(1, gpus)

@@ -25,11 +25,19 @@ from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
-from mirrortune.hardware import default_device
+from mirrortune.hardware import default_device, is_slow
 from mirrortune.hub import holds_adapter, local_adapter
 from mirrortune.locations import hub_place, is_local
 from mirrortune.merging import load_adapted
-from mirrortune.model import LoadedModel, find_model, load_model, pad_token_id, resolve_dtype
+from mirrortune.model import (
+    DTYPES,
+    LoadedModel,
+    describe_widening,
+    find_model,
+    load_model,
+    pad_token_id,
+    resolve_dtype,
+)
 from mirrortune.precision import widen
 from mirrortune.recipe_values import make_task
 from mirrortune.report import Reporter
@@ -40,12 +48,15 @@ from mirrortune.tasks import Task, task_from_dict, with_columns
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluable:
-    """A model with the task it was made for."""
+    """A model with the task it was made for; ``note`` says if it computes in another precision than that it is stored
+    in.
+    """
 
     model: nn.Module
     task: Task
     processor: Any
     max_length: int | None
+    note: str | None = None
 
 
 def load_base(job: Job) -> LoadedModel:
@@ -276,7 +287,8 @@ def load_evaluable(
             fix="Evaluate a run directory, a merged folder or a fine-tuned model",
         )
     max_length = task.resolve_length(recipe.data.max_length, processor, source.config)
-    return Evaluable(model=loaded.model.eval(), task=task, processor=processor, max_length=max_length)
+    note = describe_widening(recipe.model.dtype, source.config, default_device())
+    return Evaluable(model=loaded.model.eval(), task=task, processor=processor, max_length=max_length, note=note)
 
 
 def _load_run(adapter_folder: Path, recipe: Recipe, remarks: list[str] | None) -> Evaluable:
@@ -298,9 +310,13 @@ def _load_run(adapter_folder: Path, recipe: Recipe, remarks: list[str] | None) -
     )
     processor = task.load_processor(source)
     model = load_adapted(adapter, source, task, pad_token_id(processor), FactorCache(), remarks=remarks)
+    note = None
+    trained_in = DTYPES.get(str(adapter.base.get("dtype")))
+    if trained_in is not None and not source.is_quantised and is_slow(trained_in, default_device()):
+        model, note = model.float(), "computing in float32: the run was trained in 16 bits, in which this CPU is slow"
     asked = recipe.data.max_length or adapter.extra.get("max_length")
     max_length = task.resolve_length(asked, processor, source.config)
-    return Evaluable(model=model, task=task, processor=processor, max_length=max_length)
+    return Evaluable(model=model, task=task, processor=processor, max_length=max_length, note=note)
 
 
 def _run_task(stored: dict[str, Any], recipe: Recipe) -> Task:

@@ -18,6 +18,7 @@ from torch import nn
 
 from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError
+from mirrortune.hardware import is_slow
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.load_errors import load_errors
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
@@ -257,16 +258,31 @@ def forward_parameters(auto_class: str, config: Any) -> set[str]:
 
 
 def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights: the one asked for; for ``"auto"`` the stored one, float16 becoming float32 on a
-    CPU.
+    """The dtype of the base weights: the one asked for; for ``"auto"`` the stored one, or float32 for one of 16 bits in
+    which ``device`` is slow.
     """
     if asked != "auto":
         return DTYPES[asked]
+    stored = _stored_dtype(config)
+    return torch.float32 if is_slow(stored, device) else stored
+
+
+def describe_widening(asked: str, config: Any, device: torch.device) -> str | None:
+    """The line that says that weights become float32, and how to keep them as they are; None if they do not."""
+    stored = _stored_dtype(config)
+    if asked != "auto" or not is_slow(stored, device):
+        return None
+    name = str(stored).removeprefix("torch.")
+    return (
+        f"base weights: stored in {name}, loaded in float32, because this CPU is slow in {name}; "
+        f"a merge writes {name} again (model.dtype={name} computes in it all the same)"
+    )
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
     stored = getattr(config, "dtype", None) or torch.float32
     if isinstance(stored, str):
         stored = getattr(torch, stored)
-    if stored == torch.float16 and device.type == "cpu":
-        return torch.float32
     return stored if stored in DTYPES.values() else torch.float32
 
 

@@ -10,8 +10,6 @@ import hashlib
 import json
 import math
 import os
-import resource
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +26,7 @@ from mirrortune.atomic import write_atomically
 from mirrortune.disk_space import mebibytes
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.examples import Batch, Examples
+from mirrortune.hardware import is_slow, peak_resident_bytes
 from mirrortune.locations import cache_folder, is_local
 from mirrortune.model import ModelSource
 from mirrortune.planning import Load, Plan, footprint, strategies_of
@@ -191,11 +190,12 @@ def device_memory(device: str) -> tuple[int, str]:
             raise ConfigError(LIMIT_VARIABLE, f"got {asked!r}", allowed="a number of GiB") from error
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory), "the GPU"
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    import psutil  # noqa: PLC0415
+
+    total = int(psutil.virtual_memory().total)
     with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return total - own, "this machine, beside what the program itself takes,"
+    return total - peak_resident_bytes(), "this machine, beside what the program itself takes,"
 
 
 def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) -> dict[Path, dict[str, int]]:
@@ -240,7 +240,8 @@ def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
     """Flags that alone, or at last all together, bring a step below ``limit`` bytes, with what it then takes."""
     found: list[tuple[str, Step]] = []
     changes = [
-        _fewer_rows(step), _shorter(step, stage), _half(step), _half_compute(step, stage), _lower_rank(step, stage),
+        _fewer_rows(step), _shorter(step, stage), _half(step, stage), _half_compute(step, stage),
+        _lower_rank(step, stage),
     ]  # fmt: skip
     for options in filter(None, changes):
         if stage.footprint(options[-1][1]).total > limit:  # the furthest that this setting goes
@@ -272,12 +273,14 @@ def _shorter(step: Step, stage: Stage) -> list[tuple[str, Step]]:
     return [(f"--max-length {n}", replace(step, length=n)) for n in lengths]
 
 
-def _half(step: Step) -> list[tuple[str, Step]]:
-    return [("model.dtype=bfloat16", replace(step, dtype=torch.bfloat16))] if step.dtype == torch.float32 else []
+def _half(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    can = step.dtype == torch.float32 and not is_slow(torch.bfloat16, torch.device(stage.device))
+    return [("model.dtype=bfloat16", replace(step, dtype=torch.bfloat16))] if can else []
 
 
 def _half_compute(step: Step, stage: Stage) -> list[tuple[str, Step]]:
-    can = stage.device != "cuda" or torch.cuda.is_bf16_supported()
+    is_cuda = stage.device == "cuda"
+    can = torch.cuda.is_bf16_supported() if is_cuda else not is_slow(torch.bfloat16, torch.device(stage.device))
     return [("--precision bf16", replace(step, is_16bit_compute=True))] if can and not step.is_16bit_compute else []
 
 

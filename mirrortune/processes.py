@@ -5,6 +5,7 @@ started.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
-from mirrortune import strict_yaml, zero
+from mirrortune import zero
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.hardware import default_device, is_set, resolve_precision
 from mirrortune.report import Reporter
@@ -65,6 +67,29 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
     return accelerator
 
 
+def read_accelerate_config(path: Path) -> dict[str, Any]:
+    """Settings of an accelerate config file, by the rules that accelerate reads it by.
+
+    Those are JSON for ``.json`` and YAML 1.1 for anything else: an unquoted ``no`` is False, unlike in a recipe.
+
+    Raises:
+        ConfigError: if accelerate would refuse the file.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file  # noqa: PLC0415
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        load_config_from_file(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            str(path), f"accelerate cannot read it ({first_line})", allowed="a file that `accelerate config` wrote"
+        ) from error
+    assert isinstance(found, dict)  # or accelerate had refused it
+    return found
+
+
 def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
     """Say on what the run runs, how many processes take part, and what may have decided that unasked."""
     count = accelerator.num_processes
@@ -96,7 +121,7 @@ def _warn_of_default_config(reporter: Reporter) -> None:
     if not path.is_file() or is_set("ACCELERATE_USE_CPU") or _was_given_config():
         return
     shown = ("distributed_type", "num_processes", "num_machines", "mixed_precision", "gpu_ids")
-    found, _ = strict_yaml.load(path.read_text(encoding="utf-8"), str(path))
+    found = read_accelerate_config(path)
     values = ", ".join(f"{key} {found[key]}" for key in shown if key in found)
     reporter.note(
         f"warning: without --config_file accelerate launch takes its settings from {path} ({values}); "

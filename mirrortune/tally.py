@@ -108,12 +108,19 @@ class StepClock:
         """It has been made, or is waiting in the device's queue."""
         self._marks.append((self._start, self._mark()))
 
-    def seconds(self) -> list[float]:
-        """One number a step; waits for the device."""
+    def drain(self) -> None:
+        """Turn the marks so far into seconds and let go of them; waits for the device.
+
+        An event of CUDA's is a resource of the driver: a long run must not hold two for each of its steps.
+        """
         if self._is_cuda and self._marks:
             self._marks[-1][1].synchronize()
         self._seconds += [a.elapsed_time(b) / 1000 if self._is_cuda else b - a for a, b in self._marks]
         self._marks.clear()
+
+    def seconds(self) -> list[float]:
+        """Duration of every step so far; waits for the device."""
+        self.drain()
         return self._seconds
 
     def _mark(self) -> Any:

@@ -260,6 +260,7 @@ class Trainer:
     def _read_tally(self) -> Reading:
         """What the steps so far have summed up; DivergedError if one of them was not finite."""
         reading = self.tally.read()
+        self.clock.drain()
         if not reading.is_finite:
             loss, norm = f"{reading.loss:g}", f"{reading.grad_norm:g}"
             raise self._diverged(

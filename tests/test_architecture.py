@@ -15,54 +15,35 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
-    "arrow_arrays errors json_rows precision report signals significance tally adapters adapters.matching "
-    "adapters.pair_codes",
-    "adapters.layouts adapters.decompositions disk_space row_chunks text_files zero",
-    "adapters.kinds sharding",
-    "adapters.packed",
-    "quantised",
-    "adapters.factorize atomic class_folders columns compiling examples forward_modes labels locations metrics "
-    "registry row_stream shards strict_yaml",
-    "adapter_packing adapter_validity adapters.layer_names text_tables tracking",
-    "adapter_format",
-    "figures pages predictions table_parts token_cache",
-    "adapters.basis adapters.pair_lists adapters.presets batching",
-    "checkpoint hub load_errors model_card outputs ranks schema tables",
-    "adapters.core adapters.pairings flags",
-    "adapters.core_stack",
-    "adapters.cores comparison data drawn_inputs factor_cache feeding hardware model recipe",
-    "adapters.effect adapters.products adapters.spectral adapters.strategies file_cells one_of_classes",
-    "adapters.spectral_linear adapters.spectral_weight editor_schema",
-    "adapters.timing angle_figures spectra",
-    "adapters.spec chat images packing recordings stream_feeding streaming tokens",
-    "adapters.candidates",
-    "adapters.targets",
-    "adapters.inject probes",
-    "tasks",
-    "calibration evaluation optim peft_configs",
-    "adapter_parts peft_tuners rehearsal",
-    "peft_file planning",
-    "adapter_file preflight previews",
-    "adapting",
-    "merge_contents packed_bases peft_layers",
-    "loop merging snapshots stepping",
-    "lazy_model weights",
-    "part_loading",
-    "stored_model",
-    "merge_plan",
-    "merge_checks",
-    "merge_folder recipe_values",
-    "training",
-    "matrices peft_weights",
-    "assembly",
-    "analysis",
-    "comparing environment loading processes strategy_choice",
-    "analysis_figures comparison_figures launching run_figures",
-    "run_page run_recording",
-    "comparison_report export opening scoring",
-    "analysis_report export_gguf records sharing",
-    "api cli_exports cli_reports commands preparing recipe_commands",
-    "cli trainers",
+    "adapter_packing adapters adapters.layouts adapters.matching adapters.pair_codes arrow_arrays errors examples "
+    "json_rows precision report row_stream signals significance tally text_tables",
+    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic batching chat "
+    "class_folders columns disk_space forward_modes hardware locations merge_contents metrics outputs packing "
+    "ranks registry row_chunks shards strict_yaml text_files tracking zero",
+    "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
+    "checkpoint compiling drawn_inputs feeding figures hub labels load_errors model_card pages predictions "
+    "processes rehearsal schema sharding table_parts token_cache",
+    "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures comparison flags launching "
+    "quantised recipe stream_feeding tables",
+    "adapters.core_stack adapters.cores adapters.products comparison_figures data editor_schema factor_cache "
+    "model recipe_commands run_figures spectra",
+    "adapters.effect adapters.spec adapters.spectral file_cells lazy_model one_of_classes run_page streaming "
+    "tokens",
+    "adapters.spectral_linear adapters.spectral_weight adapters.targets images part_loading peft_configs "
+    "recordings",
+    "adapters.inject adapters.timing probes",
+    "adapter_parts optim peft_tuners tasks",
+    "calibration evaluation loop peft_file planning previews stepping",
+    "adapter_file preflight recipe_values",
+    "adapting assembly packed_bases snapshots",
+    "comparing environment merging peft_layers run_recording scoring strategy_choice training weights",
+    "comparison_report matrices peft_weights stored_model",
+    "analysis loading merge_plan",
+    "analysis_figures export merge_checks opening preparing records",
+    "analysis_report commands export_gguf merge_folder",
+    "api cli_reports sharing",
+    "cli_exports trainers",
+    "cli",
     "__main__",
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
@@ -112,6 +93,11 @@ def test_what_answers_at_once_imports_nothing_heavy(module: str) -> None:
             reached.add(name)
             waiting += ours(name, only_at_import=True)
     assert {name: heavy for name in reached if (heavy := foreign(name, only_at_import=True) & HEAVY)} == {}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_needs_posix(module: str) -> None:
+    assert foreign(module, only_at_import=True) & {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"} == set()
 
 
 def test_pydantic_stays_at_the_edge() -> None:

@@ -105,12 +105,14 @@ def test_another_number_of_processes_is_refused_by_name(pair: Pair) -> None:
         (["--accelerate-config", "zero1"], 2, "Did you mean 'zero"),
         (["--accelerate-config", "zero3"], 4, "zero3 needs GPUs"),
         (["--accelerate-config", "fsdp2"], 4, "fsdp2 needs GPUs"),
+        (["--accelerate-config", "broken.yaml"], 2, "broken.yaml: accelerate cannot read it"),
         (["--num-processes", 0], 2, "Input should be greater than or equal to 1"),
     ],
 )
 def test_what_cannot_be_launched(tiny_model_dir: Path, words: list[object], code: int, said: str) -> None:
     if code == 4 and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    Path("broken.yaml").write_text("use_cpu: no", encoding="utf-8")
     outcome = mirrortune("train", "-m", tiny_model_dir, "-t", "text-classification", "-d", "reviews.csv", *words)
     assert outcome.exit_code == code
     assert said in outcome.said

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,11 @@ import psutil
 import pytest
 import torch
 from accelerate.commands.config import config_args
+from accelerate.utils import parse_flag_from_env
 
-from mirrortune.processes import ASKED_VARIABLE, describe_processes
+from mirrortune.errors import ConfigError
+from mirrortune.hardware import is_set
+from mirrortune.processes import ASKED_VARIABLE, describe_processes, read_accelerate_config
 
 ONE = SimpleNamespace(num_processes=1, is_fsdp2=False, device=torch.device("cpu"))
 
@@ -76,3 +80,43 @@ def test_a_cpu_launch_that_starts_one_process_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert "accelerate launch --cpu starts one process, whatever --num_processes says" in said()[1]
+
+
+YAML = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "is_cpu"), [("no", False), ("off", False), ("False", False), ("yes", True), ("on", True), ("true", True)]
+)
+def test_an_accelerate_config_is_read_as_accelerate_reads_it(tmp_path: Path, word: str, is_cpu: bool) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{YAML}use_cpu: {word}\nnum_processes: 0x2\n", encoding="utf-8")
+    found = read_accelerate_config(path)
+    assert found["use_cpu"] is is_cpu
+    assert found["num_processes"] == 2
+    assert found["use_cpu"] == config_args.load_config_from_file(str(path)).use_cpu
+
+
+def test_an_accelerate_config_may_be_json(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config = {"distributed_type": "MULTI_GPU", "use_cpu": False, "num_processes": 2}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert read_accelerate_config(path) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b: c", "", "[1, 2]", "use_cpu: no", f"{YAML}no_such_key: 1\n", "distributed_type: SEVERAL", "\ta: 1"]
+)
+def test_a_config_that_accelerate_refuses_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.yaml: accelerate cannot read it \(.+\)\. Allowed: a file that"):
+        read_accelerate_config(path)
+
+
+@pytest.mark.parametrize("value", ["y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0", "TRUE"])
+def test_switches_of_the_environment_are_read_as_accelerate_reads_them(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", value)
+    assert is_set("ACCELERATE_USE_CPU") == parse_flag_from_env("ACCELERATE_USE_CPU")
