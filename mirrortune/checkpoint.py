@@ -85,6 +85,7 @@ class RunDirectory:
         self.progress_log = path / "progress.jsonl"
         self.validation = path / "validation.json"
         self.checkpoints = path / "checkpoints"
+        self.status = path / "status.json"
 
     def check(self, *, overwrite: bool, resume: bool) -> None:
         """Refuse a folder that holds anything, unless it is a run to be resumed or overwritten; changes nothing.

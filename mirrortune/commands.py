@@ -44,6 +44,7 @@ from mirrortune.recipe_values import adapter_spec, check_recipe, loop_settings, 
 from mirrortune.records import check_same_recipe, pin_paths, run_name, write_results
 from mirrortune.report import Reporter
 from mirrortune.run_recording import record_validation, recording
+from mirrortune.run_status import recorded_status
 from mirrortune.schema import Recipe
 from mirrortune.scoring import score_kept
 from mirrortune.strategy_choice import by_strategy, choose_strategies
@@ -121,19 +122,20 @@ def train(
     # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
     if not resume:
         ranks.from_main(accelerator, create)
-    # Dropout: the same from a cold and a warm cache, another on each rank.
-    seed_everything(recipe.train.seed + 1 + accelerator.process_index)
-    counts = trainable_parameters(model), head_parameters(model)  # before processes share them
-    outcome, best = _fit(job, model, book, run, accelerator, reporter, resume=resume)
-    if outcome.stopped_early:
-        count = recipe.train.patience
-        reporter.note(f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one")
-    reported = score_kept(job, model, run, accelerator, reporter)
-    record_validation(job, model, run, accelerator, best)
-    result = _train_result(run, outcome, *counts)
-    if accelerator.is_main_process:
-        more = {"reported": reported, "pairing_seconds": pairing_seconds}
-        write_results(run, job, {**asdict(outcome), **asdict(result), **more})
+    with recorded_status(run, is_main=accelerator.is_main_process):
+        # Dropout: the same from a cold and a warm cache, another on each rank.
+        seed_everything(recipe.train.seed + 1 + accelerator.process_index)
+        counts = trainable_parameters(model), head_parameters(model)  # before processes share them
+        outcome, best = _fit(job, model, book, run, accelerator, reporter, resume=resume)
+        if outcome.stopped_early:
+            count = recipe.train.patience
+            reporter.note(f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one")
+        reported = score_kept(job, model, run, accelerator, reporter)
+        record_validation(job, model, run, accelerator, best)
+        result = _train_result(run, outcome, *counts)
+        if accelerator.is_main_process:
+            more = {"reported": reported, "pairing_seconds": pairing_seconds}
+            write_results(run, job, {**asdict(outcome), **asdict(result), **more})
     return result
 
 

@@ -22,15 +22,15 @@ from typing import Any
 
 from mirrortune import strict_yaml
 from mirrortune.assembly import Job, assemble
+from mirrortune.checkpoint import RunDirectory
 from mirrortune.comparison import Cell, Contender, Plan, Score, next_cells, slug
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
 from mirrortune.metrics import METRICS
 from mirrortune.recipe import Layer, read_recipe, resolve, with_absolute_paths
 from mirrortune.recipe_values import adapter_spec, check_recipe, read_data
 from mirrortune.report import Reporter
+from mirrortune.run_status import read_status
 from mirrortune.schema import Recipe
-
-_DIVERGED_FILE = "diverged.txt"
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ class Comparison:
 
     def has_diverged(self, cell: Cell) -> bool:
         """Whether the cell's loss became infinite."""
-        return (cell.folder(self.root) / _DIVERGED_FILE).is_file()
+        return read_status(RunDirectory(cell.folder(self.root))).get("status") == "diverged"
 
     def score(self, cell: Cell) -> Score | None:
         """How good the cell's run is; -inf if it diverged, None if it has not finished."""
@@ -163,14 +163,12 @@ class Comparison:
         has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
         words = ["train", str(file), "-o", str(folder), "-q", "--resume" if has_begun else "--overwrite"]
         code, said = self._command(words, slot, jobs)
-        if code and has_begun and not self._stopped.is_set():  # an older version's checkpoint, or a damaged one
+        is_retried = code and has_begun and not self.has_diverged(cell)
+        if is_retried and not self._stopped.is_set():  # an older version's checkpoint, or a damaged one
             code, said = self._command([*words[:-1], "--overwrite"], slot, jobs)
         if self._stopped.is_set():
             return
-        if re.match(r"error: step \d+: ", said):  # how DivergedError begins, and nothing else
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / _DIVERGED_FILE).write_text(said, encoding="utf-8")
-        elif code:
+        if code and not self.has_diverged(cell):
             raise _CellError(f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}", said, code)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -237,7 +235,8 @@ class _CellError(MirrortuneError):
     """A cell that failed, with the exit code of its own command."""
 
     def __init__(self, where: str, problem: str, exit_code: int) -> None:
-        super().__init__(where, problem.removeprefix("error: "))
+        # Libraries may have warned before.
+        super().__init__(where, re.split(r"^error: ", problem, flags=re.MULTILINE)[-1])
         self.exit_code = exit_code
 
 

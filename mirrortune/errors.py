@@ -88,9 +88,13 @@ def all_of(*steps: Callable[[], Any]) -> list[Any]:
 
 
 class DivergedError(MirrortuneError):
-    """The training loss or its gradient is not finite."""
+    """A loss or gradient that is not finite; ``step`` is the optimizer step at which it was found."""
 
     exit_code = 2
+
+    def __init__(self, step: int, problem: str, *, fix: str) -> None:
+        super().__init__(f"step {step}", problem, fix=fix)
+        self.step = step
 
 
 class DataError(MirrortuneError):
@@ -122,11 +126,13 @@ class HubError(MirrortuneError):
 
 
 class InterruptedRun(MirrortuneError):  # noqa: N818  (nothing went wrong)
-    """A signal stopped the run after its checkpoint was written; ``exit_code`` is 128 + the signal's number."""
+    """A signal stopped the run after its checkpoint was written; ``exit_code`` is 128 + the signal's number, ``step``
+    the last optimizer step that was made, where there are steps.
+    """
 
-    def __init__(self, where: str, problem: str, *, signal_number: int, fix: str) -> None:
+    def __init__(self, where: str, problem: str, *, signal_number: int, fix: str, step: int | None = None) -> None:
         super().__init__(where, problem, fix=fix)
-        self.exit_code = 128 + signal_number
+        self.exit_code, self.step = 128 + signal_number, step
 
 
 class PeerError(MirrortuneError):

@@ -17,6 +17,7 @@ from mirrortune.pages import Html
 from mirrortune.recipe import flatten, read_recipe, resolve
 from mirrortune.report import describe_metrics, kilobytes
 from mirrortune.run_figures import History, learning_curves, run_drawings
+from mirrortune.run_status import describe_status
 
 
 def write_run_page(run: RunDirectory) -> Path:
@@ -50,6 +51,8 @@ class _Run:
         self.run, self.name = run, run.path.name
         if not run.recipe.is_file() or not run.results.is_file():
             problem = "this run has not finished" if run.recipe.is_file() else "it is no run directory"
+            if how := describe_status(run):
+                problem = f"{problem}: {how}"
             raise ConfigError(str(run.path), problem, fix="Give a folder that train has finished")
         self.results: dict[str, Any] = _json(run.results)
         self.environment: dict[str, Any] = _json(run.path / "environment.json")

@@ -209,6 +209,7 @@ class Trainer:
             f"{signal.Signals(number).name} stopped it after step {step} of {self.total_steps}, which is safe",
             signal_number=ends_as(number),
             fix=how_to_go_on(number),
+            step=step,
         )
         raise ranks.told_once(self.accelerator, error)
 
@@ -292,7 +293,7 @@ class Trainer:
             f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
         )
         error = DivergedError(
-            f"step {step}",
+            step,
             f"{problem}, and {good}",
             fix="Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume",
         )

@@ -24,13 +24,11 @@ LAYERS = (
     "checkpoint compiling drawn_inputs feeding figures hub labels load_errors model_card pages predictions "
     "processes rehearsal schema sharding table_parts token_cache",
     "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures comparison flags launching "
-    "quantised recipe stream_feeding tables",
+    "quantised recipe run_status stream_feeding tables",
     "adapters.core_stack adapters.cores adapters.products comparison_figures data editor_schema factor_cache "
     "model recipe_commands run_figures spectra",
-    "adapters.effect adapters.spec adapters.spectral file_cells lazy_model one_of_classes run_page streaming "
-    "tokens",
-    "adapters.spectral_linear adapters.spectral_weight adapters.targets images part_loading peft_configs "
-    "recordings",
+    "adapters.effect adapters.spec adapters.spectral file_cells lazy_model one_of_classes run_page streaming tokens",
+    "adapters.spectral_linear adapters.spectral_weight adapters.targets images part_loading peft_configs recordings",
     "adapters.inject adapters.timing probes",
     "adapter_parts optim peft_tuners tasks",
     "calibration evaluation loop peft_file planning previews stepping",

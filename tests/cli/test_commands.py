@@ -186,7 +186,7 @@ def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
 
     assert {p.name for p in run.iterdir()} - {"reports"} == {  # which is there once it has been merged
         "recipe.yaml", "environment.json", "metrics.jsonl", "trainer_state.json", "results.json", "README.md",
-        "curves.png", "adapter", "checkpoints", "progress.jsonl", "validation.json", "report.html",
+        "curves.png", "adapter", "checkpoints", "progress.jsonl", "validation.json", "report.html", "status.json",
     }  # fmt: skip
     assert sorted(scores) == [15, 30, 45, 60], "one evaluation at the end of every epoch"
     assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:06d}", "step-000060"}
@@ -200,6 +200,23 @@ def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth") or p.name.startswith(".")]
     assert not (run / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_run_says_in_a_file_how_it_ended(finished: Finished, tiny_model_dir: Path, tmp_path: Path) -> None:
+    assert read(finished.run / "status.json") == {"status": "finished", "step": None, "message": None, "exit_code": 0}
+    write_table(tmp_path / "reviews.csv", reviews(40))
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", tmp_path / "reviews.csv", "--head-lr", 1e29]
+
+    outcome = mirrortune("train", *words, "--lr", 0, "--batch-size", 4, "--epochs", 2, "-o", tmp_path / "run", "-q")
+
+    assert outcome.exit_code == 2
+    status = read(tmp_path / "run" / "status.json")
+    assert (status["status"], status["exit_code"]) == ("diverged", 2)
+    assert f"step {status['step']}: the training loss is" in status["message"]
+    assert status["message"] in outcome.said
+    refused = mirrortune("report", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert f"this run has not finished: it diverged at step {status['step']}" in refused.said
 
 
 def test_the_run_directory_says_what_was_run(finished: Finished, tiny_model_dir: Path) -> None:

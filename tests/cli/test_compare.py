@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,13 @@ from typing import Any
 
 import pytest
 
+from mirrortune.checkpoint import RunDirectory
+from mirrortune.comparing import Comparison
+from mirrortune.comparison import Cell, make_plan
+from mirrortune.errors import DataError, DivergedError, MirrortuneError
+from mirrortune.report import Reporter
+from mirrortune.run_status import recorded_status
+from mirrortune.schema import Recipe
 from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
 
 GRID = ["--seeds", 2, "--lr-grid", "1e-1", "--extensions", 0, "--epochs", 2, "--batch-size", 16, "--jobs", 2]
@@ -179,3 +187,31 @@ def test_an_interrupted_comparison_goes_on(compared: Compared, tmp_path: Path) -
     done = finish(start(*words, "--json", env=env)).data
     method = done["tasks"]["data"]["methods"]["mirror"]
     assert method["reported"] == compared.results["tasks"]["data"]["methods"]["mirror"]["reported"]
+
+
+@pytest.mark.parametrize("warning", ["", "Warning: You are sending unauthenticated requests to the HF Hub.\n"])
+def test_a_cell_that_diverges_loses_whatever_else_it_says(
+    compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warning: str
+) -> None:
+    plan = make_plan({"data": Recipe()}, "mirror,none", seeds=1, tune_seeds=1, lr_grid="1e-1", extensions=0)
+    found = Comparison(tmp_path, plan, {"data": Recipe()}, Reporter())
+    cell = Cell("data", "mirror", 0.1, 0)
+
+    def command(self: Comparison, words: list[str], slot: int, jobs: int) -> tuple[int, str]:
+        run = RunDirectory(Path(words[words.index("-o") + 1]))
+        run.create()
+        with pytest.raises(type(error)), recorded_status(run, is_main=True):
+            raise error
+        return error.exit_code, f"{warning}error: {error}"
+
+    monkeypatch.setattr(Comparison, "_command", command)
+    error: MirrortuneError = DivergedError(3, "the training loss is nan", fix="Lower --lr")
+    found._run_cell(cell, 0, 1)
+    assert found.score(cell) == (-math.inf, -math.inf)
+
+    error = DataError("reviews.csv", "no rows")
+    other = Cell("data", "none", 0.1, 0)
+    with pytest.raises(MirrortuneError, match=r"seed 0: reviews\.csv: no rows\.$") as caught:
+        found._run_cell(other, 0, 1)
+    assert caught.value.exit_code == 3
+    assert found.score(other) is None
