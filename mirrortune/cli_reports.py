@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mirrortune.flags import Debug, Json, Quiet, Verbose
-from mirrortune.report import Reporter, describe_metrics, kilobytes
+from mirrortune.report import Reporter, describe_metrics, kilobytes, significant
 
 
 def report(
@@ -78,11 +78,14 @@ def train_lines(result: Any) -> list[str]:
     run = result.run_dir
     merged = f"{run.rstrip('/')}-merged"
     head = f" and a head of {result.head_parameters:,}" if result.head_parameters else ""
+    speed = f"{significant(result.samples_per_second)} rows/s"
+    if result.tokens_per_second is not None:
+        speed += f", {significant(result.tokens_per_second)} tokens/s"
     return [
         f"validation: {describe_metrics(result.metrics)}",
         f"adapter: {kilobytes(result.adapter_bytes)}{_form(run)} in {run}/adapter, with "
         f"{result.trainable_parameters:,} trained numbers ({kilobytes(4 * result.trainable_parameters)}){head}",
-        f"trained in {result.train_seconds:.0f} s at {result.samples_per_second:.0f} rows/s",
+        f"trained in {significant(result.train_seconds)} s at {speed}",
         "",
         f"score it:  mirrortune eval {shlex.quote(run)}",
         f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",

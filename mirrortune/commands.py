@@ -42,7 +42,7 @@ from mirrortune.processes import describe_processes, make_accelerator, seed_ever
 from mirrortune.recipe import Resolved
 from mirrortune.recipe_values import adapter_spec, check_recipe, loop_settings, read_data
 from mirrortune.records import check_same_recipe, pin_paths, run_name, write_results
-from mirrortune.report import Reporter
+from mirrortune.report import Reporter, digits
 from mirrortune.run_recording import record_validation, recording
 from mirrortune.run_status import recorded_status
 from mirrortune.schema import Recipe
@@ -64,6 +64,7 @@ class TrainResult:
     adapter_bytes: int
     train_seconds: float
     samples_per_second: float
+    tokens_per_second: float | None
     peak_memory_bytes: int
 
 
@@ -166,7 +167,8 @@ def _train_result(run: RunDirectory, outcome: FitResult, num_trained: int, num_h
         head_parameters=num_head,
         adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()),
         train_seconds=round(outcome.train_seconds, 3),
-        samples_per_second=round(outcome.samples_per_second, 2),
+        samples_per_second=digits(outcome.samples_per_second),
+        tokens_per_second=None if outcome.tokens_per_second is None else digits(outcome.tokens_per_second),
         peak_memory_bytes=peak_memory_bytes(),
     )
 

@@ -36,11 +36,13 @@ class MicroBatch:
         is_empty: whether it stands for no row at all: then it counts nothing, and is there because a last global batch
             may have fewer rows than parts, and the other ranks wait for this one's gradients.
         num_rows_of_step: rows of the global batch that it is a part of.
+        num_tokens_of_step: its tokens without padding; None for rows that are not text.
     """
 
     batch: Batch
     is_empty: bool
     num_rows_of_step: int
+    num_tokens_of_step: int | None
 
 
 class Feed:
@@ -80,7 +82,11 @@ class Feed:
     def micro_batches(self, epoch: int, step_in_epoch: int, num_steps: int) -> Generator[MicroBatch, None, None]:
         """``num_micro`` for each of ``num_steps`` steps, from a step of an epoch on and through the epochs after it."""
         steps = itertools.islice(self._steps(epoch, step_in_epoch), num_steps)
-        jobs = ((part, batch, number) for batch, number in steps for part in self._parts(batch))
+        jobs = (
+            (part, batch, int(self.examples.lengths[batch].sum()), number)
+            for batch, number in steps
+            for part in self._parts(batch)
+        )
         return made_ahead(jobs, lambda job: self._make(*job), self.num_workers)
 
     def _steps(self, epoch: int, step_in_epoch: int) -> Iterator[tuple[Rows, int]]:
@@ -98,10 +104,15 @@ class Feed:
             rank=self.accelerator.process_index,
         )
 
-    def _make(self, rows: Rows, batch: Rows, epoch: int) -> MicroBatch:
+    def _make(self, rows: Rows, batch: Rows, num_tokens: int, epoch: int) -> MicroBatch:
         is_empty = len(rows) == 0
         made = self.examples.batch(batch[:1] if is_empty else rows, epoch)
-        return MicroBatch(batch=pinned(made, self.accelerator.device), is_empty=is_empty, num_rows_of_step=len(batch))
+        return MicroBatch(
+            batch=pinned(made, self.accelerator.device),
+            is_empty=is_empty,
+            num_rows_of_step=len(batch),
+            num_tokens_of_step=num_tokens if "input_ids" in made else None,
+        )
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:

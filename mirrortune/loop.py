@@ -39,14 +39,22 @@ class Progress(Protocol):
     def on_start(self, total_steps: int, done_steps: int) -> None:
         """The first step is about to run."""
 
-    def on_step(self, step: int, rows: int) -> None:
-        """An optimizer step of ``rows`` rows was made, or is waiting in the device's queue."""
+    def on_step(self, step: int, rows: int, tokens: int | None) -> None:
+        """An optimizer step of ``rows`` rows was made, or is waiting in the device's queue; ``tokens`` of text."""
+
+    def on_show(self, step: int, epoch: float, loss: float) -> None:
+        """A step that the log has no line for is worth showing: the first one, and one now and then where steps are
+        slow. ``loss`` is its own mean.
+        """
 
     def on_log(self, event: dict[str, Any]) -> None:
         """An event was added to the log."""
 
     def on_evaluate(self, rows: int) -> None:
         """``rows`` more validation rows were scored."""
+
+    def on_signal(self, number: int) -> None:
+        """A signal asks the loop to stop; called in a thread of its own, as soon as it arrives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +67,7 @@ class FitResult:
         stopped_early: whether patience ended the loop.
         train_seconds: this process's (or its GPU's) time in optimizer steps, without evaluation and saving.
         samples_per_second: training rows a second over ``train_seconds``, all ranks together.
+        tokens_per_second: the same of tokens without padding; None for rows that are not text.
         median_step_seconds: of this process's optimizer steps, which a busy machine disturbs less than their mean.
     """
 
@@ -68,4 +77,5 @@ class FitResult:
     stopped_early: bool
     train_seconds: float
     samples_per_second: float
+    tokens_per_second: float | None
     median_step_seconds: float

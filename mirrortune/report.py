@@ -5,10 +5,13 @@ terminal.
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from mirrortune.signals import describe_stop
 
 # Levels of verbosity: -q, neither, -v.
 _QUIET, _NORMAL, _VERBOSE = -1, 0, 1
@@ -114,11 +119,13 @@ class Bar:
 
 class _SpeedColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.fields.get('speed', 0.0):.0f} rows/s")
+        return Text(task.fields.get("speed", ""))
 
 
 class TrainingProgress:
-    """Shows a training loop: a live bar on a terminal, one line per event of the log elsewhere."""
+    """Shows a training loop: a live bar on a terminal, elsewhere a line for each event of the log and for a step now
+    and then where steps are slow.
+    """
 
     def __init__(self, console: Console, *, is_shown: bool) -> None:
         self._console, self._is_shown = console, is_shown
@@ -130,7 +137,9 @@ class TrainingProgress:
             console=console, disable=not self._live,
         )  # fmt: skip
         self._task: TaskID | None = None
-        self._rows = self._total = 0
+        self._rows = self._steps = self._total = 0
+        self._tokens: int | None = None
+        self._seconds = self._mark = 0.0
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -142,16 +151,27 @@ class TrainingProgress:
         """See :class:`mirrortune.loop.Progress`."""
         self._total = total_steps
         self._task = self._progress.add_task(
-            "train", total=total_steps, completed=done_steps, loss="-", metric="", speed=0.0
+            "train", total=total_steps, completed=done_steps, loss="-", metric="", speed=""
         )
         self._progress.start()
+        self._mark = time.perf_counter()
 
-    def on_step(self, step: int, rows: int) -> None:
+    def on_step(self, step: int, rows: int, tokens: int | None) -> None:
         """See :class:`mirrortune.loop.Progress`."""
-        self._rows += rows
+        now = time.perf_counter()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+        self._steps, self._rows = self._steps + 1, self._rows + rows
+        self._tokens = None if tokens is None else (self._tokens or 0) + tokens
         if self._live and self._task is not None:
-            elapsed = self._progress.tasks[0].elapsed or 1e-9
-            self._progress.update(self._task, completed=step, speed=self._rows / elapsed)
+            self._progress.update(self._task, completed=step, speed=self._speed())
+
+    def on_show(self, step: int, epoch: float, loss: float) -> None:
+        """See :class:`mirrortune.loop.Progress`."""
+        if self._live and self._task is not None:
+            self._progress.update(self._task, loss=_format(loss))
+        elif self._is_shown:
+            line = f"step {step}/{self._total}  epoch {epoch:.2f}  loss {_format(loss)}"
+            self._console.print(f"{line}  {self._pace(step)}", markup=False)
 
     def on_log(self, event: dict[str, Any]) -> None:
         """See :class:`mirrortune.loop.Progress`."""
@@ -160,6 +180,7 @@ class TrainingProgress:
         text = "  ".join(f"{k} {_format(v)}" for k, v in numbers.items())
         line = f"step {event['step']}/{self._total}  epoch {event['epoch']:.2f}  "
         if is_evaluation:
+            line = line if event["step"] else "before training  "
             shown = next((f"{k} {v:.4f}" for k, v in numbers.items() if k != "loss"), "")
             if self._task is not None:
                 self._progress.update(self._task, metric=shown)
@@ -168,10 +189,43 @@ class TrainingProgress:
         elif self._live and self._task is not None:
             self._progress.update(self._task, loss=f"{event['loss']:.4f}")
         elif self._is_shown:
-            self._console.print(line + text, markup=False)
+            self._console.print(f"{line}{text}  {self._pace(event['step'])}", markup=False)
+        self._mark = time.perf_counter()  # what is made of an event is no training
 
     def on_evaluate(self, rows: int) -> None:
         """See :class:`mirrortune.loop.Progress`; evaluations are short beside epochs, so nothing moves."""
+
+    def on_signal(self, number: int) -> None:
+        """See :class:`mirrortune.loop.Progress`."""
+        if self._is_shown:
+            with suppress(OSError):  # the terminal may have gone
+                self._progress.console.print(describe_stop(number), markup=False)
+
+    def _speed(self) -> str:
+        """Rows a second since the loop began, and tokens of text."""
+        seconds = self._seconds or 1e-9
+        tokens = "" if self._tokens is None else f"  {significant(self._tokens / seconds)} tokens/s"
+        return f"{significant(self._rows / seconds)} rows/s{tokens}"
+
+    def _pace(self, step: int) -> str:
+        """Speed, and what the steps that are left will take at it."""
+        if not self._steps or step >= self._total:
+            return self._speed()
+        left = round((self._total - step) * self._seconds / self._steps)
+        return f"{self._speed()}  {datetime.timedelta(seconds=left)} left"
+
+
+def digits(value: float) -> float:
+    """A measured number to be stored: four digits of it, however small it is."""
+    return float(f"{value:.4g}")
+
+
+def significant(value: float) -> str:
+    """A number of any size in as few digits as tell it from its like: 1,234; 12.3; 0.0123."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
 
 
 def describe_metrics(metrics: dict[str, float]) -> str:

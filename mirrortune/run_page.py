@@ -15,7 +15,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.figures import svg_for_page, write_figure
 from mirrortune.pages import Html
 from mirrortune.recipe import flatten, read_recipe, resolve
-from mirrortune.report import describe_metrics, kilobytes
+from mirrortune.report import describe_metrics, kilobytes, significant
 from mirrortune.run_figures import History, learning_curves, run_drawings
 from mirrortune.run_status import describe_status
 
@@ -71,6 +71,8 @@ class _Run:
     def summary(self) -> dict[str, str]:
         """What came out, by name."""
         r = self.results
+        per_second = r.get("tokens_per_second")
+        tokens = "" if per_second is None else f", {significant(per_second)} tokens per second"
         return {
             "method": str(self.settings["adapter.method"]),
             "validation": describe_metrics(r["metrics"]),
@@ -79,7 +81,7 @@ class _Run:
             "trained numbers": f"{r['trainable_parameters']:,}"
             + (f", and {r['head_parameters']:,} of the head" if r["head_parameters"] else ""),
             "adapter": kilobytes(r["adapter_bytes"]),
-            "training": f"{r['train_seconds']:,.0f} s, {r['samples_per_second']:,.1f} rows per second",
+            "training": f"{r['train_seconds']:,.0f} s, {significant(r['samples_per_second'])} rows per second{tokens}",
             "peak memory": f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
         }
 

@@ -8,6 +8,7 @@ it, ``validation.json`` the texts of rows.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from mirrortune.evaluation import EvalResult, evaluate_split
 from mirrortune.examples import Examples, TokenExamples
 from mirrortune.loop import Progress
 from mirrortune.recipe import flatten
-from mirrortune.report import Reporter
+from mirrortune.report import Reporter, digits
 from mirrortune.sharding import whole_parameters
 from mirrortune.tracking import Track, tracker
 
@@ -50,6 +51,7 @@ class RunRecorder:
     def __init__(self, shown: Progress, run: RunDirectory, model: nn.Module, track: Track | None = None) -> None:
         self._shown, self._run, self._model, self._track = shown, run, model, track
         self._mark, self._seconds, self._rows = 0.0, 0.0, 0
+        self._tokens: int | None = None
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
         """See :class:`mirrortune.loop.Progress`; what was written after ``done_steps`` will be written again."""
@@ -58,18 +60,24 @@ class RunRecorder:
         self._shown.on_start(total_steps, done_steps)
         self._mark = time.perf_counter()
 
-    def on_step(self, step: int, rows: int) -> None:
+    def on_step(self, step: int, rows: int, tokens: int | None) -> None:
         """See :class:`mirrortune.loop.Progress`."""
         now = time.perf_counter()
         self._seconds, self._mark, self._rows = self._seconds + now - self._mark, now, self._rows + rows
-        self._shown.on_step(step, rows)
+        self._tokens = None if tokens is None else (self._tokens or 0) + tokens
+        self._shown.on_step(step, rows, tokens)
+
+    def on_show(self, step: int, epoch: float, loss: float) -> None:
+        """See :class:`mirrortune.loop.Progress`."""
+        self._shown.on_show(step, epoch, loss)
 
     def on_log(self, event: dict[str, Any]) -> None:
         """See :class:`mirrortune.loop.Progress`."""
         if event["event"] == "train":
-            speed = self._rows / self._seconds if self._seconds else 0.0
-            self._run.log_progress({"step": event["step"], "rows_per_second": round(speed, 3)})
-            self._seconds, self._rows = 0.0, 0
+            speeds = {"rows_per_second": self._rows, "tokens_per_second": self._tokens}
+            per_second = {k: digits(v / (self._seconds or math.inf)) for k, v in speeds.items() if v is not None}
+            self._run.log_progress({"step": event["step"], **per_second})
+            self._seconds, self._rows, self._tokens = 0.0, 0, None
         else:
             angles = {name: float(a.square().mean().sqrt()) for name, a in plane_angles(self._model).items()}
             if angles:
@@ -84,6 +92,10 @@ class RunRecorder:
     def on_evaluate(self, rows: int) -> None:
         """See :class:`mirrortune.loop.Progress`."""
         self._shown.on_evaluate(rows)
+
+    def on_signal(self, number: int) -> None:
+        """See :class:`mirrortune.loop.Progress`."""
+        self._shown.on_signal(number)
 
 
 @contextmanager

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -22,10 +25,15 @@ class StopSignals:
     """While entered, a signal to stop is only noted in ``number`` (the first one; 0 for none).
 
     A SIGINT some seconds after it interrupts at once.
+
+    Args:
+        on_first: called with the first signal's number as soon as it arrives, in a thread of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_first: Callable[[int], None] | None = None) -> None:
         self.number = 0
+        self._on_first = on_first
+        self._listener: tuple[socket.socket, threading.Thread, int] | None = None
         self._noted_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -34,11 +42,31 @@ class StopSignals:
             self._previous = {s: signal.signal(s, self._note) for s in _WARNINGS}
         except ValueError:  # not in the main thread: the embedding program handles signals
             self._previous = {}
+        else:
+            self._listen()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._listener is not None:
+            ours, thread, previous = self._listener
+            signal.set_wakeup_fd(previous)
+            ours.close()
+            thread.join()
+            self._listener = None
+
+    def _listen(self) -> None:
+        """Answer the first signal at once. Python runs a handler only when the main thread has come back from whatever
+        it computes, which may be a backward pass of a minute; the wake-up descriptor is written to immediately.
+        """
+        if self._on_first is None:
+            return
+        ours, theirs = socket.socketpair()
+        ours.settimeout(0)  # as the descriptor must be
+        thread = threading.Thread(target=_tell_first, args=(theirs, self._on_first), daemon=True)
+        thread.start()
+        self._listener = ours, thread, signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -46,6 +74,23 @@ class StopSignals:
             self.number, self._noted_at = number, now
         elif number == signal.SIGINT and now - self._noted_at >= IMPATIENT_AFTER_SECONDS:
             raise KeyboardInterrupt
+
+
+def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
+    """Call ``tell`` with the first of the numbers that arrive; read on until the other end is closed."""
+    has_told = False
+    with arrived:
+        while numbers := arrived.recv(64):
+            first = next((number for number in numbers if number in _WARNINGS), None)
+            if first is not None and not has_told:
+                has_told = True
+                tell(first)
+
+
+def describe_stop(number: int) -> str:
+    """What a run says at once when signal ``number`` asks it to stop."""
+    more = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
+    return f"{signal.Signals(number).name}: stopping after this step, with a checkpoint{more}"
 
 
 def ends_as(number: int) -> int:

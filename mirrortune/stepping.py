@@ -117,7 +117,7 @@ class Stepper:
         self.model, self.optimizer, self.update, self.accelerator = model, optimizer, update, accelerator
         self.task, self.tally, self.num_micro = task, tally, num_micro
 
-    def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> int:
+    def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> tuple[int, int | None]:
         """Forward, backward and update on the next global batch, at ``lr_factor`` times the peak learning rates.
 
         From the first step on whose loss or gradient is not finite no step is made, and parameters and moments stay
@@ -129,18 +129,18 @@ class Stepper:
             lr_factor: share of the peak learning rates.
 
         Returns:
-            Rows of the global batch.
+            Rows of the global batch, and its tokens where rows are text.
         """
-        totals, rows = self._accumulate(micro_batches)
+        totals, last = self._accumulate(micro_batches)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         set_lr(self.optimizer, lr_factor)
         self.update.step(totals, number)
-        return rows
+        return last.num_rows_of_step, last.num_tokens_of_step
 
-    def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, int]:
-        """Gradients of this rank's share; its loss sum and number of items, shape (2,), and the global batch's rows."""
-        totals, rows = self.tally.zeros(), 0
+    def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, MicroBatch]:
+        """Gradients of this rank's share; its loss sum and number of items, shape (2,), and the last micro-batch."""
+        totals = self.tally.zeros()
         for left in reversed(range(self.num_micro)):
             part = next(micro_batches)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
@@ -148,8 +148,7 @@ class Stepper:
                 self.update.backward(loss, is_last=left == 0)
             totals[0] += loss.detach()
             totals[1] += items
-            rows = part.num_rows_of_step
-        return totals, rows
+        return totals, part
 
     def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
         _, outputs, targets = forward(self.model, part.batch, self.accelerator.device)

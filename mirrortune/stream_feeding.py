@@ -137,9 +137,11 @@ class StreamFeed:
         assert block.examples is not None
         is_empty = len(rows) == 0
         made = block.examples.batch(np.asarray(batch[:1] if is_empty else rows), block.place.epoch)
+        count = self.accelerator.num_processes  # what the others read is known to them alone, and is about as much
+        num_tokens = int(block.examples.lengths[batch].sum()) * count if "input_ids" in made else None
         micro_batch = MicroBatch(
             batch=pinned(made, self.accelerator.device), is_empty=is_empty,
-            num_rows_of_step=len(batch) * self.accelerator.num_processes,
+            num_rows_of_step=len(batch) * count, num_tokens_of_step=num_tokens,
         )  # fmt: skip
         return micro_batch, replace(block.place, batch=number + 1)
 

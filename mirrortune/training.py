@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import signal
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +30,9 @@ from mirrortune.stepping import Stepper, prepare
 from mirrortune.stream_feeding import StreamedExamples, make_feed
 from mirrortune.tally import Reading, StepClock, Tally
 from mirrortune.tasks import Task
+
+_SHOW_AFTER_SECONDS = 10.0
+"""Without a line of the log for so long, the latest step is shown."""
 
 
 class Trainer:
@@ -100,8 +104,10 @@ class Trainer:
         )
         self.state = LoopState(num_processes=accelerator.num_processes)
         self.best_result: EvalResult | None = None  # of this process: a resumed run may have been at its best before
-        self._rows = 0
-        self._signals = StopSignals()
+        self._rows, self._tokens = 0, 0
+        self._is_text = False
+        self._shown_at = -math.inf
+        self._signals = StopSignals(progress.on_signal if accelerator.is_main_process else None)
         self._vote = ranks.StopVote(accelerator, self._signals)
 
     def resume(self) -> None:
@@ -146,6 +152,7 @@ class Trainer:
             stopped_early=state.global_step < self.total_steps,
             train_seconds=seconds,
             samples_per_second=self._rows / seconds if seconds else 0.0,
+            tokens_per_second=self._tokens / seconds if self._is_text and seconds else None,
             median_step_seconds=statistics.median(step_seconds or [0.0]),
         )
 
@@ -162,18 +169,37 @@ class Trainer:
         with closing(self.feed.micro_batches(state.epoch, state.step_in_epoch, left)) as micro_batches:
             while not self._is_done():
                 self.clock.start()
-                rows = self.stepper.step(state.global_step + 1, micro_batches, self._lr_factor(state.global_step))
+                rows, tokens = self.stepper.step(
+                    state.global_step + 1, micro_batches, self._lr_factor(state.global_step)
+                )
                 self.clock.stop()
                 state.global_step += 1
                 state.step_in_epoch += 1
                 if state.step_in_epoch == self.steps_per_epoch:
                     state.epoch, state.step_in_epoch = state.epoch + 1, 0
-                self._rows += rows
-                if self.accelerator.is_main_process:
-                    self.progress.on_step(state.global_step, rows)
+                self._count(rows, tokens)
                 if state.global_step >= self.total_steps or state.global_step % self.settings.log_every_steps == 0:
                     self._log_training()
+                elif self.accelerator.is_main_process:
+                    self._show_if_due()
                 self._finish_step()
+
+    def _count(self, rows: int, tokens: int | None) -> None:
+        self._rows += rows
+        self._tokens, self._is_text = self._tokens + (tokens or 0), tokens is not None
+        if self.accelerator.is_main_process:
+            self.progress.on_step(self.state.global_step, rows, tokens)
+
+    def _show_if_due(self) -> None:
+        """Show a step that the log has no line for. The log itself knows no time: its bytes depend on seed and
+        settings alone.
+        """
+        if time.monotonic() - self._shown_at < _SHOW_AFTER_SECONDS:
+            return
+        reading = self.tally.read()
+        if reading.is_finite:  # otherwise the next line of the log says so, on all processes
+            self.progress.on_show(self.state.global_step, self._position()["epoch"], reading.loss)
+        self._shown_at = time.monotonic()
 
     def _lr_factor(self, step: int) -> float:
         warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
@@ -257,6 +283,7 @@ class Trainer:
             rates["head_lr"] = self.settings.head_lr * factor
         self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": reading.grad_norm})
         self.tally.open_window()
+        self._shown_at = time.monotonic()
 
     def _read_tally(self) -> Reading:
         """What the steps so far have summed up; DivergedError if one of them was not finite."""

@@ -157,6 +157,9 @@ class Watcher:
         self.started: list[tuple[int, int]] = []
         self.losses: list[float] = []
         self.rows: list[int] = []
+        self.tokens: list[int | None] = []
+        self.shown: list[int] = []
+        self.signals: list[int] = []
         self.events: list[dict[str, Any]] = []
         self.evaluated = 0
         self._after_step, self._after_rows = after_step, after_rows
@@ -164,10 +167,17 @@ class Watcher:
     def on_start(self, total_steps: int, done_steps: int) -> None:
         self.started.append((total_steps, done_steps))
 
-    def on_step(self, step: int, rows: int) -> None:
+    def on_step(self, step: int, rows: int, tokens: int | None) -> None:
         self.rows.append(rows)
+        self.tokens.append(tokens)
         if self._after_step:
             self._after_step(step)
+
+    def on_show(self, step: int, epoch: float, loss: float) -> None:
+        self.shown.append(step)
+
+    def on_signal(self, number: int) -> None:
+        self.signals.append(number)
 
     def on_log(self, event: dict[str, Any]) -> None:
         self.events.append(event)

@@ -85,7 +85,8 @@ def test_train_tells_what_it_did_and_has_learned_something(finished: Finished) -
     result = finished.result
 
     assert list(result) == ["run_dir", "metrics", "trainable_parameters", "head_parameters", "adapter_bytes",
-                            "train_seconds", "samples_per_second", "peak_memory_bytes"]  # fmt: skip
+                            "train_seconds", "samples_per_second", "tokens_per_second",
+                            "peak_memory_bytes"]  # fmt: skip
     assert result["run_dir"] == str(finished.run)
     assert result["metrics"]["accuracy"] > 0.9
     # Mirror: an angle for each of the 16 pairs of each of the 13 layers; a head of 2 x 32 weights and 2 biases.

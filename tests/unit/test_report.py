@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
+import signal
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from mirrortune.report import Bar, Reporter, TrainingProgress, describe_metrics, kilobytes
+from mirrortune.report import Bar, Reporter, TrainingProgress, describe_metrics, kilobytes, significant
 
 TRAIN = {"event": "train", "step": 10, "epoch": 0.5, "loss": 0.25, "lr": 3e-3, "head_lr": 0.0, "grad_norm": 1.5}
+BEFORE = {"event": "evaluate", "split": "validation", "step": 0, "epoch": 0.0, "accuracy": 0.5, "loss": 0.75}
 SCORE = {"event": "evaluate", "split": "validation", "step": 20, "epoch": 1.0, "accuracy": 0.75, "loss": 0.5}
 
 
@@ -22,13 +26,24 @@ def terminal() -> tuple[Console, io.StringIO]:
     return Console(file=written, force_terminal=True, width=120, highlight=False), written
 
 
-def show(progress: TrainingProgress) -> None:
+@pytest.fixture(autouse=True)
+def quarters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a quarter of a second whenever it is looked at."""
+    ticks = itertools.count()
+    monkeypatch.setattr("mirrortune.report.time.perf_counter", lambda: next(ticks) / 4)
+
+
+def show(progress: TrainingProgress, tokens: int | None = 250) -> None:
     """A training loop of 20 steps, as it is reported."""
     with progress:
         progress.on_start(20, 0)
+        progress.on_log(BEFORE)
         for step in range(1, 21):
-            progress.on_step(step, 8)
-        progress.on_log(TRAIN)
+            progress.on_step(step, 8, tokens)
+            if step == 1:
+                progress.on_show(1, 0.05, 0.7)
+            if step == 10:
+                progress.on_log(TRAIN)
         progress.on_evaluate(40)
         progress.on_log(SCORE)
 
@@ -87,7 +102,10 @@ def test_a_log_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert out == ""
     assert err.splitlines() == [
         "layers: 3 done",
-        "step 10/20  epoch 0.50  loss 0.2500  lr 3.00e-03  head_lr 0.0000  grad_norm 1.5000",
+        "before training  validation: accuracy 0.5000  loss 0.7500",
+        "step 1/20  epoch 0.05  loss 0.7000  32.0 rows/s  1,000 tokens/s  0:00:05 left",
+        "step 10/20  epoch 0.50  loss 0.2500  lr 3.00e-03  head_lr 0.0000  grad_norm 1.5000  "
+        "32.0 rows/s  1,000 tokens/s  0:00:02 left",
         "step 20/20  epoch 1.00  validation: accuracy 0.7500  loss 0.5000",
     ]
 
@@ -143,3 +161,39 @@ def complain(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_numbers_in_words() -> None:
     assert describe_metrics({"loss": 0.5, "f1": 0.25}) == "f1 0.2500  loss 0.5000"
     assert kilobytes(12_345) == "12.3 kB"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.000123, "0.000123"), (0.0408, "0.0408"), (1.5, "1.50"), (12.34, "12.3"), (1234.5, "1,234"),
+     (math.inf, "inf")],
+)  # fmt: skip
+def test_a_speed_has_as_many_digits_as_it_takes(value: float, text: str) -> None:
+    assert significant(value) == text
+
+
+def test_a_slow_run_on_a_terminal_has_a_speed_too() -> None:
+    console, written = terminal()
+    progress = TrainingProgress(console, is_shown=True)
+    with progress:
+        progress.on_start(20, 0)
+        for _ in range(400):
+            progress._seconds += 0.25  # a hundred seconds more
+        progress.on_step(1, 1, None)
+    assert "0.00998 rows/s" in written.getvalue()
+
+
+def test_a_signal_is_answered_on_a_terminal_and_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter().training() as progress:
+        progress.on_start(20, 0)
+        progress.on_signal(signal.SIGINT)
+        progress.on_signal(signal.SIGTERM)
+    assert capsys.readouterr().err.splitlines() == [
+        "SIGINT: stopping after this step, with a checkpoint; press Ctrl-C again to stop now",
+        "SIGTERM: stopping after this step, with a checkpoint",
+    ]
+    console, written = terminal()
+    with TrainingProgress(console, is_shown=True) as progress:
+        progress.on_start(20, 0)
+        progress.on_signal(signal.SIGINT)
+    assert "press Ctrl-C again to stop now" in written.getvalue()

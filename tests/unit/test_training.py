@@ -148,7 +148,7 @@ def poison(trainer: Trainer, step: int, value: float) -> None:
     """After ``step``, one number of the head becomes ``value``, as a broken row or too large a step would make it."""
     bias = trainer.bare_model.get_parameter("classifier.bias")
 
-    def act(done: int, rows: int) -> None:
+    def act(done: int, rows: int, tokens: int | None) -> None:
         if done == step:
             with torch.no_grad():
                 bias[0] = value
@@ -191,7 +191,7 @@ def test_nothing_moves_after_a_step_that_is_not_finite(tmp_path: Path) -> None:
     theta.register_hook(lambda gradient: gradient / 0 if calls.append(1) or len(calls) == 3 else gradient)
     seen: list[dict[str, torch.Tensor]] = []
 
-    def remember(done: int, rows: int) -> None:
+    def remember(done: int, rows: int, tokens: int | None) -> None:
         states = trainer.optimizer.optimizer.state
         moments = {f"{i}.{k}": v.clone() for i, state in enumerate(states.values()) for k, v in state.items()}
         seen.append({**numbers(adapted), **moments})
