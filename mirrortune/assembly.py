@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data import DataSet, Split, rows_in_both, set_aside, take_subset
 from mirrortune.disk_space import check_disk
-from mirrortune.errors import DataError, all_of
+from mirrortune.errors import DataError, all_of, did_you_mean
 from mirrortune.examples import Examples
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import default_device, is_set, resolve_precision
@@ -27,7 +28,7 @@ from mirrortune.rehearsal import Footprint
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.stream_feeding import StreamedExamples
-from mirrortune.tasks import TARGET_ROLES, Task, check_columns
+from mirrortune.tasks import TARGET_ROLES, Task, check_columns, with_label_columns
 from mirrortune.token_cache import uncached
 from mirrortune.tokens import Reading
 
@@ -46,6 +47,7 @@ class Job:
         stream: all of them, where they are streamed.
         validation: rows that choose the checkpoint.
         reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
+        test_rows: rows of the test split, if there is one; they are checked, and serve nothing in training.
         duplicated_rows: validation rows whose texts are also in the training rows.
     """
 
@@ -60,6 +62,7 @@ class Job:
     stream: StreamedExamples | None
     validation: Examples
     reported: dict[str, Examples]
+    test_rows: int | None
     data_origin: dict[str, Any]
     plan: Plan
     footprint: Footprint
@@ -108,6 +111,8 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     reported = {name: task.encode(split, processor, scored) for name, split in rows.reported.items()}
     for name, examples in {"train": train, "validation": validation, **reported}.items():
         reporter.note(f"  {name}: {examples.describe()}")
+    if rows.test is not None:
+        _check_test(rows.test, task, processor, scored, reporter)
     twice = rows_in_both(
         rows.train.table, rows.validation.table, [c for role, c in task.columns() if role not in TARGET_ROLES]
     )
@@ -121,7 +126,8 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
     return Job(
         recipe=recipe, spec=spec, source=source, dtype=dtype, processor=processor, task=task, max_length=max_length,
         train=train, stream=_streamed(recipe, rows.train, task, processor, learned), validation=validation,
-        reported=reported, data_origin=rows.origin, plan=plan,
+        reported=reported, test_rows=None if rows.test is None else rows.test.table.num_rows,
+        data_origin=rows.origin, plan=plan,
         footprint=_check_fits(recipe, spec, dtype, stage, source, plan, reporter), duplicated_rows=twice,
     )  # fmt: skip
 
@@ -134,6 +140,7 @@ class _Rows:
     train: Split
     validation: Split
     reported: dict[str, Split]
+    test: Split | None
     origin: dict[str, Any]
 
 
@@ -144,10 +151,13 @@ def _read_rows(recipe: Recipe, data: DataSet, reporter: Reporter) -> _Rows:
     reporter.note(f"data: {train.source}, {count if train.stream is None else f'streamed; of its first {count}:'}")
     for text in notes:
         reporter.note(f"  {text}")
+    whole = train
     train, validation = _validation(recipe, data, train, task, reporter)
     validation, reported = _reported(recipe, data, validation, task)
     train = take_subset(train, recipe.data.max_train_rows, recipe.train.seed)
-    return _Rows(task=task, train=train, validation=validation, reported=reported, origin=data.origin)
+    used = (whole, data.find(recipe.data.validation_split), *reported.values())
+    test = _test_rows(recipe, data, used, task, whole)
+    return _Rows(task=task, train=train, validation=validation, reported=reported, test=test, origin=data.origin)
 
 
 def _streamed(recipe: Recipe, rows: Split, task: Task, processor: Any, reading: Reading) -> StreamedExamples | None:
@@ -165,8 +175,31 @@ def _streamed(recipe: Recipe, rows: Split, task: Task, processor: Any, reading: 
 
 
 def _check_splits(rows: _Rows) -> None:
-    for split in (rows.train, rows.validation, *rows.reported.values()):
-        check_columns(split, rows.task)
+    splits = [rows.train, rows.validation, *rows.reported.values(), *([] if rows.test is None else [rows.test])]
+    all_of(*(partial(check_columns, split, rows.task) for split in splits))
+
+
+def _test_rows(recipe: Recipe, data: DataSet, used: Sequence[Split | None], task: Task, known: Split) -> Split | None:
+    """The test split, unless it is among the splits that are ``used``; without labels where it has none.
+
+    Rows to be answered come without a column of labels. A column that is called nearly so, and that the training rows
+    ``known`` lack, is a mistake, and left for :func:`check_columns` to refuse.
+    """
+    test = data.find(recipe.data.test_split)
+    if test is None or any(test is split for split in used):
+        return None
+    strange = set(test.table.column_names) - set(known.table.column_names)
+    absent = {column for role, column in task.columns() if role in TARGET_ROLES} - set(test.table.column_names)
+    is_mistake = any(did_you_mean(column, strange) for column in absent)
+    return test if is_mistake else with_label_columns(test, task)
+
+
+def _check_test(test: Split, task: Task, processor: Any, reading: Reading, reporter: Reporter) -> None:
+    """Read the test rows as ``eval`` will, so that a label which is no class is found before training."""
+    examples = task.encode(test, processor, replace(reading, allow_missing=True))
+    count = examples.num_unlabelled
+    without = f"; {count:,} without a label, which can be answered and not scored" if count else ""
+    reporter.note(f"  test: {examples.describe()}{without}")
 
 
 def _find(recipe: Recipe) -> ModelSource:

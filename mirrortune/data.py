@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,9 +32,11 @@ from mirrortune.locations import (
     table_suffix,
 )
 from mirrortune.row_chunks import row_chunks
+from mirrortune.row_places import FileRows, IntArray, RowPlaces
 from mirrortune.row_stream import RowStream
-from mirrortune.table_parts import take_rows
-from mirrortune.tables import READERS, read_table
+from mirrortune.table_parts import joined, take_rows
+from mirrortune.tables import READERS, read_rows
+from mirrortune.text_files import first_line
 
 # Names under which people keep the three splits.
 _SPLIT_NAMES = {
@@ -41,6 +44,9 @@ _SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+
+# What save_to_disk of the datasets library writes beside its Arrow files: of several splits, and of each.
+_SAVED_SPLITS, _SAVED = "dataset_dict.json", "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +58,25 @@ class Split:
         source: the name that messages give them (a path, or ``id split``).
         folder: where relative paths in the rows begin, or None.
         stream: all rows, where ``table`` holds only the first ones.
+        files: the files that the rows were read from, where that is known.
+        kept: which rows of the files these are, shape (N,); None for all of them.
     """
 
     table: pa.Table
     source: str
     folder: Path | None = None
     stream: RowStream | None = None
+    files: tuple[FileRows, ...] = ()
+    kept: IntArray | None = None
+
+    @property
+    def places(self) -> RowPlaces:
+        """Where the rows stand in their files."""
+        return RowPlaces(source=self.source, files=self.files, kept=self.kept)
+
+    def take(self, keep: npt.NDArray[np.bool_]) -> Split:
+        """The rows where ``keep`` (N,) is true, in order."""
+        return replace(self, table=take_rows(self.table, keep), kept=self.places.take(keep).kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,18 +168,16 @@ def _load_files(pattern: str, encoding: str) -> DataSet:
     files = [Path(name) for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]  # noqa: PTH207
     if not files:
         raise DataError(pattern, "no file matches", fix="Check the pattern given to --data, and quote it in the shell")
-    split = Split(table=_together(files, pattern, encoding), source=pattern, folder=files[0].parent)
+    split = _read_files(files, pattern, files[0].parent, encoding)
     return DataSet(
         splits={"train": split}, origin={"path": pattern, "sha256": {str(f): _file_sha256(f) for f in files}}
     )
 
 
-def _together(files: Sequence[Path], source: str, encoding: str) -> pa.Table:
-    tables = [read_table(f, encoding) for f in files]
-    try:
-        return flat(pa.concat_tables(tables, promote_options="permissive"))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(source, f"the files have different columns ({error})") from error
+def _read_files(files: Sequence[Path], source: str, folder: Path, encoding: str) -> Split:
+    """The rows of one file or more, one file after the other."""
+    tables, rows = zip(*(read_rows(file, encoding) for file in files), strict=True)
+    return Split(table=flat(joined(tables, source)), source=source, folder=folder, files=rows)
 
 
 def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None) -> tuple[Split, Split]:
@@ -188,9 +205,7 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
         chosen = [int(random.integers(rows))]
     held = np.zeros(rows, dtype=bool)
     held[chosen] = True
-    parts = (take_rows(split.table, mask) for mask in (~held, held))
-    train, validation = (replace(split, table=t) for t in parts)
-    return train, validation
+    return split.take(~held), split.take(held)
 
 
 def take_subset(split: Split, limit: int | None, seed: int) -> Split:
@@ -200,7 +215,7 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
         return split
     keep = np.zeros(rows, dtype=bool)
     keep[np.random.default_rng([seed, rows]).permutation(rows)[:limit]] = True
-    return replace(split, table=take_rows(split.table, keep))
+    return split.take(keep)
 
 
 def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) -> int:
@@ -235,7 +250,7 @@ def flat(table: pa.Table) -> pa.Table:
 
 
 def _load_file(path: Path, encoding: str) -> DataSet:
-    split = Split(table=flat(read_table(path, encoding)), source=str(path), folder=path.parent)
+    split = _read_files([path], str(path), path.parent, encoding)
     return DataSet(splits={"train": split}, origin={"path": str(path), "sha256": {path.name: _file_sha256(path)}})
 
 
@@ -244,24 +259,32 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
     hashes: dict[str, str] = {}
     for name, files in files_by_split(folder).items():
         source = str(files[0]) if len(files) == 1 else f"{folder} {name}"
-        splits[name] = Split(table=_together(files, f"{folder} {name}", encoding), source=source, folder=folder)
-        hashes |= {f.name: _file_sha256(f) for f in files}
+        splits[name] = _read_files(files, source, folder, encoding)
+        hashes |= {str(f.relative_to(folder)): _file_sha256(f) for f in files}
     if not splits:
         splits = _class_folders(folder)
         hashes = {name: _paths_sha256(split) for name, split in splits.items()}
-    if "train" not in splits and "validation" not in splits and "test" not in splits:
+    if not splits:
         names = sorted(p.name for p in folder.glob("[!.]*"))
         raise DataError(
             str(folder),
             f"no train, validation or test file; it holds {', '.join(names[:12]) or 'nothing'}",
-            allowed=f"train, validation, test with one of {', '.join(READERS)}, or a folder of images for each class",
+            allowed=f"train, validation, test with one of {', '.join(READERS)}, a folder of images for each class, "
+            "or a folder that the datasets library saved",
             fix="Rename the files, or give a single file to --data",
         )
     return DataSet(splits=splits, origin={"path": str(folder), "sha256": hashes})
 
 
 def files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The tables in a folder by the split that their names begin with."""
+    """The tables in a folder by the split that their names begin with, or those that ``save_to_disk`` of the datasets
+    library wrote there; DataError for the latter if they are damaged.
+    """
+    if (folder / _SAVED_SPLITS).is_file():
+        names = _saved(folder / _SAVED_SPLITS).get("splits", [])
+        return {name: _saved_files(folder / Path(name).name) for name in names}
+    if (folder / _SAVED).is_file():
+        return {"train": _saved_files(folder)}
     found: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.iterdir() if table_suffix(p) is not None):
         # train-00000-of-00002.csv.gz is train
@@ -270,6 +293,32 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
             if stem in names:
                 found.setdefault(split, []).append(path)
     return found
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What a file of ``save_to_disk`` says."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(str(path), f"it cannot be read ({first_line(error)})", fix="Save the data set again") from error
+    if not isinstance(found, dict):
+        raise DataError(str(path), f"got {type(found).__name__}", allowed="an object", fix="Save the data set again")
+    return found
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of one data set that ``save_to_disk`` wrote, in the order of its rows."""
+    state = _saved(folder / _SAVED)
+    if state.get("_indices_files") or state.get("_indices_data_files"):
+        raise DataError(
+            str(folder), "its rows are chosen by a file of indices", fix="Call flatten_indices() before save_to_disk"
+        )
+    files = [folder / Path(str(entry.get("filename"))).name for entry in state.get("_data_files", [])]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        problem = f"{missing[0]} is missing" if missing else f"{_SAVED} names no files"
+        raise DataError(str(folder), problem, fix="Copy the whole folder, or save the data set again")
+    return files
 
 
 def _class_folders(folder: Path) -> dict[str, Split]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from mirrortune.data import Split
 from mirrortune.errors import DataError
+from mirrortune.row_places import RowPlaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,14 +22,14 @@ class FileCells:
     Attributes:
         cells: bytes, paths, or the datasets library's structs of ``bytes`` and ``path``.
         folder: where relative paths begin.
-        source: the split's name, for messages.
+        places: of the rows, for messages.
         role: what a file holds, for messages.
         readable: which files can be read, for messages.
     """
 
     cells: pa.ChunkedArray
     folder: Path | None
-    source: str
+    places: RowPlaces
     role: str
     readable: str
 
@@ -36,7 +37,7 @@ class FileCells:
     def of(cls, split: Split, column: str, *, role: str, readable: str) -> FileCells:
         """The files of one column of ``split``."""
         cells = split.table.column(column)
-        return cls(cells=cells, folder=split.folder, source=split.source, role=role, readable=readable)
+        return cls(cells=cells, folder=split.folder, places=split.places, role=role, readable=readable)
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -60,6 +61,6 @@ class FileCells:
         name = f" '{path}'" if isinstance(path, str) else ""
         reason = "it is missing" if value is None else f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         return DataError(
-            f"{self.source} row {row + 1}", f"its {self.role}{name} cannot be read ({reason})",
+            self.places.where(row), f"its {self.role}{name} cannot be read ({reason})",
             allowed=f"{self.readable}; paths are relative to the table's folder", fix="Replace or remove the row",
         )  # fmt: skip

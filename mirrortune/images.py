@@ -139,7 +139,7 @@ class ImageExamples:
             if epoch is not None:
                 image = AUGMENTATIONS[self.augment](image, np.random.default_rng([self.seed, epoch, int(row)]))
             found.append(image)
-        batch = self.reader.pixels(found, self.images.source)
+        batch = self.reader.pixels(found, self.images.places.source)
         batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return batch
 

@@ -35,7 +35,7 @@ class OneOfClasses:
 
     def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
         """The class of every row (N,), -1 where there is none; DataError if there is none and must be."""
-        return class_indices(split.table, self.label_column, self.labels, split.source, allow_missing=allow_missing)
+        return class_indices(split.table, self.label_column, self.labels, split.places, allow_missing=allow_missing)
 
     def strata(self, split: Split) -> Targets | None:
         """The classes."""

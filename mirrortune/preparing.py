@@ -46,6 +46,9 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
     for line in show_rows(job.train, job.task, job.processor, show):
         reporter.note(line)
     counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
+    rows = {name: len(examples) for name, examples in {**counted, **job.reported}.items()}
+    if job.test_rows is not None:
+        rows["test"] = job.test_rows
     cache = FactorCache(on_remark=reporter.note, device=factorising_device(default_device()))
     if not dry_run:
         factorise(job, cache, reporter.bar)
@@ -55,7 +58,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
         head_parameters=job.plan.head_parameters,
         svd_seconds=round(cache.seconds, 3),
         svd_cache={"hits": cache.hits, "misses": cache.misses},
-        rows={name: len(examples) for name, examples in counted.items()},
+        rows=rows,
         truncated_rows={name: examples.num_truncated for name, examples in counted.items()},
         duplicated_rows=job.duplicated_rows,
         estimated_memory_bytes=job.footprint.total,

@@ -131,9 +131,10 @@ def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowS
         datasets.disable_progress_bars()
         options: dict[str, Any] = {} if builder in ("parquet", "arrow") else {"encoding": encoding}
         if builder == "csv":  # all cells are strings and empty ones are null, as where tables are read whole
-            columns, delimiter = delimiter_of(files[0], encoding)
+            columns, delimiter, skipped = delimiter_of(files[0], encoding)
             text = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
             options |= {"sep": delimiter, "features": text, "keep_default_na": False, "na_values": [""]}
+            options |= {"skiprows": skipped} if skipped else {}
         rows = datasets.load_dataset(
             builder, data_files={"train": [str(f.absolute()) for f in files]}, split="train", streaming=True, **options
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO
 
 import numpy as np
@@ -17,22 +17,24 @@ import pyarrow as pa
 
 from mirrortune.arrow_arrays import flag_array
 from mirrortune.atomic import cannot_write
+from mirrortune.column_problems import is_unreadable, problem_field
 from mirrortune.locations import cache_folder
 
 _LIMIT = 1 << 28  # bytes held in memory
 _ROWS = 65_536
 
 
-def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT) -> pa.Table:
+def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT, source: str = "rows") -> pa.Table:
     """One table of all parts, in order.
 
     Args:
-        parts: with the same columns, or with others that go together: whole with real numbers, null with anything.
+        parts: with the same columns, or with others that go together: whole with real numbers, null with anything. A
+            column whose types do not go together becomes one that cannot be read (:mod:`mirrortune.column_problems`).
         limit: beyond so many bytes parts go to a file in the cache folder, which nobody else sees and which is gone
             with the process.
+        source: the file, for messages.
 
     Raises:
-        pa.ArrowInvalid, pa.ArrowTypeError: parts whose types do not go together.
         ResourceError: the disk is full, or the cache folder cannot be written.
     """
     held: list[pa.Table] = []
@@ -46,7 +48,41 @@ def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT) -> pa.Table:
             held, size = [], 0
     if spilled and held:
         spilled, held = spilled + _spilled(held), []
-    return pa.concat_tables([*spilled, *held], promote_options="permissive")
+    return joined([*spilled, *held], source)
+
+
+def joined(tables: Sequence[pa.Table], source: str) -> pa.Table:
+    """The rows of all ``tables``, in order, with the columns of all of them; see :func:`join_parts` for types that
+    differ.
+    """
+    names = dict.fromkeys(name for table in tables for name in table.column_names)
+    unusable = {name: field for name in names if (field := _conflict(tables, name, source)) is not None}
+    return pa.concat_tables([_without(table, unusable) for table in tables], promote_options="permissive")
+
+
+def _conflict(tables: Sequence[pa.Table], name: str, source: str) -> pa.Field | None:
+    """The field of a column that one of ``tables`` could not read, or whose types do not go together."""
+    having = [table for table in tables if name in table.column_names]
+    fields = [table.schema.field(name) for table in having]
+    if (broken := next((field for field in fields if is_unreadable(field)), None)) is not None:
+        return broken
+    if all(field.type == fields[0].type for field in fields):
+        return None
+    try:
+        pa.concat_tables([table.select([name]) for table in having], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        kinds = " and ".join(dict.fromkeys(str(field.type) for field in fields))
+        problem = f"column '{name}' mixes types ({kinds})"
+        return problem_field(name, source, problem, "Give every row the same type")
+    return None
+
+
+def _without(table: pa.Table, unusable: dict[str, pa.Field]) -> pa.Table:
+    """The table with nulls in place of the columns that cannot be read."""
+    for name in unusable.keys() & set(table.column_names):
+        place = table.column_names.index(name)
+        table = table.set_column(place, unusable[name], pa.nulls(table.num_rows))
+    return table
 
 
 def take_rows(table: pa.Table, keep: npt.NDArray[np.bool_], limit: int = _LIMIT) -> pa.Table:

@@ -12,18 +12,22 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mirrortune.arrow_arrays import text_array
+from mirrortune.column_problems import problem_field
 from mirrortune.errors import DataError
 from mirrortune.json_rows import JSONArrayError, array_elements
 from mirrortune.locations import TABLE_SUFFIXES, table_suffix
+from mirrortune.row_places import FileRows, IntArray
 from mirrortune.table_parts import join_parts, on_disk
 from mirrortune.text_files import blocks_of, first_line, is_packed, lines_of, open_bytes, unpacking
 
@@ -31,17 +35,27 @@ from mirrortune.text_files import blocks_of, first_line, is_packed, lines_of, op
 _CELL_LIMIT = 1 << 30
 # What is read at a time: rows, and characters.
 _PART_ROWS, _PART_SIZE = 65_536, 1 << 24
+_SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line of some exports of Excel
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_Part = tuple[pa.Table, IntArray | None]
+"""Some rows, and the line of each, shape (N,), where a file has lines."""
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
-    """The rows of one file.
+    """The rows of one file, without their places; see :func:`read_rows`."""
+    return read_rows(path, encoding)[0]
+
+
+def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
+    """The rows of one file, and the lines in which they stand.
 
     Args:
         path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row each line) file, or one of them with .gz.
         encoding: of the text formats; a byte order mark is dropped.
 
     Returns:
-        A table; all cells of csv and tsv are strings, empty cells are null.
+        A table; all cells of csv and tsv are strings, empty cells are null. A column that cannot be read, such as one
+        of mixed types, is marked as :mod:`mirrortune.column_problems` says.
 
     Raises:
         DataError: if the file is missing, empty, undecodable, truncated or malformed; with its line where there is one.
@@ -59,78 +73,115 @@ def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
         raise DataError(str(path), f"unknown file type '{path.suffix}'", allowed=", ".join(READERS))
     if path.stat().st_size == 0:
         raise DataError(str(path), "the file is empty", fix="Give it a header and rows")
-    try:
-        table = join_parts(reader(path, encoding))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(
-            str(path), f"rows far apart have different types ({first_line(error)})", fix="Give every row the same type"
-        ) from error
+    lines: list[IntArray | None] = []
+
+    def parts() -> Iterator[pa.Table]:
+        for part, begins in reader(path, encoding):
+            lines.append(begins)
+            yield part
+
+    table = join_parts(parts(), source=str(path))
     if table.num_rows == 0:
         raise DataError(str(path), "the file has no rows", fix="Give it at least one row below the header")
-    return table
+    known = [part for part in lines if part is not None]
+    return table, FileRows(name=str(path), count=table.num_rows, lines=np.concatenate(known) if known else None)
 
 
-def _read_parquet(path: Path, encoding: str) -> Iterator[pa.Table]:
+def _read_parquet(path: Path, encoding: str) -> Iterator[_Part]:
     try:
         with pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
             schema, facts = file.schema_arrow, file.metadata
-            yield schema.empty_table()
+            yield schema.empty_table(), None
             size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
             rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # of images, a few
             for batch in file.iter_batches(batch_size=rows):
-                yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)
+                yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata), None
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
         raise DataError(
             str(path), f"not a whole parquet file ({first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
-def _read_arrow(path: Path, encoding: str) -> Iterator[pa.Table]:
+def _read_arrow(path: Path, encoding: str) -> Iterator[_Part]:
     try:
         data = _mapped(path)
         opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
         found = opened.read_all()
-        yield found.select(found.column_names)
+        yield found.select(found.column_names), None
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
         raise DataError(
             str(path), f"not a whole arrow file ({first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
-def _read_text(path: Path, encoding: str) -> Iterator[pa.Table]:
-    lines = (line.removesuffix("\n") for line in lines_of(path, encoding, "\n"))
-    for part in _parts((line, len(line)) for line in lines if line.strip()):
-        yield pa.table({"text": text_array(part)})
+def _read_text(path: Path, encoding: str) -> Iterator[_Part]:
+    lines = ((number, line.removesuffix("\n")) for number, line in enumerate(lines_of(path, encoding, "\n"), start=1))
+    for part in _parts(((number, line), len(line)) for number, line in lines if line.strip()):
+        yield pa.table({"text": text_array([line for _, line in part])}), _numbers(part)
 
 
-def _read_delimited(path: Path, encoding: str) -> Iterator[pa.Table]:
+def _read_delimited(path: Path, encoding: str) -> Iterator[_Part]:
     lines = lines_of(path, encoding, "")
-    header_line = next(lines, "")
-    delimiter = _delimiter(path, header_line)
-    rows = _parse_rows(path, itertools.chain([header_line] if header_line else [], lines), delimiter)
+    delimiter, begin = _delimiter(path, lines)
+    rows = _parse_rows(path, itertools.chain(begin, lines), delimiter)
     try:
-        _, header = next(rows)
+        _, header = next(row for row in rows if row[1] and not _SEPARATOR.fullmatch(delimiter.join(row[1])))
     except StopIteration:
         raise DataError(str(path), "the file has no header line") from None
-    names = [name.strip() for name in header]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
-        raise DataError(f"{path}:1", f"column name {repeated[0]!r} stands twice in the header", fix="Rename one")
+    names, width = _column_names(header), len(header)
+    fields = {n: _repeated(f"{path}:1", n) for n in names if names.count(n) > 1}
+    unnamed = {place for place, name in enumerate(header) if not name.strip()}
+    for part in _parts(_whole_rows(path, rows, width)):
+        columns = list(zip(*(cells for _, cells in part), strict=True)) if part else [()] * width
+        arrays, schema = {}, []
+        for place, name in enumerate(names):
+            if (place in unnamed and not any(columns[place])) or name in arrays:
+                continue  # Excel writes empty columns; of a name that stands twice no column is read
+            is_broken = name in fields
+            arrays[name] = pa.nulls(len(part)) if is_broken else text_array([c or None for c in columns[place]])
+            schema.append(fields[name] if is_broken else pa.field(name, arrays[name].type))
+        yield pa.table(list(arrays.values()), schema=pa.schema(schema)), _numbers(part)
 
-    def cells_of_rows() -> Iterator[tuple[list[str], int]]:
-        for line, cells in rows:
-            if cells and len(cells) != len(names):  # no cells: a blank line
-                raise DataError(
-                    f"{path}:{line}",
-                    f"{len(cells)} cells in a row of a table with {len(names)} columns",
-                    fix="Quote cells that contain the delimiter, or correct the row",
-                )
-            if cells:
-                yield cells, sum(map(len, cells))
 
-    for part in _parts(cells_of_rows()):
-        columns = zip(*part, strict=True) if part else ((),) * len(names)
-        yield pa.table({n: text_array([c or None for c in column]) for n, column in zip(names, columns, strict=True)})
+def _column_names(header: list[str]) -> list[str]:
+    """The names of a header line; a column without one is called by its place, as ``column 3``."""
+    return [name.strip() or f"column {place}" for place, name in enumerate(header, start=1)]
+
+
+def _repeated(where: str, name: str) -> pa.Field:
+    return problem_field(name, where, f"column name {name!r} stands twice in the header", "Rename one")
+
+
+def _whole_rows(
+    path: Path, rows: Iterable[tuple[int, list[str]]], width: int
+) -> Iterator[tuple[tuple[int, list[str]], int]]:
+    """Rows of ``width`` cells with their sizes. Blank rows at the end, and empty cells behind the last column, which
+    spreadsheets write, are left out.
+    """
+    blank: list[tuple[tuple[int, list[str]], int]] = []
+    for line, cells in rows:
+        if not cells:  # a blank line
+            continue
+        if len(cells) > width and not any(cells[width:]):
+            cells = cells[:width]  # noqa: PLW2901
+        if len(cells) != width:
+            raise DataError(
+                f"{path}:{line}",
+                f"{len(cells)} cell{'s' * (len(cells) != 1)} in a row of a table with {width} columns",
+                fix="Quote cells that contain the delimiter, or correct the row",
+            )
+        row = (line, cells), sum(map(len, cells))
+        if width > 1 and not any(cells):
+            blank.append(row)
+            continue
+        yield from blank
+        blank = []
+        yield row
+
+
+def _numbers(part: list[tuple[int, Any]]) -> IntArray:
+    """The line of each row of a part, shape (N,)."""
+    return np.fromiter((line for line, _ in part), dtype=np.int64, count=len(part))
 
 
 def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
@@ -147,18 +198,32 @@ def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
         yield part
 
 
-def _delimiter(path: Path, header_line: str) -> str:
-    # Semicolons and tabs are common in files called .csv; the header has no prose to mislead the count.
-    return "\t" if table_suffix(path) == ".tsv" else max(",;\t|", key=header_line.count)
+def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
+    """The delimiter of a table, and the lines that were read to find it: the header, and what stands before it, blank
+    lines and Excel's ``sep=;``.
+    """
+    begin: list[str] = []
+    named = None
+    for line in lines:
+        begin.append(line)
+        found = _SEPARATOR.fullmatch(line.rstrip("\r\n"))
+        if line.strip() and found is None:
+            break
+        named = found or named
+    if named is not None or table_suffix(path) == ".tsv" or not begin:
+        return named[1] if named else "\t", begin
+    # Semicolons and tabs are common in files called .csv; a delimiter within quotation marks divides nothing.
+    return max(",;\t|", key=lambda sign: len(next(csv.reader(begin[-1:], delimiter=sign), []))), begin
 
 
-def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str]:
-    """Column names and delimiter of a csv or tsv file, of which the first line is read; DataError if there is none."""
-    line = next(lines_of(path, encoding, "\n"), "").rstrip("\n")
-    if not line:
+def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str, int]:
+    """Column names and delimiter of a csv or tsv file, and how many lines stand before its header; only its first lines
+    are read. DataError if there is none.
+    """
+    delimiter, begin = _delimiter(path, lines_of(path, encoding, "\n"))
+    if not begin or not begin[-1].strip():
         raise DataError(str(path), "the file has no header line")
-    delimiter = _delimiter(path, line)
-    return next(csv.reader([line], delimiter=delimiter)), delimiter
+    return next(csv.reader([begin[-1].rstrip("\n")], delimiter=delimiter)), delimiter, len(begin) - 1
 
 
 def _parse_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -176,30 +241,25 @@ def _parse_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tu
                 f"malformed row ({error})",
                 fix='Close the quote, or double quotes in cells ("")',
             ) from error
-        yield reader.line_num, cells
+        yield start, cells
 
 
-def _read_json(path: Path, encoding: str) -> Iterator[pa.Table]:
+def _read_json(path: Path, encoding: str) -> Iterator[_Part]:
     start = next((text for block in blocks_of(path, encoding) if (text := block.lstrip())), "")
     if not start.startswith("["):
         yield from _read_json_lines(path, encoding)
         return
     try:
-        yield from _in_parts(path, array_elements(blocks_of(path, encoding)))
+        elements = enumerate(array_elements(blocks_of(path, encoding)), start=1)
+        for part in _parts(((number, row), size) for number, (row, size) in elements):
+            yield _from_objects(path, part, " row "), None
     except JSONArrayError as error:
         raise DataError(f"{path}:{error.line}", f"not valid JSON ({error})", fix="Correct the line") from error
 
 
-def _read_json_lines(path: Path, encoding: str) -> Iterator[pa.Table]:
-    return _in_parts(path, _json_rows(path, encoding))
-
-
-def _in_parts(path: Path, rows: Iterable[tuple[Any, int]]) -> Iterator[pa.Table]:
-    """Tables of JSON objects, which come with their sizes."""
-    done = 0
-    for part in _parts(rows):
-        yield _from_objects(path, part, done + 1)
-        done += len(part)
+def _read_json_lines(path: Path, encoding: str) -> Iterator[_Part]:
+    for part in _parts(_json_rows(path, encoding)):
+        yield _from_objects(path, part, ":"), _numbers(part)
 
 
 def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
@@ -207,7 +267,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line), len(line)
+            yield (number, json.loads(line)), len(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or first_line(error)
             raise DataError(
@@ -218,25 +278,48 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
             ) from error
 
 
-def _from_objects(path: Path, rows: list[Any], first: int) -> pa.Table:
-    for number, row in enumerate(rows, start=first):
+def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Table:
+    """A table of numbered JSON objects; ``sign`` stands between the file and a number in messages."""
+    for number, row in rows:
         if not isinstance(row, dict):
             raise DataError(
-                f"{path} row {number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
+                f"{path}{sign}{number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
             )
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    arrays = {}
-    for name, values in columns.items():
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    arrays, fields = [], []
+    for name in names:
+        values = [row.get(name) for _, row in rows]
         try:
-            arrays[name] = text_array(values) if _is_text(values) else pa.array(values)
-        except UnicodeEncodeError as error:
-            raise DataError(str(path), f"column '{name}' holds half a character ({first_line(error)})") from error
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise DataError(
-                str(path), f"column '{name}' mixes types ({first_line(error)})", fix="Give every row the same type"
-            ) from error
-    return pa.table(arrays)
+            array = text_array(values) if _is_text(values) else pa.array(values)
+            field = pa.field(name, array.type)
+        except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            problem, place = _why_unreadable(values, error)
+            array = pa.nulls(len(rows))
+            where = f"{path}{sign}{rows[place][0]}"
+            field = problem_field(name, where, f"column '{name}' {problem}", "Give every row the same type")
+        arrays.append(array)
+        fields.append(field)
+    return pa.table(arrays, schema=pa.schema(fields))
+
+
+def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
+    """What is wrong with the cells of a column that ``error`` refused, and the place of the first such cell."""
+    if isinstance(error, UnicodeEncodeError):
+        place = next(i for i, v in enumerate(values) if isinstance(v, str) and not v.isascii() and _is_torn(v))
+        return f"holds half a character ({first_line(error)})", place
+    kinds = [_KINDS.get(type(value)) for value in values]
+    known = [kind for kind in kinds if kind is not None]
+    other = next((i for i, kind in enumerate(kinds) if kind not in (None, known[0])), None)
+    if other is not None:
+        return f"mixes types ({kinds[other]} here, {known[0]} in rows before)", other
+    numbers = [i for i, value in enumerate(values) if isinstance(value, int) and not -(2**63) <= value < 2**63]
+    if numbers:
+        return "holds a whole number of more than 64 bits", numbers[0]
+    return f"mixes types ({first_line(error)})", 0
+
+
+def _is_torn(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_text(cells: list[Any]) -> bool:
@@ -251,7 +334,7 @@ def _mapped(path: Path) -> pa.Buffer:
         return on_disk(lambda file: shutil.copyfileobj(packed, file))
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[pa.Table]]] = {
+READERS: dict[str, Callable[[Path, str], Iterator[_Part]]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".json": _read_json,

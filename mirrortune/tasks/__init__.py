@@ -18,8 +18,9 @@ from typing import Any, Protocol, get_type_hints
 import pyarrow as pa
 from torch import Tensor
 
+from mirrortune.column_problems import refuse_unreadable
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError, VerificationError, unknown_name
+from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
 from mirrortune.examples import Batch, Examples, Targets
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource
@@ -161,9 +162,11 @@ def with_label_columns(split: Split, task: Task) -> Split:
 
 
 def check_columns(split: Split, task: Task) -> None:
-    """Refuse a split that lacks a column of the task; DataError with the columns that it has."""
+    """Refuse a split that lacks a column of the task, or where one cannot be read; DataError with those it has."""
     for role, column in task.columns():
         if column not in split.table.column_names:
             raise DataError(
-                split.source, f"it has no {role} column '{column}'", allowed=", ".join(split.table.column_names)
-            )
+                split.source, f"it has no {role} column '{column}'.{did_you_mean(column, split.table.column_names)}",
+                allowed=", ".join(split.table.column_names),
+            )  # fmt: skip
+    refuse_unreadable(split.table, [column for _, column in task.columns()])

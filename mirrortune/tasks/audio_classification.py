@@ -12,7 +12,7 @@ from mirrortune.columns import choose_audio_column
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
-from mirrortune.labels import MISSING, class_names, label_fields
+from mirrortune.labels import MISSING, class_names, label_fields, label_remarks
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource
 from mirrortune.one_of_classes import OneOfClasses
@@ -47,7 +47,8 @@ class Task(OneOfClasses):
         names = class_names(table, label, source, labels)
         chosen = scores.fields(("accuracy",), "class", len(names))
         longest = max_seconds or _LONGEST
-        return cls(audio_column=audio, label_column=label, labels=names, max_seconds=longest, **chosen), notes
+        task = cls(audio_column=audio, label_column=label, labels=names, max_seconds=longest, **chosen)
+        return task, [*notes, *label_remarks(table, label, names)]
 
     def columns(self) -> list[tuple[str, str]]:
         """See :class:`mirrortune.tasks.Task`."""

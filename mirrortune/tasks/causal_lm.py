@@ -29,7 +29,8 @@ from mirrortune.chat import (
     save_turn_ends,
     turn_end_ids,
 )
-from mirrortune.columns import check_named, detected, is_string
+from mirrortune.column_problems import refuse_unreadable
+from mirrortune.columns import check_named, detected, is_string, refuse_written_lists
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.examples import IGNORE_INDEX, Batch, Examples, Padding, Rows, Targets, TokenExamples
@@ -39,6 +40,7 @@ from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.packing import PackedExamples
 from mirrortune.probes import text_probe
 from mirrortune.row_chunks import Columns, nulls
+from mirrortune.row_places import RowPlaces
 from mirrortune.token_cache import Tokens, ragged
 from mirrortune.tokens import Reading, is_blank_text, resolve_max_length, tokenise_rows
 
@@ -109,6 +111,7 @@ class Task:
             if value not in (None, *allowed):
                 raise unknown_name(f"task.{key}", "value", str(value), allowed)
         layout, text, label, notes = _choose(table, text_columns, label_column, source)
+        refuse_unreadable(table, [column for column in (*text, label) if column is not None])
         loss_on = loss_on or ("all" if layout == "text" else "completions")
         if layout == "text" and loss_on == "completions":
             raise ConfigError("task.loss_on", f"plain text in column '{text[0]}' has no completions",
@@ -162,12 +165,13 @@ class Task:
             raise ConfigError("data.packing", "this model takes no positions, so rows would see each other",
                               fix="Set data.packing=false")  # fmt: skip
         if self.label_column is not None and not reading.allow_missing:
-            refuse_missing(nulls(split.table, self.label_column), split.source, self.label_column, "answer")
+            refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
         max_length, tokenizer = reading.max_length, processor.tokenizer
         assert max_length is not None
+        places = split.places
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
-            return self._tokenise(columns, numbers, processor, max_length, split.source)
+            return self._tokenise(columns, numbers, processor, max_length, places)
 
         facts = {
             "chat_template": tokenizer.chat_template if processor.is_chat else None,
@@ -178,7 +182,7 @@ class Task:
             is_blank=is_blank_text, facts=facts,
         )  # fmt: skip
         silent = made.spread(made.arrays.pop("silent") > 0)
-        refuse_missing(silent, split.source, self.label_column or self.text_columns[0], "answer to learn")
+        refuse_missing(silent, split.places, self.label_column or self.text_columns[0], "answer to learn")
         if len(made.arrays["offsets"]) < 2:
             raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
         examples = self._examples(made.arrays, made.counts, processor, max_length)
@@ -234,11 +238,13 @@ class Task:
         """See :class:`mirrortune.tasks.Task`."""
         return {**text_probe(processor.tokenizer, config), **processor.switches}
 
-    def _tokenise(self, columns: Columns, numbers: Rows, processor: TextReader, max_length: int, source: str) -> Tokens:
+    def _tokenise(
+        self, columns: Columns, numbers: Rows, processor: TextReader, max_length: int, places: RowPlaces
+    ) -> Tokens:
         """Tokens and targets of some rows; ``silent`` (N,) is 1 for those that have nothing to learn."""
         ids, targets, truncated, silent = [], [], 0, np.zeros(len(numbers), dtype=np.int32)
         for place, (number, *row) in enumerate(zip(numbers, *columns, strict=True)):
-            row_ids, learned = self._encode_row(row, processor, f"{source} row {number + 1}")
+            row_ids, learned = self._encode_row(row, processor, places.where(number))
             if self.loss_on == "all":
                 learned = [True] * len(row_ids)
             silent[place] = not any(learned[1:])  # nothing foretells the first token
@@ -301,6 +307,7 @@ def _choose(
         return layout, text, label, []
     lowered = {name.lower(): name for name in table.column_names}
     for name in _MESSAGES:
+        refuse_written_lists(table, lowered.get(name, ""), source)
         if name in lowered and not is_string(table.schema.field(lowered[name]).type):
             return "messages", (lowered[name],), None, [detected("text", lowered[name])]
     if {"instruction", "output"} <= set(lowered):

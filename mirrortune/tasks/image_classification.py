@@ -15,7 +15,7 @@ from mirrortune.data import Split
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
 from mirrortune.images import ImageExamples, ImageReader, check_augmentation, encode_images
-from mirrortune.labels import MISSING, class_names, label_fields
+from mirrortune.labels import MISSING, class_names, label_fields, label_remarks
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource
 from mirrortune.one_of_classes import OneOfClasses
@@ -47,7 +47,7 @@ class Task(OneOfClasses):
             image_column=image, label_column=label, labels=names, image_size=image_size, augment=augment or "none",
             **scores.fields(("accuracy",), "class", len(names)),
         )  # fmt: skip
-        return task, notes
+        return task, [*notes, *label_remarks(table, label, names)]
 
     def columns(self) -> list[tuple[str, str]]:
         """See :class:`mirrortune.tasks.Task`."""

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mirrortune.columns import check_is_text, check_named, detected
+from mirrortune.column_contents import is_nan, number_of
+from mirrortune.column_problems import refuse_unreadable
+from mirrortune.columns import check_is_text, check_named, detected, refuse_written_lists
 from mirrortune.data import Split
 from mirrortune.errors import DataError
 from mirrortune.examples import Batch, IntArray, Padding, Rows, Targets, TokenExamples
@@ -27,6 +29,7 @@ from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource, load_tokenizer
 from mirrortune.probes import SENTENCES
 from mirrortune.row_chunks import Columns, row_chunks
+from mirrortune.row_places import RowPlaces
 from mirrortune.token_cache import Tokens
 from mirrortune.tokens import Reading, pieces, resolve_max_length, tokenise_rows
 
@@ -128,6 +131,9 @@ class Task:
             )  # fmt: skip
         for column in text:
             check_is_text(table, column, source)
+        refuse_unreadable(table, (*text, *choices, label))
+        if len(choices) == 1:
+            refuse_written_lists(table, choices[0], source)
         notes = [] if text_columns else [detected("text", ", ".join(text))]
         notes += [] if choice_columns else [f"endings {', '.join(choices)} (detected; data.choice_columns to change)"]
         notes += [] if label_column else [detected("label", label)]
@@ -144,9 +150,9 @@ class Task:
         missing, done = np.zeros(split.table.num_rows, dtype=bool), 0
         for chunk in row_chunks(split.table, [*self.choice_columns, self.label_column]):
             numbers = np.arange(done, done + len(chunk[0]))
-            missing[numbers] = np.array(self._read(chunk, numbers, split.source)[1]) == MISSING
+            missing[numbers] = np.array(self._read(chunk, numbers, split.places)[1]) == MISSING
             done += len(numbers)
-        refuse_missing(missing, split.source, self.label_column)
+        refuse_missing(missing, split.places, self.label_column)
 
     def config_fields(self) -> dict[str, Any]:
         """None: a head of one number, whatever the number of endings."""
@@ -168,7 +174,7 @@ class Task:
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
             contexts, *begun = ([text or "" for text in column] for column in columns[:num_texts])
-            rows, right = self._read(columns[num_texts:], numbers, split.source)
+            rows, right = self._read(columns[num_texts:], numbers, split.places)
             begins = begun[0] if begun else [""] * len(rows)
             asked = [context for context, row in zip(contexts, rows, strict=True) for _ in row]
             endings = [f"{begin} {c}".strip() for begin, row in zip(begins, rows, strict=True) for c in row]
@@ -189,7 +195,7 @@ class Task:
         arrays = made.arrays
         targets, sizes = arrays.pop("right").astype(np.int64), arrays.pop("sizes")
         if not reading.allow_missing:
-            refuse_missing(targets == MISSING, split.source, self.label_column)
+            refuse_missing(targets == MISSING, split.places, self.label_column)
         endings = TokenExamples(
             features=arrays, offsets=arrays.pop("offsets"), targets=None, padding=Padding.of(processor),
             max_length=max_length, num_truncated=made.counts["num_truncated"],
@@ -222,18 +228,18 @@ class Task:
         )  # fmt: skip
         return {name: values.unflatten(0, (2, 2)) for name, values in made.items()}
 
-    def _read(self, columns: Columns, numbers: Rows, source: str) -> tuple[list[list[str]], list[int]]:
+    def _read(self, columns: Columns, numbers: Rows, places: RowPlaces) -> tuple[list[list[str]], list[int]]:
         """The endings of each of some rows, and which one is right (-1 where there is no label).
 
         Args:
             columns: the cells of the choice columns and of the label column.
             numbers: of the rows in the split.
-            source: for messages.
+            places: of the split's rows, for messages.
         """
         *choices, labels = columns
         rows, right = [], []
         for number, label, *row_cells in zip(numbers, labels, *choices, strict=True):
-            where, first = f"{source} row {number + 1}", row_cells[0]
+            where, first = places.where(number), row_cells[0]
             named = first.get("label") if isinstance(first, dict) else None
             texts = (first.get("text") if isinstance(first, dict) else first) if len(row_cells) == 1 else row_cells
             if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
@@ -244,13 +250,13 @@ class Task:
 
 
 def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
-    text = as_name(int(value) if isinstance(value, bool) else value)
-    if text in (None, "-1"):
+    text, number = as_name(int(value) if isinstance(value, bool) else value), number_of(value)
+    if text is None or number == -1 or is_nan(value):
         return MISSING
     if names and text in names:
         return names.index(text)
-    if text.isdigit() and int(text) < count:
-        return int(text)
+    if number is not None and number.is_integer() and 0 <= number < count:
+        return int(number)  # 1.0 is 1: pandas writes it so beside missing labels
     if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
         return ord(text.upper()) - ord("A")
     raise DataError(

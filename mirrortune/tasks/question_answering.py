@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mirrortune.columns import check_is_text, check_named, detected
+from mirrortune.column_problems import refuse_unreadable
+from mirrortune.columns import check_is_text, check_named, detected, refuse_written_lists
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import Batch, IntArray, Padding, Rows, TokenExamples
@@ -77,12 +78,13 @@ class Task:
             )  # fmt: skip
         for column in text:
             check_is_text(table, column, source)
+        refuse_unreadable(table, (*text, label))
+        refuse_written_lists(table, label, source)
         notes = [] if text_columns else [detected("text", text[0]), detected("text", text[1])]
         notes += [] if label_column else [detected("label", label)]
         chosen = scores.fields(("squad_f1", "exact_match"), "answers")
-        rows = enumerate(cells(table, label), start=1)
-        # All of them, not only until one is found: a cell that holds no answers is said here.
-        may_lack_answer = sum(_answers(value, f"{source} row {number}") == () for number, value in rows) > 0
+        # Cells that hold no answers at all are refused with their rows where splits are checked.
+        may_lack_answer = any(_is_answered(value) is False for value in cells(table, label))
         task = cls(text_columns=text, label_column=label, may_lack_answer=may_lack_answer, stride=stride, **chosen)
         return task, notes
 
@@ -92,7 +94,10 @@ class Task:
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
-        refuse_missing(nulls(split.table, self.label_column), split.source, self.label_column, "answer")
+        places = split.places
+        for row, value in enumerate(cells(split.table, self.label_column)):
+            _answers(value, places.where(row))
+        refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
 
     def config_fields(self) -> dict[str, Any]:
         """A head of two: where a span begins, and where it ends."""
@@ -114,14 +119,14 @@ class Task:
         """See :class:`mirrortune.tasks.Task`; a row becomes one window or more."""
         max_length = reading.max_length
         assert max_length is not None
-        missing = nulls(split.table, self.label_column)
+        missing, places = nulls(split.table, self.label_column), split.places
         if not reading.allow_missing:
-            refuse_missing(missing, split.source, self.label_column, "answer")
+            refuse_missing(missing, split.places, self.label_column, "answer")
         stride = min(_STRIDE, max_length // 3) if self.stride is None else self.stride
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
             contexts = [str(text or "") for text in columns[1]]
-            answers = [_answers(v, f"{split.source} row {n + 1}") for n, v in zip(numbers, columns[2], strict=True)]
+            answers = [_answers(v, places.where(n)) for n, v in zip(numbers, columns[2], strict=True)]
             # Leading white space is no part of the question, and would fill windows of its own (SQuAD has some).
             questions = [str(text or "").lstrip() for text in columns[0]]
             return _windows(questions, contexts, answers, processor, max_length, stride)
@@ -263,6 +268,15 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
         raise DataError(where, f"answers are {str(value)[:120]!r}",
                         allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
     return tuple((text, int(place)) for text, place in zip(texts, places, strict=True))
+
+
+def _is_answered(value: Any) -> bool | None:
+    """Whether a cell holds an answer; None where the label is missing or unreadable."""
+    try:
+        answers = _answers(value, "")
+    except DataError:
+        return None
+    return None if answers is None else bool(answers)
 
 
 def _listed(value: Any) -> list[Any]:

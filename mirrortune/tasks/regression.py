@@ -46,11 +46,12 @@ class Task:
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """The task; DataError if the label column is not made of finite numbers or is constant."""
-        text, label, notes = choose_columns(table, text_columns, label_column, source)
+        text, label, notes = choose_columns(table, text_columns, label_column, source, numbers=True)
         task = cls(text_columns=text, label_column=label, **scores.fields(("pearson", "spearmanr"), "number"))
-        values = task.targets(table, source)
+        # Cells that hold no numbers are refused with their rows where splits are checked.
+        values = np.array([_number(value) for value in cells(table, label)], dtype=np.float64)
         known = values[~np.isnan(values)]
-        if len(known) and np.ptp(known) == 0:
+        if len(known) and np.isfinite(known).all() and np.ptp(known) == 0:
             raise DataError(
                 source,
                 f"label column '{label}' holds one value only ({known[0]:g})",
@@ -63,10 +64,19 @@ class Task:
         """See :class:`mirrortune.tasks.Task`."""
         return [*(("text", c) for c in self.text_columns), ("label", self.label_column)]
 
-    def targets(self, table: pa.Table, source: str) -> npt.NDArray[np.float32]:
+    def targets(self, split: Split) -> npt.NDArray[np.float32]:
         """Numbers (N,), float32; NaN where there is none."""
-        values = (self._parse(v, source, i) for i, v in enumerate(cells(table, self.label_column)))
-        return np.fromiter(values, dtype=np.float32, count=table.num_rows)
+        found = np.empty(split.table.num_rows, dtype=np.float32)
+        for row, value in enumerate(cells(split.table, self.label_column)):
+            number = _number(value)
+            if abs(number) > _LARGEST:
+                raise DataError(
+                    split.places.where(row),
+                    f"label {value!r} in column '{self.label_column}' is not a finite number",
+                    fix="Correct the row, or use --task text-classification for classes",
+                )
+            found[row] = number
+        return found
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
@@ -86,7 +96,7 @@ class Task:
 
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         """See :class:`mirrortune.tasks.Task`."""
-        values = self.targets(split.table, split.source) if reading.allow_missing else self._complete_targets(split)
+        values = self.targets(split) if reading.allow_missing else self._complete_targets(split)
         facts = (self.kind, self.version)
         return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, facts)[0]
 
@@ -107,21 +117,16 @@ class Task:
         return text_probe(processor, config, num_texts=len(self.text_columns))
 
     def _complete_targets(self, split: Split) -> npt.NDArray[np.float32]:
-        values = self.targets(split.table, split.source)
-        refuse_missing(np.isnan(values), split.source, self.label_column, "number")
+        values = self.targets(split)
+        refuse_missing(np.isnan(values), split.places, self.label_column, "number")
         return values
 
-    def _parse(self, value: Any, source: str, row: int) -> float:
-        if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
-            return float("nan")
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = float("inf")
-        if abs(number) > _LARGEST:
-            raise DataError(
-                f"{source} row {row + 1}",
-                f"label {value!r} in column '{self.label_column}' is not a finite number",
-                fix="Correct the row, or use --task text-classification for classes",
-            )
-        return number
+
+def _number(value: Any) -> float:
+    """The number that a cell holds; NaN for none, infinity for what is no number."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("inf")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from mirrortune.column_problems import refuse_unreadable
 from mirrortune.columns import check_named, detected, is_string
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
@@ -160,6 +161,7 @@ class Task:
                 source, f"no columns of source and target texts; the columns are {', '.join(table.column_names)}",
                 allowed="two columns of text", fix="Name them with --text-column and --label-column",
             )  # fmt: skip
+        refuse_unreadable(table, (*text, label))
         task = cls(
             text_columns=text, label_column=label, prefix=prefix or "",
             max_target_length=max_target_length or _LONGEST_TARGET,
@@ -174,7 +176,7 @@ class Task:
 
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
-        refuse_missing(nulls(split.table, self.label_column), split.source, self.label_column, "target")
+        refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "target")
 
     def config_fields(self) -> dict[str, Any]:
         """None: the output layer stays as it is."""
@@ -204,7 +206,7 @@ class Task:
             (self.kind, self.version),
         )
         if not reading.allow_missing:
-            refuse_missing(missing, split.source, self.label_column, "target")
+            refuse_missing(missing, split.places, self.label_column, "target")
         sources, keep = encode_texts(
             split, self.text_columns, None, missing, tokenizer, reading, facts, prefix=self.prefix
         )

@@ -29,6 +29,7 @@ from mirrortune.labels import (
     in_order,
     is_list,
     label_fields,
+    label_remarks,
     label_sets,
     refuse_missing,
 )
@@ -70,7 +71,8 @@ class Task(OneOfClasses):
         own, target = (("f1_micro", "f1_macro"), "labels") if multi_label else (("accuracy",), "class")
         chosen = scores.fields(own, target, len(names))
         task = cls(text_columns=text, label_column=label, labels=names, multi_label=multi_label, **chosen)
-        return task, [*notes, "rows may have several labels"] if multi_label else notes
+        more = ["rows may have several labels"] if multi_label else label_remarks(table, label, names)
+        return task, [*notes, *more]
 
     def columns(self) -> list[tuple[str, str]]:
         """See :class:`mirrortune.tasks.Task`."""
@@ -123,13 +125,13 @@ class Task(OneOfClasses):
 
     def _targets(self, split: Split, *, allow_missing: bool) -> tuple[Targets, npt.NDArray[np.bool_]]:
         """The targets, (N,) or (N, C), and which rows have none."""
-        table, column, names, source = split.table, self.label_column, self.labels, split.source
+        table, column, names, places = split.table, self.label_column, self.labels, split.places
         if not self.multi_label:
             targets = self.class_targets(split, allow_missing=allow_missing)
             return targets, targets == MISSING
-        sets, missing = label_sets(table, column, names, source)
+        sets, missing = label_sets(table, column, names, places)
         if not allow_missing:
-            refuse_missing(missing, source, column)
+            refuse_missing(missing, places, column)
         return sets, missing
 
 

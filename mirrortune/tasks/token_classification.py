@@ -17,7 +17,8 @@ import pyarrow as pa
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from mirrortune.columns import check_named, detected, is_string
+from mirrortune.column_problems import refuse_unreadable
+from mirrortune.columns import check_named, detected, is_string, refuse_written_lists
 from mirrortune.data import Split
 from mirrortune.errors import DataError, did_you_mean
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples
@@ -69,10 +70,10 @@ class Task:
     def strata(self, split: Split) -> None:
         """None: rows are split at random."""
         features = feature_names(split.table, self.label_column)
-        rows = enumerate(cells(split.table, self.label_column), start=1)
-        missing = (self._indices(tags, features, f"{split.source} row {n}") is None for n, tags in rows)
+        places, rows = split.places, enumerate(cells(split.table, self.label_column))
+        missing = (self._indices(tags, features, places.where(n)) is None for n, tags in rows)
         known = np.fromiter(missing, dtype=bool, count=split.table.num_rows)
-        refuse_missing(known, split.source, self.label_column, "tag")
+        refuse_missing(known, split.places, self.label_column, "tag")
 
     def config_fields(self) -> dict[str, Any]:
         """See :class:`mirrortune.tasks.Task`."""
@@ -95,17 +96,14 @@ class Task:
         """See :class:`mirrortune.tasks.Task`."""
         max_length = reading.max_length
         assert max_length is not None
-        features = feature_names(split.table, self.label_column)
+        features, places = feature_names(split.table, self.label_column), split.places
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
             words = [[str(w) for w in row or ()] for row in columns[0]]
-            tags = [
-                self._indices(row, features, f"{split.source} row {n + 1}")
-                for n, row in zip(numbers, columns[1], strict=True)
-            ]
+            tags = [self._indices(row, features, places.where(n)) for n, row in zip(numbers, columns[1], strict=True)]
             for number, given, wanted in zip(numbers, words, tags, strict=True):
                 if wanted is not None and len(given) != len(wanted):
-                    raise DataError(f"{split.source} row {number + 1}", f"{len(given)} words and {len(wanted)} tags",
+                    raise DataError(places.where(number), f"{len(given)} words and {len(wanted)} tags",
                                     allowed="a tag for every word", fix="Correct the row")  # fmt: skip
             return _tokenise(words, tags, processor, max_length)
 
@@ -114,13 +112,13 @@ class Task:
             is_blank=lambda row: not row[0], facts={"length": max_length, "labels": self.labels},
         )  # fmt: skip
         arrays = made.arrays
-        offsets, places, missing = arrays.pop("offsets"), arrays.pop("words"), arrays.pop("missing") > 0
+        offsets, firsts, missing = arrays.pop("offsets"), arrays.pop("words"), arrays.pop("missing") > 0
         if not reading.allow_missing:
-            refuse_missing(made.spread(missing), split.source, self.label_column, "tag")
+            refuse_missing(made.spread(missing), split.places, self.label_column, "tag")
         return TokenExamples(
             features=arrays, offsets=offsets, targets=None, padding=Padding.of(processor), max_length=max_length,
             num_truncated=made.counts["num_truncated"], num_empty=made.num_blank, num_dropped=made.num_dropped,
-            num_unlabelled=int(missing.sum()), references=lambda: self._references(split, made.keep, places, offsets),
+            num_unlabelled=int(missing.sum()), references=lambda: self._references(split, made.keep, firsts, offsets),
         )  # fmt: skip
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,6 +210,8 @@ def _choose(
     check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
     lists = {n.lower(): n for n in table.column_names if is_list(table.schema.field(n).type)}
     texts = {k: n for k, n in lists.items() if is_string(table.schema.field(n).type.value_type)}
+    for name in (*(text or ()), *(n for n in table.column_names if n.lower() in (*_WORDS[:2], *_TAGS))):
+        refuse_written_lists(table, name, source)
     notes = []
     words = text[0] if text else next((texts[n] for n in _WORDS if n in texts), None)
     if words is not None and not text:
@@ -226,4 +226,5 @@ def _choose(
             allowed="a list of words and a list of tags in each row (json, jsonl or parquet)",
             fix="Name them with --text-column and --label-column",
         )
+    refuse_unreadable(table, (words, tags))
     return words, tags, notes

@@ -71,7 +71,7 @@ def test_rows_may_have_different_numbers_of_endings(tokenizer: Any) -> None:
 def test_choices_that_do_not_fit_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"row 2: label 7 names none of its 2 endings\. Allowed: 0 to 1, or A to B"):
         choices(tokenizer, SWAG.set_column(4, "label", [[0, 7]]))
-    with pytest.raises(DataError, match=r"1 of 2 rows have no label in column 'label' \(rows 2\)"):
+    with pytest.raises(DataError, match=r"1 of 2 rows have no label in column 'label' \(row 2\)"):
         choices(tokenizer, SWAG.set_column(4, "label", [[0, -1]]))
     with pytest.raises(DataError, match="no columns of contexts, endings and labels; the columns are text"):
         CHOICE.from_rows(pa.table({"text": ["a"]}), "rows.jsonl")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirrortune.column_problems import refuse_unreadable
 from mirrortune.data import Split, load_data, rows_in_both, set_aside
 from mirrortune.errors import ConfigError, DataError
 
@@ -91,8 +92,11 @@ def test_files_of_one_split_must_go_together(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train-0.parquet")
     pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), tmp_path / "train-1.parquet")
 
-    with pytest.raises(DataError, match="train: the files have different columns"):
-        load_data(str(tmp_path))
+    table = load_data(str(tmp_path)).splits["train"].table
+
+    assert table.column("text").to_pylist() == ["a", "a"]
+    with pytest.raises(DataError, match=r"train: column 'label' mixes types \(int64 and string\)"):
+        refuse_unreadable(table, ["label"])
 
 
 @pytest.mark.parametrize("setting", ["config", "revision"])

@@ -47,7 +47,7 @@ def test_a_prompt_without_its_completion_is_not_learned_as_nothing() -> None:
     task = task_class("causal-lm").from_rows(rows, "rows")[0]
     reader = TextReader(tokenizer=tiny_chat_tokenizer(), is_chat=False, takes_positions=True)
 
-    with pytest.raises(DataError, match=r"1 of 2 rows have no answer in column 'completion' \(rows 2\).*an answer in"):
+    with pytest.raises(DataError, match=r"1 of 2 rows have no answer in column 'completion' \(row 2\).*an answer in"):
         task.encode(Split(table=rows, source="rows"), reader, Reading(max_length=16))
 
 

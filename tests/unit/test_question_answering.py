@@ -138,7 +138,7 @@ def test_answers_are_scored_as_squad_does(answer: str, truths: tuple[str, ...], 
 def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="no columns of questions, contexts and answers; the columns are text"):
         KIND.from_rows(pa.table({"text": ["a"]}), "squad.json")
-    with pytest.raises(DataError, match=r"1 of 2 rows have no answer in column 'answers' \(rows 2\)"):
+    with pytest.raises(DataError, match=r"1 of 2 rows have no answer in column 'answers' \(row 2\)"):
         encode(tokenizer, rows(answer("film"), None))
     with pytest.raises(ConfigError, match=r"data\.stride: got 40, windows have 64 tokens. Allowed: less than 32"):
         KIND.from_rows(rows(answer("film")), "squad.json", stride=40)[0].resolve_length(64, tokenizer, None)

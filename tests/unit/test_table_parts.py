@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mirrortune.column_problems import refuse_unreadable
 from mirrortune.errors import DataError, ResourceError
 from mirrortune.locations import cache_folder
 from mirrortune.table_parts import join_parts, take_rows
@@ -79,13 +80,13 @@ def test_a_type_may_show_late(tmp_path: Path, early: object, late: dict[str, obj
 @pytest.mark.parametrize(
     ("late", "says"),
     [
-        ({"a": "x"}, "a.jsonl: rows far apart have different types"),
-        ([1], "a.jsonl row 65537: got list"),
+        ({"a": "x"}, "a.jsonl: column 'a' mixes types (int64 and string)"),
+        ([1], "a.jsonl:65537: got list"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, late: object, says: str) -> None:
     with pytest.raises(DataError) as caught:
-        read_table(write_lines(tmp_path / "a.jsonl", {"a": 1}, late))
+        refuse_unreadable(read_table(write_lines(tmp_path / "a.jsonl", {"a": 1}, late)), ["a"])
 
     assert says in str(caught.value)
 

@@ -16,6 +16,7 @@ from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.labels import class_indices
 from mirrortune.metrics import Scores, score
+from mirrortune.row_places import RowPlaces
 from mirrortune.tasks import task_class, task_from_dict, task_to_dict
 
 FEATURES = json.dumps({"info": {"features": {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}}})
@@ -34,7 +35,7 @@ def make(kind: str, rows: pa.Table, **settings: Any) -> Any:
 
 def indices(task: Any, rows: pa.Table, *, allow_missing: bool = False) -> list[int]:
     """The classes of rows in rows.csv."""
-    return class_indices(rows, "label", task.labels, "rows.csv", allow_missing=allow_missing).tolist()
+    return class_indices(rows, "label", task.labels, RowPlaces(source="rows.csv"), allow_missing=allow_missing).tolist()
 
 
 def outputs(logits: torch.Tensor) -> Any:
@@ -93,7 +94,7 @@ def test_class_names_of_a_hub_data_set_are_kept_in_their_order() -> None:
 
     assert task.labels == ("neg", "pos")
     assert indices(task, HUB, allow_missing=True) == [1, 0, -1]
-    with pytest.raises(DataError, match=r"1 of 3 rows have no label in column 'label' \(rows 3\)"):
+    with pytest.raises(DataError, match=r"1 of 3 rows have no label in column 'label' \(row 3\)"):
         task.strata(rows_of(HUB))
 
 
@@ -125,7 +126,7 @@ def test_labels_that_do_not_fit_the_kind_are_refused(
     kind: str, labels: list[Any], settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(DataError) as caught:
-        make(kind, table(labels), **settings)
+        make(kind, table(labels), **settings).strata(rows_of(table(labels)))
 
     assert says in str(caught.value)
 
@@ -140,7 +141,7 @@ def test_missing_numbers_are_counted() -> None:
     task = make("regression", table([1.5, None, float("nan"), 2]))
     rows = table(["1.5", "", "nan", "2"])
 
-    found = task.targets(rows, "rows.csv")
+    found = task.targets(rows_of(rows))
 
     assert found.dtype == np.float32
     assert np.isnan(found).tolist() == [False, True, True, False]

@@ -111,7 +111,7 @@ def test_tags_that_are_no_entities_are_scored_one_by_one() -> None:
     [
         ({"tokens": [["a", "b"]], "tags": [["O"]]}, "rows.jsonl row 1: 2 words and 1 tags"),
         ({"tokens": [["a"]], "tags": [["X"]]}, "row 1: tag 'X' is not among the tags"),
-        ({"tokens": [["a"], ["a"]], "tags": [None, ["O"]]}, "1 of 2 rows have no tag in column 'tags' (rows 1)"),
+        ({"tokens": [["a"], ["a"]], "tags": [None, ["O"]]}, "1 of 2 rows have no tag in column 'tags' (row 1)"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tokenizer: Any, rows: dict[str, list[Any]], says: str) -> None:

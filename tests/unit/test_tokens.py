@@ -164,7 +164,7 @@ def test_a_damaged_cache_entry_is_made_anew(tokenizer: Any, damage: bytes | None
         (
             split_of([("a", None), ("b", "good")]),
             TASK,
-            "rows.csv: 1 of 2 rows have no label in column 'label' (rows 1)",
+            "rows.csv: 1 of 2 rows have no label in column 'label' (row 1)",
         ),
         (split_of([("a", "god")]), TASK, "rows.csv row 1: label 'god' is not among the classes. Did you mean 'good'?"),
     ],
