@@ -16,7 +16,7 @@ import torch
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data import DataSet, Split, rows_in_both, set_aside, take_subset
 from mirrortune.disk_space import check_disk
-from mirrortune.errors import DataError, all_of, did_you_mean
+from mirrortune.errors import DataError, all_of, counted, did_you_mean
 from mirrortune.examples import Examples
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import default_device, is_set, resolve_precision
@@ -117,7 +117,8 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
         rows.train.table, rows.validation.table, [c for role, c in task.columns() if role not in TARGET_ROLES]
     )
     if twice:
-        reporter.note(f"  {twice:,} validation rows are also among the training rows")
+        are = "is" if twice == 1 else "are"
+        reporter.note(f"  {counted(twice, 'validation row')} {are} also among the training rows")
     stage = Stage(
         model=model, config=source.config.to_dict(), task=task, train=train, has_length=max_length is not None,
         smallest_rank=min((min(t.shape) for t in plan.targets.layers.values()), default=0),
@@ -147,7 +148,7 @@ class _Rows:
 def _read_rows(recipe: Recipe, data: DataSet, reporter: Reporter) -> _Rows:
     train = data.require(recipe.data.train_split, "data.train_split")
     task, notes = make_task(recipe, train)
-    count = f"{train.table.num_rows:,} rows"
+    count = counted(train.table.num_rows, "row")
     reporter.note(f"data: {train.source}, {count if train.stream is None else f'streamed; of its first {count}:'}")
     for text in notes:
         reporter.note(f"  {text}")
@@ -167,7 +168,9 @@ def _streamed(recipe: Recipe, rows: Split, task: Task, processor: Any, reading: 
     own = copy.deepcopy(processor)
 
     def encode(table: pa.Table, seed: int) -> Examples:
-        block = replace(rows, table=table, stream=None)
+        # Files are read in another order each epoch, so that the rows of a block are numbered within it.
+        source = f"{rows.source} (a block of the stream)"
+        block = replace(rows, table=table, stream=None, source=source, files=(), kept=None)
         with uncached():
             return task.encode(block, own, replace(reading, seed=seed))
 
@@ -255,8 +258,9 @@ def _validation(
         )  # fmt: skip
     strata = task.strata(train_rows)
     train, validation = set_aside(train_rows, recipe.data.validation_fraction, recipe.train.seed, strata)
+    count = counted(validation.table.num_rows, "row")
     reporter.note(
-        f"  no split '{recipe.data.validation_split}': {validation.table.num_rows:,} rows set aside for validation "
+        f"  no split '{recipe.data.validation_split}': {count} set aside for validation "
         f"(seed {recipe.train.seed}{', stratified' if strata is not None else ''})"
     )
     return train, validation

@@ -18,7 +18,7 @@ import typer
 from mirrortune import __version__, recipe_commands
 from mirrortune.cli_exports import merge, push
 from mirrortune.cli_reports import analyze, report, train_lines
-from mirrortune.errors import ConfigError, MirrortuneError, PeerError
+from mirrortune.errors import ConfigError, MirrortuneError, PeerError, counted
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics
 
@@ -112,7 +112,7 @@ def prepare(
     lines = [
         f"{result.targets} layers, {result.trainable_parameters:,} trained numbers besides the head's {result.head_parameters:,}",
         *([factorised] if any(result.svd_cache.values()) else []),
-        "  ".join(f"{name} {count:,} rows" for name, count in result.rows.items()),
+        "  ".join(f"{name} {counted(count, 'row')}" for name, count in result.rows.items()),
     ]
     reporter.result(asdict(result), lines)
 
@@ -179,7 +179,7 @@ def evaluate(
         target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, force_base=force_base
     )
     said = describe_metrics(result.metrics) or "no labels, nothing scored"
-    lines = [f"{result.split}: {said}  ({result.rows:,} rows)"]
+    lines = [f"{result.split}: {said}  ({counted(result.rows, 'row')})"]
     lines += [f"predictions: {result.predictions}"] if file else []
     reporter.result({name: value for name, value in asdict(result).items() if value is not None}, lines)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.column_problems import is_unreadable
+from mirrortune.errors import counted
 
 # Rows that are looked at, spread over the whole table: files are often sorted by class.
 _SAMPLE = 4000
@@ -106,7 +107,7 @@ class Contents:
 
     def why_label(self) -> str:
         """What speaks for a label, for a note."""
-        return f"{self.distinct} values in {self.rows:,} rows looked at"
+        return f"{counted(self.distinct, 'value')} in {counted(self.rows, 'row')} looked at"
 
     def why_text(self) -> str:
         """What speaks for a text, for a note."""

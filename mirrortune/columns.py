@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mirrortune.column_contents import Contents, contents, finest, holds_lists_as_text, longest
 from mirrortune.column_problems import refuse_unreadable
-from mirrortune.errors import DataError, did_you_mean
+from mirrortune.errors import DataError, counted, did_you_mean
 
 # Names that users and the Hub's datasets give their columns, the most specific first.
 _PAIR_NAMES = (
@@ -164,6 +164,7 @@ def _detect_label(
     found = finest(hinted) if hinted and not numbers else hinted[0] if len(hinted) == 1 else None
     if found is not None:
         return found.name, detected("label", found.name, found.why_label())
+    refuse_unreadable(table, table.column_names)  # what could not be read may be what is missing
     several = ", ".join(f"'{c.name}' ({c.why_label()})" for c in hinted)
     raise DataError(
         source,
@@ -202,6 +203,7 @@ def _detect_text(table: pa.Table, label: str, source: str) -> tuple[tuple[str, .
     for wanted in _WEAK_TEXT_NAMES:
         if wanted in lowered:
             return (lowered[wanted],), detected("text", lowered[wanted])
+    refuse_unreadable(table, table.column_names)
     raise DataError(
         source,
         f"{'several columns' if strings else 'no column'} could be the text",
@@ -233,7 +235,7 @@ def check_is_text(table: pa.Table, column: str, source: str) -> None:
         )  # fmt: skip
     if table.num_rows and table.column(column).null_count == table.num_rows:
         raise DataError(
-            source, f"text column '{column}' is empty in all {table.num_rows} rows",
+            source, f"text column '{column}' is empty in all {counted(table.num_rows, 'row')}",
             allowed=", ".join(table.column_names), fix="Name another with --text-column",
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ from mirrortune import pages
 from mirrortune.comparing import Comparison, comparable, default_jobs
 from mirrortune.comparison import Cell, Contender, Plan, Score, choose
 from mirrortune.comparison_figures import comparison_drawings
+from mirrortune.errors import counted
 from mirrortune.figures import Drawing, svg_for_page, write_figure
 from mirrortune.metrics import METRICS
 from mirrortune.report import Reporter, kilobytes
@@ -188,7 +189,7 @@ def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
     tuned = len(results["tune_seeds"])
     by = " by the loss" if results["choose_by"] == "loss" else ""
     times = ", times 100" if METRICS[found["metric"]].is_share else ""
-    rows = ", ".join(f"{n:,} rows of {name}" for name, n in found["rows"].items())
+    rows = ", ".join(f"{counted(n, 'row')} of {name}" for name, n in found["rows"].items())
     return (
         f"Mean and standard deviation over {count} seed{'s' * (count != 1)}{times}; learning rates chosen with "
         f"{tuned} seed{'s' * (tuned != 1)}{by} on rows that are not reported; "

@@ -156,6 +156,11 @@ def raised_here(error: BaseException) -> bool:
     return trace is not None and Path(trace.tb_frame.f_code.co_filename).parent.is_relative_to(Path(__file__).parent)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``2,000 rows``: a number of things, in words."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest candidate, or an empty string when none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)

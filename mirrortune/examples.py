@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mirrortune.errors import counted
+
 IntArray = npt.NDArray[np.integer[Any]]
 Targets = npt.NDArray[np.generic]
 Rows = npt.NDArray[np.int64]
@@ -127,7 +129,7 @@ class TokenExamples:
     def describe(self) -> str:
         """Rows, lengths in tokens, and what was cut or left out."""
         median, longest = int(np.median(self.lengths)), int(self.lengths.max())
-        text = f"{len(self):,} rows, {median} tokens (median), {longest} at most"
+        text = f"{counted(len(self), 'row')}, {median} tokens (median), {longest} at most"
         if self.num_truncated:
             text += f"; {self.num_truncated} truncated to {self.max_length}"
         if self.num_empty:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.errors import ConfigError, DataError, counted, unknown_name
 from mirrortune.examples import Batch, IntArray, Rows, Targets
 from mirrortune.file_cells import FileCells
 from mirrortune.model import ModelSource, forward_parameters, load_image_processor
@@ -146,7 +146,7 @@ class ImageExamples:
     def describe(self) -> str:
         """Rows and the size of their images."""
         size = "images of their own size" if self.reader.size is None else "{1} x {0} pixels".format(*self.reader.size)
-        return f"{len(self):,} rows, {size}"
+        return f"{counted(len(self), 'row')}, {size}"
 
     def verify(self, model: nn.Module) -> None:
         """Nothing."""

@@ -29,10 +29,10 @@ def split_summary(examples: Examples, task: Task) -> Iterator[str]:
 
 
 def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Iterator[str]:
-    """The first ``count`` rows as the model gets them when it learns."""
+    """The first ``count`` training examples as the model gets them when it learns."""
     tokenizer = getattr(processor, "tokenizer", processor)
     for row in range(min(count, len(examples))):
-        yield f"row {row + 1} of {len(examples):,}"
+        yield f"example {row + 1} of {len(examples):,}"
         for name, values in examples.batch(np.array([row]), 0).items():
             if isinstance(values, Tensor):
                 yield from _shown(name, values[0], tokenizer, task)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mirrortune.data import Split
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, counted
 from mirrortune.examples import Batch, IntArray, Rows, Targets
 from mirrortune.file_cells import FileCells
 from mirrortune.model import ModelSource, load_feature_extractor
@@ -103,7 +103,7 @@ class RecordingExamples:
     def describe(self) -> str:
         """Rows, and the lengths of their recordings."""
         seconds = self.samples / self.reader.rate
-        text = f"{len(self):,} rows, {np.median(seconds):.1f} s (median), {seconds.max():.1f} s at most"
+        text = f"{counted(len(self), 'row')}, {np.median(seconds):.1f} s (median), {seconds.max():.1f} s at most"
         return f"{text}; {self.num_truncated} cut" if self.num_truncated else text
 
     def verify(self, model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from mirrortune.adapter_file import read_adapter, restore_trained
 from mirrortune.assembly import Job
 from mirrortune.atomic import write_atomically
 from mirrortune.checkpoint import RunDirectory
+from mirrortune.errors import counted
 from mirrortune.evaluation import evaluate_split
 from mirrortune.report import Reporter, describe_metrics
 from mirrortune.sharding import whole_parameters
@@ -49,7 +50,7 @@ def score_kept(
         for what, values in (("predictions", outcome.predictions), ("references", outcome.references)):
             if isinstance(values, np.ndarray):
                 arrays[f"{name}.{what}"] = np.ascontiguousarray(values)
-        reporter.note(f"{name}: {describe_metrics(outcome.metrics)}  ({outcome.rows:,} rows)")
+        reporter.note(f"{name}: {describe_metrics(outcome.metrics)}  ({counted(outcome.rows, 'row')})")
 
     def write(path: Path) -> None:
         save_file(arrays, path)

@@ -15,18 +15,18 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
-    "adapter_packing adapters adapters.layouts adapters.matching adapters.pair_codes arrow_arrays errors examples "
+    "adapter_packing adapters adapters.layouts adapters.matching adapters.pair_codes arrow_arrays errors "
     "json_rows precision row_places row_stream signals significance tally text_tables",
-    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic batching chat "
-    "class_folders column_problems disk_space forward_modes hardware locations merge_contents metrics outputs "
-    "packing ranks registry report row_chunks shards strict_yaml text_files zero",
+    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic chat class_folders "
+    "column_problems disk_space examples forward_modes hardware locations merge_contents metrics ranks registry "
+    "report row_chunks shards strict_yaml text_files zero",
     "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
-    "checkpoint column_contents compiling drawn_inputs feeding figures hub load_errors model_card pages "
-    "predictions processes rehearsal schema sharding table_parts token_cache tracking",
-    "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison flags "
-    "launching quantised recipe run_status stream_feeding tables",
+    "batching checkpoint column_contents compiling figures hub load_errors model_card outputs packing pages "
+    "predictions processes schema sharding table_parts token_cache tracking",
+    "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison "
+    "drawn_inputs feeding flags launching quantised recipe rehearsal run_status tables",
     "adapters.core_stack adapters.cores adapters.products comparison_figures data editor_schema factor_cache "
-    "labels model recipe_commands run_figures spectra",
+    "labels model recipe_commands run_figures spectra stream_feeding",
     "adapters.effect adapters.spec adapters.spectral file_cells lazy_model one_of_classes run_page streaming tokens",
     "adapters.spectral_linear adapters.spectral_weight adapters.targets images part_loading peft_configs recordings",
     "adapters.inject adapters.timing probes",

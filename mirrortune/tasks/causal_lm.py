@@ -320,6 +320,7 @@ def _choose(
     strings = [name for name in table.column_names if is_string(table.schema.field(name).type)]
     for name in (*(lowered[n] for n in _TEXTS if n in lowered), *(strings if len(strings) == 1 else ())):
         return "text", (name,), None, [detected("text", name)]
+    refuse_unreadable(table, table.column_names)
     raise DataError(
         source,
         "no column looks like text to learn",

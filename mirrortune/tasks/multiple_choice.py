@@ -22,7 +22,7 @@ from mirrortune.column_contents import is_nan, number_of
 from mirrortune.column_problems import refuse_unreadable
 from mirrortune.columns import check_is_text, check_named, detected, refuse_written_lists
 from mirrortune.data import Split
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, counted
 from mirrortune.examples import Batch, IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.labels import MISSING, as_name, refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
@@ -83,7 +83,7 @@ class ChoiceExamples:
 
     def describe(self) -> str:
         """Rows, and the lengths of their endings."""
-        return f"{len(self):,} rows of endings: {self.endings.describe()}"
+        return f"{counted(len(self), 'row')} of endings: {self.endings.describe()}"
 
     def verify(self, model: nn.Module) -> None:
         """Nothing."""
@@ -124,6 +124,7 @@ class Task:
         choices = choice_columns or next(iter(lists), numbered)
         label = label_column or next((names[n] for n in _LABELS if n in names and names[n] not in choices), None)
         if not text or len(text) > 2 or not choices or label is None:
+            refuse_unreadable(table, table.column_names)
             raise DataError(
                 source, f"no columns of contexts, endings and labels; the columns are {', '.join(names.values())}",
                 allowed="a context, two endings or more, and the number of the right one",

@@ -71,6 +71,7 @@ class Task:
         label = label_column or next((names[n] for n in ("answers", "answer") if n in names), None)
         check_named(table, [*((c, "--text-column") for c in text), (label, "--label-column")], source)
         if len(text) != 2 or label is None:
+            refuse_unreadable(table, table.column_names)
             raise DataError(
                 source, f"no columns of questions, contexts and answers; the columns are {', '.join(names.values())}",
                 allowed="question, context and answers",

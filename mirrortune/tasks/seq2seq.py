@@ -157,6 +157,7 @@ class Task:
         label = label_column or (names[pair[1]] if pair and names[pair[1]] not in text else None)
         fitting = [n for n in table.column_names if is_string(table.schema.field(n).type)]
         if len(text) != 1 or label is None or not {*text, label} <= set(fitting):
+            refuse_unreadable(table, table.column_names)
             raise DataError(
                 source, f"no columns of source and target texts; the columns are {', '.join(table.column_names)}",
                 allowed="two columns of text", fix="Name them with --text-column and --label-column",

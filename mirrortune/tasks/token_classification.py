@@ -220,6 +220,7 @@ def _choose(
     if tags is not None and not label:
         notes.append(detected("label", tags))
     if words is None or tags is None or not {words, tags} <= set(lists.values()) or len(text or ("",)) > 1:
+        refuse_unreadable(table, table.column_names)
         raise DataError(
             source,
             f"no two columns are lists of words and of tags; the columns are {', '.join(table.column_names)}",

@@ -303,7 +303,10 @@ BAD: dict[str, Bad] = {
     "empty file": data("", "the file is empty. Give it a header and rows."),
     "header only": data("text,label\n", "the file has no rows."),
     "bytes that are no text": data(
-        GOOD.encode() + b"caf\xe9,a\n", ":12: byte 0xe9", "is not utf-8", "data.encoding=latin-1"
+        GOOD.encode() + b"caf\xe9,a\n",
+        ":12: byte 0xe9",
+        "is not utf-8",
+        "if the line should read 'café,a', set data.encoding=cp1252",
     ),
     "unknown encoding": choice(
         "data.encoding=utf-99", "data.encoding: unknown encoding 'utf-99'", "Allowed: a Python codec"
@@ -383,22 +386,22 @@ BAD: dict[str, Bad] = {
     "a class for every row": data(rows(*range(60)), "has 60 different values in 60 rows", "--label-column"),
     "words for numbers": data(
         GOOD,
-        " row 1: label 'a' in column 'label' is not a finite number",
+        ":2: label 'a' in column 'label' is not a finite number",
         "use --task text-classification",
         words="-t regression",
     ),
-    "infinite number": data(rows(1, 2, "inf"), " row 3: label 'inf'", "not a finite number", words="-t regression"),
-    "number out of range": data(rows(1, 2, "1e300"), " row 3: label '1e300'", words="-t regression"),
+    "infinite number": data(rows(1, 2, "inf"), ":4: label 'inf'", "not a finite number", words="-t regression"),
+    "number out of range": data(rows(1, 2, "1e300"), ":4: label '1e300'", words="-t regression"),
     "one number": data(rows(2, 2, 2), "holds one value only (2). Allowed: numbers that differ.", words="-t regression"),
     "missing labels": data(
-        GOOD + "x,\ny,nan\n",
-        "2 of 12 rows have no label in column 'label' (rows 11, 12)",
+        GOOD + "x,\ny,\n",
+        "2 of 12 rows have no label in column 'label' (lines 12, 13)",
         "a label in every row used for training",
         "Fill or remove these rows.",
     ),
     "missing numbers": data(rows(1, 2, 3) + "x,\n", "1 of 4 rows have no number", words="-t regression"),
     "label that is not listed": data(
-        GOOD, " row 2: label 'b' is not among the classes", "Allowed: a, c.", words="task.labels=[a,c]"
+        GOOD, ":3: label 'b' is not among the classes", "Allowed: a, c.", words="task.labels=[a,c]"
     ),
     "one row": data(rows("a"), "one class only"),
     "three classes for f1": Bad(
@@ -410,7 +413,7 @@ BAD: dict[str, Bad] = {
     "new class in validation": Bad(
         "+ -d parts",
         3,
-        ("parts/validation.csv row 2: label 'c' is not among the classes", "Allowed: a, b.", "task.labels"),
+        ("parts/validation.csv:3: label 'c' is not among the classes", "Allowed: a, b.", "task.labels"),
         change=folder(train=GOOD, validation=rows("a", "c")),
     ),
     "unlabelled validation": Bad(

@@ -14,6 +14,30 @@ from tests.tiny_models import write_tiny_causal, write_tiny_vision
 PREPARE = ("prepare", "-t", "text-classification", "--dry-run")
 
 
+def test_the_test_split_is_checked_before_training(desk: Path, tiny_model_dir: Path) -> None:
+    for name in ("train", "validation"):
+        write_table(desk / "parts" / f"{name}.csv", [("the film was good", "up"), ("a bad plot", "down")])
+    words = (*PREPARE, "-m", tiny_model_dir, "-d", "parts", "--json")
+
+    write_table(desk / "parts" / "test.csv", [("fun", "up"), ("great", "")])
+    outcome = mirrortune(*words)
+    assert outcome.data["rows"] == {"train": 2, "validation": 2, "test": 2}
+    assert "1 without a label" in outcome.stderr
+
+    write_table(desk / "parts" / "test.csv", [("fun", "up"), ("great", "upp")])
+    outcome = mirrortune(*words)
+    assert outcome.exit_code == 3
+    assert "test.csv:3: label 'upp' is not among the classes. Did you mean 'up'?" in outcome.stderr
+
+    write_table(desk / "parts" / "test.csv", [("fun", "up")], ("text", "lable"))
+    outcome = mirrortune(*words)
+    assert outcome.exit_code == 3
+    assert "it has no label column 'label'. Did you mean 'lable'?" in outcome.stderr
+
+    write_table(desk / "parts" / "test.csv", [("fun", "7")], ("text", "number"))  # rows to be answered
+    assert mirrortune(*words).data["rows"]["test"] == 1
+
+
 def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path) -> None:
     write_table(desk / "parts" / "train.csv", [("the film was good", "up"), ("a bad plot", "down"), ("fun", "up")])
     write_table(desk / "parts" / "validation.csv", [("a bad plot", "down"), ("great", "up")])
@@ -24,10 +48,10 @@ def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path)
     lines = outcome.stderr.splitlines()
     assert "as a LoRA: rank 8" in lines, "the least that servers take of 4 and more"
     assert "  tokens of parts/train.csv (training rows): made for the first time" in lines
-    assert "  1 validation rows are also among the training rows" in lines
+    assert "  1 validation row is also among the training rows" in lines
     assert "train classes: up 2 (67%), down 1 (33%)" in lines
     assert "train lengths: 3 █▁▁█▁█ 6" in lines or any(line.startswith("train lengths: 3 ") for line in lines)
-    start = lines.index("row 1 of 3")
+    start = lines.index("example 1 of 3")
     assert lines[start + 1] == "  text: [CLS] the film was good [SEP]"
     assert [line.split(":")[0].strip() for line in lines[start + 2 : start + 5]] == [
         "input_ids", "token_type_ids", "attention_mask",

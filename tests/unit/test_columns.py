@@ -50,6 +50,68 @@ def test_the_only_text_is_the_text() -> None:
     assert (found, target) == (("blurb",), "label")
 
 
+def reviews(count: int = 60) -> dict[str, list[object]]:
+    """Columns of each sort, by what they hold."""
+    return {
+        "subject": [f"the film number {i} was seen by many" for i in range(count)],
+        "kind": [("praise", "blame", "neither")[i * i % 3] for i in range(count)],
+        "place": [("north", "south")[i % 7 > 3] for i in range(count)],
+        "length": [i * 37 % 11 for i in range(count)],
+        "number": list(range(count)),
+        "price": [round(i * 0.37 % 5, 2) for i in range(count)],
+        "stamp": [f"2024-01-01 00:{i:02}" for i in range(count)],
+        "constant": ["x"] * count,
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "text"),
+    [
+        ("subject kind", "kind", "subject"),
+        ("number subject kind stamp constant", "kind", "subject"),
+        ("subject kind price length", "kind", "subject"),
+        ("place kind subject", "kind", "subject"),  # by the hint in its name
+        ("place subject number price", "place", "subject"),
+    ],
+)
+def test_columns_are_found_by_what_they_hold(names: str, label: str, text: str) -> None:
+    rows = pa.table({name: reviews()[name] for name in names.split()})
+
+    found, target, notes = choose_columns(rows, None, None, "d.csv")
+
+    assert (found, target) == ((text,), label)
+    assert "values in 60 rows looked at" in notes[0]
+
+
+def test_a_label_that_says_more_is_taken() -> None:
+    fine = [i % 6 for i in range(60)]
+    rows = pa.table({"words": reviews()["subject"], "coarse_label": [i // 3 for i in fine], "fine_label": fine})
+
+    assert choose_columns(rows, None, None, "d.csv")[1] == "fine_label"
+
+
+def test_two_readings_that_are_equally_likely_are_refused() -> None:
+    columns = reviews()
+    rows = pa.table({"subject": columns["subject"], "place": columns["place"], "colour": columns["kind"]})
+
+    with pytest.raises(DataError, match=r"several columns could be the label: 'place' \(2 values.*'colour' \(3 values"):
+        choose_columns(rows, None, None, "d.csv")
+
+
+def test_a_name_that_holds_something_else_is_doubted() -> None:
+    columns = reviews()
+    rows = pa.table({"score": columns["price"], "subject": columns["subject"], "kind": columns["kind"]})
+
+    assert choose_columns(rows, None, None, "d.csv")[1] == "kind"
+    assert choose_columns(rows, None, None, "d.csv", numbers=True)[1] == "score"
+
+
+def test_the_only_measure_is_what_is_predicted() -> None:
+    rows = pa.table({name: reviews()[name] for name in ("number", "subject", "kind", "price")})
+
+    assert choose_columns(rows, None, None, "d.csv", numbers=True)[:2] == (("subject",), "price")
+
+
 def test_what_is_named_is_taken_and_needs_no_note() -> None:
     assert choose_columns(table("a", "b", "c"), ["b", "a"], "c", "d.csv") == (("b", "a"), "c", [])
     assert choose_columns(table("a", "b"), ["a"], None, "d.csv")[1] == "b"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mirrortune.column_problems import refuse_unreadable
 from mirrortune.data import Split, load_data, rows_in_both, set_aside
 from mirrortune.errors import ConfigError, DataError
+from mirrortune.labels import feature_names
 
 CSV = "text,label\na,x\nb,y\n"
 
@@ -86,6 +87,39 @@ def test_a_folder_without_any_split_says_what_it_holds(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"no train, validation or test file; it holds rows\.csv.*Rename the files"):
         load_data(str(tmp_path))
+
+
+def saved(folder: Path, **splits: dict[str, list[Any]]) -> None:
+    """What ``save_to_disk`` of the datasets library writes."""
+    import datasets
+
+    parts = {name: datasets.Dataset.from_dict(rows) for name, rows in splits.items()}
+    labelled = {n: p.cast_column("label", datasets.ClassLabel(names=["no", "yes"])) for n, p in parts.items()}
+    (datasets.DatasetDict(labelled) if len(labelled) > 1 else labelled["train"]).save_to_disk(folder)
+
+
+def test_what_the_datasets_library_saved_is_read(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {"text": ["a", "b", "c"], "label": [0, 1, 1]}
+    saved(tmp_path / "one", train=rows)
+    saved(tmp_path / "two", train=rows, test={"text": ["d"], "label": [1]})
+
+    one, two = load_data(str(tmp_path / "one")), load_data(str(tmp_path / "two"))
+
+    assert one.splits["train"].table.to_pydict() == rows
+    assert feature_names(one.splits["train"].table, "label") == ("no", "yes")
+    assert {name: split.table.num_rows for name, split in two.splits.items()} == {"train": 3, "test": 1}
+    assert len(two.origin["sha256"]) == 2
+    assert two.splits["test"].places.where(0).endswith("two/test/data-00000-of-00001.arrow row 1")
+
+
+def test_what_was_saved_and_damaged_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "one", train={"text": ["a"], "label": [0]})
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match=r"one: data-00000-of-00001\.arrow is missing\. Copy the whole folder"):
+        load_data(str(tmp_path / "one"))
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"state\.json: it cannot be read"):
+        load_data(str(tmp_path / "one"))
 
 
 def test_files_of_one_split_must_go_together(tmp_path: Path) -> None:

@@ -64,6 +64,13 @@ def test_classes_of_more_than_even_odds_are_said() -> None:
     assert found == pytest.approx({"f1_micro": 0.8, "f1_macro": 2 / 3, "subset_accuracy": 2 / 3})
 
 
+def test_flags_may_be_whole_numbers_of_any_writing(tokenizer: Any) -> None:
+    flags = pa.table({"text": ["x"] * 3, "rude": ["1.0", "0", "true"], "loud": [1.0, 0.0, None]})
+    task = KIND.from_rows(flags, "rows.csv", labels=("rude", "loud"))[0]
+
+    assert encode(tokenizer, task, flags).targets.tolist() == [[1, 1], [0, 0], [1, 0]]
+
+
 def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
     task = KIND.from_rows(LISTS, "rows.jsonl", label_column="topics")[0]
     other = pa.table({"text": ["x", "y"], "topics": [["a"], ["z"]]})

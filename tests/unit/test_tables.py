@@ -40,6 +40,11 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
         ("a.csv", "text;label\ngood film;a\nbad, sad;b\n"),
         ("a.csv", "text\tlabel\ngood film\ta\nbad, sad\tb\n"),
         ("a.TSV", "text\tlabel\ngood film\ta\nbad, sad\tb\n"),
+        ("a.csv", "sep=;\ntext;label\ngood film;a\nbad, sad;b\n"),
+        ("a.csv", '"sep=|"\r\n\r\ntext|label\r\ngood film|a\r\nbad, sad|b\r\n'),
+        ("a.csv", "sep=\t\ntext\tlabel\ngood film\ta\nbad, sad\tb\n"),
+        ("a.csv", "text;label;;\ngood film;a;;\nbad, sad;b\n;;;\n;;;\n".replace("sad;b\n", "sad;b;;\n")),
+        ("a.csv", 'text,label\ngood film,a,,\n"bad, sad",b,\n'),
         ("a.jsonl", '{"text": "good film", "label": "a"}\n\n{"label": "b", "text": "bad, sad"}'),
         ("a.json", '[{"text": "good film", "label": "a"},\n {"text": "bad, sad", "label": "b"}]'),
         ("a.json", '{"text": "good film", "label": "a"}\n{"text": "bad, sad", "label": "b"}\n'),
@@ -180,6 +185,44 @@ def test_a_missing_file_lists_what_is_beside_it(tmp_path: Path) -> None:
         read_table(tmp_path / "row.csv")
     with pytest.raises(DataError, match="no such file"):
         read_table(tmp_path / "nowhere" / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("text,label\na,b\n".encode("utf-16"), "set data.encoding=utf-16."),
+        ("text,label\na,b\n".encode("utf-16-le"), "set data.encoding=utf-16-le."),
+        ("text,label\na,b\n".encode("utf-16-be"), "set data.encoding=utf-16-be."),
+        ("text,label\na,b\n".encode("utf-32"), "set data.encoding=utf-32."),
+        (b"text,label\na \x93great\x94 film,b\n", "should read 'a “great” film,b', set data.encoding=cp1252"),
+        (b"text,label\na \x81 film,b\n", "name its own encoding with data.encoding, such as cp1251"),
+        ("text,label\né,é\né,é\n".encode() + b"caf\xe9,b\n", "Most of the file is UTF-8: correct this line"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
+def test_advice_on_an_encoding_never_corrupts(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_table(write(tmp_path, name, content))
+
+    assert says in str(caught.value)
+    assert "latin-1" not in str(caught.value)
+
+
+def test_latin_1_does_not_turn_quotation_marks_into_control_characters(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", b"text,label\na \x93great\x94 film,b\n")
+
+    with pytest.raises(
+        DataError, match=r"a\.csv:2: byte 0x93 is a control character in latin-1. Set data\.encoding=cp12"
+    ):
+        read_table(path, "latin-1")
+    assert read_table(path, "cp1252").column("text").to_pylist() == ["a “great” film"]
+
+
+def test_columns_without_a_name_are_called_by_their_place(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "a.csv", ",text,label\n0,x,a\n1,y,b\n"))
+
+    assert table.column_names == ["column 1", "text", "label"]
+    assert choose_columns(table, None, None, "a.csv")[:2] == (("text",), "label")
 
 
 def test_an_unknown_encoding_is_refused(tmp_path: Path) -> None:

@@ -106,6 +106,64 @@ def test_classes_that_are_named_are_taken_as_they_stand() -> None:
 
 
 @pytest.mark.parametrize(
+    ("labels", "settings", "names", "targets"),
+    [
+        (["roti", "nan", "roti"], {}, ("nan", "roti"), [1, 0, 1]),
+        (["None", "null", "NA"], {}, ("NA", "None", "null"), [1, 2, 0]),
+        (["1", "0", "nan"], {}, ("0", "1"), [1, 0, -1]),
+        (["1", "0", "nan"], {"labels": ("0", "1", "nan")}, ("0", "1", "nan"), [1, 0, 2]),
+        ([1.0, 0.0, float("nan")], {}, ("0", "1"), [1, 0, -1]),
+        (["a", "", None], {"labels": ("", "a")}, ("", "a"), [1, 0, 0]),
+        (["3.9", "3.10"] * 4, {}, ("3.10", "3.9"), [1, 0] * 4),
+        (["1.0", "0.0"], {"labels": ("0", "1")}, ("0", "1"), [1, 0]),
+        ([1, 0], {"labels": ("0.0", "1.0")}, ("0.0", "1.0"), [1, 0]),
+    ],
+)
+def test_text_is_text_and_numbers_are_numbers(
+    labels: list[Any], settings: dict[str, Any], names: tuple[str, ...], targets: list[int]
+) -> None:
+    task = make("text-classification", table(labels), **settings)
+
+    assert task.labels == names
+    assert indices(task, table(labels), allow_missing=True) == targets
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["1", "0", "nan"], "1 nan among numbers, read as no label"),
+        (["3.9", "3.10"] * 4, "holds numbers, such as 3.10, each of which is one class"),
+        (["['a']", "['a', 'b']"], "holds lists written as text, such as \"['a', 'b']\", each of which is one class"),
+    ],
+)
+def test_labels_that_may_be_meant_otherwise_are_said(labels: list[Any], says: str) -> None:
+    notes = task_class("text-classification").from_rows(table(labels), "rows.csv", label_column="label")[1]
+
+    assert says in " ".join(notes)
+
+
+def test_real_numbers_name_the_way_to_classes() -> None:
+    with pytest.raises(DataError, match=r'list them as text: task\.labels=\["0\.5", "1\.5", \.\.\.\]'):
+        make("text-classification", table([0.5, 1.5]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "settings"),
+    [
+        ("token-classification", {"tokens": ["['a', 'b']"], "tags": ["['O', 'O']"]}, {}),
+        ("question-answering", {"question": ["a"], "context": ["b"], "answers": ["{'text': ['b']}"]}, {}),
+        ("multiple-choice", {"question": ["a"], "choices": ["['x', 'y']"], "label": ["0"]}, {}),
+        ("causal-lm", {"messages": ['[{"role": "user", "content": "a"}]']}, {}),
+    ],
+)
+def test_lists_that_are_written_as_text_are_no_lists(
+    kind: str, columns: dict[str, list[Any]], settings: dict[str, Any]
+) -> None:
+    with pytest.raises(DataError, match=r"holds lists or objects written as text, such as.*Write the rows as jsonl"):
+        task_class(kind).from_rows(pa.table(columns), "rows.csv", **settings)
+
+
+@pytest.mark.parametrize(
     ("kind", "labels", "settings", "says"),
     [
         ("text-classification", ["a", "a"], {}, "label column 'label' has one class only ('a'). Allowed: two classes"),
