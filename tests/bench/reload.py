@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of reloading: what a saved adapter does where it is loaded, by whose decomposition it is loaded.
+"""The table of reloading in docs/performance.md: what a saved adapter does where it is loaded, by which decomposition.
 
     python -m tests.bench.reload [--size 192] [--sizes]
 

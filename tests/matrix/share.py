@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What share of transformers' registry passes, and every exception with its reason: the page that the README quotes."""
+"""The share of transformers' registry that passes, and every exception with its reason: the page docs/models.md quotes."""
 
 from __future__ import annotations
 

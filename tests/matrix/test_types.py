@@ -11,7 +11,7 @@ import pytest
 
 from tests.matrix.share import PAGE, exceptions, page, sentence_of
 from tests.matrix.walk import check, check_in_time, registry
-from tests.test_readme import README
+from tests.test_docs import DOCS
 
 CORE = {
     "albert": "sequence-classification", "bart": "seq2seq-lm", "beit": "image-classification",
@@ -46,9 +46,9 @@ def test_every_type_does_what_the_page_says(model_type: str) -> None:
         assert found["status"] == known.get((model_type, head), "passed"), f"{head}: {found.get('reason')}"
 
 
-def test_the_readme_states_the_share_of_the_page() -> None:
+def test_the_docs_state_the_share_of_the_page() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert sentence_of(text) in " ".join(README.split())
+    assert sentence_of(text) in " ".join(DOCS["docs/models.md"].split())
     share = re.search(r"(\d+) of the (\d+) model types that can", text)
     assert share
     assert int(share[1]) >= 0.95 * int(share[2])

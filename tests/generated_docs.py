@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fills the generated parts of README.md and docs/: settings, options, recipes, methods and tables of results.
+
+    python -m tests.generated_docs
+
+A generated part stands between ``<!-- generated: NAME ARGUMENTS -->`` and ``<!-- end -->``; ``test_docs.py`` fails when
+a page differs from what this module makes of it. The README's figure is drawn anew as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from matplotlib.figure import Figure
+from pydantic import BaseModel
+
+from mirrortune.adapters.presets import CORES, PRESETS, method_names, preset
+from mirrortune.cli import app
+from mirrortune.comparison_figures import comparison_drawings
+from mirrortune.schema import Recipe
+from tests.cli.console import mirrortune
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests" / "bench" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_PART = re.compile(r"(<!-- generated: (\S+)(.*?) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+
+
+def render(page: str) -> str:
+    """The text of a page with every generated part made anew."""
+
+    def replace(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{GENERATORS[found[2]](*found[3].split())}\n\n{found[5]}"
+
+    return _PART.sub(replace, page)
+
+
+def settings(section: str) -> str:
+    """Settings of one section of a recipe, from ``mirrortune/schema.py``."""
+    model = Recipe.model_fields[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    properties = model.model_json_schema()["properties"]
+    rows = (
+        (f"`{section}.{name}`", _type(properties[name]), _default(field.default), field.description or "")
+        for name, field in model.model_fields.items()
+    )
+    return table(("setting", "value", "default", "meaning"), rows)
+
+
+def options(*command: str) -> str:
+    """Arguments and options of one command, from its own parser."""
+    rows = []
+    for parameter in find_command(*command).params:
+        if parameter.param_type_name == "argument":
+            rows.append((f"`{parameter.metavar}`", parameter.help or ""))
+        elif parameter.name != "help":
+            names = ", ".join(f"`{name}`" for name in sorted(parameter.opts, key=len, reverse=True))
+            default = parameter.default if parameter.show_default and not parameter.is_flag else None
+            rows.append((names, f"{parameter.help}{f' Default: {default}.' if default not in (None, []) else ''}"))
+    return table(("argument or option", "meaning"), rows)
+
+
+def recipes() -> str:
+    """The shipped recipes, as ``mirrortune recipes ls`` describes them."""
+    found = mirrortune("recipes", "ls", "--json").data["recipes"]
+    rows = ((f"`{r['name']}`", r["kind"], f"`{r['model']}`", r["summary"]) for r in found)
+    return table(("recipe", "kind of task", "model", "data and protocol"), rows)
+
+
+def methods(which: str) -> str:
+    """Defaults of our own methods, or of PEFT's tuners."""
+    rows = []
+    for name in method_names():
+        found = preset(name)
+        if (found.peft is not None) == (which == "peft"):
+            has_rank = found.core is not None or (found.peft is not None and found.peft.rank is not None)
+            rank = str(found.rank) if has_rank else ""
+            rows.append((f"`{name}`", rank, f"{found.lr:g}", found.summary.replace("``", "`")))
+    return table(("`--method`", "default rank", "default `--lr`", "what is trained"), rows)
+
+
+def method_options() -> str:
+    """Options of our own cores, from the signatures of their classes."""
+    rows = []
+    for core in CORES.names():
+        users = [name for name in method_names() if (name == core or (name in PRESETS and PRESETS[name].core == core))]
+        for parameter in inspect.signature(CORES.get(core, "docs")).parameters.values():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                kind = re.sub(r"Literal\[(.*)\]", r"\1", str(parameter.annotation)).replace("'", "")
+                key = f"`adapter.options.{parameter.name}`"
+                rows.append((key, ", ".join(f"`{user}`" for user in users), kind, f"`{parameter.default}`"))
+    return table(("option", "methods", "value", "default"), rows)
+
+
+def results(name: str) -> str:
+    """What a bench or a comparison wrote, without its headings."""
+    path = RESULTS / name
+    text = (path / "table.md" if path.is_dir() else path).read_text(encoding="utf-8")
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#")).strip()
+
+
+def results_summary(name: str, *methods_shown: str) -> str:
+    """A few rows and columns of a comparison: score on test rows, difference to the first method, sizes."""
+    found = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
+    (task,) = found["tasks"].values()
+    cells = {
+        line.split("|")[1].strip(" `"): [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in results(name).splitlines()
+        if line.startswith("| `") and line.count("|") == 10
+    }
+    assert task["metric"] == "accuracy"
+    rows = ([cells[method][i] for i in (0, 3, 4, 5, 6)] for method in methods_shown)
+    return table(("method", "accuracy, test", "against mirror", "trained numbers", "adapter"), rows)
+
+
+def find_command(*names: str) -> Any:
+    """The click command that ``mirrortune NAMES`` runs."""
+    found: Any = typer.main.get_command(app)
+    for name in names:
+        found = found.commands[name]
+    return found
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; line breaks and bars in cells are made harmless."""
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for row in rows:
+        cells = (" ".join(cell.split()).replace("|", "\\|") for cell in row)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _type(field: dict[str, Any]) -> str:
+    """The values that a JSON schema allows, in words."""
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_type(choice) for choice in field["anyOf"] if choice != {"type": "null"}))
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "$ref" in field:
+        return "mapping"
+    names = {"string": "text", "boolean": "`true` or `false`", "array": "list", "object": "mapping"}
+    name = names.get(field.get("type", ""), field.get("type", "any"))
+    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    limits = [f"{words} {field[key]:g}" for key, words in bounds.items() if key in field]
+    return ", ".join([name, *limits])
+
+
+def _default(value: Any) -> str:
+    if value is None or value == ():
+        return ""
+    if isinstance(value, bool | str | float | int):
+        return f"`{json.dumps(value)}`".replace('"', "")
+    return ""
+
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    "settings": settings,
+    "options": options,
+    "recipes": recipes,
+    "methods": methods,
+    "method-options": method_options,
+    "results": results,
+    "results-summary": results_summary,
+}
+
+
+def draw_figure() -> None:
+    """The README's figure: score against trained numbers, from a kept comparison."""
+    found = json.loads((RESULTS / "movie-sentences" / "results.json").read_text(encoding="utf-8"))
+    (task,) = found["tasks"].values()
+    task["methods"] = {name.partition(":lr=")[0]: method for name, method in task["methods"].items()}
+    (drawing,) = (d for d in comparison_drawings(found, {}) if d.name == "score_by_trained_numbers")
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    drawing.draw(figure)
+    figure.axes[0].set(title="MiniLM-L6 on movie sentences, five seeds")
+    figure.savefig(ROOT / "docs" / "images" / "accuracy-against-size.png", dpi=110)
+
+
+if __name__ == "__main__":
+    draw_figure()
+    for path in PAGES:
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")

