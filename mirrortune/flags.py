@@ -60,7 +60,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--image-column", "data.image_column", str, "Column of images, encoded or as paths. Detected by default."),
     _flag(_DATA, "--audio-column", "data.audio_column", str, "Column of recordings, encoded or as paths. Detected by default."),
     _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
-    _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see README); mirror by default."),
+    _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see docs/peft.md); mirror by default."),
     _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT."),
     _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor, random or adaptive, or a .json file of pairs."),
     _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, all-linear or all-layers."),
@@ -75,7 +75,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
     _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32 or bf16."),
     _flag(_LOOP, "--compile", "train.compile", bool, "Compile the model; pays in long runs."),
-    _flag(_LOOP, "--track", "train.track", str, "Tell a tracker as well: tensorboard, wandb, mlflow or trackio."),
+    _flag(_LOOP, "--track", "train.track", str, "Send the log to a tracker too: tensorboard, wandb, mlflow or trackio."),
     _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),
     _flag(_DANGER, "--trust-remote-code", "model.trust_remote_code", bool, "Run Python code from the model's repository."),
 )  # fmt: skip

@@ -131,7 +131,7 @@ class AdapterSection(_Section):
     """What is trained."""
 
     method: str = "mirror"
-    """Name of the method; see README."""
+    """Name of the method; docs/methods.md and docs/peft.md describe them."""
     rank: Literal["full", "out"] | typing.Annotated[int, Field(gt=0)] | None = None
     """Leading singular directions kept of each matrix: a number, full for min(out, in), or out for all outputs (of a
     rotation on the output side); r of a tuner of PEFT; the method's own (full for rotations) by default."""
@@ -204,7 +204,7 @@ class TrainSection(_Section):
     log_every_steps: int = Field(default=10, gt=0)
     """Optimizer steps between two lines of the log."""
     track: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
-    """Experiment tracker that is told every number of the log; none by default."""
+    """Experiment tracker that also receives every number of the log; none by default."""
     num_workers: int = Field(default=1, ge=0, le=64)
     """Threads that make batches ahead of the loop; 0 makes each when it is needed. No result depends on it."""
 

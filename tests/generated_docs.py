@@ -13,6 +13,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ def options(*command: str) -> str:
             default = parameter.default if parameter.show_default and not parameter.is_flag else None
             rows.append((names, f"{parameter.help}{f' Default: {default}.' if default not in (None, []) else ''}"))
     return table(("argument or option", "meaning"), rows)
+
+
+def json_fields() -> str:
+    """Fields of the ``--json`` objects, from the dataclasses that commands return."""
+    from mirrortune import commands, merging, preparing
+
+    found = {
+        "prepare": (preparing.PrepareResult, "{}"),
+        "train": (commands.TrainResult, "{}"),
+        "eval": (commands.EvaluateResult, "{}"),
+        "merge": (merging.Verification, "`output_dir`, `format`, `verification` with {}"),
+    }
+    rows = (
+        (f"`{name}`", form.format(", ".join(f"`{f.name}`" for f in fields(kind))))
+        for name, (kind, form) in found.items()
+    )
+    return table(("command", "fields"), rows)
 
 
 def recipes() -> str:
@@ -163,6 +181,7 @@ def _default(value: Any) -> str:
 GENERATORS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "options": options,
+    "json-fields": json_fields,
     "recipes": recipes,
     "methods": methods,
     "method-options": method_options,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The share of transformers' registry that passes, and every exception with its reason: the page docs/models.md quotes."""
+"""The share of transformers' registry that passes, and every exception with its reason: what docs/models.md quotes."""
 
 from __future__ import annotations
 
