@@ -48,6 +48,7 @@ class Job:
         validation: rows that choose the checkpoint.
         reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
         test_rows: rows of the test split, if there is one; they are checked, and serve nothing in training.
+        eval_batch_size, eval_max_positions: rows and positions of a batch that is scored, at most.
         duplicated_rows: validation rows whose texts are also in the training rows.
     """
 
@@ -66,6 +67,8 @@ class Job:
     data_origin: dict[str, Any]
     plan: Plan
     footprint: Footprint
+    eval_batch_size: int
+    eval_max_positions: int | None
     duplicated_rows: int
 
 
@@ -120,16 +123,19 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
         are = "is" if twice == 1 else "are"
         reporter.note(f"  {counted(twice, 'validation row')} {are} also among the training rows")
     stage = Stage(
-        model=model, config=source.config.to_dict(), task=task, train=train, has_length=max_length is not None,
+        model=model, config=source.config.to_dict(), task=task, train=train,
+        scored=(validation, *reported.values()), has_length=max_length is not None,
         smallest_rank=min((min(t.shape) for t in plan.targets.layers.values()), default=0),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
+    footprint, eval_batch_size, eval_max_positions = _check_fits(recipe, spec, dtype, stage, source, plan, reporter)
     return Job(
         recipe=recipe, spec=spec, source=source, dtype=dtype, processor=processor, task=task, max_length=max_length,
         train=train, stream=_streamed(recipe, rows.train, task, processor, learned), validation=validation,
         reported=reported, test_rows=None if rows.test is None else rows.test.table.num_rows,
         data_origin=rows.origin, plan=plan,
-        footprint=_check_fits(recipe, spec, dtype, stage, source, plan, reporter), duplicated_rows=twice,
+        footprint=footprint, eval_batch_size=eval_batch_size, eval_max_positions=eval_max_positions,
+        duplicated_rows=twice,
     )  # fmt: skip
 
 
@@ -221,7 +227,8 @@ def _processor(recipe: Recipe, task: Task, source: ModelSource) -> tuple[Any, in
 def _check_fits(
     recipe: Recipe, spec: AdapterSpec, dtype: torch.dtype, stage: Stage, source: ModelSource, plan: Plan,
     reporter: Reporter,
-) -> Footprint:  # fmt: skip
+) -> tuple[Footprint, int, int | None]:  # fmt: skip
+    """The memory of the run, and the rows and positions of a batch that is scored; ResourceError if it does not fit."""
     for line in plan.lines():
         reporter.note(line)
     if stored_as := plan.stored_as(recipe.adapter.form, dtype):
@@ -232,9 +239,10 @@ def _check_fits(
     step = Step(
         spec=spec, dtype=dtype, rows=min(section.batch_size, len(stage.train)),
         accumulation=section.gradient_accumulation_steps,
-        is_16bit_compute=resolve_precision(section.precision) == "bf16",
+        is_16bit_compute=resolve_precision(section.precision) == "bf16", scored=recipe.eval.batch_size,
     )  # fmt: skip
-    found = packed(stage.footprint(step), source.load_in, plan, dtype)
+    counted, scored_rows, scored_positions = stage.sized(step)
+    found = packed(counted, source.load_in, plan, dtype)
     reporter.note(describe(found, step, stage, plan))
     output_dir = Path(recipe.output_dir or "runs")
     needs = disk_needs(source, plan, output_dir=output_dir, keep=recipe.train.keep)
@@ -242,7 +250,7 @@ def _check_fits(
     is_cut = is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED")
     checks = [] if is_cut else [lambda: check_memory(found, step, stage)]
     all_of(*checks, lambda: check_disk(needs))
-    return found
+    return found, scored_rows, scored_positions
 
 
 def _validation(

@@ -140,12 +140,15 @@ class RunDirectory:
         return _lines(self.progress_log)
 
     def rewind_log(self, global_step: int, *, owes_evaluation: bool = False) -> None:
-        """Drop what the continued run writes again: events after ``global_step``, and the evaluation that it owes."""
+        """Drop what the continued run writes again: events after ``global_step``, and the evaluation that it owes.
+
+        A run that is continued from step 0 begins anew, with its evaluation before the first step.
+        """
         kept = [
             e
             for e in self.events()
             if e["step"] < global_step
-            or (e["step"] == global_step and not (owes_evaluation and e["event"] == "evaluate"))
+            or (e["step"] == global_step > 0 and not (owes_evaluation and e["event"] == "evaluate"))
         ]
         self.write_text(self.metrics.name, "".join(json.dumps(e) + "\n" for e in kept))
 

@@ -83,6 +83,7 @@ def train_lines(result: Any) -> list[str]:
         speed += f", {significant(result.tokens_per_second)} tokens/s"
     return [
         f"validation: {describe_metrics(result.metrics)}",
+        *([f"before training: {describe_metrics(result.metrics_before)}"] if result.metrics_before else []),
         f"adapter: {kilobytes(result.adapter_bytes)}{_form(run)} in {run}/adapter, with "
         f"{result.trainable_parameters:,} trained numbers ({kilobytes(4 * result.trainable_parameters)}){head}",
         f"trained in {significant(result.train_seconds)} s at {speed}",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mirrortune.factor_cache import FactorCache
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import factorising_device
 from mirrortune.loading import (
+    Evaluable,
     adapt_model,
     adapter_to_score,
     base_identity,
@@ -35,8 +37,10 @@ from mirrortune.loading import (
     load_evaluable,
     share_factors,
 )
-from mirrortune.loop import FitResult
+from mirrortune.loop import FitResult, LoopSettings
+from mirrortune.metrics import METRICS
 from mirrortune.peft_tuners import remarks
+from mirrortune.planning import default_eval_batch
 from mirrortune.predictions import prediction_file, write_predictions
 from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
@@ -65,6 +69,7 @@ class TrainResult:
     train_seconds: float
     samples_per_second: float
     tokens_per_second: float | None
+    metrics_before: dict[str, float] | None
     peak_memory_bytes: int
 
 
@@ -128,9 +133,8 @@ def train(
         seed_everything(recipe.train.seed + 1 + accelerator.process_index)
         counts = trainable_parameters(model), head_parameters(model)  # before processes share them
         outcome, best = _fit(job, model, book, run, accelerator, reporter, resume=resume)
-        if outcome.stopped_early:
-            count = recipe.train.patience
-            reporter.note(f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one")
+        for text in _remarks_on(outcome, job):
+            reporter.note(text)
         reported = score_kept(job, model, run, accelerator, reporter)
         record_validation(job, model, run, accelerator, best)
         result = _train_result(run, outcome, *counts)
@@ -138,6 +142,17 @@ def train(
             more = {"reported": reported, "pairing_seconds": pairing_seconds}
             write_results(run, job, {**asdict(outcome), **asdict(result), **more})
     return result
+
+
+def _remarks_on(outcome: FitResult, job: Job) -> Iterator[str]:
+    """What a user should know of how training ended besides the scores."""
+    if outcome.stopped_early:
+        count = job.recipe.train.patience
+        yield f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one"
+    name, before = job.task.selection_metric, outcome.metrics_before
+    sign = 1 if METRICS[name].higher_is_better else -1
+    if before is not None and sign * outcome.metrics[name] <= sign * before[name]:
+        yield f"warning: no checkpoint has a better {name} than the model before training ({before[name]:.4f})"
 
 
 def _meet(recipe: Recipe, run: RunDirectory, reporter: Reporter, *, resume: bool, overwrite: bool) -> Any:
@@ -169,6 +184,7 @@ def _train_result(run: RunDirectory, outcome: FitResult, num_trained: int, num_h
         train_seconds=round(outcome.train_seconds, 3),
         samples_per_second=digits(outcome.samples_per_second),
         tokens_per_second=None if outcome.tokens_per_second is None else digits(outcome.tokens_per_second),
+        metrics_before=outcome.metrics_before,
         peak_memory_bytes=peak_memory_bytes(),
     )
 
@@ -198,7 +214,7 @@ def _fit(
             job.task,
             train=job.stream or job.train,
             validation=job.validation,
-            settings=loop_settings(job.recipe),
+            settings=_settings(job, accelerator),
             run=run,
             write_adapter_files=write_adapter_files,
             accelerator=accelerator,
@@ -207,6 +223,32 @@ def _fit(
         if resume:
             trainer.resume()
         return trainer.fit(), trainer.best_result
+
+
+def _settings(job: Job, accelerator: Any) -> LoopSettings:
+    before = job.recipe.eval.before
+    return loop_settings(
+        job.recipe,
+        eval_batch_size=job.eval_batch_size,
+        eval_max_positions=job.eval_max_positions,
+        eval_before=_costs_little(job, accelerator.num_processes) if before == "auto" else before,
+    )
+
+
+def _costs_little(job: Job, num_processes: int) -> bool:
+    """Whether scoring the validation rows once takes under a tenth of the run, by the number of forward passes."""
+    section = job.recipe.train
+    if section.compile:  # it would compile another graph before the first step
+        return False
+    rows = section.epochs * len(job.train)
+    if section.max_steps is not None:
+        steps = section.max_steps * section.batch_size * section.gradient_accumulation_steps * num_processes
+        rows = steps if job.stream else min(rows, steps)
+    trained = 3 * rows * float(job.train.lengths.mean())  # backward costs two forward passes
+    # Kinds whose answers are written call the decoder once for each token.
+    passes = 1 + getattr(job.task, "max_target_length", 0)
+    scored = passes * float(job.validation.lengths.sum())
+    return scored < 0.1 * (scored + trained)
 
 
 def evaluate(
@@ -261,14 +303,22 @@ def evaluate(
     found.model.to(accelerator.device)
     with reporter.bar(f"evaluate {name}", len(examples)) as bar:
         outcome = evaluate_split(
-            found.model, found.task, examples, accelerator,
-            batch_size=recipe.eval.batch_size, source=rows.source, num_workers=recipe.train.num_workers,
-            on_batch=bar.advance_by, allow_missing=predictions is not None,
+            found.model, found.task, examples, accelerator, **_eval_batch(found, recipe), source=rows.source,
+            num_workers=recipe.train.num_workers, on_batch=bar.advance_by, allow_missing=predictions is not None,
         )  # fmt: skip
     if predictions is not None and accelerator.is_main_process:
         _write_answers(predictions, outcome, found.task, recipe)
     written = None if predictions is None else str(predictions)
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
+
+
+def _eval_batch(found: Evaluable, recipe: Recipe) -> dict[str, Any]:
+    """The arguments of :func:`evaluate_split` that bound the batches of ``eval``."""
+    if recipe.eval.batch_size is not None:
+        return {"batch_size": recipe.eval.batch_size}
+    size = getattr(getattr(found.model, "config", None), "vocab_size", None)
+    rows, positions = default_eval_batch(found.task, recipe.train.batch_size, found.max_length, size)
+    return {"batch_size": rows, "max_positions": positions}
 
 
 def _write_answers(file: Path, outcome: EvalResult, task: Task, recipe: Recipe) -> None:

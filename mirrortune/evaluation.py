@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -19,8 +19,8 @@ from mirrortune.errors import DataError
 from mirrortune.examples import Batch, Examples, Rows
 from mirrortune.feeding import made_ahead, pinned
 from mirrortune.metrics import score
-from mirrortune.precision import mixed
-from mirrortune.tasks import Task
+from mirrortune.precision import as_computed, mixed
+from mirrortune.tasks import Task, scores_vocabulary
 
 _Scored = tuple[Rows, list[Any], float, int]
 """Rows, what the task kept of each, their loss, and over how many items."""
@@ -56,6 +56,7 @@ def evaluate_split(
     accelerator: Any,
     *,
     batch_size: int,
+    max_positions: int | None = None,
     source: str,
     num_workers: int = 0,
     on_batch: Callable[[int], None] | None = None,
@@ -69,7 +70,8 @@ def evaluate_split(
         task: metrics, loss and predictions.
         examples: the rows.
         accelerator: accelerate's; says which rank this is.
-        batch_size: rows per process and batch.
+        batch_size: largest number of rows per process and batch.
+        max_positions: largest number of positions (tokens with padding) of these rows; a single row may be longer.
         source: the split's name, for messages.
         num_workers: threads that make batches ahead.
         on_batch: called with the number of rows after each batch.
@@ -90,7 +92,8 @@ def evaluate_split(
     model.eval()
     found: list[_Scored] = []
     try:
-        with closing(_batches(examples, accelerator, batch_size, num_workers)) as batches:
+        slices = _slices(examples.lengths, accelerator.num_processes, batch_size, max_positions)
+        with closing(_batches(examples, accelerator, slices, num_workers)) as batches:
             for rows, batch in batches:
                 if should_stop is not None and should_stop():
                     raise EvaluationStoppedError
@@ -104,19 +107,28 @@ def evaluate_split(
     return _collect(ranks.gather_lists(accelerator, found), task, examples)
 
 
+def _slices(
+    lengths: npt.NDArray[Any], num_processes: int, batch_size: int, max_positions: int | None
+) -> Iterator[Rows]:
+    """The rows that all ranks score at a time, longest first: if a batch does not fit into memory, it is the first."""
+    order, start = np.argsort(-lengths, kind="stable"), 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        rows = batch_size if max_positions is None else max(1, min(batch_size, max_positions // longest))
+        yield order[start : start + rows * num_processes]
+        start += rows * num_processes
+
+
 def _batches(
-    examples: Examples, accelerator: Any, batch_size: int, num_workers: int
+    examples: Examples, accelerator: Any, slices: Iterator[Rows], num_workers: int
 ) -> Generator[tuple[Rows, Batch], None, None]:
-    """This rank's rows, and a batch of them (or of any row, where it has none left)."""
-    # Longest first: if a batch does not fit into memory, it is the first one.
-    order = np.argsort(-examples.lengths, kind="stable")
-    own = order[accelerator.process_index :: accelerator.num_processes]
-    # Every rank makes the same number of batches, because those of a sharded model wait for each other.
-    starts = range(0, math.ceil(len(examples) / accelerator.num_processes), batch_size)
-    slices = (own[start : start + batch_size] for start in starts)
+    """This rank's rows of each slice, and a batch of them. Where it has none left the batch is of any row, because the
+    ranks of a sharded model wait for each other.
+    """
 
     def make(rows: Rows) -> tuple[Rows, Batch]:
-        return rows, pinned(examples.batch(rows if len(rows) else order[:1]), accelerator.device)
+        own = rows[accelerator.process_index :: accelerator.num_processes]
+        return own, pinned(examples.batch(own if len(own) else rows[:1]), accelerator.device)
 
     return made_ahead(slices, make, num_workers)
 
@@ -124,7 +136,9 @@ def _batches(
 def _score(
     model: nn.Module, task: Task, batch: Batch, accelerator: Any, *, is_scored: bool
 ) -> tuple[list[Any], float, int]:
-    with mixed(accelerator):
+    # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
+    unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
+    with unconverted, mixed(accelerator):
         inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = task.judge(model, inputs, outputs, targets)
     if not is_scored:

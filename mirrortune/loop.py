@@ -31,6 +31,8 @@ class LoopSettings:
     patience: int | None
     num_workers: int
     eval_batch_size: int
+    eval_max_positions: int | None
+    eval_before: bool
 
 
 class Progress(Protocol):
@@ -63,6 +65,7 @@ class FitResult:
 
     Attributes:
         metrics: of the kept checkpoint, on the validation split.
+        metrics_before: the same of the model before its first step; None if it was not scored.
         best_step, global_step: steps of the kept checkpoint, and in all.
         stopped_early: whether patience ended the loop.
         train_seconds: this process's (or its GPU's) time in optimizer steps, without evaluation and saving.
@@ -72,6 +75,7 @@ class FitResult:
     """
 
     metrics: dict[str, float]
+    metrics_before: dict[str, float] | None
     best_step: int
     global_step: int
     stopped_early: bool

@@ -27,11 +27,15 @@ from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.examples import Batch
 from mirrortune.precision import widen
 from mirrortune.rehearsal import Footprint, rehearse
+from mirrortune.tasks import Task, scores_vocabulary
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks of a LoRA that vLLM takes; every layer is given the same one."""
 # Of adapter.json and of the header of the tensors: in all, and for a layer besides its name.
 _FILE_BYTES, _LAYER_BYTES = 1400, 100
+_SCORED_ROWS = 64
+_SCORED_LOGITS = 2**28
+"""1 GiB in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +141,7 @@ class Load:
 
     Attributes:
         batch: a micro-batch of the longest rows, or as good as one; only types and shapes matter.
+        scored: the same of the rows that are scored.
         loss: the task's.
         dtype: of the base weights.
         is_16bit_compute: activations in 16 bits.
@@ -145,11 +150,31 @@ class Load:
     """
 
     batch: Batch
+    scored: Batch
     loss: Callable[[Any, Tensor], tuple[Tensor, Any]]
     dtype: torch.dtype
     is_16bit_compute: bool
     device: str
     tokens: int | None = None
+
+
+def default_eval_batch(
+    task: Task, train_rows: int, longest: int | None, vocabulary: int | None = None
+) -> tuple[int, int | None]:
+    """Rows and positions of a batch that is scored, where the recipe does not say.
+
+    Args:
+        task: scores over a vocabulary are as large as everything else together, so no more rows then than in training.
+        train_rows: of a micro-batch in training.
+        longest: positions of the longest row that such a batch was made for; None where all are of one size.
+        vocabulary: logits of each position, if nobody has found a training step to fit; their number is bounded then.
+    """
+    if not scores_vocabulary(task):
+        return _SCORED_ROWS, None if longest is None else _SCORED_ROWS * longest
+    rows = min(_SCORED_ROWS, train_rows)
+    bounds = [] if longest is None else [rows * longest]
+    bounds += [] if vocabulary is None else [max(1, _SCORED_LOGITS // vocabulary)]
+    return rows, min(bounds, default=None)
 
 
 def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_parameters: tuple[str, ...] = ()) -> Plan:
@@ -210,7 +235,7 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
     try:
         _attach_empty(adapted, spec, load.dtype, load.tokens)
         return rehearse(
-            adapted, load.batch, load.loss, is_base=_base_names(base), device=load.device,
+            adapted, load.batch, load.scored, load.loss, is_base=_base_names(base), device=load.device,
             is_16bit_compute=load.is_16bit_compute,
         )  # fmt: skip
     except MirrortuneError:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -35,6 +35,22 @@ def autocast(model: nn.Module) -> AbstractContextManager[object]:
 def holds_half(model: nn.Module) -> bool:
     """Whether any of its weights is in 16 bits."""
     return any(p.dtype in _HALF for p in model.parameters())
+
+
+@contextlib.contextmanager
+def as_computed(model: nn.Module) -> Iterator[None]:
+    """While it is open, ``model`` gives its outputs in the dtype that it computed them in. With mixed precision
+    accelerate makes float32 of all outputs of a model that it has prepared. A compiled model is left as it is.
+    """
+    own = vars(model)
+    if "_original_forward" not in own or own.get("_compiled_call_impl") is not None:
+        yield
+        return
+    wrapped, own["forward"] = own["forward"], own["_original_forward"]
+    try:
+        yield
+    finally:
+        own["forward"] = wrapped
 
 
 def mixed(accelerator: Any) -> AbstractContextManager[object]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Will it fit? Memory of a training step and room on the disks, before any weight is fetched, and the settings that
-would make it fit.
+"""Will it fit? Memory of a training step and of an evaluation, and room on the disks, before any weight is fetched,
+and the settings that would make it fit.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ from mirrortune.examples import Batch, Examples
 from mirrortune.hardware import is_slow, peak_resident_bytes
 from mirrortune.locations import cache_folder, is_local
 from mirrortune.model import ModelSource
-from mirrortune.planning import Load, Plan, footprint, strategies_of
+from mirrortune.planning import Load, Plan, default_eval_batch, footprint, strategies_of
 from mirrortune.rehearsal import Footprint
 from mirrortune.tasks import Task
 
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
 _GIB = 2**30
-_VERSION = 2
+_SMALL_EVALUATION = 2**28
+"""An evaluation of up to so many bytes is never made smaller, however little a training step takes."""
+_VERSION = 3
 """Part of the key of a footprint: raise it when the same step would be counted otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The settings that decide how much memory a training step takes.
+    """The settings that decide how much memory a training step and an evaluation take.
 
     Attributes:
         spec: the adapter.
@@ -49,6 +51,7 @@ class Step:
         rows: of a micro-batch.
         accumulation: micro-batches of an optimizer step.
         length: longest row in positions, or None to take the longest that there is.
+        scored: rows of a batch that is scored, or None for as many as fit.
         is_16bit_compute: under bfloat16 autocast.
     """
 
@@ -58,6 +61,7 @@ class Step:
     accumulation: int
     is_16bit_compute: bool
     length: int | None = None
+    scored: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,7 @@ class Stage:
         config: the model's configuration, as a dict.
         task: the loss.
         train: rows to learn from.
+        scored: rows of every split that is scored.
         has_length: whether a maximum length is a setting of this kind of task.
         smallest_rank: directions of the narrowest layer that is adapted.
         device: type of the device.
@@ -78,14 +83,52 @@ class Stage:
     config: dict[str, Any]
     task: Task
     train: Examples
+    scored: tuple[Examples, ...]
     has_length: bool
     smallest_rank: int
     device: str
 
     def footprint(self, step: Step) -> Footprint:
         """The memory of ``step``."""
+        return self.sized(step)[0]
+
+    def sized(self, step: Step) -> tuple[Footprint, int, int | None]:
+        """The memory of ``step``, and the rows and positions of a batch that is scored, at most.
+
+        By default it holds as many as :func:`~mirrortune.planning.default_eval_batch` says, or fewer where they would
+        take more memory than a training step.
+        """
+        most = max(len(examples) for examples in self.scored)
+        if step.scored is not None:
+            return self._count(step, min(step.scored, most)), step.scored, None
+        longest = self._cut(self.train, step.length)
+        rows, positions = default_eval_batch(self.task, step.rows, longest)
+        assert positions is not None
+        own = max(self._cut(examples, step.length) for examples in self.scored)
+        fitting = max(1, min(rows, positions // own, most))
+        found = self._count(step, fitting)
+        if not found.is_counted:  # nothing is known of an evaluation but that it takes less than as large a step
+            return found, min(rows, step.rows), step.rows * longest
+        room = max(found.step, _SMALL_EVALUATION)
+        if found.evaluation > room and fitting > 1:
+            fitting = max(1, fitting * room // found.evaluation)
+            positions = fitting * own
+            found = self._count(step, fitting)
+        return found, rows, positions
+
+    def _cut(self, examples: Examples, length: int | None) -> int:
+        """Positions of the longest row."""
+        longest = max(1, int(examples.lengths.max()))
+        return longest if length is None else min(longest, length)
+
+    def _count(self, step: Step, num_scored: int) -> Footprint:
         batch = _longest(self.train, step.rows, step.length)
-        shapes = {k: (list(v.shape), str(v.dtype)) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        longest = max(self.scored, key=lambda examples: int(examples.lengths.max()))
+        scored = _longest(longest, num_scored, step.length)
+        shapes = [
+            {k: (list(v.shape), str(v.dtype)) if isinstance(v, Tensor) else v for k, v in given.items()}
+            for given in (batch, scored)
+        ]
         known: list[Any] = [
             self.config,
             type(self.task).__module__,
@@ -100,7 +143,7 @@ class Stage:
         known += [tokens, _VERSION, *(metadata.version(name) for name in ("torch", "transformers"))]
         key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
         load = Load(
-            batch=batch, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
+            batch=batch, scored=scored, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
             device=self.device, tokens=tokens,
         )  # fmt: skip
         return _remembered(key, lambda: footprint(self.model, step.spec, load))
@@ -150,7 +193,8 @@ def packed(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype
 
 def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
     """The estimate in one line."""
-    parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in found.parts().items())
+    sizes = {name: size for name, size in found.parts().items() if size or name != "evaluation"}
+    parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in sizes.items())
     chosen = strategies_of(plan.targets, step.spec, step.dtype, typical_tokens(stage.train, step.rows, step.length))
     how = "".join(f"; {count} layers {name}" for name, count in Counter(chosen.values()).items())
     guess = "" if found.is_counted else " (a guess from the widths of the layers)"
@@ -161,7 +205,7 @@ def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
 
 
 def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
-    """Refuse a step that the device has no room for.
+    """Refuse a training step or an evaluation that the device has no room for.
 
     Raises:
         ResourceError: with the settings that would make it fit.
@@ -170,10 +214,11 @@ def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
     if found.total <= limit:
         return
     ways = list(_ways_to_fit(step, stage, limit))
+    what = "an evaluation" if found.evaluation > found.step else "a training step"
     fix = f"Any of these makes it fit: {'; '.join(ways)}" if ways else "Use a smaller model or a larger device"
     raise ResourceError(
         "memory",
-        f"a training step takes about {found.total / _GIB:,.2f} GiB, {name} has {limit / _GIB:,.2f} GiB",
+        f"{what} takes about {found.total / _GIB:,.2f} GiB, {name} has {limit / _GIB:,.2f} GiB",
         fix=fix,
     )
 
@@ -240,8 +285,8 @@ def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
     """Flags that alone, or at last all together, bring a step below ``limit`` bytes, with what it then takes."""
     found: list[tuple[str, Step]] = []
     changes = [
-        _fewer_rows(step), _shorter(step, stage), _half(step, stage), _half_compute(step, stage),
-        _lower_rank(step, stage),
+        _fewer_scored(step, stage), _fewer_rows(step), _shorter(step, stage), _half(step, stage),
+        _half_compute(step, stage), _lower_rank(step, stage),
     ]  # fmt: skip
     for options in filter(None, changes):
         if stage.footprint(options[-1][1]).total > limit:  # the furthest that this setting goes
@@ -257,6 +302,15 @@ def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
         total = stage.footprint(together).total
         if total <= limit:
             yield f"{words} together ({total / _GIB:,.2f} GiB)"
+
+
+def _fewer_scored(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    """Smaller batches of an evaluation, where that takes more than a training step."""
+    found = stage.footprint(step)
+    if step.scored is None or found.evaluation <= found.step:
+        return []
+    sizes = [step.scored // 2**n for n in range(1, step.scored.bit_length())]
+    return [(f"eval.batch_size={rows}", replace(step, scored=rows)) for rows in sizes]
 
 
 def _fewer_rows(step: Step) -> list[tuple[str, Step]]:

@@ -144,9 +144,11 @@ def _unused_settings(recipe: Recipe) -> list[ConfigError]:
     ]
 
 
-def loop_settings(recipe: Recipe) -> LoopSettings:
-    """The recipe's train and eval sections as plain values, the method's learning rate filled in."""
+def loop_settings(recipe: Recipe, **known: Any) -> LoopSettings:
+    """The recipe's train section as plain values, the method's learning rate filled in; ``known`` are those fields that
+    depend on the data and the model.
+    """
     section, own = recipe.train, {field.name for field in fields(LoopSettings)}
     given = {name: value for name, value in section if name in own}
     lr = preset(recipe.adapter.method).lr if section.lr is None else section.lr
-    return LoopSettings(**{**given, "lr": lr, "eval_batch_size": recipe.eval.batch_size})
+    return LoopSettings(**{**given, "lr": lr, **known})

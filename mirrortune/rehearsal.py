@@ -9,7 +9,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +26,14 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes on the device at the fullest moment of a training step.
+    """Bytes on the device at the fullest moment of a run.
 
     Attributes:
         weights: the base model's, its head among them.
         factors: singular vectors and whatever else an adapter brings besides what it trains.
         gradients, optimizer: of what is trained; two moments.
-        activations: what forward keeps for backward, and the largest temporary tensors.
+        activations: what a training step's forward keeps for its backward, and the largest temporary tensors.
+        evaluation: what a batch of scored rows takes besides weights, factors and optimizer.
         is_counted: allocation by allocation; otherwise the activations are a guess from the layers' widths.
     """
 
@@ -41,16 +42,23 @@ class Footprint:
     gradients: int
     optimizer: int
     activations: int
+    evaluation: int = 0
     is_counted: bool = True
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.factors + self.gradients + self.optimizer + self.activations
+        return sum(self.parts().values())
+
+    @property
+    def step(self) -> int:
+        """What a training step takes besides weights, factors and optimizer."""
+        return self.gradients + self.activations
 
     def parts(self) -> dict[str, int]:
-        """Bytes by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "is_counted"}
+        """Bytes by name; ``evaluation`` is what it takes beyond a training step, whose gradients are gone by then."""
+        names = ("weights", "factors", "gradients", "optimizer", "activations")
+        return {**{name: getattr(self, name) for name in names}, "evaluation": max(0, self.evaluation - self.step)}
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,17 +99,19 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def rehearse(
     model: nn.Module,
     batch: Batch,
+    scored: Batch,
     loss: Callable[[Any, Tensor], tuple[Tensor, Any]],
     *,
     is_base: Callable[[str], bool],
     device: str,
     is_16bit_compute: bool,
 ) -> Footprint:
-    """Count one training step.
+    """Count one training step and one batch of an evaluation.
 
     Args:
         model: adapted, frozen and dtyped as it will be trained; on the meta device (or loaded: it is not changed).
         batch: made by ``Examples.batch``, with targets; only types and shapes matter.
+        scored: the same, of rows that are scored.
         loss: the task's.
         is_base: whether a tensor of ``model``, by its name, belongs to the base model.
         device: type of the device to train on.
@@ -113,11 +123,12 @@ def rehearse(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         empty = copy.deepcopy(model, _memo(model, device)).train()
-        inputs = {k: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs, scored_inputs = _empty_batch(batch, device), _empty_batch(scored, device)
     ledger = _Ledger()
     held = dict(_tensors(empty))
-    for tensor in (*held.values(), *(v for v in inputs.values() if isinstance(v, Tensor))):
-        ledger.know(tensor)
+    for tensor in (*held.values(), *inputs.values(), *scored_inputs.values()):
+        if isinstance(tensor, Tensor):
+            ledger.know(tensor)
     autocast: AbstractContextManager[object] = (
         torch.autocast(device, torch.bfloat16) if is_16bit_compute else nullcontext()
     )
@@ -127,7 +138,12 @@ def rehearse(
             total, _ = loss(outputs, targets)
         total.backward()  # type: ignore[no-untyped-call]
         del outputs, targets, total
-    trained = [p for p in empty.parameters() if p.requires_grad]
+    trained, step = [p for p in empty.parameters() if p.requires_grad], ledger.peak
+    empty.zero_grad()
+    empty.eval()
+    ledger.peak = ledger.live
+    with mode, ledger, torch.no_grad(), autocast:
+        loss(*forward(empty, scored_inputs, torch.device(device))[1:])
     gradients = sum(_bytes(p) for p in trained)
     weights = sum(_bytes(t) for name, t in held.items() if is_base(name))
     everything = sum({id(t): _bytes(t) for t in held.values()}.values())
@@ -136,8 +152,13 @@ def rehearse(
         factors=everything - weights,
         gradients=gradients,
         optimizer=2 * gradients,
-        activations=max(0, ledger.peak - gradients),
+        activations=max(0, step - gradients),
+        evaluation=ledger.peak,
     )
+
+
+def _empty_batch(batch: Batch, device: str) -> Batch:
+    return {k: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _memo(model: nn.Module, device: str) -> dict[int, Any]:

@@ -76,6 +76,7 @@ class _Run:
         return {
             "method": str(self.settings["adapter.method"]),
             "validation": describe_metrics(r["metrics"]),
+            **({"before training": describe_metrics(r["metrics_before"])} if r.get("metrics_before") else {}),
             **{f"{split} (reported)": describe_metrics(m) for split, m in (r.get("reported") or {}).items()},
             "kept after step": f"{r['best_step']:,}",
             "trained numbers": f"{r['trainable_parameters']:,}"
@@ -88,7 +89,8 @@ class _Run:
 
 def _one(run: _Run) -> list[Html]:
     summary = run.summary()
-    parts = [pages.box([f"Validation: {summary['validation']}."])]
+    before = f"Before training: {summary['before training']}. " if "before training" in summary else ""
+    parts = [pages.box([f"{before}Validation: {summary['validation']}."])]
     parts.append(pages.table(("result", ""), list(summary.items()), is_text=True))
     parts += [pages.heading("Training"), *_figures([run.history])]
     if run.validation.get("hardest"):

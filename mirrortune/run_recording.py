@@ -54,8 +54,10 @@ class RunRecorder:
         self._tokens: int | None = None
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
-        """See :class:`mirrortune.loop.Progress`; what was written after ``done_steps`` will be written again."""
-        kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps]
+        """See :class:`mirrortune.loop.Progress`; what was written after ``done_steps`` will be written again, and all
+        of a run that begins anew.
+        """
+        kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps and done_steps]
         self._run.write_text(self._run.progress_log.name, "".join(json.dumps(e) + "\n" for e in kept))
         self._shown.on_start(total_steps, done_steps)
         self._mark = time.perf_counter()
@@ -146,8 +148,9 @@ def record_validation(
         angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
     if outcome is None:
         outcome = evaluate_split(
-            model, job.task, job.validation, accelerator, batch_size=job.recipe.eval.batch_size, source="validation"
-        )
+            model, job.task, job.validation, accelerator,
+            batch_size=job.eval_batch_size, max_positions=job.eval_max_positions, source="validation",
+        )  # fmt: skip
     details = validation_details(job, outcome)
     if accelerator.num_processes == 1:  # a sharded model writes with all processes or not at all
         details |= _samples(job, model, outcome)

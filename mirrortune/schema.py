@@ -212,8 +212,11 @@ class TrainSection(_Section):
 class EvalSection(_Section):
     """Evaluation."""
 
-    batch_size: int = Field(default=64, gt=0)
-    """Rows per device."""
+    batch_size: int | None = Field(default=None, gt=0)
+    """Rows per device. By default 64, or train.batch_size for kinds that score a whole vocabulary at every position;
+    fewer where rows are longer than the training rows, or where they would take more memory than a training step."""
+    before: bool | Literal["auto"] = "auto"
+    """Score the validation rows before the first step too; auto: where that takes under a tenth of the run."""
     protocol: Literal["dev-best", "split-dev"] = "dev-best"
     """dev-best chooses the best checkpoint and reports it on the same validation rows; split-dev cuts them in half,
     always in the same way, chooses on one half and reports on the other."""

@@ -44,7 +44,8 @@ def score_kept(
     for name, rows in job.reported.items():
         outcome = evaluate_split(
             model, job.task, rows, accelerator,
-            batch_size=job.recipe.eval.batch_size, source=name, num_workers=job.recipe.train.num_workers,
+            batch_size=job.eval_batch_size, max_positions=job.eval_max_positions, source=name,
+            num_workers=job.recipe.train.num_workers,
         )  # fmt: skip
         found[name] = outcome.metrics
         for what, values in (("predictions", outcome.predictions), ("references", outcome.references)):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import random
 import signal
 import statistics
 import time
@@ -25,7 +26,7 @@ from mirrortune.metrics import METRICS
 from mirrortune.optim import build_optimizer, lr_factor
 from mirrortune.sharding import choose_units, whole_parameters
 from mirrortune.signals import StopSignals, ends_as, how_to_go_on
-from mirrortune.snapshots import Snapshots
+from mirrortune.snapshots import Snapshots, random_tensors, restore_random
 from mirrortune.stepping import Stepper, prepare
 from mirrortune.stream_feeding import StreamedExamples, make_feed
 from mirrortune.tally import Reading, StepClock, Tally
@@ -135,6 +136,8 @@ class Trainer:
             self.progress.on_start(self.total_steps, state.global_step)
         self.model.train()
         with self._signals:
+            if self.settings.eval_before and state.global_step == 0:
+                self._evaluate_before()
             if state.owes_evaluation:
                 self._finish_step()
             if not self._is_done():
@@ -147,6 +150,7 @@ class Trainer:
         seconds = sum(step_seconds)
         return FitResult(
             metrics=state.best_metrics,
+            metrics_before=ranks.from_main(self.accelerator, self._metrics_before),
             best_step=best_step,
             global_step=state.global_step,
             stopped_early=state.global_step < self.total_steps,
@@ -230,9 +234,10 @@ class Trainer:
         if self.snapshots.last_step != step:
             self._save(is_interim=True)
         number = self._vote.number
+        where = f"after step {step} of {self.total_steps}, which is safe" if step else "before its first step"
         error = InterruptedRun(
             str(self.run.path),
-            f"{signal.Signals(number).name} stopped it after step {step} of {self.total_steps}, which is safe",
+            f"{signal.Signals(number).name} stopped it {where}",
             signal_number=ends_as(number),
             fix=how_to_go_on(number),
             step=step,
@@ -247,19 +252,7 @@ class Trainer:
         """
         state = self.state
         self._read_tally()
-        result = evaluate_split(
-            self.bare_model,
-            self.task,
-            self.validation,
-            self.accelerator,
-            batch_size=self.settings.eval_batch_size,
-            source="validation",
-            num_workers=self.settings.num_workers,
-            on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
-            should_stop=self._vote.poll,
-        )
-        if not math.isfinite(result.metrics["loss"]):
-            raise self._diverged(state.global_step, f"the validation loss is {result.metrics['loss']:g}")
+        result = self._score_validation()
         name = self.task.selection_metric
         value = result.metrics[name]
         sign = 1 if METRICS[name].higher_is_better else -1
@@ -269,9 +262,49 @@ class Trainer:
             self.best_result = result
         state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
         state.owes_evaluation = False
+        self._log_evaluation(result)
+        return is_best
+
+    def _evaluate_before(self) -> None:
+        """Score the model before its first step. Models that draw random numbers even in evaluation mode do not move
+        the training that follows.
+        """
+        drawn, python_drawn = random_tensors(), random.getstate()
+        try:
+            self._log_evaluation(self._score_validation())
+        except EvaluationStoppedError:
+            self._stop()
+        finally:
+            restore_random(drawn)
+            random.setstate(python_drawn)
+
+    def _score_validation(self) -> EvalResult:
+        result = evaluate_split(
+            self.bare_model,
+            self.task,
+            self.validation,
+            self.accelerator,
+            batch_size=self.settings.eval_batch_size,
+            max_positions=self.settings.eval_max_positions,
+            source="validation",
+            num_workers=self.settings.num_workers,
+            on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
+            should_stop=self._vote.poll,
+        )
+        if not math.isfinite(result.metrics["loss"]):
+            raise self._diverged(self.state.global_step, f"the validation loss is {result.metrics['loss']:g}")
+        return result
+
+    def _log_evaluation(self, result: EvalResult) -> None:
         with whole_parameters(self.bare_model):  # those who watch look at the angles
             self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
-        return is_best
+
+    def _metrics_before(self) -> dict[str, float] | None:
+        """From the log, since the process that scored the model may be one that was interrupted."""
+        found = next((e for e in self.run.events() if e["event"] == "evaluate"), None)
+        if found is None or found["step"] > 0:
+            return None
+        return {name: value for name, value in found.items() if name not in ("event", "split", "step", "epoch")}
 
     def _log_training(self) -> None:
         reading = self._read_tally()

@@ -22,7 +22,7 @@ LAYERS = (
     "report row_chunks shards strict_yaml text_files zero",
     "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
     "batching checkpoint column_contents compiling figures hub load_errors model_card outputs packing pages "
-    "predictions processes schema sharding table_parts token_cache tracking",
+    "predictions processes schema sharding table_parts token_cache token_scores tracking",
     "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison "
     "drawn_inputs feeding flags launching quantised recipe rehearsal run_status tables",
     "adapters.core_stack adapters.cores adapters.products comparison_figures data editor_schema factor_cache "

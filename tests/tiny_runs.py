@@ -145,6 +145,8 @@ SETTINGS = LoopSettings(
     patience=None,
     num_workers=1,
     eval_batch_size=16,
+    eval_max_positions=None,
+    eval_before=False,
 )
 
 

@@ -28,6 +28,7 @@ from mirrortune.recipe import task_kinds
 from mirrortune.registry import option_errors
 from mirrortune.tokens import Reading
 
+_VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 TARGET_ROLES = ("label", "tag", "answer", "target")
 """Words by which :meth:`Task.columns` calls what is learned."""
 
@@ -96,6 +97,11 @@ class Task(Protocol):
 
     def probe(self, processor: Any, config: Any) -> Batch:
         """A few inputs for the model's forward, on which a merged model is compared with base + adapter."""
+
+
+def scores_vocabulary(task: Task) -> bool:
+    """Whether the task's models give logits over a whole vocabulary at every position of every row."""
+    return task.auto_class in _VOCABULARY_CLASSES
 
 
 def task_class(kind: str, where: str = "task.kind") -> type[Task]:

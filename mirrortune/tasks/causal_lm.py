@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from mirrortune.chat import (
@@ -42,6 +41,7 @@ from mirrortune.probes import text_probe
 from mirrortune.row_chunks import Columns, nulls
 from mirrortune.row_places import RowPlaces
 from mirrortune.token_cache import Tokens, ragged
+from mirrortune.token_scores import score_tokens, summed_loss
 from mirrortune.tokens import Reading, is_blank_text, resolve_max_length, tokenise_rows
 
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
@@ -192,21 +192,11 @@ class Task:
         """Cross-entropy of logits (B, L, V) at each place against the next token of ``targets`` (B, L), summed over the
         tokens to be learned.
         """
-        wanted = targets[:, 1:]
-        learned = wanted != IGNORE_INDEX
-        logits = outputs.logits[:, :-1][learned].float()  # (tokens, V): the rest is never made float32
-        return F.cross_entropy(logits, wanted[learned], reduction="sum"), learned.sum()
+        return summed_loss(outputs.logits[:, :-1], targets[:, 1:])
 
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float64]:
         """Of each row: the loss of its tokens, how many were foretold, and how many there are; (B, 3) float64."""
-        wanted = targets[:, 1:]
-        learned = wanted != IGNORE_INDEX
-        found = np.zeros((len(targets), 3))
-        for i, mask in enumerate(learned):
-            logits = outputs.logits[i, :-1][mask].float()
-            loss = F.cross_entropy(logits, wanted[i][mask], reduction="sum")
-            right = (logits.argmax(dim=-1) == wanted[i][mask]).sum()
-            found[i] = float(loss), int(right), int(mask.sum())
+        found: npt.NDArray[np.float64] = score_tokens(outputs.logits[:, :-1], targets[:, 1:]).numpy()
         return found
 
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:

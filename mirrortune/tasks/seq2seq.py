@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from mirrortune.column_problems import refuse_unreadable
@@ -27,6 +26,7 @@ from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.probes import text_probe
 from mirrortune.row_chunks import Columns, cells, nulls
 from mirrortune.token_cache import Tokens, ragged
+from mirrortune.token_scores import summed_loss
 from mirrortune.tokens import Reading, encode_texts, resolve_max_length, tokenise_rows
 
 _PAIRS = (
@@ -227,8 +227,7 @@ class Task:
 
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of logits (B, L, V) against targets (B, L), summed over tokens."""
-        learned = targets != IGNORE_INDEX
-        return F.cross_entropy(outputs.logits[learned].float(), targets[learned], reduction="sum"), learned.sum()
+        return summed_loss(outputs.logits, targets)
 
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
         """The tokens that the model writes for each row."""

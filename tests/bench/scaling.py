@@ -35,8 +35,10 @@ def counted(blocks: int, spec: AdapterSpec, length: int) -> dict[str, float]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     ids = torch.zeros(1, length, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "targets": ids}
     load = Load(
-        batch={"input_ids": ids, "attention_mask": torch.ones_like(ids), "targets": ids},
+        batch=batch,
+        scored=batch,
         loss=lambda outputs, targets: (
             torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets[0], reduction="sum"),
             1,

@@ -85,7 +85,7 @@ def test_train_tells_what_it_did_and_has_learned_something(finished: Finished) -
     result = finished.result
 
     assert list(result) == ["run_dir", "metrics", "trainable_parameters", "head_parameters", "adapter_bytes",
-                            "train_seconds", "samples_per_second", "tokens_per_second",
+                            "train_seconds", "samples_per_second", "tokens_per_second", "metrics_before",
                             "peak_memory_bytes"]  # fmt: skip
     assert result["run_dir"] == str(finished.run)
     assert result["metrics"]["accuracy"] > 0.9
@@ -183,6 +183,7 @@ def test_a_model_with_other_outputs_is_not_scored(finished: Finished, merged: Pa
 def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
     run = finished.run
     scores = {e["step"]: e["accuracy"] for e in events_of(run) if e["event"] == "evaluate"}
+    assert scores.pop(0) == read(run / "results.json")["metrics_before"]["accuracy"], "before the first step"
     best = max(scores, key=lambda step: scores[step])
 
     assert {p.name for p in run.iterdir()} - {"reports"} == {  # which is there once it has been merged
@@ -453,10 +454,10 @@ def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, cop
 
 
 def test_the_kept_answers_are_those_that_the_kept_checkpoint_gives_again(finished: Finished, tmp_path: Path) -> None:
-    scores = iter((0.9, 0.8, 0.7, 0.6))
+    scores = iter((0.5, 0.9, 0.8, 0.7, 0.6))  # the first is of before training
 
     def worse_and_worse(*args: Any, **kwargs: Any) -> EvalResult:
-        """The answers as they are, with scores by which the first evaluation is the best and the last is not."""
+        """The answers as they are, with scores by which the first epoch is the best and the last is not."""
         found = evaluate_split(*args, **kwargs)
         return replace(found, metrics=found.metrics | {"accuracy": next(scores)})
 

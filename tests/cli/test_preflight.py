@@ -9,11 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mirrortune.disk_space import check_disk
 from mirrortune.errors import ResourceError
 from mirrortune.preflight import LIMIT_VARIABLE
 from tests.cli.console import mirrortune, reviews, write_table
+from tests.tiny_models import write_tiny_model
 
 PREPARE = ("prepare", "-t", "text-classification", "-d", "reviews.csv")
 
@@ -29,7 +32,7 @@ def test_the_plan_says_where_the_memory_goes(without_weights: Path) -> None:
     outcome = mirrortune(*PREPARE, "-m", without_weights, "--dry-run", "--json")
 
     parts = outcome.data["memory"]
-    assert parts.keys() == {"weights", "factors", "gradients", "optimizer", "activations"}
+    assert parts.keys() == {"weights", "factors", "gradients", "optimizer", "activations", "evaluation"}
     assert sum(parts.values()) == outcome.data["estimated_memory_bytes"]
     assert parts["gradients"] == 4 * (outcome.data["trainable_parameters"] + outcome.data["head_parameters"])
     assert parts["optimizer"] == 2 * parts["gradients"]
@@ -115,8 +118,57 @@ def test_a_count_is_made_once(without_weights: Path, desk: Path) -> None:
     first = mirrortune(*words, cache=cache).data["memory"]
     (kept,) = (cache / "footprints").rglob("*.json")
     counted = json.loads(kept.read_text(encoding="utf-8"))
-    assert {name: counted[name] for name in first} == first
+    counted_parts = {name: counted[name] for name in first if name != "evaluation"}
+    assert {**counted_parts, "evaluation": 0} == first, "what an evaluation takes beyond a step, which is nothing"
     kept.write_text(json.dumps({**counted, "activations": 7}), encoding="utf-8")
     assert mirrortune(*words, cache=cache).data["memory"]["activations"] == 7
     kept.write_text("{", encoding="utf-8")
     assert mirrortune(*words, cache=cache).data["memory"] == first
+
+
+def test_an_evaluation_is_part_of_the_estimate(without_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes more than a training step is counted, refused where there is no room, and told how to fit."""
+    words = [*PREPARE, "-m", without_weights, "--dry-run", "--json", "--batch-size", 1]
+    words += ["data.validation_fraction=0.6", "--gradient-accumulation-steps", 2]
+    small = mirrortune(*words, "eval.batch_size=1").data["memory"]
+    large = mirrortune(*words, "eval.batch_size=32").data
+    assert small["evaluation"] == 0
+    assert large["memory"]["evaluation"] > 0
+    assert sum(large["memory"].values()) == large["estimated_memory_bytes"]
+
+    monkeypatch.setenv(LIMIT_VARIABLE, str((large["estimated_memory_bytes"] - 10_000) / 2**30))
+    refused = mirrortune(*words, "eval.batch_size=32")
+    assert refused.exit_code == 4
+    assert "memory: an evaluation takes about" in refused.said
+    found = re.search(r"makes it fit: eval\.batch_size=(\d+) \(", refused.said)
+    assert found is not None, refused.said
+    assert mirrortune(*words, f"eval.batch_size={found.group(1)}").exit_code == 0
+
+
+def test_a_checkpoint_in_bfloat16_is_loaded_in_float32_where_that_is_faster(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_model(desk / "half", dtype=torch.bfloat16)
+    words = [*PREPARE, "-m", model, "--dry-run", "--json"]
+    fast = mirrortune(*words)
+    monkeypatch.setattr("mirrortune.hardware.bfloat16_slowdown", lambda: 40.0)
+    slow = mirrortune(*words)
+    assert "base weights: stored in bfloat16, loaded in float32, because this CPU is slow in bfloat16" in slow.stderr
+    assert "base weights" not in fast.stderr
+    assert slow.data["memory"]["weights"] == pytest.approx(2 * fast.data["memory"]["weights"], rel=0.05)
+    kept = mirrortune(*words, "model.dtype=bfloat16")
+    assert kept.data["memory"] == fast.data["memory"]
+    assert "base weights" not in kept.stderr
+
+    monkeypatch.setenv(LIMIT_VARIABLE, "0.00001")
+    assert "bf" not in mirrortune(*words).said.partition("makes it fit")[2], "a slow way out is none"
+    monkeypatch.delenv(LIMIT_VARIABLE)
+
+    run = ["train", *PREPARE[1:], "-m", model, "--max-steps", 2, "-o", "run", "--json"]
+    trained = mirrortune(*run)
+    assert trained.exit_code == 0, trained.stderr
+    assert json.loads((desk / "run" / "adapter" / "adapter.json").read_text())["base"]["dtype"] == "float32"
+    merged = mirrortune("merge", "run", "-o", "merged", "--json")
+    assert merged.data["verification"]["passed"]
+    tensors = load_file(desk / "merged" / "model.safetensors")
+    assert {t.dtype for name, t in tensors.items() if not name.startswith("classifier")} == {torch.bfloat16}

@@ -57,7 +57,7 @@ def counted(size: str, name: str, *, layers: int, length: int) -> Footprint:
     def loss(outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
         return torch.nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum"), 1
 
-    load = Load(batch=batch, loss=loss, dtype=dtype, is_16bit_compute=False, device="cpu")
+    load = Load(batch=batch, scored=batch, loss=loss, dtype=dtype, is_16bit_compute=False, device="cpu")
     return footprint(model, AdapterSpec(method=method, rank=rank), load)
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,3 +115,35 @@ def test_rows_without_a_target_are_refused() -> None:
     with pytest.raises(DataError, match=r"^rows\.csv: 2 of 5 rows have no label") as caught:
         run(Reader(), split)
     assert caught.value.exit_code == 3
+
+
+def test_a_batch_holds_no_more_positions_than_it_may() -> None:
+    """Longest first: rows of 4, 3, 3, 2, 1 with at most 6 positions a batch and 3 rows."""
+    model, whole = Reader(), run(Reader(), batch_size=5)
+    result = run(model, batch_size=3, max_positions=6)
+    assert model.batches == [1, 2, 2]
+    assert np.stack(result.judged).tolist() == np.stack(whole.judged).tolist()
+    assert result.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-6)
+    few = Reader()
+    run(few, batch_size=3, max_positions=1)
+    assert few.batches == [1] * 5, "a row that is too long is scored alone"
+
+
+@pytest.mark.parametrize("limits", [{"batch_size": 2}, {"batch_size": 3, "max_positions": 4}])
+def test_ranks_score_every_row_once_in_equally_many_batches(
+    limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirrortune.ranks.gather_lists", lambda accelerator, own: collected.extend(own) or [])
+    counts, rows = [], []
+    for rank in range(2):
+        collected: list[Any] = []
+        model = Reader()
+        alone: Any = SimpleNamespace(
+            num_processes=2, process_index=rank, device=torch.device("cpu"), autocast=contextlib.nullcontext, state=None
+        )
+        with pytest.raises(AssertionError):  # this rank alone has not all rows
+            evaluate_split(model, classification(), SPLIT, alone, source="rows", **limits)  # type: ignore[arg-type]
+        counts.append(len(model.batches))
+        rows += [int(row) for part in collected for row in part[0]]
+    assert counts[0] == counts[1]
+    assert sorted(rows) == [0, 1, 2, 3, 4]

@@ -84,13 +84,18 @@ def measured(family: str, spec: AdapterSpec, dtype: torch.dtype, *, is_16bit: bo
     held = sum({t.data_ptr(): t.nbytes for t in tensors}.values())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
+    return held + peak_of(profile)
+
+
+def peak_of(profile: Any) -> int:
+    """Most bytes that were allocated at a time while it was recorded."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     assert peak > 0
-    return held + peak
+    return peak
 
 
 def factorize_quickly(weight: Tensor, rank: int) -> Any:
@@ -119,7 +124,8 @@ def test_a_step_takes_what_was_foreseen(
     family: str, method: str, settings: dict[str, Any], dtype: torch.dtype, is_16bit: bool
 ) -> None:
     spec = AdapterSpec(method=method, **settings)
-    load = Load(batch=batch_of(family), loss=loss, dtype=dtype, is_16bit_compute=is_16bit, device="cpu")
+    batch = batch_of(family)
+    load = Load(batch=batch, scored=batch, loss=loss, dtype=dtype, is_16bit_compute=is_16bit, device="cpu")
 
     foreseen = footprint(build(family, "meta"), spec, load)
 
@@ -134,9 +140,42 @@ def test_a_model_that_needs_numbers_is_sized_by_its_widths() -> None:
 
     with torch.device("meta"):
         model = Capricious(BERT)
-    load = Load(batch=batch_of("bert"), loss=loss, dtype=torch.float32, is_16bit_compute=False, device="cpu")
+    batch = batch_of("bert")
+    load = Load(batch=batch, scored=batch, loss=loss, dtype=torch.float32, is_16bit_compute=False, device="cpu")
 
     guessed = footprint(model, AdapterSpec(), load)
 
     assert not guessed.is_counted
     assert guessed.total > guessed.weights > 0
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_an_evaluation_takes_what_was_foreseen(family: str) -> None:
+    """Of a language model: its logits once, and never a float32 copy of all of them."""
+    from mirrortune.tasks.causal_lm import Task as CausalTask
+
+    task: Any = object.__new__(CausalTask)
+    batch = batch_of(family)
+    own_loss = task.loss if family == "llama" else loss
+    load = Load(
+        batch=batch, scored=batch, loss=own_loss, dtype=torch.float32, is_16bit_compute=False, device="cpu"
+    )  # fmt: skip
+    foreseen = footprint(build(family, "meta"), AdapterSpec(rank=16), load)
+    model = build(family, "cpu")
+    adapt(model, AdapterSpec(rank=16), factor_source=lambda name, weight, rank: factorize_quickly(weight, rank))
+    model.eval()
+
+    def score() -> None:
+        _, outputs, targets = forward(model, dict(batch), torch.device("cpu"))
+        own_loss(outputs, targets)
+        if family == "llama":
+            task.judge(model, {}, outputs, targets)
+
+    with torch.no_grad():
+        score()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            score()
+    assert foreseen.evaluation == pytest.approx(peak_of(profile), rel=0.2)
+    if family == "llama":
+        logits = 16 * 96 * 3000 * 4
+        assert foreseen.evaluation < 2 * logits, "the whole and a piece"

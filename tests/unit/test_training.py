@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import signal
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,9 @@ from torch import nn
 from mirrortune.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
+from mirrortune.tally import StepClock
 from mirrortune.training import Trainer
+from tests.tiny_models import tiny_bert
 from tests.tiny_runs import (
     SETTINGS,
     Adapted,
@@ -461,3 +468,124 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
 def test_one_row_can_be_trained_on(tmp_path: Path) -> None:
     result = make_trainer(tmp_path, train=sentences(1), batch_size=4, gradient_accumulation_steps=3).fit()
     assert result.global_step == 2
+
+
+def test_the_model_is_scored_before_its_first_step(tmp_path: Path) -> None:
+    watcher = Watcher()
+    result = make_trainer(tmp_path / "run", eval_before=True, progress=watcher).fit()
+    first, *others = events(tmp_path / "run", "evaluate")
+    assert (first["step"], first["epoch"]) == (0, 0)
+    assert [event["step"] for event in others] == [4, 8]
+    assert result.metrics_before == {name: first[name] for name in ("accuracy", "loss")}
+    assert result.best_step in (4, 8)
+    assert watcher.evaluated == 60
+    assert make_trainer(tmp_path / "without").fit().metrics_before is None
+
+
+def test_scoring_before_the_first_step_moves_nothing_that_follows(tmp_path: Path) -> None:
+    """Not even for a model that draws random numbers in evaluation mode, as some of recordings do."""
+
+    def losses(folder: str, *, eval_before: bool) -> list[float]:
+        torch.manual_seed(0)
+        adapted, watcher = adapt(trained=None, model=tiny_bert(dropout=0.2)), Watcher()
+        adapted.model.register_forward_pre_hook(lambda *_: torch.rand(()) and None)
+        make_trainer(tmp_path / folder, adapted=adapted, progress=watcher, eval_before=eval_before).fit()
+        return watcher.losses
+
+    assert losses("before", eval_before=True) == losses("not", eval_before=False)
+
+
+def test_a_resumed_run_is_scored_before_its_first_step_once(tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRun, match="SIGTERM stopped it before its first step"):
+        make_trainer(tmp_path / "run", eval_before=True, progress=terminate_after_rows(16)).fit()
+    again = make_trainer(tmp_path / "run", eval_before=True, progress=terminate_after(3), fresh=False)
+    again.resume()
+    with pytest.raises(InterruptedRun, match="after step 3 of 8"):
+        again.fit()
+    last = make_trainer(tmp_path / "run", eval_before=True, fresh=False)
+    last.resume()
+    result = last.fit()
+    make_trainer(tmp_path / "whole", eval_before=True).fit()
+    assert [event["step"] for event in events(tmp_path / "run", "evaluate")] == [0, 4, 8]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert result.metrics_before is not None
+
+
+def test_a_killed_run_without_a_checkpoint_begins_its_log_anew(tmp_path: Path) -> None:
+    run = make_trainer(tmp_path, eval_before=True).run
+    run.log({"event": "evaluate", "split": "validation", "step": 0, "epoch": 0, "accuracy": 0.5, "loss": 1.0})
+    again = make_trainer(tmp_path, eval_before=True, fresh=False)
+    again.resume()
+    again.fit()
+    assert [event["step"] for event in events(tmp_path, "evaluate")] == [0, 4, 8]
+
+
+def test_the_first_step_is_shown_and_then_one_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = Watcher()
+    make_trainer(tmp_path / "fast", progress=watcher, log_every_steps=99).fit()
+    assert watcher.shown == [1]
+    assert sum(n or 0 for n in watcher.tokens) == 2 * int(sentences(30).lengths.sum())
+
+    clock = iter(range(0, 10_000, 4))  # four seconds a look
+    monkeypatch.setattr("mirrortune.training.time.monotonic", lambda: next(clock))
+    slow = Watcher()
+    make_trainer(tmp_path / "slow", progress=slow, log_every_steps=99).fit()
+    assert slow.shown[0] == 1
+    assert 1 < len(slow.shown) < 8
+    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("fast", "slow")]
+    assert logs[0] == logs[1], "what is shown leaves no trace in the log"
+
+
+def test_a_first_signal_is_answered_at_once(tmp_path: Path) -> None:
+    watcher = after_step_1(signal.SIGINT)
+    with pytest.raises(InterruptedRun):
+        make_trainer(tmp_path, progress=watcher).fit()
+    assert watcher.signals == [signal.SIGINT]
+    assert signal.set_wakeup_fd(-1) == -1, "as it was"
+
+
+def test_a_signal_is_answered_while_the_main_thread_is_busy(tmp_path: Path) -> None:
+    """Python's own handler waits until a product or a backward pass returns, which takes long where stopping counts."""
+    answered: list[float] = []
+    returned: list[float] = []
+
+    def busy(step: int) -> None:
+        if step == 1:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000)  # some tenths of a second without Python
+            returned.append(time.monotonic())
+
+    watcher = Watcher(busy)
+    watcher.on_signal = lambda number: answered.append(time.monotonic())  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRun, match="after step 1"):
+        make_trainer(tmp_path, progress=watcher).fit()
+    assert answered[0] < returned[0] - 0.05
+
+
+def test_events_of_a_device_are_let_go_of_at_every_line_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            living.add(self)
+
+        def record(self) -> None:
+            nonlocal most
+            most = max(most, len(living))
+
+        def synchronize(self) -> None:
+            """Nothing: a fake."""
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    trainer = make_trainer(tmp_path, log_every_steps=2, epochs=10)
+    trainer.clock = StepClock(torch.device("cuda"))
+    result = trainer.fit()
+    assert result.global_step == 40
+    assert result.train_seconds == 40
+    assert most <= 6
