@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mirrortune.errors import MirrortuneError, raised_here
 from mirrortune.examples import Batch
-from mirrortune.outputs import NothingToCompareError
+from mirrortune.model_outputs import NothingToCompareError
 
 _ROWS, _LENGTH, _DECODER_LENGTH, _CHOICES = 2, 16, 7, 3
 _SIDES = (64, 224, 256)  # pixels, where a configuration names none or one that the model does not take

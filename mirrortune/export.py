@@ -29,7 +29,7 @@ from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
 from mirrortune.merging import BaseWithAdapter, OutputError, check_output, compare_outputs, open_adapter
-from mirrortune.outputs import compared_outputs
+from mirrortune.model_outputs import compared_outputs
 from mirrortune.peft_file import common_fields
 from mirrortune.planning import SERVED_RANKS
 

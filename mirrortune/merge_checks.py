@@ -23,7 +23,7 @@ from mirrortune.merge_contents import aliases, tensor_entry
 from mirrortune.merge_plan import MergePlan
 from mirrortune.merging import OutputError, Probes, compare_outputs
 from mirrortune.model import find_model, resolve_dtype
-from mirrortune.outputs import compared_outputs
+from mirrortune.model_outputs import compared_outputs
 from mirrortune.part_loading import LoadedTensor, value_of
 from mirrortune.shards import StoredTensor, read_headers, same_bytes
 from mirrortune.stored_model import part_loader

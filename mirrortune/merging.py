@@ -27,7 +27,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
 from mirrortune.merge_contents import check_ties, tensor_entry
 from mirrortune.model import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
-from mirrortune.outputs import compared_outputs, largest_difference
+from mirrortune.model_outputs import compared_outputs, largest_difference
 from mirrortune.packed_bases import load_plain, trained_on
 from mirrortune.precision import widen
 from mirrortune.probes import find_processors, probes
@@ -42,7 +42,7 @@ class Verification:
     """The verdict on a merged checkpoint.
 
     Attributes:
-        max_abs_logit_error: largest difference of an output (:mod:`mirrortune.outputs`) between the reopened model and
+        max_abs_logit_error: largest difference of an output (:mod:`mirrortune.model_outputs`) between the reopened model and
             base + adapter, on the probes; None if no inputs are known that the model computes.
         max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
         tolerance: allowed error of an output: 1e-4 of the largest output (at least of 1) in float32; 8 roundings where

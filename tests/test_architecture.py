@@ -21,7 +21,7 @@ LAYERS = (
     "column_problems disk_space examples forward_modes hardware locations merge_contents metrics ranks registry "
     "report row_chunks shards strict_yaml text_files zero",
     "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
-    "batching checkpoint column_contents compiling figures hub load_errors model_card outputs packing pages "
+    "batching checkpoint column_contents compiling figures hub load_errors model_card model_outputs packing pages "
     "predictions processes schema sharding table_parts token_cache token_scores tracking",
     "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison "
     "drawn_inputs feeding flags launching quantised recipe rehearsal run_status tables",

@@ -11,7 +11,7 @@ import transformers
 
 from mirrortune.drawn_inputs import drawn_inputs, first_that_runs
 from mirrortune.examples import Batch
-from mirrortune.outputs import compared_outputs
+from mirrortune.model_outputs import compared_outputs
 
 
 def first_of(name: str, **fields: Any) -> Batch:

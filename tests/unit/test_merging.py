@@ -19,7 +19,7 @@ from mirrortune.factor_cache import FactorCache
 from mirrortune.merge_folder import merge_folder
 from mirrortune.merging import OutputError, Verification, judge, merged_state, verify
 from mirrortune.model import find_model, load_model, load_tokenizer
-from mirrortune.outputs import compared_outputs
+from mirrortune.model_outputs import compared_outputs
 from mirrortune.probes import text_probe
 from mirrortune.tasks import task_to_dict
 from tests.spectral import relative, train_a_little

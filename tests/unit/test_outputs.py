@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput, MoeCausalLMOutputWithPast
 
-from mirrortune.outputs import NothingToCompareError, compared_outputs, largest_difference, meaningful_outputs
+from mirrortune.model_outputs import NothingToCompareError, compared_outputs, largest_difference, meaningful_outputs
 
 ONE = torch.ones(2, 3)
 

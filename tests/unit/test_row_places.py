@@ -21,7 +21,7 @@ NAMES = ("a.csv", "a.jsonl", "a.json", "a.txt", "a.parquet")
 
 
 def write(folder: Path, name: str, texts: list[str]) -> Path:
-    """Rows with these texts, and a label for each, behind what moves the lines: blank ones, and line breaks in cells."""
+    """Write rows with these texts and a label each, after what moves the lines: blank lines, line breaks in cells."""
     path = folder / name
     objects = [{"text": text, "label": str(i % 2)} for i, text in enumerate(texts)]
     if path.suffix == ".parquet":
@@ -110,7 +110,7 @@ def rows(kind: str, bad: Any) -> list[dict[str, Any]]:
     }
     found = [dict(good[kind]) for _ in range(20)]
     for row in found[::2]:
-        row |= {"text-classification": {"label": "y"}, "regression": {"label": 1.5}}.get(kind, {})
+        row.update({"text-classification": {"label": "y"}, "regression": {"label": 1.5}}.get(kind, {}))
     found[9] = dict(found[9]) | {list(found[9])[-1]: bad}
     return found
 
