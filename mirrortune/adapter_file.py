@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,27 @@ def write_adapter(
 ) -> int:
     """Write all files into ``folder``, which exists; returns their size in bytes. Callers make the folder atomic.
 
+    Args: see :func:`adapter_contents`.
+    """
+    files = adapter_contents(model, fingerprints, base=base, task=task, extra=extra, form=form)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return sum(map(len, files.values()))
+
+
+def adapter_contents(
+    model: nn.Module,
+    fingerprints: dict[str, Fingerprint],
+    *,
+    base: dict[str, Any],
+    task: dict[str, Any] | None,
+    extra: dict[str, Any],
+    form: Form = "auto",
+) -> dict[str, bytes]:
+    """The files of an adapter by name. The last is ``adapter.json``, which holds the hashes of the others: files of two
+    adapters are never taken for one.
+
     Args:
-        folder: where.
         model: adapted.
         fingerprints: of its layers.
         base: see :class:`AdapterFile`.
@@ -151,9 +170,26 @@ def write_adapter(
         **extra,
     }
     files[DESCRIPTION] = description_text(description).encode()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return sum(map(len, files.values()))
+    return files
+
+
+def outdated_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Files of the adapter in ``folder`` that a new adapter with files called ``names`` would leave behind, if they are
+    as they were saved: a stale ``adapter_config.json`` would still be loaded by PEFT.
+    """
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        known = {
+            _TENSORS: "tensors_sha256",
+            peft_file.TENSOR_FILE: "tensors_sha256",
+            peft_file.CONFIG_FILE: "config_sha256",
+        }
+        paths = {folder / name: described.get(key) for name, key in known.items() if name not in names}
+        return [
+            p for p, digest in paths.items() if p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == digest
+        ]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return []  # no adapter of ours
 
 
 def _describe_layers(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,13 @@ _HATCHES = {"amplification": "", "reorientation": "//", "new": ".."}
 _MOST_PANELS = 9
 
 
+NAMES = (
+    "shares", "by_layer_and_kind", "spectra", "singular_value_change", "captured_by_method", "leading_subspaces",
+    "overlap_of_leading_directions", "plane_angles",
+)  # fmt: skip
+"""Names of all figures that there may be."""
+
+
 def drawings(analysis: Analysis) -> list[Drawing]:
     """Every figure that the analysis has numbers for, in the order of a page."""
     makers = (_shares, _heat_maps, _spectra, _value_change, _captured, _subspaces, _overlaps, _angles)

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mirrortune import __version__, pages
 from mirrortune.analysis import Analysis
-from mirrortune.analysis_figures import drawings
+from mirrortune.analysis_figures import NAMES, drawings
+from mirrortune.claims import claimed
+from mirrortune.errors import ConfigError
 from mirrortune.figures import svg_for_page, write_figures
+from mirrortune.outputs import FIGURES, Input, Marker, check_place, read_marker, write_marker
 from mirrortune.pages import Html
 from mirrortune.spectra.summary import Analysed, Group
 from mirrortune.spectra.verdict import BUDGETS
@@ -41,14 +46,41 @@ def terminal_lines(analysis: Analysis) -> list[str]:
     return [*lines, *_left_out(analysis)]
 
 
-def write_page(analysis: Analysis, path: Path, command: str) -> None:
-    """The self-contained page."""
-    pages.write_page(path, html_page(analysis, command))
-
-
 def write_drawings(analysis: Analysis, folder: Path) -> list[Path]:
-    """All figures as PNG and SVG files."""
-    return write_figures(drawings(analysis), folder)
+    """All figures as PNG and SVG files, listed as ours in the folder's marker."""
+    _check_figures(folder)  # again: the analysis may have taken long
+    found = drawings(analysis)
+    before = read_marker(folder)
+    names = frozenset(f"{drawing.name}.{suffix}" for drawing in found for suffix in ("png", "svg"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_marker(folder, Marker(FIGURES.name, names | (before.files if before else frozenset())))
+    return write_figures(found, folder)
+
+
+@contextmanager
+def figures_folder(folder: Path, inputs: Sequence[Input]) -> Iterator[None]:
+    """Claim a folder for figures while the block runs. It may hold other files, but none with the name of a figure that
+    an earlier analysis did not write.
+
+    Raises:
+        ConfigError: it does, it is a folder of another kind, or another process writes there.
+    """
+    check_place(folder, inputs)
+    with claimed(folder):
+        _check_figures(folder)
+        yield
+
+
+def _check_figures(folder: Path) -> None:
+    marker = read_marker(folder)
+    if marker is not None and marker.kind != FIGURES.name:
+        fix = f"Name a folder in it, such as {folder / 'figures'}"
+        raise ConfigError("--figures", f"{folder} is a {marker.kind}", fix=fix)
+    listed = marker.files if marker else frozenset()
+    names = [f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg")]
+    if theirs := [name for name in names if name not in listed and os.path.lexists(folder / name)]:
+        problem = f"{', '.join(theirs)} in {folder} is not from an earlier analysis and is left alone"
+        raise ConfigError("--figures", problem, fix="Move it elsewhere, or choose another folder")
 
 
 def html_page(analysis: Analysis, command: str) -> str:

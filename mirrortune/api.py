@@ -5,12 +5,14 @@ place.
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mirrortune.adapter_file import read_adapter, write_adapter
+from mirrortune.adapter_file import adapter_contents, outdated_files, read_adapter
 from mirrortune.adapter_parts import Form
 from mirrortune.adapters import inject
 from mirrortune.adapters.factorize import Rank
@@ -18,12 +20,13 @@ from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.pair_lists import PairLists
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapting import FingerprintBook, adapt, load_into
-from mirrortune.atomic import write_folder_atomically
-from mirrortune.errors import ConfigError
+from mirrortune.atomic import clear_leftovers, write_files_atomically
+from mirrortune.claims import claimed
+from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.export import export_lora
 from mirrortune.export_gguf import export_gguf
 from mirrortune.factor_cache import FactorCache
-from mirrortune.hub import check_repository, local_adapter, path_inside, upload
+from mirrortune.hub import ADAPTER_FILES, check_repository, local_adapter, path_inside, upload
 from mirrortune.merge_folder import merge_folder
 from mirrortune.model_card import adapter_card
 
@@ -88,8 +91,10 @@ def save_adapter(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> None:
-    """Write the adapter and head of an adapted model to ``directory`` (replaced whole or not at all), and send it to
-    the Hub if a repository is named.
+    """Write the adapter and head of an adapted model to ``directory``, and send it to the Hub if a repository is named.
+
+    Files of the same names are replaced, each whole or not at all; everything else in ``directory`` is left alone, and
+    is not sent. If the process ends between two files, loading refuses what is there.
 
     Args:
         model: adapted by :func:`attach` or :func:`load_adapter`.
@@ -103,7 +108,7 @@ def save_adapter(
         subfolder: of ``directory`` and of the repository, in which :func:`load_adapter` will find it.
 
     Raises:
-        ConfigError: the model has no adapter, or no repository can have that id.
+        ConfigError: the model has no adapter, ``directory`` is a file, or no repository can have that id.
         HubError: whatever the Hub refused.
     """
     if repository is not None:
@@ -116,16 +121,29 @@ def save_adapter(
     assert isinstance(book, FingerprintBook)
     base = describe_base(model)
 
-    def write(folder: Path) -> None:
-        write_adapter(folder, model, book.entries, base=base, task=None, extra={}, form=form)
-        if repository is not None and subfolder is None:
-            card = adapter_card(repository, base, attachment(model).spec.method)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-
+    files = adapter_contents(model, book.entries, base=base, task=None, extra={}, form=form)
     target = Path(directory) / path_inside(subfolder)
-    write_folder_atomically(target, write)
+    _save_files(target, files)
     if repository is not None:
-        upload(target, repository, revision=revision, subfolder=subfolder)
+        card = {"README.md": adapter_card(repository, base, attachment(model).spec.method).encode()}
+        with tempfile.TemporaryDirectory() as staged:
+            for name, content in {**files, **(card if subfolder is None else {})}.items():
+                Path(staged, name).write_bytes(content)
+            upload(Path(staged), repository, revision=revision, subfolder=subfolder)
+
+
+def _save_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Put the files of an adapter into a folder, and remove those of an earlier adapter there that have other names."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(str(folder), "it is a file", fix="Name a folder")
+    with ExitStack() as held:
+        with suppress(ResourceError):  # a folder that may be written in one that may not
+            held.enter_context(claimed(folder, wait=True))
+        clear_leftovers(folder, lambda name: name in ADAPTER_FILES)
+        outdated = outdated_files(folder, files)
+        write_files_atomically(folder, files)
+        for path in outdated:
+            path.unlink(missing_ok=True)
 
 
 def load_adapter(
@@ -172,7 +190,7 @@ def merge_adapter(
     Args:
         base: folder or Hub id of the base; None for the one that the adapter names.
         adapter: adapter folder, run directory, or a Hub id.
-        output_dir: a new folder.
+        output_dir: a new or empty folder.
         format: ``"hf"``, the transformers layout; ``"lora"``, PEFT's; ``"gguf"``, llama.cpp's.
         rank: with ``lora`` and ``gguf``: directions kept; None for all.
         revision: branch, tag or commit of the adapter's Hub repository.

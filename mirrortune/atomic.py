@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from mirrortune.errors import ResourceError
 
 # What a killed process leaves behind is hidden and ends like this, so that it can be told from anything else.
-_PARTIAL, _REPLACED = ".partial", ".replaced"
+PARTIAL, _REPLACED = ".partial", ".replaced"
+_LEFTOVER = re.compile(rf"\.(.+?)(?:\.[a-z0-9_]+{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], *, optional: bool = False) -> None:
@@ -38,7 +40,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, optional: boo
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -81,9 +83,43 @@ def alone_with(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield is_ours
 
 
-def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+def write_files_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files into a folder, which is made, and leave everything else in it alone.
+
+    All are written under temporary names first and then renamed one after the other, in order.
+
+    Raises:
+        ResourceError: if one cannot be written.
+    """
+    temporary: dict[str, Path] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            handle, made = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=PARTIAL)
+            temporary[name] = Path(made)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(handle)
+            temporary[name].chmod(0o666 & ~_umask())
+        for name, path in temporary.items():
+            path.replace(folder / name)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def write_folder_atomically(folder: Path, write: Callable[[Path], None], *, is_ours: Callable[[str], bool]) -> None:
     """Call ``write`` with a temporary folder beside ``folder`` and rename it to ``folder``, replacing one that is
     there: at every moment the name stands for the old one or the new one, where the file system can exchange names.
+
+    Args:
+        folder: the folder to make or replace.
+        write: writes the whole content.
+        is_ours: whether a path below ``folder`` (a folder's ends in ``/``) may be deleted with an old ``folder``; what
+            may not is moved to the new one.
 
     Raises:
         ResourceError: if it cannot be written; an old ``folder`` is as it was.
@@ -91,15 +127,11 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=_PARTIAL))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL))
         temporary.chmod(0o777 & ~_umask())
         write(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
-        restore(folder)
-        if not (folder.exists() and exchange(temporary, folder)):
-            replace_in_two_steps(temporary, folder)
+        swap(temporary, folder, is_ours=is_ours)
+        temporary = None
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
@@ -107,25 +139,80 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def clear_leftovers(folder: Path) -> None:
+def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
+    """Give a whole new folder the name ``folder``, and remove what was there by :func:`discard`.
+
+    Raises:
+        OSError: the new folder cannot be stored or renamed; ``folder`` is as it was.
+    """
+    for file in new.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    restore(folder)
+    if not folder.exists():
+        new.rename(folder)
+    elif exchange(new, folder):
+        discard(new, is_ours=is_ours, into=folder)
+    else:
+        replace_in_two_steps(new, folder, is_ours=is_ours)
+
+
+def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None = None) -> None:
+    """Delete the files of a folder that are ours, and the folder if nothing else is in it.
+
+    Args:
+        folder: is not followed where it holds links.
+        is_ours: told a path below it, with ``/`` at the end of a folder's.
+        into: where anything else is moved, to the same place below it, unless something is there already.
+    """
+    for place, folders, files in os.walk(folder, topdown=False):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for path in (Path(place, name) for name in [*files, *links]):
+            below = path.relative_to(folder)
+            if is_ours(below.as_posix()):
+                path.unlink(missing_ok=True)
+            elif into is not None and not os.path.lexists(into / below):
+                (into / below).parent.mkdir(parents=True, exist_ok=True)
+                path.rename(into / below)
+        for path in (Path(place, name) for name in folders if name not in links):
+            below = path.relative_to(folder)
+            with suppress(OSError):  # what could not be moved is still in it
+                if is_ours(f"{below.as_posix()}/"):
+                    path.rmdir()
+                elif into is not None:
+                    (into / below).mkdir(parents=True, exist_ok=True)
+                    path.rmdir()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
     """Put right what a process that was killed while writing into ``folder`` left: half-written files and folders are
     removed, and a folder that was set aside for its successor is put back if that one never came.
 
     Only for a place that nobody else is writing into.
+
+    Args:
+        folder: where to look.
+        is_ours: whether we write a file or folder (whose name ends in ``/``) of that name there.
     """
-    for path in folder.glob(f".*{_REPLACED}"):
-        restore(path.with_name(path.name[1:].removesuffix(_REPLACED)))
-    for pattern in (_PARTIAL, _REPLACED):
-        for path in folder.glob(f".*{pattern}"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    found = {path: name for path in folder.glob(".*") if (name := leftover_of(path.name)) is not None}
+    for path, name in found.items():
+        if not (is_ours(name) or is_ours(f"{name}/")):
+            continue
+        if path.name.endswith(_REPLACED):
+            if restore(folder / name) and path.is_dir():
+                discard(path, is_ours=lambda below, name=name: is_ours(f"{name}/{below}"), into=folder / name)  # type: ignore[misc]
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether :func:`clear_leftovers` would take this file or folder for one of its own."""
-    return path.name.startswith(".") and path.name.endswith((_PARTIAL, _REPLACED))
+def leftover_of(name: str) -> str | None:
+    """The name that was being written when a file or folder called ``name`` was left behind; None for any other."""
+    found = _LEFTOVER.fullmatch(name)
+    return found[1] if found else None
 
 
 def cannot_write(path: Path, error: Exception) -> ResourceError:
@@ -136,7 +223,7 @@ def cannot_write(path: Path, error: Exception) -> ResourceError:
     return ResourceError(
         str(path),
         f"cannot be written ({'the disk is full' if is_full else error})",
-        fix="Free space or choose another place with -o; what was saved before is intact",
+        fix="Free space or choose another place with -o",
     )
 
 
@@ -154,20 +241,20 @@ def exchange(one: Path, other: Path) -> bool:
         return False
 
 
-def replace_in_two_steps(temporary: Path, folder: Path) -> None:
-    """Rename ``temporary`` to ``folder``, where no file system renames one folder onto another: the old one is set
-    aside, and put back if the second step fails, by :func:`restore` if the process ends between them.
+def replace_in_two_steps(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
+    """Rename ``new`` to ``folder``, where no file system renames one folder onto another: the old one is set aside, and
+    put back if the second step fails, by :func:`restore` if the process ends between them.
     """
     old = set_aside(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old, is_ours=is_ours, into=folder)  # of an earlier replacement that was cut short
     if folder.exists():
         folder.rename(old)
     try:
-        temporary.rename(folder)
+        new.rename(folder)
     except BaseException:  # also when a second Ctrl-C ends the process just here
         restore(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    discard(old, is_ours=is_ours, into=folder)
 
 
 def set_aside(folder: Path) -> Path:

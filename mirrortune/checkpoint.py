@@ -13,7 +13,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,25 @@ from torch import Tensor
 from mirrortune.atomic import (
     cannot_write,
     clear_leftovers,
-    is_leftover,
+    discard,
+    set_aside,
     write_atomically,
     write_folder_atomically,
 )
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.claims import claimed
+from mirrortune.errors import ConfigError, ResourceError, VerificationError
+from mirrortune.outputs import (
+    RUN,
+    Input,
+    Marker,
+    check_place,
+    holds_nothing,
+    may_replace,
+    put_back,
+    read_marker,
+    settle,
+    write_marker,
+)
 
 STATE_VERSION = 2
 _TRAINING, _STATE, _SUMS = "training.safetensors", "state.json", "SHA256SUMS"
@@ -87,37 +102,93 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.status = path / "status.json"
 
-    def check(self, *, overwrite: bool, resume: bool) -> None:
+    def check(self, inputs: Sequence[Input] = (), *, overwrite: bool, resume: bool) -> None:
         """Refuse a folder that holds anything, unless it is a run to be resumed or overwritten; changes nothing.
 
+        Args:
+            inputs: what the run reads; a run that is resumed may be started by its own recipe.
+            overwrite: replace the run that is there.
+            resume: continue the run that is there.
+
         Raises:
-            ConfigError: with the three ways out.
+            ConfigError: with the ways out.
         """
-        if resume or not self.path.exists() or (self.path.is_dir() and self._holds_nothing()):
+        if not resume:
+            may_replace(self.path, inputs, RUN, overwrite=overwrite)
             return
-        if not overwrite:
-            raise ConfigError(
-                str(self.path),
-                "the output directory is not empty" if self.path.is_dir() else "it is a file",
-                fix="Continue it with --resume, choose another with -o, or replace it with --overwrite",
-            )
-        if not self.recipe.is_file():
-            raise ConfigError(
-                "--overwrite", f"{self.path} is no run of ours and is left alone", fix="Choose another with -o"
-            )
+        self._check_place(inputs, resume=True)
+        if not self.is_marked:
+            raise ConfigError("--resume", f"{self.path} holds no run", fix="Start it without --resume")
+
+    @contextmanager
+    def held(self, inputs: Sequence[Input], *, overwrite: bool, resume: bool) -> Iterator[None]:
+        """Claim the folder and refuse what :meth:`check` refuses. A run that is to be replaced is put back if the block
+        ends before the new one has a checkpoint.
+
+        Raises:
+            ConfigError: what :meth:`check` raises, or another process writes there.
+        """
+        self._check_place(inputs, resume=resume)
+        with claimed(self.path):
+            settle(self.path)
+            self.check(inputs, overwrite=overwrite, resume=resume)
+            try:
+                yield
+            finally:
+                self.give_way()
 
     def create(self) -> None:
-        """Make the folder anew; what :meth:`check` allowed to be overwritten is removed."""
+        """Make the folder. A run that is there, which :meth:`check` allowed to be overwritten, is set aside until the
+        first checkpoint is saved.
+        """
         try:
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            self.checkpoints.mkdir(parents=True)
+            replaces = not holds_nothing(self.path, RUN)
+            if replaces:
+                self.path.rename(set_aside(self.path))
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_marker(self.path, Marker(RUN.name, frozenset(), is_pending=replaces))
+            self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether the folder is a run that :meth:`create` made."""
+        marker = read_marker(self.path)
+        return marker is not None and marker.kind == RUN.name
+
+    def take_place(self) -> None:
+        """Delete the run that this one replaces, now that this one can be continued by itself."""
+        marker = read_marker(self.path)
+        if marker is None or not marker.is_pending:
+            return
+        write_marker(self.path, Marker(RUN.name, marker.files))
+        old = set_aside(self.path)
+        replaced = read_marker(old)
+        if replaced is not None:
+            discard(old, is_ours=replaced.owns, into=self.path)
+
+    def give_way(self) -> None:
+        """Put the run back that this one was to replace, if this one ends before :meth:`take_place`."""
+        marker = read_marker(self.path)
+        if marker is not None and marker.is_pending:
+            put_back(self.path)
+
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""
-        write_atomically(self.path / name, lambda p: _write_text(p, text))
+        self.write_file(name, lambda p: _write_text(p, text))
+
+    def write_file(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a file whole or not at all, and list it among the run's own.
+
+        Args:
+            name: path below the run's folder.
+            write: given a temporary path, writes the content.
+        """
+        marker = read_marker(self.path)
+        if marker is not None and not marker.owns(name):
+            write_marker(self.path, Marker(marker.kind, marker.files | {name}, is_pending=marker.is_pending))
+        write_atomically(self.path / name, write)
 
     def write_json(self, name: str, data: Any) -> None:
         """Write ``data`` as indented JSON."""
@@ -154,8 +225,8 @@ class RunDirectory:
 
     def clear_leftovers(self) -> None:
         """Remove what a save that was killed has left, and put back what it had set aside."""
-        for folder in (self.path, self.checkpoints):
-            clear_leftovers(folder)
+        for folder, prefix in ((self.path, ""), (self.checkpoints, "checkpoints/")):
+            clear_leftovers(folder, lambda name, prefix=prefix: RUN.reserves(prefix + name))  # type: ignore[misc]
 
     def checkpoint(self, global_step: int) -> Path:
         """Folder of the checkpoint after ``global_step`` optimizer steps."""
@@ -177,7 +248,7 @@ class RunDirectory:
         """Write a checkpoint, then remove all but the best and the last ``keep``.
 
         Raises:
-            ResourceError: if it cannot be written; earlier checkpoints are intact.
+            ResourceError: if it cannot be written; says which earlier checkpoint is intact.
         """
 
         def write(folder: Path) -> None:
@@ -188,14 +259,23 @@ class RunDirectory:
             digests = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
             _write_text(folder / _SUMS, _sums(digests))
 
-        write_folder_atomically(self.checkpoint(state.global_step), write)
+        try:
+            write_folder_atomically(self.checkpoint(state.global_step), write, is_ours=_is_in_checkpoint)
+        except ResourceError as error:
+            raise self._with_last_intact(error) from error
+        self.take_place()
         # What was saved for a signal alone does not count: with it or without, the same steps are kept in the end.
         others = [s for s in self.saved_steps() if s != state.global_step]
         regular = [s for s in others if not self._is_interim(s)]
         kept = {state.best_step, *(regular[-(keep - 1) :] if keep > 1 else [])}
         for step in others:
             if step not in kept:
-                shutil.rmtree(self.checkpoint(step), ignore_errors=True)
+                discard(self.checkpoint(step), is_ours=_is_in_checkpoint)
+
+    def remove_checkpoints(self) -> None:
+        """Delete all checkpoints of a finished run, and nothing else that lies among them."""
+        if self.is_marked:
+            discard(self.checkpoints, is_ours=lambda below: RUN.reserves(f"checkpoints/{below}"))
 
     def load_checkpoint(self, global_step: int) -> tuple[LoopState, dict[str, Tensor]]:
         """State and tensors of a checkpoint; sets Python's own random state.
@@ -231,18 +311,30 @@ class RunDirectory:
                 if file.name not in (_TRAINING, _STATE, _SUMS):  # all else is the adapter's, whose format is its own
                     shutil.copyfile(file, folder / file.name)
 
-        write_folder_atomically(self.adapter, write)
+        write_folder_atomically(self.adapter, write, is_ours=lambda below: RUN.reserves(f"adapter/{below}"))
 
-    def _holds_nothing(self) -> bool:
-        """Whether the folder is empty, or holds what a run leaves that was killed before it could write anything."""
-        inside = list(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else []
-        return all(p == self.checkpoints or is_leftover(p) for p in [*self.path.iterdir(), *inside])
+    def _with_last_intact(self, error: ResourceError) -> ResourceError:
+        """The error, with the newest checkpoint that is whole."""
+        for step in reversed(self.saved_steps()):
+            folder = self.checkpoint(step)
+            with suppress(OSError, ValueError):
+                _check_sums(folder)
+                return ResourceError(error.where, error.problem, fix=f"{error.fix}; {folder.name} is intact")
+        return error
+
+    def _check_place(self, inputs: Sequence[Input], *, resume: bool) -> None:
+        own = self.recipe.resolve()
+        check_place(self.path, [i for i in inputs if not (resume and i.path.resolve() == own)])
 
     def _is_interim(self, step: int) -> bool:
         try:
             return bool(json.loads((self.checkpoint(step) / _STATE).read_text(encoding="utf-8"))["is_interim"])
         except (OSError, ValueError, KeyError, TypeError):
             return False  # damaged, which whoever loads it will say
+
+
+def _is_in_checkpoint(below: str) -> bool:
+    return RUN.reserves(f"checkpoints/step-0/{below}")
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

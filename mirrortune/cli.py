@@ -159,6 +159,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
     predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format, to a file or into a folder; unlabelled rows too.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions in that file.")] = False,
     force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Score an adapter on a base (--model) with other weights than it was trained on.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
@@ -172,12 +173,15 @@ def evaluate(
     resolved, _ = _resolve(words, task, given, reporter, beneath=own)
     trained_on, asked = (own.values.get("data", {}).get("path") if own else None), resolved.recipe.data.path
     is_own_data = bool(trained_on and asked) and Path(str(trained_on)).resolve() == Path(str(asked)).resolve()
-    from mirrortune import commands  # noqa: PLC0415
+    from mirrortune import commands, opening  # noqa: PLC0415
+    from mirrortune.recipe_values import inputs_of  # noqa: PLC0415
 
-    file = Path(predictions) if predictions else None
+    file = Path(predictions).expanduser() if predictions else None
+    inputs = [*inputs_of(resolved), *opening.inputs_of_targets(target)] if file else []
     result = commands.evaluate(
-        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, force_base=force_base
-    )
+        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
+        overwrite=overwrite, force_base=force_base,
+    )  # fmt: skip
     said = describe_metrics(result.metrics) or "no labels, nothing scored"
     lines = [f"{result.split}: {said}  ({counted(result.rows, 'row')})"]
     lines += [f"predictions: {result.predictions}"] if file else []
@@ -226,19 +230,22 @@ def compare(
         extensions=extensions,
     )
     from mirrortune import comparison_report  # noqa: PLC0415
+    from mirrortune.recipe_values import inputs_of  # noqa: PLC0415
 
+    root = Path(output_dir).expanduser()
     results = comparison_report.compare(
-        Path(output_dir),
+        root,
         plan,
         recipes,
         reporter,
+        inputs=[given for resolved, _ in found for given in inputs_of(resolved)],
         jobs=jobs,
         report_only=report_only,
         command=shlex.join(["mirrortune", *sys.argv[1:]]),
     )
     reporter.result(
         results,
-        [(Path(output_dir) / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"],
+        [(root / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"],
     )
 
 
@@ -311,7 +318,7 @@ def _resolve(
 
 def _recipe_of(target: str) -> Layer | None:
     """The recipe that a run directory, adapter folder or merged folder carries."""
-    from mirrortune.atomic import restore  # noqa: PLC0415
+    from mirrortune.outputs import restore  # noqa: PLC0415
 
     folder = restore(Path(target).expanduser())
     for place in (folder, folder.parent):

@@ -41,6 +41,7 @@ def merge(
         raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
     if format != "hf":
         _check_for_lora(targets, max_shard_size)
+    output_dir = str(Path(output_dir).expanduser())
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
     from mirrortune import export, export_gguf, sharing  # noqa: PLC0415
 

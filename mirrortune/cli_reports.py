@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,12 +29,14 @@ def report(
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     from mirrortune import pages  # noqa: PLC0415
     from mirrortune.checkpoint import RunDirectory  # noqa: PLC0415
+    from mirrortune.outputs import Input  # noqa: PLC0415
     from mirrortune.run_page import run_page  # noqa: PLC0415
 
     folders = [Path(run).expanduser() for run in runs]
+    output = output and str(Path(output).expanduser())
     path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
-    pages.check_replaceable(path)
-    pages.write_page(path, run_page([RunDirectory(folder) for folder in folders]))
+    with pages.page_output(path, [Input("run", folder) for folder in folders]) as put:
+        put(run_page([RunDirectory(folder) for folder in folders]))
     reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
 
 
@@ -54,22 +57,28 @@ def analyze(
 
     mirrortune analyze roberta-base runs/sst2-roberta-base-full -o report.html
     """
-    from mirrortune.pages import check_replaceable  # noqa: PLC0415
-
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
-    if output is not None:
-        check_replaceable(Path(output))  # before the minutes of work
-    from mirrortune import analysis, analysis_report, opening  # noqa: PLC0415
+    from mirrortune import analysis, analysis_report, opening, pages  # noqa: PLC0415
 
-    before, after = opening.open_pair(base, tuned, revision, tuned_revision)
-    found = analysis.analyse(before, after, pattern=target_modules, top_k=top_k, threads=threads, show_bar=reporter.bar)
-    lines = analysis_report.terminal_lines(found)
-    lines += ["", f"{len(found.matrices)} matrices in {found.seconds:.0f} s, {found.threads} at a time"]
-    if output is not None:
-        analysis_report.write_page(found, Path(output), shlex.join(["mirrortune", *sys.argv[1:]]))
-        lines.append(f"page: {output}")
-    if figures is not None:
-        lines.append(f"figures: {len(analysis_report.write_drawings(found, Path(figures)))} files in {figures}")
+    inputs = opening.inputs_of_targets(base, tuned)
+    with ExitStack() as held:  # before the minutes of work
+        put, folder = None, None
+        if output is not None:
+            put = held.enter_context(pages.page_output(Path(output).expanduser(), inputs))
+        if figures is not None:
+            folder = Path(figures).expanduser()
+            held.enter_context(analysis_report.figures_folder(folder, inputs))
+        before, after = opening.open_pair(base, tuned, revision, tuned_revision)
+        found = analysis.analyse(
+            before, after, pattern=target_modules, top_k=top_k, threads=threads, show_bar=reporter.bar
+        )
+        lines = analysis_report.terminal_lines(found)
+        lines += ["", f"{len(found.matrices)} matrices in {found.seconds:.0f} s, {found.threads} at a time"]
+        if put is not None:
+            put(analysis_report.html_page(found, shlex.join(["mirrortune", *sys.argv[1:]])))
+            lines.append(f"page: {output}")
+        if folder is not None:
+            lines.append(f"figures: {len(analysis_report.write_drawings(found, folder))} files in {figures}")
     reporter.result({**found.to_json(), "report": output, "figures": figures}, lines)
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,13 @@ from mirrortune.loading import (
 )
 from mirrortune.loop import FitResult, LoopSettings
 from mirrortune.metrics import METRICS
+from mirrortune.outputs import Input, check_file
 from mirrortune.peft_tuners import remarks
 from mirrortune.planning import default_eval_batch
-from mirrortune.predictions import prediction_file, write_predictions
+from mirrortune.predictions import check_replaceable, prediction_file, predictions_output, write_predictions
 from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
-from mirrortune.recipe_values import adapter_spec, check_recipe, loop_settings, read_data
+from mirrortune.recipe_values import adapter_spec, check_recipe, inputs_of, loop_settings, read_data
 from mirrortune.records import check_same_recipe, pin_paths, run_name, write_results
 from mirrortune.report import Reporter, digits
 from mirrortune.run_recording import record_validation, recording
@@ -99,9 +102,30 @@ def train(
     check_recipe(recipe, adapter_spec(recipe))
     if resume and overwrite:
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
-    run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}"))
+    run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}").expanduser())
     recipe = pin_paths(recipe, run)
-    accelerator = _meet(recipe, run, reporter, resume=resume, overwrite=overwrite)
+    accelerator = _meet(recipe, reporter)
+    inputs = inputs_of(resolved)
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(run.held(inputs, overwrite=overwrite, resume=resume))
+            if resume:
+                check_same_recipe(recipe, run)
+
+        def create() -> None:
+            run.check(inputs, overwrite=overwrite, resume=False)  # again: loading may have taken hours
+            run.create()
+
+        ranks.from_main(accelerator, claim)
+        return _train(replace(resolved, recipe=recipe), run, accelerator, reporter, None if resume else create)
+
+
+def _train(
+    resolved: Resolved, run: RunDirectory, accelerator: Any, reporter: Reporter, create: Callable[[], None] | None
+) -> TrainResult:
+    """Train into a run directory that is claimed; ``create`` makes it, or is None for one that is continued."""
+    recipe, resume = resolved.recipe, create is None
     job = assemble(recipe, reporter)
     if zero.stage_of(accelerator) and job.source.is_quantised:
         raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
@@ -120,14 +144,15 @@ def train(
     for text in remarks(model):
         reporter.note(text)
 
-    def create() -> None:
-        run.create()
+    def begin() -> None:
+        assert create is not None
+        create()
         run.write_text(run.recipe.name, recipe.to_yaml())
         run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
 
     # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
     if not resume:
-        ranks.from_main(accelerator, create)
+        ranks.from_main(accelerator, begin)
     with recorded_status(run, is_main=accelerator.is_main_process):
         # Dropout: the same from a cold and a warm cache, another on each rank.
         seed_everything(recipe.train.seed + 1 + accelerator.process_index)
@@ -155,8 +180,8 @@ def _remarks_on(outcome: FitResult, job: Job) -> Iterator[str]:
         yield f"warning: no checkpoint has a better {name} than the model before training ({before[name]:.4f})"
 
 
-def _meet(recipe: Recipe, run: RunDirectory, reporter: Reporter, *, resume: bool, overwrite: bool) -> Any:
-    """The object that owns this process and its peers, when the main one has found that the run may be made."""
+def _meet(recipe: Recipe, reporter: Reporter) -> Any:
+    """The object that owns this process and its peers."""
     # Cores and heads take part in every loss; a base model trained as it is may hold weights that do not.
     has_idle = preset(recipe.adapter.method).plain != "none"
     accelerator = make_accelerator(recipe.train.precision, has_idle_parameters=has_idle)
@@ -166,9 +191,6 @@ def _meet(recipe: Recipe, run: RunDirectory, reporter: Reporter, *, resume: bool
         kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if zero.stage_of(accelerator) == 3 else None
         if kind and recipe.adapter.form == "portable":
             raise ConfigError("adapter.form", f"no process has whole factors under {kind}", allowed="auto or compact")
-        if resume:
-            check_same_recipe(recipe, run)
-        run.check(overwrite=overwrite, resume=resume)
 
     ranks.from_main(accelerator, check)
     return accelerator
@@ -259,6 +281,8 @@ def evaluate(
     split: str | None = None,
     is_own_data: bool = True,
     predictions: Path | None = None,
+    inputs: Sequence[Input] = (),
+    overwrite: bool = False,
     force_base: bool = False,
 ) -> EvaluateResult:
     """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
@@ -273,10 +297,36 @@ def evaluate(
         is_own_data: whether the data is what the target was trained on, as far as its recipe says.
         predictions: file for every row's answer, or a folder for the file that the recipe names for the split; rows
             without a label are answered too then, and nothing is scored.
+        inputs: everything that is read, where no predictions are written.
+        overwrite: replace earlier predictions.
         force_base: score an adapter on a base with other weights, and say what does not fit.
     """
-    if predictions is not None and not predictions.is_dir():
-        prediction_file(predictions, "", {})
+    with ExitStack() as held:
+
+        def claim(file: Path) -> None:
+            held.enter_context(predictions_output(file, inputs, overwrite=overwrite))
+
+        if predictions is not None and not predictions.is_dir():
+            check_file(predictions, inputs, "--predictions")
+            prediction_file(predictions, "", {})
+        return _evaluate(
+            target, recipe, reporter, claim, split=split, is_own_data=is_own_data, predictions=predictions,
+            overwrite=overwrite, force_base=force_base,
+        )  # fmt: skip
+
+
+def _evaluate(
+    target: str,
+    recipe: Recipe,
+    reporter: Reporter,
+    claim: Callable[[Path], None],
+    *,
+    split: str | None,
+    is_own_data: bool,
+    predictions: Path | None,
+    overwrite: bool,
+    force_base: bool,
+) -> EvaluateResult:
     accelerator = make_accelerator(recipe.train.precision)
     reporter.is_main = accelerator.is_main_process
     adapter_folder = adapter_to_score(target)
@@ -296,6 +346,7 @@ def evaluate(
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # what the data set calls it
         rows, predictions = _to_be_answered(rows, own, found.task, recipe, predictions)
+        ranks.from_main(accelerator, functools.partial(claim, predictions))
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
     if (count := examples.num_unlabelled) and predictions is not None:
@@ -307,6 +358,7 @@ def evaluate(
             num_workers=recipe.train.num_workers, on_batch=bar.advance_by, allow_missing=predictions is not None,
         )  # fmt: skip
     if predictions is not None and accelerator.is_main_process:
+        check_replaceable(predictions, overwrite=overwrite)  # again: scoring may have taken hours
         _write_answers(predictions, outcome, found.task, recipe)
     written = None if predictions is None else str(predictions)
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)

@@ -9,13 +9,13 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from typing import Any
 from mirrortune import strict_yaml
 from mirrortune.assembly import Job, assemble
 from mirrortune.checkpoint import RunDirectory
+from mirrortune.claims import claimed
 from mirrortune.comparison import Cell, Contender, Plan, Score, next_cells, slug
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
 from mirrortune.metrics import METRICS
+from mirrortune.outputs import COMPARISON, Input, Marker, check_place, holds_nothing, read_marker, settle, write_marker
 from mirrortune.recipe import Layer, read_recipe, resolve, with_absolute_paths
 from mirrortune.recipe_values import adapter_spec, check_recipe, read_data
 from mirrortune.report import Reporter
@@ -76,6 +78,9 @@ class Comparison:
             self.reporter.note(f"task {task}")
             self.recipes[task] = with_test_split(assemble(recipe, self.reporter))
         self._check_folder()
+        if read_marker(self.root) is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_marker(self.root, Marker(COMPARISON.name, frozenset()))
         for task, recipe in self.recipes.items():
             path = self.root / "recipes" / f"{slug(task)}.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +175,7 @@ class Comparison:
             return
         if code and not self.has_diverged(cell):
             raise _CellError(f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}", said, code)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        RunDirectory(folder).remove_checkpoints()
 
     def _command(self, words: Sequence[str], slot: int, jobs: int) -> tuple[int, str]:
         env = {**os.environ, **_device(slot, jobs)}
@@ -215,8 +220,23 @@ class Comparison:
                     f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
                     fix="Choose another folder with -o, or use the same settings",
                 )
-        if self.root.exists() and not stored.is_dir() and any(self.root.iterdir()):
-            raise ConfigError(str(self.root), "the folder is not empty and holds no comparison", fix="Choose another")
+
+
+@contextmanager
+def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
+    """Claim the folder of a comparison, new or to be continued, while the block runs.
+
+    Raises:
+        ConfigError: it holds something else, or another process writes there.
+    """
+    check_place(root, inputs)
+    with claimed(root):
+        settle(root)
+        marker = read_marker(root)
+        if not holds_nothing(root, COMPARISON) and (marker is None or marker.kind != COMPARISON.name):
+            problem = "the folder is not empty and holds no comparison"
+            raise ConfigError(str(root), problem, fix=COMPARISON.ways_out)
+        yield
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

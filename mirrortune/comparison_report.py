@@ -14,12 +14,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mirrortune import pages
-from mirrortune.comparing import Comparison, comparable, default_jobs
+from mirrortune.atomic import write_files_atomically
+from mirrortune.comparing import Comparison, comparable, comparison_folder, default_jobs
 from mirrortune.comparison import Cell, Contender, Plan, Score, choose
 from mirrortune.comparison_figures import comparison_drawings
 from mirrortune.errors import counted
 from mirrortune.figures import Drawing, svg_for_page, write_figure
 from mirrortune.metrics import METRICS
+from mirrortune.outputs import Input
 from mirrortune.report import Reporter, kilobytes
 from mirrortune.schema import Recipe
 from mirrortune.significance import Sample, compare_with_reference
@@ -35,6 +37,7 @@ def compare(
     recipes: dict[str, Recipe],
     reporter: Reporter,
     *,
+    inputs: Sequence[Input],
     jobs: int | None,
     report_only: bool,
     command: str,
@@ -46,18 +49,20 @@ def compare(
         plan: what is compared.
         recipes: of each task.
         reporter: is told.
+        inputs: everything that the recipes read.
         jobs: runs at a time; None for one on each GPU.
         report_only: train nothing.
         command: the command line, for the report.
     """
     shared = {name: comparable(recipe) for name, recipe in recipes.items()}
     comparison = Comparison(root=root, plan=plan, recipes=shared, reporter=reporter)
-    comparison.prepare()
-    try:
-        if not report_only:
-            comparison.run(jobs or default_jobs())
-    finally:  # an interrupted comparison reports what it has
-        results = write_report(comparison, command)
+    with comparison_folder(root, inputs):
+        comparison.prepare()
+        try:
+            if not report_only:
+                comparison.run(jobs or default_jobs())
+        finally:  # an interrupted comparison reports what it has
+            results = write_report(comparison, command)
     return results
 
 
@@ -76,8 +81,8 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
         "tasks": tasks,
     }
     root = comparison.root
-    (root / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (root / "table.md").write_text(markdown(results), encoding="utf-8")
+    for name, text in (("results.json", json.dumps(results, indent=2) + "\n"), ("table.md", markdown(results))):
+        write_files_atomically(root, {name: text.encode()})
     histories = {task: {m: _histories(comparison, task, m) for m in found["methods"]} for task, found in tasks.items()}
     drawings = comparison_drawings(results, histories)
     for drawing in drawings:

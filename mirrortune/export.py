@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from mirrortune import __version__
 from mirrortune.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import attachment, plain_parameters
 from mirrortune.adapters.spectral_linear import SpectralLinear
-from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
-from mirrortune.merging import BaseWithAdapter, OutputError, check_output, compare_outputs, open_adapter
+from mirrortune.merging import BaseWithAdapter, OutputError, compare_outputs, open_adapter
 from mirrortune.model_outputs import compared_outputs
+from mirrortune.outputs import LORA, Write, adapter_inputs, model_inputs, output_folder
 from mirrortune.peft_file import common_fields
 from mirrortune.planning import SERVED_RANKS
 
@@ -120,8 +121,23 @@ def export_lora(
         VerificationError: what was written is not what was meant (it is removed).
     """
     adapter = read_adapter(require_adapter(target))
-    check_output(output_dir, overwrite=overwrite, ours="lora.json")
     check_exportable(adapter)
+    inputs = [*adapter_inputs([adapter.folder]), *model_inputs(base or adapter.base.get("name"))]
+    with output_folder(output_dir, inputs, LORA, overwrite=overwrite) as put:
+        return _export(adapter, output_dir, put, rank=rank, base=base, trust_remote_code=trust_remote_code,
+                       remarks=remarks)  # fmt: skip
+
+
+def _export(
+    adapter: AdapterFile,
+    output_dir: Path,
+    put: Callable[[Write], None],
+    *,
+    rank: int | None,
+    base: str | None,
+    trust_remote_code: bool,
+    remarks: list[str] | None,
+) -> LoraExport:
     # What the adapter was trained on is what the LoRA is compared on, whatever dtype the base is stored in.
     opened = open_adapter(
         adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code, remarks=remarks, is_as_trained=True
@@ -146,7 +162,7 @@ def export_lora(
         if not verdict[0].passed:
             raise not_as_meant(output_dir, f"the LoRA differs from base + adapter: {describe(verdict[0])}")
 
-    write_folder_atomically(output_dir, write)
+    put(write)
     return verdict[0]
 
 

@@ -10,6 +10,7 @@ weights in that order, and so must B have (A is as it was): see :data:`ARCHITECT
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mirrortune.adapter_file import read_adapter
+from mirrortune.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.spectral_linear import SpectralLinear
-from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.export import change_of, check_exportable, choose_ranks, spectral_only, write_report
 from mirrortune.factor_cache import FactorCache
 from mirrortune.loading import require_adapter
-from mirrortune.merging import check_output, open_adapter
+from mirrortune.merging import open_adapter
+from mirrortune.outputs import LORA, Write, adapter_inputs, model_inputs, output_folder
 
 FILE = "adapter.gguf"
 # transformers' model_type -> (llama.cpp's architecture, whether query and key rows lie in another order there). What is
@@ -61,7 +62,6 @@ class GgufExport:
     passed: bool
 
 
-@torch.no_grad()
 def export_gguf(
     target: str,
     output_dir: Path,
@@ -82,8 +82,25 @@ def export_gguf(
     """
     gguf = _library()
     adapter = read_adapter(require_adapter(target))
-    check_output(output_dir, overwrite=overwrite, ours="lora.json")
     check_exportable(adapter)
+    inputs = [*adapter_inputs([adapter.folder]), *model_inputs(base or adapter.base.get("name"))]
+    with output_folder(output_dir, inputs, LORA, overwrite=overwrite) as put:
+        return _export(gguf, adapter, output_dir, put, rank=rank, base=base, trust_remote_code=trust_remote_code,
+                       remarks=remarks)  # fmt: skip
+
+
+@torch.no_grad()
+def _export(
+    gguf: Any,
+    adapter: AdapterFile,
+    output_dir: Path,
+    put: Callable[[Write], None],
+    *,
+    rank: int | None,
+    base: str | None,
+    trust_remote_code: bool,
+    remarks: list[str] | None,
+) -> GgufExport:
     opened = open_adapter(adapter, FactorCache(), base=base, trust_remote_code=trust_remote_code, remarks=remarks)
     config = opened.source.config
     if config.model_type not in ARCHITECTURES:
@@ -119,7 +136,7 @@ def export_gguf(
         if not verdict[0].passed:
             raise not_as_meant(output_dir, f"the GGUF file differs from the adapter: {describe(verdict[0])}")
 
-    write_folder_atomically(output_dir, write)
+    put(write)
     return verdict[0]
 
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mirrortune import __version__
-from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError, HubError, MirrortuneError
 from mirrortune.locations import hub_place, looks_like_path
+from mirrortune.outputs import restore
 
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors")
 """Every file that an adapter may have: ours, or PEFT's beside our description."""

@@ -19,7 +19,6 @@ from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import Target, find_targets
 from mirrortune.adapting import FingerprintBook, adapt, stored_pairs
 from mirrortune.assembly import Job
-from mirrortune.atomic import restore
 from mirrortune.calibration import CalibrationSettings, measure_saliency
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.data import DataSet, Split
@@ -38,6 +37,7 @@ from mirrortune.model import (
     pad_token_id,
     resolve_dtype,
 )
+from mirrortune.outputs import restore
 from mirrortune.precision import widen
 from mirrortune.recipe_values import make_task
 from mirrortune.report import Reporter

@@ -22,7 +22,6 @@ from torch import nn
 from mirrortune import __version__
 from mirrortune.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import FactorSource
-from mirrortune.atomic import write_folder_atomically
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.lazy_model import outline
 from mirrortune.merge_checks import FLOATS, Written, compare_lazily, compare_tensors
@@ -32,7 +31,6 @@ from mirrortune.merging import (
     OutputError,
     Probes,
     Verification,
-    check_output,
     compare_models,
     config_fields,
     describe,
@@ -45,6 +43,7 @@ from mirrortune.merging import (
     verify,
 )
 from mirrortune.model import DTYPES, ModelSource, find_model, resolve_dtype, shard_bytes
+from mirrortune.outputs import MERGED, Write, adapter_inputs, model_inputs, output_folder
 from mirrortune.packed_bases import trained_on
 from mirrortune.part_loading import CannotLoadParts
 from mirrortune.probes import find_processors, probes
@@ -135,7 +134,27 @@ def merge_folder(
         VerificationError: another base or basis, or a result out of tolerance (which is removed).
     """
     adapters = [read_adapter(folder) for folder in adapter_folders]
-    check_output(output_dir, overwrite=overwrite)
+    inputs = [*adapter_inputs(adapter_folders), *model_inputs(base or adapters[0].base.get("name"))]
+    with output_folder(output_dir, inputs, MERGED, overwrite=overwrite) as put:
+        return _merge_into(
+            output_dir, put, adapters, base, factor_source, extra_files or {}, max_shard_bytes=max_shard_bytes,
+            remarks=remarks, on_note=on_note, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+
+
+def _merge_into(
+    output_dir: Path,
+    put: Callable[[Write], None],
+    adapters: Sequence[AdapterFile],
+    base: str | None,
+    factor_source: FactorSource,
+    extra_files: dict[str, str],
+    *,
+    max_shard_bytes: int | None,
+    remarks: list[str] | None,
+    on_note: Callable[[str], None],
+    trust_remote_code: bool,
+) -> Verification:
     source = find_base(adapters[0], base, trust_remote_code=trust_remote_code)
     task = task_from_dict(adapters[-1].task) if adapters[-1].task else None
     processors, missing = find_processors(task, source, str(adapters[-1].base["auto_class"]))
@@ -151,7 +170,7 @@ def merge_folder(
     def write(folder: Path) -> None:
         report: dict[str, Any] = {"mirrortune_version": __version__, "base": adapters[0].base}
         verdict = _merge(merge, folder, report)
-        for name, text in (extra_files or {}).items():
+        for name, text in extra_files.items():
             (folder / name).write_text(text, encoding="utf-8")
         found.append(verdict)
         report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
@@ -159,7 +178,7 @@ def merge_folder(
         if not verdict.passed:
             raise not_as_meant(output_dir, f"the merged model differs from base + adapter: {describe(verdict)}")
 
-    write_folder_atomically(output_dir, write)
+    put(write)
     return found[0]
 
 

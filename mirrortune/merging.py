@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from mirrortune.adapter_file import AdapterFile
 from mirrortune.adapters.inject import FactorSource, attachment, plain_parameters
 from mirrortune.adapting import load_into
-from mirrortune.atomic import restore
 from mirrortune.drawn_inputs import first_that_runs
 from mirrortune.errors import ConfigError
 from mirrortune.examples import Batch
@@ -346,19 +345,3 @@ def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool
         trust_remote_code=trust_remote_code,
         load_in=adapter.base.get("load_in"),
     )
-
-
-def check_output(output_dir: Path, *, overwrite: bool, ours: str = "merge.json") -> None:
-    """Refuse a folder that is not ours to fill: one that holds something, unless ``overwrite`` and a file ``ours``."""
-    if not restore(output_dir).exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(
-            str(output_dir),
-            "the output directory is not empty",
-            fix="Choose another with -o, or replace it with --overwrite",
-        )
-    if not (output_dir / ours).is_file():
-        raise ConfigError(
-            "--overwrite", f"{output_dir} is nothing that merge wrote and is left alone", fix="Choose another with -o"
-        )

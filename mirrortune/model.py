@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError
 from mirrortune.hardware import is_slow
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.load_errors import load_errors
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
+from mirrortune.outputs import restore
 from mirrortune.quantised import can_be_dequantised, is_quantised, keep_trainable, loading_config
 
 _LARGEST_MADE_UP = 1000  # pieces: special ones, and T5's sentinels

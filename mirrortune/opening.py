@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 from mirrortune.adapter_file import read_adapter
-from mirrortune.atomic import restore
 from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import hub_errors, local_adapter, resolve_commit
 from mirrortune.loading import find_adapter
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
 from mirrortune.model import find_model
+from mirrortune.outputs import Input, adapter_inputs, model_inputs, restore
 from mirrortune.peft_weights import load_peft
 from mirrortune.weights import AdaptedWeights, StoredWeights, Weights
 
@@ -48,6 +48,19 @@ def open_pair(
         )  # fmt: skip
     beneath: Weights = after.base  # type: ignore[attr-defined]
     return beneath, after
+
+
+def inputs_of_targets(*names: str | None) -> list[Input]:
+    """Local files and folders that the words stand for: models, adapters with their runs, and the adapters' bases."""
+    found: list[Input] = []
+    for name in names:
+        place = model_inputs(name)
+        adapter = find_adapter(str(place[0].path)) if place else None
+        if adapter is None:
+            found += place
+        else:
+            found += [*adapter_inputs([adapter]), *model_inputs(read_adapter(adapter).base.get("name"))]
+    return found
 
 
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:

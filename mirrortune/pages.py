@@ -7,13 +7,16 @@ Every text that is put into a page goes through :func:`escape` here; what is mar
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NewType
 
 from mirrortune import __version__
 from mirrortune.atomic import write_atomically
+from mirrortune.claims import claimed
 from mirrortune.errors import ConfigError
+from mirrortune.outputs import Input, check_file
 
 Html = NewType("Html", str)
 """Markup, as opposed to text."""
@@ -109,19 +112,29 @@ def details(summary: str, *parts: Html) -> Html:
     return Html(f"<details><summary>{escape(summary)}</summary>{''.join(parts)}</details>")
 
 
-def check_replaceable(path: Path, where: str = "-o") -> None:
-    """Refuse to write over a file that is no page of ours.
+@contextmanager
+def page_output(path: Path, inputs: Sequence[Input], where: str = "-o") -> Iterator[Callable[[str], None]]:
+    """Claim the file of a page while the block runs, and yield the function that writes its text.
 
     Raises:
-        ConfigError: it is a folder, or a file of another origin.
+        ConfigError: no place for a file (:func:`mirrortune.outputs.check_file`), a file that is no page of ours, or
+            another process writes there.
     """
-    if not path.exists():
-        return
-    if path.is_dir():
-        raise ConfigError(where, f"{path} is a folder", fix=f"Name a file, such as {path / 'report.html'}")
-    with path.open(encoding="utf-8", errors="replace") as file:
-        if _GENERATOR not in file.read(1000):
-            raise ConfigError(where, f"{path} is no page of ours and is left alone", fix="Choose another name")
+
+    def check() -> None:
+        check_file(path, inputs, where)
+        if path.exists():
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if _GENERATOR not in file.read(1000):
+                    raise ConfigError(where, f"{path} is no page of ours and is left alone", fix="Choose another name")
+
+    def put(text: str) -> None:
+        check()
+        write_page(path, text)
+
+    check()
+    with claimed(path):
+        yield put
 
 
 def write_page(path: Path, text: str) -> None:

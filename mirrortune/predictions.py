@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mirrortune.atomic import write_atomically
+from mirrortune.claims import claimed
 from mirrortune.errors import ConfigError
+from mirrortune.outputs import Input, check_file
 
 _HEADER = "index\tprediction"
 
@@ -26,9 +30,36 @@ def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
 def _checked(path: Path) -> Path:
     if path.is_dir():
         raise ConfigError("--predictions", f"{path} is a folder", fix="Give another name")
-    if path.exists() and not path.read_bytes().startswith(_HEADER.encode()):
+    if path.is_file() and not _holds_predictions(path):
         raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
     return path
+
+
+@contextmanager
+def predictions_output(path: Path, inputs: Sequence[Input], *, overwrite: bool) -> Iterator[None]:
+    """Claim the file of predictions while the block runs.
+
+    Raises:
+        ConfigError: no place for a file (:func:`mirrortune.outputs.check_file`), a file that may not be replaced, or
+            another process writes there.
+    """
+    check_file(path, inputs, "--predictions")
+    with claimed(path):
+        check_replaceable(path, overwrite=overwrite)
+        yield
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a file, unless it holds predictions and ``overwrite``."""
+    _checked(path)
+    if path.exists() and not overwrite:
+        fix = "Give another name, or replace it with --overwrite"
+        raise ConfigError("--predictions", f"{path} is there already", fix=fix)
+
+
+def _holds_predictions(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_HEADER)) == _HEADER.encode()
 
 
 def write_predictions(

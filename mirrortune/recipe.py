@@ -31,12 +31,14 @@ class Layer:
         origin: the place: a file, ``key=value`` or a flag.
         lines: line of each key, for files.
         flags: flag of each key, for the command line.
+        file: the file that was read, for a recipe.
     """
 
     values: dict[str, Any]
     origin: str
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
     flags: dict[tuple[str, ...], str] = field(default_factory=dict)
+    file: Path | None = None
 
     def place(self, path: tuple[str, ...]) -> str:
         """Where ``path`` was set, for messages: ``recipe.yaml:4: train.lr`` or ``--lr``."""
@@ -52,10 +54,19 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A recipe and, for every key that is not a default, where its value came from."""
+    """A recipe and, for every key that is not a default, where its value came from.
+
+    Attributes:
+        recipe: checked.
+        origins: by dotted key.
+        files: recipes that were read.
+        pairs: the file of pairs that was read, or None.
+    """
 
     recipe: Recipe
     origins: dict[str, str]
+    files: tuple[Path, ...] = ()
+    pairs: Path | None = None
 
 
 def shipped_recipes() -> list[str]:
@@ -89,7 +100,7 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
     if not isinstance(data, dict):
         raise ConfigError(str(path), f"a recipe is a mapping of sections, got {type(data).__name__}")
     _anchor_paths(data, path.parent)
-    return Layer(values=data, origin=str(path), lines=lines)
+    return Layer(values=data, origin=str(path), lines=lines, file=path)
 
 
 def override_layer(assignments: list[str]) -> Layer:
@@ -133,9 +144,9 @@ def resolve(layers: list[Layer]) -> Resolved:
         _leave_data(merged, owners, layer)
         # A section whose settings are all commented out is None.
         _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
-    found = []
+    found, pairs = [], None
     try:
-        _read_pairs(merged, owners)
+        pairs = _read_pairs(merged, owners)
     except ConfigError as error:
         found.append(error)
     try:
@@ -145,7 +156,8 @@ def resolve(layers: list[Layer]) -> Resolved:
     if found:
         raise ConfigError.several(found)
     origins = {".".join(path): layer.place(path) for path, layer in owners.items()}
-    return Resolved(recipe=recipe, origins=origins)
+    files = tuple(layer.file for layer in layers if layer.file is not None)
+    return Resolved(recipe=recipe, origins=origins, files=files, pairs=pairs)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
@@ -282,11 +294,13 @@ def _setting(data: dict[str, Any], section: str, key: str) -> Any:
     return found.get(key) if isinstance(found, dict) else None
 
 
-def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> None:
-    """Put what a .json file of pairs holds in the place of its name, so that the recipe repeats the run without it."""
+def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> Path | None:
+    """Put what a .json file of pairs holds in the place of its name, so that the recipe repeats the run without it;
+    returns the file.
+    """
     given = _setting(merged, "adapter", "pairing")
     if not isinstance(given, str) or not given.endswith(".json"):
-        return
+        return None
     path = ("adapter", "pairing")
     where = owners[path].place(path)
 
@@ -304,3 +318,4 @@ def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) ->
         allowed = "a list of pairs, or an object of such lists by layer name"
         raise ConfigError(where, f"{given} holds {type(found).__name__}", allowed=allowed)
     merged["adapter"]["pairing"] = found
+    return Path(given).expanduser()

@@ -78,9 +78,12 @@ def cp(
     path = path / source.name if path.is_dir() or str(target).endswith("/") else path
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(str(path), "the copy would not be found as a recipe", allowed="a name that ends in .yaml")
+    from mirrortune.atomic import write_atomically  # noqa: PLC0415
+    from mirrortune.outputs import Input, check_file  # noqa: PLC0415
+
+    check_file(path, [Input("recipe", source)], "FILE")
     if path.exists() and not overwrite:
         raise ConfigError(str(path), "it is there already", fix="Give another name, or --overwrite")
-    from mirrortune.atomic import write_atomically  # noqa: PLC0415
 
     # The copy may go to another machine: it names a schema that lies beside it, and no other.
     has_schema = (path.parent / _schema_file().name).is_file()

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from mirrortune.adapters.presets import preset
@@ -15,11 +17,12 @@ from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.forward_modes import check_attention
 from mirrortune.hardware import default_device
 from mirrortune.labels import as_name, without_labels
-from mirrortune.locations import is_local
+from mirrortune.locations import HUB_SCHEME, is_local, is_pattern, split_sample
 from mirrortune.loop import LoopSettings
 from mirrortune.metrics import METRICS, Scores
+from mirrortune.outputs import Input, model_inputs
 from mirrortune.peft_configs import check_options
-from mirrortune.recipe import task_kinds
+from mirrortune.recipe import Resolved, task_kinds
 from mirrortune.schema import Recipe
 from mirrortune.streaming import stream_data, stream_problems
 from mirrortune.tasks import Task, settings_of, task_class
@@ -142,6 +145,19 @@ def _unused_settings(recipe: Recipe) -> list[ConfigError]:
         for name, value in values
         if name in of_kinds - taken and value is not None
     ]
+
+
+def inputs_of(resolved: Resolved) -> list[Input]:
+    """Every local file and folder that a run by this recipe reads: model, data, recipes and pairs."""
+    recipe = resolved.recipe
+    found = [Input("recipe", file) for file in resolved.files]
+    found += [Input("pairs", resolved.pairs)] if resolved.pairs else []
+    found += model_inputs(recipe.model.name)
+    if recipe.data.path is not None and not recipe.data.path.startswith((HUB_SCHEME, "shipped:")):
+        name = split_sample(recipe.data.path)[0]
+        files = glob.glob(str(Path(name).expanduser()), recursive=True) if is_pattern(name) else [name]  # noqa: PTH207
+        found += [Input("data", Path(file).expanduser()) for file in files]
+    return found
 
 
 def loop_settings(recipe: Recipe, **known: Any) -> LoopSettings:

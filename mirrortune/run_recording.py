@@ -121,7 +121,7 @@ def recording(
 
 def record_merge(run: RunDirectory, output_dir: str, report: dict[str, Any]) -> None:
     """Note in a run's directory where it was merged to, and how that was verified; other folders are left alone."""
-    if run.results.is_file():
+    if run.is_marked and run.results.is_file():
         run.write_json("reports/merge.json", {"output_dir": output_dir, **report})
 
 

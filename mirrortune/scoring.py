@@ -12,7 +12,6 @@ from torch import nn
 
 from mirrortune.adapter_file import read_adapter, restore_trained
 from mirrortune.assembly import Job
-from mirrortune.atomic import write_atomically
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import counted
 from mirrortune.evaluation import evaluate_split
@@ -57,5 +56,5 @@ def score_kept(
         save_file(arrays, path)
 
     if accelerator.is_main_process:
-        write_atomically(run.path / "predictions.safetensors", write)
+        run.write_file("predictions.safetensors", write)
     return found

@@ -21,22 +21,23 @@ LAYERS = (
     "column_problems disk_space examples forward_modes hardware locations merge_contents metrics ranks registry "
     "report row_chunks shards strict_yaml text_files zero",
     "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
-    "batching checkpoint column_contents compiling figures hub load_errors model_card model_outputs packing pages "
-    "predictions processes schema sharding table_parts token_cache token_scores tracking",
+    "batching claims column_contents compiling figures load_errors model_card model_outputs packing processes "
+    "schema sharding table_parts token_cache token_scores tracking",
     "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison "
-    "drawn_inputs feeding flags launching quantised recipe rehearsal run_status tables",
-    "adapters.core_stack adapters.cores adapters.products comparison_figures data editor_schema factor_cache "
-    "labels model recipe_commands run_figures spectra stream_feeding",
-    "adapters.effect adapters.spec adapters.spectral file_cells lazy_model one_of_classes run_page streaming tokens",
-    "adapters.spectral_linear adapters.spectral_weight adapters.targets images part_loading peft_configs recordings",
-    "adapters.inject adapters.timing probes",
-    "adapter_parts optim peft_tuners tasks",
-    "calibration evaluation loop peft_file planning previews stepping",
-    "adapter_file preflight recipe_values",
-    "adapting assembly packed_bases snapshots",
-    "comparing environment merging peft_layers run_recording scoring strategy_choice training weights",
-    "comparison_report matrices peft_weights stored_model",
-    "analysis loading merge_plan",
+    "drawn_inputs feeding flags launching outputs quantised recipe rehearsal tables",
+    "adapters.core_stack adapters.cores adapters.products checkpoint comparison_figures editor_schema "
+    "factor_cache hub labels pages predictions recipe_commands run_figures spectra stream_feeding",
+    "adapters.effect adapters.spec adapters.spectral data model run_status",
+    "adapters.spectral_linear adapters.spectral_weight adapters.targets file_cells lazy_model one_of_classes "
+    "peft_configs run_page streaming tokens",
+    "adapters.inject adapters.timing images part_loading recordings",
+    "adapter_parts optim peft_tuners probes",
+    "loop peft_file tasks",
+    "adapter_file calibration evaluation planning previews recipe_values stepping",
+    "adapting packed_bases preflight snapshots",
+    "assembly merging peft_layers training weights",
+    "comparing environment matrices peft_weights run_recording scoring stored_model strategy_choice",
+    "analysis comparison_report loading merge_plan",
     "analysis_figures export merge_checks opening preparing records",
     "analysis_report commands export_gguf merge_folder",
     "api cli_reports sharing",

@@ -151,9 +151,12 @@ def assert_axes_are_labelled(drawing: Any) -> None:
 
 
 def test_figures_are_pictures(done: Checkpoints) -> None:
-    names = {path.stem for path in done.figures.iterdir()}
+    from mirrortune.analysis_figures import NAMES
+
+    names = {path.stem for path in done.figures.glob("[!.]*")}
+    assert names <= {*NAMES}, "they are looked for before the work"
     assert {"shares", "by_layer_and_kind", "spectra", "captured_by_method"} <= names
-    for path in done.figures.iterdir():
+    for path in done.figures.glob("[!.]*"):
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG\r\n")
         else:

@@ -273,12 +273,15 @@ BAD: dict[str, Bad] = {
     "overwriting what is not ours": Bad(
         "+ -o theirs --overwrite",
         2,
-        ("theirs is no run of ours and is left alone", "Choose another with -o."),
+        ("theirs is no folder that mirrortune wrote and is left alone", "Choose another with -o."),
         change=fill("theirs"),
     ),
     "resuming nothing": setting("--resume", "--resume: run holds no run. Start it without --resume."),
     "output where none can be": Bad(
-        "+ -o reviews.csv/run", 4, ("reviews.csv/run: cannot be written", "another place with -o")
+        "+ -o theirs/thesis.tex/run",
+        2,
+        ("theirs/thesis.tex is a file", "Choose another with -o"),
+        change=fill("theirs"),
     ),
     # Files of data.
     "missing file": Bad(

@@ -189,6 +189,7 @@ def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
     assert {p.name for p in run.iterdir()} - {"reports"} == {  # which is there once it has been merged
         "recipe.yaml", "environment.json", "metrics.jsonl", "trainer_state.json", "results.json", "README.md",
         "curves.png", "adapter", "checkpoints", "progress.jsonl", "validation.json", "report.html", "status.json",
+        ".mirrortune.json",
     }  # fmt: skip
     assert sorted(scores) == [15, 30, 45, 60], "one evaluation at the end of every epoch"
     assert {p.name for p in (run / "checkpoints").iterdir()} == {f"step-{best:06d}", "step-000060"}
@@ -200,7 +201,8 @@ def test_the_run_directory_is_as_it_was_promised(finished: Finished) -> None:
         kept = run / "checkpoints" / f"step-{best:06d}" / name
         assert (run / "adapter" / name).read_bytes() == kept.read_bytes()
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth") or p.name.startswith(".")]
+    assert not [p for p in run.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
+    assert [p.name for p in run.rglob(".*")] == [".mirrortune.json"]
     assert not (run / "adapter" / "adapter_config.json").exists()
 
 
@@ -337,7 +339,7 @@ def test_a_merge_that_was_not_written_right_is_not_kept(
     assert "the merged model differs from base + adapter: outputs differ by at most" in outcome.said
     assert "It was not written" in outcome.said
     assert outcome.stdout == ""
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists(), "made for the merge alone"
 
 
 def test_an_earlier_merge_survives_one_that_fails(
@@ -369,7 +371,7 @@ def test_a_merge_replaces_only_a_merge(finished: Finished, merged: Path, tmp_pat
     assert "not empty. Choose another with -o, or replace it with --overwrite" in merge(target)[1]
     assert merge(target, "--overwrite")[0] == 0
     assert merge(tmp_path / "theirs", "--overwrite")[0] == 2
-    assert "is nothing that merge wrote and is left alone" in merge(tmp_path / "theirs", "--overwrite")[1]
+    assert "is no folder that mirrortune wrote and is left alone" in merge(tmp_path / "theirs", "--overwrite")[1]
     assert (tmp_path / "theirs" / "thesis.tex").read_text(encoding="utf-8") == "years of work"
 
 

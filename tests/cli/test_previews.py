@@ -116,7 +116,7 @@ def test_answers_are_written_as_glue_takes_them(desk: Path, run: Path) -> None:
     assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(9)]
     names = [line.split("\t")[1] for line in lines[1:]]
     assert set(names) <= {"negative", "positive"}
-    again = mirrortune(*words, "eval.prediction_labels=indices", "data.test_split=test_matched")
+    again = mirrortune(*words, "--overwrite", "eval.prediction_labels=indices", "data.test_split=test_matched")
     assert "no labels, nothing scored" in again.stdout
     indices = [line.split("\t")[1] for line in (desk / "SST-2.tsv").read_text(encoding="utf-8").splitlines()[1:]]
     assert indices == [{"negative": "0", "positive": "1"}[name] for name in names]
@@ -137,7 +137,9 @@ def test_labelled_rows_are_scored_and_written(desk: Path, run: Path) -> None:
 
 
 def test_another_file_is_not_replaced(desk: Path, run: Path) -> None:
-    outcome = mirrortune("eval", run, "-d", "reviews.csv", "--predictions", "reviews.csv")
-
-    assert outcome.exit_code == 2
-    assert "--predictions: reviews.csv is there and holds no predictions. Give another name." in outcome.said
+    (desk / "mine.tsv").write_text("mine", encoding="utf-8")
+    for words in ([], ["--overwrite"]):
+        outcome = mirrortune("eval", run, "-d", "reviews.csv", "--predictions", "mine.tsv", *words)
+        assert outcome.exit_code == 2
+        assert "--predictions: mine.tsv is there and holds no predictions. Give another name." in outcome.said
+    assert (desk / "mine.tsv").read_text(encoding="utf-8") == "mine"

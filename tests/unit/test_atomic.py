@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
 import shutil
@@ -21,15 +22,11 @@ import torch
 from safetensors.torch import save_file
 
 from mirrortune import atomic
-from mirrortune.atomic import (
-    cannot_write,
-    exchange,
-    replace_in_two_steps,
-    restore,
-    write_atomically,
-    write_folder_atomically,
-)
+from mirrortune.atomic import cannot_write, exchange, restore, write_atomically
 from mirrortune.errors import ResourceError
+
+write_folder_atomically = functools.partial(atomic.write_folder_atomically, is_ours=lambda below: True)
+replace_in_two_steps = functools.partial(atomic.replace_in_two_steps, is_ours=lambda below: True)
 
 
 class UnforeseenError(Exception):
@@ -206,4 +203,4 @@ def test_a_place_that_cannot_be_is_a_resource_error(tmp_path: Path) -> None:
 def test_every_way_to_say_full_is_understood(number: int) -> None:
     error = cannot_write(Path("a"), OSError(number, os.strerror(number)))
 
-    assert str(error).startswith("a: cannot be written (the disk is full). Free space or choose another place with -o;")
+    assert str(error) == "a: cannot be written (the disk is full). Free space or choose another place with -o."

@@ -17,8 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirrortune.atomic import set_aside
 from mirrortune.checkpoint import LoopState, RunDirectory
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
+from mirrortune.outputs import restore
 from mirrortune.snapshots import random_tensors
 
 TENSORS = {"optimizer.w.exp_avg": torch.arange(3.0), **{f"random.0.{k}": v for k, v in random_tensors().items()}}
@@ -250,7 +252,7 @@ def test_what_killed_saves_left_is_cleared(run: RunDirectory) -> None:
     assert run.saved_steps() == [3, 4]
     assert run.load_checkpoint(4)[0].global_step == 4
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [".DS_Store", "step-000003", "step-000004"]
-    assert sorted(p.name for p in run.path.iterdir()) == [".git", "checkpoints"]
+    assert sorted(p.name for p in run.path.iterdir()) == [".git", ".mirrortune.json", "checkpoints"]
 
 
 def test_publishing_copies_the_adapter_of_a_step(run: RunDirectory) -> None:
@@ -268,21 +270,77 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path: Path) -> None:
     run.check(overwrite=False, resume=False)  # there is nothing yet
     run.path.mkdir()
     run.check(overwrite=False, resume=False)  # it is empty
-    run.checkpoints.mkdir()
+    run.recipe.write_text("task: {}")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="is no folder that mirrortune wrote" if overwrite else "not empty"):
+            run.check(overwrite=overwrite, resume=False)
+    with pytest.raises(ConfigError, match="holds no run"):
+        run.check(overwrite=False, resume=True)
+    run.recipe.unlink()
+    run.create()
     (run.path / ".recipe.yaml.ab12.partial").write_text("ta")
     run.check(overwrite=False, resume=False)  # it was killed before it began
-    (run.path / "notes.txt").write_text("mine")
+    run.write_text("recipe.yaml", "task: {}")
     with pytest.raises(ConfigError, match="--resume, choose another with -o, or replace it with --overwrite"):
         run.check(overwrite=False, resume=False)
-    with pytest.raises(ConfigError, match="is no run of ours and is left alone"):
-        run.check(overwrite=True, resume=False)
-    assert (run.path / "notes.txt").read_text() == "mine"
-    run.recipe.write_text("task: {}")
     run.check(overwrite=True, resume=False)
     run.check(overwrite=False, resume=True)
-    run.create()
-    assert not (run.path / "notes.txt").exists()
-    assert run.checkpoints.is_dir()
+    (run.path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"did not write: notes\.txt\. Move it elsewhere"):
+        run.check(overwrite=True, resume=False)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_replaced_run_is_kept_until_the_first_checkpoint(run: RunDirectory) -> None:
+    save(run, 3)
+    before = contents(run.path)
+    new = RunDirectory(run.path)
+    new.create()
+    new.write_text("recipe.yaml", "task: {}")
+    assert new.saved_steps() == []
+    new.give_way()  # it failed
+    assert contents(run.path) == before
+    new.create()
+    restore(run.path)  # it was killed
+    assert contents(run.path) == before
+    run.path.rename(set_aside(run.path))
+    run.path.mkdir()
+    restore(run.path)  # it was killed before its marker was written
+    assert contents(run.path) == before
+    new.create()
+    save(new, 5)
+    new.give_way()
+    assert new.saved_steps() == [5]
+    assert [p.name for p in run.path.parent.iterdir()] == [run.path.name]
+
+
+def test_notes_in_a_run_outlive_its_checkpoints(run: RunDirectory) -> None:
+    save(run, 1)
+    (run.checkpoint(1) / "notes.txt").write_text("mine")
+    save(run, 2, best_step=2)
+    assert run.saved_steps() == [2]
+    run.publish_adapter(2)
+    (run.adapter / "notes.txt").write_text("mine")
+    run.publish_adapter(2)
+    run.remove_checkpoints()
+    assert (run.adapter / "notes.txt").read_text() == (run.checkpoint(1) / "notes.txt").read_text() == "mine"
+    assert [p.name for p in run.checkpoints.rglob("*")] == ["step-000001", "notes.txt"]
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(run: RunDirectory) -> None:
+    save(run, 1)
+    save(run, 2, best_step=1, keep=2)
+    (run.checkpoint(2) / "state.json").write_text("{}")
+
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ResourceError, match=r"the disk is full.*; step-000001 is intact\."):
+        run.save_checkpoint(LoopState(global_step=3), {}, fail)
 
 
 def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
@@ -298,4 +356,6 @@ def test_small_files_are_whole(run: RunDirectory) -> None:
     assert json.loads((run.path / "results.json").read_text()) == {"accuracy": 0.5}
     run.write_text("recipe.yaml", "é\n")
     assert run.recipe.read_text(encoding="utf-8") == "é\n"
-    assert sorted(p.name for p in run.path.iterdir()) == ["checkpoints", "recipe.yaml", "results.json"]
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        ".mirrortune.json", "checkpoints", "recipe.yaml", "results.json",
+    ]  # fmt: skip

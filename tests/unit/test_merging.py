@@ -167,16 +167,18 @@ def test_an_output_folder_that_holds_anything_is_refused(tiny_model_dir: Path, t
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="the output directory is not empty"):
         merge(tmp_path / "adapter", target)
-    with pytest.raises(ConfigError, match="is nothing that merge wrote and is left alone"):
+    with pytest.raises(ConfigError, match="is no folder that mirrortune wrote and is left alone"):
         merge(tmp_path / "adapter", target, overwrite=True)
     assert (target / "notes.txt").read_text() == "mine"
     (target / "notes.txt").unlink()
     merge(tmp_path / "adapter", target)
-    (target / "old.txt").write_text("of the earlier merge")
+    (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="--overwrite"):
         merge(tmp_path / "adapter", target)
+    with pytest.raises(ConfigError, match=r"also holds what mirrortune did not write: notes\.txt\. Move it elsewhere"):
+        merge(tmp_path / "adapter", target, overwrite=True)
+    (target / "notes.txt").unlink()
     assert merge(tmp_path / "adapter", target, overwrite=True).passed
-    assert not (target / "old.txt").exists()
 
 
 def test_an_adapter_without_a_base_asks_for_it(tiny_model_dir: Path, tmp_path: Path) -> None:

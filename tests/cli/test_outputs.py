@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where commands may write: attacks and mishaps, each refused before any work and without a byte changed anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import mirrortune as library
+from mirrortune.claims import claimed
+from mirrortune.errors import ConfigError
+from mirrortune.outputs import MARKER, Marker, read_marker, write_marker
+from tests.cli.console import finish, mirrortune, reviews, start, write_table
+from tests.tiny_models import write_tiny_model
+
+TRAIN = "train -m model -t text-classification -d reviews.csv --max-steps 1 --batch-size 4"
+EVAL = "eval run -d reviews.csv"
+
+
+def tree(*folders: Path) -> dict[str, str]:
+    """What every path below some folders is: the hash of a file, the target of a link, a folder."""
+    found = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            kind = f"link {path.readlink()}" if path.is_symlink() else "folder" if path.is_dir() else "other"
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else kind
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a model, a finished run of it and its merge."""
+    folder = tmp_path_factory.mktemp("made")
+    before, cache = Path.cwd(), folder.parent / "cache"
+    write_table(folder / "reviews.csv", reviews(60))
+    write_tiny_model(folder / "model")
+    os.chdir(folder)
+    try:
+        for words in (f"{TRAIN} -o run", "merge run -o merged"):
+            outcome = mirrortune(*words.split(), cache=cache)
+            assert outcome.exit_code == 0, outcome.stderr
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def desk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in, with things of the user's own; the home directory is another."""
+    folder = Path(shutil.copytree(made, tmp_path / "desk"))
+    (folder / "thesis.txt").write_text("years of work", encoding="utf-8")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear", encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A command that must be refused.
+
+    Attributes:
+        words: the command line.
+        says: parts of the message.
+        change: what happens to the folder beforehand.
+        code: of the exit.
+    """
+
+    words: str
+    says: tuple[str, ...]
+    change: Callable[[Path], object] = lambda desk: None
+    code: int = 2
+
+
+def project(desk: Path) -> None:
+    """Everything in one folder, as people keep it."""
+    shutil.copytree(desk / "model", desk / "proj" / "base")
+    shutil.copy(desk / "reviews.csv", desk / "proj" / "reviews.csv")
+    (desk / "proj" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    text = "model: {name: proj/base}\ntask: {kind: text-classification}\ndata: {path: reviews.csv}\n"
+    (desk / "proj" / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def file(name: str, text: str = "mine") -> Callable[[Path], object]:
+    """A file of the user's own."""
+
+    def change(desk: Path) -> None:
+        (desk / name).parent.mkdir(parents=True, exist_ok=True)
+        (desk / name).write_text(text, encoding="utf-8")
+
+    return change
+
+
+def link(name: str, target: str) -> Callable[[Path], object]:
+    """A symbolic link."""
+    return lambda desk: (desk / name).symlink_to(target)
+
+
+def pictures(desk: Path) -> None:
+    """A folder of images for each class, as far as their names tell."""
+    for name in ("cat/1.png", "dog/2.png"):
+        file(f"pictures/{name}")(desk)
+
+
+def tables(desk: Path) -> None:
+    """A folder with a file for each split."""
+    for name in ("train", "validation"):
+        write_table(desk / "rows" / f"{name}.csv", reviews(20))
+
+
+NOT_OURS = "is no folder that mirrortune wrote and is left alone"
+CASES = {
+    # Places where no folder is ever written.
+    "a project": Refused("train proj/recipe.yaml -o proj --overwrite", ("that is read lies in it",), project),
+    "the working directory": Refused(f"{TRAIN} -o . --overwrite", (".: it is the working directory",)),
+    "a parent of it": Refused(f"{TRAIN} -o .. --overwrite", ("..: the working directory lies in it",)),
+    "a detour to it": Refused(f"{TRAIN} -o run/../../desk --overwrite", ("it is the working directory",)),
+    "the home directory": Refused(f"{TRAIN} -o ~ --overwrite", ("it is your home directory",)),
+    "the root": Refused(f"{TRAIN} -o / --overwrite", ("/: the working directory lies in it",)),
+    "a mount point": Refused(f"{TRAIN} -o /proc --overwrite", ("/proc: it is a mount point", "/proc/NAME")),
+    "a link to a run": Refused(
+        f"{TRAIN} -o link --overwrite", ("link: it is a symbolic link to run",), link("link", "run")
+    ),
+    "a link to nothing": Refused(f"{TRAIN} -o link", ("link: it is a symbolic link",), link("link", "none")),
+    "a file": Refused(f"{TRAIN} -o thesis.txt --overwrite", ("thesis.txt: it is a file",)),
+    "below a file": Refused(f"{TRAIN} -o thesis.txt/run", ("thesis.txt is a file",)),
+    "merging into the working directory": Refused("merge run -o . --overwrite", ("it is the working directory",)),
+    "comparing in the working directory": Refused(
+        "compare -m model -t text-classification -d reviews.csv --methods mirror -o .", ("it is the working directory",)
+    ),
+    # Folders that hold what is not ours.
+    "a folder with a recipe": Refused(f"{TRAIN} -o mine --overwrite", (NOT_OURS,), file("mine/recipe.yaml", "a: 1")),
+    "a folder with merge.json": Refused("merge run -o mine --overwrite", (NOT_OURS,), file("mine/merge.json", "{}")),
+    "a run with notes": Refused(
+        f"{TRAIN} -o run --overwrite",
+        ("run also holds what mirrortune did not write: notes/day 1.txt",),
+        file("run/notes/day 1.txt"),
+    ),
+    "a run with an empty folder": Refused(
+        f"{TRAIN} -o run --overwrite", ("did not write: plans/",), lambda desk: (desk / "run" / "plans").mkdir()
+    ),
+    "a run with a link": Refused(
+        f"{TRAIN} -o run --overwrite", ("did not write: link",), link("run/link", "../thesis.txt")
+    ),
+    "a checkpoint with notes": Refused(
+        f"{TRAIN} -o run --overwrite",
+        ("checkpoints/step-000001/notes.txt",),
+        file("run/checkpoints/step-000001/notes.txt"),
+    ),
+    "a merge with notes": Refused(
+        "merge run -o merged --overwrite", ("did not write: notes.txt",), file("merged/notes.txt")
+    ),
+    "training over a merge": Refused(f"{TRAIN} -o merged --overwrite", ("merged is a merged model, not a run",)),
+    "merging over another run": Refused(
+        "merge run -o other --overwrite",
+        ("other is a run, not a merged model",),
+        lambda desk: shutil.copytree(desk / "run", desk / "other"),
+    ),
+    "a LoRA over a merge": Refused(
+        "merge run --format lora -o merged --overwrite --rank 4", ("merged is a merged model, not a LoRA export",)
+    ),
+    "without --overwrite": Refused(
+        f"{TRAIN} -o run", ("run: the output directory is not empty", "--resume", "--overwrite")
+    ),
+    "resuming what is no run": Refused(
+        f"{TRAIN} -o mine --resume", ("mine holds no run",), file("mine/recipe.yaml", "a: 1")
+    ),
+    "comparing in a run": Refused(
+        "compare -m model -t text-classification -d reviews.csv --methods mirror -o run", ("holds no comparison",)
+    ),
+    # Outputs that are, contain or lie in what is read.
+    "over the model": Refused(
+        "train -m merged -t text-classification -d reviews.csv -o merged --overwrite",
+        ("merged: it is the model that is read",),
+    ),
+    "in the model": Refused(f"{TRAIN} -o model/run", ("it lies in the model that is read: model",)),
+    "over the data": Refused(
+        f"{TRAIN.replace('reviews.csv', 'rows')} -o rows --overwrite", ("rows: it is the data that is read",), tables
+    ),
+    "among pictures": Refused(
+        f"{TRAIN.replace('reviews.csv', 'pictures')} -o pictures/run", ("it lies in the data that is read",), pictures
+    ),
+    "over its own recipe": Refused(
+        "train run/recipe.yaml --overwrite", ("the recipe that is read lies in it: run/recipe.yaml",)
+    ),
+    "around the pairs": Refused(
+        f"{TRAIN} -o run --overwrite --pairing run/pairs.json",
+        ("the pairs that is read lies in it",),
+        file("run/pairs.json", "[[0, 1]]"),
+    ),
+    "merging over the run": Refused("merge run -o run --overwrite", ("run: the adapter that is read lies in it",)),
+    "merging over the adapter": Refused("merge run -o run/adapter --overwrite", ("it is the adapter that is read",)),
+    "merging among checkpoints": Refused("merge run -o run/checkpoints/mine", ("it lies in the run that is read",)),
+    "merging over the base": Refused(
+        "merge run --base merged -o merged --overwrite", ("it is the model that is read",)
+    ),
+    "exporting into the base": Refused(
+        "merge run --format lora --base merged -o merged/lora", ("it lies in the model",)
+    ),
+    # Files.
+    "predictions over the data": Refused(
+        f"{EVAL} --predictions reviews.csv --overwrite", ("it is the data that is read",)
+    ),
+    "predictions over another file": Refused(f"{EVAL} --predictions thesis.txt --overwrite", ("holds no predictions",)),
+    "predictions there already": Refused(
+        f"{EVAL} --predictions a.tsv", ("a.tsv is there already", "--overwrite"), file("a.tsv", "index\tprediction\n")
+    ),
+    "predictions through a link": Refused(
+        f"{EVAL} --predictions l", ("l is a symbolic link",), link("l", "thesis.txt")
+    ),
+    "predictions into a pipe": Refused(
+        f"{EVAL} --predictions pipe", ("pipe is no regular file",), lambda desk: os.mkfifo(desk / "pipe")
+    ),
+    "predictions over the results": Refused(
+        f"{EVAL} --predictions run/results.json", ("results.json belongs to the run",)
+    ),
+    "predictions in the data": Refused(
+        "eval run -d rows --predictions rows/test.tsv", ("it lies in the data that is read",), tables
+    ),
+    "a page over another file": Refused("analyze model run -o thesis.txt", ("thesis.txt is no page of ours",)),
+    "a page in the model": Refused("analyze model run -o model/page.html", ("it lies in the model that is read",)),
+    "a page through a link": Refused(
+        "report run -o l.html", ("l.html is a symbolic link",), link("l.html", "thesis.txt")
+    ),
+    "figures over another": Refused(
+        "analyze model run --figures figures",
+        ("shares.png in figures is not from an earlier analysis",),
+        file("figures/shares.png"),
+    ),
+    "figures in a run": Refused("analyze model run --figures run", ("run: the adapter that is read lies in it",)),
+    "figures here": Refused("analyze model run --figures .", ("it is the working directory",)),
+    "a recipe through a link": Refused(
+        "recipes cp quickstart l.yaml --overwrite", ("l.yaml is a symbolic link",), link("l.yaml", "thesis.txt")
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_no_byte_is_changed(case: Refused, desk: Path) -> None:
+    case.change(desk)
+    before = tree(desk.parent)
+
+    outcome = mirrortune(*case.words.split())
+
+    assert (outcome.exit_code, outcome.stdout) == (case.code, ""), outcome.stderr
+    for part in case.says:
+        assert part in outcome.said
+    assert "Traceback" not in outcome.stderr
+    assert tree(desk.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "output"),
+    [
+        (f"{TRAIN} -o runs/new", "runs/new"),
+        (f"{TRAIN} -o run --resume", "run"),
+        ("merge run -o new/merged", "new/merged"),
+        ("merge run --format lora --rank 4 -o lora", "lora"),
+        ("compare -m model -t text-classification -d reviews.csv --methods mirror -o new", "new"),
+        ("analyze model run -o page.html", "page.html"),
+        ("analyze model run --figures figures", "figures"),
+        (f"{EVAL} --predictions answers.tsv", "answers.tsv"),
+    ],
+)
+def test_an_output_that_another_process_writes_is_refused(words: str, output: str, desk: Path) -> None:
+    with claimed(Path(output)):
+        before = tree(desk.parent)
+        outcome = mirrortune(*words.split())
+        assert outcome.exit_code == 2
+        assert f"{output}: process {os.getpid()} on " in outcome.said
+        assert "is writing there. Wait until it ends, or choose another with -o." in outcome.said
+        assert tree(desk.parent) == before
+
+
+def test_two_runs_at_once_do_not_mix(desk: Path) -> None:
+    """Two seeds, which have the same default folder."""
+    words = [*TRAIN.split()[:-4], "--epochs", 4, "--batch-size", 4]
+    processes = [start(*words, "--seed", seed) for seed in (1, 2)]
+    outcomes = [finish(process) for process in processes]
+
+    assert sorted(outcome.exit_code for outcome in outcomes) == [0, 2]
+    refused = next(outcome for outcome in outcomes if outcome.exit_code)
+    assert "is writing there" in refused.said or "the output directory is not empty" in refused.said
+    (run,) = (desk / "runs").iterdir()
+    seed = 1 + [outcome.exit_code for outcome in outcomes].index(0)
+    assert f"seed: {seed}\n" in (run / "recipe.yaml").read_text(encoding="utf-8")
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluated = [event["step"] for event in events if event["event"] == "evaluate"]
+    assert len(evaluated) == 4, "one for each epoch of one run"
+    assert evaluated == sorted(set(evaluated))
+
+
+def test_a_run_is_replaced_whole_and_only_when_the_new_one_is_saved(desk: Path) -> None:
+    before = tree(desk / "run")
+    failed = mirrortune(
+        *TRAIN.split(), "-o", "run", "--overwrite", "--method", "full", "--lr", "1e29", "--max-steps", 3
+    )
+    assert (failed.exit_code, tree(desk / "run")) == (2, before), failed.stderr
+
+    assert mirrortune(*TRAIN.split(), "-o", "run", "--overwrite", "--seed", 5).exit_code == 0
+    assert tree(desk / "run").keys() == before.keys(), "every file of a run is listed"
+    assert "seed: 5" in (desk / "run" / "recipe.yaml").read_text(encoding="utf-8")
+    assert not list(desk.glob(".*"))
+
+
+def test_a_merge_inside_its_run_is_safe_from_the_next_run(desk: Path) -> None:
+    assert mirrortune("merge", "run", "-o", "run/merged").exit_code == 0
+    assert mirrortune("merge", "run", "-o", "run/merged", "--overwrite").exit_code == 0
+    before = tree(desk)
+    outcome = mirrortune(*TRAIN.split(), "-o", "run", "--overwrite")
+    assert outcome.exit_code == 2
+    assert "did not write: merged/" in outcome.said
+    assert tree(desk) == before
+
+
+def test_figures_are_added_to_others_and_replaced_by_their_own(desk: Path) -> None:
+    file("figures/mine.png")(desk)
+    for _ in range(2):
+        assert mirrortune("analyze", "run", "--figures", "figures").exit_code == 0
+    assert (desk / "figures" / "mine.png").read_text(encoding="utf-8") == "mine"
+    marker = read_marker(desk / "figures")
+    assert marker is not None
+    assert marker.files == {path.name for path in (desk / "figures").glob("[!.]*")} - {"mine.png"}
+
+
+def test_a_run_may_lie_beside_the_tables_of_its_data(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables(desk)
+    monkeypatch.chdir(desk / "rows")
+    assert mirrortune(*TRAIN.replace("reviews.csv", ".").replace("model", str(desk / "model")).split()).exit_code == 0
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next(desk: Path) -> None:
+    for name in (".merged.ab12cd34.partial", ".merged.ef56gh78.partial", ".mine.ab12cd34.partial"):
+        file(f"{name}/merged/model.safetensors", "half")(desk)
+    for name in (".merged.ab12cd34.partial", ".mine.ab12cd34.partial"):
+        write_marker(desk / name, Marker("unfinished", frozenset()))
+    assert mirrortune("merge", "run", "-o", "merged", "--overwrite").exit_code == 0
+    # One is no leftover of ours, the other is of another output.
+    assert sorted(path.name for path in desk.glob(".*")) == [".merged.ef56gh78.partial", ".mine.ab12cd34.partial"]
+
+
+def test_saving_adds_to_what_is_there(desk: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = library.attach(AutoModelForSequenceClassification.from_pretrained(desk / "model"))
+    for name in ("adapter.json", "trainer_state.json", ".adapter.json.ab12cd34.partial"):
+        file(f"out/{name}")(desk)
+    before = tree(desk)
+    for _ in range(2):
+        library.save_adapter(model, desk / "out")
+    after = tree(desk)
+    changed = {Path(name).name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"adapter.json", "adapter.safetensors", ".adapter.json.ab12cd34.partial"}
+    assert sorted(p.name for p in (desk / "out").iterdir()) == [
+        "adapter.json",
+        "adapter.safetensors",
+        "trainer_state.json",
+    ]
+    with pytest.raises(ConfigError, match="it is a file"):
+        library.save_adapter(model, desk / "thesis.txt")
+
+
+def test_python_refuses_as_the_command_line_does(desk: Path) -> None:
+    before = tree(desk)
+    for place, said in (
+        ("run", "lies in it"),
+        (".", "working directory"),
+        ("model", "not empty"),
+        ("thesis.txt", "a file"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            library.merge_adapter(None, "run", place)
+    assert tree(desk) == before
+
+
+def test_a_marker_from_elsewhere_gives_no_rights(desk: Path) -> None:
+    """Of a downloaded folder, say: what it lists lies in the folder, and nothing above it is reached."""
+    write_marker(desk / "model", Marker("merged model", frozenset({"../thesis.txt", "/etc/passwd", "config.json"})))
+    before = tree(desk)
+    outcome = mirrortune("merge", "run", "-o", "model", "--overwrite")
+    assert outcome.exit_code == 2
+    assert "did not write: " in outcome.said
+    assert tree(desk) == before
+    assert (desk / "model" / MARKER).is_file()
