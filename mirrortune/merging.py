@@ -41,7 +41,7 @@ class Verification:
     """The verdict on a merged checkpoint.
 
     Attributes:
-        max_abs_logit_error: largest difference of an output (:mod:`mirrortune.model_outputs`) between the reopened model and
+        max_abs_logit_error: largest difference of an output between the reopened model and
             base + adapter, on the probes; None if no inputs are known that the model computes.
         max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
         tolerance: allowed error of an output: 1e-4 of the largest output (at least of 1) in float32; 8 roundings where
