@@ -19,7 +19,22 @@ KeyPath = tuple[str, ...]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML-1.2 core scalars; no tags beyond the plain data types."""
+    """SafeLoader with YAML-1.2 core scalars; no tags beyond the plain data types, no anchors and no aliases."""
+
+    source = "text"
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse anchors and aliases, by which ten lines stand for gigabytes."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        anchor = getattr(event, "anchor", None)
+        if anchor is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            raise ConfigError(
+                f"{self.source}:{event.start_mark.line + 1}", f"'{sign}{anchor}' is a YAML anchor or alias",
+                allowed="plain YAML values", fix="Write the value out where it is used, or quote it if it is text",
+            )  # fmt: skip
+        found: yaml.Node | None = super().compose_node(parent, index)
+        return found
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -51,12 +66,13 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         The data, and the 1-based line of every mapping key by its path.
 
     Raises:
-        ConfigError: on a syntax error, a duplicate key or a key that is not a string; with the line.
+        ConfigError: on a syntax error, an anchor or alias, a duplicate key, or a key that is no string; with the line.
     """
     lines: dict[KeyPath, int] = {}
     loader = None
     try:
         loader = _StrictLoader(text)
+        loader.source = source
         node = loader.get_single_node()
         if node is None:
             return None, lines
@@ -69,7 +85,7 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     except yaml.reader.ReaderError as error:
         place = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
         raise ConfigError(place, f"not valid YAML: character {error.character!r}", fix="Remove it") from error
-    except RecursionError as error:  # also of an alias to its own anchor
+    except RecursionError as error:
         raise ConfigError(source, "not valid YAML: nested without end", fix="Correct the file") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise ConfigError(source, f"not valid YAML: {error}", fix="Correct the file") from error
@@ -92,6 +108,10 @@ def dump(data: Any) -> str:
 
 class _StrictDumper(yaml.SafeDumper):
     """SafeDumper that quotes by the loader's rules, so that what is written is read back the same."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """True: a list that stands in two places is written twice."""
+        return True
 
 
 _StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
