@@ -68,7 +68,9 @@ def check_description(description: Mapping[str, Any], *, has_basis: bool) -> Non
         description: of ``adapter.json``.
         has_basis: whether the layers have cores, and not a tuner of PEFT.
     """
-    base, task = description["base"], description["task"]
+    settings, base, task = description["adapter"], description["base"], description["task"]
+    # Lists by pattern would be matched with names: what was paired is in the tensors, and here is but a word for it.
+    _require(isinstance(settings.get("pairing"), str | None), "adapter.pairing")
     _require(isinstance(base, dict), "base")
     for key in ("name", "revision", "commit", "load_in"):
         _require(isinstance(base.get(key), str | None), f"base.{key}")

@@ -118,7 +118,7 @@ def load_into(
         _check_weight_or_remark(adapter, name, weight, remarks)
         book.note_weight(name, weight)
 
-    layers: dict[str, Any] = {"new_parameters": adapter.head, "names": adapter.layouts}
+    layers: dict[str, Any] = {"new_parameters": adapter.head, "stored": adapter.layouts}
     if adapter.peft_config is None:
         attach(model, spec, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note, **layers)
     else:

@@ -216,8 +216,8 @@ def verify(
     """
     import transformers  # noqa: PLC0415
 
-    code = {"trust_remote_code": True} if trust_remote_code else {}
-    reopened = getattr(transformers, auto_class).from_pretrained(folder, dtype="auto", **code).eval()
+    load: Any = getattr(transformers, auto_class).from_pretrained
+    reopened = load(folder, dtype="auto", trust_remote_code=trust_remote_code).eval()
     check_ties(reopened, plain)
     written, before = dict(reopened.state_dict()), dict(plain.state_dict())
     trained = _trained_tensors(adapted, plain)
@@ -322,16 +322,18 @@ def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
 
 def check_class(adapter: AdapterFile) -> None:
     """Refuse an adapter of what is no model of transformers, or was not loaded as their models are."""
-    import transformers  # noqa: PLC0415
-
     name, dtype = str(adapter.base.get("auto_class")), adapter.base.get("dtype")
-    found = getattr(transformers, name, None)
-    is_model = isinstance(found, type) and (
-        name.startswith("AutoModel") or issubclass(found, transformers.PreTrainedModel)
-    )
-    if not is_model or dtype not in DTYPES:
+    if not is_model_class(name) or dtype not in DTYPES:
         problem = f"its base is a '{name}' in {dtype}, which is no model that transformers loads here"
         raise ConfigError(str(adapter.folder), problem, fix="Use it in Python, with load_adapter")
+
+
+def is_model_class(name: str) -> bool:
+    """Whether transformers has a model, or an Auto class of models, of that name."""
+    import transformers  # noqa: PLC0415
+
+    found = getattr(transformers, name, None)
+    return isinstance(found, type) and (name.startswith("AutoModel") or issubclass(found, transformers.PreTrainedModel))
 
 
 def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool) -> ModelSource:

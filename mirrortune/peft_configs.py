@@ -7,10 +7,11 @@ The only module that imports PEFT (the optional extra), when a method asks for i
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mirrortune.adapters.spec import AdapterSpec
@@ -35,6 +36,9 @@ _OURS = {
 _UNUSED = ("auto_mapping", "peft_version", "target_parameters", "layer_replication", "trainable_token_indices",
            "alora_invocation_tokens", "megatron_config", "megatron_core", "ensure_weight_tying", "use_qalora",
            "qalora_group_size", "use_effective_conv2d")  # fmt: skip
+CHOOSE_LAYERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_BY_PATTERN = ("feedforward_modules", "modules_to_save")
+_NAME = re.compile(r"[\w.-]+")
 _NEED_MORE = ("eva", "corda", "loftq")  # ways to start LoRA
 
 
@@ -101,14 +105,50 @@ def make_config(spec: AdapterSpec, names: list[str]) -> Any:
 
 
 def stored_config(described: dict[str, Any], names: list[str]) -> Any:
-    """The configuration that an adapter folder holds, for the layers ``names``."""
+    """The configuration that an adapter folder holds, for the layers ``names``.
+
+    Raises:
+        VerificationError: PEFT cannot read it, or it would match patterns from the file.
+    """
     peft = import_peft(str(described.get("peft_type")).lower())
-    ignored = {"modules_to_save", "task_type", "inference_mode", *_UNUSED} - {"peft_version"}
+    ignored = {"modules_to_save", "task_type", "inference_mode", *CHOOSE_LAYERS, *_UNUSED} - {"peft_version"}
     fields = {k: v for k, v in described.items() if k not in ignored}
+    if key := holds_pattern(fields):
+        raise VerificationError("adapter_config.json", f"'{key}' holds a pattern", allowed="names of layers")
     try:
         return peft.PeftConfig.from_peft_type(**{**fields, "target_modules": names})
     except (ValueError, TypeError, KeyError) as error:
         raise VerificationError("adapter_config.json", f"PEFT cannot read it ({first_line(error)})") from error
+
+
+def holds_pattern(described: Mapping[str, Any]) -> str | None:
+    """The first field by which PEFT would match names of layers with a regular expression from a file; None if there
+    is none. Fields that choose the layers are not looked at.
+    """
+    for key, value in described.items():
+        if key.endswith("_pattern") and isinstance(value, dict):
+            names = [*value]
+        elif key in _BY_PATTERN and value is not None:
+            names = [value] if isinstance(value, str) else [*value]
+        else:
+            continue
+        if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+            return key
+    return None
+
+
+def spelt_out(described: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """PEFT's description with patterns of the user's replaced by the names of the layers, of ``names``, that they mean,
+    so that whoever loads it has none to match.
+    """
+    found = dict(described)
+    for key, value in described.items():
+        if key.endswith("_pattern") and isinstance(value, dict):
+            owners = {name: next((p for p in value if re.match(rf"(.*\.)?({p})$", name)), None) for name in names}
+            found[key] = {name: value[pattern] for name, pattern in owners.items() if pattern is not None}
+        elif key in _BY_PATTERN and isinstance(value, str):
+            found[key] = [name for name in names if re.fullmatch(value, name)]
+    return found
 
 
 @contextlib.contextmanager

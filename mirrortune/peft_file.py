@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.inject import attachment
 from mirrortune.errors import VerificationError
 from mirrortune.locations import PACKAGE_SCHEME, package_folder
-from mirrortune.peft_configs import import_peft
+from mirrortune.peft_configs import import_peft, spelt_out
 from mirrortune.peft_tuners import ADAPTER_NAME, PeftAttachment
 from mirrortune.sharding import is_in_shards, is_whole
 
@@ -77,7 +77,7 @@ def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     described: dict[str, Any] = {
         k: sorted(v) if isinstance(v, set) else v for k, v in configs[ADAPTER_NAME].to_dict().items()
     }
-    described |= common_fields(model, base)
+    described = spelt_out(described, attachment(model).layers) | common_fields(model, base)
     return dict(json.loads(json.dumps(described, sort_keys=True)))
 
 

@@ -65,7 +65,7 @@ def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | N
     """
     model = _model_of(name, weight, bias)
     attach_tuner(
-        model, adapter.spec, config=adapter.peft_config, names=[name],
+        model, adapter.spec, config=adapter.peft_config, stored={name: adapter.layouts[name]},
         on_layer=lambda _, matrix: check_weight(adapter, name, matrix),
     )  # fmt: skip
     wanted = peft_file.adapter_tensors(model)
@@ -102,7 +102,7 @@ class SharedLayers:
     def __init__(self, adapter: AdapterFile, model: nn.Module) -> None:
         self._adapter = adapter
         self._model = hollow_copy(model.to(getattr(torch, str(adapter.base["dtype"]))), "cpu")
-        attach_tuner(self._model, adapter.spec, config=adapter.peft_config, names=adapter.layouts)
+        attach_tuner(self._model, adapter.spec, config=adapter.peft_config, stored=adapter.layouts)
         wanted = peft_file.adapter_tensors(self._model)
         own = {key: tensor for key, tensor in adapter.tensors.items() if key not in head_keys(adapter)}
         self._is_whole = own.keys() == wanted.keys()

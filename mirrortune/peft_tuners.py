@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.inject import Attachment, attachment, freeze, prepare_targets
+from mirrortune.adapters.layouts import Layout
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.targets import Targets
 from mirrortune.errors import ConfigError
@@ -104,7 +105,7 @@ def attach_tuner(
     *,
     new_parameters: Iterable[str] = (),
     config: dict[str, Any] | None = None,
-    names: Collection[str] | None = None,
+    stored: Mapping[str, Layout] | None = None,
     on_layer: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place by a tuner of PEFT: the layers that ours would take, all else frozen
@@ -115,14 +116,14 @@ def attach_tuner(
         spec: what to build; its seed is that of the tuner's random numbers.
         new_parameters: see :func:`mirrortune.adapters.targets.find_targets`.
         config: PEFT's own configuration, of an adapter that is being loaded.
-        names: exactly these layers, of an adapter that is being loaded.
+        stored: exactly these layers, of an adapter that is being loaded.
         on_layer: told (name, weight) of every layer before it is replaced.
 
     Raises:
         ConfigError: a missing package, a wrong option, or a layer that the tuner cannot take.
     """
     peft = import_peft(spec.method)
-    targets = prepare_targets(model, spec, new_parameters, names)
+    targets = prepare_targets(model, spec, new_parameters, stored)
     check_options(spec)
     chosen = list(targets.layers)
     with recorded_warnings() as warned:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.merging import is_model_class
 from mirrortune.model import ModelSource, load_model, resolve_dtype
+from mirrortune.peft_configs import CHOOSE_LAYERS, holds_pattern
 from mirrortune.weights import Weights, match_names
 
 _AUTO_CLASSES = {
@@ -80,20 +83,24 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise ConfigError(label, "it is an adapter of PEFT's", fix="pip install 'mirrortune[peft]'") from error
-    import transformers  # noqa: PLC0415
-
     if base.source is None:
         raise ConfigError(base.label, "it has no config.json, which PEFT needs", fix="Give the base model's folder")
     config = peft.PeftConfig.from_pretrained(folder)
+    if key := holds_pattern(config.to_dict()):
+        raise ConfigError(
+            label, f"'{key}' of its adapter_config.json holds a pattern, and patterns of a file are not run",
+            allowed="names of layers", fix="Save the adapter again with names",
+        )  # fmt: skip
     auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
     name = auto_class or (config.auto_mapping or {}).get("base_model_class", "AutoModel")
-    name = name if hasattr(transformers, name) else "AutoModel"
+    name = name if is_model_class(name) else "AutoModel"
     dtype = resolve_dtype("auto", base.source.config, torch.device("meta"))
     model = load_model(base.source, name, {}, dtype, None).model
+    _name_layers(config, model, lambda: peft.utils.load_peft_weights(folder, device="cpu"))
     try:
         with warnings.catch_warnings():  # PEFT's own, about transformers
             warnings.simplefilter("ignore")
-            adapted = peft.PeftModel.from_pretrained(model, folder, ignore_mismatched_sizes=True)
+            adapted = peft.PeftModel.from_pretrained(model, folder, config=config, ignore_mismatched_sizes=True)
     except (ValueError, RuntimeError, OSError) as error:
         text = str(error).strip().split("\n")[0][:300]
         raise ConfigError(label, f"PEFT cannot load it into {base.label} ({text})", fix="Give its own base") from error
@@ -106,6 +113,24 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
     if not names:
         raise VerificationError(label, f"none of its layers is in {base.label}", fix="Give its own base model")
     return PeftWeights(label=label, base=base, layers={ours: tuners[own] for ours, own in names.items()})
+
+
+def _name_layers(config: Any, model: nn.Module, load: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Put the names of the layers that the adapter has tensors for in the place of patterns that choose layers."""
+    if not (isinstance(config.target_modules, str) or any(getattr(config, key, None) for key in CHOOSE_LAYERS)):
+        return
+    modules = dict(model.named_modules())
+    names = set()
+    for key in load():
+        words = key.removeprefix("base_model.model.").split(".")
+        parts = (".".join(words[:end]) for end in range(len(words) - 1, 0, -1))
+        name = next((part for part in parts if part in modules), None)
+        if name is not None and ".".join(words)[len(name) + 1 :] not in dict(modules[name].named_parameters()):
+            names.add(name)  # otherwise a module that was saved whole
+    config.target_modules = names
+    for key in CHOOSE_LAYERS:
+        if hasattr(config, key):
+            setattr(config, key, None)
 
 
 def _is_tuner(module: nn.Module, kind: type) -> bool:

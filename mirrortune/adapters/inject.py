@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.adapters.kinds import CallableKind
+from mirrortune.adapters.layouts import Layout
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.adapters.spectral_weight import SpectralWeight, replace_weight
@@ -73,7 +74,7 @@ def attach(
     factor_source: FactorSource | None = None,
     pairs: dict[str, Tensor] | None = None,
     on_layer: LayerHook | None = None,
-    names: Collection[str] | None = None,
+    stored: Mapping[str, Layout] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place: cores into its target layers, everything else frozen but the head.
@@ -85,7 +86,7 @@ def attach(
         factor_source: where factors come from; None computes them.
         pairs: pairs by layer name, in place of the pairing's own (an adapter being loaded).
         on_layer: told of every layer, while its factors are at hand.
-        names: see :func:`find_targets`.
+        stored: see :func:`find_targets`.
         strategies: by layer name, in place of the spec's.
 
     Returns:
@@ -94,7 +95,7 @@ def attach(
     Raises:
         ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
     """
-    targets = prepare_targets(model, spec, new_parameters, names)
+    targets = prepare_targets(model, spec, new_parameters, stored)
     for name, target in targets.layers.items():  # what a core refuses, it refuses before the model is touched
         S = torch.ones((target.count, target.rank) if target.count > 1 else (target.rank,))
         build_core(spec, S, name, target.shape, (pairs or {}).get(name))
@@ -116,13 +117,13 @@ def attach(
 
 
 def prepare_targets(
-    model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str], names: Collection[str] | None = None
+    model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str], stored: Mapping[str, Layout] | None = None
 ) -> Targets:
     """The targets of a model that is about to be adapted, after every check that can be made before it is touched."""
     if isinstance(getattr(model, "mirrortune", None), Attachment):
         raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
     check_spec(spec)
-    return find_targets(model, spec, new_parameters, names)
+    return find_targets(model, spec, new_parameters, stored)
 
 
 def freeze(model: nn.Module, targets: Targets) -> None:

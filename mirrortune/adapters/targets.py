@@ -9,7 +9,7 @@ a pattern names them.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,7 +102,10 @@ class Targets:
 
 
 def find_targets(
-    model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str] = (), names: Collection[str] | None = None
+    model: nn.Module,
+    spec: AdapterSpec,
+    new_parameters: Iterable[str] = (),
+    stored: Mapping[str, Layout] | None = None,
 ) -> Targets:
     """Which weights of ``model`` an adapter by ``spec`` takes, and which parameters are its head.
 
@@ -110,8 +113,8 @@ def find_targets(
         model: any module; for transformers models the part under ``base_model_prefix`` is adapted.
         spec: method, rank and target pattern.
         new_parameters: names of parameters that no checkpoint filled; they belong to the head.
-        names: exactly these layers, whatever the pattern says (an adapter being loaded); those that the model does not
-            have are left out.
+        stored: exactly these layers, by name, with the layouts that an adapter file has for them: patterns in such a
+            file are never matched. Those that the model does not have are left out.
 
     Raises:
         ConfigError: if no layer matches ``target_modules``, or one of its alternatives matches none (with the nearest
@@ -128,18 +131,18 @@ def find_targets(
     if not spec.preset.is_adapter:
         return Targets(layers={}, head=head, plain=plain, skipped={})
     candidates, skipped = find_candidates(model, prefix, new, output)
-    candidates = _split(candidates, spec.split)
+    candidates = _split(candidates, spec.split) if stored is None else _stored_parts(candidates, stored)
     if spec.preset.peft is not None:
         skipped |= {
             n: f"{c.kind.name}, not adapted by PEFT's tuners here" for n, c in candidates.items() if not c.is_peft
         }
         candidates = {name: c for name, c in candidates.items() if c.is_peft}
-    if names is None:
+    if stored is None:
         wanted = _choose(candidates, spec.target_modules)
         if not wanted:
             raise _nothing(spec.target_modules, candidates, skipped)
     else:
-        wanted = {name for name in names if name in candidates}
+        wanted = {name for name in stored if name in candidates}
     ranks, clipped = _ranks(spec, {n: candidates[n].layout.matrix_shape for n in candidates if n in wanted})
     packed = [name for name in ranks if candidates[name].kind.is_packed]
     if packed and spec.strategy not in (None, "branch"):
@@ -240,6 +243,27 @@ def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dic
             raise ConfigError(f"adapter.split.{chosen[name]}", f"{name}: {error}") from error
         parts = {f"{name}.{i}": replace(whole, layout=layout, whole=name) for i, layout in enumerate(layouts)}
         found |= parts
+    return found
+
+
+def _stored_parts(candidates: dict[str, Candidate], stored: Mapping[str, Layout]) -> dict[str, Candidate]:
+    """``candidates`` with every fused layer of which an adapter file has parts replaced by these, ``<layer>.0`` and so
+    on, where they are parts of the model's layer.
+    """
+    parts: dict[str, dict[str, Candidate]] = {}
+    for name, layout in stored.items():
+        whole, _, index = name.rpartition(".")
+        candidate = candidates.get(whole)
+        if layout.rows is None or not index.isdecimal() or candidate is None or candidate.kind.is_packed:
+            continue
+        if layout == replace(candidate.layout, rows=layout.rows, out_features=layout.rows.count) and (
+            layout.rows.total == candidate.layout.out_features
+        ):
+            parts.setdefault(whole, {})[name] = replace(candidate, layout=layout, whole=whole)
+    found: dict[str, Candidate] = {}
+    for name, candidate in candidates.items():
+        own = parts.get(name, {name: candidate})
+        found |= {part: own[part] for part in sorted(own, key=lambda part: (len(part), part))}
     return found
 
 

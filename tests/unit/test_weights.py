@@ -199,18 +199,21 @@ def test_an_adapter_on_another_base_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_peft_adapters_are_merged_by_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [["query", "value"], r"bert\..*\.(query|value)"])
+def test_peft_adapters_are_merged_by_peft(
+    tmp_path: Path, chosen: list[str] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft")
     base = write_tiny_model(tmp_path / "base")
     import transformers
 
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
-    config = peft.LoraConfig(
-        r=2, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False
-    )
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=chosen, task_type="SEQ_CLS", init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "lora")
+    # A pattern from a file is not matched: the layers are those that the file has tensors for.
+    monkeypatch.setattr(peft.tuners.tuners_utils, "match_target_against_key", None)
     before, after = open_pair(str(base), str(tmp_path / "lora"), None, None)
     names = {m.name for m in pair_matrices(before, after, "query|value").matrices}
     merged = adapted.merge_and_unload().state_dict()
