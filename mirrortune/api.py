@@ -18,7 +18,7 @@ from mirrortune.adapters import inject
 from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.pair_lists import PairLists
-from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
 from mirrortune.adapting import FingerprintBook, adapt, load_into
 from mirrortune.atomic import clear_leftovers, write_files_atomically
 from mirrortune.claims import claimed
@@ -52,7 +52,7 @@ def attach(
         model: a transformers model, or any torch module.
         method: a name in ``mirrortune.adapters.presets.method_names()``, such as ``mirror``.
         rank: leading singular directions kept: a number, ``"full"`` for min(out, in), or ``"out"`` for as many as there
-            are outputs; None for the method's own.
+            are outputs; r of a tuner of PEFT, and of the LoRA branch of ``speclora``; None for the method's own.
         pairing: which directions turn together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
             (for several rounds a list of such lists), or lists by layer name or pattern; None for the method's own.
         target_modules: ``all-linear``, ``all-layers`` (convolutions too), or a regular expression for layer names (from
@@ -69,7 +69,7 @@ def attach(
     Raises:
         ConfigError: an unknown name, a rank or pairs that do not fit, or no matching layer.
     """
-    spec = AdapterSpec(
+    asked = AdapterSpec(
         method=method,
         rank=rank,
         pairing=pairing,
@@ -78,6 +78,8 @@ def attach(
         options=core_options,
         split=split or {},
     )
+    spec = as_asked(asked)
+    check_asked(spec)
     _remember(model, adapt(model, spec, factor_source=FactorCache()))
     return model
 

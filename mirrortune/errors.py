@@ -59,8 +59,8 @@ class ConfigError(MirrortuneError):
         """One error whose message is a line for each of ``errors`` (at least one), so that all are seen at once; what
         was found twice is said once.
         """
-        lines = dict.fromkeys(str(error) for error in errors)
-        if len(lines) == 1:
+        lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
+        if len(errors) == 1 or len(lines) == 1:
             return errors[0]
         combined = cls("configuration", f"{len(lines)} problems")
         combined.args = ("\n".join(lines),)
@@ -81,8 +81,8 @@ def all_of(*steps: Callable[[], Any]) -> list[Any]:
             errors.append(error)
     if not errors:
         return results
-    lines = dict.fromkeys(str(error) for error in errors)
-    if len(lines) > 1:
+    lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
+    if len(errors) > 1:
         errors[0].args = ("\n".join(lines),)
     raise errors[0]
 

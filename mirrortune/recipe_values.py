@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mirrortune.adapters.presets import preset
-from mirrortune.adapters.spec import AdapterSpec, check_spec
+from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked, check_spec
 from mirrortune.compiling import check_compiler
 from mirrortune.data import DataSet, Split, load_data
 from mirrortune.errors import ConfigError, unknown_name
@@ -46,9 +46,30 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
     )  # fmt: skip
     if recipe.data.missing_label is not None and recipe.data.label_column is None:
         errors.append(ConfigError("data.missing_label", "no label column is named", fix="Give --label-column"))
+    errors += problems_of_names(recipe, spec)
+    metrics = recipe.task.metrics
+    if recipe.model.revision is not None and recipe.model.name is not None and is_local(recipe.model.name):
+        errors.append(ConfigError("model.revision", f"{recipe.model.name} is local and has none", fix="Remove it"))
+    if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
+        errors.append(
+            ConfigError(
+                "task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics)
+            )
+        )
+    if errors:
+        raise ConfigError.several(errors)
+
+
+def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[ConfigError]:
+    """Names in registries, and settings that what they name does not have. These problems stay whatever else is wrong,
+    so that they are found in what is left of a recipe without its invalid values, too.
+    """
+    spec = spec or adapter_spec(recipe)
+    errors = []
     kind = recipe.task.kind
     checks: list[Callable[[], object]] = [
         lambda: check_spec(spec),
+        lambda: check_asked(spec),
         lambda: check_options(spec),
         lambda: check_tracker(recipe.train.track),
         lambda: check_compiler(default_device()) if recipe.train.compile else None,
@@ -64,22 +85,13 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
         errors += _unused_settings(recipe)
     metrics = recipe.task.metrics
     errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
-    if recipe.model.revision is not None and recipe.model.name is not None and is_local(recipe.model.name):
-        errors.append(ConfigError("model.revision", f"{recipe.model.name} is local and has none", fix="Remove it"))
-    if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
-        errors.append(
-            ConfigError(
-                "task.selection_metric", f"'{recipe.task.selection_metric}' is not computed", allowed=", ".join(metrics)
-            )
-        )
-    if errors:
-        raise ConfigError.several(errors)
+    return errors
 
 
 def adapter_spec(recipe: Recipe) -> AdapterSpec:
     """The recipe's adapter section as plain values."""
     section = recipe.adapter
-    return AdapterSpec(
+    spec = AdapterSpec(
         method=section.method,
         rank=section.rank,
         pairing=section.pairing,
@@ -89,6 +101,7 @@ def adapter_spec(recipe: Recipe) -> AdapterSpec:
         options=dict(section.options),
         split=section.model_dump(mode="json")["split"],
     )
+    return as_asked(spec)
 
 
 def read_data(recipe: Recipe) -> DataSet:

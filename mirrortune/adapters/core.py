@@ -44,6 +44,9 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     """Learning rate of the method that is this core alone; that of angles and relative scales."""
     default_rank: int | Literal["full"] = "full"
     """Leading directions kept by that method."""
+    rank_option: str | None = None
+    """Option of that method that ``rank`` sets, where its papers call something else its rank than the directions
+    kept."""
     default_pairing: str | None = None
     """Pairing of that method, for a core that asks for ``pairs``."""
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from mirrortune.errors import unknown_name
+from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Preset:
         pairing: name in ``pairings.PAIRINGS``, or None where the core pairs nothing.
         rank: number of leading singular directions kept, or ``"full"`` for all min(out, in); the tuner's own rank for
             one of PEFT that has a rank.
+        rank_option: option of the core that the user's rank sets, in place of the directions kept.
         lr: default learning rate of the adapter's parameters (of the trained base parameters without an adapter).
         plain: which parameters of the base model are trained as they are, besides the task head.
         summary: one line for help texts.
@@ -59,6 +60,7 @@ class Preset:
     peft: PeftTuner | None = None
     pairing: str | None = None
     rank: int | Literal["full"] = "full"
+    rank_option: str | None = None
     lr: float
     plain: Literal["none", "bias", "all"] = "none"
     summary: str
@@ -161,6 +163,17 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "grpo", "rloo", "rlhf", "reward")
+
+
+def no_preferences(where: str, name: str, *, allowed: str) -> ConfigError:
+    """The error for the name of a way to learn from preferences, which is neither a method nor a kind of task here."""
+    return ConfigError(
+        where, f"'{name}' learns from preferences, which mirrortune does not train on", allowed=allowed,
+        fix="Use TRL's trainer around a model that mirrortune.attach() has adapted",
+    )  # fmt: skip
+
+
 def method_names(*, with_peft: bool = True) -> list[str]:
     """Every name that ``--method`` takes, sorted; or all but those of PEFT's tuners."""
     return sorted({*CORES.names(), *(name for name, found in PRESETS.items() if with_peft or found.peft is None)})
@@ -172,10 +185,13 @@ def preset(method: str, where: str = "adapter.method") -> Preset:
     """
     if method in PRESETS:
         return PRESETS[method]
+    if method in PREFERENCES:
+        raise no_preferences(where, method, allowed="a way to adapt the model, such as mirror, lora or full")
     if method not in CORES.names():
         raise unknown_name(where, "method", method, method_names())
     core = CORES.get(method, where)
     summary = (inspect.getdoc(core) or method).splitlines()[0]
     return Preset(
-        core=method, pairing=core.default_pairing, rank=core.default_rank, lr=core.default_lr, summary=summary
-    )
+        core=method, pairing=core.default_pairing, rank=core.default_rank, rank_option=core.rank_option,
+        lr=core.default_lr, summary=summary,
+    )  # fmt: skip

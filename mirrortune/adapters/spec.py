@@ -17,7 +17,7 @@ from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.factorize import Rank
 from mirrortune.adapters.pair_lists import PairLists, check_lists, list_for
 from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.presets import PeftTuner, Preset, preset
+from mirrortune.adapters.presets import PeftTuner, Preset, method_names, preset
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.errors import ConfigError
 
@@ -83,13 +83,44 @@ class AdapterSpec:
         return found if self.pair_lists is None else {**found, "pairing": self.resolved_pairing}
 
 
+def as_asked(spec: AdapterSpec) -> AdapterSpec:
+    """The spec that the settings of a user mean: ``rank`` is put where the method's papers have it. What
+    :func:`check_asked` refuses is left as it is, and so is a spec from a file, which says what it means.
+    """
+    option = None if spec.method not in method_names() else spec.preset.rank_option
+    if option is None or not isinstance(spec.rank, int) or option in spec.options:
+        return spec
+    return replace(spec, rank=None, options={**spec.options, option: spec.rank})
+
+
+def check_asked(spec: AdapterSpec) -> None:
+    """Refuse a rank that :func:`as_asked` had no place for.
+
+    Raises:
+        ConfigError: no number, or the option that it stands for was given too.
+    """
+    option = spec.preset.rank_option
+    if option is None or spec.rank is None:
+        return
+    if option in spec.options:
+        raise ConfigError(f"adapter.options.{option}", "it is the same as adapter.rank", fix="Give one of the two")
+    raise ConfigError(
+        "adapter.rank", f"got {spec.rank!r}", allowed=f"a number, for method '{spec.method}': it sets {option}"
+    )
+
+
 def check_spec(spec: AdapterSpec) -> None:
     """Refuse unknown methods, pairings and options, and settings that the method would ignore; all at once.
 
     Raises:
         ConfigError: naming each setting, the nearest name and what is allowed.
     """
-    chosen, errors = spec.preset, []
+    errors: list[ConfigError] = []
+    try:
+        chosen = spec.preset
+    except ConfigError as error:  # what it would do with the other settings nobody knows, but names are names
+        unknown = _unknown_pairing(spec.pairing)
+        raise ConfigError.several([error, *([unknown] if unknown else [])]) from None
     if chosen.peft is not None:  # its options are PEFT's to know: peft_tuners.check_options
         errors += _peft_errors(spec, chosen.peft)
     elif chosen.core is None:
@@ -234,13 +265,25 @@ def _asked(spec: AdapterSpec) -> set[str]:
     return set(inspect.signature(PAIRINGS.get(pairing, "adapter.pairing")).parameters) if pairing else set()
 
 
+def _unknown_pairing(name: object) -> ConfigError | None:
+    try:
+        if isinstance(name, str):
+            PAIRINGS.get(name, "adapter.pairing")
+    except ConfigError as error:
+        return error
+    return None
+
+
 def _check_pairing(spec: AdapterSpec) -> None:
-    pairing = PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")
     rounds = spec.options.get("rounds", 1)
+    errors = [_unknown_pairing(spec.resolved_pairing)]
+    if type(rounds) is int and rounds < 1:
+        errors.append(ConfigError("adapter.options.rounds", f"got {rounds}", allowed="1 or more"))
+    if found := [error for error in errors if error is not None]:
+        raise ConfigError.several(found)
     if type(rounds) is not int:  # refused as an option
         return
-    if rounds < 1:
-        raise ConfigError("adapter.options.rounds", f"got {rounds}", allowed="1 or more")
+    pairing = PAIRINGS.get(spec.resolved_pairing or "", "adapter.pairing")
     if rounds > 1 and "rounds" not in inspect.signature(pairing).parameters:
         raise ConfigError(
             "adapter.options.rounds", f"pairing '{spec.pairing}' has one round, got {rounds}", allowed="1"

@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import mirrortune
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.cores.givens import Givens
-from mirrortune.adapters.inject import attach
+from mirrortune.adapters.inject import attach, spectral_layers
 from mirrortune.adapters.presets import PRESETS, method_names, preset
-from mirrortune.adapters.spec import AdapterSpec, check_spec
+from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.errors import ConfigError
+from mirrortune.recipe import override_layer, resolve
+from mirrortune.recipe_values import adapter_spec, check_recipe
 from tests.spectral import VARIANTS, Variant
+from tests.tiny_models import tiny_bert
 
 S = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5])
 PAIRS = torch.tensor([[0, 4], [1, 3]])
@@ -138,3 +143,37 @@ def test_a_wrong_option_is_a_configuration_error(method: str, options: dict[str,
     assert caught.value.exit_code == 2
     assert isinstance(model[0], nn.Linear)
     assert model[0].weight.requires_grad
+
+
+def test_the_rank_of_speclora_is_that_of_its_branch() -> None:
+    layer = {"model.name": "m", "task.kind": "text-classification", "data.path": "d.csv", "adapter.method": "speclora"}
+
+    def built(*more: str) -> Any:
+        recipe = resolve([override_layer([*(f"{key}={value}" for key, value in layer.items()), *more])]).recipe
+        spec = adapter_spec(recipe)
+        check_recipe(recipe, spec)
+        return build_core(spec, torch.ones(32), "layer", (32, 24))
+
+    default, four, more = built(), built("adapter.rank=4"), built("adapter.rank=4", "adapter.options.top_k=3")
+
+    assert (default.lora_A.shape, default.scale.shape, default.factor) == ((8, 24), (16,), 1.0)
+    assert (four.lora_A.shape, four.scale.shape, four.factor) == ((4, 24), (16,), 1.0)
+    assert (more.lora_B.shape, more.scale.shape) == ((32, 4), (3,))
+    assert built("adapter.options.lora_rank=4").lora_A.shape == (4, 24)
+    assert built("adapter.rank=4", "adapter.options.lora_alpha=8").factor == 2.0
+    with pytest.raises(ConfigError, match=r"adapter\.options\.lora_rank: it is the same as adapter\.rank"):
+        built("adapter.rank=4", "adapter.options.lora_rank=4")
+    with pytest.raises(ConfigError, match=r"adapter\.rank: got 'full'\. Allowed: a number, for method 'speclora'"):
+        built("adapter.rank=full")
+
+
+def test_in_python_too(tmp_path: Path) -> None:
+    model = mirrortune.attach(tiny_bert(), method="speclora", rank=3, target_modules="query")
+
+    layer = next(iter(spectral_layers(model).values()))
+    assert layer.core.lora_A.shape[0] == 3
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    again = mirrortune.load_adapter(tiny_bert(), tmp_path / "adapter")
+    assert next(iter(spectral_layers(again).values())).core.lora_A.shape[0] == 3
+    with pytest.raises(ConfigError, match=r"adapter\.rank: got 'full'"):
+        mirrortune.attach(tiny_bert(), method="speclora", rank="full")

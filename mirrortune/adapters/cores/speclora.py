@@ -21,13 +21,15 @@ class SpecLora(Scale):
     """Scale on the ``top_k`` leading directions, plus a LoRA branch (alpha / rank) B A beside it.
 
     W' = U diag(S (1 + lambda)) Vh + (alpha / rank) B A, A (rank, I), B (O, rank); k + rank (O + I) trained numbers.
-    lambda = 0 and B = 0 at the start, A uniform as in LoRA, by ``init_seed`` and the layer's shape.
+    lambda = 0 and B = 0 at the start, A uniform as in LoRA, by ``init_seed`` and the layer's shape. The method's rank
+    is that of the branch, ``lora_rank``; ``lora_alpha`` equals it by default, a scale of 1.
 
     Reference: SpecLoRA (arXiv 2505.23099), of which only the summary is public: LoRA with learnable rescaling of the
     top singular directions. Differs, as far as can be known: the true singular directions instead of a mask on W.
     """
 
     default_lr = 3e-3
+    rank_option = "lora_rank"
 
     def __init__(
         self,
@@ -36,7 +38,7 @@ class SpecLora(Scale):
         *,
         top_k: int | Literal["all"] = 16,
         lora_rank: int = 8,
-        lora_alpha: float = 8.0,
+        lora_alpha: float | None = None,
         init_seed: int = 0,
     ) -> None:
         super().__init__(S, top_k=top_k if top_k == "all" else min(top_k, S.shape[0]))
@@ -46,7 +48,7 @@ class SpecLora(Scale):
         generator = torch.Generator().manual_seed(init_seed * 1_000_003 + out_features * 8191 + in_features)
         bound = 1 / math.sqrt(in_features)
         start = torch.rand(lora_rank, in_features, generator=generator, dtype=S.dtype) * 2 * bound - bound
-        self.factor = lora_alpha / lora_rank
+        self.factor = 1.0 if lora_alpha is None else lora_alpha / lora_rank
         self.lora_A = nn.Parameter(start.to(S.device))
         self.lora_B = nn.Parameter(S.new_zeros(out_features, lora_rank))
 
