@@ -158,6 +158,7 @@ def _detect_label(
     if len(names) == 2 and len(texts) == 1:
         name = next(n for n in names if n not in texts)
         return name, detected("label", name)
+    refuse_preferences(table, source)
     hinted = [column for column in fitting if column.has_hint] or fitting
     if numbers and len(hinted) > 1:
         hinted = [column for column in hinted if not column.is_whole] or hinted
@@ -223,6 +224,27 @@ def refuse_written_lists(table: pa.Table, column: str, source: str) -> None:
                 allowed="lists and objects of json, jsonl or parquet files; csv has none",
                 fix="Write the rows as jsonl",
             )  # fmt: skip
+
+
+def refuse_preferences(table: pa.Table, source: str) -> None:
+    """Refuse rows that say which of two answers is the better one, or whether an answer is good: an answer that a
+    person rejected must not be learned because its column looks like text.
+
+    Raises:
+        DataError: for columns chosen and rejected, or prompt, completion and a label of true and false.
+    """
+    lowered = {name.lower(): table.schema.field(name).type for name in table.column_names}
+    if {"chosen", "rejected"} <= lowered.keys():
+        what = "columns chosen and rejected"
+    elif {"prompt", "completion"} <= lowered.keys() and pa.types.is_boolean(lowered.get("label", pa.null())):
+        what = "columns prompt, completion and a label of true and false"
+    else:
+        return
+    raise DataError(
+        source, f"it holds preferences ({what}), for methods such as DPO, ORPO and KTO, which mirrortune does not have",
+        fix="Train on them with TRL around a model that mirrortune.attach() has adapted, "
+        "or give rows with one right answer each",
+    )  # fmt: skip
 
 
 def check_is_text(table: pa.Table, column: str, source: str) -> None:

@@ -29,7 +29,7 @@ from mirrortune.chat import (
     turn_end_ids,
 )
 from mirrortune.column_problems import refuse_unreadable
-from mirrortune.columns import check_named, detected, is_string, refuse_written_lists
+from mirrortune.columns import check_named, detected, is_string, refuse_preferences, refuse_written_lists
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.examples import IGNORE_INDEX, Batch, Examples, Padding, Rows, Targets, TokenExamples
@@ -295,6 +295,7 @@ def _choose(
         is_chat = pa.types.is_list(table.schema.field(text[0]).type) and label is None
         layout = "messages" if is_chat else "text" if label is None else "prompt" if len(text) == 1 else "alpaca"
         return layout, text, label, []
+    refuse_preferences(table, source)
     lowered = {name.lower(): name for name in table.column_names}
     for name in _MESSAGES:
         refuse_written_lists(table, lowered.get(name, ""), source)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.column_problems import refuse_unreadable
-from mirrortune.columns import check_named, detected, is_string
+from mirrortune.columns import check_named, detected, is_string, refuse_preferences
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples, pad_rows
@@ -152,6 +152,8 @@ class Task:
         check_named(
             table, [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")], source
         )
+        if not text_columns:
+            refuse_preferences(table, source)
         pair = next((p for p in _PAIRS if set(p) <= set(names)), None)
         text = text_columns or ((names[pair[0]],) if pair else ())
         label = label_column or (names[pair[1]] if pair and names[pair[1]] not in text else None)
