@@ -14,10 +14,12 @@ import pyarrow as pa
 import torch
 
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.data import DataSet, Split, rows_in_both, set_aside, take_subset
+from mirrortune.data import DataSet, Split, set_aside, take_subset
 from mirrortune.disk_space import check_disk
+from mirrortune.duplicates import rows_in_both
 from mirrortune.errors import DataError, all_of, counted, did_you_mean
 from mirrortune.examples import Examples
+from mirrortune.file_cells import remarks_on
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import default_device, is_set, resolve_precision
 from mirrortune.model import ModelSource, describe_widening, empty_model, find_model, resolve_dtype
@@ -49,7 +51,7 @@ class Job:
         reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
         test_rows: rows of the test split, if there is one; they are checked, and serve nothing in training.
         eval_batch_size, eval_max_positions: rows and positions of a batch that is scored, at most.
-        duplicated_rows: validation rows whose texts are also in the training rows.
+        duplicated_rows: validation rows whose texts or files are also in the training rows.
     """
 
     recipe: Recipe
@@ -116,9 +118,7 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
         reporter.note(f"  {name}: {examples.describe()}")
     if rows.test is not None:
         _check_test(rows.test, task, processor, scored, reporter)
-    twice = rows_in_both(
-        rows.train.table, rows.validation.table, [c for role, c in task.columns() if role not in TARGET_ROLES]
-    )
+    twice = rows_in_both(rows.train, rows.validation, [c for c in task.columns() if c[0] not in TARGET_ROLES])
     if twice:
         are = "is" if twice == 1 else "are"
         reporter.note(f"  {counted(twice, 'validation row')} {are} also among the training rows")
@@ -156,7 +156,7 @@ def _read_rows(recipe: Recipe, data: DataSet, reporter: Reporter) -> _Rows:
     task, notes = make_task(recipe, train)
     count = counted(train.table.num_rows, "row")
     reporter.note(f"data: {train.source}, {count if train.stream is None else f'streamed; of its first {count}:'}")
-    for text in notes:
+    for text in (*notes, *remarks_on(data, task.columns())):
         reporter.note(f"  {text}")
     whole = train
     train, validation = _validation(recipe, data, train, task, reporter)

@@ -27,6 +27,7 @@ from mirrortune.environment import environment, peak_memory_bytes
 from mirrortune.errors import ConfigError
 from mirrortune.evaluation import EvalResult, evaluate_split
 from mirrortune.factor_cache import FactorCache
+from mirrortune.file_cells import remarks_on
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import factorising_device
 from mirrortune.loading import (
@@ -340,7 +341,8 @@ def _evaluate(
     data = read_data(recipe)
     remarks: list[str] | None = [] if force_base else None
     found = load_evaluable(target, adapter_folder, recipe, data, remarks=remarks)
-    for note in (*(f"by force: {remark}" for remark in remarks or ()), *filter(None, [found.note])):
+    by_force = (f"by force: {remark}" for remark in remarks or ())
+    for note in (*by_force, *filter(None, [found.note]), *remarks_on(data, found.task.columns())):
         reporter.note(note)
     rows, name = evaluation_rows(recipe, data, split, found.task, is_own_data=is_own_data)
     if predictions is not None:

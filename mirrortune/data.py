@@ -5,6 +5,7 @@ validation.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.class_folders import class_folder
+from mirrortune.class_folders import ClassFolder, class_folder
 from mirrortune.columns import is_string
 from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
 from mirrortune.hub import hub_errors, resolve_commit
@@ -26,12 +27,12 @@ from mirrortune.locations import (
     HUB_SCHEME,
     hub_address,
     is_pattern,
+    is_system,
     looks_like_path,
     shipped_folder,
     split_sample,
     table_suffix,
 )
-from mirrortune.row_chunks import row_chunks
 from mirrortune.row_places import FileRows, IntArray, RowPlaces
 from mirrortune.row_stream import RowStream
 from mirrortune.table_parts import joined, take_rows
@@ -44,6 +45,12 @@ _SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+# Suffixes of tables and archives of tables that are not read: a split may not vanish because it is in one of them.
+_OTHER_TABLES = frozenset((
+    ".7z", ".avro", ".bz2", ".db", ".dta", ".feather", ".h5", ".hdf5", ".ndjson", ".npy", ".npz", ".ods", ".orc",
+    ".pickle", ".pkl", ".rar", ".rds", ".sav", ".sqlite", ".tab", ".tar", ".tgz", ".xls", ".xlsx", ".xml", ".xz",
+    ".zip", ".zst",
+))  # fmt: skip
 
 # What save_to_disk of the datasets library writes beside its Arrow files: of several splits, and of each.
 _SAVED_SPLITS, _SAVED = "dataset_dict.json", "state.json"
@@ -60,6 +67,8 @@ class Split:
         stream: all rows, where ``table`` holds only the first ones.
         files: the files that the rows were read from, where that is known.
         kept: which rows of the files these are, shape (N,); None for all of them.
+        remarks: a line for each thing that was left out when the split was read.
+        is_contained: whether files that the rows name must lie in ``folder``.
     """
 
     table: pa.Table
@@ -68,6 +77,8 @@ class Split:
     stream: RowStream | None = None
     files: tuple[FileRows, ...] = ()
     kept: IntArray | None = None
+    remarks: tuple[str, ...] = ()
+    is_contained: bool = False
 
     @property
     def places(self) -> RowPlaces:
@@ -165,13 +176,25 @@ def _load_address(address: str, config: str | None, revision: str | None) -> Dat
 
 def _load_files(pattern: str, encoding: str) -> DataSet:
     """All files that a pattern such as ``rows/*.jsonl`` stands for, in the order of their names, as one split."""
-    files = [Path(name) for name in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]  # noqa: PTH207
+    files = matching_files(pattern)
     if not files:
         raise DataError(pattern, "no file matches", fix="Check the pattern given to --data, and quote it in the shell")
     split = _read_files(files, pattern, files[0].parent, encoding)
     return DataSet(
         splits={"train": split}, origin={"path": pattern, "sha256": {str(f): _file_sha256(f) for f in files}}
     )
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """What a pattern stands for, in the order of names; hidden and system files only where it names them."""
+    place = Path(pattern).expanduser()
+    named = [part for part in place.parts if is_system(part)]
+    found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
+
+    def is_meant(part: str) -> bool:
+        return not is_system(part) or any(fnmatch.fnmatchcase(part, pattern) for pattern in named)
+
+    return [path for path in found if all(map(is_meant, path.parts))]
 
 
 def _read_files(files: Sequence[Path], source: str, folder: Path, encoding: str) -> Split:
@@ -218,24 +241,6 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
     return split.take(keep)
 
 
-def rows_in_both(train: pa.Table, validation: pa.Table, columns: Sequence[str]) -> int:
-    """How many rows of ``validation`` have the same cells in ``columns`` as a row of ``train``; 0 where a column holds
-    files.
-    """
-    kinds = [table.schema.field(c).type for c in columns for table in (train, validation)]
-    if not kinds or any(pa.types.is_binary(k) or (pa.types.is_struct(k) and k.get_field_index("bytes") >= 0)
-                        for k in kinds):  # fmt: skip
-        return 0
-    return int(np.isin(_row_hashes(validation, columns), _row_hashes(train, columns)).sum())
-
-
-def _row_hashes(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
-    """One number of 64 bits for each row (N,), good within this process: rows may be more than memory holds."""
-    rows = (row for chunk in row_chunks(table, columns) for row in zip(*chunk, strict=True))
-    hashes = (hash(tuple(cell if isinstance(cell, str | None) else repr(cell) for cell in row)) for row in rows)
-    return np.fromiter(hashes, dtype=np.int64, count=table.num_rows)
-
-
 def flat(table: pa.Table) -> pa.Table:
     """The table with structs of texts (such as ``translation: {en, ro}``) as columns (``translation.en``)."""
     names = [
@@ -257,22 +262,28 @@ def _load_file(path: Path, encoding: str) -> DataSet:
 def _load_folder(folder: Path, encoding: str) -> DataSet:
     splits: dict[str, Split] = {}
     hashes: dict[str, str] = {}
+    remarks: tuple[str, ...] = ()
     for name, files in files_by_split(folder).items():
         source = str(files[0]) if len(files) == 1 else f"{folder} {name}"
         splits[name] = _read_files(files, source, folder, encoding)
         hashes |= {str(f.relative_to(folder)): _file_sha256(f) for f in files}
-    if not splits:
-        splits = _class_folders(folder)
+    if splits:
+        remarks = files_left_out(folder)
+    else:
+        splits, remarks = _class_folders(folder)
         hashes = {name: _paths_sha256(split) for name, split in splits.items()}
     if not splits:
-        names = sorted(p.name for p in folder.glob("[!.]*"))
+        names = sorted(p.name for p in folder.iterdir() if not is_system(p.name))
         raise DataError(
             str(folder),
-            f"no train, validation or test file; it holds {', '.join(names[:12]) or 'nothing'}",
+            f"no train, validation or test file; it holds {', '.join(names[:12]) or 'nothing'}"
+            + "".join(f"; {remark}" for remark in remarks),
             allowed=f"train, validation, test with one of {', '.join(READERS)}, a folder of images for each class, "
             "or a folder that the datasets library saved",
             fix="Rename the files, or give a single file to --data",
         )
+    first = next(iter(splits))
+    splits[first] = replace(splits[first], remarks=remarks)
     return DataSet(splits=splits, origin={"path": str(folder), "sha256": hashes})
 
 
@@ -286,13 +297,16 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
     if (folder / _SAVED).is_file():
         return {"train": _saved_files(folder)}
     found: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.iterdir() if table_suffix(p) is not None):
-        # train-00000-of-00002.csv.gz is train
-        stem = re.split(r"[-_]\d", path.name.lower().split(".")[0], maxsplit=1)[0]
-        for split, names in _SPLIT_NAMES.items():
-            if stem in names:
-                found.setdefault(split, []).append(path)
+    for path in sorted(p for p in folder.iterdir() if table_suffix(p) is not None and not is_system(p.name)):
+        split = _split_of(path)
+        if split is not None:
+            found.setdefault(split, []).append(path)
     return found
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of the datasets library wrote the folder."""
+    return (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file()
 
 
 def _saved(path: Path) -> dict[str, Any]:
@@ -321,12 +335,53 @@ def _saved_files(folder: Path) -> list[Path]:
     return files
 
 
-def _class_folders(folder: Path) -> dict[str, Split]:
-    """A folder for each class, or folders train, validation and test of such folders."""
-    subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir()}
-    parts = {split: subs[n] for split, names in _SPLIT_NAMES.items() for n in names if n in subs}
-    found = {name: (part, class_folder(part)) for name, part in (parts or {"train": folder}).items()}
-    return {n: Split(table=t, source=str(part), folder=part) for n, (part, t) in found.items() if t is not None}
+def files_left_out(folder: Path) -> tuple[str, ...]:
+    """A remark on the tables of a folder that :func:`files_by_split` leaves out.
+
+    Raises:
+        DataError: a split of whose files none is of a type that is read.
+    """
+    if _is_saved(folder):
+        return ()
+    read, lost, beside = files_by_split(folder), [], []
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not is_system(p.name)):
+        split, is_other = _split_of(path), path.suffix.lower() in _OTHER_TABLES
+        if is_other and split is not None and split not in read:
+            lost.append(path.name)
+        elif (is_other and split is not None) or (split is None and table_suffix(path) is not None):
+            beside.append(path.name)
+    if lost:
+        raise DataError(
+            str(folder), f"of unknown file type: {', '.join(lost)}", allowed=", ".join(READERS),
+            fix="Convert the files, or move them away",
+        )  # fmt: skip
+    shown = ", ".join(beside[:12]) + (f" and {len(beside) - 12} more" if len(beside) > 12 else "")
+    return (f"left out, as they are not of a split: {shown}",) if beside else ()
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file is of by its name: train-00000-of-00002.csv.gz is train."""
+    stem = re.split(r"[-_]\d", path.name.lower().split(".")[0], maxsplit=1)[0]
+    return next((split for split, names in _SPLIT_NAMES.items() if stem in names), None)
+
+
+def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """A folder for each class, or folders train, validation and test of such folders; and what was left out."""
+    subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
+    parts = {split: next(subs[n] for n in names if n in subs) for split, names in _SPLIT_NAMES.items()
+             if any(n in subs for n in names)}  # fmt: skip
+    found: dict[str, ClassFolder] = {}
+    remarks: list[str] = []
+    for name, part in (parts or {"train": folder}).items():
+        found[name] = class_folder(part)
+        remarks += [f"{name}: {remark}" if parts else remark for remark in found[name].remarks]
+        if parts and found[name].table is None:
+            remarks.append(f"{name}: nothing in {part} is an image or a recording")
+    others = sorted(p.name for p in subs.values() if parts and p not in parts.values())
+    remarks += [f"left out, as they are no split: {', '.join(others)}"] if others else []
+    tables = {n: (parts.get(n, folder), c.table) for n, c in found.items() if c.table is not None}
+    splits = {n: Split(table=t, source=str(part), folder=part) for n, (part, t) in tables.items()}
+    return splits, tuple(remarks)
 
 
 def _paths_sha256(split: Split) -> str:

@@ -9,7 +9,10 @@ order, and after a resume. Pillow does the work on the image itself; what is our
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mirrortune.class_folders import IMAGE_FORMATS
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, counted, unknown_name
 from mirrortune.examples import Batch, IntArray, Rows, Targets
@@ -54,6 +58,8 @@ class ImageReader:
         Raises:
             ConfigError: a model without an image processor, or a size that it cannot take.
         """
+        # Pillow warns of odd metadata with a line of its own source, from whichever thread makes the batch.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         processor = load_image_processor(source)
         config = source.config
         patch = getattr(config, "patch_size", None)
@@ -166,10 +172,30 @@ class ImageExamples:
         from PIL import Image as Pillow  # noqa: PLC0415
 
         try:
-            with Pillow.open(self.images.open(row)) as image:
+            with Pillow.open(self.images.open(row), formats=_formats()) as image:
                 yield image
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises, here or on a file cut short
+        except Pillow.DecompressionBombError as error:
+            allowed = f"{2 * (Pillow.MAX_IMAGE_PIXELS or 0):,}"
+            raise self.images.unreadable(row, f"it has {_bomb_size(error)}, allowed are {allowed}") from error
+        except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
             raise self.images.unreadable(row, error) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The raster formats that this Pillow decodes by itself. Asked for any image, it would also try formats that start
+    a program, such as PostScript, whatever the file is called.
+    """
+    from PIL import Image as Pillow  # noqa: PLC0415
+
+    Pillow.init()
+    return tuple(sorted({*IMAGE_FORMATS.values()} & {*Pillow.OPEN}))
+
+
+def _bomb_size(error: Exception) -> str:
+    """What Pillow's error says of the size of an image that is too large."""
+    found = re.search(r"\d+ pixels", str(error))
+    return f"{int(found[0].split()[0]):,} pixels" if found else str(error)
 
 
 def flatten(image: Image, num_channels: int = 3) -> Image:
@@ -265,7 +291,7 @@ def encode_images(
 ) -> ImageExamples:
     """The images of a split; DataError with the row of one that cannot be opened."""
     examples = ImageExamples(
-        images=FileCells.of(split, column, role="image", readable="any image that Pillow opens"), targets=targets,
+        images=FileCells.of(split, column, role="image", readable=f"images ({', '.join(_formats())})"), targets=targets,
         num_unlabelled=int(missing.sum()), reader=reader, augment=augment, seed=seed,
     )  # fmt: skip
     examples.check()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import stat
+import sys
 from pathlib import Path
 
 from mirrortune.errors import ConfigError
@@ -16,6 +18,12 @@ PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hf://"
 _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of bytes of a path that it cannot decode
+# Left by Windows, macOS, NAS systems and Python without anybody asking for it; what begins with a dot besides.
+_SYSTEM_NAMES = frozenset((
+    "$recycle.bin", "#recycle", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "icon\r",
+    "lost+found", "system volume information", "thumbs.db",
+))  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -32,6 +40,30 @@ def shipped_folder() -> Path:
     """The folder of shipped recipes and data: inside the package when installed, beside it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def is_safe_entry(path: Path) -> bool:
+    """Whether a cache entry may be read: a regular file that is this user's own, or that only its owner may write. In a
+    cache on a shared disk anybody could have put another one there. An entry that is missing is safe.
+    """
+    try:
+        found = path.lstat()
+    except OSError:
+        return True
+    user = os.geteuid() if hasattr(os, "geteuid") else found.st_uid
+    is_private = found.st_uid == user or not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(found.st_mode) and is_private
+
+
+def child_environment() -> dict[str, str]:
+    """Variables for a process that is started as ``python -m mirrortune``: it imports nothing from the working
+    directory, where a stranger's ``torch.py`` may lie beside the data, unless this process has found the package there.
+    """
+    home = Path(__file__).resolve().parents[1]
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", ".")]
+    searched = {Path(entry).resolve() for entry in (sys.path if sys.flags.safe_path else sys.path[1:]) if entry}
+    own = [] if home in searched else [str(home)]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*own, *given])}
 
 
 def looks_like_path(name: str) -> bool:
@@ -53,6 +85,18 @@ def table_suffix(path: Path) -> str | None:
     """The ending of a table's file, without the ``.gz`` of a compressed one; None for other files."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in TABLE_SUFFIXES else None
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder of that name is hidden, or left by an operating system, an editor or a notebook: none of
+    them is data.
+    """
+    return name.startswith((".", "~$")) or name.lower() in _SYSTEM_NAMES
+
+
+def shown_path(path: str) -> str:
+    r"""A path as text that can be written anywhere: bytes that are not UTF-8 as ``\xff``."""
+    return _NOT_UTF8.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", path)
 
 
 def is_pattern(name: str) -> bool:

@@ -107,6 +107,8 @@ def adapter_spec(recipe: Recipe) -> AdapterSpec:
 def read_data(recipe: Recipe) -> DataSet:
     """The recipe's data set, its rows without labels with nulls for them."""
     found, section = _read(recipe), recipe.data
+    if section.contained:
+        found = replace(found, splits={n: replace(split, is_contained=True) for n, split in found.splits.items()})
     missing = None if section.missing_label is None else as_name(section.missing_label)
     if missing is None or section.label_column is None:
         return found

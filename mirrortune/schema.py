@@ -86,6 +86,8 @@ class DataSection(_Section):
     """The column of images, encoded or as paths; detected by default."""
     audio_column: str | None = None
     """The column of recordings, encoded or as paths; detected by default."""
+    contained: bool = False
+    """Refuse rows whose image or recording is a path that leads out of the data's folder, itself or through a link."""
     max_seconds: float | None = Field(default=None, gt=0)
     """Longest recording; longer ones are cut. 10 by default."""
     image_size: int | None = Field(default=None, ge=1)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mirrortune.data import DataSet, Split, files_by_split, flat
+from mirrortune.data import DataSet, Split, files_by_split, files_left_out, flat, matching_files
 from mirrortune.errors import ConfigError, DataError, MirrortuneError
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import (
@@ -61,13 +60,14 @@ def stream_data(
         raise ConfigError("--data", f"got #{sample}, and a stream is not sampled", fix="Use --max-steps")
     is_shipped = path.startswith("shipped:")
     local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else Path(path).expanduser()
+    remarks: tuple[str, ...] = ()
     if path.startswith(HUB_SCHEME) or not (local.exists() or looks_like_path(path)):
         streams, origin = _open_hub(path, config, revision, train_split)
     else:
         for key, value in (("data.config", config), ("data.revision", revision)):
             if value is not None:
                 raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
-        streams, origin = _open_files(path, local, encoding, train_split)
+        streams, origin, remarks = _open_files(path, local, encoding, train_split)
     known = DataSet(splits={name: Split(table=pa.table({}), source=s.source) for name, s in streams.items()})
     train = known.require(train_split, "data.train_split")
     splits = {}
@@ -77,7 +77,9 @@ def stream_data(
         if not table.num_rows:
             raise DataError(stream.source, "it has no rows")
         folder = local if local.is_dir() else local.parent
-        splits[name] = Split(table=table, source=stream.source, folder=folder, stream=stream if is_train else None)
+        splits[name] = Split(
+            table=table, source=stream.source, folder=folder, stream=stream if is_train else None, remarks=remarks
+        )  # fmt: skip
     return DataSet(splits=splits, origin={**origin, "streamed": True})
 
 
@@ -98,13 +100,16 @@ def stream_problems(
     return found
 
 
-def _open_files(path: str, local: Path, encoding: str, train_split: str) -> tuple[dict[str, RowStream], dict[str, Any]]:
-    """Every split of local tables."""
+def _open_files(
+    path: str, local: Path, encoding: str, train_split: str
+) -> tuple[dict[str, RowStream], dict[str, Any], tuple[str, ...]]:
+    """Every split of local tables, and remarks on what was left out."""
+    remarks: tuple[str, ...] = ()
     if local.is_dir():
-        found = files_by_split(local)
+        found, remarks = files_by_split(local), files_left_out(local)
     elif is_pattern(path):
-        matching = sorted(glob.glob(str(local), recursive=True))  # noqa: PTH207
-        found = {train_split: [Path(name) for name in matching]} if matching else {}
+        matching = matching_files(path)
+        found = {train_split: matching} if matching else {}
     else:
         found = {train_split: [local]} if local.is_file() else {}
     if not found:
@@ -114,7 +119,8 @@ def _open_files(path: str, local: Path, encoding: str, train_split: str) -> tupl
         )  # fmt: skip
     listed = [f"{file} {file.stat().st_size}" for files in found.values() for file in files]
     origin = {"path": path, "files": len(listed), "sha256_of_names_and_sizes": _sha256(listed)}
-    return {name: _open_tables(files, name, path, encoding) for name, files in found.items()}, origin
+    streams = {name: _open_tables(files, name, path, encoding) for name, files in found.items()}
+    return streams, origin, remarks
 
 
 def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowStream:
