@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,19 @@ def description_text(description: dict[str, Any]) -> str:
     """The file's text, with the hash of what it says: a key a line, a layer a line."""
     shared, layers = _split_shared(description["layers"])
     short = {**{k: v for k, v in description.items() if k != "layers"}, "layers_share": shared, "layers": layers}
-    whole = {**short, "description_sha256": _digest(short)}
+    return _laid_out(short)
+
+
+def edited_text(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
+    """The text of a description, of any format, after ``edit`` has changed what it says, with its hash made again."""
+    description = strict_json(text.encode())
+    description.pop("description_sha256", None)
+    edit(description)
+    return _laid_out(description)
+
+
+def _laid_out(description: dict[str, Any]) -> str:
+    whole = {**description, "description_sha256": _digest(description)}
     lines = [
         f" {json.dumps(key)}: {_layer_lines(value) if key == 'layers' else json.dumps(value)}"
         for key, value in whole.items()

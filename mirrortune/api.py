@@ -28,7 +28,7 @@ from mirrortune.export_gguf import export_gguf
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import ADAPTER_FILES, check_repository, local_adapter, path_inside, upload
 from mirrortune.merge_folder import merge_folder
-from mirrortune.model_card import adapter_card
+from mirrortune.sharing import pack_adapter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,11 +127,7 @@ def save_adapter(
     target = Path(directory) / path_inside(subfolder)
     _save_files(target, files)
     if repository is not None:
-        card = {"README.md": adapter_card(repository, base, attachment(model).spec.method).encode()}
-        with tempfile.TemporaryDirectory() as staged:
-            for name, content in {**files, **(card if subfolder is None else {})}.items():
-                Path(staged, name).write_bytes(content)
-            upload(Path(staged), repository, revision=revision, subfolder=subfolder)
+        _send(target, repository, revision, subfolder)
 
 
 def _save_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -227,6 +223,16 @@ def merge_adapter(
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers of an adapted ``model`` are trained besides the task head, as the papers count them."""
     return inject.trainable_parameters(getattr(model, "_orig_mod", model))
+
+
+def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None) -> None:
+    with tempfile.TemporaryDirectory() as staged:
+        parcel = pack_adapter(folder, Path(staged), repository)
+        if subfolder is not None:  # the card is the repository's
+            del parcel.files["README.md"]
+        for line in parcel.redaction.describe():
+            warnings.warn(line, stacklevel=3)
+        upload(parcel.files, repository, revision=revision, subfolder=subfolder)
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -153,22 +153,27 @@ def check_repository(repository: str) -> None:
 
 
 def upload(
-    folder: Path, repository: str, *, revision: str | None = None, subfolder: str | None = None, private: bool = False
+    files: Mapping[str, Path],
+    repository: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    private: bool = False,
 ) -> tuple[str, str]:
-    """Send a folder's files to a model repository of the Hub, which is made if need be.
+    """Send files, and nothing else, to a model repository of the Hub, which is made if need be.
 
     Args:
-        folder: what is sent, with its model card.
+        files: path in the repository -> file.
         repository: ``name`` or ``owner/name``.
         revision: branch to send to; it must exist.
         subfolder: of the repository.
-        private: make a private repository.
+        private: make a private repository, and send nothing to a public one.
 
     Returns:
         The repository's whole id, and the address of the commit.
 
     Raises:
-        ConfigError: no id, or a subfolder that leads out of the repository.
+        ConfigError: no id, a subfolder that leads out of the repository, or ``private`` for one that is public.
         HubError: whatever the Hub refused.
     """
     import huggingface_hub  # noqa: PLC0415
@@ -178,10 +183,16 @@ def upload(
     with hub_errors(f"repository '{repository}'", flag="the repository's id"):
         api = huggingface_hub.HfApi(library_name="mirrortune", library_version=__version__)
         full = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
-        done = api.upload_folder(
+        # Making a repository that is there changes nothing of it, its visibility neither.
+        if private and api.repo_info(full).private is not True:
+            raise ConfigError(
+                "--private", f"repository '{full}' is public, nothing was sent",
+                fix="Make it private on its page, choose another name, or leave out --private",
+            )  # fmt: skip
+        add = huggingface_hub.CommitOperationAdd
+        done = api.create_commit(
             repo_id=full,
-            folder_path=folder,
-            path_in_repo=str(inside),
+            operations=[add(path_in_repo=str(inside / name), path_or_fileobj=path) for name, path in files.items()],
             revision=revision,
             commit_message=f"mirrortune {__version__}",
         )

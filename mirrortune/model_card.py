@@ -5,7 +5,6 @@ out.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,6 @@ def shared_card(
     what = "Plain transformers weights" if is_merged else "An adapter"
     use = _USE_MERGED if is_merged else _USE_ADAPTER.format(base=base.get("name"))
     curves = "\n![curves](curves.png)\n" if run.get("curves") else ""
-    command = shlex.join(["mirrortune", *map(str, environment.get("argv", [])[1:])])
     return f"""{_front_matter(base, [method, kind], more)}
 # {title}
 
@@ -122,7 +120,7 @@ def shared_card(
 ## Training
 
 ```sh
-{command}
+mirrortune train recipe.yaml
 ```
 
 {_recipe_block(run["recipe"])}

@@ -4,21 +4,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mirrortune import model_card, packed_bases
 from mirrortune.adapter_file import read_adapter
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import VerificationError
 from mirrortune.factor_cache import FactorCache
-from mirrortune.hub import ADAPTER_FILES, check_repository, upload
+from mirrortune.hub import check_repository, upload
 from mirrortune.loading import require_adapter
 from mirrortune.merge_folder import merge_folder
 from mirrortune.merging import Verification
+from mirrortune.parcel import Parcel, adapter_parcel, merged_parcel, read_report
 from mirrortune.report import Reporter
 from mirrortune.run_recording import record_merge
 from mirrortune.shards import read_headers
@@ -99,80 +100,91 @@ def push(
 ) -> PushResult:
     """Send a run's adapter, an adapter folder or a merged folder to a repository of the Hub, which is made if need be.
 
-    Everything is read back and checked before anything is sent.
+    Everything is read back and checked before anything is sent. What is sent is named with its size: the files of the
+    adapter or of the merged model, regular files only, and nothing else that lies beside them. Local paths are cut out
+    of copies of them.
 
     Args:
         target: run directory, adapter folder, or a folder that merge wrote.
         repository: ``name`` or ``owner/name``.
         reporter: is told.
         revision: branch to send to; it must exist.
-        private: make a private repository.
+        private: make a private repository; a public one that is there is refused.
 
     Raises:
         ConfigError: nothing that can be pushed, or no valid id.
-        VerificationError: a damaged adapter, or a merged folder whose check has not passed.
+        VerificationError: a damaged adapter, a merged folder whose check has not passed, or a link among the files.
         HubError: whatever the Hub refused.
     """
     check_repository(repository)
     folder = Path(target).expanduser()
     is_merged = (folder / "merge.json").is_file()
     with tempfile.TemporaryDirectory() as staged:
-        content = folder if is_merged else Path(staged)
         if is_merged:
-            _check_merged(folder)
+            parcel = merged_parcel(folder, _checked_report(folder), Path(staged))
         else:
-            _stage_adapter(require_adapter(target), content, repository)
-        _check_card(content / "README.md")
-        files = sorted(str(p.relative_to(content)) for p in content.rglob("*") if p.is_file())
-        reporter.note(f"pushing {len(files)} files to {repository}")
-        full, url = upload(content, repository, revision=revision, private=private)
+            parcel = pack_adapter(require_adapter(target), Path(staged), repository)
+        _check_card(parcel.files.get("README.md"), folder)
+        total = sum(path.stat().st_size for path in parcel.files.values())
+        where = f"{repository}{' (private)' if private else ''}"
+        reporter.note(f"pushing {len(parcel.files)} files ({total:,} bytes) to {where}:")
+        for line in parcel.describe():
+            reporter.note(line)
+        full, url = upload(parcel.files, repository, revision=revision, private=private)
     kind = "merged" if is_merged else "adapter"
-    return PushResult(repository=full, url=url, kind=kind, files=files)
+    return PushResult(repository=full, url=url, kind=kind, files=sorted(parcel.files))
 
 
-def _stage_adapter(folder: Path, content: Path, title: str) -> None:
-    """The adapter's own files, checked, with the run's card, recipe, results and curves beside them."""
+def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
+    """The adapter's own files, checked, with the run's card, recipe, results and curves beside them; copies in
+    ``staged`` where local paths are cut.
+    """
     adapter = read_adapter(folder)
-    for name in ADAPTER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, content / name)
-    for name in ("recipe.yaml", "results.json", "curves.png"):
-        if (folder.parent / name).is_file() and folder.name == "adapter":
-            shutil.copyfile(folder.parent / name, content / name)
-    card = _card(folder, title, is_merged=False)
-    text = card or model_card.adapter_card(title, adapter.base, adapter.spec.method)
-    (content / "README.md").write_text(text, encoding="utf-8")
+    parcel = adapter_parcel(folder, staged, is_of_run=adapter.task is not None)
+    card = _card(folder, title, is_merged=False, parcel=parcel)
+    if card is None:
+        card = model_card.adapter_card(title, _described_base(parcel), adapter.spec.method)
+    parcel.write("README.md", card)
+    return parcel
 
 
-def _card(folder: Path, title: str, *, is_merged: bool) -> str | None:
-    """A card with all that the run of an adapter's folder knows; None for an adapter without a finished run."""
+def _card(folder: Path, title: str, *, is_merged: bool, parcel: Parcel | None = None) -> str | None:
+    """A card with all that the run of an adapter's folder knows, as far as ``parcel`` tells it; None for an adapter
+    without a finished run.
+    """
     run, adapter = RunDirectory(folder.parent), read_adapter(folder)
     environment = run.path / "environment.json"
     if adapter.task is None or not (run.results.is_file() and environment.is_file() and run.recipe.is_file()):
         return None
+    files, base = ({}, adapter.base) if parcel is None else (parcel.files, _described_base(parcel))
     known = {
         "results": json.loads(run.results.read_text(encoding="utf-8")),
         "environment": json.loads(environment.read_text(encoding="utf-8")),
-        "recipe": run.recipe.read_text(encoding="utf-8"),
-        "curves": not is_merged and (run.path / "curves.png").is_file(),
+        "recipe": files.get("recipe.yaml", run.recipe).read_text(encoding="utf-8"),
+        "curves": not is_merged and "curves.png" in files,
     }
-    return model_card.shared_card(title, adapter.base, adapter.spec.method, adapter.task, known, is_merged=is_merged)
+    return model_card.shared_card(title, base, adapter.spec.method, adapter.task, known, is_merged=is_merged)
 
 
-def _check_merged(folder: Path) -> None:
-    try:
-        passed = json.loads((folder / "merge.json").read_text(encoding="utf-8"))["verification"]["passed"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise VerificationError(str(folder / "merge.json"), "damaged", fix="Merge again") from error
-    if passed is not True or not (folder / "config.json").is_file():
+def _described_base(parcel: Parcel) -> dict[str, Any]:
+    return dict(json.loads(parcel.files["adapter.json"].read_text(encoding="utf-8"))["base"])
+
+
+def _checked_report(folder: Path) -> dict[str, Any]:
+    """The report of a merged folder whose check has passed."""
+    report = read_report(folder)
+    if report["verification"].get("passed") is not True or not (folder / "config.json").is_file():
         raise VerificationError(str(folder), "its merge has not passed its check", fix="Merge again")
     read_headers(sorted(folder.glob("*.safetensors")))
+    return report
 
 
-def _check_card(path: Path) -> None:
+def _check_card(path: Path | None, folder: Path) -> None:
     """Refuse a card that the Hub's own library cannot read back."""
     from huggingface_hub import ModelCard  # noqa: PLC0415
 
+    if path is None:
+        raise VerificationError(str(folder / "README.md"), "there is no model card", fix="Merge again")
     try:
         ModelCard.load(path)
     except (ValueError, OSError) as error:

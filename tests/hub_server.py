@@ -73,7 +73,7 @@ class _Repo:
         blobs = {name: _sha1(b"blob %d\0" % len(data) + data) for name, data in files.items()}
         return cls(repo_id, files, blobs, _sha1(json.dumps(blobs).encode()))
 
-    def info(self, *, gated: bool, with_blobs: bool) -> dict[str, object]:
+    def info(self, *, gated: bool, private: bool, with_blobs: bool) -> dict[str, object]:
         """Returns the description of the repository."""
         siblings: list[dict[str, object]] = [
             {"rfilename": name} | ({"blobId": self.blobs[name], "size": len(data)} if with_blobs else {})
@@ -82,7 +82,7 @@ class _Repo:
         return {
             "id": self.id,
             "sha": self.commit,
-            "private": False,
+            "private": private,
             "gated": "manual" if gated else False,
             "tags": [],
             "siblings": siblings,
@@ -124,6 +124,7 @@ class LoopbackHub:
         endpoint: The value for `HF_ENDPOINT`, which stays set after `stop()`.
         gated: Ids whose files are refused with 401 to clients without a token and with 403 to those
             with one. As on the real Hub, their description and their file list stay public.
+        private: Ids of repositories that were made private.
         drop_connections: Whether to break answers off: the full length is announced, half of the
             body is sent and the connection is closed. A number breaks off only so many answers.
         drop_methods: The methods which `drop_connections` is about. An answer to `HEAD` has no
@@ -135,6 +136,7 @@ class LoopbackHub:
         """Prepares a server of the folder `root`."""
         self.endpoint = ""
         self.gated: set[str] = set()
+        self.private: set[str] = set()
         self.drop_connections: bool | int = False
         self.drop_methods: set[str] = {"GET", "POST"}
         self.requests: list[tuple[str, str]] = []
@@ -178,9 +180,11 @@ class LoopbackHub:
             raise _HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound", message)
         return self._commits[kind, repo_id, commit]
 
-    def create(self, repo_id: str) -> Path:
-        """Makes the folder of a model's repository, if it is not there."""
+    def create(self, repo_id: str, *, private: bool = False) -> Path:
+        """Makes the folder of a model's repository; one that is there keeps its visibility."""
         folder = self._root / "models" / repo_id
+        if private and not folder.exists():
+            self.private.add(repo_id)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".gitattributes").touch()
         return folder
@@ -243,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         if match["id"] is None and path.endswith("create"):
             asked = json.loads(body)
             repo_id = "/".join(filter(None, (asked.get("organization") or "loopback", asked["name"])))
-            folder = self.hub.create(repo_id)
+            folder = self.hub.create(repo_id, private=asked.get("visibility") == "private")
             self._send_json({"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id, "name": folder.name})
         elif match["id"] is None:
             content = json.loads(body)["content"]
@@ -274,7 +278,8 @@ class _Handler(BaseHTTPRequestHandler):
             entries = repo.entries()
             self._send_json([entries[path] for path in values.get("paths", []) if path in entries])
         else:
-            self._send_json(repo.info(gated=repo.id in self.hub.gated, with_blobs="blobs" in flags))
+            private, gated = repo.id in self.hub.private, repo.id in self.hub.gated
+            self._send_json(repo.info(gated=gated, private=private, with_blobs="blobs" in flags))
 
     def _answer_file(self, match: re.Match[str]) -> None:
         """Answers with a file, or with the range of it which was asked for."""

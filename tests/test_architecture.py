@@ -17,20 +17,20 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 LAYERS = (
     "adapter_packing adapters adapters.layouts adapters.matching adapters.pair_codes arrow_arrays errors "
     "json_rows precision row_places row_stream signals significance tally text_tables",
-    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic chat class_folders "
-    "column_problems disk_space examples forward_modes hardware locations merge_contents metrics ranks registry "
-    "report row_chunks shards strict_yaml text_files zero",
+    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic chat column_problems "
+    "disk_space examples forward_modes hardware locations merge_contents metrics ranks registry report row_chunks "
+    "shards strict_yaml text_files zero",
     "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
-    "batching claims column_contents compiling figures load_errors model_card model_outputs packing processes "
-    "schema sharding table_parts token_cache token_scores tracking",
+    "batching claims class_folders column_contents compiling figures load_errors model_card model_outputs packing "
+    "processes schema sharding table_parts token_cache token_scores tracking",
     "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison "
-    "drawn_inputs feeding flags launching outputs quantised recipe rehearsal tables",
+    "drawn_inputs feeding flags launching outputs quantised recipe redaction rehearsal tables",
     "adapters.core_stack adapters.cores adapters.products checkpoint comparison_figures editor_schema "
     "factor_cache hub labels pages predictions recipe_commands run_figures spectra stream_feeding",
-    "adapters.effect adapters.spec adapters.spectral data model run_status",
+    "adapters.effect adapters.spec adapters.spectral data model parcel run_status",
     "adapters.spectral_linear adapters.spectral_weight adapters.targets file_cells lazy_model one_of_classes "
     "peft_configs run_page streaming tokens",
-    "adapters.inject adapters.timing images part_loading recordings",
+    "adapters.inject adapters.timing duplicates images part_loading recordings",
     "adapter_parts optim peft_tuners probes",
     "loop peft_file tasks",
     "adapter_file calibration evaluation planning previews recipe_values stepping",
@@ -40,9 +40,9 @@ LAYERS = (
     "analysis comparison_report loading merge_plan",
     "analysis_figures export merge_checks opening preparing records",
     "analysis_report commands export_gguf merge_folder",
-    "api cli_reports sharing",
-    "cli_exports trainers",
-    "cli",
+    "cli_reports sharing",
+    "api cli_exports",
+    "cli trainers",
     "__main__",
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}

@@ -133,6 +133,89 @@ def test_a_merged_model_goes_with_its_card(hub: LoopbackHub, desk: Path, tmp_pat
     assert {e.metric_type for e in card.data.eval_results} >= {"accuracy"}
 
 
+def sent_texts(folder: Path) -> dict[str, str]:
+    """Every text that lies in a repository, by its path."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix in (".md", ".json", ".yaml", ".jinja")]
+    return {str(p.relative_to(folder)): p.read_text() for p in files}
+
+
+def test_nothing_that_is_sent_tells_of_this_machine(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    before = {p: p.read_bytes() for p in desk.rglob("*") if p.is_file() and not p.is_relative_to(desk / "hf-home")}
+    for source, target in (("run", "me/adapter"), ("merged", "me/merged")):
+        done = run(hub, desk, "-m", "mirrortune", "push", source, target)
+        assert done.returncode == 0, done.stderr
+        sent = sent_texts(tmp_path / "hub" / "models" / target)
+        assert len(sent) >= 4
+        for name, text in sent.items():
+            assert str(desk) not in text, name
+            assert "--max-steps" not in text, name
+        assert f"cut from recipe.yaml: model.name: '{desk / 'base'}' -> ./base" in done.stderr
+        assert f"cut from recipe.yaml: data.path: '{desk / 'reviews.csv'}' -> ./reviews.csv" in done.stderr
+        assert f"pushing {len(list((tmp_path / 'hub' / 'models' / target).iterdir())) - 1} files (" in done.stderr
+        assert "README.md" in done.stderr.split("pushing")[1]
+    recipe = sent_texts(tmp_path / "hub" / "models" / "me" / "adapter")["recipe.yaml"]
+    assert "name: ./base" in recipe
+    assert "output_dir" not in recipe
+    assert before == {p: p.read_bytes() for p in before}  # what is here keeps its full record
+
+
+def test_of_a_merged_folder_only_the_model_is_sent(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    folder, secret = tmp_path / "merged", tmp_path / "id_ed25519"
+    shutil.copytree(desk / "merged", folder)
+    secret.write_text("PRIVATE KEY")
+    (folder / ".env").write_text("TOKEN=x")
+    (folder / "key.json").symlink_to(secret)
+    (folder / "notes" / "deep").mkdir(parents=True)
+    (folder / "notes" / "deep" / "thesis.txt").write_text("mine")
+    done = run(hub, desk, "-m", "mirrortune", "push", folder, "me/clean", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "not sent, as not of the model: .env, key.json, notes/deep/thesis.txt" in done.stderr
+    sent = tmp_path / "hub" / "models" / "me" / "clean"
+    assert {p.name for p in sent.rglob("*")} == {p.name for p in (desk / "merged").iterdir()} | {".gitattributes"}
+    report = json.loads((folder / "merge.json").read_text())
+    assert report.pop("files") == sorted(p.name for p in (desk / "merged").iterdir())
+    (folder / "merge.json").write_text(json.dumps(report))  # as it was written before the list was in it
+    again = run(hub, desk, "-m", "mirrortune", "push", folder, "me/older", "--json")
+    assert json.loads(again.stdout)["files"] == json.loads(done.stdout)["files"]
+
+
+@pytest.mark.parametrize("name", ["../id_ed25519", "/etc/passwd", ".env", "notes/.ssh/key", "a/../../id_ed25519"])
+def test_a_report_that_lists_what_is_no_file_of_a_model_is_refused(desk: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(desk / "merged", tmp_path / "merged")
+    report = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    report["files"].append(name)
+    (tmp_path / "merged" / "merge.json").write_text(json.dumps(report))
+    done = mirrortune("push", tmp_path / "merged", "me/x", cache=desk / "cache")
+    assert done.exit_code == 5
+    assert f"it lists '{name}', which is no file of a model" in done.said
+
+
+@pytest.mark.parametrize("source", ["merged/tokenizer.json", "run/curves.png", "run/adapter/adapter.safetensors"])
+def test_links_are_not_followed(desk: Path, tmp_path: Path, source: str) -> None:
+    for name in ("run", "merged"):
+        shutil.copytree(desk / name, tmp_path / name)
+    file = tmp_path / source
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    done = mirrortune("push", tmp_path / source.split("/", maxsplit=1)[0], "me/x", cache=desk / "cache")
+    assert done.exit_code == 5
+    assert "it is a link or no regular file, and is not sent" in done.said
+
+
+def test_private_is_not_sent_to_a_public_repository(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
+    public = tmp_path / "hub" / "models" / "me" / "public"
+    assert run(hub, desk, "-m", "mirrortune", "push", "run", "me/public").returncode == 0
+    before = {p: p.read_bytes() for p in public.rglob("*") if p.is_file()}
+    refused = run(hub, desk, "-m", "mirrortune", "push", "merged", "me/public", "--private")
+    assert refused.returncode == 2, refused.stderr
+    assert "--private: repository 'me/public' is public, nothing was sent" in refused.stderr
+    assert before == {p: p.read_bytes() for p in public.rglob("*") if p.is_file()}
+    for _ in range(2):  # made private, and private already
+        made = run(hub, desk, "-m", "mirrortune", "push", "run", "me/secret", "--private")
+        assert made.returncode == 0, made.stderr
+    assert hub.private == {"me/secret"}
+
+
 @pytest.mark.parametrize(
     ("words", "token", "said"),
     [
