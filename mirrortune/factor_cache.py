@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mirrortune.adapters.basis import weight_digest
-from mirrortune.adapters.factorize import FACTORIZE_VERSION, Factors, factorize
+from mirrortune.adapters.factorize import FACTORIZE_VERSION, Factors, are_leading_triplets, factorize
 from mirrortune.atomic import alone_with, write_atomically
-from mirrortune.locations import cache_folder
+from mirrortune.locations import cache_folder, is_safe_entry
 
 # Matrices whose smaller side is below this are factorised where they are: a GPU gains nothing on them.
 _SMALLEST_SIDE = 1024
@@ -62,10 +62,12 @@ class FactorCache:
         """Factors of ``weight`` (O, I) with ``rank`` directions: float64 S; U and Vh as stored, cast to float64."""
         started = time.perf_counter()
         key, path = self._place(weight, rank)
-        before, factors = self.misses, _read(path, key)
+        before, factors = self.misses, self._read(path, key, weight)
         if factors is None:
+            if self.on_remark is not None and not is_safe_entry(path):
+                self.on_remark(f"{path} is not used: it is a link, or another user's that others may write")
             with alone_with(path), self._told():  # another process may be at it: then they are there after the wait
-                factors = _read(path, key) or self._make(name, weight, rank, key, path)
+                factors = self._read(path, key, weight) or self._make(name, weight, rank, key, path)
         self.hits += self.misses == before
         self.seconds += time.perf_counter() - started
         if self.on_layer:
@@ -106,6 +108,11 @@ class FactorCache:
                 if self.on_layer:
                     self.on_layer(name)
         self.seconds += time.perf_counter() - started
+
+    def _read(self, path: Path, key: str, weight: Tensor) -> Factors | None:
+        """The cached factors; None where there are none that can be believed."""
+        found = _read(path, key) if is_safe_entry(path) else None
+        return found if found is not None and are_leading_triplets(found, weight) else None
 
     def _fill(self, layer: tuple[str, Callable[[], Tensor], int]) -> str:
         """Make one entry if it is missing and nobody is at it; the layer's name."""
@@ -177,7 +184,7 @@ def _rounded(factors: Factors, weight: Tensor) -> Factors:
 
 
 def _read(path: Path, key: str) -> Factors | None:
-    """The cached factors, or None when the file is absent, damaged (a crash can leave zeros) or another entry's."""
+    """The factors in a file, or None when it is absent, damaged (a crash can leave zeros) or another entry's."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

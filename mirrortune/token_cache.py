@@ -11,7 +11,7 @@ import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,14 +25,16 @@ from mirrortune.atomic import alone_with, write_atomically
 from mirrortune.disk_space import check_disk
 from mirrortune.errors import ConfigError
 from mirrortune.examples import IntArray
-from mirrortune.locations import cache_folder
+from mirrortune.locations import cache_folder, is_safe_entry
 from mirrortune.shards import PlannedTensor, StoredTensor, read_headers, write_file
 
 # Part of every key: raise it when the same rows and tokenizer would give other tokens.
 _VERSION = 3
 _CODES: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 _IS_USED = ContextVar("is_used", default=True)
-_COUNT = "count."
+_COUNT, _DIGEST = "count.", "sha256"
+_UNSAFE = "made again: what the cache holds is another user's, and others may write it"
+_BLOCK = 1 << 20  # bytes
 _MAPPED = 1 << 26  # bytes from which an array is left on disk, and paged in as it is used
 _LONGEST_SHOWN = 24  # characters of a value; digests are longer
 
@@ -125,16 +127,16 @@ def cached_tokens(
     if not _IS_USED.get():
         return _joined(make())
     path = cache_folder() / "tokens" / key.digest[:2] / f"{key.digest}.safetensors"
-    found, said = _read(path, mapped_from), "from the cache"
+    found, said = _read(path, key, mapped_from), "from the cache"
     if found is None:
         with alone_with(path):
-            found, said = _read(path, mapped_from), "from the cache, where another process has just put them"
+            found, said = _read(path, key, mapped_from), "from the cache, where another process has just put them"
             if found is None:
-                said = key.why_made()
-                write_atomically(path, lambda file: _write(file, _with_room(make(), key, num_rows)), optional=True)
+                said = key.why_made() if is_safe_entry(path) else _UNSAFE
+                write_atomically(path, lambda file: _write(file, key, _with_room(make(), key, num_rows)), optional=True)
     tell(f"tokens of {key.rows}: {said}")
     key.remember()
-    return found or _read(path, mapped_from) or _joined(make())
+    return found or _read(path, key, mapped_from) or _joined(make())
 
 
 @contextmanager
@@ -212,7 +214,7 @@ def _shifted(chunks: Iterator[Chunk], counts: Counter[str]) -> Iterator[dict[str
         yield {**arrays, "offsets": offsets[1:] if number else offsets}
 
 
-def _write(path: Path, chunks: Iterator[Chunk]) -> None:
+def _write(path: Path, key: TokenKey, chunks: Iterator[Chunk]) -> None:
     """Write all chunks as one safetensors file; each array goes through a file of its own until its size is known."""
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
@@ -229,8 +231,26 @@ def _write(path: Path, chunks: Iterator[Chunk]) -> None:
         for file in files.values():
             file.flush()
         planned = [_copied(name, codes[name], place / name) for name in files]
+        digest = _digest(key, {tensor.name: tensor.source for tensor in planned if tensor.source}, counts)
         planned += [PlannedTensor(name=f"{_COUNT}{name}", code="I64", shape=(1,)) for name in counts]
-        write_file(path, planned, lambda tensor: torch.tensor([counts[tensor.name.removeprefix(_COUNT)]]))
+        planned.append(PlannedTensor(name=_DIGEST, code="U8", shape=(len(digest),)))
+        made = {f"{_COUNT}{name}": torch.tensor([count]) for name, count in counts.items()}
+        made[_DIGEST] = torch.tensor(list(digest), dtype=torch.uint8)
+        write_file(path, planned, lambda tensor: made[tensor.name])
+
+
+def _digest(key: TokenKey, arrays: Mapping[str, StoredTensor], counts: Mapping[str, int]) -> bytes:
+    """SHA-256 of everything that an entry says, and of the key for which it says so; reads the arrays."""
+    found = []
+    for name, stored in sorted(arrays.items()):
+        content, left = hashlib.sha256(), stored.nbytes
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            while left > 0 and (block := file.read(min(left, _BLOCK))):
+                content.update(block)
+                left -= len(block)
+        found.append([name, stored.code, list(stored.shape), content.hexdigest()])
+    return hashlib.sha256(json.dumps([key.digest, found, sorted(counts.items())]).encode()).digest()
 
 
 def _copied(name: str, code: str, file: Path) -> PlannedTensor:
@@ -241,13 +261,20 @@ def _copied(name: str, code: str, file: Path) -> PlannedTensor:
     return PlannedTensor(name=name, code=code, shape=shape, source=source)
 
 
-def _read(path: Path, mapped_from: int) -> Tokens | None:
-    """What the cache holds, or None when it is absent or damaged."""
-    try:
-        arrays = {name: _array(stored, mapped_from) for name, stored in read_headers([path]).items()}
-    except (ConfigError, OSError, KeyError, ValueError):
+def _read(path: Path, key: TokenKey, mapped_from: int) -> Tokens | None:
+    """What the cache holds, or None when it is absent, damaged, of another key, or not safe to read."""
+    if not is_safe_entry(path):
         return None
-    counts = {n.removeprefix(_COUNT): int(arrays.pop(n)[0]) for n in list(arrays) if n.startswith(_COUNT)}
+    try:
+        headers = read_headers([path])
+        digest = np.fromfile(path, np.uint8, headers[_DIGEST].nbytes, offset=headers.pop(_DIGEST).start).tobytes()
+        counted = {name: headers.pop(name) for name in list(headers) if name.startswith(_COUNT)}
+        counts = {name.removeprefix(_COUNT): int(_array(stored, _MAPPED)[0]) for name, stored in counted.items()}
+        if digest != _digest(key, headers, counts):
+            return None
+        arrays = {name: _array(stored, mapped_from) for name, stored in headers.items()}
+    except (ConfigError, OSError, KeyError, ValueError, IndexError):
+        return None
     return (arrays, counts) if "offsets" in arrays else None
 
 

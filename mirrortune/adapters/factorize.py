@@ -7,6 +7,7 @@ of E matrices has a leading dimension E everywhere.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,9 @@ from mirrortune.errors import ConfigError, DataError
 
 # Part of every cache key: raise it when the factors of a given weight change.
 FACTORIZE_VERSION = 2
+
+_PROBED = 1e-4  # of the largest singular value: far above the rounding of float32 factors
+_POWER_STEPS = 4
 
 Rank = int | Literal["full", "out"]
 """How many directions are kept: a number, all min(O, I), or all O on the output side."""
@@ -147,3 +151,54 @@ def canonical_signs(U: Tensor) -> Tensor:
     """+1 or -1 for each column of ``U`` (O, R), so that its entry of largest magnitude becomes positive; shape (R,)."""
     largest = U.abs().argmax(dim=0, keepdim=True)
     return torch.where(U.gather(0, largest).squeeze(0) < 0, -1.0, 1.0).to(U.dtype)
+
+
+@torch.no_grad()
+def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
+    """Whether factors that come from elsewhere belong to ``weight`` (O, I), or to each matrix of a stack (E, O, I).
+
+    A probe: along a random combination z of directions, W Vh' z = U S z, W' U z = Vh' S z, and U and Vh keep z's
+    length; and a few steps of the power method find no direction outside Vh that is stronger than the weakest kept
+    one. What passes differs from the factors by no more than 1e-4 of the largest singular value along nearly every z;
+    which z nobody who writes a file can know.
+    """
+    out_features, in_features = weight.shape[-2:]
+    rank, smaller = factors.rank, min(out_features, in_features)
+    shapes = ((*weight.shape[:-1], rank), (*weight.shape[:-2], rank), (*weight.shape[:-2], rank, in_features))
+    if tuple(tuple(part.shape) for part in (factors.U, factors.S, factors.Vh)) != shapes:
+        return False
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    W = weight.to(dtype)
+    U, S, Vh = (part.to(W.device, dtype) for part in (factors.U, factors.S, factors.Vh))
+    if not bool((S >= 0).all()) or not bool((S.diff() <= 0).all()) or bool(Vh[..., smaller:, :].any()):
+        return False
+    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))
+    z = torch.randn((*S.shape, 1), generator=generator, dtype=dtype).to(W.device)
+    top, scaled, inside = S[..., :1], S[..., None] * z, z[..., :smaller, :]
+    pairs = (
+        (W @ (Vh.mT @ z), U @ scaled, top), (W.mT @ (U @ z), Vh.mT @ scaled, top),
+        (U.mT @ (U @ z), z, torch.ones_like(top)), ((Vh @ (Vh.mT @ z))[..., :smaller, :], inside, torch.ones_like(top)),
+    )  # fmt: skip
+    fits = all(bool((_length(a - b) <= _PROBED * size.double() * _length(z)).all()) for a, b, size in pairs)
+    return fits and (rank >= smaller or _has_nothing_stronger(W, S, Vh, generator))
+
+
+def _has_nothing_stronger(W: Tensor, S: Tensor, Vh: Tensor, generator: torch.Generator) -> bool:
+    """Whether W stretches no direction outside Vh by more than the last of S, as far as the power method finds."""
+    x = torch.randn((*W.shape[:-2], W.shape[-1], 1), generator=generator, dtype=W.dtype).to(W.device)
+    most = S[..., -1:].double() + _PROBED * S[..., :1].double()
+    for _ in range(_POWER_STEPS):
+        x = x - Vh.mT @ (Vh @ x)
+        x = x / _length(x).clamp_min(torch.finfo(W.dtype).tiny)[..., None].to(W.dtype)
+        y = W @ x
+        stretch = _length(y)
+        if not bool((stretch <= most).all()):
+            return False
+        x = W.mT @ (y / stretch.clamp_min(torch.finfo(W.dtype).tiny)[..., None].to(W.dtype))
+    return True
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Euclidean lengths of columns (..., N, 1), in float64, where squares of large numbers fit; shape (..., 1)."""
+    found: Tensor = torch.linalg.vector_norm(vectors.double(), dim=-2)
+    return found

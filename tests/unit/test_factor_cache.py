@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mirrortune.adapters.factorize import Factors, factorize
-from mirrortune.factor_cache import FactorCache
+from mirrortune.adapters.factorize import Factors, are_leading_triplets, factorize
+from mirrortune.factor_cache import FactorCache, _digest
 from tests.spectral import Problem, relative
 
 WEIGHT = Problem(8, 6, 6, seed=1).weight().float()
@@ -202,3 +203,79 @@ def test_where_it_is_computed_changes_nothing(device: str, tmp_path: Path, monke
     cache = FactorCache(folder=tmp_path, device=torch.device(device))
     assert equal(cache("layer", WEIGHT, 6), FactorCache(folder=tmp_path / "other")("layer", WEIGHT, 6))
     assert cache.misses == 1
+
+
+def forged(factors: Factors, how: str) -> Factors:
+    """Factors that somebody else put there, whole and well hashed."""
+    U, S, Vh = factors.U.float(), factors.S.clone(), factors.Vh.float()
+    if how == "of another weight":
+        other = factorize(WEIGHT.flip(0).roll(1, 1) + 1, S.shape[-1])
+        U, S, Vh = other.U.float(), other.S, other.Vh.float()
+    elif how == "a turned direction":
+        U[:, [0, 1]] = U[:, [0, 1]] @ torch.tensor([[0.8, -0.6], [0.6, 0.8]])
+    elif how == "weak directions for strong ones":
+        every = factorize(WEIGHT, 6)
+        keep = slice(6 - S.shape[-1], 6)
+        U, S, Vh = every.U[:, keep].float(), every.S[keep], every.Vh[keep].float()
+    elif how == "a stretched pair":
+        U, Vh = U * 2, Vh / 2
+    elif how == "not finite":
+        U[0, 0] = torch.nan
+    else:
+        S = S * 1.01
+    return Factors(U=U.contiguous(), S=S, Vh=Vh.contiguous())
+
+
+@pytest.mark.parametrize("rank", [3, 6])
+@pytest.mark.parametrize(
+    "how", ["of another weight", "a turned direction", "weak directions for strong ones", "a stretched pair",
+            "not finite", "other values"],
+)  # fmt: skip
+def test_factors_that_are_not_of_the_weight_are_not_believed(tmp_path: Path, rank: int, how: str) -> None:
+    if how.startswith("weak") and rank == 6:
+        return
+    own = FactorCache(folder=tmp_path)("layer", WEIGHT, rank)
+    path = files(tmp_path)[0]
+    with safe_open(path, framework="pt") as file:
+        key = file.metadata()["key"]
+    false = forged(own, how)
+    save_file({"U": false.U, "S": false.S, "Vh": false.Vh}, path, {"key": key, "sha256": _digest(false)})
+    cache = FactorCache(folder=tmp_path)
+    assert equal(cache("layer", WEIGHT, rank), own)
+    assert (cache.hits, cache.misses) == (0, 1)
+
+
+@given(problem=st.builds(Problem, st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), seed=st.integers(0, 99)),
+       scale=st.sampled_from([0.0, 1e-30, 1.0, 1e30]), dtype=st.sampled_from([torch.float64, torch.float32]),
+       count=st.sampled_from([0, 2]))  # fmt: skip
+def test_factors_of_the_weight_are_believed(problem: Problem, scale: float, dtype: torch.dtype, count: int) -> None:
+    weight = (problem.weight() * scale).to(dtype)
+    weight = torch.stack([weight] * count) if count else weight
+    for rank in {1, min(weight.shape[-2:]), weight.shape[-2]}:
+        found = factorize(weight, rank)
+        stored = Factors(U=found.U.to(dtype), S=found.S, Vh=found.Vh.to(dtype))
+        assert are_leading_triplets(stored, weight)
+
+
+def test_an_entry_of_another_user_that_others_may_write_is_not_used(
+    filled: tuple[Path, Factors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, own = filled
+    files(folder)[0].chmod(0o666)
+    assert FactorCache(folder=folder)("layer", WEIGHT, 6) is not None
+    monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    said: list[str] = []
+    cache = FactorCache(folder=folder, on_remark=said.append)
+    assert equal(cache("layer", WEIGHT, 6), own)
+    assert (cache.hits, cache.misses) == (0, 1)
+    assert said == [f"{files(folder)[0]} is not used: it is a link, or another user's that others may write"]
+
+
+def test_an_entry_that_is_a_link_is_not_followed(filled: tuple[Path, Factors], tmp_path: Path) -> None:
+    folder, own = filled
+    (path,) = files(folder)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    cache = FactorCache(folder=folder)
+    assert equal(cache("layer", WEIGHT, 6), own)
+    assert (cache.hits, cache.misses, path.is_symlink()) == (0, 1, False)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -153,3 +154,33 @@ def test_one_of_two_processes_makes_them_and_the_other_waits(tmp_path: Path) -> 
 
     assert (one.exitcode, other.exitcode, makes.value) == (0, 0, 1)
     assert told == ["from the cache, where another process has just put them", "made for the first time"]
+
+
+@pytest.mark.parametrize("how", ["a bit", "of another key", "without digest", "another user's"])
+@pytest.mark.parametrize("mapped_from", [0, 1 << 20])
+def test_tokens_that_are_not_those_of_the_key_are_made_again(
+    monkeypatch: pytest.MonkeyPatch, how: str, mapped_from: int
+) -> None:
+    said: list[str] = []
+
+    def ask(key: TokenKey) -> Any:
+        return cached_tokens(key, lambda: chunks([[1, 2], [3]], 1), said.append, num_rows=2, mapped_from=mapped_from)[0]
+
+    ask(KEY)
+    (path,) = (cache_folder() / "tokens").rglob("*.safetensors")
+    data = path.read_bytes()
+    if how == "a bit":
+        place = data.rindex(np.array([1, 2, 3], np.int32).tobytes())
+        path.write_bytes(data[:place] + b"\x09" + data[place + 1 :])
+    elif how == "of another key":
+        cached_tokens(replace(KEY, rows="others", parts={}), lambda: chunks([[9, 9], [9]], 1), str, num_rows=2)
+        (other,) = {*(cache_folder() / "tokens").rglob("*.safetensors")} - {path}
+        path.write_bytes(other.read_bytes())
+    elif how == "without digest":
+        path.write_bytes(data.replace(b'"sha256"', b'"sha255"'))
+    else:
+        path.chmod(0o666)
+        monkeypatch.setattr(os, "geteuid", lambda: 4242)
+    assert ask(KEY)["input_ids"].tolist() == [1, 2, 3]
+    assert ": made again: " in said[-1]
+    assert ("another user's" in said[-1]) == (how == "another user's")
