@@ -26,6 +26,7 @@ from mirrortune.checkpoint import RunDirectory
 from mirrortune.claims import claimed
 from mirrortune.comparison import Cell, Contender, Plan, Score, next_cells, slug
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
+from mirrortune.locations import child_environment
 from mirrortune.metrics import METRICS
 from mirrortune.outputs import COMPARISON, Input, Marker, check_place, holds_nothing, read_marker, settle, write_marker
 from mirrortune.recipe import Layer, read_recipe, resolve, with_absolute_paths
@@ -178,9 +179,9 @@ class Comparison:
         RunDirectory(folder).remove_checkpoints()
 
     def _command(self, words: Sequence[str], slot: int, jobs: int) -> tuple[int, str]:
-        env = {**os.environ, **_device(slot, jobs)}
+        env = {**os.environ, **child_environment(), **_device(slot, jobs)}
         process = subprocess.Popen(
-            [sys.executable, "-m", "mirrortune", *words], env=env, text=True, stdout=subprocess.DEVNULL,
+            [sys.executable, "-P", "-m", "mirrortune", *words], env=env, text=True, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._running.append(process)

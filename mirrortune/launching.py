@@ -16,6 +16,7 @@ from typing import Any
 
 from mirrortune import zero
 from mirrortune.errors import ConfigError, MirrortuneError, ResourceError, unknown_name
+from mirrortune.locations import child_environment
 from mirrortune.processes import ASKED_VARIABLE, read_accelerate_config
 from mirrortune.signals import ends_as
 
@@ -59,6 +60,7 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS") or max(1, cores // count)
     os.environ[ASKED_VARIABLE] = str(count)
+    os.environ.update(child_environment())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SECONDS_TO_SAVE)
     if on_cpu:
         os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
