@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch import nn
 
 from mirrortune import commands, recipe, sharing
-from mirrortune.precision import autocast, widen
+from mirrortune.precision import as_computed, autocast, widen
 from mirrortune.report import Reporter
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD
@@ -48,3 +52,26 @@ def test_a_bfloat16_run_is_trained_scored_and_merged(tiny_model_dir: Path, tmp_p
     assert {t.dtype for n, t in tensors.items() if n.startswith(("core.", "param."))} == {torch.float32}
     assert commands.evaluate(str(tmp_path / "run"), resolved.recipe, quiet).metrics == trained.metrics
     assert sharing.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged")).passed
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """accelerate's state of a process that has just begun, for this test alone."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("alone")
+def test_outputs_are_had_as_they_were_computed_below_accelerates_wrapper() -> None:
+    """With mixed precision accelerate's forward makes float32 of all outputs, too much for a large vocabulary."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(nn.Linear(4, 4))
+    inputs = torch.zeros(1, 4)
+    assert model(inputs).dtype == torch.float32
+    with as_computed(model), accelerator.autocast():
+        assert model(inputs).dtype == torch.bfloat16
+    assert model(inputs).dtype == torch.float32
+    plain = nn.Linear(4, 4)
+    with as_computed(plain):
+        assert plain(inputs).dtype == torch.float32
