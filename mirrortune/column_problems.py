@@ -26,9 +26,9 @@ def is_unreadable(field: pa.Field) -> bool:
 
 
 def refuse_unreadable(table: pa.Table, columns: Iterable[str]) -> None:
-    """Raise the DataError of the first of ``columns`` that could not be read."""
-    for name in columns:
-        field = table.schema.field(name)
-        if is_unreadable(field):
+    """Raise the DataError of the first of ``columns`` that could not be read; those that are not there are passed."""
+    wanted = set(columns)
+    for field in table.schema:
+        if field.name in wanted and is_unreadable(field):
             where, problem, fix = json.loads(field.metadata[_KEY])
             raise DataError(where, problem, fix=fix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,7 @@ class LabelReading:
         name = as_name(value)
         if name is None or (self.nan_is_missing and name not in self.known and is_nan(name)):
             return None
-        return self.known.get(name, name)
+        return self.known.get(name) or self.known.get(_whole(name), name)
 
 
 def class_indices(
@@ -231,6 +232,11 @@ def without_labels(table: pa.Table, column: str, missing: str) -> pa.Table:
     return table.set_column(table.column_names.index(column), pa.field(column, kind), kept)
 
 
+def _whole(name: str) -> str:
+    """A whole number without its decimals, which pandas writes beside missing values; any other name as it is."""
+    return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name
+
+
 def label_fields(names: Sequence[str]) -> dict[str, Any]:
     """Fields of the transformers config for a head with these classes."""
     return {
@@ -281,6 +287,8 @@ def _names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...
     numbers = [number for number in others if number is not None]
     if numbers and len(numbers) == len(others):
         found = [v for v in found if not is_nan(v)]  # among numbers nan is none
+        if all(number.is_integer() for number in numbers):
+            found = in_order({_whole(value) for value in found})
         are_few = is_string(kind) and len(found) <= min(_MANY_CLASSES, len(column) / 2)
         if not (all(n.is_integer() for n in numbers) or are_few):
             raise DataError(

@@ -37,22 +37,36 @@ def lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
     Raises:
         DataError: unknown encoding, bytes that it does not have, a broken gzip file.
     """
+    is_latin = encoding.lower().replace("_", "-") in _LATIN
     with _text(path, encoding, newline) as text:
-        is_latin = text.encoding.lower().replace("_", "-") in _LATIN
         for number, line in enumerate(text, start=1):
-            if is_latin and (control := _CONTROLS.search(line)):
-                raise DataError(
-                    f"{path}:{number}", f"byte 0x{ord(control[0]):02x} is a control character in {encoding}",
-                    fix="Set data.encoding=cp1252, where such bytes are quotation marks and dashes",
-                )  # fmt: skip
+            if is_latin:
+                _refuse_controls(path, encoding, line, number)
             yield line.replace("\r\n", "\n")
 
 
 def blocks_of(path: Path, encoding: str, size: int = _BLOCK) -> Iterator[str]:
     """The text of a file, ``size`` characters at a time; DataError as of :func:`lines_of`."""
+    is_latin, line = encoding.lower().replace("_", "-") in _LATIN, 1
     with _text(path, encoding, "") as text:
         while block := text.read(size):
+            if is_latin:
+                _refuse_controls(path, encoding, block, line)
+                line += block.count("\n")
             yield block
+
+
+def _refuse_controls(path: Path, encoding: str, text: str, line: int) -> None:
+    """Refuse control characters in Latin-1, which are punctuation in the encoding that is meant; ``text`` begins in
+    ``line``.
+    """
+    control = _CONTROLS.search(text)
+    if control is not None:
+        raise DataError(
+            f"{path}:{line + text.count(chr(10), 0, control.start())}",
+            f"byte 0x{ord(control[0]):02x} is a control character in {encoding}",
+            fix="Set data.encoding=cp1252, where such bytes are quotation marks and dashes",
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -58,7 +58,7 @@ def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path)
     ]  # fmt: skip
     assert lines[start + 4] == "  attention_mask: 1 1 1 1 1 1"
     assert lines[start + 5] == "  label: 1 (up)"
-    assert "row 2 of 3" in lines
+    assert "example 2 of 3" in lines
     assert "row 3 of 3" not in lines
 
 

@@ -211,10 +211,11 @@ def test_advice_on_an_encoding_never_corrupts(tmp_path: Path, name: str, content
 def test_latin_1_does_not_turn_quotation_marks_into_control_characters(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", b"text,label\na \x93great\x94 film,b\n")
 
-    with pytest.raises(
-        DataError, match=r"a\.csv:2: byte 0x93 is a control character in latin-1. Set data\.encoding=cp12"
-    ):
+    says = r"a\.csv:2: byte 0x93 is a control character in latin-1\. Set data\.encoding=cp1252"
+    with pytest.raises(DataError, match=says):
         read_table(path, "latin-1")
+    with pytest.raises(DataError, match=r"a\.json:2: byte 0x85 is a control character"):
+        read_table(write(tmp_path, "a.json", b'[\n{"text": "so \x85"}]'), "iso-8859-1")
     assert read_table(path, "cp1252").column("text").to_pylist() == ["a “great” film"]
 
 
