@@ -209,7 +209,7 @@ def _detect_text(table: pa.Table, label: str, source: str) -> tuple[tuple[str, .
         source,
         f"{'several columns' if strings else 'no column'} could be the text",
         allowed=f"one or two of the columns {', '.join(c.name for c in fitting) or ', '.join(table.column_names)}",
-        fix="Name it with --text-column, twice for a pair",
+        fix="Name it with --text-column",
     )
 
 
