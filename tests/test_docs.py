@@ -72,6 +72,15 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
     assert listed == codes | {0, 130, 143}
 
 
+def test_the_architecture_names_modules_that_are_there() -> None:
+    rows = re.findall(r"^\| \w+ \| [^|]+ \| ([^|]+) \|$", DOCS["docs/architecture.md"], flags=re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`([\w*/]+)`", row)]
+    assert len(names) > 50
+    package = ROOT / "mirrortune"
+    found = {n: [*package.rglob(f"{n}.py"), *package.rglob(f"{n.strip('/')}/__init__.py")] for n in names}
+    assert [n for n in names if not found[n] and not (package / n).is_dir()] == []
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_command_parses(name: str) -> None:
     for _, code, language, block in _FENCE.findall(TEXTS[name]):
