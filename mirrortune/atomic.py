@@ -172,8 +172,9 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
             if is_ours(below.as_posix()):
                 path.unlink(missing_ok=True)
             elif into is not None and not os.path.lexists(into / below):
-                (into / below).parent.mkdir(parents=True, exist_ok=True)
-                path.rename(into / below)
+                with suppress(OSError):  # a file of ours stands where its folder should be: it stays here
+                    (into / below).parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(into / below)
         for path in (Path(place, name) for name in folders if name not in links):
             below = path.relative_to(folder)
             with suppress(OSError):  # what could not be moved is still in it

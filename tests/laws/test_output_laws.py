@@ -119,9 +119,8 @@ def kept(before: dict[str, bytes], after: dict[str, bytes], theirs: set[str]) ->
 @settings(max_examples=200, deadline=None)
 @given(
     files=st.lists(PATHS, max_size=10),
-    marked=st.dictionaries(PATHS, st.tuples(KINDS, st.just(False)), max_size=3),
-    output=PATHS,
-    inputs=st.lists(PATHS, min_size=1, max_size=3),
+    marked=MARKED,
+    inputs=INPUTS,
     kind=KINDS,
 )
 def test_what_is_read_is_never_allowed_to_be_replaced(
