@@ -17,7 +17,7 @@ import typer
 
 from mirrortune import __version__, recipe_commands
 from mirrortune.cli_exports import merge, push
-from mirrortune.cli_reports import analyze, report, train_lines
+from mirrortune.cli_reports import analyze, besides_head, report, train_lines
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, counted
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics
@@ -110,7 +110,7 @@ def prepare(
     result = preparing.prepare(resolved, reporter, dry_run=dry_run, show=show)
     factorised = f"factorised {result.svd_cache['misses']} matrices, read {result.svd_cache['hits']} from the cache, in {result.svd_seconds:.1f} s"
     lines = [
-        f"{result.targets} layers, {result.trainable_parameters:,} trained numbers besides the head's {result.head_parameters:,}",
+        f"{result.targets} layers, {result.trainable_parameters:,} trained numbers{besides_head(result)}",
         *([factorised] if any(result.svd_cache.values()) else []),
         "  ".join(f"{name} {counted(count, 'row')}" for name, count in result.rows.items()),
     ]
@@ -142,9 +142,7 @@ def train(
         plan = preparing.prepare(resolved, reporter, dry_run=True)
         reporter.result(
             asdict(plan),
-            [
-                f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers besides the head's {plan.head_parameters:,}"
-            ],
+            [f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers{besides_head(plan)}"],
         )
         return
     result = commands.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)

@@ -102,6 +102,11 @@ def train_lines(result: Any) -> list[str]:
     ]
 
 
+def besides_head(result: Any) -> str:
+    """The numbers of the task head, in words; nothing for a model without one."""
+    return f" besides the head's {result.head_parameters:,}" if result.head_parameters else ""
+
+
 def _form(run: str) -> str:
     """The form in which a run's adapter was saved, in words; nothing for tuners of PEFT, which have only one."""
     folder = Path(run) / "adapter"

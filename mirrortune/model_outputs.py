@@ -87,10 +87,13 @@ def compared_outputs(model: nn.Module, probe: Batch, *, dtype: torch.dtype | Non
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two results of :func:`compared_outputs`; NaN where either is not finite.
+    """The largest difference of two results of :func:`compared_outputs`; NaN where either is not finite, infinite where
+    they are not of one size.
 
     Values of minus infinity on both sides are what a model masks out and count as equal, unless nothing else is left.
     """
+    if found.shape != expected.shape:  # a detector may find more in one than in the other
+        return float("inf")
     is_masked = (found == -torch.inf) & (expected == -torch.inf)
     if bool(is_masked.any()) and not bool(is_masked.all()):
         found, expected = found[~is_masked], expected[~is_masked]

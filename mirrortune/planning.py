@@ -81,24 +81,15 @@ class Plan:
         if not self.rank:
             return None
         chosen = usual_form((t.shape, t.rank, t.count) for t in layers.values()) if form == "auto" else form
-        compact = (
-            _FILE_BYTES
-            + 4 * (self.trainable_parameters + self.head_parameters)
-            + sum(
-                _LAYER_BYTES + len(name) + target.count * (4 * NUM_PROBES + target.rank // 8)
-                for name, target in layers.items()
-            )
-        )
+        trained = self.trainable_parameters + self.head_parameters
+        kept = (len(n) + t.count * (4 * NUM_PROBES + t.rank // 8) for n, t in layers.items())
+        compact = _FILE_BYTES + 4 * trained + _LAYER_BYTES * len(layers) + sum(kept)
         portable = compact + self.factor_numbers * dtype.itemsize
         if chosen == "compact":
-            return (
-                f"adapter file: about {_size(compact)} in the compact form, whose bases are computed again when it is "
-                f"loaded (adapter.form=portable carries them: {_size(portable)})"
-            )
-        return (
-            f"adapter file: about {_size(portable)} in the portable form, which carries its bases "
-            f"(adapter.form=compact computes them again when it is loaded: {_size(compact)})"
-        )
+            size, other = _size(compact), f"adapter.form=portable, with its bases: {_size(portable)}"
+        else:
+            size, other = _size(portable), f"adapter.form=compact, without its bases: {_size(compact)}"
+        return f"adapter file: about {size}, {chosen} form ({other})"
 
     def as_lora(self) -> str | None:
         """What an export in LoRA's format would need, where that is known."""

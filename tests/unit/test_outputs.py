@@ -81,3 +81,4 @@ def test_what_is_masked_with_infinity_is_equal_and_what_overflowed_is_not() -> N
     assert largest_difference(torch.tensor([low, some]), torch.tensor([0.0, some])) == torch.inf
     for same in ([low, low], [high, some], [torch.nan, some]):
         assert not largest_difference(torch.tensor(same), torch.tensor(same)) <= 1.0
+    assert largest_difference(torch.ones(2), torch.ones(3)) == torch.inf

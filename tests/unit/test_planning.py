@@ -43,11 +43,11 @@ def test_the_form_and_its_size_are_said_before_the_run(rank: int | str) -> None:
     plan = bert_base(rank)
     said = plan.stored_as("auto", torch.float32)
     assert said is not None
-    assert "in the compact form" in said
+    assert ", compact form (" in said
     assert "adapter.form=portable" in said
     other = plan.stored_as("portable", torch.float32)
     assert other is not None
-    assert "in the portable form" in other
+    assert ", portable form (" in other
     assert "adapter.form=compact" in other
 
 
@@ -58,7 +58,7 @@ def test_large_matrices_travel_with_their_bases_where_those_are_small() -> None:
         spec = AdapterSpec(rank=rank)  # type: ignore[arg-type]
         said = make_plan(model, spec, dtype=torch.bfloat16).stored_as("auto", torch.bfloat16)
         assert said is not None
-        assert f"in the {form} form" in said
+        assert f", {form} form (" in said
 
 
 def test_tuners_of_peft_have_no_form() -> None:
