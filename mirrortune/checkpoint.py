@@ -102,6 +102,11 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.status = path / "status.json"
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder is a run that :meth:`create` made, and holds an adapter."""
+        return self.is_marked and (self.adapter / "adapter.json").is_file()
+
     def check(self, inputs: Sequence[Input] = (), *, overwrite: bool, resume: bool) -> None:
         """Refuse a folder that holds anything, unless it is a run to be resumed or overwritten; changes nothing.
 
@@ -335,6 +340,15 @@ class RunDirectory:
 
 def _is_in_checkpoint(below: str) -> bool:
     return RUN.reserves(f"checkpoints/step-0/{below}")
+
+
+def run_of(adapter: Path) -> RunDirectory | None:
+    """The run that an adapter folder is the result of: the folder around it, if that is a run and calls it so. A file
+    that merely lies beside an adapter says nothing about it.
+    """
+    folder = adapter.resolve()
+    run = RunDirectory(folder.parent)
+    return run if folder.name == run.adapter.name and run.is_run else None
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:

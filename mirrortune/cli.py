@@ -14,19 +14,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from mirrortune import __version__, recipe_commands
 from mirrortune.cli_exports import merge, push
 from mirrortune.cli_reports import analyze, besides_head, report, train_lines
-from mirrortune.errors import ConfigError, MirrortuneError, PeerError, counted
-from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
+from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
+from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.report import Reporter, describe_metrics
 
 if TYPE_CHECKING:
     from mirrortune.recipe import Layer, Resolved
+    from mirrortune.schema import Recipe
+
+# What people look for here, and what does it.
+_ELSEWHERE = dict.fromkeys(
+    ("chat", "generate", "serve"),
+    "Score a run with mirrortune eval; to talk to it, merge it (mirrortune merge RUN -o merged; --format gguf for "
+    "llama.cpp) and open the result with transformers, vLLM or llama.cpp",
+)  # fmt: skip
+
+
+class _Commands(TyperGroup):
+    """The commands; a few names of others say what to use."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """See ``click.Group``."""
+        if args[0] in _ELSEWHERE and args[0] not in self.commands:
+            Reporter().error(str(ConfigError(args[0], "mirrortune has no such command", fix=_ELSEWHERE[args[0]])))
+            raise typer.Exit(ConfigError.exit_code)
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
     name="mirrortune",
+    cls=_Commands,
     help="Fine-tune any transformers model by turning the singular directions of its weights.",
     no_args_is_help=True,
     add_completion=False,
@@ -91,7 +113,7 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @_guard
 @with_recipe_flags("output_dir")
 def prepare(
@@ -117,7 +139,7 @@ def prepare(
     reporter.result(asdict(result), lines)
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @_guard
 @with_recipe_flags()
 def train(
@@ -149,7 +171,7 @@ def train(
     reporter.result(asdict(result), train_lines(result))
 
 
-@app.command("eval")
+@app.command("eval", cls=OnceEach)
 @_guard
 @with_recipe_flags("output_dir", *NOT_FOR_EVAL)
 def evaluate(
@@ -166,10 +188,11 @@ def evaluate(
     mirrortune eval runs/sst2-roberta-base-mirror
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
-    own = _recipe_of(target)
-    words = [*(words or []), *([f"eval.batch_size={batch_size}"] if batch_size else [])]
-    resolved, _ = _resolve(words, task, given, reporter, beneath=own)
-    trained_on, asked = (own.values.get("data", {}).get("path") if own else None), resolved.recipe.data.path
+    own = _recipe_of(target, reporter)
+    resolved, _ = _resolve(words, task, {**given, "eval__batch_size": batch_size}, reporter, beneath=own)
+    if own and (named := _describe_data(resolved, own)):
+        reporter.note(named)
+    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
     is_own_data = bool(trained_on and asked) and Path(str(trained_on)).resolve() == Path(str(asked)).resolve()
     from mirrortune import commands, opening  # noqa: PLC0415
     from mirrortune.recipe_values import inputs_of  # noqa: PLC0415
@@ -186,7 +209,7 @@ def evaluate(
     reporter.result({name: value for name, value in asdict(result).items() if value is not None}, lines)
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @_guard
 @with_recipe_flags("output_dir", "adapter.method", "train.lr", "train.seed")
 def compare(
@@ -210,10 +233,10 @@ def compare(
     names = [w for w in words or [] if not _OVERRIDE.match(w)]
     overrides = [w for w in words or [] if _OVERRIDE.match(w)]
     # Halves of the validation rows, unless the user says otherwise: the rows that chose a rate must not report it.
-    overrides = ["eval.protocol=split-dev", *overrides]
-    found = [_resolve([n, *overrides], task, given, reporter) for n in names] or [
-        _resolve(overrides, task, given, reporter)
-    ]
+    if not any(w.startswith("eval.protocol=") for w in overrides):
+        overrides = ["eval.protocol=split-dev", *overrides]
+    asked = [[n, *overrides] for n in names] or [overrides]
+    found = all_of(*(functools.partial(_resolve, own, task, given, reporter) for own in asked))
     labels = names or [found[0][1] or Path(found[0][0].recipe.data.path or "task").stem]
     from mirrortune.comparison import make_plan  # noqa: PLC0415
 
@@ -247,13 +270,13 @@ def compare(
     )
 
 
-app.command()(_guard(merge))
-app.command()(_guard(push))
-app.command()(_guard(analyze))
-app.command()(_guard(report))
+app.command(cls=OnceEach)(_guard(merge))
+app.command(cls=OnceEach)(_guard(push))
+app.command(cls=OnceEach)(_guard(analyze))
+app.command(cls=OnceEach)(_guard(report))
 recipes = typer.Typer(help="List, print and copy the shipped recipes, and print their schema.", no_args_is_help=True)
 for _command in (recipe_commands.ls, recipe_commands.cat, recipe_commands.cp, recipe_commands.schema):
-    recipes.command()(_guard(_command))
+    recipes.command(cls=OnceEach)(_guard(_command))
 app.add_typer(recipes, name="recipes")
 
 
@@ -289,39 +312,90 @@ def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:
 def _resolve(
     words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None
 ) -> tuple[Resolved, str | None]:
-    """The recipe from all layers, and the name of the recipe or task that it is mostly made of."""
+    """The recipe from all layers, and the name of the recipe or task that it is mostly made of.
+
+    Raises:
+        ConfigError: all problems of all layers at once.
+    """
     from mirrortune import recipe  # noqa: PLC0415
 
     overrides = [w for w in words or [] if _OVERRIDE.match(w)]
     names = [w for w in words or [] if not _OVERRIDE.match(w)]
-    if len(names) > 1:
-        raise ConfigError(
-            "arguments", f"one recipe at most, got {', '.join(names)}", fix="Settings are written key.sub=value"
-        )
     kinds = recipe.task_kinds()
     layers = [beneath] if beneath else []
-    flags = given_flags(given)
+    errors: list[ConfigError] = []
+
+    def add(make: Callable[[], Layer]) -> None:
+        try:
+            layers.append(make())
+        except ConfigError as error:
+            errors.append(error)
+
+    if len(names) > 1:
+        problem = f"one recipe at most, got {', '.join(names)}"
+        errors.append(ConfigError("arguments", problem, fix="Settings are written key.sub=value"))
+    elif task is not None and task not in kinds:
+        add(lambda: recipe.task_layer(task, kinds))
+    if names:
+        add(lambda: recipe.read_recipe(names[0]))
+    flags = given_flags(given, errors)
     if task is not None and task in kinds:
         flags["task.kind"] = ("--task", task)
-    elif task is not None:
-        layers.append(recipe.task_layer(task, kinds))
-    layers += [recipe.read_recipe(n) for n in names]
-    layers += [recipe.override_layer(overrides), recipe.flag_layer(flags)]
-    resolved = recipe.resolve(layers)
+    layers += [recipe.override_layer(overrides, errors), recipe.flag_layer(flags)]
+    more = None if beneath else _problems_of_names
+    if errors:
+        try:
+            rest = recipe.resolve(layers, more).recipe
+            errors += more(rest) if more else []
+        except ConfigError as error:
+            errors.append(error)
+        raise ConfigError.several(errors)
+    resolved = recipe.resolve(layers, more)
     for key, value in recipe.flatten(resolved.recipe).items():
         reporter.detail(f"{key} = {value!r}  ({resolved.origins.get(key, 'default')})")
     shipped = task if task is not None and task not in kinds else None
     return resolved, Path(names[0]).stem if names else shipped
 
 
-def _recipe_of(target: str) -> Layer | None:
-    """The recipe that a run directory, adapter folder or merged folder carries."""
+def _problems_of_names(recipe: Recipe) -> list[ConfigError]:
+    from mirrortune.recipe_values import problems_of_names  # noqa: PLC0415  (seconds, and only where there are errors)
+
+    return problems_of_names(recipe)
+
+
+def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
+    """What is followed of the recipe that a run directory, a merged folder or an adapter folder carries, or the run
+    that an adapter folder belongs to.
+    """
     from mirrortune.outputs import restore  # noqa: PLC0415
+    from mirrortune.recipe import read_target_recipe  # noqa: PLC0415
 
     folder = restore(Path(target).expanduser())
-    for place in (folder, folder.parent):
-        if (place / "recipe.yaml").is_file() and (place == folder or (folder / "adapter.json").is_file()):
-            from mirrortune.recipe import read_recipe  # noqa: PLC0415
+    path = folder / "recipe.yaml"
+    if not path.is_file() and (folder / "adapter.json").is_file():
+        from mirrortune.checkpoint import run_of  # noqa: PLC0415
 
-            return read_recipe(str(place / "recipe.yaml"))
-    return None
+        run = run_of(folder)
+        path = run.recipe if run else path
+    if not path.is_file():
+        return None
+    layer, ignored = read_target_recipe(path)
+    if ignored:
+        reporter.detail(f"of {path} not followed: {', '.join(ignored)}")
+    return layer
+
+
+def _describe_data(resolved: Resolved, beneath: Layer) -> str | None:
+    """The data set that a recipe of the target names, and what of it; None where the user named another one."""
+    from mirrortune.schema import DataSection  # noqa: PLC0415
+
+    named = {key: where for key, where in resolved.origins.items() if where.startswith(f"{beneath.origin}:")}
+    if "data.path" not in named:
+        return None
+    default, data = dict(DataSection()), dict(resolved.recipe.data)
+    says = [f"{key} {_plainly(data[key])}" for key in data if f"data.{key}" in named and data[key] != default[key]]
+    return f"data named by {beneath.origin}: {', '.join(says)}"
+
+
+def _plainly(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)

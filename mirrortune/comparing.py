@@ -29,11 +29,14 @@ from mirrortune.errors import ConfigError, DataError, InterruptedRun, Mirrortune
 from mirrortune.locations import child_environment
 from mirrortune.metrics import METRICS
 from mirrortune.outputs import COMPARISON, Input, Marker, check_place, holds_nothing, read_marker, settle, write_marker
-from mirrortune.recipe import Layer, read_recipe, resolve, with_absolute_paths
+from mirrortune.recipe import Layer, read_saved_recipe, resolve, with_absolute_paths
 from mirrortune.recipe_values import adapter_spec, check_recipe, read_data
 from mirrortune.report import Reporter
 from mirrortune.run_status import read_status
 from mirrortune.schema import Recipe
+
+# Who prepares a batch changes no result, nor does the permission to run a model's code, which no file records.
+_FREE = ("train.num_workers", "model.trust_remote_code")
 
 
 @dataclass(slots=True)
@@ -167,7 +170,10 @@ class Comparison:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(recipe.to_yaml(), encoding="utf-8")
         has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
-        words = ["train", str(file), "-o", str(folder), "-q", "--resume" if has_begun else "--overwrite"]
+        words = ["train", str(file), "-o", str(folder), "-q"]
+        if self.recipes[cell.task].model.trust_remote_code:  # said on the command line, as it must be in the run's
+            words.append("--trust-remote-code")
+        words.append("--resume" if has_begun else "--overwrite")
         code, said = self._command(words, slot, jobs)
         is_retried = code and has_begun and not self.has_diverged(cell)
         if is_retried and not self._stopped.is_set():  # an older version's checkpoint, or a damaged one
@@ -213,7 +219,7 @@ class Comparison:
             path = stored / f"{slug(task)}.yaml"
             if not path.is_file():
                 continue
-            before = resolve([read_recipe(str(path))]).recipe
+            before = read_saved_recipe(path)
             changed = _changed(before.model_dump(), self.recipes[task].model_dump())
             if changed:
                 raise ConfigError(
@@ -247,7 +253,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> li
         name, old = where + key, before.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             found += _changed(old, value, f"{name}.")
-        elif value != old and name != "train.num_workers":  # who prepares a batch does not change it
+        elif value != old and name not in _FREE:
             found.append(f"{name} was {old}, is {value}")
     return found
 

@@ -122,6 +122,8 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
             lrs = parse_lrs(text, f"{_WHERE} {word}")
             continue
         dotted = key if "." in key else f"adapter.{'' if key in AdapterSection.model_fields else 'options.'}{key}"
+        if dotted in settings:
+            raise ConfigError(_WHERE, f"'{word}' sets {dotted} twice", fix="Keep one of them")
         settings[dotted] = strict_yaml.parse_scalar(text, f"{_WHERE} {word}")
     lr_key, default = ("train.head_lr", base_head_lr) if chosen.is_head_only else ("train.lr", chosen.lr)
     if not lrs:

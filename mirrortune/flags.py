@@ -11,14 +11,41 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from mirrortune import strict_yaml
 from mirrortune.adapters.presets import method_names
+from mirrortune.errors import ConfigError
+from mirrortune.report import Reporter
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class OnceEach(TyperCommand):
+    """A command of which a flag that takes one value is given once; by click's own rules the last one would silently
+    win over the others.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """See ``click.Command``; ends the command with exit code 2 where a flag is given again."""
+        order: list[Any] = self.make_parser(ctx).parse_args(list(args))[2]
+        one_value = [p for p in order if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
+        errors = []
+        for param in dict.fromkeys(one_value):
+            if (count := one_value.count(param)) > 1:
+                names = ", ".join(param.opts)
+                fix = _ONE_OF.get(param.opts[0], "Keep one of them")
+                errors.append(ConfigError(names, f"given {count} times, and takes one value", fix=fix))
+        if errors:
+            Reporter().error(str(ConfigError.several(errors)))
+            raise typer.Exit(ConfigError.exit_code)
+        return super().parse_args(ctx, args)
+
+
+_ONE_OF = {"--data": "For several files give a folder, or a pattern in quotes: --data 'rows/*.csv'"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +88,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--audio-column", "data.audio_column", str, "Column of recordings, encoded or as paths. Detected by default."),
     _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
     _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see docs/peft.md); mirror by default."),
-    _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT."),
+    _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT and of the LoRA branch of speclora."),
     _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor, random or adaptive, or a .json file of pairs."),
     _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, all-linear or all-layers."),
     _flag(_LOOP, "--lr --learning-rate", "train.lr", float, "Peak learning rate of the adapter."),
@@ -83,6 +110,7 @@ FLAGS: tuple[Flag, ...] = (
 
 # What is trained, and how, is settled when there is something to score; a flag that changed nothing would mislead.
 _KEPT = ("train.seed", "train.precision")
+_EVAL_BATCH = _flag(_LOOP, "--batch-size", "eval.batch_size", int, "Rows per device.")
 NOT_FOR_EVAL = tuple(f.key for f in FLAGS if f.key.startswith(("adapter.", "train.")) and f.key not in _KEPT)
 
 
@@ -107,15 +135,18 @@ def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callabl
     return decorate
 
 
-def given_flags(values: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Dotted key -> (flag, value) for the flags that were given."""
+def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, tuple[str, Any]]:
+    """Dotted key -> (flag, value) for the flags that were given; those whose value is no YAML go to ``errors``."""
     found: dict[str, tuple[str, Any]] = {}
-    for flag in FLAGS:
+    for flag in (*FLAGS, _EVAL_BATCH):
         value = values.get(flag.parameter)
         if value is None or value == [] or value is False:
             continue
         is_text = flag.kind in (str, list[str], bool)
-        found[flag.key] = (flag.names[0], value if is_text else strict_yaml.parse_scalar(value, flag.names[0]))
+        try:
+            found[flag.key] = (flag.names[0], value if is_text else strict_yaml.parse_scalar(value, flag.names[0]))
+        except ConfigError as error:
+            errors.append(error)
     return found
 
 

@@ -32,7 +32,9 @@ def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any],
     model_class: Any = getattr(transformers, auto_class)
     with init_empty_weights(include_buffers=False):
         model: nn.Module = (
-            model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+            model_class.from_config(config, trust_remote_code=False)
+            if hasattr(model_class, "from_config")
+            else model_class(config)
         )
     tie: Any = getattr(model, "tie_weights", lambda: None)
     tie()  # each parameter has become one of its own

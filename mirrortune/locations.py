@@ -17,6 +17,7 @@ from mirrortune.errors import ConfigError
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hf://"
 _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
+PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of bytes of a path that it cannot decode
 # Left by Windows, macOS, NAS systems and Python without anybody asking for it; what begins with a dot besides.
@@ -72,6 +73,11 @@ def looks_like_path(name: str) -> bool:
     is_rooted = name.startswith((".", "/", "~", "\\")) or path.is_absolute() or path.drive != ""
     is_named_so = table_suffix(path) is not None or is_pattern(name)
     return is_rooted or name.count("/") > 1 or "\\" in name or is_named_so or path.exists()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is the name of a visible file on every system, and cannot lead out of a folder."""
+    return bool(name) and not name.startswith(".") and name.isprintable() and not any(sign in name for sign in "/\\:")
 
 
 def hub_place(name: str) -> tuple[str, str | None, str | None]:

@@ -290,5 +290,6 @@ def _compare_loaded(merge: _Merge, folder: Path) -> OutputError:
 
     adapter, pad = merge.adapters[0], padding_id(merge.processors)
     adapted = load_adapted(adapter, merge.source, merge.task, pad, merge.factors, remarks=merge.remarks)
-    reopened = getattr(transformers, merge.auto_class).from_pretrained(folder, dtype="auto").eval()
+    load: Any = getattr(transformers, merge.auto_class).from_pretrained
+    reopened = load(folder, dtype="auto", trust_remote_code=False).eval()
     return compare_models(reopened, adapted, merge.probes())

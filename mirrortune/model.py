@@ -23,6 +23,7 @@ from mirrortune.load_errors import load_errors
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
 from mirrortune.outputs import restore
 from mirrortune.quantised import can_be_dequantised, is_quantised, keep_trainable, loading_config
+from mirrortune.remote_code import announce_code, refuse_kernels
 
 _LARGEST_MADE_UP = 1000  # pieces: special ones, and T5's sentinels
 _TOKENIZER_FILES = (
@@ -121,6 +122,8 @@ def find_model(
     from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
 
     commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
+    if trust_remote_code:
+        announce_code(name, location, commit or revision)
     with hub_errors(f"model '{name}'", flag="--model"), load_errors(name):
         config = AutoConfig.from_pretrained(
             location,
@@ -128,6 +131,8 @@ def find_model(
             trust_remote_code=trust_remote_code,
             **({"gguf_file": gguf_file} if gguf_file else {}),
         )
+    if not trust_remote_code:
+        refuse_kernels(name, config)
     if load_in is not None and is_quantised(config):
         raise ConfigError("model.load_in", f"the checkpoint is quantised already, got {load_in}", fix="Remove it")
     return ModelSource(

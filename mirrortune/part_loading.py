@@ -383,8 +383,8 @@ def _skeleton(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            make: Any = getattr(model_class, "from_config", model_class)
-            model: Any = make(config)
+            is_auto = hasattr(model_class, "from_config")
+            model: Any = model_class.from_config(config, trust_remote_code=False) if is_auto else model_class(config)
             if quantizer is not None:
                 quantizer.preprocess_model(
                     model=model, dtype=dtype, device_map=device_map, checkpoint_files=[str(f) for f in files]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +14,42 @@ import numpy as np
 from mirrortune.atomic import write_atomically
 from mirrortune.claims import claimed
 from mirrortune.errors import ConfigError
+from mirrortune.locations import PLAIN_NAME, is_plain_name
 from mirrortune.outputs import Input, check_file
 
 _HEADER = "index\tprediction"
+# Control characters, line and paragraph separators, and halves of characters, which UTF-8 cannot write.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
     """The file that ``path`` means for a split: itself, or the one in a folder that ``names`` has for it.
 
     Raises:
-        ConfigError: a file that is there and is none of predictions.
+        ConfigError: a file that is there and is none of predictions, or a name that is no plain one.
     """
-    return _checked(path / names.get(split, f"{split}.tsv") if path.is_dir() else path)
+    if not path.is_dir():
+        return _checked(path)
+    name = names.get(split, f"{split}.tsv")
+    if not is_plain_name(name):  # it may come from a recipe that lies in the target
+        raise ConfigError(
+            "eval.prediction_files", f"got {name!r} for split '{split}'", allowed=PLAIN_NAME,
+            fix="Give a file to --predictions",
+        )  # fmt: skip
+    return _checked(path / name)
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Refuse class names that would break the lines of the file, or act on the terminal that shows it.
+
+    Raises:
+        ConfigError: with the name.
+    """
+    if broken := next((label for label in labels if _CONTROL.search(label)), None):
+        raise ConfigError(
+            "--predictions", f"class name {broken!r} holds a line break, a tab or another control character",
+            allowed="names of one line", fix="Write indices: eval.prediction_labels=indices",
+        )  # fmt: skip
 
 
 def _checked(path: Path) -> Path:
@@ -74,8 +99,9 @@ def write_predictions(
         bounds: numbers are brought between these.
 
     Raises:
-        ConfigError: several real numbers a row.
+        ConfigError: several real numbers a row, or names that the format cannot hold.
     """
+    check_labels(labels or ())
     is_array = isinstance(predictions, np.ndarray)
     if is_array and predictions.ndim != 1 and predictions.dtype.kind == "f":
         raise ConfigError("--predictions", "this kind of task has several numbers a row, and the format one")
@@ -99,4 +125,4 @@ def write_predictions(
 
 def _one_line(answer: Any) -> str:
     text = answer if isinstance(answer, str) else " ".join(map(str, answer))
-    return " ".join(text.split())
+    return " ".join(_CONTROL.sub(" ", text).split())

@@ -8,8 +8,10 @@ its flag. Imports no torch.
 
 from __future__ import annotations
 
+import copy
 import json
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mirrortune import strict_yaml
+from mirrortune.adapters.presets import PREFERENCES, no_preferences
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
 from mirrortune.locations import HUB_SCHEME, shipped_folder, split_sample, table_suffix
 from mirrortune.schema import Recipe
@@ -39,6 +42,11 @@ class Layer:
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
     flags: dict[tuple[str, ...], str] = field(default_factory=dict)
     file: Path | None = None
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether the settings stand on this command line, and not in a file."""
+        return bool(self.flags)
 
     def place(self, path: tuple[str, ...]) -> str:
         """Where ``path`` was set, for messages: ``recipe.yaml:4: train.lr`` or ``--lr``."""
@@ -93,6 +101,8 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
             raise unknown_name(where, "recipe", name, shipped_recipes())
         path = shipped_folder() / f"{name}.yaml"
     try:
+        if (size := path.stat().st_size) > _LARGEST_FILE:
+            raise ConfigError(str(path), f"a recipe of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(where, f"cannot read {path} ({error})", fix="Check the path") from error
@@ -103,15 +113,78 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
     return Layer(values=data, origin=str(path), lines=lines, file=path)
 
 
-def override_layer(assignments: list[str]) -> Layer:
-    """The layer of ``key.sub=value`` words from the command line, values read by YAML's rules."""
+_LARGEST_FILE = 16 * 2**20  # bytes; the pairs of every layer of a large model are half of that
+# What a recipe that lies in a target may set: which rows are scored, and how. Never the model, its code, a place to
+# write, or anything else that could reach beyond the score.
+_OF_TARGET = (
+    "data", "task", "train.seed", "train.precision", "eval.batch_size", "eval.prediction_labels",
+    "eval.prediction_bounds", "eval.prediction_files",
+)  # fmt: skip
+_TRUST = ("model", "trust_remote_code")
+
+
+def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
+    """The recipe that lies in a run, an adapter or a merged folder, as far as a file of unknown origin is followed.
+
+    Returns:
+        The layer of what is followed, and the dotted keys of what is not.
+    """
+    whole = read_recipe(str(path))
+    kept: dict[str, Any] = {}
+    ignored = []
+    for name, section in whole.values.items():
+        settings = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+        if name in _OF_TARGET:
+            kept[name] = section
+            continue
+        own = {key.partition(".")[2]: value for key, value in settings.items() if key in _OF_TARGET}
+        if own:
+            kept[name] = own
+        ignored += [key for key in settings or [name] if key not in _OF_TARGET]
+    return Layer(values=kept, origin=whole.origin, lines=whole.lines), ignored
+
+
+def read_saved_recipe(path: Path) -> Recipe:
+    """The recipe of an earlier run, to be shown or compared with another one: it permits nothing and reads no files.
+
+    Raises:
+        ConfigError: see :func:`resolve`; also for a name where a run has written pairs.
+    """
+    layer = read_recipe(str(path))
+    section, key = _TRUST
+    if isinstance(layer.values.get(section), dict):
+        layer.values[section].pop(key, None)
+    if str(_setting(layer.values, "adapter", "pairing")).endswith(".json"):
+        where = layer.place(("adapter", "pairing"))
+        raise ConfigError(where, "a run's recipe holds pairs themselves, and no name of a file", fix="Restore the file")
+    return resolve([layer]).recipe
+
+
+def override_layer(assignments: list[str], errors: list[ConfigError] | None = None) -> Layer:
+    """The layer of ``key.sub=value`` words from the command line, values read by YAML's rules.
+
+    Args:
+        assignments: the words.
+        errors: what cannot be used goes here; None to raise it.
+
+    Raises:
+        ConfigError: no YAML, a key that is set twice, or one that is both a value and a section; all at once.
+    """
     values: dict[str, Any] = {}
-    flags = {}
+    flags: dict[tuple[str, ...], str] = {}
+    found = [] if errors is None else errors
     for word in assignments:
         key, _, text = word.partition("=")
         path = tuple(key.replace("-", "_").split("."))
-        _set(values, path, strict_yaml.parse_scalar(text, f"'{word}'"), f"'{word}'")
+        try:
+            if path in flags:
+                raise ConfigError(f"'{word}'", f"{flags[path]} sets the same", fix="Keep one of them")
+            _set(values, path, strict_yaml.parse_scalar(text, f"'{word}'"), f"'{word}'")
+        except ConfigError as error:
+            found.append(error)
         flags[path] = f"'{word}'"
+    if found and errors is None:
+        raise ConfigError.several(found)
     return Layer(values=values, origin="command line", flags=flags)
 
 
@@ -127,13 +200,19 @@ def task_layer(name: str, kinds: list[str]) -> Layer:
     """What ``--task NAME`` stands for: a shipped recipe without its model, or a kind of task."""
     if name in kinds:
         return Layer(values={"task": {"kind": name}}, origin="--task", flags={("task", "kind"): "--task"})
+    if name.lower() in PREFERENCES:
+        raise no_preferences("--task", name, allowed=", ".join(kinds))
     if name not in shipped_recipes():
         raise unknown_name("--task", "task", name, [*kinds, *shipped_recipes()])
     return read_recipe(name, "--task")
 
 
-def resolve(layers: list[Layer]) -> Resolved:
+def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | None = None) -> Resolved:
     """Merge layers, the later over the earlier, and check the result.
+
+    Args:
+        layers: from the lowest to the highest.
+        more: finds further problems of a recipe; asked only where there are some already, for those of the rest.
 
     Raises:
         ConfigError: all problems at once.
@@ -144,7 +223,7 @@ def resolve(layers: list[Layer]) -> Resolved:
         _leave_data(merged, owners, layer)
         # A section whose settings are all commented out is None.
         _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
-    found, pairs = [], None
+    found, pairs = _unpermitted_code(merged, owners), None
     try:
         pairs = _read_pairs(merged, owners)
     except ConfigError as error:
@@ -154,7 +233,7 @@ def resolve(layers: list[Layer]) -> Resolved:
     except ValidationError as error:
         found += _one_each([_explain(problem, owners, merged) for problem in error.errors()])
     if found:
-        raise ConfigError.several(found)
+        raise ConfigError.several(found + (more(_valid_part(merged)) if more else []))
     origins = {".".join(path): layer.place(path) for path, layer in owners.items()}
     files = tuple(layer.file for layer in layers if layer.file is not None)
     return Resolved(recipe=recipe, origins=origins, files=files, pairs=pairs)
@@ -181,6 +260,20 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
             absolute = str(Path(given).expanduser().resolve()) + (f"#{number}" if number is not None else "")
             update[section] = getattr(recipe, section).model_copy(update={key: absolute})
     return recipe.model_copy(update=update)
+
+
+def _unpermitted_code(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> list[ConfigError]:
+    """The error for a file that asks for the right to run code, which only the command line gives."""
+    owner, (section, key) = owners.get(_TRUST), _TRUST
+    if owner is None or owner.is_typed or merged[section][key] is not True:
+        return []
+    problem = f"the recipe asks to run Python code from the repository of {merged[section].get('name') or 'the model'}"
+    return [
+        ConfigError(
+            owner.place(_TRUST), problem, allowed="this permission on the command line only",
+            fix="Read that code; then pass --trust-remote-code (it runs with your rights), or remove the line",
+        )
+    ]  # fmt: skip
 
 
 def _merge(
@@ -235,13 +328,28 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
     if problem["type"] == "extra_forbidden":
         names = list(_section_fields(path[:-1]))
         return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
-    message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Value error, ")
     message = {"array": "a list, such as [a, b]", "an object": "a section of settings"}.get(message, message)
     near = ""
     if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
         choices = [c.strip("' ") for c in message.replace(" or ", ", ").split(",")]
         near = did_you_mean(problem["input"], choices)
     return ConfigError(where, f"got {got}.{near}" if near else f"got {got}", allowed=message)
+
+
+def _valid_part(merged: dict[str, Any]) -> Recipe:
+    """The recipe without the values that are not valid, for which the defaults stand."""
+    rest = copy.deepcopy(merged)
+    while True:
+        try:
+            return Recipe.model_validate_json(json.dumps(rest))
+        except ValidationError as error:
+            paths = {_known_path(tuple(str(part) for part in problem["loc"]), rest) for problem in error.errors()}
+        for path in paths:
+            section: Any = rest
+            for key in path[:-1]:
+                section = section.get(key, {})
+            section.pop(path[-1], None) if path else rest.clear()
 
 
 def _one_each(errors: list[ConfigError]) -> list[ConfigError]:

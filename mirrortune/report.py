@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -84,6 +85,11 @@ class Reporter:
     def training(self) -> TrainingProgress:
         """The display of a training loop."""
         return TrainingProgress(self._err, is_shown=self.is_main and self.verbosity > _QUIET)
+
+
+def announce(text: str) -> None:
+    """A line on stderr, however quiet the command is, by the first process of a run: what nobody may miss."""
+    Reporter(is_main=os.environ.get("RANK", "0") == "0").note(text, level=_QUIET)
 
 
 class Bar:

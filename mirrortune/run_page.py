@@ -14,7 +14,7 @@ from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import ConfigError
 from mirrortune.figures import svg_for_page, write_figure
 from mirrortune.pages import Html
-from mirrortune.recipe import flatten, read_recipe, resolve
+from mirrortune.recipe import flatten, read_saved_recipe
 from mirrortune.report import describe_metrics, kilobytes, significant
 from mirrortune.run_figures import History, learning_curves, run_drawings
 from mirrortune.run_status import describe_status
@@ -58,7 +58,7 @@ class _Run:
         self.environment: dict[str, Any] = _json(run.path / "environment.json")
         self.validation: dict[str, Any] = _json(run.validation)
         self.merge: dict[str, Any] = _json(run.path / "reports" / "merge.json")
-        self.settings = flatten(resolve([read_recipe(str(run.recipe))]).recipe)
+        self.settings = flatten(read_saved_recipe(run.recipe))
 
     @property
     def history(self) -> History:

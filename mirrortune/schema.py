@@ -7,15 +7,22 @@ import json
 import typing
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mirrortune import strict_yaml
+from mirrortune.locations import PLAIN_NAME, is_plain_name
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def _plain_name(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError(PLAIN_NAME)
+    return name
 
 
 class ModelSection(_Section):
@@ -33,7 +40,8 @@ class ModelSection(_Section):
     """How attention is computed, by transformers' name; the model's own choice (mostly sdpa) by default. The same but
     for rounding."""
     trust_remote_code: bool = False
-    """Run Python code from the model's repository. Dangerous: it runs with your rights."""
+    """Run Python code from the model's repository. Dangerous: it runs with your rights. Only the command line permits
+    it, by --trust-remote-code or model.trust_remote_code=true; true in a recipe file is refused."""
 
 
 class TaskSection(_Section):
@@ -136,7 +144,8 @@ class AdapterSection(_Section):
     """Name of the method; docs/methods.md and docs/peft.md describe them."""
     rank: Literal["full", "out"] | typing.Annotated[int, Field(gt=0)] | None = None
     """Leading singular directions kept of each matrix: a number, full for min(out, in), or out for all outputs (of a
-    rotation on the output side); r of a tuner of PEFT; the method's own (full for rotations) by default."""
+    rotation on the output side); r of a tuner of PEFT, and of the LoRA branch of speclora (whose number of scales is
+    options.top_k); the method's own (full for rotations) by default."""
     pairing: str | list[typing.Any] | dict[str, typing.Any] | None = None
     """Which directions turn together: a name, pairs such as [[0, 5], [1, 7]], pairs by layer name or pattern, or a
     .json file of either; the method's own by default."""
@@ -228,9 +237,9 @@ class EvalSection(_Section):
     """What `eval --predictions` writes of a class: its name, or its index."""
     prediction_bounds: tuple[float, float] | None = None
     """Numbers between which `eval --predictions` brings those that it writes."""
-    prediction_files: dict[str, str] = Field(default_factory=dict)
-    """Names of the files that `eval --predictions FOLDER` writes, by the data set's own names for its splits; SPLIT.tsv
-    for others."""
+    prediction_files: dict[str, typing.Annotated[str, AfterValidator(_plain_name)]] = Field(default_factory=dict)
+    """Plain names of the files that `eval --predictions FOLDER` writes, by the data set's own names for its splits;
+    SPLIT.tsv for others."""
 
 
 class Recipe(_Section):
@@ -246,5 +255,8 @@ class Recipe(_Section):
     """Run directory; runs/TASK-MODEL-METHOD by default."""
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that loads to an equal recipe; settings that are not set are left out."""
-        return strict_yaml.dump(json.loads(self.model_dump_json(exclude_none=True)))
+        """The recipe as YAML that loads to an equal recipe, but for the permission to run code, which no file can give;
+        settings that are not set are left out.
+        """
+        permission = {"model": {"trust_remote_code"}}
+        return strict_yaml.dump(json.loads(self.model_dump_json(exclude_none=True, exclude=permission)))

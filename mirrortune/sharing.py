@@ -12,7 +12,7 @@ from typing import Any
 
 from mirrortune import model_card, packed_bases
 from mirrortune.adapter_file import read_adapter
-from mirrortune.checkpoint import RunDirectory
+from mirrortune.checkpoint import run_of
 from mirrortune.errors import VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import check_repository, upload
@@ -52,11 +52,11 @@ def merge(
     adapter = read_adapter(folders[-1])
     into = packed_bases.in_words(read_adapter(folders[0]), base)
     reporter.note(f"merging {', '.join(map(str, folders))} into {into}")
-    recipe_file = folders[-1].parent / "recipe.yaml"
+    run = run_of(folders[-1])
     card = _card(folders[-1], Path(output_dir).name, is_merged=True)
     extra = {"README.md": card or model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
-    if recipe_file.is_file():
-        extra["recipe.yaml"] = recipe_file.read_text(encoding="utf-8")
+    if run is not None:
+        extra["recipe.yaml"] = run.recipe.read_text(encoding="utf-8")
     remarks: list[str] | None = [] if force_base else None
     verdict = merge_folder(
         folders,
@@ -73,8 +73,8 @@ def merge(
     report = json.loads((Path(output_dir) / "merge.json").read_text(encoding="utf-8"))
     for remark in remarks or ():
         reporter.note(f"by force: {remark}")
-    for folder in folders:
-        record_merge(RunDirectory(folder.parent), output_dir, report)
+    for merged in filter(None, map(run_of, folders)):
+        record_merge(merged, output_dir, report)
     return verdict
 
 
@@ -140,7 +140,7 @@ def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
     ``staged`` where local paths are cut.
     """
     adapter = read_adapter(folder)
-    parcel = adapter_parcel(folder, staged, is_of_run=adapter.task is not None)
+    parcel = adapter_parcel(folder, staged, is_of_run=run_of(folder) is not None)
     card = _card(folder, title, is_merged=False, parcel=parcel)
     if card is None:
         card = model_card.adapter_card(title, _described_base(parcel), adapter.spec.method)
@@ -152,14 +152,13 @@ def _card(folder: Path, title: str, *, is_merged: bool, parcel: Parcel | None = 
     """A card with all that the run of an adapter's folder knows, as far as ``parcel`` tells it; None for an adapter
     without a finished run.
     """
-    run, adapter = RunDirectory(folder.parent), read_adapter(folder)
-    environment = run.path / "environment.json"
-    if adapter.task is None or not (run.results.is_file() and environment.is_file() and run.recipe.is_file()):
+    run, adapter = run_of(folder), read_adapter(folder)
+    if adapter.task is None or run is None or not run.results.is_file():
         return None
     files, base = ({}, adapter.base) if parcel is None else (parcel.files, _described_base(parcel))
     known = {
         "results": json.loads(run.results.read_text(encoding="utf-8")),
-        "environment": json.loads(environment.read_text(encoding="utf-8")),
+        "environment": json.loads((run.path / "environment.json").read_text(encoding="utf-8")),
         "recipe": files.get("recipe.yaml", run.recipe).read_text(encoding="utf-8"),
         "curves": not is_merged and "curves.png" in files,
     }

@@ -27,11 +27,11 @@ LAYERS = (
     "drawn_inputs feeding flags launching outputs quantised recipe redaction rehearsal tables",
     "adapters.core_stack adapters.cores adapters.products checkpoint comparison_figures editor_schema "
     "factor_cache hub labels pages predictions recipe_commands run_figures spectra stream_feeding",
-    "adapters.effect adapters.spec adapters.spectral data model parcel run_status",
-    "adapters.spectral_linear adapters.spectral_weight adapters.targets file_cells lazy_model one_of_classes "
+    "adapters.effect adapters.spec adapters.spectral data parcel remote_code run_status",
+    "adapters.spectral_linear adapters.spectral_weight adapters.targets file_cells model one_of_classes "
     "peft_configs run_page streaming tokens",
-    "adapters.inject adapters.timing duplicates images part_loading recordings",
-    "adapter_parts optim peft_tuners probes",
+    "adapters.inject adapters.timing duplicates images lazy_model recordings",
+    "adapter_parts optim part_loading peft_tuners probes",
     "loop peft_file tasks",
     "adapter_file calibration evaluation planning previews recipe_values stepping",
     "adapting packed_bases preflight snapshots",

@@ -67,6 +67,13 @@ def mirrortune(*words: object, cache: Path | None = None) -> Outcome:
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
+def changed(words: Sequence[object], *own: object) -> list[object]:
+    """A command line with more words, where a flag takes the place of the same one and its value in ``words``."""
+    flags = [word for word in own if str(word).startswith("-")]
+    kept = [w for before, w in zip(("", *words), words, strict=False) if w not in flags and before not in flags]
+    return [*kept, *own]
+
+
 def start(
     *words: object, env: dict[str, str] | None = None, launcher: Sequence[str] = ("-m",)
 ) -> subprocess.Popen[str]:

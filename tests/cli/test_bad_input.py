@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.cli.console import mirrortune, reviews, write_table
+from tests.cli.console import changed, mirrortune, reviews, write_table
 
 TRAIN = "train -m {model} -t text-classification -d reviews.csv -o run --max-steps 2"
 
@@ -510,11 +510,11 @@ def test_it_is_refused_with_advice_and_nothing_is_lost_or_left(desk: Path, tiny_
     if bad.change:
         bad.change(desk, tiny_model_dir)
     before = contents(desk)
-    words = bad.words.replace("+", TRAIN, 1) if bad.words.startswith("+") else bad.words
+    words = shlex.split(bad.words)
+    if words[:1] == ["+"]:
+        words = [str(word) for word in changed(TRAIN.split(), *words[1:])]
 
-    outcome = mirrortune(
-        *(word.format(model=tiny_model_dir) if "{model}" in word else word for word in shlex.split(words))
-    )
+    outcome = mirrortune(*(word.format(model=tiny_model_dir) if "{model}" in word else word for word in words))
 
     assert outcome.exit_code == bad.code, outcome.stderr
     for part in bad.says:
@@ -611,5 +611,5 @@ def test_an_earlier_run_survives_an_attempt_to_replace_it_that_fails(desk: Path,
     (desk / "bad.csv").write_text(rows(*"aaaa"), encoding="utf-8")
 
     for attempt in (["-d", "bad.csv"], ["-d", "reviews.csv", "-m", "./nowhere"], ["-d", "reviews.csv", "--rank", 99]):
-        assert mirrortune(*words, *attempt, "--overwrite").exit_code in (2, 3)
+        assert mirrortune(*changed(words, *attempt), "--overwrite").exit_code in (2, 3)
         assert contents(desk / "run") == before

@@ -22,7 +22,7 @@ from mirrortune import merge_folder, run_recording, strict_yaml, training
 from mirrortune.adapter_format import FORMAT_VERSION
 from mirrortune.adapters.presets import method_names, preset
 from mirrortune.evaluation import EvalResult, evaluate_split
-from tests.cli.console import mirrortune, reviews, write_table
+from tests.cli.console import changed, mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
 # Enough to learn the reviews by.
@@ -438,14 +438,15 @@ def test_an_adapter_of_another_base_is_refused(finished: Finished, tmp_path: Pat
 
 
 def test_a_run_is_continued_only_with_its_own_settings(finished: Finished, copy: Path) -> None:
-    before = (copy / "metrics.jsonl").read_bytes()
+    log = (copy / "metrics.jsonl").read_bytes()
+    words = changed(finished.words, "--lr", 0.2, "--seed", 1)
 
-    outcome = mirrortune(*finished.words, "-o", copy, "--resume", "--lr", 0.2, "--seed", 1, cache=finished.cache)
+    outcome = mirrortune(*words, "-o", copy, "--resume", cache=finished.cache)
 
     assert outcome.exit_code == 2
     assert "--resume: train.lr: the run was started with 0.1, got 0.2. Use the same settings." in outcome.said
     assert "--resume: train.seed: the run was started with 0, got 1." in outcome.said
-    assert (copy / "metrics.jsonl").read_bytes() == before
+    assert (copy / "metrics.jsonl").read_bytes() == log
 
 
 def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, copy: Path) -> None:

@@ -220,8 +220,8 @@ def test_every_flag_sets_a_setting_that_exists() -> None:
 def test_flags_that_were_not_given_set_nothing() -> None:
     values = {flag.parameter: [] if flag.kind == list[str] else None for flag in FLAGS}
 
-    assert given_flags(values) == {}
-    assert given_flags({**values, "train__lr": "0", "adapter__rank": "full", "train__seed": "0"}) == {
+    assert given_flags(values, []) == {}
+    assert given_flags({**values, "train__lr": "0", "adapter__rank": "full", "train__seed": "0"}, []) == {
         "adapter.rank": ("--rank", "full"),
         "train.lr": ("--lr", 0),
         "train.seed": ("--seed", 0),
