@@ -45,7 +45,13 @@ from mirrortune.metrics import METRICS
 from mirrortune.outputs import Input, check_file
 from mirrortune.peft_tuners import remarks
 from mirrortune.planning import default_eval_batch
-from mirrortune.predictions import check_replaceable, prediction_file, predictions_output, write_predictions
+from mirrortune.predictions import (
+    check_labels,
+    check_replaceable,
+    prediction_file,
+    predictions_output,
+    write_predictions,
+)
 from mirrortune.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.recipe import Resolved
 from mirrortune.recipe_values import adapter_spec, check_recipe, inputs_of, loop_settings, read_data
@@ -145,15 +151,14 @@ def _train(
     for text in remarks(model):
         reporter.note(text)
 
-    def begin() -> None:
-        assert create is not None
-        create()
-        run.write_text(run.recipe.name, recipe.to_yaml())
-        run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
+    def record() -> None:
+        if create is not None:
+            create()
+            run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
+        run.write_text(run.recipe.name, recipe.to_yaml())  # a continued run may have been given other free settings
 
     # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
-    if not resume:
-        ranks.from_main(accelerator, begin)
+    ranks.from_main(accelerator, record)
     with recorded_status(run, is_main=accelerator.is_main_process):
         # Dropout: the same from a cold and a warm cache, another on each rank.
         seed_everything(recipe.train.seed + 1 + accelerator.process_index)
@@ -376,15 +381,20 @@ def _eval_batch(found: Evaluable, recipe: Recipe) -> dict[str, Any]:
 
 
 def _write_answers(file: Path, outcome: EvalResult, task: Task, recipe: Recipe) -> None:
-    labels = getattr(task, "labels", None) if recipe.eval.prediction_labels == "names" else None
-    write_predictions(file, outcome.predictions, labels, recipe.eval.prediction_bounds)
+    write_predictions(file, outcome.predictions, _answer_names(task, recipe), recipe.eval.prediction_bounds)
 
 
 def _to_be_answered(rows: Split, name: str, task: Task, recipe: Recipe, place: Path) -> tuple[Split, Path]:
     """The rows, which need no targets, and the file for their answers; ConfigError before anything is scored."""
     if hasattr(task, "write"):
         raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row")
+    check_labels(_answer_names(task, recipe) or ())
     return with_label_columns(rows, task), prediction_file(place, name, recipe.eval.prediction_files)
+
+
+def _answer_names(task: Task, recipe: Recipe) -> tuple[str, ...] | None:
+    """What is written of a class: its name, or None for its index."""
+    return getattr(task, "labels", None) if recipe.eval.prediction_labels == "names" else None
 
 
 def evaluation_rows(

@@ -13,7 +13,7 @@ from mirrortune.assembly import Job
 from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import ConfigError
 from mirrortune.loading import base_identity
-from mirrortune.recipe import flatten, read_recipe, resolve, with_absolute_paths
+from mirrortune.recipe import flatten, read_saved_recipe, with_absolute_paths
 from mirrortune.run_page import write_curves, write_run_page
 from mirrortune.schema import Recipe
 from mirrortune.tasks import task_to_dict
@@ -24,16 +24,22 @@ def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
     return with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
 
 
-# Settings that a continued run may change: no number depends on them.
-_FREE = ("output_dir", "train.keep", "train.num_workers")
+# Settings that a continued run may change: no trained number and no choice of a checkpoint depends on them. They say
+# who may run code, where things are written, what is told to whom and when, how rows are fed and put together for
+# scoring, and what is scored once training is over. Not among them are settings that change results by rounding alone
+# (train.compile, adapter.strategy, model.attention): a run that is continued ends with the numbers of one that was not.
+_FREE = (
+    "output_dir", "model.trust_remote_code", "data.test_split", "adapter.form", "train.keep", "train.save_every_steps",
+    "train.log_every_steps", "train.track", "train.num_workers", "eval.batch_size", "eval.report_splits",
+    "eval.prediction_labels", "eval.prediction_bounds", "eval.prediction_files",
+)  # fmt: skip
 
 
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     """Refuse to continue a run under another recipe; names every setting that differs."""
     if not run.recipe.is_file():
         raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
-    saved = resolve([read_recipe(str(run.recipe))]).recipe
-    before, now = flatten(saved), flatten(recipe)
+    before, now = flatten(read_saved_recipe(run.recipe)), flatten(recipe)
     differing = [
         ConfigError(
             f"--resume: {key}",
