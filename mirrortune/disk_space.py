@@ -9,6 +9,7 @@ from pathlib import Path
 from mirrortune.errors import ResourceError
 
 _MIB = 2**20
+_LEAST_FREE = 2**30
 
 
 def check_disk(needs: dict[Path, dict[str, int]]) -> None:
@@ -32,6 +33,21 @@ def check_disk(needs: dict[Path, dict[str, int]]) -> None:
                 f"disk at {place}", f"{mebibytes(total)} MiB are needed ({what}), {mebibytes(free)} MiB are free",
                 fix="Free space, or choose other places with HF_HOME, MIRRORTUNE_CACHE and -o",
             )  # fmt: skip
+
+
+def leave_room(folder: Path, what: str) -> None:
+    """Refuse to fill a disk to the last byte with something whose size nobody knows before, such as what an archive
+    unpacks to: a few kilobytes of it may stand for more than any disk holds.
+
+    Raises:
+        ResourceError: if less than 5% of the disk, or a GiB, is free.
+    """
+    found = shutil.disk_usage(folder)
+    if found.free < min(_LEAST_FREE, found.total // 20):
+        raise ResourceError(
+            f"disk at {folder}", f"{mebibytes(found.free)} MiB are left, and {what} would go on to fill it",
+            fix="Check how large the unpacked data is, free space, or choose another place with MIRRORTUNE_CACHE",
+        )  # fmt: skip
 
 
 def mebibytes(size: int) -> str:

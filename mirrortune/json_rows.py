@@ -15,6 +15,7 @@ from typing import Any
 _SPACE = " \t\n\r"
 # An error so near the end of the text that is held may be a value of which more is to come: "-Infinit", "\ud83d\ude0".
 _NEAR_END = 16
+_LONGEST = 1 << 28  # characters of a value
 _DECODER = json.JSONDecoder()
 
 
@@ -92,6 +93,8 @@ class _Text:
                 value, end = _DECODER.raw_decode(self.held, self.place)
             except json.JSONDecodeError as error:
                 may_go_on = error.pos >= len(self.held) - _NEAR_END or error.msg.startswith("Unterminated string")
+                if len(self.held) - self.place > _LONGEST:
+                    raise self.error(f"a value of more than {_LONGEST:,} characters") from error
                 if may_go_on and self.more():
                     continue
                 self.place = error.pos

@@ -24,6 +24,9 @@ from mirrortune.file_cells import FileCells
 from mirrortune.model import ModelSource, load_feature_extractor
 
 Wave = npt.NDArray[np.float32]
+_HIGHEST_RATE = 1_000_000  # samples a second; the resampling filter grows with it
+_FILTER_REACH = 10  # periods of the lower rate on either side: what resample_poly's own filter has
+_BLOCK = 1 << 16  # frames that are decoded at a time
 _SAMPLES_PER_POSITION = 320  # of wav2vec 2.0 and its relatives; an estimate of cost for the others
 
 
@@ -112,17 +115,18 @@ class RecordingExamples:
     def _wave(self, row: int, epoch: int | None) -> Wave:
         import soundfile  # noqa: PLC0415
 
+        longest, wanted = self.reader.max_samples, self.reader.rate
         try:
-            samples, rate = soundfile.read(self.recordings.open(row), dtype="float32")
-        except (OSError, ValueError, RuntimeError) as error:
+            with soundfile.SoundFile(self.recordings.open(row)) as file:
+                total, first = _resampled_length(file.frames, file.samplerate, wanted), 0
+                if total > longest and epoch is not None:
+                    first = int(np.random.default_rng([self.seed, epoch, row]).integers(total - longest + 1))
+                wave = read_part(file, first, longest, wanted)
+        except Exception as error:  # libsndfile's, and whatever soundfile makes of a header
             raise self.recordings.unreadable(row, error) from error
-        wave = resample(samples.mean(axis=1) if samples.ndim > 1 else samples, rate, self.reader.rate)
         if not len(wave):
-            raise self.recordings.unreadable(row, ValueError("no samples"))
-        longest, first = self.reader.max_samples, 0
-        if len(wave) > longest and epoch is not None:
-            first = int(np.random.default_rng([self.seed, epoch, row]).integers(len(wave) - longest + 1))
-        return wave[first : first + longest]
+            raise self.recordings.unreadable(row, "it has no samples")
+        return wave
 
 
 def encode_recordings(
@@ -138,14 +142,52 @@ def encode_recordings(
     for row in range(len(recordings)):
         try:
             found = soundfile.info(recordings.open(row))
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # libsndfile's, and whatever soundfile makes of a header
             raise recordings.unreadable(row, error) from error
-        counts[row] = math.ceil(found.frames * reader.rate / found.samplerate)
+        if not 1 <= found.samplerate <= _HIGHEST_RATE:
+            problem = f"it has {found.samplerate:,} samples a second, allowed are 1 to {_HIGHEST_RATE:,}"
+            raise recordings.unreadable(row, problem)
+        counts[row] = min(_resampled_length(found.frames, found.samplerate, reader.rate), reader.max_samples + 1)
     return RecordingExamples(
         recordings=recordings, targets=targets, num_unlabelled=int(missing.sum()), reader=reader,
         samples=np.minimum(counts, reader.max_samples),
         num_truncated=int((counts > reader.max_samples).sum()), seed=seed,
     )  # fmt: skip
+
+
+def read_part(file: Any, first: int, count: int, wanted: int) -> Wave:
+    """``count`` samples from ``first`` on of a recording at ``wanted`` samples a second (fewer where it ends before),
+    shape (samples,), channels averaged.
+
+    Only what they depend on is read, whatever the header says of the rest: a few bytes of zeros may stand for hours.
+    Within rounding they are those of the whole recording resampled.
+
+    Args:
+        file: an open ``soundfile.SoundFile``.
+        first: counted at ``wanted`` samples a second, as is ``count``.
+        count: at most so many.
+        wanted: samples a second.
+    """
+    common = math.gcd(file.samplerate, wanted)
+    up, down = wanted // common, file.samplerate // common
+    reach = 0 if up == down else -(-_FILTER_REACH * max(up, down) // up) + 1  # frames that the filter looks around
+    start = max(0, first * down // up - reach) // down * down  # a frame that falls on an output sample
+    stop = min(file.frames, -(-(first + count) * down // up) + reach)
+    file.seek(start)
+    parts, left = [], stop - start
+    while left > 0:
+        block = file.read(min(left, _BLOCK), dtype="float32", always_2d=True)
+        if not len(block):
+            break  # the header promised more
+        parts.append(block.mean(axis=1))
+        left -= len(block)
+    samples = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+    before = first - start // down * up
+    return resample(samples, file.samplerate, wanted)[before : before + count]
+
+
+def _resampled_length(frames: int, rate: int, wanted: int) -> int:
+    return -(-frames * wanted // rate)
 
 
 def resample(samples: Wave, rate: int, wanted: int) -> Wave:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from mirrortune.arrow_arrays import flag_array
 from mirrortune.atomic import cannot_write
 from mirrortune.column_problems import is_unreadable, problem_field
+from mirrortune.disk_space import leave_room
 from mirrortune.locations import cache_folder
 
 _LIMIT = 1 << 28  # bytes held in memory
@@ -132,6 +133,7 @@ def _spilled(parts: list[pa.Table]) -> list[pa.Table]:
 
 
 def _append(file: IO[bytes], part: pa.Table) -> int:
+    leave_room(cache_folder(), "the data that is being read")
     start = file.tell()
     # A stream, not a file: its dictionaries may change from batch to batch.
     with pa.ipc.new_stream(file, part.schema) as writer:

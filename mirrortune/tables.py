@@ -13,10 +13,9 @@ import csv
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,21 +23,23 @@ import pyarrow.parquet as pq
 
 from mirrortune.arrow_arrays import text_array
 from mirrortune.column_problems import problem_field
+from mirrortune.disk_space import leave_room
 from mirrortune.errors import DataError
 from mirrortune.json_rows import JSONArrayError, array_elements
-from mirrortune.locations import TABLE_SUFFIXES, table_suffix
+from mirrortune.locations import TABLE_SUFFIXES, cache_folder, is_system, table_suffix
 from mirrortune.row_places import FileRows, IntArray
 from mirrortune.table_parts import join_parts, on_disk
 from mirrortune.text_files import blocks_of, first_line, is_packed, lines_of, open_bytes, unpacking
 
 # Cells of the csv module are limited to 128 KiB by default; documents are longer.
-_CELL_LIMIT = 1 << 30
+_CELL_LIMIT = 1 << 28
 # What is read at a time: rows, and characters.
 _PART_ROWS, _PART_SIZE = 65_536, 1 << 24
 _SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line of some exports of Excel
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _Part = tuple[pa.Table, IntArray | None]
 """Some rows, and the line of each, shape (N,), where a file has lines."""
+_UNPACKED = 1 << 24  # bytes
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
@@ -61,7 +62,9 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
         DataError: if the file is missing, empty, undecodable, truncated or malformed; with its line where there is one.
     """
     if not path.is_file():
-        siblings = sorted(p.name for p in path.parent.glob("[!.]*")) if path.parent.is_dir() else []
+        siblings = (
+            sorted(p.name for p in path.parent.glob("*") if not is_system(p.name)) if path.parent.is_dir() else []
+        )
         raise DataError(
             str(path),
             "no such file",
@@ -331,7 +334,14 @@ def _mapped(path: Path) -> pa.Buffer:
     if not is_packed(path):
         return pa.memory_map(str(path)).read_buffer()
     with unpacking(path), open_bytes(path) as packed:
-        return on_disk(lambda file: shutil.copyfileobj(packed, file))
+        return on_disk(lambda file: _unpack(path, packed, file))
+
+
+def _unpack(path: Path, packed: IO[bytes], file: IO[bytes]) -> None:
+    while block := packed.read(_UNPACKED):
+        if file.tell():  # what is small fits anywhere
+            leave_room(cache_folder(), f"what {path} unpacks to")
+        file.write(block)
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[_Part]]] = {

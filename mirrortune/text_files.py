@@ -27,6 +27,7 @@ _MARKS = (
 )  # fmt: skip
 _LATIN = ("latin-1", "latin1", "iso-8859-1", "iso8859-1", "l1")
 _CONTROLS = re.compile("[\x80-\x9f]")
+_LONGEST = 1 << 28  # characters of a line
 
 
 def lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
@@ -39,7 +40,11 @@ def lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
     """
     is_latin = encoding.lower().replace("_", "-") in _LATIN
     with _text(path, encoding, newline) as text:
-        for number, line in enumerate(text, start=1):
+        number = 0
+        while line := text.readline(_LONGEST):
+            number += 1
+            if len(line) == _LONGEST:  # an archive of a few kilobytes may hold a line that no memory does
+                raise DataError(f"{path}:{number}", f"a line of more than {_LONGEST:,} characters", fix="Break it up")
             if is_latin:
                 _refuse_controls(path, encoding, line, number)
             yield line.replace("\r\n", "\n")
