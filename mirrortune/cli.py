@@ -21,6 +21,7 @@ from mirrortune.cli_exports import merge, push
 from mirrortune.cli_reports import analyze, besides_head, report, train_lines
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
+from mirrortune.locations import shown_path
 from mirrortune.report import Reporter, describe_metrics
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
+            _check_words(kwargs)
             command(*args, **kwargs)
         except MirrortuneError as error:
             if kwargs.get("debug"):
@@ -102,6 +104,17 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return guarded
+
+
+def _check_words(given: dict[str, Any]) -> None:
+    """Refuse words that are not UTF-8, such as the path of a file from a system with another encoding: what is written
+    of a run (recipe, card, log) is.
+    """
+    words = [word for value in given.values() for word in (value if isinstance(value, list) else [value])]
+    odd = [word for word in words if isinstance(word, str) and shown_path(word) != word]
+    if odd:
+        named = ", ".join(f"'{shown_path(word)}'" for word in odd)
+        raise ConfigError("command line", f"{named} is not UTF-8", fix="Rename the file or folder, or link to it")
 
 
 @app.callback(invoke_without_command=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _INK, _FAINT = "#010203", "#040506"
 _ON_PAPER = {_INK: "#1a1a1a", _FAINT: "#d9d9d9"}
 _ON_PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)"}
+
+_RAISED = str.maketrans("-\N{MINUS SIGN}0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")  # characters that XML cannot hold
 
 Draw = Callable[[Any], None]
 """Draws into an empty matplotlib Figure."""
@@ -132,14 +136,34 @@ def _render(drawing: Drawing, kind: str) -> bytes:
         "axes.titlesize": 10, "axes.titleweight": "bold",
         "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "font.size": 9,
         "svg.fonttype": "none", "svg.hashsalt": "mirrortune", "font.family": "sans-serif",
+        "text.parse_math": False, "text.usetex": False,  # names of classes and runs are text, whatever stands in them
     }  # fmt: skip
-    with mpl.rc_context(style):
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")  # of a script that the font lacks: drawn as a box
         figure = Figure(figsize=drawing.size, layout="constrained")
         drawing.draw(figure)
+        _write_powers_plainly(figure)
         buffer = io.BytesIO()
         options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 130, "facecolor": "white"}
         figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue()
+    return buffer.getvalue() if kind == "png" else _NO_XML.sub("", buffer.getvalue().decode()).encode()
+
+
+def _write_powers_plainly(figure: Any) -> None:
+    """Label logarithmic axes with ``10²`` where matplotlib has a formula, since formulas are not drawn."""
+    from matplotlib.ticker import LogFormatterSciNotation  # noqa: PLC0415
+
+    class Plain(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            found = re.sub(r"\$\\mathdefault\{(.*)\}\$", r"\1", super().__call__(x, pos)).replace(r"\times", "×")
+            return re.sub(r"\^\{(.*?)\}", lambda power: power[1].translate(_RAISED), found)
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        for kind in ("major", "minor"):
+            formatter = getattr(axis, f"get_{kind}_formatter")()
+            if type(formatter) is LogFormatterSciNotation:
+                plain = Plain(labelOnlyBase=formatter.labelOnlyBase)
+                getattr(axis, f"set_{kind}_formatter")(plain)
 
 
 def _coloured(svg: str, colours: dict[str, str]) -> str:

@@ -55,7 +55,9 @@ def check_labels(labels: Sequence[str]) -> None:
 def _checked(path: Path) -> Path:
     if path.is_dir():
         raise ConfigError("--predictions", f"{path} is a folder", fix="Give another name")
-    if path.is_file() and not _holds_predictions(path):
+    if path.exists() and not path.is_file():  # a pipe has nothing to be read, and a device is no place for a file
+        raise ConfigError("--predictions", f"{path} is no regular file", fix="Give another name")
+    if path.exists() and not _holds_predictions(path):
         raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
     return path
 

@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -36,6 +38,34 @@ from mirrortune.signals import describe_stop
 _QUIET, _NORMAL, _VERBOSE = -1, 0, 1
 
 
+# Control characters but for the end of a line and the tab; marks that reverse the order of what follows; halves of
+# characters, which stand for bytes of a path that are not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""``text`` with everything that a terminal would obey rather than show as ``\x1b``: names of files, columns and
+    classes are a stranger's.
+    """
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that it could not decode
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line, or several, of which the terminal obeys nothing."""
+    console.print(printable(text), markup=False)
+
+
 def chatter_to_stderr() -> AbstractContextManager[Any]:
     """While it is open, what libraries print goes to stderr: standard output belongs to the command's result."""
     return redirect_stdout(sys.stderr)
@@ -52,8 +82,7 @@ class Reporter:
 
     def __init__(self, *, verbosity: int = 0, as_json: bool = False, is_main: bool = True) -> None:
         self.verbosity, self.as_json, self.is_main = verbosity, as_json, is_main
-        self._out = Console(highlight=False, soft_wrap=True, emoji=False)
-        self._err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+        self._out, self._err = _console(), _console(stderr=True)
 
     def result(self, data: dict[str, Any], lines: Sequence[str]) -> None:
         """The command's result: ``data`` with --json, ``lines`` otherwise."""
@@ -63,12 +92,12 @@ class Reporter:
             sys.stdout.write(json.dumps(data) + "\n")
             sys.stdout.flush()
         else:
-            self._out.print("\n".join(lines), markup=False)
+            _say(self._out, "\n".join(lines))
 
     def note(self, text: str, *, level: int = _NORMAL) -> None:
         """A line on stderr, if ``level`` is at most the verbosity."""
         if self.is_main and level <= self.verbosity:
-            self._err.print(text, markup=False)
+            _say(self._err, text)
 
     def detail(self, text: str) -> None:
         """A line for ``-v``."""
@@ -76,7 +105,7 @@ class Reporter:
 
     def error(self, text: str) -> None:
         """An error on stderr, by every rank that has one."""
-        self._err.print(Text("error: ", style="bold red") + Text(text))
+        self._err.print(Text("error: ", style="bold red") + Text(printable(text)))
 
     def bar(self, label: str, total: int) -> Bar:
         """A progress bar over ``total`` units; off a terminal a single line at the end."""
@@ -96,13 +125,13 @@ class Bar:
     """Progress over a known number of units; a context manager."""
 
     def __init__(self, console: Console, label: str, total: int, *, is_shown: bool) -> None:
-        self._console, self._label, self._total, self._done = console, label, total, 0
+        self._console, self._label, self._total, self._done = console, printable(label), total, 0
         self._is_shown, self._live = is_shown, is_shown and console.is_terminal
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=console, disable=not self._live, transient=True,
         )  # fmt: skip
-        self._task = self._progress.add_task(label, total=total)
+        self._task = self._progress.add_task(escape(self._label), total=total)
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -120,7 +149,7 @@ class Bar:
         self._done += count
         self._progress.advance(self._task, count)
         if self._is_shown and not self._live and self._done == self._total:
-            self._console.print(f"{self._label}: {self._total} done", markup=False)
+            _say(self._console, f"{self._label}: {self._total} done")
 
 
 class _SpeedColumn(ProgressColumn):
@@ -191,11 +220,11 @@ class TrainingProgress:
             if self._task is not None:
                 self._progress.update(self._task, metric=shown)
             if self._is_shown:
-                self._progress.console.print(f"{line}validation: {text}", markup=False)
+                _say(self._console, f"{line}validation: {text}")
         elif self._live and self._task is not None:
             self._progress.update(self._task, loss=f"{event['loss']:.4f}")
         elif self._is_shown:
-            self._console.print(f"{line}{text}  {self._pace(event['step'])}", markup=False)
+            _say(self._console, f"{line}{text}  {self._pace(event['step'])}")
         self._mark = time.perf_counter()  # what is made of an event is no training
 
     def on_evaluate(self, rows: int) -> None:
