@@ -174,7 +174,7 @@ def _merge_into(
             (folder / name).write_text(text, encoding="utf-8")
         found.append(verdict)
         report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
-        made = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        made = [p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_file()]
         report["files"] = sorted([*made, "merge.json"])
         (folder / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         if not verdict.passed:
