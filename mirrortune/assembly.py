@@ -12,16 +12,18 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import nn
 
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data import DataSet, Split, set_aside, take_subset
 from mirrortune.disk_space import check_disk
 from mirrortune.duplicates import rows_in_both
-from mirrortune.errors import DataError, all_of, counted, did_you_mean
+from mirrortune.errors import ConfigError, DataError, all_of, counted, did_you_mean
 from mirrortune.examples import Examples
 from mirrortune.file_cells import remarks_on
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import default_device, is_set, resolve_precision
+from mirrortune.index_checks import Lengths, check_rows, longest
 from mirrortune.model import ModelSource, describe_widening, empty_model, find_model, resolve_dtype
 from mirrortune.planning import Plan, make_plan
 from mirrortune.preflight import Stage, Step, check_memory, describe, disk_needs, packed
@@ -30,7 +32,7 @@ from mirrortune.rehearsal import Footprint
 from mirrortune.report import Reporter
 from mirrortune.schema import Recipe
 from mirrortune.stream_feeding import StreamedExamples
-from mirrortune.tasks import TARGET_ROLES, Task, check_columns, with_label_columns
+from mirrortune.tasks import TARGET_ROLES, Task, check_columns, unused_columns, with_label_columns
 from mirrortune.token_cache import uncached
 from mirrortune.tokens import Reading
 
@@ -109,6 +111,7 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
         lambda: _processor(recipe, task, source),
         lambda: _check_splits(rows),
     )
+    max_length = _fitting_length(recipe, task, model, processor, source, max_length, reporter)
     scored = Reading(max_length=max_length, seed=recipe.train.seed, tell=lambda text: reporter.detail(f"  {text}"))
     learned = replace(scored, for_training=True, drop_blank=recipe.data.blank_text == "drop")
     train = task.encode(rows.train, processor, learned)
@@ -118,7 +121,10 @@ def _assemble(recipe: Recipe, read: Callable[[], DataSet], reporter: Reporter) -
         reporter.note(f"  {name}: {examples.describe()}")
     if rows.test is not None:
         _check_test(rows.test, task, processor, scored, reporter)
-    twice = rows_in_both(rows.train, rows.validation, [c for c in task.columns() if c[0] not in TARGET_ROLES])
+    _check_indices(model, {"train": train, "validation": validation, **reported}, processor, source, max_length)
+    in_both = set(rows.train.table.column_names) & set(rows.validation.table.column_names)
+    inputs = [(role, column) for role, column in task.columns() if role not in TARGET_ROLES and column in in_both]
+    twice = rows_in_both(rows.train, rows.validation, inputs)
     if twice:
         are = "is" if twice == 1 else "are"
         reporter.note(f"  {counted(twice, 'validation row')} {are} also among the training rows")
@@ -156,7 +162,7 @@ def _read_rows(recipe: Recipe, data: DataSet, reporter: Reporter) -> _Rows:
     task, notes = make_task(recipe, train)
     count = counted(train.table.num_rows, "row")
     reporter.note(f"data: {train.source}, {count if train.stream is None else f'streamed; of its first {count}:'}")
-    for text in (*notes, *remarks_on(data, task.columns())):
+    for text in filter(None, (*notes, unused_columns(train.table, task), *remarks_on(data, task.columns()))):
         reporter.note(f"  {text}")
     whole = train
     train, validation = _validation(recipe, data, train, task, reporter)
@@ -222,6 +228,43 @@ def _find(recipe: Recipe) -> ModelSource:
 def _processor(recipe: Recipe, task: Task, source: ModelSource) -> tuple[Any, int | None]:
     processor = task.load_processor(source)
     return processor, task.resolve_length(recipe.data.max_length, processor, source.config)
+
+
+def _fitting_length(
+    recipe: Recipe, task: Task, model: nn.Module, processor: Any, source: ModelSource, max_length: int | None,
+    reporter: Reporter,
+) -> int | None:  # fmt: skip
+    """``max_length``, or what the model has positions for if that is less and nobody asked for more.
+
+    Raises:
+        ConfigError: rows or target texts were asked for that are longer than the model's tables of positions.
+    """
+    if max_length is None:
+        return None
+    targets: int | None = getattr(task, "max_target_length", None)
+    found = longest(model, task.probe(processor, source.config), Lengths(tokens=max_length, targets=targets))
+    if targets is not None and found.targets is not None and found.targets < targets:
+        raise ConfigError("task.max_target_length", f"got {targets}, the model takes at most {found.targets} tokens",
+                          allowed=f"1 to {found.targets}")  # fmt: skip
+    if found.tokens < max_length:
+        if recipe.data.max_length is not None:
+            raise ConfigError("data.max_length", f"got {max_length}, the model takes at most {found.tokens} tokens",
+                              allowed=f"4 to {found.tokens}")  # fmt: skip
+        reporter.note(f"  the model has positions for {found.tokens} tokens: longer rows are cut")
+    return found.tokens
+
+
+def _check_indices(
+    model: nn.Module, splits: dict[str, Examples], processor: Any, source: ModelSource, max_length: int | None
+) -> None:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    all_of(
+        *(
+            partial(check_rows, model, examples, tokenizer, where=f"model '{source.name}'", source=f"the {name} rows",
+                    is_text=max_length is not None)
+            for name, examples in splits.items()
+        )
+    )  # fmt: skip
 
 
 def _check_fits(

@@ -30,6 +30,7 @@ from mirrortune.factor_cache import FactorCache
 from mirrortune.file_cells import remarks_on
 from mirrortune.forward_modes import checkpoint_activations
 from mirrortune.hardware import factorising_device
+from mirrortune.index_checks import check_rows
 from mirrortune.loading import (
     Evaluable,
     adapt_model,
@@ -356,6 +357,11 @@ def _evaluate(
         ranks.from_main(accelerator, functools.partial(claim, predictions))
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
+    tokenizer = getattr(found.processor, "tokenizer", found.processor)
+    check_rows(
+        found.model, examples, tokenizer, where=f"model '{target}'", source=f"the {name} rows",
+        is_text=found.max_length is not None,
+    )  # fmt: skip
     if (count := examples.num_unlabelled) and predictions is not None:
         reporter.note(f"{name}: {count:,} of {len(examples):,} rows have no label: nothing is scored")
     found.model.to(accelerator.device)

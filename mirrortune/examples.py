@@ -22,6 +22,8 @@ Targets = npt.NDArray[np.generic]
 Rows = npt.NDArray[np.int64]
 Batch = dict[str, Any]
 """What a model's forward takes, by name, and ``targets``: tensors whose first dimension is B, and plain switches."""
+OPTIONAL_ROLE = "optional"
+"""What :meth:`mirrortune.tasks.Task.columns` calls a column that a split may lack."""
 IGNORE_INDEX = -100  # the target of a position that has none; what torch's cross-entropy ignores
 
 
@@ -41,6 +43,9 @@ class Examples(Protocol):
         """Positions of each row in the model, shape (N,): rows of similar length are batched together."""
 
     def __len__(self) -> int: ...
+
+    def extremes(self) -> Rows:
+        """A few rows among which are the longest, and those with the largest index of every kind."""
 
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
         """The given rows as tensors; ``epoch`` (from 0) if they are to be learned from, None if they are scored."""
@@ -68,7 +73,12 @@ class Padding:
     def of(cls, tokenizer: Any) -> Padding:
         """The padding that ``tokenizer`` itself would use; targets of padded positions are ignored."""
         types = tokenizer.pad_token_type_id
-        fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": types, "targets": IGNORE_INDEX}
+        fill = {
+            "input_ids": tokenizer.pad_token_id or 0,
+            "token_type_ids": types,
+            "targets": IGNORE_INDEX,
+            "weights": 0,
+        }
         return cls(side=tokenizer.padding_side, fill=fill)
 
 
@@ -78,7 +88,7 @@ class TokenExamples:
 
     Attributes:
         features: name -> values of all rows end to end, shape (T,), int32: ``input_ids``, and where there are any
-            ``token_type_ids`` and one of the ``targets`` for every token.
+            ``token_type_ids``, one of the ``targets`` for every token, and its weight in the loss.
         offsets: shape (N + 1,), int64; row i is [offsets[i], offsets[i + 1]).
         targets: one a row, shape (N, ...), or None where every token has its own.
         padding: of batches.
@@ -113,14 +123,22 @@ class TokenExamples:
         """Tokens of each row, shape (N,)."""
         return np.diff(self.offsets)
 
+    def extremes(self) -> Rows:
+        """See :class:`Examples`."""
+        places = [int(values.argmax()) for name, values in self.features.items() if name not in ("targets", "weights")]
+        rows = np.searchsorted(self.offsets, places, side="right") - 1
+        return np.unique([*rows, int(self.lengths.argmax())])
+
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
         """The given rows, padded to the longest of them.
 
         Returns:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``), each (B, L) int64, and ``targets``, (B, ...) or
-            (B, L).
+            (B, L), with weights (B, 2, L).
         """
         batch, mask = pad_rows(self.features, self.offsets, rows, self.padding)
+        if "weights" in batch:
+            batch["targets"] = torch.stack([batch["targets"], batch.pop("weights")], dim=1)
         batch |= {"attention_mask": mask, **self.switches}
         if self.targets is not None:
             batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))

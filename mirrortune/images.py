@@ -154,6 +154,10 @@ class ImageExamples:
         size = "images of their own size" if self.reader.size is None else "{1} x {0} pixels".format(*self.reader.size)
         return f"{counted(len(self), 'row')}, {size}"
 
+    def extremes(self) -> Rows:
+        """The longest row; there are no indices."""
+        return np.array([int(self.lengths.argmax())])
+
     def verify(self, model: nn.Module) -> None:
         """Nothing."""
 

@@ -7,6 +7,7 @@ No model family is named here. What the checkpoint did not fill (``new_parameter
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 from dataclasses import dataclass
@@ -158,7 +159,8 @@ def _split_gguf(name: str) -> tuple[str, str | None]:
 
 
 def load_tokenizer(source: ModelSource, **options: Any) -> Any:
-    """The model's tokenizer, with a padding token in any case (the end token stands in where there is none).
+    """The model's tokenizer, with a padding token in any case that the model knows (the end token stands in where there
+    is none).
 
     Raises:
         NoProcessorError: the model has no tokenizer files.
@@ -178,11 +180,7 @@ def load_tokenizer(source: ModelSource, **options: Any) -> Any:
         # Transformers makes one up where the files are missing.
         if len(tokenizer) < _LARGEST_MADE_UP and not _has_tokenizer_files(source):
             raise no_files
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ConfigError(where, "its tokenizer has neither a padding nor an end token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return _with_padding(tokenizer, source)
 
 
 def _has_tokenizer_files(source: ModelSource) -> bool:
@@ -195,6 +193,55 @@ def _has_tokenizer_files(source: ModelSource) -> bool:
         return found
 
     return source.gguf_file is not None or any(find(name) is not None for name in _TOKENIZER_FILES)
+
+
+def _with_padding(tokenizer: Any, source: ModelSource) -> Any:
+    """The tokenizer, with a padding token that the model has an embedding for."""
+    rows = getattr(source.config.get_text_config(), "vocab_size", None)
+    rows = rows if isinstance(rows, int) else len(tokenizer)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
+        return tokenizer
+    ends = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.sep_token_id, *_end_ids(source))
+    found = next((i for i in ends if i is not None and i < min(rows, len(tokenizer))), None)
+    if found is None:
+        raise ConfigError(
+            f"model '{source.name}'", "its tokenizer has neither a padding nor an end token",
+            fix="Set eos_token or pad_token in its tokenizer_config.json",
+        )  # fmt: skip
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(found)
+    return tokenizer
+
+
+def with_end_token(tokenizer: Any, source: ModelSource) -> Any:
+    """The tokenizer, with an end token: its own, else the one that the model's configuration or generation
+    configuration names.
+
+    Raises:
+        ConfigError: nothing names one.
+    """
+    if tokenizer.eos_token_id is None:
+        found = next((i for i in _end_ids(source) if i < len(tokenizer)), None)
+        if found is None:
+            raise ConfigError(
+                f"model '{source.name}'", "neither its tokenizer nor its configuration has an end token, which answers"
+                " are learned with", fix="Set eos_token in its tokenizer_config.json",
+            )  # fmt: skip
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(found)
+    return tokenizer
+
+
+def _end_ids(source: ModelSource) -> list[int]:
+    """Ids at which the model's configuration, else its generation configuration, ends a text."""
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    config = source.config
+    found = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
+    if all(value is None for value in found):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # most models have none
+            revision = source.commit or source.revision
+            pinned: dict[str, Any] = {"revision": revision} if revision else {}
+            found.append(GenerationConfig.from_pretrained(source.location, **pinned).eos_token_id)
+    return [i for value in found for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 
 
 def pad_token_id(processor: Any) -> int | None:
@@ -351,7 +398,10 @@ def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id
         config.quantization_config["dequantize"] = True
     for key, value in config_fields.items():
         setattr(config, key, value)
-    if getattr(config, "pad_token_id", None) is None and pad_token_id is not None:
+    own, rows = getattr(config, "pad_token_id", None), getattr(config.get_text_config(), "vocab_size", None)
+    if own is not None and isinstance(rows, int) and own >= rows:
+        own = config.pad_token_id = None  # a token that the tokenizer got later, and the model never
+    if own is None and pad_token_id is not None:
         config.pad_token_id = pad_token_id
     if source.attention is not None:
         config._attn_implementation = source.attention  # noqa: SLF001  (from_pretrained's argument does no other)

@@ -55,12 +55,21 @@ class PackedExamples:
     def __len__(self) -> int:
         return len(self.bins)
 
+    def extremes(self) -> Rows:
+        """See :class:`mirrortune.examples.Examples`."""
+        found = {int(row) for row in self.documents.extremes()}
+        holding = [number for number, rows in enumerate(self.bins) if found & {int(row) for row in rows}]
+        return np.unique([*holding, int(self.lengths.argmax())])
+
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """The given sequences: ``input_ids``, ``position_ids`` and ``targets``, each (B, L) int64."""
+        """The given sequences: ``input_ids``, ``position_ids`` and ``targets``, each (B, L) int64; with weights
+        ``targets`` is (B, 2, L).
+        """
         documents, fill = self.documents, self.documents.padding.fill
         width = int(self.lengths[rows].max())
         ids = np.full((len(rows), width), fill["input_ids"], dtype=np.int64)
         targets, positions = np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids)
+        weights = np.zeros_like(ids) if "weights" in documents.features else None
         for i, row in enumerate(rows):
             start = 0
             for document in self.bins[row]:
@@ -68,10 +77,14 @@ class PackedExamples:
                 stop = start + piece.stop - piece.start
                 ids[i, start:stop] = documents.features["input_ids"][piece]
                 targets[i, start:stop] = documents.features["targets"][piece]
+                if weights is not None:
+                    weights[i, start:stop] = documents.features["weights"][piece]
                 targets[i, start] = IGNORE_INDEX  # the row before does not foretell it
                 positions[i, start:stop] = np.arange(stop - start)
                 start = stop
         made = {"input_ids": ids, "position_ids": positions, "targets": targets}
+        if weights is not None:
+            made["targets"] = np.stack([targets, weights], axis=1)
         return {**{name: torch.from_numpy(values) for name, values in made.items()}, **documents.switches}
 
     def describe(self) -> str:

@@ -46,6 +46,8 @@ def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[st
         size = " x ".join(map(str, values.shape))
         low, high, mean = float(values.min()), float(values.max()), float(values.mean())
         yield f"  {name}: {size}, {low:.3g} to {high:.3g}, mean {mean:.3g}"
+    elif name == "targets" and values.ndim > 1 and not values.is_floating_point() and not labels and can_read:
+        yield from _shown(name, values[0], tokenizer, task)  # behind them stand the weights
     elif values.ndim > 1:  # the endings of a choice, each a row of tokens
         for number, part in enumerate(values):
             yield from (f"  {line.strip()} (choice {number + 1})" for line in _shown(name, part, tokenizer, task))

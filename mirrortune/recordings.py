@@ -109,6 +109,10 @@ class RecordingExamples:
         text = f"{counted(len(self), 'row')}, {np.median(seconds):.1f} s (median), {seconds.max():.1f} s at most"
         return f"{text}; {self.num_truncated} cut" if self.num_truncated else text
 
+    def extremes(self) -> Rows:
+        """The longest row; there are no indices."""
+        return np.array([int(self.lengths.argmax())])
+
     def verify(self, model: nn.Module) -> None:
         """Nothing."""
 

@@ -76,9 +76,9 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known[tensor.untyped_storage()] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _answered(func, args) if func in _ASK_NUMBERS else None
+        out = answered(func, args) if func in ASK_NUMBERS else None
         if out is None:
-            out = func(*_all_rows(func, args), **(kwargs or {}))
+            out = func(*all_rows(func, args), **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -122,7 +122,7 @@ def rehearse(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        empty = copy.deepcopy(model, _memo(model, device)).train()
+        empty = without_numbers(model, device).train()
         inputs, scored_inputs = _empty_batch(batch, device), _empty_batch(scored, device)
     ledger = _Ledger()
     held = dict(_tensors(empty))
@@ -161,6 +161,11 @@ def _empty_batch(batch: Batch, device: str) -> Batch:
     return {k: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def without_numbers(model: nn.Module, device: str) -> nn.Module:
+    """A copy of a model whose tensors have types and shapes, and no memory."""
+    return copy.deepcopy(model, _memo(model, device))
+
+
 def _memo(model: nn.Module, device: str) -> dict[int, Any]:
     """For ``copy.deepcopy``: every tensor of a model as one of the same type and shape that takes no memory."""
     memo: dict[int, Any] = {}
@@ -187,7 +192,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _all_rows(func: Any, args: Any) -> Any:
+def all_rows(func: Any, args: Any) -> Any:
     """Arguments in which masks (which take an unknown number of rows) have become indices of all rows."""
     if func not in (
         _ATEN.index.Tensor,
@@ -206,7 +211,7 @@ def _all_rows(func: Any, args: Any) -> Any:
     return (args[0], indices, *args[2:])
 
 
-def _answered(func: Any, args: Any) -> Any:
+def answered(func: Any, args: Any) -> Any:
     """What a question about numbers is answered with: one, and every element."""
     tensor = args[0]
     if func is _SCALAR:
@@ -217,4 +222,5 @@ def _answered(func: Any, args: Any) -> Any:
 
 
 _SCALAR = _ATEN._local_scalar_dense.default  # noqa: SLF001  (what .item() and int() call)
-_ASK_NUMBERS = (_SCALAR, _ATEN.nonzero.default, _ATEN.masked_select.default)
+ASK_NUMBERS = (_SCALAR, _ATEN.nonzero.default, _ATEN.masked_select.default)
+"""Operations whose result depends on numbers; see :func:`answered`."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.arrow_arrays import flag_array
+from mirrortune.arrow_arrays import flag_array, python_values
 
 _ROWS, _SIZE = 1024, 1 << 22  # of a chunk; bytes in the table, of which Python's values and tokens take many times more
 
@@ -37,7 +37,7 @@ def row_chunks(table: pa.Table, columns: Sequence[str], keep: npt.NDArray[np.boo
             if flags is not None and not flags.all():
                 batch = batch.filter(flag_array(flags))
             if batch.num_rows:
-                yield [column.to_pylist() for column in batch.columns]
+                yield [python_values(column) for column in batch.columns]
 
 
 def cells(table: pa.Table, column: str, keep: npt.NDArray[np.bool_] | None = None) -> Iterator[Any]:

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mirrortune.arrow_arrays import aligned
+
 # Rows that are read at a time.
 _READ = 512
 
@@ -143,4 +145,4 @@ def _blocks(tables: Iterable[tuple[Place, pa.Table]], size: int) -> Iterator[tup
 
 
 def _joined(parts: list[pa.Table]) -> pa.Table:
-    return pa.concat_tables(parts, promote_options="permissive")
+    return pa.concat_tables(aligned(parts), promote_options="permissive")

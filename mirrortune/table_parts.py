@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.arrow_arrays import flag_array
+from mirrortune.arrow_arrays import aligned, flag_array
 from mirrortune.atomic import cannot_write
 from mirrortune.column_problems import is_unreadable, problem_field
 from mirrortune.disk_space import leave_room
@@ -29,8 +29,9 @@ def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT, source: str = "ro
     """One table of all parts, in order.
 
     Args:
-        parts: with the same columns, or with others that go together: whole with real numbers, null with anything. A
-            column whose types do not go together becomes one that cannot be read (:mod:`mirrortune.column_problems`).
+        parts: with the same columns, or with others that go together: whole with real numbers, null with anything, JSON
+            with whatever JSON can hold. A column whose types do not go together becomes one that cannot be read
+            (:mod:`mirrortune.column_problems`).
         limit: beyond so many bytes parts go to a file in the cache folder, which nobody else sees and which is gone
             with the process.
         source: the file, for messages.
@@ -56,6 +57,7 @@ def joined(tables: Sequence[pa.Table], source: str) -> pa.Table:
     """The rows of all ``tables``, in order, with the columns of all of them; see :func:`join_parts` for types that
     differ.
     """
+    tables = aligned(tables)
     names = dict.fromkeys(name for table in tables for name in table.column_names)
     unusable = {name: field for name in names if (field := _conflict(tables, name, source)) is not None}
     return pa.concat_tables([_without(table, unusable) for table in tables], promote_options="permissive")

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mirrortune.arrow_arrays import text_array
+from mirrortune.arrow_arrays import holds_objects, json_array, text_array
 from mirrortune.column_problems import problem_field
 from mirrortune.disk_space import leave_room
 from mirrortune.errors import DataError
@@ -293,7 +293,7 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
     for name in names:
         values = [row.get(name) for _, row in rows]
         try:
-            array = text_array(values) if _is_text(values) else pa.array(values)
+            array = _column(values)
             field = pa.field(name, array.type)
         except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             problem, place = _why_unreadable(values, error)
@@ -323,6 +323,26 @@ def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
 
 def _is_torn(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """The values of a column as text, numbers, lists, flat objects of text, or else JSON."""
+    if _is_text(values):
+        return text_array(values)
+    if any(map(holds_objects, values)) and not _are_flat(values):
+        return json_array(values)
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        if not all(value is None or isinstance(value, list | dict) for value in values):
+            raise
+        return json_array(values)  # lists of values of different types
+
+
+def _are_flat(values: list[Any]) -> bool:
+    """Whether all values are objects of texts, which become columns (``translation: {en, ro}``)."""
+    texts = [value.values() if isinstance(value, dict) else (0,) for value in values if value is not None]
+    return all(part is None or isinstance(part, str) for parts in texts for part in parts)
 
 
 def _is_text(cells: list[Any]) -> bool:

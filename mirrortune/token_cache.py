@@ -29,7 +29,7 @@ from mirrortune.locations import cache_folder, is_safe_entry
 from mirrortune.shards import PlannedTensor, StoredTensor, read_headers, write_file
 
 # Part of every key: raise it when the same rows and tokenizer would give other tokens.
-_VERSION = 3
+_VERSION = 4
 _CODES: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 _IS_USED = ContextVar("is_used", default=True)
 _COUNT, _DIGEST = "count.", "sha256"

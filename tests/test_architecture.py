@@ -16,19 +16,19 @@ PACKAGE = Path(__file__).parents[1] / "mirrortune"
 # new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
 LAYERS = (
     "adapter_packing adapters adapters.layouts adapters.matching adapters.pair_codes arrow_arrays errors "
-    "json_rows precision row_places row_stream signals significance tally text_tables",
-    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic chat column_problems "
+    "json_rows precision row_places signals significance tally text_tables",
+    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic column_problems "
     "disk_space examples forward_modes hardware locations merge_contents metrics ranks registry report row_chunks "
-    "shards strict_yaml text_files zero",
+    "row_stream shards strict_yaml text_files zero",
     "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
     "batching claims class_folders column_contents compiling figures load_errors model_card model_outputs packing "
     "processes schema sharding table_parts token_cache token_scores tracking",
     "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison "
     "drawn_inputs feeding flags launching outputs quantised recipe redaction rehearsal tables",
     "adapters.core_stack adapters.cores adapters.products checkpoint comparison_figures editor_schema "
-    "factor_cache hub labels pages predictions recipe_commands run_figures spectra stream_feeding",
-    "adapters.effect adapters.spec adapters.spectral data parcel remote_code run_status",
-    "adapters.spectral_linear adapters.spectral_weight adapters.targets file_cells model one_of_classes "
+    "factor_cache hub index_checks labels pages predictions recipe_commands run_figures spectra stream_feeding",
+    "adapters.effect adapters.spec adapters.spectral conversations data parcel remote_code run_status",
+    "adapters.spectral_linear adapters.spectral_weight adapters.targets chat file_cells model one_of_classes "
     "peft_configs run_page streaming tokens",
     "adapters.inject adapters.timing duplicates images lazy_model recordings",
     "adapter_parts optim part_loading peft_tuners probes",

@@ -21,7 +21,7 @@ from torch import Tensor
 from mirrortune.column_problems import refuse_unreadable
 from mirrortune.data import Split
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
-from mirrortune.examples import Batch, Examples, Targets
+from mirrortune.examples import OPTIONAL_ROLE, Batch, Examples, Targets
 from mirrortune.metrics import KINDS_OWN, Scores
 from mirrortune.model import ModelSource
 from mirrortune.recipe import task_kinds
@@ -31,6 +31,7 @@ from mirrortune.tokens import Reading
 _VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 TARGET_ROLES = ("label", "tag", "answer", "target")
 """Words by which :meth:`Task.columns` calls what is learned."""
+_MOST_NAMED = 8  # columns in a note
 
 
 class Task(Protocol):
@@ -61,7 +62,9 @@ class Task(Protocol):
         """
 
     def columns(self) -> list[tuple[str, str]]:
-        """(role, column) of every column that is read; the roles are words for messages."""
+        """(role, column) of every column that is read; the roles are words for messages, but for those that a split may
+        lack (:data:`mirrortune.examples.OPTIONAL_ROLE`).
+        """
 
     def strata(self, split: Split) -> Targets | None:
         """The groups that cutting the split must keep in proportion, shape (N,), or None; DataError if a row has no
@@ -167,10 +170,19 @@ def with_label_columns(split: Split, task: Task) -> Split:
     return replace(split, table=table)
 
 
+def unused_columns(table: pa.Table, task: Task) -> str:
+    """A note on the columns that a task does not read; "" if it reads all."""
+    read = {column for _, column in task.columns()}
+    names = [name for name in table.column_names if name not in read]
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    plural = "s" if len(names) > 1 else ""
+    return f"column{plural} not used: {', '.join(names[:_MOST_NAMED])}{more}" if names else ""
+
+
 def check_columns(split: Split, task: Task) -> None:
     """Refuse a split that lacks a column of the task, or where one cannot be read; DataError with those it has."""
     for role, column in task.columns():
-        if column not in split.table.column_names:
+        if column not in split.table.column_names and role != OPTIONAL_ROLE:
             raise DataError(
                 split.source, f"it has no {role} column '{column}'.{did_you_mean(column, split.table.column_names)}",
                 allowed=", ".join(split.table.column_names),

@@ -68,6 +68,10 @@ class ChoiceExamples:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def extremes(self) -> Rows:
+        """See :class:`mirrortune.examples.Examples`."""
+        return np.unique(np.searchsorted(self.firsts, self.endings.extremes(), side="right") - 1)
+
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
         """Tokens (B, C, L) with C endings at most; targets (B, 2): the right one, and how many there are.
 

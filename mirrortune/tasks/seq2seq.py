@@ -22,7 +22,7 @@ from mirrortune.errors import ConfigError, DataError
 from mirrortune.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples, pad_rows
 from mirrortune.labels import refuse_missing
 from mirrortune.metrics import KINDS_OWN, Scores
-from mirrortune.model import ModelSource, forward_parameters, load_tokenizer
+from mirrortune.model import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.probes import text_probe
 from mirrortune.row_chunks import Columns, cells, nulls
 from mirrortune.token_cache import Tokens, ragged
@@ -97,6 +97,12 @@ class PairExamples:
 
     def __len__(self) -> int:
         return len(self.sources)
+
+    def extremes(self) -> Rows:
+        """See :class:`mirrortune.examples.Examples`."""
+        lengths = np.diff(self.target_offsets)
+        largest = np.searchsorted(self.target_offsets, int(self.targets.argmax()), side="right") - 1
+        return np.unique([*self.sources.extremes(), int(largest), int(lengths.argmax())])
 
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
         """Source tokens, the decoder's input and the targets, each padded on its own."""
@@ -195,7 +201,10 @@ class Task:
                               allowed="an encoder-decoder model, such as T5 or BART")  # fmt: skip
         taken = forward_parameters(self.auto_class, config)
         switches = {"use_cache": False} if "use_cache" in taken else {}
-        return PairReader(tokenizer=load_tokenizer(source), start_id=start, switches=switches)
+        tokenizer = load_tokenizer(source)
+        if tokenizer.sep_token_id is None:
+            tokenizer = with_end_token(tokenizer, source)
+        return PairReader(tokenizer=tokenizer, start_id=start, switches=switches)
 
     def resolve_length(self, asked: int | None, processor: PairReader, config: Any) -> int:
         """See :class:`mirrortune.tasks.Task`; of source texts."""
