@@ -199,18 +199,20 @@ def _written(tokenizer: Any, talk: Conversation, where: str) -> tuple[Conversati
     if not any("tool_calls" in message for message in talk.messages):
         return talk, _apply(tokenizer, talk.messages, talk, where, tokenize=False)
     forms = [replace(talk, messages=messages) for messages in _forms(talk.messages)]
-    for form in forms:
-        text = _text_of(tokenizer, form.messages, form)
-        if text is not None and _is_understood(tokenizer, form, text):
-            break
-    else:
-        form = forms[-1]
-        text = str(_apply(tokenizer, form.messages, form, where, tokenize=False))
-    bare = [{**m, "content": m["content"] or ""} for m in form.messages]
-    bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in bare]
-    if _text_of(tokenizer, bare, form) == text:
+    written = [(form, text) for form in forms if (text := _text_of(tokenizer, form.messages, form)) is not None]
+    if not written:
+        _apply(tokenizer, forms[0].messages, forms[0], where, tokenize=False)  # which refuses it
+    with_calls = [(form, text) for form, text in written if _writes_calls(tokenizer, form, text)]
+    if not with_calls:
         raise LostAnswerError(where, "calls")
-    return form, text
+    return next((pair for pair in with_calls if _is_understood(tokenizer, *pair)), with_calls[-1])
+
+
+def _writes_calls(tokenizer: Any, talk: Conversation, text: str) -> bool:
+    """Whether the text that a template writes depends on the calls."""
+    bare = [{**m, "content": m["content"] or ""} for m in talk.messages]
+    bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in bare]
+    return _text_of(tokenizer, bare, talk) != text
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:

@@ -26,6 +26,7 @@ from mirrortune.data import DataSet, Split, set_aside
 from mirrortune.environment import environment, peak_memory_bytes
 from mirrortune.errors import ConfigError
 from mirrortune.evaluation import EvalResult, evaluate_split
+from mirrortune.examples import Examples
 from mirrortune.factor_cache import FactorCache
 from mirrortune.file_cells import remarks_on
 from mirrortune.forward_modes import checkpoint_activations
@@ -357,11 +358,7 @@ def _evaluate(
         ranks.from_main(accelerator, functools.partial(claim, predictions))
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
-    tokenizer = getattr(found.processor, "tokenizer", found.processor)
-    check_rows(
-        found.model, examples, tokenizer, where=f"model '{target}'", source=f"the {name} rows",
-        is_text=found.max_length is not None,
-    )  # fmt: skip
+    _check_indices(found, examples, target, name)
     if (count := examples.num_unlabelled) and predictions is not None:
         reporter.note(f"{name}: {count:,} of {len(examples):,} rows have no label: nothing is scored")
     found.model.to(accelerator.device)
@@ -384,6 +381,14 @@ def _eval_batch(found: Evaluable, recipe: Recipe) -> dict[str, Any]:
     size = getattr(getattr(found.model, "config", None), "vocab_size", None)
     rows, positions = default_eval_batch(found.task, recipe.train.batch_size, found.max_length, size)
     return {"batch_size": rows, "max_positions": positions}
+
+
+def _check_indices(found: Evaluable, examples: Examples, target: str, split: str) -> None:
+    tokenizer = getattr(found.processor, "tokenizer", found.processor)
+    check_rows(
+        found.model, examples, tokenizer, where=f"model '{target}'", source=f"the {split} rows",
+        is_text=found.max_length is not None,
+    )  # fmt: skip
 
 
 def _write_answers(file: Path, outcome: EvalResult, task: Task, recipe: Recipe) -> None:

@@ -113,8 +113,16 @@ MARKED = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# As ChatML, with tools in a system turn of their own and calls as JSON.
+TOOL_CHATML = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m.content %}{{ m['content'] }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
-def tiny_chat_tokenizer(template: str | None = CHATML, *, eos: str = "<|im_end|>") -> Any:
+
+def tiny_chat_tokenizer(template: str | None = CHATML, *, eos: str | None = "<|im_end|>") -> Any:
     """A byte-level tokenizer with a chat template, whose every other piece is one byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

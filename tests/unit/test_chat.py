@@ -11,12 +11,12 @@ import pytest
 
 from mirrortune.chat import (
     alpaca_prompt,
-    as_messages,
     encode_continuation,
     encode_conversation,
     save_turn_ends,
     turn_end_ids,
 )
+from mirrortune.conversations import Conversation, as_messages
 from mirrortune.errors import DataError
 from tests.tiny_models import CHATML, MARKED, tiny_chat_tokenizer
 
@@ -37,13 +37,14 @@ def learned(tokenizer: Any, encoding: tuple[list[int], list[bool]]) -> str:
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_every_answer_is_learned_with_its_end_and_nothing_else(template: str) -> None:
     tokenizer = tiny_chat_tokenizer(template)
-    ids, mask = encode_conversation(tokenizer, TALK, "row 1")
+    ids, mask = encode_conversation(tokenizer, Conversation(messages=TALK), "row 1")
     assert learned(tokenizer, (ids, mask)) == "42 – ja<|im_end|>Yes <|im_end|>"
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
 
 
 def test_marks_and_prefixes_agree() -> None:
-    by_prefix, by_marks = (encode_conversation(tiny_chat_tokenizer(t), TALK, "row 1") for t in (CHATML, MARKED))
+    talk = Conversation(messages=TALK)
+    by_prefix, by_marks = (encode_conversation(tiny_chat_tokenizer(t), talk, "row 1") for t in (CHATML, MARKED))
     assert by_prefix == by_marks
 
 
@@ -52,7 +53,7 @@ def test_a_template_that_ends_no_turn_gets_the_end_token() -> None:
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    encoding = encode_conversation(tokenizer, TALK[1:3], "row 1")
+    encoding = encode_conversation(tokenizer, Conversation(messages=TALK[1:3]), "row 1")
     assert learned(tokenizer, encoding) == "42 – ja\n<|im_end|>"
 
 
@@ -63,13 +64,13 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(DataError, match=r"row 7: .*writes turn 3 differently when others follow.*task\.loss_on=all"):
-        encode_conversation(tokenizer, TALK, "row 7")
+        encode_conversation(tokenizer, Conversation(messages=TALK), "row 7")
 
 
 def test_what_a_template_refuses_is_said_in_its_words() -> None:
     tokenizer = tiny_chat_tokenizer("{{ raise_exception('System role not supported') }}")
     with pytest.raises(DataError, match=r"row 7: .*refuses a conversation of system, user.*System role not supported"):
-        encode_conversation(tokenizer, TALK, "row 7")
+        encode_conversation(tokenizer, Conversation(messages=TALK), "row 7")
 
 
 @pytest.mark.parametrize(

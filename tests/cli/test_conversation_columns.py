@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nested rows and columns of conversations from the command line: what the model will see is what the file has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mirrortune.data import load_data
+from mirrortune.row_chunks import cells
+from mirrortune.tasks.causal_lm import Task, _weighted_loss
+from tests.cli.console import Outcome, mirrortune
+from tests.tiny_models import CHATML, TOOL_CHATML, write_tiny_causal
+
+TALKS = [
+    [{"role": "user", "content": "paris"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {"city": "paris", "days": None}}}]}],
+    [{"role": "user", "content": "sum"}, {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "add", "arguments": {"a": [1, "two", {"c": 3.5}], "b": 2}}}]}],
+    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose template writes tools and calls."""
+    return write_tiny_causal(tmp_path_factory.mktemp("models") / "tools", template=TOOL_CHATML)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose template does not."""
+    return write_tiny_causal(tmp_path_factory.mktemp("models") / "chat", template=CHATML)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A file of JSON lines, or one array of them."""
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines), encoding="utf-8")
+    return path
+
+
+def prepare(model: Path, data: object, *words: object) -> Outcome:
+    """A dry run that shows all rows."""
+    return mirrortune("prepare", "-m", model, "-t", "causal-lm", "-d", data, "--dry-run", "--show", 9, *words)
+
+
+@pytest.mark.parametrize("name", ["talks.jsonl", "talks.json"])
+def test_nested_values_are_those_of_the_file(desk: Path, name: str) -> None:
+    """Not a union of keys with nulls, and not only values of one type."""
+    write(desk / name, [{"messages": talk, "meta": {"n": i}, "mixed": [i, "a"]} for i, talk in enumerate(TALKS)])
+    table = load_data(name).splits["train"].table
+    assert list(cells(table, "messages")) == TALKS
+    assert list(cells(table, "meta")) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert list(cells(table, "mixed")) == [[0, "a"], [1, "a"], [2, "a"]]
+
+
+def test_nested_values_of_files_that_differ_are_joined(desk: Path) -> None:
+    """A column may be flat objects of text, or all null, in one file and nested in the next."""
+    parts: list[list[Any]] = [[{"a": "x"}, None], [{"a": [1]}], [None]]
+    for number, values in enumerate(parts):
+        write(desk / f"part{number}.jsonl", [{"v": value, "text": "t"} for value in values])
+    table = load_data("part*.jsonl").splits["train"].table
+    assert list(cells(table, "v")) == [{"a": "x"}, None, {"a": [1]}, None]
+
+
+def test_in_parquet_a_null_in_a_struct_is_a_key_that_the_row_lacks(desk: Path) -> None:
+    rows = [{"messages": talk} for talk in ([{"role": "user", "content": "a", "name": "x"}], [{"role": "user"}])]
+    pq.write_table(pa.Table.from_pylist(rows), desk / "rows.parquet")
+    table = load_data("rows.parquet").splits["train"].table
+    assert list(cells(table, "messages")) == [row["messages"] for row in rows]
+
+
+def test_answers_and_translations_stay_what_they_were(desk: Path) -> None:
+    answers = [{"text": ["a"], "answer_start": [0]}, {"text": [], "answer_start": []}]
+    write(desk / "qa.jsonl", [{"answers": a, "translation": {"en": "x", "ro": "y"}} for a in answers])
+    table = load_data("qa.jsonl").splits["train"].table
+    assert list(cells(table, "answers")) == answers
+    assert {"translation.en", "translation.ro"} <= set(table.column_names)
+
+
+def test_tools_and_calls_are_shown_to_the_model(desk: Path, chatty: Path, plain: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}]
+    rows = [{"messages": TALKS[i % 3], "tools": tools if i % 2 else None, "id": i, "note": "n"} for i in range(12)]
+    write(desk / "rows.jsonl", rows)
+
+    outcome = prepare(chatty, "rows.jsonl")
+
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "  also read: tools" in outcome.stderr
+    assert "  columns not used: id, note" in outcome.stderr
+    assert json.dumps(tools[0]) in outcome.stderr
+    assert '{"name": "weather", "arguments": {"city": "paris", "days": null}}</call><|im_end|>' in outcome.stderr
+    assert '{"name": "add", "arguments": {"a": [1, "two", {"c": 3.5}], "b": 2}}</call><|im_end|>' in outcome.stderr
+    refused = prepare(plain, "rows.jsonl")
+    assert refused.exit_code == 3
+    assert "rows have tool calls, which the model's chat template does not write (rows 1, 2, " in refused.said
+    write(desk / "hello.jsonl", [{"messages": TALKS[2], "tools": tools}] * 8)
+    assert "the tools are not shown to the model" in prepare(plain, "hello.jsonl").said
+
+
+def test_empty_answers_are_refused_with_a_count(desk: Path, plain: Path) -> None:
+    rows = [{"prompt": "a", "completion": "" if i < 2 else "b"} for i in range(9)]
+    write(desk / "train.jsonl", rows)
+    (desk / "data").mkdir()
+    write(desk / "data" / "train.jsonl", rows)
+    write(desk / "data" / "validation.jsonl", rows[2:])
+    for words in ([], ["task.format=chat"]):
+        outcome = prepare(plain, "data", *words)
+        assert outcome.exit_code == 3
+        assert "2 of 9 rows have an empty answer, of which only its end would be learned (rows 1, 2)" in outcome.said
+
+
+def test_system_history_and_weight_of_a_row_are_used(desk: Path, plain: Path) -> None:
+    own = {"system": "Be brief.", "history": [["a", "b"]], "prompt": "c", "completion": "d"}
+    write(desk / "rows.jsonl", [{**own, "weight": w} for w in (1, 0, 1, 1, 1, 1, 1, 1)])
+    outcome = prepare(plain, "rows.jsonl", "task.format=chat", "data.validation_fraction=0.3")
+    assert "also read: system, history, weight" in outcome.stderr
+    assert "<|im_start|>system Be brief.<|im_end|> <|im_start|>user a<|im_end|>" in outcome.said
+    assert "learned: b<|im_end|>d<|im_end|>" in outcome.said
+    assert "1 left out: their weight is 0" in outcome.said
+    as_text = prepare(plain, "rows.jsonl", "task.format=text").said
+    assert "text: Be brief. a b c d<|im_end|>" in as_text
+
+
+def test_turns_that_ask_and_turns_that_answer_in_two_columns(desk: Path, plain: Path) -> None:
+    """TRL's form of conversations; a list must not be learned as Python writes it."""
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    write(desk / "rows.jsonl", [{"prompt": before, "completion": [{"role": "assistant", "content": "done"}]}] * 8)
+    assert "learned: done<|im_end|>" in prepare(plain, "rows.jsonl").said
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_weights_count_in_training(desk: Path, plain: Path, packing: str) -> None:
+    rows = [{"prompt": "a", "completion": "b" * i, "weight": i / 2} for i in range(1, 9)]
+    write(desk / "rows.jsonl", rows)
+    words = ["-m", plain, "-t", "causal-lm", "-d", "rows.jsonl", "--max-steps", 1, f"data.packing={packing}"]
+    outcome = mirrortune("train", *words, "-o", "run", "--json")
+    assert outcome.exit_code == 0, outcome.stderr
+
+
+def test_the_loss_is_the_mean_by_weight() -> None:
+    import torch
+
+    logits, ids = torch.randn(2, 4, 7), torch.randint(0, 7, (2, 4))
+    weights = torch.tensor([[2_000_000] * 4, [500_000] * 4])
+    loss, items = _weighted_loss(logits, torch.stack([ids, weights], dim=1))
+    task = Task(text_columns=("text",), label_column=None, layout="text", loss_on="all", format="auto", packing=False,
+                metric_names=("perplexity",), selection_metric="perplexity")  # fmt: skip
+    output = type("Output", (), {"logits": logits})
+    apart = [task.loss(type("Output", (), {"logits": logits[i : i + 1]}), ids[i : i + 1]) for i in range(2)]
+    assert float(loss) == pytest.approx(float(2 * apart[0][0] + 0.5 * apart[1][0]), rel=1e-5)
+    assert float(items) == 2 * 3 + 0.5 * 3
+    assert task.loss(output, torch.stack([ids, weights], dim=1))[0] == loss

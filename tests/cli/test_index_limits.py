@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every index that inputs can take is checked against the model's tables before its weights are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from mirrortune.index_checks import Lengths, longest
+from tests.cli.console import Outcome, mirrortune, reviews, write_table
+from tests.tiny_models import FAMILIES, tiny_chat_tokenizer, tiny_tokenizer, write_tiny_causal, write_tiny_model
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "max_position_embeddings": 34, "vocab_size": 50}  # fmt: skip
+GPT = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 34}
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 50,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+        "max_position_embeddings": 34}  # fmt: skip
+
+
+def prepare(model: Path, kind: str, data: object, *words: object) -> Outcome:
+    """A dry run, which reads no weights."""
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    return mirrortune("prepare", "-m", model, "-t", kind, "-d", data, "--dry-run", *words)
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "fields", "limit"),
+    [
+        ("Bert", "AutoModelForSequenceClassification", {}, 34),
+        ("Roberta", "AutoModelForSequenceClassification", {"pad_token_id": 1}, 32),
+        ("MPNet", "AutoModelForSequenceClassification", {"pad_token_id": 1}, 32),
+        ("OPT", "AutoModelForCausalLM", {"ffn_dim": 64, "word_embed_proj_dim": 32}, 34),
+        ("GPT2", "AutoModelForCausalLM", GPT, 34),
+        ("Llama", "AutoModelForCausalLM", {"num_key_value_heads": 2}, 60),
+    ],
+)
+def test_the_longest_rows_are_known_without_weights(family: str, auto: str, fields: dict[str, Any], limit: int) -> None:
+    with torch.device("meta"):
+        config = getattr(transformers, f"{family}Config")(**{**SIZES, **fields})
+        model = getattr(transformers, auto).from_config(config)
+    probe = {"input_ids": torch.full((2, 9), 7), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    assert longest(model, probe, Lengths(tokens=60)) == Lengths(tokens=limit)
+
+
+def test_decoders_have_limits_of_their_own() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.BartConfig(**BART))
+    ids = torch.full((1, 9), 7)
+    probe = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids}
+    assert longest(model, probe, Lengths(tokens=20, targets=50)) == Lengths(tokens=20, targets=34)
+
+
+def test_positions_that_begin_behind_the_padding_are_not_overrun(desk: Path, tmp_path: Path) -> None:
+    model = tmp_path / "roberta"
+    config = transformers.RobertaConfig(**{**SIZES, "vocab_size": 128, "pad_token_id": 0})
+    transformers.RobertaModel(config).save_pretrained(model)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(model)
+    write_table(desk / "long.csv", [(" ".join([text] * 9), label) for text, label in reviews(40)])
+
+    refused = prepare(model, "text-classification", "long.csv", "--max-length", 34)
+    shortened = prepare(model, "text-classification", "long.csv")
+
+    assert refused.exit_code == 2
+    assert "data.max_length: got 34, the model takes at most 33 tokens" in refused.said
+    assert "the model has positions for 33 tokens: longer rows are cut" in shortened.said
+    assert "truncated to 33" in shortened.said
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_named(desk: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "bert", vocab_size=len(tiny_tokenizer()))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["zzz", "qqq", "unused"])
+    tokenizer.save_pretrained(model)
+    known, last = reviews(60), len(tiny_tokenizer())
+    write_table(desk / "known.csv", known)
+    write_table(desk / "new.csv", [(f"zzz {text} qqq", label) for text, label in known])
+
+    assert prepare(model, "text-classification", "known.csv").exit_code == 0, "tokens that no row has do no harm"
+    outcome = prepare(model, "text-classification", "new.csv")
+
+    assert outcome.exit_code == 2
+    assert f"has {last} rows, none for 2 tokens of the train rows: zzz ({last}), qqq ({last + 1})" in outcome.said
+    assert f"token ids 0 to {last - 1}" in outcome.said
+
+
+def test_a_padding_token_beyond_the_embedding_is_not_used(desk: Path, tmp_path: Path) -> None:
+    model = write_tiny_causal(tmp_path / "late", vocab_size=259)
+    tokenizer = tiny_chat_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 259
+    tokenizer.save_pretrained(model)
+    rows = [{"prompt": "a" * i, "completion": "b"} for i in range(1, 13)]
+    (desk / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_table(desk / "reviews.csv", reviews(40))
+    assert prepare(model, "causal-lm", "rows.jsonl", "--batch-size", 4).exit_code == 0
+    assert prepare(model, "text-classification", "reviews.csv").exit_code == 0
+
+
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json", None])
+def test_the_end_token_may_stand_in_the_configuration(desk: Path, tmp_path: Path, place: str | None) -> None:
+    model = write_tiny_causal(tmp_path / "endless", eos_token_id=None)
+    tokenizer = tiny_chat_tokenizer(eos=None)
+    tokenizer.save_pretrained(model)
+    (model / "generation_config.json").unlink(missing_ok=True)
+    if place:
+        file = model / place
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps({**known, "eos_token_id": [258, 256]}))
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
+    (desk / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    outcome = prepare(model, "causal-lm", "rows.jsonl")
+
+    if place:
+        assert outcome.exit_code == 0, outcome.stderr
+    else:
+        assert outcome.exit_code == 2
+        assert "Set eos_token" in outcome.said
+
+
+def test_families_of_the_tests_take_all_their_positions() -> None:
+    probe = {"input_ids": torch.full((1, 9), 7), "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    found = {name: longest(make(), probe, Lengths(tokens=90)).tokens for name, make in FAMILIES.items()}
+    assert found == {"bert": 64, "roberta": 65, "albert": 64, "distilbert": 64}
