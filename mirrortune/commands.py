@@ -356,9 +356,7 @@ def _evaluate(
         own = next((key for key, known in data.splits.items() if known is rows), name)  # what the data set calls it
         rows, predictions = _to_be_answered(rows, own, found.task, recipe, predictions)
         ranks.from_main(accelerator, functools.partial(claim, predictions))
-    check_columns(rows, found.task)
-    examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
-    _check_indices(found, examples, target, name)
+    examples = _encoded(found, rows, target, name)
     if (count := examples.num_unlabelled) and predictions is not None:
         reporter.note(f"{name}: {count:,} of {len(examples):,} rows have no label: nothing is scored")
     found.model.to(accelerator.device)
@@ -383,12 +381,15 @@ def _eval_batch(found: Evaluable, recipe: Recipe) -> dict[str, Any]:
     return {"batch_size": rows, "max_positions": positions}
 
 
-def _check_indices(found: Evaluable, examples: Examples, target: str, split: str) -> None:
-    tokenizer = getattr(found.processor, "tokenizer", found.processor)
+def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples:
+    """The rows as the model takes them; refuses those that its tables do not hold."""
+    check_columns(rows, found.task)
+    examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
     check_rows(
-        found.model, examples, tokenizer, where=f"model '{target}'", source=f"the {split} rows",
-        is_text=found.max_length is not None,
+        found.model, examples, getattr(found.processor, "tokenizer", found.processor), where=f"model '{target}'",
+        source=f"the {split} rows", is_text=found.max_length is not None,
     )  # fmt: skip
+    return examples
 
 
 def _write_answers(file: Path, outcome: EvalResult, task: Task, recipe: Recipe) -> None:
