@@ -371,6 +371,11 @@ def _resolve(
 
 
 def _problems_of_names(recipe: Recipe) -> list[ConfigError]:
+    from mirrortune.schema import Recipe as Defaults  # noqa: PLC0415
+
+    plain = Defaults()
+    if (recipe.adapter, recipe.task, recipe.model.attention) == (plain.adapter, plain.task, None):
+        return []  # no names: a mistake elsewhere is told at once
     from mirrortune.recipe_values import problems_of_names  # noqa: PLC0415  (seconds, and only where there are errors)
 
     return problems_of_names(recipe)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mirrortune import __version__
-from tests.cli.console import REPOSITORY, Outcome, finish, mirrortune, start
+from tests.cli.console import REPOSITORY, Outcome, changed, finish, mirrortune, start
 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "numpy", "pyarrow", "scipy", "sklearn")
 LOADED = f"""
@@ -43,8 +43,8 @@ app(sys.argv[1:])
 
 def train(model: Path, *words: object) -> Outcome:
     """Two steps of training on reviews.csv, into the folder ``run``."""
-    return mirrortune("train", "-m", model, "-t", "text-classification", "-d", "reviews.csv", "-o", "run",
-                      "--max-steps", 2, *words)  # fmt: skip
+    own = ["-m", model, "-t", "text-classification", "-d", "reviews.csv", "-o", "run", "--max-steps", 2]
+    return mirrortune("train", *changed(own, *words))
 
 
 @pytest.mark.parametrize(
