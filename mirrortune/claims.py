@@ -20,15 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import SoftFileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from mirrortune.atomic import cannot_write
 from mirrortune.errors import ConfigError
-
-if sys.platform == "win32":
-    from filelock import FileLock
-else:
-    import fcntl
 
 SUFFIX = ".claim"
 _SECONDS_BETWEEN_TRIES = 0.05
@@ -97,6 +92,8 @@ if sys.platform == "win32":
 else:
 
     def _lock(place: Path) -> Callable[[], None] | None:
+        import fcntl  # noqa: PLC0415  (no such module on Windows)
+
         while True:
             handle = _open(place)
             try:

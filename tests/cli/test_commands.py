@@ -107,7 +107,7 @@ def test_prepare_tells_what_train_would_do_and_fills_its_caches(finished: Finish
     assert list(first) == ["targets", "trainable_parameters", "head_parameters", "svd_seconds", "svd_cache", "rows",
                            "truncated_rows", "duplicated_rows", "estimated_memory_bytes", "memory"]  # fmt: skip
     assert (first["targets"], first["trainable_parameters"], first["head_parameters"]) == (13, 13 * 16, 66)
-    assert first["rows"] == {"train": 240, "validation": 40}
+    assert first["rows"] == {"train": 240, "validation": 40, "test": 20}
     assert first["truncated_rows"] == {"train": 0, "validation": 0}
     assert first["estimated_memory_bytes"] > 0
     assert dry["svd_cache"] == {"hits": 0, "misses": 0}
