@@ -24,6 +24,8 @@ FREE = {
     "train.track": "tensorboard",
     "train.num_workers": "0",
     "eval.batch_size": "2",
+    "eval.before": "true",
+    "data.contained": "true",
     "eval.report_splits": "[test]",
     "eval.prediction_labels": "indices",
     "eval.prediction_bounds": "[0, 1]",
