@@ -29,9 +29,9 @@ def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
 # scoring, and what is scored once training is over. Not among them are settings that change results by rounding alone
 # (train.compile, adapter.strategy, model.attention): a run that is continued ends with the numbers of one that was not.
 _FREE = (
-    "output_dir", "model.trust_remote_code", "data.contained", "data.test_split", "adapter.form", "train.keep", "train.save_every_steps",
-    "train.log_every_steps", "train.track", "train.num_workers", "eval.batch_size", "eval.before", "eval.report_splits",
-    "eval.prediction_labels", "eval.prediction_bounds", "eval.prediction_files",
+    "output_dir", "model.trust_remote_code", "data.contained", "data.test_split", "adapter.form", "train.keep",
+    "train.save_every_steps", "train.log_every_steps", "train.track", "train.num_workers", "eval.batch_size",
+    "eval.before", "eval.report_splits", "eval.prediction_labels", "eval.prediction_bounds", "eval.prediction_files",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from mirrortune.errors import DataError, DivergedError, MirrortuneError
 from mirrortune.report import Reporter
 from mirrortune.run_status import recorded_status
 from mirrortune.schema import Recipe
-from tests.cli.console import Outcome, finish, mirrortune, reviews, start, write_table
+from tests.cli.console import Outcome, changed, finish, mirrortune, reviews, start, write_table
 
 GRID = ["--seeds", 2, "--lr-grid", "1e-1", "--extensions", 0, "--epochs", 2, "--batch-size", 16, "--jobs", 2]
 
@@ -167,7 +167,7 @@ def test_a_folder_of_something_else_is_left_alone(compared: Compared, tmp_path: 
 def test_a_cell_that_fails_stops_it_with_its_own_message(compared: Compared, tmp_path: Path) -> None:
     words = [w if w != compared.root else tmp_path / "new" for w in compared.words]
     words[words.index("mirror,none")] = "psoft:rank=4000"
-    refused = mirrortune(*words, "--jobs", 1, cache=compared.cache)
+    refused = mirrortune(*changed(words, "--jobs", 1), cache=compared.cache)
     assert refused.exit_code == 2
     assert "4000" in refused.said
 

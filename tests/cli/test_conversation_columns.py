@@ -99,7 +99,7 @@ def test_tools_and_calls_are_shown_to_the_model(desk: Path, chatty: Path, plain:
     assert '{"name": "add", "arguments": {"a": [1, "two", {"c": 3.5}], "b": 2}}</call><|im_end|>' in outcome.stderr
     refused = prepare(plain, "rows.jsonl")
     assert refused.exit_code == 3
-    assert "rows have tool calls, which the model's chat template does not write (rows 1, 2, " in refused.said
+    assert "rows have tool calls, which the model's chat template does not write (lines 1, 2, " in refused.said
     write(desk / "hello.jsonl", [{"messages": TALKS[2], "tools": tools}] * 8)
     assert "the tools are not shown to the model" in prepare(plain, "hello.jsonl").said
 
@@ -113,7 +113,7 @@ def test_empty_answers_are_refused_with_a_count(desk: Path, plain: Path) -> None
     for words in ([], ["task.format=chat"]):
         outcome = prepare(plain, "data", *words)
         assert outcome.exit_code == 3
-        assert "2 of 9 rows have an empty answer, of which only its end would be learned (rows 1, 2)" in outcome.said
+        assert "2 of 9 rows have an empty answer, of which only its end would be learned (lines 1, 2)" in outcome.said
 
 
 def test_system_history_and_weight_of_a_row_are_used(desk: Path, plain: Path) -> None:

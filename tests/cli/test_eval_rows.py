@@ -68,7 +68,7 @@ def test_other_columns_are_read_when_named(run: Path, desk: Path) -> None:
         (("--method", "full"), "No such option"),
         (("-t", "regression"), "the run was trained for text-classification, got regression"),
         (("--text-column", "text", "--text-column", "label"), "the run reads 1 texts, got 2"),
-        (("--batch-size", "0"), "eval.batch_size"),
+        (("--batch-size", "0"), "--batch-size: got 0. Allowed: greater than 0"),
         (("--max-length", "100000"), "the model takes at most"),
     ],
 )

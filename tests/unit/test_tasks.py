@@ -154,7 +154,7 @@ def test_real_numbers_name_the_way_to_classes() -> None:
         ("token-classification", {"tokens": ["['a', 'b']"], "tags": ["['O', 'O']"]}, {}),
         ("question-answering", {"question": ["a"], "context": ["b"], "answers": ["{'text': ['b']}"]}, {}),
         ("multiple-choice", {"question": ["a"], "choices": ["['x', 'y']"], "label": ["0"]}, {}),
-        ("causal-lm", {"messages": ['[{"role": "user", "content": "a"}]']}, {}),
+        ("causal-lm", {"messages": ["[{'role': 'user', 'content': 'a'}]"]}, {}),
     ],
 )
 def test_lists_that_are_written_as_text_are_no_lists(
