@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from mirrortune.arrow_arrays import text_array
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, counted
 from mirrortune.locations import is_system, shown_path, table_suffix
 
 IMAGE_FORMATS = {
@@ -133,7 +133,9 @@ def _check_names(folder: Path, paths: Iterable[str]) -> None:
     odd = [path for path in paths if shown_path(path) != path]
     if odd:
         raise DataError(
-            str(folder), f"{len(odd)} file names are not UTF-8: {_listed(map(shown_path, odd))}", fix="Rename them"
+            str(folder),
+            f"not UTF-8 in {counted(len(odd), 'file name')}: {_listed(map(shown_path, odd))}",
+            fix="Rename them",
         )
 
 

@@ -106,7 +106,8 @@ def test_only_the_validation_rows_that_are_asked_for_are_read(tmp_path: Path, ti
 def test_settings_that_a_stream_cannot_have(
     tmp_path: Path, tiny_model_dir: Path, words: list[object], said: str
 ) -> None:
-    given = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", shards(tmp_path / "data"), *STREAM]
+    stream = [] if "data.streaming=false" in words else STREAM
+    given = ["train", "-m", tiny_model_dir, "-t", "text-classification", "-d", shards(tmp_path / "data"), *stream]
     outcome = mirrortune(*given, *words)
     assert outcome.exit_code == 2
     assert said in outcome.said
