@@ -294,7 +294,7 @@ def test_two_runs_at_once_do_not_mix(desk: Path) -> None:
     assert f"seed: {seed}\n" in (run / "recipe.yaml").read_text(encoding="utf-8")
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluated = [event["step"] for event in events if event["event"] == "evaluate"]
-    assert len(evaluated) == 4, "one for each epoch of one run"
+    assert len(evaluated) == 5, "one before training and one for each epoch of one run"
     assert evaluated == sorted(set(evaluated))
 
 

@@ -93,7 +93,7 @@ def test_every_layout_is_taken(desk: Path, chatty: Path) -> None:
         flags = ["-m", chatty, "-t", "causal-lm", "-d", f"{name}.jsonl", "--dry-run", "--show", 20, *words]
         outcome = mirrortune("prepare", *flags)
         assert outcome.exit_code == 0, outcome.stderr
-        return outcome.stderr[outcome.stderr.index("row 1 of 18") :]
+        return outcome.stderr[outcome.stderr.index("example 1 of 18") :]
 
     rows = {name: shown(name) for name in layouts}
     assert rows["chat"] == rows["sharegpt"] == rows["alpaca"], "the same conversations"
@@ -125,7 +125,7 @@ def test_rows_without_an_answer_are_refused_by_count(desk: Path, chatty: Path) -
     write(desk / "data" / "validation.jsonl", talks(4))
     outcome = train(chatty, "data")
     assert outcome.exit_code == 3
-    assert "3 of 20 rows have no answer to learn in column 'messages' (rows 4, 5, 6)" in outcome.said
+    assert "3 of 20 rows have no answer to learn in column 'messages' (lines 4, 5, 6)" in outcome.said
 
 
 @pytest.mark.parametrize(

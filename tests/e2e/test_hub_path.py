@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.console import REPOSITORY, Outcome, finish, start
+from tests.cli.console import REPOSITORY, Outcome, changed, finish, start
 from tests.hub_fixtures import client_env, write_glue, write_tiny_roberta
 from tests.hub_server import LoopbackHub
 
@@ -348,7 +348,7 @@ def test_what_the_hub_refuses_is_said_plainly(
     for attribute, value in failure.hub.items():
         monkeypatch.setattr(hub, attribute, value)
 
-    outcome = ours.mirrortune(*TRAIN, *failure.words.split(), **failure.env)
+    outcome = ours.mirrortune(*changed(TRAIN, *failure.words.split()), **failure.env)
 
     refused(outcome, failure.says, failure.code)
     assert not (ours.folder / "runs").exists()
@@ -399,5 +399,5 @@ def test_without_the_hub_the_cache_must_do(empty_handed: tuple[LoopbackHub, Clie
 
     assert ours.mirrortune(*TRAIN, "--max-steps", 1).exit_code == 0
     advice = "Check the network and HF_ENDPOINT"
-    refused(ours.mirrortune(*TRAIN, "-m", "roberta-large", "-o", "other"), ("model 'roberta-large'", advice))
-    refused(ours.mirrortune(*TRAIN, "-d", "owner/rows", "-o", "other"), ("data set 'owner/rows'", advice))
+    refused(ours.mirrortune(*changed(TRAIN, "-m", "roberta-large", "-o", "other")), ("model 'roberta-large'", advice))
+    refused(ours.mirrortune(*changed(TRAIN, "-d", "owner/rows", "-o", "other")), ("data set 'owner/rows'", advice))

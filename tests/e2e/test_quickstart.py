@@ -41,7 +41,7 @@ def test_a_shortened_quickstart_goes_the_whole_way(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = mirrortune("prepare", "quickstart", "--json", cache=cache).data
     assert first["svd_cache"] == {"hits": 0, "misses": 37}
-    assert first["rows"] == {"train": 6400, "validation": 1056}
+    assert first["rows"] == {"train": 6400, "validation": 1056, "test": 1056}
     few = few_rows(tmp_path / "few")
     second = mirrortune("prepare", "quickstart", "-d", few, "--json", cache=cache).data
     assert second["svd_cache"] == {"hits": 37, "misses": 0}
