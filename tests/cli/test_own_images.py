@@ -88,7 +88,7 @@ def test_folders_and_tables_of_the_same_images_give_the_same_run(desk: Path, vis
     for data in ("structs.parquet", "paths.csv", "b.parquet"):
         words = ["-m", vision, "-t", "image-classification", "-d", data, "--dry-run", "--show", 99]
         shown = mirrortune("prepare", *words).stderr
-        seen.append(shown[shown.index("row 1 of") :])
+        seen.append(shown[shown.index("example 1 of") :])
     assert len(set(seen)) == 1
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mirrortune.disk_space import check_disk
 from mirrortune.errors import ResourceError
 from mirrortune.preflight import LIMIT_VARIABLE
-from tests.cli.console import mirrortune, reviews, write_table
+from tests.cli.console import changed, mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
 PREPARE = ("prepare", "-t", "text-classification", "-d", "reviews.csv")
@@ -106,7 +106,7 @@ def test_all_that_is_wrong_is_said_at_once(without_weights: Path) -> None:
 def test_rows_that_are_wrong_are_found_before_tokenising(without_weights: Path) -> None:
     write_table(Path("parts/train.csv"), reviews(20))
     write_table(Path("parts/validation.csv"), reviews(9), header=("text", "verdict"))
-    outcome = mirrortune(*PREPARE, "-m", without_weights, "-d", "parts", "--rank", 33)
+    outcome = mirrortune(*changed(PREPARE, "-m", without_weights, "-d", "parts", "--rank", 33))
     assert outcome.exit_code == 2
     assert "rank 33 does not fit" in outcome.said
     assert "validation.csv: it has no label column 'label'" in outcome.said
