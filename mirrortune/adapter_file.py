@@ -44,7 +44,14 @@ from mirrortune.adapter_parts import (
     split_effects,
     with_pairs,
 )
-from mirrortune.adapter_validity import check_description, check_settings, check_tensors, read_file, strict_json
+from mirrortune.adapter_validity import (
+    check_description,
+    check_settings,
+    check_tensors,
+    largest_count,
+    read_file,
+    strict_json,
+)
 from mirrortune.adapters.basis import Fingerprint
 from mirrortune.adapters.inject import (
     adapter_parameters,
@@ -55,6 +62,7 @@ from mirrortune.adapters.inject import (
 from mirrortune.adapters.layouts import Layout
 from mirrortune.adapters.spec import AdapterSpec, check_spec
 from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.peft_configs import objection
 
 _TENSORS = "adapter.safetensors"
 
@@ -227,7 +235,9 @@ def read_adapter(folder: Path) -> AdapterFile:
             tensors = with_pairs(tensors, layers)
         peft_config = strict_json(files[peft_file.CONFIG_FILE]) if is_peft else None
         rank = peft_config.get(spec.preset.peft.rank) if spec.preset.peft and peft_config else spec.rank
-        check_settings(rank, spec.options, layers, tensors)
+        check_settings(rank, spec.options, largest := largest_count(layers, tensors))
+        if peft_config is not None and (problem := objection(peft_config, largest)):
+            raise VerificationError(str(folder), problem, fix="Save the adapter again without it")
         layouts = {name: Layout.from_dict({"rows": None, **layer["layout"]}) for name, layer in layers.items()}
         return AdapterFile(
             folder=folder,

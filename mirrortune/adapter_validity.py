@@ -177,12 +177,14 @@ def _check_partners(name: str, partners: Tensor, rank: int) -> None:
         raise ValueError(f"'partners.{name}' is not what it should be: {error}") from error
 
 
-def check_settings(
-    rank: object, options: Mapping[str, Any], layers: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    """ValueError for counts that would build more than the file has numbers for."""
-    sizes = (size for layer in layers.values() for size in layer["layout"]["shape"])
-    largest = max([_ALWAYS_ALLOWED, sum(t.numel() for t in tensors.values()), *sizes])
+def largest_count(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """The largest number of directions, tokens or layers that an adapter can mean: it has no numbers for more."""
+    sizes: list[int] = [size for layer in layers.values() for size in layer["layout"]["shape"]]
+    return max([_ALWAYS_ALLOWED, sum(t.numel() for t in tensors.values()), *sizes])
+
+
+def check_settings(rank: object, options: Mapping[str, Any], largest: int) -> None:
+    """ValueError for counts that would build more than ``largest``, see :func:`largest_count`."""
     for key, value in {**options, "rank": rank}.items():
         _require(not isinstance(value, int) or value <= largest, f"'{key}'")
 

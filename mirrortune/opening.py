@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from mirrortune.adapter_file import read_adapter
@@ -14,10 +13,9 @@ from mirrortune.loading import find_adapter
 from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
 from mirrortune.model import find_model
 from mirrortune.outputs import Input, adapter_inputs, model_inputs, restore
-from mirrortune.peft_weights import load_peft
+from mirrortune.peft_weights import load_peft, read_config
+from mirrortune.shards import INDEX, WHOLE, index_of
 from mirrortune.weights import AdaptedWeights, StoredWeights, Weights
-
-_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def open_pair(
@@ -100,11 +98,10 @@ def _open_hub(name: str, revision: str | None, beneath: Weights | None) -> Weigh
         file("adapter_model.safetensors")
         return _open_peft(name, config.parent, beneath)
     source = find_model(name, revision=revision)
-    if index := file(_INDEX):
-        shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        found = [path for shard in shards if (path := file(shard))]
+    if index := file(INDEX):
+        found = [path for shard in index_of(index) if (path := file(shard))]
         return StoredWeights.of_files(name, found, source)
-    if whole := file(_WHOLE):
+    if whole := file(WHOLE):
         return StoredWeights.of_files(name, [whole], source)
     raise _no_safetensors(name)
 
@@ -121,23 +118,19 @@ def _open_adapter(name: str, folder: Path, beneath: Weights | None) -> Weights:
 
 
 def _open_peft(name: str, folder: Path, beneath: Weights | None) -> Weights:
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    own = config.get("base_model_name_or_path")
-    if beneath is None and not own:
+    config = read_config(name, folder)
+    own, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if beneath is None and not (own and isinstance(own, str) and isinstance(revision, str | None)):
         raise ConfigError(name, "the adapter does not say what its base is", fix="Give the base first")
-    return load_peft(name, str(folder), beneath or open_weights(own, config.get("revision")))
+    return load_peft(name, str(folder), beneath or open_weights(str(own), revision))
 
 
 def _files_in(folder: Path, name: str) -> list[Path]:
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
-        try:
-            shards = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(str(index), f"damaged ({error})", fix="Download or copy it again") from error
-        return [folder / shard for shard in sorted(shards)]
-    if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
+        return [folder / shard for shard in index_of(index)]
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
     if found := sorted(folder.glob("*.safetensors")):
         return found
     raise _no_safetensors(name)

@@ -35,11 +35,14 @@ _OURS = {
 }
 _UNUSED = ("auto_mapping", "peft_version", "target_parameters", "layer_replication", "trainable_token_indices",
            "alora_invocation_tokens", "megatron_config", "megatron_core", "ensure_weight_tying", "use_qalora",
-           "qalora_group_size", "use_effective_conv2d")  # fmt: skip
+           "qalora_group_size", "use_effective_conv2d", "runtime_config")  # fmt: skip
 CHOOSE_LAYERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _BY_PATTERN = ("feedforward_modules", "modules_to_save")
 _NAME = re.compile(r"[\w.-]+")
 _NEED_MORE = ("eva", "corda", "loftq")  # ways to start LoRA
+_ITERATIONS = re.compile(r"_niter_(\d+)$")  # in the name of a way to start LoRA; otherwise "iter" ends the field's name
+_MOST_ITERATIONS = 128
+_NO_COUNTS = ("alpha", "prng", "seed")  # words in the names of fields whose whole numbers may be large
 
 
 def import_peft(method: str) -> Any:
@@ -81,6 +84,9 @@ def check_options(spec: AdapterSpec) -> None:
         errors.append(
             ConfigError("adapter.options.init_lora_weights", f"'{start}' needs data or quantisation that is not here")
         )
+    if name := _endless(spec.options):
+        problem, most = "it asks for too many iterations", f"up to {_MOST_ITERATIONS}"
+        errors.append(ConfigError(f"adapter.options.{name}", problem, allowed=most))
     if errors:
         raise ConfigError.several(errors)
     if spec.rank != "full":
@@ -108,20 +114,40 @@ def stored_config(described: dict[str, Any], names: list[str]) -> Any:
     """The configuration that an adapter folder holds, for the layers ``names``.
 
     Raises:
-        VerificationError: PEFT cannot read it, or it would match patterns from the file.
+        VerificationError: PEFT cannot read it.
     """
     peft = import_peft(str(described.get("peft_type")).lower())
     ignored = {"modules_to_save", "task_type", "inference_mode", *CHOOSE_LAYERS, *_UNUSED} - {"peft_version"}
     fields = {k: v for k, v in described.items() if k not in ignored}
-    if key := holds_pattern(fields):
-        raise VerificationError("adapter_config.json", f"'{key}' holds a pattern", allowed="names of layers")
     try:
         return peft.PeftConfig.from_peft_type(**{**fields, "target_modules": names})
     except (ValueError, TypeError, KeyError) as error:
         raise VerificationError("adapter_config.json", f"PEFT cannot read it ({first_line(error)})") from error
 
 
-def holds_pattern(described: Mapping[str, Any]) -> str | None:
+def objection(described: Mapping[str, Any], largest: int) -> str | None:
+    """Why PEFT may not be given a configuration from a file; None if it may.
+
+    PEFT takes it at its word: it matches patterns with the names of layers, makes room for any number of directions,
+    and repeats a search as often as it is told.
+
+    Args:
+        described: what ``adapter_config.json`` holds.
+        largest: no number of directions, tokens or layers in it can be meant that is above this.
+    """
+    if key := _holds_pattern(described):
+        return f"'{key}' of its adapter_config.json holds a pattern, and patterns of a file are not run"
+    if key := _endless(described):
+        return f"'{key}' of its adapter_config.json asks for more than {_MOST_ITERATIONS} iterations"
+    if described.get("layer_replication") is not None:
+        return "'layer_replication' of its adapter_config.json repeats layers of the base, which is not read"
+    for key, value in described.items():
+        if not any(word in key for word in _NO_COUNTS) and any(n > largest for n in _whole_numbers(value)):
+            return f"'{key}' of its adapter_config.json counts more than the adapter and its base hold"
+    return None
+
+
+def _holds_pattern(described: Mapping[str, Any]) -> str | None:
     """The first field by which PEFT would match names of layers with a regular expression from a file; None if there
     is none. Fields that choose the layers are not looked at.
     """
@@ -135,6 +161,28 @@ def holds_pattern(described: Mapping[str, Any]) -> str | None:
         if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
             return key
     return None
+
+
+def _endless(described: Mapping[str, Any]) -> str | None:
+    """The first field that has PEFT repeat a search too often, such as ``{"init_lora_weights": "pissa_niter_10000"}``;
+    None if there is none.
+    """
+    for key, value in described.items():
+        if isinstance(value, dict) and (inner := _endless(value)):
+            return f"{key}.{inner}"
+        asked = _ITERATIONS.search(value) if isinstance(value, str) else None
+        count = asked[1] if asked else value if key.endswith("iter") and isinstance(value, int) else 0
+        if len(str(count)) > len(str(_MOST_ITERATIONS)) or int(count) > _MOST_ITERATIONS:
+            return key
+    return None
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """All whole numbers in JSON data."""
+    if isinstance(value, int):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _whole_numbers(inner)
 
 
 def spelt_out(described: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

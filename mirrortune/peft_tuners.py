@@ -134,10 +134,11 @@ def attach_tuner(
         on_layer(name, targets.layers[name].read(model))  # type: ignore[misc]
     freeze(model, targets)
     tuner_class = peft.PEFT_TYPE_TO_TUNER_MAPPING[built.peft_type]
+    unforeseen = () if config is None else (LookupError, AttributeError, AssertionError)  # of values of a file
     with _seeded(model, spec.seed), recorded_warnings() as more:
         try:
             tuner = tuner_class(model, built, ADAPTER_NAME)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, NotImplementedError, *unforeseen) as error:
             raise ConfigError(
                 "adapter", f"PEFT cannot put '{spec.method}' into this model: {first_line(error)}"
             ) from error

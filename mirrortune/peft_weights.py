@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging import is_model_class
 from mirrortune.model import ModelSource, load_model, resolve_dtype
-from mirrortune.peft_configs import CHOOSE_LAYERS, holds_pattern
+from mirrortune.peft_configs import CHOOSE_LAYERS, first_line, objection
 from mirrortune.weights import Weights, match_names
 
 _AUTO_CLASSES = {
@@ -29,6 +31,9 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_SMALLEST_LIMIT = 1024  # a small adapter may count up to this
+# What PEFT raises for values of a file that it does not expect.
+_UNFORESEEN = (ValueError, TypeError, RuntimeError, OSError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,24 +90,19 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
         raise ConfigError(label, "it is an adapter of PEFT's", fix="pip install 'mirrortune[peft]'") from error
     if base.source is None:
         raise ConfigError(base.label, "it has no config.json, which PEFT needs", fix="Give the base model's folder")
-    config = peft.PeftConfig.from_pretrained(folder)
-    if key := holds_pattern(config.to_dict()):
-        raise ConfigError(
-            label, f"'{key}' of its adapter_config.json holds a pattern, and patterns of a file are not run",
-            allowed="names of layers", fix="Save the adapter again with names",
-        )  # fmt: skip
+    config = _checked_config(label, Path(folder), base, peft)
     auto_class = _AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
-    name = auto_class or (config.auto_mapping or {}).get("base_model_class", "AutoModel")
+    name = auto_class or dict(config.auto_mapping or {}).get("base_model_class", "AutoModel")
     name = name if is_model_class(name) else "AutoModel"
     dtype = resolve_dtype("auto", base.source.config, torch.device("meta"))
     model = load_model(base.source, name, {}, dtype, None).model
-    _name_layers(config, model, lambda: peft.utils.load_peft_weights(folder, device="cpu"))
     try:
+        _name_layers(config, model, lambda: peft.utils.load_peft_weights(folder, device="cpu"))
         with warnings.catch_warnings():  # PEFT's own, about transformers
             warnings.simplefilter("ignore")
             adapted = peft.PeftModel.from_pretrained(model, folder, config=config, ignore_mismatched_sizes=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        text = str(error).strip().split("\n")[0][:300]
+    except _UNFORESEEN as error:
+        text = first_line(error)
         raise ConfigError(label, f"PEFT cannot load it into {base.label} ({text})", fix="Give its own base") from error
     tuners = {
         f"{path}.weight": module
@@ -113,6 +113,37 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
     if not names:
         raise VerificationError(label, f"none of its layers is in {base.label}", fix="Give its own base model")
     return PeftWeights(label=label, base=base, layers={ours: tuners[own] for ours, own in names.items()})
+
+
+def read_config(label: str, folder: Path) -> dict[str, Any]:
+    """What ``adapter_config.json`` of an adapter that PEFT wrote holds; ConfigError if it is damaged."""
+    path = folder / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        problem = f"a {type(found).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = first_line(error)
+    raise ConfigError(label, f"its adapter_config.json is damaged ({problem})", fix="Download or copy it again")
+
+
+def _checked_config(label: str, folder: Path, base: Weights, peft: Any) -> Any:
+    """PEFT's configuration of an adapter that changes weights, and asks PEFT for nothing else."""
+    stored = sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
+    largest = max([_SMALLEST_LIMIT, stored, *(size for shape in base.shapes.values() for size in shape)])
+    try:
+        if problem := objection(read_config(label, folder), largest):
+            raise ConfigError(label, problem, fix="Save the adapter again without it")
+        with warnings.catch_warnings():  # of fields that this version of PEFT does not have
+            warnings.simplefilter("ignore")
+            config = peft.PeftConfig.from_pretrained(str(folder))
+        changes_weights = hasattr(config, "target_modules") and not config.is_prompt_learning
+    except _UNFORESEEN as error:
+        raise ConfigError(label, f"PEFT cannot read its adapter_config.json ({first_line(error)})") from error
+    if not changes_weights:
+        raise ConfigError(label, f"an adapter of the kind {config.peft_type.value} changes no weights of its base")
+    return config
 
 
 def _name_layers(config: Any, model: nn.Module, load: Callable[[], Mapping[str, Tensor]]) -> None:

@@ -16,7 +16,7 @@ import ctypes
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -247,13 +247,13 @@ def _copy(stored: StoredTensor, target: IO[bytes]) -> None:
             left -= len(chunk)
 
 
-def indexed_files(index: Mapping[str, Any], where: str) -> list[str]:
-    """Names of the files that an index names, in order; refuses one that is no plain name."""
+def index_of(path: Path) -> list[str]:
+    """Names of the files that an index names, in order; ConfigError if it is damaged or one is no plain name."""
     try:
-        names = sorted({*index["weight_map"].values()})
+        names = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
         is_plain = all(isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors") for n in names)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(where, f"damaged ({type(error).__name__})", fix="Download or copy it again") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(str(path), f"damaged ({type(error).__name__})", fix="Download or copy it again") from error
     if not names or not is_plain:
-        raise ConfigError(where, "it names files that are none of a checkpoint", fix="Download or copy it again")
+        raise ConfigError(str(path), "it names files that are none of a checkpoint", fix="Download or copy it again")
     return names

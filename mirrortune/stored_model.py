@@ -5,7 +5,6 @@ there, and the model itself is never in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mirrortune.lazy_model import outline
 from mirrortune.merge_contents import aliases
 from mirrortune.model import ModelSource
 from mirrortune.part_loading import CannotLoadParts, LoadedTensor, PartLoader, value_of
-from mirrortune.shards import DTYPE_CODES, INDEX, WHOLE, StoredTensor, indexed_files, read_headers
+from mirrortune.shards import DTYPE_CODES, INDEX, WHOLE, StoredTensor, index_of, read_headers
 from mirrortune.weights import match_names
 
 Layer = tuple[str, Callable[[], Tensor], int]
@@ -110,11 +109,7 @@ def checkpoint_files(source: ModelSource) -> list[Path]:
     find("generation_config.json")  # what comes with the weights, for a run without the network later
     index = find(INDEX)
     if index is not None:
-        try:
-            described = json.loads(index.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(str(index), f"damaged ({error})", fix="Download or copy it again") from error
-        found = {name: find(name) for name in indexed_files(described, str(index))}
+        found = {name: find(name) for name in index_of(index)}
         if missing := [name for name, path in found.items() if path is None]:
             raise ConfigError(str(index.parent), f"file '{missing[0]}' of its index is missing")
         return [path for path in found.values() if path is not None]

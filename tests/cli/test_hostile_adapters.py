@@ -278,6 +278,17 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "a length in words": ("compact", say("max_length", value="long"), "cannot be meant"),
     "PEFT: NaN": ("peft", peft_spoilt, "NaN or infinities"),
     "PEFT: a huge rank": ("peft", peft_says(r=10**9), "cannot be meant"),
+    "PEFT: a huge rank of a layer": ("peft", peft_says(rank_pattern={"query": 10**9}), "'rank_pattern' of its"),
+    "PEFT: an endless search": (
+        "peft", peft_says(init_lora_weights="pissa_niter_999999999"), "asks for more than 128 iterations",
+    ),
+    "PEFT: an endless search for LoftQ": (
+        "peft", peft_says(init_lora_weights="loftq", loftq_config={"loftq_iter": 10**9}), "more than 128 iterations",
+    ),
+    "PEFT: layers without end": ("peft", peft_says(layer_replication=[[0, 2]] * 9), "'layer_replication' of its"),
+    "PEFT: a start that is not here": (
+        "peft", peft_says(init_lora_weights="loftq", loftq_config={"loftq_bits": 3}), "PEFT cannot put", BY_COMMAND,
+    ),
     "PEFT: no tuner": ("peft", peft_says(peft_type="os"), "PEFT cannot read it"),
     "PEFT: another layer's probe": ("peft", say(*LAYER, "response", value=[1.0, 2.0, 3.0, 4.0]), "does not compute"),
 }  # fmt: skip

@@ -155,6 +155,28 @@ def kernels(place: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "evil/kernels"}))
 
 
+def foreign(**fields: Any) -> Attack:
+    """PEFT's own adapter, without our description, whose configuration says something else."""
+
+    def apply(place: Path) -> None:
+        shutil.copytree(place / "peft" / "adapter", place / "foreign")
+        (place / "foreign" / "adapter.json").unlink()
+        path = place / "foreign" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return apply
+
+
+def index(text: str) -> Attack:
+    """The model's weights are where its index says."""
+
+    def apply(place: Path) -> None:
+        (place / "model" / "model.safetensors").rename(place / "bystander" / "theirs.safetensors")
+        (place / "model" / "model.safetensors.index.json").write_text(text)
+
+    return apply
+
+
 def all_of(*attacks: Attack) -> Attack:
     """Several at once."""
     return lambda place: [attack(place) for attack in attacks]
@@ -260,11 +282,41 @@ CASES = {
         on_adapter(say("adapter", "pairing", value={PATTERN: [[0, 1]]})), "eval /run", 5, "adapter.pairing cannot be"
     ),
     "an endless pattern of ranks": Case(
-        on_adapter(peft_says(rank_pattern={PATTERN: 1}), "peft"), "eval /peft", 5, "'rank_pattern' holds a pattern"
+        on_adapter(peft_says(rank_pattern={PATTERN: 1}), "peft"), "eval /peft", 5,
+        "'rank_pattern' of its adapter_config.json holds a pattern",
     ),
     "an endless pattern of exceptions": Case(
         on_adapter(peft_says(exclude_modules=PATTERN), "peft"), "merge /peft -o out", 0, "merged into"
     ),
+    "an endless search by PEFT": Case(
+        foreign(init_lora_weights="pissa_niter_999999999"), "analyze /model /foreign", 2, "more than 128 iterations"
+    ),
+    "a huge rank for PEFT": Case(foreign(r=10**9), "analyze /model /foreign", 2, "'r' of its adapter_config.json"),
+    "layers without end for PEFT": Case(
+        foreign(layer_replication=[[0, 2]] * 9), "analyze /model /foreign", 2, "'layer_replication' of its"
+    ),
+    "a kind unknown to PEFT": Case(foreign(peft_type="os"), "analyze /model /foreign", 2, "PEFT cannot read"),
+    "other repositories for PEFT": Case(
+        foreign(peft_type="XLORA", hidden_size=32, adapters={"0": "evil/x"}), "analyze /model /foreign", 2,
+        "changes no weights",
+    ),
+    "a prompt for PEFT": Case(
+        foreign(peft_type="PROMPT_TUNING", num_virtual_tokens=4), "analyze /model /foreign", 2, "changes no weights"
+    ),
+    "tokens that are not there": Case(
+        foreign(trainable_token_indices=[1000]), "analyze /model /foreign", 2, "PEFT cannot load it"
+    ),
+    "a list for PEFT": Case(
+        all_of(foreign(), file("foreign/adapter_config.json", "[]")), "analyze /foreign", 2, "is damaged (a list)"
+    ),
+    "a base that is no name": Case(
+        foreign(base_model_name_or_path=["a"]), "analyze /foreign", 2, "does not say what its base is"
+    ),
+    "weights elsewhere": Case(
+        index('{"weight_map": {"a": "../bystander/theirs.safetensors"}}'), "analyze /model /run", 2,
+        "none of a checkpoint",
+    ),
+    "an index that is a list": Case(index("[]"), "analyze /model /run", 2, "damaged (TypeError)"),
     "compiled code for a model": Case(
         kernels, f"prepare -m /model {DATA} --dry-run", 2,
         "asks for code from 'evil/kernels'",

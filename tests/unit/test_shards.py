@@ -18,7 +18,7 @@ from mirrortune.shards import (
     DTYPE_CODES,
     INDEX,
     PlannedTensor,
-    indexed_files,
+    index_of,
     read_headers,
     read_tensor,
     same_bytes,
@@ -57,7 +57,7 @@ def test_what_the_library_writes_is_read_and_copied(tmp_path: Path) -> None:
     copies = [PlannedTensor(name=f"new.{n}", code=h.code, shape=h.shape, source=h) for n, h in headers.items()]
     write_shards(tmp_path, [copies[:2], copies[2:]], lambda t: pytest.fail("nothing is to be made"))
     index = json.loads((tmp_path / INDEX).read_text())
-    again = read_headers([tmp_path / name for name in indexed_files(index, "index")])
+    again = read_headers([tmp_path / name for name in index_of(tmp_path / INDEX)])
     assert sorted(index["weight_map"]) == sorted(again) == sorted(f"new.{name}" for name in TENSORS)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in TENSORS.values())
     assert all(same_bytes(again[f"new.{name}"], headers[name]) for name in TENSORS)
@@ -106,9 +106,10 @@ def test_hostile_headers_are_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", 3])
-def test_an_index_that_leads_elsewhere_is_refused(name: object) -> None:
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, name: object) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ConfigError, match=r"none of a checkpoint|damaged"):
-        indexed_files({"weight_map": {"a": name}}, "index")
+        index_of(tmp_path / INDEX)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
