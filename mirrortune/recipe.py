@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from mirrortune import strict_yaml
 from mirrortune.adapters.presets import PREFERENCES, no_preferences
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
-from mirrortune.locations import HUB_SCHEME, shipped_folder, split_sample, table_suffix
+from mirrortune.locations import HUB_SCHEME, is_pattern, shipped_folder, split_sample, table_suffix
 from mirrortune.schema import Recipe
 
 
@@ -114,6 +114,8 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
 
 
 _LARGEST_FILE = 16 * 2**20  # bytes; the pairs of every layer of a large model are half of that
+_MOST_PROBLEMS = 100  # of a recipe; a file of others may have a million
+_SHOWN = 200  # characters of a value that is wrong
 # What a recipe that lies in a target may set: which rows are scored, and how. Never the model, its code, a place to
 # write, or anything else that could reach beyond the score.
 _OF_TARGET = (
@@ -141,7 +143,19 @@ def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
         if own:
             kept[name] = own
         ignored += [key for key in settings or [name] if key not in _OF_TARGET]
+    if _walks_far(_setting(kept, "data", "path")):
+        kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
+        ignored.append("data.path")
     return Layer(values=kept, origin=whole.origin, lines=whole.lines), ignored
+
+
+def _walks_far(path: Any) -> bool:
+    """Whether looking for the files that ``path`` means leads through more than the folders of one: a stranger's
+    ``/**/*.csv`` is every disk.
+    """
+    if not isinstance(path, str) or not is_pattern(path):
+        return False
+    return sum(any(sign in part for sign in "*?[") for part in Path(path).parts) > 2 or "**" in path
 
 
 def read_saved_recipe(path: Path) -> Recipe:
@@ -231,7 +245,10 @@ def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | N
     try:
         recipe = Recipe.model_validate_json(json.dumps(merged))
     except ValidationError as error:
-        found += _one_each([_explain(problem, owners, merged) for problem in error.errors()])
+        problems = error.errors()
+        found += _one_each([_explain(problem, owners, merged) for problem in problems[:_MOST_PROBLEMS]])
+        if (more_of_them := len(problems) - _MOST_PROBLEMS) > 0:
+            found.append(ConfigError("recipe", f"{more_of_them:,} more problems", fix="Correct these first"))
     if found:
         raise ConfigError.several(found + (more(_valid_part(merged)) if more else []))
     origins = {".".join(path): layer.place(path) for path, layer in owners.items()}
@@ -325,6 +342,7 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
     layer = owners.get(path) or next((o for p, o in owners.items() if p[: len(path)] == path), None)
     where = layer.place(path) if layer else ".".join(path)
     got = repr(problem.get("input"))
+    got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
     if problem["type"] == "extra_forbidden":
         names = list(_section_fields(path[:-1]))
         return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))

@@ -18,13 +18,20 @@ from mirrortune.errors import ConfigError
 KeyPath = tuple[str, ...]
 
 
+_MOST_NODES = 3_000_000  # values and keys; lists of the pairs of every layer of a large model are as many
+
+
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with YAML-1.2 core scalars; no tags beyond the plain data types, no anchors and no aliases."""
 
     source = "text"
+    num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse anchors and aliases, by which ten lines stand for gigabytes."""
+        """Refuse anchors and aliases, by which ten lines stand for gigabytes, and more values than a recipe has."""
+        self.num_nodes += 1
+        if self.num_nodes > _MOST_NODES:
+            raise ConfigError(self.source, f"more than {_MOST_NODES:,} values", fix="Shorten the file")
         event = self.peek_event()  # type: ignore[no-untyped-call]
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
@@ -51,6 +58,10 @@ for _tag, _pattern, _first in (
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
+_PATTERNS: dict[str, list[re.Pattern[str]]] = {}
+for _found in _StrictLoader.yaml_implicit_resolvers.values():
+    for _name, _form in _found:
+        _PATTERNS.setdefault(_name, []).append(_form)
 # PyYAML's own takes 010 for octal.
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
@@ -159,8 +170,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], so
 def _check_tag(node: yaml.Node, source: str) -> None:
     """Refuse ``!!tags`` of anything that JSON has not, and of scalars that are not what their tag says."""
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    patterns = [p for found in _StrictLoader.yaml_implicit_resolvers.values() for tag, p in found if tag == node.tag]
-    is_plain = kind in ("map", "seq", "str") or any(p.match(node.value) for p in patterns)
+    is_plain = kind in ("map", "seq", "str") or any(p.match(node.value) for p in _PATTERNS.get(node.tag, ()))
     if not is_plain:
         place = f"{source}:{node.start_mark.line + 1}"
         raise ConfigError(place, f"'{node.value}' tagged as {kind}", allowed="plain YAML values", fix="Remove the tag")

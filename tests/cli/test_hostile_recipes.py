@@ -288,6 +288,13 @@ CASES = {
     "an endless pattern of exceptions": Case(
         on_adapter(peft_says(exclude_modules=PATTERN), "peft"), "merge /peft -o out", 0, "merged into"
     ),
+    "every file of every disk": Case(recipe(data={"path": "/**/*.csv"}), "eval /run -v", 2, NO_DATA),
+    "the same for others": Case(recipe(data={"path": "../*/*/*/*.csv"}), "eval /run -v", 2, "data.path"),
+    "millions of values": Case(file("run/recipe.yaml", f"data: [{'x,' * 3_000_000}]"), "eval /run", 2, "more than 3,0"),
+    "thousands of unknown keys": Case(
+        file("r.yaml", "train:\n" + "".join(f"  k{i}: 1\n" for i in range(10_000))), "train /r.yaml -o out", 2,
+        "9,900 more problems",
+    ),
     "an endless search by PEFT": Case(
         foreign(init_lora_weights="pissa_niter_999999999"), "analyze /model /foreign", 2, "more than 128 iterations"
     ),
