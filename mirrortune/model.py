@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json",
 )  # fmt: skip
+_COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # how names of what counts modules end
+_MOST_LAYERS = 10_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -120,20 +123,10 @@ def find_model(
             )
         if not gguf_file and not (folder / "config.json").is_file():
             raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
-    from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
-
     commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
     if trust_remote_code:
         announce_code(name, location, commit or revision)
-    with hub_errors(f"model '{name}'", flag="--model"), load_errors(name):
-        config = AutoConfig.from_pretrained(
-            location,
-            revision=commit or revision,
-            trust_remote_code=trust_remote_code,
-            **({"gguf_file": gguf_file} if gguf_file else {}),
-        )
-    if not trust_remote_code:
-        refuse_kernels(name, config)
+    config = _read_config(name, location, commit or revision, gguf_file, trust_remote_code=trust_remote_code)
     if load_in is not None and is_quantised(config):
         raise ConfigError("model.load_in", f"the checkpoint is quantised already, got {load_in}", fix="Remove it")
     return ModelSource(
@@ -146,6 +139,45 @@ def find_model(
         load_in=load_in,
         gguf_file=gguf_file,
     )
+
+
+def _read_config(
+    name: str, location: str, revision: str | None, gguf_file: str | None, *, trust_remote_code: bool
+) -> Any:
+    from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
+
+    more = {"gguf_file": gguf_file} if gguf_file else {}
+    with hub_errors(f"model '{name}'", flag="--model"), load_errors(name):
+        try:
+            config = AutoConfig.from_pretrained(
+                location, revision=revision, trust_remote_code=trust_remote_code, **more
+            )
+        except (AttributeError, TypeError, IndexError, RecursionError) as error:
+            if trust_remote_code:
+                raise  # perhaps of code that is not ours
+            raise _unusable(name, f"({type(error).__name__}: {error})") from error
+    if not trust_remote_code:
+        refuse_kernels(name, config)
+        _check_values(name, config)
+    return config
+
+
+def _check_values(name: str, config: Any) -> None:
+    """Refuse values of a configuration by which transformers would build layers without end, or fail."""
+    if not isinstance(getattr(config, "dtype", None), torch.dtype | str | None):
+        raise _unusable(name, f"(dtype is {config.dtype!r})")
+    sections = [config.__dict__]
+    while sections:
+        for key, value in sections.pop().items():
+            if isinstance(value, dict) or hasattr(value, "model_type"):
+                sections.append(value if isinstance(value, dict) else value.__dict__)
+            counts = value if isinstance(value, list) else [value]
+            if _COUNT.search(str(key)) and any(isinstance(count, int) and count > _MOST_LAYERS for count in counts):
+                raise _unusable(name, f"({key} is {value!r}, allowed are {_MOST_LAYERS:,})")
+
+
+def _unusable(name: str, why: str) -> ConfigError:
+    return ConfigError(f"model '{name}'", f"its configuration cannot be used {why}", fix="Download or copy it again")
 
 
 def _split_gguf(name: str) -> tuple[str, str | None]:

@@ -155,6 +155,16 @@ def kernels(place: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "evil/kernels"}))
 
 
+def configured(**fields: Any) -> Attack:
+    """The model's configuration says something else."""
+
+    def apply(place: Path) -> None:
+        path = place / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return apply
+
+
 def foreign(**fields: Any) -> Attack:
     """PEFT's own adapter, without our description, whose configuration says something else."""
 
@@ -324,6 +334,18 @@ CASES = {
         "none of a checkpoint",
     ),
     "an index that is a list": Case(index("[]"), "analyze /model /run", 2, "damaged (TypeError)"),
+    "layers without end": Case(
+        configured(num_hidden_layers=10**7), f"prepare -m /model {DATA} --dry-run", 2, "num_hidden_layers is 10000000"
+    ),
+    "a number type that is a function": Case(
+        configured(dtype="load"), f"prepare -m /model {DATA} --dry-run", 2, "its configuration cannot be used"
+    ),
+    "a number type that is a number": Case(
+        configured(dtype=5), f"prepare -m /model {DATA} --dry-run", 2, "its configuration cannot be used (dtype is 5)"
+    ),
+    "brackets for a model": Case(
+        file("model/config.json", '{"a":' * 100_000), f"prepare -m /model {DATA} --dry-run", 2, "RecursionError"
+    ),
     "compiled code for a model": Case(
         kernels, f"prepare -m /model {DATA} --dry-run", 2,
         "asks for code from 'evil/kernels'",
