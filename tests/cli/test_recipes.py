@@ -51,7 +51,7 @@ def test_a_copy_runs_and_knows_its_schema(desk: Path, tiny_model_dir: Path) -> N
     assert read_recipe(str(path)).values == read_recipe("quickstart").values
 
     planned = mirrortune("train", path, "-m", tiny_model_dir, "--max-length", 64, "--dry-run", "--json")
-    assert planned.data["rows"] == {"train": 6400, "validation": 1056}
+    assert planned.data["rows"] == {"train": 6400, "validation": 1056, "test": 1056}
 
 
 @pytest.mark.parametrize(
