@@ -16,6 +16,7 @@ from typing import Any
 
 from mirrortune.errors import VerificationError
 from mirrortune.hub import ADAPTER_FILES
+from mirrortune.outputs import MARKER
 from mirrortune.redaction import Redaction
 
 CARD, RECIPE, RESULTS, REPORT = "README.md", "recipe.yaml", "results.json", "merge.json"
@@ -107,7 +108,7 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     listed = report.get("files")
     names = {str(n) for n in listed} if isinstance(listed, list) else {n for n in known if _OF_A_MODEL.fullmatch(n)}
     names |= known & {CARD}
-    parcel.left_out = sorted(known - names)
+    parcel.left_out = sorted(known - names - {MARKER})
     texts = {RECIPE: redaction.recipe, REPORT: redaction.merge_report, CARD: redaction.card}
     for name in sorted(names, key=lambda n: (n == CARD, n)):  # the card last: it repeats what the others say
         _check_name(folder, name)
