@@ -73,7 +73,7 @@ def check_description(description: Mapping[str, Any], *, has_basis: bool) -> Non
     _require(isinstance(settings.get("pairing"), str | None), "adapter.pairing")
     _require(isinstance(base, dict), "base")
     for key in ("name", "revision", "commit", "load_in"):
-        _require(isinstance(base.get(key), str | None), f"base.{key}")
+        _require(isinstance(base.get(key), str | None) and (base.get(key) or "").isprintable(), f"base.{key}")
     for key in {"dtype", "auto_class"} & base.keys():
         _require(isinstance(base[key], str) and base[key].isidentifier(), f"base.{key}")
     _require("dtype" not in base or _is_float(base["dtype"]), "base.dtype")

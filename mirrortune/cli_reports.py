@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mirrortune.errors import VerificationError
 from mirrortune.flags import Debug, Json, Quiet, Verbose
 from mirrortune.report import Reporter, describe_metrics, kilobytes, significant
 
@@ -36,7 +37,13 @@ def report(
     output = output and str(Path(output).expanduser())
     path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     with pages.page_output(path, [Input("run", folder) for folder in folders]) as put:
-        put(run_page([RunDirectory(folder) for folder in folders]))
+        try:
+            made = run_page([RunDirectory(folder) for folder in folders])
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            # Of values that no run of ours writes: its logs and results are read without a schema.
+            problem = f"a file of the run is damaged ({type(error).__name__}: {error})"
+            raise VerificationError(", ".join(runs), problem, fix="Copy the run again; --debug says more") from error
+        put(made)
     reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
 
 

@@ -10,7 +10,9 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -327,7 +329,10 @@ def _saved_files(folder: Path) -> list[Path]:
         raise DataError(
             str(folder), "its rows are chosen by a file of indices", fix="Call flatten_indices() before save_to_disk"
         )
-    files = [folder / Path(str(entry.get("filename"))).name for entry in state.get("_data_files", [])]
+    entries = state.get("_data_files", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise DataError(str(folder / _SAVED), "its _data_files is no list of files", fix="Save the data set again")
+    files = [folder / Path(str(entry.get("filename"))).name for entry in entries]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         problem = f"{missing[0]} is missing" if missing else f"{_SAVED} names no files"
@@ -398,21 +403,8 @@ def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataS
         import datasets  # noqa: PLC0415  (a second to import, and only Hub data needs it)
 
         datasets.disable_progress_bars()
-        try:
+        with hub_data_errors(path):
             loaded = datasets.load_dataset(path, config, revision=commit)
-        except ValueError as error:
-            if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
-                raise DataError(f"data set '{path}'", _first_sentence(error), fix="Set data.config") from error
-            raise
-        except RuntimeError as error:
-            if "scripts are no longer supported" in str(error):
-                raise DataError(
-                    f"data set '{path}'", "it is a script, which is no longer run",
-                    fix="Set data.revision=refs/convert/parquet, where the Hub keeps it as files",
-                ) from error  # fmt: skip
-            raise
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise DataError(f"data set '{path}'", _first_sentence(error.__cause__ or error)) from error
     used = _cached_commit(loaded)
     if used is not None and used != commit:
         # The library falls back to whatever it has cached when it cannot reach the Hub, whichever revision was asked
@@ -424,6 +416,35 @@ def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataS
         )
     splits = {n: Split(table=_arrow(loaded[n]), source=f"{path} {n}") for n in loaded}
     return DataSet(splits=splits, origin={"repository": path, "config": config, "commit": commit})
+
+
+@contextmanager
+def hub_data_errors(path: str) -> Iterator[None]:
+    """What a data set's own files make ``datasets`` raise as a DataError; failures of the Hub are let through."""
+    import datasets  # noqa: PLC0415
+
+    where = f"data set '{path}'"
+    try:
+        yield
+    except ValueError as error:
+        if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
+            raise DataError(where, _first_sentence(error), fix="Set data.config") from error
+        if "Data files don't belong to" in str(error):
+            raise DataError(
+                where, "its README.md names files outside of the repository", fix="Set data.revision to another commit"
+            ) from error  # fmt: skip
+        raise
+    except RuntimeError as error:
+        if "scripts are no longer supported" in str(error):
+            raise DataError(
+                where, "it is a script, which is no longer run",
+                fix="Set data.revision=refs/convert/parquet, where the Hub keeps it as files",
+            ) from error  # fmt: skip
+        raise
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(where, _first_sentence(error.__cause__ or error)) from error
+    except (zipfile.BadZipFile, ImportError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(where, f"its files cannot be read ({_first_sentence(error)})") from error
 
 
 def _arrow(rows: Any) -> pa.Table:

@@ -140,6 +140,7 @@ def _render(drawing: Drawing, kind: str) -> bytes:
     }  # fmt: skip
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ ")  # of a script that the font lacks: drawn as a box
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")  # names longer than the figure
         figure = Figure(figsize=drawing.size, layout="constrained")
         drawing.draw(figure)
         _write_powers_plainly(figure)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mirrortune.data import DataSet, Split, files_by_split, files_left_out, flat, matching_files
+from mirrortune.data import DataSet, Split, files_by_split, files_left_out, flat, hub_data_errors, matching_files
 from mirrortune.errors import ConfigError, DataError, MirrortuneError
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.locations import (
@@ -159,12 +159,8 @@ def _open_hub(
         import datasets  # noqa: PLC0415
 
         datasets.disable_progress_bars()
-        try:
+        with hub_data_errors(path):
             loaded = datasets.load_dataset(path, config, revision=commit, streaming=True)
-        except ValueError as error:
-            if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
-                raise DataError(f"data set '{path}'", _sentence(error), fix="Set data.config") from error
-            raise
     wanted = {train_split: loaded[split]} if split in loaded else dict(loaded)
     streams = {n: RowStream(rows=r, flatten=flat, guard=guard, source=f"{path} {n}") for n, r in wanted.items()}
     return streams, {"repository": path, "config": config, "commit": commit}

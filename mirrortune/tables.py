@@ -215,8 +215,15 @@ def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
         named = found or named
     if named is not None or table_suffix(path) == ".tsv" or not begin:
         return named[1] if named else "\t", begin
+
     # Semicolons and tabs are common in files called .csv; a delimiter within quotation marks divides nothing.
-    return max(",;\t|", key=lambda sign: len(next(csv.reader(begin[-1:], delimiter=sign), []))), begin
+    def count(sign: str) -> int:
+        try:
+            return len(next(csv.reader(begin[-1:], delimiter=sign), []))
+        except csv.Error:  # a cell longer than the module takes: there is no such sign in a long line
+            return 0
+
+    return max(",;\t|", key=count), begin
 
 
 def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str, int]:

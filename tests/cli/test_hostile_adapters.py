@@ -269,6 +269,7 @@ CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ..
     "a head without names": ("compact", say("head", value=[5]), "cannot be meant"),
     "no numbers": ("compact", say("layers", value={"": {}}), "cannot be meant"),
     "a base that is no model": ("compact", say("base", "auto_class", value="AutoTokenizer"), "no model", BY_COMMAND),
+    "a base that writes a card": ("compact", say("base", "name", value="x\n---\nlicense: mit"), "cannot be meant"),
     "a base of another module": ("compact", say("base", "auto_class", value="os.system"), "cannot be meant"),
     "a base outside": ("compact", say("base", "name", value="../../../../etc"), "etc", BY_MERGE),
     "a dtype that is a function": ("compact", say("base", "dtype", value="load"), "cannot be meant"),

@@ -279,6 +279,20 @@ CASES = {
         all_of(file("secret.json", "[[0, 1]]"), recipe(adapter={"pairing": "../secret.json"})), "report /run -o out", 2,
         "a run's recipe holds pairs themselves",
     ),
+    "a log of lists, report": Case(
+        file("run/metrics.jsonl", "[]\n5\n"), "report /run -o out", 5, "is damaged (TypeError"
+    ),
+    "a log of brackets, report": Case(
+        file("run/metrics.jsonl", '{"a":' * 100_000 + "\n"), "report /run -o out", 5, "is damaged (RecursionError"
+    ),
+    "a log of astronomical numbers, report": Case(
+        file("run/metrics.jsonl", "".join(
+            f'{{"event": "train", "step": {10**i}, "epoch": 0, "loss": 1e308, "lr": 1e308}}\n' for i in range(1, 18)
+        )), "report /run -o out", 5, "is damaged (",
+    ),
+    "results of nothing, report": Case(
+        file("run/results.json", "[]"), "report /run -o out", 5, "is damaged (KeyError: 'metrics')"
+    ),
     "an endless pattern of parts, eval": Case(
         on_adapter(say("adapter", "split", value={PATTERN: 2})), "eval /run", 0, "rows"
     ),

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mirrortune.data import Split, load_data, set_aside
 from mirrortune.duplicates import rows_in_both
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.labels import feature_names
+from mirrortune.streaming import stream_data
 
 CSV = "text,label\na,x\nb,y\n"
 
@@ -206,3 +209,47 @@ def test_rows_that_are_in_both_splits_are_counted_whatever_they_hold(cells: list
 
     assert rows_in_both(first, last, [("text", "x"), ("text", "y")]) == count
     assert rows_in_both(first, last, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ValueError("Data files don't belong to evil/rows. Make sure ..."), "names files outside of the repository"),
+        (ImportError('HTTPFileSystem requires "requests"'), "cannot be read"),
+        (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
+        (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "it is a script"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_what_a_data_set_of_the_hub_does_wrong_is_said(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str, *, is_streamed: bool
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for module in ("data", "streaming"):
+        monkeypatch.setattr(f"mirrortune.{module}.resolve_commit", lambda *_: "0" * 40)
+    settings: Any = {"config": None, "revision": None, "encoding": "utf-8"}
+    streaming = {"train_split": "train", "max_eval_rows": None}
+    load_it = partial(stream_data, **settings, **streaming) if is_streamed else partial(load_data, **settings)
+
+    with pytest.raises(DataError, match=said):
+        load_it("evil/rows")
+
+
+@pytest.mark.parametrize("entries", ["5", "[5]", '{"filename": "x"}'])
+def test_a_saved_data_set_with_an_odd_list_of_files_is_refused(tmp_path: Path, entries: str) -> None:
+    write(tmp_path / "state.json", f'{{"_data_files": {entries}}}')
+    write(tmp_path / "dataset_info.json", "{}")
+
+    with pytest.raises(DataError, match="no list of files"):
+        load_data(str(tmp_path))
+
+
+def test_a_header_of_thousands_of_columns_is_read(tmp_path: Path) -> None:
+    names = [f"column{i}" for i in range(20_000)]
+    path = write(tmp_path / "wide.csv", ",".join(names) + "\n" + ",".join(["a"] * 20_000) + "\n")
+
+    assert load_data(str(path)).splits["train"].table.column_names == names
