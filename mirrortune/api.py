@@ -27,6 +27,7 @@ from mirrortune.export import export_lora
 from mirrortune.export_gguf import export_gguf
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import ADAPTER_FILES, check_repository, local_adapter, path_inside, upload
+from mirrortune.locations import local_path
 from mirrortune.merge_folder import merge_folder
 from mirrortune.sharing import pack_adapter
 
@@ -124,7 +125,7 @@ def save_adapter(
     base = describe_base(model)
 
     files = adapter_contents(model, book.entries, base=base, task=None, extra={}, form=form)
-    target = Path(directory) / path_inside(subfolder)
+    target = local_path(directory) / path_inside(subfolder)
     _save_files(target, files)
     if repository is not None:
         _send(target, repository, revision, subfolder)
@@ -203,7 +204,7 @@ def merge_adapter(
     Raises:
         VerificationError: the result is out of tolerance, or base and adapter do not belong together.
     """
-    folder, target = local_adapter(adapter, revision=revision, subfolder=subfolder), Path(output_dir)
+    folder, target = local_adapter(adapter, revision=revision, subfolder=subfolder), local_path(output_dir)
     if format not in ("hf", "lora", "gguf"):
         raise ConfigError("format", f"got {format!r}", allowed="hf, lora, gguf")
     if rank is not None and format == "hf":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
 import sys
@@ -21,7 +22,7 @@ from mirrortune.cli_exports import merge, push
 from mirrortune.cli_reports import analyze, besides_head, report, train_lines
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
 from mirrortune.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
-from mirrortune.locations import shown_path
+from mirrortune.locations import local_path, shown_path
 from mirrortune.report import Reporter, describe_metrics
 
 if TYPE_CHECKING:
@@ -206,11 +207,11 @@ def evaluate(
     if own and (named := _describe_data(resolved, own)):
         reporter.note(named)
     trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
-    is_own_data = bool(trained_on and asked) and Path(str(trained_on)).resolve() == Path(str(asked)).resolve()
+    is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
     from mirrortune import commands, opening  # noqa: PLC0415
     from mirrortune.recipe_values import inputs_of  # noqa: PLC0415
 
-    file = Path(predictions).expanduser() if predictions else None
+    file = local_path(predictions) if predictions else None
     inputs = [*inputs_of(resolved), *opening.inputs_of_targets(target)] if file else []
     result = commands.evaluate(
         target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
@@ -266,7 +267,7 @@ def compare(
     from mirrortune import comparison_report  # noqa: PLC0415
     from mirrortune.recipe_values import inputs_of  # noqa: PLC0415
 
-    root = Path(output_dir).expanduser()
+    root = local_path(output_dir)
     results = comparison_report.compare(
         root,
         plan,
@@ -388,7 +389,7 @@ def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
     from mirrortune.outputs import restore  # noqa: PLC0415
     from mirrortune.recipe import read_target_recipe  # noqa: PLC0415
 
-    folder = restore(Path(target).expanduser())
+    folder = restore(local_path(target))
     path = folder / "recipe.yaml"
     if not path.is_file() and (folder / "adapter.json").is_file():
         from mirrortune.checkpoint import run_of  # noqa: PLC0415

@@ -13,6 +13,7 @@ import typer
 
 from mirrortune.errors import ConfigError
 from mirrortune.flags import Debug, Json, Quiet, Verbose
+from mirrortune.locations import local_path
 from mirrortune.report import Reporter
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -41,7 +42,7 @@ def merge(
         raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
     if format != "hf":
         _check_for_lora(targets, max_shard_size)
-    output_dir = str(Path(output_dir).expanduser())
+    output_dir = str(local_path(output_dir))
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
     from mirrortune import export, export_gguf, sharing  # noqa: PLC0415
 

@@ -14,6 +14,7 @@ import typer
 
 from mirrortune.errors import VerificationError
 from mirrortune.flags import Debug, Json, Quiet, Verbose
+from mirrortune.locations import local_path
 from mirrortune.report import Reporter, describe_metrics, kilobytes, significant
 
 
@@ -33,8 +34,8 @@ def report(
     from mirrortune.outputs import Input  # noqa: PLC0415
     from mirrortune.run_page import run_page  # noqa: PLC0415
 
-    folders = [Path(run).expanduser() for run in runs]
-    output = output and str(Path(output).expanduser())
+    folders = [local_path(run) for run in runs]
+    output = output and str(local_path(output))
     path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     with pages.page_output(path, [Input("run", folder) for folder in folders]) as put:
         try:
@@ -71,9 +72,9 @@ def analyze(
     with ExitStack() as held:  # before the minutes of work
         put, folder = None, None
         if output is not None:
-            put = held.enter_context(pages.page_output(Path(output).expanduser(), inputs))
+            put = held.enter_context(pages.page_output(local_path(output), inputs))
         if figures is not None:
-            folder = Path(figures).expanduser()
+            folder = local_path(figures)
             held.enter_context(analysis_report.figures_folder(folder, inputs))
         before, after = opening.open_pair(base, tuned, revision, tuned_revision)
         found = analysis.analyse(

@@ -30,6 +30,7 @@ from mirrortune.locations import (
     hub_address,
     is_pattern,
     is_system,
+    local_path,
     looks_like_path,
     shipped_folder,
     split_sample,
@@ -144,7 +145,7 @@ def load_data(
     if path.startswith(HUB_SCHEME):
         return _sampled(_load_address(path, config, revision), sample)
     is_shipped = path.startswith("shipped:")
-    local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else Path(path).expanduser()
+    local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else local_path(path)
     if not (local.is_file() or local.is_dir() or looks_like_path(path)):
         return _sampled(_load_from_hub(path, config, revision), sample)
     for key, value in (("data.config", config), ("data.revision", revision)):
@@ -189,7 +190,7 @@ def _load_files(pattern: str, encoding: str) -> DataSet:
 
 def matching_files(pattern: str) -> list[Path]:
     """What a pattern stands for, in the order of names; hidden and system files only where it names them."""
-    place = Path(pattern).expanduser()
+    place = local_path(pattern)
     named = [part for part in place.parts if is_system(part)]
     found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
 

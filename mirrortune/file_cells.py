@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,9 @@ class FileCells:
             value = value["path"] if value.get("bytes") is None else value["bytes"]
         if value is None or isinstance(value, bytes):
             return value
-        path = Path(value).expanduser()
+        path = Path(value)
+        with suppress(RuntimeError):  # ~ stands for nobody's home: there is no such file
+            path = path.expanduser()
         return path if path.is_absolute() or self.folder is None else self.folder / path
 
     def _leads_out(self, path: Path, real: dict[Path, Path]) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from mirrortune import __version__
 from mirrortune.errors import ConfigError, HubError, MirrortuneError
-from mirrortune.locations import hub_place, looks_like_path
+from mirrortune.locations import hub_place, local_path, looks_like_path
 from mirrortune.outputs import restore
 
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors")
@@ -107,7 +107,7 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
         ConfigError: a revision of a folder, or a subfolder that leads out of it.
         HubError: whatever the Hub refused.
     """
-    folder = restore(Path(name).expanduser())
+    folder = restore(local_path(name))
     repository, own_revision, own_subfolder = hub_place(str(name))
     if folder.is_dir() or looks_like_path(repository):
         if revision is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mirrortune import zero
 from mirrortune.errors import ConfigError, MirrortuneError, ResourceError, unknown_name
-from mirrortune.locations import child_environment
+from mirrortune.locations import child_environment, local_path
 from mirrortune.processes import ASKED_VARIABLE, read_accelerate_config
 from mirrortune.signals import ends_as
 
@@ -72,7 +72,7 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
 def find_profile(name: str) -> Path:
     """The file of a shipped profile, or ``name`` itself if it is one; ConfigError with the nearest name otherwise."""
     shipped = {path.stem: path for path in _FOLDER.glob("*.yaml")}
-    path = shipped.get(name, Path(name).expanduser())
+    path = shipped.get(name, local_path(name))
     if not path.is_file():
         raise unknown_name("--accelerate-config", "profile or file", name, shipped)
     return path

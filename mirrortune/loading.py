@@ -26,7 +26,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hardware import default_device, is_slow
 from mirrortune.hub import holds_adapter, local_adapter
-from mirrortune.locations import hub_place, is_local
+from mirrortune.locations import hub_place, is_local, local_path
 from mirrortune.merging import load_adapted
 from mirrortune.model import (
     DTYPES,
@@ -213,7 +213,7 @@ def find_adapter(target: str) -> Path | None:
     Raises:
         ConfigError: a run directory whose training has not finished.
     """
-    path = restore(Path(target).expanduser())
+    path = restore(local_path(target))
     if (path / "adapter.json").is_file():
         return path
     if restore(path / "adapter").is_dir():

@@ -5,6 +5,7 @@ all.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import re
@@ -19,6 +20,8 @@ HUB_SCHEME = "hf://"
 _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
+# A name that no file can have, and a folder that cannot be entered. A file that is missing is for others to find.
+_NO_PATH = frozenset((errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES))
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of bytes of a path that it cannot decode
 # Left by Windows, macOS, NAS systems and Python without anybody asking for it; what begins with a dot besides.
 _SYSTEM_NAMES = frozenset((
@@ -27,14 +30,36 @@ _SYSTEM_NAMES = frozenset((
 ))  # fmt: skip
 
 
+def local_path(name: str | Path) -> Path:
+    """The path that a name stands for, where a leading ``~`` is a home directory; need not exist.
+
+    Raises:
+        ConfigError: no file can have that name, the user behind ``~`` is unknown, or a folder above it is closed.
+    """
+    where = shown_path(str(name)[:200]).replace("\0", "\\0")
+    try:
+        path = Path(name).expanduser()
+        path.lstat()
+    except RuntimeError as error:
+        named = Path(name).parts[0]
+        fix = f"For a file or folder of that name, write ./{named}"
+        raise ConfigError(where, f"the home directory that {named} stands for is unknown", fix=fix) from error
+    except ValueError as error:  # a NUL
+        raise ConfigError(where, "no file can have that name", fix="Give another") from error
+    except OSError as error:
+        if error.errno in _NO_PATH:
+            raise ConfigError(where, f"cannot be used as a path ({error.strerror})", fix="Give another") from error
+    return path
+
+
 def cache_folder() -> Path:
     """The absolute path of the cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder
     (``XDG_CACHE_HOME`` or ``~/.cache``).
     """
     chosen = os.environ.get("MIRRORTUNE_CACHE")
     if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "mirrortune"
+        return local_path(chosen).absolute()
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").absolute() / "mirrortune"
 
 
 def shipped_folder() -> Path:
@@ -69,7 +94,7 @@ def child_environment() -> dict[str, str]:
 
 def looks_like_path(name: str) -> bool:
     """Whether ``name`` can only be meant as a path and not as a Hub id (``name`` or ``owner/name``)."""
-    path = Path(name).expanduser()
+    path = local_path(name)
     is_rooted = name.startswith((".", "/", "~", "\\")) or path.is_absolute() or path.drive != ""
     is_named_so = table_suffix(path) is not None or is_pattern(name)
     return is_rooted or name.count("/") > 1 or "\\" in name or is_named_so or path.exists()
@@ -82,7 +107,7 @@ def is_plain_name(name: str) -> bool:
 
 def hub_place(name: str) -> tuple[str, str | None, str | None]:
     """``owner/name@revision:subfolder``: id, revision and subfolder. What is here, or can be no id, is left whole."""
-    is_here = name.startswith(PACKAGE_SCHEME) or Path(name).expanduser().exists()
+    is_here = name.startswith(PACKAGE_SCHEME) or local_path(name).exists()
     found = None if is_here else _HUB_PLACE.fullmatch(name)
     return (found[1], found[2], found[3]) if found else (name, None, None)
 
@@ -100,6 +125,11 @@ def is_system(name: str) -> bool:
     return name.startswith((".", "~$")) or name.lower() in _SYSTEM_NAMES
 
 
+def is_debris(name: str) -> bool:
+    """Whether a file manager leaves a file or folder of that name in folders that are looked at; nobody misses it."""
+    return name.startswith("._") or name.lower() in (".ds_store", "@eadir", "desktop.ini", "ehthumbs.db", "thumbs.db")
+
+
 def shown_path(path: str) -> str:
     r"""A path as text that can be written anywhere: bytes that are not UTF-8 as ``\xff``."""
     return _NOT_UTF8.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", path)
@@ -107,7 +137,7 @@ def shown_path(path: str) -> str:
 
 def is_pattern(name: str) -> bool:
     """Whether ``name`` stands for several files, such as ``rows/*.jsonl``."""
-    return any(sign in name for sign in "*?[") and not Path(name).expanduser().exists()
+    return any(sign in name for sign in "*?[") and not local_path(name).exists()
 
 
 def hub_address(address: str, config: str | None) -> tuple[str, str | None, str]:
@@ -126,7 +156,7 @@ def hub_address(address: str, config: str | None) -> tuple[str, str | None, str]
 def split_sample(name: str) -> tuple[str, int | None]:
     """``rows.csv#500`` is 500 rows of rows.csv: the name without, and the number."""
     place, sign, number = name.rpartition("#")
-    if not sign or not number.isdecimal() or Path(name).expanduser().exists():
+    if not sign or not number.isdecimal() or local_path(name).exists():
         return name, None
     return place, int(number)
 

@@ -22,7 +22,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.hardware import is_slow
 from mirrortune.hub import hub_errors, resolve_commit
 from mirrortune.load_errors import load_errors
-from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
+from mirrortune.locations import PACKAGE_SCHEME, is_local, local_path, package_folder
 from mirrortune.outputs import restore
 from mirrortune.quantised import can_be_dequantised, is_quantised, keep_trainable, loading_config
 from mirrortune.remote_code import announce_code, refuse_kernels
@@ -110,7 +110,7 @@ def find_model(
         HubError: whatever the Hub refused.
     """
     place, gguf_file = _split_gguf(name)
-    location = str(package_folder(place)) if place.startswith(PACKAGE_SCHEME) else str(Path(place).expanduser())
+    location = str(package_folder(place)) if place.startswith(PACKAGE_SCHEME) else str(local_path(place))
     restore(Path(location))
     is_folder = is_local(name) and (gguf_file is None or is_local(place) or Path(location).is_dir())
     if is_folder:

@@ -10,7 +10,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import hub_errors, local_adapter, resolve_commit
 from mirrortune.loading import find_adapter
-from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder
+from mirrortune.locations import PACKAGE_SCHEME, is_local, local_path, package_folder
 from mirrortune.model import find_model
 from mirrortune.outputs import Input, adapter_inputs, model_inputs, restore
 from mirrortune.peft_weights import load_peft, read_config
@@ -63,12 +63,12 @@ def inputs_of_targets(*names: str | None) -> list[Input]:
 
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
     """The weights that ``name`` means; an adapter is put on ``beneath``, or on the base that it names itself."""
-    restore(Path(name).expanduser())
+    restore(local_path(name))
     if not is_local(name):
         return _open_hub(name, revision, beneath)
     if revision is not None:
         raise ConfigError("--revision", f"'{name}' is local and has none", fix="Remove it")
-    path = package_folder(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser()
+    path = package_folder(name) if name.startswith(PACKAGE_SCHEME) else local_path(name)
     if path.is_file() and path.suffix == ".safetensors":
         return StoredWeights.of_files(name, [path])
     if not path.is_dir():

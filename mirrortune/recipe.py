@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from mirrortune import strict_yaml
 from mirrortune.adapters.presets import PREFERENCES, no_preferences
 from mirrortune.errors import ConfigError, did_you_mean, unknown_name
-from mirrortune.locations import HUB_SCHEME, is_pattern, shipped_folder, split_sample, table_suffix
+from mirrortune.locations import HUB_SCHEME, is_pattern, local_path, shipped_folder, split_sample, table_suffix
 from mirrortune.schema import Recipe
 
 
@@ -273,8 +273,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     update: dict[str, Any] = {}
     for section, key in (("model", "name"), ("data", "path")):
         given, number = split_sample(getattr(getattr(recipe, section), key) or "")
-        if given and Path(given).expanduser().exists():
-            absolute = str(Path(given).expanduser().resolve()) + (f"#{number}" if number is not None else "")
+        if given and local_path(given).exists():
+            absolute = str(local_path(given).resolve()) + (f"#{number}" if number is not None else "")
             update[section] = getattr(recipe, section).model_copy(update={key: absolute})
     return recipe.model_copy(update=update)
 
@@ -437,11 +437,11 @@ def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) ->
         return dict(items)
 
     try:
-        found = json.loads(Path(given).expanduser().read_text(encoding="utf-8"), object_pairs_hook=once)
+        found = json.loads(local_path(given).read_text(encoding="utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(where, f"cannot read {given} ({error})", fix="Check the path and the file") from error
     if not isinstance(found, list | dict):
         allowed = "a list of pairs, or an object of such lists by layer name"
         raise ConfigError(where, f"{given} holds {type(found).__name__}", allowed=allowed)
     merged["adapter"]["pairing"] = found
-    return Path(given).expanduser()
+    return local_path(given)

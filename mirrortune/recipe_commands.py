@@ -12,7 +12,7 @@ import typer
 
 from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.flags import Debug, Json
-from mirrortune.locations import shipped_folder
+from mirrortune.locations import local_path, shipped_folder
 from mirrortune.recipe import read_recipe, shipped_recipes
 from mirrortune.report import Reporter
 
@@ -74,7 +74,7 @@ def cp(
 
     mirrortune recipes cp glue/sst2 my.yaml
     """
-    source, path = _path(name), Path(target or ".").expanduser()
+    source, path = _path(name), local_path(target or ".")
     path = path / source.name if path.is_dir() or str(target).endswith("/") else path
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(str(path), "the copy would not be found as a recipe", allowed="a name that ends in .yaml")

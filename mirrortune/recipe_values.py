@@ -6,7 +6,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from mirrortune.adapters.presets import preset
@@ -17,7 +16,7 @@ from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.forward_modes import check_attention
 from mirrortune.hardware import default_device
 from mirrortune.labels import as_name, without_labels
-from mirrortune.locations import HUB_SCHEME, is_local, is_pattern, split_sample
+from mirrortune.locations import HUB_SCHEME, is_local, is_pattern, local_path, split_sample
 from mirrortune.loop import LoopSettings
 from mirrortune.metrics import METRICS, Scores
 from mirrortune.outputs import Input, model_inputs
@@ -170,8 +169,8 @@ def inputs_of(resolved: Resolved) -> list[Input]:
     found += model_inputs(recipe.model.name)
     if recipe.data.path is not None and not recipe.data.path.startswith((HUB_SCHEME, "shipped:")):
         name = split_sample(recipe.data.path)[0]
-        files = glob.glob(str(Path(name).expanduser()), recursive=True) if is_pattern(name) else [name]  # noqa: PTH207
-        found += [Input("data", Path(file).expanduser()) for file in files]
+        files = glob.glob(str(local_path(name)), recursive=True) if is_pattern(name) else [name]  # noqa: PTH207
+        found += [Input("data", local_path(file)) for file in files]
     return found
 
 

@@ -19,6 +19,7 @@ from mirrortune.locations import (
     HUB_SCHEME,
     hub_address,
     is_pattern,
+    local_path,
     looks_like_path,
     shipped_folder,
     split_sample,
@@ -59,7 +60,7 @@ def stream_data(
     if sample is not None:
         raise ConfigError("--data", f"got #{sample}, and a stream is not sampled", fix="Use --max-steps")
     is_shipped = path.startswith("shipped:")
-    local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else Path(path).expanduser()
+    local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else local_path(path)
     remarks: tuple[str, ...] = ()
     if path.startswith(HUB_SCHEME) or not (local.exists() or looks_like_path(path)):
         streams, origin = _open_hub(path, config, revision, train_split)
