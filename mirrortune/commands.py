@@ -42,6 +42,7 @@ from mirrortune.loading import (
     load_evaluable,
     share_factors,
 )
+from mirrortune.locations import local_path
 from mirrortune.loop import FitResult, LoopSettings
 from mirrortune.metrics import METRICS
 from mirrortune.outputs import Input, check_file
@@ -111,7 +112,9 @@ def train(
     check_recipe(recipe, adapter_spec(recipe))
     if resume and overwrite:
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
-    run = RunDirectory(Path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}").expanduser())
+    run = (_run_beside(resolved) if resume else None) or RunDirectory(
+        local_path(recipe.output_dir or f"runs/{run_name(recipe, recipe_name)}")
+    )
     recipe = pin_paths(recipe, run)
     accelerator = _meet(recipe, reporter)
     inputs = inputs_of(resolved)
@@ -128,6 +131,16 @@ def train(
 
         ranks.from_main(accelerator, claim)
         return _train(replace(resolved, recipe=recipe), run, accelerator, reporter, None if resume else create)
+
+
+def _run_beside(resolved: Resolved) -> RunDirectory | None:
+    """The run whose own recipe says where to write. It may have been moved or copied since, and another lie there."""
+    for file in resolved.files:
+        run = RunDirectory(file.parent)
+        says_where = resolved.origins.get("output_dir", "").startswith(f"{file}:")
+        if says_where and file.name == run.recipe.name and run.is_marked:
+            return run
+    return None
 
 
 def _train(
