@@ -11,7 +11,7 @@ from typing import Any
 from mirrortune import model_card
 from mirrortune.assembly import Job
 from mirrortune.checkpoint import RunDirectory
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.loading import base_identity
 from mirrortune.recipe import flatten, read_saved_recipe, with_absolute_paths
 from mirrortune.run_page import write_curves, write_run_page
@@ -60,6 +60,9 @@ def _brief(value: Any) -> str:
 def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
     """The files of a finished run: results, history in the Trainer's form, curves and model card."""
     events = run.events()
+    if not events:
+        fix = "Restore the file from a copy, or start again with --overwrite"
+        raise VerificationError(str(run.metrics), "the events of the run are gone", fix=fix)
     data = {**result, "protocol": job.recipe.eval.protocol, "selection_metric": job.task.selection_metric}
     run.write_json(run.results.name, data)
     state = {

@@ -13,10 +13,11 @@ from typing import Any
 from mirrortune import model_card, packed_bases
 from mirrortune.adapter_file import read_adapter
 from mirrortune.checkpoint import run_of
-from mirrortune.errors import VerificationError
+from mirrortune.errors import ResourceError, VerificationError
 from mirrortune.factor_cache import FactorCache
 from mirrortune.hub import check_repository, upload
 from mirrortune.loading import require_adapter
+from mirrortune.locations import local_path
 from mirrortune.merge_folder import merge_folder
 from mirrortune.merging import Verification
 from mirrortune.parcel import Parcel, adapter_parcel, merged_parcel, read_report
@@ -74,7 +75,10 @@ def merge(
     for remark in remarks or ():
         reporter.note(f"by force: {remark}")
     for merged in filter(None, map(run_of, folders)):
-        record_merge(merged, output_dir, report)
+        try:
+            record_merge(merged, output_dir, report)
+        except ResourceError as error:  # a run on a disk that may only be read
+            reporter.note(f"warning: this merge is not recorded: {error.where} {error.problem}")
     return verdict
 
 
@@ -117,7 +121,7 @@ def push(
         HubError: whatever the Hub refused.
     """
     check_repository(repository)
-    folder = Path(target).expanduser()
+    folder = local_path(target)
     is_merged = (folder / "merge.json").is_file()
     with tempfile.TemporaryDirectory() as staged:
         if is_merged:
