@@ -143,8 +143,10 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
     """Give a whole new folder the name ``folder``, and remove what was there by :func:`discard`.
 
     Raises:
-        OSError: the new folder cannot be stored or renamed; ``folder`` is as it was.
+        OSError: the new folder cannot be stored or renamed, or ``folder`` is a link; ``folder`` is as it was.
     """
+    if folder.is_symlink():  # what it leads to is somebody's, and is not ours to empty
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(folder))
     for file in new.rglob("*"):
         if file.is_file():
             _sync(file)
@@ -161,10 +163,12 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
     """Delete the files of a folder that are ours, and the folder if nothing else is in it.
 
     Args:
-        folder: is not followed where it holds links.
+        folder: is not followed where it holds links, and left alone where it is one.
         is_ours: told a path below it, with ``/`` at the end of a folder's.
         into: where anything else is moved, to the same place below it, unless something is there already.
     """
+    if folder.is_symlink():
+        return
     for place, folders, files in os.walk(folder, topdown=False):
         links = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in [*files, *links]):

@@ -34,6 +34,7 @@ from mirrortune.atomic import (
 from mirrortune.claims import claimed
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
 from mirrortune.outputs import (
+    MARKER,
     RUN,
     Input,
     Marker,
@@ -123,7 +124,15 @@ class RunDirectory:
             return
         self._check_place(inputs, resume=True)
         if not self.is_marked:
-            raise ConfigError("--resume", f"{self.path} holds no run", fix="Start it without --resume")
+            lost = (self.adapter / "adapter.json").is_file() or self.checkpoints.is_dir()
+            problem = f": there is no {MARKER}, by which a run is known" if lost else ""
+            fix = "Copy that file too: cp -r copies it with its folder, FOLDER/* leaves it out"
+            raise ConfigError(
+                "--resume", f"{self.path} holds no run{problem}", fix=fix if lost else "Start it without --resume"
+            )
+        if self.adapter.is_symlink():  # it is replaced as a whole
+            problem = f"{self.adapter} is a symbolic link to {self.adapter.readlink()}"
+            raise ConfigError("--resume", problem, fix="Put the folder itself there")
 
     @contextmanager
     def held(self, inputs: Sequence[Input], *, overwrite: bool, resume: bool) -> Iterator[None]:
@@ -328,8 +337,8 @@ class RunDirectory:
         return error
 
     def _check_place(self, inputs: Sequence[Input], *, resume: bool) -> None:
-        own = self.recipe.resolve()
-        check_place(self.path, [i for i in inputs if not (resume and i.path.resolve() == own)])
+        own = os.path.realpath(self.recipe)
+        check_place(self.path, [i for i in inputs if not (resume and os.path.realpath(i.path) == own)])
 
     def _is_interim(self, step: int) -> bool:
         try:

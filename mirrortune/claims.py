@@ -107,6 +107,9 @@ else:
             if _is_at(handle, place):
                 break
             os.close(handle)  # its holder removed it between our opening and locking it
+        if not _is_claim(place):
+            os.close(handle)
+            raise FileExistsError(errno.EEXIST, "it is no claim of ours", str(place))
         with suppress(OSError):
             os.ftruncate(handle, 0)
             os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
@@ -139,6 +142,16 @@ def _is_at(handle: int, place: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), place.lstat())
     except OSError:
+        return False
+
+
+def _is_claim(place: Path) -> bool:
+    """Whether a file holds what we write into a claim, or nothing yet."""
+    with place.open("rb") as file:
+        content = file.read(4096)
+    try:
+        return not content.strip(b"\0") or json.loads(content).keys() == {"pid", "host"}
+    except (ValueError, AttributeError):
         return False
 
 

@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from mirrortune.atomic import PARTIAL, cannot_write, discard, leftover_of, set_aside, swap, write_atomically
 from mirrortune.atomic import restore as restore_missing
 from mirrortune.claims import SUFFIX, claimed
-from mirrortune.errors import ConfigError, MirrortuneError
-from mirrortune.locations import PACKAGE_SCHEME, is_local, package_folder, table_suffix
+from mirrortune.errors import ConfigError, MirrortuneError, ResourceError
+from mirrortune.locations import PACKAGE_SCHEME, is_debris, is_local, local_path, package_folder, table_suffix
 
 MARKER = ".mirrortune.json"
 _VERSION = 1
@@ -108,7 +108,11 @@ class Marker:
     is_pending: bool = False
 
     def owns(self, below: str) -> bool:
-        """Whether a path below the folder is ours; that of a folder ends in ``/``."""
+        """Whether a path below the folder is ours; that of a folder ends in ``/``. What file managers leave goes with
+        the folder.
+        """
+        if any(map(is_debris, below.split("/"))):
+            return True
         if below == MARKER or leftover_of(below) == MARKER or re.fullmatch(rf"\.[^/]+{re.escape(SUFFIX)}", below):
             return True
         if below.endswith("/") and any(file.startswith(below) for file in self.files):
@@ -158,6 +162,8 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite:
             was not given, or it holds what we did not write.
     """
     check_place(output, inputs)
+    if os.path.lexists(old := set_aside(output)):  # an old output of ours has been dealt with by `settle`
+        raise ConfigError(str(output), f"{old} is in the way", fix="Move it elsewhere, or choose another with -o")
     marker = read_marker(output)
     if holds_nothing(output, kind):
         return
@@ -169,7 +175,7 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite:
     if others := strangers(output, marker):
         shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
         raise ConfigError(
-            "--overwrite", f"{output} also holds what mirrortune did not write: {shown}",
+            "--overwrite", f"{output} also holds what is no part of the {marker.kind}: {shown}",
             fix="Move it elsewhere, or choose another with -o",
         )  # fmt: skip
 
@@ -182,16 +188,19 @@ def check_place(output: Path, inputs: Iterable[Input]) -> None:
             or a place that is, contains or lies in something that is read.
     """
     where, fix = str(output), "Choose another with -o"
+    local_path(output)
     if output.is_symlink():
         raise ConfigError(where, f"it is a symbolic link to {output.readlink()}", fix="Give the folder itself with -o")
-    target = output.resolve()
+    target = _real(output)
     kept = {"the working directory": Path.cwd()}
     with suppress(RuntimeError):  # a user without one
         kept["your home directory"] = Path.home()
     for what, place in kept.items():
         if _contains(target, place):
-            how = f"it is {what}" if _is_same(target, place.resolve()) else f"{what} lies in it"
+            how = f"it is {what}" if _is_same(target, _real(place)) else f"{what} lies in it"
             raise ConfigError(where, how, fix=f"Name a folder of its own, such as {output / 'NAME'}")
+    if output.name == "..":
+        raise ConfigError(where, "its name is '..'", fix=f"Name the folder itself: {target}")
     if os.path.ismount(target):
         raise ConfigError(where, "it is a mount point", fix=f"Name a folder in it, such as {output / 'NAME'}")
     if output.exists() and not output.is_dir():
@@ -216,9 +225,9 @@ def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None,
     Raises:
         ConfigError: with the input.
     """
-    target = output.resolve()
+    target = _real(output)
     for given in inputs:
-        read = given.path.resolve()
+        read = _real(given.path)
         if not read.exists():
             continue
         if _is_same(target, read):
@@ -241,6 +250,7 @@ def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
         ConfigError: a folder, a link or anything else that is no regular file, or something that is read.
     """
     fix = "Give another name"
+    local_path(path)
     if path.is_symlink():
         raise ConfigError(where, f"{path} is a symbolic link to {path.readlink()}", fix=fix)
     if path.is_dir():
@@ -248,7 +258,7 @@ def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
     if path.exists() and not path.is_file():
         raise ConfigError(where, f"{path} is no regular file", fix=fix)
     check_apart(path, inputs, where, is_file=True)
-    if above := next((p for p in path.resolve().parents if p.exists() and not p.is_dir()), None):
+    if above := next((p for p in _real(path).parents if p.exists() and not p.is_dir()), None):
         raise ConfigError(where, f"{path}: {above} is a file", fix=fix)
     if path.name == MARKER:
         raise ConfigError(where, f"{MARKER} is the name of our own records", fix=fix)
@@ -261,7 +271,7 @@ def model_inputs(name: str | None) -> list[Input]:
     """The folder or file of a model, if it is local."""
     if name is None or not is_local(name):
         return []
-    return [Input("model", package_folder(name) if name.startswith(PACKAGE_SCHEME) else Path(name).expanduser())]
+    return [Input("model", package_folder(name) if name.startswith(PACKAGE_SCHEME) else local_path(name))]
 
 
 def adapter_inputs(folders: Iterable[Path]) -> list[Input]:
@@ -335,12 +345,15 @@ def settle(output: Path) -> None:
     """Put right what a killed process left of an output, whose claim is held: an old folder whose successor never
     became whole is put back, and temporary folders are removed.
     """
-    restore_missing(output)
-    old, marker = set_aside(output), read_marker(output)
-    if old.is_dir() and not old.is_symlink():
+    old = set_aside(output)
+    replaced = None if old.is_symlink() else read_marker(old)
+    if replaced is not None or (old / "adapter.json").is_file():  # that of a run has no marker
+        restore_missing(output)
+    marker = read_marker(output)
+    if replaced is not None and old.is_dir():
         if (marker is not None and marker.is_pending) or _is_unbegun(output):
             put_back(output)
-        elif marker is not None and (replaced := read_marker(old)) is not None:
+        elif marker is not None:
             discard(old, is_ours=replaced.owns, into=output)
     for scratch in output.parent.glob(f".{glob.escape(output.name)}.*{PARTIAL}"):
         found = read_marker(scratch)
@@ -371,7 +384,8 @@ def restore(folder: Path) -> Path:
 
 def _is_unbegun(folder: Path) -> bool:
     """Whether a folder is empty, or its marker was being written when the process ended."""
-    return folder.is_dir() and all(leftover_of(path.name) == MARKER for path in folder.iterdir())
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["no folder"]
+    return all(leftover_of(name) == MARKER or is_debris(name) for name in names)
 
 
 def _replace(output: Path, kind: Kind, write: Write, ask: Callable[[], None]) -> None:
@@ -387,6 +401,9 @@ def _replace(output: Path, kind: Kind, write: Write, ask: Callable[[], None]) ->
         ask()
         old = read_marker(output)
         swap(content, output, is_ours=old.owns if old else lambda _: False)
+    except ResourceError as error:
+        hidden = scratch is not None and Path(error.where).is_relative_to(scratch)
+        raise ResourceError(str(output) if hidden else error.where, error.problem, fix=error.fix) from error
     except (OSError, SafetensorError) as error:
         raise cannot_write(output, error) from error
     finally:
@@ -408,7 +425,11 @@ def _drop_scratch(scratch: Path, name: str) -> None:
 
 def _contains(folder: Path, path: Path) -> bool:
     """Whether a path is a folder or lies in it, whatever names they are reached by."""
-    return any(_is_same(folder, part) for part in (path.resolve(), *path.resolve().parents))
+    return any(_is_same(folder, part) for part in (_real(path), *_real(path).parents))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve fails on links that lead in a circle
 
 
 def _is_same(one: Path, other: Path) -> bool:

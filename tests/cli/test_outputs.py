@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 import mirrortune as library
+from mirrortune.atomic import discard, write_folder_atomically
+from mirrortune.checkpoint import RunDirectory
 from mirrortune.claims import claimed
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.outputs import MARKER, Marker, read_marker, write_marker
 from tests.cli.console import finish, mirrortune, reviews, start, write_table
 from tests.tiny_models import write_tiny_model
@@ -116,6 +118,13 @@ def tables(desk: Path) -> None:
         write_table(desk / "rows" / f"{name}.csv", reviews(20))
 
 
+def adapter_elsewhere(desk: Path) -> None:
+    """The adapter of a run on another disk, with notes beside it, and a link in its place."""
+    (desk / "run" / "adapter").rename(desk / "best")
+    (desk / "best" / "notes.txt").write_text("mine", encoding="utf-8")
+    (desk / "run" / "adapter").symlink_to("../best")
+
+
 NOT_OURS = "is no folder that mirrortune wrote and is left alone"
 CASES = {
     # Places where no folder is ever written.
@@ -136,19 +145,28 @@ CASES = {
     "comparing in the working directory": Refused(
         "compare -m model -t text-classification -d reviews.csv --methods mirror -o .", ("it is the working directory",)
     ),
+    "a name too long": Refused(f"{TRAIN} -o {'x' * 256}", ("cannot be used as a path (File name too long)",)),
+    "predictions with a name too long": Refused(f"{EVAL} --predictions {'x' * 256}", ("cannot be used as a path",)),
+    "the home of nobody": Refused(f"{TRAIN} -o ~nobody-here/x", ("the home directory that ~nobody-here stands for",)),
+    "data in the home of nobody": Refused(
+        "train -m model -t text-classification -d ~nobody-here/a.csv", ("the home directory that ~nobody-here",)
+    ),
+    "links in a circle": Refused("merge run -o circle/x", ("circle/x: cannot be used as",), link("circle", "circle")),
+    "data that is a circle": Refused("eval run -d circle/x", ("circle/x: cannot be used",), link("circle", "circle")),
+    "a folder by its sub-folder": Refused(f"{TRAIN} -o run/adapter/.. --overwrite", ("its name is '..'", "/desk/run.")),
     # Folders that hold what is not ours.
     "a folder with a recipe": Refused(f"{TRAIN} -o mine --overwrite", (NOT_OURS,), file("mine/recipe.yaml", "a: 1")),
     "a folder with merge.json": Refused("merge run -o mine --overwrite", (NOT_OURS,), file("mine/merge.json", "{}")),
     "a run with notes": Refused(
         f"{TRAIN} -o run --overwrite",
-        ("run also holds what mirrortune did not write: notes/day 1.txt",),
+        ("run also holds what is no part of the run: notes/day 1.txt",),
         file("run/notes/day 1.txt"),
     ),
     "a run with an empty folder": Refused(
-        f"{TRAIN} -o run --overwrite", ("did not write: plans/",), lambda desk: (desk / "run" / "plans").mkdir()
+        f"{TRAIN} -o run --overwrite", ("no part of the run: plans/",), lambda desk: (desk / "run" / "plans").mkdir()
     ),
     "a run with a link": Refused(
-        f"{TRAIN} -o run --overwrite", ("did not write: link",), link("run/link", "../thesis.txt")
+        f"{TRAIN} -o run --overwrite", ("no part of the run: link",), link("run/link", "../thesis.txt")
     ),
     "a checkpoint with notes": Refused(
         f"{TRAIN} -o run --overwrite",
@@ -156,7 +174,7 @@ CASES = {
         file("run/checkpoints/step-000001/notes.txt"),
     ),
     "a merge with notes": Refused(
-        "merge run -o merged --overwrite", ("did not write: notes.txt",), file("merged/notes.txt")
+        "merge run -o merged --overwrite", ("no part of the merged model: notes.txt",), file("merged/notes.txt")
     ),
     "training over a merge": Refused(f"{TRAIN} -o merged --overwrite", ("merged is a merged model, not a run",)),
     "merging over another run": Refused(
@@ -172,6 +190,23 @@ CASES = {
     ),
     "resuming what is no run": Refused(
         f"{TRAIN} -o mine --resume", ("mine holds no run",), file("mine/recipe.yaml", "a: 1")
+    ),
+    "resuming what was copied without its marker": Refused(
+        f"{TRAIN} -o run --resume",
+        ("run holds no run: there is no .mirrortune.json", "FOLDER/* leaves it out"),
+        lambda desk: (desk / "run" / MARKER).unlink(),
+    ),
+    "resuming with an adapter elsewhere": Refused(
+        f"{TRAIN} -o run --resume", ("run/adapter is a symbolic link to ../best",), adapter_elsewhere
+    ),
+    "a name that is needed while a run is replaced": Refused(
+        f"{TRAIN} -o run --overwrite", ("run: .run.replaced is in the way",), file(".run.replaced/mine.txt")
+    ),
+    "a new output beside such a name": Refused(
+        "merge run -o new", ("new: .new.replaced is in the way",), file(".new.replaced/mine.txt")
+    ),
+    "another's file in the place of the claim": Refused(
+        "merge run -o new", ("it is no claim of ours",), file(".new.claim"), code=4
     ),
     "comparing in a run": Refused(
         "compare -m model -t text-classification -d reviews.csv --methods mirror -o run", ("holds no comparison",)
@@ -318,7 +353,7 @@ def test_a_merge_inside_its_run_is_safe_from_the_next_run(desk: Path) -> None:
     before = tree(desk)
     outcome = mirrortune(*TRAIN.split(), "-o", "run", "--overwrite")
     assert outcome.exit_code == 2
-    assert "did not write: merged/" in outcome.said
+    assert "no part of the run: merged/" in outcome.said
     assert tree(desk) == before
 
 
@@ -367,6 +402,10 @@ def test_saving_adds_to_what_is_there(desk: Path) -> None:
     ]
     with pytest.raises(ConfigError, match="it is a file"):
         library.save_adapter(model, desk / "thesis.txt")
+    library.save_adapter(model, "~/saved")
+    assert (Path.home() / "saved" / "adapter.json").is_file()
+    with pytest.raises(ConfigError, match="cannot be used as a path"):
+        library.save_adapter(model, "x" * 256)
 
 
 def test_python_refuses_as_the_command_line_does(desk: Path) -> None:
@@ -388,6 +427,59 @@ def test_a_marker_from_elsewhere_gives_no_rights(desk: Path) -> None:
     before = tree(desk)
     outcome = mirrortune("merge", "run", "-o", "model", "--overwrite")
     assert outcome.exit_code == 2
-    assert "did not write: " in outcome.said
+    assert "no part of the merged model: " in outcome.said
     assert tree(desk) == before
     assert (desk / "model" / MARKER).is_file()
+
+
+def test_a_copied_run_is_continued_where_it_lies(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not where it was copied from, which its recipe still names."""
+    shutil.copytree(desk / "run", desk / "copy")
+    before = tree(desk / "run")
+    monkeypatch.chdir(desk.parent)
+    outcome = mirrortune("train", "desk/copy/recipe.yaml", "--resume")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "writing to desk/copy" in outcome.said
+    assert tree(desk / "run") == before
+
+
+def test_what_file_managers_leave_goes_with_the_folder(desk: Path) -> None:
+    for name in (
+        "merged/.DS_Store",
+        "merged/@eaDir/a/thumb.jpg",
+        "merged/._config.json",
+        "new/.DS_Store",
+    ):
+        file(name)(desk)
+    for words in ("merge run -o merged --overwrite", "merge run -o new"):
+        outcome = mirrortune(*words.split())
+        assert outcome.exit_code == 0, outcome.stderr
+    assert not (desk / "merged" / "@eaDir").exists()
+
+
+def test_a_run_that_may_only_be_read_is_merged(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: RunDirectory, name: str, data: object) -> None:
+        raise ResourceError(str(run.path / name), "cannot be written (Read-only file system)")
+
+    monkeypatch.setattr(RunDirectory, "write_json", refuse)
+    outcome = mirrortune("merge", "run", "-o", "new")
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "warning: this merge is not recorded: " in outcome.said
+    assert "run/reports/merge.json cannot be written (Read-only file system)" in outcome.said
+
+
+def test_a_folder_is_not_emptied_through_a_link(tmp_path: Path) -> None:
+    file("best/adapter.json")(tmp_path)
+    (tmp_path / "adapter").symlink_to("best")
+    before = tree(tmp_path)
+    discard(tmp_path / "adapter", is_ours=lambda _: True)
+    with pytest.raises(ResourceError, match="symbolic link"):
+        write_folder_atomically(tmp_path / "adapter", lambda folder: None, is_ours=lambda _: True)
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_run_without_its_log_is_refused(desk: Path) -> None:
+    (desk / "run" / "metrics.jsonl").unlink()
+    outcome = mirrortune("train", "run/recipe.yaml", "--resume")
+    assert outcome.exit_code == 5
+    assert "run/metrics.jsonl: the events of the run are gone" in outcome.said

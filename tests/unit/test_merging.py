@@ -175,7 +175,9 @@ def test_an_output_folder_that_holds_anything_is_refused(tiny_model_dir: Path, t
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="--overwrite"):
         merge(tmp_path / "adapter", target)
-    with pytest.raises(ConfigError, match=r"also holds what mirrortune did not write: notes\.txt\. Move it elsewhere"):
+    with pytest.raises(
+        ConfigError, match=r"also holds what is no part of the merged model: notes\.txt\. Move it elsewhere"
+    ):
         merge(tmp_path / "adapter", target, overwrite=True)
     (target / "notes.txt").unlink()
     assert merge(tmp_path / "adapter", target, overwrite=True).passed
