@@ -12,24 +12,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mirrortune.adapter_file import adapter_contents, outdated_files, read_adapter
-from mirrortune.adapter_parts import Form
 from mirrortune.adapters import inject
-from mirrortune.adapters.factorize import Rank
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.adapters.files.adapter_file import adapter_contents, outdated_files, read_adapter
+from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into
+from mirrortune.adapters.files.tensors import Form
 from mirrortune.adapters.inject import attachment
-from mirrortune.adapters.pair_lists import PairLists
+from mirrortune.adapters.pairings.listed import PairLists
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
-from mirrortune.adapting import FingerprintBook, adapt, load_into
-from mirrortune.atomic import clear_leftovers, write_files_atomically
-from mirrortune.claims import claimed
+from mirrortune.adapters.svd import Rank
 from mirrortune.errors import ConfigError, ResourceError
-from mirrortune.export import export_lora
-from mirrortune.export_gguf import export_gguf
-from mirrortune.factor_cache import FactorCache
-from mirrortune.hub import ADAPTER_FILES, check_repository, local_adapter, path_inside, upload
-from mirrortune.locations import local_path
-from mirrortune.merge_folder import merge_folder
-from mirrortune.sharing import pack_adapter
+from mirrortune.merging.gguf import export_gguf
+from mirrortune.merging.lora import export_lora
+from mirrortune.merging.push import pack_adapter
+from mirrortune.merging.write import merge_folder
+from mirrortune.system.atomic import clear_leftovers, write_files_atomically
+from mirrortune.system.claims import claimed
+from mirrortune.system.hub import ADAPTER_FILES, check_repository, local_adapter, path_inside, upload
+from mirrortune.system.paths import local_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ def attach(
 
     Args:
         model: a transformers model, or any torch module.
-        method: a name in ``mirrortune.adapters.presets.method_names()``, such as ``mirror``.
+        method: a name in ``mirrortune.adapters.methods.method_names()``, such as ``mirror``.
         rank: leading singular directions kept: a number, ``"full"`` for min(out, in), or ``"out"`` for as many as there
             are outputs; r of a tuner of PEFT, and of the LoRA branch of ``speclora``; None for the method's own.
         pairing: which directions turn together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``

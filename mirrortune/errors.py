@@ -171,3 +171,14 @@ def unknown_name(where: str, kind: str, name: str, candidates: Iterable[str]) ->
     """The error for a name that is in no registry: says the nearest one and lists all."""
     names = sorted(candidates)
     return ConfigError(where, f"unknown {kind} '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names))
+
+
+PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "grpo", "rloo", "rlhf", "reward")
+
+
+def no_preferences(where: str, name: str, *, allowed: str) -> ConfigError:
+    """The error for the name of a way to learn from preferences, which is neither a method nor a kind of task here."""
+    return ConfigError(
+        where, f"'{name}' learns from preferences, which mirrortune does not train on", allowed=allowed,
+        fix="Use TRL's trainer around a model that mirrortune.attach() has adapted",
+    )  # fmt: skip

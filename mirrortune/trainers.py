@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune.adapter_file import read_adapter, restore_trained
+from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
 from mirrortune.api import save_adapter
-from mirrortune.hub import local_adapter
+from mirrortune.system.hub import local_adapter
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:

@@ -56,7 +56,7 @@ def own_world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("MIRRORTUNE_CACHE", str(world / "mirrortune"))
     monkeypatch.setenv("HF_HOME", str(world / "huggingface"))
     # Whether a machine is fast in bfloat16 must not decide what a test computes.
-    monkeypatch.setattr("mirrortune.hardware.bfloat16_slowdown", lambda: 0.5)
+    monkeypatch.setattr("mirrortune.system.devices.bfloat16_slowdown", lambda: 0.5)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (some models draw from the global generator)
     torch.manual_seed(0)

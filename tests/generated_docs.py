@@ -21,10 +21,10 @@ import typer
 from matplotlib.figure import Figure
 from pydantic import BaseModel
 
-from mirrortune.adapters.presets import CORES, PRESETS, method_names, preset
-from mirrortune.cli import app
-from mirrortune.comparison_figures import comparison_drawings
-from mirrortune.schema import Recipe
+from mirrortune.adapters.methods import CORES, PRESETS, method_names, preset
+from mirrortune.cli.app import app
+from mirrortune.compare.figures import comparison_drawings
+from mirrortune.config.schema import Recipe
 from tests.cli.console import mirrortune
 
 ROOT = Path(__file__).parent.parent
@@ -70,13 +70,14 @@ def options(*command: str) -> str:
 
 def json_fields() -> str:
     """Fields of the ``--json`` objects, from the dataclasses that commands return."""
-    from mirrortune import commands, merging, preparing
+    from mirrortune.merging import in_memory
+    from mirrortune.runs import commands, prepare
 
     found = {
-        "prepare": (preparing.PrepareResult, "{}"),
+        "prepare": (prepare.PrepareResult, "{}"),
         "train": (commands.TrainResult, "{}"),
         "eval": (commands.EvaluateResult, "{}"),
-        "merge": (merging.Verification, "`output_dir`, `format`, `verification` with {}"),
+        "merge": (in_memory.Verification, "`output_dir`, `format`, `verification` with {}"),
     }
     rows = (
         (f"`{name}`", form.format(", ".join(f"`{f.name}`" for f in fields(kind))))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import yaml
 from PIL import Image
 
-from mirrortune.data import DataSet, Split
+from mirrortune.data.dataset import DataSet, Split
 
 _WORDS = ["the", "film", "was", "good", "and", "the", "plot", "is", "dull"]
 

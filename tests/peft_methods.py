@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mirrortune.adapters.inject import adapter_parameters, attachment
-from mirrortune.adapters.presets import PRESETS
+from mirrortune.adapters.methods import PRESETS
 from mirrortune.adapters.spec import AdapterSpec
 
 PEFT_METHODS = sorted(method for method, preset in PRESETS.items() if preset.peft)

@@ -13,11 +13,11 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapter_file import Form, read_adapter, write_adapter
-from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.files.adapter_file import Form, read_adapter, write_adapter
+from mirrortune.adapters.files.load import adapt, load_into
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapting import adapt, load_into
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.errors import VerificationError
 from tests.spectral import relative, train_a_little
 

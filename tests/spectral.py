@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mirrortune.adapters.cores import CORES, Core
-from mirrortune.adapters.factorize import factorize
 from mirrortune.adapters.inject import SpectralLayer
-from mirrortune.adapters.pairings import PAIRINGS
+from mirrortune.adapters.pairings.rules import PAIRINGS
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.adapters.strategies import Strategy
+from mirrortune.adapters.svd import factorize
 
 # Options worth their own run of every law; a core that is not named here runs with its defaults.
 _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {

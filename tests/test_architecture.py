@@ -1,97 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the source, read from its syntax trees: who may import whom, who may print, how long things may be."""
+"""The shape of the source, read from its syntax trees: rooms and the order of their imports, lengths, printing."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mirrortune"
-# From the bottom up; a module imports only from layers below its own. A new module is given its place here, but for a
-# new file in one of FOLDERS: those of a folder are of one layer, and may import each other.
-LAYERS = (
-    "adapter_packing adapters adapters.layouts adapters.matching adapters.pair_codes arrow_arrays errors "
-    "json_rows precision row_places signals significance tally text_tables",
-    "adapter_validity adapters.decompositions adapters.kinds adapters.layer_names atomic column_problems "
-    "disk_space examples forward_modes hardware locations merge_contents metrics ranks registry report row_chunks "
-    "row_stream shards strict_yaml text_files zero",
-    "adapter_format adapters.factorize adapters.packed adapters.pair_lists adapters.presets adapters.strategies "
-    "batching claims class_folders column_contents compiling figures load_errors model_card model_outputs packing "
-    "processes schema sharding table_parts token_cache token_scores tracking",
-    "adapters.basis adapters.candidates adapters.core adapters.pairings angle_figures columns comparison "
-    "drawn_inputs feeding flags launching outputs quantised recipe redaction rehearsal tables",
-    "adapters.core_stack adapters.cores adapters.products checkpoint comparison_figures editor_schema "
-    "factor_cache hub index_checks labels pages predictions recipe_commands run_figures spectra stream_feeding",
-    "adapters.effect adapters.spec adapters.spectral conversations data parcel remote_code run_status",
-    "adapters.spectral_linear adapters.spectral_weight adapters.targets chat file_cells model one_of_classes "
-    "peft_configs run_page streaming tokens",
-    "adapters.inject adapters.timing duplicates images lazy_model recordings",
-    "adapter_parts optim part_loading peft_tuners probes",
-    "loop peft_file tasks",
-    "adapter_file calibration evaluation planning previews recipe_values stepping",
-    "adapting packed_bases preflight snapshots",
-    "assembly merging peft_layers training weights",
-    "comparing environment matrices peft_weights run_recording scoring stored_model strategy_choice",
-    "analysis comparison_report loading merge_plan",
-    "analysis_figures export merge_checks opening preparing records",
-    "analysis_report commands export_gguf merge_folder",
-    "cli_reports sharing",
-    "api cli_exports",
-    "cli trainers",
-    "__main__",
-)
-RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
-FOLDERS = ("adapters.cores", "spectra", "tasks")
+ROOMS = (
+    "system", "config", "adapters", "models", "data", "tasks", "reports", "training", "merging", "runs", "inference",
+    "compare", "analyze", "cli",
+)  # fmt: skip
+"""In the order of imports: a module imports from its own room and from rooms before it."""
+ROOT_FILES = {"__init__.py", "__main__.py", "api.py", "errors.py", "registry.py", "trainers.py", "py.typed"}
+FOR_EVERY_ROOM = {"errors", "registry", "__init__"}
 HEAVY = {"accelerate", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "numpy", "peft", "pyarrow",
          "safetensors", "scipy", "sklearn", "tokenizers", "torch", "transformers"}  # fmt: skip
 # What --help, a wrong flag and a wrong recipe need: they must answer at once.
-LIGHT = ("errors", "strict_yaml", "registry", "locations", "schema", "recipe", "flags", "report", "signals",
-         "adapters.presets", "cli", "cli_exports", "cli_reports", "recipe_commands", "text_tables", "__main__",
-         "__init__")  # fmt: skip
+LIGHT = (
+    "__main__", "errors", "registry", "config.recipe", "config.schema", "config.strict_yaml", "adapters.methods",
+    "system.paths", "system.console", "cli.app", "cli.flags", "cli.exports", "cli.reports", "cli.recipes",
+)  # fmt: skip
 MODULES = sorted(
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") or "__init__"
     for path in PACKAGE.rglob("*.py")
 )
 
 
-def place(module: str) -> str:
-    """The entry of ``LAYERS`` that a module belongs to."""
-    folder = module.rpartition(".")[0]
-    return folder if folder in FOLDERS else module
+def room(module: str) -> str:
+    """The room of a module, or the module itself for one that lies in none."""
+    return module.split(".", maxsplit=1)[0]
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {place(module) for module in MODULES} - {"__init__"} == set(RANKS)
+def test_the_package_holds_rooms_and_a_few_files() -> None:
+    entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert {name for name in entries if not (PACKAGE / name).is_dir()} <= ROOT_FILES
+    assert {name for name in entries if (PACKAGE / name).is_dir()} <= set(ROOMS)
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
-def test_a_module_imports_only_from_layers_below(module: str) -> None:
-    # `from mirrortune import __version__` is the one thing that everybody may have of the package itself.
-    others = {place(name) for name in ours(module)} - {"__init__", place(module)}
-    assert {name for name in others if RANKS[name] >= RANKS[place(module)]} == set()
+def test_rooms_have_a_purpose() -> None:
+    for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))), folder
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(("adapters", "spectra"))])
-def test_the_mathematics_could_be_lifted_out(module: str) -> None:
-    mathematics = "adapters" if module.startswith("adapters") else ("adapters", "spectra")
-    assert {name for name in ours(module) if not name.startswith(mathematics)} <= {"registry", "errors"}
-    assert foreign(module) & HEAVY <= {"torch", "numpy", "scipy"}
+@pytest.mark.parametrize("name", [name for name in ROOMS if (PACKAGE / name).is_dir()])
+def test_a_room_is_neither_a_cupboard_nor_a_hall(name: str) -> None:
+    for folder in {path.parent for path in (PACKAGE / name).rglob("*.py")}:
+        count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+        assert (3 if folder.name == name else 1) <= count <= 15, folder.name
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in ROOMS])
+def test_a_module_imports_only_from_its_room_and_those_before(module: str) -> None:
+    allowed = {*ROOMS[: ROOMS.index(room(module)) + 1], *FOR_EVERY_ROOM}
+    if room(module) == "cli":
+        allowed |= {"api"}
+    assert {name for name in ours(module) if room(name) not in allowed} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: {name for name in ours(module, only_at_import=True) if name != module} for module in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) == "adapters"])
+def test_adapters_know_no_task_no_data_and_no_command(module: str) -> None:
+    assert {room(name) for name in ours(module)} <= {"adapters", "system", *FOR_EVERY_ROOM}
+    assert foreign(module) & HEAVY <= {"torch", "numpy", "scipy", "safetensors", "peft"}
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_what_answers_at_once_imports_nothing_heavy(module: str) -> None:
-    reached, waiting = set(), [module]
-    while waiting:
-        name = waiting.pop()
-        if name not in reached:
-            reached.add(name)
-            waiting += ours(name, only_at_import=True)
-    assert {name: heavy for name in reached if (heavy := foreign(name, only_at_import=True) & HEAVY)} == {}
+    code = f"import sys, mirrortune.{module}; print(*sorted(set({sorted(HEAVY)}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -100,11 +89,11 @@ def test_no_import_needs_posix(module: str) -> None:
 
 
 def test_pydantic_stays_at_the_edge() -> None:
-    assert {name for name in MODULES if "pydantic" in foreign(name)} == {"schema", "recipe"}
+    assert {name for name in MODULES if "pydantic" in foreign(name)} == {"config.schema", "config.recipe"}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "report"])
-def test_only_report_prints(module: str) -> None:
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "system.console"])
+def test_only_the_console_prints(module: str) -> None:
     spoken = [
         ast.unparse(node)
         for node in ast.walk(tree(module))
@@ -113,11 +102,11 @@ def test_only_report_prints(module: str) -> None:
         or (isinstance(node, ast.Attribute) and node.attr in ("print_exc", "print_exception"))
     ]
     # The version is printed without the time it takes to import rich; a bug's traceback is for --debug.
-    assert spoken == (["sys.stdout", "traceback.print_exc"] if module == "cli" else [])
+    assert spoken == (["sys.stdout", "traceback.print_exc"] if module == "cli.app" else [])
 
 
-def test_only_figures_draw() -> None:
-    assert {name for name in MODULES if "matplotlib" in foreign(name)} == {"figures"}
+def test_only_one_module_draws() -> None:
+    assert {name for name in MODULES if "matplotlib" in foreign(name)} == {"reports.drawing"}
     assert not any("matplotlib" in foreign(name, only_at_import=True) for name in MODULES)
 
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mirrortune import errors, recipe
+from mirrortune import errors
 from mirrortune.adapters import spec
 from mirrortune.adapters.core import CORES, Coefficients, Core
-from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.presets import method_names
+from mirrortune.adapters.methods import method_names
+from mirrortune.adapters.pairings.rules import PAIRINGS
+from mirrortune.config import recipe
 from tests.cli.console import mirrortune
 from tests.generated_docs import PAGES, RESULTS, ROOT, find_command, render
 from tests.tiny_models import tiny_tokenizer, write_tiny_model

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from mirrortune.assembly import assemble_on
-from mirrortune.data import load_data
-from mirrortune.editor_schema import editor_schema
-from mirrortune.locations import shipped_folder
-from mirrortune.recipe import read_recipe, resolve, shipped_recipes, task_kinds
-from mirrortune.recipe_values import adapter_spec, check_recipe
-from mirrortune.report import Reporter
-from mirrortune.schema import Recipe
+from mirrortune.cli.editor_schema import editor_schema
+from mirrortune.config.recipe import read_recipe, resolve, shipped_recipes, task_kinds
+from mirrortune.config.schema import Recipe
+from mirrortune.data.dataset import load_data
+from mirrortune.runs.checks import adapter_spec, check_recipe
+from mirrortune.runs.job import assemble_on
+from mirrortune.system.console import Reporter
+from mirrortune.system.paths import shipped_folder
 from tests.cli.console import mirrortune
 from tests.hub_rows import data_set, described
 from tests.tiny_models import (
@@ -160,7 +160,7 @@ def test_what_the_header_says_of_validation_rows_is_so() -> None:
 def test_the_schema_for_editors_is_that_of_the_recipes() -> None:
     stored = json.loads((shipped_folder() / "recipe.schema.json").read_text(encoding="utf-8"))
 
-    assert stored == editor_schema(), "make it anew: python -m mirrortune.editor_schema"
+    assert stored == editor_schema(), "make it anew: python -m mirrortune.cli.editor_schema"
     for name in shipped_recipes():
         path = shipped_folder() / f"{name}.yaml"
         line = path.read_text(encoding="utf-8").splitlines()[1]

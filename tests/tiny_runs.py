@@ -14,17 +14,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapter_file import write_adapter
+from mirrortune.adapters.files.adapter_file import write_adapter
+from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import FactorSource, attach, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapting import FingerprintBook
-from mirrortune.checkpoint import RunDirectory
-from mirrortune.data import Split
-from mirrortune.examples import Padding, TokenExamples
-from mirrortune.loop import LoopSettings
-from mirrortune.tasks.text_classification import Task
-from mirrortune.tokens import Reading
-from mirrortune.training import Trainer
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Padding, TokenExamples
+from mirrortune.data.tokenize import Reading
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.tasks.kinds.text_classification import Task
+from mirrortune.training.settings import LoopSettings
+from mirrortune.training.trainer import Trainer
 from tests.spectral import train_a_little
 from tests.tiny_models import WORDS, tiny_bert, tiny_tokenizer
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two processes do together: a program that torchrun starts. ``tests/unit/test_ranks.py`` reads what came of it.
+"""What two processes do together: a program that torchrun starts. ``tests/unit/system/test_sync.py`` reads what
+came of it.
 
 FSDP2 runs here on the CPU: accelerate shards on accelerators only, so it is told that the CPU is one.
 """
@@ -21,12 +22,14 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from mirrortune import cli, commands, ranks
+from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.cli import app
 from mirrortune.errors import InterruptedRun, MirrortuneError, PeerError, ResourceError
-from mirrortune.factor_cache import FactorCache
-from mirrortune.sharding import whole
-from mirrortune.signals import StopSignals
+from mirrortune.runs import commands
+from mirrortune.system.distributed import sync
+from mirrortune.system.distributed.sharding import whole
+from mirrortune.system.signals import StopSignals
 from tests import tiny_runs
 from tests.spectral import Problem
 from tests.tiny_models import tiny_bert
@@ -45,18 +48,18 @@ def meetings(accelerator: Any) -> dict[str, Any]:
     """What the processes tell each other."""
     index = accelerator.process_index
     found: dict[str, Any] = {
-        "made": ranks.from_main(accelerator, lambda: f"by {index}"),
-        "gathered": ranks.gather_lists(accelerator, [index] * (index + 1)),
+        "made": sync.from_main(accelerator, lambda: f"by {index}"),
+        "gathered": sync.gather_lists(accelerator, [index] * (index + 1)),
     }
 
     def fail() -> None:
         raise ResourceError("disk", "it is full")
 
     try:
-        ranks.from_main(accelerator, fail)
+        sync.from_main(accelerator, fail)
     except MirrortuneError as error:
         found["failed"] = [type(error).__name__, error.exit_code]
-    told = ranks.told_once(accelerator, ResourceError("disk", "it is full"))
+    told = sync.told_once(accelerator, ResourceError("disk", "it is full"))
     found["told"] = [isinstance(told, PeerError), told.exit_code]
     return found
 
@@ -65,7 +68,7 @@ def votes(accelerator: Any) -> list[int]:
     """What five polls answer; the second process is asked to stop before its second."""
     found = []
     with StopSignals() as signals:
-        vote = ranks.StopVote(accelerator, signals)
+        vote = sync.StopVote(accelerator, signals)
         for poll in range(5):
             if poll == 1 and accelerator.process_index == 1:
                 signal.raise_signal(signal.SIGTERM)
@@ -86,7 +89,7 @@ def factors(accelerator: Any, folder: Path) -> dict[str, Any]:
     """How many matrices each process factorised; those of the second process take longer, so the first one helps."""
     layers = [(f"layer{i}", Problem(12, 8, 8, seed=i).weight, 8) for i in range(12)]
     cache = (SlowCache if accelerator.process_index else FactorCache)(folder=folder)
-    ranks.gather_lists(accelerator, [0])  # begin together
+    sync.gather_lists(accelerator, [0])  # begin together
     cache.share(layers, accelerator.process_index, accelerator.num_processes)
     made = cache.misses
     for name, weight, rank in layers:
@@ -181,7 +184,7 @@ def command(words: list[str]) -> None:
     """The command line as it would be on two GPUs."""
     commands.make_accelerator = lambda *_, **__: sharding_accelerator()
     sys.argv = ["mirrortune", *words]
-    cli.main()
+    app.main()
 
 
 if __name__ == "__main__":

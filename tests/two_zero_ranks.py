@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two processes do under DeepSpeed: a program that torchrun starts. ``tests/unit/test_zero.py`` reads what came of
-it.
+"""What two processes do under DeepSpeed: a program that torchrun starts.
+``tests/unit/system/test_deepspeed.py`` reads what came of it.
 
 DeepSpeed has an accelerator for the CPU; accelerate has not, so it is told that the CPU is one.
 """
@@ -17,12 +17,14 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from mirrortune import cli, commands, zero
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.cli import app
 from mirrortune.errors import DivergedError, InterruptedRun, PeerError
-from mirrortune.evaluation import evaluate_split
-from mirrortune.precision import widen
-from mirrortune.snapshots import optimizer_tensors
+from mirrortune.runs import commands
+from mirrortune.system.distributed import deepspeed
+from mirrortune.system.precision import widen
+from mirrortune.training.evaluate import evaluate_split
+from mirrortune.training.snapshots import optimizer_tensors
 from tests import tiny_runs
 from tests.tiny_models import tiny_bert
 from tests.two_ranks import is_main, report
@@ -46,10 +48,10 @@ def zero_accelerator() -> Any:
     """accelerate's object for DeepSpeed on the CPU; the stage is in the environment."""
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    plugin = zero.make_plugin(is_bf16=False)
+    plugin = deepspeed.make_plugin(is_bf16=False)
     plugin.deepspeed_config["zero_optimization"] |= SMALL
     accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
-    zero.load_whole()
+    deepspeed.load_whole()
     return accelerator
 
 
@@ -130,7 +132,7 @@ def command(words: list[str]) -> None:
     """The command line as it would be on two GPUs."""
     commands.make_accelerator = lambda *_, **__: zero_accelerator()
     sys.argv = ["mirrortune", *words]
-    cli.main()
+    app.main()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics: factors, pairings, cores and the layer that holds them. Knows no file, no task and no model
-family.
-"""
+"""Adapters: their mathematics, the layers they go into, and their files. Knows no task, data or command."""

@@ -18,7 +18,7 @@ from mirrortune.adapters.kinds import (
     Parameter,
     TransposedLinear,
 )
-from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.packed import PackedLinear
 
 KINDS: tuple[Kind, ...] = (

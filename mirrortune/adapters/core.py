@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.presets import CORES
+from mirrortune.adapters.methods import CORES
 from mirrortune.errors import ConfigError
 
 __all__ = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mirrortune.adapters.cores import Core
-from mirrortune.adapters.factorize import Factors
+from mirrortune.adapters.svd import Factors
 
 NUM_PROBES = 16
 # Of the change, by norm. The promise is 1e-4 (1e-6 for stored factors); an error beyond it would have to hide in all

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
-from mirrortune.adapters.factorize import Factors, factorize
 from mirrortune.adapters.kinds import CallableKind
-from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.adapters.spectral_weight import SpectralWeight, replace_weight
 from mirrortune.adapters.strategies import Strategy
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import Target, Targets, find_targets
 from mirrortune.errors import ConfigError
 

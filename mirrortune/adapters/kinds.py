@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.layout import Layout
 
 
 class Kind(ABC):

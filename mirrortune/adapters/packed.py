@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.kinds import Linear, is_plain, own_matrix
-from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.layout import Layout
 from mirrortune.errors import ConfigError
 
 _BLOCK = 1024  # rows of the identity that a layer is applied to at once

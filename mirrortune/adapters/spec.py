@@ -14,11 +14,11 @@ from torch import Tensor
 
 from mirrortune.adapters.core_stack import CoreStack
 from mirrortune.adapters.cores import CORES, Core
-from mirrortune.adapters.factorize import Rank
-from mirrortune.adapters.pair_lists import PairLists, check_lists, list_for
-from mirrortune.adapters.pairings import PAIRINGS
-from mirrortune.adapters.presets import PeftTuner, Preset, method_names, preset
+from mirrortune.adapters.methods import PeftTuner, Preset, method_names, preset
+from mirrortune.adapters.pairings.listed import PairLists, check_lists, list_for
+from mirrortune.adapters.pairings.rules import PAIRINGS
 from mirrortune.adapters.strategies import Strategy
+from mirrortune.adapters.svd import Rank
 from mirrortune.errors import ConfigError
 
 

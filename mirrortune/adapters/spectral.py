@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
-from mirrortune.adapters.factorize import Factors
-from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.svd import Factors
 
 
 class Spectral(nn.Module):

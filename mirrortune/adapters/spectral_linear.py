@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mirrortune.adapters.autograd import added_product, spectral_product
 from mirrortune.adapters.cores import Core
-from mirrortune.adapters.factorize import Factors
 from mirrortune.adapters.kinds import CallableKind, Linear
-from mirrortune.adapters.products import added_product, spectral_product
 from mirrortune.adapters.spectral import Spectral
 from mirrortune.adapters.strategies import cheapest_strategy
+from mirrortune.adapters.svd import Factors
 from mirrortune.errors import ConfigError
 
 _LINEAR = Linear()

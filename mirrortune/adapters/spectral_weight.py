@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mirrortune.adapters.cores import Core
-from mirrortune.adapters.factorize import Factors
-from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.spectral import Spectral
+from mirrortune.adapters.svd import Factors
 
 
 class SpectralWeight(Spectral):

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mirrortune.adapters.candidates import Candidate, find_candidates
-from mirrortune.adapters.factorize import Rank, resolve_rank
 from mirrortune.adapters.kinds import Kind, is_plain
-from mirrortune.adapters.layer_names import ALL_LAYERS, ALL_LINEAR, alternatives, matches, no_match
-from mirrortune.adapters.layouts import Layout
+from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, matches, no_match
+from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.packed import plain_dtype
-from mirrortune.adapters.pair_lists import check_fit
+from mirrortune.adapters.pairings.listed import check_fit
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.svd import Rank, resolve_rank
 from mirrortune.errors import ConfigError
 
 _WHERE = "adapter.target_modules"

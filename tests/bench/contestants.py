@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapter_file import write_adapter
-from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.files.adapter_file import write_adapter
+from mirrortune.adapters.files.load import adapt
 from mirrortune.adapters.inject import attachment
-from mirrortune.adapters.presets import preset
+from mirrortune.adapters.methods import preset
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import find_targets
-from mirrortune.adapting import adapt
-from mirrortune.optim import build_optimizer
-from mirrortune.planning import strategies_of
+from mirrortune.runs.size import strategies_of
+from mirrortune.training.optim import build_optimizer
 
 # (method, rank); the rank of PEFT's is the one of the comparison, or the tuner's default.
 METHODS: dict[str, tuple[str, Any]] = {

@@ -40,7 +40,7 @@ LENGTH, BATCH = 128, 32
 
 def model_folder() -> str:
     """Where the weights lie."""
-    from mirrortune.locations import PACKAGE_SCHEME, package_folder
+    from mirrortune.system.paths import PACKAGE_SCHEME, package_folder
 
     assert MODEL.startswith(PACKAGE_SCHEME)
     return str(package_folder(MODEL))
@@ -109,12 +109,12 @@ def tell_time() -> None:
 
 def start_ours(place: Path) -> None:
     """The command of a run, until its first step."""
-    from mirrortune import cli
-    from mirrortune.training import Trainer
+    from mirrortune.cli import app
+    from mirrortune.training.trainer import Trainer
 
     Trainer._run_steps = lambda _: tell_time()  # type: ignore[method-assign]
     sys.argv = ["mirrortune", *own_words(place, place / "few")]
-    cli.main()
+    app.main()
 
 
 def own_words(place: Path, data: Path) -> list[str]:

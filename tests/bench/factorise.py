@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirrortune.factor_cache import FactorCache
+from mirrortune.adapters.factor_cache import FactorCache
 from tests.bench.contestants import hardware, wait
 from tests.bench.output import write_and_print
 

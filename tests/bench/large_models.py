@@ -28,7 +28,7 @@ import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
-from mirrortune.shards import PlannedTensor, shard_like, write_shards
+from mirrortune.system.tensor_files import PlannedTensor, shard_like, write_shards
 from tests.bench.output import write_and_print
 from tests.tiny_models import tiny_chat_tokenizer
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.inject import attachment
-from mirrortune.merging import adapted_tensors
+from mirrortune.merging.in_memory import adapted_tensors
 from tests.bench.contestants import (
     FROZEN,
     METHODS,

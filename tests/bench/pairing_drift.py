@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from mirrortune import strict_yaml
-from mirrortune.adapters import pairings
 from mirrortune.adapters.core import even_steps, plane_strengths
-from mirrortune.adapters.matching import match
-from mirrortune.assembly import assemble
-from mirrortune.batching import epoch_batches, forward
-from mirrortune.recipe import Layer, resolve
-from mirrortune.report import Reporter
+from mirrortune.adapters.pairings import rules
+from mirrortune.adapters.pairings.matching import match
+from mirrortune.config import strict_yaml
+from mirrortune.config.recipe import Layer, resolve
+from mirrortune.data.batching import epoch_batches, forward
+from mirrortune.runs.job import assemble
+from mirrortune.system.console import Reporter
 from tests.bench.contestants import hardware, versions
 from tests.bench.output import write_and_print
 
@@ -123,7 +123,7 @@ def drift(place: Path, options: argparse.Namespace) -> dict[str, Any]:
         for a, b in itertools.combinations_with_replacement(flat, 2)
     }
     random = torch.Generator().manual_seed(0)
-    kinds = {name: {n: getattr(pairings, name)(len(S), random) for n, (_, S) in basis.items()}
+    kinds = {name: {n: getattr(rules, name)(len(S), random) for n, (_, S) in basis.items()}
              for name in ("mirror", "random")}  # fmt: skip
     for point, measured in found.items():
         for count, planes in zip(options.batches, measured, strict=False):

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mirrortune.adapters.presets import preset
+from mirrortune.adapters.methods import preset
 from tests.bench.output import write_and_print
 
 _FAR = 2.0

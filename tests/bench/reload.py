@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mirrortune.adapter_file import Form, write_adapter
-from mirrortune.adapters.factorize import Factors
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.adapters.files.adapter_file import Form, write_adapter
+from mirrortune.adapters.files.load import adapt
 from mirrortune.adapters.inject import adapter_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapting import adapt
-from mirrortune.factor_cache import FactorCache
-from mirrortune.locations import package_folder
+from mirrortune.adapters.svd import Factors
+from mirrortune.system.paths import package_folder
 from tests.reload_cases import DRIVERS, SPECS, WEIGHTS, Driver, reload_error, saved
 from tests.spectral import train_a_little
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.planning import Load, footprint, make_plan
+from mirrortune.runs.size import Load, footprint, make_plan
 from tests.bench.output import write_and_print
 
 BLOCKS, GIB = 80, 2**30

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from mirrortune.adapters import timing
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import candidates, cheapest_strategy
+from mirrortune.runs import timing
 from tests.bench.contestants import hardware, versions
 from tests.bench.output import write_and_print
 

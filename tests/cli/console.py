@@ -17,7 +17,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from mirrortune.cli import app
+from mirrortune.cli.app import app
 
 REPOSITORY = Path(__file__).parents[2]
 # Wide, so that no box of a usage error breaks a name; no colour, as in a log.

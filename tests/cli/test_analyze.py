@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mirrortune.adapters.factorize import factorize
+from mirrortune.adapters.svd import factorize
 from tests.cli.console import Outcome, mirrortune
 from tests.tiny_models import write_tiny_model
 from tests.tiny_runs import adapt
@@ -125,10 +125,10 @@ def test_the_page_needs_nothing_from_outside(done: Checkpoints) -> None:
 
 
 def test_every_axis_has_a_label(done: Checkpoints) -> None:
-    from mirrortune.analysis import analyse
-    from mirrortune.analysis_figures import drawings
-    from mirrortune.opening import open_pair
-    from mirrortune.report import Reporter
+    from mirrortune.analyze.analyze import analyse
+    from mirrortune.analyze.checkpoints import open_pair
+    from mirrortune.analyze.figures import drawings
+    from mirrortune.system.console import Reporter
 
     base, tuned = open_pair(str(done.base), str(done.tuned), None, None)
     found = analyse(base, tuned, show_bar=Reporter(verbosity=-1).bar)
@@ -151,7 +151,7 @@ def assert_axes_are_labelled(drawing: Any) -> None:
 
 
 def test_figures_are_pictures(done: Checkpoints) -> None:
-    from mirrortune.analysis_figures import NAMES
+    from mirrortune.analyze.figures import NAMES
 
     names = {path.stem for path in done.figures.glob("[!.]*")}
     assert names <= {*NAMES}, "they are looked for before the work"

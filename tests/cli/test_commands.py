@@ -18,10 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mirrortune import merge_folder, run_recording, strict_yaml, training
-from mirrortune.adapter_format import FORMAT_VERSION
-from mirrortune.adapters.presets import method_names, preset
-from mirrortune.evaluation import EvalResult, evaluate_split
+from mirrortune.adapters.files.description import FORMAT_VERSION
+from mirrortune.adapters.methods import method_names, preset
+from mirrortune.config import strict_yaml
+from mirrortune.merging import write as merge_folder
+from mirrortune.runs import recorder
+from mirrortune.training import trainer
+from mirrortune.training.evaluate import EvalResult, evaluate_split
 from tests.cli.console import changed, mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -465,7 +468,7 @@ def test_the_kept_answers_are_those_that_the_kept_checkpoint_gives_again(finishe
         return replace(found, metrics=found.metrics | {"accuracy": next(scores)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "evaluate_split", worse_and_worse)
+        patch.setattr(trainer, "evaluate_split", worse_and_worse)
         mirrortune(*finished.words, "-o", tmp_path / "run", cache=finished.cache)
     assert next(scores, None) is None
     kept = (tmp_path / "run" / "validation.json").read_bytes()
@@ -478,9 +481,9 @@ def test_the_kept_answers_are_those_that_the_kept_checkpoint_gives_again(finishe
 
 def test_a_run_scores_its_validation_rows_no_more_than_its_log_says(finished: Finished, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        again, scored = Mock(side_effect=run_recording.evaluate_split), Mock(side_effect=training.evaluate_split)
-        patch.setattr(run_recording, "evaluate_split", again)
-        patch.setattr(training, "evaluate_split", scored)
+        again, scored = Mock(side_effect=recorder.evaluate_split), Mock(side_effect=trainer.evaluate_split)
+        patch.setattr(recorder, "evaluate_split", again)
+        patch.setattr(trainer, "evaluate_split", scored)
         mirrortune(*finished.words, "-o", tmp_path / "run", cache=finished.cache)
 
     log = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
@@ -500,8 +503,8 @@ def test_a_damaged_checkpoint_is_not_continued_from(finished: Finished, copy: Pa
     assert outcome.stdout == ""
 
 
-# Of PEFT's tuners one: tests/unit/test_peft_tuners.py has them all. Every run has one method of each sort: a core with
-# pairs and one without, measured pairs, a tuner, plain parameters, the head alone.
+# Of PEFT's tuners one: tests/unit/adapters/test_tuners.py has them all. Every run has one method of each sort: a core
+# with pairs and one without, measured pairs, a tuner, plain parameters, the head alone.
 _OF_EACH_SORT = ("mirror", "psoft", "adaptive", "lora", "full", "none")
 _METHODS = [*method_names(with_peft=False), "lora"]
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from mirrortune.checkpoint import RunDirectory
-from mirrortune.comparing import Comparison
-from mirrortune.comparison import Cell, make_plan
+from mirrortune.compare.plan import Cell, make_plan
+from mirrortune.compare.run import Comparison
+from mirrortune.config.schema import Recipe
 from mirrortune.errors import DataError, DivergedError, MirrortuneError
-from mirrortune.report import Reporter
-from mirrortune.run_status import recorded_status
-from mirrortune.schema import Recipe
+from mirrortune.system.console import Reporter
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.system.run_status import recorded_status
 from tests.cli.console import Outcome, changed, finish, mirrortune, reviews, start, write_table
 
 GRID = ["--seeds", 2, "--lr-grid", "1e-1", "--extensions", 0, "--epochs", 2, "--batch-size", 16, "--jobs", 2]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from mirrortune.index_checks import Lengths, longest
+from mirrortune.runs.index_checks import Lengths, longest
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
 from tests.tiny_models import FAMILIES, tiny_chat_tokenizer, tiny_tokenizer, write_tiny_causal, write_tiny_model
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
-from mirrortune import cli
+from mirrortune.cli import app
 from tests.cli.console import REPOSITORY, Outcome, finish, mirrortune, reviews, start, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -133,7 +133,7 @@ def test_a_process_closes_its_connections(
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     monkeypatch.setattr(sys, "argv", ["mirrortune", "recipes", word])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code == code
     assert not distributed.is_initialized()
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.test_merging import write_trained
 from torch import nn
 
 import mirrortune as package
-from mirrortune.adapter_file import write_adapter
+from mirrortune.adapters.files.adapter_file import write_adapter
 from mirrortune.adapters.inject import AdapterSpec, adapter_parameters
-from mirrortune.model import NoProcessorError, find_model, load_tokenizer
-from mirrortune.tasks import task_class, task_to_dict
+from mirrortune.models.load import NoProcessorError, find_model, load_tokenizer
+from mirrortune.tasks.base import task_class, task_to_dict
 from tests.cli.console import mirrortune
 from tests.tiny_models import (
     write_tiny_audio,
@@ -24,7 +25,6 @@ from tests.tiny_models import (
     write_tiny_seq2seq,
     write_tiny_vision,
 )
-from tests.unit.test_merging import write_trained
 
 PROCESSORS = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "preprocessor_config.json")
 SCORES: dict[str, Any] = {"metric_names": ("accuracy",), "selection_metric": "accuracy"}

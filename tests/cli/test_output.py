@@ -20,7 +20,7 @@ from tests.cli.console import REPOSITORY, Outcome, changed, finish, mirrortune, 
 HEAVY = ("torch", "transformers", "accelerate", "datasets", "huggingface_hub", "numpy", "pyarrow", "scipy", "sklearn")
 LOADED = f"""
 import json, sys
-from mirrortune.cli import app
+from mirrortune.cli.app import app
 try:
     app(sys.argv[1:])
 finally:
@@ -31,8 +31,8 @@ LATER = ("datasets", "pandas", "peft", "matplotlib", "sklearn", "scipy.stats", "
 """What a run needs after its first step, or not at all; each is a third of a second or more."""
 UNTIL_THE_FIRST_STEP = f"""
 import json, sys
-from mirrortune.cli import app
-from mirrortune.training import Trainer
+from mirrortune.cli.app import app
+from mirrortune.training.trainer import Trainer
 def first_step(self):
     print(json.dumps([name for name in {LATER} if name in sys.modules]))
     raise SystemExit

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mirrortune.commands import evaluation_rows
-from mirrortune.recipe import read_recipe, resolve
-from mirrortune.recipe_values import read_data
-from mirrortune.tasks import task_from_dict
+from mirrortune.config.recipe import read_recipe, resolve
+from mirrortune.runs.checks import read_data
+from mirrortune.runs.commands import evaluation_rows
+from mirrortune.tasks.base import task_from_dict
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
 
 ROWS = reviews(60)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mirrortune.adapter_file import read_adapter
-from mirrortune.adapting import stored_pairs
+from mirrortune.adapters.files.adapter_file import read_adapter
+from mirrortune.adapters.files.load import stored_pairs
 from tests.cli.console import Outcome, mirrortune
 
 PAIRS: dict[str, Any] = {"query|key|value": [[0, 5], [7, 1]], "dense": [[2, 3]]}

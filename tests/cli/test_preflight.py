@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mirrortune.disk_space import check_disk
 from mirrortune.errors import ResourceError
-from mirrortune.preflight import LIMIT_VARIABLE
+from mirrortune.runs.fit import LIMIT_VARIABLE
+from mirrortune.system.disk_space import check_disk
 from tests.cli.console import changed, mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_in_bfloat16_is_loaded_in_float32_where_that_is_faster(
     model = write_tiny_model(desk / "half", dtype=torch.bfloat16)
     words = [*PREPARE, "-m", model, "--dry-run", "--json"]
     fast = mirrortune(*words)
-    monkeypatch.setattr("mirrortune.hardware.bfloat16_slowdown", lambda: 40.0)
+    monkeypatch.setattr("mirrortune.system.devices.bfloat16_slowdown", lambda: 40.0)
     slow = mirrortune(*words)
     assert "base weights: stored in bfloat16, loaded in float32, because this CPU is slow in bfloat16" in slow.stderr
     assert "base weights" not in fast.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mirrortune.locations import shipped_folder
-from mirrortune.recipe import read_recipe, shipped_recipes
+from mirrortune.config.recipe import read_recipe, shipped_recipes
+from mirrortune.system.paths import shipped_folder
 from tests.cli.console import mirrortune
 
 

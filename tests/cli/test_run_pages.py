@@ -141,9 +141,9 @@ def test_several_runs_go_on_one_page(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_every_axis_has_a_label(runs: Runs) -> None:
-    from mirrortune.checkpoint import RunDirectory
-    from mirrortune.run_figures import run_drawings
-    from mirrortune.run_page import _Run
+    from mirrortune.reports.run_figures import run_drawings
+    from mirrortune.reports.run_page import _Run
+    from mirrortune.system.run_directory import RunDirectory
 
     for run in (runs.mirror, runs.number):
         for drawing in run_drawings([_Run(RunDirectory(run)).history]):
@@ -200,7 +200,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_else(
 
 def test_a_tracker_that_does_not_start_is_named(tmp_path: Path) -> None:
     from mirrortune.errors import ConfigError
-    from mirrortune.tracking import tracker
+    from mirrortune.training.tracking import tracker
 
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("no folder")
@@ -211,7 +211,7 @@ def test_a_tracker_that_does_not_start_is_named(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # those of the trackers' own dependencies
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
 def test_standard_output_is_the_results_alone(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from mirrortune.tracking import tracker
+    from mirrortune.training.tracking import tracker
 
     pytest.importorskip(name)
     with tracker(name, tmp_path, {"train.lr": 0.1}, is_main=True) as track:
@@ -221,7 +221,7 @@ def test_standard_output_is_the_results_alone(tmp_path: Path, name: str, capsys:
 
 
 def test_nobody_is_asked_to_log_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mirrortune.tracking import _local
+    from mirrortune.training.tracking import _local
 
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mirrortune.locations import shipped_folder
+from mirrortune.system.paths import shipped_folder
 from tests.cli.console import mirrortune
 
 ANGLE_BYTES_ALLOWED = 72_000

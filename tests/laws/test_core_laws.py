@@ -13,9 +13,9 @@ from mirrortune.adapters.core import plane_strengths
 from mirrortune.adapters.core_stack import CoreStack
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.cores.givens import Givens
-from mirrortune.adapters.factorize import factorize
-from mirrortune.adapters.pair_codes import split_rounds
+from mirrortune.adapters.pairings.encoding import split_rounds
 from mirrortune.adapters.spectral import delta_weight
+from mirrortune.adapters.svd import factorize
 from tests.spectral import (
     INSIDE,
     VARIANTS,

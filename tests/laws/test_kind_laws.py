@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mirrortune.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.candidates import KINDS
-from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
+from mirrortune.adapters.files.load import FingerprintBook, load_into
 from mirrortune.adapters.inject import adapter_parameters, attach, attachment, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.strategies import Strategy
-from mirrortune.adapting import FingerprintBook, load_into
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.errors import ConfigError
 from tests.spectral import dense_change, relative, train_a_little
 
@@ -359,7 +359,7 @@ def test_a_copy_is_independent(name: str) -> None:
 
 
 def test_every_kind_is_here() -> None:
-    # Packed weights have laws of their own: tests/unit/test_quantised.py.
+    # Packed weights have laws of their own: tests/unit/models/test_quantized.py.
     assert {kind.name for kind in KINDS if not kind.is_packed} == set().union(*(case.kinds for case in CASES.values()))
 
 

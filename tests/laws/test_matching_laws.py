@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mirrortune.adapters.cores.givens import Givens
-from mirrortune.adapters.factorize import factorize
-from mirrortune.adapters.matching import match, rotation_gradient
+from mirrortune.adapters.pairings.matching import match, rotation_gradient
+from mirrortune.adapters.svd import factorize
 from tests.spectral import Problem, problems
 
 SEEDS = st.integers(0, 2**16)

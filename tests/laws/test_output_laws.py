@@ -10,9 +10,8 @@ from pathlib import Path, PurePosixPath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirrortune.checkpoint import RunDirectory
 from mirrortune.errors import ConfigError, MirrortuneError
-from mirrortune.outputs import (
+from mirrortune.system.outputs import (
     LORA,
     MARKER,
     MERGED,
@@ -26,6 +25,7 @@ from mirrortune.outputs import (
     settle,
     write_marker,
 )
+from mirrortune.system.run_directory import RunDirectory
 
 # The output is always "a"; what lies in it, beside it, and in what may be left over of it is drawn.
 SCRATCH = ".a.ab12cd34.partial"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mirrortune.adapters.pair_codes import pairs_of, partners_of, split_rounds
-from mirrortune.adapters.pairings import PAIRINGS
+from mirrortune.adapters.pairings.encoding import pairs_of, partners_of, split_rounds
+from mirrortune.adapters.pairings.rules import PAIRINGS
 from tests.spectral import draw_pairs
 
 ENOUGH = settings(max_examples=60)

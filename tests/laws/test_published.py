@@ -16,11 +16,11 @@ from mirrortune.adapters.cores.lora_xs import LoraXs
 from mirrortune.adapters.cores.psoft import Psoft
 from mirrortune.adapters.cores.scale import Scale
 from mirrortune.adapters.cores.svft import Svft
-from mirrortune.adapters.factorize import Factors, Rank, factorize
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.svd import Factors, Rank, factorize
 from mirrortune.errors import ConfigError
-from mirrortune.planning import make_plan
+from mirrortune.runs.size import make_plan
 from tests.spectral import Problem, relative, train_a_little
 
 QV = r"q_proj|v_proj"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirrortune.adapter_file import Form
+from mirrortune.adapters.files.adapter_file import Form
 from mirrortune.adapters.spec import AdapterSpec
 from tests.reload_cases import DRIVERS, SPECS, WEIGHTS, random_weight, reload_error, saved
 

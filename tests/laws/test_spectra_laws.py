@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mirrortune.adapters.factorize import Factors
-from mirrortune.adapters.pairings import mirror
+from mirrortune.adapters.pairings.rules import mirror
+from mirrortune.adapters.svd import Factors
+from mirrortune.analyze.spectra import spectra
+from mirrortune.analyze.spectra.energies import delta_energies, delta_ranks
+from mirrortune.analyze.spectra.spectra import Comparison, compare, curve_positions
+from mirrortune.analyze.spectra.subspaces import decompose, match_directions, overlaps, principal_angles
 from mirrortune.errors import DataError
-from mirrortune.spectra import comparison
-from mirrortune.spectra.comparison import Comparison, compare, curve_positions
-from mirrortune.spectra.energies import delta_energies, delta_ranks
-from mirrortune.spectra.subspaces import decompose, match_directions, overlaps, principal_angles
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,4 +279,4 @@ def test_a_curve_has_few_points_that_start_and_end_at_the_ends() -> None:
         positions = curve_positions(rank)
         assert positions == sorted(set(positions))
         assert (positions[0], positions[-1]) == (1, rank)
-        assert len(positions) <= comparison._CURVE_POINTS + 1
+        assert len(positions) <= spectra._CURVE_POINTS + 1

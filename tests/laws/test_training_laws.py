@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.data.examples import TokenExamples
 from mirrortune.errors import InterruptedRun
-from mirrortune.evaluation import EvalResult, evaluate_split
-from mirrortune.examples import TokenExamples
+from mirrortune.training.evaluate import EvalResult, evaluate_split
 from tests.tiny_models import FAMILIES, tiny_bert
 from tests.tiny_runs import (
     Adapted,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import mirrortune
 from mirrortune.adapters.inject import adapter_parameters
-from mirrortune.drawn_inputs import drawn_inputs, first_that_runs
+from mirrortune.tasks.drawn_inputs import drawn_inputs, first_that_runs
 from tests.matrix.configs import tiny_configs
 from tests.matrix.walk import SECONDS, Failure, NotRunError, _first_line, _limit, _quiet, _random, relative_error
 

@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapter_file import read_adapter, write_adapter
-from mirrortune.adapters.factorize import Factors, factorize
+from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
+from mirrortune.adapters.files.load import FingerprintBook, load_into
 from mirrortune.adapters.inject import adapter_parameters, attach, attachment
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import find_targets
-from mirrortune.adapting import FingerprintBook, load_into
 from mirrortune.errors import MirrortuneError
-from mirrortune.merging import merged_state
+from mirrortune.merging.in_memory import merged_state
 from tests.matrix.configs import tiny_configs
 from tests.matrix.inputs import inputs_for
 from tests.matrix.share import PAGE, page

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mirrortune.adapters.inject import spectral_layers
-from mirrortune.adapters.presets import preset
+from mirrortune.adapters.methods import preset
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.planning import Load, footprint
-from mirrortune.rehearsal import Footprint
+from mirrortune.runs.memory import Footprint
+from mirrortune.runs.size import Load, footprint
 from tests.bench import __main__ as bench
 from tests.bench import pairing_drift, rates
 from tests.bench.contestants import (

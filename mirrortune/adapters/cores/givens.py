@@ -18,7 +18,7 @@ from mirrortune.adapters.core import (
     plane_strengths,
     trained,
 )
-from mirrortune.adapters.pair_codes import split_rounds
+from mirrortune.adapters.pairings.encoding import split_rounds
 from mirrortune.errors import ConfigError
 
 

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Factors on disk, addressed by the content of the weight: a second run on the same model factorises nothing.
+
+One file for each (weight bytes, dtype, rank, algorithm version), shared by every run, recipe and model that holds that
+weight. U and Vh are stored in float32 (the precision in which cores are trained; float64 for float64 weights), S in
+float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mirrortune.adapters.fingerprint import weight_digest
+from mirrortune.adapters.svd import FACTORIZE_VERSION, Factors, are_leading_triplets, factorize
+from mirrortune.system.atomic import alone_with, write_atomically
+from mirrortune.system.paths import cache_folder, is_safe_entry
+
+# Matrices whose smaller side is below this are factorised where they are: a GPU gains nothing on them.
+_SMALLEST_SIDE = 1024
+# What matrices that are factorised side by side may take in bytes, and how many copies of one LAPACK needs in float64.
+_MEMORY, _COPIES = 1 << 30, 6
+
+
+@dataclass(slots=True)
+class FactorCache:
+    """A source of factors that remembers, for :func:`mirrortune.adapters.inject.attach`.
+
+    Attributes:
+        on_layer: called with the layer's name after each matrix, for progress.
+        on_remark: told of every matrix that could not be factorised in the usual way; None leaves that to warnings.
+        hits, misses: matrices read, matrices factorised.
+        seconds: time spent on both.
+        device: where large matrices are factorised, such as a GPU (``hardware.factorising_device``); None for where
+            their weights are.
+    """
+
+    on_layer: Callable[[str], None] | None = None
+    on_remark: Callable[[str], None] | None = None
+    hits: int = 0
+    misses: int = 0
+    seconds: float = 0.0
+    folder: Path = field(default_factory=lambda: cache_folder() / "factors")
+    device: torch.device | None = None
+    _counting: threading.Lock = field(default_factory=threading.Lock)
+    _computing: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, name: str, weight: Tensor, rank: int) -> Factors:
+        """Factors of ``weight`` (O, I) with ``rank`` directions: float64 S; U and Vh as stored, cast to float64."""
+        started = time.perf_counter()
+        key, path = self._place(weight, rank)
+        before, factors = self.misses, self._read(path, key, weight)
+        if factors is None:
+            if self.on_remark is not None and not is_safe_entry(path):
+                self.on_remark(f"{path} is not used: it is a link, or another user's that others may write")
+            with alone_with(path), self._told():  # another process may be at it: then they are there after the wait
+                factors = self._read(path, key, weight) or self._make(name, weight, rank, key, path)
+        self.hits += self.misses == before
+        self.seconds += time.perf_counter() - started
+        if self.on_layer:
+            self.on_layer(name)
+        return Factors(U=factors.U.double(), S=factors.S.double(), Vh=factors.Vh.double())
+
+    def share(
+        self,
+        layers: Sequence[tuple[str, Callable[[], Tensor], int]],
+        index: int,
+        count: int,
+        *,
+        largest: int = 0,
+        room: int = _MEMORY,
+    ) -> None:
+        """Factorise what is missing of ``layers`` (name, matrix, rank) together with the other processes of a run, each
+        beginning at a place of its own and leaving out what another one is at. Not all of it is there at the end: what
+        others are still making, :meth:`__call__` waits for.
+
+        Matrices are factorised side by side, as many as there are cores and memory for: LAPACK's own threads gain
+        little from a second core (``tests/bench/factorise.py``).
+
+        Args:
+            layers: the same on every process.
+            index: of this process.
+            count: of processes.
+            largest: numbers in the largest matrix, if they are known.
+            room: bytes that matrices side by side may take; one at a time goes in any case.
+        """
+        begin = index * len(layers) // count
+        started = time.perf_counter()
+        with (
+            self._told(),
+            _cores_shared_out(min(_MEMORY, room) // (_COPIES * 8 * max(1, largest))) as workers,
+            ThreadPoolExecutor(workers) as pool,
+        ):
+            for name in pool.map(self._fill, [*layers[begin:], *layers[:begin]]):
+                if self.on_layer:
+                    self.on_layer(name)
+        self.seconds += time.perf_counter() - started
+
+    def _read(self, path: Path, key: str, weight: Tensor) -> Factors | None:
+        """The cached factors; None where there are none that can be believed."""
+        found = _read(path, key) if is_safe_entry(path) else None
+        return found if found is not None and are_leading_triplets(found, weight) else None
+
+    def _fill(self, layer: tuple[str, Callable[[], Tensor], int]) -> str:
+        """Make one entry if it is missing and nobody is at it; the layer's name."""
+        name, matrix, rank = layer
+        weight = matrix()
+        key, path = self._place(weight, rank)
+        if not path.exists():
+            with alone_with(path, wait=False) as is_ours:
+                if is_ours and not path.exists():
+                    self._make(name, weight, rank, key, path)
+        return name
+
+    def _make(self, name: str, weight: Tensor, rank: int, key: str, path: Path) -> Factors:
+        with self._counting:
+            self.misses += 1
+        with self._place_to_compute(weight) as device:
+            factors = _rounded(factorize(weight, rank, name=name, device=device), weight)
+        stored = {"U": factors.U.cpu(), "S": factors.S.cpu(), "Vh": factors.Vh.cpu()}
+        metadata = {"key": key, "sha256": _digest(factors)}
+        write_atomically(path, lambda p: save_file(stored, p, metadata), optional=True)
+        return factors
+
+    @contextmanager
+    def _place_to_compute(self, weight: Tensor) -> Iterator[torch.device | None]:
+        """The device for this weight, for one matrix at a time; None for small ones, and where it has no room."""
+        device = self.device
+        if device is None or device == weight.device or min(weight.shape[-2:]) < _SMALLEST_SIDE:
+            yield None
+            return
+        with self._computing:
+            needed = _COPIES * 8 * math.prod(weight.shape[-2:])
+            has_room = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] >= needed
+            yield device if has_room else None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within, what decompositions warn of (in any thread) goes to ``on_remark``."""
+        with warnings.catch_warnings(record=self.on_remark is not None) as said:
+            if self.on_remark is not None:
+                warnings.simplefilter("always", RuntimeWarning)
+            yield
+        for warning in said or ():
+            if self.on_remark is not None and issubclass(warning.category, RuntimeWarning):
+                self.on_remark(str(warning.message))
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+    def _place(self, weight: Tensor, rank: int) -> tuple[str, Path]:
+        """Key and file of an entry."""
+        key = hashlib.sha256(f"{weight_digest(weight)}:{rank}:{FACTORIZE_VERSION}".encode()).hexdigest()
+        return key, self.folder / key[:2] / f"{key}.safetensors"
+
+
+@contextmanager
+def _cores_shared_out(most: int) -> Iterator[int]:
+    """How many threads may work, at most ``most``; within, each operation of torch has its share of the cores."""
+    cores = torch.get_num_threads()
+    workers = max(1, min(cores, most))
+    torch.set_num_threads(cores // workers)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(cores)
+
+
+def _rounded(factors: Factors, weight: Tensor) -> Factors:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return Factors(U=factors.U.to(dtype).contiguous(), S=factors.S.contiguous(), Vh=factors.Vh.to(dtype).contiguous())
+
+
+def _read(path: Path, key: str) -> Factors | None:
+    """The factors in a file, or None when it is absent, damaged (a crash can leave zeros) or another entry's."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            factors = Factors(U=file.get_tensor("U"), S=file.get_tensor("S"), Vh=file.get_tensor("Vh"))
+    except (OSError, SafetensorError):
+        return None
+    is_whole = metadata.get("key") == key and metadata.get("sha256") == _digest(factors)
+    return factors if is_whole else None
+
+
+def _digest(factors: Factors) -> str:
+    return hashlib.sha256("".join(map(weight_digest, (factors.U, factors.S, factors.Vh))).encode()).hexdigest()

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the adapter that a target names: a folder, a run directory, or a repository of the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mirrortune.errors import ConfigError
+from mirrortune.system.hub import holds_adapter, local_adapter
+from mirrortune.system.outputs import restore
+from mirrortune.system.paths import hub_place, is_local, local_path
+
+
+def find_adapter(target: str) -> Path | None:
+    """The adapter folder that ``target`` (a run directory or the folder itself) holds, or None for anything else.
+
+    Raises:
+        ConfigError: a run directory whose training has not finished.
+    """
+    path = restore(local_path(target))
+    if (path / "adapter.json").is_file():
+        return path
+    if restore(path / "adapter").is_dir():
+        return path / "adapter"
+    if (path / "checkpoints").is_dir():
+        raise ConfigError(
+            target, "this run has not finished, it has no adapter yet", fix="Continue it: train ... --resume"
+        )
+    return None
+
+
+def require_adapter(target: str) -> Path:
+    """The adapter folder of :func:`find_adapter`, or of ``owner/name@revision:subfolder`` on the Hub, where revision
+    and subfolder may be left out; ConfigError if there is none.
+    """
+    folder = find_adapter(target)
+    if folder is None and _is_on_hub(target):
+        return local_adapter(target)
+    if folder is None:
+        raise ConfigError(
+            "merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote"
+        )
+    return folder
+
+
+def adapter_to_score(target: str) -> Path | None:
+    """As :func:`require_adapter`, but None for anything that may be a model."""
+    folder = find_adapter(target)
+    if folder is not None or not _is_on_hub(target):
+        return folder
+    if holds_adapter(target):
+        return local_adapter(target)
+    if hub_place(target)[2] is not None:
+        raise ConfigError(target, "no adapter is there", allowed="an adapter, or the id of a model without subfolder")
+    return None
+
+
+def _is_on_hub(target: str) -> bool:
+    """Whether ``target`` is the id of a repository with its owner, and nothing here is called so."""
+    repository = hub_place(target)[0]
+    owner, _, name = repository.partition("/")
+    return bool(name) and not is_local(repository) and not Path(owner).exists()

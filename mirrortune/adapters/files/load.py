@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts an adapter into a base model, fresh or from its file, ours or PEFT's: the one place that knows which is which.
+
+What is loaded must belong to the base: every adapted weight has the recorded hash, every basis aligns with its sketch,
+and every layer does what it did. What does not is refused with the layer's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.cores import Core
+from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
+from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor, restore_trained
+from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, try_align
+from mirrortune.adapters.inject import FactorSource, attach
+from mirrortune.adapters.peft_bridge import tuners
+from mirrortune.adapters.spec import AdapterSpec, build_core
+from mirrortune.adapters.strategies import Strategy
+from mirrortune.adapters.svd import Factors
+from mirrortune.adapters.targets import find_targets
+from mirrortune.errors import ConfigError, VerificationError
+
+
+class FingerprintBook:
+    """Fingerprints of a model's layers, made once (the base does not change while training) and used at every save.
+
+    Attributes:
+        entries: by layer.
+        remarks: what did not fit when an adapter was loaded by force.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Fingerprint] = {}
+        self.remarks: list[str] = []
+
+    def __call__(self, name: str, weight: Tensor, factors: Factors, core: Core) -> None:
+        """Note one layer; the hook for :func:`mirrortune.adapters.inject.attach`."""
+        self.entries[name] = fingerprint(weight, factors, core.side)
+
+    def note_weight(self, name: str, weight: Tensor) -> None:
+        """Note one layer whose adapter has no basis."""
+        self.entries[name] = Fingerprint.of_weight(weight)
+
+
+def adapt(
+    model: nn.Module,
+    spec: AdapterSpec,
+    *,
+    factor_source: FactorSource,
+    new_parameters: Iterable[str] = (),
+    pairs: dict[str, Tensor] | None = None,
+    strategies: Mapping[str, Strategy] | None = None,
+) -> FingerprintBook:
+    """Attach a fresh adapter by ``spec``, ours or PEFT's; see :func:`mirrortune.adapters.inject.attach`."""
+    book = FingerprintBook()
+    if spec.preset.peft is not None:
+        tuners.count_trained(model, spec, new_parameters)  # what PEFT refuses, it refuses on a copy
+        tuners.attach_tuner(model, spec, new_parameters=new_parameters, on_layer=book.note_weight)
+    else:
+        attach(
+            model, spec, new_parameters=new_parameters, factor_source=factor_source, pairs=pairs, on_layer=book,
+            strategies=strategies,
+        )  # fmt: skip
+    return book
+
+
+def load_into(
+    model: nn.Module,
+    adapter: AdapterFile,
+    source: FactorSource,
+    *,
+    force_base: bool = False,
+    trained_on: nn.Module | None = None,
+) -> FingerprintBook:
+    """Attach ``adapter`` to its base ``model`` (in place) and give it its trained numbers.
+
+    Args:
+        model: the base, in the dtype that the adapter was trained on or a wider one.
+        adapter: from :func:`read_adapter`.
+        source: computes or remembers factors.
+        force_base: take a base whose weights are others (of the same shapes), and say so in ``remarks``.
+        trained_on: the model whose weights the adapter turns, if ``model`` is the same one in full precision.
+
+    Returns:
+        The fingerprints, for saving again.
+
+    Raises:
+        VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's
+            name.
+    """
+    _check_layers(model, adapter)
+    book = FingerprintBook()
+    spec, remarks = adapter.spec, book.remarks if force_base else None
+    read = _reader(adapter, trained_on)
+    if trained_on is not None and spec.strategy != "dense":
+        spec = replace(spec, strategy="branch")  # beside the weights as they are
+
+    def factors_of(name: str, weight: Tensor, rank: int) -> Factors:
+        stored = adapter.fingerprints[name].rank
+        if rank != stored:
+            raise VerificationError(name, f"the adapter holds a basis of rank {stored}, got {rank}")
+        return trained_factors(adapter, name, read(name, weight), source, remarks=remarks)
+
+    def note(name: str, weight: Tensor, factors: Factors, core: Core) -> None:
+        stored = adapter.fingerprints[name]
+        if stored.weight_hash.startswith("values:") and not force_base:
+            book.entries[name] = completed(stored, factors)
+        else:
+            book(name, read(name, weight), factors, core)
+
+    def note_weight(name: str, weight: Tensor) -> None:
+        _check_weight_or_remark(adapter, name, weight, remarks)
+        book.note_weight(name, weight)
+
+    layers: dict[str, Any] = {"new_parameters": adapter.head, "stored": adapter.layouts}
+    if adapter.peft_config is None:
+        attach(model, spec, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note, **layers)
+    else:
+        tuners.attach_tuner(model, spec, config=adapter.peft_config, on_layer=note_weight, **layers)
+    restore_trained(model, adapter, remarks=remarks)
+    return book
+
+
+def _reader(adapter: AdapterFile, trained_on: nn.Module | None) -> Callable[[str, Tensor], Tensor]:
+    """(layer, weight in the model) -> the weight that the adapter turns there."""
+    if trained_on is None:
+        return lambda _, weight: weight
+    if adapter.peft_config is not None:
+        fix = "Merge without --base, into its dequantised weights, or with PEFT"
+        problem = f"method '{adapter.spec.method}' computes with the weights it was trained on"
+        raise ConfigError("--base", problem, fix=fix)
+    _check_layers(trained_on, adapter)
+    own = find_targets(trained_on, adapter.spec, adapter.head, adapter.layouts).layers
+    return lambda name, _: own[name].read(trained_on)
+
+
+def trained_factors(
+    adapter: AdapterFile, name: str, weight: Tensor, source: FactorSource, *, remarks: list[str] | None = None
+) -> Factors:
+    """The factors of ``weight`` that a layer of ``adapter`` was trained in, float64: stored ones, or computed again,
+    aligned, and rounded as they were when it was trained.
+
+    Args:
+        adapter: from :func:`read_adapter`.
+        name: of the layer.
+        weight: of the base, as matrix (O, I) or stack (E, O, I).
+        source: computes or remembers factors.
+        remarks: what does not fit is noted here instead of refused.
+
+    Raises:
+        VerificationError: another weight, a basis that cannot be aligned, or another effect than the trained one's.
+    """
+    doubts: list[VerificationError] = []
+    try:
+        check_weight(adapter, name, weight)
+    except VerificationError as error:
+        doubts.append(error)
+    if doubts and remarks is None:
+        raise doubts[0]
+    factors, doubt = _stored_factors(adapter, name), None
+    if factors is None:
+        found = source(name, weight, adapter.fingerprints[name].rank)
+        aligned, doubt = try_align(found, adapter.fingerprints[name], name)
+        factors = _as_held(aligned, _dtype(adapter, name, weight))
+    expected = adapter.effects.get(name)
+    if expected is not None:
+        distance = effect_error(effect(factors, stored_core(adapter, name, factors.S)), expected)
+        # Directions that could not be aligned may be such as the adapter does nothing to.
+        is_right = distance <= (EXACT_EFFECT_TOLERANCE if adapter.form == "portable" else EFFECT_TOLERANCE)
+        doubt = None if is_right else doubt or _other_effect(name, distance)
+    if doubt is not None:
+        doubts.append(doubt)
+    if remarks is None and doubts:
+        raise doubts[0]
+    if remarks is not None:
+        remarks += [str(error) for error in doubts]
+    return factors
+
+
+def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
+    """Refuse a base weight that is not the one that a layer was trained on, or is loaded in fewer bits.
+
+    Raises:
+        VerificationError: with the layer's name.
+    """
+    if not adapter.fingerprints[name].is_of(weight):
+        raise VerificationError(
+            name,
+            "the base weight is not the one that the adapter was trained on",
+            allowed="{name} at commit {commit}, in {dtype}".format_map({"commit": "unknown", **adapter.base}),
+            fix="Load that base; an adapter of another base turns the wrong directions",
+        )
+    trained_in = _dtype(adapter, name, weight)
+    if torch.promote_types(weight.dtype, trained_in) != weight.dtype:
+        found, wanted = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, trained_in))
+        raise VerificationError(
+            name, f"the adapter was trained in {wanted}, the base is loaded in {found}, which would round its factors",
+            fix=f"Load the base with dtype={wanted}",
+        )  # fmt: skip
+
+
+def _check_weight_or_remark(adapter: AdapterFile, name: str, weight: Tensor, remarks: list[str] | None) -> None:
+    try:
+        check_weight(adapter, name, weight)
+    except VerificationError as error:
+        if remarks is None:
+            raise
+        remarks.append(str(error))
+
+
+def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:
+    """A layer's core with its trained numbers, for singular values ``S``, (R,) or (E, R)."""
+    core = build_core(adapter.spec, S, layer, adapter.layouts[layer].matrix_shape, stored_pairs(adapter).get(layer))
+    with torch.no_grad():
+        for key, parameter in core.named_parameters():
+            if parameter.numel():
+                parameter.copy_(checked_tensor(adapter, f"core.{layer}.{key}", parameter.shape))
+    return core
+
+
+def _stored_factors(adapter: AdapterFile, name: str) -> Factors | None:
+    """The factors that a portable adapter holds, float64; None for a compact one."""
+    if adapter.form != "portable":
+        return None
+    layout, rank = adapter.layouts[name], adapter.fingerprints[name].rank
+    stack = (layout.count,) if layout.count > 1 else ()
+    out_features, in_features = layout.matrix_shape
+    shapes = {"U": (*stack, out_features, rank), "S": (*stack, rank), "Vh": (*stack, rank, in_features)}
+    U, S, Vh = (checked_tensor(adapter, f"factor.{name}.{key}", shape).double() for key, shape in shapes.items())
+    return Factors(U=U, S=S, Vh=Vh)
+
+
+def _dtype(adapter: AdapterFile, name: str, weight: Tensor) -> torch.dtype:
+    """What the layer's factors were rounded to where it was trained."""
+    found = getattr(torch, str(adapter.dtypes[name]), None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else weight.dtype
+
+
+def _as_held(factors: Factors, dtype: torch.dtype) -> Factors:
+    """``factors`` as a layer of ``dtype`` holds them, in float64."""
+    U, Vh = factors.U.to(dtype).double(), factors.Vh.to(dtype).double()
+    return Factors(U=U, S=factors.S, Vh=Vh)
+
+
+def _other_effect(name: str, error: float) -> VerificationError:
+    return VerificationError(
+        name,
+        f"the adapter does not do to this weight what it did when it was saved: its effect differs by {error:.1e}",
+        allowed=f"at most {EFFECT_TOLERANCE:.0e} of itself",
+        fix="Its basis cannot be found again here (singular values too close to each other), or the file is damaged; "
+        "load it where it was trained and save it again with form='portable', or merge it there",
+    )
+
+
+def _check_layers(model: nn.Module, adapter: AdapterFile) -> None:
+    """Refuse a base that lacks one of the adapter's layers, or has it in another shape."""
+    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts).layers
+    for name, layout in adapter.layouts.items():
+        own = found[name].layout if name in found else None
+        if own != layout:
+            raise VerificationError(
+                name,
+                f"the adapter was made for a weight of shape {layout.shape}, the base has "
+                + (f"one of shape {own.shape}, read in another way" if own else "no such layer"),
+                fix="Use its own base model",
+            )
+
+
+def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:
+    """The pairs (T, 2) that the file holds, by layer."""
+    return {n.removeprefix("pairs."): t.long() for n, t in adapter.tensors.items() if n.startswith("pairs.")}

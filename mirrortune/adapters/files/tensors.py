@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each layer puts into the files of an adapter, and how it is found there again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.effect import EFFECT_TOLERANCE, effect, effect_error
+from mirrortune.adapters.files.packing import to_bits
+from mirrortune.adapters.fingerprint import Fingerprint, redrawn
+from mirrortune.adapters.inject import SpectralLayer, attachment, spectral_layers
+from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
+from mirrortune.adapters.spec import follows_from_rank
+from mirrortune.adapters.svd import Factors
+from mirrortune.adapters.targets import Target
+from mirrortune.system.distributed.sharding import is_whole
+
+Form = Literal["auto", "compact", "portable"]
+_LARGEST_SHORT = 2**15  # directions, numbered from 0
+_LOW = 8  # of so many directions one is kept: then factors are small beside weights
+_SVD_WORK = 22  # floating-point operations of a decomposition, in units of O I min(O, I) (Golub and Van Loan, 8.6)
+_LONG_WORK = 2e12  # one to two minutes on two cores of a laptop, in float64
+_PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
+
+
+def fingerprint_of(layer: dict[str, Any], name: str | None, tensors: dict[str, Tensor]) -> Fingerprint:
+    """A layer's fingerprint; ``name`` is None for an adapter that has no basis."""
+    if name is None:
+        return Fingerprint.of_hash(layer["weight"])
+    flat, signs = tensors.get(f"clusters.{name}", torch.zeros(0)), tensors.get(f"signs.{name}")
+    sketch = tensors[f"sketch.{name}"] if signs is None else signs
+    if not (torch.isfinite(flat).all() and torch.isfinite(sketch).all()):
+        raise ValueError(f"the sketch of '{name}' holds NaN or infinities")
+    clusters = tuple(tuple((int(a), int(b)) for a, b in own) for own in layer.get("clusters", ()))
+    sizes = [sum(2 * (b - a) ** 2 for a, b in own) * (2 if layer["side"] == "both" else 1) for own in clusters]
+    return Fingerprint(
+        weight_hash=layer["weight"],
+        probe_seeds=tuple(layer["probe_seeds"]),
+        side=layer["side"],
+        sketch=sketch,
+        clusters=clusters,
+        cluster_sketches=tuple(torch.split(flat, sizes)),
+        has_sizes=signs is None,
+    )
+
+
+def split_effects(stored: Tensor | None, layouts: dict[str, Layout]) -> dict[str, Tensor]:
+    """The stored effects of each layer, (E, 16)."""
+    if stored is None:
+        return {}
+    parts = torch.split(stored, [layout.count for layout in layouts.values()])
+    return dict(zip(layouts, parts, strict=True))
+
+
+def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, Tensor]:
+    """Sketches or their signs, stored pairs and probes of every layer's effect; see ``adapter_file.py``."""
+    spec = attachment(model).spec
+    tensors: dict[str, Tensor] = {}
+    effects: list[Tensor] = []
+    for name, layer in spectral_layers(model).items():
+        found = fingerprints[name]
+        if any(found.clusters):
+            tensors[f"clusters.{name}"] = torch.cat(found.cluster_sketches)
+        pairs = getattr(layer.core, "pairs", None)
+        if isinstance(pairs, Tensor) and not follows_from_rank(pairs.cpu(), spec, layer.rank, layer.layout.count):
+            partners = partners_of(pairs, layer.rank) if pairs.dim() == 2 else None
+            stored = pairs if partners is None else partners
+            kind = "pairs" if partners is None else "partners"
+            tensors[f"{kind}.{name}"] = stored.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
+        if is_whole(layer.U):  # a rank that holds a shard of it cannot say what the whole does
+            effects.append(effect(_factors(layer), layer.core))
+    own = {f"sketch.{name}": fingerprints[name].sketch for name in spectral_layers(model)}
+    if len(effects) == len(own) > 0:
+        # These say whether a basis is right; of its sketch the signs are left to say, by which it is turned back.
+        return {**tensors, "effects": torch.cat(effects).float(), "signs": torch.cat([*map(to_bits, own.values())])}
+    return tensors | own
+
+
+def with_pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, checked, with the pairs that its partners tell in their place."""
+    told = {
+        f"pairs.{name}": pairs_of(tensors[key], layer["rank"])
+        for name, layer in layers.items()
+        if (key := f"partners.{name}") in tensors
+    }
+    return {**{key: t for key, t in tensors.items() if not key.startswith("partners.")}, **told}
+
+
+def usual_form(sizes: Iterable[tuple[tuple[int, int], int, int]]) -> Literal["compact", "portable"]:
+    """The form of an adapter whose bases can be computed again: compact, unless that takes whoever loads it minutes and
+    the factors are small.
+
+    Args:
+        sizes: shape (O, I), rank and number of matrices of each layer.
+    """
+    found = list(sizes)
+    is_low = bool(found) and all(_LOW * rank <= min(shape) for shape, rank, _ in found)
+    work = sum(_SVD_WORK * shape[0] * shape[1] * min(shape) * count for shape, _, count in found)
+    return "portable" if is_low and work > _LONG_WORK else "compact"
+
+
+@torch.no_grad()
+def chosen_form(model: nn.Module) -> Literal["compact", "portable"]:
+    """The form in which an adapter is saved if none is asked for: :func:`usual_form`, and portable where a basis cannot
+    be found again and the adapter would do something else in another one.
+    """
+    layers = spectral_layers(model).values()
+    if not all(is_whole(layer.U) for layer in layers):  # no process has the factors
+        return "compact"
+    usual = usual_form((layer.layout.matrix_shape, layer.rank, layer.layout.count) for layer in layers)
+    return usual if all(map(_can_be_found_again, layers)) else "portable"
+
+
+def _can_be_found_again(layer: SpectralLayer) -> bool:
+    factors = _factors(layer)
+    found = [(matrix, redrawn(matrix)) for matrix in factors.each()]
+    if all(other is None for _, other in found):
+        return True
+    each = [(other or matrix).to(device=torch.device("cpu"), dtype=torch.float64) for matrix, other in found]
+    mixed = each[0]
+    if factors.is_stack:
+        parts = zip(*((f.U, f.S, f.Vh) for f in each), strict=True)
+        U, S, Vh = (torch.stack(part) for part in parts)
+        mixed = Factors(U=U, S=S, Vh=Vh)
+    return effect_error(effect(mixed, layer.core), effect(factors, layer.core)) <= EFFECT_TOLERANCE
+
+
+def factor_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The factors of every layer, as it holds them."""
+    return {
+        f"factor.{name}.{key}": tensor
+        for name, layer in spectral_layers(model).items()
+        for key, tensor in (("U", layer.U), ("S", layer.core.get_buffer("S")), ("Vh", layer.Vh))
+    }
+
+
+def _factors(layer: SpectralLayer) -> Factors:
+    return Factors(U=layer.U, S=layer.core.get_buffer("S"), Vh=layer.Vh)
+
+
+def describe_target(name: str, target: Target) -> dict[str, Any]:
+    """What the description says of where a layer's weight is, and how its numbers stand for matrices."""
+    layout = {k: v for k, v in asdict(target.layout).items() if v != _PLAIN_LAYOUT.get(k, ...)}
+    tensors = {} if target.tensors == (f"{name}.weight",) else {"tensors": list(target.tensors)}
+    return {"kind": target.kind.name, **tensors, "layout": layout}
+
+
+def describe_basis(found: Fingerprint, response: list[float] | None) -> dict[str, Any]:
+    """What the description says of a layer's weight and basis."""
+    if response is not None:
+        return {"weight": found.weight_hash, "response": response}
+    return {
+        "rank": found.rank,
+        "weight": found.weight_hash,
+        "probe_seeds": list(found.probe_seeds),
+        "side": found.side,
+        **({"clusters": [list(map(list, own)) for own in found.clusters]} if any(found.clusters) else {}),
+    }

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints of a weight and of its singular basis, and the repair of a basis that another driver computed.
+
+Two correct decompositions differ in the signs of hundreds of vectors, and a flipped sign turns a learned angle the
+wrong way: an error above 100% of the adapter's effect, in silence. An adapter therefore stores, for each layer, a hash
+of the weight and a sketch p^T U of its basis with a fixed probe p, or its signs alone where probes of the layer's
+effect (``effect.py``) say whether the basis is right. Loading compares, puts vectors into the order of their singular
+values, flips signs back exactly, turns vectors of near-equal singular values back within their cluster (which every
+driver mixes as it likes; for these the sketch has more probes), and refuses what it cannot repair.
+
+Shapes: O out_features, I in_features, R rank, E matrices of a stack (each with a probe of its own).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirrortune.adapters.svd import Factors
+from mirrortune.errors import VerificationError
+
+# |p^T u| of a repaired basis may differ from the stored sketch by this much; p has unit-variance entries, so this
+# bounds the distance of the vectors themselves to about 1e-5 and the adapter's effect to well under 1e-4 of itself.
+SKETCH_TOLERANCE = 1e-5
+# A probe is good when no vector is nearly orthogonal to it: below this the sign of the sketch would be noise.
+_SMALLEST_SKETCH = 1e-3
+_PROBE_ATTEMPTS = 64
+# Neighbouring singular values closer than this share of the largest are a cluster. Drivers agree on a vector to their
+# rounding (1e-15) over the gap, so that what is no cluster is the same for all to 1e-8.
+_CLUSTER_GAP = 1e-7
+_NULL = 1e-10  # below this share of the largest, left and right vectors have nothing to do with each other
+_LARGEST_CLUSTER = 64  # of m vectors; m^2 numbers are stored, and vectors of a larger one cannot be repaired
+
+Clusters = tuple[tuple[int, int], ...]
+"""First direction, and the one behind the last, of each cluster."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What identifies one adapted weight and the basis its core was trained in.
+
+    Attributes:
+        weight_hash: of the weight's numbers (``values:`` and :func:`value_digest`), or of its bytes (``bytes:`` and
+            :func:`weight_digest`) in adapters of format 1.
+        probe_seeds: seed of the probe vectors, one for each matrix.
+        side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or
+            ``both``; ``none`` for an adapter that has no basis.
+        sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), or (E, 1 or 2, R), float32; of a file that keeps
+            signs, 1 and -1 for the first of them, shape (1, R) or (E, 1, R).
+        clusters: of each matrix.
+        cluster_sketches: of each matrix, flat, float32: 2m probes (2m, m) for each cluster of m vectors and side.
+        has_sizes: whether the sketch has more than signs.
+    """
+
+    weight_hash: str
+    probe_seeds: tuple[int, ...]
+    side: str
+    sketch: Tensor
+    clusters: tuple[Clusters, ...] = ()
+    cluster_sketches: tuple[Tensor, ...] = ()
+    has_sizes: bool = True
+
+    @classmethod
+    def of_weight(cls, weight: Tensor) -> Fingerprint:
+        """The fingerprint of a weight whose adapter does not depend on a basis: its hash alone."""
+        return cls.of_hash(f"values:{value_digest(weight)}")
+
+    @classmethod
+    def of_hash(cls, weight_hash: str) -> Fingerprint:
+        """The same, of a weight that was hashed before."""
+        return cls(weight_hash=weight_hash, probe_seeds=(), side="none", sketch=torch.zeros(0, 0))
+
+    @property
+    def rank(self) -> int:
+        """R, the number of directions of each basis."""
+        return self.sketch.shape[-1]
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether ``weight`` has the numbers that were hashed."""
+        kind, _, digest = self.weight_hash.partition(":")
+        return digest == (value_digest(weight) if kind == "values" else weight_digest(weight))
+
+
+def weight_digest(weight: Tensor) -> str:
+    """SHA-256 (hex) over dtype, shape and the raw bytes of ``weight``."""
+    host = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{host.dtype}:{tuple(host.shape)}:".encode())
+    digest.update(host.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def value_digest(weight: Tensor) -> str:
+    """SHA-256 (hex) over shape and numbers of ``weight``, the same for every dtype that holds them exactly: a weight
+    stored in 16 bits is the same weight when it is loaded in 32.
+    """
+    host = weight.detach().cpu().contiguous()
+    single = host.to(torch.float32)
+    is_exact = host.dtype != torch.float64 or torch.equal(single.to(torch.float64), host)
+    numbers = (single if is_exact else host) + 0.0  # no negative zeros
+    digest = hashlib.sha256(f"{tuple(host.shape)}:".encode())
+    digest.update(numbers.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:
+    """The fingerprint of ``weight``, (O, I) or (E, O, I), and its ``factors``, for a core that turns ``side``;
+    deterministic.
+    """
+    each = factors.each()
+    chosen = [_choose_probe(matrix, side) for matrix in each]
+    sketches = [sketch.to(torch.float32) for _, sketch in chosen]
+    clusters = tuple(_clusters(matrix) for matrix in each)
+    return Fingerprint(
+        weight_hash=f"values:{value_digest(weight)}",
+        probe_seeds=tuple(seed for seed, _ in chosen),
+        side=side,
+        sketch=torch.stack(sketches) if factors.is_stack else sketches[0],
+        clusters=clusters,
+        cluster_sketches=tuple(
+            torch.cat([torch.zeros(0), *(p.flatten().float().cpu() for c in own for p in _cluster_sketch(m, c, side))])
+            for m, own in zip(each, clusters, strict=True)
+        ),
+    )
+
+
+def completed(stored: Fingerprint, factors: Factors) -> Fingerprint:
+    """``stored`` with the whole sketch of ``factors``, which are aligned with it, where it had only signs."""
+    if stored.has_sizes:
+        return stored
+    sketches = [_sketch(f, s, stored.side).float() for f, s in zip(factors.each(), stored.probe_seeds, strict=True)]
+    return replace(stored, sketch=torch.stack(sketches) if factors.is_stack else sketches[0], has_sizes=True)
+
+
+def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
+    """``factors`` in the basis that ``stored`` describes.
+
+    Args:
+        factors: a decomposition of the same weight, by any driver, float64.
+        stored: the fingerprint kept with the adapter.
+        name: the layer's name, for the message.
+
+    Returns:
+        Factors equal to the trained ones up to the drivers' rounding.
+
+    Raises:
+        VerificationError: if some vector is another one even after repair.
+    """
+    aligned, doubt = try_align(factors, stored, name)
+    if doubt is not None:
+        raise doubt
+    return aligned
+
+
+def try_align(factors: Factors, stored: Fingerprint, name: str) -> tuple[Factors, VerificationError | None]:
+    """As :func:`align`, with the error beside the factors as far as they could be repaired; raised all the same where
+    there are too few or too many.
+    """
+    each, references = factors.each(), stored.sketch if factors.is_stack else stored.sketch[None]
+    if len(each) != len(references) or len(each) != len(stored.probe_seeds):
+        raise VerificationError(name, f"the adapter holds {len(references)} bases, the weight has {len(each)}")
+    repaired: list[Factors] = []
+    doubts: list[VerificationError] = []
+    for index, (matrix, reference) in enumerate(zip(each, references, strict=True)):
+        place = f"{name}.{index}" if factors.is_stack else name
+        if matrix.rank != reference.shape[-1]:
+            problem = f"the adapter holds a basis of rank {reference.shape[-1]}, got {matrix.rank}"
+            raise VerificationError(place, problem)
+        found, distance = _repair(matrix, stored, reference.to(torch.float64), index)
+        repaired.append(found)
+        if not float(distance.max()) <= SKETCH_TOLERANCE:  # also catches NaN
+            doubts.append(_misaligned(place, found, distance))
+    if not factors.is_stack:
+        return repaired[0], doubts[0] if doubts else None
+    parts = zip(*((f.U, f.S, f.Vh) for f in repaired), strict=True)
+    U, S, Vh = (torch.stack(part) for part in parts)
+    return Factors(U=U, S=S, Vh=Vh), doubts[0] if doubts else None
+
+
+def _misaligned(place: str, factors: Factors, distance: Tensor) -> VerificationError:
+    worst = int(distance.nan_to_num(torch.inf).argmax())
+    return VerificationError(
+        place,
+        f"the basis of this weight cannot be aligned with the adapter's: direction {worst} of {factors.rank} "
+        f"(singular value {float(factors.S[worst]):.6g}) differs by {float(distance[worst]):.1e}",
+        allowed=f"at most {SKETCH_TOLERANCE:.0e}",
+        fix="Its singular value is too close to a neighbour's, or the adapter file is damaged; load it where it was "
+        "trained and save it again with form='portable', or merge it there",
+    )
+
+
+def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int) -> tuple[Factors, Tensor]:
+    """One basis repaired as far as possible, and the distance of each direction from the stored sketch, (R,)."""
+    S = factors.S
+    if not bool((S[:-1] >= S[1:]).all()):
+        order = S.argsort(descending=True, stable=True)
+        factors = Factors(U=factors.U[:, order], S=S[order], Vh=factors.Vh[order])
+    clusters = stored.clusters[index] if stored.clusters else ()
+    if clusters:
+        factors = _turn_back(factors, clusters, stored.cluster_sketches[index], stored.side)
+    sketch = _sketch(factors, stored.probe_seeds[index], stored.side).cpu()
+    signs = torch.where(sketch[0] * reference[0] < 0, -1.0, 1.0).to(torch.float64)
+    for start, stop in clusters:
+        signs[start:stop] = 1.0  # turned back, signs and all
+    distance = (sketch * signs - reference).abs().max(dim=0).values if stored.has_sizes else torch.zeros_like(signs)
+    sign = signs.to(factors.U)
+    repaired = Factors(U=factors.U * sign, S=factors.S, Vh=factors.Vh * sign[:, None])
+    used = repaired.U if stored.side == "output" else repaired.Vh if stored.side == "input" else repaired.U + 0
+    if not torch.isfinite(used).all():
+        distance = torch.full_like(distance, torch.nan)
+    return repaired, distance
+
+
+def _clusters(factors: Factors) -> Clusters:
+    """Runs of near-equal singular values that can be repaired, and vectors of value zero on their own."""
+    S = factors.S.double().cpu()
+    limit = min(factors.U.shape[0], factors.Vh.shape[1], factors.rank)  # what is added to a basis follows from it
+    largest = float(S[0])
+    return tuple(
+        (start, stop)
+        for start, stop in _runs(S[:limit], _CLUSTER_GAP)
+        if (stop - start > 1 or float(S[start]) <= _NULL * largest) and stop - start <= _LARGEST_CLUSTER
+    )
+
+
+def _runs(S: Tensor, gap: float) -> list[tuple[int, int]]:
+    """Singular values (R,), float64, cut where neighbours are further apart than ``gap`` of the largest: the first of
+    each run, and the one behind it.
+    """
+    behind = (S[:-1] - S[1:] > gap * S[0]).nonzero().flatten() + 1
+    return list(itertools.pairwise([0, *behind.tolist(), len(S)]))
+
+
+def redrawn(factors: Factors) -> Factors | None:
+    """``factors`` of one matrix as another driver may find them: vectors mixed at random where no fingerprint can turn
+    them back; None where it can turn back all.
+
+    That is within more near-equal singular values than a fingerprint keeps probes of, and where the last ones that are
+    kept may be part of a longer run (of three values and more: of two it would be chance).
+    """
+    gap = max(_CLUSTER_GAP, 2 * torch.finfo(factors.S.dtype).eps)  # layers hold theirs rounded
+    S = factors.S.double().cpu()
+    full = min(factors.U.shape[0], factors.Vh.shape[1])
+    runs = [
+        (start, stop)
+        for start, stop in _runs(S[: min(full, factors.rank)], gap)
+        if stop - start > _LARGEST_CLUSTER or (stop == factors.rank < full and stop - start > 2)
+    ]
+    if not runs:
+        return None
+    U, Vh = factors.U.to(torch.float64, copy=True), factors.Vh.to(torch.float64, copy=True)
+    for start, stop in runs:
+        turns = [_random_turn(stop - start, seed).to(U) for seed in (0, 1)]
+        is_null = float(S[stop - 1]) <= _NULL * float(S[0])
+        U[:, start:stop] = U[:, start:stop] @ turns[0]
+        Vh[start:stop] = turns[int(is_null)].T @ Vh[start:stop]
+    return Factors(U=U, S=factors.S, Vh=Vh)
+
+
+def _random_turn(size: int, seed: int) -> Tensor:
+    drawn = torch.from_numpy(np.random.RandomState(seed).standard_normal((size, size)))
+    turn: Tensor = torch.linalg.qr(drawn)[0]
+    return turn
+
+
+def _cluster_sketch(factors: Factors, cluster: tuple[int, int], side: str) -> list[Tensor]:
+    """2m probes of the m vectors of a cluster, (2m, m) float64, for each side that matters."""
+    start, stop = cluster
+    state = np.random.RandomState(1000 + start)  # frozen by NumPy's maintainers: the same in every version
+    vectors = {"output": [factors.U], "input": [factors.Vh.T], "both": [factors.U, factors.Vh.T]}[side]
+    found = []
+    for v in vectors:
+        probes = torch.from_numpy(state.standard_normal((2 * (stop - start), v.shape[0]))).to(v)
+        found.append(probes @ v[:, start:stop])
+    return found
+
+
+def _turn_back(factors: Factors, clusters: Clusters, sketches: Tensor, side: str) -> Factors:
+    """Vectors of each cluster turned so that their probes are the stored ones (orthogonal Procrustes)."""
+    U, Vh, place = factors.U.clone(), factors.Vh.clone(), 0
+    for start, stop in clusters:
+        size = 2 * (stop - start) ** 2
+        now = [part.cpu().double() for part in _cluster_sketch(factors, (start, stop), side)]
+        then = [sketches[place + i * size :][:size].double().reshape(part.shape) for i, part in enumerate(now)]
+        place += size * len(now)
+        # Where the singular value is zero left and right vectors turn on their own.
+        is_null = float(factors.S[stop - 1]) <= _NULL * float(factors.S[0])
+        if not is_null:
+            now, then = [torch.cat(now)], [torch.cat(then)]
+        turns = [_procrustes(a, b).to(U) for a, b in zip(now, then, strict=True)]
+        U[:, start:stop] = U[:, start:stop] @ turns[0]
+        Vh[start:stop] = turns[-1].T @ Vh[start:stop]
+    return Factors(U=U, S=factors.S, Vh=Vh)
+
+
+def _procrustes(now: Tensor, then: Tensor) -> Tensor:
+    """The orthogonal Q (m, m) that brings ``now`` Q nearest to ``then``; the identity if either is not finite."""
+    product = now.T @ then
+    if not torch.isfinite(product).all():
+        return torch.eye(product.shape[0], dtype=product.dtype)
+    left, _, right = torch.linalg.svd(product)
+    turn: Tensor = left @ right
+    return turn
+
+
+def _choose_probe(factors: Factors, side: str) -> tuple[int, Tensor]:
+    """Seed and sketch of the first good probe of one basis, or of the best of those that were tried."""
+    best_seed, best_sketch, best_smallest = 0, None, -1.0
+    for seed in range(_PROBE_ATTEMPTS):
+        candidate = _sketch(factors, seed, side)
+        smallest = float(candidate[0].abs().min())
+        if smallest > best_smallest:
+            best_seed, best_sketch, best_smallest = seed, candidate, smallest
+        if smallest > _SMALLEST_SKETCH:
+            break
+    assert best_sketch is not None
+    return best_seed, best_sketch
+
+
+def _sketch(factors: Factors, seed: int, side: str) -> Tensor:
+    # NumPy's legacy generator is frozen by its maintainers: the same seed gives the same probe in every version.
+    state = np.random.RandomState(seed)
+    vectors = {"output": [factors.U], "input": [factors.Vh.T], "both": [factors.U, factors.Vh.T]}[side]
+    return torch.stack([torch.from_numpy(state.standard_normal(v.shape[0])).to(v) @ v for v in vectors])

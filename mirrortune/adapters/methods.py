@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each ``--method`` name stands for: a core with its side, rank and pairing, a tuner of PEFT, or a set of plain
+parameters to train. A core's own name is a method, which its class describes.
+
+Free of torch, so that ``--help`` can list every name before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from mirrortune.errors import PREFERENCES, no_preferences, unknown_name
+from mirrortune.registry import Registry
+
+if TYPE_CHECKING:
+    from mirrortune.adapters.core import Core
+
+CORES: Registry[type[Core]] = Registry("core", package="mirrortune.adapters.cores")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftTuner:
+    """A tuner of the ``peft`` package, by the names that PEFT has for it.
+
+    Attributes:
+        kind: its ``PeftType``, such as ``LORA``; names its configuration class too.
+        rank: the field of its configuration that ``rank`` sets, or None where it has no rank.
+        alpha: the field that scales it by alpha / rank; set to the rank (scale 1) unless given as an option.
+        fixed: fields that make the method what it is, not to be set as options.
+        defaults: fields whose default here is not PEFT's.
+    """
+
+    kind: str
+    rank: str | None = "r"
+    alpha: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """One method.
+
+    Attributes:
+        core: name in ``CORES``, or None for a method that has no core.
+        peft: the tuner of PEFT that is run instead of a core, or None.
+        pairing: name in ``pairings.PAIRINGS``, or None where the core pairs nothing.
+        rank: number of leading singular directions kept, or ``"full"`` for all min(out, in); the tuner's own rank for
+            one of PEFT that has a rank.
+        rank_option: option of the core that the user's rank sets, in place of the directions kept.
+        lr: default learning rate of the adapter's parameters (of the trained base parameters without an adapter).
+        plain: which parameters of the base model are trained as they are, besides the task head.
+        summary: one line for help texts.
+    """
+
+    core: str | None = None
+    peft: PeftTuner | None = None
+    pairing: str | None = None
+    rank: int | Literal["full"] = "full"
+    rank_option: str | None = None
+    lr: float
+    plain: Literal["none", "bias", "all"] = "none"
+    summary: str
+
+    @property
+    def is_head_only(self) -> bool:
+        """Whether nothing but the task head is trained."""
+        return not self.is_adapter and self.plain == "none"
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the method puts something into linear layers, and does not only train what is there."""
+        return self.core is not None or self.peft is not None
+
+
+def _peft(
+    kind: str, summary: str, *, lr: float, rank: int | None = None, alpha: str | None = None,
+    fixed: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None,
+) -> Preset:  # fmt: skip
+    """A row of the table of PEFT's tuners; ``rank`` is the default rank, or None for a tuner without one."""
+    field_name = None if rank is None else "r"
+    tuner = PeftTuner(kind=kind, rank=field_name, alpha=alpha, fixed=fixed or {}, defaults=defaults or {})
+    return Preset(peft=tuner, rank="full" if rank is None else rank, lr=lr, summary=summary)
+
+
+_ALPHA = "lora_alpha"
+# Defaults are PEFT's but for the rank, a scale of 1 and what a comment gives a reason for. Learning rates: those of
+# lora and road were the best of three in a prototype, the others are taken from the nearest of its kind.
+# fmt: off
+_PEFT: dict[str, Preset] = {
+    "lora": _peft("LORA", "B A beside each weight", lr=3e-3, rank=8, alpha=_ALPHA),
+    "rslora": _peft("LORA", "LoRA scaled by 1 / sqrt(r)", lr=3e-3, rank=8, alpha=_ALPHA, fixed={"use_rslora": True}),
+    "dora": _peft("LORA", "LoRA for the direction, a vector for the lengths", lr=3e-3, rank=8, alpha=_ALPHA,
+                  fixed={"use_dora": True}),
+    "pissa": _peft("LORA", "LoRA that starts from the leading singular directions", lr=1e-3, rank=8, alpha=_ALPHA,
+                   fixed={"init_lora_weights": "pissa"}),
+    "gralora": _peft("GRALORA", "LoRA in blocks", lr=3e-3, rank=32, alpha="alpha"),
+    "hira": _peft("HIRA", "the weight times a low-rank matrix, entry by entry", lr=4.5e-3, rank=32),
+    "delora": _peft("DELORA", "LoRA with bounded strength", lr=3e-3, rank=8),
+    "glora": _peft("GLORA", "low-rank scale and shift of weight and bias", lr=3e-3, rank=8),
+    "miss": _peft("MISS", "one small matrix, shared by groups of inputs", lr=1e-3, rank=64),
+    "peanut": _peft("PEANUT", "a small network that reads the weight", lr=3e-3, rank=32),
+    "deft": _peft("DEFT", "a low-rank projection out of the weight, and another into it", lr=3e-3, rank=8),
+    "lily": _peft("LILY", "low-rank experts shared between layers; cannot be merged", lr=3e-3, rank=32),
+    "loha": _peft("LOHA", "entrywise product of two low-rank matrices", lr=3e-3, rank=8, alpha="alpha"),
+    "lokr": _peft("LOKR", "Kronecker product of two matrices", lr=3e-3, rank=8, alpha="alpha"),
+    "oft": _peft("OFT", "block-diagonal rotation of the inputs", lr=3e-3),
+    "boft": _peft("BOFT", "butterfly rotation of the inputs", lr=3e-3),
+    "hra": _peft("HRA", "a chain of r Householder reflections of the inputs", lr=3e-3, rank=8),
+    "road": _peft("ROAD", "scaled plane rotations of the outputs", lr=1e-2),
+    "psoft-peft": _peft("PSOFT", "rotation of the leading singular subspace", lr=1e-3, rank=46, alpha="psoft_alpha"),
+    "vera": _peft("VERA", "two vectors around random matrices", lr=1e-2, rank=256),
+    # The random matrices follow from a seed. PEFT would save a copy of them for every layer: megabytes each.
+    "randlora": _peft("RANDLORA", "vectors around random matrices of full rank", lr=1e-3, rank=32,
+                      defaults={"save_projection": False}),
+    "tinylora": _peft("TINYLORA", "a few numbers through the leading singular directions", lr=1e-2, rank=2),
+    "unilora": _peft("UNILORA", "LoRA read from one short shared vector", lr=1e-2, rank=4),
+    # PEFT's 256 does not divide the 384 of a small encoder, and neither does c3a's.
+    "vblora": _peft("VBLORA", "LoRA put together from a shared bank of vectors", lr=1e-2, rank=4,
+                    defaults={"vector_length": 128}),
+    "c3a": _peft("C3A", "circular convolutions", lr=3e-2, defaults={"block_size": 128}),
+    "fourierft": _peft("FOURIERFT", "a few Fourier coefficients of the change", lr=3e-2),
+    "waveft": _peft("WAVEFT", "a few wavelet coefficients of the change", lr=3e-2),
+    "shira": _peft("SHIRA", "a few entries of the weight, drawn by the seed", lr=3e-3, rank=32),
+    "supertuning": _peft("SUPERTUNING", "the hundredth of the entries that is largest", lr=3e-3),
+    # Which layers are feed-forward no shape tells: all are scaled at their outputs unless an option names some.
+    "ia3": _peft("IA3", "a scale for each output", lr=5e-3, defaults={"feedforward_modules": []}),
+}
+# fmt: on
+
+PRESETS: dict[str, Preset] = {
+    "mirror": Preset(
+        core="givens",
+        pairing="mirror",
+        lr=2e-2,
+        summary="plane rotations of the output-side singular vectors, strongest paired with weakest",
+    ),
+    "neighbor": Preset(
+        core="givens",
+        pairing="neighbor",
+        lr=2e-2,
+        summary="the same rotations, each direction paired with the next one",
+    ),
+    "random": Preset(
+        core="givens",
+        pairing="random",
+        lr=2e-2,
+        summary="the same rotations, pairs drawn by the seed",
+    ),
+    "adaptive": Preset(
+        core="givens",
+        pairing="adaptive",
+        lr=2e-2,
+        summary="the same rotations, pairs matched to the task's own gradients",
+    ),
+    "none": Preset(lr=1e-3, summary="the task head alone, the base model frozen"),
+    "bitfit": Preset(lr=1e-3, plain="bias", summary="every bias of the base model, and the head"),
+    "full": Preset(lr=5e-5, plain="all", summary="every parameter: ordinary fine-tuning"),
+    **_PEFT,
+}
+
+
+def method_names(*, with_peft: bool = True) -> list[str]:
+    """Every name that ``--method`` takes, sorted; or all but those of PEFT's tuners."""
+    return sorted({*CORES.names(), *(name for name, found in PRESETS.items() if with_peft or found.peft is None)})
+
+
+def preset(method: str, where: str = "adapter.method") -> Preset:
+    """The preset called ``method``, or the core of that name alone; ConfigError at ``where`` with the nearest name
+    otherwise.
+    """
+    if method in PRESETS:
+        return PRESETS[method]
+    if method in PREFERENCES:
+        raise no_preferences(where, method, allowed="a way to adapt the model, such as mirror, lora or full")
+    if method not in CORES.names():
+        raise unknown_name(where, "method", method, method_names())
+    core = CORES.get(method, where)
+    summary = (inspect.getdoc(core) or method).splitlines()[0]
+    return Preset(
+        core=method, pairing=core.default_pairing, rank=core.default_rank, rank_option=core.rank_option,
+        lr=core.default_lr, summary=summary,
+    )  # fmt: skip

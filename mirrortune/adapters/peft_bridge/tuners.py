@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the tuners of the ``peft`` package (the optional extra) where ours would put cores: the same target layers, the
+same head, the same loop.
+
+They are attached in place and without a wrapper, so that the model keeps its own class and forward. Their settings are
+those of ``peft_configs.py``, their files those of ``peft_file.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.inject import Attachment, attachment, freeze, prepare_targets
+from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.peft_bridge.options import (
+    check_options,
+    first_line,
+    import_peft,
+    make_config,
+    recorded_warnings,
+    stored_config,
+)
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import Targets
+from mirrortune.errors import ConfigError
+
+ADAPTER_NAME = "default"  # PEFT allows several adapters in a model; ours is the only one
+
+
+@dataclass(frozen=True, slots=True)
+class PeftLayer:
+    """A layer that a tuner has replaced, seen as :class:`mirrortune.adapters.inject.AdaptedLayer`.
+
+    Attributes:
+        method: of the adapter, for messages.
+        module: PEFT's layer, which holds the base layer.
+        trained: names of its trained parameters.
+    """
+
+    method: str
+    module: nn.Module
+    trained: tuple[str, ...]
+
+    @property
+    def base_layer(self) -> nn.Linear:
+        """The linear layer inside; a tuner may have changed its weight (PiSSA leaves the residual there)."""
+        found: nn.Linear = self.module.get_base_layer()  # type: ignore[operator]
+        return found
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained in this layer."""
+        return {name: self.module.get_parameter(name) for name in self.trained}
+
+    @torch.no_grad()
+    def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weight and bias by PEFT's own merge, on a copy in float64 on the CPU.
+
+        Raises:
+            ConfigError: if PEFT cannot merge this tuner, with its reason.
+        """
+        layer: Any = copy.deepcopy(self.module).to(device="cpu", dtype=torch.float64)
+        base = layer.get_base_layer()
+        for key, tensor in before.items():
+            now = self.base_layer.get_parameter(key).cpu()
+            # What training saw in 16 bits the checkpoint may hold in 32. Where a tuner has changed the weight (PiSSA),
+            # what it learned belongs to what it left there.
+            if torch.equal(now, tensor.to(device="cpu", dtype=now.dtype)):
+                base.get_parameter(key).copy_(tensor)
+        plain = {key: base.get_parameter(key).clone() for key in before}
+        try:
+            layer.merge(safe_merge=True)
+        except (NotImplementedError, ValueError) as error:
+            raise ConfigError(
+                "merge",
+                f"PEFT cannot merge method '{self.method}' ({first_line(error)})",
+                fix="Use the adapter as it is: eval reads it, and so does PEFT",
+            ) from error
+        after = {key: base.get_parameter(key).detach() for key in before}
+        return {k: t for k, t in after.items() if k == "weight" or not torch.equal(t, plain[k])}
+
+
+@dataclass(slots=True, kw_only=True)
+class PeftAttachment(Attachment):
+    """An attachment whose layers are PEFT's.
+
+    Attributes:
+        tuner: PEFT's own view of the model; it also holds what the layers share.
+        remarks: what a user should know before training: PEFT's warnings, and that it cannot be merged.
+    """
+
+    tuner: nn.Module
+    remarks: tuple[str, ...]
+
+
+def attach_tuner(
+    model: nn.Module,
+    spec: AdapterSpec,
+    *,
+    new_parameters: Iterable[str] = (),
+    config: dict[str, Any] | None = None,
+    stored: Mapping[str, Layout] | None = None,
+    on_layer: Callable[[str, Tensor], None] | None = None,
+) -> nn.Module:
+    """Adapt ``model`` in place by a tuner of PEFT: the layers that ours would take, all else frozen
+    but the head.
+
+    Args:
+        model: loaded model, or one on the meta device.
+        spec: what to build; its seed is that of the tuner's random numbers.
+        new_parameters: see :func:`mirrortune.adapters.targets.find_targets`.
+        config: PEFT's own configuration, of an adapter that is being loaded.
+        stored: exactly these layers, of an adapter that is being loaded.
+        on_layer: told (name, weight) of every layer before it is replaced.
+
+    Raises:
+        ConfigError: a missing package, a wrong option, or a layer that the tuner cannot take.
+    """
+    peft = import_peft(spec.method)
+    targets = prepare_targets(model, spec, new_parameters, stored)
+    check_options(spec)
+    chosen = list(targets.layers)
+    with recorded_warnings() as warned:
+        built = make_config(spec, chosen) if config is None else stored_config(config, chosen)
+    if not spec.options:
+        warned.clear()  # nothing that the user chose
+    for name in chosen if on_layer else ():
+        on_layer(name, targets.layers[name].read(model))  # type: ignore[misc]
+    freeze(model, targets)
+    tuner_class = peft.PEFT_TYPE_TO_TUNER_MAPPING[built.peft_type]
+    unforeseen = () if config is None else (LookupError, AttributeError, AssertionError)  # of values of a file
+    with _seeded(model, spec.seed), recorded_warnings() as more:
+        try:
+            tuner = tuner_class(model, built, ADAPTER_NAME)
+        except (ValueError, TypeError, NotImplementedError, *unforeseen) as error:
+            raise ConfigError(
+                "adapter", f"PEFT cannot put '{spec.method}' into this model: {first_line(error)}"
+            ) from error
+    peft.tuners.tuners_utils.cast_adapter_dtype(model, ADAPTER_NAME)
+    # Some tuners make sparse tensors; torch warns of its own default until somebody chooses it.
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
+    layers = _tuned_layers(model, spec, targets, peft)
+    _check_as_asked(model, spec)
+    for name in targets.head:
+        model.get_parameter(name).requires_grad = True
+    said = [*(f"PEFT: {first_line(w.message)}" for w in (*warned, *more)), *_merge_remark(layers)]
+    model.mirrortune = PeftAttachment(  # type: ignore[assignment]
+        spec=spec, targets=targets, layers=layers, tuner=tuner, remarks=tuple(dict.fromkeys(said))
+    )
+    return model
+
+
+def remarks(model: nn.Module) -> tuple[str, ...]:
+    """What a user should know of the adapter before training; nothing for one of ours."""
+    found = attachment(model)
+    return found.remarks if isinstance(found, PeftAttachment) else ()
+
+
+def count_trained(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str]) -> tuple[int, int]:
+    """How many numbers the spec's tuner trains in ``model``, and how many it adds in all; found on a copy without
+    weights.
+
+    Raises:
+        ConfigError: see :func:`attach_tuner`.
+    """
+    config = plain_start(spec)
+    adapted = None
+    with contextlib.suppress(ConfigError, RuntimeError, NotImplementedError), torch.device("meta"):
+        adapted = attach_tuner(hollow_copy(model, "meta"), spec, new_parameters=new_parameters, config=config)
+    if adapted is None:  # a tuner that looks at its numbers: weights of one zero that stands for all
+        adapted = attach_tuner(hollow_copy(model, "cpu"), spec, new_parameters=new_parameters, config=config)
+    layers = attachment(adapted).layers.values()
+    trained = sum(p.numel() for layer in layers for p in layer.adapter_parameters().values())
+    own = {id(t): t.numel() for t in (*adapted.parameters(), *adapted.buffers())}
+    return trained, sum(own.values()) - sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+
+
+def plain_start(spec: AdapterSpec) -> dict[str, Any] | None:
+    """A configuration of PEFT with as many numbers as the spec's, in place of one that would decompose every weight to
+    start with; None for others.
+    """
+    assert spec.preset.peft is not None
+    start = {**spec.preset.peft.fixed, **spec.options}.get("init_lora_weights")
+    return {**make_config(spec, []).to_dict(), "init_lora_weights": True} if start in ("pissa", "olora") else None
+
+
+def hollow_copy(model: nn.Module, device: str) -> nn.Module:
+    """A copy of ``model`` whose parameters are zeros that take no memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.zeros((), dtype=p.dtype, device=device).expand(p.shape), requires_grad=False)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _check_as_asked(model: nn.Module, spec: AdapterSpec) -> None:
+    # Where its CUDA extension cannot be built PEFT takes 1 in place of the factor that was asked for.
+    asked = spec.options.get("boft_n_butterfly_factor", 1)
+    factors = {len(p) for name, p in model.named_parameters() if f"boft_R.{ADAPTER_NAME}" in name}
+    if factors - {asked}:
+        raise ConfigError(
+            "adapter.options.boft_n_butterfly_factor",
+            f"got {asked}; PEFT needs its CUDA extension for more than 1, which cannot be built here",
+        )
+
+
+def _merge_remark(layers: dict[str, PeftLayer]) -> list[str]:
+    """That the smallest layer cannot be merged, with the reason, or nothing."""
+    smallest = min(layers.values(), key=lambda layer: layer.base_layer.weight.numel())
+    if smallest.base_layer.weight.device.type != "meta":
+        try:
+            smallest.merged(dict(smallest.base_layer.named_parameters()))
+        except ConfigError as error:
+            return [f"it can be trained and scored, but {error.problem}"]
+    return []
+
+
+def _tuned_layers(model: nn.Module, spec: AdapterSpec, targets: Targets, peft: Any) -> dict[str, PeftLayer]:
+    kind = peft.tuners.tuners_utils.BaseTunerLayer
+    tuned = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    assert tuned.keys() == targets.layers.keys()
+    seen: set[int] = set()
+    layers = {}
+    for name, module in tuned.items():
+        own = [(key, p) for key, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
+        seen |= {id(p) for _, p in own}  # what layers share is trained once
+        layers[name] = PeftLayer(spec.method, module, tuple(key for key, _ in own))
+    return layers
+
+
+@contextlib.contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers of a seed, the caller's own generators left as they were."""
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two checkpoints compared, before and after fine-tuning."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Singular spectra and subspaces of two checkpoints."""

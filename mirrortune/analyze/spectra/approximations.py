@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of a given change each method could have made: the best approximation of Delta by its core, at each size.
+
+Everything inside the base's singular basis is read from M = U^T Delta V (D, D), whose energy outside is out of reach of
+every core: ||Delta - U X V^T||^2 = ||Delta||^2 - ||M||^2 + ||M - X||^2. A method is one function in ``METHODS`` that
+gives its sizes, parameter counts and captured energies. What is computed is reachability of the weights, not what
+training with that method would find, nor what the task needs.
+
+Shapes: O out_features, I in_features, D = min(O, I), r rank, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mirrortune.adapters.pairings.matching import match
+from mirrortune.adapters.pairings.rules import PAIRINGS
+from mirrortune.registry import Registry
+
+# Larger cores of PSOFT need r x r decompositions by the dozen, and larger free matrices are no small adapters.
+_LARGEST_DENSE_RANK = 128
+_PSOFT_SWEEPS = 12
+# Mirror, neighbor and random pairs are chosen without looking at the change; these are matched to it.
+_BEST_PAIRS = "best pairs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A change in the coordinates of the base's singular basis.
+
+    Attributes:
+        M: U^T Delta V, shape (D, D).
+        S: singular values of the base, shape (D,).
+        energies: squared singular values of Delta, descending, shape (D,).
+        shape: (O, I).
+    """
+
+    M: Tensor
+    S: Tensor
+    energies: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def rank(self) -> int:
+        """D, all directions."""
+        return self.S.shape[0]
+
+    @property
+    def is_alive(self) -> Tensor:
+        """Which singular values are not zero to rounding, shape (D,); S (1 + lambda) moves no other."""
+        return self.S.gt(torch.finfo(self.S.dtype).eps * self.rank * self.S[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approximation:
+    """The best that a method can do at one size.
+
+    Attributes:
+        method: its name.
+        size: rank, number of directions or bands: what the method's curve runs over.
+        parameters: trained numbers of this matrix.
+        captured: ||Delta||^2 less the squared error of the approximation.
+    """
+
+    method: str
+    size: int
+    parameters: int
+    captured: float
+
+
+Sized = Iterator[tuple[int, int, float]]
+"""(size, parameters, captured energy) with growing sizes."""
+
+METHODS: Registry[Callable[[Change], Sized]] = Registry("approximation")
+
+
+def approximate(change: Change) -> list[Approximation]:
+    """Every method at every size that fits; methods in the order of ``METHODS``."""
+    return [
+        Approximation(method=name, size=size, parameters=parameters, captured=captured)
+        for name in METHODS.names()
+        for size, parameters, captured in METHODS.get(name, "approximation")(change)
+    ]
+
+
+def sizes(limit: int, largest: int | None = None) -> list[int]:
+    """1, 2, 4, ... up to ``limit`` (and not above ``largest``), and ``limit`` itself if it is allowed."""
+    stop = limit if largest is None else min(limit, largest)
+    found = [2**n for n in range(stop.bit_length()) if 2**n < stop]
+    return [*found, stop]
+
+
+@METHODS.register("scale")
+def scale(change: Change) -> Sized:
+    """Singular values of the top k directions: the diagonal of M, k numbers. At k = D the same as plain SVFT."""
+    captured = (change.M.diagonal() * change.is_alive).square().cumsum(0)
+    yield from ((k, k, float(captured[k - 1])) for k in sizes(change.rank))
+
+
+@METHODS.register("svft banded")
+def svft_banded(change: Change) -> Sized:
+    """The diagonal of M and d diagonals on each side of it, D(2d+1) - d(d+1) numbers."""
+    rank = change.rank
+    for bands in [d for d in (1, 2, 4, 8, 16) if d < rank]:
+        captured = sum(float(change.M.diagonal(d).square().sum()) for d in range(-bands, bands + 1))
+        yield bands, rank * (2 * bands + 1) - bands * (bands + 1), captured
+
+
+@METHODS.register("lora-xs")
+def lora_xs(change: Change) -> Sized:
+    """A free matrix between the r leading directions of both sides: the leading block of M, r^2 numbers."""
+    for r in sizes(change.rank, _LARGEST_DENSE_RANK):
+        yield r, r * r, float((change.is_alive[:r, None] * change.M[:r, :r]).square().sum())
+
+
+@METHODS.register("lora")
+def lora(change: Change) -> Sized:
+    """Any matrix of rank r: the r leading singular values of Delta (Eckart & Young), r (O + I) numbers."""
+    captured = change.energies.cumsum(0)
+    yield from ((r, r * sum(change.shape), float(captured[r - 1])) for r in sizes(change.rank))
+
+
+@METHODS.register("full")
+def full(change: Change) -> Sized:
+    """Everything, O I numbers."""
+    yield change.rank, change.shape[0] * change.shape[1], float(change.energies.sum())
+
+
+def plane_gains(M: Tensor, S: Tensor) -> Tensor:
+    """Energy that the best output-side rotation of each plane (i, j) captures, shape (r, r), symmetric, diagonal 0.
+
+    With T = diag(S) + M, trace(T_ij^T R(theta) diag(s_i, s_j)) = a cos(theta) + b sin(theta), where a = T_ii s_i +
+    T_jj s_j and b = T_ji s_i - T_ij s_j. The maximum, at theta = atan2(b, a), exceeds the value at theta = 0 by
+    hypot(a, b) - a, and the squared error falls by twice that.
+
+    Args:
+        M: the change in the singular basis, shape (r, r); its transpose gives the input side.
+        S: singular values, shape (r,).
+    """
+    # Without the cancellation of hypot(a, b) - a for small angles.
+    a, b = _plane_terms(M, S)
+    length = torch.hypot(a, b)
+    gain = torch.where(a > 0, b.square() / (length + a).clamp(min=torch.finfo(a.dtype).tiny), length - a)
+    return (2 * gain).fill_diagonal_(0)
+
+
+def plane_angles(M: Tensor, S: Tensor) -> Tensor:
+    """The best output-side angle of each plane i < j in radians, shape (r, r), antisymmetric; see
+    :func:`plane_gains`.
+    """
+    a, b = _plane_terms(M, S)
+    return torch.atan2(b, a).fill_diagonal_(0)
+
+
+def _plane_terms(M: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    strength = (S + M.diagonal()) * S
+    turned = M.T * S[:, None]
+    return strength[:, None] + strength, turned - turned.T
+
+
+def _rotated(pairing: str, *, transposed: bool = False) -> Callable[[Change], Sized]:
+    def rotate(change: Change) -> Sized:
+        for r in sizes(change.rank)[1:] or [1]:
+            M = change.M[:r, :r]
+            gains = plane_gains(M.T if transposed else M, change.S[:r])
+            pairs = _pairs(pairing, r, gains)
+            yield r, len(pairs), float(gains[pairs[:, 0], pairs[:, 1]].sum())
+
+    return rotate
+
+
+def _pairs(pairing: str, rank: int, gains: Tensor) -> Tensor:
+    if pairing == _BEST_PAIRS:
+        return match(gains, exact_limit=0)  # greedy: at least half of the best, for thousands of directions
+    return PAIRINGS.get(pairing, "approximation")(rank, torch.Generator().manual_seed(0))
+
+
+for _name in ("mirror", "neighbor", "random", _BEST_PAIRS):
+    METHODS.register(_name)(_rotated(_name))
+METHODS.register("mirror, input side")(_rotated("mirror", transposed=True))
+
+
+@METHODS.register("mirror + scale")
+def mirror_and_scale(change: Change) -> Sized:
+    """Mirror rotations with every singular value free as well: floor(r / 2) + r numbers.
+
+    In a plane, R(theta) diag(t) has the free columns t_i (c, s) and t_j (-s, c): at the best t it captures
+    (c, s) (T_i T_i^T + J T_j T_j^T J^T) (c, s)^T, whose maximum is the larger eigenvalue of that 2 x 2 matrix.
+    """
+    for r in sizes(change.rank)[1:] or [1]:
+        M, S = change.M[:r, :r], change.S[:r]
+        T = M + torch.diag(S)
+        pairs = _pairs("mirror", r, M)
+        i, j = pairs[:, 0], pairs[:, 1]
+        own, other = torch.stack([T[i, i], T[j, i]]), torch.stack([T[j, j], -T[i, j]])  # J^T T_j turned onto (c, s)
+        xx, yy, xy = own[0] ** 2 + other[0] ** 2, own[1] ** 2 + other[1] ** 2, own[0] * own[1] + other[0] * other[1]
+        largest = (xx + yy) / 2 + torch.hypot((xx - yy) / 2, xy)
+        missed = xx + yy - largest  # of ||T||^2 in the plane; at theta = 0 and t = s all of ||M||^2 is missed
+        in_planes = M[i, i] ** 2 + M[j, j] ** 2 + M[i, j] ** 2 + M[j, i] ** 2
+        captured = float((in_planes - missed).sum())
+        if r % 2:
+            captured += float(M[r // 2, r // 2] ** 2)
+        yield r, len(pairs) + r, captured
+
+
+@METHODS.register("psoft")
+def psoft(change: Change) -> Sized:
+    """diag(S) diag(beta) Q diag(alpha) in the r leading directions, Q a rotation: r(r-1)/2 + 2r numbers.
+
+    A lower bound: Q alone is the solution of an orthogonal Procrustes problem; with alpha and beta, alternating least
+    squares that never gets worse.
+    """
+    for r in sizes(change.rank, _LARGEST_DENSE_RANK)[1:]:
+        M, S = change.M[:r, :r], change.S[:r]
+        error = psoft_error(M + torch.diag(S), S)
+        yield r, r * (r - 1) // 2 + 2 * r, float(M.square().sum()) - error
+
+
+def psoft_error(T: Tensor, S: Tensor) -> float:
+    """Smallest ||T - diag(S beta) Q diag(alpha)||^2 over rotations Q and vectors, from above; T (r, r)."""
+    left, alpha = S.clone(), torch.ones_like(S)
+    Q = _nearest_rotation(left[:, None] * T)
+    for _ in range(_PSOFT_SWEEPS):
+        mapped = left[:, None] * Q
+        alpha = _fit(mapped, T, alpha, dim=0)
+        mapped = Q * alpha
+        left = _fit(mapped, T, left, dim=1)
+        # ||T - L Q A||^2 has its curvature in Q bounded by this, so a projected gradient step of 1/bound never
+        # ascends.
+        bound = float(left.abs().max() * alpha.abs().max()) ** 2
+        if bound == 0:
+            break
+        residual = T - left[:, None] * Q * alpha
+        Q = _nearest_rotation(Q + left[:, None] * residual * alpha / bound)
+    alpha = _fit(left[:, None] * Q, T, alpha, dim=0)
+    return float((T - left[:, None] * Q * alpha).square().sum())
+
+
+def _fit(basis: Tensor, target: Tensor, before: Tensor, dim: int) -> Tensor:
+    """Least-squares factor of each column (dim 0) or row (dim 1) of ``basis``; ``before`` where there is nothing."""
+    weight = basis.square().sum(dim)
+    return torch.where(weight > 0, (basis * target).sum(dim) / weight.clamp(min=torch.finfo(weight.dtype).tiny), before)
+
+
+def _nearest_rotation(matrix: Tensor) -> Tensor:
+    """The rotation Q (determinant 1) that maximises trace(Q^T matrix)."""
+    U, _, Vh = torch.linalg.svd(matrix)
+    nearest: Tensor = U @ Vh
+    if torch.linalg.det(nearest) < 0:  # turn the weakest direction round
+        nearest = nearest - 2 * U[:, -1:] @ Vh[-1:]
+    return nearest

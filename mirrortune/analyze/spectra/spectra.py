@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One weight before and after: every number that ``analyze`` reports about it.
+
+Shapes: O out_features, I in_features, D = min(O, I), k leading directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mirrortune.adapters.svd import Factors
+from mirrortune.analyze.spectra.approximations import Approximation, Change, approximate
+from mirrortune.analyze.spectra.energies import delta_energies, delta_ranks
+from mirrortune.analyze.spectra.shares import Shares, split_change
+from mirrortune.analyze.spectra.subspaces import (
+    Matching,
+    Overlaps,
+    decompose,
+    match_directions,
+    overlaps,
+    principal_angles,
+)
+
+# Leading subspaces whose angles and energies are reported, as far as they are at most half of the directions.
+SUBSPACES = (1, 4, 16, 64, 256)
+# Points of a spectrum that are kept: enough for a curve, however many directions there are.
+_CURVE_POINTS = 96
+_LISTED_NEW = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A weight W (O, I) before and after, W' = W + Delta. Angles in degrees; shares of ||Delta||^2 from 0 to 1.
+
+    Attributes:
+        shape: (O, I).
+        top_k: how many leading directions "top" means here.
+        norms: Frobenius and spectral norms of W, W' and Delta, and ||Delta|| / ||W||.
+        positions: 1-based rank positions at which the spectra are given.
+        base_spectrum, tuned_spectrum: singular values there, each by its own rank.
+        delta_spectrum: singular values of Delta there.
+        value_change: relative change of the sum of singular values, by rank, of the ``top`` k, the ``middle`` and the
+            ``tail`` half; a mean of relative changes would be the last value's, which is near zero and may double.
+        value_change_size: sum of the absolute changes relative to the sum, in the same parts.
+        top_change: the same for each of the top k base directions and its counterpart.
+        counterparts: 1-based tuned position of each of the top k base directions, by overlap.
+        overlaps: |<u, u'> <v, v'>| of the two, 0 to 1.
+        crossings: pairs of the top k whose counterparts stand in the other order.
+        turned: angle between each of the top k left (``output``) and right (``input``) vectors and its counterpart.
+        principal_angles: by k, mean and largest angle between leading subspaces, ``output`` and ``input``.
+        kept: share of a tuned subspace that lies in the base's, for the ``top`` k and the ``tail`` half; mean of
+            both sides.
+        subspace_energy: by k, share of the update in the base's leading k output directions, input directions, both;
+            and what an update without any preference would have there.
+        overlap_output, overlap_input: |U_k' U'_k| and |V_k' V'_k|, shape (k, k) for the top k.
+        block_change: size of the update relative to what it meets, ||U_a' Delta V_a|| / ||S_a||, in the ``top`` k
+            directions and in the ``rest``.
+        delta: stable rank, effective rank (exponential of the entropy of the singular values) and the number of
+            directions that hold 90% of the energy.
+        shares: amplification, reorientation and new; see :mod:`mirrortune.analyze.spectra.shares`.
+        amplification_by_rank: the first of them by ``top``, ``middle`` and ``tail``.
+        outside: share of the update outside the base's column or row space, which no spectral core reaches.
+        new_directions: the strongest new ones: 1-based position, singular value, familiarity; and how many in all.
+        approximations: see :mod:`mirrortune.analyze.spectra.approximations`.
+    """
+
+    shape: tuple[int, int]
+    top_k: int
+    norms: dict[str, float]
+    positions: list[int]
+    base_spectrum: list[float]
+    tuned_spectrum: list[float]
+    delta_spectrum: list[float]
+    value_change: dict[str, float]
+    value_change_size: dict[str, float]
+    top_change: list[float]
+    counterparts: list[int]
+    overlaps: list[float]
+    crossings: int
+    turned: dict[str, list[float]]
+    principal_angles: dict[int, dict[str, float]]
+    kept: dict[str, float]
+    subspace_energy: dict[int, dict[str, float]]
+    overlap_output: list[list[float]]
+    overlap_input: list[list[float]]
+    block_change: dict[str, float]
+    delta: dict[str, float]
+    shares: dict[str, float]
+    amplification_by_rank: dict[str, float]
+    outside: float
+    num_new: int
+    new_directions: list[dict[str, float]]
+    approximations: list[Approximation]
+
+    @property
+    def energy(self) -> float:
+        """||Delta||^2, the weight of this matrix in sums of shares."""
+        return self.norms["delta"] ** 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    """What the parts of a comparison are computed from; all float64."""
+
+    base: Factors
+    tuned: Factors
+    matching: Matching
+    k: int
+
+
+def top_directions(rank: int, top_k: int) -> int:
+    """How many directions "top" means among ``rank``: ``top_k``, or a quarter of them if that is fewer, at least 1."""
+    return max(1, min(top_k, rank // 4))
+
+
+def compare(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str = "weight") -> Comparison | None:
+    """Compare a weight before and after; None if it did not change.
+
+    Args:
+        base: W, shape (O, I), any floating dtype.
+        tuned: W', the same shape.
+        top_k: how many leading directions "top" means, at most a quarter of them.
+        name: for messages.
+
+    Raises:
+        DataError: if either holds NaN or infinities.
+    """
+    before = base.detach().to(torch.float64)
+    after = tuned.detach().to(torch.float64)
+    delta = after - before
+    if not delta.any():
+        return None
+    factors = decompose(before, name)
+    del before
+    tuned_factors = decompose(after, name)
+    del after
+    total = float(delta.square().sum())
+    energies = delta_energies(delta)
+    k = top_directions(factors.rank, top_k)
+    shape = (delta.shape[0], delta.shape[1])
+    seen = _beside(factors, tuned_factors, energies, total, k)
+    del tuned_factors  # from here on only the base's directions are needed, and memory is
+    left, M, right = _coordinates(delta, factors)
+    del delta
+    S = factors.S
+    del factors
+    return Comparison(
+        shape=shape,
+        **seen,
+        subspace_energy={size: _energy(size, left, M, right, total, shape) for size in _subspaces(S)},
+        block_change=_blocks(M, S, k),
+        delta=delta_ranks(energies),
+        outside=max(0.0, 1 - float(M.square().sum()) / total),
+        approximations=approximate(Change(M=M, S=S, energies=energies, shape=shape)),
+    )
+
+
+def _beside(base: Factors, tuned: Factors, energies: Tensor, total: float, k: int) -> dict[str, Any]:
+    """Every field of a comparison that needs the singular vectors of both sides."""
+    found = overlaps(base, tuned)
+    matching = match_directions(found.product())
+    shares = split_change(base.S, tuned.S, found, matching, total)
+    pair = _Pair(base=base, tuned=tuned, matching=matching, k=k)
+    return {
+        "norms": _norms(pair, energies),
+        **_spectra(pair, energies),
+        **_directions(pair),
+        "principal_angles": {size: _angles(pair, size) for size in _subspaces(base.S)},
+        "kept": _kept(found, k),
+        "overlap_output": _rounded(found.left[:k, :k]),
+        "overlap_input": _rounded(found.right[:k, :k]),
+        "shares": _relative(shares, total),
+        "amplification_by_rank": _by_rank(shares.amplification / total, k),
+        **_new(shares, tuned.S),
+    }
+
+
+def curve_positions(rank: int) -> list[int]:
+    """At most ``_CURVE_POINTS`` 1-based positions among ``rank``, dense at the top and always with the last."""
+    spread = torch.logspace(0, float(torch.log10(torch.tensor(float(rank)))), _CURVE_POINTS, dtype=torch.float64)
+    return sorted({*spread.round().long().clamp(1, rank).tolist(), 1, rank})
+
+
+def _coordinates(delta: Tensor, base: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies of the rows of U^T Delta (D,), M = U^T Delta V (D, D), and energies of the columns of Delta V (D,)."""
+    rows = base.U.T @ delta
+    left = rows.square().sum(1)
+    M = rows @ base.Vh.T
+    del rows
+    return left, M, (delta @ base.Vh.T).square().sum(0)
+
+
+def _norms(pair: _Pair, energies: Tensor) -> dict[str, float]:
+    base, tuned, delta = (float(v.norm()) for v in (pair.base.S, pair.tuned.S, energies.sqrt()))
+    return {
+        "base": base,
+        "tuned": tuned,
+        "delta": delta,
+        "relative": delta / base if base else float("inf"),
+        "base_spectral": float(pair.base.S[0]),
+        "tuned_spectral": float(pair.tuned.S[0]),
+        "delta_spectral": float(energies[0].sqrt()),
+    }
+
+
+def _spectra(pair: _Pair, energies: Tensor) -> dict[str, Any]:
+    positions = curve_positions(pair.base.rank)
+    index = torch.tensor(positions) - 1
+    before, change = _groups(pair.base.S, pair.k), _groups(pair.tuned.S - pair.base.S, pair.k)
+    sums = {name: float(part.sum()) for name, part in before.items() if float(part.sum()) > 0}
+    return {
+        "positions": positions,
+        "base_spectrum": pair.base.S[index].tolist(),
+        "tuned_spectrum": pair.tuned.S[index].tolist(),
+        "delta_spectrum": energies[index].sqrt().tolist(),
+        "value_change": {name: float(change[name].sum()) / total for name, total in sums.items()},
+        "value_change_size": {name: float(change[name].abs().sum()) / total for name, total in sums.items()},
+    }
+
+
+def _directions(pair: _Pair) -> dict[str, Any]:
+    k, matching = pair.k, pair.matching
+    counterparts = matching.tuned[:k]
+    cosines = {
+        "output": (pair.base.U[:, :k] * pair.tuned.U[:, counterparts]).sum(0),
+        "input": (pair.base.Vh[:k] * pair.tuned.Vh[counterparts]).sum(1),
+    }
+    order = counterparts[:, None] > counterparts
+    return {
+        "top_k": k,
+        "top_change": _relative_values(pair.tuned.S[counterparts], pair.base.S[:k]).tolist(),
+        "counterparts": (counterparts + 1).tolist(),
+        "overlaps": matching.overlap[:k].tolist(),
+        "crossings": int(torch.triu(order, diagonal=1).sum()),
+        "turned": {side: c.abs().clamp(max=1).acos().rad2deg().tolist() for side, c in cosines.items()},
+    }
+
+
+def _kept(found: Overlaps, k: int) -> dict[str, float]:
+    half = max(k, (len(found.left) + 1) // 2)
+    parts = {"top": slice(0, k), "tail": slice(half, None)}
+    return {
+        name: float(torch.stack([m[part, part].square().sum() for m in (found.left, found.right)]).mean()) / size
+        for name, part in parts.items()
+        if (size := len(found.left[part]))
+    }
+
+
+def _subspaces(S: Tensor) -> list[int]:
+    limit = max(1, len(S) // 2)
+    return [size for size in SUBSPACES if size <= limit]
+
+
+def _angles(pair: _Pair, size: int) -> dict[str, float]:
+    sides = {
+        "output": principal_angles(pair.base.U[:, :size], pair.tuned.U[:, :size]),
+        "input": principal_angles(pair.base.Vh[:size].T, pair.tuned.Vh[:size].T),
+    }
+    found: dict[str, float] = {}
+    for side, angles in sides.items():
+        degrees = angles.rad2deg()
+        found |= {f"{side}_mean": float(degrees.mean()), f"{side}_largest": float(degrees.max())}
+    return found
+
+
+def _energy(
+    size: int, left: Tensor, M: Tensor, right: Tensor, total: float, shape: tuple[int, int]
+) -> dict[str, float]:
+    return {
+        "output": float(left[:size].sum()) / total,
+        "input": float(right[:size].sum()) / total,
+        "both": float(M[:size, :size].square().sum()) / total,
+        "output_chance": size / shape[0],
+        "input_chance": size / shape[1],
+        "both_chance": size * size / (shape[0] * shape[1]),
+    }
+
+
+def _blocks(M: Tensor, S: Tensor, k: int) -> dict[str, float]:
+    parts = {"top": (M[:k, :k], S[:k]), "rest": (M[k:, k:], S[k:])}
+    return {name: float(m.norm() / s.norm()) for name, (m, s) in parts.items() if float(s.norm()) > 0}
+
+
+def _relative(shares: Shares, total: float) -> dict[str, float]:
+    return {
+        "amplification": float(shares.amplification.sum()) / total,
+        "reorientation": shares.reorientation / total,
+        "new": float(shares.new.sum()) / total,
+    }
+
+
+def _new(shares: Shares, values: Tensor) -> dict[str, Any]:
+    found = shares.is_new.nonzero().flatten()
+    listed = [
+        {"position": i + 1, "value": float(values[i]), "familiarity": float(shares.familiarity[i])}
+        for i in found[:_LISTED_NEW].tolist()
+    ]
+    return {"num_new": len(found), "new_directions": listed}
+
+
+def _relative_values(after: Tensor, before: Tensor) -> Tensor:
+    """(after - before) / before; NaN where ``before`` is zero to rounding, where no ratio means anything."""
+    floor = torch.finfo(before.dtype).eps * len(before) * float(before.max())
+    return torch.where(before > floor, (after - before) / before.clamp(min=max(floor, 1e-300)), torch.nan)
+
+
+def _groups(values: Tensor, k: int) -> dict[str, Tensor]:
+    """Values of the top k, of the tail half, and of what is between; empty groups are left out."""
+    half = max(k, (len(values) + 1) // 2)
+    parts = {"top": values[:k], "middle": values[k:half], "tail": values[half:]}
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def _by_rank(shares: Tensor, k: int) -> dict[str, float]:
+    return {name: float(part.sum()) for name, part in _groups(shares, k).items()}
+
+
+def _rounded(overlap: Tensor) -> list[list[float]]:
+    return [[round(v, 4) for v in row] for row in overlap.abs().tolist()]

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many comparisons in a few numbers: by kind of matrix, by depth, and what each method could have captured in all.
+
+Sums of shares weigh each matrix by its change's energy ||Delta||^2; other numbers are medians over matrices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from mirrortune.analyze.spectra.approximations import Approximation
+from mirrortune.analyze.spectra.spectra import Comparison
+
+SHARES = ("amplification", "reorientation", "new")
+GROUPS = ("top", "middle", "tail")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysed:
+    """One matrix of a pair of checkpoints.
+
+    Attributes:
+        name: of the weight, as the base checkpoint calls it.
+        kind: what it is within its layer (``attention.self.query``), the same at every depth.
+        depth: number of its layer, or None outside the layers.
+        shape: (O, I).
+        comparison: None if it did not change.
+        angles: plane angles in degrees, if the tuned side is an adapter of plane rotations.
+    """
+
+    name: str
+    kind: str
+    depth: int | None
+    shape: tuple[int, int]
+    comparison: Comparison | None
+    angles: list[float] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Matrices of one kind or depth (or all).
+
+    Attributes:
+        matrices, changed: how many there are and how many changed.
+        relative: ||Delta|| / ||W|| over all of them.
+        shares: of the change; amplification, reorientation, new. None without a change; so are the following.
+        value_change: median relative change of singular values in the top, middle and tail.
+        turned: median angle of the top directions in degrees, both sides averaged.
+        stable_rank: of the change, median.
+        top_energy: the change's energy in the base's top output and input directions as a multiple of chance, medians
+            of the two averaged.
+        num_new: new directions, in all.
+    """
+
+    matrices: int
+    changed: int
+    relative: float
+    shares: dict[str, float] | None
+    value_change: dict[str, float] | None
+    turned: float | None
+    stable_rank: float | None
+    top_energy: float | None
+    num_new: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One method over its sizes, all matrices together.
+
+    Attributes:
+        sizes: rank, number of directions, or bands.
+        parameters: trained numbers in all.
+        captured: share of the change's energy, 0 to 1.
+    """
+
+    sizes: list[int]
+    parameters: list[int]
+    captured: list[float]
+
+    def at(self, budget: float) -> tuple[int, float] | None:
+        """(parameters, captured) of the best size of at most ``budget`` numbers, or None if the smallest has more."""
+        fitting = [(c, -p) for p, c in zip(self.parameters, self.captured, strict=True) if p <= budget]
+        best = max(fitting, default=None)
+        return None if best is None else (-best[1], best[0])
+
+
+def changed(matrices: Iterable[Analysed]) -> list[Comparison]:
+    """The comparisons of those that changed."""
+    return [m.comparison for m in matrices if m.comparison is not None]
+
+
+def summarise(matrices: Sequence[Analysed], base_energy: dict[str, float]) -> Group:
+    """One group in numbers.
+
+    Args:
+        matrices: of the group.
+        base_energy: ||W||^2 by name, also of those that did not change.
+    """
+    found = changed(matrices)
+    total = sum(c.energy for c in found)
+    weight = sum(base_energy[m.name] for m in matrices)
+    if not found:
+        return Group(matrices=len(matrices), changed=0, relative=0.0, shares=None, value_change=None, turned=None,
+                     stable_rank=None, top_energy=None, num_new=0)  # fmt: skip
+    return Group(
+        matrices=len(matrices),
+        changed=len(found),
+        relative=(total / weight) ** 0.5 if weight else float("nan"),
+        shares={name: sum(c.shares[name] * c.energy for c in found) / total for name in SHARES},
+        value_change={
+            name: middle(found, lambda c, name=name: c.value_change.get(name))  # type: ignore[misc]
+            for name in GROUPS
+            if any(name in c.value_change for c in found)
+        },
+        turned=middle(found, mean_turn),
+        stable_rank=middle(found, lambda c: c.delta["stable_rank"]),
+        top_energy=middle(found, top_energy),
+        num_new=sum(c.num_new for c in found),
+    )
+
+
+def by(matrices: Sequence[Analysed], key: Callable[[Analysed], str]) -> dict[str, list[Analysed]]:
+    """Matrices by a key, in order of first appearance."""
+    groups: dict[str, list[Analysed]] = {}
+    for matrix in matrices:
+        groups.setdefault(key(matrix), []).append(matrix)
+    return groups
+
+
+def middle(found: Sequence[Comparison], value: Callable[[Comparison], float | None]) -> float:
+    """Median of a number over those comparisons that have it."""
+    return median(v for c in found if (v := value(c)) is not None)
+
+
+def mean_turn(comparison: Comparison) -> float:
+    """Mean angle of the top directions in degrees, both sides."""
+    angles = [*comparison.turned["output"], *comparison.turned["input"]]
+    return sum(angles) / len(angles)
+
+
+def top_energy(comparison: Comparison) -> float:
+    """The change's energy in the base's leading subspace as a multiple of chance, both sides averaged; of the largest
+    subspace size that is not above the top k.
+    """
+    size = max((k for k in comparison.subspace_energy if k <= comparison.top_k), default=1)
+    share = comparison.subspace_energy[size]
+    return (share["output"] / share["output_chance"] + share["input"] / share["input_chance"]) / 2
+
+
+def curves(found: Sequence[Comparison]) -> dict[str, Curve]:
+    """Every method's curve over all matrices; a matrix that is smaller than a size takes part with its largest."""
+    total = sum(c.energy for c in found)
+    by_method: dict[str, list[dict[int, Approximation]]] = {}
+    for comparison in found:
+        own: dict[str, dict[int, Approximation]] = {}
+        for a in comparison.approximations:
+            own.setdefault(a.method, {})[a.size] = a
+        for method, sized in own.items():
+            by_method.setdefault(method, []).append(sized)
+    result = {}
+    for method, entries in by_method.items():
+        # "full" has no size to run over: each matrix is all there.
+        wanted = [max(max(e) for e in entries)] if method == "full" else sorted({s for e in entries for s in e})
+        points = [_sum_at(entries, size) for size in wanted]
+        result[method] = Curve(
+            sizes=wanted, parameters=[p for p, _ in points], captured=[min(1.0, c / total) for _, c in points]
+        )
+    return result
+
+
+def _sum_at(entries: list[dict[int, Approximation]], size: int) -> tuple[int, float]:
+    chosen = [e[max(fits)] for e in entries if (fits := [s for s in e if s <= size])]
+    return sum(a.parameters for a in chosen), sum(a.captured for a in chosen)
+
+
+def name_kinds(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
+    """Kind and depth of each weight, from the numbers in its name; no model family is known.
+
+    The first number is the depth; a kind is what follows it (all of a name without numbers), further numbers as ``*``,
+    shortened from the left as long as no other kind ends the same.
+    """
+    parsed = {}
+    for name in names:
+        words = name.removesuffix(".weight").split(".")
+        place = next((i for i, word in enumerate(words) if word.isdigit()), None)
+        rest = words if place is None else words[place + 1 :]
+        rest = [re.sub(r"^\d+$", "*", word) for word in rest] or words[:1]
+        parsed[name] = (tuple(rest), None if place is None else int(words[place]))
+    kinds = {rest for rest, _ in parsed.values()}
+    short = {kind: _shortest(kind, kinds - {kind}) for kind in kinds}
+    return {name: (short[rest], depth) for name, (rest, depth) in parsed.items()}
+
+
+def _shortest(kind: tuple[str, ...], others: set[tuple[str, ...]]) -> str:
+    for length in range(1, len(kind)):
+        ending = kind[-length:]
+        if ending[0] != "*" and not any(other[-length:] == ending for other in others):
+            return ".".join(ending)
+    return ".".join(kind)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdict: what the change mostly is, whether it does what was found for full fine-tuning elsewhere, and which
+method could have made it. Every sentence is put together from numbers; criteria are stated with their results.
+
+The four claims are the findings of "Weight Spectra Induced Efficient Model Adaptation" (arXiv 2505.23099), of which the
+summary is public; how to measure them, and where to draw the line, is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mirrortune.analyze.spectra.spectra import Comparison
+from mirrortune.analyze.spectra.summary import SHARES, Curve, Group, mean_turn, middle
+
+# Sizes at which methods are compared, as shares of all numbers of the analysed matrices.
+BUDGETS = (0.0003, 0.001, 0.01, 0.1)
+_WORDS = {"amplification": "amplification", "reorientation": "re-orientation", "new": "new directions"}
+_AGREE = 0.75
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One finding, tested.
+
+    Attributes:
+        text: what was found elsewhere.
+        criterion: when it counts as true here.
+        evidence: the numbers.
+        agreeing: share of the changed matrices of which it is true by itself.
+        holds: whether that share is at least 3/4; None where nothing can be measured.
+    """
+
+    text: str
+    criterion: str
+    evidence: str
+    agreeing: float | None
+    holds: bool | None
+
+
+def claims(found: Sequence[Comparison]) -> list[Claim]:
+    """The four claims on the matrices that changed."""
+    # Matrices too small to have a middle and a tail say nothing about either.
+    usable = [c for c in found if {"top", "middle", "tail"} <= set(c.value_change) and "tail" in c.kept]
+    if not usable:
+        return []
+
+    def value(group: str, *, size: bool = False) -> float:
+        return middle(usable, lambda c: (c.value_change_size if size else c.value_change)[group])
+
+    def kept(group: str) -> float:
+        return middle(usable, lambda c: c.kept[group])
+
+    return [
+        _claim(
+            "the top singular values are amplified",
+            "their sum grows, and grows by a larger share than the middle's and the tail's",
+            f"top {value('top'):+.2%}, middle {value('middle'):+.2%}, tail {value('tail'):+.2%} (medians)",
+            usable,
+            lambda c: c.value_change["top"] > max(0.0, c.value_change["middle"], c.value_change["tail"]),
+        ),
+        _claim(
+            "the other singular values are nearly unchanged",
+            "they move by less than 1% of their sum, in the middle and in the tail",
+            f"middle {value('middle', size=True):.2%}, tail {value('tail', size=True):.2%}, "
+            f"top {value('top', size=True):.2%} (medians)",
+            usable,
+            lambda c: max(c.value_change_size["middle"], c.value_change_size["tail"]) < 0.01,
+        ),
+        _claim(
+            "the dominant singular vectors are re-oriented",
+            "the top subspace keeps less of itself than the tail half does",
+            f"top vectors turned by {middle(usable, mean_turn):.2f} degrees; of the subspaces stayed: "
+            f"top {kept('top'):.2%}, tail {kept('tail'):.2%} (medians)",
+            usable,
+            lambda c: c.kept["top"] < c.kept["tail"],
+        ),
+        _claim(
+            "the non-dominant subspace is stable",
+            "the tail half keeps at least 95% of itself",
+            f"kept {kept('tail'):.2%}; change relative to what it meets: "
+            f"top {middle(usable, lambda c: c.block_change.get('top')):.2%}, "
+            f"rest {middle(usable, lambda c: c.block_change.get('rest')):.2%} (medians)",
+            usable,
+            lambda c: c.kept["tail"] >= 0.95,
+        ),
+    ]
+
+
+def _claim(
+    text: str, criterion: str, evidence: str, usable: Sequence[Comparison], test: Callable[[Comparison], bool]
+) -> Claim:
+    agreeing = sum(map(test, usable)) / len(usable)
+    return Claim(text=text, criterion=criterion, evidence=evidence, agreeing=agreeing, holds=agreeing >= _AGREE)
+
+
+def verdict(group: Group, found: Sequence[Comparison], curves: dict[str, Curve], num_weights: int) -> list[str]:
+    """The verdict in sentences.
+
+    Args:
+        group: all matrices in numbers.
+        found: comparisons of those that changed.
+        curves: what each method captures.
+        num_weights: numbers in the matrices that changed.
+    """
+    if group.shares is None:
+        return [f"Nothing changed in {group.matrices} matrices."]
+    shares = group.shares
+    first = max(SHARES, key=lambda name: shares[name])
+    kind = f"mostly {_WORDS[first]}" if shares[first] >= 0.5 else "a mixture"
+    parts = ", ".join(f"{shares[name]:.0%} {_WORDS[name]}" for name in SHARES)
+    ranks = middle(found, lambda c: c.delta["rank_90"] / len_directions(c))
+    lines = [
+        f"{group.changed} of {group.matrices} matrices changed, by {group.relative:.2%} of their norm. "
+        f"The change is {kind}: {parts}.",
+        f"It has a stable rank of {group.stable_rank:.1f} (median); 90% of its energy takes {ranks:.0%} of the "
+        f"directions. The base's leading directions hold {group.top_energy:.1f} times what chance would put there.",
+    ]
+    return [*lines, *_best_methods(curves, num_weights)]
+
+
+def _best_methods(curves: dict[str, Curve], num_weights: int) -> list[str]:
+    small = {name: curve for name, curve in curves.items() if name != "full"}
+    found = []
+    for budget in BUDGETS:
+        scores = {n: s for n, c in small.items() if (s := c.at(budget * num_weights)) is not None}
+        if scores:
+            best = max(scores, key=lambda n: (scores[n][1], -scores[n][0]))
+            found.append(f"{best} with {scores[best][0]:,} ({scores[best][1]:.1%})")
+    if not found:
+        return []
+    return [f"Most of the change per trained number, from small to large: {'; '.join(dict.fromkeys(found))}."]
+
+
+def len_directions(comparison: Comparison) -> int:
+    """min(O, I)."""
+    return min(comparison.shape)

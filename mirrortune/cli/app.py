@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parse, call one function of ``commands.py``, print. Imports nothing heavy until a command runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from mirrortune import __version__
+from mirrortune.cli import recipes as recipe_commands
+from mirrortune.cli.exports import merge, push
+from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
+from mirrortune.cli.reports import analyze, besides_head, report, train_lines
+from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
+from mirrortune.system.console import Reporter, describe_metrics
+from mirrortune.system.paths import local_path, shown_path
+
+if TYPE_CHECKING:
+    from mirrortune.config.recipe import Layer, Resolved
+    from mirrortune.config.schema import Recipe
+
+# What people look for here, and what does it.
+_ELSEWHERE = dict.fromkeys(
+    ("chat", "generate", "serve"),
+    "Score a run with mirrortune eval; to talk to it, merge it (mirrortune merge RUN -o merged; --format gguf for "
+    "llama.cpp) and open the result with transformers, vLLM or llama.cpp",
+)  # fmt: skip
+
+
+class _Commands(TyperGroup):
+    """The commands; a few names of others say what to use."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """See ``click.Group``."""
+        if args[0] in _ELSEWHERE and args[0] not in self.commands:
+            Reporter().error(str(ConfigError(args[0], "mirrortune has no such command", fix=_ELSEWHERE[args[0]])))
+            raise typer.Exit(ConfigError.exit_code)
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="mirrortune",
+    cls=_Commands,
+    help="Fine-tune any transformers model by turning the singular directions of its weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # --batch_size is --batch-size: users of other tools mix the two.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*=")
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [KEY.SUB=VALUE]...",
+        help="A shipped recipe or YAML file, and settings over it.",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET", help="Run directory, adapter folder, merged folder or any model.", show_default=False
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote there.")]
+TaskName = Annotated[
+    str | None,
+    typer.Option("-t", "--task", metavar="TEXT", help="A shipped task (glue/sst2) or a kind (text-classification, image-classification, ...).",
+                 rich_help_panel="Model and data", show_default=False),
+]  # fmt: skip
+
+
+def _guard(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors a user can act on: one message on stderr and their exit code, without a traceback unless --debug."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            _check_words(kwargs)
+            command(*args, **kwargs)
+        except MirrortuneError as error:
+            if kwargs.get("debug"):
+                traceback.print_exc()
+            if not isinstance(error, PeerError):  # the process that failed tells why
+                Reporter().error(str(error))
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            Reporter().error("interrupted")
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+def _check_words(given: dict[str, Any]) -> None:
+    """Refuse words that are not UTF-8, such as the path of a file from a system with another encoding: what is written
+    of a run (recipe, card, log) is.
+    """
+    words = [word for value in given.values() for word in (value if isinstance(value, list) else [value])]
+    odd = [word for word in words if isinstance(word, str) and shown_path(word) != word]
+    if odd:
+        named = ", ".join(f"'{shown_path(word)}'" for word in odd)
+        raise ConfigError("command line", f"{named} is not UTF-8", fix="Rename the file or folder, or link to it")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        sys.stdout.write(f"mirrortune {__version__}\n")
+        raise typer.Exit
+
+
+@app.command(cls=OnceEach)
+@_guard
+@with_recipe_flags("output_dir")
+def prepare(
+    words: Words = None, *, task: TaskName = None, dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop before the weights are fetched.")] = False,
+    show: Annotated[int, typer.Option("--show", min=0, metavar="N", help="Show N training rows as the model will see them: text, ids, mask, labels.")] = 0,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Check everything, download, tokenise and factorise; train then starts from the caches.
+
+    mirrortune prepare --model roberta-base --task glue/sst2
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    resolved, _ = _resolve(words, task, given, reporter)
+    from mirrortune.runs import prepare as preparing  # noqa: PLC0415
+
+    result = preparing.prepare(resolved, reporter, dry_run=dry_run, show=show)
+    factorised = f"factorised {result.svd_cache['misses']} matrices, read {result.svd_cache['hits']} from the cache, in {result.svd_seconds:.1f} s"
+    lines = [
+        f"{result.targets} layers, {result.trainable_parameters:,} trained numbers{besides_head(result)}",
+        *([factorised] if any(result.svd_cache.values()) else []),
+        "  ".join(f"{name} {counted(count, 'row')}" for name, count in result.rows.items()),
+    ]
+    reporter.result(asdict(result), lines)
+
+
+@app.command(cls=OnceEach)
+@_guard
+@with_recipe_flags()
+def train(
+    words: Words = None, *, task: TaskName = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False, overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; fetch no weights, train nothing.")] = False,
+    num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Processes on this machine: one for each GPU, or sharing the cores.")] = None,
+    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, zero2, zero3, cpu-2, or a config file of accelerate's.")] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Fine-tune, and write a run directory with the adapter, its metrics and its curves.
+
+    mirrortune train --model roberta-base --task glue/sst2
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    resolved, name = _resolve(words, task, given, reporter)
+    if not dry_run:
+        _launch_if_asked(num_processes, accelerate_config)
+    from mirrortune.runs import commands  # noqa: PLC0415
+    from mirrortune.runs import prepare as preparing  # noqa: PLC0415
+
+    if dry_run:
+        plan = preparing.prepare(resolved, reporter, dry_run=True)
+        reporter.result(
+            asdict(plan),
+            [f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers{besides_head(plan)}"],
+        )
+        return
+    result = commands.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
+    reporter.result(asdict(result), train_lines(result))
+
+
+@app.command("eval", cls=OnceEach)
+@_guard
+@with_recipe_flags("output_dir", *NOT_FOR_EVAL)
+def evaluate(
+    target: Target, words: Words = None, *, task: TaskName = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
+    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format, to a file or into a folder; unlabelled rows too.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions in that file.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Score an adapter on a base (--model) with other weights than it was trained on.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Score a run, a merged folder or any plain model by the task's own metrics.
+
+    mirrortune eval runs/sst2-roberta-base-mirror
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    own = _recipe_of(target, reporter)
+    resolved, _ = _resolve(words, task, {**given, "eval__batch_size": batch_size}, reporter, beneath=own)
+    if own and (named := _describe_data(resolved, own)):
+        reporter.note(named)
+    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
+    is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
+    from mirrortune.analyze import checkpoints  # noqa: PLC0415
+    from mirrortune.runs import commands  # noqa: PLC0415
+    from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
+
+    file = local_path(predictions) if predictions else None
+    inputs = [*inputs_of(resolved), *checkpoints.inputs_of_targets(target)] if file else []
+    result = commands.evaluate(
+        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
+        overwrite=overwrite, force_base=force_base,
+    )  # fmt: skip
+    said = describe_metrics(result.metrics) or "no labels, nothing scored"
+    lines = [f"{result.split}: {said}  ({counted(result.rows, 'row')})"]
+    lines += [f"predictions: {result.predictions}"] if file else []
+    reporter.result({name: value for name, value in asdict(result).items() if value is not None}, lines)
+
+
+@app.command(cls=OnceEach)
+@_guard
+@with_recipe_flags("output_dir", "adapter.method", "train.lr", "train.seed")
+def compare(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY.SUB=VALUE]...", help="Shipped recipes or YAML files, one for each task, and settings over them.", show_default=False)] = None, *,
+    methods: Annotated[str, typer.Option("--methods", metavar="A,B:key=value,...", help="Methods, each with settings of its own; the others are tested against the first.", show_default=False)],
+    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder of the comparison; finished runs in it are kept.")] = "comparison",
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method that are reported.")] = 5,
+    tune_seeds: Annotated[int, typer.Option("--tune-seeds", min=1, help="Runs by which each learning rate is judged.")] = 1,
+    choose_by: Annotated[Literal["score", "loss"], typer.Option("--choose-by", help="What judges a learning rate; the loss is the less noisy one on few rows.")] = "score",
+    lr_grid: Annotated[str | None, typer.Option("--lr-grid", metavar="X,Y,...", help="Learning rates for every method; around its own default otherwise.", show_default=False)] = None,
+    extensions: Annotated[int, typer.Option("--extensions", min=0, help="Learning rates added while the best lies at the edge of the grid.")] = 2,
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time; one for each GPU by default.", show_default=False)] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; rebuild the report from what is there.")] = False,
+    task: TaskName = None, json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
+) -> None:  # fmt: skip
+    """Train every method with its own learning rate and the same seeds, and say which differences are real.
+
+    mirrortune compare quickstart --methods mirror,random,lora:rank=8,none
+    """
+    reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
+    names = [w for w in words or [] if not _OVERRIDE.match(w)]
+    overrides = [w for w in words or [] if _OVERRIDE.match(w)]
+    # Halves of the validation rows, unless the user says otherwise: the rows that chose a rate must not report it.
+    if not any(w.startswith("eval.protocol=") for w in overrides):
+        overrides = ["eval.protocol=split-dev", *overrides]
+    asked = [[n, *overrides] for n in names] or [overrides]
+    found = all_of(*(functools.partial(_resolve, own, task, given, reporter) for own in asked))
+    labels = names or [found[0][1] or Path(found[0][0].recipe.data.path or "task").stem]
+    from mirrortune.compare.plan import make_plan  # noqa: PLC0415
+
+    recipes = {name: resolved.recipe for name, (resolved, _) in zip(labels, found, strict=True)}
+    plan = make_plan(
+        recipes,
+        methods,
+        seeds=seeds,
+        tune_seeds=tune_seeds,
+        choose_by=choose_by,
+        lr_grid=lr_grid,
+        extensions=extensions,
+    )
+    from mirrortune.compare import report as comparison_report  # noqa: PLC0415
+    from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
+
+    root = local_path(output_dir)
+    results = comparison_report.compare(
+        root,
+        plan,
+        recipes,
+        reporter,
+        inputs=[given for resolved, _ in found for given in inputs_of(resolved)],
+        jobs=jobs,
+        report_only=report_only,
+        command=shlex.join(["mirrortune", *sys.argv[1:]]),
+    )
+    reporter.result(
+        results,
+        [(root / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"],
+    )
+
+
+app.command(cls=OnceEach)(_guard(merge))
+app.command(cls=OnceEach)(_guard(push))
+app.command(cls=OnceEach)(_guard(analyze))
+app.command(cls=OnceEach)(_guard(report))
+recipes = typer.Typer(help="List, print and copy the shipped recipes, and print their schema.", no_args_is_help=True)
+for _command in (recipe_commands.ls, recipe_commands.cat, recipe_commands.cp, recipe_commands.schema):
+    recipes.command(cls=OnceEach)(_guard(_command))
+app.add_typer(recipes, name="recipes")
+
+
+def main() -> None:
+    """Entry point of ``mirrortune`` and ``python -m mirrortune``."""
+    try:
+        app()
+    except SystemExit:  # of success too; where a process ends otherwise, the others may still wait for it
+        _leave_peers()
+        raise
+
+
+def _leave_peers() -> None:
+    """Close the connections to the other processes of a run, which torch warns about at exit if they are open."""
+    torch: Any = sys.modules.get("torch")  # nothing to close where it was not imported
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _launch_if_asked(num_processes: int | None, profile: str | None) -> None:
+    """Start this very command in several processes, and end with their exit code; do nothing in one of them."""
+    if profile is not None or (num_processes or 1) > 1:
+        from mirrortune.system.distributed import launch  # noqa: PLC0415
+
+        if not launch.is_launched():
+            raise typer.Exit(launch.launch(sys.argv[1:], num_processes=num_processes, profile=profile))
+
+
+def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:
+    return Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+
+
+def _resolve(
+    words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None
+) -> tuple[Resolved, str | None]:
+    """The recipe from all layers, and the name of the recipe or task that it is mostly made of.
+
+    Raises:
+        ConfigError: all problems of all layers at once.
+    """
+    from mirrortune.config import recipe  # noqa: PLC0415
+
+    overrides = [w for w in words or [] if _OVERRIDE.match(w)]
+    names = [w for w in words or [] if not _OVERRIDE.match(w)]
+    kinds = recipe.task_kinds()
+    layers = [beneath] if beneath else []
+    errors: list[ConfigError] = []
+
+    def add(make: Callable[[], Layer]) -> None:
+        try:
+            layers.append(make())
+        except ConfigError as error:
+            errors.append(error)
+
+    if len(names) > 1:
+        problem = f"one recipe at most, got {', '.join(names)}"
+        errors.append(ConfigError("arguments", problem, fix="Settings are written key.sub=value"))
+    elif task is not None and task not in kinds:
+        add(lambda: recipe.task_layer(task, kinds))
+    if names:
+        add(lambda: recipe.read_recipe(names[0]))
+    flags = given_flags(given, errors)
+    if task is not None and task in kinds:
+        flags["task.kind"] = ("--task", task)
+    layers += [recipe.override_layer(overrides, errors), recipe.flag_layer(flags)]
+    more = None if beneath else _problems_of_names
+    if errors:
+        try:
+            rest = recipe.resolve(layers, more).recipe
+            errors += more(rest) if more else []
+        except ConfigError as error:
+            errors.append(error)
+        raise ConfigError.several(errors)
+    resolved = recipe.resolve(layers, more)
+    for key, value in recipe.flatten(resolved.recipe).items():
+        reporter.detail(f"{key} = {value!r}  ({resolved.origins.get(key, 'default')})")
+    shipped = task if task is not None and task not in kinds else None
+    return resolved, Path(names[0]).stem if names else shipped
+
+
+def _problems_of_names(recipe: Recipe) -> list[ConfigError]:
+    from mirrortune.config.schema import Recipe as Defaults  # noqa: PLC0415
+
+    plain = Defaults()
+    if (recipe.adapter, recipe.task, recipe.model.attention) == (plain.adapter, plain.task, None):
+        return []  # no names: a mistake elsewhere is told at once
+    from mirrortune.runs.checks import problems_of_names  # noqa: PLC0415  (seconds, and only where there are errors)
+
+    return problems_of_names(recipe)
+
+
+def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
+    """What is followed of the recipe that a run directory, a merged folder or an adapter folder carries, or the run
+    that an adapter folder belongs to.
+    """
+    from mirrortune.config.recipe import read_target_recipe  # noqa: PLC0415
+    from mirrortune.system.outputs import restore  # noqa: PLC0415
+
+    folder = restore(local_path(target))
+    path = folder / "recipe.yaml"
+    if not path.is_file() and (folder / "adapter.json").is_file():
+        from mirrortune.system.run_directory import run_of  # noqa: PLC0415
+
+        run = run_of(folder)
+        path = run.recipe if run else path
+    if not path.is_file():
+        return None
+    layer, ignored = read_target_recipe(path)
+    if ignored:
+        reporter.detail(f"of {path} not followed: {', '.join(ignored)}")
+    return layer
+
+
+def _describe_data(resolved: Resolved, beneath: Layer) -> str | None:
+    """The data set that a recipe of the target names, and what of it; None where the user named another one."""
+    from mirrortune.config.schema import DataSection  # noqa: PLC0415
+
+    named = {key: where for key, where in resolved.origins.items() if where.startswith(f"{beneath.origin}:")}
+    if "data.path" not in named:
+        return None
+    default, data = dict(DataSection()), dict(resolved.recipe.data)
+    says = [f"{key} {_plainly(data[key])}" for key in data if f"data.{key}" in named and data[key] != default[key]]
+    return f"data named by {beneath.origin}: {', '.join(says)}"
+
+
+def _plainly(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)

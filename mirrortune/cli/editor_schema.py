@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe as a JSON schema, by which editors complete and check YAML while it is written.
+
+A copy lies beside the shipped recipes, made by ``python -m mirrortune.cli.editor_schema``; a test keeps it equal to
+what :func:`editor_schema` returns.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mirrortune.adapters.methods import method_names
+from mirrortune.adapters.pairings.rules import PAIRINGS
+from mirrortune.config.recipe import task_kinds
+from mirrortune.config.schema import Recipe
+from mirrortune.system.paths import shipped_folder
+from mirrortune.tasks.metrics import METRICS
+
+
+def editor_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe, with what the registries hold today as suggestions."""
+    schema = Recipe.model_json_schema()
+    schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mirrortune recipe"}
+    sections = schema["$defs"]
+    _suggest(sections["TaskSection"], "kind", task_kinds())
+    _suggest(sections["TaskSection"], "selection_metric", sorted(METRICS))
+    _suggest(sections["AdapterSection"], "method", method_names())
+    _suggest(sections["AdapterSection"], "pairing", [name for name in PAIRINGS if name != "explicit"])
+    for choice in sections["TaskSection"]["properties"]["metrics"]["anyOf"]:
+        if choice["type"] == "array":
+            choice["items"] = {"enum": sorted(METRICS)}
+    for name, field in schema["properties"].items():
+        if name != "output_dir":  # a section whose settings are all commented out is empty
+            schema["properties"][name] = {"anyOf": [{"$ref": field["$ref"]}, {"type": "null"}]}
+    return schema
+
+
+def _suggest(section: dict[str, Any], key: str, names: list[str]) -> None:
+    """Let a setting be one of ``names``; other text passes only where the setting is more than a name."""
+    field = section["properties"][key]
+    choices = field.pop("anyOf", None) or [{"type": field.pop("type")}]
+    is_name_only = key != "pairing"
+    kept = [choice for choice in choices if not (is_name_only and choice == {"type": "string"})]
+    field["anyOf"] = [{"enum": names}, *kept]
+
+
+if __name__ == "__main__":
+    text = json.dumps(editor_schema(), indent=1) + "\n"
+    (shipped_folder() / "recipe.schema.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that make something of a run for others: parse, call, print."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
+from mirrortune.errors import ConfigError
+from mirrortune.system.console import Reporter
+from mirrortune.system.paths import local_path
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def merge(
+    targets: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directory or adapter folder; several are merged in order.", show_default=False)], *,
+    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder to make.", show_default=False)],
+    format: Annotated[str, typer.Option("--format", metavar="hf|lora|gguf", help="Plain weights (hf), a LoRA adapter in PEFT's format (lora) or in llama.cpp's (gguf).")] = "hf",
+    rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With lora and gguf: directions kept; all by default.", show_default=False)] = None,
+    max_shard_size: Annotated[str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of plain weights, such as 2GB; as in the base by default.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="Another place of the same base model.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier merge wrote there.")] = False,
+    force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Merge into a base with other weights than the adapter was trained on.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Write plain weights that need nothing of ours; reopened and verified, or not written.
+
+    mirrortune merge runs/sst2-roberta-base-mirror -o merged
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    if format not in ("hf", "lora", "gguf"):
+        raise ConfigError("--format", f"got '{format}'", allowed="hf, lora, gguf")
+    if rank is not None and format == "hf":
+        raise ConfigError("--rank", "plain weights have none", fix="Add --format lora")
+    if format != "hf":
+        _check_for_lora(targets, max_shard_size)
+    output_dir = str(local_path(output_dir))
+    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
+    from mirrortune.merging import gguf, lora  # noqa: PLC0415
+    from mirrortune.merging import push as sharing  # noqa: PLC0415
+
+    where: dict[str, Any] = {"base": base, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    verdict: Any
+    if format == "hf":
+        more: dict[str, Any] = {"max_shard_bytes": shard_bytes, "force_base": force_base}
+        verdict = sharing.merge(targets, reporter, output_dir=output_dir, **more, **where)
+    else:
+        write: Any = lora.export_lora if format == "lora" else gguf.export_gguf
+        remarks: list[str] | None = [] if force_base else None
+        verdict = write(targets[0], Path(output_dir), rank=rank, remarks=remarks, **where)
+        for remark in remarks or ():
+            reporter.note(f"by force: {remark}")
+    data = {"output_dir": output_dir, "format": format, "verification": asdict(verdict)}
+    reporter.result(data, _merge_lines(verdict, output_dir))
+
+
+def push(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder, or what merge wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="ID", help="Repository on the Hub: name or owner/name; made if need be.", show_default=False)], *,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch to send to.", show_default=False)] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Send an adapter or a merged model to the Hub, with a model card made from the run; checked before it is sent.
+
+    mirrortune push runs/sst2-roberta-base-mirror me/sst2-mirror
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    from mirrortune.merging import push as sharing  # noqa: PLC0415
+
+    result = sharing.push(target, repository, reporter, revision=revision, private=private)
+    reporter.result(asdict(result), [f"{result.kind} pushed to {result.repository}: {result.url}"])
+
+
+def parse_size(text: str, where: str) -> int:
+    """Bytes that ``500MB``, ``2GiB`` or ``1000000`` mean; ConfigError at ``where`` for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS or not float(found[1]) * _UNITS[found[2].upper()] >= 1:
+        raise ConfigError(where, f"got '{text}'", allowed="a size such as 500MB, 2GB or 4GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _check_for_lora(targets: list[str], max_shard_size: str | None) -> None:
+    if len(targets) > 1:
+        raise ConfigError("--format", f"a LoRA is made of one adapter, got {len(targets)}", fix="Merge plain weights")
+    if max_shard_size is not None:
+        raise ConfigError("--max-shard-size", "it is for plain weights", fix="Remove it, or use --format hf")
+
+
+def _merge_lines(verdict: Any, output_dir: str) -> list[str]:
+    from mirrortune.merging import gguf, in_memory, lora  # noqa: PLC0415
+
+    if isinstance(verdict, in_memory.Verification):
+        said = f"merged into {output_dir}, verified: {in_memory.describe(verdict)}"
+        return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
+    if isinstance(verdict, gguf.GgufExport):
+        return [f"LoRA adapter {output_dir}/{gguf.FILE}, verified: {gguf.describe(verdict)}"]
+    lines = [f"LoRA adapter in {output_dir}, verified: {lora.describe(verdict)}"]
+    if verdict.has_head:
+        lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")
+    return lines

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags that set recipe values: one table from which both the commands' signatures and the recipe's top layer are
+made; and those of behaviour that every command has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from mirrortune.adapters.methods import method_names
+from mirrortune.config import strict_yaml
+from mirrortune.errors import ConfigError
+from mirrortune.system.console import Reporter
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Results and errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Every resolved setting and where it came from.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class OnceEach(TyperCommand):
+    """A command of which a flag that takes one value is given once; by click's own rules the last one would silently
+    win over the others.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """See ``click.Command``; ends the command with exit code 2 where a flag is given again."""
+        order: list[Any] = self.make_parser(ctx).parse_args(list(args))[2]
+        one_value = [p for p in order if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
+        errors = []
+        for param in dict.fromkeys(one_value):
+            if (count := one_value.count(param)) > 1:
+                names = ", ".join(param.opts)
+                fix = _ONE_OF.get(param.opts[0], "Keep one of them")
+                errors.append(ConfigError(names, f"given {count} times, and takes one value", fix=fix))
+        if errors:
+            Reporter().error(str(ConfigError.several(errors)))
+            raise typer.Exit(ConfigError.exit_code)
+        return super().parse_args(ctx, args)
+
+
+_ONE_OF = {"--data": "For several files give a folder, or a pattern in quotes: --data 'rows/*.csv'"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """A command-line flag for one recipe key.
+
+    Attributes:
+        names: spellings, the first one is shown in messages.
+        key: dotted recipe key.
+        kind: Python type of the value; ``"yaml"`` for one read by the recipe's own rules.
+        help: one line.
+        panel: heading in ``--help``.
+    """
+
+    names: tuple[str, ...]
+    key: str
+    kind: Any
+    help: str
+    panel: str
+
+    @property
+    def parameter(self) -> str:
+        """Name of the command function's parameter."""
+        return self.key.replace(".", "__")
+
+
+def _flag(panel: str, names: str, key: str, kind: Any, help: str) -> Flag:
+    return Flag(names=tuple(names.split()), key=key, kind=kind, help=help, panel=panel)
+
+
+_DATA, _ADAPTER, _LOOP, _DANGER = "Model and data", "Adapter", "Training", "Dangerous options"
+FLAGS: tuple[Flag, ...] = (
+    _flag(_DATA, "--model -m", "model.name", str, "Hub id or local folder of the base model."),
+    _flag(_DATA, "--revision", "model.revision", str, "Branch, tag or commit of a Hub model."),
+    _flag(_DATA, "--load-in", "model.load_in", str, "Quantise the base weights while loading: 8bit or 4bit."),
+    _flag(_DATA, "--data -d", "data.path", str, "csv, tsv, json, jsonl or parquet file, folder with train/validation/test files or class folders of images or recordings, or Hub id."),
+    _flag(_DATA, "--text-column", "data.text_columns", list[str], "Text column; repeat for pairs. Detected by default."),
+    _flag(_DATA, "--label-column", "data.label_column", str, "Label column. Detected by default."),
+    _flag(_DATA, "--image-column", "data.image_column", str, "Column of images, encoded or as paths. Detected by default."),
+    _flag(_DATA, "--audio-column", "data.audio_column", str, "Column of recordings, encoded or as paths. Detected by default."),
+    _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
+    _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see docs/peft.md); mirror by default."),
+    _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT and of the LoRA branch of speclora."),
+    _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor, random or adaptive, or a .json file of pairs."),
+    _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, all-linear or all-layers."),
+    _flag(_LOOP, "--lr --learning-rate", "train.lr", float, "Peak learning rate of the adapter."),
+    _flag(_LOOP, "--head-lr", "train.head_lr", float, "Peak learning rate of the task head."),
+    _flag(_LOOP, "--batch-size", "train.batch_size", int, "Rows per device."),
+    _flag(_LOOP, "--gradient-accumulation-steps", "train.gradient_accumulation_steps", int, "Batches per optimizer step."),
+    _flag(_LOOP, "--epochs", "train.epochs", float, "Passes over the training rows."),
+    _flag(_LOOP, "--max-steps", "train.max_steps", int, "Stop after this many optimizer steps."),
+    _flag(_LOOP, "--patience", "train.patience", int, "Stop after this many evaluations without a better one."),
+    _flag(_LOOP, "--keep", "train.keep", int, "Last checkpoints kept, besides the best."),
+    _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
+    _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32 or bf16."),
+    _flag(_LOOP, "--compile", "train.compile", bool, "Compile the model; pays in long runs."),
+    _flag(_LOOP, "--track", "train.track", str, "Send the log to a tracker too: tensorboard, wandb, mlflow or trackio."),
+    _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),
+    _flag(_DANGER, "--trust-remote-code", "model.trust_remote_code", bool, "Run Python code from the model's repository."),
+)  # fmt: skip
+
+
+# What is trained, and how, is settled when there is something to score; a flag that changed nothing would mislead.
+_KEPT = ("train.seed", "train.precision")
+_EVAL_BATCH = _flag(_LOOP, "--batch-size", "eval.batch_size", int, "Rows per device.")
+NOT_FOR_EVAL = tuple(f.key for f in FLAGS if f.key.startswith(("adapter.", "train.")) and f.key not in _KEPT)
+
+
+def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: replace a command's ``**given`` by a parameter for every flag of the table, less the keys
+    ``left_out``.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command)
+        hints = get_type_hints(command, include_extras=True)
+        parameters = [
+            p.replace(annotation=hints[p.name])
+            for p in own.parameters.values()
+            if p.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        parameters += [_parameter(flag) for flag in FLAGS if flag.key not in left_out]
+        command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return command
+
+    return decorate
+
+
+def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, tuple[str, Any]]:
+    """Dotted key -> (flag, value) for the flags that were given; those whose value is no YAML go to ``errors``."""
+    found: dict[str, tuple[str, Any]] = {}
+    for flag in (*FLAGS, _EVAL_BATCH):
+        value = values.get(flag.parameter)
+        if value is None or value == [] or value is False:
+            continue
+        is_text = flag.kind in (str, list[str], bool)
+        try:
+            found[flag.key] = (flag.names[0], value if is_text else strict_yaml.parse_scalar(value, flag.names[0]))
+        except ConfigError as error:
+            errors.append(error)
+    return found
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    # Numbers are read by the recipe's rules too, so that --lr and train.lr= take and refuse the same.
+    kind = str if flag.kind in ("yaml", int, float) else flag.kind
+    metavar = {"yaml": "full|out|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
+    option = typer.Option(*flag.names, help=flag.help, metavar=metavar, rich_help_panel=flag.panel, show_default=False)
+    return inspect.Parameter(
+        flag.parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False if flag.kind is bool else None,
+        annotation=Annotated[kind if flag.kind is bool else kind | None, option],
+    )

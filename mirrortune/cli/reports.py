@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that look at what is there: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
+from mirrortune.errors import VerificationError
+from mirrortune.system.console import Reporter, describe_metrics, kilobytes, significant
+from mirrortune.system.paths import local_path
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Directories of finished runs.", show_default=False)],
+    *,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="The page; RUN/report.html for one run, report.html for several by default.", show_default=False)] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Make a run's page again, or put several runs on one.
+
+    mirrortune report runs/quickstart-mirror runs/quickstart-none -o both.html
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    from mirrortune.reports import html  # noqa: PLC0415
+    from mirrortune.reports.run_page import run_page  # noqa: PLC0415
+    from mirrortune.system.outputs import Input  # noqa: PLC0415
+    from mirrortune.system.run_directory import RunDirectory  # noqa: PLC0415
+
+    folders = [local_path(run) for run in runs]
+    output = output and str(local_path(output))
+    path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
+    with html.page_output(path, [Input("run", folder) for folder in folders]) as put:
+        try:
+            made = run_page([RunDirectory(folder) for folder in folders])
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            # Of values that no run of ours writes: its logs and results are read without a schema.
+            problem = f"a file of the run is damaged ({type(error).__name__}: {error})"
+            raise VerificationError(", ".join(runs), problem, fix="Copy the run again; --debug says more") from error
+        put(made)
+    reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
+
+
+def analyze(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Before: folder, Hub id, package:..., .safetensors file, run or adapter.", show_default=False)],
+    tuned: Annotated[str | None, typer.Argument(metavar="[TUNED]", help="After: the same. May be left out if BASE is a run or an adapter.", show_default=False)] = None,
+    *,
+    output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="Write a self-contained HTML page.", show_default=False)] = None,
+    figures: Annotated[str | None, typer.Option("--figures", metavar="FOLDER", help="Write every figure as PNG and SVG.", show_default=False)] = None,
+    target_modules: Annotated[str, typer.Option("--target-modules", metavar="TEXT", help="Regular expression for layer names, or all-linear.")] = "all-linear",
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many leading directions count as the top; at most a quarter of a matrix's.")] = 16,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Matrices at a time; as many as cores and memory allow by default.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch, tag or commit of BASE on the Hub.", show_default=False)] = None,
+    tuned_revision: Annotated[str | None, typer.Option("--tuned-revision", metavar="TEXT", help="The same of TUNED.", show_default=False)] = None,
+    json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Compare the spectra of two checkpoints: what fine-tuning did, and which method could have done it.
+
+    mirrortune analyze roberta-base runs/sst2-roberta-base-full -o report.html
+    """
+    reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
+    from mirrortune.analyze import analyze as analysis  # noqa: PLC0415
+    from mirrortune.analyze import checkpoints  # noqa: PLC0415
+    from mirrortune.analyze import report as analysis_report  # noqa: PLC0415
+    from mirrortune.reports import html  # noqa: PLC0415
+
+    inputs = checkpoints.inputs_of_targets(base, tuned)
+    with ExitStack() as held:  # before the minutes of work
+        put, folder = None, None
+        if output is not None:
+            put = held.enter_context(html.page_output(local_path(output), inputs))
+        if figures is not None:
+            folder = local_path(figures)
+            held.enter_context(analysis_report.figures_folder(folder, inputs))
+        before, after = checkpoints.open_pair(base, tuned, revision, tuned_revision)
+        found = analysis.analyse(
+            before, after, pattern=target_modules, top_k=top_k, threads=threads, show_bar=reporter.bar
+        )
+        lines = analysis_report.terminal_lines(found)
+        lines += ["", f"{len(found.matrices)} matrices in {found.seconds:.0f} s, {found.threads} at a time"]
+        if put is not None:
+            put(analysis_report.html_page(found, shlex.join(["mirrortune", *sys.argv[1:]])))
+            lines.append(f"page: {output}")
+        if folder is not None:
+            lines.append(f"figures: {len(analysis_report.write_drawings(found, folder))} files in {figures}")
+    reporter.result({**found.to_json(), "report": output, "figures": figures}, lines)
+
+
+def train_lines(result: Any) -> list[str]:
+    """What train says of a run."""
+    run = result.run_dir
+    merged = f"{run.rstrip('/')}-merged"
+    head = f" and a head of {result.head_parameters:,}" if result.head_parameters else ""
+    speed = f"{significant(result.samples_per_second)} rows/s"
+    if result.tokens_per_second is not None:
+        speed += f", {significant(result.tokens_per_second)} tokens/s"
+    return [
+        f"validation: {describe_metrics(result.metrics)}",
+        *([f"before training: {describe_metrics(result.metrics_before)}"] if result.metrics_before else []),
+        f"adapter: {kilobytes(result.adapter_bytes)}{_form(run)} in {run}/adapter, with "
+        f"{result.trainable_parameters:,} trained numbers ({kilobytes(4 * result.trainable_parameters)}){head}",
+        f"trained in {significant(result.train_seconds)} s at {speed}",
+        "",
+        f"score it:  mirrortune eval {shlex.quote(run)}",
+        f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",
+    ]
+
+
+def besides_head(result: Any) -> str:
+    """The numbers of the task head, in words; nothing for a model without one."""
+    return f" besides the head's {result.head_parameters:,}" if result.head_parameters else ""
+
+
+def _form(run: str) -> str:
+    """The form in which a run's adapter was saved, in words; nothing for tuners of PEFT, which have only one."""
+    folder = Path(run) / "adapter"
+    if not (folder / "adapter.safetensors").is_file():
+        return ""
+    form = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["form"]
+    leave_out = ", with its bases: adapter.form=compact leaves them out" if form == "portable" else ""
+    return f" ({form} form{leave_out})"

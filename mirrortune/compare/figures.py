@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a comparison: scores per task, scores against trained numbers, curves by method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from mirrortune.compare.plan import slug
+from mirrortune.reports.drawing import Drawing, legend_beside, tidy
+
+# Tol's muted set, more than a single figure of a run needs: told apart with any colour vision, and by markers in grey.
+_COLOURS = (
+    "#4477aa",
+    "#cc6677",
+    "#117733",
+    "#ccbb44",
+    "#66ccee",
+    "#aa3377",
+    "#44aa99",
+    "#999933",
+    "#aa4499",
+    "#888888",
+)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+
+
+def comparison_drawings(
+    results: dict[str, Any], histories: dict[str, dict[str, list[list[dict[str, Any]]]]]
+) -> list[Drawing]:
+    """Scores per task, scores against trained numbers, and curves of each task; none of what has not finished.
+
+    Args:
+        results: what ``results.json`` holds.
+        histories: by task and method, the events of each seed's run.
+    """
+    tasks = {task: found for task, found in results["tasks"].items() if _finished(found)}
+    found = [_per_task(tasks), _by_size(tasks)] if tasks else []
+    for task, runs in histories.items():
+        if any(runs.values()):
+            found.append(_curves(task, runs, results["tasks"][task]["metric"]))
+    return found
+
+
+def _per_task(tasks: dict[str, Any]) -> Drawing:
+    rows = max(len(_finished(found)) for found in tasks.values())
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(tasks), squeeze=False).flat
+        for axis, (task, found) in zip(panels, tasks.items(), strict=True):
+            split = found["splits"][-1]
+            methods = sorted(_finished(found).items(), key=lambda item: item[1]["reported"][split]["mean"])
+            for place, (label, method) in enumerate(methods):
+                score = method["reported"][split]
+                colour, marker = _style(found, label)
+                axis.errorbar(score["mean"], place, xerr=score["std"], fmt=marker, color=colour, capsize=3)
+                axis.plot(score["values"], [place] * len(score["values"]), "|", color=colour, alpha=0.6)
+            axis.set(yticks=range(len(methods)), yticklabels=[label for label, _ in methods])
+            axis.set(xlabel=f"{found['metric']}, {split}", title=task)
+            axis.margins(y=0.5 / max(1, len(methods)))
+            tidy(axis)
+
+    caption = "Score of every method: mean and standard deviation over its seeds, and a mark for each seed."
+    size = (1.5 + 4.5 * len(tasks), 1.2 + 0.32 * rows)
+    return Drawing(name="score_per_task", caption=caption, size=size, draw=draw)
+
+
+def _by_size(tasks: dict[str, Any]) -> Drawing:
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(tasks), squeeze=False).flat
+        for axis, (task, found) in zip(panels, tasks.items(), strict=True):
+            split = found["splits"][-1]
+            for label, method in _finished(found).items():
+                score, size = method["reported"][split], method["trainable_parameters"]
+                colour, marker = _style(found, label)
+                style = {"color": colour, "label": label}
+                if size == 0:
+                    axis.axhline(score["mean"], linestyle="--", **style)
+                else:
+                    axis.errorbar(size, score["mean"], yerr=score["std"], fmt=marker, capsize=3, **style)
+            axis.set(xlabel="trained numbers besides the head", ylabel=f"{found['metric']}, {split}", title=task)
+            _by_decades(axis)
+            legend_beside(axis)
+            tidy(axis)
+
+    caption = (
+        "Score (mean and standard deviation) against trained numbers besides the head, on a logarithmic axis; "
+        "a method that trains none besides the head is a dashed line."
+    )
+    return Drawing(name="score_by_trained_numbers", caption=caption, size=(6.2 * len(tasks), 3.8), draw=draw)
+
+
+def _by_decades(axis: Any) -> None:
+    """A logarithmic axis of whole decades: within less than one, matplotlib's own labels run into each other."""
+    axis.set(xscale="log")
+    low, high = axis.get_xlim()
+    axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
+
+
+def _curves(task: str, histories: dict[str, list[list[dict[str, Any]]]], metric: str) -> Drawing:
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for label, runs in histories.items():
+            if not runs:
+                continue
+            colour, marker = _style({"methods": histories}, label)
+            epochs, losses = _mean_curve(runs, "train", "loss")
+            left.plot(epochs, _smooth(losses), color=colour, label=label)
+            epochs, scores = _mean_curve(runs, "evaluate", metric)
+            right.plot(epochs, scores, color=colour, marker=marker, markersize=4, label=label)
+        left.set(xlabel="epoch", ylabel="training loss per item, smoothed", title="Training loss")
+        right.set(xlabel="epoch", ylabel=f"{metric} (rows that choose the checkpoint)", title=f"Validation {metric}")
+        legend_beside(right)
+        tidy(left)
+        tidy(right)
+
+    caption = f"Training loss and validation score on {task} by epoch, the mean over the seeds of each method."
+    return Drawing(name=f"curves-{slug(task)}", caption=caption, size=(11, 4), draw=draw)
+
+
+def _mean_curve(runs: Sequence[Sequence[dict[str, Any]]], event: str, key: str) -> tuple[list[float], list[float]]:
+    by_epoch: dict[float, list[float]] = {}
+    for run in runs:
+        for entry in run:
+            if entry["event"] == event and key in entry:
+                by_epoch.setdefault(entry["epoch"], []).append(entry[key])
+    epochs = sorted(by_epoch)
+    return epochs, [fmean(by_epoch[e]) for e in epochs]
+
+
+def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    smoothed: list[float] = []
+    for value in values:
+        smoothed.append(weight * smoothed[-1] + (1 - weight) * value if smoothed else value)
+    return smoothed
+
+
+def _finished(found: dict[str, Any]) -> dict[str, Any]:
+    return {label: method for label, method in found["methods"].items() if method["seeds"]}
+
+
+def _style(found: dict[str, Any], label: str) -> tuple[str, str]:
+    """Colour and marker of a method, the same in every figure of a comparison."""
+    index = list(found["methods"]).index(label)
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]

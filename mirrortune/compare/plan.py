@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a comparison: which methods, learning rates and seeds, and what to run next given what is known.
+
+What is next is a function of the plan and of the finished cells alone, so that a comparison can stop anywhere and go
+on. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mirrortune.adapters.methods import preset
+from mirrortune.config import strict_yaml
+from mirrortune.config.schema import AdapterSection, Recipe
+from mirrortune.errors import ConfigError
+
+Score = tuple[float, float]
+"""How good a run is, the larger the better: its selection metric and minus its validation loss, in this order or the
+other (``ChooseBy``); the second settles ties."""
+ChooseBy = Literal["score", "loss"]
+
+_WHERE = "--methods"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One method of a comparison, with its settings.
+
+    Attributes:
+        label: as it was asked for, such as ``lora:rank=8``.
+        settings: recipe settings over the task's recipe, by dotted key.
+        lr_key: the learning rate that is chosen for it: of the adapter, or of the head where nothing else is trained.
+        lrs: learning rates to try first, ascending; empty for the neighbours of the default one.
+    """
+
+    label: str
+    settings: dict[str, Any]
+    lr_key: str
+    lrs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    """One run of the grid."""
+
+    task: str
+    label: str
+    lr: float
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        """Where the run is kept."""
+        return root / "cells" / slug(self.task) / slug(self.label) / f"lr-{self.lr:.0e}" / f"seed-{self.seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        tasks: names of the tasks (recipes), in order.
+        contenders: methods, in order; the first one is what the others are tested against.
+        seeds: of the reported runs.
+        tune_seeds: of the runs that choose a learning rate; the first ones of ``seeds``.
+        extensions: how many learning rates may be added beyond the grid while the best one lies at its edge.
+        choose_by: what judges a learning rate, the task's metric or the validation loss; the other settles ties.
+    """
+
+    tasks: tuple[str, ...]
+    contenders: tuple[Contender, ...]
+    seeds: tuple[int, ...]
+    tune_seeds: tuple[int, ...]
+    extensions: int
+    choose_by: ChooseBy = "score"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The state of one method on one task.
+
+    Attributes:
+        lr: the best learning rate so far, or None before any is known.
+        scores: mean score of each learning rate whose tuning runs are all there; -inf for one that diverged.
+        missing: cells that must run before more can be said, in order.
+        is_at_edge: the best one is the lowest or highest that was tried.
+    """
+
+    lr: float | None
+    scores: dict[float, Score]
+    missing: tuple[Cell, ...]
+    is_at_edge: bool
+
+
+def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) -> Contender:
+    """A method from the command line: ``NAME`` or ``NAME:key=value:...``.
+
+    A key is a field of the recipe's adapter section (``rank``), a dotted recipe key (``train.epochs``), ``lr`` (rates
+    to try, ``1e-3/3e-3``), or an option of the method (``scale_top_k``).
+
+    Args:
+        word: one of ``--methods``.
+        base_head_lr: the recipe's, from which the head's learning rates start for methods that train nothing else.
+        lr_grid: learning rates for methods that name none of their own; None for those around each one's default.
+
+    Raises:
+        ConfigError: an unknown method, or a part that is not ``key=value``.
+    """
+    name, *parts = word.split(":")
+    chosen = preset(name, _WHERE)
+    settings: dict[str, Any] = {"adapter.method": name}
+    lrs: tuple[float, ...] = ()
+    for part in parts:
+        key, sign, text = part.partition("=")
+        if not sign or not key:
+            raise ConfigError(_WHERE, f"'{part}' in '{word}'", allowed="NAME:key=value, such as lora:rank=8")
+        if key == "lr":
+            lrs = parse_lrs(text, f"{_WHERE} {word}")
+            continue
+        dotted = key if "." in key else f"adapter.{'' if key in AdapterSection.model_fields else 'options.'}{key}"
+        if dotted in settings:
+            raise ConfigError(_WHERE, f"'{word}' sets {dotted} twice", fix="Keep one of them")
+        settings[dotted] = strict_yaml.parse_scalar(text, f"{_WHERE} {word}")
+    lr_key, default = ("train.head_lr", base_head_lr) if chosen.is_head_only else ("train.lr", chosen.lr)
+    if not lrs:
+        lrs = parse_lrs(lr_grid) if lr_grid is not None else around(float(settings.get(lr_key, default)))
+    return Contender(label=word, settings=settings, lr_key=lr_key, lrs=lrs)
+
+
+def parse_lrs(text: str, where: str = "--lr-grid") -> tuple[float, ...]:
+    """Learning rates written ``1e-3/3e-3`` or ``1e-3,3e-3``, ascending.
+
+    Raises:
+        ConfigError: not numbers, or not above 0.
+    """
+    try:
+        found = sorted({float(word) for word in re.split(r"[/,]", text)})
+    except ValueError:
+        found = []
+    if not found or not all(0 < lr < math.inf for lr in found):
+        raise ConfigError(where, f"learning rates {text!r}", allowed="numbers above 0, such as 1e-3,3e-3,1e-2")
+    return tuple(found)
+
+
+def around(lr: float) -> tuple[float, float, float]:
+    """``lr`` between its neighbours on the ladder 1, 3, 10, 30, ... of learning rates."""
+    return step_from(lr, -1), step_from(lr, 0), step_from(lr, 1)
+
+
+def step_from(lr: float, steps: int) -> float:
+    """The rate ``steps`` rungs from ``lr`` on the ladder ..., 1e-3, 3e-3, 1e-2, ...; 0 is the rung nearest to it."""
+    rung = round(2 * math.log10(lr)) + steps
+    return float(f"{'1' if rung % 2 == 0 else '3'}e{math.floor(rung / 2)}")
+
+
+def choose(plan: Plan, task: str, contender: Contender, score: Callable[[Cell], Score | None]) -> Chosen:
+    """Where one method stands on one task.
+
+    Args:
+        plan: of the comparison.
+        task: one of its tasks.
+        contender: one of its methods.
+        score: of a finished cell; None for one that has not finished.
+    """
+    lrs = list(contender.lrs)
+    for added in range(plan.extensions + 1):
+        scores = {lr: _mean_score(plan, task, contender, lr, score) for lr in lrs}
+        missing = [c for lr in lrs for c in _cells(task, contender, lr, plan.tune_seeds) if score(c) is None]
+        if missing:
+            return Chosen(lr=None, scores=_known(scores), missing=tuple(missing), is_at_edge=False)
+        known = _known(scores)
+        # The lower of two equal rates: it moved the model less for the same score.
+        best = max(sorted(known), key=lambda lr: known[lr])
+        is_at_edge = best in (min(lrs), max(lrs))
+        if not is_at_edge or added == plan.extensions:
+            break
+        lrs.append(step_from(best, 1 if best == max(lrs) and len(lrs) > 1 else -1))
+    reported = [c for c in _cells(task, contender, best, plan.seeds) if score(c) is None]
+    return Chosen(lr=best, scores=known, missing=tuple(reported), is_at_edge=is_at_edge)
+
+
+def next_cells(plan: Plan, score: Callable[[Cell], Score | None]) -> list[Cell]:
+    """Every cell that can run now, in the order in which they should; empty when the comparison is complete."""
+    return [c for task in plan.tasks for who in plan.contenders for c in choose(plan, task, who, score).missing]
+
+
+def make_plan(
+    recipes: Mapping[str, Recipe],
+    methods: str,
+    *,
+    seeds: int,
+    tune_seeds: int,
+    choose_by: ChooseBy = "score",
+    lr_grid: str | None,
+    extensions: int,
+) -> Plan:
+    """The plan that the command line asks for; see ``mirrortune compare --help``.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    head_lr = next(iter(recipes.values())).train.head_lr
+    contenders, errors = [], []
+    for word in methods.split(","):
+        try:
+            contenders.append(parse_contender(word.strip(), head_lr, lr_grid))
+        except ConfigError as error:
+            errors.append(error)
+    labels = [c.label for c in contenders]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        errors.append(ConfigError(_WHERE, f"{', '.join(twice)} named twice", fix="Name each once"))
+    if tune_seeds > seeds:
+        errors.append(ConfigError("--tune-seeds", f"got {tune_seeds}", allowed=f"1 to {seeds}, the number of seeds"))
+    if errors:
+        raise ConfigError.several(errors)
+    return Plan(
+        tasks=tuple(recipes),
+        contenders=tuple(contenders),
+        seeds=tuple(range(seeds)),
+        tune_seeds=tuple(range(tune_seeds)),
+        choose_by=choose_by,
+        extensions=extensions,
+    )
+
+
+def slug(name: str) -> str:
+    """A name as a folder: ``lora:rank=8`` is ``lora-rank-8``."""
+    return re.sub(r"[^A-Za-z0-9.+_]+", "-", name).strip("-")
+
+
+def _cells(task: str, contender: Contender, lr: float, seeds: Sequence[int]) -> list[Cell]:
+    return [Cell(task, contender.label, lr, seed) for seed in seeds]
+
+
+def _mean_score(
+    plan: Plan, task: str, contender: Contender, lr: float, score: Callable[[Cell], Score | None]
+) -> Score | None:
+    found = [score(cell) for cell in _cells(task, contender, lr, plan.tune_seeds)]
+    known = [s for s in found if s is not None]
+    if len(known) < len(found):
+        return None
+    return sum(s[0] for s in known) / len(known), sum(s[1] for s in known) / len(known)
+
+
+def _known(scores: Mapping[float, Score | None]) -> dict[float, Score]:
+    return {lr: value for lr, value in sorted(scores.items()) if value is not None}

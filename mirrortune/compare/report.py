@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison found: ``results.json``, a table in Markdown, and figures; all read from the run directories."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from mirrortune.compare.figures import comparison_drawings
+from mirrortune.compare.plan import Cell, Contender, Plan, Score, choose
+from mirrortune.compare.run import Comparison, comparable, comparison_folder, default_jobs
+from mirrortune.compare.significance import Sample, compare_with_reference
+from mirrortune.config.schema import Recipe
+from mirrortune.errors import counted
+from mirrortune.reports import html
+from mirrortune.reports.drawing import Drawing, svg_for_page, write_figure
+from mirrortune.system.atomic import write_files_atomically
+from mirrortune.system.console import Reporter, kilobytes
+from mirrortune.system.outputs import Input
+from mirrortune.tasks.metrics import METRICS
+
+# Of the first reported run: they are the same for all seeds, or nearly.
+_SIZES = ("trainable_parameters", "head_parameters", "adapter_bytes")
+_COSTS = ("median_step_seconds", "peak_memory_bytes", "train_seconds", "pairing_seconds")
+
+
+def compare(
+    root: Path,
+    plan: Plan,
+    recipes: dict[str, Recipe],
+    reporter: Reporter,
+    *,
+    inputs: Sequence[Input],
+    jobs: int | None,
+    report_only: bool,
+    command: str,
+) -> dict[str, Any]:
+    """Run what is missing of a comparison and report it; returns what ``results.json`` holds.
+
+    Args:
+        root: its folder; finished runs in it are kept.
+        plan: what is compared.
+        recipes: of each task.
+        reporter: is told.
+        inputs: everything that the recipes read.
+        jobs: runs at a time; None for one on each GPU.
+        report_only: train nothing.
+        command: the command line, for the report.
+    """
+    shared = {name: comparable(recipe) for name, recipe in recipes.items()}
+    comparison = Comparison(root=root, plan=plan, recipes=shared, reporter=reporter)
+    with comparison_folder(root, inputs):
+        comparison.prepare()
+        try:
+            if not report_only:
+                comparison.run(jobs or default_jobs())
+        finally:  # an interrupted comparison reports what it has
+            results = write_report(comparison, command)
+    return results
+
+
+def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
+    """Write ``results.json``, ``table.md``, the figures and a page of them; returns the results.
+
+    Methods whose runs are not all there are reported with the seeds they have, and without tests.
+    """
+    tasks = {task: _task(comparison, task) for task in comparison.plan.tasks}
+    results = {
+        "command": command,
+        "environment": _environment(comparison),
+        "seeds": list(comparison.plan.seeds),
+        "tune_seeds": list(comparison.plan.tune_seeds),
+        "choose_by": comparison.plan.choose_by,
+        "tasks": tasks,
+    }
+    root = comparison.root
+    for name, text in (("results.json", json.dumps(results, indent=2) + "\n"), ("table.md", markdown(results))):
+        write_files_atomically(root, {name: text.encode()})
+    histories = {task: {m: _histories(comparison, task, m) for m in found["methods"]} for task, found in tasks.items()}
+    drawings = comparison_drawings(results, histories)
+    for drawing in drawings:
+        write_figure(drawing, root / f"{drawing.name}.png")
+    html.write_page(root / "report.html", html_page(results, drawings))
+    return results
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of every task."""
+    parts = []
+    for task, found in results["tasks"].items():
+        if not found["splits"]:  # nothing has finished
+            continue
+        head, rows = _cells(found)
+        lines = [f"### {task}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows]
+        lines += ["", _caption(results, found), ""]
+        head, rows = _rates(found)
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows]
+        lines += ["", _rates_caption(results, found), ""]
+        parts.append("\n".join(lines))
+    return "\n".join(parts)
+
+
+def html_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
+    """The tables of all tasks and the figures, as one self-contained page."""
+    parts = []
+    for task, found in results["tasks"].items():
+        if found["splits"]:
+            head, rows = _cells(found)
+            caption = _caption(results, found).replace("`", "")
+            parts += [html.heading(task), html.table(head, rows), html.paragraph(caption)]
+            head, rows = _rates(found)
+            parts += [html.table(head, rows), html.paragraph(_rates_caption(results, found))]
+    parts.append(html.heading("Figures"))
+    parts += [html.figure(svg_for_page(d), d.caption, width=d.size[0]) for d in drawings]
+    return html.page("A comparison of methods", results["command"], *parts)
+
+
+def _cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows of a task's table."""
+    splits, reference = found["splits"], found["reference"]
+    head = ["method", "lr", *[f"{found['metric']}, {s}" for s in splits], f"against {reference}, {splits[-1]}",
+            "trained numbers", "adapter", "step", "peak memory"]  # fmt: skip
+    return head, [_row(label, m, found, splits) for label, m in found["methods"].items() if m["seeds"]]
+
+
+def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequence[str]) -> list[str]:
+    spreads = [method["reported"][name] for name in splits]
+    scores = [f"{_score(s['mean'], found)} ± {_score(s['std'], found)}" for s in spreads]
+    test = next((t for t in found["tests"].get(splits[-1], []) if t["label"] == label), None)
+    against = "-"
+    if test is not None:
+        low, high, difference = (
+            "" if test[key] is None else _score(test[key], found, signed=True) for key in ("low", "high", "difference")
+        )
+        against = f"{difference}{f' [{low}, {high}]' if low else ''} {test['verdict']}"
+    return [
+        label,
+        f"{method['lr']:g}{' (edge of the grid)' if method['is_at_edge'] else ''}",
+        *scores,
+        against,
+        f"{method['trainable_parameters']:,}",
+        kilobytes(method["adapter_bytes"]),
+        f"{1000 * method['median_step_seconds']:.0f} ms",
+        f"{method['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    ]
+
+
+def _rates(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heading and the rows of a task's table of learning rates."""
+    methods = {label: m["tuning"] for label, m in found["methods"].items() if m["tuning"]}
+    rates = sorted({rate for tuning in methods.values() for rate in tuning}, key=float)
+    rows = []
+    for label, tuning in methods.items():
+        chosen = found["methods"][label]["lr"]
+        cells = []
+        for rate in rates:
+            if rate not in tuning:
+                cells.append("")
+            elif tuning[rate] is None:
+                cells.append("diverged")
+            else:
+                mark = " *" if chosen is not None and f"{chosen:g}" == rate else ""
+                cells.append(f"{_score(tuning[rate]['score'], found)} ({tuning[rate]['loss']:.3f}){mark}")
+        rows.append([label, *cells])
+    return ["method, by learning rate", *rates], rows
+
+
+def _rates_caption(results: dict[str, Any], found: dict[str, Any]) -> str:
+    count = len(results["tune_seeds"])
+    return (
+        f"What chose the learning rates (* is the chosen one): {found['metric']}, and the loss, on the rows for "
+        f"choosing; mean over {count} seed{'s' * (count != 1)}."
+    )
+
+
+def _score(value: float, found: dict[str, Any], *, signed: bool = False) -> str:
+    """A score as it is shown: shares times 100, others (an error, a perplexity) as they are."""
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f}" if METRICS[found["metric"]].is_share else f"{value:{sign}.4g}"
+
+
+def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
+    env = results["environment"]
+    count = max((len(m["seeds"]) for m in found["methods"].values()), default=0)
+    tuned = len(results["tune_seeds"])
+    by = " by the loss" if results["choose_by"] == "loss" else ""
+    times = ", times 100" if METRICS[found["metric"]].is_share else ""
+    rows = ", ".join(f"{counted(n, 'row')} of {name}" for name, n in found["rows"].items())
+    return (
+        f"Mean and standard deviation over {count} seed{'s' * (count != 1)}{times}; learning rates chosen with "
+        f"{tuned} seed{'s' * (tuned != 1)}{by} on rows that are not reported; "
+        f"scored on {rows}. Difference to `{found['reference']}` with its 95% bootstrap interval over seeds and rows; "
+        f"it counts as better or worse if that interval and a paired t-test over seeds (Holm, p < 0.05) both say so. "
+        f"{env.get('device', '?')}, {env.get('mixed_precision', '?')} mixed precision, torch {env.get('torch', '?')}."
+    )
+
+
+def _task(comparison: Comparison, task: str) -> dict[str, Any]:
+    methods = {who.label: _method(comparison, task, who) for who in comparison.plan.contenders}
+    finished = {label: m for label, m in methods.items() if m["seeds"]}
+    any_result = next((m for m in finished.values()), None)
+    metric = any_result["metric"] if any_result else ""
+    splits = list(any_result["reported"]) if any_result else []
+    reference = comparison.plan.contenders[0].label
+    complete = [label for label, m in finished.items() if m["seeds"] == list(comparison.plan.seeds)]
+    tests: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, int] = {}
+    for split in splits:
+        samples = {label: _sample(comparison, task, label, methods[label], split) for label in complete}
+        rows[split] = _num_rows(samples)
+        if reference in complete:
+            paired = compare_with_reference(
+                samples, reference, METRICS[metric].compute, higher_is_better=METRICS[metric].higher_is_better
+            )
+            tests[split] = [asdict(p) for p in paired]
+    return {
+        "metric": metric,
+        "reference": reference,
+        "splits": splits,
+        "rows": rows,
+        "methods": methods,
+        "tests": tests,
+    }
+
+
+def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]:
+    state = choose(comparison.plan, task, who, comparison.score)
+    found: dict[str, Any] = {
+        "settings": who.settings,
+        "lr_key": who.lr_key,
+        "lr": state.lr,
+        "is_at_edge": state.is_at_edge,
+        "tuning": {f"{lr:g}": _tuned(comparison, task, who.label, lr, score) for lr, score in state.scores.items()},
+        "seeds": [],
+    }
+    if state.lr is None:
+        return found
+    cells = [Cell(task, who.label, state.lr, seed) for seed in comparison.plan.seeds]
+    results = {cell.seed: r for cell in cells if (r := comparison.result(cell)) is not None}
+    if not results:
+        return found
+    first = next(iter(results.values()))
+    metric = first["selection_metric"]
+    # Without rows of their own to report on (protocol dev-best), the selection rows are what there is.
+    per_split = {name: [r["reported"][name][metric] for r in results.values()] for name in first["reported"]}
+    per_split = per_split or {"validation (chosen on it)": [r["metrics"][metric] for r in results.values()]}
+    return {
+        **found,
+        "seeds": sorted(results),
+        "metric": metric,
+        "reported": {name: _spread(values) for name, values in per_split.items()},
+        "selection": _spread([r["metrics"][metric] for r in results.values()]),
+        **{key: first[key] for key in _SIZES},
+        **{key: float(np.median([r[key] for r in results.values()])) for key in _COSTS},
+    }
+
+
+def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Score) -> dict[str, float] | None:
+    """Mean metric and loss of a learning rate's tuning runs; None if one diverged."""
+    found = [comparison.result(Cell(task, label, lr, seed)) for seed in comparison.plan.tune_seeds]
+    results = [r for r in found if r is not None]
+    if not all(map(math.isfinite, score)):
+        return None
+    metrics = [r["metrics"] for r in results]
+    selected = results[0]["selection_metric"]
+    return {
+        "score": float(np.mean([m[selected] for m in metrics])),
+        "loss": float(np.mean([m["loss"] for m in metrics])),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": deviation, "values": values}
+
+
+def _sample(comparison: Comparison, task: str, label: str, method: dict[str, Any], split: str) -> Sample:
+    values = tuple(method["reported"][split]["values"])
+    predictions, references = [], []
+    for seed in method["seeds"]:
+        path = Cell(task, label, method["lr"], seed).folder(comparison.root) / "predictions.safetensors"
+        arrays = load_file(path) if path.is_file() else {}
+        if f"{split}.predictions" not in arrays:
+            return Sample(values=values)
+        predictions.append(arrays[f"{split}.predictions"])
+        references.append(arrays[f"{split}.references"])
+    return Sample(values=values, predictions=tuple(predictions), references=tuple(references))
+
+
+def _num_rows(samples: dict[str, Sample]) -> int:
+    return next((len(s.references[0]) for s in samples.values() if s.references), 0)
+
+
+def _histories(comparison: Comparison, task: str, label: str) -> list[list[dict[str, Any]]]:
+    who = comparison.contender(label)
+    state = choose(comparison.plan, task, who, comparison.score)
+    found = []
+    for seed in comparison.plan.seeds:
+        if state.lr is None:
+            continue
+        path = Cell(task, label, state.lr, seed).folder(comparison.root) / "metrics.jsonl"
+        if path.is_file() and comparison.result(Cell(task, label, state.lr, seed)) is not None:
+            found.append([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return found
+
+
+def _environment(comparison: Comparison) -> dict[str, Any]:
+    for path in sorted(comparison.root.glob("cells/**/environment.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: found.get(key) for key in ("mirrortune", "python", "platform", "device", "mixed_precision")}
+        return {**kept, "torch": found.get("packages", {}).get("torch"), "packages": found.get("packages")}
+    return {}

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a comparison: every cell of the grid is a ``mirrortune train`` of its own, what is finished is kept, and the
+report is rebuilt from what the run directories say.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mirrortune.compare.plan import Cell, Contender, Plan, Score, next_cells, slug
+from mirrortune.config import strict_yaml
+from mirrortune.config.recipe import Layer, read_saved_recipe, resolve, with_absolute_paths
+from mirrortune.config.schema import Recipe
+from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
+from mirrortune.runs.checks import adapter_spec, check_recipe, read_data
+from mirrortune.runs.job import Job, assemble
+from mirrortune.system.claims import claimed
+from mirrortune.system.console import Reporter
+from mirrortune.system.outputs import (
+    COMPARISON,
+    Input,
+    Marker,
+    check_place,
+    holds_nothing,
+    read_marker,
+    settle,
+    write_marker,
+)
+from mirrortune.system.paths import child_environment
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.system.run_status import read_status
+from mirrortune.tasks.metrics import METRICS
+
+# Who prepares a batch changes no result, nor does the permission to run a model's code, which no file records.
+_FREE = ("train.num_workers", "model.trust_remote_code")
+
+
+@dataclass(slots=True)
+class Comparison:
+    """A comparison on disk.
+
+    Args:
+        root: its folder.
+        plan: what is compared.
+        recipes: the recipe of each task.
+        reporter: is told.
+    """
+
+    root: Path
+    plan: Plan
+    recipes: dict[str, Recipe]
+    reporter: Reporter
+    _running: list[subprocess.Popen[str]] = field(default_factory=list)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    def contender(self, label: str) -> Contender:
+        """The method of that label."""
+        return next(c for c in self.plan.contenders if c.label == label)
+
+    def prepare(self) -> None:
+        """Check every method on every task, read the data once, and write the plan; nothing is trained.
+
+        Raises:
+            ConfigError: all problems of all methods at once; or a folder that holds another comparison.
+            DataError, HubError, ResourceError: from the data and the model.
+        """
+        errors = []
+        for task in self.plan.tasks:
+            for who in self.plan.contenders:
+                try:
+                    recipe = self.cell_recipe(Cell(task, who.label, who.lrs[0], 0))
+                    check_recipe(recipe, adapter_spec(recipe))
+                except ConfigError as error:
+                    errors.append(ConfigError(f"{task}, {who.label}", error.describe()))
+        if errors:
+            raise ConfigError.several(errors)
+        for task, recipe in self.recipes.items():
+            self.reporter.note(f"task {task}")
+            self.recipes[task] = with_test_split(assemble(recipe, self.reporter))
+        self._check_folder()
+        if read_marker(self.root) is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_marker(self.root, Marker(COMPARISON.name, frozenset()))
+        for task, recipe in self.recipes.items():
+            path = self.root / "recipes" / f"{slug(task)}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(recipe.to_yaml(), encoding="utf-8")
+
+    def cell_recipe(self, cell: Cell) -> Recipe:
+        """The whole recipe of one cell."""
+        base = Layer(values=strict_yaml.load(self.recipes[cell.task].to_yaml(), cell.task)[0], origin=cell.task)
+        values: dict[str, Any] = {}
+        for key, value in self._settings(cell).items():
+            section, _, name = key.partition(".")
+            inner = values.setdefault(section, {})
+            *parents, last = name.split(".")
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = value
+        return resolve([base, Layer(values=values, origin=f"--methods {cell.label}")]).recipe
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """``results.json`` of a finished cell, or None."""
+        path = cell.folder(self.root) / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def has_diverged(self, cell: Cell) -> bool:
+        """Whether the cell's loss became infinite."""
+        return read_status(RunDirectory(cell.folder(self.root))).get("status") == "diverged"
+
+    def score(self, cell: Cell) -> Score | None:
+        """How good the cell's run is; -inf if it diverged, None if it has not finished."""
+        found = self.result(cell)
+        if found is None:
+            return (-math.inf, -math.inf) if self.has_diverged(cell) else None
+        metric = found["selection_metric"]
+        sign = 1 if METRICS[metric].higher_is_better else -1
+        score, loss = sign * float(found["metrics"][metric]), -float(found["metrics"]["loss"])
+        return (score, loss) if self.plan.choose_by == "score" else (loss, score)
+
+    def run(self, jobs: int) -> None:
+        """Run every cell that is not finished, ``jobs`` at a time.
+
+        Raises:
+            MirrortuneError: what a cell failed with, other than divergence.
+            InterruptedRun: on SIGINT or SIGTERM; cells that were running continue from their checkpoints next time.
+        """
+        waiting: dict[Future[None], Cell] = {}
+        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(jobs) as pool:
+                slots = list(range(jobs))
+                while not self._stopped.is_set():
+                    todo = [c for c in next_cells(self.plan, self.score) if c not in waiting.values()]
+                    if not todo and not waiting:
+                        return
+                    while slots and todo:
+                        cell, slot = todo.pop(0), slots.pop(0)
+                        future = pool.submit(self._run_cell, cell, slot, jobs)
+                        future.add_done_callback(lambda _, slot=slot: slots.append(slot))  # type: ignore[misc]
+                        waiting[future] = cell
+                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        cell = waiting.pop(future)
+                        future.result()
+                        self.reporter.note(self._describe(cell))
+        except BaseException:
+            self._stop(signal.SIGTERM)
+            raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        raise InterruptedRun(
+            str(self.root), "the comparison was interrupted; finished runs are kept", signal_number=signal.SIGINT,
+            fix="Give the same command again to go on",
+        )  # fmt: skip
+
+    def _settings(self, cell: Cell) -> dict[str, Any]:
+        who = self.contender(cell.label)
+        return {**who.settings, who.lr_key: cell.lr, "train.seed": cell.seed}
+
+    def _run_cell(self, cell: Cell, slot: int, jobs: int) -> None:
+        folder = cell.folder(self.root)
+        recipe = self.cell_recipe(cell)
+        file = folder.parent / f"{folder.name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
+        has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
+        words = ["train", str(file), "-o", str(folder), "-q"]
+        if self.recipes[cell.task].model.trust_remote_code:  # said on the command line, as it must be in the run's
+            words.append("--trust-remote-code")
+        words.append("--resume" if has_begun else "--overwrite")
+        code, said = self._command(words, slot, jobs)
+        is_retried = code and has_begun and not self.has_diverged(cell)
+        if is_retried and not self._stopped.is_set():  # an older version's checkpoint, or a damaged one
+            code, said = self._command([*words[:-1], "--overwrite"], slot, jobs)
+        if self._stopped.is_set():
+            return
+        if code and not self.has_diverged(cell):
+            raise _CellError(f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}", said, code)
+        RunDirectory(folder).remove_checkpoints()
+
+    def _command(self, words: Sequence[str], slot: int, jobs: int) -> tuple[int, str]:
+        env = {**os.environ, **child_environment(), **_device(slot, jobs)}
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mirrortune", *words], env=env, text=True, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self._running.append(process)
+        if self._stopped.is_set():  # the signal came between the last look and the start
+            process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+        self._running.remove(process)
+        return process.returncode, said.strip()
+
+    def _stop(self, number: int, frame: object = None) -> None:
+        self._stopped.set()
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+
+    def _describe(self, cell: Cell) -> str:
+        name = f"{cell.task}  {cell.label}  lr {cell.lr:g}  seed {cell.seed}"
+        found = self.result(cell)
+        if found is None:
+            return f"{name}: {'diverged' if self.has_diverged(cell) else 'stopped'}"
+        metric = found["selection_metric"]
+        left = len(next_cells(self.plan, self.score))
+        return (
+            f"{name}: {metric} {found['metrics'][metric]:.4f}  {found['train_seconds']:.0f} s  ({left} or more to go)"
+        )
+
+    def _check_folder(self) -> None:
+        stored = self.root / "recipes"
+        for task in self.plan.tasks:
+            path = stored / f"{slug(task)}.yaml"
+            if not path.is_file():
+                continue
+            before = read_saved_recipe(path)
+            changed = _changed(before.model_dump(), self.recipes[task].model_dump())
+            if changed:
+                raise ConfigError(
+                    str(self.root),
+                    f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
+                    fix="Choose another folder with -o, or use the same settings",
+                )
+
+
+@contextmanager
+def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
+    """Claim the folder of a comparison, new or to be continued, while the block runs.
+
+    Raises:
+        ConfigError: it holds something else, or another process writes there.
+    """
+    check_place(root, inputs)
+    with claimed(root):
+        settle(root)
+        marker = read_marker(root)
+        if not holds_nothing(root, COMPARISON) and (marker is None or marker.kind != COMPARISON.name):
+            problem = "the folder is not empty and holds no comparison"
+            raise ConfigError(str(root), problem, fix=COMPARISON.ways_out)
+        yield
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
+    """Every setting that could change a result and is not as it was: ``train.epochs was 1, is 2``."""
+    found = []
+    for key, value in now.items():
+        name, old = where + key, before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found += _changed(old, value, f"{name}.")
+        elif value != old and name not in _FREE:
+            found.append(f"{name} was {old}, is {value}")
+    return found
+
+
+class _CellError(MirrortuneError):
+    """A cell that failed, with the exit code of its own command."""
+
+    def __init__(self, where: str, problem: str, exit_code: int) -> None:
+        # Libraries may have warned before.
+        super().__init__(where, re.split(r"^error: ", problem, flags=re.MULTILINE)[-1])
+        self.exit_code = exit_code
+
+
+def comparable(recipe: Recipe) -> Recipe:
+    """The recipe of a task as every cell shares it: absolute paths, no output folder, no method's learning rate."""
+    train = recipe.train.model_copy(update={"lr": None})
+    return with_absolute_paths(recipe).model_copy(update={"output_dir": None, "train": train})
+
+
+def with_test_split(job: Job) -> Recipe:
+    """The job's recipe with its test split among the reported ones, if the data has one with labels."""
+    recipe = job.recipe
+    data, name = read_data(recipe), recipe.data.test_split
+    rows = data.find(name)
+    if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):
+        return recipe
+    try:
+        job.task.strata(rows)  # refuses rows without a label
+    except DataError:
+        return recipe
+    update = recipe.eval.model_copy(update={"report_splits": (*recipe.eval.report_splits, name)})
+    return recipe.model_copy(update={"eval": update})
+
+
+def default_jobs() -> int:
+    """One run at a time for each GPU; one without."""
+    import torch  # noqa: PLC0415
+
+    return max(1, torch.cuda.device_count())
+
+
+def _device(slot: int, jobs: int) -> dict[str, str]:
+    """The environment of a cell: its GPU, or its share of the cores."""
+    import torch  # noqa: PLC0415
+
+    if torch.cuda.device_count() > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}

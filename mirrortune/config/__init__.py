@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of a run: its schema, the layers it is merged from, and where each value came from."""

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a run from its layers, and where each value came from.
+
+Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's
+shipped recipe over the defaults), checked once, and all errors are reported together, each with its file and line or
+its flag. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mirrortune.config import strict_yaml
+from mirrortune.config.schema import Recipe
+from mirrortune.errors import PREFERENCES, ConfigError, did_you_mean, no_preferences, unknown_name
+from mirrortune.system.paths import HUB_SCHEME, is_pattern, local_path, shipped_folder, split_sample, table_suffix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """Settings from one place.
+
+    Attributes:
+        values: nested like a recipe; only the keys that were given.
+        origin: the place: a file, ``key=value`` or a flag.
+        lines: line of each key, for files.
+        flags: flag of each key, for the command line.
+        file: the file that was read, for a recipe.
+    """
+
+    values: dict[str, Any]
+    origin: str
+    lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+    flags: dict[tuple[str, ...], str] = field(default_factory=dict)
+    file: Path | None = None
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether the settings stand on this command line, and not in a file."""
+        return bool(self.flags)
+
+    def place(self, path: tuple[str, ...]) -> str:
+        """Where ``path`` was set, for messages: ``recipe.yaml:4: train.lr`` or ``--lr``."""
+        key = ".".join(path)
+        for known, flag in self.flags.items():
+            if known[: len(path)] == path:
+                return flag
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.lines:
+                return f"{self.origin}:{self.lines[path[:end]]}: {key}"
+        return f"{self.origin}: {key}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """A recipe and, for every key that is not a default, where its value came from.
+
+    Attributes:
+        recipe: checked.
+        origins: by dotted key.
+        files: recipes that were read.
+        pairs: the file of pairs that was read, or None.
+    """
+
+    recipe: Recipe
+    origins: dict[str, str]
+    files: tuple[Path, ...] = ()
+    pairs: Path | None = None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package: their paths without the ending."""
+    root = shipped_folder()
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+
+
+def task_kinds() -> list[str]:
+    """Names of the kinds of task: the files of the tasks folder, none of them imported."""
+    folder = Path(__file__).parents[1] / "tasks" / "kinds"
+    return sorted(p.stem.replace("_", "-") for p in folder.glob("[!_]*.py"))
+
+
+def read_recipe(name: str, where: str = "RECIPE") -> Layer:
+    """The layer of a shipped recipe (``glue/sst2``) or a YAML file.
+
+    Raises:
+        ConfigError: no such recipe or file (with the nearest name), or not YAML.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if name not in shipped_recipes():
+            raise unknown_name(where, "recipe", name, shipped_recipes())
+        path = shipped_folder() / f"{name}.yaml"
+    try:
+        if (size := path.stat().st_size) > _LARGEST_FILE:
+            raise ConfigError(str(path), f"a recipe of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(where, f"cannot read {path} ({error})", fix="Check the path") from error
+    data, lines = strict_yaml.load(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), f"a recipe is a mapping of sections, got {type(data).__name__}")
+    _anchor_paths(data, path.parent)
+    return Layer(values=data, origin=str(path), lines=lines, file=path)
+
+
+_LARGEST_FILE = 16 * 2**20  # bytes; the pairs of every layer of a large model are half of that
+_MOST_PROBLEMS = 100  # of a recipe; a file of others may have a million
+_SHOWN = 200  # characters of a value that is wrong
+# What a recipe that lies in a target may set: which rows are scored, and how. Never the model, its code, a place to
+# write, or anything else that could reach beyond the score.
+_OF_TARGET = (
+    "data", "task", "train.seed", "train.precision", "eval.batch_size", "eval.prediction_labels",
+    "eval.prediction_bounds", "eval.prediction_files",
+)  # fmt: skip
+_TRUST = ("model", "trust_remote_code")
+
+
+def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
+    """The recipe that lies in a run, an adapter or a merged folder, as far as a file of unknown origin is followed.
+
+    Returns:
+        The layer of what is followed, and the dotted keys of what is not.
+    """
+    whole = read_recipe(str(path))
+    kept: dict[str, Any] = {}
+    ignored = []
+    for name, section in whole.values.items():
+        settings = {f"{name}.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+        if name in _OF_TARGET:
+            kept[name] = section
+            continue
+        own = {key.partition(".")[2]: value for key, value in settings.items() if key in _OF_TARGET}
+        if own:
+            kept[name] = own
+        ignored += [key for key in settings or [name] if key not in _OF_TARGET]
+    if _walks_far(_setting(kept, "data", "path")):
+        kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
+        ignored.append("data.path")
+    return Layer(values=kept, origin=whole.origin, lines=whole.lines), ignored
+
+
+def _walks_far(path: Any) -> bool:
+    """Whether looking for the files that ``path`` means leads through more than the folders of one: a stranger's
+    ``/**/*.csv`` is every disk.
+    """
+    if not isinstance(path, str) or not is_pattern(path):
+        return False
+    return sum(any(sign in part for sign in "*?[") for part in Path(path).parts) > 2 or "**" in path
+
+
+def read_saved_recipe(path: Path) -> Recipe:
+    """The recipe of an earlier run, to be shown or compared with another one: it permits nothing and reads no files.
+
+    Raises:
+        ConfigError: see :func:`resolve`; also for a name where a run has written pairs.
+    """
+    layer = read_recipe(str(path))
+    section, key = _TRUST
+    if isinstance(layer.values.get(section), dict):
+        layer.values[section].pop(key, None)
+    if str(_setting(layer.values, "adapter", "pairing")).endswith(".json"):
+        where = layer.place(("adapter", "pairing"))
+        raise ConfigError(where, "a run's recipe holds pairs themselves, and no name of a file", fix="Restore the file")
+    return resolve([layer]).recipe
+
+
+def override_layer(assignments: list[str], errors: list[ConfigError] | None = None) -> Layer:
+    """The layer of ``key.sub=value`` words from the command line, values read by YAML's rules.
+
+    Args:
+        assignments: the words.
+        errors: what cannot be used goes here; None to raise it.
+
+    Raises:
+        ConfigError: no YAML, a key that is set twice, or one that is both a value and a section; all at once.
+    """
+    values: dict[str, Any] = {}
+    flags: dict[tuple[str, ...], str] = {}
+    found = [] if errors is None else errors
+    for word in assignments:
+        key, _, text = word.partition("=")
+        path = tuple(key.replace("-", "_").split("."))
+        try:
+            if path in flags:
+                raise ConfigError(f"'{word}'", f"{flags[path]} sets the same", fix="Keep one of them")
+            _set(values, path, strict_yaml.parse_scalar(text, f"'{word}'"), f"'{word}'")
+        except ConfigError as error:
+            found.append(error)
+        flags[path] = f"'{word}'"
+    if found and errors is None:
+        raise ConfigError.several(found)
+    return Layer(values=values, origin="command line", flags=flags)
+
+
+def flag_layer(given: dict[str, tuple[str, Any]]) -> Layer:
+    """The layer of the flags that were given: dotted key -> (flag, value)."""
+    values: dict[str, Any] = {}
+    for key, (flag, value) in given.items():
+        _set(values, tuple(key.split(".")), value, flag)
+    return Layer(values=values, origin="flags", flags={tuple(k.split(".")): f for k, (f, _) in given.items()})
+
+
+def task_layer(name: str, kinds: list[str]) -> Layer:
+    """What ``--task NAME`` stands for: a shipped recipe without its model, or a kind of task."""
+    if name in kinds:
+        return Layer(values={"task": {"kind": name}}, origin="--task", flags={("task", "kind"): "--task"})
+    if name.lower() in PREFERENCES:
+        raise no_preferences("--task", name, allowed=", ".join(kinds))
+    if name not in shipped_recipes():
+        raise unknown_name("--task", "task", name, [*kinds, *shipped_recipes()])
+    return read_recipe(name, "--task")
+
+
+def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | None = None) -> Resolved:
+    """Merge layers, the later over the earlier, and check the result.
+
+    Args:
+        layers: from the lowest to the highest.
+        more: finds further problems of a recipe; asked only where there are some already, for those of the rest.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    merged: dict[str, Any] = {}
+    owners: dict[tuple[str, ...], Layer] = {}
+    for layer in layers:
+        _leave_data(merged, owners, layer)
+        # A section whose settings are all commented out is None.
+        _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
+    found, pairs = _unpermitted_code(merged, owners), None
+    try:
+        pairs = _read_pairs(merged, owners)
+    except ConfigError as error:
+        found.append(error)
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(merged))
+    except ValidationError as error:
+        problems = error.errors()
+        found += _one_each([_explain(problem, owners, merged) for problem in problems[:_MOST_PROBLEMS]])
+        if (more_of_them := len(problems) - _MOST_PROBLEMS) > 0:
+            found.append(ConfigError("recipe", f"{more_of_them:,} more problems", fix="Correct these first"))
+    if found:
+        raise ConfigError.several(found + (more(_valid_part(merged)) if more else []))
+    origins = {".".join(path): layer.place(path) for path, layer in owners.items()}
+    files = tuple(layer.file for layer in layers if layer.file is not None)
+    return Resolved(recipe=recipe, origins=origins, files=files, pairs=pairs)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    sections = recipe.model_dump(mode="json")
+    flat = {
+        f"{name}.{key}": v
+        for name, section in sections.items()
+        if isinstance(section, dict)
+        for key, v in section.items()
+    }
+    return flat | {name: value for name, value in sections.items() if not isinstance(value, dict)}
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that it means the same from any folder."""
+    update: dict[str, Any] = {}
+    for section, key in (("model", "name"), ("data", "path")):
+        given, number = split_sample(getattr(getattr(recipe, section), key) or "")
+        if given and local_path(given).exists():
+            absolute = str(local_path(given).resolve()) + (f"#{number}" if number is not None else "")
+            update[section] = getattr(recipe, section).model_copy(update={key: absolute})
+    return recipe.model_copy(update=update)
+
+
+def _unpermitted_code(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> list[ConfigError]:
+    """The error for a file that asks for the right to run code, which only the command line gives."""
+    owner, (section, key) = owners.get(_TRUST), _TRUST
+    if owner is None or owner.is_typed or merged[section][key] is not True:
+        return []
+    problem = f"the recipe asks to run Python code from the repository of {merged[section].get('name') or 'the model'}"
+    return [
+        ConfigError(
+            owner.place(_TRUST), problem, allowed="this permission on the command line only",
+            fix="Read that code; then pass --trust-remote-code (it runs with your rights), or remove the line",
+        )
+    ]  # fmt: skip
+
+
+def _merge(
+    target: dict[str, Any], values: dict[str, Any], path: tuple[str, ...], layer: Layer,
+    owners: dict[tuple[str, ...], Layer],
+) -> None:  # fmt: skip
+    for key, value in values.items():
+        here = (*path, key)
+        if not path and here in owners and isinstance(value, dict) and not isinstance(target[key], dict):
+            raise ConfigError(
+                owners[here].place(here),
+                f"got {target[key]!r}",
+                allowed=f"a section, such as {key}: {{{next(iter(value))}: ...}}",
+            )
+        if isinstance(value, dict) and isinstance(target.get(key, {}), dict):
+            if not value:
+                owners[here] = layer
+            _merge(target.setdefault(key, {}), value, here, layer, owners)
+        else:
+            target[key] = value
+            owners[here] = layer
+
+
+def _leave_data(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer], layer: Layer) -> None:
+    """Take out what files say of a data set on the Hub, if ``layer`` names another one: it is of no other."""
+    before, now = (_setting(values, "data", "path") for values in (merged, layer.values))
+    if not isinstance(before, str) or not isinstance(now, str):
+        return
+    names = [split_sample(path)[0].removeprefix(HUB_SCHEME).removeprefix("datasets/") for path in (before, now)]
+    is_same = names[0].split(":")[0] == names[1].split(":")[0]  # perhaps with another configuration behind it
+    for key, is_kept in (("config", names[0] == names[1]), ("revision", is_same)):
+        owner = owners.get(("data", key))
+        if owner is not None and not owner.flags and not is_kept:
+            del merged["data"][key], owners["data", key]
+
+
+def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, where: str) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(where, f"'{key}' is set both as a value and as a section")
+    if isinstance(values.get(path[-1]), dict) and not isinstance(value, dict):
+        raise ConfigError(where, f"'{path[-1]}' is set both as a value and as a section")
+    values[path[-1]] = value
+
+
+def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[str, Any]) -> ConfigError:
+    path = _known_path(tuple(str(part) for part in problem["loc"]), merged)
+    layer = owners.get(path) or next((o for p, o in owners.items() if p[: len(path)] == path), None)
+    where = layer.place(path) if layer else ".".join(path)
+    got = repr(problem.get("input"))
+    got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
+    if problem["type"] == "extra_forbidden":
+        names = list(_section_fields(path[:-1]))
+        return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ").removeprefix("Value error, ")
+    message = {"array": "a list, such as [a, b]", "an object": "a section of settings"}.get(message, message)
+    near = ""
+    if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
+        choices = [c.strip("' ") for c in message.replace(" or ", ", ").split(",")]
+        near = did_you_mean(problem["input"], choices)
+    return ConfigError(where, f"got {got}.{near}" if near else f"got {got}", allowed=message)
+
+
+def _valid_part(merged: dict[str, Any]) -> Recipe:
+    """The recipe without the values that are not valid, for which the defaults stand."""
+    rest = copy.deepcopy(merged)
+    while True:
+        try:
+            return Recipe.model_validate_json(json.dumps(rest))
+        except ValidationError as error:
+            paths = {_known_path(tuple(str(part) for part in problem["loc"]), rest) for problem in error.errors()}
+        for path in paths:
+            section: Any = rest
+            for key in path[:-1]:
+                section = section.get(key, {})
+            section.pop(path[-1], None) if path else rest.clear()
+
+
+def _one_each(errors: list[ConfigError]) -> list[ConfigError]:
+    # pydantic reports a value once for every type that it could have had.
+    allowed: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        allowed.setdefault((error.where, error.problem), []).append(error.allowed or "")
+    return [ConfigError(*key, allowed=" or ".join(dict.fromkeys(choices))) for key, choices in allowed.items()]
+
+
+def _known_path(loc: tuple[str, ...], merged: dict[str, Any]) -> tuple[str, ...]:
+    # pydantic appends the member of a union or a constraint's name to the location; keep what is really in the recipe.
+    path: list[str] = []
+    current: Any = merged
+    for part in loc:
+        if isinstance(current, dict) and part in current:
+            path.append(part)
+            current = current[part]
+        else:
+            break
+    return tuple(path)
+
+
+def _section_fields(path: tuple[str, ...]) -> dict[str, Any]:
+    model: Any = Recipe
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, types.UnionType) or not hasattr(annotation, "model_fields"):
+            return {}
+        model = annotation
+    return dict(model.model_fields)
+
+
+def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
+    """Paths of data and pairs in a recipe may be relative to the recipe's folder; make them work from anywhere."""
+    given = _setting(data, "data", "path")
+    if isinstance(given, str) and not given.startswith("shipped:"):
+        given, number = split_sample(given)
+        beside = folder / given
+        is_file = table_suffix(Path(given)) is not None or given.startswith(".")
+        if beside.exists() and (is_file or beside.is_dir()) and not Path(given).is_absolute():
+            data["data"]["path"] = str(beside.resolve()) + (f"#{number}" if number is not None else "")
+    pairs = _setting(data, "adapter", "pairing")
+    if isinstance(pairs, str) and pairs.endswith(".json") and (folder / pairs).is_file():
+        data["adapter"]["pairing"] = str((folder / pairs).resolve())
+
+
+def _setting(data: dict[str, Any], section: str, key: str) -> Any:
+    found = data.get(section)
+    return found.get(key) if isinstance(found, dict) else None
+
+
+def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> Path | None:
+    """Put what a .json file of pairs holds in the place of its name, so that the recipe repeats the run without it;
+    returns the file.
+    """
+    given = _setting(merged, "adapter", "pairing")
+    if not isinstance(given, str) or not given.endswith(".json"):
+        return None
+    path = ("adapter", "pairing")
+    where = owners[path].place(path)
+
+    def once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"key '{twice}' stands twice")
+        return dict(items)
+
+    try:
+        found = json.loads(local_path(given).read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(where, f"cannot read {given} ({error})", fix="Check the path and the file") from error
+    if not isinstance(found, list | dict):
+        allowed = "a list of pairs, or an object of such lists by layer name"
+        raise ConfigError(where, f"{given} holds {type(found).__name__}", allowed=allowed)
+    merged["adapter"]["pairing"] = found
+    return local_path(given)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What files hold: tables, images, recordings, folders of classes."""

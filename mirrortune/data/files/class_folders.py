@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of images or recordings, one for each class, as tables of paths and labels."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+
+from mirrortune.data.files.arrow_arrays import text_array
+from mirrortune.errors import DataError, counted
+from mirrortune.system.paths import is_system, shown_path, table_suffix
+
+IMAGE_FORMATS = {
+    ".apng": "PNG", ".avif": "AVIF", ".bmp": "BMP", ".bw": "SGI", ".dds": "DDS", ".dib": "DIB", ".gif": "GIF",
+    ".icns": "ICNS", ".ico": "ICO", ".j2c": "JPEG2000", ".j2k": "JPEG2000", ".jfif": "JPEG", ".jp2": "JPEG2000",
+    ".jpc": "JPEG2000", ".jpe": "JPEG", ".jpeg": "JPEG", ".jpf": "JPEG2000", ".jpg": "JPEG", ".jpx": "JPEG2000",
+    ".mpo": "JPEG", ".pbm": "PPM", ".pcx": "PCX", ".pfm": "PPM", ".pgm": "PPM", ".png": "PNG", ".pnm": "PPM",
+    ".ppm": "PPM", ".psd": "PSD", ".qoi": "QOI", ".ras": "SUN", ".rgb": "SGI", ".rgba": "SGI", ".sgi": "SGI",
+    ".tga": "TGA", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
+}  # fmt: skip
+"""Suffixes of images, and Pillow's name of the format behind each. Every one is a raster format that Pillow decodes by
+itself: formats that start a program (PostScript), and those of which Pillow reads the header only, are not here.
+"""
+AUDIO_SUFFIXES = (
+    ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".sph", ".voc",
+    ".w64", ".wav", ".wave",
+)  # fmt: skip
+"""Suffixes of recordings that libsndfile opens and whose headers say how they are to be read."""
+_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassFolder:
+    """What a folder of class folders holds.
+
+    Attributes:
+        table: paths below the folder (column ``image`` or ``audio``) and class names (``label``), in order; None if no
+            sub-folder holds an image or a recording.
+        remarks: a line for each kind of file or folder that was left out.
+    """
+
+    table: pa.Table | None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Class:
+    """The files of one class: paths below the data set's folder by kind, and how many others by suffix."""
+
+    images: list[str] = field(default_factory=list)
+    audio: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+
+def class_folder(folder: Path) -> ClassFolder:
+    """List the images or recordings in the sub-folders of ``folder``: whichever are more, of every known suffix.
+
+    Files and folders that operating systems and notebooks leave (``locations.is_system``) are skipped at every depth;
+    other files that are not listed are counted in the remarks.
+
+    Raises:
+        DataError: a class of whose files none can be listed, or a name that is not UTF-8.
+    """
+    classes = {sub.name: _read_class(folder, sub) for sub in _visible(folder) if sub.is_dir()}
+    is_audio = sum(len(c.audio) for c in classes.values()) > sum(len(c.images) for c in classes.values())
+    chosen = {name: found.audio if is_audio else found.images for name, found in classes.items()}
+    for found in classes.values():
+        found.others.update(Path(path).suffix.lower() for path in (found.images if is_audio else found.audio))
+    what = "recordings" if is_audio else "images"
+    rows = [(path, name) for name, paths in chosen.items() for path in paths]
+    left = {name: found.others for name, found in classes.items() if found.others}
+    if not rows:
+        return ClassFolder(table=None, remarks=_left_out(left, what))
+    _check_names(folder, [path for path, _ in rows])
+    emptied = [name for name in left if not chosen[name]]
+    if emptied:
+        raise DataError(
+            str(folder),
+            f"no file of {_listed(f'class {name!r} ({_counted(left[name])})' for name in emptied)} can be read",
+            allowed=f"{what} that end in {', '.join(AUDIO_SUFFIXES if is_audio else IMAGE_FORMATS)}",
+            fix="Convert the files, or move the folder away",
+        )
+    empty = [name for name, paths in chosen.items() if not paths]
+    beside = [p.name for p in _visible(folder) if p.is_file() and (_kind(p) or table_suffix(p))]
+    remarks = [*_left_out(left, what)]
+    remarks += [f"folders without a file: {_listed(empty)}"] if empty else []
+    remarks += [f"left out, beside the class folders: {_listed(beside)}"] if beside else []
+    paths, labels = zip(*rows, strict=True)
+    table = pa.table({"audio" if is_audio else "image": text_array(paths), "label": text_array(labels)})
+    return ClassFolder(table=table, remarks=tuple(remarks))
+
+
+def _read_class(folder: Path, sub: Path) -> _Class:
+    found = _Class()
+    for place, folders, files in os.walk(sub):
+        links = [name for name in folders if not is_system(name) and Path(place, name).is_symlink()]
+        found.others["links to folders"] += len(links)
+        folders[:] = sorted(name for name in folders if not is_system(name))
+        for name in files:
+            path = Path(place, name)
+            if is_system(name) or not path.is_file():
+                continue
+            kind = _kind(path)
+            if kind is None:
+                found.others[path.suffix.lower() or "files without suffix"] += 1
+            else:
+                (found.audio if kind == "audio" else found.images).append(str(path.relative_to(folder)))
+    found.others += Counter()  # drops zeros
+    found.images.sort(key=_parts)
+    found.audio.sort(key=_parts)
+    return found
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return Path(path).parts
+
+
+def _kind(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    return "image" if suffix in IMAGE_FORMATS else "audio" if suffix in AUDIO_SUFFIXES else None
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return (p for p in sorted(folder.iterdir()) if not is_system(p.name))
+
+
+def _check_names(folder: Path, paths: Iterable[str]) -> None:
+    odd = [path for path in paths if shown_path(path) != path]
+    if odd:
+        raise DataError(
+            str(folder),
+            f"not UTF-8 in {counted(len(odd), 'file name')}: {_listed(map(shown_path, odd))}",
+            fix="Rename them",
+        )
+
+
+def _left_out(left: Mapping[str, Counter[str]], what: str) -> tuple[str, ...]:
+    if not left:
+        return ()
+    total = sum(left.values(), Counter[str]())
+    places = _listed(f"{name} ({_counted(found)})" if len(left) > 1 else name for name, found in left.items())
+    return (f"left out, as they are not {what} of a known suffix: {_counted(total)} in {places}",)
+
+
+def _counted(found: Counter[str]) -> str:
+    return _listed(f"{count:,} {suffix}" for suffix, count in found.most_common())
+
+
+def _listed(names: Iterable[str]) -> str:
+    known = list(names)
+    return ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")

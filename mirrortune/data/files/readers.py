@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads one tabular file (csv, tsv, json, jsonl, parquet, arrow, txt; compressed by gzip or not) into an Arrow table,
+with the line of whatever is wrong with it.
+
+csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the
+cell, and guess types (a column of dates, of "1", of "NA") that a text column must not have. Files are read part by
+part.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mirrortune.data.files.arrow_arrays import holds_objects, json_array, text_array
+from mirrortune.data.files.column_problems import problem_field
+from mirrortune.data.files.json_rows import JSONArrayError, array_elements
+from mirrortune.data.files.row_places import FileRows, IntArray
+from mirrortune.data.files.tables import join_parts, on_disk
+from mirrortune.data.files.text_files import blocks_of, first_line, is_packed, lines_of, open_bytes, unpacking
+from mirrortune.errors import DataError
+from mirrortune.system.disk_space import leave_room
+from mirrortune.system.paths import TABLE_SUFFIXES, cache_folder, is_system, table_suffix
+
+# Cells of the csv module are limited to 128 KiB by default; documents are longer.
+_CELL_LIMIT = 1 << 28
+# What is read at a time: rows, and characters.
+_PART_ROWS, _PART_SIZE = 65_536, 1 << 24
+_SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line of some exports of Excel
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+_Part = tuple[pa.Table, IntArray | None]
+"""Some rows, and the line of each, shape (N,), where a file has lines."""
+_UNPACKED = 1 << 24  # bytes
+
+
+def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
+    """The rows of one file, without their places; see :func:`read_rows`."""
+    return read_rows(path, encoding)[0]
+
+
+def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
+    """The rows of one file, and the lines in which they stand.
+
+    Args:
+        path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row each line) file, or one of them with .gz.
+        encoding: of the text formats; a byte order mark is dropped.
+
+    Returns:
+        A table; all cells of csv and tsv are strings, empty cells are null. A column that cannot be read, such as one
+        of mixed types, is marked as :mod:`mirrortune.data.files.column_problems` says.
+
+    Raises:
+        DataError: if the file is missing, empty, undecodable, truncated or malformed; with its line where there is one.
+    """
+    if not path.is_file():
+        siblings = (
+            sorted(p.name for p in path.parent.glob("*") if not is_system(p.name)) if path.parent.is_dir() else []
+        )
+        raise DataError(
+            str(path),
+            "no such file",
+            allowed=f"files beside it: {', '.join(siblings[:12])}" if siblings else None,
+            fix="Check the path given to --data",
+        )
+    reader = READERS.get(table_suffix(path) or "")
+    if reader is None:
+        raise DataError(str(path), f"unknown file type '{path.suffix}'", allowed=", ".join(READERS))
+    if path.stat().st_size == 0:
+        raise DataError(str(path), "the file is empty", fix="Give it a header and rows")
+    lines: list[IntArray | None] = []
+
+    def parts() -> Iterator[pa.Table]:
+        for part, begins in reader(path, encoding):
+            lines.append(begins)
+            yield part
+
+    table = join_parts(parts(), source=str(path))
+    if table.num_rows == 0:
+        raise DataError(str(path), "the file has no rows", fix="Give it at least one row below the header")
+    known = [part for part in lines if part is not None]
+    return table, FileRows(name=str(path), count=table.num_rows, lines=np.concatenate(known) if known else None)
+
+
+def _read_parquet(path: Path, encoding: str) -> Iterator[_Part]:
+    try:
+        with pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
+            schema, facts = file.schema_arrow, file.metadata
+            yield schema.empty_table(), None
+            size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
+            rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # of images, a few
+            for batch in file.iter_batches(batch_size=rows):
+                yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata), None
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
+        raise DataError(
+            str(path), f"not a whole parquet file ({first_line(error)})", fix="Copy or download it again"
+        ) from error
+
+
+def _read_arrow(path: Path, encoding: str) -> Iterator[_Part]:
+    try:
+        data = _mapped(path)
+        opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
+        found = opened.read_all()
+        yield found.select(found.column_names), None
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
+        raise DataError(
+            str(path), f"not a whole arrow file ({first_line(error)})", fix="Copy or download it again"
+        ) from error
+
+
+def _read_text(path: Path, encoding: str) -> Iterator[_Part]:
+    lines = ((number, line.removesuffix("\n")) for number, line in enumerate(lines_of(path, encoding, "\n"), start=1))
+    for part in _parts(((number, line), len(line)) for number, line in lines if line.strip()):
+        yield pa.table({"text": text_array([line for _, line in part])}), _numbers(part)
+
+
+def _read_delimited(path: Path, encoding: str) -> Iterator[_Part]:
+    lines = lines_of(path, encoding, "")
+    delimiter, begin = _delimiter(path, lines)
+    rows = _parse_rows(path, itertools.chain(begin, lines), delimiter)
+    try:
+        _, header = next(row for row in rows if row[1] and not _SEPARATOR.fullmatch(delimiter.join(row[1])))
+    except StopIteration:
+        raise DataError(str(path), "the file has no header line") from None
+    names, width = _column_names(header), len(header)
+    fields = {n: _repeated(f"{path}:1", n) for n in names if names.count(n) > 1}
+    unnamed = {place for place, name in enumerate(header) if not name.strip()}
+    for part in _parts(_whole_rows(path, rows, width)):
+        columns = list(zip(*(cells for _, cells in part), strict=True)) if part else [()] * width
+        arrays, schema = {}, []
+        for place, name in enumerate(names):
+            if (place in unnamed and not any(columns[place])) or name in arrays:
+                continue  # Excel writes empty columns; of a name that stands twice no column is read
+            is_broken = name in fields
+            arrays[name] = pa.nulls(len(part)) if is_broken else text_array([c or None for c in columns[place]])
+            schema.append(fields[name] if is_broken else pa.field(name, arrays[name].type))
+        yield pa.table(list(arrays.values()), schema=pa.schema(schema)), _numbers(part)
+
+
+def _column_names(header: list[str]) -> list[str]:
+    """The names of a header line; a column without one is called by its place, as ``column 3``."""
+    return [name.strip() or f"column {place}" for place, name in enumerate(header, start=1)]
+
+
+def _repeated(where: str, name: str) -> pa.Field:
+    return problem_field(name, where, f"column name {name!r} stands twice in the header", "Rename one")
+
+
+def _whole_rows(
+    path: Path, rows: Iterable[tuple[int, list[str]]], width: int
+) -> Iterator[tuple[tuple[int, list[str]], int]]:
+    """Rows of ``width`` cells with their sizes. Blank rows at the end, and empty cells behind the last column, which
+    spreadsheets write, are left out.
+    """
+    blank: list[tuple[tuple[int, list[str]], int]] = []
+    for line, cells in rows:
+        if not cells:  # a blank line
+            continue
+        if len(cells) > width and not any(cells[width:]):
+            cells = cells[:width]  # noqa: PLW2901
+        if len(cells) != width:
+            raise DataError(
+                f"{path}:{line}",
+                f"{len(cells)} cell{'s' * (len(cells) != 1)} in a row of a table with {width} columns",
+                fix="Quote cells that contain the delimiter, or correct the row",
+            )
+        row = (line, cells), sum(map(len, cells))
+        if width > 1 and not any(cells):
+            blank.append(row)
+            continue
+        yield from blank
+        blank = []
+        yield row
+
+
+def _numbers(part: list[tuple[int, Any]]) -> IntArray:
+    """The line of each row of a part, shape (N,)."""
+    return np.fromiter((line for line, _ in part), dtype=np.int64, count=len(part))
+
+
+def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
+    """Rows, which come with their sizes, in parts of a size that memory can hold; the first one may be empty."""
+    part: list[Any] = []
+    size, is_first = 0, True
+    for row, more in rows:
+        part.append(row)
+        size += more
+        if size >= _PART_SIZE or len(part) >= _PART_ROWS:
+            yield part
+            part, size, is_first = [], 0, False
+    if part or is_first:
+        yield part
+
+
+def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
+    """The delimiter of a table, and the lines that were read to find it: the header, and what stands before it, blank
+    lines and Excel's ``sep=;``.
+    """
+    begin: list[str] = []
+    named = None
+    for line in lines:
+        begin.append(line)
+        found = _SEPARATOR.fullmatch(line.rstrip("\r\n"))
+        if line.strip() and found is None:
+            break
+        named = found or named
+    if named is not None or table_suffix(path) == ".tsv" or not begin:
+        return named[1] if named else "\t", begin
+
+    # Semicolons and tabs are common in files called .csv; a delimiter within quotation marks divides nothing.
+    def count(sign: str) -> int:
+        try:
+            return len(next(csv.reader(begin[-1:], delimiter=sign), []))
+        except csv.Error:  # a cell longer than the module takes: there is no such sign in a long line
+            return 0
+
+    return max(",;\t|", key=count), begin
+
+
+def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str, int]:
+    """Column names and delimiter of a csv or tsv file, and how many lines stand before its header; only its first lines
+    are read. DataError if there is none.
+    """
+    delimiter, begin = _delimiter(path, lines_of(path, encoding, "\n"))
+    if not begin or not begin[-1].strip():
+        raise DataError(str(path), "the file has no header line")
+    return next(csv.reader([begin[-1].rstrip("\n")], delimiter=delimiter)), delimiter, len(begin) - 1
+
+
+def _parse_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(_CELL_LIMIT)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        start = reader.line_num + 1  # where a quote that is never closed was opened
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{start}",
+                f"malformed row ({error})",
+                fix='Close the quote, or double quotes in cells ("")',
+            ) from error
+        yield start, cells
+
+
+def _read_json(path: Path, encoding: str) -> Iterator[_Part]:
+    start = next((text for block in blocks_of(path, encoding) if (text := block.lstrip())), "")
+    if not start.startswith("["):
+        yield from _read_json_lines(path, encoding)
+        return
+    try:
+        elements = enumerate(array_elements(blocks_of(path, encoding)), start=1)
+        for part in _parts(((number, row), size) for number, (row, size) in elements):
+            yield _from_objects(path, part, " row "), None
+    except JSONArrayError as error:
+        raise DataError(f"{path}:{error.line}", f"not valid JSON ({error})", fix="Correct the line") from error
+
+
+def _read_json_lines(path: Path, encoding: str) -> Iterator[_Part]:
+    for part in _parts(_json_rows(path, encoding)):
+        yield _from_objects(path, part, ":"), _numbers(part)
+
+
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
+    for number, line in enumerate(lines_of(path, encoding, "\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield (number, json.loads(line)), len(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or first_line(error)
+            raise DataError(
+                f"{path}:{number}",
+                f"not valid JSON ({reason})",
+                allowed="one JSON object a line"
+                + (", or an array of objects" if table_suffix(path) == ".json" else ""),
+            ) from error
+
+
+def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Table:
+    """A table of numbered JSON objects; ``sign`` stands between the file and a number in messages."""
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}{sign}{number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
+            )
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    arrays, fields = [], []
+    for name in names:
+        values = [row.get(name) for _, row in rows]
+        try:
+            array = _column(values)
+            field = pa.field(name, array.type)
+        except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            problem, place = _why_unreadable(values, error)
+            array = pa.nulls(len(rows))
+            where = f"{path}{sign}{rows[place][0]}"
+            field = problem_field(name, where, f"column '{name}' {problem}", "Give every row the same type")
+        arrays.append(array)
+        fields.append(field)
+    return pa.table(arrays, schema=pa.schema(fields))
+
+
+def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
+    """What is wrong with the cells of a column that ``error`` refused, and the place of the first such cell."""
+    if isinstance(error, UnicodeEncodeError):
+        place = next(i for i, v in enumerate(values) if isinstance(v, str) and not v.isascii() and _is_torn(v))
+        return f"holds half a character ({first_line(error)})", place
+    kinds = [_KINDS.get(type(value)) for value in values]
+    known = [kind for kind in kinds if kind is not None]
+    other = next((i for i, kind in enumerate(kinds) if kind not in (None, known[0])), None)
+    if other is not None:
+        return f"mixes types ({kinds[other]} here, {known[0]} in rows before)", other
+    numbers = [i for i, value in enumerate(values) if isinstance(value, int) and not -(2**63) <= value < 2**63]
+    if numbers:
+        return "holds a whole number of more than 64 bits", numbers[0]
+    return f"mixes types ({first_line(error)})", 0
+
+
+def _is_torn(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """The values of a column as text, numbers, lists, flat objects of text, or else JSON."""
+    if _is_text(values):
+        return text_array(values)
+    if any(map(holds_objects, values)) and not _are_flat(values):
+        return json_array(values)
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        if not all(value is None or isinstance(value, list | dict) for value in values):
+            raise
+        return json_array(values)  # lists of values of different types
+
+
+def _are_flat(values: list[Any]) -> bool:
+    """Whether all values are objects of texts, which become columns (``translation: {en, ro}``)."""
+    texts = [value.values() if isinstance(value, dict) else (0,) for value in values if value is not None]
+    return all(part is None or isinstance(part, str) for parts in texts for part in parts)
+
+
+def _is_text(cells: list[Any]) -> bool:
+    return all(cell is None or isinstance(cell, str) for cell in cells) and any(cell is not None for cell in cells)
+
+
+def _mapped(path: Path) -> pa.Buffer:
+    """What a file holds, on disk: mapped, or unpacked into a file without a name first."""
+    if not is_packed(path):
+        return pa.memory_map(str(path)).read_buffer()
+    with unpacking(path), open_bytes(path) as packed:
+        return on_disk(lambda file: _unpack(path, packed, file))
+
+
+def _unpack(path: Path, packed: IO[bytes], file: IO[bytes]) -> None:
+    while block := packed.read(_UNPACKED):
+        if file.tell():  # what is small fits anywhere
+            leave_room(cache_folder(), f"what {path} unpacks to")
+        file.write(block)
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[_Part]]] = {
+    ".csv": _read_delimited,
+    ".tsv": _read_delimited,
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".txt": _read_text,
+}
+assert tuple(READERS) == TABLE_SUFFIXES

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A column of class labels: which classes there are, and which one each row has."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mirrortune.data.column_contents import holds_lists_as_text, is_nan, number_of
+from mirrortune.data.columns import is_string
+from mirrortune.data.files.row_chunks import cells, nulls
+from mirrortune.data.files.row_places import RowPlaces
+from mirrortune.errors import DataError, did_you_mean
+
+MISSING = -1
+# More classes than this, in more than half of the rows each its own, is a text or an id and not a label.
+_MANY_CLASSES = 50
+
+
+def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the classes: ``given``, else the column's own features, else the values found, sorted.
+
+    Raises:
+        DataError: if the column holds no classes, or one only.
+    """
+    names = tuple(given or ()) or feature_names(table, column) or _names_in(table.column(column), source, column)
+    if len(names) < 2:
+        raise DataError(
+            source,
+            f"label column '{column}' has one class only ({names[0] if names else 'no value'!r})",
+            allowed="two classes or more",
+            fix="Add rows of another class, or name another column with --label-column",
+        )
+    return names
+
+
+def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[str]:
+    """Notes on labels that may be meant otherwise than they are taken: lists written as text, numbers as classes, and
+    the word nan among numbers.
+    """
+    if feature_names(table, column) or pa.types.is_nested(table.schema.field(column).type):
+        return []
+    notes = []
+    if holds_lists_as_text(names):
+        notes.append(
+            f"label column '{column}' holds lists written as text, such as {names[0]!r}, each of which is one class; "
+            "for several labels a row, write json, jsonl or parquet"
+        )
+    if all(number_of(name) is not None for name in names) and any("." in name for name in names):
+        notes.append(
+            f"label column '{column}' holds numbers, such as {names[0]}, each of which is one class; "
+            "to predict numbers, use --task regression"
+        )
+    reading = LabelReading.of(table, column, names)
+    if reading.nan_is_missing and (count := sum(is_nan(value) for value in cells(table, column))):
+        notes.append(f"label column '{column}': {count:,} nan among numbers, read as no label")
+    return notes
+
+
+@dataclass(frozen=True, slots=True)
+class LabelReading:
+    """How the cells of a label column are read as names of classes.
+
+    Attributes:
+        features: names of the classes by number, or None.
+        known: the classes; what is among them is that class, even where it would stand for no label otherwise.
+        nan_is_missing: whether the text ``nan`` stands for no label: only where all other values are numbers.
+        has_empty: whether a class has no name, so that an empty text, which csv files hold as null, is that class.
+    """
+
+    features: tuple[str, ...] | None
+    known: dict[str, str]
+    nan_is_missing: bool
+    has_empty: bool
+
+    @classmethod
+    def of(cls, table: pa.Table, column: str, names: Sequence[str]) -> LabelReading:
+        """The reading of one column as the classes ``names``."""
+        known = {name: name for name in names}
+        for name in names:  # 1.0 is 1, unless both are classes
+            number = number_of(name)
+            if number is not None and number.is_integer():
+                for other in (str(int(number)), f"{int(number)}.0"):
+                    known.setdefault(other, name)
+        kind = table.schema.field(column).type
+        is_text = is_string(kind.value_type if pa.types.is_dictionary(kind) else kind)
+        are_numbers = all(number_of(name) is not None for name in names)
+        return cls(feature_names(table, column), known, are_numbers, is_text and "" in known)
+
+    def name(self, value: Any) -> str | None:
+        """The class of a cell, by name, whether it is known or not; None where there is none."""
+        if self.features is not None and isinstance(value, int) and not isinstance(value, bool):
+            return self.features[value] if 0 <= value < len(self.features) else None
+        if self.has_empty and (value is None or (isinstance(value, str) and not value.strip())):
+            return ""
+        name = as_name(value)
+        if name is None or (self.nan_is_missing and name not in self.known and is_nan(name)):
+            return None
+        return self.known.get(name) or self.known.get(_whole(name), name)
+
+
+def class_indices(
+    table: pa.Table, column: str, names: Sequence[str], places: RowPlaces, *, allow_missing: bool
+) -> npt.NDArray[np.int64]:
+    """The class of every row as an index into ``names``, shape (N,); -1 where there is none, if that is allowed.
+
+    Raises:
+        DataError: a label that is no class, with its row, or rows without one.
+    """
+    reading = LabelReading.of(table, column, names)
+    index: dict[str | None, int] = {**{name: i for i, name in enumerate(names)}, None: MISSING}
+    found, done = np.empty(table.num_rows, dtype=np.int64), 0
+    for chunk in table.column(column).chunks:
+        values = [reading.name(v) for v in chunk.to_pylist()]
+        unknown = next((i for i, v in enumerate(values) if v not in index), None)
+        if unknown is not None:
+            name = str(values[unknown])
+            raise DataError(
+                places.where(done + unknown),
+                f"label {name!r} is not among the classes.{did_you_mean(name, names)}",
+                allowed=", ".join(names),
+                fix="Correct the rows, or list every class in task.labels",
+            )
+        found[done : done + len(chunk)] = [index[v] for v in values]
+        done += len(chunk)
+    if not allow_missing:
+        refuse_missing(found == MISSING, places, column)
+    return found
+
+
+def label_sets(
+    table: pa.Table, column: str, names: Sequence[str], places: RowPlaces
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Which of the classes ``names`` each row has.
+
+    Args:
+        table: the rows; ``column`` holds lists of classes, or there is a column of 0 and 1 for each class.
+        column: of lists, or the name of the first class.
+        names: the classes.
+        places: of the rows, for messages.
+
+    Returns:
+        0 and 1, shape (N, C), and which rows have no label at all (N,): null, which is not an empty list.
+
+    Raises:
+        DataError: a class that is not among them, or a cell that is neither 0 nor 1.
+    """
+    if column in names and not is_list(table.schema.field(column).type):
+        return _flags(table, names, places)
+    reading, index = LabelReading.of(table, column, names), {name: i for i, name in enumerate(names)}
+    found = np.zeros((table.num_rows, len(names)), dtype=np.float32)
+    for number, row in enumerate(cells(table, column)):
+        for name in (reading.name(value) for value in row or ()):
+            if name is not None and name not in index:
+                raise DataError(
+                    places.where(number),
+                    f"label {name!r} is not among the classes.{did_you_mean(name, names)}",
+                    allowed=", ".join(names), fix="Correct the row, or list every class in task.labels",
+                )  # fmt: skip
+            if name is not None:
+                found[number, index[name]] = 1.0
+    return found, nulls(table, column)
+
+
+def _flags(
+    table: pa.Table, names: Sequence[str], places: RowPlaces
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """What :func:`label_sets` returns for a column of 0 and 1 for each class."""
+    found = np.zeros((table.num_rows, len(names)), dtype=np.float32)
+    missing = np.ones(table.num_rows, dtype=bool)
+    for place, name in enumerate(names):
+        for row, value in enumerate(cells(table, name)):
+            flag = _flag(value)
+            if flag is None and as_name(value) is not None and not is_nan(value):
+                raise DataError(
+                    places.where(row), f"column '{name}' of a class holds {value!r}", allowed="0 and 1, false and true"
+                )
+            found[row, place] = flag or 0.0
+            missing[row] &= flag is None
+    return found, missing
+
+
+def _flag(value: Any) -> float | None:
+    """0 or 1 for a truth value or a number, written out or not (1.0 is 1, -1 is 0); None for anything else."""
+    if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
+        return float(str(value).strip().lower() == "true")
+    number = number_of(value)
+    return None if number not in (-1.0, 0.0, 1.0) else max(number, 0.0)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def refuse_missing(missing: npt.NDArray[np.bool_], places: RowPlaces, column: str, what: str = "label") -> None:
+    """DataError with the first rows if any row lacks its target; ``missing`` has shape (N,)."""
+    count = int(missing.sum())
+    if count:
+        raise DataError(
+            places.source,
+            f"{count} of {len(missing)} rows have no {what} in column '{column}' "
+            f"({places.listed(np.flatnonzero(missing))})",
+            allowed=f"{'an' if what[0] in 'aeiou' else 'a'} {what} in every row used for training or validation",
+            fix="Fill or remove these rows",
+        )
+
+
+def without_labels(table: pa.Table, column: str, missing: str) -> pa.Table:
+    """The table with null in ``column`` wherever its value is ``missing``, as a class or as a number."""
+    if column not in table.column_names or pa.types.is_nested(table.schema.field(column).type):
+        return table
+    import pyarrow.compute as pc  # noqa: PLC0415
+
+    found, kind = table.column(column), table.schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        found, kind = found.cast(kind.value_type), kind.value_type
+    names = {value: as_name(value) for value in found.unique().to_pylist()}
+    number = number_of(missing)
+    gone = [v for v, name in names.items() if name and (name == missing or number_of(name) == number is not None)]
+    if not gone:
+        return table
+    kept = pc.if_else(pc.is_in(found, value_set=pa.array(gone, kind)), pa.scalar(None, kind), found)
+    return table.set_column(table.column_names.index(column), pa.field(column, kind), kept)
+
+
+def _whole(name: str) -> str:
+    """A whole number without its decimals, which pandas writes beside missing values; any other name as it is."""
+    return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name
+
+
+def label_fields(names: Sequence[str]) -> dict[str, Any]:
+    """Fields of the transformers config for a head with these classes."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
+    """Class names that the datasets library stored with the column (ClassLabel, or a list of it), or None."""
+    stored = (table.schema.metadata or {}).get(b"huggingface")
+    feature = json.loads(stored).get("info", {}).get("features", {}).get(column) if stored else None
+    while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
+        feature = feature["feature"]
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(names) if names else None
+
+
+def as_name(value: Any) -> str | None:
+    """A class name for one label value: text stripped, 1.0 the same class as 1; None where there is no label, which is
+    null, an empty text, or a float that is NaN. A text of three letters is a text: nan is bread.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip() or None
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Class names sorted: as numbers if all of them are ("10" after "9"), else as text."""
+    found = sorted(names)
+    if found and all(number_of(v) is not None for v in found):
+        found.sort(key=float)
+    return found
+
+
+def _names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...]:
+    kind = column.type
+    if pa.types.is_nested(kind):
+        raise DataError(
+            source, f"label column '{name}' holds {kind}", allowed="one class a row, as text or a whole number"
+        )
+    values = (v for chunk in column.chunks for v in set(chunk.to_pylist()))
+    found = in_order({v for v in map(as_name, values) if v is not None})
+    others = [number_of(v) for v in found if not is_nan(v)]
+    numbers = [number for number in others if number is not None]
+    if numbers and len(numbers) == len(others):
+        found = [v for v in found if not is_nan(v)]  # among numbers nan is none
+        if all(number.is_integer() for number in numbers):
+            found = in_order({_whole(value) for value in found})
+        are_few = is_string(kind) and len(found) <= min(_MANY_CLASSES, len(column) / 2)
+        if not (all(n.is_integer() for n in numbers) or are_few):
+            raise DataError(
+                source, f"label column '{name}' holds real numbers (such as {found[0]}), not classes",
+                allowed="classes as text or whole numbers",
+                fix="Use --task regression or another --label-column; if they are classes, list them as text: "
+                f'task.labels=["{found[0]}", "{found[-1]}", ...]',
+            )  # fmt: skip
+    if len(found) > _MANY_CLASSES and len(found) > 0.5 * len(column):
+        raise DataError(
+            source, f"label column '{name}' has {len(found)} different values in {len(column)} rows",
+            allowed="classes that repeat", fix="Name another column with --label-column, or use --task regression",
+        )  # fmt: skip
+    return tuple(found)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that are read while they are learned from, for data that fits neither memory nor disk: block after block, epoch
+after epoch, each process its own share.
+
+A place in the stream is four whole numbers, so that a run can go on at any row. Random is only the order of pieces
+(files, or the Hub's shards), here, and the order within a block, which whoever takes the blocks draws: a buffer that
+rows are drawn from one by one could not be brought back without all that it held.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mirrortune.data.files.arrow_arrays import aligned
+
+# Rows that are read at a time.
+_READ = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process is in its share of a stream.
+
+    Attributes:
+        epoch: passes done.
+        piece: pieces of this epoch done before the block.
+        row: rows of the piece done before the block.
+        batch: batches of the block done.
+    """
+
+    epoch: int = 0
+    piece: int = 0
+    row: int = 0
+    batch: int = 0
+
+    def seed(self, seed: int) -> int:
+        """A seed for whatever is drawn in the block that begins here, from that of the run."""
+        words = np.random.SeedSequence([seed, self.epoch, self.piece, self.row]).generate_state(1)
+        return int(words[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStream:
+    """A split that is streamed.
+
+    Attributes:
+        rows: a ``datasets.IterableDataset``.
+        flatten: applied to every table that is read.
+        guard: makes the context in which rows are read; it turns what readers raise into our errors.
+        source: the name that messages give the rows.
+    """
+
+    rows: Any
+    flatten: Callable[[pa.Table], pa.Table]
+    guard: Callable[[], AbstractContextManager[object]]
+    source: str
+
+    def head(self, count: int) -> pa.Table:
+        """The first ``count`` rows, with the features of the data set where it has any."""
+        parts, missing = [], count
+        for table in self._read(self.rows):
+            parts.append(table.slice(0, missing))
+            missing -= parts[-1].num_rows
+            if not missing:
+                break
+        with self.guard():
+            found = _joined(parts) if parts else pa.table({})
+            features = self.rows.features
+            known = None if features is None else features.arrow_schema.metadata
+        return self.flatten(found.replace_schema_metadata(known) if known else found)
+
+    def shares_pieces(self, num_ranks: int) -> bool:
+        """Whether each process reads pieces of its own; otherwise all read everything and keep every n-th row."""
+        return bool(self.rows.num_shards % num_ranks == 0)
+
+    def blocks(
+        self, *, rank: int, num_ranks: int, size: int, seed: int, start: Place
+    ) -> Iterator[tuple[Place, pa.Table]]:
+        """The share of a process without end: each block of at most ``size`` rows with the place at which it begins.
+
+        Args:
+            rank: of the process.
+            num_ranks: of the run.
+            size: rows of a block; the last one of an epoch may have fewer, or none.
+            seed: of the order of pieces.
+            start: the block to begin with.
+        """
+        is_own = self.shares_pieces(num_ranks)
+        pieces = np.arange(rank, self.rows.num_shards, num_ranks) if is_own else np.arange(self.rows.num_shards)
+        every, begin = (1, replace(start, batch=0)) if is_own else (num_ranks, replace(start, batch=0))
+        for epoch in itertools.count(start.epoch):
+            order = np.random.default_rng([seed, epoch]).permutation(pieces)
+            for place, table in _blocks(self._from(order, replace(begin, epoch=epoch)), size * every):
+                own = table if every == 1 else table.take(pa.array(np.arange(rank, table.num_rows, every)))
+                yield place, self.flatten(own)
+            begin = Place()
+
+    def _from(self, order: Iterable[int], begin: Place) -> Iterator[tuple[Place, pa.Table]]:
+        """Rows of an epoch from a place on, as they are read, each table with its own place."""
+        done = begin.row
+        for number, index in itertools.islice(enumerate(order), begin.piece, None):
+            first = 0
+            for table in self._read(self.rows.shard(num_shards=self.rows.num_shards, index=int(index))):
+                used = min(max(done - first, 0), table.num_rows)
+                if used < table.num_rows:
+                    yield replace(begin, piece=number, row=first + used), table.slice(used)
+                first += table.num_rows
+            done = 0
+
+    def _read(self, rows: Any) -> Iterator[pa.Table]:
+        with self.guard():
+            tables = iter(rows.with_format("arrow").iter(batch_size=_READ))
+        while True:
+            with self.guard():
+                table = next(tables, None)
+            if table is None:
+                return
+            yield table
+
+
+def _blocks(tables: Iterable[tuple[Place, pa.Table]], size: int) -> Iterator[tuple[Place, pa.Table]]:
+    """Tables cut and joined to blocks of ``size`` rows, the last one of what is left."""
+    parts: list[pa.Table] = []
+    begin, missing = Place(), size
+    for place, table in tables:
+        taken = 0
+        while taken < table.num_rows:
+            if not parts:
+                begin = replace(place, row=place.row + taken)
+            parts.append(table.slice(taken, missing))
+            taken += parts[-1].num_rows
+            missing -= parts[-1].num_rows
+            if not missing:
+                yield begin, _joined(parts)
+                parts, missing = [], size
+    if parts:
+        yield begin, _joined(parts)
+
+
+def _joined(parts: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(aligned(parts), promote_options="permissive")

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that are made once: kept under a key of everything that they depend on.
+
+They are written chunk by chunk while they are made, so that neither the rows nor their tokens need to fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from mirrortune.data.examples import IntArray
+from mirrortune.errors import ConfigError
+from mirrortune.system.atomic import alone_with, write_atomically
+from mirrortune.system.disk_space import check_disk
+from mirrortune.system.paths import cache_folder, is_safe_entry
+from mirrortune.system.tensor_files import PlannedTensor, StoredTensor, read_headers, write_file
+
+# Part of every key: raise it when the same rows and tokenizer would give other tokens.
+_VERSION = 4
+_CODES: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
+_IS_USED = ContextVar("is_used", default=True)
+_COUNT, _DIGEST = "count.", "sha256"
+_UNSAFE = "made again: what the cache holds is another user's, and others may write it"
+_BLOCK = 1 << 20  # bytes
+_MAPPED = 1 << 26  # bytes from which an array is left on disk, and paged in as it is used
+_LONGEST_SHOWN = 24  # characters of a value; digests are longer
+
+Tokens = tuple[dict[str, IntArray], dict[str, int]]
+"""Arrays of some rows, end to end (``offsets`` begin at 0 in each chunk), and counts, which add up."""
+Chunk = tuple[int, dict[str, IntArray], dict[str, int]]
+"""How many rows, and their tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenKey:
+    """What the tokens of some rows depend on.
+
+    Attributes:
+        rows: which rows, for messages.
+        kind: of task.
+        parts: values, or digests of what is long, by the names that messages give them.
+    """
+
+    rows: str
+    kind: str
+    parts: dict[str, str]
+
+    @classmethod
+    def of(cls, rows: str, data: str, tokenizer: Any, *, task: tuple[str, int], **others: object) -> TokenKey:
+        """The key of rows whose texts have the digest ``data``; ``task`` is the kind and the version of its code, and
+        ``others`` JSON data.
+        """
+        kind, version = task
+        if not _IS_USED.get():
+            return cls(rows=rows, kind=kind, parts={})
+        named = {name.replace("_", " "): json.dumps(value) for name, value in others.items()}
+        digests = {"data": data, "tokenizer": _tokenizer_digest(tokenizer)}
+        return cls(rows=rows, kind=kind, parts={**digests, **named, "task code": f"{version}.{_VERSION}"})
+
+    @property
+    def digest(self) -> str:
+        """One for all parts."""
+        return hashlib.sha256(json.dumps([self.kind, self.parts], sort_keys=True).encode()).hexdigest()
+
+    def why_made(self) -> str:
+        """What is other than the last time that these rows were wanted, in words."""
+        try:
+            before = json.loads(self._memory().read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "made for the first time"
+        names = [n for n in {**before, **self.parts} if before.get(n) != self.parts.get(n)]
+        if not names:
+            return "made again: the cache does not hold them"
+        return f"made again: {', '.join(_change(n, before.get(n), self.parts.get(n)) for n in names)} changed"
+
+    def remember(self) -> None:
+        """Keep the parts for the next :meth:`why_made`."""
+        text = json.dumps(self.parts, indent=2)
+        path = self._memory()
+        if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
+
+            def write(file: Path) -> None:
+                file.write_text(text, encoding="utf-8")
+
+            write_atomically(path, write, optional=True)
+
+    def _memory(self) -> Path:
+        name = hashlib.sha256(f"{self.rows} {self.kind}".encode()).hexdigest()[:16]
+        return cache_folder() / "tokens" / "last" / f"{name}.json"
+
+
+def cached_tokens(
+    key: TokenKey,
+    make: Callable[[], Iterator[Chunk]],
+    tell: Callable[[str], object],
+    *,
+    num_rows: int,
+    mapped_from: int = _MAPPED,
+) -> Tokens:
+    """The arrays and counts of all chunks that ``make`` gives, from the cache if it holds them whole under ``key``.
+
+    One process makes them; others that want them wait.
+
+    Args:
+        key: everything that they depend on.
+        make: called again where the cache cannot be written.
+        tell: is told where they come from.
+        num_rows: of all chunks; with the first one it tells how much room they take.
+        mapped_from: arrays of so many bytes or more stay on disk and are mapped.
+
+    Raises:
+        ResourceError: if the disk has less room than they will take.
+    """
+    if not _IS_USED.get():
+        return _joined(make())
+    path = cache_folder() / "tokens" / key.digest[:2] / f"{key.digest}.safetensors"
+    found, said = _read(path, key, mapped_from), "from the cache"
+    if found is None:
+        with alone_with(path):
+            found, said = _read(path, key, mapped_from), "from the cache, where another process has just put them"
+            if found is None:
+                said = key.why_made() if is_safe_entry(path) else _UNSAFE
+                write_atomically(path, lambda file: _write(file, key, _with_room(make(), key, num_rows)), optional=True)
+    tell(f"tokens of {key.rows}: {said}")
+    key.remember()
+    return found or _read(path, key, mapped_from) or _joined(make())
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Within, in this thread: nothing is looked up in the cache or put there."""
+    token = _IS_USED.set(False)
+    try:
+        yield
+    finally:
+        _IS_USED.reset(token)
+
+
+def data_digest(chunks: Iterable[Sequence[Sequence[Any]]], types: Sequence[str] = ()) -> str:
+    """A digest of columns of cells (text, or JSON data) of the given types that come in chunks of rows; how they are
+    cut into chunks does not matter.
+    """
+    if not _IS_USED.get():
+        return ""
+    columns: dict[int, tuple[Any, Any]] = {}
+    for chunk in chunks:
+        for number, column in enumerate(chunk):
+            ends, content = columns.setdefault(number, (hashlib.sha256(), hashlib.sha256()))
+            texts = [None if cell is None else _as_text(cell).encode() for cell in column]
+            # null is not the empty text
+            ends.update(np.fromiter((-1 if text is None else len(text) for text in texts), np.int64, len(texts)))
+            content.update(b"".join(text for text in texts if text))
+    parts = [*(part.digest() for pair in columns.values() for part in pair), json.dumps(list(types)).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
+    """Rows end to end as int32, shape (T,), and their offsets, shape (N + 1,)."""
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
+
+
+def _as_text(cell: Any) -> str:
+    return cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False, default=str)
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # its description tells how it was last called, which the next call overrules
+        backend.no_truncation()
+        backend.no_padding()
+    description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    known = [type(tokenizer).__name__, tokenizer.truncation_side, list(tokenizer.model_input_names)]
+    return hashlib.sha256((json.dumps(known) + description).encode()).hexdigest()
+
+
+def _change(name: str, before: str | None, now: str | None) -> str:
+    values = [value if value is not None else "none" for value in (before, now)]
+    is_short = all(len(value) <= _LONGEST_SHOWN for value in values)
+    return f"{name} ({values[0]} before, {values[1]} now)" if is_short else name
+
+
+def _with_room(chunks: Iterator[Chunk], key: TokenKey, num_rows: int) -> Iterator[Chunk]:
+    """The same chunks, if the disk has room for as many more as the first one is a part of."""
+    for number, chunk in enumerate(chunks):
+        if not number:
+            size = sum(array.nbytes for array in chunk[1].values()) * num_rows // max(1, chunk[0])
+            # They are written twice: each array until its size is known, then all of them in one file.
+            check_disk({cache_folder(): {f"tokens of {key.rows}": 2 * size}})
+        yield chunk
+
+
+def _shifted(chunks: Iterator[Chunk], counts: Counter[str]) -> Iterator[dict[str, IntArray]]:
+    """The arrays of each chunk, offsets going on where those before ended; counts are added to ``counts``."""
+    end = 0
+    for number, (_, arrays, more) in enumerate(chunks):
+        counts.update(more)
+        offsets = arrays["offsets"] + end
+        end = int(offsets[-1])
+        yield {**arrays, "offsets": offsets[1:] if number else offsets}
+
+
+def _write(path: Path, key: TokenKey, chunks: Iterator[Chunk]) -> None:
+    """Write all chunks as one safetensors file; each array goes through a file of its own until its size is known."""
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        place = Path(stack.enter_context(folder))
+        files: dict[str, IO[bytes]] = {}
+        codes: dict[str, str] = {}
+        for arrays in _shifted(chunks, counts):
+            for name, values in arrays.items():
+                if name not in files:
+                    files[name] = stack.enter_context((place / name).open("wb"))
+                    codes[name] = next(code for code, kind in _CODES.items() if values.dtype == kind)
+                files[name].write(np.ascontiguousarray(values, dtype=_CODES[codes[name]]).data)
+        for file in files.values():
+            file.flush()
+        planned = [_copied(name, codes[name], place / name) for name in files]
+        digest = _digest(key, {tensor.name: tensor.source for tensor in planned if tensor.source}, counts)
+        planned += [PlannedTensor(name=f"{_COUNT}{name}", code="I64", shape=(1,)) for name in counts]
+        planned.append(PlannedTensor(name=_DIGEST, code="U8", shape=(len(digest),)))
+        made = {f"{_COUNT}{name}": torch.tensor([count]) for name, count in counts.items()}
+        made[_DIGEST] = torch.tensor(list(digest), dtype=torch.uint8)
+        write_file(path, planned, lambda tensor: made[tensor.name])
+
+
+def _digest(key: TokenKey, arrays: Mapping[str, StoredTensor], counts: Mapping[str, int]) -> bytes:
+    """SHA-256 of everything that an entry says, and of the key for which it says so; reads the arrays."""
+    found = []
+    for name, stored in sorted(arrays.items()):
+        content, left = hashlib.sha256(), stored.nbytes
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            while left > 0 and (block := file.read(min(left, _BLOCK))):
+                content.update(block)
+                left -= len(block)
+        found.append([name, stored.code, list(stored.shape), content.hexdigest()])
+    return hashlib.sha256(json.dumps([key.digest, found, sorted(counts.items())]).encode()).digest()
+
+
+def _copied(name: str, code: str, file: Path) -> PlannedTensor:
+    """An array that fills a whole file."""
+    size = file.stat().st_size
+    shape = (size // np.dtype(_CODES[code]).itemsize,)
+    source = StoredTensor(code=code, shape=shape, path=file, start=0, nbytes=size)
+    return PlannedTensor(name=name, code=code, shape=shape, source=source)
+
+
+def _read(path: Path, key: TokenKey, mapped_from: int) -> Tokens | None:
+    """What the cache holds, or None when it is absent, damaged, of another key, or not safe to read."""
+    if not is_safe_entry(path):
+        return None
+    try:
+        headers = read_headers([path])
+        digest = np.fromfile(path, np.uint8, headers[_DIGEST].nbytes, offset=headers.pop(_DIGEST).start).tobytes()
+        counted = {name: headers.pop(name) for name in list(headers) if name.startswith(_COUNT)}
+        counts = {name.removeprefix(_COUNT): int(_array(stored, _MAPPED)[0]) for name, stored in counted.items()}
+        if digest != _digest(key, headers, counts):
+            return None
+        arrays = {name: _array(stored, mapped_from) for name, stored in headers.items()}
+    except (ConfigError, OSError, KeyError, ValueError, IndexError):
+        return None
+    return (arrays, counts) if "offsets" in arrays else None
+
+
+def _array(stored: StoredTensor, mapped_from: int) -> IntArray:
+    kind = _CODES[stored.code]
+    if stored.nbytes < max(1, mapped_from):  # what is empty cannot be mapped
+        found: IntArray = np.fromfile(stored.path, kind, stored.shape[0], offset=stored.start)
+        return found
+    return np.memmap(stored.path, kind, "r", stored.start, stored.shape).view(np.ndarray)
+
+
+def _joined(chunks: Iterator[Chunk]) -> Tokens:
+    counts: Counter[str] = Counter()
+    parts = list(_shifted(chunks, counts))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, dict(counts)

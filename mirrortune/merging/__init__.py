@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base plus adapter as plain weights, LoRA or GGUF, verified; and pushed to the Hub."""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the files of an adapter or a merged model that may be sent, and makes copies without local paths of those
+that would tell of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mirrortune.errors import VerificationError
+from mirrortune.merging.redaction import Redaction
+from mirrortune.system.hub import ADAPTER_FILES
+from mirrortune.system.outputs import MARKER
+
+CARD, RECIPE, RESULTS, REPORT = "README.md", "recipe.yaml", "results.json", "merge.json"
+# What merged folders hold that were written before merge.json listed it: weights, configuration, processors.
+_OF_A_MODEL = re.compile(
+    r"README\.md|recipe\.yaml|merge\.json|config\.json|(model|pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
+    r"|(generation|tokenizer|preprocessor|processor|feature_extractor|image_processor|video_preprocessor)_config\.json"
+    r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.tiktoken|normalizer\.json"
+)
+_LARGEST_TEXT = 16 * 2**20  # bytes; JSON beyond that is a vocabulary
+
+
+@dataclass(slots=True)
+class Parcel:
+    """Files to be sent.
+
+    Attributes:
+        staged: an empty folder for copies.
+        files: path in the repository -> file.
+        left_out: files that lie beside them and are not sent.
+        redaction: what was cut out of them.
+    """
+
+    staged: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    redaction: Redaction = field(default_factory=Redaction)
+
+    def write(self, name: str, text: str) -> None:
+        """Add a file that holds ``text``."""
+        path = self.staged / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        self.files[name] = path
+
+    def add(self, folder: Path, name: str, redact: Callable[[str, str], str] | None = None) -> None:
+        """Add a file of a folder, as it is or as ``redact`` (text, name) gives it.
+
+        Raises:
+            VerificationError: it is missing, no regular file, or a link.
+        """
+        path = regular_file(folder, name)
+        if redact is None:
+            self.files[name] = path
+            return
+        try:
+            self.write(name, redact(path.read_text(encoding="utf-8"), name))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise VerificationError(str(path), f"damaged ({type(error).__name__})", fix="Restore it") from error
+
+    def describe(self) -> list[str]:
+        """A line for each file with its size, for each cut, and for what is left out."""
+        width = max(map(len, self.files))
+        lines = [f"  {name:{width}}  {path.stat().st_size:>15,} bytes" for name, path in sorted(self.files.items())]
+        lines += [f"  {line}" for line in self.redaction.describe()]
+        shown = ", ".join(self.left_out[:12]) + (", ..." if len(self.left_out) > 12 else "")
+        return lines + ([f"  not sent, as not of the model: {shown}"] if self.left_out else [])
+
+
+def adapter_parcel(folder: Path, staged: Path, *, is_of_run: bool) -> Parcel:
+    """The files of an adapter, and the recipe, results and curves of its run if it is of one."""
+    parcel = Parcel(staged)
+    redaction = parcel.redaction
+    config, weights = ADAPTER_FILES[2], (ADAPTER_FILES[1], ADAPTER_FILES[3])
+    for name in weights:
+        if _is_there(folder / name):
+            parcel.add(folder, name)
+    digest = None
+    if _is_there(folder / config):
+        parcel.add(folder, config, redaction.settings)
+        digest = hashlib.sha256(parcel.files[config].read_bytes()).hexdigest()
+    parcel.add(folder, ADAPTER_FILES[0], lambda text, name: redaction.adapter(text, name, digest))
+    if is_of_run and folder.name == "adapter":
+        for name, redact in ((RECIPE, redaction.recipe), (RESULTS, redaction.results), ("curves.png", None)):
+            if _is_there(folder.parent / name):
+                parcel.add(folder.parent, name, redact)
+    return parcel
+
+
+def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
+    """The files of a merged model that its report lists (those of a model, where it lists none), and its card."""
+    parcel = Parcel(staged)
+    redaction = parcel.redaction
+    known = {
+        path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()
+    }
+    listed = report.get("files")
+    names = {str(n) for n in listed} if isinstance(listed, list) else {n for n in known if _OF_A_MODEL.fullmatch(n)}
+    names |= known & {CARD}
+    parcel.left_out = sorted(known - names - {MARKER})
+    texts = {RECIPE: redaction.recipe, REPORT: redaction.merge_report, CARD: redaction.card}
+    for name in sorted(names, key=lambda n: (n == CARD, n)):  # the card last: it repeats what the others say
+        _check_name(folder, name)
+        is_setting = (
+            name.endswith(".json") and (folder / name).is_file() and (folder / name).stat().st_size < _LARGEST_TEXT
+        )
+        parcel.add(folder, name, texts.get(name) or (redaction.settings if is_setting else None))
+    return parcel
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """The file ``name`` of a folder; links are followed in the Hub's own cache only, which consists of them.
+
+    Raises:
+        VerificationError: it is missing, no regular file, or a link.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    path, inside = folder / name, Path(os.path.realpath(folder))
+    real, cache = Path(os.path.realpath(path)), Path(os.path.realpath(constants.HF_HUB_CACHE))
+    if inside != cache and inside.is_relative_to(cache):
+        is_plain = real.is_relative_to(cache / inside.relative_to(cache).parts[0])
+    else:
+        is_plain = real == inside / name
+    if not is_plain or not real.is_file():
+        problem = "it is missing" if not _is_there(path) else "it is a link or no regular file, and is not sent"
+        raise VerificationError(str(path), problem, fix="Put the file itself there, or write the folder again")
+    return path
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _check_name(folder: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or any(part.startswith(".") for part in pure.parts) or "\\" in name:
+        raise VerificationError(
+            str(folder / REPORT), f"it lists '{name}', which is no file of a model", fix="Merge again"
+        )
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """``merge.json`` of a merged folder; VerificationError if it is damaged."""
+    try:
+        found = json.loads(regular_file(folder, REPORT).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found["verification"], dict):
+            return found
+    except (ValueError, KeyError, RecursionError):
+        pass
+    raise VerificationError(str(folder / REPORT), "damaged", fix="Merge again")

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each tensor of a merged checkpoint is: a copy of the base's bytes, a trained parameter, or a base weight with
+the changes of one or more adapters, in float64.
+
+Several adapters are merged in the order in which they are given, each into what the ones before it have left; since an
+adapter only fits the weight that it was trained on, adapters of the same base must change different weights, and one
+that was trained on a merged model follows the adapter that was merged into it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.files.adapter_file import AdapterFile
+from mirrortune.adapters.files.load import stored_core, trained_factors
+from mirrortune.adapters.inject import FactorSource
+from mirrortune.adapters.peft_bridge.single_layer import (
+    SharedLayers,
+    head_tensors,
+    is_of_linear_layers,
+    lone_layer,
+    stands_alone,
+)
+from mirrortune.adapters.peft_bridge.tuners import PeftLayer
+from mirrortune.adapters.spectral import delta_weight
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.models.load import ModelSource, resolve_dtype
+from mirrortune.models.parts import CannotLoadParts, LoadedTensor, PartLoader, value_of
+from mirrortune.models.tensors import aliases, checkpoint_files, part_loader, stored_tensors
+from mirrortune.system.tensor_files import DTYPE_CODES, PlannedTensor, StoredTensor
+
+Stored = dict[str, StoredTensor | LoadedTensor]
+"""Tensors by the model's names."""
+
+
+class NotTensorByTensor(Exception):  # noqa: N818  (a way to go on, not an error)
+    """The checkpoint cannot be merged by its files alone; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergePlan:
+    """A merged checkpoint before it is written.
+
+    Attributes:
+        files: of the base.
+        stored: every tensor of the base that the model has, by the model's name.
+        planned: every tensor of the output.
+        auto_class: of the model.
+        trained_in: the dtype that the last adapter was trained in.
+        loader: reads what the files hold otherwise than the model; None if they hold the model's own tensors.
+        turned: the weights that the adapter turns, by the model's names, where they are not those that it is merged
+            into: a quantised model's, of which the base has the full ones.
+        trained: names of parameters that were trained as they are -> the adapter that holds them last.
+        adapted: names of changed weights -> (adapter, its layers there), in the order of merging.
+        adapters: in that order.
+        source_of_factors: computes or remembers factors.
+        is_of_lone_layers: whether no layers of the adapter share numbers that it holds.
+        shared: gives the layers of a tuner of PEFT that share numbers, or draw them one after another.
+        remarks: what did not fit, where a base is taken by force; None to refuse it.
+    """
+
+    files: list[Path]
+    stored: Stored
+    planned: list[PlannedTensor]
+    auto_class: str
+    trained_in: torch.dtype
+    trained: dict[str, Tensor]
+    adapted: dict[str, list[tuple[AdapterFile, list[str]]]]
+    source_of_factors: FactorSource
+    loader: PartLoader | None = None
+    turned: Stored | None = None
+    is_of_lone_layers: bool = True
+    shared: Callable[[], SharedLayers] | None = None
+    remarks: list[str] | None = None
+
+    @torch.no_grad()
+    def reference(self, name: str) -> Tensor:
+        """The value of an adapted weight, float64; of several adapters the last one's, into what the others left
+        rounded.
+        """
+        *before, last = self.adapted[name]
+        if last[0].peft_config is not None:
+            return self._tuned(name, last[0], last[1][0])
+        current = value_of(self.stored[name])
+        for adapter, layers in before:
+            current = self._changed(name, current, adapter, layers).to(current.dtype)
+        return self._changed(name, current, *last)
+
+    @torch.no_grad()
+    def made(self, planned: PlannedTensor) -> Tensor:
+        """A tensor to be written, rounded once."""
+        dtype = next(dtype for dtype, code in DTYPE_CODES.items() if code == planned.code)
+        if self.loader is not None and planned.stands_for:
+            return self.loader.made(planned, lambda name: self.value(name).to(dtype))
+        return self.value(planned.name).to(dtype)
+
+    def value(self, name: str) -> Tensor:
+        """A tensor of the merged model, in float64 if an adapter changes it."""
+        if name in self.trained:
+            return self.trained[name]
+        return self.reference(name) if name in self.adapted else value_of(self.stored[name])
+
+    def tuned_layer(self, name: str, adapter: AdapterFile, layer: str) -> tuple[PeftLayer, dict[str, Tensor]]:
+        """A layer of PEFT's around the weight ``name``, and the base's weight and bias as they are stored."""
+        names = {"weight": name, "bias": name.removesuffix("weight") + "bias"}
+        before = {key: value_of(self.stored[own]) for key, own in names.items() if own in self.stored}
+        trained_in = getattr(torch, str(adapter.base["dtype"]))
+        held = {key: value_of(self.stored[names[key]], trained_in).to(trained_in) for key in before}
+        weight, bias = held["weight"], held.get("bias")
+        found = lone_layer(adapter, layer, weight, bias) if self.is_of_lone_layers else None
+        if found is None and self.shared is not None:
+            found = self.shared().layer(layer, weight, bias)
+        if found is None:
+            raise NotTensorByTensor(f"method '{adapter.spec.method}' makes '{layer}' of more than its own weight")
+        return found, before
+
+    def _tuned(self, name: str, adapter: AdapterFile, layer: str) -> Tensor:
+        weight = (
+            name if self.stored[name].shape == adapter.layouts[layer].shape else name.removesuffix("bias") + "weight"
+        )
+        found, before = self.tuned_layer(weight, adapter, layer)
+        key = "weight" if weight == name else "bias"
+        merged = found.merged(before).get(key, before[key].double())
+        del found
+        gc.collect(1)  # PEFT's tuners and their models hold each other; a full collection takes a third of a second
+        return merged
+
+    def _changed(self, name: str, weight: Tensor, adapter: AdapterFile, layers: list[str]) -> Tensor:
+        changed = weight.double()
+        is_first = self.adapted[name][0][0] is adapter
+        own = self.turned_weight(name, adapter) if is_first else weight
+        for layer in layers:
+            factors = self.factors(own, adapter, layer)
+            delta = delta_weight(factors, stored_core(adapter, layer, factors.S))
+            changed += adapter.layouts[layer].tensor(delta)
+        return changed
+
+    def turned_weight(self, name: str, adapter: AdapterFile) -> Tensor:
+        """The weight that the first adapter of ``name`` was trained on."""
+        held = self.stored[name] if self.turned is None else self.turned[name]
+        return value_of(held, getattr(torch, str(adapter.base["dtype"])))
+
+    def factors(self, weight: Tensor, adapter: AdapterFile, layer: str) -> Any:
+        """The factors of a layer, of its matrix in ``weight`` as the adapter was trained on it."""
+        trained_in = getattr(torch, adapter.dtypes[layer])
+        matrix = adapter.layouts[layer].matrix(weight.to(trained_in)).contiguous()
+        return trained_factors(adapter, layer, matrix, self.source_of_factors, remarks=self.remarks)
+
+
+def plan_merge(
+    source: ModelSource,
+    model: nn.Module,
+    adapters: Sequence[AdapterFile],
+    factors: FactorSource,
+    remarks: list[str] | None = None,
+    packed: ModelSource | None = None,
+) -> MergePlan:
+    """How to merge ``adapters`` into the base at ``source``, from its files' headers.
+
+    Args:
+        source: of the base.
+        model: the model to be saved, without weights.
+        adapters: of ours, in order.
+        factors: computes or remembers factors.
+        remarks: see :class:`MergePlan`.
+        packed: of the quantised model whose weights the adapter turns, if the base is the same one in full precision.
+
+    Raises:
+        NotTensorByTensor: if the files do not hold the model's tensors one by one, or a tuner of PEFT does not stand
+            alone in each layer.
+        ConfigError: two adapters of one base train the same parameter.
+    """
+    tuned = [adapter for adapter in adapters if adapter.peft_config is not None]
+    if not all(map(is_of_linear_layers, tuned)):
+        raise NotTensorByTensor("a tuner of PEFT has other layers than linear ones")
+    if tuned and (len(adapters) > 1 or remarks is not None or packed is not None):
+        raise NotTensorByTensor("PEFT merges whole models")
+    files = checkpoint_files(source)
+    if not files:
+        raise NotTensorByTensor("the base has no safetensors files")
+    names = aliases(model)
+    dtype = resolve_dtype("auto", source.config, torch.device("meta"))
+    auto_class = str(adapters[-1].base["auto_class"])
+    loader, stored = _stored(source, auto_class, model, dtype, files)
+    turned = None if packed is None else _stored(packed, auto_class, model, dtype, checkpoint_files(packed))[1]
+    trained = _trained(adapters, names)
+    adapted = _adapted(adapters, stored, names)
+    planned = _planned(model, stored, names, trained, adapted, DTYPE_CODES[dtype])
+    written = _without_twins(planned, names, stored)
+    return MergePlan(
+        files=files, stored=stored, trained=trained, adapted=adapted, source_of_factors=factors, remarks=remarks,
+        planned=written if loader is None else loader.as_stored(written, {*trained, *adapted}), loader=loader,
+        is_of_lone_layers=all(map(stands_alone, tuned)),
+        shared=functools.cache(lambda: SharedLayers(tuned[0], copy.deepcopy(model))) if tuned else None,
+        turned=turned, auto_class=auto_class, trained_in=getattr(torch, str(adapters[-1].base["dtype"])),
+    )  # fmt: skip
+
+
+def _planned(
+    model: nn.Module,
+    stored: Stored,
+    names: dict[str, tuple[str, ...]],
+    trained: dict[str, Tensor],
+    adapted: Container[str],
+    code: str,
+) -> dict[str, PlannedTensor]:
+    """Every tensor of the merged model, by its name there; ``code`` is the dtype of those that have no other."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    planned: dict[str, PlannedTensor] = {}
+    for name, shape in shapes.items():
+        found = stored.get(name)
+        is_right = found is not None and found.shape == shape
+        if name in trained and shape != tuple(trained[name].shape):
+            raise NotTensorByTensor(f"'{name}' was trained in another shape")
+        if name in trained or name in adapted:
+            if not is_right and name in adapted:
+                raise NotTensorByTensor(f"the files hold '{name}' otherwise than the model")
+            # Eight bits do not hold a turned weight.
+            own = found.code if found and is_right and not found.code.startswith("F8") else code
+            planned[name] = PlannedTensor(name=name, code=own, shape=shape, place=found.path if found else None)
+        elif found is not None and is_right:
+            copied = found if isinstance(found, StoredTensor) else None
+            planned[name] = PlannedTensor(name=name, code=found.code, shape=shape, source=copied, place=found.path)
+        elif not any(other in stored or other in trained for other in names[name] if other != name):
+            raise NotTensorByTensor(f"the files hold no '{name}'")
+    return planned
+
+
+def _stored(
+    source: ModelSource, auto_class: str, model: nn.Module, dtype: torch.dtype, files: list[Path]
+) -> tuple[PartLoader | None, Stored]:
+    """The tensors that the files hold, and what reads those that transformers converts when it loads them."""
+    try:
+        fields = {"num_labels": model.config.num_labels} if hasattr(model.config, "num_labels") else {}
+        loader = part_loader(source, auto_class, fields, dtype, files)
+    except CannotLoadParts as error:
+        if source.is_stored_packed:
+            raise NotTensorByTensor(f"transformers loads it in another way ({error})") from error
+        loader = None
+    return loader, dict(stored_tensors(files, aliases(model))) if loader is None else loader.tensors()
+
+
+def _without_twins(
+    planned: dict[str, PlannedTensor], names: dict[str, tuple[str, ...]], stored: Stored
+) -> list[PlannedTensor]:
+    """Of tied tensors one, under the name that the files have for it, as transformers saves them; in their order."""
+    kept = []
+    for name, tensor in planned.items():
+        twins = [twin for twin in names[name] if twin in planned]
+        chosen = next((twin for twin in twins if twin in stored), twins[0])
+        if name == chosen:
+            kept.append(tensor)
+    places = {name: index for index, name in enumerate(stored)}
+    return sorted(kept, key=lambda tensor: places.get(tensor.name, len(places)))
+
+
+def _trained(adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    owners: dict[str, AdapterFile] = {}
+    for adapter in adapters:
+        for name, tensor in _plain_tensors(adapter).items():
+            key = f"param.{name}"
+            if name not in names:
+                raise VerificationError(str(adapter.folder), f"tensor '{key}' is none of the model's")
+            if not torch.isfinite(tensor).all():
+                raise VerificationError(str(adapter.folder), f"tensor '{key}' holds NaN or infinities")
+            other = owners.get(name)
+            if other is not None and other.base.get("name") == adapter.base.get("name"):
+                raise ConfigError(
+                    "merge", f"'{other.folder}' and '{adapter.folder}' of one base have both trained '{name}'",
+                    fix="Merge one of them, or adapters without a task head",
+                )  # fmt: skip
+            for twin in names[name]:
+                found[twin], owners[twin] = tensor, adapter
+    return found
+
+
+def _plain_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
+    """Parameters that were trained as they are, by the model's names."""
+    if adapter.peft_config is not None:
+        return head_tensors(adapter)
+    kind = "param."
+    return {key.removeprefix(kind): t for key, t in adapter.tensors.items() if key.startswith(kind)}
+
+
+def _adapted(
+    adapters: Sequence[AdapterFile], stored: Stored, names: dict[str, tuple[str, ...]]
+) -> dict[str, list[tuple[AdapterFile, list[str]]]]:
+    found: dict[str, list[tuple[AdapterFile, list[str]]]] = {}
+    for adapter in adapters:
+        own: dict[str, list[str]] = {}
+        for layer, tensors in adapter.weights.items():
+            twins = {twin for name in tensors for twin in names.get(name, ())}
+            here = sorted(twin for twin in twins if twin in stored)
+            if not here:
+                raise NotTensorByTensor(f"the files hold no '{tensors[0]}'")
+            if stored[here[0]].shape != adapter.layouts[layer].shape:
+                raise NotTensorByTensor(f"the files hold '{here[0]}' otherwise than the model")
+            biases = [name.removesuffix("weight") + "bias" for name in here] if adapter.peft_config else []
+            for name in (*here, *(bias for bias in biases if bias in stored)):
+                own.setdefault(name, []).append(layer)
+        for name, layers in own.items():
+            found.setdefault(name, []).append((adapter, layers))
+    return found

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is sent to others says nothing of this machine: local paths become their last names, in files and in prose.
+
+Ids of the Hub stay whole. Local files keep the full record; only copies that are sent are cut.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from mirrortune.adapters.files.description import edited_text
+from mirrortune.config import strict_yaml
+from mirrortune.system.paths import HUB_SCHEME, PACKAGE_SCHEME, looks_like_path, split_sample
+
+_SHIPPED = "shipped:"
+_PLACES = {"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file"}
+_COMMAND = re.compile(r"(?<=```sh\n)(mirrortune .*)(?=\n```)")
+_REPEAT = "mirrortune train recipe.yaml"
+# An absolute path in prose: of POSIX or below a home, or of Windows; not a part of an address, of an id or of markup.
+_PATHS = re.compile(
+    r"(?<![\w/.:<\\~-])(?:~[\w.-]*|\.{1,2})?(?:/[^\s/'\"`,;:()\[\]{}<>|]+){2,}/?"
+    r"|(?<![\w])[A-Za-z]:\\[^\s'\"`,;()<>|]+"
+)
+
+
+@dataclass(slots=True)
+class Redaction:
+    """Cuts local paths out of texts, and remembers what it cut.
+
+    Attributes:
+        cuts: what was cut, as ``(place, before, after)``.
+    """
+
+    cuts: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def path(self, value: str, place: str, *, is_known_local: bool = False) -> str:
+        """A setting that names a model, data or a file: ``./NAME`` for a local one, so that nobody takes it for an id.
+
+        Args:
+            value: of the setting.
+            place: of the setting, for :attr:`cuts`.
+            is_known_local: whether it is local even if it reads like an id.
+        """
+        if value.startswith((HUB_SCHEME, PACKAGE_SCHEME, _SHIPPED)) or not value:
+            return value
+        name, number = split_sample(value)
+        if not (is_known_local or looks_like_path(name)):
+            return value
+        found = f"./{_last_name(name)}" + ("" if number is None else f"#{number}")
+        return self._cut(place, value, found)
+
+    def prose(self, text: str, place: str) -> str:
+        """A text in which every absolute path is its last name."""
+        return _PATHS.sub(lambda found: self._cut(place, found[0], _last_name(found[0])), text)
+
+    def recipe(self, text: str, place: str) -> str:
+        """A recipe (YAML) without local paths and without its output folder."""
+        data, _ = strict_yaml.load(text, place)
+        known = len(self.cuts)
+        for section, key in (("model", "name"), ("data", "path"), ("adapter", "pairing")):
+            found = data.get(section) or {}
+            if isinstance(found.get(key), str) and not (key == "pairing" and not found[key].endswith(".json")):
+                found[key] = self.path(found[key], f"{place}: {section}.{key}")
+        if isinstance(data.get("output_dir"), str):
+            self._cut(f"{place}: output_dir", data.pop("output_dir"), "nothing")
+        return text if len(self.cuts) == known else str(strict_yaml.dump(data))
+
+    def adapter(self, text: str, place: str, config_sha256: str | None = None) -> str:
+        """``adapter.json`` without the place of its base, hashed again. Nothing else in it names a place.
+
+        Args:
+            text: of the file.
+            place: its name.
+            config_sha256: of PEFT's file beside it, as it will be sent; None where there is none.
+        """
+
+        def cut(description: dict[str, Any]) -> None:
+            self._base(description.get("base"), f"{place}: base")
+            if config_sha256 is not None:
+                description["config_sha256"] = config_sha256
+
+        return edited_text(text, cut)
+
+    def settings(self, text: str, place: str) -> str:
+        """A configuration of transformers or PEFT (JSON) without the places that some versions write into it."""
+
+        def cut(data: dict[str, Any]) -> None:
+            for key in _PLACES & data.keys():
+                if isinstance(data[key], str):
+                    data[key] = self.path(data[key], f"{place}: {key}")
+
+        return self._json(text, place, cut)
+
+    def card(self, text: str, place: str) -> str:
+        """A model card without command lines and local paths: first those that were cut elsewhere, since they may hold
+        blanks, at which a path in prose seems to end.
+        """
+        text = _COMMAND.sub(lambda found: self._cut(f"{place}: the command line", found[1], _REPEAT), text)
+        for _, before, _ in sorted(self.cuts, key=lambda cut: -len(cut[1])):
+            if "/" in before or "\\" in before:
+                text = text.replace(before, _last_name(before))
+        return self.prose(text, place)
+
+    def merge_report(self, text: str, place: str) -> str:
+        """``merge.json`` without the places of its base and its adapters."""
+
+        def cut(data: dict[str, Any]) -> None:
+            self._base(data.get("base"), f"{place}: base")
+            for adapter in data.get("adapters") or ():
+                if isinstance(adapter.get("folder"), str):
+                    adapter["folder"] = self.path(adapter["folder"], f"{place}: adapters", is_known_local=True)
+            if isinstance(data.get("in_memory"), str):
+                data["in_memory"] = self.prose(data["in_memory"], f"{place}: in_memory")
+            data["remarks"] = [self.prose(str(remark), f"{place}: remarks") for remark in data.get("remarks") or ()]
+
+        return self._json(text, place, cut)
+
+    def results(self, text: str, place: str) -> str:
+        """``results.json`` without the run's folder."""
+
+        def cut(data: dict[str, Any]) -> None:
+            if isinstance(data.get("run_dir"), str):
+                data["run_dir"] = self.path(data["run_dir"], f"{place}: run_dir", is_known_local=True)
+
+        return self._json(text, place, cut)
+
+    def describe(self) -> list[str]:
+        """A line for each cut."""
+        return list(dict.fromkeys(f"cut from {place}: '{before}' -> {after}" for place, before, after in self.cuts))
+
+    def _base(self, base: Any, place: str) -> None:
+        if isinstance(base, dict) and isinstance(base.get("name"), str):
+            base["name"] = self.path(base["name"], f"{place}.name")
+
+    def _json(self, text: str, place: str, cut: Callable[[dict[str, Any]], None]) -> str:
+        data = json.loads(text)
+        known = len(self.cuts)
+        if isinstance(data, dict):
+            cut(data)
+        return text if len(self.cuts) == known else json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+    def _cut(self, place: str, before: str, after: str) -> str:
+        if before != after:
+            self.cuts.append((place, before, after))
+        return after
+
+
+def _last_name(path: str) -> str:
+    pure = PureWindowsPath(path) if "\\" in path else PurePosixPath(path)
+    return pure.name or "folder"

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base models by transformers' Auto classes: found, loaded whole, or read tensor by tensor."""

@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads configuration, tokenizer and model by transformers' Auto classes, from the Hub, a folder or an installed
+package.
+
+No model family is named here. What the checkpoint did not fill (``new_parameters``) is the task head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mirrortune.errors import ConfigError
+from mirrortune.models.load_errors import load_errors
+from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
+from mirrortune.models.remote_code import announce_code, refuse_kernels
+from mirrortune.system.devices import is_slow
+from mirrortune.system.hub import hub_errors, resolve_commit
+from mirrortune.system.outputs import restore
+from mirrortune.system.paths import PACKAGE_SCHEME, is_local, local_path, package_folder
+
+_LARGEST_MADE_UP = 1000  # pieces: special ones, and T5's sentinels
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "special_tokens_map.json",
+)  # fmt: skip
+_COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # how names of what counts modules end
+_MOST_LAYERS = 10_000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NoProcessorError(ConfigError):
+    """A model without the files of its tokenizer, image processor or feature extractor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Which model: its name as given, where from_pretrained finds it, and what it was when its config was read.
+
+    Attributes:
+        name: as the user gave it (Hub id, folder, ``package:...``).
+        location: what from_pretrained gets.
+        revision: of a Hub repository, or None.
+        commit: the commit that ``revision`` pointed to, or None for local folders.
+        trust_remote_code: run the repository's own code.
+        load_in: quantise the weights while loading, to ``8bit`` or ``4bit``.
+        gguf_file: the file of a GGUF model, dequantised while loading.
+        attention: transformers' name of an implementation, or None for the model's own choice.
+        config: the transformers configuration.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    commit: str | None
+    trust_remote_code: bool
+    config: Any
+    load_in: str | None = None
+    gguf_file: str | None = None
+    attention: str | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the loaded model has packed weights."""
+        return self.load_in is not None or (is_quantised(self.config) and not can_be_dequantised(self.config))
+
+    @property
+    def is_stored_packed(self) -> bool:
+        """Whether its files do, or the loaded model does: what is read of the files is not what is adapted."""
+        return self.is_quantised or self.gguf_file is not None or is_quantised(self.config)
+
+    def arguments(self) -> dict[str, Any]:
+        """What every ``from_pretrained`` of this source is called with; pinned to the commit once that is known."""
+        revision = self.commit or self.revision
+        pinned = {"revision": revision} if revision else {}
+        if self.gguf_file:
+            pinned["gguf_file"] = self.gguf_file
+        return {**pinned, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model and the names of the parameters that no checkpoint filled."""
+
+    model: nn.Module
+    new_parameters: tuple[str, ...]
+
+
+def find_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, load_in: str | None = None
+) -> ModelSource:
+    """Read a model's configuration (a small file; no weights).
+
+    Args:
+        name: a Hub id, a folder, or ``package:...``; with the name of a GGUF file behind it, that file.
+        revision: of a Hub repository.
+        trust_remote_code: run the repository's own code.
+        load_in: see :class:`ModelSource`.
+
+    Raises:
+        ConfigError: no such folder, or a folder that holds no model.
+        HubError: whatever the Hub refused.
+    """
+    place, gguf_file = _split_gguf(name)
+    location = str(package_folder(place)) if place.startswith(PACKAGE_SCHEME) else str(local_path(place))
+    restore(Path(location))
+    is_folder = is_local(name) and (gguf_file is None or is_local(place) or Path(location).is_dir())
+    if is_folder:
+        folder = Path(location)
+        if not folder.is_dir():
+            raise ConfigError("model.name", f"no such folder: {location}", fix="Check the path given to --model")
+        if gguf_file and not (folder / gguf_file).is_file():
+            raise ConfigError(
+                "model.name", f"no such file: {folder / gguf_file}", fix="Check the path given to --model"
+            )
+        if not gguf_file and not (folder / "config.json").is_file():
+            raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
+    commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
+    if trust_remote_code:
+        announce_code(name, location, commit or revision)
+    config = _read_config(name, location, commit or revision, gguf_file, trust_remote_code=trust_remote_code)
+    if load_in is not None and is_quantised(config):
+        raise ConfigError("model.load_in", f"the checkpoint is quantised already, got {load_in}", fix="Remove it")
+    return ModelSource(
+        name=name,
+        location=location,
+        revision=revision,
+        commit=commit,
+        trust_remote_code=trust_remote_code,
+        config=config,
+        load_in=load_in,
+        gguf_file=gguf_file,
+    )
+
+
+def _read_config(
+    name: str, location: str, revision: str | None, gguf_file: str | None, *, trust_remote_code: bool
+) -> Any:
+    from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
+
+    more = {"gguf_file": gguf_file} if gguf_file else {}
+    with hub_errors(f"model '{name}'", flag="--model"), load_errors(name):
+        try:
+            config = AutoConfig.from_pretrained(
+                location, revision=revision, trust_remote_code=trust_remote_code, **more
+            )
+        except (AttributeError, TypeError, IndexError, RecursionError) as error:
+            if trust_remote_code:
+                raise  # perhaps of code that is not ours
+            raise _unusable(name, f"({type(error).__name__}: {error})") from error
+    if not trust_remote_code:
+        refuse_kernels(name, config)
+        _check_values(name, config)
+    return config
+
+
+def _check_values(name: str, config: Any) -> None:
+    """Refuse values of a configuration by which transformers would build layers without end, or fail."""
+    if not isinstance(getattr(config, "dtype", None), torch.dtype | str | None):
+        raise _unusable(name, f"(dtype is {config.dtype!r})")
+    sections = [config.__dict__]
+    while sections:
+        for key, value in sections.pop().items():
+            if isinstance(value, dict) or hasattr(value, "model_type"):
+                sections.append(value if isinstance(value, dict) else value.__dict__)
+            counts = value if isinstance(value, list) else [value]
+            if _COUNT.search(str(key)) and any(isinstance(count, int) and count > _MOST_LAYERS for count in counts):
+                raise _unusable(name, f"({key} is {value!r}, allowed are {_MOST_LAYERS:,})")
+
+
+def _unusable(name: str, why: str) -> ConfigError:
+    return ConfigError(f"model '{name}'", f"its configuration cannot be used {why}", fix="Download or copy it again")
+
+
+def _split_gguf(name: str) -> tuple[str, str | None]:
+    """Folder or repository of ``folder/x.gguf`` or ``owner/name/x.gguf``, and the file; None if it names none."""
+    if not name.lower().endswith(".gguf"):
+        return name, None
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError("model.name", "GGUF files need the package gguf", fix="pip install 'mirrortune[gguf]'")
+    place, _, file = name.replace("\\", "/").rpartition("/")
+    return place or ".", file
+
+
+def load_tokenizer(source: ModelSource, **options: Any) -> Any:
+    """The model's tokenizer, with a padding token in any case that the model knows (the end token stands in where there
+    is none).
+
+    Raises:
+        NoProcessorError: the model has no tokenizer files.
+        ConfigError, HubError: they cannot be read or fetched.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    where = f"model '{source.name}'"
+    no_files = NoProcessorError(where, "it has no tokenizer files", fix="Put its tokenizer beside it")
+    with hub_errors(where, flag="--model"), load_errors(source.name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments(), **options)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            if _has_tokenizer_files(source):
+                raise
+            raise no_files from error
+        # Transformers makes one up where the files are missing.
+        if len(tokenizer) < _LARGEST_MADE_UP and not _has_tokenizer_files(source):
+            raise no_files
+    return _with_padding(tokenizer, source)
+
+
+def _has_tokenizer_files(source: ModelSource) -> bool:
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(
+            source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False
+        )
+        return found
+
+    return source.gguf_file is not None or any(find(name) is not None for name in _TOKENIZER_FILES)
+
+
+def _with_padding(tokenizer: Any, source: ModelSource) -> Any:
+    """The tokenizer, with a padding token that the model has an embedding for."""
+    rows = getattr(source.config.get_text_config(), "vocab_size", None)
+    rows = rows if isinstance(rows, int) else len(tokenizer)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
+        return tokenizer
+    ends = (tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.sep_token_id, *_end_ids(source))
+    found = next((i for i in ends if i is not None and i < min(rows, len(tokenizer))), None)
+    if found is None:
+        raise ConfigError(
+            f"model '{source.name}'", "its tokenizer has neither a padding nor an end token",
+            fix="Set eos_token or pad_token in its tokenizer_config.json",
+        )  # fmt: skip
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(found)
+    return tokenizer
+
+
+def with_end_token(tokenizer: Any, source: ModelSource) -> Any:
+    """The tokenizer, with an end token: its own, else the one that the model's configuration or generation
+    configuration names.
+
+    Raises:
+        ConfigError: nothing names one.
+    """
+    if tokenizer.eos_token_id is None:
+        found = next((i for i in _end_ids(source) if i < len(tokenizer)), None)
+        if found is None:
+            raise ConfigError(
+                f"model '{source.name}'", "neither its tokenizer nor its configuration has an end token, which answers"
+                " are learned with", fix="Set eos_token in its tokenizer_config.json",
+            )  # fmt: skip
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(found)
+    return tokenizer
+
+
+def _end_ids(source: ModelSource) -> list[int]:
+    """Ids at which the model's configuration, else its generation configuration, ends a text."""
+    from transformers import GenerationConfig  # noqa: PLC0415
+
+    config = source.config
+    found = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
+    if all(value is None for value in found):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # most models have none
+            revision = source.commit or source.revision
+            pinned: dict[str, Any] = {"revision": revision} if revision else {}
+            found.append(GenerationConfig.from_pretrained(source.location, **pinned).eos_token_id)
+    return [i for value in found for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+
+
+def pad_token_id(processor: Any) -> int | None:
+    """The id that pads texts; None for a processor of something else."""
+    found = getattr(processor, "pad_token_id", None)
+    return found if isinstance(found, int) else None
+
+
+def load_feature_extractor(source: ModelSource) -> Any:
+    """The feature extractor of a model of recordings."""
+    from transformers import AutoFeatureExtractor  # noqa: PLC0415
+
+    load: Any = AutoFeatureExtractor.from_pretrained
+    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
+        try:
+            found = load(source.location, **source.arguments())
+        except OSError as error:
+            if "preprocessor_config.json" in str(error) and (is_local(source.name) or error.__cause__ is None):
+                raise _no_processor(source, "feature extractor", "model of recordings") from error
+            raise
+    if not hasattr(found, "sampling_rate"):
+        raise _no_processor(source, "feature extractor", "model of recordings")
+    return found
+
+
+def _no_processor(source: ModelSource, what: str, kind: str) -> NoProcessorError:
+    allowed = f"a {kind} with a preprocessor_config.json"
+    return NoProcessorError(f"model '{source.name}'", f"it has no {what}", allowed=allowed, fix="Put one beside it")
+
+
+def load_image_processor(source: ModelSource) -> Any:
+    """The model's image processor in its Pillow form, which needs no torchvision and gives the same pixels with and
+    without it.
+    """
+    from transformers import AutoImageProcessor  # noqa: PLC0415
+
+    load: Any = AutoImageProcessor.from_pretrained
+    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
+        try:
+            return load(source.location, backend="pil", **source.arguments())
+        except OSError as error:
+            if "preprocessor_config.json" in str(error) and (is_local(source.name) or error.__cause__ is None):
+                raise _no_processor(source, "image processor", "vision model") from error
+            raise
+
+
+def model_class(auto_class: str, config: Any) -> Any:
+    """The class by which an Auto class (or a model class, which is returned) makes models of a configuration; None for
+    one that transformers does not know.
+    """
+    import transformers  # noqa: PLC0415
+
+    found = getattr(transformers, auto_class)
+    if hasattr(found, "_model_mapping"):  # the only way from a configuration to its class
+        found = found._model_mapping.get(type(config), None)  # noqa: SLF001
+    if isinstance(found, (list, tuple)):
+        named = getattr(config, "architectures", None) or ()
+        found = next((one for one in found if one.__name__ in named), found[0])
+    return found
+
+
+def forward_parameters(auto_class: str, config: Any) -> set[str]:
+    """Names of the arguments of a model's forward; none for a class that transformers does not know."""
+    found = model_class(auto_class, config)
+    return set(inspect.signature(found.forward).parameters) if found is not None else set()
+
+
+def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype of the base weights: the one asked for; for ``"auto"`` the stored one, or float32 for one of 16 bits in
+    which ``device`` is slow.
+    """
+    if asked != "auto":
+        return DTYPES[asked]
+    stored = _stored_dtype(config)
+    return torch.float32 if is_slow(stored, device) else stored
+
+
+def describe_widening(asked: str, config: Any, device: torch.device) -> str | None:
+    """The line that says that weights become float32, and how to keep them as they are; None if they do not."""
+    stored = _stored_dtype(config)
+    if asked != "auto" or not is_slow(stored, device):
+        return None
+    name = str(stored).removeprefix("torch.")
+    return (
+        f"base weights: stored in {name}, loaded in float32, because this CPU is slow in {name}; "
+        f"a merge writes {name} again (model.dtype={name} computes in it all the same)"
+    )
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    stored = getattr(config, "dtype", None) or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    return stored if stored in DTYPES.values() else torch.float32
+
+
+def load_model(
+    source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, pad_token_id: int | None
+) -> LoadedModel:
+    """Load the weights, with a head for the task; a head of another size in the checkpoint is replaced.
+
+    Raises:
+        ConfigError: the model has no class for this kind of task.
+        HubError, ResourceError: it cannot be fetched, or does not fit into memory.
+    """
+    import transformers  # noqa: PLC0415
+
+    config = task_config(source, config_fields, pad_token_id)
+    packing = {"quantization_config": loading_config(source.load_in, dtype)} if source.load_in else {}
+    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            source.location,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **source.arguments(),
+            **packing,
+        )
+    mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
+    return LoadedModel(model=keep_trainable(model), new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
+
+
+def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
+    """The size in bytes that no shard of a copy should exceed: that of the source's largest, if it has several."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    name = "model.safetensors.index.json"
+    with hub_errors(f"model '{source.name}'", flag="--model"):
+        index = cached_file(source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return default
+    sizes = [f.stat().st_size for f in Path(index).parent.glob("model-*.safetensors")]
+    return max(sizes, default=default)
+
+
+def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, Any]) -> nn.Module:
+    """The model's modules without weights (meta device): names and shapes, before anything is downloaded."""
+    import transformers  # noqa: PLC0415
+
+    config = task_config(source, config_fields, None)
+    with load_errors(source.name), torch.device("meta"):
+        model = getattr(transformers, auto_class).from_config(config, trust_remote_code=source.trust_remote_code)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id: int | None) -> Any:
+    """A copy of the source's configuration with the task's labels, and a padding id where it has none; it says that
+    packed weights are to be dequantised while they are loaded, where transformers can.
+    """
+    config = type(source.config).from_dict(source.config.to_dict())
+    if can_be_dequantised(config):
+        config.quantization_config["dequantize"] = True
+    for key, value in config_fields.items():
+        setattr(config, key, value)
+    own, rows = getattr(config, "pad_token_id", None), getattr(config.get_text_config(), "vocab_size", None)
+    if own is not None and isinstance(rows, int) and own >= rows:
+        own = config.pad_token_id = None  # a token that the tokenizer got later, and the model never
+    if own is None and pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+    if source.attention is not None:
+        config._attn_implementation = source.attention  # noqa: SLF001  (from_pretrained's argument does no other)
+    return config

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transformers says while it reads a configuration, a tokenizer or a model, in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import struct
+from collections.abc import Iterator
+
+import torch
+from safetensors import SafetensorError
+
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.system.paths import is_local
+
+
+@contextlib.contextmanager
+def load_errors(name: str) -> Iterator[None]:
+    """Transformers says nothing inside, and what it raises of the model ``name`` comes out in our words.
+
+    Raises:
+        ConfigError: a checkpoint that cannot be read so, or needs a package that is not here.
+        ResourceError: it does not fit into memory.
+    """
+    try:
+        with quiet():
+            yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(f"model '{name}'", "does not fit into memory", fix="Set model.dtype=bfloat16") from error
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"model '{name}'", "its weights are a pickle that holds more than tensors, and would run code when loaded",
+            allowed="safetensors, or a pickle of tensors alone",
+            fix="Take a revision with safetensors (--revision), or open it where you trust it and save_pretrained it",
+        ) from error  # fmt: skip
+    except (SafetensorError, json.JSONDecodeError, struct.error, EOFError) as error:
+        raise ConfigError(f"model '{name}'", f"a file is damaged ({error})", fix="Download or copy it again") from error
+    except (ValueError, KeyError) as error:
+        text = str(error).strip().split("\n")[0]
+        if "Unrecognized configuration class" in text:
+            raise ConfigError(
+                f"model '{name}'", "its architecture has no head for this task in transformers"
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model '{name}'", "it needs code from its own repository",
+                fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
+            ) from error  # fmt: skip
+        if "attn_implementation" in str(error):
+            raise ConfigError("model.attention", text[:300], fix="Set another, or none") from error
+        if "model type" in text or "model_type" in text:
+            raise ConfigError(f"model '{name}'", text[:300]) from error
+        raise
+    except ImportError as error:  # of the package that reads a quantised format
+        raise ConfigError(f"model '{name}'", str(error).strip().split("\n")[0][:300], fix="Install it") from error
+    except OSError as error:
+        text = str(error).strip().split("\n")[0]
+        # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by
+        # hub_errors.)
+        if is_local(name) and error.__cause__ is None:
+            raise ConfigError(f"model '{name}'", text[:300]) from error
+        raise
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers' own bars and warnings off: what they say (a new head) is part of our plan, in our words."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

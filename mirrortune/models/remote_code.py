@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Code that lies in model repositories: announced whenever it is allowed to run, and refused where transformers would
+run some without being asked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mirrortune.errors import ConfigError
+from mirrortune.system.console import announce
+from mirrortune.system.hub import hub_errors, resolve_commit
+
+# Every file in which a repository names classes of its own, and the one that replaces generate().
+_DESCRIPTIONS = (
+    "config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+_GENERATE = "custom_generate/generate.py"
+
+
+def announce_code(name: str, location: str, commit: str | None) -> None:
+    """Say whose code is about to run, and which state of it: one line for each repository, none where there is no code.
+
+    Args:
+        name: of the model, as the user gave it.
+        location: what from_pretrained gets.
+        commit: of a Hub repository, or None for a folder.
+    """
+    for repository, classes in _code_of(name, location, commit).items():
+        if repository is not None:
+            commit_there = resolve_commit(repository, repository, None, "model", "--model")
+            place = f"{repository} at commit {commit_there} (named by {name})"
+        else:
+            place = f"{name} at commit {commit}" if commit else f"folder {location}, which has no commit"
+        announce(f"running code of {place}: {', '.join(dict.fromkeys(classes))}")
+
+
+def refuse_kernels(name: str, config: Any) -> None:
+    """Refuse a configuration by which transformers would fetch compiled kernels from another repository and run them.
+
+    Raises:
+        ConfigError: naming that repository.
+    """
+    for key in ("_attn_implementation", "_experts_implementation"):
+        asked = getattr(config, key, None)
+        for wanted in asked.values() if isinstance(asked, dict) else (asked,):
+            if isinstance(wanted, str) and "/" in wanted:
+                raise ConfigError(
+                    f"model '{name}'", f"its configuration asks for code from '{wanted}'",
+                    fix="Read that code, then pass --trust-remote-code (it runs with your rights)",
+                )  # fmt: skip
+
+
+def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, list[str]]:
+    """Classes by the repository that holds their code; None for the model's own."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    def find(file: str) -> Path | None:
+        with hub_errors(f"model '{name}'", flag="--model"):
+            path = cached_file(location, file, revision=commit, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else Path(path)
+
+    found: dict[str | None, list[str]] = {}
+    for file in _DESCRIPTIONS:
+        path = find(file)
+        for reference in _references(path) if path else ():
+            repository, _, own = reference.rpartition("--")
+            found.setdefault(repository or None, []).append(own)
+    if find(_GENERATE):
+        found.setdefault(None, []).append(_GENERATE)
+    return found
+
+
+def _references(path: Path) -> list[str]:
+    """What the ``auto_map`` of a description names; nothing of a damaged file, which transformers refuses itself."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    mapped = described.get("auto_map") if isinstance(described, dict) else None
+    values = mapped.values() if isinstance(mapped, dict) else ()
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in flat if isinstance(item, str)]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose weights are read when a module needs them and let go when it has run: a forward pass in the memory of
+the largest module, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mirrortune.models.load import ModelSource, task_config
+
+Read = Callable[[str], Tensor]
+"""Name of a parameter or a buffer in the model -> its value."""
+
+
+def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any], pad_token_id: int | None) -> nn.Module:
+    """A model without weights, in evaluation mode; its buffers are real, since they are computed and not loaded.
+
+    Args:
+        source: its configuration.
+        auto_class: name of an Auto class, or of a model's own.
+        config_fields: see :func:`mirrortune.models.load.task_config`.
+        pad_token_id: see :func:`mirrortune.models.load.task_config`.
+    """
+    import transformers  # noqa: PLC0415
+    from accelerate import init_empty_weights  # noqa: PLC0415
+
+    config = task_config(source, config_fields, pad_token_id)
+    model_class: Any = getattr(transformers, auto_class)
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = (
+            model_class.from_config(config, trust_remote_code=False)
+            if hasattr(model_class, "from_config")
+            else model_class(config)
+        )
+    tie: Any = getattr(model, "tie_weights", lambda: None)
+    tie()  # each parameter has become one of its own
+    return model.eval()
+
+
+def read_lazily(model: nn.Module, read: Read) -> nn.Module:
+    """Give an :func:`outline` weights: ``read`` is called for every parameter and saved buffer of a module, each time
+    before it runs.
+    """
+    saved = set(model.state_dict())
+    for prefix, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        buffers = [name for name, _ in module.named_buffers(recurse=False) if _full(prefix, name) in saved]
+        if own or buffers:
+            module.register_forward_pre_hook(_reader(prefix, list(own), buffers, read))
+            module.register_forward_hook(_emptier(own), always_call=True)
+    return model
+
+
+def _full(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _reader(prefix: str, names: list[str], buffers: list[str], read: Read) -> Callable[[nn.Module, Any], None]:
+    def fill(module: nn.Module, _: Any) -> None:
+        for name in names:
+            setattr(module, name, nn.Parameter(read(_full(prefix, name)), requires_grad=False))
+        for name in buffers:
+            setattr(module, name, read(_full(prefix, name)))
+
+    return fill
+
+
+def _emptier(empty: dict[str, nn.Parameter]) -> Callable[[nn.Module, Any, Any], None]:
+    def let_go(module: nn.Module, *_: Any) -> None:
+        for name, parameter in empty.items():
+            setattr(module, name, parameter)
+
+    return let_go

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's tensors in its safetensors files, by the model's own names: whatever needs one weight at a time reads it
+there, and the model itself is never in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import Target, find_targets
+from mirrortune.errors import ConfigError
+from mirrortune.models.load import ModelSource
+from mirrortune.models.parts import CannotLoadParts, LoadedTensor, PartLoader, value_of
+from mirrortune.models.skeleton import outline
+from mirrortune.system.hub import hub_errors
+from mirrortune.system.tensor_files import DTYPE_CODES, INDEX, WHOLE, StoredTensor, index_of, read_headers
+
+Layer = tuple[str, Callable[[], Tensor], int]
+"""Name, matrix (one at a time: it is read, or copied, when it is asked for) and rank of what is factorised."""
+_FLOATS = tuple(DTYPE_CODES[dtype] for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+def stored_layers(
+    source: ModelSource, auto_class: str, config_fields: dict[str, Any], spec: AdapterSpec, dtype: torch.dtype
+) -> list[Layer] | None:
+    """The layers that an adapter by ``spec`` would take, each read from the files when its turn comes.
+
+    Args:
+        source: of the model; its files are fetched.
+        auto_class: name of an Auto class.
+        config_fields: see :func:`mirrortune.models.load.task_config`.
+        spec: with a core.
+        dtype: that the model would be loaded in.
+
+    Returns:
+        None where the files do not hold the model's weights: layers that the checkpoint lacks, pickles, GGUF, a model
+        that keeps some in another dtype, or one that transformers loads in a way that has no parts.
+    """
+    if source.gguf_file or source.trust_remote_code:
+        return None
+    model = outline(source, auto_class, config_fields, None)
+    if dtype != torch.float32 and any(getattr(model, f"_keep_in_fp32_modules{end}", None) for end in ("", "_strict")):
+        return None
+    files = checkpoint_files(source)
+    try:
+        loader = part_loader(source, auto_class, config_fields, dtype, files) if files else None
+    except CannotLoadParts:
+        if source.is_stored_packed:
+            return None
+        loader = None
+    stored = stored_tensors(files, aliases(model)) if loader is None else loader.tensors()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = {name for name, tensor in stored.items() if tensor.shape == shapes[name] and tensor.code in _FLOATS}
+    layers = []
+    for name, target in find_targets(model, spec).layers.items():
+        own = next((tensor for tensor in target.tensors if tensor in held), None)
+        if own is None:
+            return None
+        layers.append((name, _reader(target, stored[own], dtype), target.rank))
+    try:
+        for _, read, _ in layers[:1] if loader is not None else []:
+            read()  # whether there are parts is only seen when one is loaded
+    except CannotLoadParts:
+        return None
+    return layers
+
+
+def _reader(target: Target, stored: StoredTensor | LoadedTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: target.matrix(value_of(stored, dtype).to(dtype))
+
+
+def part_loader(
+    source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, files: list[Path]
+) -> PartLoader | None:
+    """What reads weights that the files hold otherwise than the model; None where they hold the model's own.
+
+    Raises:
+        CannotLoadParts: see :class:`PartLoader`.
+    """
+    loader = PartLoader(source, auto_class, config_fields, dtype, files)
+    return None if loader.is_plain else loader
+
+
+def stored_tensors(files: Iterable[Path], names: Iterable[str]) -> dict[str, StoredTensor]:
+    """The tensors of ``files`` by the model's ``names`` for them; what the model does not have is left out."""
+    headers = read_headers(files)
+    return {mine: headers[theirs] for theirs, mine in match_names(headers, names).items()}
+
+
+def checkpoint_files(source: ModelSource) -> list[Path]:
+    """The safetensors files of a model, fetched from the Hub if need be; none if it has others."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    def find(name: str) -> Path | None:
+        with hub_errors(f"model '{source.name}'", flag="--model"):
+            path = cached_file(
+                source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False
+            )
+        return None if path is None else Path(path)
+
+    find("generation_config.json")  # what comes with the weights, for a run without the network later
+    index = find(INDEX)
+    if index is not None:
+        found = {name: find(name) for name in index_of(index)}
+        if missing := [name for name, path in found.items() if path is None]:
+            raise ConfigError(str(index.parent), f"file '{missing[0]}' of its index is missing")
+        return [path for path in found.values() if path is not None]
+    whole = find(WHOLE)
+    return [] if whole is None else [whole]
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of every parameter and persistent buffer of a model by each of its names: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(names[id(tensor)]) for name, tensor in state.items()}
+
+
+def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+    """Which name of ``theirs`` is which of ``ours``: the same one, or the same but for a leading part that most share.
+
+    A bare encoder calls ``encoder.layer.0...`` what a classifier made of it calls ``bert.encoder.layer.0...``.
+
+    Returns:
+        ours -> theirs, for those that both have.
+    """
+    here, there = list(ours), list(theirs)
+    common = {*here} & {*there}
+    longer = {(prefix, True): found for prefix, found in _behind_prefixes(there, {*here}).items()}
+    longer |= {(prefix, False): found for prefix, found in _behind_prefixes(here, {*there}).items()}
+    (_, is_theirs), best = max(longer.items(), key=lambda item: len(item[1]), default=(("", True), {}))
+    renamed = {short: long for long, short in best.items()} if is_theirs else best
+    return {name: name if name in common else renamed[name] for name in here if name in common or name in renamed}
+
+
+def _behind_prefixes(names: Iterable[str], known: set[str]) -> dict[str, dict[str, str]]:
+    """For every leading part of ``names``: those names whose rest is ``known``, with that rest."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        words = name.split(".")
+        for place in range(1, len(words)):
+            rest = ".".join(words[place:])
+            if rest in known:
+                found.setdefault(".".join(words[:place]), {})[name] = rest
+    return found

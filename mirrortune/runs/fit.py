@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Will it fit? Memory of a training step and of an evaluation, and room on the disks, before any weight is fetched,
+and the settings that would make it fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.data.examples import Batch, Examples
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.models.load import ModelSource
+from mirrortune.runs.memory import Footprint
+from mirrortune.runs.size import Load, Plan, default_eval_batch, footprint, strategies_of
+from mirrortune.system.atomic import write_atomically
+from mirrortune.system.devices import is_slow, peak_resident_bytes
+from mirrortune.system.disk_space import mebibytes
+from mirrortune.system.paths import cache_folder, is_local
+from mirrortune.tasks.base import Task
+
+LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
+_GIB = 2**30
+_SMALL_EVALUATION = 2**28
+"""An evaluation of up to so many bytes is never made smaller, however little a training step takes."""
+_VERSION = 3
+"""Part of the key of a footprint: raise it when the same step would be counted otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The settings that decide how much memory a training step and an evaluation take.
+
+    Attributes:
+        spec: the adapter.
+        dtype: of the base weights.
+        rows: of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        length: longest row in positions, or None to take the longest that there is.
+        scored: rows of a batch that is scored, or None for as many as fit.
+        is_16bit_compute: under bfloat16 autocast.
+    """
+
+    spec: AdapterSpec
+    dtype: torch.dtype
+    rows: int
+    accumulation: int
+    is_16bit_compute: bool
+    length: int | None = None
+    scored: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a step is made on: a model without weights, rows, a device.
+
+    Attributes:
+        model: on the meta device.
+        config: the model's configuration, as a dict.
+        task: the loss.
+        train: rows to learn from.
+        scored: rows of every split that is scored.
+        has_length: whether a maximum length is a setting of this kind of task.
+        smallest_rank: directions of the narrowest layer that is adapted.
+        device: type of the device.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    task: Task
+    train: Examples
+    scored: tuple[Examples, ...]
+    has_length: bool
+    smallest_rank: int
+    device: str
+
+    def footprint(self, step: Step) -> Footprint:
+        """The memory of ``step``."""
+        return self.sized(step)[0]
+
+    def sized(self, step: Step) -> tuple[Footprint, int, int | None]:
+        """The memory of ``step``, and the rows and positions of a batch that is scored, at most.
+
+        By default it holds as many as :func:`~mirrortune.runs.size.default_eval_batch` says, or fewer where they would
+        take more memory than a training step.
+        """
+        most = max(len(examples) for examples in self.scored)
+        if step.scored is not None:
+            return self._count(step, min(step.scored, most)), step.scored, None
+        longest = self._cut(self.train, step.length)
+        rows, positions = default_eval_batch(self.task, step.rows, longest)
+        assert positions is not None
+        own = max(self._cut(examples, step.length) for examples in self.scored)
+        fitting = max(1, min(rows, positions // own, most))
+        found = self._count(step, fitting)
+        if not found.is_counted:  # nothing is known of an evaluation but that it takes less than as large a step
+            return found, min(rows, step.rows), step.rows * longest
+        room = max(found.step, _SMALL_EVALUATION)
+        if found.evaluation > room and fitting > 1:
+            fitting = max(1, fitting * room // found.evaluation)
+            positions = fitting * own
+            found = self._count(step, fitting)
+        return found, rows, positions
+
+    def _cut(self, examples: Examples, length: int | None) -> int:
+        """Positions of the longest row."""
+        longest = max(1, int(examples.lengths.max()))
+        return longest if length is None else min(longest, length)
+
+    def _count(self, step: Step, num_scored: int) -> Footprint:
+        batch = _longest(self.train, step.rows, step.length)
+        longest = max(self.scored, key=lambda examples: int(examples.lengths.max()))
+        scored = _longest(longest, num_scored, step.length)
+        shapes = [
+            {k: (list(v.shape), str(v.dtype)) if isinstance(v, Tensor) else v for k, v in given.items()}
+            for given in (batch, scored)
+        ]
+        known: list[Any] = [
+            self.config,
+            type(self.task).__module__,
+            self.task.config_fields(),
+            step.spec.to_dict(),
+            shapes,
+        ]
+        known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
+        known.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
+        known.append(getattr(getattr(self.model, "config", None), "_attn_implementation", None))
+        tokens = typical_tokens(self.train, step.rows, step.length)
+        known += [tokens, _VERSION, *(metadata.version(name) for name in ("torch", "transformers"))]
+        key = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        load = Load(
+            batch=batch, scored=scored, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
+            device=self.device, tokens=tokens,
+        )  # fmt: skip
+        return _remembered(key, lambda: footprint(self.model, step.spec, load))
+
+    def positions(self) -> int:
+        """Of the longest row."""
+        return int(self.train.lengths.max())
+
+
+def typical_tokens(train: Examples, rows: int, length: int | None = None) -> int | None:
+    """Tokens of an ordinary micro-batch, as a power of two; None where rows are not made of tokens.
+
+    Args:
+        train: rows.
+        rows: of a micro-batch.
+        length: what longer rows are cut to.
+    """
+    if "input_ids" not in train.batch(np.array([0])):
+        return None
+    lengths = train.lengths if length is None else np.minimum(train.lengths, length)
+    return int(2 ** round(math.log2(max(1.0, rows * float(lengths.mean())))))
+
+
+def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
+    """What ``count`` found for ``key`` when it was last asked, by any process: it takes about a second."""
+    path = cache_folder() / "footprints" / key[:2] / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent or damaged
+        return Footprint(**json.loads(path.read_text(encoding="utf-8")))
+    found = count()
+    text = json.dumps(asdict(found)) + "\n"
+
+    def write(file: Path) -> None:
+        file.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write, optional=True)
+    return found
+
+
+def packed(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype) -> Footprint:
+    """``found`` for a base whose adapted layers are packed into ``8bit`` or ``4bit`` while it is loaded."""
+    if load_in is None:
+        return found
+    numbers = sum(math.prod(target.layout.shape) for target in plan.targets.layers.values())
+    stored = numbers // (2 if load_in == "4bit" else 1)
+    return replace(found, weights=max(0, found.weights - numbers * dtype.itemsize) + stored)
+
+
+def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
+    """The estimate in one line."""
+    sizes = {name: size for name, size in found.parts().items() if size or name != "evaluation"}
+    parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in sizes.items())
+    chosen = strategies_of(plan.targets, step.spec, step.dtype, typical_tokens(stage.train, step.rows, step.length))
+    how = "".join(f"; {count} layers {name}" for name, count in Counter(chosen.values()).items())
+    guess = "" if found.is_counted else " (a guess from the widths of the layers)"
+    return (
+        f"memory, estimated: {mebibytes(found.total)} MiB{guess} for {step.rows} x {stage.positions()} positions: "
+        f"{parts}{how}"
+    )
+
+
+def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
+    """Refuse a training step or an evaluation that the device has no room for.
+
+    Raises:
+        ResourceError: with the settings that would make it fit.
+    """
+    limit, name = device_memory(stage.device)
+    if found.total <= limit:
+        return
+    ways = list(_ways_to_fit(step, stage, limit))
+    what = "an evaluation" if found.evaluation > found.step else "a training step"
+    fix = f"Any of these makes it fit: {'; '.join(ways)}" if ways else "Use a smaller model or a larger device"
+    raise ResourceError(
+        "memory",
+        f"{what} takes about {found.total / _GIB:,.2f} GiB, {name} has {limit / _GIB:,.2f} GiB",
+        fix=fix,
+    )
+
+
+def device_memory(device: str) -> tuple[int, str]:
+    """Bytes that a step may take, and whose they are: the variable's, the GPU's, or the machine's less what this
+    process holds already.
+    """
+    asked = os.environ.get(LIMIT_VARIABLE)
+    if asked:
+        try:
+            return int(float(asked) * _GIB), f"{LIMIT_VARIABLE}={asked}"
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(LIMIT_VARIABLE, f"got {asked!r}", allowed="a number of GiB") from error
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).total_memory), "the GPU"
+    import psutil  # noqa: PLC0415
+
+    total = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return total - peak_resident_bytes(), "this machine, beside what the program itself takes,"
+
+
+def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) -> dict[Path, dict[str, int]]:
+    """Bytes that the run will write, by folder: weights that are not there yet, factors, checkpoints."""
+    needs = {cache_folder(): {"factors": 4 * plan.factor_numbers}}
+    stored = str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch.")
+    width = 2 if "16" in stored else 4
+    if not is_local(source.name) and not _has_weights(source):
+        from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
+
+        needs[Path(HF_HUB_CACHE)] = {"the model's weights": plan.total_parameters * width}
+    trained = 4 * (plan.trainable_parameters + plan.head_parameters)
+    # Each checkpoint: the numbers and two moments. One is being written while the others are still there.
+    needs[output_dir] = {"checkpoints": 3 * trained * (keep + 2) + trained}
+    return needs
+
+
+def _has_weights(source: ModelSource) -> bool:
+    import huggingface_hub  # noqa: PLC0415
+
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    found = (huggingface_hub.try_to_load_from_cache(source.location, n, revision=source.commit) for n in names)
+    return any(isinstance(path, str) for path in found)
+
+
+def _longest(train: Examples, rows: int, length: int | None) -> Batch:
+    """A batch of ``rows`` times the longest row; no row is copied. ``length`` cuts it, in shape alone."""
+    lengths = train.lengths
+    longest = int(lengths.max())
+    one = train.batch(np.array([int(lengths.argmax())]))
+    batch: Batch = {}
+    for name, value in one.items():
+        if isinstance(value, Tensor):
+            shape = [length if length is not None and size == longest else size for size in value.shape[1:]]
+            batch[name] = torch.empty((), dtype=value.dtype).expand(rows * value.shape[0], *shape)
+        else:
+            batch[name] = value
+    return batch
+
+
+def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
+    """Flags that alone, or at last all together, bring a step below ``limit`` bytes, with what it then takes."""
+    found: list[tuple[str, Step]] = []
+    changes = [
+        _fewer_scored(step, stage), _fewer_rows(step), _shorter(step, stage), _half(step, stage),
+        _half_compute(step, stage), _lower_rank(step, stage),
+    ]  # fmt: skip
+    for options in filter(None, changes):
+        if stage.footprint(options[-1][1]).total > limit:  # the furthest that this setting goes
+            found.append(options[-1])
+            continue
+        words, changed = next((w, c) for w, c in options if stage.footprint(c).total <= limit)
+        yield f"{words} ({stage.footprint(changed).total / _GIB:,.2f} GiB)"
+    if found and len(found) == sum(map(bool, changes)):  # none suffices alone
+        words, together = " ".join(w for w, _ in found), step
+        for _, changed in found:
+            own = {f: getattr(changed, f) for f in Step.__slots__ if getattr(changed, f) != getattr(step, f)}
+            together = replace(together, **own)
+        total = stage.footprint(together).total
+        if total <= limit:
+            yield f"{words} together ({total / _GIB:,.2f} GiB)"
+
+
+def _fewer_scored(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    """Smaller batches of an evaluation, where that takes more than a training step."""
+    found = stage.footprint(step)
+    if step.scored is None or found.evaluation <= found.step:
+        return []
+    sizes = [step.scored // 2**n for n in range(1, step.scored.bit_length())]
+    return [(f"eval.batch_size={rows}", replace(step, scored=rows)) for rows in sizes]
+
+
+def _fewer_rows(step: Step) -> list[tuple[str, Step]]:
+    options, rows, accumulation = [], step.rows, step.accumulation
+    while rows > 1:
+        rows, accumulation = rows // 2, accumulation * 2
+        words = f"--batch-size {rows} --gradient-accumulation-steps {accumulation}"
+        options.append((words, replace(step, rows=rows, accumulation=accumulation)))
+    return options
+
+
+def _shorter(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    lengths = [n for n in (2048, 1024, 512, 256, 128) if n < stage.positions()] if stage.has_length else []
+    return [(f"--max-length {n}", replace(step, length=n)) for n in lengths]
+
+
+def _half(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    can = step.dtype == torch.float32 and not is_slow(torch.bfloat16, torch.device(stage.device))
+    return [("model.dtype=bfloat16", replace(step, dtype=torch.bfloat16))] if can else []
+
+
+def _half_compute(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    is_cuda = stage.device == "cuda"
+    can = torch.cuda.is_bf16_supported() if is_cuda else not is_slow(torch.bfloat16, torch.device(stage.device))
+    return [("--precision bf16", replace(step, is_16bit_compute=True))] if can and not step.is_16bit_compute else []
+
+
+def _lower_rank(step: Step, stage: Stage) -> list[tuple[str, Step]]:
+    if step.spec.preset.core is None or step.spec.resolved_rank != "full" or step.spec.pair_lists is not None:
+        return []
+    ranks = [rank for rank in (64, 16) if rank < stage.smallest_rank]
+    return [(f"--rank {r}", replace(step, spec=replace(step.spec, rank=r, strategy=None))) for r in ranks]

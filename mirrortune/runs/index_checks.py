@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks every index that a model looks up against the size of its table, before any weight is there.
+
+The model is on the meta device, its inputs are not: what is computed from whole numbers alone (token ids, token types,
+positions and the masks from which some models count them) is computed, everything else has a shape only. So a lookup
+behind the end of a table is found for any architecture, with the numbers that a training step would use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mirrortune.data.examples import Batch, Examples, IntArray
+from mirrortune.errors import ConfigError
+from mirrortune.runs.memory import ASK_NUMBERS, all_rows, answered, without_numbers
+
+_ATEN = torch.ops.aten
+_LARGEST = 1 << 22  # elements of a tensor that is computed: an attention mask of long rows is not
+_META = torch.device("meta")
+_MOST_NAMED = 8  # tokens in a message
+
+
+class BeyondTableError(Exception):
+    """A lookup behind the end of a table.
+
+    Attributes:
+        name: the table's, in the model; "" for one that is no parameter.
+        rows: of the table.
+        largest: the largest index that is looked up.
+    """
+
+    def __init__(self, name: str, rows: int, largest: int) -> None:
+        super().__init__(f"index {largest} into '{name}', which has {rows} rows")
+        self.name, self.rows, self.largest = name, rows, largest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """The longest inputs of a kind of task, in tokens.
+
+    Attributes:
+        tokens: of a row.
+        targets: of what a decoder reads; None for a model without one.
+    """
+
+    tokens: int
+    targets: int | None = None
+
+
+class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes what depends on whole numbers alone, shapes of the rest; refuses lookups behind the end of a table."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {id(tensor): name for name, tensor in model.named_parameters()}  # of what is tied, the first one
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        self._check(func, args)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_meta = [t.device.type == "meta" for t in tensors]
+        if tensors and any(on_meta) and func in ASK_NUMBERS:
+            return answered(func, args)
+        if kwargs.get("device") == _META and _is_whole(func, args, kwargs) and not any(on_meta):
+            kwargs["device"] = torch.device("cpu")
+        if tensors and (any(on_meta) or _size(tensors) > _LARGEST):
+            args, kwargs = tree_map(_without_numbers, (args, kwargs))
+            if "device" in kwargs:  # a copy to where whole numbers are
+                kwargs["device"] = _META
+            return func(*all_rows(func, args), **kwargs)
+        return func(*args, **kwargs)
+
+    def _check(self, func: Any, args: Any) -> None:
+        if func is _ATEN.embedding.default:
+            self._check_index(args[0], args[1], 0, allows_negative=False)
+        elif func in (_ATEN.index_select.default, _ATEN.gather.default):
+            self._check_index(args[0], args[2], args[1], allows_negative=False)
+        elif func is _ATEN.index.Tensor:
+            for axis, index in enumerate(args[1]):
+                if isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
+                    self._check_index(args[0], index, axis, allows_negative=True)
+
+    def _check_index(self, table: Tensor, index: Tensor, axis: int, *, allows_negative: bool) -> None:
+        if index.device.type == "meta" or not index.numel():
+            return
+        rows, low, high = table.shape[axis], int(index.min()), int(index.max())
+        if high >= rows or low < (-rows if allows_negative else 0):
+            raise BeyondTableError(self.names.get(id(table), ""), rows, high if high >= rows else low)
+
+
+def check_rows(model: nn.Module, examples: Examples, tokenizer: Any, *, where: str, source: str, is_text: bool) -> None:
+    """Refuse rows whose inputs ask for what the model's tables do not hold.
+
+    Args:
+        model: on the meta device, or loaded (it is not changed).
+        examples: the rows of a split.
+        tokenizer: what made their tokens, or anything else.
+        where: the model, for messages.
+        source: the rows, for messages.
+        is_text: whether rows are made of tokens; a model's own words on other inputs are passed on.
+
+    Raises:
+        ConfigError: with the table's size, and the tokens or the index that it lacks.
+    """
+    batch = examples.batch(examples.extremes())
+    try:
+        if any(parameter.device.type != "meta" for parameter in model.parameters()):
+            model = without_numbers(model, "meta")
+        _run(model, batch)
+    except BeyondTableError as error:
+        raise _beyond(error, model, examples, tokenizer, where, source) from error
+    except ValueError as error:
+        if not is_text:
+            raise ConfigError(where, f"it refuses the inputs of {source} ({str(error).splitlines()[0][:200]})",
+                              fix="Use the processor that belongs to the model") from error  # fmt: skip
+    except Exception:  # noqa: BLE001  (a model that needs numbers that are not there: nothing is known)
+        return
+
+
+def longest(model: nn.Module, probe: Batch, lengths: Lengths) -> Lengths:
+    """The longest inputs that a model takes, at most ``lengths``.
+
+    Args:
+        model: on the meta device.
+        probe: a few inputs, as of ``Task.probe``.
+        lengths: the longest that are asked for.
+    """
+    tokens = _most(lambda n: _takes(model, _stretched(probe, n, 1)), lengths.tokens)
+    if lengths.targets is None:
+        return Lengths(tokens=tokens)
+    targets = _most(lambda n: _takes(model, _stretched(probe, 1, n)), lengths.targets)
+    return Lengths(tokens=tokens, targets=targets)
+
+
+def _most(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits; ``most`` itself if none does, since then it is not for its size."""
+    if most <= 1 or fits(most) or not fits(1):
+        return most
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _takes(model: nn.Module, batch: Batch) -> bool:
+    try:
+        _run(model, batch)
+    except Exception:  # noqa: BLE001  (whatever a model raises for inputs that are too long)
+        return False
+    return True
+
+
+def _run(model: nn.Module, batch: Batch) -> None:
+    inputs = {key: value for key, value in batch.items() if key != "targets"}
+    with _evaluating(model), torch.no_grad(), _Lookups(model):
+        model(**inputs)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _stretched(probe: Batch, tokens: int, targets: int) -> Batch:
+    """The longest row of a probe, cut to a length or its last token repeated."""
+    mask = probe["attention_mask"]
+    row = int(mask.flatten(1).sum(dim=1).argmax())
+    made: Batch = {}
+    for name, value in probe.items():
+        if isinstance(value, Tensor):
+            width = targets if name.startswith("decoder_") else tokens
+            columns = torch.arange(width).clamp(max=value.shape[-1] - 1)
+            made[name] = value[row : row + 1][..., columns]
+        else:
+            made[name] = value
+    return made
+
+
+def _beyond(
+    error: BeyondTableError, model: nn.Module, examples: Examples, tokenizer: Any, where: str, source: str
+) -> ConfigError:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    own = [name for name, parameter in model.named_parameters() if parameter is getattr(embeddings, "weight", None)]
+    is_tokens = error.name in own
+    table = f"its table '{error.name}'" if error.name else "a table"
+    if not is_tokens or not hasattr(tokenizer, "convert_ids_to_tokens"):
+        return ConfigError(where, f"{table} has {error.rows} rows, and {source} asks for number {error.largest}",
+                           allowed=f"0 to {error.rows - 1}",
+                           fix="Use the tokenizer or processor that belongs to the model")  # fmt: skip
+    ids = np.unique(np.concatenate([values[values >= error.rows] for values in _token_ids(examples)]))
+    ids = ids if len(ids) else np.array([error.largest])
+    named = ", ".join(f"{tokenizer.convert_ids_to_tokens(int(i))} ({i})" for i in ids[:_MOST_NAMED])
+    named += f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
+    return ConfigError(
+        where, f"{table} has {error.rows} rows, none for {len(ids)} tokens of {source}: {named}",
+        allowed=f"token ids 0 to {error.rows - 1}",
+        fix="Use the tokenizer that belongs to the model, or a model whose embedding was enlarged for these tokens",
+    )  # fmt: skip
+
+
+def _token_ids(examples: Any) -> list[IntArray]:
+    """All token ids of a split, wherever its kind keeps them."""
+    inner = [getattr(examples, name, None) for name in ("sources", "endings", "documents")]
+    rows = next((part for part in inner if part is not None), examples)
+    found = [rows.features["input_ids"]] if "input_ids" in getattr(rows, "features", {}) else []
+    targets = getattr(examples, "targets", None)
+    return found + ([targets] if hasattr(examples, "target_offsets") and targets is not None else [])
+
+
+def _without_numbers(value: Any) -> Any:
+    return value.to(_META) if isinstance(value, Tensor) else value
+
+
+def _size(tensors: list[Tensor]) -> int:
+    """Elements of the largest tensor that comes of some, if they are broadcast."""
+    largest = max(t.numel() for t in tensors)
+    try:
+        return max(largest, math.prod(np.broadcast_shapes(*(tuple(t.shape) for t in tensors))))
+    except ValueError:
+        return largest
+
+
+def _is_whole(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an operation makes a small tensor of whole numbers or flags out of none."""
+    dtype = kwargs.get("dtype")
+    if func.overloadpacket is _ATEN.arange:
+        return (dtype is None and all(isinstance(a, int) for a in args)) or _is_whole_dtype(dtype)
+    own = next((a.dtype for a in args if isinstance(a, Tensor)), None)
+    sizes = [a for a in args if isinstance(a, (list, tuple)) and all(isinstance(n, int) for n in a)]
+    return _is_whole_dtype(dtype or own) and all(math.prod(size) <= _LARGEST for size in sizes)
+
+
+def _is_whole_dtype(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and not dtype.is_floating_point and not dtype.is_complex

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models ready to run: a base with a fresh adapter for training, or whatever ``eval`` and ``merge`` are pointed at."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.adapters.files.adapter_file import read_adapter
+from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_pairs
+from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
+from mirrortune.adapters.strategies import Strategy
+from mirrortune.adapters.targets import Target, find_targets
+from mirrortune.config.schema import Recipe
+from mirrortune.data.dataset import DataSet, Split
+from mirrortune.errors import ConfigError
+from mirrortune.merging.in_memory import load_adapted
+from mirrortune.models.load import (
+    DTYPES,
+    LoadedModel,
+    describe_widening,
+    find_model,
+    load_model,
+    pad_token_id,
+    resolve_dtype,
+)
+from mirrortune.models.tensors import Layer, stored_layers
+from mirrortune.runs.checks import make_task
+from mirrortune.runs.job import Job
+from mirrortune.system.console import Reporter
+from mirrortune.system.devices import default_device, is_slow
+from mirrortune.system.distributed import sync
+from mirrortune.system.paths import hub_place
+from mirrortune.system.precision import widen
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.tasks.base import Task, task_from_dict, with_columns
+from mirrortune.training.calibration import CalibrationSettings, measure_saliency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluable:
+    """A model with the task it was made for; ``note`` says if it computes in another precision than that it is stored
+    in.
+    """
+
+    model: nn.Module
+    task: Task
+    processor: Any
+    max_length: int | None
+    note: str | None = None
+
+
+def load_base(job: Job) -> LoadedModel:
+    """The job's base model with a new head."""
+    fields, pad = job.task.config_fields(), pad_token_id(job.processor)
+    loaded = load_model(job.source, job.task.auto_class, fields, job.dtype, pad)
+    job.train.verify(loaded.model)
+    return loaded
+
+
+def adapt_model(
+    loaded: LoadedModel,
+    spec: AdapterSpec,
+    cache: FactorCache,
+    pairs: dict[str, Tensor] | None = None,
+    strategies: Mapping[str, Strategy] | None = None,
+) -> FingerprintBook:
+    """Put a fresh adapter into a loaded base model.
+
+    Args:
+        loaded: from :func:`load_base`.
+        spec: the adapter.
+        cache: factors.
+        pairs: measured or stored pairs by layer.
+        strategies: how layers compute, by layer.
+    """
+    targets = find_targets(loaded.model, spec, loaded.new_parameters)
+    widen(loaded.model, targets.head)
+    return adapt(
+        loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache, pairs=pairs,
+        strategies=strategies,
+    )  # fmt: skip
+
+
+def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
+    """Fill the cache with the factors of every layer that the job adapts.
+
+    One weight at a time is read from the files, and the model is not loaded, unless only a loaded one can say whether
+    it is as the run needs it, or what its weights are.
+    """
+    layers = None
+    if job.spec.preset.core is not None and not job.recipe.data.packing:
+        layers = stored_layers(job.source, job.task.auto_class, job.task.config_fields(), job.spec, job.dtype)
+    if layers is None:
+        layers = _layers(job, load_base(job))
+    if layers:
+        _share(job, layers, cache, show_bar, 0, 1)
+        for name, matrix, rank in layers:  # read and checked
+            cache(name, matrix(), rank)
+        cache.hits = len(layers) - cache.misses
+
+
+def share_factors(
+    job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any, show_bar: Callable[[str, int], Any]
+) -> None:
+    """Factorise together with the other processes of the run; none waits for another here."""
+    layers = _layers(job, loaded)
+    if layers:
+        _share(job, layers, cache, show_bar, accelerator.process_index, accelerator.num_processes)
+
+
+def _share(
+    job: Job,
+    layers: list[Layer],
+    cache: FactorCache,
+    show_bar: Callable[[str, int], Any],
+    index: int,
+    count: int,
+) -> None:
+    largest = max(math.prod(target.shape) * target.count for target in job.plan.targets.layers.values())
+    with show_bar("singular value decompositions", len(layers)) as bar:
+        cache.on_layer = bar.advance
+        # Never more than the model itself, which need not be in memory.
+        cache.share(layers, index, count, largest=largest, room=job.plan.total_parameters * job.dtype.itemsize)
+    cache.on_layer = None
+
+
+def _layers(job: Job, loaded: LoadedModel) -> list[Layer]:
+    """Everything that the job factorises."""
+    if job.spec.preset.core is None:
+        return []
+
+    def reader(target: Target) -> Callable[[], Tensor]:
+        return lambda: target.read(loaded.model)
+
+    targets = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
+    return [(name, reader(target), target.rank) for name, target in targets.items()]
+
+
+def choose_pairs(
+    job: Job,
+    loaded: LoadedModel,
+    cache: FactorCache,
+    run: RunDirectory,
+    accelerator: Any,
+    reporter: Reporter,
+    *,
+    resume: bool,
+) -> dict[str, Tensor] | None:
+    """The same pairs on every rank: stored ones for a resumed run, measured ones for an adaptive pairing, else None."""
+    if not needs_saliency(job.spec):
+        return None
+    steps = run.saved_steps()
+    if resume and steps:
+        return stored_pairs(read_adapter(run.checkpoint(steps[-1])))
+    started = time.perf_counter()
+    pairs = sync.from_main(accelerator, lambda: _measured_pairs(job, loaded, cache, accelerator))
+    reporter.note(f"pairs measured on the task in {time.perf_counter() - started:.1f} s")
+    return pairs
+
+
+def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
+    spec, section = job.spec, job.recipe.adapter
+    settled = spec.settled()
+    targets = find_targets(loaded.model, spec, loaded.new_parameters)
+    settings = CalibrationSettings(
+        saliency=section.saliency,
+        num_batches=section.calibration_batches,
+        warmup_steps=section.calibration_warmup_steps,
+        batch_size=job.recipe.train.batch_size,
+        head_lr=job.recipe.train.head_lr,
+        side=settled.options["side"],
+        unit=settled.options["unit"],
+        seed=spec.seed,
+    )
+    saliency = measure_saliency(
+        loaded.model,
+        targets,
+        job.task,
+        job.train,
+        cache,
+        settings=settings,
+        accelerator=accelerator,
+    )
+    return {name: make_pairs(spec, s.shape[-1], name, s, targets.layers[name].count) for name, s in saliency.items()}
+
+
+def base_identity(job: Job) -> dict[str, Any]:
+    """What the adapter file says of its base."""
+    return {
+        "name": job.source.name,
+        "revision": job.source.revision,
+        "commit": job.source.commit,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "auto_class": job.task.auto_class,
+        **({"load_in": job.source.load_in} if job.source.load_in else {}),
+        **({"quantised": True} if job.source.is_stored_packed else {}),
+    }
+
+
+def load_evaluable(
+    target: str, adapter_folder: Path | None, recipe: Recipe, data: DataSet, *, remarks: list[str] | None = None
+) -> Evaluable:
+    """The model that ``eval`` was pointed at, with its task.
+
+    Args:
+        target: folder or Hub id of a plain model; ignored when there is an adapter.
+        adapter_folder: from :func:`adapter_to_score`.
+        recipe: for a plain model: the task; in any case where the base is, if it was named.
+        data: for a plain model: columns and labels.
+        remarks: what of an adapter does not fit its base is noted here; None to refuse it.
+    """
+    if adapter_folder is not None:
+        return _load_run(adapter_folder, recipe, remarks)
+    name, revision, _ = hub_place(target)
+    source = find_model(
+        name, revision=revision or recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
+    task = _plain_task(recipe, data, source.config)
+    processor = task.load_processor(source)
+    dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
+    loaded = load_model(source, task.auto_class, {}, dtype, pad_token_id(processor))
+    if loaded.new_parameters:
+        raise ConfigError(
+            target,
+            f"it has no trained head for this task ({', '.join(loaded.new_parameters[:3])} are missing)",
+            fix="Evaluate a run directory, a merged folder or a fine-tuned model",
+        )
+    max_length = task.resolve_length(recipe.data.max_length, processor, source.config)
+    note = describe_widening(recipe.model.dtype, source.config, default_device())
+    return Evaluable(model=loaded.model.eval(), task=task, processor=processor, max_length=max_length, note=note)
+
+
+def _load_run(adapter_folder: Path, recipe: Recipe, remarks: list[str] | None) -> Evaluable:
+    adapter = read_adapter(adapter_folder)
+    if adapter.task is None:
+        raise ConfigError(
+            str(adapter_folder), "the adapter was saved outside a task", fix="Merge it and evaluate the merged model"
+        )
+    task = _run_task(adapter.task, recipe)
+    name = recipe.model.name or adapter.base.get("name")
+    if name is None:
+        raise ConfigError(str(adapter_folder), "the adapter does not say what its base is", fix="Name it with --model")
+    is_named = name == adapter.base.get("name")  # a base elsewhere has other commits
+    source = find_model(
+        name,
+        revision=adapter.base.get("commit") or adapter.base.get("revision") if is_named else recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+        load_in=adapter.base.get("load_in"),
+    )
+    processor = task.load_processor(source)
+    model = load_adapted(adapter, source, task, pad_token_id(processor), FactorCache(), remarks=remarks)
+    note = None
+    trained_in = DTYPES.get(str(adapter.base.get("dtype")))
+    if trained_in is not None and not source.is_quantised and is_slow(trained_in, default_device()):
+        model, note = model.float(), "computing in float32: the run was trained in 16 bits, in which this CPU is slow"
+    asked = recipe.data.max_length or adapter.extra.get("max_length")
+    max_length = task.resolve_length(asked, processor, source.config)
+    return Evaluable(model=model, task=task, processor=processor, max_length=max_length, note=note)
+
+
+def _run_task(stored: dict[str, Any], recipe: Recipe) -> Task:
+    """The task that an adapter was trained for, reading the columns that the recipe (or a flag over it) names."""
+    if recipe.task.kind not in (None, stored["kind"]):
+        raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {recipe.task.kind}")
+    columns = {name: value for name, value in recipe.data if name.endswith(("_column", "_columns"))}
+    return with_columns(task_from_dict(stored), columns)
+
+
+def _plain_task(recipe: Recipe, data: DataSet, config: Any) -> Task:
+    """The task for a plain model: its own class names, in its own order, where it has real ones."""
+    task, _ = make_task(recipe, _any_split(data, recipe))
+    id2label = getattr(config, "id2label", None) or {}
+    names = tuple(str(id2label[i]) for i in sorted(id2label))
+    is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
+    found = getattr(task, "labels", None)
+    # Only if the data speaks the same names: a model may call "positive" what the data calls "1".
+    if recipe.task.labels is None and is_named and found and set(found) <= set(names):
+        task = replace(task, labels=names)  # type: ignore[type-var]
+    outputs, wanted = getattr(config, "num_labels", None), task.config_fields().get("num_labels")
+    if wanted is not None and outputs != wanted:
+        raise ConfigError(
+            "task",
+            f"the model has {outputs} outputs, the task has {wanted}",
+            fix="Use the data it was trained for, or set task.labels",
+        )
+    return task
+
+
+def _any_split(data: DataSet, recipe: Recipe) -> Split:
+    for name in (recipe.data.train_split, recipe.data.validation_split, recipe.data.test_split):
+        found = data.find(name)
+        if found is not None:
+            return found
+    return next(iter(data.splits.values()))

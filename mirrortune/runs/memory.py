@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step without numbers: forward and backward on tensors that have shapes and no memory, every allocation
+counted as the allocator would see it. What a step takes is known before any weight is there, for any architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mirrortune.data.batching import forward
+from mirrortune.data.examples import Batch
+
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes on the device at the fullest moment of a run.
+
+    Attributes:
+        weights: the base model's, its head among them.
+        factors: singular vectors and whatever else an adapter brings besides what it trains.
+        gradients, optimizer: of what is trained; two moments.
+        activations: what a training step's forward keeps for its backward, and the largest temporary tensors.
+        evaluation: what a batch of scored rows takes besides weights, factors and optimizer.
+        is_counted: allocation by allocation; otherwise the activations are a guess from the layers' widths.
+    """
+
+    weights: int
+    factors: int
+    gradients: int
+    optimizer: int
+    activations: int
+    evaluation: int = 0
+    is_counted: bool = True
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts().values())
+
+    @property
+    def step(self) -> int:
+        """What a training step takes besides weights, factors and optimizer."""
+        return self.gradients + self.activations
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by name; ``evaluation`` is what it takes beyond a training step, whose gradients are gone by then."""
+        names = ("weights", "factors", "gradients", "optimizer", "activations")
+        return {**{name: getattr(self, name) for name in names}, "evaluation": max(0, self.evaluation - self.step)}
+
+
+class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of every storage that comes and goes; answers what only numbers could (which rows a mask takes,
+    what a scalar is) in the most expensive way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def know(self, tensor: Tensor) -> None:
+        """Leave a tensor that was there before out of the count."""
+        self._known[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = answered(func, args) if func in ASK_NUMBERS else None
+        if out is None:
+            out = func(*all_rows(func, args), **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def rehearse(
+    model: nn.Module,
+    batch: Batch,
+    scored: Batch,
+    loss: Callable[[Any, Tensor], tuple[Tensor, Any]],
+    *,
+    is_base: Callable[[str], bool],
+    device: str,
+    is_16bit_compute: bool,
+) -> Footprint:
+    """Count one training step and one batch of an evaluation.
+
+    Args:
+        model: adapted, frozen and dtyped as it will be trained; on the meta device (or loaded: it is not changed).
+        batch: made by ``Examples.batch``, with targets; only types and shapes matter.
+        scored: the same, of rows that are scored.
+        loss: the task's.
+        is_base: whether a tensor of ``model``, by its name, belongs to the base model.
+        device: type of the device to train on.
+        is_16bit_compute: under bfloat16 autocast.
+
+    Raises:
+        Exception: whatever a model raises that looks at numbers in a way that has no answer here.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        empty = without_numbers(model, device).train()
+        inputs, scored_inputs = _empty_batch(batch, device), _empty_batch(scored, device)
+    ledger = _Ledger()
+    held = dict(_tensors(empty))
+    for tensor in (*held.values(), *inputs.values(), *scored_inputs.values()):
+        if isinstance(tensor, Tensor):
+            ledger.know(tensor)
+    autocast: AbstractContextManager[object] = (
+        torch.autocast(device, torch.bfloat16) if is_16bit_compute else nullcontext()
+    )
+    with mode, ledger:
+        with autocast:
+            _, outputs, targets = forward(empty, inputs, torch.device(device))
+            total, _ = loss(outputs, targets)
+        total.backward()  # type: ignore[no-untyped-call]
+        del outputs, targets, total
+    trained, step = [p for p in empty.parameters() if p.requires_grad], ledger.peak
+    empty.zero_grad()
+    empty.eval()
+    ledger.peak = ledger.live
+    with mode, ledger, torch.no_grad(), autocast:
+        loss(*forward(empty, scored_inputs, torch.device(device))[1:])
+    gradients = sum(_bytes(p) for p in trained)
+    weights = sum(_bytes(t) for name, t in held.items() if is_base(name))
+    everything = sum({id(t): _bytes(t) for t in held.values()}.values())
+    return Footprint(
+        weights=weights,
+        factors=everything - weights,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        activations=max(0, step - gradients),
+        evaluation=ledger.peak,
+    )
+
+
+def _empty_batch(batch: Batch, device: str) -> Batch:
+    return {k: torch.empty_like(v, device=device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def without_numbers(model: nn.Module, device: str) -> nn.Module:
+    """A copy of a model whose tensors have types and shapes, and no memory."""
+    return copy.deepcopy(model, _memo(model, device))
+
+
+def _memo(model: nn.Module, device: str) -> dict[int, Any]:
+    """For ``copy.deepcopy``: every tensor of a model as one of the same type and shape that takes no memory."""
+    memo: dict[int, Any] = {}
+    for _, tensor in _tensors(model):
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    return memo
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers and plain attributes, each once, by the name of its first place."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        own = {**module._parameters, **module._buffers}  # noqa: SLF001
+        own |= {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
+        for name, tensor in own.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}".lstrip("."), tensor
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def all_rows(func: Any, args: Any) -> Any:
+    """Arguments in which masks (which take an unknown number of rows) have become indices of all rows."""
+    if func not in (
+        _ATEN.index.Tensor,
+        _ATEN.index_put.default,
+        _ATEN.index_put_.default,
+        _ATEN._index_put_impl_.default,
+    ):
+        return args
+    indices: list[Tensor | None] = []
+    for index in args[1]:
+        if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+            rows = torch.zeros(index.numel(), dtype=torch.long, device=index.device)
+            indices += [rows] * index.ndim
+        else:
+            indices.append(index)
+    return (args[0], indices, *args[2:])
+
+
+def answered(func: Any, args: Any) -> Any:
+    """What a question about numbers is answered with: one, and every element."""
+    tensor = args[0]
+    if func is _SCALAR:
+        return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+    if func is _ATEN.nonzero.default:
+        return torch.zeros((tensor.numel(), tensor.ndim), dtype=torch.long, device=tensor.device)
+    return tensor.reshape(-1).clone()  # masked_select
+
+
+_SCALAR = _ATEN._local_scalar_dense.default  # noqa: SLF001  (what .item() and int() call)
+ASK_NUMBERS = (_SCALAR, _ATEN.nonzero.default, _ATEN.masked_select.default)
+"""Operations whose result depends on numbers; see :func:`answered`."""

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run's page shows besides the log: speed and angles while it runs, and the kept checkpoint's answers.
+
+Kept apart from ``metrics.jsonl``, whose bytes are a function of seed and settings: ``progress.jsonl`` has the time in
+it, ``validation.json`` the texts of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
+from mirrortune.adapters.inject import spectral_layers
+from mirrortune.config.recipe import flatten
+from mirrortune.data.examples import Examples, TokenExamples
+from mirrortune.runs.job import Job
+from mirrortune.system.console import Reporter, digits
+from mirrortune.system.distributed.sharding import whole_parameters
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.training.evaluate import EvalResult, evaluate_split
+from mirrortune.training.settings import Progress
+from mirrortune.training.tracking import Track, tracker
+
+_HARDEST = 12
+_SAMPLES = 6
+_LONGEST_TEXT = 400
+_MOST_POINTS = 2000
+_LENGTH_BINS = 30
+
+
+class RunRecorder:
+    """A :class:`mirrortune.training.settings.Progress` that also writes ``progress.jsonl``, and tells a tracker.
+
+    Args:
+        shown: told everything.
+        run: where the file goes.
+        model: the adapted model, whose angles are looked at after every evaluation.
+        track: told every number of the log; None for nobody.
+    """
+
+    def __init__(self, shown: Progress, run: RunDirectory, model: nn.Module, track: Track | None = None) -> None:
+        self._shown, self._run, self._model, self._track = shown, run, model, track
+        self._mark, self._seconds, self._rows = 0.0, 0.0, 0
+        self._tokens: int | None = None
+
+    def on_start(self, total_steps: int, done_steps: int) -> None:
+        """See :class:`mirrortune.training.settings.Progress`; what was written after ``done_steps`` will be written
+        again, and all of a run that begins anew.
+        """
+        kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps and done_steps]
+        self._run.write_text(self._run.progress_log.name, "".join(json.dumps(e) + "\n" for e in kept))
+        self._shown.on_start(total_steps, done_steps)
+        self._mark = time.perf_counter()
+
+    def on_step(self, step: int, rows: int, tokens: int | None) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        now = time.perf_counter()
+        self._seconds, self._mark, self._rows = self._seconds + now - self._mark, now, self._rows + rows
+        self._tokens = None if tokens is None else (self._tokens or 0) + tokens
+        self._shown.on_step(step, rows, tokens)
+
+    def on_show(self, step: int, epoch: float, loss: float) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        self._shown.on_show(step, epoch, loss)
+
+    def on_log(self, event: dict[str, Any]) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        if event["event"] == "train":
+            speeds = {"rows_per_second": self._rows, "tokens_per_second": self._tokens}
+            per_second = {k: digits(v / (self._seconds or math.inf)) for k, v in speeds.items() if v is not None}
+            self._run.log_progress({"step": event["step"], **per_second})
+            self._seconds, self._rows, self._tokens = 0.0, 0, None
+        else:
+            angles = {name: float(a.square().mean().sqrt()) for name, a in plane_angles(self._model).items()}
+            if angles:
+                self._run.log_progress({"step": event["step"], "angle_rms": angles})
+        if self._track:
+            prefix = "train" if event["event"] == "train" else str(event.get("split", "validation"))
+            numbers = {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "epoch")}
+            self._track({f"{prefix}/{k}": v for k, v in numbers.items()}, event["step"])
+        self._shown.on_log(event)
+        self._mark = time.perf_counter()  # evaluating is no training
+
+    def on_evaluate(self, rows: int) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        self._shown.on_evaluate(rows)
+
+    def on_signal(self, number: int) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        self._shown.on_signal(number)
+
+
+@contextmanager
+def recording(
+    job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, reporter: Reporter
+) -> Iterator[RunRecorder]:
+    """Who the loop of this run tells how it goes: the display, the run's own files, and a tracker if one was asked for.
+
+    Args:
+        job: of the run.
+        model: the adapted model.
+        run: where files go.
+        accelerator: accelerate's; one process speaks.
+        reporter: shows it.
+    """
+    settings = flatten(job.recipe)
+    tracked = tracker(job.recipe.train.track, run.path, settings, is_main=accelerator.is_main_process)
+    with reporter.training() as shown, tracked as track:
+        yield RunRecorder(shown, run, model, track)
+
+
+def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Angles in degrees of the planes that an adapted model's cores turn, by layer; none for other methods."""
+    found = {name: layer.core.angles() for name, layer in spectral_layers(model).items()}
+    return {n: a.detach().double().rad2deg() for n, a in found.items() if a is not None and a.numel()}
+
+
+def record_validation(
+    job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, outcome: EvalResult | None
+) -> None:
+    """Write what the kept checkpoint answered on the validation rows to ``validation.json``.
+
+    Args:
+        job: of the run.
+        model: the adapted model; the kept checkpoint is put into it.
+        run: where the file goes.
+        accelerator: accelerate's.
+        outcome: of the evaluation that the checkpoint was kept for, which is done again if this process made none.
+    """
+    with whole_parameters(model, write_back=True):
+        restore_trained(model, read_adapter(run.adapter))
+        angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
+    if outcome is None:
+        outcome = evaluate_split(
+            model, job.task, job.validation, accelerator,
+            batch_size=job.eval_batch_size, max_positions=job.eval_max_positions, source="validation",
+        )  # fmt: skip
+    details = validation_details(job, outcome)
+    if accelerator.num_processes == 1:  # a sharded model writes with all processes or not at all
+        details |= _samples(job, model, outcome)
+    if accelerator.is_main_process:
+        run.write_json(run.validation.name, {**details, "angles": angles})
+
+
+def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
+    """Confusion of classes, or pairs of numbers; the hardest rows; lengths and classes of both splits."""
+    references, predictions = outcome.references, outcome.predictions
+    labels = getattr(job.task, "labels", None)
+    found: dict[str, Any] = {"lengths": _lengths(job)}
+    if not isinstance(predictions, np.ndarray) or predictions.ndim != 1 or np.shape(references) != predictions.shape:
+        return found
+    if labels and np.issubdtype(predictions.dtype, np.integer):
+        size = len(labels)
+        confusion = np.bincount(references * size + predictions, minlength=size * size).reshape(size, size)
+        losses = _surprise(outcome.judged, references)
+        counts = {"train": _counts(job.train, size), "validation": np.bincount(references, minlength=size).tolist()}
+        answers = [(labels[r], labels[p]) for r, p in zip(references.tolist(), predictions.tolist(), strict=True)]
+        found |= {"labels": list(labels), "confusion": confusion.tolist(), "classes": counts}
+    else:
+        losses = np.square(predictions.astype(np.float64) - references)
+        pairs = list(zip(references.tolist(), predictions.tolist(), strict=True))
+        answers = [(f"{r:.4g}", f"{p:.4g}") for r, p in pairs]
+        found["pairs"] = pairs[:: -(-len(pairs) // _MOST_POINTS)]
+    hardest = np.argsort(-losses, kind="stable")[:_HARDEST].tolist()
+    found["hardest"] = [
+        {"row": row + 1, "loss": float(losses[row]), "reference": answers[row][0], "prediction": answers[row][1],
+         "text": _text(job, row)}
+        for row in hardest
+    ]  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def _samples(job: Job, model: nn.Module, outcome: EvalResult) -> dict[str, Any]:
+    """Rows from all over the validation split with what the model writes, for tasks whose answers are texts."""
+    rows = np.unique(np.linspace(0, len(job.validation) - 1, _SAMPLES).astype(int)).tolist()
+    write = getattr(job.task, "write", None)
+    if write is not None:
+        model.eval()
+        texts = [write(model, job.processor, job.validation, row) for row in rows]
+    elif all(isinstance(part, list) and isinstance(part[0], str) for part in (outcome.predictions, outcome.references)):
+        texts = [(_text(job, row), outcome.references[row], outcome.predictions[row]) for row in rows]
+    else:
+        return {}
+    keys = ("text", "reference", "prediction")
+    cut = [{key: _shortened(text) for key, text in zip(keys, found, strict=True)} for found in texts]
+    return {"samples": [{"row": row + 1, **found} for row, found in zip(rows, cut, strict=True)]}
+
+
+def _surprise(judged: list[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Cross-entropy of each row, from logits (N, C)."""
+    logits = torch.from_numpy(np.stack(judged)).double()
+    losses = nn.functional.cross_entropy(logits, torch.from_numpy(references), reduction="none")
+    return np.asarray(losses.numpy())
+
+
+def _counts(examples: Examples, size: int) -> list[int] | None:
+    targets = getattr(examples, "targets", None)
+    return None if targets is None else np.bincount(targets, minlength=size).tolist()
+
+
+def _lengths(job: Job) -> dict[str, Any]:
+    """Histograms of row lengths with common bins, or nothing where all rows are of one length."""
+    splits = {"train": job.train.lengths, "validation": job.validation.lengths}
+    longest, shortest = (f(f(v) for v in splits.values()) for f in (max, min))
+    if longest == shortest:
+        return {}
+    width = -(-int(longest - shortest + 1) // _LENGTH_BINS)  # of whole numbers: bins of one width hold the same lengths
+    edges = np.arange(shortest, longest + width + 1, width)
+    shares = {name: (np.histogram(v, edges)[0] / len(v)).tolist() for name, v in splits.items()}
+    return {"edges": edges.tolist(), **shares}
+
+
+def _text(job: Job, row: int) -> str:
+    """A validation row as the model read it, special tokens left out; empty for rows that are not text."""
+    examples = getattr(job.validation, "sources", job.validation)
+    if not isinstance(examples, TokenExamples):
+        return ""
+    ids = examples.features["input_ids"][examples.offsets[row] : examples.offsets[row + 1]]
+    tokenizer = getattr(job.processor, "tokenizer", job.processor)
+    return _shortened(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."

@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will do, from names and shapes alone: layers, trained numbers, memory. Made on the meta device, before any
+weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.effect import NUM_PROBES
+from mirrortune.adapters.files.tensors import Form, usual_form
+from mirrortune.adapters.inject import attach, freeze
+from mirrortune.adapters.peft_bridge import tuners
+from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec, make_pairs, needs_saliency
+from mirrortune.adapters.strategies import Strategy, cheapest_strategy
+from mirrortune.adapters.svd import Factors
+from mirrortune.adapters.targets import Target, Targets, find_targets
+from mirrortune.data.examples import Batch
+from mirrortune.errors import ConfigError, MirrortuneError
+from mirrortune.merging.lora import SERVED_RANKS
+from mirrortune.runs.memory import Footprint, rehearse
+from mirrortune.system.precision import widen
+from mirrortune.tasks.base import Task, scores_vocabulary
+
+# Of adapter.json and of the header of the tensors: in all, and for a layer besides its name.
+_FILE_BYTES, _LAYER_BYTES = 1400, 100
+_SCORED_ROWS = 64
+_SCORED_LOGITS = 2**28
+"""1 GiB in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The run's size.
+
+    Attributes:
+        targets: adapted layers, head and skipped layers.
+        trainable_parameters: trained numbers besides the head.
+        head_parameters: trained numbers of the head.
+        total_parameters: all numbers of the model.
+        rank: directions kept of the largest layer; 0 without a core.
+        factor_numbers: numbers of all singular vectors and values.
+    """
+
+    targets: Targets
+    trainable_parameters: int
+    head_parameters: int
+    total_parameters: int
+    rank: int
+    factor_numbers: int
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        kinds = Counter(target.kind.name for target in self.targets.layers.values())
+        adapted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
+        head = f", and {self.head_parameters:,} of the task head" if self.head_parameters else ""
+        share = percent(self.trainable_parameters / max(1, self.total_parameters))
+        return [
+            f"layers adapted: {adapted}{_left_alone(self.targets.skipped)}",
+            *_clipped(self.targets.clipped),
+            f"trained numbers: {self.trainable_parameters:,} ({share} of the model){head}",
+        ]
+
+    def stored_as(self, form: Form, dtype: torch.dtype) -> str | None:
+        """The form of the adapter file and its size, and what the other form would take; None without a core.
+
+        Args:
+            form: ``adapter.form`` of the recipe.
+            dtype: of the base weights, in which factors are kept.
+        """
+        layers = self.targets.layers
+        if not self.rank:
+            return None
+        chosen = usual_form((t.shape, t.rank, t.count) for t in layers.values()) if form == "auto" else form
+        trained = self.trainable_parameters + self.head_parameters
+        kept = (len(n) + t.count * (4 * NUM_PROBES + t.rank // 8) for n, t in layers.items())
+        compact = _FILE_BYTES + 4 * trained + _LAYER_BYTES * len(layers) + sum(kept)
+        portable = compact + self.factor_numbers * dtype.itemsize
+        if chosen == "compact":
+            size, other = _size(compact), f"adapter.form=portable, with its bases: {_size(portable)}"
+        else:
+            size, other = _size(portable), f"adapter.form=compact, without its bases: {_size(compact)}"
+        return f"adapter file: about {size}, {chosen} form ({other})"
+
+    def as_lora(self) -> str | None:
+        """What an export in LoRA's format would need, where that is known."""
+        kinds = {target.kind.name for target in self.targets.layers.values()}
+        if not self.rank or not kinds <= {"linear", "conv1d-linear"}:
+            return None
+        largest = SERVED_RANKS[-1]
+        if self.rank > largest:
+            return f"as a LoRA: rank {self.rank}, servers take at most {largest}: merge --format lora --rank {largest}"
+        return f"as a LoRA: rank {next(r for r in SERVED_RANKS if r >= self.rank)}"
+
+
+def percent(share: float) -> str:
+    """A share in percent with three decimals, or as many as it takes to show two digits of it."""
+    decimals = 3 if share <= 0 else max(3, 1 - math.floor(math.log10(100 * share)))
+    return f"{100 * share:.{decimals}f}%"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"
+
+
+def _left_alone(skipped: dict[str, str]) -> str:
+    reasons = Counter(skipped.values()).most_common()
+    others = sum(count for _, count in reasons[3:])
+    said = [f"{count} ({reason})" for reason, count in reasons[:3]] + ([f"{others} others"] if others else [])
+    return f"; left alone: {', '.join(said)}" if said else ""
+
+
+def _clipped(names: tuple[str, ...]) -> list[str]:
+    if not names:
+        return []
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [f"the rank is above min(out, in) of {len(names)} layers, which keep all their directions: {some}"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a step puts on the device besides the model: the rest of what memory depends on.
+
+    Attributes:
+        batch: a micro-batch of the longest rows, or as good as one; only types and shapes matter.
+        scored: the same of the rows that are scored.
+        loss: the task's.
+        dtype: of the base weights.
+        is_16bit_compute: activations in 16 bits.
+        device: type of the device.
+        tokens: of an ordinary micro-batch, by which strategies are chosen; None where nobody knows.
+    """
+
+    batch: Batch
+    scored: Batch
+    loss: Callable[[Any, Tensor], tuple[Tensor, Any]]
+    dtype: torch.dtype
+    is_16bit_compute: bool
+    device: str
+    tokens: int | None = None
+
+
+def default_eval_batch(
+    task: Task, train_rows: int, longest: int | None, vocabulary: int | None = None
+) -> tuple[int, int | None]:
+    """Rows and positions of a batch that is scored, where the recipe does not say.
+
+    Args:
+        task: scores over a vocabulary are as large as everything else together, so no more rows then than in training.
+        train_rows: of a micro-batch in training.
+        longest: positions of the longest row that such a batch was made for; None where all are of one size.
+        vocabulary: logits of each position, if nobody has found a training step to fit; their number is bounded then.
+    """
+    if not scores_vocabulary(task):
+        return _SCORED_ROWS, None if longest is None else _SCORED_ROWS * longest
+    rows = min(_SCORED_ROWS, train_rows)
+    bounds = [] if longest is None else [rows * longest]
+    bounds += [] if vocabulary is None else [max(1, _SCORED_LOGITS // vocabulary)]
+    return rows, min(bounds, default=None)
+
+
+def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_parameters: tuple[str, ...] = ()) -> Plan:
+    """Size a run.
+
+    Args:
+        model: on the meta device or loaded; not changed.
+        spec: the adapter.
+        dtype: of the base weights.
+        new_parameters: names that no checkpoint fills, where known.
+
+    Raises:
+        ConfigError: unknown names, nothing to adapt, a rank that does not fit.
+    """
+    check_spec(spec)
+    targets = find_targets(model, spec, new_parameters)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    head = sum(sizes[n] for n in targets.head)
+    trained = sum(sizes[n] for n in targets.plain)
+    if spec.preset.peft is not None:
+        trained += tuners.count_trained(model, spec, new_parameters)[0]
+    counts: dict[tuple[int, tuple[int, int], int], int] = {}
+    largest = factors = 0
+    for name, target in targets.layers.items() if spec.preset.core else ():
+        rank, shape = target.rank, target.shape
+        pairs = planned_pairs(spec, rank, name)
+        kind = (rank, shape, 0 if pairs is None else len(pairs))
+        if kind not in counts:  # a core's size depends on nothing else
+            core = build_core(spec, torch.zeros(rank), name, shape, pairs)
+            counts[kind] = sum(p.numel() for p in core.parameters())
+        trained += target.count * counts[kind]
+        largest, factors = max(largest, rank), factors + target.count * rank * (sum(shape) + 1)
+    if not trained + head:
+        raise ConfigError("adapter.method", f"'{spec.method}' trains nothing on this kind of task, which has no head")
+    return Plan(
+        targets=targets,
+        trainable_parameters=trained,
+        head_parameters=head,
+        total_parameters=sum(sizes.values()),
+        rank=largest,
+        factor_numbers=factors,
+    )
+
+
+def footprint(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
+    """The memory of one training step.
+
+    Args:
+        model: without an adapter, on the meta device; not changed.
+        spec: the adapter; it fits the model.
+        load: everything else.
+    """
+    adapted = copy.deepcopy(model)
+    for parameter in (*adapted.parameters(), *adapted.buffers()):
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(load.dtype)
+    base = {name for name, _ in (*adapted.named_parameters(), *adapted.named_buffers())}
+    try:
+        _attach_empty(adapted, spec, load.dtype, load.tokens)
+        return rehearse(
+            adapted, load.batch, load.scored, load.loss, is_base=_base_names(base), device=load.device,
+            is_16bit_compute=load.is_16bit_compute,
+        )  # fmt: skip
+    except MirrortuneError:
+        raise
+    except Exception:  # noqa: BLE001  (a model of somebody else's that needs numbers: the widths of its layers must do)
+        return _guess(model, spec, load)
+
+
+def _base_names(names: set[str]) -> Callable[[str], bool]:
+    """Whether a tensor of the adapted model belongs to the base: by its own name, as a layer's ``base_layer``, or as
+    what a parametrization starts from.
+    """
+
+    def is_base(name: str) -> bool:
+        plain = name.replace(".base_layer.", ".").replace(".parametrizations.", ".").removesuffix(".original")
+        return plain in names
+
+    return is_base
+
+
+def _attach_empty(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype, tokens: int | None) -> None:
+    """Put the spec's adapter into a model on the meta device: everything but the numbers."""
+    targets = find_targets(model, spec)
+    if spec.preset.peft is not None:
+        with torch.device("meta"):
+            tuners.attach_tuner(model, spec, config=tuners.plain_start(spec))
+    elif spec.preset.core is None:
+        freeze(model, targets)
+    else:
+        ranks = {name: target.rank for name, target in targets.layers.items()} if needs_saliency(spec) else {}
+        pairs = {name: found for name, rank in ranks.items() if (found := planned_pairs(spec, rank, name)) is not None}
+        chosen = strategies_of(targets, spec, dtype, tokens)
+        attach(model, spec, factor_source=_no_factors, pairs=pairs, strategies=chosen)
+    widen(model, targets.head)
+
+
+def _no_factors(name: str, matrix: Tensor, rank: int) -> Factors:
+    *stack, outputs, inputs = matrix.shape
+    return Factors(
+        U=torch.empty(*stack, outputs, rank, dtype=torch.float64, device="meta"),
+        S=torch.ones(*stack, rank, dtype=torch.float64),
+        Vh=torch.empty(*stack, rank, inputs, dtype=torch.float64, device="meta"),
+    )
+
+
+def strategies_of(targets: Targets, spec: AdapterSpec, dtype: torch.dtype, tokens: int | None) -> dict[str, Strategy]:
+    """How each layer computes: as the spec says, or what is cheapest by counting products.
+
+    Args:
+        targets: the layers.
+        spec: the adapter.
+        dtype: of the base weights.
+        tokens: of a micro-batch; None where nobody knows.
+    """
+
+    def of(target: Target) -> Strategy:
+        if target.count > 1:
+            return "dense"
+        return spec.strategy or cheapest_strategy(*target.shape, target.rank, dtype, target.kind, tokens)
+
+    return {name: of(target) for name, target in targets.layers.items()} if spec.preset.core else {}
+
+
+def planned_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
+    """Pairs as many as the core will have, or None for one that pairs nothing."""
+    if spec.resolved_pairing is None:
+        return None
+    # What is measured later pairs as many directions as mirror does.
+    return make_pairs(replace(spec, pairing="mirror") if needs_saliency(spec) else spec, rank, name)
+
+
+def _guess(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
+    """A step's memory from the widths of the layers: z of every linear layer, and about as much again for norms,
+    softmax and dropout.
+    """
+    plan = make_plan(model, spec, dtype=load.dtype)
+    width = torch.finfo(load.dtype).bits // 8
+    factors = 0
+    if spec.preset.peft is not None:
+        factors = tuners.count_trained(model, spec, ())[1]
+    for target in plan.targets.layers.values() if spec.preset.core else ():
+        factors += target.count * target.rank * sum(target.shape)
+    positions = max(math.prod(v.shape) for v in load.batch.values() if isinstance(v, Tensor))
+    numbers = sum(2 * max(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear))
+    gradients = 4 * (plan.trainable_parameters + plan.head_parameters)
+    return Footprint(
+        weights=plan.total_parameters * width,
+        factors=factors * width,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        activations=positions * numbers * (2 if load.is_16bit_compute else 4),
+        is_counted=False,
+    )

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exclusive claims on outputs: one process at a time writes a run, a merge, a comparison, figures or predictions.
+
+A claim on ``runs/x`` is an operating system's lock on the file ``runs/.x.claim``, beside the output so that it works
+between machines that share a file system, and so that an empty output stays empty. The lock ends with the process that
+holds it, however that ends; the file is removed with the claim, and one that a killed process left is taken over. On a
+file system without locks the file itself is the claim, with the process that made it, as ``filelock`` does it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from mirrortune.errors import ConfigError
+from mirrortune.system.atomic import cannot_write
+
+SUFFIX = ".claim"
+_SECONDS_BETWEEN_TRIES = 0.05
+_TRIES = 1000
+_HELD = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
+
+
+@contextmanager
+def claimed(output: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the claim on an output while the block runs. Folders above it are made, and removed again if they stay
+    empty.
+
+    Args:
+        output: file or folder; need not exist.
+        wait: until another process gives up its claim, instead of refusing.
+
+    Raises:
+        ConfigError: another process holds the claim.
+        ResourceError: the folder of the output cannot be made or written.
+    """
+    target = Path(os.path.realpath(output))
+    place = target.with_name(f".{target.name[:200]}{SUFFIX}") if target.name else target
+    made: list[Path] = []
+    try:
+        release = _acquire(place, made)
+        while release is None and wait:
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+            release = _acquire(place, made)
+    except OSError as error:
+        _remove_empty(made)
+        raise cannot_write(output, error) from error
+    if release is None:
+        raise ConfigError(
+            str(output), f"{_holder(place)} is writing there", fix="Wait until it ends, or choose another with -o"
+        )
+    try:
+        yield
+    finally:
+        release()
+        _remove_empty(made)
+
+
+def _acquire(place: Path, made: list[Path]) -> Callable[[], None] | None:
+    """Take the lock and append the folders made for it to ``made``; returns what releases it, or None if another
+    process holds it.
+    """
+    for _ in range(_TRIES):
+        try:
+            _make_folders(place.parent, made)
+            return _lock(place)
+        except FileNotFoundError:  # another claim has just removed a folder that it had made
+            continue
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place.parent))
+
+
+if sys.platform == "win32":
+
+    def _lock(place: Path) -> Callable[[], None] | None:
+        lock = FileLock(place, thread_local=False)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+        return lock.release
+
+else:
+
+    def _lock(place: Path) -> Callable[[], None] | None:
+        import fcntl  # noqa: PLC0415  (no such module on Windows)
+
+        while True:
+            handle = _open(place)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(handle)
+                if error.errno in _HELD:
+                    return None
+                place.unlink(missing_ok=True)  # no locks on this file system, so it is nobody's
+                return _soft_lock(place)
+            if _is_at(handle, place):
+                break
+            os.close(handle)  # its holder removed it between our opening and locking it
+        if not _is_claim(place):
+            os.close(handle)
+            raise FileExistsError(errno.EEXIST, "it is no claim of ours", str(place))
+        with suppress(OSError):
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+
+        def release() -> None:
+            place.unlink(missing_ok=True)  # while it is locked: whoever opened it finds that it has gone
+            os.close(handle)
+
+        return release
+
+    def _open(place: Path) -> int:
+        flags = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(place, flags | os.O_RDWR, 0o666)
+        except PermissionError:  # another user's file, which may be read
+            return os.open(place, os.O_CLOEXEC | os.O_NOFOLLOW | os.O_RDONLY)
+
+
+def _soft_lock(place: Path) -> Callable[[], None] | None:
+    lock = SoftFileLock(place.with_name(f"{place.name}.soft"), thread_local=False)
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+    return lock.release
+
+
+def _is_at(handle: int, place: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), place.lstat())
+    except OSError:
+        return False
+
+
+def _is_claim(place: Path) -> bool:
+    """Whether a file holds what we write into a claim, or nothing yet."""
+    with place.open("rb") as file:
+        content = file.read(4096)
+    try:
+        return not content.strip(b"\0") or json.loads(content).keys() == {"pid", "host"}
+    except (ValueError, AttributeError):
+        return False
+
+
+def _holder(place: Path) -> str:
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+        return f"process {int(found['pid'])} on {str(found['host'])[:64]}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _make_folders(folder: Path, made: list[Path]) -> None:
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        with suppress(FileExistsError):
+            path.mkdir()
+            made.append(path)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
+def _remove_empty(made: list[Path]) -> None:
+    for path in reversed(made):
+        with suppress(OSError):
+            path.rmdir()

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--compile``: torch.compile for a training run, refused before anything is downloaded where it could not work."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.system.distributed import deepspeed
+
+_COMPILERS = ("g++", "clang++", "c++", "cl")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse where torch.compile has no compiler.
+
+    Raises:
+        ResourceError: no compiler for ``device``.
+    """
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ResourceError("--compile", "the package triton is missing", fix="Install it, or leave --compile out")
+    elif not any(map(shutil.which, (os.environ.get("CXX") or "c++", *_COMPILERS))):
+        raise ResourceError(
+            "--compile", "no C++ compiler was found", fix="Install g++, name one in CXX, or leave --compile out"
+        )
+
+
+def compile_model(model: nn.Module, accelerator: Any) -> None:
+    """Let ``model``'s forward and backward be compiled when they first run, in place: names and files stay the same.
+
+    Raises:
+        ConfigError: if the model's parameters are cut into shares.
+    """
+    if accelerator.is_fsdp2 or deepspeed.stage_of(accelerator):
+        kind = "FSDP2" if accelerator.is_fsdp2 else "DeepSpeed"
+        raise ConfigError("--compile", f"it does not go with {kind}", fix="Leave --compile out, or use ddp")
+    model.compile()

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only module that prints. Results go to stdout, progress and notes to stderr; plain lines off a
+terminal.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, redirect_stdout, suppress
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from mirrortune.system.signals import describe_stop
+
+# Levels of verbosity: -q, neither, -v.
+_QUIET, _NORMAL, _VERBOSE = -1, 0, 1
+
+
+# Control characters but for the end of a line and the tab; marks that reverse the order of what follows; halves of
+# characters, which stand for bytes of a path that are not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""``text`` with everything that a terminal would obey rather than show as ``\x1b``: names of files, columns and
+    classes are a stranger's.
+    """
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that it could not decode
+        return f"\\x{code & 0xFF:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def _say(console: Console, text: str) -> None:
+    """Print a line, or several, of which the terminal obeys nothing."""
+    console.print(printable(text), markup=False)
+
+
+def chatter_to_stderr() -> AbstractContextManager[Any]:
+    """While it is open, what libraries print goes to stderr: standard output belongs to the command's result."""
+    return redirect_stdout(sys.stderr)
+
+
+class Reporter:
+    """Says what happens.
+
+    Args:
+        verbosity: -1 results only, 0 normal, 1 everything.
+        as_json: results as one JSON object on stdout.
+        is_main: whether this process speaks at all (one rank does).
+    """
+
+    def __init__(self, *, verbosity: int = 0, as_json: bool = False, is_main: bool = True) -> None:
+        self.verbosity, self.as_json, self.is_main = verbosity, as_json, is_main
+        self._out, self._err = _console(), _console(stderr=True)
+
+    def result(self, data: dict[str, Any], lines: Sequence[str]) -> None:
+        """The command's result: ``data`` with --json, ``lines`` otherwise."""
+        if not self.is_main:
+            return
+        if self.as_json:
+            sys.stdout.write(json.dumps(data) + "\n")
+            sys.stdout.flush()
+        else:
+            _say(self._out, "\n".join(lines))
+
+    def note(self, text: str, *, level: int = _NORMAL) -> None:
+        """A line on stderr, if ``level`` is at most the verbosity."""
+        if self.is_main and level <= self.verbosity:
+            _say(self._err, text)
+
+    def detail(self, text: str) -> None:
+        """A line for ``-v``."""
+        self.note(text, level=_VERBOSE)
+
+    def error(self, text: str) -> None:
+        """An error on stderr, by every rank that has one."""
+        self._err.print(Text("error: ", style="bold red") + Text(printable(text)))
+
+    def bar(self, label: str, total: int) -> Bar:
+        """A progress bar over ``total`` units; off a terminal a single line at the end."""
+        return Bar(self._err, label, total, is_shown=self.is_main and self.verbosity > _QUIET)
+
+    def training(self) -> TrainingProgress:
+        """The display of a training loop."""
+        return TrainingProgress(self._err, is_shown=self.is_main and self.verbosity > _QUIET)
+
+
+def announce(text: str) -> None:
+    """A line on stderr, however quiet the command is, by the first process of a run: what nobody may miss."""
+    Reporter(is_main=os.environ.get("RANK", "0") == "0").note(text, level=_QUIET)
+
+
+class Bar:
+    """Progress over a known number of units; a context manager."""
+
+    def __init__(self, console: Console, label: str, total: int, *, is_shown: bool) -> None:
+        self._console, self._label, self._total, self._done = console, printable(label), total, 0
+        self._is_shown, self._live = is_shown, is_shown and console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, disable=not self._live, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task(escape(self._label), total=total)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def advance(self, unit: str = "") -> None:
+        """One unit more is done."""
+        self.advance_by(1)
+
+    def advance_by(self, count: int) -> None:
+        """``count`` units more are done; off a terminal the last one is worth a line."""
+        self._done += count
+        self._progress.advance(self._task, count)
+        if self._is_shown and not self._live and self._done == self._total:
+            _say(self._console, f"{self._label}: {self._total} done")
+
+
+class _SpeedColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("speed", ""))
+
+
+class TrainingProgress:
+    """Shows a training loop: a live bar on a terminal, elsewhere a line for each event of the log and for a step now
+    and then where steps are slow.
+    """
+
+    def __init__(self, console: Console, *, is_shown: bool) -> None:
+        self._console, self._is_shown = console, is_shown
+        self._live = is_shown and console.is_terminal
+        self._progress = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[metric]}"), _SpeedColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
+            console=console, disable=not self._live,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+        self._rows = self._steps = self._total = 0
+        self._tokens: int | None = None
+        self._seconds = self._mark = 0.0
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def on_start(self, total_steps: int, done_steps: int) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        self._total = total_steps
+        self._task = self._progress.add_task(
+            "train", total=total_steps, completed=done_steps, loss="-", metric="", speed=""
+        )
+        self._progress.start()
+        self._mark = time.perf_counter()
+
+    def on_step(self, step: int, rows: int, tokens: int | None) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        now = time.perf_counter()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+        self._steps, self._rows = self._steps + 1, self._rows + rows
+        self._tokens = None if tokens is None else (self._tokens or 0) + tokens
+        if self._live and self._task is not None:
+            self._progress.update(self._task, completed=step, speed=self._speed())
+
+    def on_show(self, step: int, epoch: float, loss: float) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        if self._live and self._task is not None:
+            self._progress.update(self._task, loss=_format(loss))
+        elif self._is_shown:
+            line = f"step {step}/{self._total}  epoch {epoch:.2f}  loss {_format(loss)}"
+            self._console.print(f"{line}  {self._pace(step)}", markup=False)
+
+    def on_log(self, event: dict[str, Any]) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        is_evaluation = event["event"] == "evaluate"
+        numbers = {k: v for k, v in event.items() if k not in ("event", "split", "step", "epoch")}
+        text = "  ".join(f"{k} {_format(v)}" for k, v in numbers.items())
+        line = f"step {event['step']}/{self._total}  epoch {event['epoch']:.2f}  "
+        if is_evaluation:
+            line = line if event["step"] else "before training  "
+            shown = next((f"{k} {v:.4f}" for k, v in numbers.items() if k != "loss"), "")
+            if self._task is not None:
+                self._progress.update(self._task, metric=shown)
+            if self._is_shown:
+                _say(self._console, f"{line}validation: {text}")
+        elif self._live and self._task is not None:
+            self._progress.update(self._task, loss=f"{event['loss']:.4f}")
+        elif self._is_shown:
+            _say(self._console, f"{line}{text}  {self._pace(event['step'])}")
+        self._mark = time.perf_counter()  # what is made of an event is no training
+
+    def on_evaluate(self, rows: int) -> None:
+        """See :class:`mirrortune.training.settings.Progress`; evaluations are short beside epochs, so nothing moves."""
+
+    def on_signal(self, number: int) -> None:
+        """See :class:`mirrortune.training.settings.Progress`."""
+        if self._is_shown:
+            with suppress(OSError):  # the terminal may have gone
+                self._progress.console.print(describe_stop(number), markup=False)
+
+    def _speed(self) -> str:
+        """Rows a second since the loop began, and tokens of text."""
+        seconds = self._seconds or 1e-9
+        tokens = "" if self._tokens is None else f"  {significant(self._tokens / seconds)} tokens/s"
+        return f"{significant(self._rows / seconds)} rows/s{tokens}"
+
+    def _pace(self, step: int) -> str:
+        """Speed, and what the steps that are left will take at it."""
+        if not self._steps or step >= self._total:
+            return self._speed()
+        left = round((self._total - step) * self._seconds / self._steps)
+        return f"{self._speed()}  {datetime.timedelta(seconds=left)} left"
+
+
+def digits(value: float) -> float:
+    """A measured number to be stored: four digits of it, however small it is."""
+    return float(f"{value:.4g}")
+
+
+def significant(value: float) -> str:
+    """A number of any size in as few digits as tell it from its like: 1,234; 12.3; 0.0123."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def describe_metrics(metrics: dict[str, float]) -> str:
+    """Metrics in one line, the loss last."""
+    ordered = [k for k in metrics if k != "loss"] + [k for k in metrics if k == "loss"]
+    return "  ".join(f"{k} {metrics[k]:.4f}" for k in ordered)
+
+
+def kilobytes(num_bytes: int) -> str:
+    """A size in kB (1000 bytes), one digit after the point."""
+    return f"{num_bytes / 1000:,.1f} kB"
+
+
+def _format(value: float) -> str:
+    return f"{value:.4f}" if abs(value) >= 1e-2 or value == 0 else f"{value:.2e}"

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a run: accelerate's object that owns them, their seeds, and what a user should know of how they were
+started.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.system.console import Reporter
+from mirrortune.system.devices import default_device, is_set, resolve_precision
+from mirrortune.system.distributed import deepspeed
+
+ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
+"""How many processes ``--num-processes`` has launched; set for each of them."""
+
+
+def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> Any:
+    """Accelerate's ``Accelerator`` for this process and its peers.
+
+    Args:
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        has_idle_parameters: whether some of what is trained may take no part in a loss.
+
+    Raises:
+        ConfigError: a launch that this loop cannot serve.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
+    from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
+
+    is_cpu, is_bf16 = default_device().type == "cpu", resolve_precision(precision) == "bf16"
+    has_zero = is_set("ACCELERATE_USE_DEEPSPEED")
+    if has_zero and is_cpu:
+        raise ResourceError("accelerate launch", "DeepSpeed needs GPUs: accelerate starts it on accelerators only")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if is_bf16 and not has_zero else "no",
+        # Without a GPU accelerate must be told: otherwise each of torchrun's processes is a run of its own to it.
+        cpu=is_cpu,
+        deepspeed_plugin=deepspeed.make_plugin(is_bf16=is_bf16) if has_zero else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters)],
+        # Ours is counted by the loop; accelerate would take another number from its config file and divide by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    if has_zero:
+        deepspeed.load_whole()
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigError("fsdp_version", f"got {plugin.fsdp_version}", allowed="2")
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "fsdp_cpu_ram_efficient_loading",
+            "every process must read the weights, to know their singular basis",
+            allowed="false",
+        )
+    asked = os.environ.get(ASKED_VARIABLE)
+    if asked and int(asked) != accelerator.num_processes:
+        raise ConfigError("--num-processes", f"asked for {asked}, {accelerator.num_processes} took part")
+    return accelerator
+
+
+def read_accelerate_config(path: Path) -> dict[str, Any]:
+    """Settings of an accelerate config file, by the rules that accelerate reads it by.
+
+    Those are JSON for ``.json`` and YAML 1.1 for anything else: an unquoted ``no`` is False, unlike in a recipe.
+
+    Raises:
+        ConfigError: if accelerate would refuse the file.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file  # noqa: PLC0415
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        load_config_from_file(str(path))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            str(path), f"accelerate cannot read it ({first_line})", allowed="a file that `accelerate config` wrote"
+        ) from error
+    assert isinstance(found, dict)  # or accelerate had refused it
+    return found
+
+
+def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
+    """Say on what the run runs, how many processes take part, and what may have decided that unasked."""
+    count = accelerator.num_processes
+    stage = deepspeed.stage_of(accelerator)
+    kind = " (FSDP2)" if accelerator.is_fsdp2 else f" (DeepSpeed ZeRO-{stage})" if stage else ""
+    reporter.note(
+        f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}{kind}; writing to {run}"
+    )
+    if is_set("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        reporter.note(
+            "warning: accelerate launch --cpu starts one process, whatever --num_processes says; "
+            "use mirrortune train --num-processes N"
+        )
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and ASKED_VARIABLE not in os.environ:
+        _warn_of_default_config(reporter)
+
+
+def seed_everything(seed: int) -> None:
+    """Every generator that a model may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (some models draw from the global generator)
+    torch.manual_seed(seed)
+
+
+def _warn_of_default_config(reporter: Reporter) -> None:
+    from accelerate.commands.config.config_args import default_config_file  # noqa: PLC0415
+
+    path = Path(default_config_file)
+    if not path.is_file() or is_set("ACCELERATE_USE_CPU") or _was_given_config():
+        return
+    shown = ("distributed_type", "num_processes", "num_machines", "mixed_precision", "gpu_ids")
+    found = read_accelerate_config(path)
+    values = ", ".join(f"{key} {found[key]}" for key in shown if key in found)
+    reporter.note(
+        f"warning: without --config_file accelerate launch takes its settings from {path} ({values}); "
+        "remove it if that is not what you want"
+    )
+
+
+def _was_given_config() -> bool:
+    """Whether the launcher that started this process was given a config file; it tells only its own command line."""
+    import psutil  # noqa: PLC0415
+
+    try:
+        words = [word for parent in psutil.Process().parents() for word in parent.cmdline()]
+    except psutil.Error:  # one of them has gone, or is somebody else's
+        return False
+    return any(word.replace("-", "_").split("=")[0] == "__config_file" for word in words)

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns the many exceptions of the Hub's clients into one :class:`HubError` that says what happened and what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from mirrortune import __version__
+from mirrortune.errors import ConfigError, HubError, MirrortuneError
+from mirrortune.system.outputs import restore
+from mirrortune.system.paths import hub_place, local_path, looks_like_path
+
+ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors")
+"""Every file that an adapter may have: ours, or PEFT's beside our description."""
+# Looked up by class name along the chain of causes: transformers and datasets wrap the client's exceptions in OSError,
+# ConnectionError and classes of their own, and keep the original as the cause.
+_CAUSES: dict[str, tuple[str, str]] = {
+    "GatedRepoError": (
+        "the repository is gated and this account has no access",
+        "Ask for access on its page, then set HF_TOKEN",
+    ),
+    "RepositoryNotFoundError": (
+        "no such repository on the Hub, or it is private",
+        "Check the spelling of {flag}; for a private one set HF_TOKEN; for a local folder check that it exists",
+    ),
+    "DatasetNotFoundError": (
+        "no such data set on the Hub, or it is private or gated",
+        "Check the spelling of {flag}; for a private or gated one set HF_TOKEN; for a local file check that it exists",
+    ),
+    "RevisionNotFoundError": ("no such revision", "Check --revision"),
+    "LocalTokenNotFoundError": ("there is no token", "Set HF_TOKEN to one that may write, or run: hf auth login"),
+    # Before EntryNotFoundError, of which it is a kind.
+    "LocalEntryNotFoundError": (
+        "not in the local cache, and the Hub cannot be reached",
+        "Check the network and HF_ENDPOINT",
+    ),
+    "RemoteEntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
+    "EntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
+    "OfflineModeIsEnabled": (
+        "not in the local cache, and HF_HUB_OFFLINE forbids the network",
+        "Run prepare online first",
+    ),
+}
+# fmt: off
+_NETWORK = frozenset((
+    "RevisionResolutionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "WriteError",
+    "RemoteProtocolError", "ProtocolError", "ConnectionError", "ChunkedEncodingError", "IncompleteRead",
+    "ClientConnectorError", "ServerDisconnectedError", "ClientPayloadError", "TimeoutException", "FSTimeoutError",
+    "TransportError", "NetworkError", "TimeoutError",
+))
+# fmt: on
+
+
+@contextmanager
+def hub_errors(where: str, *, flag: str) -> Iterator[None]:
+    """Run code that may talk to the Hub; whatever the Hub or the network refused is raised as HubError at ``where``.
+
+    Args:
+        where: what was being fetched, such as ``"model 'roberta-base'"``.
+        flag: the flag that named it, for the advice.
+
+    Raises:
+        ConfigError: a name that can be no repository's.
+        HubError: everything else.
+    """
+    try:
+        yield
+    except MirrortuneError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "HFValidationError":
+            problem = f"{where} is neither here nor an id that the Hub could have"
+            raise ConfigError(flag, problem, allowed="what exists here, or owner/name", fix="Check the path") from error
+        explained = _explain(error)
+        if explained is None:
+            raise
+        problem, fix = explained
+        raise HubError(where, problem, fix=fix.format(flag=flag, what=where.split(" '", maxsplit=1)[0])) from error
+
+
+def resolve_commit(where: str, repository: str, revision: str | None, kind: str, flag: str) -> str:
+    """The commit that ``revision`` of a Hub repository points to, from the Hub or, where it cannot be asked, the local
+    cache.
+
+    Asked once: every later call names the commit, so that a run never mixes two states of a repository, and files that
+    are cached are used without asking again.
+    """
+    import huggingface_hub  # noqa: PLC0415
+
+    with hub_errors(f"{'data set' if kind == 'dataset' else kind} '{where}'", flag=flag):
+        return str(huggingface_hub.resolve_revision(repository, revision=revision, repo_type=kind).resolved)
+
+
+def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of an adapter.
+
+    Args:
+        name: its folder, that of a run, or ``owner/name@revision:subfolder`` on the Hub, from which its files are
+            downloaded.
+        revision: branch, tag or commit of a Hub repository.
+        subfolder: of the folder or the repository.
+
+    Raises:
+        ConfigError: a revision of a folder, or a subfolder that leads out of it.
+        HubError: whatever the Hub refused.
+    """
+    folder = restore(local_path(name))
+    repository, own_revision, own_subfolder = hub_place(str(name))
+    if folder.is_dir() or looks_like_path(repository):
+        if revision is not None:
+            raise ConfigError("revision", f"'{name}' is a folder and has none", fix="Remove it")
+        folder = restore(folder / path_inside(subfolder))
+        within = restore(folder / "adapter")
+        return within if (within / "adapter.json").is_file() else folder
+    for given, own in ((revision, own_revision), (subfolder, own_subfolder)):
+        if given is not None and own not in (None, given):
+            raise ConfigError(str(name), f"it says '{own}', and '{given}' was given", fix="Give one of the two")
+    import huggingface_hub  # noqa: PLC0415
+
+    inside = path_inside(subfolder or own_subfolder)
+    commit = resolve_commit(str(name), repository, revision or own_revision, "model", "the adapter")
+    with hub_errors(f"adapter '{name}'", flag="the adapter"):
+        patterns = [str(inside / file) for file in ADAPTER_FILES]
+        return Path(huggingface_hub.snapshot_download(repository, revision=commit, allow_patterns=patterns)) / inside
+
+
+def holds_adapter(place: str) -> bool:
+    """Whether there is an adapter at ``owner/name@revision:subfolder`` on the Hub."""
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+    repository, revision, subfolder = hub_place(place)
+    commit = resolve_commit(place, repository, revision, "model", "the model")
+    with hub_errors(f"model '{place}'", flag="the model"):
+        found = cached_file(
+            repository, str(path_inside(subfolder) / ADAPTER_FILES[0]), revision=commit,
+            _raise_exceptions_for_missing_entries=False,
+        )  # fmt: skip
+    return found is not None
+
+
+def check_repository(repository: str) -> None:
+    """ConfigError for what cannot be the id of a repository."""
+    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
+    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError("ID", str(error).split(".")[0], allowed="name or owner/name") from error
+
+
+def upload(
+    files: Mapping[str, Path],
+    repository: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    private: bool = False,
+) -> tuple[str, str]:
+    """Send files, and nothing else, to a model repository of the Hub, which is made if need be.
+
+    Args:
+        files: path in the repository -> file.
+        repository: ``name`` or ``owner/name``.
+        revision: branch to send to; it must exist.
+        subfolder: of the repository.
+        private: make a private repository, and send nothing to a public one.
+
+    Returns:
+        The repository's whole id, and the address of the commit.
+
+    Raises:
+        ConfigError: no id, a subfolder that leads out of the repository, or ``private`` for one that is public.
+        HubError: whatever the Hub refused.
+    """
+    import huggingface_hub  # noqa: PLC0415
+
+    check_repository(repository)
+    inside = path_inside(subfolder)
+    with hub_errors(f"repository '{repository}'", flag="the repository's id"):
+        api = huggingface_hub.HfApi(library_name="mirrortune", library_version=__version__)
+        full = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+        # Making a repository that is there changes nothing of it, its visibility neither.
+        if private and api.repo_info(full).private is not True:
+            raise ConfigError(
+                "--private", f"repository '{full}' is public, nothing was sent",
+                fix="Make it private on its page, choose another name, or leave out --private",
+            )  # fmt: skip
+        add = huggingface_hub.CommitOperationAdd
+        done = api.create_commit(
+            repo_id=full,
+            operations=[add(path_in_repo=str(inside / name), path_or_fileobj=path) for name, path in files.items()],
+            revision=revision,
+            commit_message=f"mirrortune {__version__}",
+        )
+    return str(full), str(done.commit_url)
+
+
+def path_inside(subfolder: str | None) -> PurePosixPath:
+    """A subfolder as a path that does not lead out; ConfigError otherwise."""
+    inside = PurePosixPath(subfolder or ".")
+    if inside.is_absolute() or ".." in inside.parts:
+        raise ConfigError("subfolder", f"got '{subfolder}'", allowed="a folder inside the repository")
+    return inside
+
+
+def _explain(error: BaseException) -> tuple[str, str] | None:
+    chain = list(_chain(error))
+    by_class = {cls.__name__: e for e in chain for cls in type(e).__mro__}
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    for name, explained in _CAUSES.items():
+        if name in by_class:
+            if name == "LocalEntryNotFoundError" and offline:
+                return _CAUSES["OfflineModeIsEnabled"]
+            return explained
+    status = next((s for e in chain if (s := _status(e)) is not None), None)
+    if status in (401, 403):
+        return f"access denied (HTTP {status})", "Set HF_TOKEN to a token that may read it"
+    if status is not None:
+        return f"the Hub answered HTTP {status}", "Try again later"
+    failed = next((name for name in by_class if name in _NETWORK), None)
+    if failed is not None:
+        return (
+            f"the connection failed ({failed}: {_first_line(by_class[failed])})",
+            "Check the network and HF_ENDPOINT, then run the same command again: finished files are kept",
+        )
+    if any("couldn't connect" in str(e).lower() or "offline" in str(e).lower() for e in chain):
+        return _CAUSES["OfflineModeIsEnabled" if offline else "LocalEntryNotFoundError"]
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:120] or type(error).__name__

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides whether an output may be written or replaced, and replaces it: the one place that deletes what a command did
+not make itself.
+
+Every folder that a command writes holds a marker, ``.mirrortune.json``, with its kind and the files in it. A folder
+without a marker is never replaced, and of a folder with one only the listed files are ever deleted. While a run
+replaces another, the old one waits beside it (``.NAME.replaced``) until the first checkpoint of the new one is saved;
+all other folders are written under a temporary name (``.NAME.XXXXXXXX.partial``) and exchanged once they are whole.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from mirrortune.errors import ConfigError, MirrortuneError, ResourceError
+from mirrortune.system.atomic import PARTIAL, cannot_write, discard, leftover_of, set_aside, swap, write_atomically
+from mirrortune.system.atomic import restore as restore_missing
+from mirrortune.system.claims import SUFFIX, claimed
+from mirrortune.system.paths import PACKAGE_SCHEME, is_debris, is_local, local_path, package_folder, table_suffix
+
+MARKER = ".mirrortune.json"
+_VERSION = 1
+_SHOWN = 5
+Write = Callable[[Path], None]
+"""Writes the whole content of the folder that it is called with."""
+What = Literal["model", "data", "recipe", "adapter", "run", "pairs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A file or folder that a command reads."""
+
+    what: What
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of folder that mirrortune writes.
+
+    Attributes:
+        name: as the marker has it.
+        ways_out: what to do about an output that is not empty.
+        reserved: pattern of the paths below the folder that are ours without being listed, folders with ``/`` at the
+            end.
+    """
+
+    name: str
+    ways_out: str = "Choose another with -o, or replace it with --overwrite"
+    reserved: str = r"(?!)"
+
+    def reserves(self, below: str) -> bool:
+        """Whether files of this kind may have the path ``below``, relative to the folder."""
+        parts = below.removesuffix("/").split("/")
+        for place, part in enumerate(parts):
+            if (name := leftover_of(part)) is not None:  # all that is in it was being written
+                base = "/".join([*parts[:place], name])
+                return any(re.fullmatch(self.reserved, candidate) for candidate in (base, f"{base}/"))
+        return re.fullmatch(self.reserved, below) is not None
+
+
+_ADAPTER = r"(adapter\.(json|safetensors)|adapter_(config\.json|model\.safetensors))"
+RUN = Kind(
+    "run",
+    "Continue it with --resume, choose another with -o, or replace it with --overwrite",
+    rf"recipe\.yaml|(environment|results|status|trainer_state|validation)\.json|(metrics|progress)\.jsonl|README\.md"
+    rf"|curves\.png|report\.html|predictions\.safetensors|reports/(merge\.json)?|adapter/{_ADAPTER}?"
+    rf"|checkpoints/(step-\d+/({_ADAPTER}|training\.safetensors|state\.json|SHA256SUMS)?)?"
+    r"|mlflow\.db[^/]*|(tensorboard|wandb|mlruns)/.*",
+)
+MERGED = Kind("merged model")
+LORA = Kind("LoRA export")
+COMPARISON = Kind(
+    "comparison",
+    "Choose another with -o",
+    r"results\.json|table\.md|report\.html|score_per_task\.png|score_by_trained_numbers\.png|curves-[^/]+\.png"
+    r"|recipes/([^/]+\.yaml)?|cells/.*",
+)
+FIGURES = Kind("figures", "Choose another folder with --figures")
+_KINDS = {kind.name: kind for kind in (RUN, MERGED, LORA, COMPARISON, FIGURES)}
+_SCRATCH = "unfinished"
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """What the marker of a folder says.
+
+    Attributes:
+        kind: of the folder.
+        files: paths below it, with ``/`` between their parts.
+        is_pending: whether the folder that it replaces is still kept beside it.
+    """
+
+    kind: str
+    files: frozenset[str]
+    is_pending: bool = False
+
+    def owns(self, below: str) -> bool:
+        """Whether a path below the folder is ours; that of a folder ends in ``/``. What file managers leave goes with
+        the folder.
+        """
+        if any(map(is_debris, below.split("/"))):
+            return True
+        if below == MARKER or leftover_of(below) == MARKER or re.fullmatch(rf"\.[^/]+{re.escape(SUFFIX)}", below):
+            return True
+        if below.endswith("/") and any(file.startswith(below) for file in self.files):
+            return True
+        kind = _KINDS.get(self.kind)
+        return below in self.files or (kind is not None and kind.reserves(below))
+
+
+_NOTHING = Marker("", frozenset())
+
+
+def read_marker(folder: Path) -> Marker | None:
+    """The marker of a folder, or None for one that we did not write."""
+    path = folder / MARKER
+    try:
+        if path.is_symlink() or not path.is_file():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        files = frozenset(str(file) for file in found["files"])
+        return Marker(kind=str(found["kind"]), files=files, is_pending=found.get("pending") is True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def write_marker(folder: Path, marker: Marker) -> None:
+    """Write the marker of a folder.
+
+    Raises:
+        ResourceError: if it cannot be written.
+    """
+    data: dict[str, Any] = {"version": _VERSION, "kind": marker.kind, "files": sorted(marker.files)}
+    data |= {"pending": True} if marker.is_pending else {}
+    write_atomically(folder / MARKER, lambda path: _write_text(path, json.dumps(data, indent=1) + "\n"))
+
+
+def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite: bool = False) -> None:
+    """Refuse an output folder that must not be written, or replaced with ``overwrite``; changes nothing.
+
+    Args:
+        output: the folder to make.
+        inputs: everything that the command reads.
+        kind: what is written there.
+        overwrite: replace a folder of the same kind.
+
+    Raises:
+        ConfigError: the place is refused whatever is there (:func:`check_place`), it holds something and ``overwrite``
+            was not given, or it holds what we did not write.
+    """
+    check_place(output, inputs)
+    if os.path.lexists(old := set_aside(output)):  # an old output of ours has been dealt with by `settle`
+        raise ConfigError(str(output), f"{old} is in the way", fix="Move it elsewhere, or choose another with -o")
+    marker = read_marker(output)
+    if holds_nothing(output, kind):
+        return
+    if not overwrite:
+        raise ConfigError(str(output), "the output directory is not empty", fix=kind.ways_out)
+    if marker is None or marker.kind != kind.name:
+        found = "no folder that mirrortune wrote" if marker is None else f"a {marker.kind}, not a {kind.name},"
+        raise ConfigError("--overwrite", f"{output} is {found} and is left alone", fix="Choose another with -o")
+    if others := strangers(output, marker):
+        shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
+        raise ConfigError(
+            "--overwrite", f"{output} also holds what is no part of the {marker.kind}: {shown}",
+            fix="Move it elsewhere, or choose another with -o",
+        )  # fmt: skip
+
+
+def check_place(output: Path, inputs: Iterable[Input]) -> None:
+    """Refuse a place where no folder is written, whatever it holds.
+
+    Raises:
+        ConfigError: the working directory, the home directory or a folder above them; a link, a mount point or a file;
+            or a place that is, contains or lies in something that is read.
+    """
+    where, fix = str(output), "Choose another with -o"
+    local_path(output)
+    if output.is_symlink():
+        raise ConfigError(where, f"it is a symbolic link to {output.readlink()}", fix="Give the folder itself with -o")
+    target = _real(output)
+    kept = {"the working directory": Path.cwd()}
+    with suppress(RuntimeError):  # a user without one
+        kept["your home directory"] = Path.home()
+    for what, place in kept.items():
+        if _contains(target, place):
+            how = f"it is {what}" if _is_same(target, _real(place)) else f"{what} lies in it"
+            raise ConfigError(where, how, fix=f"Name a folder of its own, such as {output / 'NAME'}")
+    if output.name == "..":
+        raise ConfigError(where, "its name is '..'", fix=f"Name the folder itself: {target}")
+    if os.path.ismount(target):
+        raise ConfigError(where, "it is a mount point", fix=f"Name a folder in it, such as {output / 'NAME'}")
+    if output.exists() and not output.is_dir():
+        raise ConfigError(where, "it is a file", fix=fix)
+    check_apart(output, inputs)
+    if above := next((p for p in target.parents if p.exists() and not p.is_dir()), None):
+        raise ConfigError(where, f"{above} is a file", fix=fix)
+
+
+def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None, *, is_file: bool = False) -> None:
+    """Refuse an output that is, contains or lies in something that is read.
+
+    A new folder may lie in a run, beside what the run itself writes, and in a folder of tables, which is read without
+    its sub-folders; a file in a run only.
+
+    Args:
+        output: file or folder.
+        inputs: everything that the command reads.
+        where: the flag or the place at fault; ``output`` by default.
+        is_file: whether a file is to be written.
+
+    Raises:
+        ConfigError: with the input.
+    """
+    target = _real(output)
+    for given in inputs:
+        read = _real(given.path)
+        if not read.exists():
+            continue
+        if _is_same(target, read):
+            how = f"it is the {given.what} that is read"
+        elif _contains(target, read):
+            how = f"the {given.what} that is read lies in it: {given.path}"
+        elif _contains(read, target) and not _is_beside_content(target, read, given.what, is_file=is_file):
+            how = f"it lies in the {given.what} that is read: {given.path}"
+        else:
+            continue
+        raise ConfigError(
+            where or str(output), how if where is None else f"{output}: {how}", fix="Choose another place"
+        )
+
+
+def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
+    """Refuse a place where no file is written, whatever it holds; the callers know what they may write over.
+
+    Raises:
+        ConfigError: a folder, a link or anything else that is no regular file, or something that is read.
+    """
+    fix = "Give another name"
+    local_path(path)
+    if path.is_symlink():
+        raise ConfigError(where, f"{path} is a symbolic link to {path.readlink()}", fix=fix)
+    if path.is_dir():
+        raise ConfigError(where, f"{path} is a folder", fix=f"Name a file, such as {path / 'NAME'}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(where, f"{path} is no regular file", fix=fix)
+    check_apart(path, inputs, where, is_file=True)
+    if above := next((p for p in _real(path).parents if p.exists() and not p.is_dir()), None):
+        raise ConfigError(where, f"{path}: {above} is a file", fix=fix)
+    if path.name == MARKER:
+        raise ConfigError(where, f"{MARKER} is the name of our own records", fix=fix)
+    marker = read_marker(path.parent)
+    if marker is not None and marker.owns(path.name) and not path.name.endswith(".html"):
+        raise ConfigError(where, f"{path} belongs to the {marker.kind} there", fix=fix)
+
+
+def model_inputs(name: str | None) -> list[Input]:
+    """The folder or file of a model, if it is local."""
+    if name is None or not is_local(name):
+        return []
+    return [Input("model", package_folder(name) if name.startswith(PACKAGE_SCHEME) else local_path(name))]
+
+
+def adapter_inputs(folders: Iterable[Path]) -> list[Input]:
+    """Adapter folders, and the runs of ours that they belong to."""
+    found = []
+    for folder in folders:
+        found.append(Input("adapter", folder))
+        marker = read_marker(folder.parent) if folder.name == "adapter" else None
+        if marker is not None and marker.kind == RUN.name:
+            found.append(Input("run", folder.parent))
+    return found
+
+
+def strangers(folder: Path, marker: Marker) -> list[str]:
+    """Paths below a folder that are not ours, in order; an empty sub-folder counts, links are not followed."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        names = [*files, *(name for name in folders if Path(place, name).is_symlink())]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in names]
+        if not folders and not files and Path(place) != folder:
+            found.append(f"{Path(place).relative_to(folder).as_posix()}/")
+    return sorted(name for name in found if not marker.owns(name))
+
+
+def holds_nothing(folder: Path, kind: Kind) -> bool:
+    """Whether a folder is missing, empty, or was left before anything but its marker was written."""
+    if not folder.is_dir():
+        return not folder.exists()
+    if _is_unbegun(folder):
+        return True
+    marker = read_marker(folder)
+    if marker is None or marker.kind != kind.name or marker.files:
+        return False
+    kept = [Path(place, name) for place, _, files in os.walk(folder) for name in files]
+    is_begun = any(leftover_of(path.name) is None and path.name != MARKER for path in kept)
+    return not is_begun and not strangers(folder, marker)
+
+
+@contextmanager
+def output_folder(
+    output: Path, inputs: Sequence[Input], kind: Kind, *, overwrite: bool = False
+) -> Iterator[Callable[[Write], None]]:
+    """Claim an output, refuse what may not be replaced, and yield the function that writes it.
+
+    Args:
+        output: the folder to make.
+        inputs: everything that the command reads.
+        kind: of what is written.
+        overwrite: replace a folder of the same kind.
+
+    Yields:
+        A function that calls its argument with a temporary folder, asks again and gives that folder the name
+        ``output``.
+
+    Raises:
+        ConfigError: see :func:`may_replace`; or another process writes there.
+        ResourceError: it cannot be written; what was there is as it was.
+    """
+
+    def replace(write: Write) -> None:
+        _replace(output, kind, write, lambda: may_replace(output, inputs, kind, overwrite=overwrite))
+
+    check_place(output, inputs)
+    with claimed(output):
+        settle(output)
+        may_replace(output, inputs, kind, overwrite=overwrite)
+        yield replace
+
+
+def settle(output: Path) -> None:
+    """Put right what a killed process left of an output, whose claim is held: an old folder whose successor never
+    became whole is put back, and temporary folders are removed.
+    """
+    old = set_aside(output)
+    replaced = None if old.is_symlink() else read_marker(old)
+    if replaced is not None or (old / "adapter.json").is_file():  # that of a run has no marker
+        restore_missing(output)
+    marker = read_marker(output)
+    if replaced is not None and old.is_dir():
+        if (marker is not None and marker.is_pending) or _is_unbegun(output):
+            put_back(output)
+        elif marker is not None:
+            discard(old, is_ours=replaced.owns, into=output)
+    for scratch in output.parent.glob(f".{glob.escape(output.name)}.*{PARTIAL}"):
+        found = read_marker(scratch)
+        if leftover_of(scratch.name) != output.name or scratch.is_symlink() or not scratch.is_dir():
+            continue
+        if found is not None and found.kind == _SCRATCH:
+            _drop_scratch(scratch, output.name)
+        elif _is_unbegun(scratch):
+            discard(scratch, is_ours=_NOTHING.owns)
+
+
+def put_back(output: Path) -> None:
+    """Give an output that was set aside its name again, in the place of a successor that never became whole."""
+    old = set_aside(output)
+    discard(output, is_ours=(read_marker(output) or _NOTHING).owns, into=old)
+    with suppress(OSError):
+        old.rename(output)
+
+
+def restore(folder: Path) -> Path:
+    """Put a folder back that a killed process had set aside and not replaced; returns ``folder``, there or not."""
+    if folder.name and set_aside(folder).is_dir():
+        # A place that may only be read, or one that is being written: whoever writes it puts it right.
+        with suppress(MirrortuneError, OSError), claimed(folder):
+            settle(folder)
+    return folder
+
+
+def _is_unbegun(folder: Path) -> bool:
+    """Whether a folder is empty, or its marker was being written when the process ended."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["no folder"]
+    return all(leftover_of(name) == MARKER or is_debris(name) for name in names)
+
+
+def _replace(output: Path, kind: Kind, write: Write, ask: Callable[[], None]) -> None:
+    scratch = None
+    try:
+        scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=PARTIAL))
+        write_marker(scratch, Marker(_SCRATCH, frozenset()))
+        content = scratch / output.name
+        content.mkdir()
+        write(content)
+        files = frozenset(f.relative_to(content).as_posix() for f in content.rglob("*") if not f.is_dir())
+        write_marker(content, Marker(kind.name, files))
+        ask()
+        old = read_marker(output)
+        swap(content, output, is_ours=old.owns if old else lambda _: False)
+    except ResourceError as error:
+        hidden = scratch is not None and Path(error.where).is_relative_to(scratch)
+        raise ResourceError(str(output) if hidden else error.where, error.problem, fix=error.fix) from error
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(output, error) from error
+    finally:
+        if scratch is not None:
+            _drop_scratch(scratch, output.name)
+
+
+def _drop_scratch(scratch: Path, name: str) -> None:
+    """Remove a temporary folder; of what was exchanged for it only the files that its own marker lists."""
+    content = scratch / name
+    marker = read_marker(content)
+    if marker is not None:
+        discard(content, is_ours=marker.owns)
+    elif content.is_dir():
+        shutil.rmtree(content, ignore_errors=True)
+    if not content.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _contains(folder: Path, path: Path) -> bool:
+    """Whether a path is a folder or lies in it, whatever names they are reached by."""
+    return any(_is_same(folder, part) for part in (_real(path), *_real(path).parents))
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve fails on links that lead in a circle
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    if one == other:
+        return True
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _is_beside_content(target: Path, read: Path, what: What, *, is_file: bool) -> bool:
+    """Whether something new at ``target`` is no part of what is read in the folder ``read``."""
+    parts = [part for part in (target, *target.parents) if not _is_same(part, read) and _contains(read, part)]
+    below = PurePosixPath(*(part.name for part in reversed(parts)))
+    if what == "run":
+        return not RUN.reserves(f"{below.parts[0]}/") and (is_file or not RUN.reserves(below.as_posix()))
+    return (
+        what == "data"
+        and not is_file
+        and read.is_dir()
+        and any(table_suffix(path) is not None for path in read.iterdir())
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

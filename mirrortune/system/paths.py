@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where things are: our cache, the recipes inside the package, weights inside installed packages, and what is a path at
+all.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import re
+import stat
+import sys
+from pathlib import Path
+
+from mirrortune.errors import ConfigError
+
+PACKAGE_SCHEME = "package:"
+HUB_SCHEME = "hf://"
+_HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
+PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
+# A name that no file can have, and a folder that cannot be entered. A file that is missing is for others to find.
+_NO_PATH = frozenset((errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES))
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of bytes of a path that it cannot decode
+# Left by Windows, macOS, NAS systems and Python without anybody asking for it; what begins with a dot besides.
+_SYSTEM_NAMES = frozenset((
+    "$recycle.bin", "#recycle", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "icon\r",
+    "lost+found", "system volume information", "thumbs.db",
+))  # fmt: skip
+
+
+def local_path(name: str | Path) -> Path:
+    """The path that a name stands for, where a leading ``~`` is a home directory; need not exist.
+
+    Raises:
+        ConfigError: no file can have that name, the user behind ``~`` is unknown, or a folder above it is closed.
+    """
+    where = shown_path(str(name)[:200]).replace("\0", "\\0")
+    try:
+        path = Path(name).expanduser()
+        path.lstat()
+    except RuntimeError as error:
+        named = Path(name).parts[0]
+        fix = f"For a file or folder of that name, write ./{named}"
+        raise ConfigError(where, f"the home directory that {named} stands for is unknown", fix=fix) from error
+    except ValueError as error:  # a NUL
+        raise ConfigError(where, "no file can have that name", fix="Give another") from error
+    except OSError as error:
+        if error.errno in _NO_PATH:
+            raise ConfigError(where, f"cannot be used as a path ({error.strerror})", fix="Give another") from error
+    return path
+
+
+def cache_folder() -> Path:
+    """The absolute path of the cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder
+    (``XDG_CACHE_HOME`` or ``~/.cache``).
+    """
+    chosen = os.environ.get("MIRRORTUNE_CACHE")
+    if chosen:
+        return local_path(chosen).absolute()
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").absolute() / "mirrortune"
+
+
+def shipped_folder() -> Path:
+    """The folder of shipped recipes and data: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def is_safe_entry(path: Path) -> bool:
+    """Whether a cache entry may be read: a regular file that is this user's own, or that only its owner may write. In a
+    cache on a shared disk anybody could have put another one there. An entry that is missing is safe.
+    """
+    try:
+        found = path.lstat()
+    except OSError:
+        return True
+    user = os.geteuid() if hasattr(os, "geteuid") else found.st_uid
+    is_private = found.st_uid == user or not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(found.st_mode) and is_private
+
+
+def child_environment() -> dict[str, str]:
+    """Variables for a process that is started as ``python -m mirrortune``: it imports nothing from the working
+    directory, where a stranger's ``torch.py`` may lie beside the data, unless this process has found the package there.
+    """
+    home = Path(__file__).resolve().parents[1]
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", ".")]
+    searched = {Path(entry).resolve() for entry in (sys.path if sys.flags.safe_path else sys.path[1:]) if entry}
+    own = [] if home in searched else [str(home)]
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*own, *given])}
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether ``name`` can only be meant as a path and not as a Hub id (``name`` or ``owner/name``)."""
+    path = local_path(name)
+    is_rooted = name.startswith((".", "/", "~", "\\")) or path.is_absolute() or path.drive != ""
+    is_named_so = table_suffix(path) is not None or is_pattern(name)
+    return is_rooted or name.count("/") > 1 or "\\" in name or is_named_so or path.exists()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is the name of a visible file on every system, and cannot lead out of a folder."""
+    return bool(name) and not name.startswith(".") and name.isprintable() and not any(sign in name for sign in "/\\:")
+
+
+def hub_place(name: str) -> tuple[str, str | None, str | None]:
+    """``owner/name@revision:subfolder``: id, revision and subfolder. What is here, or can be no id, is left whole."""
+    is_here = name.startswith(PACKAGE_SCHEME) or local_path(name).exists()
+    found = None if is_here else _HUB_PLACE.fullmatch(name)
+    return (found[1], found[2], found[3]) if found else (name, None, None)
+
+
+def table_suffix(path: Path) -> str | None:
+    """The ending of a table's file, without the ``.gz`` of a compressed one; None for other files."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in TABLE_SUFFIXES else None
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder of that name is hidden, or left by an operating system, an editor or a notebook: none of
+    them is data.
+    """
+    return name.startswith((".", "~$")) or name.lower() in _SYSTEM_NAMES
+
+
+def is_debris(name: str) -> bool:
+    """Whether a file manager leaves a file or folder of that name in folders that are looked at; nobody misses it."""
+    return name.startswith("._") or name.lower() in (".ds_store", "@eadir", "desktop.ini", "ehthumbs.db", "thumbs.db")
+
+
+def shown_path(path: str) -> str:
+    r"""A path as text that can be written anywhere: bytes that are not UTF-8 as ``\xff``."""
+    return _NOT_UTF8.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", path)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether ``name`` stands for several files, such as ``rows/*.jsonl``."""
+    return any(sign in name for sign in "*?[") and not local_path(name).exists()
+
+
+def hub_address(address: str, config: str | None) -> tuple[str, str | None, str]:
+    """``hf://owner/name``, ``hf://owner/name:config`` or ``hf://owner/name:config:split``: Hub id, configuration, split
+    (or nothing); ConfigError if another configuration was given.
+    """
+    name, *parts = address.removeprefix(HUB_SCHEME).removeprefix("datasets/").split(":")
+    if len(parts) > 2 or not name:
+        raise ConfigError("--data", f"got '{address}'", allowed="hf://owner/name, :config and :split behind it")
+    own, split = [*parts, "", ""][:2]
+    if own and config not in (None, own):
+        raise ConfigError("data.config", f"got '{config}', and {address}", fix="Give one of the two")
+    return name, own or config, split
+
+
+def split_sample(name: str) -> tuple[str, int | None]:
+    """``rows.csv#500`` is 500 rows of rows.csv: the name without, and the number."""
+    place, sign, number = name.rpartition("#")
+    if not sign or not number.isdecimal() or local_path(name).exists():
+        return name, None
+    return place, int(number)
+
+
+def is_local(model: str) -> bool:
+    """Whether a model's name means a folder here, or one inside an installed package."""
+    return model.startswith(PACKAGE_SCHEME) or looks_like_path(model)
+
+
+def package_folder(name: str) -> Path:
+    """The folder that ``package:MODULE/SUBFOLDER`` names, without running any of the package's code.
+
+    Raises:
+        ConfigError: if the package is not installed or has no such folder.
+    """
+    module, _, subfolder = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            "model.name",
+            f"'{name}' is inside a Python package that is not installed",
+            fix=f"pip install {module.replace('_', '-')} (the quickstart's comes with mirrortune[quickstart])",
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / subfolder
+    if not folder.is_dir():
+        raise ConfigError("model.name", f"package '{module}' has no folder '{subfolder}'")
+    return folder

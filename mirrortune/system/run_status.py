@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run ended: ``status.json`` in its directory, for programs that start runs and for whoever finds one later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.system.run_directory import RunDirectory
+
+Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
+
+
+@contextmanager
+def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
+    """Write ``status.json`` when training begins, and again with how it ended.
+
+    The file holds ``status``; ``step``, at which a run diverged or after which it was interrupted, or null;
+    ``message``, the error's, or null; and ``exit_code``, the command's, or null while it runs. A process that was
+    killed leaves ``running`` behind.
+
+    Args:
+        run: of this process; its directory is there.
+        is_main: whether this process writes the file.
+    """
+
+    def write(status: Status, *, step: int | None = None, message: str | None = None, code: int | None = None) -> None:
+        if is_main:
+            found = {"status": status, "step": step, "message": message, "exit_code": code}
+            run.write_json(run.status.name, found)
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        with suppress(MirrortuneError):  # a full disk, perhaps the very error that is on its way
+            if isinstance(error, DivergedError):
+                write("diverged", step=error.step, message=str(error), code=error.exit_code)
+            elif isinstance(error, InterruptedRun):
+                write("interrupted", step=error.step, message=str(error), code=error.exit_code)
+            elif isinstance(error, KeyboardInterrupt):
+                write("interrupted", code=130)
+            else:
+                code = error.exit_code if isinstance(error, MirrortuneError) else 1
+                write("failed", message=str(error) or type(error).__name__, code=code)
+        raise
+    write("finished", code=0)
+
+
+def read_status(run: RunDirectory) -> dict[str, Any]:
+    """Content of ``status.json``; empty where there is none, or it is damaged."""
+    with suppress(OSError, ValueError):
+        found = json.loads(run.status.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def describe_status(run: RunDirectory) -> str:
+    """How an unfinished run ended, in words; empty if nobody knows."""
+    found = read_status(run)
+    words = {
+        "running": "it is running, or was killed",
+        "diverged": f"it diverged at step {found.get('step')}",
+        "interrupted": "it was interrupted" + (f" after step {found['step']}" if found.get("step") is not None else ""),
+        "failed": "it failed",
+    }
+    return words.get(str(found.get("status")), "")

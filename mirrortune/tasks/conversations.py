@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of chat data -> conversations in the form that chat templates read: messages, tools, documents.
+
+Takes the formats of OpenAI (``messages``, ``tool_calls``, ``functions``, a ``weight`` of 0 or 1), ShareGPT
+(``conversations`` of ``from`` and ``value``), and LLaMA-Factory (columns ``system``, ``tools`` and ``history``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from mirrortune.data.columns import is_string
+from mirrortune.data.files.arrow_arrays import is_json
+from mirrortune.data.files.row_chunks import cells
+from mirrortune.data.labels import is_list
+from mirrortune.errors import DataError
+
+Message = dict[str, Any]
+# Names that data sets give the speakers, in lower case. Any other role is the template's business.
+_ROLES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "ai": "assistant", "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+_ALLOWED = "role (system, user, assistant, tool, ...) and content, both text"
+_OWN_KEYS = ("role", "content", "from", "value", "weight", "function_call")
+# What a column of a row adds to its conversation, by the names that data sets give such columns.
+_ADDITIONS = {
+    "system": "system", "system_prompt": "system", "system_message": "system", "tools": "tools",
+    "functions": "tools", "documents": "documents", "history": "history", "chat_template_kwargs": "options",
+    "weight": "weight",
+}  # fmt: skip
+_OF_TURNS = {*_ADDITIONS.values()}
+_OF_LAYOUT = {"messages": _OF_TURNS, "prompt": _OF_TURNS, "alpaca": _OF_TURNS, "text": {"weight"}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What a chat template writes.
+
+    Attributes:
+        messages: ``role``, ``content`` (None beside calls that stand alone) and whatever else the row has.
+        options: the template's further arguments: ``tools``, ``documents`` and its own.
+        given: numbers of the assistant's turns that are not learned.
+    """
+
+    messages: list[Message]
+    options: dict[str, Any] = field(default_factory=dict)
+    given: tuple[int, ...] = ()
+
+
+def additions(table: pa.Table, layout: str, used: Sequence[str]) -> tuple[str, ...]:
+    """Columns of ``table`` that add to conversations of a layout, besides those that are ``used`` already."""
+    return tuple(
+        name
+        for name in table.column_names
+        if name not in used and meaning_of(name) in _OF_LAYOUT[layout] and _fits(table, name)
+    )
+
+
+def meaning_of(column: str) -> str:
+    """What a column adds to a conversation: ``system``, ``tools``, ...; "" if nothing."""
+    return _ADDITIONS.get(column.lower(), "")
+
+
+def conversation(messages: list[Message], added: dict[str, Any], where: str) -> Conversation:
+    """The conversation of a row.
+
+    Args:
+        messages: its turns, as of :func:`as_messages`.
+        added: cells of the columns of :func:`additions`, by name.
+        where: the row, for messages.
+
+    Raises:
+        DataError: cells that are not what their column's name says.
+    """
+    options: dict[str, Any] = {}
+    before: list[Message] = []
+    system = ""
+    for name, value in added.items():
+        meaning = meaning_of(name)
+        if value is None or value == "" or meaning == "weight":
+            continue
+        if meaning == "system":
+            system = str(value)
+        elif meaning == "history":
+            before = as_history(value, f"{where}, column '{name}'")
+        elif meaning == "options":
+            options |= _as_objects(value, f"{where}, column '{name}'")[0]
+        elif listed := _as_objects(value, f"{where}, column '{name}'"):
+            options[meaning] = [_as_tool(tool) for tool in listed] if name.lower() == "functions" else listed
+    at = 1 if messages[0]["role"] == "system" else 0
+    messages = [*messages[:at], *before, *messages[at:]]
+    if system and not at:
+        messages = [{"role": "system", "content": system}, *messages]
+    given = tuple(turn for turn, message in enumerate(messages) if message.get("weight", 1.0) == 0.0)
+    messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    return Conversation(messages=messages, options=options, given=given)
+
+
+def row_weight(added: dict[str, Any], where: str) -> float:
+    """The weight of a row in the loss, from the cells of the columns of :func:`additions`.
+
+    Raises:
+        DataError: it is no number of 0 or more.
+    """
+    for name, value in added.items():
+        if meaning_of(name) == "weight" and value is not None and value != "":
+            return _as_weight(value, f"{where}, column '{name}'")
+    return 1.0
+
+
+def as_messages(value: Any, where: str) -> list[Message]:
+    """One cell of a column of conversations as messages with ``role`` and ``content``; ``from`` and ``value`` are taken
+    too. The content of a turn that calls tools may be None.
+
+    Raises:
+        DataError: anything else.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):  # tables of text keep lists as JSON
+        value = _parsed(value, where)
+    messages = [_as_message(given, where) for given in (value if isinstance(value, (list, tuple)) else [value])]
+    if not messages:
+        raise DataError(where, "the conversation has no turns", fix="Remove the row")
+    return messages
+
+
+def as_history(value: Any, where: str) -> list[Message]:
+    """Earlier turns: messages, or pairs of what the user and the assistant said."""
+    turns: list[Message] = []
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, list) and len(part) == 2 and all(isinstance(text, str) for text in part):
+            turns += [{"role": "user", "content": part[0]}, {"role": "assistant", "content": part[1]}]
+        elif isinstance(part, dict):
+            turns.append(_as_message(part, where))
+        else:
+            raise DataError(where, f"an earlier turn is {str(part)[:120]!r}",
+                            allowed="pairs of texts (user, assistant), or messages with role and content")  # fmt: skip
+    return turns
+
+
+def _fits(table: pa.Table, column: str) -> bool:
+    """Whether a column holds what its name says that it adds."""
+    kind, meaning = table.schema.field(column).type, meaning_of(column)
+    if meaning == "weight":
+        return _are_numbers(table, column)
+    is_nested = is_json(kind) or is_list(kind) or bool(pa.types.is_struct(kind))
+    return (is_nested and meaning != "system") or (is_string(kind) and meaning != "history")
+
+
+def _as_message(given: Any, where: str) -> Message:
+    turn: dict[str, Any] = given if isinstance(given, dict) else {}
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    kept = {key: value for key, value in turn.items() if value is not None and key not in _OWN_KEYS}
+    name = role.strip().lower() if isinstance(role, str) else ""
+    if turn.get("weight") is not None:
+        kept["weight"] = _as_weight(turn["weight"], where)
+        if kept["weight"] not in (0.0, 1.0):
+            raise DataError(where, f"a turn has weight {turn['weight']!r}", allowed="0 (not learned) or 1",
+                            fix="Put other weights into a column 'weight' of the row")  # fmt: skip
+    if name == "function_call" and isinstance(content, str):  # ShareGPT's turn of a call
+        kept["tool_calls"] = _as_calls(_parsed(content, where))
+        name, content = "assistant", None
+    elif turn.get("function_call") is not None:  # OpenAI's before there were several calls
+        kept["tool_calls"] = _as_calls(turn["function_call"])
+    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    is_call = bool(kept.get("tool_calls"))
+    if not name or not (isinstance(content, str) or (content is None and is_call)):
+        raise DataError(where, f"a turn of the conversation is {str(given)[:120]!r}",
+                        allowed=f"{_ALLOWED}; content may be null beside tool_calls")  # fmt: skip
+    if not is_call:
+        kept.pop("tool_calls", None)
+    elif not isinstance(kept["tool_calls"], list):
+        raise DataError(where, f"tool_calls are {str(kept['tool_calls'])[:120]!r}", allowed="a list of calls")
+    # A role that no data set has another name for is left as it stands: templates may know roles of their own.
+    known = _ROLES.get(name, name if name in ("system", "user", "assistant", "tool") else role)
+    return {"role": known, "content": content, **kept}
+
+
+def _as_weight(value: Any, where: str) -> float:
+    """A weight in the loss; DataError if it is no number of 0 or more."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0.0 <= number < float("inf"):
+        raise DataError(where, f"got weight {value!r}", allowed="a number of 0 (not learned) or more")
+    return number
+
+
+def _as_calls(value: Any) -> list[Any]:
+    calls = value if isinstance(value, list) else [value]
+    return [call if "function" in call else {"type": "function", "function": call}
+            for call in calls if isinstance(call, dict)]  # fmt: skip
+
+
+def _as_tool(tool: Any) -> Any:
+    """A tool as chat templates expect it; OpenAI's older ``functions`` lack the layer around the function."""
+    return tool if "function" in tool else {"type": "function", "function": tool}
+
+
+def _as_objects(value: Any, where: str) -> list[Any]:
+    """A list of objects, an object, or JSON text of them, as a list."""
+    value = _parsed(value, where) if isinstance(value, str) else value
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    listed = [_parsed(part, where) if isinstance(part, str) else part for part in listed]
+    if not all(isinstance(part, dict) for part in listed):
+        raise DataError(where, f"got {str(value)[:120]!r}", allowed="a list of objects, or its JSON text")
+    return listed
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(where, f"not valid JSON: {text[:120]!r} ({error})", fix="Correct the row") from error
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def _are_numbers(table: pa.Table, column: str) -> bool:
+    kind = table.schema.field(column).type
+    if not is_string(kind):
+        return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+    try:
+        return all(float(value) >= 0 for value in cells(table, column) if value is not None)
+    except ValueError:
+        return False

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""audio-classification: a recording -> one of C classes. Cross-entropy; accuracy unless other metrics are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mirrortune.data.columns import choose_audio_column
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Batch
+from mirrortune.data.files.audio import RecordingExamples, RecordingReader, encode_recordings
+from mirrortune.data.labels import MISSING, class_names, label_fields, label_remarks
+from mirrortune.data.tokenize import Reading
+from mirrortune.errors import ConfigError
+from mirrortune.models.load import ModelSource
+from mirrortune.tasks.class_labels import OneOfClasses
+from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.probes import noise_recordings
+
+_LONGEST = 10.0  # seconds, the default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(OneOfClasses):
+    """See :class:`mirrortune.tasks.base.Task`.
+
+    Attributes:
+        max_seconds: of a recording; longer ones are cut.
+    """
+
+    audio_column: str
+    max_seconds: float
+    kind: str = "audio-classification"
+    auto_class: str = "AutoModelForAudioClassification"
+
+    @classmethod
+    def from_rows(
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        audio_column: str | None = None, label_column: str | None = None, labels: tuple[str, ...] | None = None,
+        max_seconds: float | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
+        """The task with class names from ``labels``, else the column's own features, else the values found, sorted."""
+        audio, label, notes = choose_audio_column(table, audio_column, label_column, source)
+        names = class_names(table, label, source, labels)
+        chosen = scores.fields(("accuracy",), "class", len(names))
+        longest = max_seconds or _LONGEST
+        task = cls(audio_column=audio, label_column=label, labels=names, max_seconds=longest, **chosen)
+        return task, [*notes, *label_remarks(table, label, names)]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return [("audio", self.audio_column), ("label", self.label_column)]
+
+    def config_fields(self) -> dict[str, Any]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return label_fields(self.labels)
+
+    def load_processor(self, source: ModelSource) -> RecordingReader:
+        """The feature extractor."""
+        return RecordingReader.load(source, self.max_seconds)
+
+    def resolve_length(self, asked: int | None, processor: RecordingReader, config: Any) -> None:
+        """None: recordings have no tokens."""
+        if asked is not None:
+            raise ConfigError("data.max_length", f"got {asked}, but recordings have no tokens",
+                              fix="Set data.max_seconds")  # fmt: skip
+
+    def encode(self, split: Split, processor: RecordingReader, reading: Reading) -> RecordingExamples:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        targets = self.class_targets(split, allow_missing=reading.allow_missing)
+        return encode_recordings(split, self.audio_column, targets, targets == MISSING, processor, seed=reading.seed)
+
+    def probe(self, processor: RecordingReader, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return noise_recordings(processor)

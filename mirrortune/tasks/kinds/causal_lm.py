@@ -1,0 +1,452 @@
+# SPDX-License-Identifier: Apache-2.0
+"""causal-lm: text that goes on. Conversations, prompts with completions, instructions (alpaca columns) or plain text.
+
+Cross-entropy of every learned token, summed over rows and divided by their number; perplexity and token accuracy. The
+end of an answer is learned with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mirrortune.data.columns import check_named, detected, is_string, refuse_preferences, refuse_written_lists
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import IGNORE_INDEX, OPTIONAL_ROLE, Batch, Examples, Padding, Rows, Targets, TokenExamples
+from mirrortune.data.files.arrow_arrays import is_json
+from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.row_chunks import Columns, cells, nulls
+from mirrortune.data.files.row_places import RowPlaces
+from mirrortune.data.labels import is_list, refuse_missing
+from mirrortune.data.token_cache import Tokens, ragged
+from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length, tokenise_rows
+from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
+from mirrortune.tasks.chat import (
+    Encoding,
+    LostAnswerError,
+    alpaca_prompt,
+    encode_continuation,
+    encode_conversation,
+    save_turn_ends,
+    turn_end_ids,
+    writes_tools,
+)
+from mirrortune.tasks.conversations import (
+    Conversation,
+    Message,
+    additions,
+    as_messages,
+    conversation,
+    meaning_of,
+    row_weight,
+)
+from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.packing import PackedExamples
+from mirrortune.tasks.probes import text_probe
+from mirrortune.tasks.token_scores import score_tokens, summed_loss
+
+_MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
+_PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
+_TEXTS = ("text", "content", "document")
+_MOST_WRITTEN = 64  # tokens
+_LONGEST = 1024  # the default, where the model takes more
+_UNIT = 1_000_000  # of weights, which are kept as whole numbers
+_SILENT, _CALLS, _EMPTY = 1, 2, 3  # what is wrong with a row
+_FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextReader:
+    """A tokenizer, and what the model's forward takes besides tokens.
+
+    Attributes:
+        tokenizer: transformers' own.
+        is_chat: rows are written by the tokenizer's chat template.
+        switches: further arguments of the model's forward.
+        takes_positions: whether rows can be packed.
+    """
+
+    tokenizer: Any
+    is_chat: bool
+    switches: dict[str, bool] = field(default_factory=dict)
+    takes_positions: bool
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The tokenizer's files; and where generation stops, since the end of a turn was learned as one."""
+        self.tokenizer.save_pretrained(folder)
+        if self.is_chat:
+            save_turn_ends(self.tokenizer, Path(folder))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """See :class:`mirrortune.tasks.base.Task`.
+
+    Attributes:
+        layout: what the columns hold: ``messages``, ``prompt`` (with its completion in ``label_column``), ``alpaca``
+            (instruction and perhaps input, with the output in ``label_column``), ``turns`` (messages, and those that
+            answer them in ``label_column``) or ``text``.
+        loss_on: ``completions`` or ``all``.
+        format: ``chat``, the tokenizer's template; ``text``, as it stands; ``auto``: chat for messages, and for
+            instructions where there is a template.
+        packing: training rows share sequences.
+        added_columns: read where a split has them: a row's system prompt, tools, documents, earlier turns, weight.
+    """
+
+    text_columns: tuple[str, ...]
+    label_column: str | None
+    layout: str
+    loss_on: str
+    format: str
+    packing: bool
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    added_columns: tuple[str, ...] = ()
+    kind: str = "causal-lm"
+    auto_class: str = "AutoModelForCausalLM"
+    version: int = 1
+
+    @classmethod
+    def from_rows(
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
+        loss_on: str | None = None, format: str | None = None, packing: bool | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
+        """The task; DataError if no column holds text to learn."""
+        for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
+            if value not in (None, *allowed):
+                raise unknown_name(f"task.{key}", "value", str(value), allowed)
+        layout, text, label, notes = _choose(table, text_columns, label_column, source)
+        refuse_unreadable(table, [column for column in (*text, label) if column is not None])
+        added = additions(table, layout, [c for c in (*text, label) if c is not None])
+        notes += [f"also read: {', '.join(added)}"] if added else []
+        loss_on = loss_on or ("all" if layout == "text" else "completions")
+        if layout == "text" and loss_on == "completions":
+            raise ConfigError("task.loss_on", f"plain text in column '{text[0]}' has no completions",
+                              fix="Remove it, or name the completion with --label-column")  # fmt: skip
+        task = cls(
+            text_columns=text, label_column=label, layout=layout, loss_on=loss_on, format=format or "auto",
+            packing=bool(packing), added_columns=added, **scores.fields(("perplexity", "token_accuracy"), "token"),
+        )  # fmt: skip
+        what = {"completions": "the answers (task.loss_on=all to change)", "all": "every token"}[loss_on]
+        return task, [*notes, f"the loss is on {what}"]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        own = [("text", c) for c in (*self.text_columns, self.label_column) if c is not None]
+        return [*own, *((OPTIONAL_ROLE, c) for c in self.added_columns)]
+
+    def strata(self, split: Split) -> None:
+        """None: rows are split at random."""
+
+    def config_fields(self) -> dict[str, Any]:
+        """None: the output layer stays as it is."""
+        return {}
+
+    def load_processor(self, source: ModelSource) -> TextReader:
+        """The tokenizer; ConfigError if rows need a chat template and there is none."""
+        tokenizer = with_end_token(load_tokenizer(source), source)
+        has_template = tokenizer.chat_template is not None
+        wants_chat = self.format == "chat" or self.layout in ("messages", "turns")
+        if wants_chat and (not has_template or self.format == "text"):
+            raise ConfigError(
+                f"model '{source.name}'" if not has_template else "task.format",
+                "its tokenizer has no chat template, and the rows are to be written by one"
+                if not has_template else "conversations cannot be written as plain text",
+                fix="Use a model tuned for chat, or columns of prompts and completions",
+            )  # fmt: skip
+        taken = forward_parameters(self.auto_class, source.config)
+        return TextReader(
+            tokenizer=tokenizer,
+            is_chat=wants_chat or (self.format == "auto" and self.layout == "alpaca" and has_template),
+            # Nothing is generated; and a cache, even an empty one, hides packed rows from transformers' masks.
+            switches={"use_cache": False} if "use_cache" in taken else {},
+            takes_positions="position_ids" in taken,
+        )
+
+    def resolve_length(self, asked: int | None, processor: TextReader, config: Any) -> int:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return resolve_max_length(asked, processor.tokenizer, config, default=_LONGEST)
+
+    def encode(self, split: Split, processor: TextReader, reading: Reading) -> Examples:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        if self.packing and not processor.takes_positions:
+            raise ConfigError("data.packing", "this model takes no positions, so rows would see each other",
+                              fix="Set data.packing=false")  # fmt: skip
+        if self.label_column is not None and not reading.allow_missing:
+            refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
+        max_length, tokenizer = reading.max_length, processor.tokenizer
+        assert max_length is not None
+        places = split.places
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            return self._tokenise(columns, numbers, processor, reading, places)
+
+        facts = {
+            "chat_template": tokenizer.chat_template if processor.is_chat else None,
+            "end_token": tokenizer.eos_token_id, "length": max_length, "layout": self.layout, "loss_on": self.loss_on,
+            "missing": reading.allow_missing,
+        }  # fmt: skip
+        split = _with_columns(split, self.added_columns)
+        made = tokenise_rows(
+            split, [c for _, c in self.columns()], tokenizer, reading, (self.kind, self.version), make,
+            is_blank=lambda row: is_blank_text(row[: len(self.text_columns) + (self.label_column is not None)]),
+            facts=facts,
+        )  # fmt: skip
+        faults = np.zeros(len(made.keep), dtype=np.int32)
+        faults[made.keep] = made.arrays.pop("faults")
+        self._refuse_faults(faults, places)
+        if len(made.arrays["offsets"]) < 2:
+            raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
+        weights = made.arrays.pop("weights")
+        examples = self._examples(made.arrays, made.counts, processor, max_length)
+        if reading.for_training and (weights != _UNIT).any():
+            examples.features["weights"] = np.repeat(weights, examples.lengths)
+        return PackedExamples.of(examples) if self.packing and reading.for_training else examples
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of logits (B, L, V) at each place against the next token of ``targets`` (B, L), summed over the
+        tokens to be learned; with weights for every token, ``targets`` is (B, 2, L).
+        """
+        if targets.ndim == 3:
+            return _weighted_loss(outputs.logits, targets)
+        return summed_loss(outputs.logits[:, :-1], targets[:, 1:])
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float64]:
+        """Of each row: the loss of its tokens, how many were foretold, and how many there are; (B, 3) float64."""
+        found: npt.NDArray[np.float64] = score_tokens(outputs.logits[:, :-1], targets[:, 1:]).numpy()
+        return found
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
+        """Loss and foretold tokens of each row (N, 2), and its number of tokens (N,)."""
+        found = np.stack(judged)
+        return found[:, :2], found[:, 2]
+
+    def write(self, model: Any, processor: TextReader, examples: TokenExamples, row: int) -> tuple[str, str, str]:
+        """What stands before the first learned token of a row, what follows there, and what the model writes instead.
+
+        Of a row that is learned as a whole, the first half is given. At most 64 tokens, the likeliest each.
+        """
+        tokenizer, start, end = processor.tokenizer, *(int(o) for o in examples.offsets[row : row + 2])
+        ids = examples.features["input_ids"][start:end].tolist()
+        learned = np.flatnonzero(examples.features["targets"][start:end] != IGNORE_INDEX)
+        place = int(learned[0]) if learned[0] > 1 else max(1, len(ids) // 2)
+        given = torch.tensor([ids[:place]], device=next(model.parameters()).device)
+        stops = turn_end_ids(tokenizer) if processor.is_chat else tokenizer.eos_token_id
+        written = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), num_beams=1,
+            max_new_tokens=max(1, min(_MOST_WRITTEN, examples.max_length - place)),  # it may have no more positions
+            do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.eos_token_id,
+        )[0, place:]  # fmt: skip
+        prompt, reference, answer = (
+            tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids[:place], ids[place:], written)
+        )
+        return prompt, reference, answer
+
+    def probe(self, processor: TextReader, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return {**text_probe(processor.tokenizer, config), **processor.switches}
+
+    def _tokenise(
+        self, columns: Columns, numbers: Rows, processor: TextReader, reading: Reading, places: RowPlaces
+    ) -> Tokens:
+        """Tokens and targets of some rows, and the weight of each; ``faults`` (N,) tells what is wrong with a row."""
+        ids, targets, weights, counts = [], [], [], Counter[str]()
+        faults, max_length = np.zeros(len(numbers), dtype=np.int32), reading.max_length
+        for place, (number, *row) in enumerate(zip(numbers, *columns, strict=True)):
+            where = places.where(number)
+            own = row[: len(row) - len(self.added_columns)]
+            added = dict(zip(self.added_columns, row[len(own) :], strict=True))
+            try:
+                row_ids, learned = self._encode_row(own, added, processor, reading, where)
+            except LostAnswerError as lost:
+                faults[place] = _CALLS if lost.kind == "calls" else _EMPTY
+                continue
+            faults[place] = 0 if any(learned[1:]) else _SILENT  # nothing foretells the first token
+            wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
+            wanted[:1] = [IGNORE_INDEX]
+            counts["num_truncated"] += len(row_ids) > (max_length or 0)
+            weight = row_weight(added, where)
+            is_seen = any(t != IGNORE_INDEX for t in wanted[:max_length])
+            counts["num_answers_cut"] += not is_seen
+            counts["num_weightless"] += is_seen and not weight
+            if is_seen and weight:
+                ids.append(row_ids[:max_length])
+                targets.append(wanted[:max_length])
+                weights.append(round(weight * _UNIT))
+        (flat, offsets), (answers, _) = ragged(ids), ragged(targets)
+        counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
+        counts["num_tools_lost"] = self._tools_lost(columns, processor, places.source)
+        arrays = {"input_ids": flat, "targets": answers, "offsets": offsets, "faults": faults}
+        return {**arrays, "weights": np.array(weights, dtype=np.int32)}, dict(counts)
+
+    def _encode_row(
+        self, row: Sequence[Any], added: dict[str, Any], processor: TextReader, reading: Reading, where: str
+    ) -> Encoding:
+        tokenizer, learn_all = processor.tokenizer, self.loss_on == "all"
+        if processor.is_chat:
+            return encode_conversation(
+                tokenizer, self._conversation(row, added, where), where, learn_all=learn_all,
+                may_be_empty=reading.allow_missing,
+            )  # fmt: skip
+        texts = ["" if value is None else str(value) for value in row]
+        if self.layout == "text":
+            return encode_continuation(tokenizer, "", texts[0])
+        completion = texts.pop()
+        if not (completion.strip() or learn_all or reading.allow_missing):
+            raise LostAnswerError(where, "empty")
+        prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if self.layout == "alpaca" else texts[0]
+        before: list[Message] = []
+        if any(added.values()):
+            turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+            before = conversation(turns, added, where).messages[:-2]
+        if self.layout == "alpaca":
+            before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
+        ids, learned = encode_continuation(tokenizer, prompt, completion, before)
+        return ids, [True] * len(ids) if learn_all else learned
+
+    def _conversation(self, row: Sequence[Any], added: dict[str, Any], where: str) -> Conversation:
+        """The conversation of a row that is written by a chat template."""
+        if self.layout == "messages":
+            return conversation(as_messages(row[0], where), added, where)
+        if self.layout == "turns":
+            asked = [{**message, "weight": 0.0} for message in as_messages(row[0], where)]
+            return conversation([*asked, *as_messages(row[1], where)], added, where)
+        *texts, completion = ["" if value is None else str(value) for value in row]
+        prompt = "\n\n".join(text for text in texts if text.strip())
+        turns: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return conversation(turns, added, where)
+
+    def _tools_lost(self, columns: Columns, processor: TextReader, source: str) -> int:
+        """1 if the first of some rows that has tools is written without them, else 0."""
+        names = [n for n in self.added_columns if meaning_of(n) == "tools"]
+        count = len(columns) - len(self.added_columns)
+        for row in zip(*columns, strict=True) if names else ():
+            added = dict(zip(self.added_columns, row[count:], strict=True))
+            if any(added[name] for name in names):
+                if not processor.is_chat:
+                    return 1
+                talk = self._conversation(row[:count], added, source)
+                if talk.options.get("tools"):
+                    return int(not writes_tools(processor.tokenizer, talk))
+        return 0
+
+    def _refuse_faults(self, faults: npt.NDArray[np.integer[Any]], places: RowPlaces) -> None:
+        """DataError for rows of which nothing, or nothing that was meant, would be learned."""
+        refuse_missing(faults == _SILENT, places, self.label_column or self.text_columns[0], "answer to learn")
+        reasons = {
+            _CALLS: ("tool calls, which the model's chat template does not write",
+                     "Use a model whose chat template writes tool calls, or write the calls into the content"),
+            _EMPTY: ("an empty answer, of which only its end would be learned", "Fill or remove these answers"),
+        }  # fmt: skip
+        for code, (what, fix) in reasons.items():
+            if count := int((faults == code).sum()):
+                rows = places.listed(np.flatnonzero(faults == code))
+                raise DataError(places.source, f"{count} of {len(faults)} rows have {what} ({rows})", fix=fix)
+
+    def _examples(
+        self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int
+    ) -> TokenExamples:
+        notes = [f"{counts['num_learned']:,} of {len(arrays['targets']):,} tokens learned"]
+        if counts["num_weightless"]:
+            notes.append(f"{counts['num_weightless']} left out: their weight is 0")
+        if counts["num_tools_lost"]:
+            notes.append("the tools are not shown to the model: its chat template does not write them")
+        if counts["num_answers_cut"]:
+            notes.append(f"{counts['num_answers_cut']} left out: their answers begin behind {max_length} tokens")
+        padding = Padding.of(processor.tokenizer)
+        return TokenExamples(
+            features=arrays,
+            offsets=arrays.pop("offsets"),
+            targets=None,
+            padding=Padding(side="right", fill=padding.fill),  # the left side is for generating
+            max_length=max_length,
+            num_truncated=counts["num_truncated"],
+            num_dropped=counts["num_answers_cut"] + counts["num_weightless"],
+            switches=processor.switches,
+            notes=tuple(notes),
+        )
+
+
+def _choose(
+    table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
+) -> tuple[str, tuple[str, ...], str | None, list[str]]:
+    """Layout, columns read, column of the answers, and notes on what was detected."""
+    check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
+    if text and len(text) > 2:
+        raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
+    if text:
+        is_chat = [_holds_turns(table, name) for name in (*text, label) if name is not None]
+        layout = "text" if label is None else "prompt" if len(text) == 1 else "alpaca"
+        if all(is_chat) and len(text) == 1:
+            layout = "messages" if label is None else "turns"
+        return layout, text, label, []
+    refuse_preferences(table, source)
+    lowered = {name.lower(): name for name in table.column_names}
+    for name in _MESSAGES:
+        if name in lowered and _holds_turns(table, lowered[name]):
+            return "messages", (lowered[name],), None, [detected("text", lowered[name])]
+        refuse_written_lists(table, lowered.get(name, ""), source)
+    if {"instruction", "output"} <= set(lowered):
+        named = tuple(lowered[n] for n in ("instruction", "input") if n in lowered)
+        return "alpaca", named, lowered["output"], [f"columns {', '.join((*named, lowered['output']))} (detected)"]
+    for first, second in _PROMPTS:
+        if first in lowered and second in lowered:
+            notes = [detected("text", lowered[first]), detected("label", lowered[second])]
+            layout = "turns" if all(_holds_turns(table, lowered[n]) for n in (first, second)) else "prompt"
+            return layout, (lowered[first],), lowered[second], notes
+    strings = [name for name in table.column_names if is_string(table.schema.field(name).type)]
+    for name in (*(lowered[n] for n in _TEXTS if n in lowered), *(strings if len(strings) == 1 else ())):
+        return "text", (name,), None, [detected("text", name)]
+    refuse_unreadable(table, table.column_names)
+    raise DataError(
+        source,
+        "no column looks like text to learn",
+        allowed="messages; prompt and completion; instruction, input and output; or text",
+        fix=f"Name one of {', '.join(table.column_names)} with --text-column, and the answers with --label-column",
+    )
+
+
+def _holds_turns(table: pa.Table, column: str) -> bool:
+    """Whether a column holds lists of messages, or (in tables of text) their JSON."""
+    kind = table.schema.field(column).type
+    if is_string(kind):
+        first = next((value for value in cells(table, column) if value and value.strip()), "")
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(first)
+            return isinstance(found, list) and bool(found) and isinstance(found[0], dict)
+        return False
+    return is_json(kind) or is_list(kind)
+
+
+def _with_columns(split: Split, columns: Sequence[str]) -> Split:
+    """The split with columns of nulls for those that it lacks."""
+    table = split.table
+    for column in columns:
+        if column not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows))
+    return replace(split, table=table)
+
+
+def _weighted_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits (B, L, V) against ``targets`` (B, 2, L): next tokens, and their weights in millionths.
+    Its sum, each token by its weight, and the sum of the weights.
+    """
+    wanted, weights = targets[:, 0, 1:], targets[:, 1, 1:]
+    learned = wanted != IGNORE_INDEX
+    each = F.cross_entropy(logits[:, :-1][learned].float(), wanted[learned], reduction="none")
+    weights = weights[learned].to(each.dtype) / _UNIT
+    return (each * weights).sum(), weights.sum()

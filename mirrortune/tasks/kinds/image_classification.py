@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""image-classification: an image of any mode -> one of C classes. Cross-entropy; accuracy unless other metrics are
+named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mirrortune.data.columns import choose_image_column
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Batch
+from mirrortune.data.files.images import ImageExamples, ImageReader, check_augmentation, encode_images
+from mirrortune.data.labels import MISSING, class_names, label_fields, label_remarks
+from mirrortune.data.tokenize import Reading
+from mirrortune.errors import ConfigError
+from mirrortune.models.load import ModelSource
+from mirrortune.tasks.class_labels import OneOfClasses
+from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.probes import noise_images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(OneOfClasses):
+    """See :class:`mirrortune.tasks.base.Task`. ``labels`` are the class names, in the order of the model's outputs."""
+
+    image_column: str
+    image_size: int | None = None
+    augment: str = "none"
+    kind: str = "image-classification"
+    auto_class: str = "AutoModelForImageClassification"
+
+    @classmethod
+    def from_rows(
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        image_column: str | None = None, label_column: str | None = None, labels: tuple[str, ...] | None = None,
+        image_size: int | None = None, augment: str | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
+        """The task with class names from ``labels``, else the column's own features, else the values found, sorted."""
+        check_augmentation(augment or "none")
+        image, label, notes = choose_image_column(table, image_column, label_column, source)
+        names = class_names(table, label, source, labels)
+        task = cls(
+            image_column=image, label_column=label, labels=names, image_size=image_size, augment=augment or "none",
+            **scores.fields(("accuracy",), "class", len(names)),
+        )  # fmt: skip
+        return task, [*notes, *label_remarks(table, label, names)]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return [("image", self.image_column), ("label", self.label_column)]
+
+    def config_fields(self) -> dict[str, Any]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return {**label_fields(self.labels), "problem_type": "single_label_classification"}
+
+    def load_processor(self, source: ModelSource) -> ImageReader:
+        """The image processor, at the size that was asked for."""
+        return ImageReader.load(source, self.auto_class, self.image_size)
+
+    def resolve_length(self, asked: int | None, processor: ImageReader, config: Any) -> None:
+        """None: images are brought to one size."""
+        if asked is not None:
+            raise ConfigError("data.max_length", f"got {asked}, but images have no tokens", fix="Set data.image_size")
+
+    def encode(self, split: Split, processor: ImageReader, reading: Reading) -> ImageExamples:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        targets = self.class_targets(split, allow_missing=reading.allow_missing)
+        return encode_images(
+            split, self.image_column, targets, targets == MISSING, processor, augment=self.augment, seed=reading.seed
+        )
+
+    def probe(self, processor: ImageReader, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return processor.pixels(noise_images(processor.num_channels), "probe")

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""multiple-choice: a context (and perhaps the beginning of what follows) with several endings -> which one is right.
+
+Every ending is read behind the context, as in SWAG (Zellers et al. 2018); cross-entropy over the endings of a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from mirrortune.data.column_contents import is_nan, number_of
+from mirrortune.data.columns import check_is_text, check_named, detected, refuse_written_lists
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Batch, IntArray, Padding, Rows, Targets, TokenExamples
+from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.row_chunks import Columns, row_chunks
+from mirrortune.data.files.row_places import RowPlaces
+from mirrortune.data.labels import MISSING, as_name, refuse_missing
+from mirrortune.data.token_cache import Tokens
+from mirrortune.data.tokenize import Reading, pieces, resolve_max_length, tokenise_rows
+from mirrortune.errors import DataError, counted
+from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.probes import SENTENCES
+
+_CONTEXTS = (("sent1", "sent2"), ("ctx",), ("context",), ("premise", "question"), ("premise",), ("question",))
+_LISTS = ("endings", "choices", "options")
+_NUMBERED = re.compile(r"(ending|choice|option|answer|solution|sol)_?\d+|option_?[a-e]", re.IGNORECASE)
+_LABELS = ("label", "labels", "answer", "answerkey", "answer_index", "gold")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceExamples:
+    """See :class:`mirrortune.data.examples.Examples`.
+
+    Attributes:
+        endings: every ending of every row, behind its context.
+        firsts: shape (N + 1,); row i has the endings [firsts[i], firsts[i + 1]).
+        targets: the right ending of each row, -1 where there is none, shape (N,).
+        num_unlabelled: rows without one.
+    """
+
+    endings: TokenExamples
+    firsts: IntArray
+    targets: Targets
+    num_unlabelled: int
+
+    @property
+    def num_truncated(self) -> int:
+        """Endings that were cut."""
+        return self.endings.num_truncated
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of all endings of each row, shape (N,)."""
+        return np.add.reduceat(self.endings.lengths, self.firsts[:-1])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def extremes(self) -> Rows:
+        """See :class:`mirrortune.data.examples.Examples`."""
+        return np.unique(np.searchsorted(self.firsts, self.endings.extremes(), side="right") - 1)
+
+    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
+        """Tokens (B, C, L) with C endings at most; targets (B, 2): the right one, and how many there are.
+
+        A row with fewer endings than others is filled up with copies of its last one, which the loss leaves out.
+        """
+        counts = np.diff(self.firsts)[rows]
+        width = int(counts.max())
+        places = self.firsts[rows][:, None] + np.minimum(np.arange(width), counts[:, None] - 1)
+        flat = self.endings.batch(places.flatten())
+        batch: Batch = {k: v.unflatten(0, (len(rows), width)) for k, v in flat.items() if k != "targets"}
+        batch["targets"] = torch.from_numpy(np.stack([self.targets[rows].astype(np.int64), counts], axis=1))
+        return batch
+
+    def describe(self) -> str:
+        """Rows, and the lengths of their endings."""
+        return f"{counted(len(self), 'row')} of endings: {self.endings.describe()}"
+
+    def verify(self, model: nn.Module) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """See :class:`mirrortune.tasks.base.Task`.
+
+    Attributes:
+        text_columns: the context, and perhaps the beginning of every ending.
+        choice_columns: one for each ending, or one that holds them all (a list, or ``{text: [...], label: [...]}``).
+        label_column: the number (from 0), letter or label of the right one.
+    """
+
+    text_columns: tuple[str, ...]
+    choice_columns: tuple[str, ...]
+    label_column: str
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    kind: str = "multiple-choice"
+    auto_class: str = "AutoModelForMultipleChoice"
+    version: int = 1
+
+    @classmethod
+    def from_rows(
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, choice_columns: tuple[str, ...] | None = None,
+        label_column: str | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
+        """The task; DataError if there are no columns of contexts, endings and labels."""
+        names = {n.lower(): n for n in table.column_names}
+        given = [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")]
+        check_named(table, [*given, *((c, "data.choice_columns") for c in choice_columns or ())], source)
+        text = text_columns or next((tuple(names[n] for n in c) for c in _CONTEXTS if set(c) <= set(names)), ())
+        lists = [(names[n],) for n in _LISTS if n in names]
+        numbered = tuple(sorted(n for n in table.column_names if _NUMBERED.fullmatch(n)))
+        choices = choice_columns or next(iter(lists), numbered)
+        label = label_column or next((names[n] for n in _LABELS if n in names and names[n] not in choices), None)
+        if not text or len(text) > 2 or not choices or label is None:
+            refuse_unreadable(table, table.column_names)
+            raise DataError(
+                source, f"no columns of contexts, endings and labels; the columns are {', '.join(names.values())}",
+                allowed="a context, two endings or more, and the number of the right one",
+                fix="Name them with --text-column, data.choice_columns and --label-column",
+            )  # fmt: skip
+        for column in text:
+            check_is_text(table, column, source)
+        refuse_unreadable(table, (*text, *choices, label))
+        if len(choices) == 1:
+            refuse_written_lists(table, choices[0], source)
+        notes = [] if text_columns else [detected("text", ", ".join(text))]
+        notes += [] if choice_columns else [f"endings {', '.join(choices)} (detected; data.choice_columns to change)"]
+        notes += [] if label_column else [detected("label", label)]
+        chosen = scores.fields(("accuracy",), "class")
+        return cls(text_columns=text, choice_columns=choices, label_column=label, **chosen), notes
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        roles = {"text": self.text_columns, "choice": self.choice_columns, "label": (self.label_column,)}
+        return [(role, column) for role, columns in roles.items() for column in columns]
+
+    def strata(self, split: Split) -> None:
+        """None: rows are split at random."""
+        missing, done = np.zeros(split.table.num_rows, dtype=bool), 0
+        for chunk in row_chunks(split.table, [*self.choice_columns, self.label_column]):
+            numbers = np.arange(done, done + len(chunk[0]))
+            missing[numbers] = np.array(self._read(chunk, numbers, split.places)[1]) == MISSING
+            done += len(numbers)
+        refuse_missing(missing, split.places, self.label_column)
+
+    def config_fields(self) -> dict[str, Any]:
+        """None: a head of one number, whatever the number of endings."""
+        return {}
+
+    def load_processor(self, source: ModelSource) -> Any:
+        """The tokenizer."""
+        return load_tokenizer(source)
+
+    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
+        """See :class:`mirrortune.tasks.base.Task`; of a context with one ending."""
+        return resolve_max_length(asked, processor, config)
+
+    def encode(self, split: Split, processor: Any, reading: Reading) -> ChoiceExamples:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        max_length = reading.max_length
+        assert max_length is not None
+        num_texts = len(self.text_columns)
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            contexts, *begun = ([text or "" for text in column] for column in columns[:num_texts])
+            rows, right = self._read(columns[num_texts:], numbers, split.places)
+            begins = begun[0] if begun else [""] * len(rows)
+            asked = [context for context, row in zip(contexts, rows, strict=True) for _ in row]
+            endings = [f"{begin} {c}".strip() for begin, row in zip(begins, rows, strict=True) for c in row]
+            arrays, counts = pieces([asked, endings], processor, max_length)
+            sizes = np.array([len(row) for row in rows], dtype=np.int32)
+            return {**arrays, "sizes": sizes, "right": np.array(right, dtype=np.int32)}, counts
+
+        columns = [column for _, column in self.columns()]  # texts, choices, label
+        made = tokenise_rows(
+            split,
+            columns,
+            processor,
+            reading,
+            (self.kind, self.version),
+            make,
+            facts={"length": max_length, "num_texts": num_texts},
+        )
+        arrays = made.arrays
+        targets, sizes = arrays.pop("right").astype(np.int64), arrays.pop("sizes")
+        if not reading.allow_missing:
+            refuse_missing(targets == MISSING, split.places, self.label_column)
+        endings = TokenExamples(
+            features=arrays, offsets=arrays.pop("offsets"), targets=None, padding=Padding.of(processor),
+            max_length=max_length, num_truncated=made.counts["num_truncated"],
+        )  # fmt: skip
+        return ChoiceExamples(
+            endings=endings,
+            firsts=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
+            targets=targets,
+            num_unlabelled=int((targets == MISSING).sum()),
+        )
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Cross-entropy of logits (B, C) over the endings that each row has, summed over rows."""
+        return F.cross_entropy(_masked(outputs, targets), targets[:, 0], reduction="sum"), targets.shape[0]
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.int64]:
+        """The ending that scores highest (B,)."""
+        return np.asarray(_masked(outputs, targets).argmax(dim=-1).cpu().numpy())
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
+        """The chosen and the right ending, each (N,)."""
+        return np.array(judged), examples.targets
+
+    def probe(self, processor: Any, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        limit = resolve_max_length(None, processor, config)
+        made = processor(
+            list(SENTENCES), list(reversed(SENTENCES)), padding=True, truncation=True, max_length=limit,
+            return_tensors="pt",
+        )  # fmt: skip
+        return {name: values.unflatten(0, (2, 2)) for name, values in made.items()}
+
+    def _read(self, columns: Columns, numbers: Rows, places: RowPlaces) -> tuple[list[list[str]], list[int]]:
+        """The endings of each of some rows, and which one is right (-1 where there is no label).
+
+        Args:
+            columns: the cells of the choice columns and of the label column.
+            numbers: of the rows in the split.
+            places: of the split's rows, for messages.
+        """
+        *choices, labels = columns
+        rows, right = [], []
+        for number, label, *row_cells in zip(numbers, labels, *choices, strict=True):
+            where, first = places.where(number), row_cells[0]
+            named = first.get("label") if isinstance(first, dict) else None
+            texts = (first.get("text") if isinstance(first, dict) else first) if len(row_cells) == 1 else row_cells
+            if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
+                raise DataError(where, f"its endings are {str(texts)[:120]!r}", allowed="two texts or more")
+            rows.append(texts)
+            right.append(_index(label, len(texts), [str(name) for name in named] if named else None, where))
+        return rows, right
+
+
+def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
+    text, number = as_name(int(value) if isinstance(value, bool) else value), number_of(value)
+    if text is None or number == -1 or is_nan(value):
+        return MISSING
+    if names and text in names:
+        return names.index(text)
+    if number is not None and number.is_integer() and 0 <= number < count:
+        return int(number)  # 1.0 is 1: pandas writes it so beside missing labels
+    if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
+        return ord(text.upper()) - ord("A")
+    raise DataError(
+        where, f"label {value!r} names none of its {count} endings",
+        allowed=f"0 to {count - 1}, or A to {chr(ord('A') + count - 1)}",
+    )  # fmt: skip
+
+
+def _masked(outputs: Any, targets: Tensor) -> Tensor:
+    """Logits (B, C), those of endings that a row does not have at minus infinity."""
+    logits: Tensor = outputs.logits.float()
+    numbers = torch.arange(logits.shape[1], device=logits.device)
+    return logits.masked_fill(numbers >= targets[:, 1:], -torch.inf)

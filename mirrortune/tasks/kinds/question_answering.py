@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""question-answering: question and context -> the words of the context that answer, or nothing where nothing does.
+
+Contexts that are too long are read through windows that overlap; a question is scored once, by its best span over all
+of its windows (Devlin et al. 2019, section 4.2 and 4.3: no answer where the first token scores higher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mirrortune.data.columns import check_is_text, check_named, detected, refuse_written_lists
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Batch, IntArray, Padding, Rows, TokenExamples
+from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.row_chunks import Columns, cells, nulls, row_chunks
+from mirrortune.data.labels import refuse_missing
+from mirrortune.data.token_cache import Tokens, ragged
+from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
+from mirrortune.errors import ConfigError, DataError
+from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.probes import text_probe
+
+_LONGEST = 384  # tokens of a window, the default
+_STRIDE = 128
+_N_BEST, _MAX_ANSWER = 20, 30  # spans considered per window end; tokens of an answer
+
+Answer = tuple[str, int]  # text and its first character in the context; -1 if it was not said where
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """See :class:`mirrortune.tasks.base.Task`.
+
+    Attributes:
+        text_columns: question and context.
+        label_column: answers: the Hub's ``{text: [...], answer_start: [...]}``, a list of texts, or a text.
+        may_lack_answer: whether some questions of the training rows have no answer.
+        stride: tokens that neighbouring windows share; None for 128, or a third of a short window.
+    """
+
+    text_columns: tuple[str, ...]
+    label_column: str
+    may_lack_answer: bool
+    stride: int | None
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    kind: str = "question-answering"
+    auto_class: str = "AutoModelForQuestionAnswering"
+    version: int = 1
+
+    @classmethod
+    def from_rows(
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
+        stride: int | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
+        """The task; DataError if there are no columns of questions, contexts and answers."""
+        names = {n.lower(): n for n in table.column_names}
+        text = text_columns or tuple(names[n] for n in ("question", "context") if n in names)
+        label = label_column or next((names[n] for n in ("answers", "answer") if n in names), None)
+        check_named(table, [*((c, "--text-column") for c in text), (label, "--label-column")], source)
+        if len(text) != 2 or label is None:
+            refuse_unreadable(table, table.column_names)
+            raise DataError(
+                source, f"no columns of questions, contexts and answers; the columns are {', '.join(names.values())}",
+                allowed="question, context and answers",
+                fix="Name them with --text-column (question, then context) and --label-column",
+            )  # fmt: skip
+        for column in text:
+            check_is_text(table, column, source)
+        refuse_unreadable(table, (*text, label))
+        refuse_written_lists(table, label, source)
+        notes = [] if text_columns else [detected("text", text[0]), detected("text", text[1])]
+        notes += [] if label_column else [detected("label", label)]
+        chosen = scores.fields(("squad_f1", "exact_match"), "answers")
+        # Cells that hold no answers at all are refused with their rows where splits are checked.
+        may_lack_answer = any(_is_answered(value) is False for value in cells(table, label))
+        task = cls(text_columns=text, label_column=label, may_lack_answer=may_lack_answer, stride=stride, **chosen)
+        return task, notes
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return [("question", self.text_columns[0]), ("context", self.text_columns[1]), ("answer", self.label_column)]
+
+    def strata(self, split: Split) -> None:
+        """None: rows are split at random."""
+        places = split.places
+        for row, value in enumerate(cells(split.table, self.label_column)):
+            _answers(value, places.where(row))
+        refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
+
+    def config_fields(self) -> dict[str, Any]:
+        """A head of two: where a span begins, and where it ends."""
+        return {"num_labels": 2}
+
+    def load_processor(self, source: ModelSource) -> Any:
+        """The tokenizer."""
+        return load_tokenizer(source)
+
+    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
+        """See :class:`mirrortune.tasks.base.Task`; of a window."""
+        length = resolve_max_length(asked, processor, config, default=_LONGEST)
+        if self.stride is not None and self.stride >= length // 2:
+            raise ConfigError("data.stride", f"got {self.stride}, windows have {length} tokens",
+                              allowed=f"less than {length // 2}")  # fmt: skip
+        return length
+
+    def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
+        """See :class:`mirrortune.tasks.base.Task`; a row becomes one window or more."""
+        max_length = reading.max_length
+        assert max_length is not None
+        missing, places = nulls(split.table, self.label_column), split.places
+        if not reading.allow_missing:
+            refuse_missing(missing, split.places, self.label_column, "answer")
+        stride = min(_STRIDE, max_length // 3) if self.stride is None else self.stride
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            contexts = [str(text or "") for text in columns[1]]
+            answers = [_answers(v, places.where(n)) for n, v in zip(numbers, columns[2], strict=True)]
+            # Leading white space is no part of the question, and would fill windows of its own (SQuAD has some).
+            questions = [str(text or "").lstrip() for text in columns[0]]
+            return _windows(questions, contexts, answers, processor, max_length, stride)
+
+        made = tokenise_rows(
+            split, [*self.text_columns, self.label_column], processor, reading, (self.kind, self.version), make,
+            facts={"length": max_length, "stride": stride},
+        )  # fmt: skip
+        arrays = made.arrays
+        offsets, counts = arrays.pop("offsets"), arrays.pop("windows")
+        scoring = _Scoring(
+            split=split, columns=(self.text_columns[1], self.label_column), counts=counts,
+            starts=arrays.pop("starts"), ends=arrays.pop("ends"), offsets=offsets,
+        )  # fmt: skip
+        return TokenExamples(
+            features=arrays,
+            offsets=offsets,
+            targets=np.stack([arrays.pop("first"), arrays.pop("last")], axis=1).astype(np.int64),
+            padding=Padding.of(processor),
+            max_length=max_length,
+            num_unlabelled=int(counts[missing].sum()),
+            notes=(f"{len(counts):,} questions, {int((counts > 1).sum()):,} of them read through several windows",),
+            references=scoring,
+        )
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Mean of the cross-entropies of begin and end (B, 2), summed over windows."""
+        both = torch.cat([outputs.start_logits.float(), outputs.end_logits.float()])
+        return F.cross_entropy(both, targets.T.flatten(), reduction="sum") / 2, targets.shape[0]
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
+        """Begin and end logits (2, L) of each window."""
+        both = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float().cpu().numpy()
+        masks = inputs["attention_mask"].bool().cpu().numpy()
+        return [logits[:, mask] for logits, mask in zip(both, masks, strict=True)]
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[list[str], list[tuple[str, ...]]]:
+        """The best answer of every question ("" for none), and its right ones."""
+        scoring: _Scoring = examples.references
+        said, right = [], []
+        for context, answers, windows in scoring.questions():
+            said.append(scoring.best(context, windows, judged, may_lack_answer=self.may_lack_answer))
+            right.append(tuple(text for text, _ in answers or ()))
+        return said, right
+
+    def probe(self, processor: Any, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return text_probe(processor, config, num_texts=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scoring:
+    """What scoring needs to know of the questions.
+
+    Attributes:
+        split, columns: where contexts and answers stand.
+        counts: windows of each question, shape (N,).
+        starts, ends: where in its context every token of every window stands, in characters; -1 outside of it; (T,).
+        offsets: of the windows.
+    """
+
+    split: Split
+    columns: tuple[str, str]
+    counts: IntArray
+    starts: IntArray
+    ends: IntArray
+    offsets: IntArray
+
+    def questions(self) -> Iterator[tuple[str, tuple[Answer, ...] | None, range]]:
+        """Of each question: the text that spans are cut out of, the right answers, and the numbers of its windows."""
+        stop = 0
+        rows = (row for chunk in row_chunks(self.split.table, self.columns) for row in zip(*chunk, strict=True))
+        for count, (context, value) in zip(self.counts.tolist(), rows, strict=True):
+            stop += count
+            yield str(context or ""), _answers(value, self.split.source), range(stop - count, stop)
+
+    def best(self, context: str, windows: range, judged: Sequence[Any], *, may_lack_answer: bool) -> str:
+        """The span that scores highest over some windows, or "" where having none scores higher."""
+        spans, none = [], float("inf")
+        for window in windows:
+            begin, end = self.offsets[window : window + 2]
+            starts, ends = judged[window]
+            none = min(none, float(starts[0] + ends[0]))
+            spans += _best_spans(starts, ends, np.stack([self.starts[begin:end], self.ends[begin:end]], axis=1))
+        score, low, high = max(spans, default=(-np.inf, 0, 0))
+        return "" if may_lack_answer and none > score else context[low:high]
+
+
+def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArray) -> list[tuple[float, int, int]]:
+    """(score, first character, character behind the last) of spans of a window that lie in its context."""
+    inside = np.flatnonzero(places[:, 1] > 0)
+    begin = inside[np.argsort(-starts[inside])[:_N_BEST]]
+    finish = inside[np.argsort(-ends[inside])[:_N_BEST]]
+    return [
+        (float(starts[i] + ends[j]), int(places[i, 0]), int(places[j, 1]))
+        for i in begin
+        for j in finish
+        if i <= j < i + _MAX_ANSWER
+    ]
+
+
+def _span(places: IntArray, answer: Answer | None) -> tuple[int, int]:
+    """First and last token of a window's answer, whose tokens stand at ``places`` (L, 2) of its context; twice its
+    first token where it has not all of it.
+    """
+    if answer is None:
+        return 0, 0
+    low, high = answer[1], answer[1] + len(answer[0])
+    tokens = np.flatnonzero((places[:, 1] > low) & (places[:, 0] < high) & (places[:, 1] > 0))
+    if len(tokens) and places[tokens[0], 0] <= low and places[tokens[-1], 1] >= high:
+        return int(tokens[0]), int(tokens[-1])
+    return 0, 0
+
+
+def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
+    """The first answer, with its place in the context; None if there is none, or it does not occur."""
+    for text, start in answers or ():
+        is_there = start >= 0 and context.startswith(text, start)  # some data sets count bytes, or other white space
+        place = start if is_there else context.find(text)
+        if text and place >= 0:
+            return text, place
+    return None
+
+
+def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
+    """The right answers that a cell holds; none for a question without one, None where the label is missing."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return ((value, -1),) if value.strip() else ()
+    if isinstance(value, dict):
+        texts, starts = _listed(value.get("text")), _listed(value.get("answer_start"))
+    else:
+        parts = [part if isinstance(part, dict) else {"text": part} for part in _listed(value)]
+        texts, starts = [part.get("text") for part in parts], [part.get("answer_start") for part in parts]
+    places = [-1 if start is None else start for start in starts] + [-1] * (len(texts) - len(starts))
+    fits = len(texts) == len(places) and all(isinstance(text, str) for text in texts)
+    if not fits or not all(isinstance(place, int | float) and place == int(place) for place in places):
+        raise DataError(where, f"answers are {str(value)[:120]!r}",
+                        allowed="{text: [...], answer_start: [...]}, a list of texts, or a text")  # fmt: skip
+    return tuple((text, int(place)) for text, place in zip(texts, places, strict=True))
+
+
+def _is_answered(value: Any) -> bool | None:
+    """Whether a cell holds an answer; None where the label is missing or unreadable."""
+    try:
+        answers = _answers(value, "")
+    except DataError:
+        return None
+    return None if answers is None else bool(answers)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list as it is, nothing as none, and anything else as a list of itself."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _windows(
+    questions: list[str],
+    contexts: list[str],
+    answers: Sequence[tuple[Answer, ...] | None],
+    tokenizer: Any,
+    max_length: int,
+    stride: int,
+) -> Tokens:
+    """Windows of some questions: ``starts`` and ``ends`` (T,) are the places of their tokens in the context, -1 outside
+    of it; ``first`` and ``last`` (one a window) its answer; ``windows`` (one a question) how many there are.
+    """
+    names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
+    # A question may fill no more than half of a window.
+    asked = tokenizer(questions, add_special_tokens=False, truncation=True, max_length=max(1, max_length // 2 - 4),
+                      return_offsets_mapping=True)  # fmt: skip
+    ends = (pieces[-1][1] if pieces else 0 for pieces in asked["offset_mapping"])
+    cut = [question[:end] for question, end in zip(questions, ends, strict=True)]
+    made = tokenizer(
+        cut, contexts, truncation="only_second", max_length=max_length, stride=stride,
+        return_overflowing_tokens=True, return_offsets_mapping=True, verbose=False,
+    )  # fmt: skip
+    located = [_located(answer, context) for answer, context in zip(answers, contexts, strict=True)]
+    owners = np.array(made["overflow_to_sample_mapping"], dtype=np.int64)
+    places, spans = [], []
+    for window, owner in enumerate(owners):
+        inside = np.array([part == 1 for part in made.sequence_ids(window)])
+        places.append(np.where(inside[:, None], np.array(made["offset_mapping"][window]), -1))
+        spans.append(_span(places[-1], located[owner]))
+    starts_and_ends, first_and_last = np.concatenate(places).astype(np.int32), np.array(spans, dtype=np.int32)
+    arrays = {name: ragged(list(made[name]))[0] for name in names}
+    arrays |= {"starts": starts_and_ends[:, 0], "ends": starts_and_ends[:, 1], "offsets": ragged(made["input_ids"])[1]}
+    arrays |= {"first": first_and_last[:, 0], "last": first_and_last[:, 1]}
+    arrays["windows"] = np.bincount(owners, minlength=len(questions)).astype(np.int32)
+    return arrays, {}

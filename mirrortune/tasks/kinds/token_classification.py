@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""token-classification: words -> a tag for each (entities, parts of speech). Cross-entropy on the first piece of every
+word; whole entities are scored by seqeval where the tags have the form B-X, I-X, O, single words otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from mirrortune.data.columns import check_named, detected, is_string, refuse_written_lists
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples
+from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.row_chunks import Columns, cells, row_chunks
+from mirrortune.data.labels import as_name, feature_names, in_order, is_list, label_fields, refuse_missing
+from mirrortune.data.token_cache import Tokens, ragged
+from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
+from mirrortune.errors import DataError, did_you_mean
+from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.probes import text_probe
+
+_WORDS = ("tokens", "words", "text", "sentence")
+_TAGS = ("ner_tags", "tags", "labels", "pos_tags", "ner", "pos", "label", "upos")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """See :class:`mirrortune.tasks.base.Task`. ``labels`` are the tags, in the order of the model's outputs."""
+
+    text_columns: tuple[str, ...]
+    label_column: str
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    labels: tuple[str, ...]
+    kind: str = "token-classification"
+    auto_class: str = "AutoModelForTokenClassification"
+    version: int = 1
+
+    @classmethod
+    def from_rows(
+        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
+        text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
+        labels: tuple[str, ...] | None = None,
+    ) -> tuple[Task, list[str]]:  # fmt: skip
+        """The task with tags from ``labels``, else the column's own features, else those found, sorted."""
+        words, tags, notes = _choose(table, text_columns, label_column, source)
+        found = {name for row in cells(table, tags) for name in map(as_name, row or ()) if name is not None}
+        names = labels or feature_names(table, tags) or tuple(in_order(found))
+        if len(names) < 2:
+            raise DataError(source, f"tag column '{tags}' has one tag only", allowed="two tags or more",
+                            fix="Name another column with --label-column")  # fmt: skip
+        chosen = scores.fields(("entity_f1", "tag_accuracy") if _are_entities(names) else ("tag_accuracy",), "tags")
+        return cls(text_columns=(words,), label_column=tags, labels=names, **chosen), notes
+
+    def columns(self) -> list[tuple[str, str]]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return [("word", self.text_columns[0]), ("tag", self.label_column)]
+
+    def strata(self, split: Split) -> None:
+        """None: rows are split at random."""
+        features = feature_names(split.table, self.label_column)
+        places, rows = split.places, enumerate(cells(split.table, self.label_column))
+        missing = (self._indices(tags, features, places.where(n)) is None for n, tags in rows)
+        known = np.fromiter(missing, dtype=bool, count=split.table.num_rows)
+        refuse_missing(known, split.places, self.label_column, "tag")
+
+    def config_fields(self) -> dict[str, Any]:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return label_fields(self.labels)
+
+    def load_processor(self, source: ModelSource) -> Any:
+        """The tokenizer; told to begin words with a space where it must be, to take words at all."""
+        tokenizer = load_tokenizer(source)
+        try:
+            tokenizer(["a"], is_split_into_words=True)
+        except (AssertionError, ValueError):
+            tokenizer = load_tokenizer(source, add_prefix_space=True)
+        return tokenizer
+
+    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return resolve_max_length(asked, processor, config)
+
+    def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        max_length = reading.max_length
+        assert max_length is not None
+        features, places = feature_names(split.table, self.label_column), split.places
+
+        def make(columns: Columns, numbers: Rows) -> Tokens:
+            words = [[str(w) for w in row or ()] for row in columns[0]]
+            tags = [self._indices(row, features, places.where(n)) for n, row in zip(numbers, columns[1], strict=True)]
+            for number, given, wanted in zip(numbers, words, tags, strict=True):
+                if wanted is not None and len(given) != len(wanted):
+                    raise DataError(places.where(number), f"{len(given)} words and {len(wanted)} tags",
+                                    allowed="a tag for every word", fix="Correct the row")  # fmt: skip
+            return _tokenise(words, tags, processor, max_length)
+
+        made = tokenise_rows(
+            split, (self.text_columns[0], self.label_column), processor, reading, (self.kind, self.version), make,
+            is_blank=lambda row: not row[0], facts={"length": max_length, "labels": self.labels},
+        )  # fmt: skip
+        arrays = made.arrays
+        offsets, firsts, missing = arrays.pop("offsets"), arrays.pop("words"), arrays.pop("missing") > 0
+        if not reading.allow_missing:
+            refuse_missing(made.spread(missing), split.places, self.label_column, "tag")
+        return TokenExamples(
+            features=arrays, offsets=offsets, targets=None, padding=Padding.of(processor), max_length=max_length,
+            num_truncated=made.counts["num_truncated"], num_empty=made.num_blank, num_dropped=made.num_dropped,
+            num_unlabelled=int(missing.sum()), references=lambda: self._references(split, made.keep, firsts, offsets),
+        )  # fmt: skip
+
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of logits (B, L, C) against tags (B, L), summed over words."""
+        logits = outputs.logits.float().flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        return loss, (targets != IGNORE_INDEX).sum()
+
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
+        """The tag of every word of each row, as far as it was not cut off."""
+        best = outputs.logits.argmax(dim=-1)
+        return [row[wanted != IGNORE_INDEX].cpu().tolist() for row, wanted in zip(best, targets, strict=True)]
+
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
+        """Tags by name, of the words of each row; a word that was cut off, or that has no pieces, is tagged as none is
+        (``O``, or the first tag).
+        """
+        none = "O" if "O" in self.labels else self.labels[0]
+        found, references = [], []
+        for given, (right, count, seen) in zip(judged, examples.references(), strict=True):
+            row = [none] * count
+            for word, tag in zip(seen, given, strict=True):
+                row[word] = self.labels[tag]
+            found.append(row)
+            references.append([] if right is None else [self.labels[tag] for tag in right])
+        return found, references
+
+    def probe(self, processor: Any, config: Any) -> Batch:
+        """See :class:`mirrortune.tasks.base.Task`."""
+        return text_probe(processor, config)
+
+    def _references(
+        self, split: Split, keep: npt.NDArray[np.bool_], places: IntArray, offsets: IntArray
+    ) -> Iterator[tuple[list[int] | None, int, list[int]]]:
+        """Of each row: its tags, how many words it has, and those whose first pieces were read."""
+        features = feature_names(split.table, self.label_column)
+        rows = (r for c in row_chunks(split.table, [c for _, c in self.columns()], keep) for r in zip(*c, strict=True))
+        for (words, tags), (start, stop) in zip(rows, itertools.pairwise(offsets), strict=True):
+            firsts = places[start:stop]
+            yield self._indices(tags, features, split.source), len(words or ()), firsts[firsts >= 0].tolist()
+
+    def _indices(self, row: list[Any] | None, features: tuple[str, ...] | None, where: str) -> list[int] | None:
+        """The tags of a row as indices into ``labels``; None where there are none."""
+        if row is None or (features and any(isinstance(t, int) and t < 0 for t in row)):
+            return None  # below 0: the Hub's unlabelled test splits
+        index = {name: i for i, name in enumerate(self.labels)}
+        names = [features[t] if features and isinstance(t, int) else as_name(t) for t in row]
+        unknown = next((n for n in names if n not in index), None) if names else None
+        if unknown is not None:
+            raise DataError(
+                where, f"tag {unknown!r} is not among the tags.{did_you_mean(unknown, self.labels)}",
+                allowed=", ".join(self.labels), fix="Correct the row, or list every tag in task.labels",
+            )  # fmt: skip
+        return [index[n] for n in names if n is not None]
+
+
+def _are_entities(names: Sequence[str]) -> bool:
+    """Whether tags have the form B-X, I-X, O (or a relative with E-, S-, L-, U-)."""
+    return "O" in names and all(n == "O" or re.fullmatch(r"[BIESLU]-.+", n) for n in names)
+
+
+def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: Any, max_length: int) -> Tokens:
+    """Pieces of the words of some rows; ``words``: the word that a piece begins, or -1; ``targets``: its tag;
+    ``missing`` (N,): 1 for a row without tags.
+    """
+    names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
+    options: dict[str, Any] = {"is_split_into_words": True, "verbose": False}
+    made = tokenizer(rows, truncation=True, max_length=max_length, **options)
+    firsts, targets, truncated = [], [], 0
+    for i, (words, right) in enumerate(zip(rows, tags, strict=True)):
+        pieces = made.word_ids(i)
+        begun = [-1 if w is None or w == before else w for w, before in zip(pieces, [None, *pieces], strict=False)]
+        firsts.append(begun)
+        # A row without tags gets any: its words are answered all the same, and nothing is scored.
+        wanted = [0] * len(words) if right is None else right
+        targets.append([IGNORE_INDEX if word < 0 else wanted[word] for word in begun])
+        # A word in the middle of a row may have no pieces; only the last ones can have been cut off.
+        truncated += len(pieces) == max_length and max(begun) < len(words) - 1
+    arrays = {name: ragged(list(made[name]))[0] for name in names}
+    arrays |= {"words": ragged(firsts)[0], "targets": ragged(targets)[0], "offsets": ragged(firsts)[1]}
+    arrays["missing"] = np.array([right is None for right in tags], dtype=np.int32)
+    return arrays, {"num_truncated": truncated}
+
+
+def _choose(
+    table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
+) -> tuple[str, str, list[str]]:
+    """The columns of words and of tags, and notes on what was detected."""
+    check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
+    lists = {n.lower(): n for n in table.column_names if is_list(table.schema.field(n).type)}
+    texts = {k: n for k, n in lists.items() if is_string(table.schema.field(n).type.value_type)}
+    for name in (*(text or ()), *(n for n in table.column_names if n.lower() in (*_WORDS[:2], *_TAGS))):
+        refuse_written_lists(table, name, source)
+    notes = []
+    words = text[0] if text else next((texts[n] for n in _WORDS if n in texts), None)
+    if words is not None and not text:
+        notes.append(detected("text", words))
+    tags = label or next((lists[n] for n in _TAGS if n in lists and lists[n] != words), None)
+    if tags is not None and not label:
+        notes.append(detected("label", tags))
+    if words is None or tags is None or not {words, tags} <= set(lists.values()) or len(text or ("",)) > 1:
+        refuse_unreadable(table, table.column_names)
+        raise DataError(
+            source,
+            f"no two columns are lists of words and of tags; the columns are {', '.join(table.column_names)}",
+            allowed="a list of words and a list of tags in each row (json, jsonl or parquet)",
+            fix="Name them with --text-column and --label-column",
+        )
+    refuse_unreadable(table, (words, tags))
+    return words, tags, notes

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several short rows in one sequence, each with positions of its own and blind to the others.
+
+The model is told by ``position_ids`` that begin again at 0, without an attention mask and without a cache: that is how
+transformers' masks and its flash attention know packed rows. Whether a model does as it is told is measured before
+training (:meth:`PackedExamples.verify`), since one that does not would train on mixed-up rows in silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mirrortune.data.examples import IGNORE_INDEX, Batch, IntArray, Rows, TokenExamples
+from mirrortune.errors import ConfigError
+from mirrortune.system.precision import autocast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedExamples:
+    """See :class:`mirrortune.data.examples.Examples`; a row here is a sequence of packed rows.
+
+    Attributes:
+        documents: the rows, with a target for every token.
+        bins: which of them share a sequence.
+    """
+
+    documents: TokenExamples
+    bins: tuple[Rows, ...]
+
+    @classmethod
+    def of(cls, documents: TokenExamples) -> PackedExamples:
+        """Pack rows into sequences of at most their ``max_length``."""
+        return cls(documents=documents, bins=tuple(best_fit(documents.lengths, documents.max_length)))
+
+    @property
+    def num_truncated(self) -> int:
+        """Rows cut before they were packed."""
+        return self.documents.num_truncated
+
+    @property
+    def num_unlabelled(self) -> int:
+        """None: rows without an answer are not packed."""
+        return 0
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each sequence, shape (N,)."""
+        return np.array([self.documents.lengths[rows].sum() for rows in self.bins])
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+    def extremes(self) -> Rows:
+        """See :class:`mirrortune.data.examples.Examples`."""
+        found = {int(row) for row in self.documents.extremes()}
+        holding = [number for number, rows in enumerate(self.bins) if found & {int(row) for row in rows}]
+        return np.unique([*holding, int(self.lengths.argmax())])
+
+    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
+        """The given sequences: ``input_ids``, ``position_ids`` and ``targets``, each (B, L) int64; with weights
+        ``targets`` is (B, 2, L).
+        """
+        documents, fill = self.documents, self.documents.padding.fill
+        width = int(self.lengths[rows].max())
+        ids = np.full((len(rows), width), fill["input_ids"], dtype=np.int64)
+        targets, positions = np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids)
+        weights = np.zeros_like(ids) if "weights" in documents.features else None
+        for i, row in enumerate(rows):
+            start = 0
+            for document in self.bins[row]:
+                piece = slice(documents.offsets[document], documents.offsets[document + 1])
+                stop = start + piece.stop - piece.start
+                ids[i, start:stop] = documents.features["input_ids"][piece]
+                targets[i, start:stop] = documents.features["targets"][piece]
+                if weights is not None:
+                    weights[i, start:stop] = documents.features["weights"][piece]
+                targets[i, start] = IGNORE_INDEX  # the row before does not foretell it
+                positions[i, start:stop] = np.arange(stop - start)
+                start = stop
+        made = {"input_ids": ids, "position_ids": positions, "targets": targets}
+        if weights is not None:
+            made["targets"] = np.stack([targets, weights], axis=1)
+        return {**{name: torch.from_numpy(values) for name, values in made.items()}, **documents.switches}
+
+    def describe(self) -> str:
+        """What was packed, and how full the sequences are."""
+        full = self.lengths.sum() / (len(self) * self.documents.max_length)
+        return f"{self.documents.describe()}; packed into {len(self):,} sequences, {full:.0%} full"
+
+    @torch.no_grad()
+    def verify(self, model: nn.Module) -> None:
+        """Compare a packed sequence with its rows one by one; ConfigError if the model lets them see each other."""
+        several = [rows for rows in self.bins if len(rows) > 1]
+        if not several:
+            return
+        pair = several[0][:2]
+        device, was_training = next(model.parameters()).device, model.training
+        model.eval()
+        packed = PackedExamples(documents=self.documents, bins=(pair,))
+        logits = [_logits(model, packed.batch(np.array([0])), device)]
+        logits += [_logits(model, self.documents.batch(np.array([row])), device) for row in pair]
+        model.train(was_training)
+        apart = torch.cat(logits[1:], dim=1)
+        error, largest = float((logits[0] - apart).abs().max()), float(apart.abs().max())
+        coarsest = max(torch.finfo(p.dtype).eps for p in model.parameters())
+        if not error <= max(1e-3, 32 * coarsest) * max(1.0, largest):
+            raise ConfigError(
+                "data.packing", f"this model lets packed rows see each other (its outputs differ by {error:.2g})",
+                fix="Set data.packing=false",
+            )  # fmt: skip
+
+
+def best_fit(lengths: IntArray, capacity: int) -> list[Rows]:
+    """Rows shared out over bins of ``capacity`` tokens: the longest first, each where the least room is left.
+
+    Args:
+        lengths: of the rows, shape (N,), each at most ``capacity``.
+        capacity: of a bin.
+
+    Returns:
+        Row numbers of each bin, in order; bins in the order of their first row.
+    """
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left in them
+    counts = np.zeros(capacity + 1, dtype=np.int64)
+    for row in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[row])
+        room = length + int(np.argmax(counts[length:] > 0))
+        if counts[room] and room >= length:
+            index = with_room[room].pop()
+            counts[room] -= 1
+        else:
+            index, room = len(bins), capacity
+            bins.append([])
+        bins[index].append(int(row))
+        with_room[room - length].append(index)
+        counts[room - length] += 1
+    found = [np.sort(np.array(rows, dtype=np.int64)) for rows in bins]
+    return sorted(found, key=lambda rows: int(rows[0]))
+
+
+def _logits(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items() if k != "targets"}
+    with autocast(model):
+        return torch.as_tensor(model(**inputs).logits).float()

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over a split: every row once, on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mirrortune.data.batching import forward
+from mirrortune.data.examples import Batch, Examples, Rows
+from mirrortune.data.loader import made_ahead, pinned
+from mirrortune.errors import DataError
+from mirrortune.system.distributed import sync
+from mirrortune.system.precision import as_computed, mixed
+from mirrortune.tasks.base import Task, scores_vocabulary
+from mirrortune.tasks.metrics import score
+
+_Scored = tuple[Rows, list[Any], float, int]
+"""Rows, what the task kept of each, their loss, and over how many items."""
+
+
+class EvaluationStoppedError(Exception):
+    """``should_stop`` said so; nothing was scored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """Scores of a split.
+
+    Attributes:
+        metrics: the task's metrics, and ``loss``, the mean over its items; none where rows have no target.
+        rows: rows scored, each once.
+        judged: what the task kept of the model's outputs for each row, in the split's order.
+        predictions, references: what the metrics compared.
+    """
+
+    metrics: dict[str, float]
+    rows: int
+    judged: list[Any]
+    predictions: Any
+    references: Any
+
+
+@torch.no_grad()
+def evaluate_split(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    accelerator: Any,
+    *,
+    batch_size: int,
+    max_positions: int | None = None,
+    source: str,
+    num_workers: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+    should_stop: Callable[[], object] | None = None,
+    allow_missing: bool = False,
+) -> EvalResult:
+    """Score every row of ``examples``.
+
+    Args:
+        model: on the accelerator's device.
+        task: metrics, loss and predictions.
+        examples: the rows.
+        accelerator: accelerate's; says which rank this is.
+        batch_size: largest number of rows per process and batch.
+        max_positions: largest number of positions (tokens with padding) of these rows; a single row may be longer.
+        source: the split's name, for messages.
+        num_workers: threads that make batches ahead.
+        on_batch: called with the number of rows after each batch.
+        should_stop: asked before each batch, on all ranks alike.
+        allow_missing: answer rows that have no target as well, and score nothing then.
+
+    Raises:
+        DataError: if a row has no target and that is not allowed.
+        EvaluationStoppedError: if ``should_stop`` says so.
+    """
+    if examples.num_unlabelled and not allow_missing:
+        raise DataError(
+            source,
+            f"{examples.num_unlabelled} of {len(examples)} rows have no label, so there is nothing to score",
+            fix="Name a labelled split with --split, or give --predictions FILE for the answers alone",
+        )
+    was_training = model.training
+    model.eval()
+    found: list[_Scored] = []
+    try:
+        slices = _slices(examples.lengths, accelerator.num_processes, batch_size, max_positions)
+        with closing(_batches(examples, accelerator, slices, num_workers)) as batches:
+            for rows, batch in batches:
+                if should_stop is not None and should_stop():
+                    raise EvaluationStoppedError
+                scored = _score(model, task, batch, accelerator, is_scored=not examples.num_unlabelled)
+                if len(rows):
+                    found.append((rows, *scored))
+                if on_batch:
+                    on_batch(len(rows))
+    finally:
+        model.train(was_training)
+    return _collect(sync.gather_lists(accelerator, found), task, examples)
+
+
+def _slices(
+    lengths: npt.NDArray[Any], num_processes: int, batch_size: int, max_positions: int | None
+) -> Iterator[Rows]:
+    """The rows that all ranks score at a time, longest first: if a batch does not fit into memory, it is the first."""
+    order, start = np.argsort(-lengths, kind="stable"), 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        rows = batch_size if max_positions is None else max(1, min(batch_size, max_positions // longest))
+        yield order[start : start + rows * num_processes]
+        start += rows * num_processes
+
+
+def _batches(
+    examples: Examples, accelerator: Any, slices: Iterator[Rows], num_workers: int
+) -> Generator[tuple[Rows, Batch], None, None]:
+    """This rank's rows of each slice, and a batch of them. Where it has none left the batch is of any row, because the
+    ranks of a sharded model wait for each other.
+    """
+
+    def make(rows: Rows) -> tuple[Rows, Batch]:
+        own = rows[accelerator.process_index :: accelerator.num_processes]
+        return own, pinned(examples.batch(own if len(own) else rows[:1]), accelerator.device)
+
+    return made_ahead(slices, make, num_workers)
+
+
+def _score(
+    model: nn.Module, task: Task, batch: Batch, accelerator: Any, *, is_scored: bool
+) -> tuple[list[Any], float, int]:
+    # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
+    unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
+    with unconverted, mixed(accelerator):
+        inputs, outputs, targets = forward(model, batch, accelerator.device)
+        judged = task.judge(model, inputs, outputs, targets)
+    if not is_scored:
+        return list(judged), 0.0, 0
+    loss, items = task.loss(outputs, targets)
+    return list(judged), float(loss), int(items)
+
+
+def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult:
+    by_row = {int(row): value for rows, judged, _, _ in found for row, value in zip(rows, judged, strict=True)}
+    assert sum(len(part[0]) for part in found) == len(by_row) == len(examples)
+    in_order = [by_row[row] for row in range(len(examples))]
+    loss = sum(part[2] for part in found) / max(1, sum(part[3] for part in found))
+    predictions, references = task.answers(in_order, examples)
+    is_scored = not examples.num_unlabelled
+    return EvalResult(
+        metrics={**score(task.metric_names, predictions, references), "loss": loss} if is_scored else {},
+        rows=len(predictions),
+        judged=in_order,
+        predictions=predictions,
+        references=references,
+    )

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live objects of a training loop, taken into a checkpoint and brought back from one: adapter, optimizer, random
+states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
+from mirrortune.adapters.inject import adapter_parameters, plain_parameters
+from mirrortune.errors import ConfigError
+from mirrortune.system.distributed import deepspeed, sync
+from mirrortune.system.distributed.sharding import shared_like, whole, whole_parameters
+from mirrortune.system.run_directory import LoopState, RunDirectory
+
+
+class Snapshots:
+    """Saves a loop and restores it.
+
+    Args:
+        model: adapted, not wrapped for distribution.
+        optimizer: of everything that ``model`` trains; DeepSpeed's, under it.
+        accelerator: accelerate's.
+        run: where checkpoints go.
+        write_adapter_files: writes the adapter into a folder.
+        keep: last checkpoints kept, besides the best.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        accelerator: Any,
+        *,
+        run: RunDirectory,
+        write_adapter_files: Callable[[Path], object],
+        keep: int,
+    ) -> None:
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.run, self.write_adapter_files, self.keep = run, write_adapter_files, keep
+        self.last_step = 0
+        self._trained = {**adapter_parameters(model), **plain_parameters(model)}
+
+    def save(self, state: LoopState, *, is_interim: bool = False) -> None:
+        """Write a checkpoint of ``state``; every process takes part.
+
+        Args:
+            state: of the loop.
+            is_interim: whether it is saved for a signal alone.
+
+        Raises:
+            ResourceError: if it cannot be written.
+        """
+        index = self.accelerator.process_index
+        own = [(f"random.{index}.{name}", tensor) for name, tensor in random_tensors().items()]
+        tensors = optimizer_tensors(self.optimizer, self._trained) | dict(sync.gather_lists(self.accelerator, own))
+        state.is_interim = is_interim
+        with whole_parameters(self.model):
+            sync.from_main(
+                self.accelerator,
+                lambda: self.run.save_checkpoint(state, tensors, self.write_adapter_files, keep=self.keep),
+            )
+        self.last_step = state.global_step
+
+    def restore(self) -> LoopState | None:
+        """Bring the newest checkpoint of the run back, and rewind its log; None if there is no checkpoint.
+
+        Raises:
+            ConfigError: if it was written by another number of processes.
+            VerificationError: if it is damaged.
+        """
+        sync.from_main(self.accelerator, self.run.clear_leftovers)
+        steps = self.run.saved_steps()
+        if not steps:
+            sync.from_main(self.accelerator, lambda: self.run.rewind_log(0))
+            return None
+        state, tensors = self.run.load_checkpoint(steps[-1])
+        count = self.accelerator.num_processes
+        if state.num_processes != count:
+            raise ConfigError(
+                "--resume",
+                f"the checkpoint is of {state.num_processes} processes, this run has {count}",
+                fix=f"Launch {state.num_processes} processes",
+            )
+        folder = self.run.checkpoint(steps[-1])
+        with whole_parameters(self.model, write_back=True):
+            restore_trained(self.model, read_adapter(folder))
+        restore_optimizer(self.optimizer, self._trained, tensors)
+        prefix = f"random.{self.accelerator.process_index}."
+        restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.last_step = state.global_step
+        owes = state.owes_evaluation
+        sync.from_main(self.accelerator, lambda: self.run.rewind_log(state.global_step, owes_evaluation=owes))
+        return state
+
+
+def optimizer_tensors(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``, whole, of ``trained``, parameters by name."""
+    if deepspeed.is_zero_optimizer(optimizer):
+        states = deepspeed.optimizer_states(optimizer, trained)
+    else:
+        states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
+    return {
+        f"optimizer.{name}.{entry}": whole(value.detach()).cpu().contiguous()
+        for name, state in states.items()
+        for entry, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Inverse of :func:`optimizer_tensors`, on each parameter's device, and cut as that is."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for name in trained:
+        prefix = f"optimizer.{name}."
+        if entries := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
+            states[name] = entries
+    if deepspeed.is_zero_optimizer(optimizer):
+        deepspeed.restore_states(optimizer, trained, states)
+        return
+    for name, entries in states.items():
+        for entry, value in entries.items():
+            optimizer.state[trained[name]][entry] = shared_like(value, trained[name])
+
+
+def random_tensors() -> dict[str, Tensor]:
+    """Random states of this process: torch on CPU and GPU, and NumPy's global one (some models draw from it)."""
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(np.asarray(keys, dtype=np.uint32).view(np.int32).copy()),
+        "numpy.rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random(states: dict[str, Tensor]) -> None:
+    """Inverse of :func:`random_tensors`."""
+    torch.set_rng_state(states["torch"])
+    position, has_gauss, gauss = states["numpy.rest"].tolist()
+    keys = states["numpy.keys"].numpy().view(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))  # noqa: NPY002
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

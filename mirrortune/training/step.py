@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step on one global batch.
+
+Micro-batches are summed, not averaged, and the gradient is divided by the number of items in the whole global batch
+over all ranks, so that the way it is cut does not change the step. Nothing here waits for the device: loss, norm and
+whether they are finite stay on it (``tally.py``), and a step that is not finite is skipped there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune.data.batching import forward
+from mirrortune.data.loader import MicroBatch
+from mirrortune.system.console import chatter_to_stderr
+from mirrortune.system.distributed import deepspeed
+from mirrortune.system.distributed.sharding import own_share, ties_in_one_unit, whole
+from mirrortune.tasks.base import Task
+from mirrortune.training.accumulator import Tally
+from mirrortune.training.optim import set_lr
+
+
+class Update(Protocol):
+    """How gradients are summed and a step is made of them."""
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of a micro-batch's summed loss; ``is_last`` of its step."""
+
+    def step(self, totals: Tensor, number: int) -> None:
+        """Divide the gradients by the items, clip and step, unless they or those of a step before were not finite.
+
+        Args:
+            totals: loss sum and number of items of the global batch, shape (2,).
+            number: of the step, from 1.
+        """
+
+
+class PlainUpdate:
+    """On one process, or on several under DistributedDataParallel or FSDP2.
+
+    Args:
+        optimizer: prepared by ``accelerator``.
+        accelerator: accelerate's.
+        tally: counts the steps.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+
+    def __init__(self, optimizer: Any, accelerator: Any, tally: Tally, max_grad_norm: float) -> None:
+        self.optimizer, self.accelerator = optimizer, accelerator
+        self.tally, self.max_grad_norm = tally, max_grad_norm
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of a micro-batch's summed loss."""
+        self.accelerator.backward(loss)
+
+    def step(self, totals: Tensor, number: int) -> None:
+        """See :class:`Update`."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
+        # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
+        torch._foreach_mul_(gradients, self.accelerator.num_processes / totals[1])
+        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
+        self.optimizer.optimizer.found_inf = self.tally.add(totals, norm, number)  # what makes fused AdamW skip a step
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def prepare(
+    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, tally: Tally, max_grad_norm: float
+) -> tuple[Any, Any, Update]:
+    """``model`` and ``optimizer`` as accelerate wraps them for its processes, and how steps are made with them.
+
+    Args:
+        model: bare; ``accelerator`` moves it, and wraps or cuts it.
+        optimizer: of what it trains.
+        accelerator: accelerate's.
+        tally: counts the steps.
+        max_grad_norm: gradients are scaled down to this norm.
+    """
+    if deepspeed.stage_of(accelerator):
+        engine, wrapped = deepspeed.prepare(model, optimizer, accelerator, max_grad_norm=max_grad_norm)
+        return engine, wrapped, ZeroUpdate(engine, accelerator.num_processes, tally)
+    with ties_in_one_unit(model), chatter_to_stderr():  # for FSDP2 it imports DeepSpeed where that is, which speaks
+        prepared, wrapped = accelerator.prepare(model, optimizer)
+    return prepared, wrapped, PlainUpdate(wrapped, accelerator, tally, max_grad_norm)
+
+
+class Stepper:
+    """Makes optimizer steps.
+
+    Args:
+        model: prepared by ``accelerator``.
+        optimizer: prepared by ``accelerator``; its groups carry ``peak_lr``.
+        update: of the two.
+        accelerator: accelerate's.
+        task: the loss.
+        tally: counts the steps.
+        num_micro: micro-batches per rank and step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        update: Update,
+        accelerator: Any,
+        *,
+        task: Task,
+        tally: Tally,
+        num_micro: int,
+    ) -> None:
+        self.model, self.optimizer, self.update, self.accelerator = model, optimizer, update, accelerator
+        self.task, self.tally, self.num_micro = task, tally, num_micro
+
+    def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> tuple[int, int | None]:
+        """Forward, backward and update on the next global batch, at ``lr_factor`` times the peak learning rates.
+
+        From the first step on whose loss or gradient is not finite no step is made, and parameters and moments stay
+        what they were; the tally tells.
+
+        Args:
+            number: of the step, from 1.
+            micro_batches: this rank's; ``num_micro`` are taken.
+            lr_factor: share of the peak learning rates.
+
+        Returns:
+            Rows of the global batch, and its tokens where rows are text.
+        """
+        totals, last = self._accumulate(micro_batches)
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        set_lr(self.optimizer, lr_factor)
+        self.update.step(totals, number)
+        return last.num_rows_of_step, last.num_tokens_of_step
+
+    def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, MicroBatch]:
+        """Gradients of this rank's share; its loss sum and number of items, shape (2,), and the last micro-batch."""
+        totals = self.tally.zeros()
+        for left in reversed(range(self.num_micro)):
+            part = next(micro_batches)
+            with self.accelerator.no_sync(self.model) if left else nullcontext():
+                loss, items = self._micro_loss(part)
+                self.update.backward(loss, is_last=left == 0)
+            totals[0] += loss.detach()
+            totals[1] += items
+        return totals, part
+
+    def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
+        _, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
+        loss, items = self.task.loss(outputs, targets)
+        return (loss * 0, 0) if part.is_empty else (loss, items)
+
+
+class ZeroUpdate:
+    """Backward passes and steps of DeepSpeed's engine; compare :class:`mirrortune.training.step.Update`.
+
+    Args:
+        engine: DeepSpeed's.
+        num_processes: over which it averages gradients.
+        tally: counts the steps.
+    """
+
+    def __init__(self, engine: Any, num_processes: int, tally: Tally) -> None:
+        self.engine, self.num_processes, self.tally = engine, num_processes, tally
+        self._is_broken = False
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of a micro-batch's summed loss."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, totals: Tensor, number: int) -> None:
+        """Divide by the items, clip, step; from the first step on that is not finite, do nothing.
+
+        Args:
+            totals: loss sum and number of items of the global batch, shape (2,).
+            number: of the step, from 1.
+        """
+        optimizer, norm = self.engine.optimizer, math.nan
+        loss, items = totals.tolist()  # DeepSpeed waits for the device in every step anyway
+        if math.isfinite(loss) and items and not self._is_broken:
+            optimizer.override_loss_scale(items / self.num_processes)
+            self.engine.step()
+            optimizer.override_loss_scale(1.0)
+            norm = math.nan if optimizer.overflow else float(self.engine.get_global_grad_norm())
+        self._is_broken |= not math.isfinite(norm)
+        self.tally.add(totals, totals.new_tensor(norm), number)

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: when to step, evaluate, save and stop. What decides the result is a function of seed and step alone."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mirrortune.adapters.inject import attachment
+from mirrortune.data.examples import Examples
+from mirrortune.data.stream_feeding import StreamedExamples, make_feed
+from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.system.distributed import sync
+from mirrortune.system.distributed.sharding import choose_units, whole_parameters
+from mirrortune.system.run_directory import LoopState, RunDirectory
+from mirrortune.system.signals import StopSignals, ends_as, how_to_go_on
+from mirrortune.tasks.base import Task
+from mirrortune.tasks.metrics import METRICS
+from mirrortune.training.accumulator import Reading, StepClock, Tally
+from mirrortune.training.evaluate import EvalResult, EvaluationStoppedError, evaluate_split
+from mirrortune.training.optim import build_optimizer, lr_factor
+from mirrortune.training.settings import FitResult, LoopSettings, Progress
+from mirrortune.training.snapshots import Snapshots, random_tensors, restore_random
+from mirrortune.training.step import Stepper, prepare
+
+_SHOW_AFTER_SECONDS = 10.0
+"""Without a line of the log for so long, the latest step is shown."""
+
+
+class Trainer:
+    """Fine-tunes an adapted model.
+
+    Args:
+        model: adapted, on any device; ``accelerator`` moves and wraps it.
+        task: loss and metrics.
+        train, validation: examples.
+        settings: numbers of the loop.
+        run: where events and checkpoints go.
+        write_adapter_files: writes the adapter into a folder.
+        accelerator: accelerate's, already made (it owns device, precision and processes).
+        progress: who is told.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        train: Examples | StreamedExamples,
+        validation: Examples,
+        settings: LoopSettings,
+        run: RunDirectory,
+        write_adapter_files: Callable[[Path], object],
+        accelerator: Any,
+        progress: Progress,
+    ) -> None:
+        self.task, self.train, self.validation = task, train, validation
+        self.settings, self.run, self.progress = settings, run, progress
+        self.accelerator = accelerator
+        self.feed = make_feed(
+            train,
+            accelerator,
+            batch_size=settings.batch_size,
+            num_micro=settings.gradient_accumulation_steps,
+            num_workers=settings.num_workers,
+            seed=settings.seed,
+        )
+        if self.feed.steps_per_epoch is None:  # the end of a stream is not known: all its steps are one epoch
+            assert settings.max_steps is not None
+            self.steps_per_epoch = self.total_steps = settings.max_steps
+        else:
+            self.steps_per_epoch = self.feed.steps_per_epoch
+            planned = math.ceil(settings.epochs * self.steps_per_epoch)
+            self.total_steps = min(planned, settings.max_steps or planned)
+        self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
+        optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
+        self.bare_model, self.has_head = model, bool(attachment(model).targets.head)
+        choose_units(model, accelerator)
+        self.model, self.optimizer, update = prepare(model, optimizer, accelerator, self.tally, settings.max_grad_norm)
+        self.snapshots = Snapshots(
+            model,
+            self.optimizer.optimizer,
+            accelerator,
+            run=run,
+            write_adapter_files=write_adapter_files,
+            keep=settings.keep,
+        )
+        self.stepper = Stepper(
+            self.model,
+            self.optimizer,
+            update,
+            accelerator,
+            task=task,
+            tally=self.tally,
+            num_micro=settings.gradient_accumulation_steps,
+        )
+        self.state = LoopState(num_processes=accelerator.num_processes)
+        self.best_result: EvalResult | None = None  # of this process: a resumed run may have been at its best before
+        self._rows, self._tokens = 0, 0
+        self._is_text = False
+        self._shown_at = -math.inf
+        self._signals = StopSignals(progress.on_signal if accelerator.is_main_process else None)
+        self._vote = sync.StopVote(accelerator, self._signals)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the run; from the beginning if there is none.
+
+        Raises:
+            ConfigError: if it was written by another number of processes.
+            VerificationError: if it is damaged.
+        """
+        self.state = self.snapshots.restore() or self.state
+        self.tally.open_window(self.state.window_loss, self.state.window_items)
+        if self.state.places is not None:
+            self.feed.place = self.state.places[self.accelerator.process_index]
+
+    def fit(self) -> FitResult:
+        """Run to the last step, or until patience ends, and publish the best checkpoint's adapter.
+
+        Raises:
+            DivergedError: on a loss or gradient that is not finite, before the step is made.
+            InterruptedRun: after a signal to stop, once a checkpoint is saved.
+            ResourceError: if a checkpoint cannot be written.
+        """
+        state = self.state
+        if self.accelerator.is_main_process:
+            self.progress.on_start(self.total_steps, state.global_step)
+        self.model.train()
+        with self._signals:
+            if self.settings.eval_before and state.global_step == 0:
+                self._evaluate_before()
+            if state.owes_evaluation:
+                self._finish_step()
+            if not self._is_done():
+                self._run_steps()
+        self._vote.close()
+        best_step, step_seconds = state.best_step, self.clock.seconds()
+        assert best_step is not None
+        assert state.best_metrics is not None
+        sync.from_main(self.accelerator, lambda: self.run.publish_adapter(best_step))
+        seconds = sum(step_seconds)
+        return FitResult(
+            metrics=state.best_metrics,
+            metrics_before=sync.from_main(self.accelerator, self._metrics_before),
+            best_step=best_step,
+            global_step=state.global_step,
+            stopped_early=state.global_step < self.total_steps,
+            train_seconds=seconds,
+            samples_per_second=self._rows / seconds if seconds else 0.0,
+            tokens_per_second=self._tokens / seconds if self._is_text and seconds else None,
+            median_step_seconds=statistics.median(step_seconds or [0.0]),
+        )
+
+    def _is_done(self) -> bool:
+        return self.state.global_step >= self.total_steps or self._is_out_of_patience()
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _run_steps(self) -> None:
+        state = self.state
+        left = self.total_steps - state.global_step
+        with closing(self.feed.micro_batches(state.epoch, state.step_in_epoch, left)) as micro_batches:
+            while not self._is_done():
+                self.clock.start()
+                rows, tokens = self.stepper.step(
+                    state.global_step + 1, micro_batches, self._lr_factor(state.global_step)
+                )
+                self.clock.stop()
+                state.global_step += 1
+                state.step_in_epoch += 1
+                if state.step_in_epoch == self.steps_per_epoch:
+                    state.epoch, state.step_in_epoch = state.epoch + 1, 0
+                self._count(rows, tokens)
+                if state.global_step >= self.total_steps or state.global_step % self.settings.log_every_steps == 0:
+                    self._log_training()
+                elif self.accelerator.is_main_process:
+                    self._show_if_due()
+                self._finish_step()
+
+    def _count(self, rows: int, tokens: int | None) -> None:
+        self._rows += rows
+        self._tokens, self._is_text = self._tokens + (tokens or 0), tokens is not None
+        if self.accelerator.is_main_process:
+            self.progress.on_step(self.state.global_step, rows, tokens)
+
+    def _show_if_due(self) -> None:
+        """Show a step that the log has no line for. The log itself knows no time: its bytes depend on seed and
+        settings alone.
+        """
+        if time.monotonic() - self._shown_at < _SHOW_AFTER_SECONDS:
+            return
+        reading = self.tally.read()
+        if reading.is_finite:  # otherwise the next line of the log says so, on all processes
+            self.progress.on_show(self.state.global_step, self._position()["epoch"], reading.loss)
+        self._shown_at = time.monotonic()
+
+    def _lr_factor(self, step: int) -> float:
+        warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
+        return lr_factor(step, total_steps=self.total_steps, warmup_steps=warmup, schedule=self.settings.schedule)
+
+    def _finish_step(self) -> None:
+        """Evaluate, save and stop where each is due; also what a run does first that was stopped while it evaluated."""
+        settings, state = self.settings, self.state
+        is_last = state.global_step >= self.total_steps
+        is_best = False
+        if is_last or self._is_due(settings.eval_every_steps):
+            try:
+                is_best = self._evaluate()
+            except EvaluationStoppedError:
+                state.owes_evaluation = True
+                self._stop()
+        if is_last or is_best or self._is_out_of_patience() or self._is_due(settings.save_every_steps):
+            self._save()
+        if not self._is_done() and self._vote.poll():
+            self._stop()
+
+    def _is_due(self, every: int | None) -> bool:
+        ends_epoch = self.state.step_in_epoch == 0
+        return ends_epoch if every is None else self.state.global_step % every == 0
+
+    def _stop(self) -> None:
+        step = self.state.global_step
+        if self.snapshots.last_step != step:
+            self._save(is_interim=True)
+        number = self._vote.number
+        where = f"after step {step} of {self.total_steps}, which is safe" if step else "before its first step"
+        error = InterruptedRun(
+            str(self.run.path),
+            f"{signal.Signals(number).name} stopped it {where}",
+            signal_number=ends_as(number),
+            fix=how_to_go_on(number),
+            step=step,
+        )
+        raise sync.told_once(self.accelerator, error)
+
+    def _evaluate(self) -> bool:
+        """Score the validation split; whether it is the best so far.
+
+        Raises:
+            EvaluationStoppedError: when a signal asks to stop.
+        """
+        state = self.state
+        self._read_tally()
+        result = self._score_validation()
+        name = self.task.selection_metric
+        value = result.metrics[name]
+        sign = 1 if METRICS[name].higher_is_better else -1
+        is_best = state.best_metric is None or sign * value > sign * state.best_metric
+        if is_best:
+            state.best_metric, state.best_step, state.best_metrics = value, state.global_step, result.metrics
+            self.best_result = result
+        state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
+        state.owes_evaluation = False
+        self._log_evaluation(result)
+        return is_best
+
+    def _evaluate_before(self) -> None:
+        """Score the model before its first step. Models that draw random numbers even in evaluation mode do not move
+        the training that follows.
+        """
+        drawn, python_drawn = random_tensors(), random.getstate()
+        try:
+            self._log_evaluation(self._score_validation())
+        except EvaluationStoppedError:
+            self._stop()
+        finally:
+            restore_random(drawn)
+            random.setstate(python_drawn)
+
+    def _score_validation(self) -> EvalResult:
+        result = evaluate_split(
+            self.bare_model,
+            self.task,
+            self.validation,
+            self.accelerator,
+            batch_size=self.settings.eval_batch_size,
+            max_positions=self.settings.eval_max_positions,
+            source="validation",
+            num_workers=self.settings.num_workers,
+            on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
+            should_stop=self._vote.poll,
+        )
+        if not math.isfinite(result.metrics["loss"]):
+            raise self._diverged(self.state.global_step, f"the validation loss is {result.metrics['loss']:g}")
+        return result
+
+    def _log_evaluation(self, result: EvalResult) -> None:
+        with whole_parameters(self.bare_model):  # those who watch look at the angles
+            self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
+
+    def _metrics_before(self) -> dict[str, float] | None:
+        """From the log, since the process that scored the model may be one that was interrupted."""
+        found = next((e for e in self.run.events() if e["event"] == "evaluate"), None)
+        if found is None or found["step"] > 0:
+            return None
+        return {name: value for name, value in found.items() if name not in ("event", "split", "step", "epoch")}
+
+    def _log_training(self) -> None:
+        reading = self._read_tally()
+        loss = reading.loss_sum / max(1, reading.num_items)
+        group = max(self.optimizer.param_groups, key=lambda g: float(g["peak_lr"]))  # a peak may be 0
+        factor = group["lr"] / (group["peak_lr"] or 1.0)
+        rates = {"lr": self.settings.lr * factor}
+        if self.has_head:
+            rates["head_lr"] = self.settings.head_lr * factor
+        self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": reading.grad_norm})
+        self.tally.open_window()
+        self._shown_at = time.monotonic()
+
+    def _read_tally(self) -> Reading:
+        """What the steps so far have summed up; DivergedError if one of them was not finite."""
+        reading = self.tally.read()
+        self.clock.drain()
+        if not reading.is_finite:
+            loss, norm = f"{reading.loss:g}", f"{reading.grad_norm:g}"
+            raise self._diverged(
+                reading.step, f"the training loss is {loss} and the gradient norm {norm}; the step was not made"
+            )
+        return reading
+
+    def _save(self, *, is_interim: bool = False) -> None:
+        reading = self._read_tally()
+        self.state.window_loss, self.state.window_items = reading.loss_sum, reading.num_items
+        if self.feed.place is not None:
+            self.state.places = sync.gather_lists(self.accelerator, [self.feed.place])
+        self.snapshots.save(self.state, is_interim=is_interim)
+
+    def _position(self) -> dict[str, float]:
+        epoch = self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch
+        return {"step": self.state.global_step, "epoch": round(epoch, 6)}
+
+    def _log(self, event: dict[str, Any]) -> None:
+        def write() -> None:
+            self.run.log(event)
+            self.progress.on_log(event)
+
+        sync.from_main(self.accelerator, write)
+
+    def _diverged(self, step: int, problem: str) -> MirrortuneError:
+        steps = self.run.saved_steps()
+        good = (
+            f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
+        )
+        error = DivergedError(
+            step,
+            f"{problem}, and {good}",
+            fix="Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume",
+        )
+        return sync.told_once(self.accelerator, error)

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""adapter_file: what is written, and that nothing damaged, foreign or newer is ever loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained, write_adapter
+from mirrortune.adapters.files.description import FORMAT_VERSION
+from mirrortune.adapters.files.load import load_into
+from mirrortune.adapters.files.packing import pack, to_bits, unpack
+from mirrortune.adapters.fingerprint import fingerprint
+from mirrortune.adapters.inject import spectral_layers
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.svd import Factors, factorize
+from mirrortune.errors import VerificationError
+from tests.tiny_models import tiny_bert, tiny_roberta
+from tests.tiny_runs import adapt, logits
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+# Two layers: loading is a matter of milliseconds.
+SMALL = AdapterSpec(method="random", target_modules="attention.self.query", options={"scale_top_k": 2})
+
+
+def compute(name: str, weight: Tensor, rank: int) -> Factors:
+    """A factor source without a memory."""
+    return factorize(weight, rank, name=name)
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The tiny BERT with the adapter in ``folder``."""
+    model = tiny_bert()
+    load_into(model, read_adapter(folder), compute)
+    return model
+
+
+def spelt_out(folder: Path) -> dict[str, Any]:
+    """What the description says, with what its layers share in each of them; and without its own hash."""
+    description: dict[str, Any] = json.loads((folder / "adapter.json").read_text())
+    del description["description_sha256"]
+    shared = json.dumps(description.pop("layers_share", {}))
+    description["layers"] = {name: {**json.loads(shared), **own} for name, own in description["layers"].items()}
+    return description
+
+
+def sign(folder: Path, description: dict[str, Any], data: bytes | None = None) -> None:
+    """Write a description, and the file of tensors if it is another one, with hashes that fit."""
+    if data is not None:
+        (folder / "adapter.safetensors").write_bytes(data)
+        description["tensors_sha256"] = hashlib.sha256(data).hexdigest()
+    text = json.dumps(description, sort_keys=True)
+    description["description_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "adapter.json").write_text(json.dumps(description))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
+    """Change an adapter as a program would that knows the format: layer by layer, and put together again."""
+    description = spelt_out(folder)
+    tensors = unpack(load_file(folder / "adapter.safetensors"), description["layers"])
+    change(description, tensors)
+    layers = description.get("layers", {})
+    signs = [tensors.pop(key) for key in list(tensors) if key.startswith("signs.")]
+    packed, holds = pack(tensors, list(layers))
+    for name, own in holds.items():
+        layers[name]["holds"] = own
+    sign(folder, description, save(packed | ({"signs": torch.cat([*map(to_bits, signs)])} if signs else {})))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A trained adapter on disk."""
+    return adapt(SMALL).save(tmp_path / "adapter")
+
+
+def test_the_files_hold_what_the_format_says(folder: Path) -> None:
+    tensors = load_file(folder / "adapter.safetensors")
+    layers = [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
+    assert set(tensors) == {
+        "core.theta",
+        "core.scale",
+        "partners",
+        "effects",
+        "signs",
+        "param.classifier.weight",
+        "param.classifier.bias",
+    }
+    assert {t.dtype for n, t in tensors.items() if n not in ("partners", "signs")} == {torch.float32}
+    assert (tensors["partners"].dtype, tensors["partners"].shape) == (torch.int16, (2 * 16,))
+    assert (tensors["signs"].dtype, tensors["signs"].shape) == (torch.uint8, (2 * 32 // 8,))
+    description = json.loads((folder / "adapter.json").read_text())
+    assert description["format_version"] == FORMAT_VERSION
+    assert description["adapter"]["method"] == "random"
+    assert description["head"] == ["classifier.weight", "classifier.bias"]
+    assert list(description["layers"]) == layers
+    assert description["layers_share"]["layout"]["shape"] == [32, 32]
+    assert description["layers_share"]["holds"] == {"core.scale": [2], "core.theta": [16], "partners": [16]}
+    assert description["layers"][QUERY].keys() == {"weight"}
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def test_an_adapter_is_a_few_kilobytes(tmp_path: Path) -> None:
+    adapted = adapt()
+    (tmp_path / "a").mkdir()
+    size = write_adapter(
+        tmp_path / "a", adapted.model, adapted.book.entries, base={"name": "tiny"}, task=None, extra={"max_length": 7}
+    )
+    assert size == sum(file.stat().st_size for file in (tmp_path / "a").iterdir()) < 20_000
+    found = read_adapter(tmp_path / "a")
+    assert found.extra == {"max_length": 7}
+    assert found.base == {"name": "tiny"}
+    assert found.spec == AdapterSpec().settled()
+
+
+def test_an_untouched_adapter_loads(folder: Path) -> None:
+    assert torch.equal(logits(load(folder)), adapt(SMALL).logits())
+    rewrite(folder, lambda description, tensors: None)
+    assert torch.equal(logits(load(folder)), adapt(SMALL).logits())
+    rewrite(folder, in_shards(lambda sketch: sketch))
+    assert torch.equal(logits(load(folder)), adapt(SMALL).logits())
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_a_truncated_file_is_refused(folder: Path, name: str, share: float) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(VerificationError) as caught:
+        load(folder)
+    assert caught.value.exit_code == 5
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors"])
+def test_a_missing_file_is_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(VerificationError, match="missing"):
+        load(folder)
+
+
+@pytest.fixture(scope="module")
+def shared_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained adapter that is put back after every example."""
+    return adapt(SMALL).save(tmp_path_factory.mktemp("shared") / "adapter")
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors"])
+@settings(max_examples=150)
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_refused(shared_adapter: Path, name: str, place: int, bit: int) -> None:
+    whole, path = read_adapter(shared_adapter), shared_adapter / name
+    data = path.read_bytes()
+    changed = bytearray(data)
+    changed[place % len(data)] ^= 1 << bit
+    path.write_bytes(changed)
+    try:
+        found = read_adapter(shared_adapter)
+    except VerificationError as error:
+        assert "Restore" in str(error) or "Give the folder" in str(error) or "Upgrade" in str(error)  # noqa: PT017
+    else:  # 1e-05 may become 1E-05
+        assert name == "adapter.json"
+        assert found.spec == whole.spec
+        assert found.base == whole.base
+        assert {n: (f.probe_seeds, f.side, f.clusters) for n, f in found.fingerprints.items()} == {
+            n: (f.probe_seeds, f.side, f.clusters) for n, f in whole.fingerprints.items()
+        }
+    finally:
+        path.write_bytes(data)
+
+
+def drop(name: str) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    """A change that leaves one tensor out."""
+
+    def apply(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    return apply
+
+
+def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    """A change of one tensor."""
+
+    def apply(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors[name] = change(tensors[name])
+
+    return apply
+
+
+def spoil(value: float) -> Callable[[Tensor], Tensor]:
+    """One number of a tensor becomes ``value``."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[1] = value
+        return tensor
+
+    return apply
+
+
+def in_shards(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    """The file is as one of a model in shards, which has whole sketches and no effects; one of them is changed."""
+
+    def apply(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        del tensors["effects"]
+        for name in description["layers"]:
+            weight = tiny_bert().get_parameter(f"{name}.weight").detach()
+            del tensors[f"signs.{name}"]
+            tensors[f"sketch.{name}"] = fingerprint(weight, factorize(weight), "output").sketch
+        tensors[SKETCH] = change(tensors[SKETCH])
+
+    return apply
+
+
+THETA, HEAD, SKETCH = f"core.{QUERY}.theta", "param.classifier.weight", f"sketch.{QUERY}"
+WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
+    "no angles": (drop(THETA), f"tensor '{THETA}' is missing from the adapter"),
+    "no head": (drop(HEAD), f"tensor '{HEAD}' is missing from the adapter"),
+    "no signs": (drop(f"signs.{QUERY}"), "damaged"),
+    "no effects": (drop("effects"), "signs without effects"),
+    "one tensor more": (
+        lambda d, t: t.update({"core.other.theta": torch.zeros(1)}),
+        "'core.other.theta' cannot be meant",
+    ),
+    "NaN angle": (put(THETA, spoil(float("nan"))), f"tensor '{THETA}' holds NaN or infinities"),
+    "infinite head": (put(HEAD, spoil(float("inf"))), f"tensor '{HEAD}' holds NaN or infinities"),
+    "NaN sketch": (in_shards(spoil(float("nan"))), f"the sketch of '{QUERY}' holds NaN"),
+    "another sketch": (
+        in_shards(spoil(0.25)),
+        f"{QUERY}: the basis of this weight cannot be aligned.* direction 1 of 32",
+    ),
+    "angles of another shape": (put(THETA, lambda t: t[:-1]), rf"'{THETA}' has shape \(15,\).*Allowed: \(16,\)"),
+    "head of another shape": (put(HEAD, lambda t: t.T.contiguous()), rf"'{HEAD}' has shape \(32, 2\)"),
+    "sketch of another rank": (
+        in_shards(lambda t: t[:, :-1].contiguous()),
+        f"{QUERY}: the adapter holds a basis of rank 31",
+    ),
+    "another weight": (
+        lambda d, t: d["layers"][QUERY].update(weight=f"values:{'0' * 64}"),
+        f"{QUERY}: the base weight is not",
+    ),
+    "another shape": (
+        lambda d, t: d["layers"][QUERY]["layout"].update(shape=[32, 16]),
+        rf"{QUERY}: .*shape \(32, 16\)",
+    ),
+    "one layer less": (lambda d, t: d["layers"].pop(QUERY), "damaged"),
+    "a newer format": (
+        lambda d, t: d.update(format_version=FORMAT_VERSION + 1),
+        f"format version {FORMAT_VERSION + 1}.*Upgrade mirrortune",
+    ),
+    "a format without a number": (lambda d, t: d.update(format_version="1"), "format version '1'"),
+    "no layers": (lambda d, t: d.pop("layers"), "damaged"),
+    "unknown spec": (lambda d, t: d["adapter"].update(colour="red"), "damaged"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit_is_refused(folder: Path, wrong: str) -> None:
+    change, message = WRONG[wrong]
+    rewrite(folder, change)
+    with pytest.raises(VerificationError, match=message) as caught:
+        load(folder)
+    assert caught.value.exit_code == 5
+
+
+def test_text_that_is_no_description_is_refused(folder: Path) -> None:
+    for text in ("", "[]", "null", "3", '"text"', "{}", "{", "\x00"):
+        (folder / "adapter.json").write_text(text)
+        with pytest.raises(VerificationError, match=r"adapter\.json: "):
+            read_adapter(folder)
+
+
+def test_an_edited_description_is_refused(folder: Path) -> None:
+    path = folder / "adapter.json"
+    path.write_text(path.read_text().replace('"random"', '"mirror"'))
+    with pytest.raises(VerificationError, match="damaged or edited"):
+        read_adapter(folder)
+
+
+def test_another_model_is_refused_by_layer(folder: Path) -> None:
+    with pytest.raises(VerificationError, match=rf"^{QUERY}: .*no such layer"):
+        load_into(tiny_roberta(), read_adapter(folder), compute)
+    with pytest.raises(VerificationError, match=rf"^{QUERY}: .*\(32, 32\).*\(16, 16\)"):
+        load_into(tiny_bert(hidden_size=16), read_adapter(folder), compute)
+    with pytest.raises(VerificationError, match=rf"^{QUERY}: the base weight is not"):
+        load_into(tiny_bert(seed=1), read_adapter(folder), compute)
+
+
+def test_refusing_trained_tensors_names_the_place(folder: Path) -> None:
+    model = adapt(SMALL).model
+    with pytest.raises(VerificationError, match=rf"^{folder}: tensor .* is missing"):
+        restore_trained(model, replace(read_adapter(folder), tensors={}))
+
+
+def test_an_adapter_without_a_core_holds_parameters_alone(tmp_path: Path) -> None:
+    adapted = adapt(AdapterSpec(method="bitfit"))
+    with torch.no_grad():
+        adapted.model.get_parameter("bert.pooler.dense.bias").add_(1)
+    folder = adapted.save(tmp_path / "adapter")
+    assert all(name.startswith("param.") for name in load_file(folder / "adapter.safetensors"))
+    loaded = load(folder)
+    assert not spectral_layers(loaded)
+    assert torch.equal(logits(loaded), adapted.logits())

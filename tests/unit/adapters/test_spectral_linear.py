@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpectralLinear as a module: strategies, state, devices and casts; its mathematics is in tests/laws."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.strategies import cheapest_strategy
+from mirrortune.adapters.svd import factorize
+from mirrortune.errors import ConfigError
+from tests.spectral import VARIANTS, Problem, build_layer
+
+FULL, PART = Problem(6, 4, 4, seed=1), Problem(6, 4, 2, seed=1)
+GIVENS = VARIANTS[0]
+SCALED = next(v for v in VARIANTS if dict(v.options) == {"scale_top_k": "all"})
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "expected"),
+    [
+        (4, torch.float32, "factored"),
+        (4, torch.float64, "factored"),
+        (4, torch.bfloat16, "branch"),
+        (4, torch.float16, "branch"),
+        (3, torch.float32, "branch"),
+    ],
+)
+def test_the_cheapest_strategy(rank: int, dtype: torch.dtype, expected: str) -> None:
+    assert cheapest_strategy(6, 4, rank, dtype) == expected
+    problem = Problem(6, 4, rank, seed=1)
+    linear = nn.Linear(4, 6, dtype=dtype)
+    factors = factorize(linear.weight, rank)
+    assert SpectralLinear(linear, factors, GIVENS.build(factors.S.float())).strategy == expected
+    assert problem.is_full == (rank == 4)
+
+
+def test_factored_needs_every_direction() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^adapter\.strategy: factored needs every singular direction, got rank 2 of 4"
+    ):
+        build_layer(PART, GIVENS, "factored")
+
+
+def test_a_layer_looks_like_the_linear_layer_it_replaces() -> None:
+    for strategy in ("branch", "factored"):
+        layer = build_layer(FULL, GIVENS, strategy, dtype=torch.float32)
+        assert (layer.in_features, layer.out_features) == (4, 6)
+        assert layer.weight.shape == (6, 4)
+        assert layer.weight.dtype == torch.float32
+        assert layer.bias is layer.base_layer.bias
+        assert repr(layer).startswith(f"SpectralLinear(\n  rank=4, strategy={strategy}")
+    assert build_layer(FULL, GIVENS, "branch", bias=False).bias is None
+
+
+def test_the_base_weight_is_never_changed() -> None:
+    for strategy in ("branch", "factored"):
+        layer = build_layer(FULL, GIVENS, strategy, dtype=torch.float32, seed=1)
+        before = layer.base_layer.weight.detach().clone()
+        optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+        layer(FULL.rows(5).float()).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(layer.base_layer.weight, before)
+        assert layer.base_layer.bias.grad is None
+        assert layer.U.grad is layer.Vh.grad is None
+
+
+def test_factored_keeps_no_weight_on_the_device() -> None:
+    """Its product of factors stands for the weight: the weight neither moves with the model nor is saved with it."""
+    branch, factored = (build_layer(FULL, GIVENS, s, dtype=torch.float32) for s in ("branch", "factored"))
+    assert "base_layer.weight" in branch.state_dict()
+    assert "base_layer.weight" not in factored.state_dict()
+    assert [n for n, _ in factored.named_parameters() if n.endswith("weight")] == []
+    assert factored.to(torch.bfloat16).base_layer.weight.dtype == torch.float32
+    assert factored.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("strategy", ["branch", "factored"])
+def test_a_copy_computes_the_same_and_shares_nothing_trained(strategy: str) -> None:
+    layer = build_layer(FULL, GIVENS, strategy, seed=2)
+    twin = copy.deepcopy(layer)
+    x = FULL.rows(3)
+    assert torch.equal(twin(x), layer(x))
+    with torch.no_grad():
+        twin.core.get_parameter("theta").add_(1)
+    assert not torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("strategy", ["branch", "factored"])
+def test_backward_gives_the_same_gradients_inside_and_outside_autocast(strategy: str) -> None:
+    found = []
+    for inside in (False, True):
+        layer = build_layer(FULL, SCALED, strategy, dtype=torch.float32, seed=3)
+        x = FULL.rows(7).float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(x).float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append([x.grad, *(p.grad for p in layer.core.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_no_gradient_is_asked_for_frozen_inputs() -> None:
+    layer = build_layer(FULL, GIVENS, "factored", seed=1)
+    layer(FULL.rows(3)).sum().backward()
+    assert layer.core.get_parameter("theta").grad is not None
+    with torch.no_grad():
+        assert not layer(FULL.rows(3)).requires_grad
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    layer = build_layer(FULL, GIVENS, "branch", seed=1)
+    x = FULL.rows(3).requires_grad_()
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
+@pytest.mark.parametrize("strategy", ["branch", "factored"])
+def test_a_bias_that_somebody_trains_learns(strategy: str) -> None:
+    found = []
+    for is_plain in (True, False):
+        layer = build_layer(FULL, GIVENS, strategy, seed=1)
+        layer.base_layer.bias.requires_grad_()
+        x = FULL.rows(5).double()
+        made = layer(x) if is_plain else nn.functional.linear(x, layer.adapted_weight(), layer.base_layer.bias)
+        made.square().sum().backward()
+        found.append(layer.base_layer.bias.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_on_a_frozen_layer_still_run() -> None:
+    """Its product and ours are one where nobody listens in between, which changes no digit that counts."""
+    layer, seen = build_layer(PART, GIVENS, "branch", seed=1), []
+    x = PART.rows(5).double().requires_grad_()
+    fused = layer(x)
+    (fused_grad,) = torch.autograd.grad(fused.square().sum(), x)
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    apart = layer(x)
+    (grad,) = torch.autograd.grad(apart.square().sum(), x)
+    assert seen == [1]
+    torch.testing.assert_close(fused, apart, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused_grad, grad, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paired tests: known values, and how often they cry wolf."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mirrortune.compare.significance import Paired, Sample, bootstrap_interval, compare_with_reference, holm
+from mirrortune.tasks.metrics import METRICS
+
+ACCURACY = METRICS["accuracy"].compute
+
+
+def sample(skill: float, *, rows: int, seeds: int, seed: int) -> Sample:
+    """Predictions that are right with probability ``skill``; the references are the same in every sample."""
+    references = np.random.default_rng(99).integers(2, size=rows)
+    random = np.random.default_rng(seed)
+    predictions = [np.where(random.random(rows) < skill, references, 1 - references) for _ in range(seeds)]
+    values = tuple(float(np.mean(p == references)) for p in predictions)
+    return Sample(values=values, predictions=tuple(predictions), references=(references,) * seeds)
+
+
+def against(skill: float, base_skill: float, *, seed: int = 0, rows: int = 500, seeds: int = 5) -> Paired:
+    """One method against a reference of another skill."""
+    samples = {
+        "base": sample(base_skill, rows=rows, seeds=seeds, seed=2 * seed),
+        "other": sample(skill, rows=rows, seeds=seeds, seed=2 * seed + 1),
+    }
+    return compare_with_reference(samples, "base", ACCURACY, higher_is_better=True)[0]
+
+
+def test_holm_equals_the_textbook() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, None, 0.9]) == pytest.approx([1.0, None, 1.0])
+    assert holm([]) == []
+
+
+def test_the_t_test_is_scipys() -> None:
+    import scipy.stats
+
+    base, other = (0.70, 0.72, 0.69, 0.73), (0.74, 0.73, 0.72, 0.77)
+    found = compare_with_reference(
+        {"base": Sample(values=base), "other": Sample(values=other)}, "base", ACCURACY, higher_is_better=True
+    )[0]
+    assert found.p_value == pytest.approx(scipy.stats.ttest_rel(other, base).pvalue)
+    assert found.difference == pytest.approx(np.mean(other) - np.mean(base))
+    assert (found.low, found.high) == (None, None)
+
+
+def test_a_real_difference_is_found_in_both_directions() -> None:
+    assert against(0.85, 0.70).verdict == "better"
+    assert against(0.70, 0.85).verdict == "worse"
+
+
+def test_a_lower_error_is_better() -> None:
+    samples = {"base": Sample(values=(1.0, 1.1, 1.05)), "other": Sample(values=(0.5, 0.61, 0.54))}
+    assert compare_with_reference(samples, "base", ACCURACY, higher_is_better=False)[0].verdict == "better"
+
+
+def test_noise_is_called_noise() -> None:
+    # Twenty comparisons of equals: at most a few may be taken for a difference, whatever their p-values look like.
+    verdicts = [against(0.75, 0.75, seed=seed, rows=200).verdict for seed in range(20)]
+    assert verdicts.count("within the noise") >= 18
+
+
+def test_one_seed_proves_nothing() -> None:
+    found = against(0.9, 0.5, seeds=1)
+    assert (found.p_value, found.low, found.verdict) == (None, None, "not tested")
+
+
+def test_equal_scores_are_no_difference() -> None:
+    same = Sample(values=(0.5, 0.6, 0.7))
+    found = compare_with_reference({"base": same, "other": same}, "base", ACCURACY, higher_is_better=True)[0]
+    assert (found.p_value, found.verdict) == (1.0, "within the noise")
+
+
+def test_the_interval_sees_that_the_rows_are_a_sample_too() -> None:
+    # The same few rows, every seed the same predictions: over seeds there is no spread at all, over rows there is.
+    few, many = (
+        bootstrap_interval(
+            Sample(values=(0.8,) * 5, predictions=(better,) * 5, references=(truth,) * 5),
+            Sample(values=(0.7,) * 5, predictions=(worse,) * 5, references=(truth,) * 5),
+            ACCURACY,
+            seed=0,
+        )
+        for rows in (20, 2000)
+        for truth in [np.zeros(rows, dtype=int)]
+        for better, worse in [[(np.arange(rows) % 10 >= right).astype(int) for right in (8, 7)]]
+    )
+    assert few is not None
+    assert many is not None
+    assert few[0] <= 0 < many[0] < 0.1 < many[1] < few[1]
+
+
+def test_rows_that_differ_between_seeds_are_drawn_for_each_seed() -> None:
+    random = np.random.default_rng(0)
+    references = tuple(random.integers(2, size=40) for _ in range(3))
+    right = Sample(values=(1.0,) * 3, predictions=references, references=references)
+    wrong = Sample(values=(0.0,) * 3, predictions=tuple(1 - r for r in references), references=references)
+    assert bootstrap_interval(right, wrong, ACCURACY, seed=0) == (1.0, 1.0)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""recordings: rates, channels, lengths, and where recordings can be."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+
+from mirrortune.data.dataset import Split, load_data
+from mirrortune.data.files.audio import RecordingExamples, RecordingReader, encode_recordings, resample
+from mirrortune.errors import DataError
+from mirrortune.models.load import find_model
+from tests.tiny_models import write_tiny_audio
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny wav2vec 2.0."""
+    return write_tiny_audio(tmp_path_factory.mktemp("models") / "tiny-wav2vec2")
+
+
+def tone(hertz: float, rate: int = 16000, seconds: float = 0.2, channels: int = 1) -> bytes:
+    """A tone as a wav file."""
+    wave = 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
+    stream = io.BytesIO()
+    soundfile.write(stream, np.stack([wave] * channels, axis=1), rate, format="WAV", subtype="FLOAT")
+    return stream.getvalue()
+
+
+def examples(values: list[Any], folder: Path, max_seconds: float = 1.0, where: Path | None = None) -> RecordingExamples:
+    """Rows of recordings."""
+    split = Split(table=pa.table({"audio": values}), source="rows.parquet", folder=where)
+    reader = RecordingReader.load(find_model(str(folder)), max_seconds)
+    targets = np.arange(len(values))
+    return encode_recordings(split, "audio", targets, targets < 0, reader, seed=0)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 1), (8000, 2)])
+def test_any_rate_and_any_channels_are_the_same_tone(audio: Path, rate: int, channels: int) -> None:
+    found = examples([tone(440, rate, channels=channels)], audio)
+    values = found.batch(np.array([0]))["input_values"][0].numpy()
+    assert len(values) == found.samples[0] == 3200
+    peak = np.abs(np.fft.rfft(values)).argmax() * 16000 / len(values)
+    assert peak == pytest.approx(440, abs=6)
+
+
+def test_resampling_keeps_what_both_rates_can_hold() -> None:
+    wave = np.sin(2 * np.pi * 200 * np.arange(8000) / 8000).astype(np.float32)
+    again = resample(resample(wave, 8000, 16000), 16000, 8000)
+    np.testing.assert_allclose(again[100:-100], wave[100:-100], atol=1e-2)
+
+
+def test_long_recordings_are_cut_by_the_seed_and_scored_from_the_beginning(audio: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=16000)
+    stream = io.BytesIO()
+    soundfile.write(stream, noise, 16000, format="WAV", subtype="FLOAT")
+    found = examples([stream.getvalue()], audio, max_seconds=0.25)
+    scored, first, again, second = (found.batch(np.array([0]), e)["input_values"] for e in (None, 0, 0, 1))
+    assert scored.shape == (1, 4000)
+    assert found.num_truncated == 1
+    assert found.describe().endswith("; 1 cut")
+    assert first.equal(again)
+    assert not first.equal(second)
+    expected = (noise[:4000] - noise[:4000].mean()) / noise[:4000].std()
+    np.testing.assert_allclose(scored[0].numpy(), expected, atol=1e-3)
+
+
+def test_bytes_paths_and_structs_are_the_same_recording(audio: Path, tmp_path: Path) -> None:
+    content = tone(300)
+    (tmp_path / "a.wav").write_bytes(content)
+    places: list[list[Any]] = [[content], ["a.wav"], [{"bytes": content, "path": None}]]
+    made = [examples(values, audio, where=tmp_path).batch(np.array([0]))["input_values"] for values in places]
+    assert all(values.equal(made[0]) for values in made)
+
+
+@pytest.mark.parametrize("value", [b"not a recording", None, b""])
+def test_recordings_that_cannot_be_opened_are_refused_at_once(audio: Path, value: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.parquet row 2: its recording cannot be read"):
+        examples([tone(300), value], audio)
+
+
+def test_class_folders_of_recordings_are_tables_of_audio(tmp_path: Path) -> None:
+    for label in ("low", "high"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.wav").write_bytes(tone(300))
+    train = load_data(str(tmp_path)).require("train", "here")
+    assert train.table.to_pydict() == {"audio": ["high/1.wav", "low/1.wav"], "label": ["high", "low"]}

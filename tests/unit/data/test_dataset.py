@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets from files and folders, their hashes, and validation rows set aside."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirrortune.data.dataset import Split, load_data, set_aside
+from mirrortune.data.duplicates import rows_in_both
+from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.labels import feature_names
+from mirrortune.data.stream import stream_data
+from mirrortune.errors import ConfigError, DataError
+
+CSV = "text,label\na,x\nb,y\n"
+
+
+def write(path: Path, text: str = CSV) -> Path:
+    """A text file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_file_is_a_training_split_with_its_hash(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv")
+
+    data = load_data(str(path))
+
+    assert list(data.splits) == ["train"]
+    assert data.splits["train"].source == str(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert data.origin == {"path": str(path), "sha256": {"rows.csv": digest}}
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        ("train.csv validation.csv test.csv", {"train": 2, "validation": 2, "test": 2}),
+        ("training.tsv dev.jsonl", {"train": 2, "validation": 2}),
+        ("Train.CSV val.csv testing.csv notes.csv", {"train": 2, "validation": 2, "test": 2}),
+        ("train-00000-of-00002.parquet train-00001-of-00002.parquet valid.csv", {"train": 4, "validation": 2}),
+        ("train_1.csv train_2.csv", {"train": 4}),
+        ("test.csv", {"test": 2}),
+    ],
+)
+def test_a_folder_has_the_splits_that_its_files_are_named_after(
+    tmp_path: Path, files: str, splits: dict[str, int]
+) -> None:
+    for name in files.split():
+        kind = Path(name).suffix.lower()
+        if kind == ".parquet":
+            pq.write_table(pa.table({"text": ["a", "b"], "label": ["x", "y"]}), tmp_path / name)
+        else:
+            rows = {".tsv": CSV.replace(",", "\t"), ".jsonl": '{"text": "a", "label": "x"}\n' * 2}.get(kind, CSV)
+            write(tmp_path / name, rows)
+
+    data = load_data(str(tmp_path))
+
+    assert {name: split.table.num_rows for name, split in data.splits.items()} == splits
+    assert len(data.origin["sha256"]) == len([n for n in files.split() if n != "notes.csv"])
+
+
+def test_splits_answer_to_their_usual_other_names(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv")
+    write(tmp_path / "dev.csv")
+    data = load_data(str(tmp_path))
+
+    assert data.find("validation") is data.splits["validation"]
+    assert data.find("test") is None
+    with pytest.raises(DataError) as caught:
+        data.require("trian", "--split")
+    assert str(caught.value) == (
+        "--split: there is no split 'trian'. Did you mean 'train'? Allowed: validation, train."
+    )
+
+
+def test_a_folder_without_any_split_says_what_it_holds(tmp_path: Path) -> None:
+    write(tmp_path / "rows.csv")
+
+    with pytest.raises(DataError, match=r"no train, validation or test file; it holds rows\.csv.*Rename the files"):
+        load_data(str(tmp_path))
+
+
+def saved(folder: Path, **splits: dict[str, list[Any]]) -> None:
+    """What ``save_to_disk`` of the datasets library writes."""
+    import datasets
+
+    parts = {name: datasets.Dataset.from_dict(rows) for name, rows in splits.items()}
+    labelled = {n: p.cast_column("label", datasets.ClassLabel(names=["no", "yes"])) for n, p in parts.items()}
+    (datasets.DatasetDict(labelled) if len(labelled) > 1 else labelled["train"]).save_to_disk(folder)
+
+
+def test_what_the_datasets_library_saved_is_read(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {"text": ["a", "b", "c"], "label": [0, 1, 1]}
+    saved(tmp_path / "one", train=rows)
+    saved(tmp_path / "two", train=rows, test={"text": ["d"], "label": [1]})
+
+    one, two = load_data(str(tmp_path / "one")), load_data(str(tmp_path / "two"))
+
+    assert one.splits["train"].table.to_pydict() == rows
+    assert feature_names(one.splits["train"].table, "label") == ("no", "yes")
+    assert {name: split.table.num_rows for name, split in two.splits.items()} == {"train": 3, "test": 1}
+    assert len(two.origin["sha256"]) == 2
+    assert two.splits["test"].places.where(0).endswith("two/test/data-00000-of-00001.arrow row 1")
+
+
+def test_what_was_saved_and_damaged_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "one", train={"text": ["a"], "label": [0]})
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match=r"one: data-00000-of-00001\.arrow is missing\. Copy the whole folder"):
+        load_data(str(tmp_path / "one"))
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"state\.json: it cannot be read"):
+        load_data(str(tmp_path / "one"))
+
+
+def test_files_of_one_split_must_go_together(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), tmp_path / "train-1.parquet")
+
+    table = load_data(str(tmp_path)).splits["train"].table
+
+    assert table.column("text").to_pylist() == ["a", "a"]
+    with pytest.raises(DataError, match=r"train: column 'label' mixes types \(int64 and string\)"):
+        refuse_unreadable(table, ["label"])
+
+
+@pytest.mark.parametrize("setting", ["config", "revision"])
+def test_local_data_has_no_settings_of_the_hub(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"^data.{setting}: local data has none, got 'x'. Remove it"):
+        load_data(str(write(tmp_path / "rows.csv")), **{setting: "x"})
+
+
+@pytest.mark.parametrize("name", ["nowhere.csv", "./nowhere", "/nowhere/at/all", "~/no-such-folder-of-mine"])
+def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_data(name)
+
+
+def rows_of(split: Split) -> list[int]:
+    """The numbers of a split's rows."""
+    return [int(n) for n in split.table.column("n").to_pylist()]
+
+
+GROUPS = st.lists(st.integers(0, 3), min_size=2, max_size=60)
+
+
+@given(GROUPS, st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
+def test_rows_set_aside_are_the_same_for_a_seed_and_in_proportion(groups: list[int], share: float, seed: int) -> None:
+    split = Split(table=pa.table({"n": list(range(len(groups)))}), source="rows")
+    strata = np.array(groups)
+
+    train, validation = set_aside(split, share, seed, strata)
+
+    assert rows_of(train) == sorted(rows_of(train))
+    assert rows_of(validation) == sorted(rows_of(validation))
+    assert sorted(rows_of(train) + rows_of(validation)) == list(range(len(groups)))
+    assert rows_of(train)
+    assert rows_of(validation)
+    again = set_aside(split, share, seed, strata)
+    assert [rows_of(part) for part in again] == [rows_of(train), rows_of(validation)]
+    for group in np.unique(strata):
+        members = int((strata == group).sum())
+        held = int((strata[rows_of(validation)] == group).sum())
+        if members >= 2:
+            assert 1 <= held < members
+            assert abs(held - members * share) <= 1
+
+
+def test_another_seed_sets_other_rows_aside() -> None:
+    split = Split(table=pa.table({"n": list(range(200))}), source="rows")
+
+    drawn = {tuple(rows_of(set_aside(split, 0.1, seed, None)[1])) for seed in range(5)}
+
+    assert len(drawn) == 5
+    assert {len(rows) for rows in drawn} == {20}
+
+
+def test_one_row_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="rows: 1 row cannot be split"):
+        set_aside(Split(table=pa.table({"n": [0]}), source="rows"), 0.1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("cells", "count"),
+    [
+        (["a film", "a plot", "None", None], 2),
+        ([["a", "film"], ["a", "plot"], ["None"], None], 2),
+        ([{"role": "a"}, {"role": "b"}, {"role": "None"}, {"role": None}], 2),
+        ([1, 2, 3, None], 2),
+    ],
+)
+def test_rows_that_are_in_both_splits_are_counted_whatever_they_hold(cells: list[Any], count: int) -> None:
+    table = pa.table({"x": cells, "y": ["same"] * 4})
+    first = Split(table=table.slice(0, 2), source="first")
+    last = Split(table=pa.concat_tables([table.slice(1, 1), table.slice(3, 1), table.slice(0, 1)]), source="last")
+
+    assert rows_in_both(first, last, [("text", "x"), ("text", "y")]) == count
+    assert rows_in_both(first, last, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (ValueError("Data files don't belong to evil/rows. Make sure ..."), "names files outside of the repository"),
+        (ImportError('HTTPFileSystem requires "requests"'), "cannot be read"),
+        (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
+        (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "it is a script"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_what_a_data_set_of_the_hub_does_wrong_is_said(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, said: str, *, is_streamed: bool
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for module in ("data", "streaming"):
+        monkeypatch.setattr(f"mirrortune.{module}.resolve_commit", lambda *_: "0" * 40)
+    settings: Any = {"config": None, "revision": None, "encoding": "utf-8"}
+    streaming = {"train_split": "train", "max_eval_rows": None}
+    load_it = partial(stream_data, **settings, **streaming) if is_streamed else partial(load_data, **settings)
+
+    with pytest.raises(DataError, match=said):
+        load_it("evil/rows")
+
+
+@pytest.mark.parametrize("entries", ["5", "[5]", '{"filename": "x"}'])
+def test_a_saved_data_set_with_an_odd_list_of_files_is_refused(tmp_path: Path, entries: str) -> None:
+    write(tmp_path / "state.json", f'{{"_data_files": {entries}}}')
+    write(tmp_path / "dataset_info.json", "{}")
+
+    with pytest.raises(DataError, match="no list of files"):
+        load_data(str(tmp_path))
+
+
+def test_a_header_of_thousands_of_columns_is_read(tmp_path: Path) -> None:
+    names = [f"column{i}" for i in range(20_000)]
+    path = write(tmp_path / "wide.csv", ",".join(names) + "\n" + ",".join(["a"] * 20_000) + "\n")
+
+    assert load_data(str(path)).splits["train"].table.column_names == names

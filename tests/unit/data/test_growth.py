@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small files that stand for much: what is not needed of them is not read, and what they unpack to fills no disk."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from mirrortune.data.dataset import Split
+from mirrortune.data.files import json_rows, tables, text_files
+from mirrortune.data.files.audio import RecordingReader, encode_recordings, read_part, resample
+from mirrortune.data.files.readers import read_table
+from mirrortune.errors import DataError, ResourceError
+from mirrortune.models.load import find_model
+from tests.tiny_models import write_tiny_audio
+
+
+def wav(samples: np.ndarray, rate: int) -> io.BytesIO:
+    """A recording in memory."""
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, format="WAV", subtype="FLOAT")
+    stream.seek(0)
+    return stream
+
+
+@pytest.mark.parametrize("rate", [16000, 8000, 44100, 22050, 11025, 1000, 1, 16001])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_part_is_the_part_of_the_whole(rate: int, channels: int) -> None:
+    seconds = 40.0 if rate <= 1000 else 3.0
+    noise = np.random.default_rng(0).normal(size=(round(seconds * rate), channels)).astype(np.float32)
+    whole = resample(noise.mean(axis=1), rate, 16000)
+    for first, count in ((0, 1000), (777, 16000), (len(whole) - 1600, 1600), (len(whole) - 10, 100), (0, 10**9)):
+        with soundfile.SoundFile(wav(noise, rate)) as file:
+            part = read_part(file, first, count, 16000)
+        np.testing.assert_allclose(part, whole[first : first + count], atol=2e-5)
+
+
+def test_a_recording_of_1_hertz_is_cut_before_it_is_resampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = RecordingReader.load(find_model(str(write_tiny_audio(tmp_path / "audio"))), 0.5)
+    slow = wav(np.random.default_rng(0).normal(size=100_000), 1).getvalue()  # 28 hours; 6 GB at the model's rate
+    rows = Split(table=pa.table({"audio": [slow]}), source="rows.parquet")
+    targets = np.zeros(1, dtype=np.int64)
+    found = encode_recordings(rows, "audio", targets, targets < 0, reader, seed=0)
+    resampled: list[int] = []
+    monkeypatch.setattr(
+        "mirrortune.data.files.audio.resample", lambda s, *rates: resampled.append(len(s)) or resample(s, *rates)
+    )
+    for epoch in (None, 0):
+        assert found.batch(np.array([0]), epoch)["input_values"].shape == (1, 8000)
+    assert max(resampled) < 50
+    assert found.num_truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (wav(np.zeros(10), 2_000_000).getvalue(), r"it has 2,000,000 samples a second, allowed are 1 to 1,000,000"),
+        (b"RIFF" + bytes(60), "cannot be read"),
+        (wav(np.zeros(0), 16000).getvalue(), "it has no samples"),
+    ],
+)
+def test_odd_recordings_name_their_row(tmp_path: Path, content: bytes, says: str) -> None:
+    reader = RecordingReader.load(find_model(str(write_tiny_audio(tmp_path / "audio"))), 0.5)
+    rows = Split(table=pa.table({"audio": [content]}), source="rows.parquet")
+    targets = np.zeros(1, dtype=np.int64)
+    with pytest.raises(DataError, match=rf"rows\.parquet row 1: .*{says}"):
+        encode_recordings(rows, "audio", targets, targets < 0, reader, seed=0).batch(np.array([0]))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of 100 GB of which 0.5 GB are free."""
+    usage = SimpleNamespace(total=100 * 10**9, free=5 * 10**8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize("suffix", [".parquet.gz", ".arrow.gz"])
+def test_what_an_archive_unpacks_to_does_not_fill_the_disk(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(3):
+            file.write(bytes(1 << 24))
+    assert path.stat().st_size < 1 << 18
+    with pytest.raises(ResourceError, match=rf"477 MiB are left, and what .*rows{suffix} unpacks to would go on"):
+        read_table(path)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_small_archives_and_rows_that_go_to_disk(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", "b"]})
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    (tmp_path / "rows.parquet.gz").write_bytes(gzip.compress(stream.getvalue()))
+    assert read_table(tmp_path / "rows.parquet.gz").equals(table)
+    with pytest.raises(ResourceError, match="the data that is being read would go on to fill it"):
+        tables.join_parts([table, table], limit=1)
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.txt.gz", "rows.jsonl.gz"])
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(text_files, "_LONGEST", 1 << 16)
+    (tmp_path / name).write_bytes(gzip.compress(b"1\n" + b"x" * (1 << 17)))
+    with pytest.raises(DataError, match=rf"{name}:2: a line of more than 65,536 characters"):
+        read_table(tmp_path / name)
+
+
+def test_a_json_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_rows, "_LONGEST", 1 << 16)
+    monkeypatch.setattr(text_files, "_BLOCK", 1 << 12)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(b'[{"text": "' + b"x" * (1 << 24)))
+    with pytest.raises(DataError, match=r"rows\.json\.gz:1: not valid JSON \(a value of more than 65,536 characters"):
+        read_table(tmp_path / "rows.json.gz")

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""merge_folder: tensor by tensor, several adapters, shards, 16 bits; the arithmetic itself is in test_merging."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tests.unit.test_merging import write_trained
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import mirrortune
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.adapters.files.adapter_file import write_adapter
+from mirrortune.adapters.inject import AdapterSpec, spectral_layers
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.merging import write as module
+from mirrortune.merging.in_memory import Verification
+from mirrortune.models.parts import CannotLoadParts, PartLoader
+from tests.peft_methods import move, tiny_spec
+from tests.spectral import relative, train_a_little
+from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_model
+from tests.tiny_runs import logits
+
+INPUTS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(4))
+
+
+def merge(*adapters: Path, to: Path, **options: Any) -> Verification:
+    """Merge with factors from the cache."""
+    return module.merge_folder(adapters, to, factor_source=FactorCache(), **options)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The report beside the weights."""
+    found: dict[str, Any] = json.loads((folder / "merge.json").read_text())
+    return found
+
+
+def write_causal(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "40KB", **fields: Any) -> Path:
+    """A tiny language model in several files."""
+    tiny_causal(**fields).to(dtype).save_pretrained(folder, max_shard_size=shard)  # type: ignore[operator]
+    tiny_chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def adapt(base: Path, folder: Path, seed: int = 0, **options: Any) -> nn.Module:
+    """A trained adapter of a language model."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mirrortune.attach(model, **options)
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, seed + index)
+    mirrortune.save_adapter(model, folder)
+    assert isinstance(model, nn.Module)
+    return model.eval()
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    """Logits on fixed tokens."""
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=INPUTS).logits)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])  # GPT2 ties its embeddings and stores its matrices transposed
+def test_a_sharded_model_is_merged_tensor_by_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, lazily: bool
+) -> None:
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    base = write_causal(tmp_path / "base", family=family)
+    adapted = adapt(base, tmp_path / "adapter")
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    report = report_of(tmp_path / "merged")
+    assert "in_memory" not in report
+    assert report["tensors"].keys() == {f"{name}.weight" for name in spectral_layers(adapted)}
+    ours, theirs = (sorted(p.name for p in f.glob("*.safetensors*")) for f in (tmp_path / "merged", base))
+    assert ours == theirs
+    assert len(ours) > 3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(answers(merged), answers(adapted)) <= 1e-5
+    for file in base.glob("*.safetensors"):
+        before, after = load_file(file), load_file(tmp_path / "merged" / file.name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[n], after[n]) for n in before if n not in report["tensors"])
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_a_classifier_lazily_or_not(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool
+) -> None:
+    """Its base has other names, and no head."""
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    write_trained(tiny_model_dir, tmp_path / "adapter", AdapterSpec(method="speclora"))
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    assert verdict.max_abs_logit_error > 0  # two ways to compute it
+    assert "in_memory" not in report_of(tmp_path / "merged")
+
+
+def test_shards_of_a_size_that_was_asked_for(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base", shard="1GB")
+    adapt(base, tmp_path / "adapter", rank=4)
+    merge(tmp_path / "adapter", to=tmp_path / "merged", max_shard_bytes=30_000)
+    files = list((tmp_path / "merged").glob("*.safetensors"))
+    assert len(files) > 4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merge(tmp_path / "adapter", to=tmp_path / "whole")
+    assert [f.name for f in (tmp_path / "whole").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("dtype", "lazily"), [(torch.bfloat16, True), (torch.float16, True), (torch.float16, False)])
+def test_16_bits_keep_their_dtype_and_say_what_they_lose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, lazily: bool
+) -> None:
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    base = write_tiny_model(tmp_path / "base", dtype=dtype)
+    write_trained(base, tmp_path / "adapter", AdapterSpec(), dtype=torch.float32)
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert verdict.passed
+    entries = report_of(tmp_path / "merged")["tensors"].values()
+    assert all(0 < e["rounding_loss"] < 0.05 for e in entries)
+    assert all(e["rel_weight_error"] <= torch.finfo(dtype).eps for e in entries)
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(n).dtype for n in file.keys()} == {dtype}  # noqa: SIM118
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_adapters_of_one_base_change_different_weights(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    one = adapt(base, tmp_path / "one", target_modules="q_proj|v_proj")
+    two = adapt(base, tmp_path / "two", seed=9, target_modules="gate_proj|up_proj|down_proj")
+    assert merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged").passed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for part in (one, two):
+        for name, layer in spectral_layers(part).items():
+            exact = layer.base_layer.weight.double() + layer.delta_weight()
+            assert torch.equal(merged.get_parameter(f"{name}.weight"), exact.float())
+    both = merge(tmp_path / "two", tmp_path / "one", to=tmp_path / "other-order")
+    assert both.passed
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other-order")
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), other.parameters(), strict=True))
+
+
+def test_adapters_of_one_base_that_change_the_same_weights_are_refused(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    adapt(base, tmp_path / "one", target_modules="q_proj")
+    adapt(base, tmp_path / "two", seed=9, target_modules="q_proj|k_proj")
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_in_sequence_are_merged_in_sequence(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    adapt(base, tmp_path / "one")
+    merge(tmp_path / "one", to=tmp_path / "first")
+    second = adapt(tmp_path / "first", tmp_path / "two", seed=9)
+    merge(tmp_path / "two", to=tmp_path / "step-by-step")
+    assert merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "at-once", base=str(base)).passed
+    once, steps = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("at-once", "step-by-step"))
+    assert all(torch.equal(a, b) for a, b in zip(once.parameters(), steps.parameters(), strict=True))
+    assert relative(answers(once), answers(second)) <= 1e-5
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "two", tmp_path / "one", to=tmp_path / "backwards", base=str(base))
+
+
+def test_two_heads_of_one_base_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for name, part in (("one", "query"), ("two", "key")):
+        write_trained(tiny_model_dir, tmp_path / name, AdapterSpec(target_modules=part))
+    with pytest.raises(ConfigError, match=r"have both trained 'classifier\.\w+'"):
+        merge(tmp_path / "one", tmp_path / "two", to=tmp_path / "merged")
+
+
+def test_other_weights_only_by_force(tmp_path: Path) -> None:
+    base = write_causal(tmp_path / "base")
+    write_causal(tmp_path / "other", seed=1)
+    adapt(base, tmp_path / "adapter", rank=4)  # portable
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"))
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"), remarks=[])
+    assert verdict.passed
+    remarks = report_of(tmp_path / "merged")["remarks"]
+    assert any("the base weight is not the one" in remark for remark in remarks)
+
+
+def test_a_base_without_safetensors_is_merged_in_memory(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = without_safetensors(tiny_model_dir, tmp_path / "base")
+    adapted = write_trained(base, tmp_path / "adapter", AdapterSpec())
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    assert report_of(tmp_path / "merged")["in_memory"] == "the base has no safetensors files"
+    from tests.unit.test_merging import reopen
+
+    assert relative(logits(reopen(tmp_path / "merged")), logits(adapted)) <= 1e-5
+
+
+def without_safetensors(source: Path, folder: Path) -> Path:
+    """The same model as a pickle, which is merged in memory."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save(load_file(source / "model.safetensors"), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_why_a_model_is_merged_in_memory_is_said(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = without_safetensors(tiny_model_dir, tmp_path / "base")
+    write_trained(base, tmp_path / "adapter", AdapterSpec())
+    notes: list[str] = []
+    merge(tmp_path / "adapter", to=tmp_path / "merged", on_note=notes.append)
+    assert notes == ["merging with the whole model in memory (about 0.0 GiB), not tensor by tensor: "
+                     "the base has no safetensors files"]  # fmt: skip
+    mirrortune.save_adapter(mirrortune.attach(AutoModelForCausalLM.from_pretrained(
+        write_causal(tmp_path / "causal", shard="1GB"))), tmp_path / "plain")  # fmt: skip
+    notes.clear()
+    merge(tmp_path / "plain", to=tmp_path / "by-tensors", on_note=notes.append)
+    assert notes == []
+
+
+def test_what_was_half_written_goes_with_its_folders(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_trained(tiny_model_dir, tmp_path / "adapter", AdapterSpec())
+
+    def give_up(folder: Path, *_: Any, **__: Any) -> Any:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("half")
+        raise CannotLoadParts("as of a test")
+
+    monkeypatch.setattr(module, "check_contents", give_up_once := Once(give_up, module.check_contents))
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    assert give_up_once.calls == 2
+    assert not (tmp_path / "merged" / "additional_chat_templates").exists()
+    assert report_of(tmp_path / "merged")["in_memory"] == "as of a test"
+
+
+class Once:
+    """One function for the first call, another for those after it."""
+
+    def __init__(self, first: Any, then: Any) -> None:
+        self.first, self.then, self.calls = first, then, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return (self.first if self.calls == 1 else self.then)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError])
+def test_mistakes_of_our_own_are_no_reason_to_merge_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """A line of this package that raises, called by what asks transformers' loader."""
+    base = write_causal(tmp_path / "base")
+    adapt(base, tmp_path / "adapter", rank=4)
+    wrong = {AttributeError: "part.nothing", TypeError: "len(5)", KeyError: "{}['key']"}[kind]
+    place = Path(mirrortune.__file__).parent / "part_loading.py"
+    names: dict[str, Any] = {}
+    exec(compile(f"def wrong(self, part=None):\n    {wrong}", str(place), "exec"), names)
+    monkeypatch.setattr(PartLoader, "_find_parts", names["wrong"])
+    if kind is AttributeError:  # of an object of ours
+        monkeypatch.setattr(PartLoader, "_find_parts", lambda self: names["wrong"](self, PartLoader))
+    with pytest.raises(kind):
+        merge(tmp_path / "adapter", to=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_another_version_of_transformers_lacks_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.conversion_mapping as loader
+
+    base = write_causal(tmp_path / "base", family="Mixtral", num_local_experts=2)
+    adapt(base, tmp_path / "adapter", rank=4)
+
+    def changed(*_: Any) -> Any:
+        raise TypeError("it works in another way now")
+
+    monkeypatch.setattr(loader, "get_model_conversion_mapping", changed)
+    notes: list[str] = []
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged", on_note=notes.append).passed
+    assert len(notes) == 1
+    assert "not tensor by tensor: the files hold no 'model.layers.0.mlp.experts" in notes[0]
+
+
+# Beside the weight, rescaled, with its bias, before the weight; of numbers that all layers share.
+@pytest.mark.parametrize(
+    ("method", "lazily"),
+    [("lora", False), ("dora", True), ("road", True), ("oft", False), ("vera", True), ("randlora", False),
+     ("vblora", True), ("unilora", False), ("tinylora", True)],
+)  # fmt: skip
+def test_tuners_of_peft_are_merged_tensor_by_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, lazily: bool
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(module, "LARGE", 0 if lazily else 2**40)
+    base = write_causal(tmp_path / "base", family="Qwen2", shard="60KB", num_key_value_heads=4)  # has biases
+    model = AutoModelForCausalLM.from_pretrained(base)
+    spec = tiny_spec(method)
+    mirrortune.attach(model, method=method, rank=spec.rank, **spec.options)
+    mirrortune.save_adapter(move(model), tmp_path / "adapter")
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    report = report_of(tmp_path / "merged")
+    assert "in_memory" not in report
+    assert report["contents"]["chat_template"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert relative(answers(merged), answers(model.eval())) <= 1e-5
+    assert relative(answers(merged), answers(AutoModelForCausalLM.from_pretrained(base).eval())) > 1e-3
+
+
+def test_a_foreign_base_of_a_tuner_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = write_causal(tmp_path / "base")
+    write_causal(tmp_path / "other", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mirrortune.save_adapter(mirrortune.attach(model, method="lora", rank=2), tmp_path / "adapter")
+    with pytest.raises(VerificationError, match="the base weight is not the one"):
+        merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(tmp_path / "other"))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = 2 * outputs.logits
+        return outputs
+"""
+
+
+def test_a_model_with_code_of_its_own_is_merged_whole_and_keeps_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    base = write_causal(tmp_path / "base", shard="1GB")
+    (base / "own.py").write_text(OWN_CODE)
+    described = json.loads((base / "config.json").read_text())
+    described |= {"model_type": "own-llama", "architectures": ["OwnForCausalLM"]}
+    described["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps(described))
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    mirrortune.attach(model, rank=4)
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, index)
+    identity = {"name": str(base), "dtype": "float32", "auto_class": "AutoModelForCausalLM"}
+    (tmp_path / "adapter").mkdir()
+    entries = model._mirrortune_fingerprints.entries
+    write_adapter(tmp_path / "adapter", model, entries, base=identity, task=None, extra={})
+    with pytest.raises(ConfigError, match="--trust-remote-code"):
+        merge(tmp_path / "adapter", to=tmp_path / "merged")
+    verdict = merge(tmp_path / "adapter", to=tmp_path / "merged", trust_remote_code=True)
+    assert verdict.passed
+    assert verdict.max_abs_logit_error is not None
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
+    assert type(merged).__name__ == "OwnForCausalLM"
+    assert relative(answers(merged), answers(model.eval())) <= 1e-5

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""model: what a checkpoint may be, and what is said of one that it may not be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mirrortune.errors import ConfigError
+from mirrortune.models.load import LoadedModel, find_model, load_model
+from tests.tiny_models import write_tiny_model
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A model folder without its safetensors, and what they held."""
+    folder = write_tiny_model(tmp_path / "base")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    return folder, state
+
+
+def load(folder: Path) -> LoadedModel:
+    """The folder's model, as a run loads it."""
+    fields = {"num_labels": 2}
+    return load_model(find_model(str(folder)), "AutoModelForSequenceClassification", fields, torch.float32, 0)
+
+
+def test_a_pickle_of_tensors_alone_is_loaded(pickled: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, state = pickled
+    torch.save(state, folder / "pytorch_model.bin")
+    model = load(folder).model
+    assert all(torch.equal(model.state_dict()[f"bert.{name}"], tensor) for name, tensor in state.items())
+
+
+class Code:
+    """Something that leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_pickle_that_would_run_code_is_refused(pickled: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    folder, state = pickled
+    torch.save({**state, "code": Code(tmp_path / "mark")}, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"a pickle that holds more than tensors.*safetensors.*--revision"):
+        load(folder)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_damaged_pickle_is_refused(pickled: tuple[Path, dict[str, Tensor]]) -> None:
+    folder, _ = pickled
+    (folder / "pytorch_model.bin").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="a file is damaged"):
+        load(folder)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which settings a continued run may change: those on which no number depends, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mirrortune.config.recipe import flatten, override_layer, resolve
+from mirrortune.config.schema import Recipe
+from mirrortune.errors import ConfigError
+from mirrortune.runs.records import check_same_recipe
+from mirrortune.system.run_directory import RunDirectory
+
+FREE = {
+    "output_dir": "elsewhere",
+    "model.trust_remote_code": "true",
+    "data.test_split": "other",
+    "adapter.form": "portable",
+    "train.keep": "5",
+    "train.save_every_steps": "7",
+    "train.log_every_steps": "3",
+    "train.track": "tensorboard",
+    "train.num_workers": "0",
+    "eval.batch_size": "2",
+    "eval.before": "true",
+    "data.contained": "true",
+    "eval.report_splits": "[test]",
+    "eval.prediction_labels": "indices",
+    "eval.prediction_bounds": "[0, 1]",
+    "eval.prediction_files": "{test: x.tsv}",
+}
+FIXED = {
+    "model.name": "other", "model.revision": "v2", "model.dtype": "bfloat16", "model.load_in": "4bit",
+    "model.attention": "eager",
+    "task.kind": "regression", "task.labels": "[a, b]", "task.metrics": "[f1]", "task.selection_metric": "f1",
+    "task.loss_on": "all", "task.format": "text",
+    "data.path": "other.csv", "data.config": "c", "data.revision": "v2", "data.encoding": "latin-1",
+    "data.train_split": "other", "data.validation_split": "other", "data.validation_fraction": "0.2",
+    "data.text_columns": "[a]", "data.choice_columns": "[a]", "data.label_column": "b", "data.missing_label": "-1",
+    "data.stride": "4", "data.image_column": "a", "data.audio_column": "a", "data.max_seconds": "3",
+    "data.image_size": "32", "data.augment": "flip", "data.prefix": "x", "data.max_target_length": "9",
+    "data.packing": "true", "data.max_length": "9", "data.blank_text": "keep", "data.max_train_rows": "9",
+    "data.streaming": "true", "data.shuffle_buffer": "9", "data.max_eval_rows": "9",
+    "adapter.method": "lora", "adapter.rank": "3", "adapter.pairing": "random", "adapter.saliency": "rms",
+    "adapter.calibration_batches": "2", "adapter.calibration_warmup_steps": "2", "adapter.target_modules": "query",
+    "adapter.split": "{a: 2}", "adapter.strategy": "dense", "adapter.options": "{a: 1}",
+    "train.lr": "0.5", "train.head_lr": "0.5", "train.batch_size": "3", "train.gradient_accumulation_steps": "2",
+    "train.epochs": "9", "train.max_steps": "9", "train.schedule": "cosine", "train.warmup_ratio": "0.5",
+    "train.weight_decay": "0.5", "train.max_grad_norm": "2", "train.precision": "bf16", "train.compile": "true",
+    "train.gradient_checkpointing": "true", "train.seed": "9", "train.eval_every_steps": "9", "train.patience": "9",
+    "eval.protocol": "split-dev",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run by the default settings."""
+    found = RunDirectory(tmp_path / "run")
+    found.create()
+    found.write_text("recipe.yaml", Recipe().to_yaml())
+    return found
+
+
+def test_every_setting_is_one_of_both_kinds() -> None:
+    assert FREE.keys() | FIXED.keys() == flatten(Recipe()).keys()
+    assert not FREE.keys() & FIXED.keys()
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_what_changes_no_number_may_change(run: RunDirectory, key: str) -> None:
+    changed = resolve([override_layer([f"{key}={FREE[key]}"])]).recipe
+    assert changed != Recipe()
+
+    check_same_recipe(changed, run)
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_everything_else_is_refused_by_name(run: RunDirectory, key: str) -> None:
+    changed = resolve([override_layer([f"{key}={FIXED[key]}"])]).recipe
+
+    with pytest.raises(ConfigError, match=rf"--resume: {key}: the run was started with .*Use the same settings"):
+        check_same_recipe(changed, run)
+
+
+def test_a_permission_in_a_saved_recipe_permits_nothing_and_is_no_difference(run: RunDirectory) -> None:
+    run.write_text("recipe.yaml", "model: {trust_remote_code: true}\n")
+
+    check_same_recipe(Recipe(), run)

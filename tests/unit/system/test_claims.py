@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claims: one process at a time, none left by a killed one, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.system.claims import claimed
+
+# Claims an output, says so, and waits to be told to end.
+HOLD = """
+import sys
+from pathlib import Path
+from mirrortune.system.claims import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+# Waits for the others, then claims and replaces an output as a merge does; says what came of it.
+RACE = """
+import sys, time
+from pathlib import Path
+from mirrortune.errors import ConfigError
+from mirrortune.system.outputs import MERGED, output_folder
+
+output, name, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+for number in range(rounds):
+    sys.stdin.readline()
+    try:
+        with output_folder(output / str(number), [], MERGED) as put:
+            def write(folder):
+                for part in ("a", "b", "c"):
+                    (folder / part).write_text(name)
+            put(write)
+        print("wrote", flush=True)
+    except ConfigError as error:
+        print(error, flush=True)
+"""
+
+
+def run(code: str, *words: object) -> subprocess.Popen[str]:
+    """Start Python with our package."""
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+
+
+def test_the_claim_of_another_process_is_refused_and_ends_with_it(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "x"
+    process = run(HOLD, output)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    said = rf"x: process {process.pid} on .* is writing there\. Wait until it ends"
+    with pytest.raises(ConfigError, match=said), claimed(output):
+        pass
+    with claimed(tmp_path / "runs" / "y"):
+        pass  # another output
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [".x.claim"]
+    with claimed(output):
+        assert json.loads((tmp_path / "runs" / ".x.claim").read_text())["pid"] == os.getpid()
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_folders_that_were_made_for_a_claim_do_not_outlive_it(tmp_path: Path) -> None:
+    with claimed(tmp_path / "a" / "b" / "c"):
+        assert (tmp_path / "a" / "b").is_dir()
+        with pytest.raises(ConfigError), claimed(tmp_path / "a" / "." / "b" / "c"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with claimed(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "kept").touch()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["kept"]
+
+
+def test_a_claim_is_waited_for(tmp_path: Path) -> None:
+    process = run(HOLD, tmp_path / "x")
+    assert process.stdout is not None
+    process.stdout.readline()
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(0.3)
+        os.kill(process.pid, signal.SIGKILL)
+        os._exit(0)
+    with claimed(tmp_path / "x", wait=True):
+        assert time.monotonic() - started > 0.25
+    os.waitpid(pid, 0)
+    process.communicate()
+
+
+def test_a_place_that_cannot_be_claimed_is_a_resource_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot be written"), claimed(tmp_path / "file" / "run"):
+        pass
+
+
+def test_without_locks_the_file_is_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):
+        with (
+            claimed(tmp_path / "x"),
+            pytest.raises(ConfigError, match="another process is writing there"),
+            claimed(tmp_path / "x"),
+        ):
+            pass
+        assert list(tmp_path.iterdir()) == []
+    pid = os.fork()
+    if pid == 0:
+        with claimed(tmp_path / "x"):
+            os._exit(0)  # as if it were killed
+    os.waitpid(pid, 0)
+    assert list(tmp_path.iterdir()) != []
+    with claimed(tmp_path / "x", wait=True):
+        pass
+
+
+def test_of_two_that_race_for_one_output_one_writes_it_whole(tmp_path: Path) -> None:
+    rounds = 50
+    racers = [run(RACE, tmp_path, name, rounds) for name in ("one", "two")]
+    said: list[list[str]] = []
+    for _ in range(rounds):
+        for racer in racers:
+            assert racer.stdin is not None
+            racer.stdin.write("\n")
+            racer.stdin.flush()
+        said.append([racer.stdout.readline() for racer in racers if racer.stdout is not None])
+    for racer in racers:
+        racer.communicate()
+    for number, answers in enumerate(said):
+        assert sorted(answer == "wrote\n" for answer in answers) == [False, True], answers
+        refused = next(answer for answer in answers if answer != "wrote\n")
+        assert "is writing there" in refused or "is not empty" in refused
+        winner = ("one", "two")[answers.index("wrote\n")]
+        files = {p.name: p.read_text() for p in (tmp_path / str(number)).iterdir() if not p.name.startswith(".")}
+        assert files == dict.fromkeys("abc", winner)
+    assert list(tmp_path.glob(".*")) == []

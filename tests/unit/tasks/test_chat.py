@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens of a conversation, a prompt or a text are learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirrortune.errors import DataError
+from mirrortune.tasks.chat import (
+    alpaca_prompt,
+    encode_continuation,
+    encode_conversation,
+    save_turn_ends,
+    turn_end_ids,
+)
+from mirrortune.tasks.conversations import Conversation, as_messages
+from tests.tiny_models import CHATML, MARKED, tiny_chat_tokenizer
+
+TALK = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Größe?"},
+    {"role": "assistant", "content": "42 – ja"},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes "},
+]
+
+
+def learned(tokenizer: Any, encoding: tuple[list[int], list[bool]]) -> str:
+    """The text of the tokens that are learned."""
+    return str(tokenizer.decode([i for i, use in zip(*encoding, strict=True) if use]))
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_every_answer_is_learned_with_its_end_and_nothing_else(template: str) -> None:
+    tokenizer = tiny_chat_tokenizer(template)
+    ids, mask = encode_conversation(tokenizer, Conversation(messages=TALK), "row 1")
+    assert learned(tokenizer, (ids, mask)) == "42 – ja<|im_end|>Yes <|im_end|>"
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+
+
+def test_marks_and_prefixes_agree() -> None:
+    talk = Conversation(messages=TALK)
+    by_prefix, by_marks = (encode_conversation(tiny_chat_tokenizer(t), talk, "row 1") for t in (CHATML, MARKED))
+    assert by_prefix == by_marks
+
+
+def test_a_template_that_ends_no_turn_gets_the_end_token() -> None:
+    tokenizer = tiny_chat_tokenizer(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    encoding = encode_conversation(tokenizer, Conversation(messages=TALK[1:3]), "row 1")
+    assert learned(tokenizer, encoding) == "42 – ja\n<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    """Like those that drop the reasoning of all answers but the last."""
+    tokenizer = tiny_chat_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] if loop.last else 'gone' }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"row 7: .*writes turn 3 differently when others follow.*task\.loss_on=all"):
+        encode_conversation(tokenizer, Conversation(messages=TALK), "row 7")
+
+
+def test_what_a_template_refuses_is_said_in_its_words() -> None:
+    tokenizer = tiny_chat_tokenizer("{{ raise_exception('System role not supported') }}")
+    with pytest.raises(DataError, match=r"row 7: .*refuses a conversation of system, user.*System role not supported"):
+        encode_conversation(tokenizer, Conversation(messages=TALK), "row 7")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text"),
+    [("Q: 1+1\nA:", " 2", " 2<|im_end|>"), ("Why?", "So.", "So.<|im_end|>"), ("", "A story", "A story<|im_end|>"),
+     ("Why?", "", "<|im_end|>")],
+)  # fmt: skip
+def test_a_completion_is_learned_with_the_end_token(prompt: str, completion: str, text: str) -> None:
+    tokenizer = tiny_chat_tokenizer(None)
+    assert learned(tokenizer, encode_continuation(tokenizer, prompt, completion)) == text
+
+
+def test_a_line_break_parts_what_brings_no_space() -> None:
+    tokenizer = tiny_chat_tokenizer(None)
+    assert tokenizer.decode(encode_continuation(tokenizer, "Why?", "So.")[0]) == "Why?\nSo.<|im_end|>"
+    assert tokenizer.decode(encode_continuation(tokenizer, "A:", " 2")[0]) == "A: 2<|im_end|>"
+
+
+def test_alpaca_prompts_are_stanfords() -> None:
+    assert alpaca_prompt("Add.", "1, 2") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n"
+        "### Response:\n"
+    )
+    assert "### Input" not in alpaca_prompt("Add.", " ")
+
+
+def test_speakers_have_many_names() -> None:
+    found = as_messages([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "row 1")
+    assert found == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("value", [None, "text", [], ["a"], [{"role": "user"}], [{"role": 1, "content": "a"}]])
+def test_what_is_no_conversation_is_refused(value: Any) -> None:
+    with pytest.raises(DataError, match=r"^row 3: "):
+        as_messages(value, "row 3")
+
+
+@pytest.mark.parametrize(("known", "ends"), [(None, [256, 258]), (256, [256, 258]), ([256, 5], [256, 5, 258])])
+def test_generation_stops_where_the_template_ends_a_turn(known: Any, ends: list[int], tmp_path: Path) -> None:
+    tokenizer = tiny_chat_tokenizer(eos="<|end|>")
+    assert turn_end_ids(tokenizer) == [256, 258]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": known, "top_p": 0.5}))
+    save_turn_ends(tokenizer, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": ends, "top_p": 0.5}

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""question-answering: windows over long contexts, where answers stand in them, and how answers are scored."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from mirrortune.data.dataset import Split
+from mirrortune.data.tokenize import Reading
+from mirrortune.errors import ConfigError, DataError
+from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
+from mirrortune.tasks.metrics import score
+
+KIND = task_class("question-answering")
+CONTEXT = "the old film was good , but the new movie was very very awful and so dull"
+NONE: dict[str, list[Any]] = {"text": [], "answer_start": []}
+
+
+def answer(text: str, start: int | None = None) -> dict[str, list[Any]]:
+    """An answer as the Hub's data sets have them."""
+    return {"text": [text], "answer_start": [CONTEXT.index(text) if start is None else start]}
+
+
+def rows(*answers: Any, context: str = CONTEXT) -> pa.Table:
+    """Questions about the context."""
+    count = len(answers)
+    return pa.table({"question": ["was it good ?"] * count, "context": [context] * count, "answers": list(answers)})
+
+
+def encode(tokenizer: Any, table: pa.Table, max_length: int = 48, **settings: Any) -> tuple[Any, Any]:
+    """The task and its examples."""
+    task = KIND.from_rows(table, "squad.json", **settings)[0]
+    return task, task.encode(Split(table=table, source="squad.json"), tokenizer, Reading(max_length=max_length))
+
+
+def told(examples: Any, starts: list[int], ends: list[int], by: float = 9.0) -> Any:
+    """Outputs of a model that names one token of every window."""
+    mask = examples.batch(np.arange(len(examples)))["attention_mask"]
+    logits = torch.zeros(2, *mask.shape)
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        logits[0, row, start] = logits[1, row, end] = by
+    return SimpleNamespace(start_logits=logits[0], end_logits=logits[1])
+
+
+def said(task: Any, examples: Any, outputs: Any) -> list[str]:
+    """The answers that are made of a model's outputs."""
+    batch = examples.batch(np.arange(len(examples)))
+    judged = task.judge(None, batch, outputs, batch["targets"])
+    return list(task.answers(judged, examples)[0])
+
+
+def test_targets_are_the_tokens_of_the_answer(tokenizer: Any) -> None:
+    task, found = encode(tokenizer, rows(answer("very very awful")))
+    (start, end) = found.targets[0]
+    assert tokenizer.decode(found.features["input_ids"][start : end + 1]) == "very very awful"
+    assert said(task, found, told(found, [start], [end])) == ["very very awful"]
+
+
+def test_every_window_knows_whether_it_has_the_answer(tokenizer: Any) -> None:
+    task, found = encode(tokenizer, rows(answer("very very awful"), answer("film")), 16, stride=4)
+    assert len(found) > 4
+    assert found.lengths.max() <= 16
+    texts = [
+        tokenizer.decode(found.features["input_ids"][found.offsets[i] :][start : end + 1]) if end else ""
+        for i, (start, end) in enumerate(found.targets)
+    ]
+    assert set(texts) == {"", "very very awful", "film"}
+    right = told(found, found.targets[:, 0].tolist(), found.targets[:, 1].tolist())
+    assert said(task, found, right) == ["very very awful", "film"]
+    assert "2 questions, 2 of them read through several windows" in found.describe()
+
+
+def test_every_word_of_the_context_is_in_a_window(tokenizer: Any) -> None:
+    _, found = encode(tokenizer, rows(answer("film")), 16, stride=2)
+    seen = {(low, high) for low, high in zip(found.references.starts, found.references.ends, strict=True) if high > 0}
+    assert {CONTEXT[low:high] for low, high in seen} >= set(CONTEXT.split())
+
+
+def test_no_answer_is_said_only_where_it_may_be(tokenizer: Any) -> None:
+    task, found = encode(tokenizer, rows(answer("film"), NONE))
+    assert task.may_lack_answer
+    assert found.targets[1].tolist() == [0, 0]
+    start, end = found.targets[0].tolist()
+    assert said(task, found, told(found, [start, 0], [end, 0])) == ["film", ""]
+    always, other = encode(tokenizer, rows(answer("film")))
+    assert not always.may_lack_answer
+    assert said(always, other, told(other, [0], [0])) != [""]
+
+
+def test_spans_are_forwards_short_and_inside_the_context(tokenizer: Any) -> None:
+    task, found = encode(tokenizer, rows(answer("film")))
+    start, _ = found.targets[0].tolist()
+    backwards = said(task, found, told(found, [start + 3], [start]))
+    assert backwards[0] in CONTEXT
+    in_question = said(task, found, told(found, [1], [2]))
+    assert in_question[0] in CONTEXT
+
+
+@pytest.mark.parametrize(
+    "value", ["very very awful", ["very very awful", "awful"], [{"text": "awful", "answer_start": 3}]]
+)
+def test_answers_come_in_many_forms(tokenizer: Any, value: Any) -> None:
+    _, found = encode(tokenizer, rows(value))
+    assert found.targets[0].min() > 0
+
+
+def test_the_loss_is_the_mean_of_both_ends(tokenizer: Any) -> None:
+    task, found = encode(tokenizer, rows(answer("film"), answer("dull")))
+    outputs = told(found, [0, 0], [0, 0], by=0.0)
+    loss, items = task.loss(outputs, torch.from_numpy(found.targets))
+    assert items == 2
+    assert float(loss) == pytest.approx(2 * np.log(outputs.start_logits.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "truths", "exact", "f1"),
+    [
+        ("The Film!", ("film",), 1.0, 1.0),
+        ("a good film", ("film", "an old film"), 0.0, 2 / 3),
+        ("", (), 1.0, 1.0),
+        ("film", (), 0.0, 0.0),
+        ("", ("film",), 0.0, 0.0),
+        ("b", ("c",), 0.0, 0.0),
+    ],
+)
+def test_answers_are_scored_as_squad_does(answer: str, truths: tuple[str, ...], exact: float, f1: float) -> None:
+    found = score(("exact_match", "squad_f1"), [answer], [truths])
+    assert found == pytest.approx({"exact_match": exact, "squad_f1": f1})
+
+
+def test_what_does_not_fit_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="no columns of questions, contexts and answers; the columns are text"):
+        KIND.from_rows(pa.table({"text": ["a"]}), "squad.json")
+    with pytest.raises(DataError, match=r"1 of 2 rows have no answer in column 'answers' \(row 2\)"):
+        encode(tokenizer, rows(answer("film"), None))
+    with pytest.raises(ConfigError, match=r"data\.stride: got 40, windows have 64 tokens. Allowed: less than 32"):
+        KIND.from_rows(rows(answer("film")), "squad.json", stride=40)[0].resolve_length(64, tokenizer, None)
+
+
+def test_a_task_describes_itself() -> None:
+    task = KIND.from_rows(rows(answer("film"), NONE), "squad.json")[0]
+    assert task_from_dict(json.loads(json.dumps(task_to_dict(task)))) == task
