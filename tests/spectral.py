@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.inject import SpectralLayer
+from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.pairings.rules import PAIRINGS
-from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import factorize
 

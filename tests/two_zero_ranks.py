@@ -21,8 +21,8 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.cli import app
 from mirrortune.errors import DivergedError, InterruptedRun, PeerError
 from mirrortune.runs import commands
+from mirrortune.system.devices import widen
 from mirrortune.system.distributed import deepspeed
-from mirrortune.system.precision import widen
 from mirrortune.training.evaluate import evaluate_split
 from mirrortune.training.snapshots import optimizer_tensors
 from tests import tiny_runs

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
+from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
-from mirrortune.adapters.spectral_linear import SpectralLinear
-from mirrortune.adapters.spectral_weight import SpectralWeight, replace_weight
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import Target, Targets, find_targets

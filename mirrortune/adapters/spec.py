@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirrortune.adapters.core_stack import CoreStack
+from mirrortune.adapters.core import CoreStack
 from mirrortune.adapters.cores import CORES, Core
 from mirrortune.adapters.methods import PeftTuner, Preset, method_names, preset
 from mirrortune.adapters.pairings.listed import PairLists, check_lists, list_for

@@ -8,8 +8,7 @@ from pathlib import Path
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.find import find_adapter
-from mirrortune.analyze.peft_weights import load_peft, read_config
-from mirrortune.analyze.weights import AdaptedWeights, StoredWeights, Weights
+from mirrortune.analyze.weights import AdaptedWeights, StoredWeights, Weights, load_peft, read_config
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import find_model
 from mirrortune.system.hub import hub_errors, local_adapter, resolve_commit

@@ -11,8 +11,8 @@ from typing import Any
 from mirrortune.analyze.analyze import Analysis
 from mirrortune.analyze.spectra.spectra import Comparison
 from mirrortune.analyze.spectra.summary import SHARES, Analysed, by, mean_turn, top_energy
-from mirrortune.reports.angle_figures import angle_drawing
 from mirrortune.reports.drawing import COLOURS, DASHES, MARKERS, Drawing, heat_map, legend_beside, tidy
+from mirrortune.reports.run_figures import angle_drawing
 
 _SHARE_NAMES = {"amplification": "amplification", "reorientation": "re-orientation", "new": "new directions"}
 _HATCHES = {"amplification": "", "reorientation": "//", "new": ".."}

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mirrortune.adapters.candidates import kind_of
 from mirrortune.adapters.kinds import Embedding, Kind, Parameter
 from mirrortune.adapters.layer_patterns import matches, no_match
 from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.targets import kind_of
 from mirrortune.analyze.weights import Weights
 from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.models.load import ModelSource, empty_model

@@ -24,7 +24,7 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.find import require_adapter
 from mirrortune.adapters.inject import attachment
-from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.merging.in_memory import open_adapter
 from mirrortune.merging.lora import change_of, check_exportable, choose_ranks, spectral_only, write_report

@@ -26,7 +26,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.merging.bases import load_plain, trained_on
 from mirrortune.merging.contents import check_ties, tensor_entry
 from mirrortune.models.load import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
-from mirrortune.system.precision import widen
+from mirrortune.system.devices import widen
 from mirrortune.tasks.base import Task, task_from_dict
 from mirrortune.tasks.drawn_inputs import first_that_runs
 from mirrortune.tasks.model_outputs import compared_outputs, largest_difference

@@ -26,8 +26,8 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.find import require_adapter
 from mirrortune.adapters.inject import attachment, plain_parameters
+from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.peft_bridge.files import common_fields
-from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.merging.in_memory import BaseWithAdapter, OutputError, compare_outputs, open_adapter
 from mirrortune.system.outputs import LORA, Write, adapter_inputs, model_inputs, output_folder

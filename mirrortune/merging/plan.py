@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.adapters.files.load import stored_core, trained_factors
 from mirrortune.adapters.inject import FactorSource
+from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.peft_bridge.single_layer import (
     SharedLayers,
     head_tensors,
@@ -31,7 +32,6 @@ from mirrortune.adapters.peft_bridge.single_layer import (
     stands_alone,
 )
 from mirrortune.adapters.peft_bridge.tuners import PeftLayer
-from mirrortune.adapters.spectral import delta_weight
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.models.load import ModelSource, resolve_dtype
 from mirrortune.models.parts import CannotLoadParts, LoadedTensor, PartLoader, value_of

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.packed import PackedLinear
+from mirrortune.adapters.kinds import PackedLinear
 from mirrortune.errors import raised_here
 from mirrortune.models.load import ModelSource, task_config
 from mirrortune.models.load_errors import quiet

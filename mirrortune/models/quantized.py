@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mirrortune.adapters.packed import PackedLinear, plain_dtype
+from mirrortune.adapters.kinds import PackedLinear, plain_dtype
 from mirrortune.errors import ConfigError
 
 _PACKED = PackedLinear()

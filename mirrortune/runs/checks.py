@@ -17,7 +17,7 @@ from mirrortune.data.dataset import DataSet, Split, load_data
 from mirrortune.data.labels import as_name, without_labels
 from mirrortune.data.stream import stream_data, stream_problems
 from mirrortune.errors import ConfigError, unknown_name
-from mirrortune.models.forward_modes import check_attention
+from mirrortune.models.load import check_attention
 from mirrortune.system.compiler import check_compiler
 from mirrortune.system.devices import default_device
 from mirrortune.system.outputs import Input, model_inputs

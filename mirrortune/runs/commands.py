@@ -28,9 +28,8 @@ from mirrortune.data.examples import Examples
 from mirrortune.data.files.media import remarks_on
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError
-from mirrortune.models.forward_modes import checkpoint_activations
+from mirrortune.models.load import checkpoint_activations
 from mirrortune.runs.checks import adapter_spec, check_recipe, inputs_of, loop_settings, read_data
-from mirrortune.runs.environment import environment, peak_memory_bytes
 from mirrortune.runs.index_checks import check_rows
 from mirrortune.runs.job import Job, assemble
 from mirrortune.runs.load import (
@@ -50,8 +49,15 @@ from mirrortune.runs.predictions import (
     write_predictions,
 )
 from mirrortune.runs.recorder import record_validation, recording
-from mirrortune.runs.records import check_same_recipe, pin_paths, run_name, write_results
-from mirrortune.runs.scoring import score_kept
+from mirrortune.runs.results import (
+    check_same_recipe,
+    environment,
+    peak_memory_bytes,
+    pin_paths,
+    run_name,
+    score_kept,
+    write_results,
+)
 from mirrortune.runs.size import default_eval_batch
 from mirrortune.runs.strategy import by_strategy, choose_strategies
 from mirrortune.system.compiler import compile_model

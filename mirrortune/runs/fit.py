@@ -28,8 +28,8 @@ from mirrortune.models.load import ModelSource
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.size import Load, Plan, default_eval_batch, footprint, strategies_of
 from mirrortune.system.atomic import write_atomically
+from mirrortune.system.cache import mebibytes
 from mirrortune.system.devices import is_slow, peak_resident_bytes
-from mirrortune.system.disk_space import mebibytes
 from mirrortune.system.paths import cache_folder, is_local
 from mirrortune.tasks.base import Task
 

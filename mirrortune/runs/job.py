@@ -20,20 +20,26 @@ from mirrortune.data.dataset import DataSet, Split, set_aside, take_subset
 from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.examples import Examples
 from mirrortune.data.files.media import remarks_on
-from mirrortune.data.stream_feeding import StreamedExamples
+from mirrortune.data.loader import StreamedExamples
 from mirrortune.data.token_cache import uncached
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, DataError, all_of, counted, did_you_mean
-from mirrortune.models.forward_modes import checkpoint_activations
-from mirrortune.models.load import ModelSource, describe_widening, empty_model, find_model, resolve_dtype
+from mirrortune.models.load import (
+    ModelSource,
+    checkpoint_activations,
+    describe_widening,
+    empty_model,
+    find_model,
+    resolve_dtype,
+)
 from mirrortune.runs.checks import adapter_spec, check_recipe, make_task, read_data
 from mirrortune.runs.fit import Stage, Step, check_memory, describe, disk_needs, packed
 from mirrortune.runs.index_checks import Lengths, check_rows, longest
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.size import Plan, make_plan
+from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
-from mirrortune.system.disk_space import check_disk
 from mirrortune.tasks.base import TARGET_ROLES, Task, check_columns, unused_columns, with_label_columns
 
 HELD_OUT = "held-out half"

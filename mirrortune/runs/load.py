@@ -35,10 +35,9 @@ from mirrortune.models.tensors import Layer, stored_layers
 from mirrortune.runs.checks import make_task
 from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import default_device, is_slow
+from mirrortune.system.devices import default_device, is_slow, widen
 from mirrortune.system.distributed import sync
 from mirrortune.system.paths import hub_place
-from mirrortune.system.precision import widen
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Task, task_from_dict, with_columns
 from mirrortune.training.calibration import CalibrationSettings, measure_saliency

@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirrortune.data.batching import forward
 from mirrortune.data.examples import Batch
+from mirrortune.data.loader import forward
 
 _ATEN = torch.ops.aten
 

@@ -27,7 +27,7 @@ from mirrortune.data.examples import Batch
 from mirrortune.errors import ConfigError, MirrortuneError
 from mirrortune.merging.lora import SERVED_RANKS
 from mirrortune.runs.memory import Footprint, rehearse
-from mirrortune.system.precision import widen
+from mirrortune.system.devices import widen
 from mirrortune.tasks.base import Task, scores_vocabulary
 
 # Of adapter.json and of the header of the tensors: in all, and for a layer besides its name.

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
+from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
 from mirrortune.adapters.layout import Layout
-from mirrortune.adapters.spectral_linear import SpectralLinear
-from mirrortune.adapters.spectral_weight import SpectralWeight, replace_weight
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.data.examples import Batch
-from mirrortune.system.precision import autocast
+from mirrortune.system.devices import autocast
 
 # The names are those of transformers' output classes: a field, or the last word of one (``start_logits``).
 _ANSWERS = (

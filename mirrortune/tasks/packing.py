@@ -17,7 +17,7 @@ from torch import nn
 
 from mirrortune.data.examples import IGNORE_INDEX, Batch, IntArray, Rows, TokenExamples
 from mirrortune.errors import ConfigError
-from mirrortune.system.precision import autocast
+from mirrortune.system.devices import autocast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

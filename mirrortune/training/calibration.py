@@ -21,10 +21,10 @@ from mirrortune.adapters.core import even_steps, plane_strengths
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.pairings.matching import rotation_gradient
 from mirrortune.adapters.targets import Targets
-from mirrortune.data.batching import epoch_batches, forward
 from mirrortune.data.examples import Examples
+from mirrortune.data.loader import epoch_batches, forward
 from mirrortune.errors import ConfigError
-from mirrortune.system.precision import mixed
+from mirrortune.system.devices import mixed
 from mirrortune.tasks.base import Task
 
 # Distinct batches of the warm-up, over which its steps go round. With MiniLM-L6 on the movie sentences, pairs matched

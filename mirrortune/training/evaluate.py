@@ -13,12 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mirrortune.data.batching import forward
 from mirrortune.data.examples import Batch, Examples, Rows
-from mirrortune.data.loader import made_ahead, pinned
+from mirrortune.data.loader import forward, made_ahead, pinned
 from mirrortune.errors import DataError
+from mirrortune.system.devices import as_computed, mixed
 from mirrortune.system.distributed import sync
-from mirrortune.system.precision import as_computed, mixed
 from mirrortune.tasks.base import Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
 

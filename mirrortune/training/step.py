@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mirrortune.data.batching import forward
-from mirrortune.data.loader import MicroBatch
+from mirrortune.data.loader import MicroBatch, forward
 from mirrortune.system.console import chatter_to_stderr
 from mirrortune.system.distributed import deepspeed
 from mirrortune.system.distributed.sharding import own_share, ties_in_one_unit, whole

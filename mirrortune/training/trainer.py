@@ -17,7 +17,7 @@ from torch import nn
 
 from mirrortune.adapters.inject import attachment
 from mirrortune.data.examples import Examples
-from mirrortune.data.stream_feeding import StreamedExamples, make_feed
+from mirrortune.data.loader import StreamedExamples, make_feed
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import choose_units, whole_parameters

@@ -38,7 +38,7 @@ from mirrortune.adapters.pairings import rules
 from mirrortune.adapters.pairings.matching import match
 from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import Layer, resolve
-from mirrortune.data.batching import epoch_batches, forward
+from mirrortune.data.loader import epoch_batches, forward
 from mirrortune.runs.job import assemble
 from mirrortune.system.console import Reporter
 from tests.bench.contestants import hardware, versions

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mirrortune.adapters.cores import CORES, Core
-from mirrortune.adapters.spectral import delta_weight
+from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.svd import factorize
 from mirrortune.analyze.spectra.approximations import (
     METHODS,
@@ -26,7 +26,7 @@ from mirrortune.analyze.spectra.approximations import (
     psoft_error,
     sizes,
 )
-from mirrortune.analyze.spectra.energies import delta_energies
+from mirrortune.analyze.spectra.overlaps import delta_energies
 from tests.spectral import Problem, draw_pairs, problems
 
 EVERY = problems(full=True, largest=14)

@@ -18,8 +18,8 @@ from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, load_into
 from mirrortune.adapters.fingerprint import Fingerprint, align, fingerprint
 from mirrortune.adapters.inject import adapter_parameters, attach, plain_parameters, spectral_layers
+from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.spectral import delta_weight
 from mirrortune.adapters.svd import Factors, complement, factorize
 from mirrortune.errors import VerificationError
 from tests.spectral import (

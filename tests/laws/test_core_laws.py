@@ -9,12 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mirrortune.adapters.core import plane_strengths
-from mirrortune.adapters.core_stack import CoreStack
+from mirrortune.adapters.core import CoreStack, plane_strengths
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.cores.givens import Givens
+from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.pairings.encoding import split_rounds
-from mirrortune.adapters.spectral import delta_weight
 from mirrortune.adapters.svd import factorize
 from tests.spectral import (
     INSIDE,

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from mirrortune.adapters.candidates import KINDS
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.files.load import FingerprintBook, load_into
 from mirrortune.adapters.inject import adapter_parameters, attach, attachment, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
+from mirrortune.adapters.targets import KINDS
 from mirrortune.errors import ConfigError
 from tests.spectral import dense_change, relative, train_a_little
 

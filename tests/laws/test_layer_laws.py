@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.strategies import Strategy
 from tests.spectral import (
     INSIDE,

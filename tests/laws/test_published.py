@@ -16,8 +16,8 @@ from mirrortune.adapters.cores.lora_xs import LoraXs
 from mirrortune.adapters.cores.psoft import Psoft
 from mirrortune.adapters.cores.scale import Scale
 from mirrortune.adapters.cores.svft import Svft
+from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.spectral_linear import SpectralLinear
 from mirrortune.adapters.svd import Factors, Rank, factorize
 from mirrortune.errors import ConfigError
 from mirrortune.runs.size import make_plan

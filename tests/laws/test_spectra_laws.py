@@ -16,9 +16,15 @@ from torch import Tensor
 from mirrortune.adapters.pairings.rules import mirror
 from mirrortune.adapters.svd import Factors
 from mirrortune.analyze.spectra import spectra
-from mirrortune.analyze.spectra.energies import delta_energies, delta_ranks
+from mirrortune.analyze.spectra.overlaps import (
+    decompose,
+    delta_energies,
+    delta_ranks,
+    match_directions,
+    overlaps,
+    principal_angles,
+)
 from mirrortune.analyze.spectra.spectra import Comparison, compare, curve_positions
-from mirrortune.analyze.spectra.subspaces import decompose, match_directions, overlaps, principal_angles
 from mirrortune.errors import DataError
 
 

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from mirrortune import __version__
 from mirrortune.adapters.files.description import DESCRIPTION, FORMAT_VERSION, description_text, read_description
-from mirrortune.adapters.files.packing import pack, unpack
 from mirrortune.adapters.files.tensors import (
     Form,
     basis_tensors,
@@ -41,7 +40,9 @@ from mirrortune.adapters.files.tensors import (
     describe_target,
     factor_tensors,
     fingerprint_of,
+    pack,
     split_effects,
+    unpack,
     with_pairs,
 )
 from mirrortune.adapters.files.validate import (

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from mirrortune.adapters.svd import Factors
 from mirrortune.analyze.spectra.approximations import Approximation, Change, approximate
-from mirrortune.analyze.spectra.energies import delta_energies, delta_ranks
-from mirrortune.analyze.spectra.shares import Shares, split_change
-from mirrortune.analyze.spectra.subspaces import (
+from mirrortune.analyze.spectra.overlaps import (
     Matching,
     Overlaps,
+    Shares,
     decompose,
+    delta_energies,
+    delta_ranks,
     match_directions,
     overlaps,
     principal_angles,
+    split_change,
 )
 
 # Leading subspaces whose angles and energies are reported, as far as they are at most half of the directions.
@@ -61,7 +63,7 @@ class Comparison:
             directions and in the ``rest``.
         delta: stable rank, effective rank (exponential of the entropy of the singular values) and the number of
             directions that hold 90% of the energy.
-        shares: amplification, reorientation and new; see :mod:`mirrortune.analyze.spectra.shares`.
+        shares: amplification, reorientation and new; see :mod:`mirrortune.analyze.spectra.overlaps`.
         amplification_by_rank: the first of them by ``top``, ``middle`` and ``tail``.
         outside: share of the update outside the base's column or row space, which no spectral core reaches.
         new_directions: the strongest new ones: 1-based position, singular value, familiarity; and how many in all.

@@ -28,7 +28,7 @@ from mirrortune.data.files.row_places import FileRows, IntArray
 from mirrortune.data.files.tables import join_parts, on_disk
 from mirrortune.data.files.text_files import blocks_of, first_line, is_packed, lines_of, open_bytes, unpacking
 from mirrortune.errors import DataError
-from mirrortune.system.disk_space import leave_room
+from mirrortune.system.cache import leave_room
 from mirrortune.system.paths import TABLE_SUFFIXES, cache_folder, is_system, table_suffix
 
 # Cells of the csv module are limited to 128 KiB by default; documents are longer.

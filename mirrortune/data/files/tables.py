@@ -18,7 +18,7 @@ import pyarrow as pa
 from mirrortune.data.files.arrow_arrays import aligned, flag_array
 from mirrortune.data.files.column_problems import is_unreadable, problem_field
 from mirrortune.system.atomic import cannot_write
-from mirrortune.system.disk_space import leave_room
+from mirrortune.system.cache import leave_room
 from mirrortune.system.paths import cache_folder
 
 _LIMIT = 1 << 28  # bytes held in memory

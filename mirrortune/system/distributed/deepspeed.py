@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.errors import ConfigError
-from mirrortune.system.precision import holds_half
+from mirrortune.system.devices import holds_half
 
 _STAGES = (2, 3)
 # What a config of DeepSpeed may set: what the recipe decides anyway, and how large its buckets are.

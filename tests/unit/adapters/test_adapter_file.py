@@ -20,7 +20,7 @@ from torch import Tensor
 from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained, write_adapter
 from mirrortune.adapters.files.description import FORMAT_VERSION
 from mirrortune.adapters.files.load import load_into
-from mirrortune.adapters.files.packing import pack, to_bits, unpack
+from mirrortune.adapters.files.tensors import pack, to_bits, unpack
 from mirrortune.adapters.fingerprint import fingerprint
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec

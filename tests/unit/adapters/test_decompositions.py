@@ -8,8 +8,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from mirrortune.adapters import decompositions
-from mirrortune.adapters.decompositions import RESIDUAL, decompose, decompose_on, full, is_exact, leading
+from mirrortune.adapters import svd
+from mirrortune.adapters.svd import RESIDUAL, decompose, decompose_on, full, is_exact, leading
 from mirrortune.errors import DataError
 
 SPECTRA = {
@@ -66,10 +66,10 @@ def test_the_same_weight_has_the_same_factors() -> None:
 
 def test_axes_that_do_not_get_there_are_left_to_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = matrix_of(SPECTRA["flat"], is_wide=False)
-    monkeypatch.setattr(decompositions, "_ROUNDS", 1)
+    monkeypatch.setattr(svd, "_ROUNDS", 1)
     assert leading(matrix, 7) is None
-    monkeypatch.setattr(decompositions, "_SMALLEST_SIDE", 8)
-    monkeypatch.setattr(decompositions, "_LARGEST_SHARE", 1.0)
+    monkeypatch.setattr(svd, "_SMALLEST_SIDE", 8)
+    monkeypatch.setattr(svd, "_LARGEST_SHARE", 1.0)
     expected = full(matrix, "layer")
     for found, exact in zip(
         decompose(matrix, 7, "layer"), (expected[0][:, :7], expected[1][:7], expected[2][:7]), strict=True

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mirrortune.adapters.spectral_linear import SpectralLinear
+from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.strategies import cheapest_strategy
 from mirrortune.adapters.svd import factorize
 from mirrortune.errors import ConfigError

@@ -13,13 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from mirrortune.adapters.candidates import KINDS
 from mirrortune.adapters.files.load import adapt
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.kinds import Linear
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import SMALLEST_WORK, Strategy, candidates, cheapest_strategy, cost
-from mirrortune.adapters.targets import Target, find_targets
+from mirrortune.adapters.targets import KINDS, Target, find_targets
 from mirrortune.runs.size import strategies_of
 from mirrortune.runs.strategy import Bench, by_strategy
 from mirrortune.runs.timing import time_strategies

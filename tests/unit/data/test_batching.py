@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.data.batching import epoch_batches, micro_batches
+from mirrortune.data.loader import epoch_batches, micro_batches
 from tests.tiny_runs import as_examples
 
 SEEDS = st.integers(0, 2**16)

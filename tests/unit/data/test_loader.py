@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mirrortune.data.batching import epoch_batches
-from mirrortune.data.loader import Feed, made_ahead
+from mirrortune.data.loader import Feed, epoch_batches, made_ahead
 from tests.tiny_runs import sentences
 
 WORKERS = pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from mirrortune.data.dataset import load_data
+from mirrortune.data.loader import StreamedExamples, StreamFeed
 from mirrortune.data.row_stream import Place, RowStream
 from mirrortune.data.stream import stream_data
-from mirrortune.data.stream_feeding import StreamedExamples, StreamFeed
 from mirrortune.errors import ConfigError, DataError, NoRowsError
 from tests.tiny_models import tiny_tokenizer
 from tests.tiny_runs import as_examples

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.files.load import FingerprintBook, load_into
 from mirrortune.adapters.inject import adapter_parameters, attach, attachment, spectral_layers
-from mirrortune.adapters.packed import PackedLinear
+from mirrortune.adapters.kinds import PackedLinear
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import find_targets

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.files.load import adapt
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.data.batching import forward
 from mirrortune.data.examples import IGNORE_INDEX
+from mirrortune.data.loader import forward
 from mirrortune.runs.size import Load, footprint
-from mirrortune.system.precision import widen
+from mirrortune.system.devices import widen
 from mirrortune.training.optim import build_optimizer
 
 BERT = transformers.BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,

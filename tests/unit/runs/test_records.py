@@ -10,7 +10,7 @@ import pytest
 from mirrortune.config.recipe import flatten, override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError
-from mirrortune.runs.records import check_same_recipe
+from mirrortune.runs.results import check_same_recipe
 from mirrortune.system.run_directory import RunDirectory
 
 FREE = {

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from mirrortune.errors import ConfigError
 from mirrortune.system.compiler import compile_model
+from mirrortune.system.devices import widen
 from mirrortune.system.distributed.deepspeed import make_plugin, stage_of
-from mirrortune.system.precision import widen
 from mirrortune.training.evaluate import evaluate_split
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.laws.test_training_laws import differences

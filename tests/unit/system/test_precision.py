@@ -17,7 +17,7 @@ from mirrortune.config import recipe
 from mirrortune.merging import push
 from mirrortune.runs import commands
 from mirrortune.system.console import Reporter
-from mirrortune.system.precision import as_computed, autocast, widen
+from mirrortune.system.devices import as_computed, autocast, widen
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD
 

@@ -1,30 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen linear map (linear layer, convolution, embedding) with a trained core in its singular basis, and two ways to
-run it.
+"""What a core in the singular basis of a weight adds to it: U (K - diag(S)) Vh, and what it has beside the basis.
 
-    branch     y = base(x) + U (K - S) Vh x     exact base model for an untrained core; cheap when R << D
-    factored   y = U K Vh x + b                 R >= D only; cheaper than branch there, equal to the base up to rounding
-
-Both save z = Vh x (N, R) for the backward pass, not x (N, I): the factors are frozen, so the core's gradient needs only
-z and U^T dy. Shapes: N rows, O out_features, I in_features, D = min(O, I), R rank; a convolution has a row for each
-position of its output, and I counts its kernel.
+Shapes: O out_features, I in_features, R rank, E stacked matrices (a leading dimension of all, where there are several).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from mirrortune.adapters.autograd import added_product, spectral_product
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind, Linear
-from mirrortune.adapters.spectral import Spectral
+from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.strategies import cheapest_strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.errors import ConfigError
+
+
+class Spectral(nn.Module):
+    """The frozen factors of a base weight with a trained core between them.
+
+    Args:
+        factors: singular triplets; of a stack, with a leading dimension E.
+        core: owns the trained numbers and K; a ``CoreStack`` for a stack.
+        layout: how the base's tensor stands for matrices.
+        like: a tensor of the device and dtype to hold the factors in.
+    """
+
+    def __init__(self, factors: Factors, core: Core, layout: Layout, like: Tensor) -> None:
+        super().__init__()
+        self.layout = layout
+        self.rank = factors.rank
+        self.out_features, self.in_features = layout.matrix_shape
+        # Frozen parameters and not buffers, so that sharding wrappers (FSDP2) shard them instead of replicating them.
+        cast = factors.to(device=like.device, dtype=like.dtype)
+        self.U = nn.Parameter(cast.U, requires_grad=False)
+        self.Vh = nn.Parameter(cast.Vh, requires_grad=False)
+        self.core = core
+
+    @property
+    def factors(self) -> Factors:
+        """U, S and Vh as they are held."""
+        return Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: the core's parameters."""
+        return dict(self.core.named_parameters())
+
+    def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
+        return {"weight": before["weight"].cpu().double() + self.layout.tensor(self.delta_weight())}
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """U (K - diag(S)) Vh in float64 on the CPU, (O, I) or (E, O, I): what merging adds to the base matrices."""
+        return delta_weight(self.factors, self.core)
+
+    def adapt(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W' in the layout of the base's ``weight``, made in float32 or better and rounded once to ``dtype``;
+        differentiable for the core's numbers.
+        """
+        with torch.autocast(self.U.device.type, enabled=False):
+            delta = dense_delta(self.factors, self.core)
+            adapted: Tensor = (weight.to(delta) + self.layout.tensor(delta)).to(dtype)
+        return adapted
+
+
+def dense_delta(factors: Factors, core: Core) -> Tensor:
+    """U (K - diag(S)) Vh and what the core adds beside it, (O, I) or (E, O, I), in float32 or better; differentiable
+    for the core's numbers.
+    """
+    dtype = torch.promote_types(factors.U.dtype, torch.float32)
+    mixed = core.mix(factors.Vh.to(dtype).mT, *core.coefficients(delta=True))  # (I, R): column i of K' Vh in row i
+    delta = factors.U.to(dtype) @ mixed.mT
+    beside = core.beside_weight()
+    return delta if beside is None else delta + beside
+
+
+@torch.no_grad()
+def delta_weight(factors: Factors, core: Core) -> Tensor:
+    """U (K - diag(S)) Vh, and what the core adds beside it, in float64 on the CPU, (O, I) or (E, O, I)."""
+    exact = factors.to(device=torch.device("cpu"), dtype=torch.float64)
+    return dense_delta(exact, core.in_float64())
+
 
 _LINEAR = Linear()
 
@@ -169,3 +233,63 @@ _OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Ten
     Tensor.is_complex, Tensor.get_device, Tensor.__len__,
 }  # fmt: skip
 """What can be said of W' without computing it."""
+
+
+class SpectralWeight(Spectral):
+    """W -> W', a parametrisation in the sense of ``torch.nn.utils.parametrize``.
+
+    Args:
+        weight: the frozen tensor, in the layout of its module.
+        layout: how its numbers stand for matrices.
+        factors: singular triplets; of a stack, with a leading dimension E.
+        core: owns the trained numbers and K; a ``CoreStack`` for a stack.
+    """
+
+    strategy = "dense"
+
+    def __init__(self, weight: Tensor, layout: Layout, factors: Factors, core: Core) -> None:
+        super().__init__(factors, core, layout, weight)
+        self._held: dict[bool, Tensor] | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W' of the shape and dtype of ``weight``; equal to it, bit for bit, for an untrained core."""
+        if self._held is None or torch.compiler.is_compiling():
+            return self.adapt(weight, weight.dtype)
+        wants_graph = torch.is_grad_enabled()
+        if wants_graph not in self._held:
+            self._held[wants_graph] = self.adapt(weight, weight.dtype)
+        return self._held[wants_graph]
+
+    def hold(self, *, held: bool) -> None:
+        """From now on compute W' once and give it to every reader, or forget it and compute it for each."""
+        self._held = {} if held else None
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"rank={self.rank}, strategy=dense"
+
+
+def replace_weight(owners: list[tuple[nn.Module, str]], spectral: SpectralWeight) -> None:
+    """Put ``spectral`` over a weight in every place that holds it: (module, parameter name) each."""
+    for module, parameter in owners:
+        # unsafe leaves out a check that would compute W' once more, on whatever device the model was loaded on
+        parametrize.register_parametrization(module, parameter, spectral, unsafe=True)
+        # A loop over experts reads the whole stack for each of them.
+        module.register_forward_pre_hook(_hold)
+        module.register_forward_hook(_release, always_call=True)
+
+
+def _hold(module: nn.Module, _: object) -> None:
+    for spectral in _spectral_weights(module):
+        spectral.hold(held=True)
+
+
+def _release(module: nn.Module, *_: object) -> None:
+    for spectral in _spectral_weights(module):
+        spectral.hold(held=False)
+
+
+def _spectral_weights(module: nn.Module) -> list[SpectralWeight]:
+    # Found through the module and not remembered by the hooks, which a copy of the module shares with it.
+    chains = module.get_submodule("parametrizations").children()
+    return [p for chain in chains for p in chain.children() if isinstance(p, SpectralWeight)]

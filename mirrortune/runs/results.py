@@ -3,20 +3,35 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mirrortune.config.recipe import flatten, read_saved_recipe, with_absolute_paths
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from mirrortune import __version__
+from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
+from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, with_absolute_paths
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import ConfigError, VerificationError, counted
 from mirrortune.reports import model_card
 from mirrortune.reports.run_page import write_curves, write_run_page
 from mirrortune.runs.job import Job
 from mirrortune.runs.load import base_identity
+from mirrortune.system.console import Reporter, describe_metrics
+from mirrortune.system.devices import peak_resident_bytes, resolve_precision
+from mirrortune.system.distributed import deepspeed
+from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import task_to_dict
+from mirrortune.training.evaluate import evaluate_split
 
 
 def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
@@ -89,3 +104,80 @@ def run_name(recipe: Recipe, recipe_name: str | None) -> str:
     model_name = parts[0] if recipe.model.name and recipe.model.name.startswith("package:") else parts[-1]
     words = (task.rsplit("/", 1)[-1], model_name, recipe.adapter.method)
     return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()
+
+
+def score_kept(
+    job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, reporter: Reporter
+) -> dict[str, dict[str, float]]:
+    """Metrics of the kept checkpoint on every split of ``job.reported``, by the split's name.
+
+    Predictions and references that are numbers go to ``predictions.safetensors`` (``<split>.predictions`` and
+    ``<split>.references``, one row each in the split's order), so that runs can be compared row by row.
+
+    Args:
+        job: what to score on.
+        model: as training left it; given the kept checkpoint's numbers.
+        run: finished.
+        accelerator: accelerate's.
+        reporter: is told.
+    """
+    if not job.reported:
+        return {}
+    with whole_parameters(model, write_back=True):
+        restore_trained(model, read_adapter(run.adapter))
+    found: dict[str, dict[str, float]] = {}
+    arrays: dict[str, Any] = {}
+    for name, rows in job.reported.items():
+        outcome = evaluate_split(
+            model, job.task, rows, accelerator,
+            batch_size=job.eval_batch_size, max_positions=job.eval_max_positions, source=name,
+            num_workers=job.recipe.train.num_workers,
+        )  # fmt: skip
+        found[name] = outcome.metrics
+        for what, values in (("predictions", outcome.predictions), ("references", outcome.references)):
+            if isinstance(values, np.ndarray):
+                arrays[f"{name}.{what}"] = np.ascontiguousarray(values)
+        reporter.note(f"{name}: {describe_metrics(outcome.metrics)}  ({counted(outcome.rows, 'row')})")
+
+    def write(path: Path) -> None:
+        save_file(arrays, path)
+
+    if accelerator.is_main_process:
+        run.write_file("predictions.safetensors", write)
+    return found
+
+
+def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict[str, list[str]]) -> dict[str, Any]:
+    """Everything that another machine needs to know to repeat the run, besides the recipe.
+
+    Args:
+        job: assembled.
+        resolved: its recipe.
+        accelerator: of this process.
+        strategies: layers by how they compute.
+    """
+    packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
+    packages += ["peft"] if job.spec.preset.peft else []
+    packages += ["deepspeed"] if deepspeed.stage_of(accelerator) else []
+    return {
+        "mirrortune": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": "bf16" if resolve_precision(job.recipe.train.precision) == "bf16" else "no",
+        "strategies": strategies,
+        "seed": job.recipe.train.seed,
+        "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},
+        "data": job.data_origin,
+        "argv": sys.argv,
+        "origins": resolved.origins,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory in use so far: of the GPU's allocator if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return peak_resident_bytes()
