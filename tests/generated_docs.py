@@ -43,7 +43,7 @@ def render(page: str) -> str:
 
 
 def settings(section: str) -> str:
-    """Settings of one section of a recipe, from ``mirrortune/schema.py``."""
+    """Settings of one section of a recipe, from ``mirrortune/config/schema.py``."""
     model = Recipe.model_fields[section].annotation
     assert isinstance(model, type)
     assert issubclass(model, BaseModel)
