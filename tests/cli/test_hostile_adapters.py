@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from tests.unit.test_adapter_file import rewrite, sign, spelt_out
 from transformers import AutoModelForSequenceClassification
 
 from mirrortune import load_adapter
@@ -24,6 +23,7 @@ from mirrortune.adapters.pairings.encoding import pairs_of
 from mirrortune.errors import MirrortuneError
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
+from tests.unit.adapters.test_adapter_file import rewrite, sign, spelt_out
 
 QUERY, KEY = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key"))
 Damage = Callable[[Path, Path], None]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.test_merging import write_trained
 from torch import nn
 
 import mirrortune as package
@@ -25,6 +24,7 @@ from tests.tiny_models import (
     write_tiny_seq2seq,
     write_tiny_vision,
 )
+from tests.unit.merging.test_in_memory import write_trained
 
 PROCESSORS = ("tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "preprocessor_config.json")
 SCORES: dict[str, Any] = {"metric_names": ("accuracy",), "selection_metric": "accuracy"}

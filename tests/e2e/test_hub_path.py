@@ -308,7 +308,7 @@ TOKEN = {"HF_TOKEN": "hf_of_nobody"}
 FAILURES = {
     "no such model": Failure(
         ("model 'roberta-bse': no such repository on the Hub, or it is private", "Check the spelling of --model"),
-        "-m roberta-bse",
+        "--model roberta-bse",
     ),
     "no such data": Failure(
         ("data set 'nyu-mll/gleu': no such", "on the Hub, or it is private", "Check the spelling of --data"),
@@ -318,7 +318,7 @@ FAILURES = {
     "no such configuration": Failure(("nyu-mll/glue", "sst3", "data.config"), "data.config=sst3", code=3),
     "no such split": Failure(("data.train_split: there is no split 'trian'. Did you mean 'train'?",),
                              "data.train_split=trian", code=3),
-    "a data set for a model": Failure(("model 'nyu-mll/glue': no such repository",), "-m nyu-mll/glue"),
+    "a data set for a model": Failure(("model 'nyu-mll/glue': no such repository",), "--model nyu-mll/glue"),
     "a gated model": Failure(("model 'roberta-base': the repository is gated", "set HF_TOKEN"), hub=MODEL),
     "a gated model, with a token": Failure(("model 'roberta-base': the repository is gated and this account",
                                             "Ask for access"), hub=MODEL, env=TOKEN),
@@ -399,5 +399,7 @@ def test_without_the_hub_the_cache_must_do(empty_handed: tuple[LoopbackHub, Clie
 
     assert ours.mirrortune(*TRAIN, "--max-steps", 1).exit_code == 0
     advice = "Check the network and HF_ENDPOINT"
-    refused(ours.mirrortune(*changed(TRAIN, "-m", "roberta-large", "-o", "other")), ("model 'roberta-large'", advice))
+    refused(
+        ours.mirrortune(*changed(TRAIN, "--model", "roberta-large", "-o", "other")), ("model 'roberta-large'", advice)
+    )
     refused(ours.mirrortune(*changed(TRAIN, "-d", "owner/rows", "-o", "other")), ("data set 'owner/rows'", advice))

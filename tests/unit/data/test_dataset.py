@@ -229,8 +229,8 @@ def test_what_a_data_set_of_the_hub_does_wrong_is_said(
         raise raised
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    for module in ("data", "streaming"):
-        monkeypatch.setattr(f"mirrortune.{module}.resolve_commit", lambda *_: "0" * 40)
+    for module in ("dataset", "stream"):
+        monkeypatch.setattr(f"mirrortune.data.{module}.resolve_commit", lambda *_: "0" * 40)
     settings: Any = {"config": None, "revision": None, "encoding": "utf-8"}
     streaming = {"train_split": "train", "max_eval_rows": None}
     load_it = partial(stream_data, **settings, **streaming) if is_streamed else partial(load_data, **settings)

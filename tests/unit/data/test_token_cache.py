@@ -140,7 +140,10 @@ def _prepare(started: Any, said: Any, makes: Any) -> None:
     assert arrays["input_ids"].tolist() == [1, 2, 3]
 
 
-def test_one_of_two_processes_makes_them_and_the_other_waits(tmp_path: Path) -> None:
+def test_one_of_two_processes_makes_them_and_the_other_waits(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pytestconfig.rootpath)  # where coverage, which measures forked processes too, was started
     context = multiprocessing.get_context("fork")
     started, said, makes = context.Event(), context.Queue(), context.Value("i", 0)
     one, other = (context.Process(target=_prepare, args=(started, said, makes)) for _ in range(2))

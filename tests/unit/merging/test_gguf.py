@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.unit.test_merging import write_trained
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging.gguf import describe, export_gguf
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer
+from tests.unit.merging.test_in_memory import write_trained
 
 gguf = pytest.importorskip("gguf")
 NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",

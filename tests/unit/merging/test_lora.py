@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.test_merging import write_trained
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +20,7 @@ from mirrortune.merging.lora import LoraExport, describe, export_lora
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, tiny_roberta, tiny_tokenizer
 from tests.tiny_runs import logits
+from tests.unit.merging.test_in_memory import write_trained
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.unit.test_merging import write_trained
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +27,7 @@ from tests.peft_methods import move, tiny_spec
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_model
 from tests.tiny_runs import logits
+from tests.unit.merging.test_in_memory import write_trained
 
 INPUTS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(4))
 
@@ -195,7 +195,7 @@ def test_a_base_without_safetensors_is_merged_in_memory(tiny_model_dir: Path, tm
     adapted = write_trained(base, tmp_path / "adapter", AdapterSpec())
     assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
     assert report_of(tmp_path / "merged")["in_memory"] == "the base has no safetensors files"
-    from tests.unit.test_merging import reopen
+    from tests.unit.merging.test_in_memory import reopen
 
     assert relative(logits(reopen(tmp_path / "merged")), logits(adapted)) <= 1e-5
 

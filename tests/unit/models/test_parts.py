@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.test_merge_folder import adapt, answers, merge, report_of
-from tests.unit.test_quantised import write_float8
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +26,8 @@ from mirrortune.models.parts import PartLoader, value_of
 from mirrortune.models.tensors import part_loader, stored_layers
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer
+from tests.unit.merging.test_write import adapt, answers, merge, report_of
+from tests.unit.models.test_quantized import write_float8
 
 CAUSAL, WIDE = "AutoModelForCausalLM", {"hidden_size": 64, "intermediate_size": 64}
 FORMS = ["4bit", "8bit", "stored in 4bit", "stored in float8"]

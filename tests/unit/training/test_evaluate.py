@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mirrortune.data.examples import TokenExamples
 from mirrortune.errors import DataError
-from mirrortune.tasks import Task
+from mirrortune.tasks.base import Task
 from mirrortune.tasks.kinds import regression
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from tests.tiny_runs import as_examples, classification
