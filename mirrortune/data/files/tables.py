@@ -58,15 +58,20 @@ def joined(tables: Sequence[pa.Table], source: str) -> pa.Table:
     differ.
     """
     tables = aligned(tables)
-    names = dict.fromkeys(name for table in tables for name in table.column_names)
-    unusable = {name: field for name in names if (field := _conflict(tables, name, source)) is not None}
+    fields = [{field.name: field for field in table.schema} for table in tables]
+    names = dict.fromkeys(name for known in fields for name in known)
+    unusable = {name: field for name in names if (field := _conflict(tables, fields, name, source)) is not None}
     return pa.concat_tables([_without(table, unusable) for table in tables], promote_options="permissive")
 
 
-def _conflict(tables: Sequence[pa.Table], name: str, source: str) -> pa.Field | None:
-    """The field of a column that one of ``tables`` could not read, or whose types do not go together."""
-    having = [table for table in tables if name in table.column_names]
-    fields = [table.schema.field(name) for table in having]
+def _conflict(
+    tables: Sequence[pa.Table], known: Sequence[dict[str, pa.Field]], name: str, source: str
+) -> pa.Field | None:
+    """The field of a column that one of ``tables`` (with the fields ``known``) could not read, or whose types do not go
+    together.
+    """
+    having = [table for table, own in zip(tables, known, strict=True) if name in own]
+    fields = [own[name] for own in known if name in own]
     if (broken := next((field for field in fields if is_unreadable(field)), None)) is not None:
         return broken
     if all(field.type == fields[0].type for field in fields):
