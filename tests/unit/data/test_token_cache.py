@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirrortune.data import token_cache
 from mirrortune.data.token_cache import Chunk, TokenKey, cached_tokens, data_digest, ragged, uncached
 from mirrortune.errors import ResourceError
 from mirrortune.system.paths import cache_folder
@@ -128,14 +129,23 @@ def test_a_disk_without_room_is_said_before_more_is_made() -> None:
         cached_tokens(KEY, make, str, num_rows=2**60)
 
 
-def _prepare(started: Any, said: Any, makes: Any) -> None:
+def _prepare(started: Any, waits: Any, said: Any, makes: Any) -> None:
+    """Make the tokens once another process has looked for them, or be that process."""
+    alone_with = token_cache.alone_with
+
+    def noted(path: Path) -> AbstractContextManager[bool]:
+        if started.is_set():
+            waits.set()
+        return alone_with(path)
+
     def make() -> Iterator[Chunk]:
         with makes.get_lock():
             makes.value += 1
         started.set()
-        time.sleep(0.3)  # long enough for the other one to come and wait
+        assert waits.wait(120)
         yield from chunks([[1, 2], [3]], 1)
 
+    token_cache.alone_with = noted  # of this forked process alone
     arrays, _ = cached_tokens(KEY, make, said.put, num_rows=2)
     assert arrays["input_ids"].tolist() == [1, 2, 3]
 
@@ -145,15 +155,15 @@ def test_one_of_two_processes_makes_them_and_the_other_waits(
 ) -> None:
     monkeypatch.chdir(pytestconfig.rootpath)  # where coverage, which measures forked processes too, was started
     context = multiprocessing.get_context("fork")
-    started, said, makes = context.Event(), context.Queue(), context.Value("i", 0)
-    one, other = (context.Process(target=_prepare, args=(started, said, makes)) for _ in range(2))
+    started, waits, said, makes = context.Event(), context.Event(), context.Queue(), context.Value("i", 0)
+    one, other = (context.Process(target=_prepare, args=(started, waits, said, makes)) for _ in range(2))
 
     one.start()
-    assert started.wait(30)
+    assert started.wait(120)
     other.start()
-    told = sorted(said.get(timeout=30).rpartition(": ")[2] for _ in range(2))
-    one.join(30)
-    other.join(30)
+    told = sorted(said.get(timeout=120).rpartition(": ")[2] for _ in range(2))
+    one.join(120)
+    other.join(120)
 
     assert (one.exitcode, other.exitcode, makes.value) == (0, 0, 1)
     assert told == ["from the cache, where another process has just put them", "made for the first time"]
