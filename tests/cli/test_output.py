@@ -9,7 +9,6 @@ import pty
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,17 +71,6 @@ def test_a_run_loads_nothing_that_its_first_step_does_not_need(desk: Path, tiny_
     )
 
     assert json.loads(done.stdout) == [], done.stderr
-
-
-def test_help_answers_in_half_a_second() -> None:
-    script = Path(sys.executable).with_name("mirrortune")
-
-    def seconds() -> float:
-        started = time.perf_counter()
-        subprocess.run([script, "--help"], capture_output=True, check=True)
-        return time.perf_counter() - started
-
-    assert any(seconds() < 0.5 for _ in range(10)), "ten times, because the machine may be busy with other things"
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "eval", "merge"])
