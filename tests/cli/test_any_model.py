@@ -99,6 +99,7 @@ def rewrite(folder: Path, change: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_weights_of_16_bits_are_loaded_in_others_and_merged_into_their_own(desk: Path, tmp_path: Path) -> None:
     for stored, loaded in (("float16", "auto"), ("float16", "bfloat16"), ("bfloat16", "float32")):
         base = write_tiny_model(tmp_path / f"{stored}-{loaded}", dtype=getattr(torch, stored))

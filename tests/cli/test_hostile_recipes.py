@@ -418,6 +418,7 @@ def test_a_recipe_that_asks_is_followed_with_the_flag_and_hands_nothing_on(place
     assert "running code of folder" in scored.said
 
 
+@pytest.mark.slow
 def test_a_comparison_hands_its_permission_to_its_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coded(place)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))

@@ -190,6 +190,7 @@ def test_debug_shows_where_an_error_came_from(desk: Path, tiny_model_dir: Path) 
     assert (with_debug.exit_code, without.exit_code) == (3, 3)
 
 
+@pytest.mark.slow
 def test_a_log_holds_plain_lines(desk: Path, tiny_model_dir: Path) -> None:
     outcomes = [train(tiny_model_dir, "-v"), mirrortune("eval", "run"), mirrortune("merge", "run", "-o", "merged")]
 

@@ -315,6 +315,7 @@ def test_an_output_that_another_process_writes_is_refused(words: str, output: st
         assert tree(desk.parent) == before
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_do_not_mix(desk: Path) -> None:
     """Two seeds, which have the same default folder."""
     words = [*TRAIN.split()[:-4], "--epochs", 4, "--batch-size", 4]
@@ -357,6 +358,7 @@ def test_a_merge_inside_its_run_is_safe_from_the_next_run(desk: Path) -> None:
     assert tree(desk) == before
 
 
+@pytest.mark.slow
 def test_figures_are_added_to_others_and_replaced_by_their_own(desk: Path) -> None:
     file("figures/mine.png")(desk)
     for _ in range(2):

@@ -47,7 +47,7 @@ def train(model: Path, data: object, *words: object, out: str = "run") -> Outcom
     return mirrortune("train", "-m", model, "-t", "causal-lm", "-d", data, "-o", out, "--json", *words)
 
 
-@pytest.mark.parametrize("packing", ["false", "true"])
+@pytest.mark.parametrize("packing", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_an_answer_is_learned_and_survives_merging(desk: Path, chatty: Path, packing: str) -> None:
     write(desk / "talks.jsonl", talks())
 

@@ -46,6 +46,7 @@ def adapter(run: Path) -> Any:
     return json.loads((run / "adapter" / "adapter.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_format_gives_the_same_run_to_the_last_digit(desk: Path, tiny_model_dir: Path) -> None:
     logs = {}
     for suffix in ("csv", "parquet"):  # that all forms are one table is tested where tables are
@@ -59,6 +60,7 @@ def test_every_format_gives_the_same_run_to_the_last_digit(desk: Path, tiny_mode
     assert len(set(logs.values())) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_brings_its_own_splits(desk: Path, tiny_model_dir: Path) -> None:
     write_table(desk / "parts" / "train.csv", ROWS[:40])
     write_table(desk / "parts" / "dev.tsv", ROWS[40:55])
@@ -74,6 +76,7 @@ def test_a_folder_brings_its_own_splits(desk: Path, tiny_model_dir: Path) -> Non
         assert mirrortune("eval", "run", "--split", split, "--json").data["rows"] == rows
 
 
+@pytest.mark.slow
 def test_the_validation_rows_are_drawn_by_the_seed_and_in_proportion(desk: Path, tiny_model_dir: Path) -> None:
     labels = ["x"] * 60 + ["y"] * 30 + ["z"] * 10
     write_table(desk / "rows.csv", [(f"film {i}", label) for i, label in enumerate(labels)])

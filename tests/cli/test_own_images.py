@@ -68,6 +68,7 @@ def test_a_rule_is_learned_from_class_folders_and_survives_merging(desk: Path, v
     assert config["id2label"] == {"0": "left", "1": "right"}
 
 
+@pytest.mark.slow
 def test_folders_and_tables_of_the_same_images_give_the_same_run(desk: Path, vision: Path) -> None:
     folder = write_folders(desk / "pictures", all=12) / "all"
     paths = sorted(folder.rglob("*.png"))

@@ -62,6 +62,7 @@ def test_a_resumed_run_keeps_its_pairs(desk: Path, tiny_model_dir: Path) -> None
     assert train(tiny_model_dir, "--pairing", "pairs.json", "--resume").exit_code == 0
 
 
+@pytest.mark.slow
 def test_pairs_are_listed_in_a_recipe_or_beside_it(desk: Path, tiny_model_dir: Path) -> None:
     write_pairs(desk / "recipes" / "pairs.json", [[0, 5], [1, 7]])
     recipe = desk / "recipes" / "mine.yaml"
@@ -116,6 +117,7 @@ def test_a_wrong_file_of_pairs_is_reported_with_everything_else(desk: Path, tiny
     assert "--lr: got 'fast'" in outcome.said
 
 
+@pytest.mark.slow
 def test_rounds_over_all_outputs_go_the_whole_way(desk: Path, tiny_model_dir: Path) -> None:
     words = ("--rank", "out", "adapter.options={rounds: 2, scale_top_k: 3}")
     planned = mirrortune(

@@ -145,6 +145,7 @@ def test_an_evaluation_is_part_of_the_estimate(without_weights: Path, monkeypatc
     assert mirrortune(*words, f"eval.batch_size={found.group(1)}").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_bfloat16_is_loaded_in_float32_where_that_is_faster(
     desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,7 @@ def test_an_adapter_goes_to_the_hub_and_back(hub: LoopbackHub, desk: Path, tmp_p
     assert own.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_python_saves_to_a_repository_and_merges_from_it(hub: LoopbackHub, desk: Path, tmp_path: Path) -> None:
     done = run(hub, desk, "-c", SAVE)
     assert done.returncode == 0, done.stderr

@@ -40,6 +40,7 @@ def cut(run: Path, whole: Path, step: int) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_streamed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """60 rows are seen almost twice; step 4 ends within a block, step 12 in the next pass."""
     data, model = shards(tmp_path / "data"), write_tiny_model(tmp_path / "model", dropout=0.2)

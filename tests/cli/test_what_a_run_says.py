@@ -7,11 +7,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.cli.console import mirrortune
 from tests.cli.test_own_chat import talks, write
 from tests.tiny_models import write_tiny_causal, write_tiny_model
 
 
+@pytest.mark.slow
 def test_a_model_without_a_head_is_not_said_to_have_one(desk: Path) -> None:
     write(desk / "talks.jsonl", talks(12))
     model = write_tiny_causal(desk / "llama")

@@ -221,6 +221,7 @@ def test_a_run_is_scored_and_merged_and_the_merged_model_is_published(root: Path
         assert score["metrics"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "metrics", "splits"),
     [
@@ -267,6 +268,7 @@ def test_other_tasks_of_glue(trained: Trained, task: str, metrics: set[str], spl
             assert all(re.fullmatch(r"[0-5]\.\d{3}", answer) and float(answer) <= 5 for answer in said)
 
 
+@pytest.mark.slow
 def test_a_repository_that_moved_on_does_not_change_an_old_run(root: Path, trained: Trained) -> None:
     before = read(trained.run / "environment.json")["model"]["commit"]
     readme = root / "models" / "roberta-base" / "README.md"

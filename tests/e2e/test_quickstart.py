@@ -37,6 +37,7 @@ def check_merge(run: Path, metrics: dict[str, float], merged: Path, cache: Path)
     assert plain == pytest.approx(metrics, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_shortened_quickstart_goes_the_whole_way(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = mirrortune("prepare", "quickstart", "--json", cache=cache).data

@@ -37,6 +37,7 @@ def test_autocast_is_for_16_bit_weights(dtype: torch.dtype, expected: bool) -> N
         assert torch.is_autocast_enabled("cpu") is expected
 
 
+@pytest.mark.slow
 def test_a_bfloat16_run_is_trained_scored_and_merged(tiny_model_dir: Path, tmp_path: Path) -> None:
     words = ("good", "bad")
     rows = "".join(f"the film was very {words[i % 2]},{words[i % 2]}\n" for i in range(40))

@@ -99,6 +99,7 @@ def test_without_a_task_it_says_what_to_do() -> None:
         make_pairs(SPEC, 4, "layer")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_pairs_and_a_resumed_run_uses_them(tiny_model_dir: Path, tmp_path: Path) -> None:
     words = ("good", "bad")
     rows = "".join(f"the film was very {words[i % 2]},{words[i % 2]}\n" for i in range(40))
