@@ -71,12 +71,12 @@ def options(*command: str) -> str:
 def json_fields() -> str:
     """Fields of the ``--json`` objects, from the dataclasses that commands return."""
     from mirrortune.merging import in_memory
-    from mirrortune.runs import commands, prepare
+    from mirrortune.runs import evaluate, prepare, train
 
     found = {
         "prepare": (prepare.PrepareResult, "{}"),
-        "train": (commands.TrainResult, "{}"),
-        "eval": (commands.EvaluateResult, "{}"),
+        "train": (train.TrainResult, "{}"),
+        "eval": (evaluate.EvaluateResult, "{}"),
         "merge": (in_memory.Verification, "`output_dir`, `format`, `verification` with {}"),
     }
     rows = (

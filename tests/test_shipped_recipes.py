@@ -15,8 +15,8 @@ from mirrortune.cli.editor_schema import editor_schema
 from mirrortune.config.recipe import read_recipe, resolve, shipped_recipes, task_kinds
 from mirrortune.config.schema import Recipe
 from mirrortune.data.dataset import load_data
-from mirrortune.runs.checks import adapter_spec, check_recipe
-from mirrortune.runs.job import assemble_on
+from mirrortune.runs.checks import unpack
+from mirrortune.runs.job import assemble
 from mirrortune.system.console import Reporter
 from mirrortune.system.paths import shipped_folder
 from tests.cli.console import mirrortune
@@ -56,7 +56,7 @@ def test_glue_is_whole() -> None:
 def test_a_recipe_passes_every_check(name: str) -> None:
     loaded = recipe(name)
 
-    check_recipe(loaded, adapter_spec(loaded))
+    unpack(loaded)
     assert loaded.task.metrics
     read = (*(loaded.data.text_columns or ()), loaded.data.image_column, loaded.data.audio_column)
     assert 1 <= sum(column is not None for column in read) <= 2, "what is read is named, not detected"
@@ -136,7 +136,7 @@ def test_a_recipe_fits_the_data_set_that_it_names(name: str, tiny: dict[str, Pat
     loaded = loaded.model_copy(update={"model": model, "data": loaded.data.model_copy(update=data)})
     rows = data_set(loaded.data.path, loaded.data.config)
 
-    job = assemble_on(loaded, rows, Reporter(verbosity=-1))
+    job = assemble(unpack(loaded), Reporter(verbosity=-1), rows)
 
     assert len(job.train) > 0
     assert job.plan.trainable_parameters > 0

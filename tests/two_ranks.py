@@ -26,7 +26,7 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.cli import app
 from mirrortune.errors import InterruptedRun, MirrortuneError, PeerError, ResourceError
-from mirrortune.runs import commands
+from mirrortune.runs import train
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import whole
 from mirrortune.system.signals import StopSignals
@@ -182,7 +182,7 @@ def main(folder: Path) -> None:
 
 def command(words: list[str]) -> None:
     """The command line as it would be on two GPUs."""
-    commands.make_accelerator = lambda *_, **__: sharding_accelerator()
+    train.make_accelerator = lambda *_, **__: sharding_accelerator()
     sys.argv = ["mirrortune", *words]
     app.main()
 

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.cli import app
 from mirrortune.errors import DivergedError, InterruptedRun, PeerError
-from mirrortune.runs import commands
+from mirrortune.runs import train
 from mirrortune.system.devices import widen
 from mirrortune.system.distributed import deepspeed
 from mirrortune.training.evaluate import evaluate_split
@@ -130,7 +130,7 @@ def main(folder: Path) -> None:
 
 def command(words: list[str]) -> None:
     """The command line as it would be on two GPUs."""
-    commands.make_accelerator = lambda *_, **__: zero_accelerator()
+    train.make_accelerator = lambda *_, **__: zero_accelerator()
     sys.argv = ["mirrortune", *words]
     app.main()
 

@@ -173,8 +173,8 @@ def train(
     resolved, name = _resolve(words, task, given, reporter)
     if not dry_run:
         _launch_if_asked(num_processes, accelerate_config)
-    from mirrortune.runs import commands  # noqa: PLC0415
     from mirrortune.runs import prepare as preparing  # noqa: PLC0415
+    from mirrortune.runs import train as training  # noqa: PLC0415
 
     if dry_run:
         plan = preparing.prepare(resolved, reporter, dry_run=True)
@@ -183,7 +183,7 @@ def train(
             [f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers{besides_head(plan)}"],
         )
         return
-    result = commands.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
+    result = training.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
     reporter.result(asdict(result), train_lines(result))
 
 
@@ -211,12 +211,12 @@ def evaluate(
     trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
     is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
     from mirrortune.analyze import checkpoints  # noqa: PLC0415
-    from mirrortune.runs import commands  # noqa: PLC0415
+    from mirrortune.runs import evaluate as evaluation  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
 
     file = local_path(predictions) if predictions else None
     inputs = [*inputs_of(resolved), *checkpoints.inputs_of_targets(target)] if file else []
-    result = commands.evaluate(
+    result = evaluation.evaluate(
         target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
         overwrite=overwrite, force_base=force_base,
     )  # fmt: skip

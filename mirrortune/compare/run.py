@@ -25,8 +25,9 @@ from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import Layer, read_saved_recipe, resolve, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
-from mirrortune.runs.checks import adapter_spec, check_recipe, read_data
-from mirrortune.runs.job import Job, assemble
+from mirrortune.runs.checks import unpack
+from mirrortune.runs.job import assemble
+from mirrortune.runs.rows import read_data
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import (
@@ -81,15 +82,14 @@ class Comparison:
         for task in self.plan.tasks:
             for who in self.plan.contenders:
                 try:
-                    recipe = self.cell_recipe(Cell(task, who.label, who.lrs[0], 0))
-                    check_recipe(recipe, adapter_spec(recipe))
+                    unpack(self.cell_recipe(Cell(task, who.label, who.lrs[0], 0)))
                 except ConfigError as error:
                     errors.append(ConfigError(f"{task}, {who.label}", error.describe()))
         if errors:
             raise ConfigError.several(errors)
         for task, recipe in self.recipes.items():
             self.reporter.note(f"task {task}")
-            self.recipes[task] = with_test_split(assemble(recipe, self.reporter))
+            self.recipes[task] = with_test_split(recipe, self.reporter)
         self._check_folder()
         if read_marker(self.root) is None:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -282,10 +282,11 @@ def comparable(recipe: Recipe) -> Recipe:
     return with_absolute_paths(recipe).model_copy(update={"output_dir": None, "train": train})
 
 
-def with_test_split(job: Job) -> Recipe:
-    """The job's recipe with its test split among the reported ones, if the data has one with labels."""
-    recipe = job.recipe
-    data, name = read_data(recipe), recipe.data.test_split
+def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
+    """Check a recipe and its data, and report the test split too, if the data has one with labels."""
+    settings = unpack(recipe)
+    job = assemble(settings, reporter)
+    data, name = read_data(settings.data), recipe.data.test_split
     rows = data.find(name)
     if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):
         return recipe

@@ -1,35 +1,229 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe says, checked and as plain values: the one place that unpacks a Recipe's sections for others."""
+"""The settings of a run as typed values: a recipe is checked and unpacked here, once."""
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Callable
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
+from mirrortune.adapters.files.tensors import Form
 from mirrortune.adapters.methods import preset
 from mirrortune.adapters.peft_bridge.options import check_options
-from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked, check_spec
+from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked, check_spec, needs_saliency
 from mirrortune.config.recipe import Resolved, task_kinds
 from mirrortune.config.schema import Recipe
-from mirrortune.data.dataset import DataSet, Split, load_data
-from mirrortune.data.labels import as_name, without_labels
-from mirrortune.data.stream import stream_data, stream_problems
+from mirrortune.data.dataset import Split
+from mirrortune.data.stream import stream_problems
 from mirrortune.errors import ConfigError, unknown_name
-from mirrortune.models.load import check_attention
+from mirrortune.models.load import ModelSource, check_attention, find_model
 from mirrortune.system.compiler import check_compiler
 from mirrortune.system.devices import default_device
 from mirrortune.system.outputs import Input, model_inputs
 from mirrortune.system.paths import HUB_SCHEME, is_local, is_pattern, local_path, split_sample
 from mirrortune.tasks.base import Task, settings_of, task_class
 from mirrortune.tasks.metrics import METRICS, Scores
+from mirrortune.training.calibration import CalibrationSettings
 from mirrortune.training.settings import LoopSettings
 from mirrortune.training.tracking import check_tracker
 
 
-def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
-    """What the recipe's types cannot say: required settings and names in registries; all problems at once."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRequest:
+    """The base model of a run and how it is loaded: the recipe's ``model`` section and ``train.precision``."""
+
+    name: str | None
+    revision: str | None
+    dtype: str
+    load_in: str | None
+    attention: str | None
+    trust_remote_code: bool
+    precision: str
+
+    def find(self) -> ModelSource:
+        """Read the configuration of the model that is named."""
+        assert self.name is not None
+        found = find_model(
+            self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, load_in=self.load_in
+        )
+        return replace(found, attention=self.attention)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """Where rows come from and which of them are used; ``seed`` draws subsets and validation rows."""
+
+    path: str | None
+    config: str | None
+    revision: str | None
+    encoding: str
+    train_split: str
+    validation_split: str
+    test_split: str
+    validation_fraction: float
+    label_column: str | None
+    missing_label: int | float | str | None
+    contained: bool
+    max_length: int | None
+    packing: bool | None
+    blank_text: Literal["drop", "keep"]
+    max_train_rows: int | None
+    streaming: bool
+    shuffle_buffer: int
+    max_eval_rows: int | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRequest:
+    """The kind of task and its settings.
+
+    Attributes:
+        kind: of the task, or None where an adapter names its own.
+        labels: class names in the order of the model's outputs, or None to read them from the data.
+        scores: metrics.
+        given: all settings that kinds may have, by name; None where they are not set.
+    """
+
+    kind: str | None
+    labels: tuple[str, ...] | None
+    scores: Scores
+    given: dict[str, Any]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that are named, by the names of their settings."""
+        return {name: value for name, value in self.given.items() if name.endswith(("_column", "_columns"))}
+
+    def make(self, rows: Split) -> tuple[Task, list[str]]:
+        """Make the task with its columns and labels; returns it with notes on what was detected."""
+        assert self.kind is not None
+        own = {name: self.given[name] for name in settings_of(self.kind)}
+        return task_class(self.kind).from_rows(rows.table, rows.source, self.scores, **own)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings:
+    """The recipe's ``eval`` section; ``train_rows`` is ``train.batch_size``."""
+
+    batch_size: int | None
+    before: bool | Literal["auto"]
+    protocol: Literal["dev-best", "split-dev"]
+    report_splits: tuple[str, ...]
+    prediction_labels: Literal["names", "indices"]
+    prediction_bounds: tuple[float, float] | None
+    prediction_files: dict[str, str]
+    train_rows: int
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSettings:
+    """Everything that scoring a model depends on."""
+
+    model: ModelRequest
+    data: DataSettings
+    task: TaskRequest
+    eval: EvalSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings(EvaluationSettings):
+    """Everything that a training run depends on.
+
+    Attributes:
+        adapter: method, rank, pairing and layers.
+        form: of the adapter file.
+        strategy: of the adapted layers, as the recipe says it.
+        calibration: how saliency is measured; None for a pairing that needs none.
+        loop: the training loop.
+        compile: compile the model.
+        gradient_checkpointing: compute activations again in the backward pass.
+        track: experiment tracker.
+        output_dir: where the run is written; None for the default.
+    """
+
+    adapter: AdapterSpec
+    form: Form
+    strategy: str
+    calibration: CalibrationSettings | None
+    loop: LoopSettings
+    compile: bool
+    gradient_checkpointing: bool
+    track: str | None
+    output_dir: str | None
+
+
+def unpack(recipe: Recipe) -> RunSettings:
+    """Check a recipe and return its settings as typed values.
+
+    Raises:
+        ConfigError: required settings that are missing, and names that nothing has; all at once.
+    """
+    spec, section = _adapter_spec(recipe), recipe.train
+    _check(recipe, spec)
+    scored = unpack_for_eval(recipe)
+    lr = preset(spec.method).lr if section.lr is None else section.lr
+    return RunSettings(
+        **{field.name: getattr(scored, field.name) for field in fields(scored)},
+        adapter=spec, form=recipe.adapter.form, strategy=recipe.adapter.strategy,
+        calibration=_calibration(recipe, spec), loop=LoopSettings(**{**_common(LoopSettings, section), "lr": lr}),
+        compile=section.compile, gradient_checkpointing=section.gradient_checkpointing, track=section.track,
+        output_dir=recipe.output_dir,
+    )  # fmt: skip
+
+
+def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
+    """Return the settings that ``eval`` reads; a target may bring its own model and task, so none is required."""
+    train, task = recipe.train, recipe.task
+    return EvaluationSettings(
+        model=ModelRequest(**_common(ModelRequest, recipe.model), precision=train.precision),
+        data=DataSettings(**_common(DataSettings, recipe.data), seed=train.seed),
+        task=TaskRequest(
+            kind=task.kind, labels=task.labels, given={**dict(recipe.data), **dict(task)},
+            scores=Scores(metrics=task.metrics, selection_metric=task.selection_metric),
+        ),
+        eval=EvalSettings(
+            **_common(EvalSettings, recipe.eval), train_rows=train.batch_size, num_workers=train.num_workers
+        ),
+    )  # fmt: skip
+
+
+def _common(settings: type[Any], section: Any) -> dict[str, Any]:
+    """The fields of ``settings`` that a section of a recipe has."""
+    own = {field.name for field in fields(settings)}
+    return {name: value for name, value in section if name in own}
+
+
+def _adapter_spec(recipe: Recipe) -> AdapterSpec:
+    section = recipe.adapter
+    spec = AdapterSpec(
+        method=section.method,
+        rank=section.rank,
+        pairing=section.pairing,
+        target_modules=section.target_modules,
+        seed=recipe.train.seed,
+        strategy=None if section.strategy == "auto" or section.strategy == "measured" else section.strategy,  # noqa: PLR1714
+        options=dict(section.options),
+        split=section.model_dump(mode="json")["split"],
+    )
+    return as_asked(spec)
+
+
+def _calibration(recipe: Recipe, spec: AdapterSpec) -> CalibrationSettings | None:
+    if not needs_saliency(spec):
+        return None
+    section, options = recipe.adapter, spec.settled().options
+    return CalibrationSettings(
+        saliency=section.saliency, num_batches=section.calibration_batches,
+        warmup_steps=section.calibration_warmup_steps, batch_size=recipe.train.batch_size, head_lr=recipe.train.head_lr,
+        side=options["side"], unit=options["unit"], seed=spec.seed,
+    )  # fmt: skip
+
+
+def _check(recipe: Recipe, spec: AdapterSpec) -> None:
+    """Check what the recipe's types cannot say; raises all problems at once."""
     errors = []
     required = {
         "model.name": (recipe.model.name, "Give --model"),
@@ -60,10 +254,11 @@ def check_recipe(recipe: Recipe, spec: AdapterSpec) -> None:
 
 
 def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[ConfigError]:
-    """Names in registries, and settings that what they name does not have. These problems stay whatever else is wrong,
-    so that they are found in what is left of a recipe without its invalid values, too.
+    """Find names that no registry has, and settings that other kinds of task have.
+
+    These are problems whatever else is wrong, so a recipe without its invalid values can be searched for them, too.
     """
-    spec = spec or adapter_spec(recipe)
+    spec = spec or _adapter_spec(recipe)
     errors = []
     kind = recipe.task.kind
     checks: list[Callable[[], object]] = [
@@ -87,67 +282,6 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
     return errors
 
 
-def adapter_spec(recipe: Recipe) -> AdapterSpec:
-    """The recipe's adapter section as plain values."""
-    section = recipe.adapter
-    spec = AdapterSpec(
-        method=section.method,
-        rank=section.rank,
-        pairing=section.pairing,
-        target_modules=section.target_modules,
-        seed=recipe.train.seed,
-        strategy=None if section.strategy == "auto" or section.strategy == "measured" else section.strategy,  # noqa: PLR1714
-        options=dict(section.options),
-        split=section.model_dump(mode="json")["split"],
-    )
-    return as_asked(spec)
-
-
-def read_data(recipe: Recipe) -> DataSet:
-    """The recipe's data set, its rows without labels with nulls for them."""
-    found, section = _read(recipe), recipe.data
-    if section.contained:
-        found = replace(found, splits={n: replace(split, is_contained=True) for n, split in found.splits.items()})
-    missing = None if section.missing_label is None else as_name(section.missing_label)
-    if missing is None or section.label_column is None:
-        return found
-    column = section.label_column
-
-    def cleared(split: Split) -> Split:
-        stream = split.stream
-        if stream is not None:
-            flatten = stream.flatten
-            stream = replace(stream, flatten=lambda table: without_labels(flatten(table), column, missing))
-        return replace(split, table=without_labels(split.table, column, missing), stream=stream)
-
-    return replace(found, splits={name: cleared(split) for name, split in found.splits.items()})
-
-
-def _read(recipe: Recipe) -> DataSet:
-    section = recipe.data
-    assert section.path is not None
-    if section.streaming:
-        return stream_data(
-            section.path, config=section.config, revision=section.revision, encoding=section.encoding,
-            train_split=section.train_split, max_eval_rows=section.max_eval_rows,
-        )  # fmt: skip
-    return load_data(section.path, config=section.config, revision=section.revision, encoding=section.encoding)
-
-
-def make_task(recipe: Recipe, rows: Split) -> tuple[Task, list[str]]:
-    """The task with its columns and labels, and notes on what was detected."""
-    assert recipe.task.kind is not None
-    scores = Scores(metrics=recipe.task.metrics, selection_metric=recipe.task.selection_metric)
-    return task_class(recipe.task.kind).from_rows(rows.table, rows.source, scores, **task_settings(recipe))
-
-
-def task_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings of the recipe that its kind of task takes, None where they are not set."""
-    assert recipe.task.kind is not None
-    given = {**dict(recipe.data), **dict(recipe.task)}
-    return {name: given[name] for name in settings_of(recipe.task.kind)}
-
-
 def _unused_settings(recipe: Recipe) -> list[ConfigError]:
     """Errors for settings of other kinds of task, which would change nothing."""
     assert recipe.task.kind is not None
@@ -162,7 +296,7 @@ def _unused_settings(recipe: Recipe) -> list[ConfigError]:
 
 
 def inputs_of(resolved: Resolved) -> list[Input]:
-    """Every local file and folder that a run by this recipe reads: model, data, recipes and pairs."""
+    """List the local files and folders that a run reads: model, data, recipes and pairs."""
     recipe = resolved.recipe
     found = [Input("recipe", file) for file in resolved.files]
     found += [Input("pairs", resolved.pairs)] if resolved.pairs else []
@@ -172,13 +306,3 @@ def inputs_of(resolved: Resolved) -> list[Input]:
         files = glob.glob(str(local_path(name)), recursive=True) if is_pattern(name) else [name]  # noqa: PTH207
         found += [Input("data", local_path(file)) for file in files]
     return found
-
-
-def loop_settings(recipe: Recipe, **known: Any) -> LoopSettings:
-    """The recipe's train section as plain values, the method's learning rate filled in; ``known`` are those fields that
-    depend on the data and the model.
-    """
-    section, own = recipe.train, {field.name for field in fields(LoopSettings)}
-    given = {name: value for name, value in section if name in own}
-    lr = preset(recipe.adapter.method).lr if section.lr is None else section.lr
-    return LoopSettings(**{**given, "lr": lr, **known})

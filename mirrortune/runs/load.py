@@ -18,8 +18,7 @@ from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_pairs
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import Target, find_targets
-from mirrortune.config.schema import Recipe
-from mirrortune.data.dataset import DataSet, Split
+from mirrortune.data.dataset import DataSet
 from mirrortune.errors import ConfigError
 from mirrortune.merging.in_memory import load_adapted
 from mirrortune.models.load import (
@@ -32,15 +31,16 @@ from mirrortune.models.load import (
     resolve_dtype,
 )
 from mirrortune.models.tensors import Layer, stored_layers
-from mirrortune.runs.checks import make_task
+from mirrortune.runs.checks import EvaluationSettings, TaskRequest
 from mirrortune.runs.job import Job
+from mirrortune.runs.rows import any_split
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_slow, widen
 from mirrortune.system.distributed import sync
 from mirrortune.system.paths import hub_place
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Task, task_from_dict, with_columns
-from mirrortune.training.calibration import CalibrationSettings, measure_saliency
+from mirrortune.training.calibration import measure_saliency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
     it is as the run needs it, or what its weights are.
     """
     layers = None
-    if job.spec.preset.core is not None and not job.recipe.data.packing:
+    if job.spec.preset.core is not None and not job.settings.data.packing:
         layers = stored_layers(job.source, job.task.auto_class, job.task.config_fields(), job.spec, job.dtype)
     if layers is None:
         layers = _layers(job, load_base(job))
@@ -166,19 +166,9 @@ def choose_pairs(
 
 
 def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
-    spec, section = job.spec, job.recipe.adapter
-    settled = spec.settled()
+    spec, settings = job.spec, job.settings.calibration
+    assert settings is not None
     targets = find_targets(loaded.model, spec, loaded.new_parameters)
-    settings = CalibrationSettings(
-        saliency=section.saliency,
-        num_batches=section.calibration_batches,
-        warmup_steps=section.calibration_warmup_steps,
-        batch_size=job.recipe.train.batch_size,
-        head_lr=job.recipe.train.head_lr,
-        side=settled.options["side"],
-        unit=settled.options["unit"],
-        seed=spec.seed,
-    )
     saliency = measure_saliency(
         loaded.model,
         targets,
@@ -205,26 +195,30 @@ def base_identity(job: Job) -> dict[str, Any]:
 
 
 def load_evaluable(
-    target: str, adapter_folder: Path | None, recipe: Recipe, data: DataSet, *, remarks: list[str] | None = None
+    target: str,
+    adapter_folder: Path | None,
+    settings: EvaluationSettings,
+    data: DataSet,
+    *,
+    remarks: list[str] | None = None,
 ) -> Evaluable:
     """The model that ``eval`` was pointed at, with its task.
 
     Args:
         target: folder or Hub id of a plain model; ignored when there is an adapter.
         adapter_folder: from :func:`adapter_to_score`.
-        recipe: for a plain model: the task; in any case where the base is, if it was named.
+        settings: for a plain model: the task; in any case where the base is, if it was named.
         data: for a plain model: columns and labels.
         remarks: what of an adapter does not fit its base is noted here; None to refuse it.
     """
     if adapter_folder is not None:
-        return _load_run(adapter_folder, recipe, remarks)
+        return _load_run(adapter_folder, settings, remarks)
     name, revision, _ = hub_place(target)
-    source = find_model(
-        name, revision=revision or recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
-    task = _plain_task(recipe, data, source.config)
+    request = settings.model
+    source = find_model(name, revision=revision or request.revision, trust_remote_code=request.trust_remote_code)
+    task = _plain_task(settings, data, source.config)
     processor = task.load_processor(source)
-    dtype = resolve_dtype(recipe.model.dtype, source.config, default_device())
+    dtype = resolve_dtype(request.dtype, source.config, default_device())
     loaded = load_model(source, task.auto_class, {}, dtype, pad_token_id(processor))
     if loaded.new_parameters:
         raise ConfigError(
@@ -232,26 +226,26 @@ def load_evaluable(
             f"it has no trained head for this task ({', '.join(loaded.new_parameters[:3])} are missing)",
             fix="Evaluate a run directory, a merged folder or a fine-tuned model",
         )
-    max_length = task.resolve_length(recipe.data.max_length, processor, source.config)
-    note = describe_widening(recipe.model.dtype, source.config, default_device())
+    max_length = task.resolve_length(settings.data.max_length, processor, source.config)
+    note = describe_widening(request.dtype, source.config, default_device())
     return Evaluable(model=loaded.model.eval(), task=task, processor=processor, max_length=max_length, note=note)
 
 
-def _load_run(adapter_folder: Path, recipe: Recipe, remarks: list[str] | None) -> Evaluable:
+def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[str] | None) -> Evaluable:
     adapter = read_adapter(adapter_folder)
     if adapter.task is None:
         raise ConfigError(
             str(adapter_folder), "the adapter was saved outside a task", fix="Merge it and evaluate the merged model"
         )
-    task = _run_task(adapter.task, recipe)
-    name = recipe.model.name or adapter.base.get("name")
+    task = _run_task(adapter.task, settings.task)
+    name = settings.model.name or adapter.base.get("name")
     if name is None:
         raise ConfigError(str(adapter_folder), "the adapter does not say what its base is", fix="Name it with --model")
     is_named = name == adapter.base.get("name")  # a base elsewhere has other commits
     source = find_model(
         name,
-        revision=adapter.base.get("commit") or adapter.base.get("revision") if is_named else recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
+        revision=adapter.base.get("commit") or adapter.base.get("revision") if is_named else settings.model.revision,
+        trust_remote_code=settings.model.trust_remote_code,
         load_in=adapter.base.get("load_in"),
     )
     processor = task.load_processor(source)
@@ -260,28 +254,27 @@ def _load_run(adapter_folder: Path, recipe: Recipe, remarks: list[str] | None) -
     trained_in = DTYPES.get(str(adapter.base.get("dtype")))
     if trained_in is not None and not source.is_quantised and is_slow(trained_in, default_device()):
         model, note = model.float(), "computing in float32: the run was trained in 16 bits, in which this CPU is slow"
-    asked = recipe.data.max_length or adapter.extra.get("max_length")
+    asked = settings.data.max_length or adapter.extra.get("max_length")
     max_length = task.resolve_length(asked, processor, source.config)
     return Evaluable(model=model, task=task, processor=processor, max_length=max_length, note=note)
 
 
-def _run_task(stored: dict[str, Any], recipe: Recipe) -> Task:
-    """The task that an adapter was trained for, reading the columns that the recipe (or a flag over it) names."""
-    if recipe.task.kind not in (None, stored["kind"]):
-        raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {recipe.task.kind}")
-    columns = {name: value for name, value in recipe.data if name.endswith(("_column", "_columns"))}
-    return with_columns(task_from_dict(stored), columns)
+def _run_task(stored: dict[str, Any], request: TaskRequest) -> Task:
+    """The task that an adapter was trained for, reading the columns that are named now."""
+    if request.kind not in (None, stored["kind"]):
+        raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {request.kind}")
+    return with_columns(task_from_dict(stored), request.columns)
 
 
-def _plain_task(recipe: Recipe, data: DataSet, config: Any) -> Task:
+def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
     """The task for a plain model: its own class names, in its own order, where it has real ones."""
-    task, _ = make_task(recipe, _any_split(data, recipe))
+    task, _ = settings.task.make(any_split(settings.data, data))
     id2label = getattr(config, "id2label", None) or {}
     names = tuple(str(id2label[i]) for i in sorted(id2label))
     is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
     found = getattr(task, "labels", None)
     # Only if the data speaks the same names: a model may call "positive" what the data calls "1".
-    if recipe.task.labels is None and is_named and found and set(found) <= set(names):
+    if settings.task.labels is None and is_named and found and set(found) <= set(names):
         task = replace(task, labels=names)  # type: ignore[type-var]
     outputs, wanted = getattr(config, "num_labels", None), task.config_fields().get("num_labels")
     if wanted is not None and outputs != wanted:
@@ -291,11 +284,3 @@ def _plain_task(recipe: Recipe, data: DataSet, config: Any) -> Task:
             fix="Use the data it was trained for, or set task.labels",
         )
     return task
-
-
-def _any_split(data: DataSet, recipe: Recipe) -> Split:
-    for name in (recipe.data.train_split, recipe.data.validation_split, recipe.data.test_split):
-        found = data.find(name)
-        if found is not None:
-            return found
-    return next(iter(data.splits.values()))

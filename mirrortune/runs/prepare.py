@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prepare: everything that train needs, checked, shown and cached."""
+"""prepare: check, show and cache everything that train needs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.config.recipe import Resolved
+from mirrortune.data.examples import IGNORE_INDEX, Examples
+from mirrortune.reports.tables import sparkline
+from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.runs.load import factorise
-from mirrortune.runs.preview import show_rows, split_summary
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device
+from mirrortune.tasks.base import Task
+
+_NUMBERS, _CLASSES, _BINS = 48, 8, 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +49,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
         dry_run: stop before the weights: nothing but configuration files and data is fetched.
         show: this many training rows are shown as the model will see them.
     """
-    job = assemble(resolved.recipe, reporter)
+    job = assemble(unpack(resolved.recipe), reporter)
     for name, examples in {"train": job.train, "validation": job.validation}.items():
         for line in split_summary(examples, job.task):
             reporter.note(f"{name} {line}")
@@ -64,3 +74,66 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
         estimated_memory_bytes=job.footprint.total,
         memory=job.footprint.parts(),
     )
+
+
+def split_summary(examples: Examples, task: Task) -> Iterator[str]:
+    """Lines on the classes and lengths of a split, where it has any."""
+    targets = getattr(examples, "targets", None)
+    labels = getattr(task, "labels", None)
+    if labels and isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i":
+        yield f"classes: {_balance(np.bincount(targets[targets >= 0], minlength=len(labels)), labels)}"
+    lengths = examples.lengths
+    if lengths.min() < lengths.max():
+        counts, edges = np.histogram(lengths, bins=min(_BINS, int(np.ptp(lengths)) + 1))
+        yield f"lengths: {int(edges[0])} {sparkline(counts.tolist())} {int(edges[-1])}"
+
+
+def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Iterator[str]:
+    """The first ``count`` training examples as the model gets them when it learns."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for row in range(min(count, len(examples))):
+        yield f"example {row + 1} of {len(examples):,}"
+        for name, values in examples.batch(np.array([row]), 0).items():
+            if isinstance(values, Tensor):
+                yield from _shown(name, values[0], tokenizer, task)
+
+
+def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[str]:
+    """Lines on one of a row's tensors; of ids and token-wise labels also the text that they stand for."""
+    labels: tuple[str, ...] = getattr(task, "labels", ())
+    can_read = hasattr(tokenizer, "decode")
+    if values.is_floating_point() and values.ndim > 1:
+        size = " x ".join(map(str, values.shape))
+        low, high, mean = float(values.min()), float(values.max()), float(values.mean())
+        yield f"  {name}: {size}, {low:.3g} to {high:.3g}, mean {mean:.3g}"
+    elif name == "targets" and values.ndim > 1 and not values.is_floating_point() and not labels and can_read:
+        yield from _shown(name, values[0], tokenizer, task)  # behind them stand the weights
+    elif values.ndim > 1:  # the endings of a choice, each a row of tokens
+        for number, part in enumerate(values):
+            yield from (f"  {line.strip()} (choice {number + 1})" for line in _shown(name, part, tokenizer, task))
+    elif name == "targets" and values.ndim == 0:
+        index = values.item()
+        is_class = isinstance(index, int) and 0 <= index < len(labels)
+        yield f"  label: {index}" + (f" ({labels[int(index)]})" if is_class else "")
+    else:
+        if name == "input_ids" and can_read:
+            yield f"  text: {tokenizer.decode(values)}"
+        yield f"  {'labels' if name == 'targets' else name}: {_numbers(values)}"
+        learned = values[values != IGNORE_INDEX]
+        if name == "targets" and can_read and not labels and not values.is_floating_point() and len(learned) > 2:
+            yield f"  learned: {tokenizer.decode(learned)}"
+
+
+def _numbers(values: Tensor) -> str:
+    shown = values[:_NUMBERS].tolist()
+    more = f" ... ({len(values)} in all)" if len(values) > _NUMBERS else ""
+    return " ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in shown) + more
+
+
+def _balance(counts: Any, labels: tuple[str, ...]) -> str:
+    order = np.argsort(-counts, kind="stable")
+    said = [f"{labels[i]} {counts[i]:,} ({counts[i] / max(1, counts.sum()):.0%})" for i in order[:_CLASSES]]
+    if len(order) > _CLASSES:
+        last = order[-1]
+        said.append(f"{len(order) - _CLASSES} more, the rarest {labels[last]} with {counts[last]:,}")
+    return ", ".join(said)

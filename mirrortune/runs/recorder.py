@@ -21,7 +21,6 @@ from torch import nn
 
 from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
 from mirrortune.adapters.inject import spectral_layers
-from mirrortune.config.recipe import flatten
 from mirrortune.data.examples import Examples, TokenExamples
 from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter, digits
@@ -102,21 +101,26 @@ class RunRecorder:
 
 @contextmanager
 def recording(
-    job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, reporter: Reporter
+    track: str | None,
+    settings: dict[str, Any],
+    model: nn.Module,
+    run: RunDirectory,
+    accelerator: Any,
+    reporter: Reporter,
 ) -> Iterator[RunRecorder]:
     """Who the loop of this run tells how it goes: the display, the run's own files, and a tracker if one was asked for.
 
     Args:
-        job: of the run.
+        track: name of a tracker, or None.
+        settings: of the run by dotted key, for the tracker.
         model: the adapted model.
         run: where files go.
         accelerator: accelerate's; one process speaks.
         reporter: shows it.
     """
-    settings = flatten(job.recipe)
-    tracked = tracker(job.recipe.train.track, run.path, settings, is_main=accelerator.is_main_process)
-    with reporter.training() as shown, tracked as track:
-        yield RunRecorder(shown, run, model, track)
+    tracked = tracker(track, run.path, settings, is_main=accelerator.is_main_process)
+    with reporter.training() as shown, tracked as log:
+        yield RunRecorder(shown, run, model, log)
 
 
 def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:

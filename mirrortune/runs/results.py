@@ -23,6 +23,7 @@ from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, VerificationError, counted
 from mirrortune.reports import model_card
 from mirrortune.reports.run_page import write_curves, write_run_page
+from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.job import Job
 from mirrortune.runs.load import base_identity
 from mirrortune.system.console import Reporter, describe_metrics
@@ -72,13 +73,13 @@ def _brief(value: Any) -> str:
     return textwrap.shorten(repr(value), 200, placeholder=" ...")  # pairs come by the thousand
 
 
-def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
+def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: dict[str, Any]) -> None:
     """The files of a finished run: results, history in the Trainer's form, curves and model card."""
     events = run.events()
     if not events:
         fix = "Restore the file from a copy, or start again with --overwrite"
         raise VerificationError(str(run.metrics), "the events of the run are gone", fix=fix)
-    data = {**result, "protocol": job.recipe.eval.protocol, "selection_metric": job.task.selection_metric}
+    data = {**result, "protocol": job.settings.eval.protocol, "selection_metric": job.task.selection_metric}
     run.write_json(run.results.name, data)
     state = {
         "global_step": events[-1]["step"],
@@ -90,19 +91,20 @@ def write_results(run: RunDirectory, job: Job, result: dict[str, Any]) -> None:
     run.write_json("trainer_state.json", state)
     write_curves(run)
     card = model_card.run_card(
-        run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, job.recipe.to_yaml()
+        run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, recipe.to_yaml()
     )
     run.write_text("README.md", card)
     write_run_page(run)
 
 
-def run_name(recipe: Recipe, recipe_name: str | None) -> str:
+def run_name(settings: RunSettings, recipe_name: str | None) -> str:
     """``TASK-MODEL-METHOD``: the recipe's last name (or the data's), the model's last name, the method."""
-    task = recipe_name or Path(recipe.data.path or "run").stem
-    model = (recipe.model.name or "model").removeprefix("package:").rstrip("/")
+    task = recipe_name or Path(settings.data.path or "run").stem
+    name = settings.model.name or "model"
+    model = name.removeprefix("package:").rstrip("/")
     parts = model.split("/")
-    model_name = parts[0] if recipe.model.name and recipe.model.name.startswith("package:") else parts[-1]
-    words = (task.rsplit("/", 1)[-1], model_name, recipe.adapter.method)
+    model_name = parts[0] if name.startswith("package:") else parts[-1]
+    words = (task.rsplit("/", 1)[-1], model_name, settings.adapter.method)
     return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()
 
 
@@ -131,7 +133,7 @@ def score_kept(
         outcome = evaluate_split(
             model, job.task, rows, accelerator,
             batch_size=job.eval_batch_size, max_positions=job.eval_max_positions, source=name,
-            num_workers=job.recipe.train.num_workers,
+            num_workers=job.settings.loop.num_workers,
         )  # fmt: skip
         found[name] = outcome.metrics
         for what, values in (("predictions", outcome.predictions), ("references", outcome.references)):
@@ -166,9 +168,9 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
         "packages": {name: metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "num_processes": accelerator.num_processes,
-        "mixed_precision": "bf16" if resolve_precision(job.recipe.train.precision) == "bf16" else "no",
+        "mixed_precision": "bf16" if resolve_precision(job.settings.model.precision) == "bf16" else "no",
         "strategies": strategies,
-        "seed": job.recipe.train.seed,
+        "seed": job.settings.loop.seed,
         "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},
         "data": job.data_origin,
         "argv": sys.argv,

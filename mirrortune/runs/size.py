@@ -19,7 +19,7 @@ from mirrortune.adapters.effect import NUM_PROBES
 from mirrortune.adapters.files.tensors import Form, usual_form
 from mirrortune.adapters.inject import attach, freeze
 from mirrortune.adapters.peft_bridge import tuners
-from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec, make_pairs, needs_saliency
+from mirrortune.adapters.spec import AdapterSpec, build_core, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy, cheapest_strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Target, Targets, find_targets
@@ -177,9 +177,8 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
         new_parameters: names that no checkpoint fills, where known.
 
     Raises:
-        ConfigError: unknown names, nothing to adapt, a rank that does not fit.
+        ConfigError: nothing to adapt, or a rank that does not fit.
     """
-    check_spec(spec)
     targets = find_targets(model, spec, new_parameters)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     head = sum(sizes[n] for n in targets.head)

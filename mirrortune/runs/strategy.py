@@ -55,18 +55,18 @@ def choose_strategies(
     """
     if resume:
         return sync.from_main(accelerator, lambda: _stored(run))
-    is_measured = job.recipe.adapter.strategy == "measured"
+    is_measured = job.settings.strategy == "measured"
     if job.spec.preset.core is None:
         if is_measured:
             reporter.note(f"adapter.strategy=measured changes nothing: method '{job.spec.method}' has no strategies")
         return {}
     # Weights that are made dense are replaced where they are read, which has not been tried where they are cut up.
     is_cut = accelerator.is_fsdp2 or deepspeed.stage_of(accelerator) == 3
-    tokens = None if is_cut else typical_tokens(job.train, job.recipe.train.batch_size)
+    tokens = None if is_cut else typical_tokens(job.train, job.settings.loop.batch_size)
     counted = strategies_of(targets, job.spec, job.dtype, tokens)
     if not is_measured or tokens is None:
         return counted
-    autocast = torch.bfloat16 if resolve_precision(job.recipe.train.precision) == "bf16" else None
+    autocast = torch.bfloat16 if resolve_precision(job.settings.model.precision) == "bf16" else None
     bench = Bench(spec=job.spec, dtype=job.dtype, device=accelerator.device, rows=tokens, autocast=autocast)
 
     def measure() -> dict[str, Strategy]:

@@ -30,9 +30,9 @@ class LoopSettings:
     keep: int
     patience: int | None
     num_workers: int
-    eval_batch_size: int
-    eval_max_positions: int | None
-    eval_before: bool
+    eval_batch_size: int = 64
+    eval_max_positions: int | None = None
+    eval_before: bool = False
 
 
 class Progress(Protocol):

@@ -39,6 +39,7 @@ from mirrortune.adapters.pairings.matching import match
 from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import Layer, resolve
 from mirrortune.data.loader import epoch_batches, forward
+from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.system.console import Reporter
 from tests.bench.contestants import hardware, versions
@@ -107,9 +108,8 @@ def drift(place: Path, options: argparse.Namespace) -> dict[str, Any]:
         words = ["--method", "mirror", "--lr", options.lr, "--max-steps", str(steps)]
         runs[f"{steps} steps"] = train(place / f"mirror-{steps}", options, *words, CONSTANT)
     text = (runs[f"{options.steps} steps"] / "recipe.yaml").read_text(encoding="utf-8")
-    job = assemble(
-        resolve([Layer(values=strict_yaml.load(text, "recipe")[0], origin="recipe")]).recipe, Reporter(verbosity=-1)
-    )
+    recipe = resolve([Layer(values=strict_yaml.load(text, "recipe")[0], origin="recipe")]).recipe
+    job = assemble(unpack(recipe), Reporter(verbosity=-1))
     first = AutoModelForSequenceClassification.from_pretrained(f"{runs['start']}-merged")
     basis = {}
     for name in job.plan.targets.layers:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mirrortune.config.recipe import read_recipe, resolve
-from mirrortune.runs.checks import read_data
-from mirrortune.runs.commands import evaluation_rows
+from mirrortune.runs.checks import unpack_for_eval
+from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.tasks.base import task_from_dict
 from tests.cli.console import Outcome, mirrortune, reviews, write_table
 
@@ -83,9 +83,9 @@ def test_the_validation_rows_are_drawn_by_the_seed_and_in_proportion(desk: Path,
     held = {}
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert train(tiny_model_dir, "rows.csv", "--seed", seed, out=out).exit_code == 0
-        recipe = resolve([read_recipe(f"{out}/recipe.yaml")]).recipe
+        settings = unpack_for_eval(resolve([read_recipe(f"{out}/recipe.yaml")]).recipe).data
         task = task_from_dict(adapter(desk / out)["task"])
-        rows, _ = evaluation_rows(recipe, read_data(recipe), "validation", task, is_own_data=True)
+        rows, _ = evaluation_rows(settings, read_data(settings), "validation", task, is_own_data=True)
         held[out] = rows.table.to_pydict()
         assert Counter(held[out]["label"]) == {"x": 6, "y": 3, "z": 1}
 

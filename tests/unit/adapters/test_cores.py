@@ -19,7 +19,7 @@ from mirrortune.adapters.methods import PRESETS, method_names, preset
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.errors import ConfigError
-from mirrortune.runs.checks import adapter_spec, check_recipe
+from mirrortune.runs.checks import unpack
 from tests.spectral import VARIANTS, Variant
 from tests.tiny_models import tiny_bert
 
@@ -150,9 +150,7 @@ def test_the_rank_of_speclora_is_that_of_its_branch() -> None:
 
     def built(*more: str) -> Any:
         recipe = resolve([override_layer([*(f"{key}={value}" for key, value in layer.items()), *more])]).recipe
-        spec = adapter_spec(recipe)
-        check_recipe(recipe, spec)
-        return build_core(spec, torch.ones(32), "layer", (32, 24))
+        return build_core(unpack(recipe).adapter, torch.ones(32), "layer", (32, 24))
 
     default, four, more = built(), built("adapter.rank=4"), built("adapter.rank=4", "adapter.options.top_k=3")
 

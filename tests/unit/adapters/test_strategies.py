@@ -150,7 +150,7 @@ def test_a_run_measures_keeps_its_choice_and_resumes_with_it(tmp_path: Path, mon
     assert len(kept["dense"]) == 13
     monkeypatch.setattr("mirrortune.runs.strategy.time_strategies", None)  # whoever measures again, fails
     seen: list[Any] = []
-    monkeypatch.setattr("mirrortune.runs.commands.adapt_model", spied(seen))
+    monkeypatch.setattr("mirrortune.runs.train.adapt_model", spied(seen))
     again = mirrortune(*words, "--resume")
     assert again.data["metrics"] == first.data["metrics"]
     assert by_strategy(seen[0]) == kept

@@ -18,7 +18,7 @@ from mirrortune.config.recipe import flatten, override_layer, read_recipe, resol
 from mirrortune.config.schema import Recipe
 from mirrortune.data.files.readers import read_table
 from mirrortune.errors import MirrortuneError
-from mirrortune.runs.checks import adapter_spec, check_recipe
+from mirrortune.runs.checks import unpack
 from mirrortune.system.paths import TABLE_SUFFIXES
 from mirrortune.tasks.base import task_class
 
@@ -55,7 +55,7 @@ def assert_taken_or_refused(path: Path) -> None:
 
     def work() -> None:
         loaded = resolve([read_recipe(str(path))]).recipe
-        check_recipe(loaded, adapter_spec(loaded))
+        unpack(loaded)
         found.append(loaded)
 
     error = refusal(work)

@@ -10,7 +10,7 @@ import pytest
 
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.errors import ConfigError
-from mirrortune.runs.predictions import prediction_file, write_predictions
+from mirrortune.runs.evaluate import prediction_file, write_predictions
 
 PLAIN = ["RTE.tsv", "my answers.txt", "a-b_c.1", "\u00e9.tsv"]
 NOT_PLAIN = [

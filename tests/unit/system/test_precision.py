@@ -15,7 +15,8 @@ from torch import nn
 
 from mirrortune.config import recipe
 from mirrortune.merging import push
-from mirrortune.runs import commands
+from mirrortune.runs.evaluate import evaluate
+from mirrortune.runs.train import train
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import as_computed, autocast, widen
 from tests.tiny_models import tiny_bert
@@ -50,10 +51,10 @@ def test_a_bfloat16_run_is_trained_scored_and_merged(tiny_model_dir: Path, tmp_p
         "output_dir": str(tmp_path / "run"),
     }
     resolved, quiet = recipe.resolve([recipe.Layer(values=values, origin="test")]), Reporter(verbosity=-1)
-    trained = commands.train(resolved, quiet, recipe_name=None)
+    trained = train(resolved, quiet, recipe_name=None)
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     assert {t.dtype for n, t in tensors.items() if n.startswith(("core.", "param."))} == {torch.float32}
-    assert commands.evaluate(str(tmp_path / "run"), resolved.recipe, quiet).metrics == trained.metrics
+    assert evaluate(str(tmp_path / "run"), resolved.recipe, quiet).metrics == trained.metrics
     assert push.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged")).passed
 
 

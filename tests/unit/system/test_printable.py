@@ -12,7 +12,7 @@ import pytest
 from mirrortune.compare.figures import _by_decades
 from mirrortune.errors import ConfigError
 from mirrortune.reports.drawing import Drawing, svg_for_page, write_figure
-from mirrortune.runs.predictions import prediction_file
+from mirrortune.runs.evaluate import prediction_file
 from mirrortune.system.console import Reporter, printable
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202etxt\x00\udcff[red]"

@@ -16,7 +16,7 @@ from mirrortune.data.dataset import Split
 from mirrortune.data.labels import without_labels
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError
-from mirrortune.runs.predictions import write_predictions
+from mirrortune.runs.evaluate import write_predictions
 from mirrortune.tasks.base import task_class, with_label_columns
 from mirrortune.tasks.kinds.causal_lm import TextReader
 from tests.tiny_models import tiny_chat_tokenizer

@@ -22,7 +22,8 @@ from mirrortune.adapters.targets import find_targets
 from mirrortune.config import recipe
 from mirrortune.errors import ConfigError
 from mirrortune.merging import push
-from mirrortune.runs import commands
+from mirrortune.runs.evaluate import evaluate
+from mirrortune.runs.train import train
 from mirrortune.system.console import Reporter
 from mirrortune.training.calibration import CalibrationSettings, measure_saliency
 from tests.tiny_models import tiny_bert
@@ -114,14 +115,12 @@ def test_a_run_keeps_its_pairs_and_a_resumed_run_uses_them(tiny_model_dir: Path,
     }
     resolved = recipe.resolve([recipe.Layer(values=values, origin="test")])
     quiet = Reporter(verbosity=-1)
-    commands.train(resolved, quiet, recipe_name=None)
+    train(resolved, quiet, recipe_name=None)
     pairs = stored_pairs(read_adapter(tmp_path / "run" / "adapter"))
     assert pairs
     assert any(p.tolist() != [[k, len(p) * 2 - 1 - k] for k in range(len(p))] for p in pairs.values())
-    scored = commands.evaluate(str(tmp_path / "run"), resolved.recipe, quiet)
-    assert (
-        scored.metrics["accuracy"] == commands.train(resolved, quiet, recipe_name=None, resume=True).metrics["accuracy"]
-    )
+    scored = evaluate(str(tmp_path / "run"), resolved.recipe, quiet)
+    assert scored.metrics["accuracy"] == train(resolved, quiet, recipe_name=None, resume=True).metrics["accuracy"]
     verdict = push.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged"))
     assert verdict.passed
 

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""eval: score a model on a split, and write its answers as a file in the format of GLUE's server."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirrortune.adapters.files.find import adapter_to_score
+from mirrortune.config.schema import Recipe
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Examples
+from mirrortune.data.files.media import remarks_on
+from mirrortune.data.tokenize import Reading
+from mirrortune.errors import ConfigError
+from mirrortune.runs.checks import EvalSettings, EvaluationSettings, unpack_for_eval
+from mirrortune.runs.index_checks import check_rows
+from mirrortune.runs.load import (
+    Evaluable,
+    load_evaluable,
+)
+from mirrortune.runs.rows import evaluation_rows, read_data
+from mirrortune.runs.size import default_eval_batch
+from mirrortune.system.atomic import write_atomically
+from mirrortune.system.claims import claimed
+from mirrortune.system.console import Reporter
+from mirrortune.system.distributed import sync
+from mirrortune.system.distributed.processes import make_accelerator
+from mirrortune.system.outputs import Input, check_file
+from mirrortune.system.paths import PLAIN_NAME, is_plain_name
+from mirrortune.tasks.base import Task, check_columns, with_label_columns
+from mirrortune.training.evaluate import EvalResult, evaluate_split
+
+_HEADER = "index\tprediction"
+# Control characters, line and paragraph separators, and halves of characters, which UTF-8 cannot write.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateResult:
+    """The ``--json`` object of eval; ``predictions`` is there where answers were written."""
+
+    metrics: dict[str, float]
+    split: str
+    rows: int
+    predictions: str | None = None
+
+
+def evaluate(
+    target: str,
+    recipe: Recipe,
+    reporter: Reporter,
+    *,
+    split: str | None = None,
+    is_own_data: bool = True,
+    predictions: Path | None = None,
+    inputs: Sequence[Input] = (),
+    overwrite: bool = False,
+    force_base: bool = False,
+) -> EvaluateResult:
+    """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
+
+    Args:
+        target: what to score; a folder, or ``owner/name@revision:subfolder`` on the Hub.
+        recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain
+            model the task too.
+        reporter: is told.
+        split: ``train``, ``validation``, ``test``, or a data set's own name for a split; None for the validation rows,
+            or for all rows of other data that has none.
+        is_own_data: whether the data is what the target was trained on, as far as its recipe says.
+        predictions: file for every row's answer, or a folder for the file that the recipe names for the split; rows
+            without a label are answered too then, and nothing is scored.
+        inputs: everything that is read, where no predictions are written.
+        overwrite: replace earlier predictions.
+        force_base: score an adapter on a base with other weights, and say what does not fit.
+    """
+    with ExitStack() as held:
+
+        def claim(file: Path) -> None:
+            held.enter_context(predictions_output(file, inputs, overwrite=overwrite))
+
+        if predictions is not None and not predictions.is_dir():
+            check_file(predictions, inputs, "--predictions")
+            prediction_file(predictions, "", {})
+        return _evaluate(
+            target, unpack_for_eval(recipe), reporter, claim, split=split, is_own_data=is_own_data,
+            predictions=predictions, overwrite=overwrite, force_base=force_base,
+        )  # fmt: skip
+
+
+def _evaluate(
+    target: str,
+    settings: EvaluationSettings,
+    reporter: Reporter,
+    claim: Callable[[Path], None],
+    *,
+    split: str | None,
+    is_own_data: bool,
+    predictions: Path | None,
+    overwrite: bool,
+    force_base: bool,
+) -> EvaluateResult:
+    accelerator = make_accelerator(settings.model.precision)
+    reporter.is_main = accelerator.is_main_process
+    adapter_folder = adapter_to_score(target)
+    if force_base and adapter_folder is None:
+        raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
+    needed = {"--data": settings.data.path, "--task": settings.task.kind or adapter_folder}
+    if missing := " and ".join(flag for flag, value in needed.items() if value is None):
+        raise ConfigError(
+            target, f"it is no run here, and {missing} not given", fix=f"Check the path, or give {missing}"
+        )
+    data = read_data(settings.data)
+    remarks: list[str] | None = [] if force_base else None
+    found = load_evaluable(target, adapter_folder, settings, data, remarks=remarks)
+    by_force = (f"by force: {remark}" for remark in remarks or ())
+    for note in (*by_force, *filter(None, [found.note]), *remarks_on(data, found.task.columns())):
+        reporter.note(note)
+    rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
+    if predictions is not None:
+        own = next((key for key, known in data.splits.items() if known is rows), name)  # what the data set calls it
+        rows, predictions = _to_be_answered(rows, own, found.task, settings.eval, predictions)
+        sync.from_main(accelerator, functools.partial(claim, predictions))
+    examples = _encoded(found, rows, target, name)
+    if (count := examples.num_unlabelled) and predictions is not None:
+        reporter.note(f"{name}: {count:,} of {len(examples):,} rows have no label: nothing is scored")
+    found.model.to(accelerator.device)
+    with reporter.bar(f"evaluate {name}", len(examples)) as bar:
+        outcome = evaluate_split(
+            found.model, found.task, examples, accelerator, **_eval_batch(found, settings.eval), source=rows.source,
+            num_workers=settings.eval.num_workers, on_batch=bar.advance_by, allow_missing=predictions is not None,
+        )  # fmt: skip
+    if predictions is not None and accelerator.is_main_process:
+        check_replaceable(predictions, overwrite=overwrite)  # again: scoring may have taken hours
+        _write_answers(predictions, outcome, found.task, settings.eval)
+    written = None if predictions is None else str(predictions)
+    return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
+
+
+def _eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
+    """The arguments of :func:`evaluate_split` that bound the batches of ``eval``."""
+    if settings.batch_size is not None:
+        return {"batch_size": settings.batch_size}
+    size = getattr(getattr(found.model, "config", None), "vocab_size", None)
+    rows, positions = default_eval_batch(found.task, settings.train_rows, found.max_length, size)
+    return {"batch_size": rows, "max_positions": positions}
+
+
+def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples:
+    """The rows as the model takes them; refuses those that its tables do not hold."""
+    check_columns(rows, found.task)
+    examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
+    check_rows(
+        found.model, examples, getattr(found.processor, "tokenizer", found.processor), where=f"model '{target}'",
+        source=f"the {split} rows", is_text=found.max_length is not None,
+    )  # fmt: skip
+    return examples
+
+
+def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSettings) -> None:
+    write_predictions(file, outcome.predictions, _answer_names(task, settings), settings.prediction_bounds)
+
+
+def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:
+    """The rows, which need no targets, and the file for their answers; ConfigError before anything is scored."""
+    if hasattr(task, "write"):
+        raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row")
+    check_labels(_answer_names(task, settings) or ())
+    return with_label_columns(rows, task), prediction_file(place, name, settings.prediction_files)
+
+
+def _answer_names(task: Task, settings: EvalSettings) -> tuple[str, ...] | None:
+    """What is written of a class: its name, or None for its index."""
+    return getattr(task, "labels", None) if settings.prediction_labels == "names" else None
+
+
+def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
+    """The file that ``path`` means for a split: itself, or the one in a folder that ``names`` has for it.
+
+    Raises:
+        ConfigError: a file that is there and is none of predictions, or a name that is no plain one.
+    """
+    if not path.is_dir():
+        return _checked(path)
+    name = names.get(split, f"{split}.tsv")
+    if not is_plain_name(name):  # it may come from a recipe that lies in the target
+        raise ConfigError(
+            "eval.prediction_files", f"got {name!r} for split '{split}'", allowed=PLAIN_NAME,
+            fix="Give a file to --predictions",
+        )  # fmt: skip
+    return _checked(path / name)
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Refuse class names that would break the lines of the file, or act on the terminal that shows it.
+
+    Raises:
+        ConfigError: with the name.
+    """
+    if broken := next((label for label in labels if _CONTROL.search(label)), None):
+        raise ConfigError(
+            "--predictions", f"class name {broken!r} holds a line break, a tab or another control character",
+            allowed="names of one line", fix="Write indices: eval.prediction_labels=indices",
+        )  # fmt: skip
+
+
+def _checked(path: Path) -> Path:
+    if path.is_dir():
+        raise ConfigError("--predictions", f"{path} is a folder", fix="Give another name")
+    if path.exists() and not path.is_file():  # a pipe has nothing to be read, and a device is no place for a file
+        raise ConfigError("--predictions", f"{path} is no regular file", fix="Give another name")
+    if path.exists() and not _holds_predictions(path):
+        raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
+    return path
+
+
+@contextmanager
+def predictions_output(path: Path, inputs: Sequence[Input], *, overwrite: bool) -> Iterator[None]:
+    """Claim the file of predictions while the block runs.
+
+    Raises:
+        ConfigError: no place for a file (:func:`mirrortune.system.outputs.check_file`), a file that may not be
+            replaced, or another process writes there.
+    """
+    check_file(path, inputs, "--predictions")
+    with claimed(path):
+        check_replaceable(path, overwrite=overwrite)
+        yield
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a file, unless it holds predictions and ``overwrite``."""
+    _checked(path)
+    if path.exists() and not overwrite:
+        fix = "Give another name, or replace it with --overwrite"
+        raise ConfigError("--predictions", f"{path} is there already", fix=fix)
+
+
+def _holds_predictions(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_HEADER)) == _HEADER.encode()
+
+
+def write_predictions(
+    path: Path, predictions: Any, labels: tuple[str, ...] | None, bounds: tuple[float, float] | None
+) -> None:
+    """Write one line for each row.
+
+    Args:
+        path: is replaced.
+        predictions: class indices (N,), numbers (N,), 0 and 1 for each of several classes (N, C), or texts.
+        labels: names to write in place of class indices, or None.
+        bounds: numbers are brought between these.
+
+    Raises:
+        ConfigError: several real numbers a row, or names that the format cannot hold.
+    """
+    check_labels(labels or ())
+    is_array = isinstance(predictions, np.ndarray)
+    if is_array and predictions.ndim != 1 and predictions.dtype.kind == "f":
+        raise ConfigError("--predictions", "this kind of task has several numbers a row, and the format one")
+    if is_array and predictions.ndim != 1:
+        chosen = ([labels[i] if labels else str(i) for i in np.flatnonzero(row)] for row in predictions)
+        answers = [",".join(names) for names in chosen]
+    elif is_array and predictions.dtype.kind == "f":
+        numbers = np.clip(predictions, *bounds) if bounds else predictions
+        answers = [f"{number:.3f}" for number in numbers.tolist()]
+    elif is_array:
+        answers = [labels[i] if labels else str(i) for i in predictions.tolist()]
+    else:
+        answers = [_one_line(answer) for answer in predictions]
+    lines = [_HEADER, *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
+
+    def write(file: Path) -> None:
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def _one_line(answer: Any) -> str:
+    text = answer if isinstance(answer, str) else " ".join(map(str, answer))
+    return " ".join(_CONTROL.sub(" ", text).split())

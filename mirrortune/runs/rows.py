@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of a data set train the model, choose the checkpoint, and score it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mirrortune.data.dataset import DataSet, Split, load_data, set_aside, take_subset
+from mirrortune.data.files.media import remarks_on
+from mirrortune.data.labels import as_name, without_labels
+from mirrortune.data.stream import stream_data
+from mirrortune.errors import DataError, counted, did_you_mean
+from mirrortune.runs.checks import DataSettings, EvalSettings, RunSettings
+from mirrortune.system.console import Reporter
+from mirrortune.tasks.base import TARGET_ROLES, Task, check_columns, unused_columns, with_label_columns
+
+HELD_OUT = "held-out half"
+"""The half of the validation rows that chooses nothing, under protocol split-dev."""
+# The halves of a data set must be the same for every run on it, whatever its seed.
+_HALVES_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRows:
+    """The splits of a run, and the task that was read from them.
+
+    Attributes:
+        task: with its columns and labels.
+        train: rows to learn from.
+        validation: rows that choose the checkpoint.
+        reported: rows that score the kept checkpoint and choose nothing, by name.
+        test: rows of the test split, if there is one that is not used otherwise.
+        origin: where the data came from, for ``environment.json``.
+    """
+
+    task: Task
+    train: Split
+    validation: Split
+    reported: dict[str, Split]
+    test: Split | None
+    origin: dict[str, Any]
+
+
+def read_data(settings: DataSettings) -> DataSet:
+    """Read the data set; labels that stand for a missing one become null."""
+    found = _read(settings)
+    if settings.contained:
+        found = replace(found, splits={n: replace(split, is_contained=True) for n, split in found.splits.items()})
+    missing = None if settings.missing_label is None else as_name(settings.missing_label)
+    if missing is None or settings.label_column is None:
+        return found
+    column = settings.label_column
+
+    def cleared(split: Split) -> Split:
+        stream = split.stream
+        if stream is not None:
+            flatten = stream.flatten
+            stream = replace(stream, flatten=lambda table: without_labels(flatten(table), column, missing))
+        return replace(split, table=without_labels(split.table, column, missing), stream=stream)
+
+    return replace(found, splits={name: cleared(split) for name, split in found.splits.items()})
+
+
+def _read(settings: DataSettings) -> DataSet:
+    assert settings.path is not None
+    if settings.streaming:
+        return stream_data(
+            settings.path, config=settings.config, revision=settings.revision, encoding=settings.encoding,
+            train_split=settings.train_split, max_eval_rows=settings.max_eval_rows,
+        )  # fmt: skip
+    return load_data(settings.path, config=settings.config, revision=settings.revision, encoding=settings.encoding)
+
+
+def choose_rows(settings: RunSettings, data: DataSet, reporter: Reporter) -> RunRows:
+    """Choose the rows of a training run and make its task."""
+    section = settings.data
+    train = data.require(section.train_split, "data.train_split")
+    task, notes = settings.task.make(train)
+    count = counted(train.table.num_rows, "row")
+    reporter.note(f"data: {train.source}, {count if train.stream is None else f'streamed; of its first {count}:'}")
+    for text in filter(None, (*notes, unused_columns(train.table, task), *remarks_on(data, task.columns()))):
+        reporter.note(f"  {text}")
+    whole = train
+    train, validation = _validation(section, data, train, task, reporter)
+    validation, reported = _reported(settings.eval, data, validation, task)
+    train = take_subset(train, section.max_train_rows, section.seed)
+    used = (whole, data.find(section.validation_split), *reported.values())
+    test = _test_rows(data.find(section.test_split), used, task, whole)
+    return RunRows(task=task, train=train, validation=validation, reported=reported, test=test, origin=data.origin)
+
+
+def _validation(
+    settings: DataSettings, data: DataSet, train_rows: Split, task: Task, reporter: Reporter
+) -> tuple[Split, Split]:
+    found = data.find(settings.validation_split)
+    if found is not None and found is not train_rows:
+        return train_rows, found
+    if train_rows.stream is not None:
+        raise DataError(
+            train_rows.source, f"there is no split '{settings.validation_split}', and a stream sets no rows aside",
+            fix="Put validation rows into a file or split of their own, beside the training rows",
+        )  # fmt: skip
+    strata = task.strata(train_rows)
+    train, validation = set_aside(train_rows, settings.validation_fraction, settings.seed, strata)
+    count = counted(validation.table.num_rows, "row")
+    reporter.note(
+        f"  no split '{settings.validation_split}': {count} set aside for validation "
+        f"(seed {settings.seed}{', stratified' if strata is not None else ''})"
+    )
+    return train, validation
+
+
+def _reported(settings: EvalSettings, data: DataSet, validation: Split, task: Task) -> tuple[Split, dict[str, Split]]:
+    """The rows that choose the checkpoint, and those that only score it."""
+    reported: dict[str, Split] = {}
+    if settings.protocol == "split-dev":
+        validation, reported[HELD_OUT] = set_aside(validation, 0.5, _HALVES_SEED, task.strata(validation))
+    for name in settings.report_splits:
+        reported[name] = data.require(name, "eval.report_splits")
+        check_columns(reported[name], task)
+        task.strata(reported[name])  # refuses rows without a label, before anything is trained
+    return validation, reported
+
+
+def _test_rows(test: Split | None, used: Sequence[Split | None], task: Task, known: Split) -> Split | None:
+    """The test split, unless it is among the splits that are ``used``; without labels where it has none.
+
+    Rows to be answered come without a column of labels. A column that is called nearly so, and that the training rows
+    ``known`` lack, is a mistake, and left for :func:`check_columns` to refuse.
+    """
+    if test is None or any(test is split for split in used):
+        return None
+    strange = set(test.table.column_names) - set(known.table.column_names)
+    absent = {column for role, column in task.columns() if role in TARGET_ROLES} - set(test.table.column_names)
+    is_mistake = any(did_you_mean(column, strange) for column in absent)
+    return test if is_mistake else with_label_columns(test, task)
+
+
+def evaluation_rows(
+    settings: DataSettings, data: DataSet, split: str | None, task: Task, *, is_own_data: bool
+) -> tuple[Split, str]:
+    """Choose the rows that ``eval`` scores; returns them with the name of their split.
+
+    Training sets validation rows aside where its data has none; on that data they are cut again, the same for the same
+    seed. Other data without a validation split is scored whole.
+    """
+    names = {"train": settings.train_split, "validation": settings.validation_split, "test": settings.test_split}
+    has_validation = data.find(settings.validation_split) is not None
+    if split is None and not has_validation and not is_own_data:
+        wanted = settings.train_split if data.find(settings.train_split) else settings.test_split
+        return data.require(wanted, "--split"), "all"
+    split = split or "validation"
+    if is_own_data and not has_validation and split in ("train", "validation"):
+        rows = data.require(settings.train_split, "--split")
+        check_columns(rows, task)
+        parts = set_aside(rows, settings.validation_fraction, settings.seed, task.strata(rows))
+        return parts[0] if split == "train" else parts[1], split
+    named = names.get(split, split)
+    # Other data may call its splits otherwise: GLUE's diagnostic set has a test split, MNLI two of other names.
+    return data.require(named if data.find(named) else split, "--split"), split
+
+
+def any_split(settings: DataSettings, data: DataSet) -> Split:
+    """Return a split to read columns and classes from: the first there is of training, validation and test rows."""
+    for name in (settings.train_split, settings.validation_split, settings.test_split):
+        found = data.find(name)
+        if found is not None:
+            return found
+    return next(iter(data.splits.values()))

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train: fine-tune by a recipe and write a run directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.adapters.files.adapter_file import write_adapter
+from mirrortune.adapters.files.load import FingerprintBook
+from mirrortune.adapters.inject import head_parameters, trainable_parameters
+from mirrortune.adapters.peft_bridge.tuners import remarks
+from mirrortune.adapters.targets import find_targets
+from mirrortune.config.recipe import Resolved, flatten
+from mirrortune.errors import ConfigError
+from mirrortune.models.load import checkpoint_activations
+from mirrortune.runs.checks import RunSettings, inputs_of, unpack
+from mirrortune.runs.job import Job, assemble
+from mirrortune.runs.load import (
+    adapt_model,
+    base_identity,
+    choose_pairs,
+    load_base,
+    share_factors,
+)
+from mirrortune.runs.recorder import record_validation, recording
+from mirrortune.runs.results import (
+    check_same_recipe,
+    environment,
+    peak_memory_bytes,
+    pin_paths,
+    run_name,
+    score_kept,
+    write_results,
+)
+from mirrortune.runs.strategy import by_strategy, choose_strategies
+from mirrortune.system.compiler import compile_model
+from mirrortune.system.console import Reporter, digits
+from mirrortune.system.devices import factorising_device
+from mirrortune.system.distributed import deepspeed, sync
+from mirrortune.system.distributed.processes import describe_processes, make_accelerator, seed_everything
+from mirrortune.system.paths import local_path
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.system.run_status import recorded_status
+from mirrortune.tasks.base import task_to_dict
+from mirrortune.tasks.metrics import METRICS
+from mirrortune.training.evaluate import EvalResult
+from mirrortune.training.settings import FitResult, LoopSettings
+from mirrortune.training.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """The ``--json`` object of train; ``trainable_parameters`` counts what is trained besides the head."""
+
+    run_dir: str
+    metrics: dict[str, float]
+    trainable_parameters: int
+    head_parameters: int
+    adapter_bytes: int
+    train_seconds: float
+    samples_per_second: float
+    tokens_per_second: float | None
+    metrics_before: dict[str, float] | None
+    peak_memory_bytes: int
+
+
+def train(
+    resolved: Resolved, reporter: Reporter, *, recipe_name: str | None, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
+    """Fine-tune by a recipe and write a run directory.
+
+    Args:
+        resolved: the recipe and the origins of its values.
+        reporter: is told.
+        recipe_name: for the default name of the run directory.
+        resume: continue the run that is there.
+        overwrite: replace the run that is there.
+    """
+    recipe = resolved.recipe
+    settings = unpack(recipe)
+    if resume and overwrite:
+        raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
+    run = (_run_beside(resolved) if resume else None) or RunDirectory(
+        local_path(settings.output_dir or f"runs/{run_name(settings, recipe_name)}")
+    )
+    recipe = pin_paths(recipe, run)
+    settings = replace(
+        settings, model=replace(settings.model, name=recipe.model.name),
+        data=replace(settings.data, path=recipe.data.path), output_dir=recipe.output_dir,
+    )  # fmt: skip
+    accelerator = _meet(settings, reporter)
+    inputs = inputs_of(resolved)
+    with ExitStack() as held:
+
+        def claim() -> None:
+            held.enter_context(run.held(inputs, overwrite=overwrite, resume=resume))
+            if resume:
+                check_same_recipe(recipe, run)
+
+        def create() -> None:
+            run.check(inputs, overwrite=overwrite, resume=False)  # again: loading may have taken hours
+            run.create()
+
+        sync.from_main(accelerator, claim)
+        resolved = replace(resolved, recipe=recipe)
+        return _train(settings, resolved, run, accelerator, reporter, None if resume else create)
+
+
+def _run_beside(resolved: Resolved) -> RunDirectory | None:
+    """The run whose own recipe says where to write. It may have been moved or copied since, and another lie there."""
+    for file in resolved.files:
+        run = RunDirectory(file.parent)
+        says_where = resolved.origins.get("output_dir", "").startswith(f"{file}:")
+        if says_where and file.name == run.recipe.name and run.is_marked:
+            return run
+    return None
+
+
+def _train(
+    settings: RunSettings,
+    resolved: Resolved,
+    run: RunDirectory,
+    accelerator: Any,
+    reporter: Reporter,
+    create: Callable[[], None] | None,
+) -> TrainResult:
+    """Train into a run directory that is claimed; ``create`` makes it, or is None for one that is continued."""
+    recipe, resume = resolved.recipe, create is None
+    job = assemble(settings, reporter)
+    if deepspeed.stage_of(accelerator) and job.source.is_quantised:
+        raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
+    describe_processes(accelerator, reporter, run.path)
+    seed_everything(settings.loop.seed)  # the head's initial weights
+    loaded = load_base(job)
+    cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
+    share_factors(job, loaded, cache, accelerator, reporter.bar)
+    started = time.perf_counter()
+    pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
+    pairing_seconds = time.perf_counter() - started if pairs else 0.0
+    targets = find_targets(loaded.model, job.spec, loaded.new_parameters)
+    strategies = choose_strategies(job, targets, run, accelerator, reporter, resume=resume)
+    book = adapt_model(loaded, job.spec, cache, pairs, strategies)
+    model = loaded.model
+    for text in remarks(model):
+        reporter.note(text)
+
+    def record() -> None:
+        if create is not None:
+            create()
+            run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
+        run.write_text(run.recipe.name, recipe.to_yaml())  # a continued run may have been given other free settings
+
+    # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
+    sync.from_main(accelerator, record)
+    with recorded_status(run, is_main=accelerator.is_main_process):
+        # Dropout: the same from a cold and a warm cache, another on each rank.
+        seed_everything(settings.loop.seed + 1 + accelerator.process_index)
+        counts = trainable_parameters(model), head_parameters(model)  # before processes share them
+        outcome, best = _fit(job, model, book, run, accelerator, reporter, flatten(recipe), resume=resume)
+        for text in _remarks_on(outcome, job):
+            reporter.note(text)
+        reported = score_kept(job, model, run, accelerator, reporter)
+        record_validation(job, model, run, accelerator, best)
+        result = _train_result(run, outcome, *counts)
+        if accelerator.is_main_process:
+            more = {"reported": reported, "pairing_seconds": pairing_seconds}
+            write_results(run, job, recipe, {**asdict(outcome), **asdict(result), **more})
+    return result
+
+
+def _remarks_on(outcome: FitResult, job: Job) -> Iterator[str]:
+    """What a user should know of how training ended besides the scores."""
+    if outcome.stopped_early:
+        count = job.settings.loop.patience
+        yield f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one"
+    name, before = job.task.selection_metric, outcome.metrics_before
+    sign = 1 if METRICS[name].higher_is_better else -1
+    if before is not None and sign * outcome.metrics[name] <= sign * before[name]:
+        yield f"warning: no checkpoint has a better {name} than the model before training ({before[name]:.4f})"
+
+
+def _meet(settings: RunSettings, reporter: Reporter) -> Any:
+    """Make the object that owns this process and its peers."""
+    # Cores and heads take part in every loss; a base model trained as it is may hold weights that do not.
+    has_idle = settings.adapter.preset.plain != "none"
+    accelerator = make_accelerator(settings.model.precision, has_idle_parameters=has_idle)
+    reporter.is_main = accelerator.is_main_process
+
+    def check() -> None:
+        kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if deepspeed.stage_of(accelerator) == 3 else None
+        if kind and settings.form == "portable":
+            raise ConfigError("adapter.form", f"no process has whole factors under {kind}", allowed="auto or compact")
+
+    sync.from_main(accelerator, check)
+    return accelerator
+
+
+def _train_result(run: RunDirectory, outcome: FitResult, num_trained: int, num_head: int) -> TrainResult:
+    return TrainResult(
+        run_dir=str(run.path),
+        metrics=outcome.metrics,
+        trainable_parameters=num_trained,
+        head_parameters=num_head,
+        adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()),
+        train_seconds=round(outcome.train_seconds, 3),
+        samples_per_second=digits(outcome.samples_per_second),
+        tokens_per_second=None if outcome.tokens_per_second is None else digits(outcome.tokens_per_second),
+        metrics_before=outcome.metrics_before,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _fit(
+    job: Job,
+    model: nn.Module,
+    book: FingerprintBook,
+    run: RunDirectory,
+    accelerator: Any,
+    reporter: Reporter,
+    flat_recipe: dict[str, Any],
+    *,
+    resume: bool,
+) -> tuple[FitResult, EvalResult | None]:
+    def write_adapter_files(folder: Path) -> int:
+        base, task, form = base_identity(job), task_to_dict(job.task), job.settings.form
+        extra = {"max_length": job.max_length}
+        return write_adapter(folder, model, book.entries, base=base, task=task, extra=extra, form=form)
+
+    if job.settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    if job.settings.compile:
+        compile_model(model, accelerator)
+    with recording(job.settings.track, flat_recipe, model, run, accelerator, reporter) as progress:
+        trainer = Trainer(
+            model,
+            job.task,
+            train=job.stream or job.train,
+            validation=job.validation,
+            settings=_settings(job, accelerator),
+            run=run,
+            write_adapter_files=write_adapter_files,
+            accelerator=accelerator,
+            progress=progress,
+        )
+        if resume:
+            trainer.resume()
+        return trainer.fit(), trainer.best_result
+
+
+def _settings(job: Job, accelerator: Any) -> LoopSettings:
+    before = job.settings.eval.before
+    return replace(
+        job.settings.loop,
+        eval_batch_size=job.eval_batch_size,
+        eval_max_positions=job.eval_max_positions,
+        eval_before=_costs_little(job, accelerator.num_processes) if before == "auto" else before,
+    )
+
+
+def _costs_little(job: Job, num_processes: int) -> bool:
+    """Whether scoring the validation rows once takes under a tenth of the run, by the number of forward passes."""
+    loop = job.settings.loop
+    if job.settings.compile:  # it would compile another graph before the first step
+        return False
+    rows = loop.epochs * len(job.train)
+    if loop.max_steps is not None:
+        steps = loop.max_steps * loop.batch_size * loop.gradient_accumulation_steps * num_processes
+        rows = steps if job.stream else min(rows, steps)
+    trained = 3 * rows * float(job.train.lengths.mean())  # backward costs two forward passes
+    # Kinds whose answers are written call the decoder once for each token.
+    passes = 1 + getattr(job.task, "max_target_length", 0)
+    scored = passes * float(job.validation.lengths.sum())
+    return scored < 0.1 * (scored + trained)
