@@ -71,17 +71,16 @@ def options(*command: str) -> str:
 def json_fields() -> str:
     """Fields of the ``--json`` objects, from the dataclasses that commands return."""
     from mirrortune.merging import in_memory
-    from mirrortune.runs import evaluate, prepare, train
+    from mirrortune.runs import evaluate, prepare, results
 
     found = {
-        "prepare": (prepare.PrepareResult, "{}"),
-        "train": (train.TrainResult, "{}"),
-        "eval": (evaluate.EvaluateResult, "{}"),
-        "merge": (in_memory.Verification, "`output_dir`, `format`, `verification` with {}"),
+        "prepare": ([f.name for f in fields(prepare.PrepareResult)], "{}"),
+        "train": (results.RunResult.SUMMARY, "{}"),
+        "eval": ([f.name for f in fields(evaluate.EvaluateResult)], "{}"),
+        "merge": ([f.name for f in fields(in_memory.Verification)], "`output_dir`, `format`, `verification` with {}"),
     }
     rows = (
-        (f"`{name}`", form.format(", ".join(f"`{f.name}`" for f in fields(kind))))
-        for name, (kind, form) in found.items()
+        (f"`{name}`", form.format(", ".join(f"`{field}`" for field in names))) for name, (names, form) in found.items()
     )
     return table(("command", "fields"), rows)
 

@@ -184,7 +184,7 @@ def train(
         )
         return
     result = training.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
-    reporter.result(asdict(result), train_lines(result))
+    reporter.result(result.summary(), train_lines(result))
 
 
 @app.command("eval", cls=OnceEach)

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.data.examples import Examples, TokenExamples
 from mirrortune.runs.job import Job
@@ -136,13 +135,12 @@ def record_validation(
 
     Args:
         job: of the run.
-        model: the adapted model; the kept checkpoint is put into it.
+        model: the adapted model, with the numbers of the kept checkpoint.
         run: where the file goes.
         accelerator: accelerate's.
         outcome: of the evaluation that the checkpoint was kept for, which is done again if this process made none.
     """
-    with whole_parameters(model, write_back=True):
-        restore_trained(model, read_adapter(run.adapter))
+    with whole_parameters(model):
         angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
     if outcome is None:
         outcome = evaluate_split(

@@ -7,9 +7,10 @@ import platform
 import re
 import sys
 import textwrap
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +34,44 @@ from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import task_to_dict
 from mirrortune.training.evaluate import evaluate_split
+from mirrortune.training.settings import FitResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult(FitResult):
+    """The result of a run, as ``results.json`` holds it.
+
+    Attributes:
+        run_dir: run directory.
+        trainable_parameters: trained numbers besides the head.
+        head_parameters: trained numbers of the head.
+        adapter_bytes: size of the adapter's files.
+        peak_memory_bytes: largest memory of the GPU, or of the process without one.
+        reported: metrics of the kept checkpoint on further splits, by name.
+        pairing_seconds: time in which pairs were measured; 0 if they were not.
+        protocol: ``eval.protocol`` of the recipe.
+        selection_metric: the metric that chose the checkpoint.
+    """
+
+    SUMMARY: ClassVar = (
+        "run_dir", "metrics", "trainable_parameters", "head_parameters", "adapter_bytes", "train_seconds",
+        "samples_per_second", "tokens_per_second", "metrics_before", "peak_memory_bytes",
+    )  # fmt: skip
+    """Fields of the ``--json`` object of train."""
+
+    run_dir: str
+    trainable_parameters: int
+    head_parameters: int
+    adapter_bytes: int
+    peak_memory_bytes: int
+    reported: dict[str, dict[str, float]]
+    pairing_seconds: float
+    protocol: str
+    selection_metric: str
+
+    def summary(self) -> dict[str, Any]:
+        """Return the ``--json`` object of train."""
+        return {name: getattr(self, name) for name in self.SUMMARY}
 
 
 def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
@@ -73,19 +112,19 @@ def _brief(value: Any) -> str:
     return textwrap.shorten(repr(value), 200, placeholder=" ...")  # pairs come by the thousand
 
 
-def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: dict[str, Any]) -> None:
-    """The files of a finished run: results, history in the Trainer's form, curves and model card."""
+def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult) -> None:
+    """Write the files of a finished run: results, history in the Trainer's form, curves, model card and page."""
     events = run.events()
     if not events:
         fix = "Restore the file from a copy, or start again with --overwrite"
         raise VerificationError(str(run.metrics), "the events of the run are gone", fix=fix)
-    data = {**result, "protocol": job.settings.eval.protocol, "selection_metric": job.task.selection_metric}
+    data = asdict(result)
     run.write_json(run.results.name, data)
     state = {
         "global_step": events[-1]["step"],
         "epoch": events[-1]["epoch"],
-        "best_metric": result["metrics"][job.task.selection_metric],
-        "best_model_checkpoint": str(run.checkpoint(result["best_step"])),
+        "best_metric": result.metrics[result.selection_metric],
+        "best_model_checkpoint": str(run.checkpoint(result.best_step)),
         "log_history": events,
     }
     run.write_json("trainer_state.json", state)
@@ -108,25 +147,29 @@ def run_name(settings: RunSettings, recipe_name: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()
 
 
-def score_kept(
+def restore_kept(model: nn.Module, run: RunDirectory) -> None:
+    """Give a trained model the numbers of the checkpoint that the run has kept."""
+    with whole_parameters(model, write_back=True):
+        restore_trained(model, read_adapter(run.adapter))
+
+
+def score_reported(
     job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, reporter: Reporter
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the kept checkpoint on every split of ``job.reported``, by the split's name.
+    """Score the kept checkpoint on every split of ``job.reported``; returns metrics by the split's name.
 
     Predictions and references that are numbers go to ``predictions.safetensors`` (``<split>.predictions`` and
     ``<split>.references``, one row each in the split's order), so that runs can be compared row by row.
 
     Args:
         job: what to score on.
-        model: as training left it; given the kept checkpoint's numbers.
-        run: finished.
-        accelerator: accelerate's.
-        reporter: is told.
+        model: with the numbers of the kept checkpoint.
+        run: its directory.
+        accelerator: of this process.
+        reporter: prints the metrics.
     """
     if not job.reported:
         return {}
-    with whole_parameters(model, write_back=True):
-        restore_trained(model, read_adapter(run.adapter))
     found: dict[str, dict[str, float]] = {}
     arrays: dict[str, Any] = {}
     for name, rows in job.reported.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,19 @@ from mirrortune.runs.load import (
 )
 from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
+    RunResult,
     check_same_recipe,
     environment,
     peak_memory_bytes,
     pin_paths,
+    restore_kept,
     run_name,
-    score_kept,
+    score_reported,
     write_results,
 )
 from mirrortune.runs.strategy import by_strategy, choose_strategies
 from mirrortune.system.compiler import compile_model
-from mirrortune.system.console import Reporter, digits
+from mirrortune.system.console import Reporter
 from mirrortune.system.devices import factorising_device
 from mirrortune.system.distributed import deepspeed, sync
 from mirrortune.system.distributed.processes import describe_processes, make_accelerator, seed_everything
@@ -56,25 +58,9 @@ from mirrortune.training.settings import FitResult, LoopSettings
 from mirrortune.training.trainer import Trainer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """The ``--json`` object of train; ``trainable_parameters`` counts what is trained besides the head."""
-
-    run_dir: str
-    metrics: dict[str, float]
-    trainable_parameters: int
-    head_parameters: int
-    adapter_bytes: int
-    train_seconds: float
-    samples_per_second: float
-    tokens_per_second: float | None
-    metrics_before: dict[str, float] | None
-    peak_memory_bytes: int
-
-
 def train(
     resolved: Resolved, reporter: Reporter, *, recipe_name: str | None, resume: bool = False, overwrite: bool = False
-) -> TrainResult:
+) -> RunResult:
     """Fine-tune by a recipe and write a run directory.
 
     Args:
@@ -131,7 +117,7 @@ def _train(
     accelerator: Any,
     reporter: Reporter,
     create: Callable[[], None] | None,
-) -> TrainResult:
+) -> RunResult:
     """Train into a run directory that is claimed; ``create`` makes it, or is None for one that is continued."""
     recipe, resume = resolved.recipe, create is None
     job = assemble(settings, reporter)
@@ -163,27 +149,32 @@ def _train(
     with recorded_status(run, is_main=accelerator.is_main_process):
         # Dropout: the same from a cold and a warm cache, another on each rank.
         seed_everything(settings.loop.seed + 1 + accelerator.process_index)
-        counts = trainable_parameters(model), head_parameters(model)  # before processes share them
-        outcome, best = _fit(job, model, book, run, accelerator, reporter, flatten(recipe), resume=resume)
-        for text in _remarks_on(outcome, job):
+        num_trained, num_head = trainable_parameters(model), head_parameters(model)  # before processes share them
+        fitted, best = _fit(job, model, book, run, accelerator, reporter, flatten(recipe), resume=resume)
+        for text in _remarks_on(fitted, job):
             reporter.note(text)
-        reported = score_kept(job, model, run, accelerator, reporter)
+        restore_kept(model, run)
+        reported = score_reported(job, model, run, accelerator, reporter)
         record_validation(job, model, run, accelerator, best)
-        result = _train_result(run, outcome, *counts)
+        result = RunResult(
+            **asdict(fitted), run_dir=str(run.path), trainable_parameters=num_trained, head_parameters=num_head,
+            adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()), peak_memory_bytes=peak_memory_bytes(),
+            reported=reported, pairing_seconds=pairing_seconds, protocol=settings.eval.protocol,
+            selection_metric=job.task.selection_metric,
+        )  # fmt: skip
         if accelerator.is_main_process:
-            more = {"reported": reported, "pairing_seconds": pairing_seconds}
-            write_results(run, job, recipe, {**asdict(outcome), **asdict(result), **more})
+            write_results(run, job, recipe, result)
     return result
 
 
-def _remarks_on(outcome: FitResult, job: Job) -> Iterator[str]:
+def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
     """What a user should know of how training ended besides the scores."""
-    if outcome.stopped_early:
+    if result.stopped_early:
         count = job.settings.loop.patience
         yield f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one"
-    name, before = job.task.selection_metric, outcome.metrics_before
+    name, before = job.task.selection_metric, result.metrics_before
     sign = 1 if METRICS[name].higher_is_better else -1
-    if before is not None and sign * outcome.metrics[name] <= sign * before[name]:
+    if before is not None and sign * result.metrics[name] <= sign * before[name]:
         yield f"warning: no checkpoint has a better {name} than the model before training ({before[name]:.4f})"
 
 
@@ -201,21 +192,6 @@ def _meet(settings: RunSettings, reporter: Reporter) -> Any:
 
     sync.from_main(accelerator, check)
     return accelerator
-
-
-def _train_result(run: RunDirectory, outcome: FitResult, num_trained: int, num_head: int) -> TrainResult:
-    return TrainResult(
-        run_dir=str(run.path),
-        metrics=outcome.metrics,
-        trainable_parameters=num_trained,
-        head_parameters=num_head,
-        adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()),
-        train_seconds=round(outcome.train_seconds, 3),
-        samples_per_second=digits(outcome.samples_per_second),
-        tokens_per_second=None if outcome.tokens_per_second is None else digits(outcome.tokens_per_second),
-        metrics_before=outcome.metrics_before,
-        peak_memory_bytes=peak_memory_bytes(),
-    )
 
 
 def _fit(

@@ -19,6 +19,7 @@ from mirrortune.adapters.inject import attachment
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import StreamedExamples, make_feed
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
+from mirrortune.system.console import digits
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import choose_units, whole_parameters
 from mirrortune.system.run_directory import LoopState, RunDirectory
@@ -154,9 +155,9 @@ class Trainer:
             best_step=best_step,
             global_step=state.global_step,
             stopped_early=state.global_step < self.total_steps,
-            train_seconds=seconds,
-            samples_per_second=self._rows / seconds if seconds else 0.0,
-            tokens_per_second=self._tokens / seconds if self._is_text and seconds else None,
+            train_seconds=round(seconds, 3),
+            samples_per_second=digits(self._rows / seconds) if seconds else 0.0,
+            tokens_per_second=digits(self._tokens / seconds) if self._is_text and seconds else None,
             median_step_seconds=statistics.median(step_seconds or [0.0]),
         )
 
