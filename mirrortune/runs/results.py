@@ -29,8 +29,7 @@ from mirrortune.runs.job import Job
 from mirrortune.runs.load import base_identity
 from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.devices import peak_resident_bytes, resolve_precision
-from mirrortune.system.distributed import deepspeed
-from mirrortune.system.distributed.sharding import whole_parameters
+from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import task_to_dict
 from mirrortune.training.evaluate import evaluate_split
@@ -203,7 +202,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
     """
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
     packages += ["peft"] if job.spec.preset.peft else []
-    packages += ["deepspeed"] if deepspeed.stage_of(accelerator) else []
+    packages += ["deepspeed"] if Sharding.of(accelerator).stage else []
     return {
         "mirrortune": __version__,
         "python": platform.python_version(),

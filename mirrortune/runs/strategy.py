@@ -30,7 +30,8 @@ from mirrortune.runs.timing import time_strategies
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import resolve_precision
-from mirrortune.system.distributed import deepspeed, sync
+from mirrortune.system.distributed import sync
+from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import cache_folder
 from mirrortune.system.run_directory import RunDirectory
 
@@ -61,8 +62,9 @@ def choose_strategies(
             reporter.note(f"adapter.strategy=measured changes nothing: method '{job.spec.method}' has no strategies")
         return {}
     # Weights that are made dense are replaced where they are read, which has not been tried where they are cut up.
-    is_cut = accelerator.is_fsdp2 or deepspeed.stage_of(accelerator) == 3
-    tokens = None if is_cut else typical_tokens(job.train, job.settings.loop.batch_size)
+    tokens = (
+        None if Sharding.of(accelerator).shards_weights else typical_tokens(job.train, job.settings.loop.batch_size)
+    )
     counted = strategies_of(targets, job.spec, job.dtype, tokens)
     if not is_measured or tokens is None:
         return counted

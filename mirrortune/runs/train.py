@@ -44,10 +44,11 @@ from mirrortune.runs.results import (
 )
 from mirrortune.runs.strategy import by_strategy, choose_strategies
 from mirrortune.system.compiler import compile_model
-from mirrortune.system.console import Reporter
+from mirrortune.system.console import Reporter, digits
 from mirrortune.system.devices import factorising_device
-from mirrortune.system.distributed import deepspeed, sync
+from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import describe_processes, make_accelerator, seed_everything
+from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import local_path
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import recorded_status
@@ -121,7 +122,7 @@ def _train(
     """Train into a run directory that is claimed; ``create`` makes it, or is None for one that is continued."""
     recipe, resume = resolved.recipe, create is None
     job = assemble(settings, reporter)
-    if deepspeed.stage_of(accelerator) and job.source.is_quantised:
+    if Sharding.of(accelerator).stage and job.source.is_quantised:
         raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
     describe_processes(accelerator, reporter, run.path)
     seed_everything(settings.loop.seed)  # the head's initial weights
@@ -157,7 +158,7 @@ def _train(
         reported = score_reported(job, model, run, accelerator, reporter)
         record_validation(job, model, run, accelerator, best)
         result = RunResult(
-            **asdict(fitted), run_dir=str(run.path), trainable_parameters=num_trained, head_parameters=num_head,
+            **_rounded(fitted), run_dir=str(run.path), trainable_parameters=num_trained, head_parameters=num_head,
             adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()), peak_memory_bytes=peak_memory_bytes(),
             reported=reported, pairing_seconds=pairing_seconds, protocol=settings.eval.protocol,
             selection_metric=job.task.selection_metric,
@@ -165,6 +166,17 @@ def _train(
         if accelerator.is_main_process:
             write_results(run, job, recipe, result)
     return result
+
+
+def _rounded(fitted: FitResult) -> dict[str, Any]:
+    """The fields of a result, measured times with as many digits as mean something."""
+    tokens = fitted.tokens_per_second
+    return {
+        **asdict(fitted),
+        "train_seconds": round(fitted.train_seconds, 3),
+        "samples_per_second": digits(fitted.samples_per_second),
+        "tokens_per_second": None if tokens is None else digits(tokens),
+    }
 
 
 def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
@@ -185,10 +197,12 @@ def _meet(settings: RunSettings, reporter: Reporter) -> Any:
     accelerator = make_accelerator(settings.model.precision, has_idle_parameters=has_idle)
     reporter.is_main = accelerator.is_main_process
 
+    sharding = Sharding.of(accelerator)
+
     def check() -> None:
-        kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if deepspeed.stage_of(accelerator) == 3 else None
-        if kind and settings.form == "portable":
-            raise ConfigError("adapter.form", f"no process has whole factors under {kind}", allowed="auto or compact")
+        if sharding.shards_weights and settings.form == "portable":
+            problem = f"no process has whole factors under {sharding.name}"
+            raise ConfigError("adapter.form", problem, allowed="auto or compact")
 
     sync.from_main(accelerator, check)
     return accelerator

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mirrortune.errors import ConfigError, ResourceError
-from mirrortune.system.distributed import deepspeed
+from mirrortune.system.distributed.sharding import Sharding
 
 _COMPILERS = ("g++", "clang++", "c++", "cl")
 
@@ -38,7 +38,6 @@ def compile_model(model: nn.Module, accelerator: Any) -> None:
     Raises:
         ConfigError: if the model's parameters are cut into shares.
     """
-    if accelerator.is_fsdp2 or deepspeed.stage_of(accelerator):
-        kind = "FSDP2" if accelerator.is_fsdp2 else "DeepSpeed"
-        raise ConfigError("--compile", f"it does not go with {kind}", fix="Leave --compile out, or use ddp")
+    if library := Sharding.of(accelerator).library:
+        raise ConfigError("--compile", f"it does not go with {library}", fix="Leave --compile out, or use ddp")
     model.compile()

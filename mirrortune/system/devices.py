@@ -141,14 +141,3 @@ def as_computed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         own["forward"] = wrapped
-
-
-def mixed(accelerator: Any) -> AbstractContextManager[object]:
-    """The context to run a model in that is called without the wrapper that ``accelerator`` has put around it."""
-    plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)
-    if plugin is None:
-        context: AbstractContextManager[object] = accelerator.autocast()
-        return context
-    # accelerate leaves autocast to DeepSpeed, which has it in its own wrapper.
-    enabled = plugin.deepspeed_config["torch_autocast"]["enabled"]
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled)

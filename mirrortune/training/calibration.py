@@ -24,7 +24,7 @@ from mirrortune.adapters.targets import Targets
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import epoch_batches, forward
 from mirrortune.errors import ConfigError
-from mirrortune.system.devices import mixed
+from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.base import Task
 
 # Distinct batches of the warm-up, over which its steps go round. With MiniLM-L6 on the movie sentences, pairs matched
@@ -95,12 +95,12 @@ def measure_saliency(
     head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
     start = {n: p.detach().clone() for n, p in head.items()}
     _only(model, list(head.values()))
-    with mixed(accelerator):
+    with Sharding.of(accelerator).autocast():
         _warm_up(model, list(head.values()), task, examples, rows, settings, accelerator.device)
     _only(model, [target.weight(model) for target in targets.layers.values()])
     found: dict[str, Tensor] = {}
     for batch in itertools.islice(rows, settings.num_batches):
-        with mixed(accelerator):
+        with Sharding.of(accelerator).autocast():
             _backward(model, task, examples, batch, accelerator.device)
         if settings.saliency == "rms":
             _add(found, model, targets, factor_source, settings)

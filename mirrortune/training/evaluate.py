@@ -16,8 +16,9 @@ from torch import nn
 from mirrortune.data.examples import Batch, Examples, Rows
 from mirrortune.data.loader import forward, made_ahead, pinned
 from mirrortune.errors import DataError
-from mirrortune.system.devices import as_computed, mixed
+from mirrortune.system.devices import as_computed
 from mirrortune.system.distributed import sync
+from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.base import Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
 
@@ -137,7 +138,7 @@ def _score(
 ) -> tuple[list[Any], float, int]:
     # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
     unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
-    with unconverted, mixed(accelerator):
+    with unconverted, Sharding.of(accelerator).autocast():
         inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = task.judge(model, inputs, outputs, targets)
     if not is_scored:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.errors import ConfigError
-from mirrortune.system.distributed import deepspeed, sync
-from mirrortune.system.distributed.sharding import shared_like, whole, whole_parameters
+from mirrortune.system.distributed import sharding, sync
+from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import LoopState, RunDirectory
 
 
@@ -103,15 +103,8 @@ class Snapshots:
 
 def optimizer_tensors(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``, whole, of ``trained``, parameters by name."""
-    if deepspeed.is_zero_optimizer(optimizer):
-        states = deepspeed.optimizer_states(optimizer, trained)
-    else:
-        states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
-    return {
-        f"optimizer.{name}.{entry}": whole(value.detach()).cpu().contiguous()
-        for name, state in states.items()
-        for entry, value in state.items()
-    }
+    states = sharding.optimizer_states(optimizer, trained)
+    return {f"optimizer.{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
 
 
 def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
@@ -121,12 +114,7 @@ def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tenso
         prefix = f"optimizer.{name}."
         if entries := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
             states[name] = entries
-    if deepspeed.is_zero_optimizer(optimizer):
-        deepspeed.restore_states(optimizer, trained, states)
-        return
-    for name, entries in states.items():
-        for entry, value in entries.items():
-            optimizer.state[trained[name]][entry] = shared_like(value, trained[name])
+    sharding.restore_states(optimizer, trained, states)
 
 
 def random_tensors() -> dict[str, Tensor]:

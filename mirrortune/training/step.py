@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.data.loader import MicroBatch, forward
-from mirrortune.system.console import chatter_to_stderr
-from mirrortune.system.distributed import deepspeed
-from mirrortune.system.distributed.sharding import own_share, ties_in_one_unit, whole
+from mirrortune.system.distributed.sharding import Sharding, own_share, whole
 from mirrortune.tasks.base import Task
 from mirrortune.training.accumulator import Tally
 from mirrortune.training.optim import set_lr
@@ -82,11 +80,10 @@ def prepare(
         tally: counts the steps.
         max_grad_norm: gradients are scaled down to this norm.
     """
-    if deepspeed.stage_of(accelerator):
-        engine, wrapped = deepspeed.prepare(model, optimizer, accelerator, max_grad_norm=max_grad_norm)
-        return engine, wrapped, ZeroUpdate(engine, accelerator.num_processes, tally)
-    with ties_in_one_unit(model), chatter_to_stderr():  # for FSDP2 it imports DeepSpeed where that is, which speaks
-        prepared, wrapped = accelerator.prepare(model, optimizer)
+    sharding = Sharding.of(accelerator)
+    prepared, wrapped = sharding.prepare(model, optimizer, max_grad_norm=max_grad_norm)
+    if sharding.stage:
+        return prepared, wrapped, ZeroUpdate(prepared, accelerator.num_processes, tally)
     return prepared, wrapped, PlainUpdate(wrapped, accelerator, tally, max_grad_norm)
 
 

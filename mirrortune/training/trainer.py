@@ -19,9 +19,8 @@ from mirrortune.adapters.inject import attachment
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import StreamedExamples, make_feed
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
-from mirrortune.system.console import digits
 from mirrortune.system.distributed import sync
-from mirrortune.system.distributed.sharding import choose_units, whole_parameters
+from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import LoopState, RunDirectory
 from mirrortune.system.signals import StopSignals, ends_as, how_to_go_on
 from mirrortune.tasks.base import Task
@@ -85,7 +84,6 @@ class Trainer:
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model, self.has_head = model, bool(attachment(model).targets.head)
-        choose_units(model, accelerator)
         self.model, self.optimizer, update = prepare(model, optimizer, accelerator, self.tally, settings.max_grad_norm)
         self.snapshots = Snapshots(
             model,
@@ -155,9 +153,9 @@ class Trainer:
             best_step=best_step,
             global_step=state.global_step,
             stopped_early=state.global_step < self.total_steps,
-            train_seconds=round(seconds, 3),
-            samples_per_second=digits(self._rows / seconds) if seconds else 0.0,
-            tokens_per_second=digits(self._tokens / seconds) if self._is_text and seconds else None,
+            train_seconds=seconds,
+            samples_per_second=self._rows / seconds if seconds else 0.0,
+            tokens_per_second=self._tokens / seconds if self._is_text and seconds else None,
             median_step_seconds=statistics.median(step_seconds or [0.0]),
         )
 

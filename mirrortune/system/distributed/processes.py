@@ -19,6 +19,7 @@ from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
 from mirrortune.system.distributed import deepspeed
+from mirrortune.system.distributed.sharding import Sharding
 
 ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
 """How many processes ``--num-processes`` has launched; set for each of them."""
@@ -93,8 +94,8 @@ def read_accelerate_config(path: Path) -> dict[str, Any]:
 def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
     """Say on what the run runs, how many processes take part, and what may have decided that unasked."""
     count = accelerator.num_processes
-    stage = deepspeed.stage_of(accelerator)
-    kind = " (FSDP2)" if accelerator.is_fsdp2 else f" (DeepSpeed ZeRO-{stage})" if stage else ""
+    sharding = Sharding.of(accelerator)
+    kind = f" ({'DeepSpeed ' if sharding.stage else ''}{sharding.name})" if sharding.library else ""
     reporter.note(
         f"running on {accelerator.device.type} with {count} process{'es' * (count > 1)}{kind}; writing to {run}"
     )

@@ -1,23 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that are cut into shares, one for each process (FSDP2, ZeRO-3), made whole where files want them whole.
+"""How the processes of a run share its model (DDP, FSDP2, ZeRO), and parameters made whole where files need them whole.
 
-Everything here is a meeting: all processes of a run call it together, in the same order.
+Everything here is collective unless it says otherwise: all processes of a run call it together, in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mirrortune.system.console import chatter_to_stderr
 from mirrortune.system.distributed import deepspeed
 
 _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How the processes of an accelerator share a model. Not collective, but for :meth:`prepare`.
+
+    Attributes:
+        accelerator: accelerate's ``Accelerator``.
+        library: what shards the model; "" for one process and for DDP, where each process holds all of it.
+        stage: of ZeRO: 2 shards gradients and moments, 3 the weights too; 0 without DeepSpeed.
+    """
+
+    accelerator: Any
+    library: Literal["", "FSDP2", "DeepSpeed"]
+    stage: int
+
+    @classmethod
+    def of(cls, accelerator: Any) -> Sharding:
+        """Return how ``accelerator`` was launched to share a model."""
+        stage = deepspeed.stage_of(accelerator)
+        library: Literal["", "FSDP2", "DeepSpeed"] = "DeepSpeed" if stage else ""
+        if not stage and getattr(accelerator, "is_fsdp2", False):
+            library = "FSDP2"
+        return cls(accelerator=accelerator, library=library, stage=stage)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process holds all of the weights."""
+        return self.library == "FSDP2" or self.stage == 3
+
+    @property
+    def name(self) -> str:
+        """``FSDP2``, ``ZeRO-2`` or ``ZeRO-3``; "" where nothing is sharded."""
+        return f"ZeRO-{self.stage}" if self.stage else self.library
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context to run a model in that is called without the wrapper of :meth:`prepare`."""
+        if not self.stage:
+            context: AbstractContextManager[object] = self.accelerator.autocast()
+            return context
+        # accelerate leaves autocast to DeepSpeed, which has it in its own wrapper.
+        enabled = self.accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> tuple[Any, Any]:
+        """Move a model to the device and wrap or shard it; returns it with accelerate's optimizer.
+
+        Args:
+            model: bare.
+            optimizer: of what it trains.
+            max_grad_norm: the norm that DeepSpeed clips gradients to.
+        """
+        if self.shards_weights:
+            # transformers then generates on each process until all are done: those that stop earlier would be waited
+            # for.
+            vars(model)["_is_fsdp_managed_module"] = True
+        prepared: tuple[Any, Any]
+        if self.stage:
+            prepared = deepspeed.prepare(model, optimizer, self.accelerator, max_grad_norm=max_grad_norm)
+            return prepared
+        if self.library:
+            _choose_units(model, self.accelerator.state.fsdp_plugin)
+        with ties_in_one_unit(model), chatter_to_stderr():  # for FSDP2 accelerate imports DeepSpeed, which prints
+            prepared = self.accelerator.prepare(model, optimizer)
+        return prepared
+
+
+def _choose_units(model: nn.Module, plugin: Any) -> None:
+    """Tell accelerate's FSDP2 which modules of ``model`` are gathered as one: its blocks.
+
+    accelerate 1.15 takes what transformers lists as not to be split, in encoders the embeddings too, and then fails to
+    make a unit of the token embedding, which is in one already.
+    """
+    if plugin.transformer_cls_names_to_wrap:
+        return
+    embedding = _embedding(model, _EMBEDDINGS[0])
+    listed = set(getattr(model, "_no_split_modules", None) or ())
+    holds_embedding = {type(m).__name__ for m in model.modules() if any(part is embedding for part in m.modules())}
+    plugin.transformer_cls_names_to_wrap = sorted(listed - holds_embedding) or None
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -36,25 +117,6 @@ def shared_like(value: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or value.shape != like.shape:  # a step count is not cut
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def choose_units(model: nn.Module, accelerator: Any) -> None:
-    """Tell accelerate's FSDP2 which modules of ``model`` are gathered as one, its blocks, and transformers that it is
-    cut, as ZeRO-3 cuts it too; do nothing without the two.
-
-    accelerate 1.15 takes what transformers lists as not to be split, in encoders the embeddings too, and then fails to
-    make a unit of the token embedding, which is in one already.
-    """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None or deepspeed.stage_of(accelerator) == 3:
-        # What writes text then goes on until all processes are done: those that stopped earlier would be waited for.
-        vars(model)["_is_fsdp_managed_module"] = True
-    if plugin is None or plugin.transformer_cls_names_to_wrap:
-        return
-    embedding = _embedding(model, _EMBEDDINGS[0])
-    listed = set(getattr(model, "_no_split_modules", None) or ())
-    holds_embedding = {type(m).__name__ for m in model.modules() if any(part is embedding for part in m.modules())}
-    plugin.transformer_cls_names_to_wrap = sorted(listed - holds_embedding) or None
 
 
 @contextmanager
@@ -89,6 +151,30 @@ def _embedding(model: nn.Module, name: str) -> nn.Module | None:
 
 def _own_weight(module: nn.Module) -> Tensor | None:
     return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+def optimizer_states(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Return the state of an optimizer by the names of its parameters, whole, on the CPU."""
+    if deepspeed.is_zero_optimizer(optimizer):
+        states = deepspeed.optimizer_states(optimizer, trained)
+    else:
+        states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
+    return {
+        name: {entry: whole(value.detach()).cpu().contiguous() for entry, value in state.items()}
+        for name, state in states.items()
+    }
+
+
+def restore_states(
+    optimizer: Any, trained: Mapping[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Inverse of :func:`optimizer_states`, on each parameter's device, and sharded as that is."""
+    if deepspeed.is_zero_optimizer(optimizer):
+        deepspeed.restore_states(optimizer, trained, states)
+        return
+    for name, entries in states.items():
+        for entry, value in entries.items():
+            optimizer.state[trained[name]][entry] = shared_like(value, trained[name])
 
 
 @contextmanager
