@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What optimizer steps sum up, and how long they take, kept on the device until somebody asks: no step waits for it."""
+"""Sums of loss and gradient norm, and durations of steps, kept on the device until read: no step waits for it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """A tally as numbers.
+    """Values of a :class:`Tally`.
 
     Attributes:
-        loss_sum, num_items: of the finite steps since the window was opened.
+        loss_sum, num_items: sums over the finite steps since the window was opened.
         step: the latest step, or the first one that was not finite.
-        loss, grad_norm: its mean loss, and the norm of its mean gradient before clipping.
-        is_finite: whether all steps were; those from the first that was not were not made.
+        loss, grad_norm: mean loss of that step, and norm of its mean gradient before clipping.
+        is_finite: whether all steps were finite; none is made from the first on that is not.
     """
 
     loss_sum: float
@@ -31,10 +31,10 @@ class Reading:
 
 
 class Tally:
-    """Counts steps on a device.
+    """Accumulate loss, items and gradient norm of steps on a device.
 
     Args:
-        device: of the loss and the gradients.
+        device: device of the loss and the gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,12 +45,12 @@ class Tally:
         self._broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def add(self, totals: Tensor, grad_norm: Tensor, step: int) -> Tensor:
-        """Count a step before it is made.
+        """Add a step before it is made.
 
         Args:
             totals: loss sum and number of items of the global batch, shape (2,).
-            grad_norm: of the mean gradient, shape ().
-            step: its number, from 1.
+            grad_norm: norm of the mean gradient, shape ().
+            step: number of the step, from 1.
 
         Returns:
             1 if the step must not be made, because it or an earlier one is not finite, else 0: float32, shape ().
@@ -63,11 +63,11 @@ class Tally:
         return self._broken.float()
 
     def open_window(self, loss_sum: float = 0.0, num_items: int = 0) -> None:
-        """Begin a window of the log, or go on with one that was interrupted."""
+        """Start a window of the log, or restore one that was interrupted."""
         self._window = self._numbers(loss_sum, num_items)
 
     def read(self) -> Reading:
-        """Everything so far; waits for the device."""
+        """Return the sums so far; waits for the device."""
         numbers = torch.cat([self._window, self._latest, self._broken.to(self._dtype).reshape(1)]).tolist()
         loss_sum, num_items, step, loss, grad_norm, is_broken = numbers
         return Reading(
@@ -80,7 +80,7 @@ class Tally:
         )
 
     def zeros(self) -> Tensor:
-        """A loss sum and number of items to add to, shape (2,)."""
+        """Return a zero loss sum and number of items, shape (2,)."""
         return torch.zeros(2, dtype=self._dtype, device=self._device)
 
     def _numbers(self, *values: float) -> Tensor:
@@ -88,10 +88,10 @@ class Tally:
 
 
 class StepClock:
-    """Durations of steps in seconds, as the device sees them.
+    """Measure durations of steps in seconds, on the device.
 
     Args:
-        device: that computes; a GPU works behind the program, so marks are put into its queue and read later.
+        device: device of the model; a GPU runs asynchronously, so events are queued and read later.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,17 +101,17 @@ class StepClock:
         self._seconds: list[float] = []
 
     def start(self) -> None:
-        """A step begins."""
+        """Mark the start of a step."""
         self._start = self._mark()
 
     def stop(self) -> None:
-        """It has been made, or is waiting in the device's queue."""
+        """Mark the end of a step, which is done or queued on the device."""
         self._marks.append((self._start, self._mark()))
 
     def drain(self) -> None:
-        """Turn the marks so far into seconds and let go of them; waits for the device.
+        """Convert the marks so far to seconds and release them; waits for the device.
 
-        An event of CUDA's is a resource of the driver: a long run must not hold two for each of its steps.
+        A CUDA event is a resource of the driver: a long run must not hold two for each of its steps.
         """
         if self._is_cuda and self._marks:
             self._marks[-1][1].synchronize()
@@ -119,7 +119,7 @@ class StepClock:
         self._marks.clear()
 
     def seconds(self) -> list[float]:
-        """Duration of every step so far; waits for the device."""
+        """Return the duration of every step so far; waits for the device."""
         self.drain()
         return self._seconds
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures which rotations the task asks for, before any adapter is in the model, by their gradients at zero.
+"""Measure the saliency of pairs of singular directions: the gradients of their rotations at angle zero.
 
-The head is warmed up first, since the gradients behind an untrained head say nothing; then gradients of the frozen
-weights are gathered over a few batches and projected onto the rotations of each pair of singular directions. The head
-is put back as it was, so that a run with measured pairs starts like any other.
+The head is warmed up first, since gradients behind an untrained head carry no information; then gradients of the frozen
+weights are accumulated over a few batches and projected onto the rotation of each pair of singular directions. The head
+is restored afterwards, so that a run with measured pairs starts like any other.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _WARMUP_BATCHES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSettings:
-    """How gradients are measured.
+    """How saliency is measured.
 
     Attributes:
         saliency: ``mean``, the gradient of the mean loss of all calibration rows; ``rms``, the root mean square over
             batches, which also counts what different batches pull in opposite directions.
-        num_batches: calibration batches.
+        num_batches: number of calibration batches.
         warmup_steps: optimizer steps of the head before them.
-        batch_size: rows of each.
+        batch_size: rows of a batch.
         head_lr: learning rate of the warm-up.
-        side: the side that the core turns.
-        unit: what its trained numbers count, ``movement`` or ``angle``.
-        seed: of the rows drawn.
+        side: side of the weight that the core rotates.
+        unit: unit of the trained numbers, ``movement`` or ``angle``.
+        seed: seed of the rows that are drawn.
     """
 
     saliency: Literal["mean", "rms"]
@@ -68,16 +68,16 @@ def measure_saliency(
     settings: CalibrationSettings,
     accelerator: Any,
 ) -> dict[str, Tensor]:
-    """Saliency of every pair of directions of every target layer.
+    """Measure the saliency of every pair of directions of every target layer.
 
     Args:
-        model: the base model without an adapter; its parameters, mode and gradients are left as they were.
+        model: base model without an adapter; its parameters and mode are restored.
         targets: layers and head.
-        task: the loss.
+        task: loss.
         examples: training rows.
         factor_source: factors of each layer.
-        settings: how.
-        accelerator: accelerate's; says where and in which precision to compute.
+        settings: how saliency is measured.
+        accelerator: accelerate's ``Accelerator``: device and precision.
 
     Returns:
         Layer name -> (R, R), or (E, R, R) of a stack, float64 on the CPU, antisymmetric for ``mean``, symmetric for
@@ -124,7 +124,7 @@ def _warm_up(
     settings: CalibrationSettings,
     device: torch.device,
 ) -> None:
-    """Train the head alone; the frozen base sees each batch once, whatever the number of steps."""
+    """Train the head alone; the frozen base computes each batch once, whatever the number of steps."""
     if not head or not settings.warmup_steps:
         return
     batches = list(itertools.islice(rows, min(settings.warmup_steps, _WARMUP_BATCHES)))
@@ -139,9 +139,9 @@ def _warm_up(
 
 @contextmanager
 def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
-    """Inside, the base of a transformers model computes the output of each batch once and repeats it afterwards.
+    """Cache the output of a transformers model's base for each batch while the context is open.
 
-    Yields a function that says which batch is next. A model without a base of its own computes as ever.
+    Yields a function that sets the number of the batch that is next. Without a base of its own, nothing is cached.
     """
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
     if not isinstance(base, nn.Module):
@@ -154,7 +154,7 @@ def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
             with torch.no_grad():
                 found = compute(*args, **kwargs)
             if getattr(found, "past_key_values", None) is not None:
-                found.past_key_values = None  # of no use here, and as large as the model's activations
+                found.past_key_values = None  # not needed, and as large as the activations of the model
             outputs[current[0]] = found
         return outputs[current[0]]
 
@@ -178,7 +178,7 @@ def _add(
     factor_source: FactorSource,
     settings: CalibrationSettings,
 ) -> None:
-    """Project the gradients gathered so far onto the angles, add them (squared for rms), and clear them."""
+    """Project the accumulated gradients onto the angles, add them (squared for rms), and clear them."""
     for name, target in targets.layers.items():
         weight = target.weight(model)
         assert weight.grad is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over a split: every row once, on any number of processes."""
+"""Score a split: every row once, on any number of processes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from mirrortune.tasks.base import Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
 
 _Scored = tuple[Rows, list[Any], float, int]
-"""Rows, what the task kept of each, their loss, and over how many items."""
+"""Rows, what the task kept of each, their summed loss, and its number of items."""
 
 
 class EvaluationStoppedError(Exception):
-    """``should_stop`` said so; nothing was scored."""
+    """Raised when ``should_stop`` asks to stop; nothing is scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +35,10 @@ class EvalResult:
     """Scores of a split.
 
     Attributes:
-        metrics: the task's metrics, and ``loss``, the mean over its items; none where rows have no target.
-        rows: rows scored, each once.
-        judged: what the task kept of the model's outputs for each row, in the split's order.
-        predictions, references: what the metrics compared.
+        metrics: metrics of the task, and ``loss``, its mean over items; empty where rows have no target.
+        rows: number of rows.
+        judged: what the task kept of the model's outputs for each row, in the order of the split.
+        predictions, references: inputs of the metrics.
     """
 
     metrics: dict[str, float]
@@ -66,21 +66,21 @@ def evaluate_split(
     """Score every row of ``examples``.
 
     Args:
-        model: on the accelerator's device.
+        model: model on the accelerator's device.
         task: metrics, loss and predictions.
-        examples: the rows.
-        accelerator: accelerate's; says which rank this is.
+        examples: encoded rows.
+        accelerator: accelerate's ``Accelerator``.
         batch_size: largest number of rows per process and batch.
-        max_positions: largest number of positions (tokens with padding) of these rows; a single row may be longer.
-        source: the split's name, for messages.
+        max_positions: largest number of positions (tokens with padding) of a batch; a single row may be longer.
+        source: name of the split, for messages.
         num_workers: threads that make batches ahead.
         on_batch: called with the number of rows after each batch.
-        should_stop: asked before each batch, on all ranks alike.
-        allow_missing: answer rows that have no target as well, and score nothing then.
+        should_stop: called before each batch, with the same result on all ranks.
+        allow_missing: predict rows without a target too; nothing is scored then.
 
     Raises:
-        DataError: if a row has no target and that is not allowed.
-        EvaluationStoppedError: if ``should_stop`` says so.
+        DataError: a row has no target, and ``allow_missing`` is False.
+        EvaluationStoppedError: ``should_stop`` returns true.
     """
     if examples.num_unlabelled and not allow_missing:
         raise DataError(
@@ -110,7 +110,7 @@ def evaluate_split(
 def _slices(
     lengths: npt.NDArray[Any], num_processes: int, batch_size: int, max_positions: int | None
 ) -> Iterator[Rows]:
-    """The rows that all ranks score at a time, longest first: if a batch does not fit into memory, it is the first."""
+    """Yield the rows that all ranks score at a time, longest first: a batch too large for memory comes first."""
     order, start = np.argsort(-lengths, kind="stable"), 0
     while start < len(order):
         longest = max(1, int(lengths[order[start]]))
@@ -122,7 +122,7 @@ def _slices(
 def _batches(
     examples: Examples, accelerator: Any, slices: Iterator[Rows], num_workers: int
 ) -> Generator[tuple[Rows, Batch], None, None]:
-    """This rank's rows of each slice, and a batch of them. Where it has none left the batch is of any row, because the
+    """Yield this rank's rows of each slice with their batch. A rank without rows gets a batch of any row, because the
     ranks of a sharded model wait for each other.
     """
 

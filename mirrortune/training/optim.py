@@ -15,10 +15,10 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 
 def build_optimizer(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over everything that ``model`` trains, one fused kernel a step.
+    """Build fused AdamW over the trained parameters of ``model``.
 
-    Groups carry ``peak_lr``: ``lr`` for cores (and for base parameters trained as they are), ``head_lr`` for the head.
-    Only matrices outside the cores decay: an angle has no reason to go back to zero.
+    Groups have a ``peak_lr``: ``lr`` for cores (and for base parameters that are trained), ``head_lr`` for the head.
+    Weight decay applies to matrices outside the cores only: an angle has no reason to go back to zero.
     """
     head_names = set(attachment(model).targets.head)
     plain = plain_parameters(model)
@@ -38,10 +38,9 @@ def build_optimizer(model: nn.Module, *, lr: float, head_lr: float, weight_decay
 
 
 def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule) -> float:
-    """The share of the peak learning rate for optimizer step ``step`` (from 0), in [0, 1].
+    """Return the share of the peak learning rate for optimizer step ``step`` (from 0), in [0, 1].
 
-    Rises linearly over ``warmup_steps`` (its first step already moves), then decays so that the step after the last
-    would be 0.
+    It rises linearly over ``warmup_steps`` (the first step is above 0), then decays to 0 at the step after the last.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -54,6 +53,6 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Sched
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group ``factor`` times its peak learning rate."""
+    """Set the learning rate of every group to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

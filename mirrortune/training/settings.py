@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training loop is told and what it tells: its settings, who watches it, and what came of it."""
+"""The interface of the training loop: its settings, the observer of its progress, and its result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from mirrortune.training.optim import Schedule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
-    """Numbers of the loop, with the meanings and units of the recipe's ``train`` and ``eval`` sections."""
+    """Settings of the loop, with the meanings and units of the recipe's ``train`` and ``eval`` sections.
+
+    The last three depend on the data and the model, and are set once these are known.
+    """
 
     lr: float
     head_lr: float
@@ -36,42 +39,44 @@ class LoopSettings:
 
 
 class Progress(Protocol):
-    """Who is told how the loop goes (``report.py``); called on the main process only."""
+    """Observer of a training loop; called on the main process only."""
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
-        """The first step is about to run."""
+        """Called before the first step."""
 
     def on_step(self, step: int, rows: int, tokens: int | None) -> None:
-        """An optimizer step of ``rows`` rows was made, or is waiting in the device's queue; ``tokens`` of text."""
+        """Called when an optimizer step is done or queued on the device; ``tokens`` is None unless rows are text."""
 
     def on_show(self, step: int, epoch: float, loss: float) -> None:
-        """A step that the log has no line for is worth showing: the first one, and one now and then where steps are
-        slow. ``loss`` is its own mean.
+        """Called for a step to be shown between lines of the log: the first one, and others where steps are slow.
+
+        ``loss`` is the mean loss of that step.
         """
 
     def on_log(self, event: dict[str, Any]) -> None:
-        """An event was added to the log."""
+        """Called when an event was added to the log."""
 
     def on_evaluate(self, rows: int) -> None:
-        """``rows`` more validation rows were scored."""
+        """Called when ``rows`` more validation rows were scored."""
 
     def on_signal(self, number: int) -> None:
-        """A signal asks the loop to stop; called in a thread of its own, as soon as it arrives."""
+        """Called in a separate thread as soon as a signal asks the loop to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitResult:
-    """What a finished loop achieved.
+    """The result of a finished loop.
 
     Attributes:
-        metrics: of the kept checkpoint, on the validation split.
-        metrics_before: the same of the model before its first step; None if it was not scored.
-        best_step, global_step: steps of the kept checkpoint, and in all.
+        metrics: metrics of the kept checkpoint on the validation split.
+        metrics_before: the same metrics before the first step; None if the model was not scored then.
+        best_step, global_step: step of the kept checkpoint, and number of steps in all.
         stopped_early: whether patience ended the loop.
-        train_seconds: this process's (or its GPU's) time in optimizer steps, without evaluation and saving.
-        samples_per_second: training rows a second over ``train_seconds``, all ranks together.
-        tokens_per_second: the same of tokens without padding; None for rows that are not text.
-        median_step_seconds: of this process's optimizer steps, which a busy machine disturbs less than their mean.
+        train_seconds: time of this process (or its GPU) in optimizer steps, without evaluation and saving.
+        samples_per_second: training rows per second of ``train_seconds``, over all ranks.
+        tokens_per_second: tokens per second without padding, over all ranks; None for rows that are not text.
+        median_step_seconds: median time of an optimizer step of this process; a busy machine disturbs it less than
+            the mean.
     """
 
     metrics: dict[str, float]

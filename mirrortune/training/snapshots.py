@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live objects of a training loop, taken into a checkpoint and brought back from one: adapter, optimizer, random
-states.
-"""
+"""Save and restore the state of a training loop: adapter, optimizer and random states."""
 
 from __future__ import annotations
 
@@ -22,15 +20,15 @@ from mirrortune.system.run_directory import LoopState, RunDirectory
 
 
 class Snapshots:
-    """Saves a loop and restores it.
+    """Save and restore checkpoints of a loop.
 
     Args:
-        model: adapted, not wrapped for distribution.
-        optimizer: of everything that ``model`` trains; DeepSpeed's, under it.
-        accelerator: accelerate's.
-        run: where checkpoints go.
+        model: adapted model, not wrapped for distribution.
+        optimizer: of the trained parameters of ``model``; DeepSpeed's own under DeepSpeed.
+        accelerator: accelerate's ``Accelerator``.
+        run: directory of the checkpoints.
         write_adapter_files: writes the adapter into a folder.
-        keep: last checkpoints kept, besides the best.
+        keep: number of last checkpoints kept, besides the best.
     """
 
     def __init__(
@@ -49,14 +47,14 @@ class Snapshots:
         self._trained = {**adapter_parameters(model), **plain_parameters(model)}
 
     def save(self, state: LoopState, *, is_interim: bool = False) -> None:
-        """Write a checkpoint of ``state``; every process takes part.
+        """Write a checkpoint; all processes call it.
 
         Args:
-            state: of the loop.
-            is_interim: whether it is saved for a signal alone.
+            state: state of the loop.
+            is_interim: whether it is saved only because a signal asks to stop.
 
         Raises:
-            ResourceError: if it cannot be written.
+            ResourceError: the checkpoint cannot be written.
         """
         index = self.accelerator.process_index
         own = [(f"random.{index}.{name}", tensor) for name, tensor in random_tensors().items()]
@@ -70,11 +68,11 @@ class Snapshots:
         self.last_step = state.global_step
 
     def restore(self) -> LoopState | None:
-        """Bring the newest checkpoint of the run back, and rewind its log; None if there is no checkpoint.
+        """Restore the newest checkpoint and rewind the log; returns its state, or None without a checkpoint.
 
         Raises:
-            ConfigError: if it was written by another number of processes.
-            VerificationError: if it is damaged.
+            ConfigError: the checkpoint was written by another number of processes.
+            VerificationError: the checkpoint is damaged.
         """
         sync.from_main(self.accelerator, self.run.clear_leftovers)
         steps = self.run.saved_steps()
@@ -102,13 +100,13 @@ class Snapshots:
 
 
 def optimizer_tensors(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Optimizer state as tensors: ``optimizer.<parameter>.<entry>``, whole, of ``trained``, parameters by name."""
+    """Return the optimizer state of ``trained`` (parameters by name) as ``optimizer.<parameter>.<entry>`` -> tensor."""
     states = sharding.optimizer_states(optimizer, trained)
     return {f"optimizer.{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
 
 
 def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`optimizer_tensors`, on each parameter's device, and cut as that is."""
+    """Restore what :func:`optimizer_tensors` returned, on the device of each parameter."""
     states: dict[str, dict[str, Tensor]] = {}
     for name in trained:
         prefix = f"optimizer.{name}."
@@ -118,7 +116,7 @@ def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tenso
 
 
 def random_tensors() -> dict[str, Tensor]:
-    """Random states of this process: torch on CPU and GPU, and NumPy's global one (some models draw from it)."""
+    """Return the random states of this process: torch's on CPU and GPU, and NumPy's global one (some models use it)."""
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     states = {
         "torch": torch.get_rng_state(),
@@ -131,7 +129,7 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def restore_random(states: dict[str, Tensor]) -> None:
-    """Inverse of :func:`random_tensors`."""
+    """Restore what :func:`random_tensors` returned."""
     torch.set_rng_state(states["torch"])
     position, has_gauss, gauss = states["numpy.rest"].tolist()
     keys = states["numpy.keys"].numpy().view(np.uint32)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One optimizer step on one global batch.
 
-Micro-batches are summed, not averaged, and the gradient is divided by the number of items in the whole global batch
-over all ranks, so that the way it is cut does not change the step. Nothing here waits for the device: loss, norm and
-whether they are finite stay on it (``tally.py``), and a step that is not finite is skipped there.
+Micro-batches are summed, not averaged, and the gradient is divided by the number of items in the global batch over all
+ranks, so that a step does not depend on how the batch is split. Nothing here waits for the device: loss, norm and
+whether they are finite stay there (``accumulator.py``), and a step that is not finite is skipped there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,28 +23,13 @@ from mirrortune.training.accumulator import Tally
 from mirrortune.training.optim import set_lr
 
 
-class Update(Protocol):
-    """How gradients are summed and a step is made of them."""
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of a micro-batch's summed loss; ``is_last`` of its step."""
-
-    def step(self, totals: Tensor, number: int) -> None:
-        """Divide the gradients by the items, clip and step, unless they or those of a step before were not finite.
-
-        Args:
-            totals: loss sum and number of items of the global batch, shape (2,).
-            number: of the step, from 1.
-        """
-
-
 class PlainUpdate:
-    """On one process, or on several under DistributedDataParallel or FSDP2.
+    """Gradients and steps on one process, or on several under DistributedDataParallel or FSDP2.
 
     Args:
         optimizer: prepared by ``accelerator``.
-        accelerator: accelerate's.
-        tally: counts the steps.
+        accelerator: accelerate's ``Accelerator``.
+        tally: sums of the steps.
         max_grad_norm: gradients are scaled down to this norm.
     """
 
@@ -53,11 +38,16 @@ class PlainUpdate:
         self.tally, self.max_grad_norm = tally, max_grad_norm
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of a micro-batch's summed loss."""
+        """Add the gradients of the summed loss of a micro-batch; ``is_last`` of its step."""
         self.accelerator.backward(loss)
 
     def step(self, totals: Tensor, number: int) -> None:
-        """See :class:`Update`."""
+        """Divide the gradients by the items, clip and step, unless these or earlier ones were not finite.
+
+        Args:
+            totals: loss sum and number of items of the global batch, shape (2,).
+            number: of the step, from 1.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
         # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
@@ -68,16 +58,50 @@ class PlainUpdate:
         self.optimizer.zero_grad()
 
 
+class ZeroUpdate:
+    """Gradients and steps by DeepSpeed's engine; the methods are those of :class:`PlainUpdate`.
+
+    Args:
+        engine: DeepSpeed's engine.
+        num_processes: number of processes over which it averages gradients.
+        tally: sums of the steps.
+    """
+
+    def __init__(self, engine: Any, num_processes: int, tally: Tally) -> None:
+        self.engine, self.num_processes, self.tally = engine, num_processes, tally
+        self._is_broken = False
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of the summed loss of a micro-batch; ``is_last`` of its step."""
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, totals: Tensor, number: int) -> None:
+        """Divide, clip and step as :meth:`PlainUpdate.step` does."""
+        optimizer, norm = self.engine.optimizer, math.nan
+        loss, items = totals.tolist()  # DeepSpeed waits for the device in every step anyway
+        if math.isfinite(loss) and items and not self._is_broken:
+            optimizer.override_loss_scale(items / self.num_processes)
+            self.engine.step()
+            optimizer.override_loss_scale(1.0)
+            norm = math.nan if optimizer.overflow else float(self.engine.get_global_grad_norm())
+        self._is_broken |= not math.isfinite(norm)
+        self.tally.add(totals, totals.new_tensor(norm), number)
+
+
+Update = PlainUpdate | ZeroUpdate
+
+
 def prepare(
     model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, tally: Tally, max_grad_norm: float
 ) -> tuple[Any, Any, Update]:
-    """``model`` and ``optimizer`` as accelerate wraps them for its processes, and how steps are made with them.
+    """Prepare a model and its optimizer for the processes of a run; returns both with the update that makes steps.
 
     Args:
-        model: bare; ``accelerator`` moves it, and wraps or cuts it.
-        optimizer: of what it trains.
-        accelerator: accelerate's.
-        tally: counts the steps.
+        model: bare; ``accelerator`` moves it, and wraps or shards it.
+        optimizer: of the trained parameters.
+        accelerator: accelerate's ``Accelerator``.
+        tally: sums of the steps.
         max_grad_norm: gradients are scaled down to this norm.
     """
     sharding = Sharding.of(accelerator)
@@ -88,15 +112,13 @@ def prepare(
 
 
 class Stepper:
-    """Makes optimizer steps.
+    """Make optimizer steps.
 
     Args:
-        model: prepared by ``accelerator``.
-        optimizer: prepared by ``accelerator``; its groups carry ``peak_lr``.
-        update: of the two.
-        accelerator: accelerate's.
-        task: the loss.
-        tally: counts the steps.
+        model, optimizer, update: from :func:`prepare`; the groups of the optimizer have ``peak_lr``.
+        accelerator: accelerate's ``Accelerator``.
+        task: loss.
+        tally: sums of the steps.
         num_micro: micro-batches per rank and step.
     """
 
@@ -115,18 +137,18 @@ class Stepper:
         self.task, self.tally, self.num_micro = task, tally, num_micro
 
     def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> tuple[int, int | None]:
-        """Forward, backward and update on the next global batch, at ``lr_factor`` times the peak learning rates.
+        """Make the step of the next global batch, at ``lr_factor`` times the peak learning rates.
 
-        From the first step on whose loss or gradient is not finite no step is made, and parameters and moments stay
-        what they were; the tally tells.
+        From the first step on whose loss or gradient is not finite, parameters and moments stay as they are; the tally
+        records it.
 
         Args:
             number: of the step, from 1.
-            micro_batches: this rank's; ``num_micro`` are taken.
+            micro_batches: those of this rank; ``num_micro`` are consumed.
             lr_factor: share of the peak learning rates.
 
         Returns:
-            Rows of the global batch, and its tokens where rows are text.
+            Number of rows of the global batch, and of tokens where rows are text.
         """
         totals, last = self._accumulate(micro_batches)
         if self.accelerator.num_processes > 1:
@@ -136,7 +158,7 @@ class Stepper:
         return last.num_rows_of_step, last.num_tokens_of_step
 
     def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, MicroBatch]:
-        """Gradients of this rank's share; its loss sum and number of items, shape (2,), and the last micro-batch."""
+        """Accumulate gradients of this rank; returns loss sum and number of items, (2,), and the last micro-batch."""
         totals = self.tally.zeros()
         for left in reversed(range(self.num_micro)):
             part = next(micro_batches)
@@ -151,39 +173,3 @@ class Stepper:
         _, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
         loss, items = self.task.loss(outputs, targets)
         return (loss * 0, 0) if part.is_empty else (loss, items)
-
-
-class ZeroUpdate:
-    """Backward passes and steps of DeepSpeed's engine; compare :class:`mirrortune.training.step.Update`.
-
-    Args:
-        engine: DeepSpeed's.
-        num_processes: over which it averages gradients.
-        tally: counts the steps.
-    """
-
-    def __init__(self, engine: Any, num_processes: int, tally: Tally) -> None:
-        self.engine, self.num_processes, self.tally = engine, num_processes, tally
-        self._is_broken = False
-
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of a micro-batch's summed loss."""
-        self.engine.set_gradient_accumulation_boundary(is_last)
-        self.engine.backward(loss, scale_wrt_gas=False)
-
-    def step(self, totals: Tensor, number: int) -> None:
-        """Divide by the items, clip, step; from the first step on that is not finite, do nothing.
-
-        Args:
-            totals: loss sum and number of items of the global batch, shape (2,).
-            number: of the step, from 1.
-        """
-        optimizer, norm = self.engine.optimizer, math.nan
-        loss, items = totals.tolist()  # DeepSpeed waits for the device in every step anyway
-        if math.isfinite(loss) and items and not self._is_broken:
-            optimizer.override_loss_scale(items / self.num_processes)
-            self.engine.step()
-            optimizer.override_loss_scale(1.0)
-            norm = math.nan if optimizer.overflow else float(self.engine.get_global_grad_norm())
-        self._is_broken |= not math.isfinite(norm)
-        self.tally.add(totals, totals.new_tensor(norm), number)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiment trackers, through accelerate's own classes: off unless asked for, without a login prompt and without
-telemetry.
-"""
+"""Experiment trackers, by accelerate's classes: off by default, without a login prompt and without telemetry."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.console import chatter_to_stderr
 
 PROJECT = "mirrortune"
-# The package that each tracker needs, and what keeps it from phoning home.
+# The package of each tracker, and the settings that turn its telemetry off.
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 _QUIET = {
     "wandb": {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"},
@@ -26,7 +24,7 @@ _QUIET = {
 }
 
 Track = Callable[[dict[str, float], int], None]
-"""(values, step) -> None; hands numbers to a tracker."""
+"""(values, step) -> None; sends numbers to a tracker."""
 
 
 def check_tracker(name: str | None) -> None:
@@ -41,16 +39,16 @@ def check_tracker(name: str | None) -> None:
 
 @contextmanager
 def tracker(name: str | None, folder: Path, settings: dict[str, Any], *, is_main: bool) -> Iterator[Track | None]:
-    """A running tracker on the main process, closed at the end; None where there is none.
+    """Start a tracker on the main process and close it at the end; yields None where there is none.
 
     Args:
-        name: of the tracker; None for none.
-        folder: the run directory, where local trackers write.
-        settings: dotted key -> value, shown by the tracker as the run's configuration.
-        is_main: whether this process speaks.
+        name: name of the tracker; None for none.
+        folder: run directory, where local trackers write.
+        settings: dotted key -> value, which the tracker shows as the configuration of the run.
+        is_main: whether this is the main process.
 
     Raises:
-        ConfigError: the tracker does not start; its own words say why.
+        ConfigError: the tracker does not start; the message has its own words.
     """
     if name is None or not is_main:
         yield None
@@ -96,11 +94,11 @@ def _finish(name: str, made: Any) -> None:
 
 
 def _local(name: str, folder: Path) -> dict[str, str]:
-    """Settings that keep a tracker on this machine unless the user has said where else."""
+    """Return variables that keep a tracker on this machine unless the user has configured another place."""
     if name == "mlflow":
         return {"MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').resolve()}"}
     if name == "wandb" and not _has_wandb_login():
-        return {"WANDB_MODE": "offline"}  # it would ask for a login; `wandb sync` uploads later
+        return {"WANDB_MODE": "offline"}  # online it would prompt for a login; `wandb sync` uploads later
     return {}
 
 

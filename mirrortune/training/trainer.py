@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: when to step, evaluate, save and stop. What decides the result is a function of seed and step alone."""
+"""The training loop: when to step, evaluate, save and stop. All of it is a function of the seed and the step."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from mirrortune.training.snapshots import Snapshots, random_tensors, restore_ran
 from mirrortune.training.step import Stepper, prepare
 
 _SHOW_AFTER_SECONDS = 10.0
-"""Without a line of the log for so long, the latest step is shown."""
+"""Seconds without a line of the log after which the latest step is shown."""
 
 
 class Trainer:
     """Fine-tunes an adapted model.
 
     Args:
-        model: adapted, on any device; ``accelerator`` moves and wraps it.
+        model: adapted model on any device; ``accelerator`` moves and wraps it.
         task: loss and metrics.
         train, validation: examples.
-        settings: numbers of the loop.
-        run: where events and checkpoints go.
+        settings: settings of the loop.
+        run: directory of events and checkpoints.
         write_adapter_files: writes the adapter into a folder.
-        accelerator: accelerate's, already made (it owns device, precision and processes).
-        progress: who is told.
+        accelerator: accelerate's ``Accelerator``, which owns device, precision and processes.
+        progress: observer.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Trainer:
             num_micro=settings.gradient_accumulation_steps,
         )
         self.state = LoopState(num_processes=accelerator.num_processes)
-        self.best_result: EvalResult | None = None  # of this process: a resumed run may have been at its best before
+        self.best_result: EvalResult | None = None  # of this process: the best of a resumed run may lie before it
         self._rows, self._tokens = 0, 0
         self._is_text = False
         self._shown_at = -math.inf
@@ -114,8 +114,8 @@ class Trainer:
         """Continue from the newest checkpoint of the run; from the beginning if there is none.
 
         Raises:
-            ConfigError: if it was written by another number of processes.
-            VerificationError: if it is damaged.
+            ConfigError: the checkpoint was written by another number of processes.
+            VerificationError: the checkpoint is damaged.
         """
         self.state = self.snapshots.restore() or self.state
         self.tally.open_window(self.state.window_loss, self.state.window_items)
@@ -123,12 +123,12 @@ class Trainer:
             self.feed.place = self.state.places[self.accelerator.process_index]
 
     def fit(self) -> FitResult:
-        """Run to the last step, or until patience ends, and publish the best checkpoint's adapter.
+        """Train to the last step or until patience ends, and publish the adapter of the best checkpoint.
 
         Raises:
-            DivergedError: on a loss or gradient that is not finite, before the step is made.
-            InterruptedRun: after a signal to stop, once a checkpoint is saved.
-            ResourceError: if a checkpoint cannot be written.
+            DivergedError: a loss or gradient is not finite; the step is not made.
+            InterruptedRun: a signal asked to stop; a checkpoint is saved first.
+            ResourceError: a checkpoint cannot be written.
         """
         state = self.state
         if self.accelerator.is_main_process:
@@ -194,13 +194,11 @@ class Trainer:
             self.progress.on_step(self.state.global_step, rows, tokens)
 
     def _show_if_due(self) -> None:
-        """Show a step that the log has no line for. The log itself knows no time: its bytes depend on seed and
-        settings alone.
-        """
+        """Show a step between two lines of the log, whose own lines depend on seed and settings and not on time."""
         if time.monotonic() - self._shown_at < _SHOW_AFTER_SECONDS:
             return
         reading = self.tally.read()
-        if reading.is_finite:  # otherwise the next line of the log says so, on all processes
+        if reading.is_finite:  # otherwise the next line of the log raises, on all processes
             self.progress.on_show(self.state.global_step, self._position()["epoch"], reading.loss)
         self._shown_at = time.monotonic()
 
@@ -209,7 +207,7 @@ class Trainer:
         return lr_factor(step, total_steps=self.total_steps, warmup_steps=warmup, schedule=self.settings.schedule)
 
     def _finish_step(self) -> None:
-        """Evaluate, save and stop where each is due; also what a run does first that was stopped while it evaluated."""
+        """Evaluate, save and stop where each is due. A run that was interrupted during an evaluation resumes here."""
         settings, state = self.settings, self.state
         is_last = state.global_step >= self.total_steps
         is_best = False
@@ -244,10 +242,10 @@ class Trainer:
         raise sync.told_once(self.accelerator, error)
 
     def _evaluate(self) -> bool:
-        """Score the validation split; whether it is the best so far.
+        """Score the validation split, and return whether it is the best result so far.
 
         Raises:
-            EvaluationStoppedError: when a signal asks to stop.
+            EvaluationStoppedError: a signal asks to stop.
         """
         state = self.state
         self._read_tally()
@@ -265,8 +263,8 @@ class Trainer:
         return is_best
 
     def _evaluate_before(self) -> None:
-        """Score the model before its first step. Models that draw random numbers even in evaluation mode do not move
-        the training that follows.
+        """Score the model before its first step, and restore the random states: some models draw from them even in
+        evaluation mode, which must not change the training that follows.
         """
         drawn, python_drawn = random_tensors(), random.getstate()
         try:
@@ -295,11 +293,11 @@ class Trainer:
         return result
 
     def _log_evaluation(self, result: EvalResult) -> None:
-        with whole_parameters(self.bare_model):  # those who watch look at the angles
+        with whole_parameters(self.bare_model):  # observers read the angles of the cores
             self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
 
     def _metrics_before(self) -> dict[str, float] | None:
-        """From the log, since the process that scored the model may be one that was interrupted."""
+        """Read the metrics before training from the log: an earlier process of a resumed run may have scored them."""
         found = next((e for e in self.run.events() if e["event"] == "evaluate"), None)
         if found is None or found["step"] > 0:
             return None
@@ -318,7 +316,7 @@ class Trainer:
         self._shown_at = time.monotonic()
 
     def _read_tally(self) -> Reading:
-        """What the steps so far have summed up; DivergedError if one of them was not finite."""
+        """Return the sums of the steps so far; raises DivergedError if one of them was not finite."""
         reading = self.tally.read()
         self.clock.drain()
         if not reading.is_finite:
