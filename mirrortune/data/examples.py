@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a split as a model takes them: what the loop asks of any kind of rows, and sequences of tokens.
+"""Encoded rows: the interface that training needs of rows of any kind, and rows of tokens.
 
-Sequences are kept unpadded, end to end, with offsets; padding belongs to batches. Shapes: N rows, B rows of a batch,
-T tokens of all rows together, L tokens of the longest row of a batch.
+Token sequences are stored concatenated, without padding, with offsets; batches are padded. Shapes: N rows, B rows of a
+batch, T tokens of all rows, L tokens of the longest row of a batch.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.errors import counted
 
@@ -21,49 +23,64 @@ IntArray = npt.NDArray[np.integer[Any]]
 Targets = npt.NDArray[np.generic]
 Rows = npt.NDArray[np.int64]
 Batch = dict[str, Any]
-"""What a model's forward takes, by name, and ``targets``: tensors whose first dimension is B, and plain switches."""
+"""Arguments of a model's forward by name, and ``targets``: tensors whose first dimension is B, and plain flags."""
 OPTIONAL_ROLE = "optional"
-"""What :meth:`mirrortune.tasks.base.Task.columns` calls a column that a split may lack."""
-IGNORE_INDEX = -100  # the target of a position that has none; what torch's cross-entropy ignores
+"""Role, in :meth:`mirrortune.tasks.base.Task.columns`, of a column that a split may lack."""
+IGNORE_INDEX = -100  # target of a position without one; the value that torch's cross-entropy ignores
 
 
-class Examples(Protocol):
-    """The rows of one split, ready to be made into batches."""
+class Examples(ABC):
+    """The encoded rows of one split, from which batches are made.
+
+    Attributes:
+        num_truncated: rows cut to the maximum length.
+        num_unlabelled: rows without a target.
+    """
+
+    __slots__ = ()
+    num_truncated: int
+    num_unlabelled: int
 
     @property
-    def num_truncated(self) -> int:
-        """Rows cut to the maximum length."""
-
-    @property
-    def num_unlabelled(self) -> int:
-        """Rows without a target."""
-
-    @property
+    @abstractmethod
     def lengths(self) -> IntArray:
-        """Positions of each row in the model, shape (N,): rows of similar length are batched together."""
+        """Positions that each row takes in the model, shape (N,); rows of similar length are batched together."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def extremes(self) -> Rows:
-        """A few rows among which are the longest, and those with the largest index of every kind."""
-
+    @abstractmethod
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """The given rows as tensors; ``epoch`` (from 0) if they are to be learned from, None if they are scored."""
+        """Return the given rows as tensors; ``epoch`` (from 0) for training, None for evaluation."""
 
+    @abstractmethod
     def describe(self) -> str:
-        """Rows, lengths and what was cut or left out, in words."""
+        """Return a line on the number of rows, their lengths, and what was cut or left out."""
+
+    def extremes(self) -> Rows:
+        """Return a few rows that include the longest, and those with the largest index of each kind."""
+        return np.array([int(self.lengths.argmax())])
+
+    def token_ids(self) -> list[IntArray]:
+        """Return all token ids of the rows, as arrays of any length; none for rows that are not text."""
+        return []
+
+    def input_ids(self, row: int) -> IntArray | None:
+        """Return the token ids of one row, shape (L,); None if it is not a single text or pair."""
+        return None
 
     def verify(self, model: nn.Module) -> None:
-        """Refuse, by a ConfigError, a model that does not treat the batches as they mean it to."""
+        """Check that a model handles these batches correctly; ConfigError otherwise."""
+        return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
-    """How sequences are brought to one length.
+    """How sequences are padded to one length.
 
     Attributes:
         side: ``"right"`` or ``"left"``.
-        fill: name of a feature -> what its padding holds.
+        fill: padding value by name of feature.
     """
 
     side: str
@@ -71,7 +88,7 @@ class Padding:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Padding:
-        """The padding that ``tokenizer`` itself would use; targets of padded positions are ignored."""
+        """Return the padding that ``tokenizer`` itself uses; targets of padded positions are ignored."""
         types = tokenizer.pad_token_type_id
         fill = {
             "input_ids": tokenizer.pad_token_id or 0,
@@ -83,23 +100,23 @@ class Padding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenExamples:
-    """Rows of tokens; see :class:`Examples`.
+class TokenExamples(Examples):
+    """Rows of tokens.
 
     Attributes:
-        features: name -> values of all rows end to end, shape (T,), int32: ``input_ids``, and where there are any
-            ``token_type_ids``, one of the ``targets`` for every token, and its weight in the loss.
+        features: concatenated values of all rows by name, shape (T,), int32: ``input_ids``, and where the kind has them
+            ``token_type_ids``, a target for every token (``targets``) and its weight in the loss (``weights``).
         offsets: shape (N + 1,), int64; row i is [offsets[i], offsets[i + 1]).
-        targets: one a row, shape (N, ...), or None where every token has its own.
+        targets: one per row, shape (N, ...), or None if every token has its own.
         padding: of batches.
-        max_length: longest row allowed, in tokens.
+        max_length: maximum length of a row, in tokens.
         num_truncated: rows cut to ``max_length``.
         num_empty: rows whose texts are all blank.
         num_dropped: blank rows that were left out.
         num_unlabelled: rows without a target.
-        switches: further arguments of the model's forward.
-        notes: what else is worth knowing of the rows.
-        references: what metrics compare with where that is not ``targets``; the kind's own.
+        switches: additional arguments of the model's forward.
+        notes: further remarks on the rows.
+        references: what metrics compare with if not ``targets``; its type is up to the kind of task.
     """
 
     features: dict[str, IntArray]
@@ -115,22 +132,32 @@ class TokenExamples:
     notes: tuple[str, ...] = ()
     references: Any = None
 
+    @override
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     @property
+    @override
     def lengths(self) -> IntArray:
-        """Tokens of each row, shape (N,)."""
         return np.diff(self.offsets)
 
+    @override
+    def token_ids(self) -> list[IntArray]:
+        return [self.features["input_ids"]]
+
+    @override
+    def input_ids(self, row: int) -> IntArray:
+        return self.features["input_ids"][self.offsets[row] : self.offsets[row + 1]]
+
+    @override
     def extremes(self) -> Rows:
-        """See :class:`Examples`."""
         places = [int(values.argmax()) for name, values in self.features.items() if name not in ("targets", "weights")]
         rows = np.searchsorted(self.offsets, places, side="right") - 1
         return np.unique([*rows, int(self.lengths.argmax())])
 
+    @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """The given rows, padded to the longest of them.
+        """Return the given rows, padded to the longest of them.
 
         Returns:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``), each (B, L) int64, and ``targets``, (B, ...) or
@@ -144,8 +171,8 @@ class TokenExamples:
             batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return batch
 
+    @override
     def describe(self) -> str:
-        """Rows, lengths in tokens, and what was cut or left out."""
         median, longest = int(np.median(self.lengths)), int(self.lengths.max())
         text = f"{counted(len(self), 'row')}, {median} tokens (median), {longest} at most"
         if self.num_truncated:
@@ -154,15 +181,12 @@ class TokenExamples:
             text += f"; {self.num_empty} blank ({'left out' if self.num_dropped else 'kept'})"
         return "; ".join((text, *self.notes))
 
-    def verify(self, model: nn.Module) -> None:
-        """Nothing: every model takes rows side by side."""
-
 
 def pad_rows(features: dict[str, IntArray], offsets: IntArray, rows: Rows, padding: Padding) -> tuple[Batch, Tensor]:
-    """Cut the given rows out of end-to-end ``features`` and pad them to the longest.
+    """Pad the given rows of concatenated ``features`` to the longest of them.
 
     Returns:
-        Name -> (B, L) int64, and the attention mask (B, L) int64.
+        Values by name, (B, L) int64, and the attention mask, (B, L) int64.
     """
     starts, lengths = offsets[rows], np.diff(offsets)[rows]
     width = int(lengths.max())

@@ -35,7 +35,7 @@ from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import PLAIN_NAME, is_plain_name
-from mirrortune.tasks.base import Task, check_columns, with_label_columns
+from mirrortune.tasks.base import Continues, Task, check_columns, labels_of, with_label_columns
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 
 _HEADER = "index\tprediction"
@@ -170,7 +170,7 @@ def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSe
 
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:
     """The rows, which need no targets, and the file for their answers; ConfigError before anything is scored."""
-    if hasattr(task, "write"):
+    if isinstance(task, Continues):
         raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row")
     check_labels(_answer_names(task, settings) or ())
     return with_label_columns(rows, task), prediction_file(place, name, settings.prediction_files)
@@ -178,7 +178,7 @@ def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, 
 
 def _answer_names(task: Task, settings: EvalSettings) -> tuple[str, ...] | None:
     """What is written of a class: its name, or None for its index."""
-    return getattr(task, "labels", None) if settings.prediction_labels == "names" else None
+    return labels_of(task) or None if settings.prediction_labels == "names" else None
 
 
 def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:

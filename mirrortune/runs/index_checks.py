@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mirrortune.data.examples import Batch, Examples, IntArray
+from mirrortune.data.examples import Batch, Examples
 from mirrortune.errors import ConfigError
 from mirrortune.runs.memory import ASK_NUMBERS, all_rows, answered, without_numbers
 
@@ -203,7 +203,7 @@ def _beyond(
         return ConfigError(where, f"{table} has {error.rows} rows, and {source} asks for number {error.largest}",
                            allowed=f"0 to {error.rows - 1}",
                            fix="Use the tokenizer or processor that belongs to the model")  # fmt: skip
-    ids = np.unique(np.concatenate([values[values >= error.rows] for values in _token_ids(examples)]))
+    ids = np.unique(np.concatenate([values[values >= error.rows] for values in examples.token_ids()]))
     ids = ids if len(ids) else np.array([error.largest])
     named = ", ".join(f"{tokenizer.convert_ids_to_tokens(int(i))} ({i})" for i in ids[:_MOST_NAMED])
     named += f" and {len(ids) - _MOST_NAMED} more" if len(ids) > _MOST_NAMED else ""
@@ -212,15 +212,6 @@ def _beyond(
         allowed=f"token ids 0 to {error.rows - 1}",
         fix="Use the tokenizer that belongs to the model, or a model whose embedding was enlarged for these tokens",
     )  # fmt: skip
-
-
-def _token_ids(examples: Any) -> list[IntArray]:
-    """All token ids of a split, wherever its kind keeps them."""
-    inner = [getattr(examples, name, None) for name in ("sources", "endings", "documents")]
-    rows = next((part for part in inner if part is not None), examples)
-    found = [rows.features["input_ids"]] if "input_ids" in getattr(rows, "features", {}) else []
-    targets = getattr(examples, "targets", None)
-    return found + ([targets] if hasattr(examples, "target_offsets") and targets is not None else [])
 
 
 def _without_numbers(value: Any) -> Any:

@@ -37,7 +37,7 @@ from mirrortune.runs.size import Plan, make_plan
 from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
-from mirrortune.tasks.base import TARGET_ROLES, Task, check_columns
+from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +183,7 @@ def _fitting_length(
     """
     if max_length is None:
         return None
-    targets: int | None = getattr(task, "max_target_length", None)
+    targets = task.max_target_length if isinstance(task, Generates) else None
     found = longest(model, task.probe(processor, source.config), Lengths(tokens=max_length, targets=targets))
     if targets is not None and found.targets is not None and found.targets < targets:
         raise ConfigError("task.max_target_length", f"got {targets}, the model takes at most {found.targets} tokens",

@@ -39,7 +39,7 @@ from mirrortune.system.devices import default_device, is_slow, widen
 from mirrortune.system.distributed import sync
 from mirrortune.system.paths import hub_place
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.base import Task, task_from_dict, with_columns
+from mirrortune.tasks.base import Task, labels_of, task_from_dict, with_columns
 from mirrortune.training.calibration import measure_saliency
 
 
@@ -272,7 +272,7 @@ def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Tas
     id2label = getattr(config, "id2label", None) or {}
     names = tuple(str(id2label[i]) for i in sorted(id2label))
     is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
-    found = getattr(task, "labels", None)
+    found = labels_of(task)
     # Only if the data speaks the same names: a model may call "positive" what the data calls "1".
     if settings.task.labels is None and is_named and found and set(found) <= set(names):
         task = replace(task, labels=names)  # type: ignore[type-var]

@@ -19,7 +19,7 @@ from mirrortune.runs.job import assemble
 from mirrortune.runs.load import factorise
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device
-from mirrortune.tasks.base import Task
+from mirrortune.tasks.base import Task, labels_of
 
 _NUMBERS, _CLASSES, _BINS = 48, 8, 24
 
@@ -79,7 +79,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
 def split_summary(examples: Examples, task: Task) -> Iterator[str]:
     """Lines on the classes and lengths of a split, where it has any."""
     targets = getattr(examples, "targets", None)
-    labels = getattr(task, "labels", None)
+    labels = labels_of(task)
     if labels and isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i":
         yield f"classes: {_balance(np.bincount(targets[targets >= 0], minlength=len(labels)), labels)}"
     lengths = examples.lengths
@@ -100,7 +100,7 @@ def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Ite
 
 def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[str]:
     """Lines on one of a row's tensors; of ids and token-wise labels also the text that they stand for."""
-    labels: tuple[str, ...] = getattr(task, "labels", ())
+    labels = labels_of(task)
     can_read = hasattr(tokenizer, "decode")
     if values.is_floating_point() and values.ndim > 1:
         size = " x ".join(map(str, values.shape))

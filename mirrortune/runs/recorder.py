@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from mirrortune.adapters.inject import spectral_layers
-from mirrortune.data.examples import Examples, TokenExamples
+from mirrortune.data.examples import Examples
 from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter, digits
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
+from mirrortune.tasks.base import Continues, labels_of
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import Progress
 from mirrortune.training.tracking import Track, tracker
@@ -157,7 +158,7 @@ def record_validation(
 def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
     """Confusion of classes, or pairs of numbers; the hardest rows; lengths and classes of both splits."""
     references, predictions = outcome.references, outcome.predictions
-    labels = getattr(job.task, "labels", None)
+    labels = labels_of(job.task)
     found: dict[str, Any] = {"lengths": _lengths(job)}
     if not isinstance(predictions, np.ndarray) or predictions.ndim != 1 or np.shape(references) != predictions.shape:
         return found
@@ -186,10 +187,9 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
 def _samples(job: Job, model: nn.Module, outcome: EvalResult) -> dict[str, Any]:
     """Rows from all over the validation split with what the model writes, for tasks whose answers are texts."""
     rows = np.unique(np.linspace(0, len(job.validation) - 1, _SAMPLES).astype(int)).tolist()
-    write = getattr(job.task, "write", None)
-    if write is not None:
+    if isinstance(job.task, Continues):
         model.eval()
-        texts = [write(model, job.processor, job.validation, row) for row in rows]
+        texts = [job.task.write(model, job.processor, job.validation, row) for row in rows]
     elif all(isinstance(part, list) and isinstance(part[0], str) for part in (outcome.predictions, outcome.references)):
         texts = [(_text(job, row), outcome.references[row], outcome.predictions[row]) for row in rows]
     else:
@@ -225,10 +225,9 @@ def _lengths(job: Job) -> dict[str, Any]:
 
 def _text(job: Job, row: int) -> str:
     """A validation row as the model read it, special tokens left out; empty for rows that are not text."""
-    examples = getattr(job.validation, "sources", job.validation)
-    if not isinstance(examples, TokenExamples):
+    ids = job.validation.input_ids(row)
+    if ids is None:
         return ""
-    ids = examples.features["input_ids"][examples.offsets[row] : examples.offsets[row + 1]]
     tokenizer = getattr(job.processor, "tokenizer", job.processor)
     return _shortened(str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)))
 

@@ -1,114 +1,198 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of task. A kind is one file in this folder, named like the kind, with a class ``Task``; a dataset is one YAML
-recipe.
+"""The interface of a kind of task, and the functions that work on any kind.
 
-The file's name is its registration: ``text_classification.py`` is ``text-classification``. The keyword parameters of
-its ``from_rows`` are the settings that it takes from the recipe's ``task`` and ``data`` sections, besides the scores
-that every kind has.
+A kind is one file in ``tasks/kinds/`` with a class ``Task``; a data set is one YAML recipe. The name of the file
+registers the kind: ``text_classification.py`` is ``text-classification``. The keyword-only parameters of ``from_rows``
+are the settings that the kind takes from the recipe's ``task`` and ``data`` sections, in addition to the metrics, which
+all kinds take.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
 import pyarrow as pa
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.config.recipe import task_kinds
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
 from mirrortune.data.files.column_problems import refuse_unreadable
-from mirrortune.data.tokenize import Reading
+from mirrortune.data.tokenize import Reading, resolve_max_length
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
-from mirrortune.models.load import ModelSource
+from mirrortune.models.load import ModelSource, load_tokenizer
 from mirrortune.registry import option_errors
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.probes import text_probe
 
 _VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 TARGET_ROLES = ("label", "tag", "answer", "target")
-"""Words by which :meth:`Task.columns` calls what is learned."""
+"""Roles of the columns, among those of :meth:`Task.columns`, that hold what the model learns to predict."""
 _MOST_NAMED = 8  # columns in a note
 
 
-class Task(Protocol):
-    """What the data, the loop, the evaluation and the files require of a kind of task; a frozen dataclass of JSON data,
-    made once the columns are known.
+class Task(ABC):
+    """What data, training, evaluation and adapter files need to know of a kind of task.
+
+    A kind is a frozen dataclass whose fields are JSON data; it is created once the columns are known.
 
     Attributes:
-        kind: the kind's name.
-        auto_class: name of the transformers class that loads a model for it.
-        metric_names: metrics of every evaluation; the first one is not special.
-        selection_metric: the metric (one of them) by which the best checkpoint is kept.
+        kind: name of the kind.
+        auto_class: name of the transformers class that loads its models.
+        metric_names: metrics that every evaluation computes.
+        selection_metric: the one of them that chooses the best checkpoint.
     """
 
+    __slots__ = ()
     kind: str
     auto_class: str
     metric_names: tuple[str, ...]
     selection_metric: str
 
     @classmethod
-    def from_rows(
-        cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, **settings: Any
-    ) -> tuple[Task, list[str]]:
-        """The task with its columns and label space read from the training rows, and a note for each column that was
-        detected rather than named.
+    @abstractmethod
+    def from_rows(cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN) -> tuple[Task, list[str]]:
+        """Create the task from the training rows, which give its columns and labels.
+
+        Returns:
+            The task, and a note for each column that was detected rather than named.
 
         Raises:
             DataError, ConfigError: if rows or settings do not fit the kind.
         """
 
+    @abstractmethod
     def columns(self) -> list[tuple[str, str]]:
-        """(role, column) of every column that is read; the roles are words for messages, but for those that a split may
-        lack (:data:`mirrortune.data.examples.OPTIONAL_ROLE`).
+        """Return (role, column) for every column that is read. Roles are words for messages, except
+        :data:`TARGET_ROLES` and :data:`mirrortune.data.examples.OPTIONAL_ROLE` (a split may lack such a column).
         """
 
     def strata(self, split: Split) -> Targets | None:
-        """The groups that cutting the split must keep in proportion, shape (N,), or None; DataError if a row has no
-        label.
+        """Check the labels of a split, and return the groups that must keep their proportions when it is divided.
+
+        Returns:
+            A group for each row, shape (N,); None to divide at random.
+
+        Raises:
+            DataError: if a row has no label, or one that cannot be read.
         """
+        return None
 
     def config_fields(self) -> dict[str, Any]:
-        """Fields of the transformers config that fix the head's size and labels."""
+        """Return the fields of the transformers config that set the size and the labels of the model's head."""
+        return {}
 
+    @abstractmethod
     def load_processor(self, source: ModelSource) -> Any:
-        """What turns rows into the model's inputs: a tokenizer or more. It has ``save_pretrained``."""
+        """Load what turns rows into model inputs (a tokenizer, an image processor); it has ``save_pretrained``."""
 
+    @abstractmethod
     def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int | None:
-        """The longest row, in the kind's own unit, or None where all are of one size; ConfigError if ``asked`` does not
-        fit.
+        """Return the maximum length of a row in tokens, None for rows that are not text.
+
+        Raises:
+            ConfigError: if the model does not support the length ``asked`` for.
         """
 
+    @abstractmethod
     def encode(self, split: Split, processor: Any, reading: Reading) -> Examples:
-        """The rows as the model takes them; DataError for rows that cannot be used."""
+        """Convert the rows of a split to model inputs; DataError for rows that cannot be used."""
 
+    @abstractmethod
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int | Tensor]:
-        """Sum of the losses of all items of a batch, and how many items it sums over: a tensor where reading the number
-        would wait for the device.
+        """Return the summed loss of a batch and the number of items summed over.
+
+        That number is a tensor where an int would make the program wait for the device.
         """
 
-    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
-        """What predictions need to know of each row of a scored batch, on the CPU."""
+    @abstractmethod
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Iterable[Any]:
+        """Reduce the outputs of a batch to what :meth:`answers` needs, an entry for each row, on the CPU."""
 
+    @abstractmethod
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
-        """Predictions and references as the kind's metrics compare them, from what was judged of every row, in the
-        order of ``examples``.
-        """
+        """Return predictions and references, as the kind's metrics take them, from the judged rows of ``examples``."""
 
+    @abstractmethod
     def probe(self, processor: Any, config: Any) -> Batch:
-        """A few inputs for the model's forward, on which a merged model is compared with base + adapter."""
+        """Return a small batch of model inputs, on which a merged model is compared with base + adapter."""
+
+
+class HasLabels(ABC):
+    """A task whose predictions are among named classes or tags.
+
+    Attributes:
+        labels: their names, in the order of the model's outputs.
+    """
+
+    __slots__ = ()
+    labels: tuple[str, ...]
+
+
+class Generates(ABC):
+    """A task that is scored by text that the model generates, token by token.
+
+    Attributes:
+        max_target_length: of targets and of generated texts, in tokens.
+    """
+
+    __slots__ = ()
+    max_target_length: int
+
+
+class Continues(ABC):
+    """A task that scores the tokens of texts: it has no answer for a row, but can show how the model continues one."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def write(self, model: Any, processor: Any, examples: Any, row: int) -> tuple[str, str, str]:
+        """Return a prompt from a row, how the row continues it, and how the model does (greedy decoding)."""
+
+
+class TextTask(Task):
+    """A task whose processor is the model's tokenizer.
+
+    Attributes:
+        text_columns: columns of text, in the order in which the model reads them.
+        version: of the code that makes the tokens; part of their cache key.
+    """
+
+    __slots__ = ()
+    text_columns: tuple[str, ...]
+    version: int
+
+    @override
+    def load_processor(self, source: ModelSource) -> Any:
+        return load_tokenizer(source)
+
+    @override
+    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
+        return resolve_max_length(asked, processor, config)
+
+    @override
+    def probe(self, processor: Any, config: Any) -> Batch:
+        return text_probe(processor, config, num_texts=len(self.text_columns))
 
 
 def scores_vocabulary(task: Task) -> bool:
-    """Whether the task's models give logits over a whole vocabulary at every position of every row."""
+    """Return whether the task's models output logits over a vocabulary at every position."""
     return task.auto_class in _VOCABULARY_CLASSES
 
 
+def labels_of(task: Task) -> tuple[str, ...]:
+    """Return the names of the task's classes or tags; empty if it has none."""
+    return task.labels if isinstance(task, HasLabels) else ()
+
+
 def task_class(kind: str, where: str = "task.kind") -> type[Task]:
-    """The class of a kind; ConfigError with the nearest name otherwise."""
+    """Return the class of a kind of task; ConfigError with the nearest name if there is none."""
     if kind not in task_kinds():
         raise unknown_name(where, "kind of task", kind, task_kinds())
     module = importlib.import_module(f"mirrortune.tasks.kinds.{kind.replace('-', '_')}")
@@ -116,18 +200,18 @@ def task_class(kind: str, where: str = "task.kind") -> type[Task]:
 
 
 def settings_of(kind: str) -> list[str]:
-    """Names of the settings that a kind takes from the recipe."""
+    """Return the names of the settings that a kind takes from the recipe."""
     parameters = inspect.signature(task_class(kind).from_rows).parameters.values()
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:
-    """Everything needed to evaluate again, as JSON data."""
+    """Return the task as JSON data, enough to evaluate again."""
     return asdict(task)  # type: ignore[call-overload, no-any-return]
 
 
 def task_from_dict(data: dict[str, Any]) -> Task:
-    """The task that :func:`task_to_dict` described; VerificationError for fields that no such task has."""
+    """Return the task that :func:`task_to_dict` described; VerificationError for unknown or damaged fields."""
     found, where = task_class(data["kind"], "adapter.json: task"), "adapter.json: task"
     known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     errors = option_errors(known, get_type_hints(found), owner=f"task '{data['kind']}'", where=where)
@@ -144,10 +228,10 @@ def task_from_dict(data: dict[str, Any]) -> Task:
 
 
 def with_columns(task: Task, named: dict[str, Any]) -> Task:
-    """The task on other data: ``named`` holds settings that name columns (None where they stay).
+    """Return the task with other columns: ``named`` maps settings that name columns to new values (None: unchanged).
 
     Raises:
-        ConfigError: a column that the kind does not read, or another number of them.
+        ConfigError: if the kind does not read such a column, or reads another number of them.
     """
     given = {key: value for key, value in named.items() if value is not None}
     for key, value in given.items():
@@ -160,8 +244,8 @@ def with_columns(task: Task, named: dict[str, Any]) -> Task:
 
 
 def with_label_columns(split: Split, task: Task) -> Split:
-    """The split with a column of nulls for each of the task's columns of targets that it lacks: rows to be answered
-    often come without one.
+    """Return the split with a column of nulls for each target column that it lacks: rows to predict often come without
+    one.
     """
     table = split.table
     for role, column in task.columns():
@@ -171,7 +255,7 @@ def with_label_columns(split: Split, task: Task) -> Split:
 
 
 def unused_columns(table: pa.Table, task: Task) -> str:
-    """A note on the columns that a task does not read; "" if it reads all."""
+    """Return a note on the columns that a task does not read; "" if it reads all."""
     read = {column for _, column in task.columns()}
     names = [name for name in table.column_names if name not in read]
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
@@ -180,7 +264,7 @@ def unused_columns(table: pa.Table, task: Task) -> str:
 
 
 def check_columns(split: Split, task: Task) -> None:
-    """Refuse a split that lacks a column of the task, or where one cannot be read; DataError with those it has."""
+    """Check that a split has all columns of the task, and that they could be read; DataError otherwise."""
     for role, column in task.columns():
         if column not in split.table.column_names and role != OPTIONAL_ROLE:
             raise DataError(

@@ -1,69 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several short rows in one sequence, each with positions of its own and blind to the others.
+"""Packing: several short rows in one sequence, which do not attend to each other.
 
-The model is told by ``position_ids`` that begin again at 0, without an attention mask and without a cache: that is how
-transformers' masks and its flash attention know packed rows. Whether a model does as it is told is measured before
-training (:meth:`PackedExamples.verify`), since one that does not would train on mixed-up rows in silence.
+Rows are separated by ``position_ids`` that restart at 0, without an attention mask or a cache: transformers' masks and
+its flash attention recognise packed rows by that. A model that ignores it would silently train on mixed-up rows, so
+:meth:`PackedExamples.verify` measures it before training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import override
 
-from mirrortune.data.examples import IGNORE_INDEX, Batch, IntArray, Rows, TokenExamples
+from mirrortune.data.examples import IGNORE_INDEX, Batch, Examples, IntArray, Rows, TokenExamples
 from mirrortune.errors import ConfigError
 from mirrortune.system.devices import autocast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedExamples:
-    """See :class:`mirrortune.data.examples.Examples`; a row here is a sequence of packed rows.
+class PackedExamples(Examples):
+    """Sequences of packed rows; a row here is a sequence.
 
     Attributes:
         documents: the rows, with a target for every token.
         bins: which of them share a sequence.
+        num_truncated: rows cut before they were packed.
+        num_unlabelled: 0, as rows without an answer are not packed.
     """
 
     documents: TokenExamples
     bins: tuple[Rows, ...]
+    num_truncated: int
+    num_unlabelled: int = 0
 
     @classmethod
     def of(cls, documents: TokenExamples) -> PackedExamples:
         """Pack rows into sequences of at most their ``max_length``."""
-        return cls(documents=documents, bins=tuple(best_fit(documents.lengths, documents.max_length)))
+        bins = tuple(best_fit(documents.lengths, documents.max_length))
+        return cls(documents=documents, bins=bins, num_truncated=documents.num_truncated)
 
     @property
-    def num_truncated(self) -> int:
-        """Rows cut before they were packed."""
-        return self.documents.num_truncated
-
-    @property
-    def num_unlabelled(self) -> int:
-        """None: rows without an answer are not packed."""
-        return 0
-
-    @property
+    @override
     def lengths(self) -> IntArray:
-        """Tokens of each sequence, shape (N,)."""
         return np.array([self.documents.lengths[rows].sum() for rows in self.bins])
 
+    @override
     def __len__(self) -> int:
         return len(self.bins)
 
+    @override
     def extremes(self) -> Rows:
-        """See :class:`mirrortune.data.examples.Examples`."""
         found = {int(row) for row in self.documents.extremes()}
         holding = [number for number, rows in enumerate(self.bins) if found & {int(row) for row in rows}]
         return np.unique([*holding, int(self.lengths.argmax())])
 
+    @override
+    def token_ids(self) -> list[IntArray]:
+        return self.documents.token_ids()
+
+    @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """The given sequences: ``input_ids``, ``position_ids`` and ``targets``, each (B, L) int64; with weights
-        ``targets`` is (B, 2, L).
+        """Return ``input_ids``, ``position_ids`` and ``targets`` of the given sequences, each (B, L) int64; ``targets``
+        is (B, 2, L) with weights.
         """
         documents, fill = self.documents, self.documents.padding.fill
         width = int(self.lengths[rows].max())
@@ -79,7 +81,7 @@ class PackedExamples:
                 targets[i, start:stop] = documents.features["targets"][piece]
                 if weights is not None:
                     weights[i, start:stop] = documents.features["weights"][piece]
-                targets[i, start] = IGNORE_INDEX  # the row before does not foretell it
+                targets[i, start] = IGNORE_INDEX  # it is not predicted from the row before
                 positions[i, start:stop] = np.arange(stop - start)
                 start = stop
         made = {"input_ids": ids, "position_ids": positions, "targets": targets}
@@ -87,21 +89,22 @@ class PackedExamples:
             made["targets"] = np.stack([targets, weights], axis=1)
         return {**{name: torch.from_numpy(values) for name, values in made.items()}, **documents.switches}
 
+    @override
     def describe(self) -> str:
-        """What was packed, and how full the sequences are."""
         full = self.lengths.sum() / (len(self) * self.documents.max_length)
         return f"{self.documents.describe()}; packed into {len(self):,} sequences, {full:.0%} full"
 
     @torch.no_grad()
+    @override
     def verify(self, model: nn.Module) -> None:
-        """Compare a packed sequence with its rows one by one; ConfigError if the model lets them see each other."""
+        """Compare the outputs of a packed sequence with those of its rows; ConfigError if they differ."""
         several = [rows for rows in self.bins if len(rows) > 1]
         if not several:
             return
         pair = several[0][:2]
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
-        packed = PackedExamples(documents=self.documents, bins=(pair,))
+        packed = replace(self, bins=(pair,))
         logits = [_logits(model, packed.batch(np.array([0])), device)]
         logits += [_logits(model, self.documents.batch(np.array([row])), device) for row in pair]
         model.train(was_training)
@@ -116,17 +119,17 @@ class PackedExamples:
 
 
 def best_fit(lengths: IntArray, capacity: int) -> list[Rows]:
-    """Rows shared out over bins of ``capacity`` tokens: the longest first, each where the least room is left.
+    """Distribute rows over bins by best-fit decreasing: the longest first, each to the bin with the least room left.
 
     Args:
         lengths: of the rows, shape (N,), each at most ``capacity``.
         capacity: of a bin.
 
     Returns:
-        Row numbers of each bin, in order; bins in the order of their first row.
+        Row numbers of each bin, ascending; bins in the order of their first row.
     """
     bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room that is left in them
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room left in them
     counts = np.zeros(capacity + 1, dtype=np.int64)
     for row in np.argsort(-lengths, kind="stable"):
         length = int(lengths[row])

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from typing_extensions import override
 
 from mirrortune.data.dataset import Split
-from mirrortune.data.examples import Batch, IntArray, Rows, Targets
+from mirrortune.data.examples import Batch, Examples, IntArray, Rows, Targets
 from mirrortune.data.files.media import FileCells
 from mirrortune.errors import ConfigError, counted
 from mirrortune.models.load import ModelSource, load_feature_extractor
@@ -68,8 +68,8 @@ class RecordingReader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordingExamples:
-    """Rows of recordings; see :class:`mirrortune.data.examples.Examples`.
+class RecordingExamples(Examples):
+    """Rows of recordings.
 
     Attributes:
         recordings: one a row.
@@ -89,32 +89,27 @@ class RecordingExamples:
     num_truncated: int
     seed: int
 
+    @override
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
+    @override
     def lengths(self) -> IntArray:
-        """Positions of each row, shape (N,)."""
         return self.samples // _SAMPLES_PER_POSITION + 1
 
+    @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
         """The given rows: what the feature extractor makes of them, and ``targets`` (B,)."""
         batch = self.reader.features([self._wave(int(row), epoch) for row in rows])
         batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return batch
 
+    @override
     def describe(self) -> str:
-        """Rows, and the lengths of their recordings."""
         seconds = self.samples / self.reader.rate
         text = f"{counted(len(self), 'row')}, {np.median(seconds):.1f} s (median), {seconds.max():.1f} s at most"
         return f"{text}; {self.num_truncated} cut" if self.num_truncated else text
-
-    def extremes(self) -> Rows:
-        """The longest row; there are no indices."""
-        return np.array([int(self.lengths.argmax())])
-
-    def verify(self, model: nn.Module) -> None:
-        """Nothing."""
 
     def _wave(self, row: int, epoch: int | None) -> Wave:
         import soundfile  # noqa: PLC0415

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from typing_extensions import override
 
 from mirrortune.data.dataset import Split
-from mirrortune.data.examples import Batch, IntArray, Rows, Targets
+from mirrortune.data.examples import Batch, Examples, IntArray, Rows, Targets
 from mirrortune.data.files.class_folders import IMAGE_FORMATS
 from mirrortune.data.files.media import FileCells
 from mirrortune.errors import ConfigError, DataError, counted, unknown_name
@@ -109,8 +109,8 @@ class ImageReader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageExamples:
-    """Rows of images; see :class:`mirrortune.data.examples.Examples`.
+class ImageExamples(Examples):
+    """Rows of images.
 
     Attributes:
         images: one a row.
@@ -129,14 +129,16 @@ class ImageExamples:
     seed: int
     num_truncated: int = 0
 
+    @override
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
+    @override
     def lengths(self) -> IntArray:
-        """Positions of each row, all alike, shape (N,)."""
         return np.full(len(self), self.reader.num_positions)
 
+    @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
         """The given rows: what the image processor makes of them (``pixel_values``), and ``targets`` (B,)."""
         found = []
@@ -149,17 +151,10 @@ class ImageExamples:
         batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return batch
 
+    @override
     def describe(self) -> str:
-        """Rows and the size of their images."""
         size = "images of their own size" if self.reader.size is None else "{1} x {0} pixels".format(*self.reader.size)
         return f"{counted(len(self), 'row')}, {size}"
-
-    def extremes(self) -> Rows:
-        """The longest row; there are no indices."""
-        return np.array([int(self.lengths.argmax())])
-
-    def verify(self, model: nn.Module) -> None:
-        """Nothing."""
 
     def check(self) -> None:
         """Open every image, without decoding it; DataError with the first that cannot be."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""audio-classification: a recording -> one of C classes. Cross-entropy; accuracy unless other metrics are named."""
+"""audio-classification: a recording -> one of C classes. Cross-entropy; accuracy by default."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from typing_extensions import override
 
 from mirrortune.data.columns import choose_audio_column
 from mirrortune.data.dataset import Split
@@ -25,10 +26,11 @@ _LONGEST = 10.0  # seconds, the default
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(OneOfClasses):
-    """See :class:`mirrortune.tasks.base.Task`.
+    """Classification of recordings.
 
     Attributes:
-        max_seconds: of a recording; longer ones are cut.
+        audio_column: the column of recordings.
+        max_seconds: maximum length of a recording; longer ones are cut.
     """
 
     audio_column: str
@@ -37,12 +39,13 @@ class Task(OneOfClasses):
     auto_class: str = "AutoModelForAudioClassification"
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         audio_column: str | None = None, label_column: str | None = None, labels: tuple[str, ...] | None = None,
         max_seconds: float | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task with class names from ``labels``, else the column's own features, else the values found, sorted."""
+        """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
         audio, label, notes = choose_audio_column(table, audio_column, label_column, source)
         names = class_names(table, label, source, labels)
         chosen = scores.fields(("accuracy",), "class", len(names))
@@ -50,29 +53,29 @@ class Task(OneOfClasses):
         task = cls(audio_column=audio, label_column=label, labels=names, max_seconds=longest, **chosen)
         return task, [*notes, *label_remarks(table, label, names)]
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return [("audio", self.audio_column), ("label", self.label_column)]
 
+    @override
     def config_fields(self) -> dict[str, Any]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return label_fields(self.labels)
 
+    @override
     def load_processor(self, source: ModelSource) -> RecordingReader:
-        """The feature extractor."""
         return RecordingReader.load(source, self.max_seconds)
 
+    @override
     def resolve_length(self, asked: int | None, processor: RecordingReader, config: Any) -> None:
-        """None: recordings have no tokens."""
         if asked is not None:
             raise ConfigError("data.max_length", f"got {asked}, but recordings have no tokens",
                               fix="Set data.max_seconds")  # fmt: skip
 
+    @override
     def encode(self, split: Split, processor: RecordingReader, reading: Reading) -> RecordingExamples:
-        """See :class:`mirrortune.tasks.base.Task`."""
         targets = self.class_targets(split, allow_missing=reading.allow_missing)
         return encode_recordings(split, self.audio_column, targets, targets == MISSING, processor, seed=reading.seed)
 
+    @override
     def probe(self, processor: RecordingReader, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return noise_recordings(processor)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""causal-lm: text that goes on. Conversations, prompts with completions, instructions (alpaca columns) or plain text.
+"""causal-lm: next-token prediction on conversations, prompts with completions, instructions (Alpaca columns) or text.
 
-Cross-entropy of every learned token, summed over rows and divided by their number; perplexity and token accuracy. The
-end of an answer is learned with it.
+Cross-entropy of every learned token; perplexity and token accuracy. The end token of an answer is learned with it.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.data.columns import check_named, detected, is_string, refuse_preferences, refuse_written_lists
 from mirrortune.data.dataset import Split
@@ -34,6 +34,7 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
+from mirrortune.tasks.base import Continues, TextTask
 from mirrortune.tasks.chat import (
     Encoding,
     LostAnswerError,
@@ -63,7 +64,7 @@ _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "r
 _TEXTS = ("text", "content", "document")
 _MOST_WRITTEN = 64  # tokens
 _LONGEST = 1024  # the default, where the model takes more
-_UNIT = 1_000_000  # of weights, which are kept as whole numbers
+_UNIT = 1_000_000  # weights are stored as integers, in millionths
 _SILENT, _CALLS, _EMPTY = 1, 2, 3  # what is wrong with a row
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
 
@@ -73,10 +74,10 @@ class TextReader:
     """A tokenizer, and what the model's forward takes besides tokens.
 
     Attributes:
-        tokenizer: transformers' own.
-        is_chat: rows are written by the tokenizer's chat template.
-        switches: further arguments of the model's forward.
-        takes_positions: whether rows can be packed.
+        tokenizer: of transformers.
+        is_chat: whether rows are formatted by the tokenizer's chat template.
+        switches: additional arguments of the model's forward.
+        takes_positions: whether the forward takes ``position_ids``, so that rows can be packed.
     """
 
     tokenizer: Any
@@ -85,25 +86,25 @@ class TextReader:
     takes_positions: bool
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The tokenizer's files; and where generation stops, since the end of a turn was learned as one."""
+        """Write the tokenizer's files, and the tokens that end generation: the end of a turn was learned as one."""
         self.tokenizer.save_pretrained(folder)
         if self.is_chat:
             save_turn_ends(self.tokenizer, Path(folder))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """See :class:`mirrortune.tasks.base.Task`.
+class Task(TextTask, Continues):
+    """Language modelling.
 
     Attributes:
         layout: what the columns hold: ``messages``, ``prompt`` (with its completion in ``label_column``), ``alpaca``
-            (instruction and perhaps input, with the output in ``label_column``), ``turns`` (messages, and those that
-            answer them in ``label_column``) or ``text``.
+            (instruction and optional input, with the output in ``label_column``), ``turns`` (messages, and their
+            answers in ``label_column``) or ``text``.
         loss_on: ``completions`` or ``all``.
-        format: ``chat``, the tokenizer's template; ``text``, as it stands; ``auto``: chat for messages, and for
-            instructions where there is a template.
-        packing: training rows share sequences.
-        added_columns: read where a split has them: a row's system prompt, tools, documents, earlier turns, weight.
+        format: ``chat``, the tokenizer's template; ``text``, as it is; ``auto``, chat for messages, and for
+            instructions if there is a template.
+        packing: whether training rows share sequences.
+        added_columns: columns that a split may have: a row's system prompt, tools, documents, earlier turns, weight.
     """
 
     text_columns: tuple[str, ...]
@@ -120,12 +121,13 @@ class Task:
     version: int = 1
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         loss_on: str | None = None, format: str | None = None, packing: bool | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task; DataError if no column holds text to learn."""
+        """Create the task; DataError if no column holds text."""
         for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
             if value not in (None, *allowed):
                 raise unknown_name(f"task.{key}", "value", str(value), allowed)
@@ -144,20 +146,14 @@ class Task:
         what = {"completions": "the answers (task.loss_on=all to change)", "all": "every token"}[loss_on]
         return task, [*notes, f"the loss is on {what}"]
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         own = [("text", c) for c in (*self.text_columns, self.label_column) if c is not None]
         return [*own, *((OPTIONAL_ROLE, c) for c in self.added_columns)]
 
-    def strata(self, split: Split) -> None:
-        """None: rows are split at random."""
-
-    def config_fields(self) -> dict[str, Any]:
-        """None: the output layer stays as it is."""
-        return {}
-
+    @override
     def load_processor(self, source: ModelSource) -> TextReader:
-        """The tokenizer; ConfigError if rows need a chat template and there is none."""
+        """Load the tokenizer; ConfigError if rows need a chat template and it has none."""
         tokenizer = with_end_token(load_tokenizer(source), source)
         has_template = tokenizer.chat_template is not None
         wants_chat = self.format == "chat" or self.layout in ("messages", "turns")
@@ -172,17 +168,17 @@ class Task:
         return TextReader(
             tokenizer=tokenizer,
             is_chat=wants_chat or (self.format == "auto" and self.layout == "alpaca" and has_template),
-            # Nothing is generated; and a cache, even an empty one, hides packed rows from transformers' masks.
+            # Training needs no cache, and even an empty one makes transformers' masks ignore packed rows.
             switches={"use_cache": False} if "use_cache" in taken else {},
             takes_positions="position_ids" in taken,
         )
 
+    @override
     def resolve_length(self, asked: int | None, processor: TextReader, config: Any) -> int:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return resolve_max_length(asked, processor.tokenizer, config, default=_LONGEST)
 
+    @override
     def encode(self, split: Split, processor: TextReader, reading: Reading) -> Examples:
-        """See :class:`mirrortune.tasks.base.Task`."""
         if self.packing and not processor.takes_positions:
             raise ConfigError("data.packing", "this model takes no positions, so rows would see each other",
                               fix="Set data.packing=false")  # fmt: skip
@@ -217,28 +213,32 @@ class Task:
             examples.features["weights"] = np.repeat(weights, examples.lengths)
         return PackedExamples.of(examples) if self.packing and reading.for_training else examples
 
+    @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of logits (B, L, V) at each place against the next token of ``targets`` (B, L), summed over the
-        tokens to be learned; with weights for every token, ``targets`` is (B, 2, L).
+        """Return the cross-entropy of logits (B, L, V) against the next tokens in ``targets`` (B, L), summed over
+        learned tokens; with a weight for every token, ``targets`` is (B, 2, L).
         """
         if targets.ndim == 3:
             return _weighted_loss(outputs.logits, targets)
         return summed_loss(outputs.logits[:, :-1], targets[:, 1:])
 
+    @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float64]:
-        """Of each row: the loss of its tokens, how many were foretold, and how many there are; (B, 3) float64."""
+        """Return the loss, the number of correct tokens and the number of tokens of each row; (B, 3) float64."""
         found: npt.NDArray[np.float64] = score_tokens(outputs.logits[:, :-1], targets[:, 1:]).numpy()
         return found
 
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
         """Loss and foretold tokens of each row (N, 2), and its number of tokens (N,)."""
         found = np.stack(judged)
         return found[:, :2], found[:, 2]
 
+    @override
     def write(self, model: Any, processor: TextReader, examples: TokenExamples, row: int) -> tuple[str, str, str]:
-        """What stands before the first learned token of a row, what follows there, and what the model writes instead.
+        """Return the text before the first learned token of a row, how the row continues, and how the model does.
 
-        Of a row that is learned as a whole, the first half is given. At most 64 tokens, the likeliest each.
+        A row that is learned as a whole is split in half. The model generates at most 64 tokens, greedily.
         """
         tokenizer, start, end = processor.tokenizer, *(int(o) for o in examples.offsets[row : row + 2])
         ids = examples.features["input_ids"][start:end].tolist()
@@ -248,7 +248,7 @@ class Task:
         stops = turn_end_ids(tokenizer) if processor.is_chat else tokenizer.eos_token_id
         written = model.generate(
             input_ids=given, attention_mask=torch.ones_like(given), num_beams=1,
-            max_new_tokens=max(1, min(_MOST_WRITTEN, examples.max_length - place)),  # it may have no more positions
+            max_new_tokens=max(1, min(_MOST_WRITTEN, examples.max_length - place)),  # positions may end there
             do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.eos_token_id,
         )[0, place:]  # fmt: skip
         prompt, reference, answer = (
@@ -256,14 +256,14 @@ class Task:
         )
         return prompt, reference, answer
 
+    @override
     def probe(self, processor: TextReader, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return {**text_probe(processor.tokenizer, config), **processor.switches}
 
     def _tokenise(
         self, columns: Columns, numbers: Rows, processor: TextReader, reading: Reading, places: RowPlaces
     ) -> Tokens:
-        """Tokens and targets of some rows, and the weight of each; ``faults`` (N,) tells what is wrong with a row."""
+        """Tokenise some rows: tokens, targets, a weight per row, and in ``faults`` (N,) a code for what is wrong."""
         ids, targets, weights, counts = [], [], [], Counter[str]()
         faults, max_length = np.zeros(len(numbers), dtype=np.int32), reading.max_length
         for place, (number, *row) in enumerate(zip(numbers, *columns, strict=True)):
@@ -275,7 +275,7 @@ class Task:
             except LostAnswerError as lost:
                 faults[place] = _CALLS if lost.kind == "calls" else _EMPTY
                 continue
-            faults[place] = 0 if any(learned[1:]) else _SILENT  # nothing foretells the first token
+            faults[place] = 0 if any(learned[1:]) else _SILENT  # the first token is not predicted
             wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
             wanted[:1] = [IGNORE_INDEX]
             counts["num_truncated"] += len(row_ids) > (max_length or 0)
@@ -319,7 +319,7 @@ class Task:
         return ids, [True] * len(ids) if learn_all else learned
 
     def _conversation(self, row: Sequence[Any], added: dict[str, Any], where: str) -> Conversation:
-        """The conversation of a row that is written by a chat template."""
+        """Return the conversation in a row that is formatted by a chat template."""
         if self.layout == "messages":
             return conversation(as_messages(row[0], where), added, where)
         if self.layout == "turns":
@@ -331,7 +331,7 @@ class Task:
         return conversation(turns, added, where)
 
     def _tools_lost(self, columns: Columns, processor: TextReader, source: str) -> int:
-        """1 if the first of some rows that has tools is written without them, else 0."""
+        """Return 1 if the chat template leaves out the tools of the first row that has any, else 0."""
         names = [n for n in self.added_columns if meaning_of(n) == "tools"]
         count = len(columns) - len(self.added_columns)
         for row in zip(*columns, strict=True) if names else ():
@@ -345,7 +345,7 @@ class Task:
         return 0
 
     def _refuse_faults(self, faults: npt.NDArray[np.integer[Any]], places: RowPlaces) -> None:
-        """DataError for rows of which nothing, or nothing that was meant, would be learned."""
+        """Raise a DataError for rows from which nothing, or only the wrong thing, would be learned."""
         refuse_missing(faults == _SILENT, places, self.label_column or self.text_columns[0], "answer to learn")
         reasons = {
             _CALLS: ("tool calls, which the model's chat template does not write",
@@ -372,7 +372,7 @@ class Task:
             features=arrays,
             offsets=arrays.pop("offsets"),
             targets=None,
-            padding=Padding(side="right", fill=padding.fill),  # the left side is for generating
+            padding=Padding(side="right", fill=padding.fill),  # left padding is for generation
             max_length=max_length,
             num_truncated=counts["num_truncated"],
             num_dropped=counts["num_answers_cut"] + counts["num_weightless"],
@@ -384,7 +384,7 @@ class Task:
 def _choose(
     table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
 ) -> tuple[str, tuple[str, ...], str | None, list[str]]:
-    """Layout, columns read, column of the answers, and notes on what was detected."""
+    """Return the layout, the text columns, the column of answers, and notes on what was detected."""
     check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
     if text and len(text) > 2:
         raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
@@ -421,7 +421,7 @@ def _choose(
 
 
 def _holds_turns(table: pa.Table, column: str) -> bool:
-    """Whether a column holds lists of messages, or (in tables of text) their JSON."""
+    """Return whether a column holds lists of messages, or their JSON text (in csv files)."""
     kind = table.schema.field(column).type
     if is_string(kind):
         first = next((value for value in cells(table, column) if value and value.strip()), "")
@@ -433,7 +433,7 @@ def _holds_turns(table: pa.Table, column: str) -> bool:
 
 
 def _with_columns(split: Split, columns: Sequence[str]) -> Split:
-    """The split with columns of nulls for those that it lacks."""
+    """Return the split with a column of nulls for each of ``columns`` that it lacks."""
     table = split.table
     for column in columns:
         if column not in table.column_names:
@@ -442,8 +442,11 @@ def _with_columns(split: Split, columns: Sequence[str]) -> Split:
 
 
 def _weighted_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits (B, L, V) against ``targets`` (B, 2, L): next tokens, and their weights in millionths.
-    Its sum, each token by its weight, and the sum of the weights.
+    """Return the weighted sum of the cross-entropy and the sum of the weights.
+
+    Args:
+        logits: shape (B, L, V).
+        targets: tokens and their weights in millionths, shape (B, 2, L).
     """
     wanted, weights = targets[:, 0, 1:], targets[:, 1, 1:]
     learned = wanted != IGNORE_INDEX

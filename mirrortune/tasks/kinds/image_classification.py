@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""image-classification: an image of any mode -> one of C classes. Cross-entropy; accuracy unless other metrics are
-named.
-"""
+"""image-classification: an image of any mode -> one of C classes. Cross-entropy; accuracy by default."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from typing_extensions import override
 
 from mirrortune.data.columns import choose_image_column
 from mirrortune.data.dataset import Split
@@ -25,7 +24,13 @@ from mirrortune.tasks.probes import noise_images
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(OneOfClasses):
-    """See :class:`mirrortune.tasks.base.Task`. ``labels`` are the class names, in the order of the model's outputs."""
+    """Classification of images.
+
+    Attributes:
+        image_column: the column of images.
+        image_size: side of the square that the model gets, in pixels; None for the image processor's own size.
+        augment: name of the augmentation of training images.
+    """
 
     image_column: str
     image_size: int | None = None
@@ -34,12 +39,13 @@ class Task(OneOfClasses):
     auto_class: str = "AutoModelForImageClassification"
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         image_column: str | None = None, label_column: str | None = None, labels: tuple[str, ...] | None = None,
         image_size: int | None = None, augment: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task with class names from ``labels``, else the column's own features, else the values found, sorted."""
+        """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
         check_augmentation(augment or "none")
         image, label, notes = choose_image_column(table, image_column, label_column, source)
         names = class_names(table, label, source, labels)
@@ -49,30 +55,30 @@ class Task(OneOfClasses):
         )  # fmt: skip
         return task, [*notes, *label_remarks(table, label, names)]
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return [("image", self.image_column), ("label", self.label_column)]
 
+    @override
     def config_fields(self) -> dict[str, Any]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return {**label_fields(self.labels), "problem_type": "single_label_classification"}
 
+    @override
     def load_processor(self, source: ModelSource) -> ImageReader:
-        """The image processor, at the size that was asked for."""
         return ImageReader.load(source, self.auto_class, self.image_size)
 
+    @override
     def resolve_length(self, asked: int | None, processor: ImageReader, config: Any) -> None:
-        """None: images are brought to one size."""
         if asked is not None:
             raise ConfigError("data.max_length", f"got {asked}, but images have no tokens", fix="Set data.image_size")
 
+    @override
     def encode(self, split: Split, processor: ImageReader, reading: Reading) -> ImageExamples:
-        """See :class:`mirrortune.tasks.base.Task`."""
         targets = self.class_targets(split, allow_missing=reading.allow_missing)
         return encode_images(
             split, self.image_column, targets, targets == MISSING, processor, augment=self.augment, seed=reading.seed
         )
 
+    @override
     def probe(self, processor: ImageReader, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return processor.pixels(noise_images(processor.num_channels), "probe")

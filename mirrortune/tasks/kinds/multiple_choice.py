@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """multiple-choice: a context (and perhaps the beginning of what follows) with several endings -> which one is right.
 
-Every ending is read behind the context, as in SWAG (Zellers et al. 2018); cross-entropy over the endings of a row.
+The model scores each ending after its context, as in SWAG (Zellers et al. 2018); cross-entropy over the endings of a
+row, accuracy by default.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.data.column_contents import is_nan, number_of
 from mirrortune.data.columns import check_is_text, check_named, detected, refuse_written_lists
 from mirrortune.data.dataset import Split
-from mirrortune.data.examples import Batch, IntArray, Padding, Rows, Targets, TokenExamples
+from mirrortune.data.examples import Batch, Examples, IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.data.files.column_problems import refuse_unreadable
 from mirrortune.data.files.row_chunks import Columns, row_chunks
 from mirrortune.data.files.row_places import RowPlaces
@@ -29,7 +31,7 @@ from mirrortune.data.labels import MISSING, as_name, refuse_missing
 from mirrortune.data.token_cache import Tokens
 from mirrortune.data.tokenize import Reading, pieces, resolve_max_length, tokenise_rows
 from mirrortune.errors import DataError, counted
-from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.probes import SENTENCES
 
@@ -40,42 +42,46 @@ _LABELS = ("label", "labels", "answer", "answerkey", "answer_index", "gold")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChoiceExamples:
-    """See :class:`mirrortune.data.examples.Examples`.
+class ChoiceExamples(Examples):
+    """Rows of several endings, one of which is right.
 
     Attributes:
-        endings: every ending of every row, behind its context.
+        endings: every ending of every row, each after its context.
         firsts: shape (N + 1,); row i has the endings [firsts[i], firsts[i + 1]).
         targets: the right ending of each row, -1 where there is none, shape (N,).
-        num_unlabelled: rows without one.
+        num_truncated: endings that were cut.
+        num_unlabelled: rows without a right ending.
     """
 
     endings: TokenExamples
     firsts: IntArray
     targets: Targets
+    num_truncated: int
     num_unlabelled: int
 
     @property
-    def num_truncated(self) -> int:
-        """Endings that were cut."""
-        return self.endings.num_truncated
-
-    @property
+    @override
     def lengths(self) -> IntArray:
-        """Tokens of all endings of each row, shape (N,)."""
         return np.add.reduceat(self.endings.lengths, self.firsts[:-1])
 
+    @override
     def __len__(self) -> int:
         return len(self.targets)
 
+    @override
     def extremes(self) -> Rows:
-        """See :class:`mirrortune.data.examples.Examples`."""
         return np.unique(np.searchsorted(self.firsts, self.endings.extremes(), side="right") - 1)
 
-    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """Tokens (B, C, L) with C endings at most; targets (B, 2): the right one, and how many there are.
+    @override
+    def token_ids(self) -> list[IntArray]:
+        return self.endings.token_ids()
 
-        A row with fewer endings than others is filled up with copies of its last one, which the loss leaves out.
+    @override
+    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
+        """Return tokens (B, C, L), where C is the largest number of endings, and targets (B, 2): the right ending and
+        the number of endings.
+
+        A row with fewer endings is filled up with copies of its last one, which the loss ignores.
         """
         counts = np.diff(self.firsts)[rows]
         width = int(counts.max())
@@ -85,22 +91,19 @@ class ChoiceExamples:
         batch["targets"] = torch.from_numpy(np.stack([self.targets[rows].astype(np.int64), counts], axis=1))
         return batch
 
+    @override
     def describe(self) -> str:
-        """Rows, and the lengths of their endings."""
         return f"{counted(len(self), 'row')} of endings: {self.endings.describe()}"
-
-    def verify(self, model: nn.Module) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """See :class:`mirrortune.tasks.base.Task`.
+class Task(TextTask):
+    """Choice of an ending.
 
     Attributes:
-        text_columns: the context, and perhaps the beginning of every ending.
+        text_columns: the context, and optionally the beginning of every ending.
         choice_columns: one for each ending, or one that holds them all (a list, or ``{text: [...], label: [...]}``).
-        label_column: the number (from 0), letter or label of the right one.
+        label_column: number (from 0), letter or label of the right ending.
     """
 
     text_columns: tuple[str, ...]
@@ -113,12 +116,13 @@ class Task:
     version: int = 1
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, choice_columns: tuple[str, ...] | None = None,
         label_column: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task; DataError if there are no columns of contexts, endings and labels."""
+        """Create the task; DataError if there are no columns of contexts, endings and labels."""
         names = {n.lower(): n for n in table.column_names}
         given = [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")]
         check_named(table, [*given, *((c, "data.choice_columns") for c in choice_columns or ())], source)
@@ -145,13 +149,13 @@ class Task:
         chosen = scores.fields(("accuracy",), "class")
         return cls(text_columns=text, choice_columns=choices, label_column=label, **chosen), notes
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         roles = {"text": self.text_columns, "choice": self.choice_columns, "label": (self.label_column,)}
         return [(role, column) for role, columns in roles.items() for column in columns]
 
+    @override
     def strata(self, split: Split) -> None:
-        """None: rows are split at random."""
         missing, done = np.zeros(split.table.num_rows, dtype=bool), 0
         for chunk in row_chunks(split.table, [*self.choice_columns, self.label_column]):
             numbers = np.arange(done, done + len(chunk[0]))
@@ -159,20 +163,8 @@ class Task:
             done += len(numbers)
         refuse_missing(missing, split.places, self.label_column)
 
-    def config_fields(self) -> dict[str, Any]:
-        """None: a head of one number, whatever the number of endings."""
-        return {}
-
-    def load_processor(self, source: ModelSource) -> Any:
-        """The tokenizer."""
-        return load_tokenizer(source)
-
-    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
-        """See :class:`mirrortune.tasks.base.Task`; of a context with one ending."""
-        return resolve_max_length(asked, processor, config)
-
+    @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> ChoiceExamples:
-        """See :class:`mirrortune.tasks.base.Task`."""
         max_length = reading.max_length
         assert max_length is not None
         num_texts = len(self.text_columns)
@@ -207,25 +199,28 @@ class Task:
         )  # fmt: skip
         return ChoiceExamples(
             endings=endings,
+            num_truncated=endings.num_truncated,
             firsts=np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
             targets=targets,
             num_unlabelled=int((targets == MISSING).sum()),
         )
 
+    @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Cross-entropy of logits (B, C) over the endings that each row has, summed over rows."""
+        """Return the cross-entropy of logits (B, C) over the endings that each row has, summed over rows."""
         return F.cross_entropy(_masked(outputs, targets), targets[:, 0], reduction="sum"), targets.shape[0]
 
+    @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.int64]:
-        """The ending that scores highest (B,)."""
+        """Return the ending with the highest score, (B,)."""
         return np.asarray(_masked(outputs, targets).argmax(dim=-1).cpu().numpy())
 
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """The chosen and the right ending, each (N,)."""
         return np.array(judged), examples.targets
 
+    @override
     def probe(self, processor: Any, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
         limit = resolve_max_length(None, processor, config)
         made = processor(
             list(SENTENCES), list(reversed(SENTENCES)), padding=True, truncation=True, max_length=limit,
@@ -234,11 +229,11 @@ class Task:
         return {name: values.unflatten(0, (2, 2)) for name, values in made.items()}
 
     def _read(self, columns: Columns, numbers: Rows, places: RowPlaces) -> tuple[list[list[str]], list[int]]:
-        """The endings of each of some rows, and which one is right (-1 where there is no label).
+        """Return the endings of each of some rows, and which one is right (-1 where there is no label).
 
         Args:
-            columns: the cells of the choice columns and of the label column.
-            numbers: of the rows in the split.
+            columns: cells of the choice columns, then of the label column.
+            numbers: numbers of the rows in the split.
             places: of the split's rows, for messages.
         """
         *choices, labels = columns
@@ -271,7 +266,7 @@ def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
 
 
 def _masked(outputs: Any, targets: Tensor) -> Tensor:
-    """Logits (B, C), those of endings that a row does not have at minus infinity."""
+    """Return the logits (B, C), with minus infinity for endings that a row does not have."""
     logits: Tensor = outputs.logits.float()
     numbers = torch.arange(logits.shape[1], device=logits.device)
     return logits.masked_fill(numbers >= targets[:, 1:], -torch.inf)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""question-answering: question and context -> the words of the context that answer, or nothing where nothing does.
+"""question-answering: question and context -> the span of the context that answers, or no answer.
 
-Contexts that are too long are read through windows that overlap; a question is scored once, by its best span over all
-of its windows (Devlin et al. 2019, section 4.2 and 4.3: no answer where the first token scores higher).
+Long contexts are split into overlapping windows; a question is scored once, by its best span over all of its windows
+(Devlin et al. 2019, sections 4.2 and 4.3: no answer if the first token scores higher).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.data.columns import check_is_text, check_named, detected, refuse_written_lists
 from mirrortune.data.dataset import Split
@@ -27,26 +28,25 @@ from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
-from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.probes import text_probe
 
 _LONGEST = 384  # tokens of a window, the default
 _STRIDE = 128
 _N_BEST, _MAX_ANSWER = 20, 30  # spans considered per window end; tokens of an answer
 
-Answer = tuple[str, int]  # text and its first character in the context; -1 if it was not said where
+Answer = tuple[str, int]  # text, and its first character in the context (-1 if not given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """See :class:`mirrortune.tasks.base.Task`.
+class Task(TextTask):
+    """Extraction of an answer from a context.
 
     Attributes:
         text_columns: question and context.
         label_column: answers: the Hub's ``{text: [...], answer_start: [...]}``, a list of texts, or a text.
-        may_lack_answer: whether some questions of the training rows have no answer.
-        stride: tokens that neighbouring windows share; None for 128, or a third of a short window.
+        may_lack_answer: whether some training questions have no answer.
+        stride: overlap of neighbouring windows, in tokens; None for 128, or a third of a short window.
     """
 
     text_columns: tuple[str, ...]
@@ -60,12 +60,13 @@ class Task:
     version: int = 1
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         stride: int | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task; DataError if there are no columns of questions, contexts and answers."""
+        """Create the task; DataError if there are no columns of questions, contexts and answers."""
         names = {n.lower(): n for n in table.column_names}
         text = text_columns or tuple(names[n] for n in ("question", "context") if n in names)
         label = label_column or next((names[n] for n in ("answers", "answer") if n in names), None)
@@ -84,40 +85,39 @@ class Task:
         notes = [] if text_columns else [detected("text", text[0]), detected("text", text[1])]
         notes += [] if label_column else [detected("label", label)]
         chosen = scores.fields(("squad_f1", "exact_match"), "answers")
-        # Cells that hold no answers at all are refused with their rows where splits are checked.
+        # Cells that do not hold answers are reported with their rows by strata.
         may_lack_answer = any(_is_answered(value) is False for value in cells(table, label))
         task = cls(text_columns=text, label_column=label, may_lack_answer=may_lack_answer, stride=stride, **chosen)
         return task, notes
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return [("question", self.text_columns[0]), ("context", self.text_columns[1]), ("answer", self.label_column)]
 
+    @override
     def strata(self, split: Split) -> None:
-        """None: rows are split at random."""
         places = split.places
         for row, value in enumerate(cells(split.table, self.label_column)):
             _answers(value, places.where(row))
         refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
 
+    @override
     def config_fields(self) -> dict[str, Any]:
-        """A head of two: where a span begins, and where it ends."""
+        """Return a head of two outputs: the begin and the end of a span."""
         return {"num_labels": 2}
 
-    def load_processor(self, source: ModelSource) -> Any:
-        """The tokenizer."""
-        return load_tokenizer(source)
-
+    @override
     def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
-        """See :class:`mirrortune.tasks.base.Task`; of a window."""
+        """Return the length of a window."""
         length = resolve_max_length(asked, processor, config, default=_LONGEST)
         if self.stride is not None and self.stride >= length // 2:
             raise ConfigError("data.stride", f"got {self.stride}, windows have {length} tokens",
                               allowed=f"less than {length // 2}")  # fmt: skip
         return length
 
+    @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
-        """See :class:`mirrortune.tasks.base.Task`; a row becomes one window or more."""
+        """Split every row into one window or more, which are the rows of the result."""
         max_length = reading.max_length
         assert max_length is not None
         missing, places = nulls(split.table, self.label_column), split.places
@@ -128,7 +128,7 @@ class Task:
         def make(columns: Columns, numbers: Rows) -> Tokens:
             contexts = [str(text or "") for text in columns[1]]
             answers = [_answers(v, places.where(n)) for n, v in zip(numbers, columns[2], strict=True)]
-            # Leading white space is no part of the question, and would fill windows of its own (SQuAD has some).
+            # Leading white space is not part of the question, and would fill windows of its own (SQuAD has some).
             questions = [str(text or "").lstrip() for text in columns[0]]
             return _windows(questions, contexts, answers, processor, max_length, stride)
 
@@ -153,19 +153,22 @@ class Task:
             references=scoring,
         )
 
+    @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Mean of the cross-entropies of begin and end (B, 2), summed over windows."""
+        """Return the mean of the cross-entropies of begin and end (B, 2), summed over windows."""
         both = torch.cat([outputs.start_logits.float(), outputs.end_logits.float()])
         return F.cross_entropy(both, targets.T.flatten(), reduction="sum") / 2, targets.shape[0]
 
+    @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
-        """Begin and end logits (2, L) of each window."""
+        """Return the begin and end logits (2, L) of each window."""
         both = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float().cpu().numpy()
         masks = inputs["attention_mask"].bool().cpu().numpy()
         return [logits[:, mask] for logits, mask in zip(both, masks, strict=True)]
 
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[list[str], list[tuple[str, ...]]]:
-        """The best answer of every question ("" for none), and its right ones."""
+        """Return the predicted answer of every question ("" for none), and its true answers."""
         scoring: _Scoring = examples.references
         said, right = [], []
         for context, answers, windows in scoring.questions():
@@ -173,19 +176,15 @@ class Task:
             right.append(tuple(text for text, _ in answers or ()))
         return said, right
 
-    def probe(self, processor: Any, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        return text_probe(processor, config, num_texts=2)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scoring:
-    """What scoring needs to know of the questions.
+    """What is needed to turn logits of windows into answers of questions.
 
     Attributes:
-        split, columns: where contexts and answers stand.
+        split, columns: contexts and answers.
         counts: windows of each question, shape (N,).
-        starts, ends: where in its context every token of every window stands, in characters; -1 outside of it; (T,).
+        starts, ends: characters of its context that every token of every window covers; -1 outside of it; (T,).
         offsets: of the windows.
     """
 
@@ -197,7 +196,7 @@ class _Scoring:
     offsets: IntArray
 
     def questions(self) -> Iterator[tuple[str, tuple[Answer, ...] | None, range]]:
-        """Of each question: the text that spans are cut out of, the right answers, and the numbers of its windows."""
+        """Yield the context of each question, its true answers, and the numbers of its windows."""
         stop = 0
         rows = (row for chunk in row_chunks(self.split.table, self.columns) for row in zip(*chunk, strict=True))
         for count, (context, value) in zip(self.counts.tolist(), rows, strict=True):
@@ -205,7 +204,7 @@ class _Scoring:
             yield str(context or ""), _answers(value, self.split.source), range(stop - count, stop)
 
     def best(self, context: str, windows: range, judged: Sequence[Any], *, may_lack_answer: bool) -> str:
-        """The span that scores highest over some windows, or "" where having none scores higher."""
+        """Return the span with the highest score over some windows, or "" if no answer scores higher."""
         spans, none = [], float("inf")
         for window in windows:
             begin, end = self.offsets[window : window + 2]
@@ -217,7 +216,7 @@ class _Scoring:
 
 
 def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArray) -> list[tuple[float, int, int]]:
-    """(score, first character, character behind the last) of spans of a window that lie in its context."""
+    """Return (score, begin, end) in characters of the best spans of a window that lie in its context."""
     inside = np.flatnonzero(places[:, 1] > 0)
     begin = inside[np.argsort(-starts[inside])[:_N_BEST]]
     finish = inside[np.argsort(-ends[inside])[:_N_BEST]]
@@ -230,8 +229,11 @@ def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArr
 
 
 def _span(places: IntArray, answer: Answer | None) -> tuple[int, int]:
-    """First and last token of a window's answer, whose tokens stand at ``places`` (L, 2) of its context; twice its
-    first token where it has not all of it.
+    """Return the first and last token of a window's answer; 0, 0 if the window does not hold all of it.
+
+    Args:
+        places: characters of the context that each token covers, shape (L, 2).
+        answer: text and place, or None.
     """
     if answer is None:
         return 0, 0
@@ -243,7 +245,7 @@ def _span(places: IntArray, answer: Answer | None) -> tuple[int, int]:
 
 
 def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
-    """The first answer, with its place in the context; None if there is none, or it does not occur."""
+    """Return the first answer that occurs in the context, with its place there; None if none does."""
     for text, start in answers or ():
         is_there = start >= 0 and context.startswith(text, start)  # some data sets count bytes, or other white space
         place = start if is_there else context.find(text)
@@ -253,7 +255,7 @@ def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
 
 
 def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
-    """The right answers that a cell holds; none for a question without one, None where the label is missing."""
+    """Return the answers in a cell: empty for a question without one, None if the label is missing."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -272,7 +274,7 @@ def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
 
 
 def _is_answered(value: Any) -> bool | None:
-    """Whether a cell holds an answer; None where the label is missing or unreadable."""
+    """Return whether a cell holds an answer; None if the label is missing or unreadable."""
     try:
         answers = _answers(value, "")
     except DataError:
@@ -281,7 +283,7 @@ def _is_answered(value: Any) -> bool | None:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A list as it is, nothing as none, and anything else as a list of itself."""
+    """Return a list as it is, None as an empty list, and anything else as a list of one."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -293,8 +295,10 @@ def _windows(
     max_length: int,
     stride: int,
 ) -> Tokens:
-    """Windows of some questions: ``starts`` and ``ends`` (T,) are the places of their tokens in the context, -1 outside
-    of it; ``first`` and ``last`` (one a window) its answer; ``windows`` (one a question) how many there are.
+    """Tokenise some questions into windows.
+
+    Besides the tokens: ``starts`` and ``ends`` (T,), the characters of the context that each token covers, -1 outside
+    of it; ``first`` and ``last``, the answer tokens of each window; ``windows``, the number of windows per question.
     """
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
     # A question may fill no more than half of a window.

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""regression: one or two texts -> one real number. Squared error; Pearson and Spearman correlation unless others are
-named.
-"""
+"""regression: one or two texts -> a real number. Squared error; Pearson and Spearman correlation by default."""
 
 from __future__ import annotations
 
@@ -13,24 +11,24 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.data.columns import choose_columns
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Targets, TokenExamples
 from mirrortune.data.files.row_chunks import cells
 from mirrortune.data.labels import label_fields, refuse_missing
-from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length
+from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
-from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.probes import text_probe
 
 _LARGEST = float(np.finfo(np.float32).max)  # targets are float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """See :class:`mirrortune.tasks.base.Task`. Targets are used as they stand, neither centred nor scaled."""
+class Task(TextTask):
+    """Prediction of a number. Targets are used as they are, neither centred nor scaled."""
 
     text_columns: tuple[str, ...]
     label_column: str
@@ -41,14 +39,15 @@ class Task:
     version: int = 1
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task; DataError if the label column is not made of finite numbers or is constant."""
+        """Create the task; DataError if the label column holds a single value."""
         text, label, notes = choose_columns(table, text_columns, label_column, source, numbers=True)
         task = cls(text_columns=text, label_column=label, **scores.fields(("pearson", "spearmanr"), "number"))
-        # Cells that hold no numbers are refused with their rows where splits are checked.
+        # Cells that are not numbers are reported with their rows by strata.
         values = np.array([_number(value) for value in cells(table, label)], dtype=np.float64)
         known = values[~np.isnan(values)]
         if len(known) and np.isfinite(known).all() and np.ptp(known) == 0:
@@ -60,12 +59,12 @@ class Task:
             )
         return task, notes
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return [*(("text", c) for c in self.text_columns), ("label", self.label_column)]
 
     def targets(self, split: Split) -> npt.NDArray[np.float32]:
-        """Numbers (N,), float32; NaN where there is none."""
+        """Return the numbers, (N,) float32, NaN where there is none; DataError for cells that are not numbers."""
         found = np.empty(split.table.num_rows, dtype=np.float32)
         for row, value in enumerate(cells(split.table, self.label_column)):
             number = _number(value)
@@ -78,43 +77,32 @@ class Task:
             found[row] = number
         return found
 
+    @override
     def strata(self, split: Split) -> None:
-        """None: rows are split at random."""
         self._complete_targets(split)
 
+    @override
     def config_fields(self) -> dict[str, Any]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return {**label_fields([self.label_column]), "problem_type": "regression"}
 
-    def load_processor(self, source: ModelSource) -> Any:
-        """The tokenizer."""
-        return load_tokenizer(source)
-
-    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        return resolve_max_length(asked, processor, config)
-
+    @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
-        """See :class:`mirrortune.tasks.base.Task`."""
         values = self.targets(split) if reading.allow_missing else self._complete_targets(split)
         facts = (self.kind, self.version)
         return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, facts)[0]
 
+    @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Squared error of logits (B, 1) against numbers (B,), summed."""
+        """Return the squared error of logits (B, 1) against numbers (B,), summed."""
         return (outputs.logits.float().squeeze(-1) - targets).square().sum(), targets.shape[0]
 
+    @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
-        """Predictions (B,)."""
         return np.asarray(outputs.logits[:, 0].float().cpu().numpy())
 
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """The single output and the right number, each (N,)."""
         return np.array(judged), examples.targets
-
-    def probe(self, processor: Any, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        return text_probe(processor, config, num_texts=len(self.text_columns))
 
     def _complete_targets(self, split: Split) -> npt.NDArray[np.float32]:
         values = self.targets(split)
@@ -123,7 +111,7 @@ class Task:
 
 
 def _number(value: Any) -> float:
-    """The number that a cell holds; NaN for none, infinity for what is no number."""
+    """Return the number in a cell; NaN for none, infinity for anything that is not a number."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
         return float("nan")
     try:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """seq2seq: text -> text (summaries, translations) by an encoder and a decoder. Cross-entropy of every target token;
-scores are of text that the model writes itself, by greedy search.
+ROUGE of text that the model generates by greedy search, by default.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.data.columns import check_named, detected, is_string, refuse_preferences
 from mirrortune.data.dataset import Split
-from mirrortune.data.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples, pad_rows
+from mirrortune.data.examples import IGNORE_INDEX, Batch, Examples, IntArray, Padding, Rows, TokenExamples, pad_rows
 from mirrortune.data.files.column_problems import refuse_unreadable
 from mirrortune.data.files.row_chunks import Columns, cells, nulls
 from mirrortune.data.labels import refuse_missing
@@ -25,6 +26,7 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
+from mirrortune.tasks.base import Generates, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.probes import text_probe
 from mirrortune.tasks.token_scores import summed_loss
@@ -38,12 +40,12 @@ _LONGEST_TARGET = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairReader:
-    """A tokenizer, and what the decoder begins with.
+    """A tokenizer, and the token that the decoder begins with.
 
     Attributes:
-        tokenizer: transformers' own.
+        tokenizer: of transformers.
         start_id: the decoder's first token.
-        switches: further arguments of the model's forward.
+        switches: additional arguments of the model's forward.
     """
 
     tokenizer: Any
@@ -52,24 +54,26 @@ class PairReader:
 
     @property
     def pad_token_id(self) -> int | None:
-        """The tokenizer's."""
+        """Id of the tokenizer's padding token."""
         return int(self.tokenizer.pad_token_id)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The tokenizer's files."""
+        """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairExamples:
-    """See :class:`mirrortune.data.examples.Examples`.
+class PairExamples(Examples):
+    """Rows of a source and a target text.
 
     Attributes:
         sources: what the encoder reads.
-        targets: tokens of the target texts, end to end.
+        targets: concatenated tokens of the target texts.
         target_offsets: shape (N + 1,).
         references: reads the target texts.
-        reader: makes the decoder's input.
+        reader: knows the decoder's first token.
+        num_truncated: source texts that were cut.
+        num_unlabelled: rows without a target text.
         num_cut: target texts that were cut.
     """
 
@@ -78,34 +82,36 @@ class PairExamples:
     target_offsets: IntArray
     references: Callable[[], list[str]]
     reader: PairReader
+    num_truncated: int
+    num_unlabelled: int
     num_cut: int
 
     @property
-    def num_truncated(self) -> int:
-        """Source texts that were cut."""
-        return self.sources.num_truncated
-
-    @property
-    def num_unlabelled(self) -> int:
-        """Rows without a target text."""
-        return self.sources.num_unlabelled
-
-    @property
+    @override
     def lengths(self) -> IntArray:
-        """Tokens of source and target of each row, shape (N,)."""
         return self.sources.lengths + np.diff(self.target_offsets)
 
+    @override
     def __len__(self) -> int:
         return len(self.sources)
 
+    @override
     def extremes(self) -> Rows:
-        """See :class:`mirrortune.data.examples.Examples`."""
         lengths = np.diff(self.target_offsets)
         largest = np.searchsorted(self.target_offsets, int(self.targets.argmax()), side="right") - 1
         return np.unique([*self.sources.extremes(), int(largest), int(lengths.argmax())])
 
+    @override
+    def token_ids(self) -> list[IntArray]:
+        return [*self.sources.token_ids(), self.targets]
+
+    @override
+    def input_ids(self, row: int) -> IntArray:
+        return self.sources.input_ids(row)
+
+    @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """Source tokens, the decoder's input and the targets, each padded on its own."""
+        """Return source tokens, decoder inputs and targets of the given rows, each padded separately."""
         batch = self.sources.batch(rows)
         right = Padding(side="right", fill={"targets": IGNORE_INDEX})
         made, _ = pad_rows({"targets": self.targets}, self.target_offsets, rows, right)
@@ -116,25 +122,22 @@ class PairExamples:
         )
         return {**batch, **made, **self.reader.switches}
 
+    @override
     def describe(self) -> str:
-        """Rows, and the lengths of both sides."""
         lengths = np.diff(self.target_offsets)
         cut = f", {self.num_cut} cut" if self.num_cut else ""
         return f"{self.sources.describe()}; targets of {int(np.median(lengths))} tokens, {lengths.max()} at most{cut}"
 
-    def verify(self, model: nn.Module) -> None:
-        """Nothing."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """See :class:`mirrortune.tasks.base.Task`.
+class Task(TextTask, Generates):
+    """Generation of a target text from a source text.
 
     Attributes:
         text_columns: the source text.
         label_column: the target text.
-        prefix: put before every source text (``summarize:`` and the like, which T5 was trained with).
-        max_target_length: of targets, and of what is written when scoring, in tokens.
+        prefix: prepended to every source text (``summarize:`` and the like, which T5 was trained with).
+        max_target_length: of targets and of generated texts, in tokens.
     """
 
     text_columns: tuple[str, ...]
@@ -148,12 +151,13 @@ class Task:
     version: int = 1
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         prefix: str | None = None, max_target_length: int | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task; DataError if there are no columns of source and target texts."""
+        """Create the task; DataError if there are no columns of source and target texts."""
         names = {n.lower(): n for n in table.column_names}
         check_named(
             table, [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")], source
@@ -179,20 +183,17 @@ class Task:
         notes = [] if text_columns else [detected("text", text[0])]
         return task, notes if label_column else [*notes, detected("label", label)]
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return [("text", self.text_columns[0]), ("target", self.label_column)]
 
+    @override
     def strata(self, split: Split) -> None:
-        """None: rows are split at random."""
         refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "target")
 
-    def config_fields(self) -> dict[str, Any]:
-        """None: the output layer stays as it is."""
-        return {}
-
+    @override
     def load_processor(self, source: ModelSource) -> PairReader:
-        """The tokenizer; ConfigError for a model that does not say what its decoder begins with."""
+        """Load the tokenizer; ConfigError if the model's config does not give the decoder's first token."""
         config = source.config
         known = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
         start = next((i for i in known if isinstance(i, int)), None)
@@ -206,53 +207,55 @@ class Task:
             tokenizer = with_end_token(tokenizer, source)
         return PairReader(tokenizer=tokenizer, start_id=start, switches=switches)
 
+    @override
     def resolve_length(self, asked: int | None, processor: PairReader, config: Any) -> int:
-        """See :class:`mirrortune.tasks.base.Task`; of source texts."""
+        """Return the length of source texts."""
         return resolve_max_length(asked, processor.tokenizer, config)
 
+    @override
     def encode(self, split: Split, processor: PairReader, reading: Reading) -> PairExamples:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        missing, tokenizer, facts = (
-            nulls(split.table, self.label_column),
-            processor.tokenizer,
-            (self.kind, self.version),
-        )
+        missing, tokenizer = nulls(split.table, self.label_column), processor.tokenizer
+        code = (self.kind, self.version)
         if not reading.allow_missing:
             refuse_missing(missing, split.places, self.label_column, "target")
         sources, keep = encode_texts(
-            split, self.text_columns, None, missing, tokenizer, reading, facts, prefix=self.prefix
+            split, self.text_columns, None, missing, tokenizer, reading, code, prefix=self.prefix
         )
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
             return _target_tokens([str(text or "") for text in columns[0]], tokenizer, self.max_target_length)
 
         made = tokenise_rows(
-            split, [self.label_column], tokenizer, reading, facts, make, keep=keep, what=", targets",
+            split, [self.label_column], tokenizer, reading, code, make, keep=keep, what=", targets",
             facts={"length": self.max_target_length, "side": "target"},
         )  # fmt: skip
         return PairExamples(
             sources=sources, targets=made.arrays["targets"], target_offsets=made.arrays["offsets"], reader=processor,
             references=lambda: [str(text or "") for text in cells(split.table, self.label_column, keep)],
+            num_truncated=sources.num_truncated, num_unlabelled=sources.num_unlabelled,
             num_cut=made.counts["num_truncated"],
         )  # fmt: skip
 
+    @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of logits (B, L, V) against targets (B, L), summed over tokens."""
+        """Return the cross-entropy of logits (B, L, V) against targets (B, L), summed over tokens."""
         return summed_loss(outputs.logits, targets)
 
+    @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
-        """The tokens that the model writes for each row."""
+        """Generate a text for each row; its tokens."""
         asked = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         written = model.generate(**asked, max_new_tokens=self.max_target_length, num_beams=1, do_sample=False)
         return list(written.cpu().numpy())
 
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[list[str], list[str]]:
-        """What was written, and what should have been."""
+        """Return the generated texts and the target texts."""
         tokenizer = examples.reader.tokenizer
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in judged], examples.references()
 
+    @override
     def probe(self, processor: PairReader, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
         batch = text_probe(processor.tokenizer, config)
         batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
         begin = torch.full_like(batch["input_ids"][:, :1], processor.start_id)
@@ -266,8 +269,8 @@ class Task:
 def _target_tokens(texts: list[str], tokenizer: Any, max_length: int) -> Tokens:
     ids = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    ids = [row if row[-1:] == [end] else [*row, end] for row in ids]  # some tokenizers leave it to others
-    # What is cut ends as everything ends: the end token is learned all the same.
+    ids = [row if row[-1:] == [end] else [*row, end] for row in ids]  # some tokenizers do not add it
+    # A cut target ends with the end token too, which is learned all the same.
     cut = [row if len(row) <= max_length else [*row[: max_length - 1], end] for row in ids]
     flat, offsets = ragged(cut)
     return {"targets": flat, "offsets": offsets}, {"num_truncated": sum(len(row) > max_length for row in ids)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """text-classification: one or two texts -> one of C classes, or any number of them.
 
-One class: cross-entropy; accuracy unless other metrics are named. Several (the label column holds lists, or ``labels``
-names columns of 0 and 1): binary cross-entropy of every class; f1_micro and f1_macro.
+One class per row: cross-entropy; accuracy by default. Several (the label column holds lists, or ``labels`` names
+columns of 0 and 1): binary cross-entropy of every class; f1_micro and f1_macro by default.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.data.columns import choose_columns
 from mirrortune.data.dataset import Split
-from mirrortune.data.examples import Batch, Targets, TokenExamples
+from mirrortune.data.examples import Targets, TokenExamples
 from mirrortune.data.files.row_chunks import cells
 from mirrortune.data.labels import (
     MISSING,
@@ -33,20 +34,19 @@ from mirrortune.data.labels import (
     label_sets,
     refuse_missing,
 )
-from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length
+from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
-from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.class_labels import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.probes import text_probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task(OneOfClasses):
-    """See :class:`mirrortune.tasks.base.Task`.
+class Task(TextTask, OneOfClasses):
+    """Classification of one or two texts.
 
     Attributes:
-        multi_label: a row has any number of classes.
+        multi_label: whether a row may have any number of classes.
     """
 
     text_columns: tuple[str, ...]
@@ -56,12 +56,13 @@ class Task(OneOfClasses):
     version: int = 1
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         labels: tuple[str, ...] | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task with class names from ``labels``, else the column's own features, else the values found, sorted."""
+        """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
         as_columns = label_column is None and bool(labels) and set(labels or ()) <= set(table.column_names)
         if as_columns:
             label_column = (labels or ("",))[0]
@@ -74,57 +75,48 @@ class Task(OneOfClasses):
         more = ["rows may have several labels"] if multi_label else label_remarks(table, label, names)
         return task, [*notes, *more]
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         as_columns = self.multi_label and self.label_column in self.labels
         labels = self.labels if as_columns else (self.label_column,)
         return [*(("text", c) for c in self.text_columns), *(("label", c) for c in labels)]
 
+    @override
     def strata(self, split: Split) -> Targets | None:
-        """The classes; None where rows may have several."""
+        """Return the classes; None if rows may have several."""
         targets = self._targets(split, allow_missing=False)[0]
         return None if self.multi_label else targets
 
+    @override
     def config_fields(self) -> dict[str, Any]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         kind = "multi_label_classification" if self.multi_label else "single_label_classification"
         return {**label_fields(self.labels), "problem_type": kind}
 
-    def load_processor(self, source: ModelSource) -> Any:
-        """The tokenizer."""
-        return load_tokenizer(source)
-
-    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        return resolve_max_length(asked, processor, config)
-
+    @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
-        """See :class:`mirrortune.tasks.base.Task`."""
         targets, missing = self._targets(split, allow_missing=reading.allow_missing)
         facts = (self.kind, self.version)
         return encode_texts(split, self.text_columns, targets, missing, processor, reading, facts)[0]
 
+    @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Cross-entropy of logits (B, C) against class indices (B,), summed over rows; or binary cross-entropy against
-        0 and 1 (B, C), summed over rows and classes.
+        """Return the cross-entropy of logits (B, C) against class indices (B,), summed over rows; or the binary
+        cross-entropy against 0 and 1 (B, C), summed over rows and classes.
         """
         if self.multi_label:
             logits = outputs.logits.float()
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"), targets.numel()
         return OneOfClasses.loss(self, outputs, targets)
 
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """The class of the largest logit and the right class (N,), or all classes of more than even odds (N, C)."""
+        """Return predicted and true classes, each (N,); with several labels, those of positive logits, each (N, C)."""
         if self.multi_label:
             return (np.stack(judged) > 0).astype(np.int64), examples.targets
         return OneOfClasses.answers(self, judged, examples)
 
-    def probe(self, processor: Any, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        return text_probe(processor, config, num_texts=len(self.text_columns))
-
     def _targets(self, split: Split, *, allow_missing: bool) -> tuple[Targets, npt.NDArray[np.bool_]]:
-        """The targets, (N,) or (N, C), and which rows have none."""
+        """Return the targets, (N,) or (N, C), and which rows have none, (N,)."""
         table, column, names, places = split.table, self.label_column, self.labels, split.places
         if not self.multi_label:
             targets = self.class_targets(split, allow_missing=allow_missing)

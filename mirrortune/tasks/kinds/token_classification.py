@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""token-classification: words -> a tag for each (entities, parts of speech). Cross-entropy on the first piece of every
-word; whole entities are scored by seqeval where the tags have the form B-X, I-X, O, single words otherwise.
+"""token-classification: words -> a tag for each (entities, parts of speech).
+
+Cross-entropy on the first token of every word. If the tags have the form B-X, I-X, O, whole entities are scored
+(seqeval), otherwise single words.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.data.columns import check_named, detected, is_string, refuse_written_lists
 from mirrortune.data.dataset import Split
@@ -24,19 +27,19 @@ from mirrortune.data.files.column_problems import refuse_unreadable
 from mirrortune.data.files.row_chunks import Columns, cells, row_chunks
 from mirrortune.data.labels import as_name, feature_names, in_order, is_list, label_fields, refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
-from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
+from mirrortune.data.tokenize import Reading, tokenise_rows
 from mirrortune.errors import DataError, did_you_mean
 from mirrortune.models.load import ModelSource, load_tokenizer
+from mirrortune.tasks.base import HasLabels, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.probes import text_probe
 
 _WORDS = ("tokens", "words", "text", "sentence")
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "ner", "pos", "label", "upos")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """See :class:`mirrortune.tasks.base.Task`. ``labels`` are the tags, in the order of the model's outputs."""
+class Task(TextTask, HasLabels):
+    """Tagging of words; ``labels`` are the tags."""
 
     text_columns: tuple[str, ...]
     label_column: str
@@ -48,12 +51,13 @@ class Task:
     version: int = 1
 
     @classmethod
+    @override
     def from_rows(
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         labels: tuple[str, ...] | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """The task with tags from ``labels``, else the column's own features, else those found, sorted."""
+        """Create the task; tags are ``labels``, else the column's features, else the values found, sorted."""
         words, tags, notes = _choose(table, text_columns, label_column, source)
         found = {name for row in cells(table, tags) for name in map(as_name, row or ()) if name is not None}
         names = labels or feature_names(table, tags) or tuple(in_order(found))
@@ -63,24 +67,25 @@ class Task:
         chosen = scores.fields(("entity_f1", "tag_accuracy") if _are_entities(names) else ("tag_accuracy",), "tags")
         return cls(text_columns=(words,), label_column=tags, labels=names, **chosen), notes
 
+    @override
     def columns(self) -> list[tuple[str, str]]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return [("word", self.text_columns[0]), ("tag", self.label_column)]
 
+    @override
     def strata(self, split: Split) -> None:
-        """None: rows are split at random."""
         features = feature_names(split.table, self.label_column)
         places, rows = split.places, enumerate(cells(split.table, self.label_column))
         missing = (self._indices(tags, features, places.where(n)) is None for n, tags in rows)
         known = np.fromiter(missing, dtype=bool, count=split.table.num_rows)
         refuse_missing(known, split.places, self.label_column, "tag")
 
+    @override
     def config_fields(self) -> dict[str, Any]:
-        """See :class:`mirrortune.tasks.base.Task`."""
         return label_fields(self.labels)
 
+    @override
     def load_processor(self, source: ModelSource) -> Any:
-        """The tokenizer; told to begin words with a space where it must be, to take words at all."""
+        """Load the tokenizer, with ``add_prefix_space`` if it cannot tokenise single words without."""
         tokenizer = load_tokenizer(source)
         try:
             tokenizer(["a"], is_split_into_words=True)
@@ -88,12 +93,8 @@ class Task:
             tokenizer = load_tokenizer(source, add_prefix_space=True)
         return tokenizer
 
-    def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        return resolve_max_length(asked, processor, config)
-
+    @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
-        """See :class:`mirrortune.tasks.base.Task`."""
         max_length = reading.max_length
         assert max_length is not None
         features, places = feature_names(split.table, self.label_column), split.places
@@ -121,20 +122,23 @@ class Task:
             num_unlabelled=int(missing.sum()), references=lambda: self._references(split, made.keep, firsts, offsets),
         )  # fmt: skip
 
+    @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of logits (B, L, C) against tags (B, L), summed over words."""
+        """Return the cross-entropy of logits (B, L, C) against tags (B, L), summed over words."""
         logits = outputs.logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return loss, (targets != IGNORE_INDEX).sum()
 
+    @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
-        """The tag of every word of each row, as far as it was not cut off."""
+        """Return the tag of every word of each row, except words that were cut off."""
         best = outputs.logits.argmax(dim=-1)
         return [row[wanted != IGNORE_INDEX].cpu().tolist() for row, wanted in zip(best, targets, strict=True)]
 
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
-        """Tags by name, of the words of each row; a word that was cut off, or that has no pieces, is tagged as none is
-        (``O``, or the first tag).
+        """Return the names of the tags of each row, predicted and true. Words that were cut off, or that have no
+        tokens, count as predicted ``O`` (or the first tag).
         """
         none = "O" if "O" in self.labels else self.labels[0]
         found, references = [], []
@@ -146,14 +150,10 @@ class Task:
             references.append([] if right is None else [self.labels[tag] for tag in right])
         return found, references
 
-    def probe(self, processor: Any, config: Any) -> Batch:
-        """See :class:`mirrortune.tasks.base.Task`."""
-        return text_probe(processor, config)
-
     def _references(
         self, split: Split, keep: npt.NDArray[np.bool_], places: IntArray, offsets: IntArray
     ) -> Iterator[tuple[list[int] | None, int, list[int]]]:
-        """Of each row: its tags, how many words it has, and those whose first pieces were read."""
+        """Yield the tags of each row, the number of its words, and the words whose first token was not cut off."""
         features = feature_names(split.table, self.label_column)
         rows = (r for c in row_chunks(split.table, [c for _, c in self.columns()], keep) for r in zip(*c, strict=True))
         for (words, tags), (start, stop) in zip(rows, itertools.pairwise(offsets), strict=True):
@@ -161,9 +161,9 @@ class Task:
             yield self._indices(tags, features, split.source), len(words or ()), firsts[firsts >= 0].tolist()
 
     def _indices(self, row: list[Any] | None, features: tuple[str, ...] | None, where: str) -> list[int] | None:
-        """The tags of a row as indices into ``labels``; None where there are none."""
+        """Return the tags of a row as indices into ``labels``; None if it has none."""
         if row is None or (features and any(isinstance(t, int) and t < 0 for t in row)):
-            return None  # below 0: the Hub's unlabelled test splits
+            return None  # below 0: unlabelled test splits on the Hub
         index = {name: i for i, name in enumerate(self.labels)}
         names = [features[t] if features and isinstance(t, int) else as_name(t) for t in row]
         unknown = next((n for n in names if n not in index), None) if names else None
@@ -176,13 +176,15 @@ class Task:
 
 
 def _are_entities(names: Sequence[str]) -> bool:
-    """Whether tags have the form B-X, I-X, O (or a relative with E-, S-, L-, U-)."""
+    """Return whether tags have the form B-X, I-X, O (or a variant with E-, S-, L-, U-)."""
     return "O" in names and all(n == "O" or re.fullmatch(r"[BIESLU]-.+", n) for n in names)
 
 
 def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: Any, max_length: int) -> Tokens:
-    """Pieces of the words of some rows; ``words``: the word that a piece begins, or -1; ``targets``: its tag;
-    ``missing`` (N,): 1 for a row without tags.
+    """Tokenise the words of some rows.
+
+    Besides the tokens: ``words``, the word that a token begins, or -1; ``targets``, its tag; ``missing`` (N,), 1 for a
+    row without tags.
     """
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
     options: dict[str, Any] = {"is_split_into_words": True, "verbose": False}
@@ -192,10 +194,10 @@ def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: An
         pieces = made.word_ids(i)
         begun = [-1 if w is None or w == before else w for w, before in zip(pieces, [None, *pieces], strict=False)]
         firsts.append(begun)
-        # A row without tags gets any: its words are answered all the same, and nothing is scored.
+        # A row without tags gets arbitrary ones: its words are tagged all the same, and nothing is scored.
         wanted = [0] * len(words) if right is None else right
         targets.append([IGNORE_INDEX if word < 0 else wanted[word] for word in begun])
-        # A word in the middle of a row may have no pieces; only the last ones can have been cut off.
+        # A word in the middle of a row may have no tokens; only the last ones can have been cut off.
         truncated += len(pieces) == max_length and max(begun) < len(words) - 1
     arrays = {name: ragged(list(made[name]))[0] for name in names}
     arrays |= {"words": ragged(firsts)[0], "targets": ragged(targets)[0], "offsets": ragged(firsts)[1]}
@@ -206,7 +208,7 @@ def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: An
 def _choose(
     table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
 ) -> tuple[str, str, list[str]]:
-    """The columns of words and of tags, and notes on what was detected."""
+    """Return the columns of words and of tags, and notes on what was detected."""
     check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
     lists = {n.lower(): n for n in table.column_names if is_list(table.schema.field(n).type)}
     texts = {k: n for k, n in lists.items() if is_string(table.schema.field(n).type.value_type)}
