@@ -45,8 +45,7 @@ class Fingerprint:
     """What identifies one adapted weight and the basis its core was trained in.
 
     Attributes:
-        weight_hash: of the weight's numbers (``values:`` and :func:`value_digest`), or of its bytes (``bytes:`` and
-            :func:`weight_digest`) in adapters of format 1.
+        weight_hash: ``values:`` and the :func:`value_digest` of the weight.
         probe_seeds: seed of the probe vectors, one for each matrix.
         side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or
             ``both``; ``none`` for an adapter that has no basis.
@@ -82,8 +81,7 @@ class Fingerprint:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether ``weight`` has the numbers that were hashed."""
-        kind, _, digest = self.weight_hash.partition(":")
-        return digest == (value_digest(weight) if kind == "values" else weight_digest(weight))
+        return self.weight_hash == f"values:{value_digest(weight)}"
 
 
 def weight_digest(weight: Tensor) -> str:

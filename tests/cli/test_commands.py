@@ -404,7 +404,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a description": (lambda a: (a / "adapter.json").write_text("{"), "adapter.json: missing or damaged"),
     "a newer format": (
         edit("adapter.json", lambda d: d.update(format_version=99)),
-        f"format version 99. Allowed: up to {FORMAT_VERSION}",
+        f"format version 99. Allowed: {FORMAT_VERSION}. Upgrade mirrortune",
     ),
     "an edited description": (
         edit("adapter.json", lambda d: d["layers"].popitem()),

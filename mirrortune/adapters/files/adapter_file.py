@@ -81,7 +81,7 @@ class AdapterFile:
         layouts: how the numbers of each layer's weight stand for matrices.
         weights: every name of each layer's weight in the base model's state.
         dtypes: of each layer's factors where it was trained.
-        effects: probes of each layer's effect, (E, 16); none in format 1, and where it was trained in shards.
+        effects: probes of each layer's effect, (E, 16); none where it was trained in shards.
         tensors: as in the module's docstring, but for the effects.
         base: name, revision, commit, dtype and auto_class of the base model.
         task: the task's own description, or None for an adapter made in other people's loops.
@@ -219,7 +219,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     """Read and check an adapter folder.
 
     Raises:
-        VerificationError: files missing, damaged, or written by a newer format.
+        VerificationError: files are missing, damaged, or in another format.
     """
     description = read_description(folder)
     try:
@@ -231,8 +231,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         tensors = load(files[_tensor_file(spec)])
         layers = description["layers"]
         if not is_peft:
-            if any("holds" in layer for layer in layers.values()):  # as it does since format 4
-                tensors = unpack(tensors, layers)
+            tensors = unpack(tensors, layers)
             check_tensors(description, tensors)
             tensors = with_pairs(tensors, layers)
         peft_config = strict_json(files[peft_file.CONFIG_FILE]) if is_peft else None
@@ -243,7 +242,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         layouts = {name: Layout.from_dict({"rows": None, **layer["layout"]}) for name, layer in layers.items()}
         return AdapterFile(
             folder=folder,
-            form=description.get("form", "compact"),
+            form=description["form"],
             spec=spec,
             fingerprints={n: fingerprint_of(layer, None if is_peft else n, tensors) for n, layer in layers.items()},
             layouts=layouts,

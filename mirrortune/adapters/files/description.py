@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of ``adapter.json``: written, read, checked, and brought from every earlier format to the present one.
+"""Write and read the text of ``adapter.json``.
 
-Format 1: the first. A layer has ``shape``, ``probe_seed`` and ``weight_sha256``, the hash of the weight's bytes.
-Format 2: a layer has ``layout`` and ``tensors`` (what its weight is in the model), ``probe_seeds`` (one for each matrix
-of a stack), ``clusters``, ``weight`` (the hash of its numbers, whatever their dtype), ``dtype``; the file has ``form``
-and probes of every layer's effect.
-Format 3: plane rotations may count in other units than angles.
-Format 4: what most layers say alike is said once, in ``layers_share``; tensors of all layers are one behind the other,
-and a layer's ``holds`` says what of them is its own (``adapter_packing.py``); signs stand in the place of sketches.
+``layers`` has one entry per adapted layer: ``kind`` and ``layout`` (how its weight holds matrices), ``tensors`` (the
+weight's names in the model, where they are not the layer's), ``weight`` (hash of the weight's values), ``dtype`` (of
+the factors), ``rank``, ``side``, ``probe_seeds`` and ``clusters`` (see ``Fingerprint``), and ``holds`` (shapes of its
+parts of the joined tensors, see ``tensors.py``). What most layers have in common is written once, in
+``layers_share``.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from typing import Any
 from mirrortune.adapters.files.validate import read_file, strict_json
 from mirrortune.errors import VerificationError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 1
 DESCRIPTION = "adapter.json"
 _LARGEST_DESCRIPTION = 64 * 2**20  # bytes; lists of pairs are tensors, so that nothing in it is long
 
@@ -35,7 +33,7 @@ def description_text(description: dict[str, Any]) -> str:
 
 
 def edited_text(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
-    """The text of a description, of any format, after ``edit`` has changed what it says, with its hash made again."""
+    """The text of a description after ``edit`` has changed what it says, with its hash made again."""
     description = strict_json(text.encode())
     description.pop("description_sha256", None)
     edit(description)
@@ -73,16 +71,16 @@ def _layer_lines(layers: dict[str, Any]) -> str:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What ``adapter.json`` in ``folder`` says, in the present format.
+    """Return what ``adapter.json`` in ``folder`` says.
 
     Raises:
-        VerificationError: missing, damaged, edited, or of a newer format.
+        VerificationError: the file is missing, damaged, edited, or in another format.
     """
     path = folder / DESCRIPTION
     try:
         if path.stat().st_size > _LARGEST_DESCRIPTION:
             raise VerificationError(str(path), f"{path.stat().st_size:,} bytes", allowed=f"{_LARGEST_DESCRIPTION:,}")
-        description = strict_json(read_file(path))
+        description: dict[str, Any] = strict_json(read_file(path))
         version, recorded = description["format_version"], description.pop("description_sha256", None)
         is_whole = recorded == _digest(description)
         shared = description.pop("layers_share", {})
@@ -92,46 +90,18 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise VerificationError(
             str(path), f"missing or damaged ({type(error).__name__})", fix="Give the folder that train wrote"
         ) from error
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise VerificationError(
-            str(path), f"format version {version!r}", allowed=f"up to {FORMAT_VERSION}", fix="Upgrade mirrortune"
-        )
+            str(path), f"format version {version!r}", allowed=str(FORMAT_VERSION),
+            fix="Upgrade mirrortune; formats from before version 0.1.0 are not read",
+        )  # fmt: skip
     if not is_whole:
         raise VerificationError(
             str(path),
             "damaged or edited: its own hash is another one",
             fix="Restore the adapter folder; a base that has moved is named with --model",
         )
-    return migrate(description)
-
-
-def migrate(description: dict[str, Any]) -> dict[str, Any]:
-    """A description of any format, in the present one; what is there already is left as it is."""
-    found = dict(description)
-    if found["format_version"] < 2:
-        found["layers"] = {name: _layer_of_format_2(layer) for name, layer in found["layers"].items()}
-    if found["format_version"] < 3:
-        found["adapter"] = _adapter_of_format_3(found["adapter"])
-    return {**found, "format_version": FORMAT_VERSION}
-
-
-def _layer_of_format_2(layer: dict[str, Any]) -> dict[str, Any]:
-    own = dict(layer)
-    if "shape" in own:
-        shape = own.pop("shape")
-        own["layout"] = {"shape": shape, "out_features": shape[0]}
-    if "probe_seed" in own:
-        own["probe_seeds"] = [own.pop("probe_seed")]
-    if "weight_sha256" in own:
-        own["weight"] = f"bytes:{own.pop('weight_sha256')}"
-    return own
-
-
-def _adapter_of_format_3(adapter: dict[str, Any]) -> dict[str, Any]:
-    """Until then every number of plane rotations was an angle, and the file left out what was a default."""
-    if adapter["method"] not in ("mirror", "neighbor", "random", "adaptive", "givens"):
-        return adapter
-    return {**adapter, "options": {"unit": "angle", **adapter["options"]}}
+    return description
 
 
 def _digest(description: dict[str, Any]) -> str:

@@ -109,7 +109,7 @@ def load_into(
 
     def note(name: str, weight: Tensor, factors: Factors, core: Core) -> None:
         stored = adapter.fingerprints[name]
-        if stored.weight_hash.startswith("values:") and not force_base:
+        if not force_base:
             book.entries[name] = completed(stored, factors)
         else:
             book(name, read(name, weight), factors, core)

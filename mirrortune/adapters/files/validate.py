@@ -18,7 +18,7 @@ from torch import Tensor
 from mirrortune.adapters.pairings.encoding import pairs_of
 from mirrortune.errors import VerificationError
 
-_HASH = re.compile(r"(values|bytes):[0-9a-f]{64}")
+_HASH = re.compile(r"values:[0-9a-f]{64}")
 _SIDES = {"output": 1, "input": 1, "both": 2}
 _PAIRS = ("pairs", "partners")
 _LARGEST_SIZE = 2**40
@@ -62,7 +62,7 @@ def _finite(text: str) -> float:
 
 
 def check_description(description: Mapping[str, Any], *, has_basis: bool) -> None:
-    """ValueError for a description (of the present format) whose fields cannot be meant.
+    """ValueError for a description whose fields cannot be meant.
 
     Args:
         description: of ``adapter.json``.
@@ -84,8 +84,8 @@ def check_description(description: Mapping[str, Any], *, has_basis: bool) -> Non
     _require(task is None or (isinstance(task, dict) and isinstance(task.get("kind"), str)), "task")
     _require(description.get("max_length") is None or _is_count(description["max_length"]), "max_length")
     for key in ("head", "plain"):
-        _require(_are_names(description.get(key, [])), key)
-    _require(description.get("form", "compact") in ("compact", "portable"), "form")
+        _require(_are_names(description[key]), key)
+    _require(description["form"] in ("compact", "portable"), "form")
     _require(isinstance(description["layers"], dict) and all(description["layers"]), "layers")
     for name, layer in description["layers"].items():
         _check_layer(name, layer, has_basis=has_basis)
@@ -120,7 +120,7 @@ def _check_basis(name: str, layer: dict[str, Any], count: int) -> None:
     seeds = layer["probe_seeds"]
     _require(len(seeds) == count and all(type(s) is int and 0 <= s < 2**32 for s in seeds), f"the seeds of '{name}'")
     _require(_is_count(layer["rank"]), f"the rank of '{name}'")
-    for shape in layer.get("holds", {}).values():
+    for shape in layer["holds"].values():
         is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
         _require(is_shape and math.prod(shape) <= _LARGEST_SIZE, f"what '{name}' holds")
     own = layer.get("clusters", [])
@@ -139,13 +139,13 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
     Their sizes are compared with the model's when they are put into it; those of the basis are compared here.
     """
     layers = description["layers"]
-    plain = None if "plain" not in description else {*description["head"], *description["plain"]}
+    plain = {*description["head"], *description["plain"]}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition(".")
         is_known = {
             "core": any(part in layers for part in _beginnings(rest)),
-            "param": bool(rest) and (plain is None or rest in plain),
-            "factor": rest.rpartition(".")[0] in layers and description.get("form") == "portable",
+            "param": rest in plain,
+            "factor": rest.rpartition(".")[0] in layers and description["form"] == "portable",
             "effects": not rest,
         }.get(kind, kind in ("sketch", "signs", "clusters", *_PAIRS) and rest in layers)
         _require(is_known, f"tensor '{key}'")

@@ -61,7 +61,7 @@ def test_settings_lose_the_places_of_their_origin_alone() -> None:
 
 def test_an_edited_description_has_its_own_hash_again() -> None:
     layers = {"x": {"rank": 1}, "y": {"rank": 1}}
-    text = description_text({"format_version": 4, "base": {"name": "a"}, "layers": layers})
+    text = description_text({"format_version": 1, "base": {"name": "a"}, "layers": layers})
     assert edited_text(text, lambda description: None) == text
     other = edited_text(text, lambda description: description["base"].update(name="b"))
-    assert other == description_text({"format_version": 4, "base": {"name": "b"}, "layers": layers})
+    assert other == description_text({"format_version": 1, "base": {"name": "b"}, "layers": layers})
