@@ -160,9 +160,8 @@ class AdapterSection(_Section):
     split: dict[str, Parts | Sizes | Interleaved] = Field(default_factory=dict)
     """Fused layers whose parts get bases of their own, by a regular expression for their names: {c_attn: 3},
     {qkv_proj: [4, 1, 1]}, or {query_key_value: {parts: 3, repeat: 12}} where each of 12 heads has its own three."""
-    strategy: Literal["auto", "measured", "branch", "factored", "dense"] = "auto"
-    """How adapted layers compute; auto takes the cheapest that a layer allows by counting products, measured the
-    fastest by timing them once on this machine."""
+    strategy: Literal["auto", "branch", "factored", "dense"] = "auto"
+    """How adapted layers compute; auto takes the cheapest that a layer allows by counting products."""
     form: Literal["auto", "compact", "portable"] = "auto"
     """How the adapter is stored: compact (kilobytes; its basis is computed again, aligned and verified when it is
     loaded), portable (carries the factors, about the size of a LoRA of the same rank), or auto: compact, but portable

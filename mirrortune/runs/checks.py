@@ -135,7 +135,6 @@ class RunSettings(EvaluationSettings):
     Attributes:
         adapter: method, rank, pairing and layers.
         form: of the adapter file.
-        strategy: of the adapted layers, as the recipe says it.
         calibration: how saliency is measured; None for a pairing that needs none.
         loop: the training loop.
         compile: compile the model.
@@ -146,7 +145,6 @@ class RunSettings(EvaluationSettings):
 
     adapter: AdapterSpec
     form: Form
-    strategy: str
     calibration: CalibrationSettings | None
     loop: LoopSettings
     compile: bool
@@ -167,7 +165,7 @@ def unpack(recipe: Recipe) -> RunSettings:
     lr = preset(spec.method).lr if section.lr is None else section.lr
     return RunSettings(
         **{field.name: getattr(scored, field.name) for field in fields(scored)},
-        adapter=spec, form=recipe.adapter.form, strategy=recipe.adapter.strategy,
+        adapter=spec, form=recipe.adapter.form,
         calibration=_calibration(recipe, spec), loop=LoopSettings(**{**_common(LoopSettings, section), "lr": lr}),
         compile=section.compile, gradient_checkpointing=section.gradient_checkpointing, track=section.track,
         output_dir=recipe.output_dir,
@@ -204,7 +202,7 @@ def _adapter_spec(recipe: Recipe) -> AdapterSpec:
         pairing=section.pairing,
         target_modules=section.target_modules,
         seed=recipe.train.seed,
-        strategy=None if section.strategy == "auto" or section.strategy == "measured" else section.strategy,  # noqa: PLR1714
+        strategy=None if section.strategy == "auto" else section.strategy,
         options=dict(section.options),
         split=section.model_dump(mode="json")["split"],
     )

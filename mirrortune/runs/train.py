@@ -133,7 +133,7 @@ def _train(
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
     pairing_seconds = time.perf_counter() - started if pairs else 0.0
     targets = find_targets(loaded.model, job.spec, loaded.new_parameters)
-    strategies = choose_strategies(job, targets, run, accelerator, reporter, resume=resume)
+    strategies = choose_strategies(job, targets, run, accelerator, resume=resume)
     book = adapt_model(loaded, job.spec, cache, pairs, strategies)
     model = loaded.model
     for text in remarks(model):
