@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
-from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
@@ -69,11 +68,11 @@ def attach(
     model: nn.Module,
     spec: AdapterSpec,
     *,
+    targets: Targets | None = None,
     new_parameters: Iterable[str] = (),
     factor_source: FactorSource | None = None,
     pairs: dict[str, Tensor] | None = None,
     on_layer: LayerHook | None = None,
-    stored: Mapping[str, Layout] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place: cores into its target layers, everything else frozen but the head.
@@ -81,11 +80,11 @@ def attach(
     Args:
         model: loaded model; its base weights are not changed.
         spec: what to build.
+        targets: of ``model`` and ``spec``; None finds them.
         new_parameters: see :func:`find_targets`.
         factor_source: where factors come from; None computes them.
         pairs: pairs by layer name, in place of the pairing's own (an adapter being loaded).
         on_layer: told of every layer, while its factors are at hand.
-        stored: see :func:`find_targets`.
         strategies: by layer name, in place of the spec's.
 
     Returns:
@@ -94,7 +93,7 @@ def attach(
     Raises:
         ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
     """
-    targets = prepare_targets(model, spec, new_parameters, stored)
+    targets = checked_targets(model, spec, targets, new_parameters)
     for name, target in targets.layers.items():  # what a core refuses, it refuses before the model is touched
         S = torch.ones((target.count, target.rank) if target.count > 1 else (target.rank,))
         build_core(spec, S, name, target.shape, (pairs or {}).get(name))
@@ -115,14 +114,20 @@ def attach(
     return model
 
 
-def prepare_targets(
-    model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str], stored: Mapping[str, Layout] | None = None
+def checked_targets(
+    model: nn.Module, spec: AdapterSpec, known: Targets | None, new_parameters: Iterable[str] = ()
 ) -> Targets:
-    """The targets of a model that is about to be adapted, after every check that can be made before it is touched."""
+    """Return the targets of a model that is about to be adapted: ``known`` ones, or those found for a checked ``spec``.
+
+    Raises:
+        ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
+    """
     if isinstance(getattr(model, "mirrortune", None), Attachment):
         raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
+    if known is not None:
+        return known
     check_spec(spec)
-    return find_targets(model, spec, new_parameters, stored)
+    return find_targets(model, spec, new_parameters)
 
 
 def freeze(model: nn.Module, targets: Targets) -> None:

@@ -269,6 +269,31 @@ def find_targets(
     return Targets(layers=layers, head=head, plain=plain, skipped=skipped, clipped=clipped)
 
 
+def complete_targets(targets: Targets, model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str]) -> Targets:
+    """Return the targets of a loaded model, given those of the same model without weights.
+
+    Loading changes them where the checkpoint lacks a parameter, which then belongs to the head, and where it puts
+    quantised layers in the place of plain ones; only then are they searched again.
+
+    Args:
+        targets: of the model without weights.
+        model: loaded.
+        spec: that ``targets`` were found for.
+        new_parameters: see :func:`find_targets`.
+    """
+    modules, parameters = dict(model.named_modules(remove_duplicate=False)), dict(model.named_parameters())
+    is_unchanged = (
+        set(new_parameters) <= set(targets.head)
+        and all(name in parameters and is_plain(parameters[name]) for name in (*targets.head, *targets.plain))
+        and all(
+            path in modules and kind_of(modules[path])[0] is target.kind
+            for target in targets.layers.values()
+            for path, _ in target.places
+        )
+    )
+    return targets if is_unchanged else find_targets(model, spec, new_parameters)
+
+
 def _base_prefix(model: nn.Module) -> str:
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""

@@ -5,15 +5,14 @@ there, and the model itself is never in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.targets import Target, find_targets
+from mirrortune.adapters.targets import Target
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import ModelSource
 from mirrortune.models.parts import CannotLoadParts, LoadedTensor, PartLoader, value_of
@@ -27,15 +26,19 @@ _FLOATS = tuple(DTYPE_CODES[dtype] for dtype in (torch.float64, torch.float32, t
 
 
 def stored_layers(
-    source: ModelSource, auto_class: str, config_fields: dict[str, Any], spec: AdapterSpec, dtype: torch.dtype
+    source: ModelSource,
+    auto_class: str,
+    config_fields: dict[str, Any],
+    targets: Mapping[str, Target],
+    dtype: torch.dtype,
 ) -> list[Layer] | None:
-    """The layers that an adapter by ``spec`` would take, each read from the files when its turn comes.
+    """Return the layers of an adapter with a core, each read from the files when its turn comes.
 
     Args:
         source: of the model; its files are fetched.
         auto_class: name of an Auto class.
         config_fields: see :func:`mirrortune.models.load.task_config`.
-        spec: with a core.
+        targets: the layers by name.
         dtype: that the model would be loaded in.
 
     Returns:
@@ -58,7 +61,7 @@ def stored_layers(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     held = {name for name, tensor in stored.items() if tensor.shape == shapes[name] and tensor.code in _FLOATS}
     layers = []
-    for name, target in find_targets(model, spec).layers.items():
+    for name, target in targets.items():
         own = next((tensor for tensor in target.tensors if tensor in held), None)
         if own is None:
             return None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import Targets
 from mirrortune.data.examples import Batch, Examples
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.models.load import ModelSource
@@ -75,7 +76,8 @@ class Stage:
         train: rows to learn from.
         scored: rows of every split that is scored.
         has_length: whether a maximum length is a setting of this kind of task.
-        smallest_rank: directions of the narrowest layer that is adapted.
+        spec: the run's adapter; steps may have others.
+        targets: its layers.
         device: type of the device.
     """
 
@@ -85,8 +87,14 @@ class Stage:
     train: Examples
     scored: tuple[Examples, ...]
     has_length: bool
-    smallest_rank: int
+    spec: AdapterSpec
+    targets: Targets
     device: str
+
+    @property
+    def smallest_rank(self) -> int:
+        """Directions of the narrowest layer that is adapted."""
+        return min((min(target.shape) for target in self.targets.layers.values()), default=0)
 
     def footprint(self, step: Step) -> Footprint:
         """The memory of ``step``."""
@@ -146,7 +154,8 @@ class Stage:
             batch=batch, scored=scored, loss=self.task.loss, dtype=step.dtype, is_16bit_compute=step.is_16bit_compute,
             device=self.device, tokens=tokens,
         )  # fmt: skip
-        return _remembered(key, lambda: footprint(self.model, step.spec, load))
+        targets = self.targets if step.spec == self.spec else None
+        return _remembered(key, lambda: footprint(self.model, step.spec, load, targets))
 
     def positions(self) -> int:
         """Of the longest row."""

@@ -278,7 +278,7 @@ def _fit(
     stage = Stage(
         model=base.model, config=base.source.config.to_dict(), task=task, train=encoded.train,
         scored=(encoded.validation, *encoded.reported.values()), has_length=base.max_length is not None,
-        smallest_rank=min((min(t.shape) for t in plan.targets.layers.values()), default=0),
+        spec=base.spec, targets=plan.targets,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     step = Step(

@@ -17,13 +17,12 @@ from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_pairs
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy
-from mirrortune.adapters.targets import Target, find_targets
+from mirrortune.adapters.targets import Target, Targets, complete_targets
 from mirrortune.data.dataset import DataSet
 from mirrortune.errors import ConfigError
 from mirrortune.merging.in_memory import load_adapted
 from mirrortune.models.load import (
     DTYPES,
-    LoadedModel,
     describe_widening,
     find_model,
     load_model,
@@ -56,16 +55,25 @@ class Evaluable:
     note: str | None = None
 
 
-def load_base(job: Job) -> LoadedModel:
-    """The job's base model with a new head."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A job's base model with a new head, and the weights in it that the job's adapter takes."""
+
+    model: nn.Module
+    targets: Targets
+
+
+def load_base(job: Job) -> Base:
+    """Load the job's base model with a new head."""
     fields, pad = job.task.config_fields(), pad_token_id(job.processor)
     loaded = load_model(job.source, job.task.auto_class, fields, job.dtype, pad)
     job.train.verify(loaded.model)
-    return loaded
+    targets = complete_targets(job.plan.targets, loaded.model, job.spec, loaded.new_parameters)
+    return Base(model=loaded.model, targets=targets)
 
 
 def adapt_model(
-    loaded: LoadedModel,
+    loaded: Base,
     spec: AdapterSpec,
     cache: FactorCache,
     pairs: dict[str, Tensor] | None = None,
@@ -80,12 +88,8 @@ def adapt_model(
         pairs: measured or stored pairs by layer.
         strategies: how layers compute, by layer.
     """
-    targets = find_targets(loaded.model, spec, loaded.new_parameters)
-    widen(loaded.model, targets.head)
-    return adapt(
-        loaded.model, spec, new_parameters=loaded.new_parameters, factor_source=cache, pairs=pairs,
-        strategies=strategies,
-    )  # fmt: skip
+    widen(loaded.model, loaded.targets.head)
+    return adapt(loaded.model, spec, targets=loaded.targets, factor_source=cache, pairs=pairs, strategies=strategies)
 
 
 def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
@@ -96,7 +100,8 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
     """
     layers = None
     if job.spec.preset.core is not None and not job.settings.data.packing:
-        layers = stored_layers(job.source, job.task.auto_class, job.task.config_fields(), job.spec, job.dtype)
+        targets = job.plan.targets.layers
+        layers = stored_layers(job.source, job.task.auto_class, job.task.config_fields(), targets, job.dtype)
     if layers is None:
         layers = _layers(job, load_base(job))
     if layers:
@@ -107,7 +112,7 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
 
 
 def share_factors(
-    job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any, show_bar: Callable[[str, int], Any]
+    job: Job, loaded: Base, cache: FactorCache, accelerator: Any, show_bar: Callable[[str, int], Any]
 ) -> None:
     """Factorise together with the other processes of the run; none waits for another here."""
     layers = _layers(job, loaded)
@@ -131,7 +136,7 @@ def _share(
     cache.on_layer = None
 
 
-def _layers(job: Job, loaded: LoadedModel) -> list[Layer]:
+def _layers(job: Job, loaded: Base) -> list[Layer]:
     """Everything that the job factorises."""
     if job.spec.preset.core is None:
         return []
@@ -139,13 +144,12 @@ def _layers(job: Job, loaded: LoadedModel) -> list[Layer]:
     def reader(target: Target) -> Callable[[], Tensor]:
         return lambda: target.read(loaded.model)
 
-    targets = find_targets(loaded.model, job.spec, loaded.new_parameters).layers
-    return [(name, reader(target), target.rank) for name, target in targets.items()]
+    return [(name, reader(target), target.rank) for name, target in loaded.targets.layers.items()]
 
 
 def choose_pairs(
     job: Job,
-    loaded: LoadedModel,
+    loaded: Base,
     cache: FactorCache,
     run: RunDirectory,
     accelerator: Any,
@@ -165,10 +169,9 @@ def choose_pairs(
     return pairs
 
 
-def _measured_pairs(job: Job, loaded: LoadedModel, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
-    spec, settings = job.spec, job.settings.calibration
+def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
+    spec, settings, targets = job.spec, job.settings.calibration, loaded.targets
     assert settings is not None
-    targets = find_targets(loaded.model, spec, loaded.new_parameters)
     saliency = measure_saliency(
         loaded.model,
         targets,

@@ -184,7 +184,7 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
     head = sum(sizes[n] for n in targets.head)
     trained = sum(sizes[n] for n in targets.plain)
     if spec.preset.peft is not None:
-        trained += tuners.count_trained(model, spec, new_parameters)[0]
+        trained += tuners.count_trained(model, spec, targets)[0]
     counts: dict[tuple[int, tuple[int, int], int], int] = {}
     largest = factors = 0
     for name, target in targets.layers.items() if spec.preset.core else ():
@@ -208,21 +208,23 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
     )
 
 
-def footprint(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
+def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets | None = None) -> Footprint:
     """The memory of one training step.
 
     Args:
         model: without an adapter, on the meta device; not changed.
         spec: the adapter; it fits the model.
         load: everything else.
+        targets: of ``model`` and ``spec``; None finds them.
     """
+    targets = targets or find_targets(model, spec)
     adapted = copy.deepcopy(model)
     for parameter in (*adapted.parameters(), *adapted.buffers()):
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(load.dtype)
     base = {name for name, _ in (*adapted.named_parameters(), *adapted.named_buffers())}
     try:
-        _attach_empty(adapted, spec, load.dtype, load.tokens)
+        _attach_empty(adapted, spec, targets, load)
         return rehearse(
             adapted, load.batch, load.scored, load.loss, is_base=_base_names(base), device=load.device,
             is_16bit_compute=load.is_16bit_compute,
@@ -245,19 +247,18 @@ def _base_names(names: set[str]) -> Callable[[str], bool]:
     return is_base
 
 
-def _attach_empty(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype, tokens: int | None) -> None:
+def _attach_empty(model: nn.Module, spec: AdapterSpec, targets: Targets, load: Load) -> None:
     """Put the spec's adapter into a model on the meta device: everything but the numbers."""
-    targets = find_targets(model, spec)
     if spec.preset.peft is not None:
         with torch.device("meta"):
-            tuners.attach_tuner(model, spec, config=tuners.plain_start(spec))
+            tuners.attach_tuner(model, spec, targets=targets, config=tuners.plain_start(spec))
     elif spec.preset.core is None:
         freeze(model, targets)
     else:
         ranks = {name: target.rank for name, target in targets.layers.items()} if needs_saliency(spec) else {}
         pairs = {name: found for name, rank in ranks.items() if (found := planned_pairs(spec, rank, name)) is not None}
-        chosen = strategies_of(targets, spec, dtype, tokens)
-        attach(model, spec, factor_source=_no_factors, pairs=pairs, strategies=chosen)
+        chosen = strategies_of(targets, spec, load.dtype, load.tokens)
+        attach(model, spec, targets=targets, factor_source=_no_factors, pairs=pairs, strategies=chosen)
     widen(model, targets.head)
 
 
@@ -304,7 +305,7 @@ def _guess(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
     width = torch.finfo(load.dtype).bits // 8
     factors = 0
     if spec.preset.peft is not None:
-        factors = tuners.count_trained(model, spec, ())[1]
+        factors = tuners.count_trained(model, spec, plan.targets)[1]
     for target in plan.targets.layers.values() if spec.preset.core else ():
         factors += target.count * target.rank * sum(target.shape)
     positions = max(math.prod(v.shape) for v in load.batch.values() if isinstance(v, Tensor))

@@ -17,7 +17,6 @@ from mirrortune.adapters.files.adapter_file import write_adapter
 from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
 from mirrortune.adapters.peft_bridge.tuners import remarks
-from mirrortune.adapters.targets import find_targets
 from mirrortune.config.recipe import Resolved, flatten
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import checkpoint_activations
@@ -132,8 +131,7 @@ def _train(
     started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
     pairing_seconds = time.perf_counter() - started if pairs else 0.0
-    targets = find_targets(loaded.model, job.spec, loaded.new_parameters)
-    strategies = choose_strategies(job, targets, run, accelerator, resume=resume)
+    strategies = choose_strategies(job, loaded.targets, run, accelerator, resume=resume)
     book = adapt_model(loaded, job.spec, cache, pairs, strategies)
     model = loaded.model
     for text in remarks(model):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,12 @@ from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor, restore_trained
 from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, try_align
-from mirrortune.adapters.inject import FactorSource, attach
+from mirrortune.adapters.inject import FactorSource, attach, checked_targets
 from mirrortune.adapters.peft_bridge import tuners
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors
-from mirrortune.adapters.targets import find_targets
+from mirrortune.adapters.targets import Targets, find_targets
 from mirrortune.errors import ConfigError, VerificationError
 
 
@@ -53,20 +52,21 @@ def adapt(
     spec: AdapterSpec,
     *,
     factor_source: FactorSource,
+    targets: Targets | None = None,
     new_parameters: Iterable[str] = (),
     pairs: dict[str, Tensor] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> FingerprintBook:
     """Attach a fresh adapter by ``spec``, ours or PEFT's; see :func:`mirrortune.adapters.inject.attach`."""
     book = FingerprintBook()
+    targets = checked_targets(model, spec, targets, new_parameters)
     if spec.preset.peft is not None:
-        tuners.count_trained(model, spec, new_parameters)  # what PEFT refuses, it refuses on a copy
-        tuners.attach_tuner(model, spec, new_parameters=new_parameters, on_layer=book.note_weight)
+        tuners.count_trained(model, spec, targets)  # what PEFT refuses, it refuses on a copy
+        tuners.attach_tuner(model, spec, targets=targets, on_layer=book.note_weight)
     else:
         attach(
-            model, spec, new_parameters=new_parameters, factor_source=factor_source, pairs=pairs, on_layer=book,
-            strategies=strategies,
-        )  # fmt: skip
+            model, spec, targets=targets, factor_source=factor_source, pairs=pairs, on_layer=book, strategies=strategies
+        )
     return book
 
 
@@ -94,7 +94,7 @@ def load_into(
         VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's
             name.
     """
-    _check_layers(model, adapter)
+    targets = _stored_targets(model, adapter)
     book = FingerprintBook()
     spec, remarks = adapter.spec, book.remarks if force_base else None
     read = _reader(adapter, trained_on)
@@ -118,11 +118,11 @@ def load_into(
         _check_weight_or_remark(adapter, name, weight, remarks)
         book.note_weight(name, weight)
 
-    layers: dict[str, Any] = {"new_parameters": adapter.head, "stored": adapter.layouts}
     if adapter.peft_config is None:
-        attach(model, spec, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note, **layers)
+        pairs = stored_pairs(adapter)
+        attach(model, spec, targets=targets, factor_source=factors_of, pairs=pairs, on_layer=note)
     else:
-        tuners.attach_tuner(model, spec, config=adapter.peft_config, on_layer=note_weight, **layers)
+        tuners.attach_tuner(model, spec, targets=targets, config=adapter.peft_config, on_layer=note_weight)
     restore_trained(model, adapter, remarks=remarks)
     return book
 
@@ -135,8 +135,7 @@ def _reader(adapter: AdapterFile, trained_on: nn.Module | None) -> Callable[[str
         fix = "Merge without --base, into its dequantised weights, or with PEFT"
         problem = f"method '{adapter.spec.method}' computes with the weights it was trained on"
         raise ConfigError("--base", problem, fix=fix)
-    _check_layers(trained_on, adapter)
-    own = find_targets(trained_on, adapter.spec, adapter.head, adapter.layouts).layers
+    own = _stored_targets(trained_on, adapter).layers
     return lambda name, _: own[name].read(trained_on)
 
 
@@ -258,11 +257,15 @@ def _other_effect(name: str, error: float) -> VerificationError:
     )
 
 
-def _check_layers(model: nn.Module, adapter: AdapterFile) -> None:
-    """Refuse a base that lacks one of the adapter's layers, or has it in another shape."""
-    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts).layers
+def _stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
+    """Return the adapter's layers in ``model``.
+
+    Raises:
+        VerificationError: the model lacks one of them, or has it in another shape.
+    """
+    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts)
     for name, layout in adapter.layouts.items():
-        own = found[name].layout if name in found else None
+        own = found.layers[name].layout if name in found.layers else None
         if own != layout:
             raise VerificationError(
                 name,
@@ -270,6 +273,7 @@ def _check_layers(model: nn.Module, adapter: AdapterFile) -> None:
                 + (f"one of shape {own.shape}, read in another way" if own else "no such layer"),
                 fix="Use its own base model",
             )
+    return found
 
 
 def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:

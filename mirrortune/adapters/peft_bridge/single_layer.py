@@ -19,6 +19,7 @@ from mirrortune.adapters.files.load import check_weight
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.peft_bridge import files
 from mirrortune.adapters.peft_bridge.tuners import PeftAttachment, PeftLayer, attach_tuner, hollow_copy
+from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import VerificationError
 
 _PREFIX = "base_model.model."
@@ -65,8 +66,8 @@ def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | N
     """
     model = _model_of(name, weight, bias)
     attach_tuner(
-        model, adapter.spec, config=adapter.peft_config, stored={name: adapter.layouts[name]},
-        on_layer=lambda _, matrix: check_weight(adapter, name, matrix),
+        model, adapter.spec, targets=find_targets(model, adapter.spec, stored={name: adapter.layouts[name]}),
+        config=adapter.peft_config, on_layer=lambda _, matrix: check_weight(adapter, name, matrix),
     )  # fmt: skip
     wanted = files.adapter_tensors(model)
     own = {key for key in adapter.tensors if key.startswith(f"{_PREFIX}{name}.")}
@@ -102,7 +103,8 @@ class SharedLayers:
     def __init__(self, adapter: AdapterFile, model: nn.Module) -> None:
         self._adapter = adapter
         self._model = hollow_copy(model.to(getattr(torch, str(adapter.base["dtype"]))), "cpu")
-        attach_tuner(self._model, adapter.spec, config=adapter.peft_config, stored=adapter.layouts)
+        targets = find_targets(self._model, adapter.spec, stored=adapter.layouts)
+        attach_tuner(self._model, adapter.spec, targets=targets, config=adapter.peft_config)
         wanted = files.adapter_tensors(self._model)
         own = {key: tensor for key, tensor in adapter.tensors.items() if key not in head_keys(adapter)}
         self._is_whole = own.keys() == wanted.keys()

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import Attachment, attachment, freeze, prepare_targets
-from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.inject import Attachment, attachment, checked_targets, freeze
 from mirrortune.adapters.peft_bridge.options import (
     check_options,
     first_line,
@@ -103,9 +102,9 @@ def attach_tuner(
     model: nn.Module,
     spec: AdapterSpec,
     *,
+    targets: Targets | None = None,
     new_parameters: Iterable[str] = (),
     config: dict[str, Any] | None = None,
-    stored: Mapping[str, Layout] | None = None,
     on_layer: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place by a tuner of PEFT: the layers that ours would take, all else frozen
@@ -114,16 +113,16 @@ def attach_tuner(
     Args:
         model: loaded model, or one on the meta device.
         spec: what to build; its seed is that of the tuner's random numbers.
+        targets: of ``model`` and ``spec``; None finds them.
         new_parameters: see :func:`mirrortune.adapters.targets.find_targets`.
         config: PEFT's own configuration, of an adapter that is being loaded.
-        stored: exactly these layers, of an adapter that is being loaded.
         on_layer: told (name, weight) of every layer before it is replaced.
 
     Raises:
         ConfigError: a missing package, a wrong option, or a layer that the tuner cannot take.
     """
     peft = import_peft(spec.method)
-    targets = prepare_targets(model, spec, new_parameters, stored)
+    targets = checked_targets(model, spec, targets, new_parameters)
     check_options(spec)
     chosen = list(targets.layers)
     with recorded_warnings() as warned:
@@ -162,7 +161,7 @@ def remarks(model: nn.Module) -> tuple[str, ...]:
     return found.remarks if isinstance(found, PeftAttachment) else ()
 
 
-def count_trained(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str]) -> tuple[int, int]:
+def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None = None) -> tuple[int, int]:
     """How many numbers the spec's tuner trains in ``model``, and how many it adds in all; found on a copy without
     weights.
 
@@ -172,9 +171,9 @@ def count_trained(model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[
     config = plain_start(spec)
     adapted = None
     with contextlib.suppress(ConfigError, RuntimeError, NotImplementedError), torch.device("meta"):
-        adapted = attach_tuner(hollow_copy(model, "meta"), spec, new_parameters=new_parameters, config=config)
+        adapted = attach_tuner(hollow_copy(model, "meta"), spec, targets=targets, config=config)
     if adapted is None:  # a tuner that looks at its numbers: weights of one zero that stands for all
-        adapted = attach_tuner(hollow_copy(model, "cpu"), spec, new_parameters=new_parameters, config=config)
+        adapted = attach_tuner(hollow_copy(model, "cpu"), spec, targets=targets, config=config)
     layers = attachment(adapted).layers.values()
     trained = sum(p.numel() for layer in layers for p in layer.adapter_parameters().values())
     own = {id(t): t.numel() for t in (*adapted.parameters(), *adapted.buffers())}

@@ -173,7 +173,7 @@ def test_published_counts_on_roberta_base(method: str, rank: int | None, expecte
 
     with torch.device("meta"):
         model = RobertaForSequenceClassification(RobertaConfig())
-    assert count_trained(model, AdapterSpec(method=method, rank=rank), ())[0] == expected
+    assert count_trained(model, AdapterSpec(method=method, rank=rank))[0] == expected
     assert not spectral_layers(model)
     assert not hasattr(model, "mirrortune")
 

@@ -19,9 +19,10 @@ from mirrortune.adapters.files.adapter_file import write_adapter
 from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import attach, spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import Target, find_targets
 from mirrortune.merging import write as module
 from mirrortune.merging.bases import load_plain
-from mirrortune.models.load import find_model
+from mirrortune.models.load import ModelSource, empty_model, find_model
 from mirrortune.models.parts import PartLoader, value_of
 from mirrortune.models.tensors import part_loader, stored_layers
 from tests.spectral import relative, train_a_little
@@ -125,13 +126,17 @@ def test_a_mixture_of_experts_is_merged_in_the_form_that_it_is_stored_in(
     assert relative(answers(merged), answers(adapted)) <= 1e-5
 
 
+def targets_of(source: ModelSource) -> dict[str, Target]:
+    return find_targets(empty_model(source, CAUSAL, {}), AdapterSpec()).layers
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantised_base_is_read_and_merged_one_layer_at_a_time(tmp_path: Path, form: str) -> None:
     base, described = quantised(tmp_path, form)
     adapted = trained(described, tmp_path / "adapter")
     source = find_model(described["name"], load_in=described.get("load_in"))
     plain = load_plain(source, CAUSAL, {}, torch.float32, None)
-    layers = stored_layers(source, CAUSAL, {}, AdapterSpec(), torch.float32)
+    layers = stored_layers(source, CAUSAL, {}, targets_of(source), torch.float32)
     assert layers is not None
     assert [name for name, _, _ in layers] == list(spectral_layers(adapted))
     assert all(torch.equal(read(), plain.get_submodule(name).weight) for name, read, _ in layers)  # type: ignore[arg-type]
@@ -157,7 +162,8 @@ def test_what_the_loader_cannot_take_apart_is_left_to_loading(tmp_path: Path) ->
     broken = load_file(base / "model.safetensors")
     scales = [name for name in broken if name.endswith("_scale_inv")]
     save_file({n: t[:1, :0] if n in scales else t for n, t in broken.items()}, base / "model.safetensors")
-    assert stored_layers(find_model(str(base)), CAUSAL, {}, AdapterSpec(), torch.float32) is None
+    source = find_model(str(base))
+    assert stored_layers(source, CAUSAL, {}, targets_of(source), torch.float32) is None
 
 
 def test_an_adapter_of_a_quantised_base_is_merged_into_full_weights_one_at_a_time(tmp_path: Path) -> None:
