@@ -26,7 +26,6 @@ from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.peft_bridge.single_layer import (
     SharedLayers,
-    head_tensors,
     is_of_linear_layers,
     lone_layer,
     stands_alone,
@@ -267,7 +266,7 @@ def _trained(adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]])
     found: dict[str, Tensor] = {}
     owners: dict[str, AdapterFile] = {}
     for adapter in adapters:
-        for name, tensor in _plain_tensors(adapter).items():
+        for name, tensor in adapter.plain_tensors().items():
             key = f"param.{name}"
             if name not in names:
                 raise VerificationError(str(adapter.folder), f"tensor '{key}' is none of the model's")
@@ -282,14 +281,6 @@ def _trained(adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]])
             for twin in names[name]:
                 found[twin], owners[twin] = tensor, adapter
     return found
-
-
-def _plain_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
-    """Parameters that were trained as they are, by the model's names."""
-    if adapter.peft_config is not None:
-        return head_tensors(adapter)
-    kind = "param."
-    return {key.removeprefix(kind): t for key, t in adapter.tensors.items() if key.startswith(kind)}
 
 
 def _adapted(

@@ -1,34 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter on disk: ``adapter.safetensors`` holds every trained number and the basis sketches, ``adapter.json``
-everything else. The trained numbers of a tuner of PEFT are in PEFT's own two files instead, beside ``adapter.json``.
+"""Adapters on disk: ``adapter.safetensors`` holds the trained numbers and what identifies the bases, ``adapter.json``
+everything else. The trained numbers of a PEFT tuner are in PEFT's own two files instead, beside ``adapter.json``.
 
-Loading trusts none: all files must have the recorded hashes, every adapted weight of the base must have the
+Loading trusts none of them: every file must have the recorded hash, every adapted weight of the base must have the
 recorded hash, every basis must align with its sketch, and every layer must have the effect that it had when it was
 saved. What fails is refused with the layer's name.
 
-Tensors: ``core.<parameter>`` float32; where the pairing is not a function of the rank alone ``partners``, int16 or
-int32 (``pair_codes.py``), or where these are no shorter ``pairs`` (T, 2), round after round; ``clusters`` for
-near-equal singular values (``basis.py``): each of all layers in order (``adapter_packing.py``), and read as
-``core.<layer>.<parameter>``, ``partners.<layer>`` and so on. ``effects`` (layers, 16) are probes of every layer's
-effect and ``signs`` one bit for each vector of each basis; where a layer's factors are in shards, neither, but
-``sketch`` (1 or 2, R) float32. ``param.<name>`` are the head and other plainly trained parameters;
-``factor.<layer>.U``, ``S`` and ``Vh`` the factors, in the portable form. A weight that holds several matrices
-(experts) has one more dimension in front of all of these.
+Tensors: ``core.<parameter>`` float32; pairs where they do not follow from the rank alone, as ``partners`` (int16 or
+int32, see ``pairings/encoding.py``) or, where that is no shorter, ``pairs`` (T, 2), round after round; ``clusters`` for
+near-equal singular values (``fingerprint.py``). Each of these holds all layers in order (``tensors.py``) and is read as
+``core.<layer>.<parameter>``, ``partners.<layer>`` and so on. ``effects`` (layers, 16) holds the probes of every layer's
+effect and ``signs`` one bit for each singular vector; a model in shards has ``sketch`` (1 or 2, R) float32 per layer in
+place of both. ``param.<name>`` are the head and other parameters trained as they are; ``factor.<layer>.U``, ``S`` and
+``Vh`` the factors, in the portable form. A weight that holds several matrices (experts) has one more leading dimension
+in all of these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune import __version__
 from mirrortune.adapters.files.description import DESCRIPTION, FORMAT_VERSION, description_text, read_description
@@ -46,50 +47,48 @@ from mirrortune.adapters.files.tensors import (
     with_pairs,
 )
 from mirrortune.adapters.files.validate import (
+    check_bases,
+    check_counts,
     check_description,
-    check_settings,
+    check_probes,
     check_tensors,
     largest_count,
     read_file,
     strict_json,
 )
 from mirrortune.adapters.fingerprint import Fingerprint
-from mirrortune.adapters.inject import (
-    adapter_parameters,
-    attachment,
-    plain_parameters,
-    spectral_layers,
-)
+from mirrortune.adapters.inject import adapter_parameters, attachment, plain_parameters, spectral_layers
 from mirrortune.adapters.layout import Layout
-from mirrortune.adapters.peft_bridge import files as peft_file
+from mirrortune.adapters.peft_bridge import files as peft_files
 from mirrortune.adapters.peft_bridge.options import objection
 from mirrortune.adapters.spec import AdapterSpec, check_spec
 from mirrortune.errors import ConfigError, VerificationError
 
-_TENSORS = "adapter.safetensors"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
-    """An adapter read from disk and found undamaged, not yet compared with any base model.
+    """An adapter read from disk and checked, not yet compared with any base model; this class for mirrortune's own.
 
     Attributes:
         folder: where it was read.
         form: ``compact``, or ``portable`` for one that holds its factors.
         spec: how to build it.
         fingerprints: by layer, in module order.
-        layouts: how the numbers of each layer's weight stand for matrices.
+        layouts: how each layer's weight holds matrices.
         weights: every name of each layer's weight in the base model's state.
         dtypes: of each layer's factors where it was trained.
-        effects: probes of each layer's effect, (E, 16); none where it was trained in shards.
-        tensors: as in the module's docstring, but for the effects.
+        tensors: as in the module's docstring, without the effects.
         base: name, revision, commit, dtype and auto_class of the base model.
-        task: the task's own description, or None for an adapter made in other people's loops.
+        task: the task's own description, or None for an adapter trained outside mirrortune's loop.
         head: names of the head's parameters.
         extra: what else the writer recorded (max_length, ...).
-        peft_config: PEFT's own description of the adapter, or None for one of ours.
-        probes: of PEFT's layers, without numbers where it was trained in shards; see ``peft_file.layer_probes``.
+        effects: probes of each layer's effect, (E, 16); none for an adapter trained in shards.
+        peft_config: PEFT's own description of the adapter; None for mirrortune's own.
+        probes: of PEFT's layers, empty lists where it was trained in shards; see
+            :func:`~mirrortune.adapters.peft_bridge.files.layer_probes`.
     """
+
+    TENSOR_FILE: ClassVar[str] = "adapter.safetensors"
 
     folder: Path
     form: str
@@ -98,14 +97,164 @@ class AdapterFile:
     layouts: dict[str, Layout]
     weights: dict[str, tuple[str, ...]]
     dtypes: dict[str, str]
-    effects: dict[str, Tensor]
     tensors: dict[str, Tensor]
     base: dict[str, Any]
     task: dict[str, Any] | None
     head: tuple[str, ...]
     extra: dict[str, Any]
-    peft_config: dict[str, Any] | None
-    probes: dict[str, list[float]]
+    effects: dict[str, Tensor] = field(default_factory=dict)
+    peft_config: dict[str, Any] | None = None
+    probes: dict[str, list[float]] = field(default_factory=dict)
+
+    @staticmethod
+    def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+        """Return what an adapted model trains, by the names in the file; the model's own tensors, not copies."""
+        tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
+        return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
+
+    @staticmethod
+    def contents(
+        model: nn.Module, fingerprints: dict[str, Fingerprint], form: Form, base: dict[str, Any]
+    ) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
+        """Return the files beside ``adapter.json``, that of the tensors first, and the description of each layer.
+
+        Args:
+            model: adapted.
+            fingerprints: of its layers.
+            form: compact or portable.
+            base: see :class:`AdapterFile`.
+        """
+        tensors = AdapterFile.trained_tensors(model) | basis_tensors(model, fingerprints)
+        tensors |= factor_tensors(model) if form == "portable" else {}
+        held = spectral_layers(model)
+        layers = {
+            name: {
+                **describe_target(name, target),
+                **describe_basis(fingerprints[name]),
+                "dtype": str(held[name].U.dtype).removeprefix("torch."),
+            }
+            for name, target in attachment(model).targets.layers.items()
+        }
+        tensors, holds = pack(tensors, list(layers))
+        layers = {name: {**layer, "holds": holds[name]} for name, layer in layers.items()}
+        return {AdapterFile.TENSOR_FILE: _saved(tensors, {"format_version": str(FORMAT_VERSION)})}, layers
+
+    @classmethod
+    def parsed(cls, fields: dict[str, Any], description: dict[str, Any], tensors: dict[str, Tensor], _: Any) -> Self:
+        """Build the adapter from its checked description and its tensors.
+
+        Args:
+            fields: that all adapters have in common.
+            description: of ``adapter.json``.
+            tensors: of the tensor file.
+
+        Raises:
+            ValueError: tensors or the description of a basis are invalid.
+        """
+        layers, spec = description["layers"], fields["spec"]
+        check_bases(description)
+        tensors = unpack(tensors, layers)
+        check_tensors(description, tensors)
+        check_counts(spec.rank, spec.options, largest_count(layers, tensors))
+        tensors = with_pairs(tensors, layers)
+        fingerprints = {name: fingerprint_of(layer, name, tensors) for name, layer in layers.items()}
+        effects = split_effects(tensors.pop("effects", None), fields["layouts"])
+        return cls(**fields, fingerprints=fingerprints, tensors=tensors, effects=effects)
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters that were trained as they are, by the model's names."""
+        kind = "param."
+        return {key.removeprefix(kind): t for key, t in self.tensors.items() if key.startswith(kind)}
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module, *, remarks: list[str] | None = None) -> None:
+        """Copy the stored numbers into an adapted model.
+
+        Args:
+            model: adapted by the same spec.
+            remarks: deviations of PEFT's layers from what they computed are added here instead of raised.
+
+        Raises:
+            VerificationError: names or shapes differ from what the model trains, a number is not finite, or a layer
+                of PEFT's computes something else.
+        """
+        stored = {name for name in self.tensors if name.startswith(("core.", "param."))}
+        for name, parameter in self._matched(stored, self.trained_tensors(model)).items():
+            parameter.copy_(checked_tensor(self, name, parameter.shape))
+
+    def _matched(self, stored: set[str], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``wanted``; VerificationError if these are not the names of the ``stored`` tensors."""
+        if stored != wanted.keys():
+            odd = sorted(stored ^ wanted.keys())[0]
+            place = "only in the adapter" if odd in stored else "missing from the adapter"
+            fix = "Use the model that the adapter was made for"
+            raise VerificationError(str(self.folder), f"tensor '{odd}' is {place}", fix=fix)
+        return wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftAdapterFile(AdapterFile):
+    """An adapter of one of PEFT's tuners."""
+
+    TENSOR_FILE: ClassVar[str] = peft_files.TENSOR_FILE
+
+    @override
+    @staticmethod
+    def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+        return peft_files.adapter_tensors(model)
+
+    @override
+    @staticmethod
+    def contents(
+        model: nn.Module, fingerprints: dict[str, Fingerprint], form: Form, base: dict[str, Any]
+    ) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
+        probes = peft_files.layer_probes(model)
+        layers = {
+            name: {**describe_target(name, target), "weight": fingerprints[name].weight_hash, "response": probes[name]}
+            for name, target in attachment(model).targets.layers.items()
+        }
+        config = json.dumps(peft_files.peft_config(model, base), indent=2) + "\n"
+        tensors = _saved(peft_files.adapter_tensors(model), {"format": "pt"})
+        return {peft_files.TENSOR_FILE: tensors, peft_files.CONFIG_FILE: config.encode()}, layers
+
+    @override
+    @classmethod
+    def parsed(
+        cls, fields: dict[str, Any], description: dict[str, Any], tensors: dict[str, Tensor], peft_config: Any
+    ) -> Self:
+        layers, spec = description["layers"], fields["spec"]
+        check_probes(description)
+        if not isinstance(peft_config, dict):
+            raise ValueError(f"{peft_files.CONFIG_FILE} is no object")
+        largest = largest_count(layers, tensors)
+        check_counts(peft_config.get(spec.preset.peft.rank), spec.options, largest)
+        if problem := objection(peft_config, largest):
+            raise VerificationError(str(fields["folder"]), problem, fix="Save the adapter again without it")
+        fingerprints = {name: Fingerprint.of_hash(layer["weight"]) for name, layer in layers.items()}
+        probes = {name: layer["response"] for name, layer in layers.items()}
+        return cls(**fields, fingerprints=fingerprints, tensors=tensors, peft_config=peft_config, probes=probes)
+
+    @override
+    def plain_tensors(self) -> dict[str, Tensor]:
+        keys = {name: peft_files.PREFIX + name for name in self.head}
+        return {name: self.tensors[key] for name, key in keys.items() if key in self.tensors}
+
+    @override
+    @torch.no_grad()
+    def restore(self, model: nn.Module, *, remarks: list[str] | None = None) -> None:
+        for name, tensor in self._matched({*self.tensors}, self.trained_tensors(model)).items():
+            checked_tensor(self, name, tensor.shape)
+        peft_files.restore_tensors(model, self.tensors)
+        try:
+            peft_files.check_probes(model, self.probes)
+        except VerificationError as error:
+            if remarks is None:
+                raise
+            remarks.append(str(error))
+
+
+def _class_of(spec: AdapterSpec) -> type[AdapterFile]:
+    return AdapterFile if spec.preset.peft is None else PeftAdapterFile
 
 
 def write_adapter(
@@ -118,7 +267,7 @@ def write_adapter(
     extra: dict[str, Any],
     form: Form = "auto",
 ) -> int:
-    """Write all files into ``folder``, which exists; returns their size in bytes. Callers make the folder atomic.
+    """Write all files into ``folder``, which exists, and return their size in bytes. Callers make the folder atomic.
 
     Args: see :func:`adapter_contents`.
     """
@@ -137,8 +286,8 @@ def adapter_contents(
     extra: dict[str, Any],
     form: Form = "auto",
 ) -> dict[str, bytes]:
-    """The files of an adapter by name. The last is ``adapter.json``, which holds the hashes of the others: files of two
-    adapters are never taken for one.
+    """Return the files of an adapter by name. The last is ``adapter.json``, which holds the hashes of the others, so
+    that files of two adapters are never taken for one.
 
     Args:
         model: adapted.
@@ -150,21 +299,9 @@ def adapter_contents(
             too, as the layers hold them; ``auto``: see :func:`mirrortune.adapters.files.tensors.chosen_form`.
     """
     attached = attachment(model)
-    is_peft = attached.spec.preset.peft is not None
     if form == "auto":
         form = chosen_form(model)
-    tensors = _trained_tensors(model) | basis_tensors(model, fingerprints)
-    tensors |= factor_tensors(model) if form == "portable" else {}
-    layers = _describe_layers(model, fingerprints)
-    if not is_peft:
-        tensors, holds = pack(tensors, list(layers))
-        layers = {name: {**layer, "holds": holds[name]} for name, layer in layers.items()}
-    metadata = {"format": "pt"} if is_peft else {"format_version": str(FORMAT_VERSION)}
-    data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, metadata)
-    files = {_tensor_file(attached.spec): data}
-    if is_peft:
-        config = peft_file.peft_config(model, base)
-        files[peft_file.CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+    files, layers = _class_of(attached.spec).contents(model, fingerprints, form, base)
     description = {
         "format_version": FORMAT_VERSION,
         "mirrortune_version": __version__,
@@ -176,43 +313,37 @@ def adapter_contents(
         "head": list(attached.targets.head),
         "plain": list(attached.targets.plain),
         "skipped": attached.targets.skipped,
-        **{key: hashlib.sha256(files[name]).hexdigest() for key, name in _hashed_files(attached.spec).items()},
+        **{_HASHES[name]: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **extra,
     }
     files[DESCRIPTION] = description_text(description).encode()
     return files
 
 
+_HASHES = {
+    AdapterFile.TENSOR_FILE: "tensors_sha256",
+    peft_files.TENSOR_FILE: "tensors_sha256",
+    peft_files.CONFIG_FILE: "config_sha256",
+}
+"""Name of a file -> key of its hash in the description."""
+
+
+def _saved(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    return save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, metadata)
+
+
 def outdated_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Files of the adapter in ``folder`` that a new adapter with files called ``names`` would leave behind, if they are
-    as they were saved: a stale ``adapter_config.json`` would still be loaded by PEFT.
+    """Return files of the adapter in ``folder`` that a new adapter with files called ``names`` would leave behind, if
+    they are as they were saved: a stale ``adapter_config.json`` would still be loaded by PEFT.
     """
     try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        known = {
-            _TENSORS: "tensors_sha256",
-            peft_file.TENSOR_FILE: "tensors_sha256",
-            peft_file.CONFIG_FILE: "config_sha256",
-        }
-        paths = {folder / name: described.get(key) for name, key in known.items() if name not in names}
-        return [
-            p for p, digest in paths.items() if p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == digest
-        ]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return []  # no adapter of ours
-
-
-def _describe_layers(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, dict[str, Any]]:
-    attached, held = attachment(model), spectral_layers(model)
-    probes = peft_file.layer_probes(model) if attached.spec.preset.peft is not None else {}
-    return {
-        name: {
-            **describe_target(name, target),
-            **describe_basis(fingerprints[name], probes.get(name)),
-            **({"dtype": str(held[name].U.dtype).removeprefix("torch.")} if name in held else {}),
-        }
-        for name, target in attached.targets.layers.items()
-    }
+        described = strict_json((folder / DESCRIPTION).read_bytes())
+    except (OSError, ValueError):
+        return []
+    if not isinstance(described, dict):
+        return []
+    paths = [(folder / name, described.get(key)) for name, key in _HASHES.items() if name not in names]
+    return [p for p, digest in paths if p.is_file() and hashlib.sha256(p.read_bytes()).hexdigest() == digest]
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -222,82 +353,78 @@ def read_adapter(folder: Path) -> AdapterFile:
         VerificationError: files are missing, damaged, or in another format.
     """
     description = read_description(folder)
-    try:
-        spec = AdapterSpec(**description["adapter"])
-        is_peft = spec.preset.peft is not None
-        check_description(description, has_basis=not is_peft)
-        check_spec(spec)
-        files = {name: _read_file(folder / name, description[key]) for key, name in _hashed_files(spec).items()}
-        tensors = load(files[_tensor_file(spec)])
-        layers = description["layers"]
-        if not is_peft:
-            tensors = unpack(tensors, layers)
-            check_tensors(description, tensors)
-            tensors = with_pairs(tensors, layers)
-        peft_config = strict_json(files[peft_file.CONFIG_FILE]) if is_peft else None
-        rank = peft_config.get(spec.preset.peft.rank) if spec.preset.peft and peft_config else spec.rank
-        check_settings(rank, spec.options, largest := largest_count(layers, tensors))
-        if peft_config is not None and (problem := objection(peft_config, largest)):
-            raise VerificationError(str(folder), problem, fix="Save the adapter again without it")
-        layouts = {name: Layout.from_dict({"rows": None, **layer["layout"]}) for name, layer in layers.items()}
-        return AdapterFile(
-            folder=folder,
-            form=description["form"],
-            spec=spec,
-            fingerprints={n: fingerprint_of(layer, None if is_peft else n, tensors) for n, layer in layers.items()},
-            layouts=layouts,
-            weights={name: tuple(layer.get("tensors", [f"{name}.weight"])) for name, layer in layers.items()},
-            dtypes={name: layer.get("dtype", description["base"].get("dtype")) for name, layer in layers.items()},
-            effects=split_effects(tensors.pop("effects", None), layouts),
-            tensors=tensors,
-            base=description["base"],
-            task=description["task"],
-            head=tuple(description["head"]),
-            extra={k: v for k, v in description.items() if k in ("max_length",)},
-            peft_config=peft_config,
-            probes={name: layer["response"] for name, layer in layers.items() if is_peft},
-        )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, SafetensorError, ConfigError,
-            RuntimeError, OverflowError, MemoryError) as error:  # fmt: skip
-        raise VerificationError(
-            str(folder / DESCRIPTION), f"damaged ({type(error).__name__}: {error})", fix="Restore the adapter folder"
-        ) from error
+
+    def tensors_of(spec: AdapterSpec) -> tuple[dict[str, Tensor], Any]:
+        kind = _class_of(spec)
+        path = folder / kind.TENSOR_FILE
+        data = _read_file(path, description)
+        try:
+            tensors = load(data)
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # also of dtypes that torch lacks
+            raise _damaged(path, error) from error
+        if kind is AdapterFile:
+            return tensors, None
+        return tensors, strict_json(_read_file(folder / peft_files.CONFIG_FILE, description))
+
+    return parse_adapter(folder, description, tensors_of)
 
 
-@torch.no_grad()
-def restore_trained(model: nn.Module, adapter: AdapterFile, *, remarks: list[str] | None = None) -> None:
-    """Copy stored numbers into an adapted model: ``core.*`` and ``param.*``, or all that PEFT's file holds.
+def parse_adapter(
+    folder: Path, description: dict[str, Any], tensors_of: Callable[[AdapterSpec], tuple[dict[str, Tensor], Any]]
+) -> AdapterFile:
+    """Check what an adapter's description and tensors say, wherever they were read.
 
-    A layer of PEFT that computes something else than it did is noted in ``remarks``, if there is such a list.
+    Args:
+        folder: where that was, for messages.
+        description: see :func:`~mirrortune.adapters.files.description.read_description`.
+        tensors_of: returns the tensors of the file and PEFT's own description, None for mirrortune's own adapters.
 
     Raises:
-        VerificationError: if names or shapes differ from what the model trains, a number is not finite, or a layer of
-            PEFT then computes something else.
+        VerificationError: they are damaged, or of a method that is unknown here.
     """
-    tensors, where = adapter.tensors, str(adapter.folder)
-    wanted = _trained_tensors(model)
-    is_peft = attachment(model).spec.preset.peft is not None
-    stored = {n: t for n, t in tensors.items() if is_peft or n.startswith(("core.", "param."))}
-    if stored.keys() != wanted.keys():
-        odd = sorted(stored.keys() ^ wanted.keys())[0]
-        place = "only in the adapter" if odd in stored else "missing from the adapter"
-        raise VerificationError(where, f"tensor '{odd}' is {place}", fix="Use the model that the adapter was made for")
-    for name, parameter in wanted.items():
-        found = checked_tensor(adapter, name, parameter.shape)
-        if not is_peft:
-            parameter.copy_(found)
-    if is_peft:
-        peft_file.restore_tensors(model, stored)
-        try:
-            peft_file.check_probes(model, adapter.probes)
-        except VerificationError as error:
-            if remarks is None:
-                raise
-            remarks.append(str(error))
+    try:
+        check_description(description)
+        spec = AdapterSpec(**description["adapter"])
+        check_spec(spec)
+        tensors, peft_config = tensors_of(spec)
+        layers = description["layers"]
+        fields = {
+            "folder": folder,
+            "form": description["form"],
+            "spec": spec,
+            "layouts": {name: Layout.from_dict({"rows": None, **layer["layout"]}) for name, layer in layers.items()},
+            "weights": {name: tuple(layer.get("tensors", [f"{name}.weight"])) for name, layer in layers.items()},
+            "dtypes": {name: layer.get("dtype", description["base"].get("dtype")) for name, layer in layers.items()},
+            "base": description["base"],
+            "task": description["task"],
+            "head": tuple(description["head"]),
+            "extra": {k: v for k, v in description.items() if k in ("max_length",)},
+        }
+        return _class_of(spec).parsed(fields, description, tensors, peft_config)
+    except ValueError as error:
+        raise _damaged(folder / DESCRIPTION, error) from error
+    except ConfigError as error:
+        raise VerificationError(
+            str(folder / DESCRIPTION), f"its settings do not work here ({error})",
+            fix="Upgrade mirrortune, import what defines its method, or restore the adapter folder",
+        ) from error  # fmt: skip
+
+
+def _damaged(path: Path, error: Exception) -> VerificationError:
+    return VerificationError(str(path), f"damaged ({type(error).__name__}: {error})", fix="Restore the adapter folder")
+
+
+def restore_trained(model: nn.Module, adapter: AdapterFile, *, remarks: list[str] | None = None) -> None:
+    """Copy the stored numbers into an adapted model; see :meth:`AdapterFile.restore`."""
+    adapter.restore(model, remarks=remarks)
 
 
 def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Tensor:
-    """A tensor of the file; refused if it is missing, of another ``shape``, or not finite."""
+    """Return a tensor of the file.
+
+    Raises:
+        VerificationError: it is missing, of another ``shape``, or not finite.
+    """
     where, found = str(adapter.folder), adapter.tensors.get(name)
     if found is None:
         raise VerificationError(where, f"tensor '{name}' is missing from the adapter", fix="Restore the adapter folder")
@@ -308,26 +435,9 @@ def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Ten
     return found
 
 
-def _trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    if attachment(model).spec.preset.peft is not None:
-        return peft_file.adapter_tensors(model)
-    tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
-    return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
-
-
-def _tensor_file(spec: AdapterSpec) -> str:
-    return peft_file.TENSOR_FILE if spec.preset.peft else _TENSORS
-
-
-def _hashed_files(spec: AdapterSpec) -> dict[str, str]:
-    """Key of its hash in the description -> name of the file."""
-    config = {"config_sha256": peft_file.CONFIG_FILE} if spec.preset.peft else {}
-    return {"tensors_sha256": _tensor_file(spec), **config}
-
-
-def _read_file(path: Path, sha256: str) -> bytes:
+def _read_file(path: Path, description: dict[str, Any]) -> bytes:
     data = read_file(path)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if hashlib.sha256(data).hexdigest() != description.get(_HASHES[path.name]):
         raise VerificationError(
             str(path), "damaged: its hash is not the one in adapter.json", fix="Restore the adapter folder"
         )

@@ -80,28 +80,29 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_DESCRIPTION:
             raise VerificationError(str(path), f"{path.stat().st_size:,} bytes", allowed=f"{_LARGEST_DESCRIPTION:,}")
-        description: dict[str, Any] = strict_json(read_file(path))
-        version, recorded = description["format_version"], description.pop("description_sha256", None)
-        is_whole = recorded == _digest(description)
-        shared = description.pop("layers_share", {})
-        if shared:
-            description["layers"] = {name: {**shared, **own} for name, own in description["layers"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        description = strict_json(read_file(path))
+        if not isinstance(description, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
         raise VerificationError(
             str(path), f"missing or damaged ({type(error).__name__})", fix="Give the folder that train wrote"
         ) from error
+    version, recorded = description.get("format_version"), description.pop("description_sha256", None)
     if type(version) is not int or version != FORMAT_VERSION:
         raise VerificationError(
             str(path), f"format version {version!r}", allowed=str(FORMAT_VERSION),
             fix="Upgrade mirrortune; formats from before version 0.1.0 are not read",
         )  # fmt: skip
-    if not is_whole:
+    if recorded != _digest(description):
         raise VerificationError(
             str(path),
             "damaged or edited: its own hash is another one",
             fix="Restore the adapter folder; a base that has moved is named with --model",
         )
-    return description
+    shared, layers = description.pop("layers_share", {}), description.get("layers")
+    if not (isinstance(layers, dict) and all(isinstance(part, dict) for part in (shared, *layers.values()))):
+        raise VerificationError(str(path), "damaged (its layers are no objects)", fix="Restore the adapter folder")
+    return {**description, "layers": {name: {**shared, **own} for name, own in layers.items()}}
 
 
 def _digest(description: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts an adapter into a base model, fresh or from its file, ours or PEFT's: the one place that knows which is which.
+"""Attach an adapter to a base model, fresh or from its file, with mirrortune's cores or a PEFT tuner.
 
 What is loaded must belong to the base: every adapted weight has the recorded hash, every basis aligns with its sketch,
-and every layer does what it did. What does not is refused with the layer's name.
+and every layer has the effect that it had when it was saved. What does not is refused with the layer's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
-from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor, restore_trained
+from mirrortune.adapters.files.adapter_file import AdapterFile, PeftAdapterFile, checked_tensor
 from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, try_align
 from mirrortune.adapters.inject import FactorSource, attach, checked_targets
 from mirrortune.adapters.peft_bridge import tuners
@@ -31,7 +31,7 @@ class FingerprintBook:
 
     Attributes:
         entries: by layer.
-        remarks: what did not fit when an adapter was loaded by force.
+        remarks: what did not match when an adapter was loaded by force.
     """
 
     def __init__(self) -> None:
@@ -39,11 +39,11 @@ class FingerprintBook:
         self.remarks: list[str] = []
 
     def __call__(self, name: str, weight: Tensor, factors: Factors, core: Core) -> None:
-        """Note one layer; the hook for :func:`mirrortune.adapters.inject.attach`."""
+        """Record one layer; the hook for :func:`mirrortune.adapters.inject.attach`."""
         self.entries[name] = fingerprint(weight, factors, core.side)
 
-    def note_weight(self, name: str, weight: Tensor) -> None:
-        """Note one layer whose adapter has no basis."""
+    def record_weight(self, name: str, weight: Tensor) -> None:
+        """Record one layer whose adapter has no basis."""
         self.entries[name] = Fingerprint.of_weight(weight)
 
 
@@ -57,12 +57,12 @@ def adapt(
     pairs: dict[str, Tensor] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> FingerprintBook:
-    """Attach a fresh adapter by ``spec``, ours or PEFT's; see :func:`mirrortune.adapters.inject.attach`."""
+    """Attach a fresh adapter by ``spec``; see :func:`mirrortune.adapters.inject.attach`."""
     book = FingerprintBook()
     targets = checked_targets(model, spec, targets, new_parameters)
     if spec.preset.peft is not None:
         tuners.count_trained(model, spec, targets)  # what PEFT refuses, it refuses on a copy
-        tuners.attach_tuner(model, spec, targets=targets, on_layer=book.note_weight)
+        tuners.attach_tuner(model, spec, targets=targets, on_layer=book.record_weight)
     else:
         attach(
             model, spec, targets=targets, factor_source=factor_source, pairs=pairs, on_layer=book, strategies=strategies
@@ -78,14 +78,15 @@ def load_into(
     force_base: bool = False,
     trained_on: nn.Module | None = None,
 ) -> FingerprintBook:
-    """Attach ``adapter`` to its base ``model`` (in place) and give it its trained numbers.
+    """Attach ``adapter`` to its base ``model``, in place, and restore its trained numbers.
 
     Args:
-        model: the base, in the dtype that the adapter was trained on or a wider one.
-        adapter: from :func:`read_adapter`.
-        source: computes or remembers factors.
-        force_base: take a base whose weights are others (of the same shapes), and say so in ``remarks``.
-        trained_on: the model whose weights the adapter turns, if ``model`` is the same one in full precision.
+        model: the base, in the dtype that the adapter was trained in or a wider one.
+        adapter: from :func:`~mirrortune.adapters.files.adapter_file.read_adapter`.
+        source: computes factors or reads them from a cache.
+        force_base: accept a base with other weights of the same shapes, and say so in ``remarks``.
+        trained_on: the quantised model whose weights the adapter was trained on, if ``model`` is the same one in full
+            precision.
 
     Returns:
         The fingerprints, for saving again.
@@ -93,64 +94,73 @@ def load_into(
     Raises:
         VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's
             name.
+        ConfigError: ``trained_on`` is given for one of PEFT's tuners.
     """
-    targets = _stored_targets(model, adapter)
-    book = FingerprintBook()
+    targets, book = stored_targets(model, adapter), FingerprintBook()
+    remarks = book.remarks if force_base else None
+    if isinstance(adapter, PeftAdapterFile):
+        if trained_on is not None:
+            raise ConfigError(
+                "--base", f"method '{adapter.spec.method}' computes with the weights it was trained on",
+                fix="Merge without --base, into its dequantised weights, or with PEFT",
+            )  # fmt: skip
+
+        def note_weight(name: str, weight: Tensor) -> None:
+            _check_weight_or_remark(adapter, name, weight, remarks)
+            book.record_weight(name, weight)
+
+        tuners.attach_tuner(model, adapter.spec, targets=targets, config=adapter.peft_config, on_layer=note_weight)
+    else:
+        _attach_cores(model, adapter, targets, source, book, force_base=force_base, trained_on=trained_on)
+    adapter.restore(model, remarks=remarks)
+    return book
+
+
+def _attach_cores(
+    model: nn.Module,
+    adapter: AdapterFile,
+    targets: Targets,
+    source: FactorSource,
+    book: FingerprintBook,
+    *,
+    force_base: bool,
+    trained_on: nn.Module | None,
+) -> None:
     spec, remarks = adapter.spec, book.remarks if force_base else None
-    read = _reader(adapter, trained_on)
+    own = {} if trained_on is None else stored_targets(trained_on, adapter).layers
     if trained_on is not None and spec.strategy != "dense":
         spec = replace(spec, strategy="branch")  # beside the weights as they are
+
+    def trained_weight(name: str, weight: Tensor) -> Tensor:
+        return weight if trained_on is None else own[name].read(trained_on)
 
     def factors_of(name: str, weight: Tensor, rank: int) -> Factors:
         stored = adapter.fingerprints[name].rank
         if rank != stored:
             raise VerificationError(name, f"the adapter holds a basis of rank {stored}, got {rank}")
-        return trained_factors(adapter, name, read(name, weight), source, remarks=remarks)
+        return trained_factors(adapter, name, trained_weight(name, weight), source, remarks=remarks)
 
     def note(name: str, weight: Tensor, factors: Factors, core: Core) -> None:
-        stored = adapter.fingerprints[name]
-        if not force_base:
-            book.entries[name] = completed(stored, factors)
+        if force_base:
+            book(name, trained_weight(name, weight), factors, core)
         else:
-            book(name, read(name, weight), factors, core)
+            book.entries[name] = completed(adapter.fingerprints[name], factors)
 
-    def note_weight(name: str, weight: Tensor) -> None:
-        _check_weight_or_remark(adapter, name, weight, remarks)
-        book.note_weight(name, weight)
-
-    if adapter.peft_config is None:
-        pairs = stored_pairs(adapter)
-        attach(model, spec, targets=targets, factor_source=factors_of, pairs=pairs, on_layer=note)
-    else:
-        tuners.attach_tuner(model, spec, targets=targets, config=adapter.peft_config, on_layer=note_weight)
-    restore_trained(model, adapter, remarks=remarks)
-    return book
-
-
-def _reader(adapter: AdapterFile, trained_on: nn.Module | None) -> Callable[[str, Tensor], Tensor]:
-    """(layer, weight in the model) -> the weight that the adapter turns there."""
-    if trained_on is None:
-        return lambda _, weight: weight
-    if adapter.peft_config is not None:
-        fix = "Merge without --base, into its dequantised weights, or with PEFT"
-        problem = f"method '{adapter.spec.method}' computes with the weights it was trained on"
-        raise ConfigError("--base", problem, fix=fix)
-    own = _stored_targets(trained_on, adapter).layers
-    return lambda name, _: own[name].read(trained_on)
+    attach(model, spec, targets=targets, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note)
 
 
 def trained_factors(
     adapter: AdapterFile, name: str, weight: Tensor, source: FactorSource, *, remarks: list[str] | None = None
 ) -> Factors:
-    """The factors of ``weight`` that a layer of ``adapter`` was trained in, float64: stored ones, or computed again,
-    aligned, and rounded as they were when it was trained.
+    """Return the factors of ``weight`` that a layer of ``adapter`` was trained in, float64: stored ones, or computed
+    again, aligned, and rounded as they were when it was trained.
 
     Args:
-        adapter: from :func:`read_adapter`.
+        adapter: from :func:`~mirrortune.adapters.files.adapter_file.read_adapter`.
         name: of the layer.
         weight: of the base, as matrix (O, I) or stack (E, O, I).
-        source: computes or remembers factors.
-        remarks: what does not fit is noted here instead of refused.
+        source: computes factors or reads them from a cache.
+        remarks: what does not match is added here instead of raised.
 
     Raises:
         VerificationError: another weight, a basis that cannot be aligned, or another effect than the trained one's.
@@ -214,7 +224,7 @@ def _check_weight_or_remark(adapter: AdapterFile, name: str, weight: Tensor, rem
 
 
 def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:
-    """A layer's core with its trained numbers, for singular values ``S``, (R,) or (E, R)."""
+    """Return a layer's core with its trained numbers, for singular values ``S``, (R,) or (E, R)."""
     core = build_core(adapter.spec, S, layer, adapter.layouts[layer].matrix_shape, stored_pairs(adapter).get(layer))
     with torch.no_grad():
         for key, parameter in core.named_parameters():
@@ -236,7 +246,7 @@ def _stored_factors(adapter: AdapterFile, name: str) -> Factors | None:
 
 
 def _dtype(adapter: AdapterFile, name: str, weight: Tensor) -> torch.dtype:
-    """What the layer's factors were rounded to where it was trained."""
+    """The dtype that the layer's factors were rounded to in training."""
     found = getattr(torch, str(adapter.dtypes[name]), None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else weight.dtype
 
@@ -257,11 +267,11 @@ def _other_effect(name: str, error: float) -> VerificationError:
     )
 
 
-def _stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
-    """Return the adapter's layers in ``model``.
+def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
+    """Find the layers and the head of an adapter in its base ``model``.
 
     Raises:
-        VerificationError: the model lacks one of them, or has it in another shape.
+        VerificationError: the base lacks one of them, or has it in another shape.
     """
     found = find_targets(model, adapter.spec, adapter.head, adapter.layouts)
     for name, layout in adapter.layouts.items():
@@ -277,5 +287,5 @@ def _stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
 
 
 def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:
-    """The pairs (T, 2) that the file holds, by layer."""
+    """Return the pairs (T, 2) that the file holds, by layer."""
     return {n.removeprefix("pairs."): t.long() for n, t in adapter.tensors.items() if n.startswith("pairs.")}

@@ -81,10 +81,12 @@ def unpack(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str
     def take(key: str, count: int) -> Tensor:
         start = used[key]
         used[key] += count
-        if tensors[key].dim() != 1 or used[key] > tensors[key].numel():
-            raise ValueError(f"'{key}' is too short")
+        if key not in tensors or tensors[key].dim() != 1 or used[key] > tensors[key].numel():
+            raise ValueError(f"'{key}' is missing or too short")
         return tensors[key][start : used[key]]
 
+    if _SIGNS in tensors and tensors[_SIGNS].dtype != torch.uint8:
+        raise ValueError(f"the dtype {tensors[_SIGNS].dtype} of tensor 'signs' is invalid")
     for name, layer in layers.items():
         for key, shape in layer["holds"].items():
             kind, dot, rest = key.partition(".")
@@ -97,7 +99,7 @@ def unpack(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str
         if key not in used and key.partition(".")[0] not in (*_KINDS, _SIGNS):
             found[key] = tensor
         elif tensor.numel() != used[key] or key not in used:
-            raise ValueError(f"tensor '{key}' cannot be meant: no layer holds it, or not all of it")
+            raise ValueError(f"tensor '{key}' is invalid: no layer holds it, or not all of it")
     return found
 
 
@@ -124,16 +126,16 @@ _LONG_WORK = 2e12  # one to two minutes on two cores of a laptop, in float64
 _PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
 
 
-def fingerprint_of(layer: dict[str, Any], name: str | None, tensors: dict[str, Tensor]) -> Fingerprint:
-    """A layer's fingerprint; ``name`` is None for an adapter that has no basis."""
-    if name is None:
-        return Fingerprint.of_hash(layer["weight"])
+def fingerprint_of(layer: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Fingerprint:
+    """Return the stored fingerprint of the layer ``name``; ValueError if its tensors do not fit its description."""
     flat, signs = tensors.get(f"clusters.{name}", torch.zeros(0)), tensors.get(f"signs.{name}")
     sketch = tensors[f"sketch.{name}"] if signs is None else signs
     if not (torch.isfinite(flat).all() and torch.isfinite(sketch).all()):
         raise ValueError(f"the sketch of '{name}' holds NaN or infinities")
     clusters = tuple(tuple((int(a), int(b)) for a, b in own) for own in layer.get("clusters", ()))
     sizes = [sum(2 * (b - a) ** 2 for a, b in own) * (2 if layer["side"] == "both" else 1) for own in clusters]
+    if flat.dim() != 1 or len(flat) != sum(sizes):
+        raise ValueError(f"the clusters of '{name}' have {flat.numel()} numbers, got {sum(sizes)}")
     return Fingerprint(
         weight_hash=layer["weight"],
         probe_seeds=tuple(layer["probe_seeds"]),
@@ -246,10 +248,8 @@ def describe_target(name: str, target: Target) -> dict[str, Any]:
     return {"kind": target.kind.name, **tensors, "layout": layout}
 
 
-def describe_basis(found: Fingerprint, response: list[float] | None) -> dict[str, Any]:
-    """What the description says of a layer's weight and basis."""
-    if response is not None:
-        return {"weight": found.weight_hash, "response": response}
+def describe_basis(found: Fingerprint) -> dict[str, Any]:
+    """Return what the description says of a layer's weight and basis."""
     return {
         "rank": found.rank,
         "weight": found.weight_hash,

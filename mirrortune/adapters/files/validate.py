@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what the files of an adapter say can be meant: types, ranges, names and shapes, before anything is built from
-them. A file that was made to do harm has hashes that fit, so that these are no defence.
+"""Check types, ranges, names and shapes in the files of an adapter before anything is built from them.
+
+A malicious file comes with hashes that match it, so hashes are no defence. Every function here raises ValueError for
+invalid content, and nothing else: code that runs after the checks may rely on the types that they establish.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from mirrortune.adapters.effect import NUM_PROBES
 from mirrortune.adapters.pairings.encoding import pairs_of
+from mirrortune.adapters.strategies import Strategy
 from mirrortune.errors import VerificationError
 
 _HASH = re.compile(r"values:[0-9a-f]{64}")
@@ -23,15 +28,26 @@ _SIDES = {"output": 1, "input": 1, "both": 2}
 _PAIRS = ("pairs", "partners")
 _LARGEST_SIZE = 2**40
 _LARGEST_CLUSTER = 64
-# No setting counts more than the numbers that are stored, or the directions of a layer; a few are small anyhow.
+# No setting counts more than the stored numbers, or the directions of a layer; this many are always allowed.
 _ALWAYS_ALLOWED = 1024
+
+Types = type | tuple[type, ...]
+_DESCRIPTION: dict[str, Types] = {
+    "adapter": dict, "base": dict, "task": (dict, NoneType), "layers": dict, "head": list, "plain": list, "form": str,
+}  # fmt: skip
+_SETTINGS: dict[str, Types] = {
+    "method": str, "rank": (int, str, NoneType), "pairing": (str, NoneType), "target_modules": str, "seed": int,
+    "strategy": (str, NoneType), "options": dict, "split": dict,
+}  # fmt: skip
+_LAYER: dict[str, Types] = {"weight": str, "layout": dict}
+_BASIS: dict[str, Types] = {"rank": int, "side": str, "probe_seeds": list, "holds": dict}
 
 
 def read_file(path: Path) -> bytes:
-    """The content of one of an adapter's files.
+    """Return the content of one of an adapter's files.
 
     Raises:
-        VerificationError: missing, no regular file (a pipe, a device), or too large for the memory.
+        VerificationError: the file is missing, no regular file (a pipe, a device), or too large for the memory.
     """
     try:
         if not path.is_file():
@@ -42,16 +58,23 @@ def read_file(path: Path) -> bytes:
 
 
 def strict_json(data: bytes) -> Any:
-    """JSON in which no key stands twice and every number is finite; ValueError or RecursionError otherwise."""
-    return json.loads(
-        data.decode("utf-8"), object_pairs_hook=_without_twins, parse_constant=_finite, parse_float=_finite
-    )
+    """Parse JSON in which no key is repeated and every number is finite.
+
+    Raises:
+        ValueError: any other text.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_without_twins, parse_constant=_finite, parse_float=_finite
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key is repeated in one object")
     return found
 
 
@@ -61,17 +84,17 @@ def _finite(text: str) -> float:
     return value
 
 
-def check_description(description: Mapping[str, Any], *, has_basis: bool) -> None:
-    """ValueError for a description whose fields cannot be meant.
-
-    Args:
-        description: of ``adapter.json``.
-        has_basis: whether the layers have cores, and not a tuner of PEFT.
-    """
+def check_description(description: Mapping[str, Any]) -> None:
+    """Check everything in ``adapter.json`` but what depends on the method."""
+    _check_types(description, _DESCRIPTION, "")
     settings, base, task = description["adapter"], description["base"], description["task"]
-    # Lists by pattern would be matched with names: what was paired is in the tensors, and here is but a word for it.
-    _require(isinstance(settings.get("pairing"), str | None), "adapter.pairing")
-    _require(isinstance(base, dict), "base")
+    _check_types(settings, _SETTINGS, "adapter.")
+    _require(settings.keys() <= _SETTINGS.keys(), f"a key of adapter ({', '.join(settings)})")
+    # Lists of pairs by pattern would be matched with names; the pairs are in the tensors, and this is only their name.
+    rank, strategy = settings["rank"], settings["strategy"]
+    _require(rank in (None, "full", "out") or _is_count(rank), "adapter.rank")
+    _require(strategy is None or strategy in get_args(Strategy), "adapter.strategy")
+    _require(0 <= settings["seed"] < 2**63, "adapter.seed")
     for key in ("name", "revision", "commit", "load_in"):
         _require(isinstance(base.get(key), str | None) and (base.get(key) or "").isprintable(), f"base.{key}")
     for key in {"dtype", "auto_class"} & base.keys():
@@ -81,62 +104,79 @@ def check_description(description: Mapping[str, Any], *, has_basis: bool) -> Non
     _require(
         isinstance(labels, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in labels.items()), "labels"
     )
-    _require(task is None or (isinstance(task, dict) and isinstance(task.get("kind"), str)), "task")
+    _require(task is None or isinstance(task.get("kind"), str), "task")
     _require(description.get("max_length") is None or _is_count(description["max_length"]), "max_length")
     for key in ("head", "plain"):
         _require(_are_names(description[key]), key)
     _require(description["form"] in ("compact", "portable"), "form")
-    _require(isinstance(description["layers"], dict) and all(description["layers"]), "layers")
     for name, layer in description["layers"].items():
-        _check_layer(name, layer, has_basis=has_basis)
+        _require(bool(name) and isinstance(layer, dict), "layers")
+        _check_layer(name, layer)
 
 
-def _check_layer(name: str, layer: dict[str, Any], *, has_basis: bool) -> None:
-    _require(_HASH.fullmatch(str(layer["weight"])) is not None, f"the hash of '{name}'")
+def _check_layer(name: str, layer: dict[str, Any]) -> None:
+    _check_types(layer, _LAYER, f"{name}: ")
+    _require(_HASH.fullmatch(layer["weight"]) is not None, f"the hash of '{name}'")
     _require(_is_float(layer.get("dtype", "float32")), f"the dtype of '{name}'")
     names = layer.get("tensors", [name])
     _require(_are_names(names) and bool(names), f"the tensors of '{name}'")
-    layout = layer["layout"]
-    shape, rows, count = layout["shape"], layout.get("rows"), layout.get("count", 1)
-    sizes = [*shape, layout["out_features"], count]
-    _require(all(map(_is_count, sizes)) and math.prod(shape) <= _LARGEST_SIZE, f"the shape of '{name}'")
-    outputs = layout["out_features"]
+    layout = {"count": 1, "is_transposed": False, "rows": None, **layer["layout"]}
+    _require(layout.keys() == {"shape", "out_features", "count", "is_transposed", "rows"}, f"the layout of '{name}'")
+    shape, rows, count, outputs = layout["shape"], layout["rows"], layout["count"], layout["out_features"]
+    _require(type(layout["is_transposed"]) is bool and isinstance(shape, list), f"the layout of '{name}'")
+    _require(
+        all(map(_is_count, [*shape, outputs, count])) and math.prod(shape) <= _LARGEST_SIZE, f"the shape of '{name}'"
+    )
     if rows is not None:
-        parts = [rows[key] for key in ("repeat", "start", "stop", "period")]
-        _require(all(type(p) is int for p in parts), f"the rows of '{name}'")
-        repeat, start, stop, period = parts
+        keys = ("repeat", "start", "stop", "period")
+        _require(isinstance(rows, dict) and rows.keys() == set(keys), f"the rows of '{name}'")
+        _require(all(type(part) is int for part in rows.values()), f"the rows of '{name}'")
+        repeat, start, stop, period = (rows[key] for key in keys)
         _require(repeat > 0 and 0 <= start < stop <= period and outputs == repeat * (stop - start), f"rows of '{name}'")
         outputs = repeat * period
     _require(math.prod(shape) % (count * outputs) == 0, f"the layout of '{name}'")
-    if has_basis:
-        _check_basis(name, layer, count)
-    else:
-        response = layer["response"]
+
+
+def check_probes(description: Mapping[str, Any]) -> None:
+    """Check what the description of an adapter of PEFT's says of its layers' probes."""
+    for name, layer in description["layers"].items():
+        response = layer.get("response")
         _require(isinstance(response, list) and all(isinstance(v, float) for v in response), f"the probe of '{name}'")
 
 
-def _check_basis(name: str, layer: dict[str, Any], count: int) -> None:
-    _require(layer["side"] in _SIDES, f"the side of '{name}'")
-    seeds = layer["probe_seeds"]
-    _require(len(seeds) == count and all(type(s) is int and 0 <= s < 2**32 for s in seeds), f"the seeds of '{name}'")
-    _require(_is_count(layer["rank"]), f"the rank of '{name}'")
-    for shape in layer["holds"].values():
-        is_shape = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        _require(is_shape and math.prod(shape) <= _LARGEST_SIZE, f"what '{name}' holds")
-    own = layer.get("clusters", [])
-    _require(len(own) in (0, count), f"the clusters of '{name}'")
+def check_bases(description: Mapping[str, Any]) -> None:
+    """Check what the description of a native adapter says of its layers' bases."""
+    for name, layer in description["layers"].items():
+        _check_types(layer, _BASIS, f"{name}: ")
+        count = layer["layout"].get("count", 1)
+        _require(layer["side"] in _SIDES, f"the side of '{name}'")
+        seeds = layer["probe_seeds"]
+        _require(
+            len(seeds) == count and all(type(s) is int and 0 <= s < 2**32 for s in seeds), f"the seeds of '{name}'"
+        )
+        _require(_is_count(layer["rank"]), f"the rank of '{name}'")
+        for shape in layer["holds"].values():
+            is_shape = isinstance(shape, list) and all(type(n) is int and 0 <= n <= _LARGEST_SIZE for n in shape)
+            _require(is_shape and math.prod(shape) <= _LARGEST_SIZE, f"what '{name}' holds")
+        _check_clusters(name, layer, count)
+
+
+def _check_clusters(name: str, layer: dict[str, Any], count: int) -> None:
+    what, own = f"the clusters of '{name}'", layer.get("clusters", [])
+    _require(isinstance(own, list) and len(own) in (0, count), what)
     for clusters in own:
         end = 0
+        _require(isinstance(clusters, list) and all(isinstance(c, list) and len(c) == 2 for c in clusters), what)
         for start, stop in clusters:
-            _require(type(start) is int and type(stop) is int and end <= start < stop, f"the clusters of '{name}'")
-            _require(stop <= layer["rank"] and stop - start <= _LARGEST_CLUSTER, f"the clusters of '{name}'")
+            _require(type(start) is int and type(stop) is int and end <= start < stop, what)
+            _require(stop <= layer["rank"] and stop - start <= _LARGEST_CLUSTER, what)
             end = stop
 
 
 def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """ValueError for tensors (of an adapter with a basis) that the description has no place for, or of another type.
+    """Check that a native adapter's description has a place for each of its ``tensors``, and the dtype of each.
 
-    Their sizes are compared with the model's when they are put into it; those of the basis are compared here.
+    Sizes are compared with the model's when tensors are put into it; only those of the basis are compared here.
     """
     layers = description["layers"]
     plain = {*description["head"], *description["plain"]}
@@ -151,17 +191,24 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
         _require(is_known, f"tensor '{key}'")
         is_right = tensor.dtype in (torch.int16, torch.int32) if kind in _PAIRS else tensor.is_floating_point()
         _require(is_right, f"the dtype {str(tensor.dtype).removeprefix('torch.')} of tensor '{key}'")
+    counts = {name: layer["layout"].get("count", 1) for name, layer in layers.items()}
+    if "effects" in tensors:
+        _require(tuple(tensors["effects"].shape) == (sum(counts.values()), NUM_PROBES), "the shape of 'effects'")
     for name, layer in layers.items():
-        count = layer["layout"].get("count", 1)
-        stack = (count,) if count > 1 else ()
+        stack = (counts[name],) if counts[name] > 1 else ()
         if f"signs.{name}" not in tensors:
-            sketch = tensors[f"sketch.{name}"]
+            sketch = tensors.get(f"sketch.{name}")
+            _require(sketch is not None, f"'{name}', which has neither signs nor a sketch,")
+            assert sketch is not None
             _require(tuple(sketch.shape[:-1]) == (*stack, _SIDES[layer["side"]]), f"the shape of 'sketch.{name}'")
         else:
             _require("effects" in tensors, "signs without effects")
         pairs = tensors.get(f"pairs.{name}")
         if pairs is not None:
-            _require(pairs.shape[-1] == 2 and tuple(pairs.shape[:-2]) == stack, f"the shape of 'pairs.{name}'")
+            _require(
+                pairs.dim() > 1 and pairs.shape[-1] == 2 and tuple(pairs.shape[:-2]) == stack,
+                f"the shape of 'pairs.{name}'",
+            )
             low, high = pairs[..., 0], pairs[..., 1]
             _require(bool(((low >= 0) & (low < high) & (high < layer["rank"])).all()), f"a pair of 'pairs.{name}'")
         partners = tensors.get(f"partners.{name}")
@@ -174,17 +221,17 @@ def _check_partners(name: str, partners: Tensor, rank: int) -> None:
     try:
         pairs_of(partners, rank)
     except ValueError as error:
-        raise ValueError(f"'partners.{name}' is not what it should be: {error}") from error
+        raise ValueError(f"'partners.{name}' is invalid: {error}") from error
 
 
 def largest_count(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """The largest number of directions, tokens or layers that an adapter can mean: it has no numbers for more."""
+    """Return the largest number of directions, tokens or layers of an adapter: it stores no numbers for more."""
     sizes: list[int] = [size for layer in layers.values() for size in layer["layout"]["shape"]]
     return max([_ALWAYS_ALLOWED, sum(t.numel() for t in tensors.values()), *sizes])
 
 
-def check_settings(rank: object, options: Mapping[str, Any], largest: int) -> None:
-    """ValueError for counts that would build more than ``largest``, see :func:`largest_count`."""
+def check_counts(rank: object, options: Mapping[str, Any], largest: int) -> None:
+    """Refuse counts that would build more than ``largest``, see :func:`largest_count`."""
     for key, value in {**options, "rank": rank}.items():
         _require(not isinstance(value, int) or value <= largest, f"'{key}'")
 
@@ -208,6 +255,11 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
+def _check_types(data: Mapping[str, Any], types: Mapping[str, Types], where: str) -> None:
+    for key, kind in types.items():
+        _require(key in data and isinstance(data[key], kind) and not isinstance(data[key], bool), f"{where}{key}")
+
+
 def _require(is_right: bool, what: str) -> None:  # noqa: FBT001  (an assertion, read as one)
     if not is_right:
-        raise ValueError(f"{what} cannot be meant")
+        raise ValueError(f"{what} is invalid")

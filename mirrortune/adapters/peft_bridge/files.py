@@ -22,6 +22,8 @@ from mirrortune.errors import VerificationError
 from mirrortune.system.distributed.sharding import is_in_shards, is_whole
 from mirrortune.system.paths import PACKAGE_SCHEME, package_folder
 
+PREFIX = "base_model.model."
+"""Before the model's names in PEFT's files."""
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 # An adapter that changes what a layer computes by less than this changes no prediction; rounding is a hundredth of it.
 PROBE_TOLERANCE = 1e-4
@@ -46,14 +48,14 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         _Wrapped(found.tuner), adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
     parameters = dict(model.named_parameters())
-    return state | {f"base_model.model.{name}": parameters[name].detach() for name in found.targets.head}
+    return state | {PREFIX + name: parameters[name].detach() for name in found.targets.head}
 
 
 @torch.no_grad()
 def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of :func:`adapter_tensors`, by the same names and shapes, back into an adapted model."""
     found = _attached(model)
-    head = {f"base_model.model.{name}" for name in found.targets.head}
+    head = {PREFIX + name for name in found.targets.head}
     # PEFT's own way is load_state_dict, after which FSDP2 looks for its shares in what is whole just now.
     is_cut = is_in_shards(model)
     for key, tensor in adapter_tensors(model).items():

@@ -22,8 +22,6 @@ from mirrortune.adapters.peft_bridge.tuners import PeftAttachment, PeftLayer, at
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import VerificationError
 
-_PREFIX = "base_model.model."
-
 
 def is_of_linear_layers(adapter: AdapterFile) -> bool:
     """Whether an adapter of PEFT's has plain linear layers alone."""
@@ -36,17 +34,12 @@ def is_of_linear_layers(adapter: AdapterFile) -> bool:
 def stands_alone(adapter: AdapterFile) -> bool:
     """Whether every tensor of an adapter of PEFT's belongs to one layer, or to the head."""
     owners = {*adapter.layouts, *(name.rpartition(".")[0] for name in adapter.head)}
-    return all(any(key.startswith(f"{_PREFIX}{owner}.") for owner in owners) for key in adapter.tensors)
+    return all(any(key.startswith(f"{files.PREFIX}{owner}.") for owner in owners) for key in adapter.tensors)
 
 
 def head_keys(adapter: AdapterFile) -> set[str]:
     """PEFT's names for the head's tensors."""
-    return {_PREFIX + name for name in adapter.head}
-
-
-def head_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
-    """The trained head of an adapter of PEFT's, by the model's names."""
-    return {name: adapter.tensors[_PREFIX + name] for name in adapter.head if _PREFIX + name in adapter.tensors}
+    return {files.PREFIX + name for name in adapter.head}
 
 
 def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | None) -> PeftLayer | None:
@@ -70,7 +63,7 @@ def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | N
         config=adapter.peft_config, on_layer=lambda _, matrix: check_weight(adapter, name, matrix),
     )  # fmt: skip
     wanted = files.adapter_tensors(model)
-    own = {key for key in adapter.tensors if key.startswith(f"{_PREFIX}{name}.")}
+    own = {key for key in adapter.tensors if key.startswith(f"{files.PREFIX}{name}.")}
     if own != wanted.keys():
         return None
     files.restore_tensors(model, {key: checked_tensor(adapter, key, t.shape) for key, t in wanted.items()})

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+import mirrortune
 from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained, write_adapter
 from mirrortune.adapters.files.description import FORMAT_VERSION
-from mirrortune.adapters.files.load import load_into
+from mirrortune.adapters.files.load import load_into, stored_targets
 from mirrortune.adapters.files.tensors import pack, to_bits, unpack
 from mirrortune.adapters.fingerprint import fingerprint
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Factors, factorize
-from mirrortune.errors import VerificationError
+from mirrortune.errors import MirrortuneError, VerificationError
 from tests.tiny_models import tiny_bert, tiny_roberta
 from tests.tiny_runs import adapt, logits
 
@@ -229,7 +231,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]
     "no effects": (drop("effects"), "signs without effects"),
     "one tensor more": (
         lambda d, t: t.update({"core.other.theta": torch.zeros(1)}),
-        "'core.other.theta' cannot be meant",
+        "'core.other.theta' is invalid",
     ),
     "NaN angle": (put(THETA, spoil(float("nan"))), f"tensor '{THETA}' holds NaN or infinities"),
     "infinite head": (put(HEAD, spoil(float("inf"))), f"tensor '{HEAD}' holds NaN or infinities"),
@@ -270,6 +272,52 @@ def test_what_does_not_fit_is_refused(folder: Path, wrong: str) -> None:
     with pytest.raises(VerificationError, match=message) as caught:
         load(folder)
     assert caught.value.exit_code == 5
+
+
+ODD: list[Any] = [None, True, -1, 10**30, 0.5, "", "a", "\n", [], [1], [[1, 2]], {}, {"a": 1}]
+
+
+def places(value: Any, *keys: Any) -> list[tuple[Any, ...]]:
+    """The keys of every value inside JSON data."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, own in inner for found in ((*keys, key), *places(own, *keys, key))]
+
+
+@pytest.mark.parametrize("method", ["random", "lora"])
+def test_any_value_of_the_description_may_be_anything(tmp_path: Path, method: str) -> None:
+    model = mirrortune.attach(tiny_bert(), method=method, target_modules="layer.0.attention.self.query", rank=4)
+    mirrortune.save_adapter(model, tmp_path)
+    whole = spelt_out(tmp_path)
+    assert len(places(whole)) > 30
+    for keys in places(whole):
+        for odd in ODD:
+            description = json.loads(json.dumps(whole))
+            place = description
+            for key in keys[:-1]:
+                place = place[key]
+            place[keys[-1]] = odd
+            sign(tmp_path, description)
+            with suppress(VerificationError):  # and nothing else; some values mean something
+                found = read_adapter(tmp_path)
+                with suppress(MirrortuneError):
+                    stored_targets(tiny_bert(), found)
+
+
+def test_a_method_that_is_not_known_here_is_named(folder: Path) -> None:
+    rewrite(folder, lambda description, tensors: description["adapter"].update(method="toy"))
+    with pytest.raises(VerificationError, match=r"unknown method 'toy'.*import what defines its method"):
+        read_adapter(folder)
+
+
+def test_errors_of_other_kinds_are_not_taken_for_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), TypeError("a mistake"), AttributeError("another")):
+
+        def fail(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("mirrortune.adapters.files.adapter_file.check_tensors", fail)
+        with pytest.raises(type(error)):
+            read_adapter(folder)
 
 
 def test_text_that_is_no_description_is_refused(folder: Path) -> None:
