@@ -212,7 +212,8 @@ def merge_adapter(
     verdict: Any
     remarks: list[str] | None = [] if force_base else None
     if format == "hf":
-        verdict = merge_folder([folder], target, factor_source=FactorCache(), base=base, remarks=remarks, on_note=_warn)
+        adapters, factors = [read_adapter(folder)], FactorCache()
+        verdict = merge_folder(adapters, target, factor_source=factors, base=base, remarks=remarks, on_note=_warn)
     else:
         write: Any = export_lora if format == "lora" else export_gguf
         verdict = write(str(folder), target, rank=rank, base=base, remarks=remarks)

@@ -70,14 +70,14 @@ def options(*command: str) -> str:
 
 def json_fields() -> str:
     """Fields of the ``--json`` objects, from the dataclasses that commands return."""
-    from mirrortune.merging import in_memory
+    from mirrortune.merging import verify
     from mirrortune.runs import evaluate, prepare, results
 
     found = {
         "prepare": ([f.name for f in fields(prepare.PrepareResult)], "{}"),
         "train": (results.RunResult.SUMMARY, "{}"),
         "eval": ([f.name for f in fields(evaluate.EvaluateResult)], "{}"),
-        "merge": ([f.name for f in fields(in_memory.Verification)], "`output_dir`, `format`, `verification` with {}"),
+        "merge": ([f.name for f in fields(verify.Verification)], "`output_dir`, `format`, `verification` with {}"),
     }
     rows = (
         (f"`{name}`", form.format(", ".join(f"`{field}`" for field in names))) for name, (names, form) in found.items()

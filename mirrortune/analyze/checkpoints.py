@@ -12,7 +12,7 @@ from mirrortune.analyze.weights import AdaptedWeights, StoredWeights, Weights, l
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import find_model
 from mirrortune.system.hub import hub_errors, local_adapter, resolve_commit
-from mirrortune.system.outputs import Input, adapter_inputs, model_inputs, restore
+from mirrortune.system.outputs import restore
 from mirrortune.system.paths import PACKAGE_SCHEME, is_local, local_path, package_folder
 from mirrortune.system.tensor_files import INDEX, WHOLE, index_of
 
@@ -45,19 +45,6 @@ def open_pair(
         )  # fmt: skip
     beneath: Weights = after.base  # type: ignore[attr-defined]
     return beneath, after
-
-
-def inputs_of_targets(*names: str | None) -> list[Input]:
-    """Local files and folders that the words stand for: models, adapters with their runs, and the adapters' bases."""
-    found: list[Input] = []
-    for name in names:
-        place = model_inputs(name)
-        adapter = find_adapter(str(place[0].path)) if place else None
-        if adapter is None:
-            found += place
-        else:
-            found += [*adapter_inputs([adapter]), *model_inputs(read_adapter(adapter).base.get("name"))]
-    return found
 
 
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:

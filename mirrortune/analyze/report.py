@@ -16,9 +16,9 @@ from mirrortune.analyze.spectra.summary import Analysed, Group
 from mirrortune.analyze.spectra.verdict import BUDGETS
 from mirrortune.errors import ConfigError
 from mirrortune.reports import html
-from mirrortune.reports.drawing import svg_for_page, write_figures
+from mirrortune.reports.drawing import write_figures
 from mirrortune.reports.html import Html
-from mirrortune.reports.tables import sparkline, text_table
+from mirrortune.reports.tables import Table, sparkline
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import FIGURES, Input, Marker, check_place, read_marker, write_marker
 
@@ -30,8 +30,7 @@ _GROUPS = ("top", "tail")
 def terminal_lines(analysis: Analysis) -> list[str]:
     """The summary for a terminal, at most about 120 columns wide."""
     lines = [f"{analysis.base} -> {analysis.tuned}", "", *analysis.verdict, ""]
-    groups = {**analysis.by_kind, "all": analysis.overall}
-    lines += text_table(["kind", *_GROUP_HEAD], [[name, *_group_row(g)] for name, g in groups.items()])
+    lines += _group_table(analysis).lines()
     depths = {d: g for d, g in analysis.by_depth.items() if d != "outside"}
     if len(depths) > 1:
         lines += ["", *_depth_lines(depths)]
@@ -41,9 +40,8 @@ def terminal_lines(analysis: Analysis) -> list[str]:
             lines += [f"  {_holds(claim.holds)}: {claim.text} ({_percent(claim.agreeing)} of matrices)",
                       f"      {claim.evidence}"]  # fmt: skip
     if analysis.curves:
-        head, rows = _method_rows(analysis)
         lines += ["", "How much of the change each method could have made at most, by trained numbers:"]
-        lines += text_table(head, rows)
+        lines += _method_table(analysis).lines()
     return [*lines, *_left_out(analysis)]
 
 
@@ -86,7 +84,6 @@ def _check_figures(folder: Path) -> None:
 
 def html_page(analysis: Analysis, command: str) -> str:
     """The page's text."""
-    groups = {**analysis.by_kind, "all": analysis.overall}
     parts = [html.box(analysis.verdict)]
     if analysis.claims:
         parts += [
@@ -95,21 +92,17 @@ def html_page(analysis: Analysis, command: str) -> str:
                 "The four findings of “Weight Spectra Induced Efficient Model Adaptation” (arXiv 2505.23099). A "
                 "finding holds if it is true of at least three quarters of the matrices; the criteria are ours."
             ),
-            html.table(
+            Table(
                 ("finding", "here", "of matrices", "numbers", "counts as true of a matrix if"),
                 [(c.text, _holds(c.holds), _percent(c.agreeing), c.evidence, c.criterion) for c in analysis.claims],
                 is_text=True,
-            ),
+            ).html(),
         ]
-    parts += [
-        html.heading("By kind"),
-        html.table(("kind", *_GROUP_HEAD), [(name, *_group_row(g)) for name, g in groups.items()], caption=_NOTE),
-    ]
+    parts += [html.heading("By kind"), _group_table(analysis).html()]
     for drawing in drawings(analysis):
-        parts.append(html.figure(svg_for_page(drawing), drawing.caption, width=drawing.size[0]))
+        parts.append(html.figure(drawing))
         if drawing.name == "captured_by_method":
-            head, rows = _method_rows(analysis)
-            parts.append(html.table(head, rows, caption="The same in numbers: the best at up to so many numbers."))
+            parts.append(_method_table(analysis).html())
     parts += [html.heading("Every matrix"), _matrix_table(analysis.matrices), *_page_notes(analysis, command)]
     title = f"What changed from {analysis.base} to {analysis.tuned}"
     return html.page(title, f"mirrortune analyze {__version__}", *parts)
@@ -121,6 +114,11 @@ _NOTE = (
     "the top singular vectors. Stable rank: of the change. × chance: energy of the change in the base's top directions "
     "against a change without preference. New dir.: directions along which the base did less than half."
 )
+
+
+def _group_table(analysis: Analysis) -> Table:
+    groups = {**analysis.by_kind, "all": analysis.overall}
+    return Table(("kind", *_GROUP_HEAD), [(name, *_group_row(g)) for name, g in groups.items()], _NOTE)
 
 
 def _group_row(group: Group) -> list[str]:
@@ -155,7 +153,7 @@ def _depth_lines(depths: dict[str, Group]) -> list[str]:
     return lines
 
 
-def _method_rows(analysis: Analysis) -> tuple[list[str], list[list[str]]]:
+def _method_table(analysis: Analysis) -> Table:
     """Methods by what they capture at each budget, in percent; and the size that captures 90%."""
     budgets = [share * analysis.num_weights for share in BUDGETS]
     head = [
@@ -175,7 +173,7 @@ def _method_rows(analysis: Analysis) -> tuple[list[str], list[list[str]]]:
             f"{min(enough):,}" if enough else "never",
         ])  # fmt: skip
     order = sorted(rows, key=lambda row: [-float(v) if v != "-" else 0.0 for v in row[-3:0:-1]])
-    return head, order
+    return Table(head, order, "The same in numbers: the best at up to so many numbers.")
 
 
 def _matrix_table(matrices: Sequence[Analysed]) -> Html:
@@ -195,7 +193,7 @@ def _matrix_table(matrices: Sequence[Analysed]) -> Html:
             _number(sum(turned) / len(turned)), _number(c.delta["stable_rank"]), f"{c.delta['rank_90']:.0f}",
             _number(c.delta["effective_rank"]), c.crossings, c.num_new, _number(100 * c.outside),
         ])  # fmt: skip
-    return html.details(f"{len(rows)} matrices", html.table(head, rows))
+    return html.details(f"{len(rows)} matrices", Table(head, rows).html())
 
 
 def _page_notes(analysis: Analysis, command: str) -> list[Html]:
@@ -209,7 +207,7 @@ def _page_notes(analysis: Analysis, command: str) -> list[Html]:
             "change."
         ),
         *[html.paragraph(line) for line in _left_out(analysis)],
-        Html(f'<p class="soft"><code>{html.escape(command)}</code></p>'),
+        html.command(command),
     ]
 
 

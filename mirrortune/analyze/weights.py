@@ -27,7 +27,7 @@ from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.peft_bridge.options import CHOOSE_LAYERS, first_line, objection
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.merging.in_memory import is_model_class
+from mirrortune.merging.bases import is_model_class
 from mirrortune.models.load import DTYPES, ModelSource, load_model, resolve_dtype
 from mirrortune.models.tensors import match_names
 

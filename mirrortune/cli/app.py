@@ -210,12 +210,12 @@ def evaluate(
         reporter.note(named)
     trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
     is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
-    from mirrortune.analyze import checkpoints  # noqa: PLC0415
+    from mirrortune.merging import bases  # noqa: PLC0415
     from mirrortune.runs import evaluate as evaluation  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
 
     file = local_path(predictions) if predictions else None
-    inputs = [*inputs_of(resolved), *checkpoints.inputs_of_targets(target)] if file else []
+    inputs = [*inputs_of(resolved), *bases.inputs_of_targets(target)] if file else []
     result = evaluation.evaluate(
         target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
         overwrite=overwrite, force_base=force_base,

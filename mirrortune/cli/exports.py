@@ -45,13 +45,13 @@ def merge(
     output_dir = str(local_path(output_dir))
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size, "--max-shard-size")
     from mirrortune.merging import gguf, lora  # noqa: PLC0415
-    from mirrortune.merging import push as sharing  # noqa: PLC0415
+    from mirrortune.merging import write as merging  # noqa: PLC0415
 
     where: dict[str, Any] = {"base": base, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     verdict: Any
     if format == "hf":
         more: dict[str, Any] = {"max_shard_bytes": shard_bytes, "force_base": force_base}
-        verdict = sharing.merge(targets, reporter, output_dir=output_dir, **more, **where)
+        verdict = merging.merge(targets, reporter, output_dir=output_dir, **more, **where)
     else:
         write: Any = lora.export_lora if format == "lora" else gguf.export_gguf
         remarks: list[str] | None = [] if force_base else None
@@ -96,14 +96,14 @@ def _check_for_lora(targets: list[str], max_shard_size: str | None) -> None:
 
 
 def _merge_lines(verdict: Any, output_dir: str) -> list[str]:
-    from mirrortune.merging import gguf, in_memory, lora  # noqa: PLC0415
+    from mirrortune.merging import gguf, lora, verify  # noqa: PLC0415
 
-    if isinstance(verdict, in_memory.Verification):
-        said = f"merged into {output_dir}, verified: {in_memory.describe(verdict)}"
+    if isinstance(verdict, verify.Verification):
+        said = f"merged into {output_dir}, verified: {verdict.describe()}"
         return [said, "", f"score it: mirrortune eval {shlex.quote(output_dir)}"]
-    if isinstance(verdict, gguf.GgufExport):
-        return [f"LoRA adapter {output_dir}/{gguf.FILE}, verified: {gguf.describe(verdict)}"]
-    lines = [f"LoRA adapter in {output_dir}, verified: {lora.describe(verdict)}"]
+    if isinstance(verdict, lora.GgufExport):
+        return [f"LoRA adapter {output_dir}/{gguf.FILE}, verified: {verdict.describe()}"]
+    lines = [f"LoRA adapter in {output_dir}, verified: {verdict.describe()}"]
     if verdict.has_head:
         lines.append("its task head is loaded by PEFT, not by LoRA servers such as vLLM; for those merge plain weights")
     return lines

@@ -69,9 +69,10 @@ def analyze(
     from mirrortune.analyze import analyze as analysis  # noqa: PLC0415
     from mirrortune.analyze import checkpoints  # noqa: PLC0415
     from mirrortune.analyze import report as analysis_report  # noqa: PLC0415
+    from mirrortune.merging.bases import inputs_of_targets  # noqa: PLC0415
     from mirrortune.reports import html  # noqa: PLC0415
 
-    inputs = checkpoints.inputs_of_targets(base, tuned)
+    inputs = inputs_of_targets(base, tuned)
     with ExitStack() as held:  # before the minutes of work
         put, folder = None, None
         if output is not None:

@@ -20,7 +20,8 @@ from mirrortune.compare.significance import Sample, compare_with_reference
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import counted
 from mirrortune.reports import html
-from mirrortune.reports.drawing import Drawing, svg_for_page, write_figure
+from mirrortune.reports.drawing import Drawing, write_figure
+from mirrortune.reports.tables import Table
 from mirrortune.system.atomic import write_files_atomically
 from mirrortune.system.console import Reporter, kilobytes
 from mirrortune.system.outputs import Input
@@ -92,44 +93,37 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table of every task."""
+    """Render the tables of every task as Markdown."""
     parts = []
-    for task, found in results["tasks"].items():
-        if not found["splits"]:  # nothing has finished
-            continue
-        head, rows = _cells(found)
-        lines = [f"### {task}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows]
-        lines += ["", _caption(results, found), ""]
-        head, rows = _rates(found)
-        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows]
-        lines += ["", _rates_caption(results, found), ""]
-        parts.append("\n".join(lines))
+    for task, found in _finished(results):
+        scores, rates = _scores_table(found).markdown(has_code=True), _rates_table(found).markdown(has_code=True)
+        parts.append("\n".join([
+            f"### {task}", "", scores, "", _caption(results, found), "", rates, "", _rates_caption(results, found), "",
+        ]))  # fmt: skip
     return "\n".join(parts)
 
 
 def html_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
-    """The tables of all tasks and the figures, as one self-contained page."""
+    """Render the tables of every task and the figures as a page."""
     parts = []
-    for task, found in results["tasks"].items():
-        if found["splits"]:
-            head, rows = _cells(found)
-            caption = _caption(results, found).replace("`", "")
-            parts += [html.heading(task), html.table(head, rows), html.paragraph(caption)]
-            head, rows = _rates(found)
-            parts += [html.table(head, rows), html.paragraph(_rates_caption(results, found))]
-    parts.append(html.heading("Figures"))
-    parts += [html.figure(svg_for_page(d), d.caption, width=d.size[0]) for d in drawings]
+    for task, found in _finished(results):
+        caption = _caption(results, found).replace("`", "")
+        parts += [html.heading(task), _scores_table(found).html(), html.paragraph(caption)]
+        parts += [_rates_table(found).html(), html.paragraph(_rates_caption(results, found))]
+    parts += [html.heading("Figures"), *map(html.figure, drawings)]
     return html.page("A comparison of methods", results["command"], *parts)
 
 
-def _cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The heading and the rows of a task's table."""
+def _finished(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the tasks in which a run has finished."""
+    return [(task, found) for task, found in results["tasks"].items() if found["splits"]]
+
+
+def _scores_table(found: dict[str, Any]) -> Table:
     splits, reference = found["splits"], found["reference"]
     head = ["method", "lr", *[f"{found['metric']}, {s}" for s in splits], f"against {reference}, {splits[-1]}",
             "trained numbers", "adapter", "step", "peak memory"]  # fmt: skip
-    return head, [_row(label, m, found, splits) for label, m in found["methods"].items() if m["seeds"]]
+    return Table(head, [_row(label, m, found, splits) for label, m in found["methods"].items() if m["seeds"]])
 
 
 def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequence[str]) -> list[str]:
@@ -154,8 +148,7 @@ def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequ
     ]
 
 
-def _rates(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The heading and the rows of a task's table of learning rates."""
+def _rates_table(found: dict[str, Any]) -> Table:
     methods = {label: m["tuning"] for label, m in found["methods"].items() if m["tuning"]}
     rates = sorted({rate for tuning in methods.values() for rate in tuning}, key=float)
     rows = []
@@ -171,7 +164,7 @@ def _rates(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 mark = " *" if chosen is not None and f"{chosen:g}" == rate else ""
                 cells.append(f"{_score(tuning[rate]['score'], found)} ({tuning[rate]['loss']:.3f}){mark}")
         rows.append([label, *cells])
-    return ["method, by learning rate", *rates], rows
+    return Table(["method, by learning rate", *rates], rows)
 
 
 def _rates_caption(results: dict[str, Any], found: dict[str, Any]) -> str:

@@ -1,31 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter of a quantised base is merged into: its dequantised weights, or the model in full precision."""
+"""Find and load the base model that an adapter is merged into: its own, another copy of it, or, for an adapter trained
+on a quantised base, the dequantised or the full-precision weights.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from mirrortune.adapters.files.adapter_file import AdapterFile
-from mirrortune.models.load import ModelSource, find_model, load_model
+from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
+from mirrortune.adapters.files.find import find_adapter
+from mirrortune.adapters.files.load import load_into
+from mirrortune.adapters.inject import FactorSource
+from mirrortune.errors import ConfigError
+from mirrortune.merging.verify import Probes
+from mirrortune.models.load import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.models.quantized import dequantise
+from mirrortune.system.devices import widen
+from mirrortune.system.outputs import Input, adapter_inputs, model_inputs
+from mirrortune.tasks.base import Task, task_from_dict
+from mirrortune.tasks.probes import find_processors, probes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedAdapter:
+    """An adapter and its base in memory.
+
+    Attributes:
+        adapter: as read from its file.
+        source: of the base.
+        adapted: the base with the adapter, in the dtype it was trained in; in evaluation mode.
+        pad_token_id: of the base's tokenizer, if it has one.
+        probes: inputs of the model's forward pass for comparisons, or candidates for them.
+    """
+
+    adapter: AdapterFile
+    source: ModelSource
+    adapted: nn.Module
+    pad_token_id: int | None
+    probes: Probes
+
+    def load_plain(self, *, as_trained: bool = False) -> nn.Module:
+        """Load the base without the adapter, in its stored dtype or in the one that the adapter was trained in."""
+        # The stored dtype may be float16, in which no CPU trains.
+        stored = resolve_dtype("auto", self.source.config, torch.device("meta"))
+        dtype = DTYPES[self.adapter.base["dtype"]] if as_trained else stored
+        fields = config_fields(self.adapter, _task_of(self.adapter))
+        return load_plain(self.source, str(self.adapter.base["auto_class"]), fields, dtype, self.pad_token_id)
+
+
+def open_adapter(
+    adapter: AdapterFile,
+    factor_source: FactorSource,
+    *,
+    base: str | None,
+    trust_remote_code: bool,
+    remarks: list[str] | None = None,
+) -> OpenedAdapter:
+    """Load an adapter's base with the adapter attached.
+
+    Args:
+        adapter: from :func:`read_adapter`.
+        factor_source: computes or caches factors.
+        base: another place of the same base model.
+        trust_remote_code: run code from the base's repository.
+        remarks: see :func:`load_adapted`.
+
+    Raises:
+        ConfigError: the base cannot be found.
+        VerificationError: another base or basis.
+    """
+    source = find_base(adapter, base, trust_remote_code=trust_remote_code)
+    packed = trained_on(adapter, source, base)
+    if packed is not None:
+        source = replace(source, load_in=None)
+    task = _task_of(adapter)
+    auto_class = str(adapter.base["auto_class"])
+    processors, _ = find_processors(task, source, auto_class)
+    pad = padding_id(processors)
+    adapted = load_adapted(adapter, source, task, pad, factor_source, remarks=remarks, is_plain=True, turned=packed)
+    found = probes(task, processors, source, auto_class)
+    return OpenedAdapter(adapter=adapter, source=source, adapted=adapted, pad_token_id=pad, probes=found)
+
+
+def load_adapted(
+    adapter: AdapterFile,
+    source: ModelSource,
+    task: Task | None,
+    pad_token_id: int | None,
+    factor_source: FactorSource,
+    *,
+    remarks: list[str] | None = None,
+    is_plain: bool = False,
+    turned: ModelSource | None = None,
+) -> nn.Module:
+    """Load a base model in the dtype that ``adapter`` was trained in and attach the adapter; in evaluation mode.
+
+    Args:
+        adapter: from :func:`read_adapter`.
+        source: of the base.
+        task: that the adapter was trained for, if any.
+        pad_token_id: of the base's tokenizer, if it has one.
+        factor_source: computes or caches factors.
+        remarks: collects what does not fit the base; None to refuse it.
+        is_plain: dequantise a quantised base.
+        turned: the quantised base that the adapter was trained on, if ``source`` holds the full-precision weights.
+    """
+    check_class(adapter)
+    dtype = DTYPES[adapter.base["dtype"]]
+    arguments = adapter.base["auto_class"], config_fields(adapter, task), dtype, pad_token_id
+    model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
+    widen(model, adapter.head)
+    original = None if turned is None else load_plain(turned, *arguments)
+    book = load_into(model, adapter, factor_source, force_base=remarks is not None, trained_on=original)
+    if remarks is not None:
+        remarks += book.remarks
+    return model.eval()
 
 
 def load_plain(source: ModelSource, *arguments: Any) -> nn.Module:
-    """The model of :func:`mirrortune.models.load.load_model`, dequantised if it is quantised."""
+    """Load a model as :func:`mirrortune.models.load.load_model` does, and dequantise it."""
     model = load_model(source, *arguments).model
-    # What is dequantised while it is loaded has plain weights, and is still marked as quantised.
+    # A model that was dequantised while loading has plain weights, and is still marked as quantised.
     return dequantise(model) if source.is_stored_packed else model
 
 
+def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool) -> ModelSource:
+    """Find the base that ``adapter`` names, or ``base``."""
+    if adapter.base.get("name") is None and base is None:
+        raise ConfigError("merge", "the adapter does not say what its base model is", fix="Name it with --model")
+    check_class(adapter)
+    return find_model(
+        base or adapter.base["name"],
+        revision=None if base else adapter.base.get("commit") or adapter.base.get("revision"),
+        trust_remote_code=trust_remote_code,
+        load_in=adapter.base.get("load_in"),
+    )
+
+
 def trained_on(adapter: AdapterFile, source: ModelSource, base: str | None) -> ModelSource | None:
-    """The quantised base of an adapter that is merged into full-precision weights elsewhere, or None.
+    """Find the quantised base of an adapter that is merged into full-precision weights elsewhere; None for any other.
 
     Args:
-        adapter: what is merged.
+        adapter: to be merged.
         source: of ``base``, or of the adapter's own base.
-        base: the place that the user names, if any.
+        base: the place that the user named, if any.
     """
     if base is None or source.load_in is not None:
         return None if base is None else source
@@ -36,9 +159,55 @@ def trained_on(adapter: AdapterFile, source: ModelSource, base: str | None) -> M
     return find_model(str(recorded), revision=revision, trust_remote_code=source.trust_remote_code)
 
 
-def in_words(adapter: AdapterFile, base: str | None) -> str:
-    """What an adapter is merged into, and what becomes of a quantised base."""
+def describe_base(adapter: AdapterFile, base: str | None) -> str:
+    """Name what an adapter is merged into, and say what happens to a quantised base."""
     name = base or str(adapter.base.get("name"))
     if base is not None or not adapter.base.get("quantised") or name.endswith(".gguf"):
         return name
     return f"{name}, dequantised (--base merges into full-precision weights instead)"
+
+
+def inputs_of_targets(*targets: str | None) -> list[Input]:
+    """List the local files and folders that are read for models, runs and adapters, and the adapters' bases."""
+    found: list[Input] = []
+    for target in targets:
+        place = model_inputs(target)
+        adapter = find_adapter(str(place[0].path)) if place else None
+        if adapter is None:
+            found += place
+        else:
+            found += [*adapter_inputs([adapter]), *model_inputs(read_adapter(adapter).base.get("name"))]
+    return found
+
+
+def padding_id(processors: Sequence[Any]) -> int | None:
+    """Return the id of the padding token of the first processor that has one."""
+    return next((found for one in processors if (found := pad_token_id(one)) is not None), None)
+
+
+def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
+    """Return the fields of the model's configuration that the adapter's task, or its recorded labels, determine."""
+    if task is not None:
+        return task.config_fields()
+    labels = {int(index): name for index, name in (adapter.base.get("id2label") or {}).items()}
+    return {"id2label": labels, "label2id": {name: index for index, name in labels.items()}} if labels else {}
+
+
+def check_class(adapter: AdapterFile) -> None:
+    """Refuse an adapter whose base is not a transformers model, or was not loaded as one."""
+    name, dtype = str(adapter.base.get("auto_class")), adapter.base.get("dtype")
+    if not is_model_class(name) or dtype not in DTYPES:
+        problem = f"its base is a '{name}' in {dtype}, which is no model that transformers loads here"
+        raise ConfigError(str(adapter.folder), problem, fix="Use it in Python, with load_adapter")
+
+
+def is_model_class(name: str) -> bool:
+    """Return whether transformers has a model, or an Auto class of models, of that name."""
+    import transformers  # noqa: PLC0415
+
+    found = getattr(transformers, name, None)
+    return isinstance(found, type) and (name.startswith("AutoModel") or issubclass(found, transformers.PreTrainedModel))
+
+
+def _task_of(adapter: AdapterFile) -> Task | None:
+    return task_from_dict(adapter.task) if adapter.task else None

@@ -41,6 +41,10 @@ Stored = dict[str, StoredTensor | LoadedTensor]
 """Tensors by the model's names."""
 
 
+Round = Callable[[Sequence[str], Tensor, torch.dtype, Callable[[], Tensor] | None], Tensor]
+"""(names, value, dtype, reader of the base's tensor) -> the value in that dtype."""
+
+
 class NotTensorByTensor(Exception):  # noqa: N818  (a way to go on, not an error)
     """The checkpoint cannot be merged by its files alone; the message says why."""
 
@@ -95,12 +99,20 @@ class MergePlan:
         return self._changed(name, current, *last)
 
     @torch.no_grad()
-    def made(self, planned: PlannedTensor) -> Tensor:
-        """A tensor to be written, rounded once."""
+    def made(self, planned: PlannedTensor, round_tensor: Round) -> Tensor:
+        """Return a tensor to be written; ``round_tensor`` rounds each of the model's tensors in it once."""
         dtype = next(dtype for dtype, code in DTYPE_CODES.items() if code == planned.code)
+
+        def rounded(name: str) -> Tensor:
+            return round_tensor([name], self.value(name), dtype, self.stored_value(name))
+
         if self.loader is not None and planned.stands_for:
-            return self.loader.made(planned, lambda name: self.value(name).to(dtype))
-        return self.value(planned.name).to(dtype)
+            return self.loader.made(planned, rounded)
+        return rounded(planned.name)
+
+    def stored_value(self, name: str) -> Callable[[], Tensor] | None:
+        """Return what reads the base's tensor ``name``; None for a tensor that no adapter changes."""
+        return functools.partial(value_of, self.stored[name]) if name in self.adapted else None
 
     def value(self, name: str) -> Tensor:
         """A tensor of the merged model, in float64 if an adapter changes it."""
@@ -193,6 +205,9 @@ def plan_merge(
     turned = None if packed is None else _stored(packed, auto_class, model, dtype, checkpoint_files(packed))[1]
     trained = _trained(adapters, names)
     adapted = _adapted(adapters, stored, names)
+    if both := trained.keys() & adapted.keys():
+        problem = f"'{min(both)}' is trained as a whole by one adapter and changed by another"
+        raise VerificationError("merge", problem, fix="Merge one of them")
     planned = _planned(model, stored, names, trained, adapted, DTYPE_CODES[dtype])
     written = _without_twins(planned, names, stored)
     return MergePlan(

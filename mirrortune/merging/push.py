@@ -1,85 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves a run: a merged model with everything that belongs beside it, and either of them on the Hub."""
+"""Push a run's adapter or a merged model to the Hub."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.find import require_adapter
-from mirrortune.errors import ResourceError, VerificationError
-from mirrortune.merging import bases
-from mirrortune.merging.in_memory import Verification
+from mirrortune.errors import VerificationError
 from mirrortune.merging.parcel import Parcel, adapter_parcel, merged_parcel, read_report
-from mirrortune.merging.write import merge_folder
 from mirrortune.reports import model_card
 from mirrortune.system.console import Reporter
 from mirrortune.system.hub import check_repository, upload
 from mirrortune.system.paths import local_path
-from mirrortune.system.run_directory import record_merge, run_of
+from mirrortune.system.run_directory import run_of
 from mirrortune.system.tensor_files import read_headers
-
-
-def merge(
-    targets: Sequence[str],
-    reporter: Reporter,
-    *,
-    output_dir: str,
-    base: str | None = None,
-    max_shard_bytes: int | None = None,
-    overwrite: bool = False,
-    force_base: bool = False,
-    trust_remote_code: bool = False,
-) -> Verification:
-    """Merge the adapters of runs (or adapter folders) into their base and write a plain, verified checkpoint.
-
-    Args:
-        targets: run directories or adapter folders, merged in this order.
-        reporter: is told.
-        output_dir: folder to make.
-        base: another place of the same base.
-        max_shard_bytes: size of the files; as in the base by default.
-        overwrite: replace an earlier merge there.
-        force_base: take a base with other weights.
-        trust_remote_code: run code from the base's repository.
-    """
-    folders = [require_adapter(target) for target in targets]
-    adapter = read_adapter(folders[-1])
-    into = bases.in_words(read_adapter(folders[0]), base)
-    reporter.note(f"merging {', '.join(map(str, folders))} into {into}")
-    run = run_of(folders[-1])
-    card = _card(folders[-1], Path(output_dir).name, is_merged=True)
-    extra = {"README.md": card or model_card.merged_card(adapter.base, adapter.spec.method, adapter.task)}
-    if run is not None:
-        extra["recipe.yaml"] = run.recipe.read_text(encoding="utf-8")
-    remarks: list[str] | None = [] if force_base else None
-    verdict = merge_folder(
-        folders,
-        Path(output_dir),
-        factor_source=FactorCache(),
-        base=base,
-        extra_files=extra,
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        remarks=remarks,
-        trust_remote_code=trust_remote_code,
-        on_note=reporter.note,
-    )
-    report = json.loads((Path(output_dir) / "merge.json").read_text(encoding="utf-8"))
-    for remark in remarks or ():
-        reporter.note(f"by force: {remark}")
-    for merged in filter(None, map(run_of, folders)):
-        try:
-            record_merge(merged, output_dir, report)
-        except ResourceError as error:  # a run on a disk that may only be read
-            reporter.note(f"warning: this merge is not recorded: {error.where} {error.problem}")
-    return verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,32 +84,11 @@ def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
     """
     adapter = read_adapter(folder)
     parcel = adapter_parcel(folder, staged, is_of_run=run_of(folder) is not None)
-    card = _card(folder, title, is_merged=False, parcel=parcel)
-    if card is None:
-        card = model_card.adapter_card(title, _described_base(parcel), adapter.spec.method)
-    parcel.write("README.md", card)
+    base = json.loads(parcel.files["adapter.json"].read_text(encoding="utf-8"))["base"]  # without local paths
+    recipe, has_curves = parcel.files.get("recipe.yaml"), "curves.png" in parcel.files
+    card = model_card.card_of_run(adapter, title, is_merged=False, base=base, recipe=recipe, has_curves=has_curves)
+    parcel.write("README.md", card or model_card.adapter_card(title, base, adapter.spec.method))
     return parcel
-
-
-def _card(folder: Path, title: str, *, is_merged: bool, parcel: Parcel | None = None) -> str | None:
-    """A card with all that the run of an adapter's folder knows, as far as ``parcel`` tells it; None for an adapter
-    without a finished run.
-    """
-    run, adapter = run_of(folder), read_adapter(folder)
-    if adapter.task is None or run is None or not run.results.is_file():
-        return None
-    files, base = ({}, adapter.base) if parcel is None else (parcel.files, _described_base(parcel))
-    known = {
-        "results": json.loads(run.results.read_text(encoding="utf-8")),
-        "environment": json.loads((run.path / "environment.json").read_text(encoding="utf-8")),
-        "recipe": files.get("recipe.yaml", run.recipe).read_text(encoding="utf-8"),
-        "curves": not is_merged and "curves.png" in files,
-    }
-    return model_card.shared_card(title, base, adapter.spec.method, adapter.task, known, is_merged=is_merged)
-
-
-def _described_base(parcel: Parcel) -> dict[str, Any]:
-    return dict(json.loads(parcel.files["adapter.json"].read_text(encoding="utf-8"))["base"])
 
 
 def _checked_report(folder: Path) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint that was merged tensor by tensor is what was planned: every tensor is read back from its file,
-and a model of them compared with base + adapter, both without more than a module in memory.
+"""Verify a merged checkpoint: its tensors against float64 references, its outputs against base + adapter, and the files
+beside the weights against those of the base.
+
+Both ways of merging, tensor by tensor (``plan.py``) and in memory (``in_memory.py``), use the classes and functions of
+this module. A tensor's error is measured when it is rounded, while its reference is in memory; reading the file back
+then has to show that the file holds exactly that tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,36 +21,168 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.adapters.files.load import stored_core
+from mirrortune.adapters.fingerprint import weight_digest
+from mirrortune.data.examples import Batch
 from mirrortune.errors import VerificationError
-from mirrortune.merging.contents import tensor_entry
-from mirrortune.merging.in_memory import OutputError, Probes, compare_outputs
 from mirrortune.merging.plan import MergePlan
 from mirrortune.models.load import find_model, resolve_dtype
 from mirrortune.models.parts import LoadedTensor, value_of
 from mirrortune.models.skeleton import read_lazily
 from mirrortune.models.tensors import aliases, part_loader
 from mirrortune.system.tensor_files import StoredTensor, read_headers, same_bytes
-from mirrortune.tasks.model_outputs import compared_outputs
+from mirrortune.tasks.drawn_inputs import first_that_runs
+from mirrortune.tasks.model_outputs import compared_outputs, largest_difference
+
+Probes = Batch | Iterable[Batch]
+"""Inputs of a model's forward pass, or candidates for them, the likeliest first."""
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Kinds of floating point numbers in safetensors files."""
+"""Floating-point dtypes by their codes in safetensors files."""
+
+_FIX = "The merged folder was not written; please report this with the model's name"
+_HELD = ("tokenizer", "processor", "extractor")  # attributes of mirrortune's readers that hold a processor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """What was written, read back.
+class Verification:
+    """The result of verifying a merged checkpoint.
 
     Attributes:
-        headers: every tensor of the files.
-        tensors: by the model's names.
+        max_abs_logit_error: largest absolute difference of an output between the reopened model and base + adapter on
+            the probes; None if no inputs are known that the model accepts.
+        max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
+        tolerance: allowed output error: 1e-4 of the largest output (of 1 if all are smaller) in float32; 8 roundings
+            if the base was trained on, or is stored, in 16 bits.
+        weight_tolerance: allowed weight error: one rounding in the stored dtype.
+        changed_tensors: number of tensors that are not adapted and yet differ from the base.
+        passed: whether every error is within its tolerance and no other tensor changed.
+        not_compared: why no outputs were compared; empty if they were.
+    """
+
+    max_abs_logit_error: float | None
+    max_rel_weight_error: float
+    tolerance: float
+    weight_tolerance: float
+    changed_tensors: int
+    passed: bool
+    not_compared: str = ""
+
+    def describe(self) -> str:
+        """Return the result as one line."""
+        outputs = f"outputs were not compared, the model takes no inputs that are known here ({self.not_compared})"
+        if self.max_abs_logit_error is not None:
+            outputs = f"outputs differ by at most {self.max_abs_logit_error:.1e} (allowed {self.tolerance:.1e})"
+        return (
+            f"{outputs}, weights by {self.max_rel_weight_error:.1e} (allowed {self.weight_tolerance:.1e}), "
+            f"{self.changed_tensors} other tensors changed"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputError:
+    """The difference between two models' outputs.
+
+    Attributes:
+        error: largest absolute difference; None if the outputs could not be compared.
+        tolerance: largest allowed difference.
+        reason: why they could not be compared.
+    """
+
+    error: float | None
+    tolerance: float
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class TensorLedger:
+    """The tensors of a merged checkpoint: recorded as they are rounded, compared as they are read back.
+
+    Attributes:
+        errors: for every adapted tensor what ``merge.json`` reports of it.
+        changed: number of other tensors that are not what they should be.
+    """
+
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    changed: int = 0
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def round(
+        self, names: Sequence[str], value: Tensor, dtype: torch.dtype, stored: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """Round a tensor to ``dtype`` and record it.
+
+        Args:
+            names: of the tensor in the model; tied tensors have several.
+            value: the tensor, in float64 if it is adapted.
+            dtype: of the checkpoint.
+            stored: reads the base's tensor; None for a tensor that no adapter changes.
+        """
+        rounded = value.to(dtype)
+        digest = weight_digest(rounded)
+        for name in names:
+            self._digests[name] = digest
+            if stored is not None:
+                self.errors[name] = _tensor_error(rounded, value, stored)
+        return rounded
+
+    def check(
+        self, name: str, written: Tensor, value: Callable[[], Tensor], stored: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Compare a tensor as it was read back with what was rounded, or else with ``value``.
+
+        Args:
+            name: of the tensor in the model.
+            written: the tensor as it was read back.
+            value: computes the tensor as for :meth:`round`.
+            stored: as for :meth:`round`.
+        """
+        if self._digests.get(name) == weight_digest(written):
+            return
+        if stored is None:
+            self.changed += not torch.equal(written, value().to(written.dtype))
+        else:
+            self.errors[name] = _tensor_error(written, value(), stored)
+
+    def verification(self, outputs: OutputError, dtype: torch.dtype = torch.float32) -> Verification:
+        """Combine the errors of tensors and outputs; ``dtype`` gives the tolerance if no tensor is adapted."""
+        is_same = outputs.error is None or outputs.error <= outputs.tolerance
+        errors = self.errors.values()
+        return Verification(
+            max_abs_logit_error=outputs.error,
+            max_rel_weight_error=max((e["rel_weight_error"] for e in errors), default=0.0),
+            tolerance=outputs.tolerance,
+            weight_tolerance=max((e["weight_tolerance"] for e in errors), default=torch.finfo(dtype).eps),
+            changed_tensors=self.changed,
+            passed=is_same and all(e["rel_weight_error"] <= e["weight_tolerance"] for e in errors) and not self.changed,
+            not_compared=outputs.reason,
+        )
+
+
+def _tensor_error(written: Tensor, reference: Tensor, stored: Callable[[], Tensor]) -> dict[str, float]:
+    error = float((written.double() - reference).norm())
+    found = {"rel_weight_error": error / (float(reference.norm()) or 1.0)}
+    found["weight_tolerance"] = torch.finfo(written.dtype).eps
+    if written.dtype in (torch.bfloat16, torch.float16):
+        change = float((reference - stored()).norm())
+        found["rounding_loss"] = error / change if change else 0.0  # the part of the change that 16 bits cannot hold
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenTensors:
+    """A checkpoint's tensors as they were written, by their files' headers.
+
+    Attributes:
+        headers: by the names in the files.
+        tensors: by the names in the model.
     """
 
     headers: dict[str, StoredTensor]
     tensors: Mapping[str, StoredTensor | LoadedTensor]
 
     @classmethod
-    def of(cls, folder: Path, plan: MergePlan) -> Written:
-        """The files of ``folder``; opened as the base's are, if those hold tensors otherwise than the model."""
+    def in_folder(cls, folder: Path, plan: MergePlan) -> WrittenTensors:
+        """Open the files of ``folder``, with transformers' conversions if the base needs them."""
         files = sorted(folder.glob("*.safetensors"))
         headers = read_headers(files)
         if plan.loader is None or not plan.loader.parts:
@@ -58,40 +194,80 @@ class Written:
 
 
 @torch.no_grad()
-def compare_tensors(plan: MergePlan, written: Written) -> tuple[dict[str, dict[str, float]], int]:
-    """Errors of every adapted tensor against its float64 reference, and how many others are not what they should be."""
-    found: dict[str, dict[str, float]] = {}
+def check_tensors(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger) -> None:
+    """Read back every tensor of a checkpoint that was merged tensor by tensor; the result is in ``ledger``.
+
+    Raises:
+        VerificationError: the files hold other tensors than planned.
+    """
     if odd := written.headers.keys() ^ {tensor.name for tensor in plan.planned}:
         raise VerificationError(
             "merge", f"'{min(odd)}' and {len(odd) - 1} other tensors are missing, or new, as written"
         )
-    changed = 0
+    checked: dict[str, None] = {}  # a tensor of the model may stand for several in the files
     for planned in plan.planned:
         if planned.source is not None:
-            changed += not same_bytes(written.headers[planned.name], planned.source)
+            ledger.changed += not same_bytes(written.headers[planned.name], planned.source)
             continue
         for name in planned.stands_for or (planned.name,):
-            if name in found:  # of several stored tensors, or tensors of the model
-                continue
-            own = value_of(written.tensors[name])
-            if name in plan.adapted:
-                found[name] = tensor_entry(own, plan.reference(name), partial(value_of, plan.stored[name]))
-            else:
-                changed += not torch.equal(own, plan.value(name).to(own.dtype))
-    return found, changed
+            if name not in checked:
+                checked[name] = None
+                ledger.check(name, value_of(written.tensors[name]), partial(plan.value, name), plan.stored_value(name))
+    ledger.errors = {name: ledger.errors[name] for name in checked if name in ledger.errors}  # in the files' order
 
 
-def compare_lazily(make: Callable[[], nn.Module], probes: Probes, plan: MergePlan, written: Written) -> OutputError:
-    """The outputs of the merged model and of base + adapter, of models without weights that ``make`` makes.
+def compare_models(reopened: nn.Module, adapted: nn.Module, probes: Probes) -> OutputError:
+    """Compare the outputs of a reopened merged model with those of base + adapter, both in memory."""
+    coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
+    computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
+    if stored_in == torch.float16 or computed_in == torch.float32:
+        reopened.float()  # CPUs lack float16 kernels, and the error of 16-bit arithmetic is not one of the weights
+    return compare_outputs(
+        lambda probe: compared_outputs(reopened, probe), lambda probe: compared_outputs(adapted, probe), probes,
+        tolerance=max(1e-4, 8 * coarsest),
+    )  # fmt: skip
 
-    Both read their weights module by module; the adapter runs beside its layers, as it was trained.
+
+def compare_outputs(
+    merged: Callable[[Batch], Tensor], adapted: Callable[[Batch], Tensor], probes: Probes, *, tolerance: float
+) -> OutputError:
+    """Compare the outputs of two models on the same inputs.
+
+    Args:
+        merged: computes the outputs (N,) of a plain transformers model, which therefore decides which of several
+            candidates are valid inputs.
+        adapted: computes those of base + adapter.
+        probes: inputs, or candidates for them.
+        tolerance: allowed error, relative to the largest output (to 1 if all are smaller).
+    """
+    found = (probes, merged(probes)) if isinstance(probes, dict) else first_that_runs(probes, merged)
+    if isinstance(found, str):
+        return OutputError(error=None, tolerance=tolerance, reason=found)
+    probe, outputs = found
+    expected = adapted(probe)
+    finite = expected[torch.isfinite(expected)]
+    largest = max(1.0, float(finite.abs().max())) if len(finite) else 1.0
+    return OutputError(error=largest_difference(outputs, expected), tolerance=tolerance * largest)
+
+
+def compare_lazily(
+    make: Callable[[], nn.Module], probes: Probes, plan: MergePlan, written: WrittenTensors
+) -> OutputError:
+    """Compare the outputs of the merged model with those of base + adapter, with one module's weights in memory at a
+    time.
+
+    Args:
+        make: builds the model without weights.
+        probes: inputs, or candidates for them.
+        plan: of the merge.
+        written: tensors of the merged model. The adapter runs beside its layers, as it was trained.
     """
     model = make()
     names = aliases(model)
     held = written.tensors.values()
     stored_in = max((FLOATS[t.code] for t in held if t.code in FLOATS), key=lambda d: torch.finfo(d).eps)
     trained_in = plan.trained_in
-    # Not every layer computes in float16 on a CPU, and 16-bit arithmetic is no error of the weights.
+    # CPUs lack float16 kernels for some layers, and the error of 16-bit arithmetic is not one of the weights.
     computed_in = (
         torch.float32 if torch.float16 in (stored_in, trained_in) or trained_in == torch.float32 else stored_in
     )
@@ -118,12 +294,12 @@ def _base_with_adapters(model: nn.Module, plan: MergePlan, dtype: torch.dtype) -
         if adapter.peft_config is not None:
             beside.add(name)
             if name.endswith("weight"):
-                module.register_forward_hook(_tuned(plan, name, adapter, layers[0]))
+                module.register_forward_hook(_peft_hook(plan, name, adapter, layers[0]))
             continue
         if others or len(layers) > 1 or type(module) is not nn.Linear or adapter.layouts[layers[0]].rows:
-            continue  # read as it is merged
+            continue  # read in its merged form
         beside.add(name)
-        module.register_forward_hook(_branch(plan, name, adapter, layers[0]))
+        module.register_forward_hook(_branch_hook(plan, name, adapter, layers[0]))
 
     def read(name: str) -> Tensor:
         if name in plan.trained:
@@ -136,8 +312,8 @@ def _base_with_adapters(model: nn.Module, plan: MergePlan, dtype: torch.dtype) -
     return read_lazily(model, read)
 
 
-def _tuned(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
-    """A hook by which PEFT's layer answers in the place of a linear layer."""
+def _peft_hook(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
+    """Return a forward hook that replaces a linear layer's output by that of PEFT's layer."""
 
     def answer(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Any:
         return plan.tuned_layer(name, adapter, layer)[0].module(*given)
@@ -145,8 +321,8 @@ def _tuned(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
     return answer
 
 
-def _branch(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
-    """A hook that adds U (K - diag(S)) Vh x to a linear layer's output, in float32."""
+def _branch_hook(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
+    """Return a forward hook that adds U (K - diag(S)) Vh x to a linear layer's output, in float32."""
 
     def add(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -158,3 +334,83 @@ def _branch(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any
             return output + (product if beside is None else product + beside).to(output.dtype)
 
     return add
+
+
+def check_ties(reopened: nn.Module, model: nn.Module) -> None:
+    """Check that the same names share a tensor in a reopened model as in ``model``.
+
+    Raises:
+        VerificationError: with the first name that does not.
+    """
+    found, expected = aliases(reopened), aliases(model)
+    for name, own in expected.items():
+        if sorted(found.get(name, ())) != sorted(own):
+            raise VerificationError(
+                name, f"it is tied to {found.get(name, ())} as reopened", allowed=str(own), fix=_FIX
+            )
+
+
+def check_contents(
+    folder: Path, model: nn.Module, processors: Sequence[Any], *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Reopen with transformers the files beside the weights in ``folder`` and compare them with the model's own.
+
+    Args:
+        folder: the merged checkpoint.
+        model: the merged model, or one of its configuration.
+        processors: tokenizer, image processor or feature extractor of the base, or mirrortune's readers around them.
+        trust_remote_code: run code that the configuration names, as the user allowed for the base.
+
+    Returns:
+        The ``contents`` of ``merge.json``.
+
+    Raises:
+        VerificationError: a file is missing or differs.
+    """
+    from transformers import AutoConfig, GenerationConfig  # noqa: PLC0415
+
+    wanted: Any = model.config
+    report: dict[str, Any] = {}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _require(_labels(config), _labels(wanted), "id2label in config.json")
+    _require(
+        getattr(config, "problem_type", None), getattr(wanted, "problem_type", None), "problem_type in config.json"
+    )
+    report["labels"] = len(getattr(config, "id2label", None) or ())
+    can_generate: Any = getattr(model, "can_generate", lambda: False)
+    if can_generate():
+        _require((folder / "generation_config.json").is_file(), True, "generation_config.json")  # noqa: FBT003
+        report["generation_config"] = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    report |= {"processor": None, "chat_template": False}
+    for processor in processors:
+        inner = next((getattr(processor, key) for key in _HELD if hasattr(processor, key)), processor)
+        again, name = type(inner).from_pretrained(folder), type(inner).__name__
+        for key, own in _processor_state(inner).items():
+            _require(_processor_state(again)[key], own, f"the {name}'s {key}")
+        report["processor"] = f"{report['processor']}, {name}" if report["processor"] else name
+        report["chat_template"] |= bool(getattr(again, "chat_template", None))
+    return report
+
+
+def _labels(config: Any) -> dict[int, str] | None:
+    """Return the labels of a configuration; None for default names, whose number some model classes change."""
+    labels = getattr(config, "id2label", None) or {}
+    is_default = all(name == f"LABEL_{index}" for index, name in labels.items())
+    return None if is_default else labels
+
+
+def _processor_state(processor: Any) -> dict[str, Any]:
+    if hasattr(processor, "get_vocab"):
+        text = "It was a GREAT film,  wasn't it? 2.5/5"
+        return {
+            "vocabulary": processor.get_vocab(),
+            "chat template": getattr(processor, "chat_template", None),
+            "special tokens": dict(processor.special_tokens_map),
+            "tokens": processor(text)["input_ids"],
+        }
+    return dict(processor.to_dict())
+
+
+def _require(found: object, expected: object, what: str) -> None:
+    if found != expected:
+        raise VerificationError(what, f"got {str(found)[:200]} as reopened", allowed=str(expected)[:200], fix=_FIX)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a merged checkpoint as a folder, and believes nothing until it has read back what it wrote.
+"""Merge adapters into their base and write a verified checkpoint of plain weights.
 
-Tensor by tensor where it can be: the memory of the largest tensor suffices (of the largest layer of experts, where
-transformers stacks them), and what no adapter changes is copied byte by byte. Otherwise (GGUF, pickles, a model's own
-code, tuners of PEFT on other layers than linear ones) as a model in memory. Either way under a temporary name, renamed
-once it is verified.
+A merge runs tensor by tensor where the base's files allow it: it needs the memory of the largest tensor (of the largest
+layer of experts, where transformers stacks them) and copies what no adapter changes byte by byte. Otherwise (GGUF,
+pickles, remote code, PEFT tuners of layers other than linear ones) it loads the whole model. Either way the folder has
+a temporary name until it is verified.
 """
 
 from __future__ import annotations
@@ -20,48 +20,175 @@ import torch
 from torch import nn
 
 from mirrortune import __version__
+from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
+from mirrortune.adapters.files.find import require_adapter
 from mirrortune.adapters.inject import FactorSource
-from mirrortune.errors import ConfigError, not_as_meant
-from mirrortune.merging.bases import trained_on
-from mirrortune.merging.contents import check_contents, check_ties
-from mirrortune.merging.in_memory import (
-    OutputError,
-    Probes,
-    Verification,
-    compare_models,
+from mirrortune.errors import ConfigError, ResourceError, not_as_meant
+from mirrortune.merging import in_memory
+from mirrortune.merging.bases import (
     config_fields,
-    describe,
+    describe_base,
     find_base,
-    judge,
     load_adapted,
-    merged_state,
     open_adapter,
     padding_id,
-    verify,
+    trained_on,
 )
 from mirrortune.merging.plan import MergePlan, NotTensorByTensor, plan_merge
-from mirrortune.merging.verify import FLOATS, Written, compare_lazily, compare_tensors
+from mirrortune.merging.verify import (
+    FLOATS,
+    OutputError,
+    Probes,
+    TensorLedger,
+    Verification,
+    WrittenTensors,
+    check_contents,
+    check_tensors,
+    check_ties,
+    compare_lazily,
+    compare_models,
+)
 from mirrortune.models.load import DTYPES, ModelSource, find_model, resolve_dtype, shard_bytes
 from mirrortune.models.parts import CannotLoadParts
 from mirrortune.models.quantized import is_quantised
 from mirrortune.models.skeleton import outline
+from mirrortune.reports import model_card
+from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import MERGED, Write, adapter_inputs, model_inputs, output_folder
+from mirrortune.system.run_directory import record_merge, run_of
 from mirrortune.system.tensor_files import shard_like, write_shards
 from mirrortune.tasks.base import Task, task_from_dict
 from mirrortune.tasks.probes import find_processors, probes
 
 LARGE = 2**30
-"""Bytes of weights above which the models that are compared read theirs module by module."""
+"""Bytes of weights above which the compared models read theirs module by module."""
 
 
-def _ignore(_: str) -> None:
-    """Drop a note."""
+def merge(
+    targets: Sequence[str],
+    reporter: Reporter,
+    *,
+    output_dir: str,
+    base: str | None = None,
+    max_shard_bytes: int | None = None,
+    overwrite: bool = False,
+    force_base: bool = False,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Merge the adapters of runs (or adapter folders) into their base, with a model card and the recipe.
+
+    Args:
+        targets: run directories or adapter folders, merged in this order.
+        reporter: prints notes.
+        output_dir: folder to make.
+        base: another place of the same base.
+        max_shard_bytes: size of the files; as in the base by default.
+        overwrite: replace an earlier merge there.
+        force_base: accept a base with other weights.
+        trust_remote_code: run code from the base's repository.
+    """
+    adapters = [read_adapter(require_adapter(target)) for target in targets]
+    folders, last = [adapter.folder for adapter in adapters], adapters[-1]
+    reporter.note(f"merging {', '.join(map(str, folders))} into {describe_base(adapters[0], base)}")
+    run = run_of(last.folder)
+    card = model_card.card_of_run(last, Path(output_dir).name, is_merged=True)
+    extra = {"README.md": card or model_card.merged_card(last.base, last.spec.method, last.task)}
+    if run is not None:
+        extra["recipe.yaml"] = run.recipe.read_text(encoding="utf-8")
+    remarks: list[str] | None = [] if force_base else None
+    verdict = merge_folder(
+        adapters, Path(output_dir), factor_source=FactorCache(), base=base, extra_files=extra,
+        max_shard_bytes=max_shard_bytes, overwrite=overwrite, remarks=remarks, trust_remote_code=trust_remote_code,
+        on_note=reporter.note,
+    )  # fmt: skip
+    report = json.loads((Path(output_dir) / "merge.json").read_text(encoding="utf-8"))
+    for remark in remarks or ():
+        reporter.note(f"by force: {remark}")
+    for merged in filter(None, map(run_of, folders)):
+        try:
+            record_merge(merged, output_dir, report)
+        except ResourceError as error:  # a run on a read-only disk
+            reporter.note(f"warning: this merge is not recorded: {error.where} {error.problem}")
+    return verdict
+
+
+def merge_folder(
+    adapters: Sequence[AdapterFile],
+    output_dir: Path,
+    *,
+    factor_source: FactorSource,
+    base: str | None = None,
+    extra_files: dict[str, str] | None = None,
+    max_shard_bytes: int | None = None,
+    overwrite: bool = False,
+    remarks: list[str] | None = None,
+    trust_remote_code: bool = False,
+    on_note: Callable[[str], None] = lambda _: None,
+) -> Verification:
+    """Merge adapters into their base and write a complete checkpoint to ``output_dir``.
+
+    Args:
+        adapters: from :func:`read_adapter`; several are merged in order (``plan.py``).
+        output_dir: a new or empty folder, or any earlier merge with ``overwrite``.
+        factor_source: computes or caches factors.
+        base: another place of the (first) adapter's base model; its weights are compared all the same.
+        extra_files: texts to put beside the weights, by file name.
+        max_shard_bytes: size of the files; as in the base by default.
+        overwrite: replace ``output_dir``.
+        remarks: collects what does not fit the base, for ``merge.json`` too; None to refuse it.
+        trust_remote_code: run code from the base's repository.
+        on_note: called with what the user should know: files that the base lacks, a merge of the whole model in memory.
+
+    Raises:
+        ConfigError: ``output_dir`` is not empty, the base cannot be found, or the adapters contradict each other.
+        VerificationError: another base or basis, or a result out of tolerance (which is removed).
+    """
+    first, last = adapters[0], adapters[-1]
+    inputs = [*adapter_inputs([a.folder for a in adapters]), *model_inputs(base or first.base.get("name"))]
+    with output_folder(output_dir, inputs, MERGED, overwrite=overwrite) as put:
+        source = find_base(first, base, trust_remote_code=trust_remote_code)
+        task = task_from_dict(last.task) if last.task else None
+        processors, missing = find_processors(task, source, str(last.base["auto_class"]))
+        if missing:
+            kinds = " and no ".join(missing)
+            on_note(f"the base has no {kinds}, so none is written; add it to {output_dir} for whoever uses the model")
+        return _write_merged(
+            put, output_dir, extra_files or {},
+            _Merge(
+                adapters=adapters, source=source, base=base, task=task, processors=processors, factors=factor_source,
+                max_shard_bytes=max_shard_bytes, remarks=remarks, on_note=on_note,
+            ),
+        )  # fmt: skip
+
+
+def _write_merged(
+    put: Callable[[Write], None], output_dir: Path, extra_files: dict[str, str], merge: _Merge
+) -> Verification:
+    found: list[Verification] = []
+
+    def write(folder: Path) -> None:
+        report: dict[str, Any] = {"mirrortune_version": __version__, "base": merge.adapters[0].base}
+        verdict = _merge(merge, folder, report)
+        for name, text in extra_files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        found.append(verdict)
+        if merge.remarks is not None:  # weights are read, and remarked on, several times
+            merge.remarks[:] = dict.fromkeys(merge.remarks)
+        report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
+        made = [p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_file()]
+        report["files"] = sorted([*made, "merge.json"])
+        (folder / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if not verdict.passed:
+            raise not_as_meant(output_dir, f"the merged model differs from base + adapter: {verdict.describe()}")
+
+    put(write)
+    return found[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Merge:
-    """What both ways of merging need."""
+    """A merge: what to merge into what."""
 
     adapters: Sequence[AdapterFile]
     source: ModelSource
@@ -75,17 +202,17 @@ class _Merge:
 
     @property
     def packed(self) -> ModelSource | None:
-        """Of the quantised model whose weights the adapter turns, where it is merged into full ones."""
+        """The quantised base that the adapter was trained on, if it is merged into full-precision weights."""
         return trained_on(self.adapters[0], self.source, self.base) if len(self.adapters) == 1 else None
 
     @property
     def into(self) -> ModelSource:
-        """Of the weights that the adapters are merged into."""
+        """The base that the adapters are merged into."""
         return self.source if self.packed is None else replace(self.source, load_in=None)
 
     @property
     def is_quantised(self) -> bool:
-        """Whether an adapter was trained on packed weights."""
+        """Whether an adapter was trained on quantised weights."""
         return self.source.is_stored_packed or any(adapter.base.get("quantised") for adapter in self.adapters)
 
     @property
@@ -93,95 +220,13 @@ class _Merge:
         return str(self.adapters[-1].base["auto_class"])
 
     def outline(self) -> nn.Module:
-        """The merged model without weights."""
+        """Build the merged model without weights."""
         fields = config_fields(self.adapters[-1], self.task)
         return outline(self.source, self.auto_class, fields, padding_id(self.processors))
 
     def probes(self) -> Probes:
-        """Inputs on which the merged model is compared."""
+        """Return the inputs on which the merged model is compared."""
         return probes(self.task, self.processors, self.source, self.auto_class)
-
-
-def merge_folder(
-    adapter_folders: Sequence[Path],
-    output_dir: Path,
-    *,
-    factor_source: FactorSource,
-    base: str | None = None,
-    extra_files: dict[str, str] | None = None,
-    max_shard_bytes: int | None = None,
-    overwrite: bool = False,
-    remarks: list[str] | None = None,
-    trust_remote_code: bool = False,
-    on_note: Callable[[str], None] = _ignore,
-) -> Verification:
-    """Merge adapters into their base and write a complete checkpoint to ``output_dir``.
-
-    Args:
-        adapter_folders: what train or save_adapter wrote; several are merged in order (``merge_plan.py``).
-        output_dir: a new or empty folder, or any earlier merge with ``overwrite``.
-        factor_source: computes or remembers factors.
-        base: another place of the (first) adapter's base model; its weights are compared all the same.
-        extra_files: texts to put beside the weights, by file name.
-        max_shard_bytes: size of the files; as in the base by default.
-        overwrite: replace ``output_dir``.
-        remarks: what does not fit the base is noted here, and in ``merge.json``; None to refuse it.
-        trust_remote_code: run code from the base's repository.
-        on_note: called with what the user should know: files that the base lacks, a merge of the whole model in memory.
-
-    Raises:
-        ConfigError: ``output_dir`` is not empty, the base cannot be found, or the adapters contradict each other.
-        VerificationError: another base or basis, or a result out of tolerance (which is removed).
-    """
-    adapters = [read_adapter(folder) for folder in adapter_folders]
-    inputs = [*adapter_inputs(adapter_folders), *model_inputs(base or adapters[0].base.get("name"))]
-    with output_folder(output_dir, inputs, MERGED, overwrite=overwrite) as put:
-        return _merge_into(
-            output_dir, put, adapters, base, factor_source, extra_files or {}, max_shard_bytes=max_shard_bytes,
-            remarks=remarks, on_note=on_note, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-
-
-def _merge_into(
-    output_dir: Path,
-    put: Callable[[Write], None],
-    adapters: Sequence[AdapterFile],
-    base: str | None,
-    factor_source: FactorSource,
-    extra_files: dict[str, str],
-    *,
-    max_shard_bytes: int | None,
-    remarks: list[str] | None,
-    on_note: Callable[[str], None],
-    trust_remote_code: bool,
-) -> Verification:
-    source = find_base(adapters[0], base, trust_remote_code=trust_remote_code)
-    task = task_from_dict(adapters[-1].task) if adapters[-1].task else None
-    processors, missing = find_processors(task, source, str(adapters[-1].base["auto_class"]))
-    if missing:
-        kinds = " and no ".join(missing)
-        on_note(f"the base has no {kinds}, so none is written; add it to {output_dir} for whoever uses the model")
-    merge = _Merge(
-        adapters=adapters, source=source, base=base, task=task, processors=processors, factors=factor_source,
-        max_shard_bytes=max_shard_bytes, remarks=remarks, on_note=on_note,
-    )  # fmt: skip
-    found: list[Verification] = []
-
-    def write(folder: Path) -> None:
-        report: dict[str, Any] = {"mirrortune_version": __version__, "base": adapters[0].base}
-        verdict = _merge(merge, folder, report)
-        for name, text in extra_files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        found.append(verdict)
-        report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
-        made = [p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_file()]
-        report["files"] = sorted([*made, "merge.json"])
-        (folder / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        if not verdict.passed:
-            raise not_as_meant(output_dir, f"the merged model differs from base + adapter: {describe(verdict)}")
-
-    put(write)
-    return found[0]
 
 
 def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
@@ -201,7 +246,7 @@ def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a way of merging that was given up has written."""
+    """Remove what a merge by tensors wrote before it was given up."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -210,7 +255,7 @@ def _empty(folder: Path) -> None:
 
 
 def _size(merge: _Merge) -> str:
-    """What merging in memory takes: the base with the adapter and without it, and the merged model as reopened."""
+    """Describe the memory of a merge in memory: the base with and without the adapter, and the reopened model."""
     numbers = sum(p.numel() for p in merge.outline().parameters())
     stored = resolve_dtype("auto", merge.source.config, torch.device("meta"))
     trained_in = DTYPES[merge.adapters[0].base["dtype"]]
@@ -218,23 +263,21 @@ def _size(merge: _Merge) -> str:
 
 
 def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
-    adapter = merge.adapters[0]
     opened = open_adapter(
-        adapter, merge.factors, base=merge.base, trust_remote_code=merge.source.trust_remote_code,
+        merge.adapters[0], merge.factors, base=merge.base, trust_remote_code=merge.source.trust_remote_code,
         remarks=merge.remarks,
     )  # fmt: skip
-    save: Any = opened.plain.save_pretrained
+    plain, ledger, trusted = opened.load_plain(), TensorLedger(), merge.source.trust_remote_code
+    save: Any = plain.save_pretrained
     size = merge.max_shard_bytes or shard_bytes(merge.source)
-    save(folder, state_dict=merged_state(opened.plain, opened.adapted), max_shard_size=size)
+    save(folder, state_dict=in_memory.merged_state(plain, opened.adapted, ledger), max_shard_size=size)
     for processor in merge.processors:
         processor.save_pretrained(folder)
-    trusted = merge.source.trust_remote_code
-    report["contents"] = check_contents(folder, opened.plain, merge.processors, trust_remote_code=trusted)
-    report["tensors"] = {}
-    return verify(
-        folder, opened.plain, opened.adapted, merge.auto_class, merge.probes(), entries=report["tensors"],
-        trust_remote_code=trusted,
-    )  # fmt: skip
+    report["contents"] = check_contents(folder, plain, merge.processors, trust_remote_code=trusted)
+    report["tensors"] = ledger.errors
+    return in_memory.verify(
+        folder, plain, opened.adapted, merge.auto_class, merge.probes(), ledger, trust_remote_code=trusted
+    )
 
 
 def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
@@ -242,31 +285,29 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
         raise NotTensorByTensor("the model's own code says how its weights are loaded")
     if merge.source.gguf_file or (merge.is_quantised and len(merge.adapters) > 1):
         raise NotTensorByTensor("the base is quantised")
-    model = merge.outline()
+    model, ledger = merge.outline(), TensorLedger()
     plan = plan_merge(merge.into, model, merge.adapters, merge.factors, merge.remarks, merge.packed)
-    write_shards(folder, shard_like(plan.planned, plan.files, merge.max_shard_bytes), plan.made)
+    shards = shard_like(plan.planned, plan.files, merge.max_shard_bytes)
+    write_shards(folder, shards, lambda planned: plan.made(planned, ledger.round))
     _save_configuration(folder, model, merge.source, plan)
     for processor in merge.processors:
         processor.save_pretrained(folder)
     report["contents"] = check_contents(folder, model, merge.processors)
     check_ties(outline(find_model(str(folder)), merge.auto_class, {}, None), model)
-    written = Written.of(folder, plan)
-    tensors, changed = compare_tensors(plan, written)
-    report["tensors"] = tensors
+    written = WrittenTensors.in_folder(folder, plan)
+    check_tensors(plan, written, ledger)
+    report["tensors"] = ledger.errors
     is_large = sum(t.nbytes for t in written.headers.values()) > LARGE or len(merge.adapters) > 1
     outputs = (
         compare_lazily(merge.outline, merge.probes(), plan, written)
         if is_large or merge.is_quantised
         else _compare_loaded(merge, folder)
     )
-    epsilon = max((t["weight_tolerance"] for t in tensors.values()), default=torch.finfo(torch.float32).eps)
-    beyond = sum(t["rel_weight_error"] > t["weight_tolerance"] for t in tensors.values())
-    error = max((t["rel_weight_error"] for t in tensors.values()), default=0.0)
-    return judge(outputs, weight_error=error, weight_tolerance=epsilon, changed_tensors=changed + beyond)
+    return ledger.verification(outputs)
 
 
 def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, plan: MergePlan) -> None:
-    """``config.json``, and ``generation_config.json`` for a model that writes, as transformers saves them."""
+    """Save ``config.json``, and ``generation_config.json`` for a generative model, as transformers saves them."""
     from transformers import GenerationConfig  # noqa: PLC0415
 
     config: Any = model.config

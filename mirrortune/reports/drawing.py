@@ -65,7 +65,7 @@ def write_figure(drawing: Drawing, path: Path) -> None:
     data = _render(drawing, kind)
     if kind == "svg":
         data = _coloured(data.decode(), _ON_PAPER).encode()
-    write_atomically(path, lambda p: _write(p, data))
+    write_atomically(path, lambda file: file.write_bytes(data))
 
 
 def write_figures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
@@ -171,7 +171,3 @@ def _coloured(svg: str, colours: dict[str, str]) -> str:
     for placeholder, colour in colours.items():
         svg = svg.replace(placeholder, colour)
     return svg
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-contained HTML pages: one file, no script, nothing fetched; light or dark as the reader's system, and printable.
 
-Every text that is put into a page goes through :func:`escape` here; what is marked :class:`Html` was made here.
+:func:`escape` is the only way for a text into a page; markup has the type :class:`Html`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NewType
 
 from mirrortune import __version__
 from mirrortune.errors import ConfigError
+from mirrortune.reports.drawing import Drawing, svg_for_page
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import Input, check_file
@@ -51,12 +52,12 @@ details { margin: .75rem 0; } summary { cursor: pointer; color: var(--mark); }
 
 
 def escape(text: object) -> Html:
-    """``text`` as markup that shows it."""
+    """Escape ``text``."""
     return Html(html.escape(str(text)))
 
 
 def page(title: str, subtitle: str, *parts: Html) -> str:
-    """A whole document."""
+    """Build a whole document."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -77,38 +78,34 @@ def page(title: str, subtitle: str, *parts: Html) -> str:
 
 
 def heading(text: str) -> Html:
-    """A section's heading."""
+    """Build the heading of a section."""
     return Html(f"<h2>{escape(text)}</h2>")
 
 
 def paragraph(text: str) -> Html:
-    """Plain text."""
+    """Build a paragraph of plain text."""
     return Html(f"<p>{escape(text)}</p>")
 
 
 def box(lines: Sequence[str]) -> Html:
-    """What matters most."""
+    """Build a highlighted box with a paragraph for each line."""
     return Html('<div class="box">' + "".join(f"<p>{escape(line)}</p>" for line in lines) + "</div>")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], *, caption: str = "", is_text: bool = False) -> Html:
-    """A table; the first column is a name, the others are numbers unless ``is_text``."""
-    shown = f"<caption>{escape(caption)}</caption>" if caption else ""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    kind = ' class="left"' if is_text else ""
-    return Html(
-        f'<div class="wide"><table{kind}>{shown}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+def command(text: str) -> Html:
+    """Build a paragraph with a command line."""
+    return Html(f'<p class="soft"><code>{escape(text)}</code></p>')
 
 
-def figure(svg: str, caption: str, *, width: float) -> Html:
-    """An SVG element with its caption, at most ``width`` inches wide."""
-    return Html(f'<figure style="--width: {width * 96:.0f}px">{svg}<figcaption>{escape(caption)}</figcaption></figure>')
+def figure(drawing: Drawing) -> Html:
+    """Build a figure with its caption, at most as wide as the drawing."""
+    svg, width = svg_for_page(drawing), drawing.size[0] * 96
+    caption = escape(drawing.caption)
+    return Html(f'<figure style="--width: {width:.0f}px">{svg}<figcaption>{caption}</figcaption></figure>')
 
 
 def details(summary: str, *parts: Html) -> Html:
-    """What is folded away until it is wanted."""
+    """Build a section that is folded until the reader opens it."""
     return Html(f"<details><summary>{escape(summary)}</summary>{''.join(parts)}</details>")
 
 
@@ -117,8 +114,8 @@ def page_output(path: Path, inputs: Sequence[Input], where: str = "-o") -> Itera
     """Claim the file of a page while the block runs, and yield the function that writes its text.
 
     Raises:
-        ConfigError: no place for a file (:func:`mirrortune.system.outputs.check_file`), a file that is no page of ours,
-            or another process writes there.
+        ConfigError: the path cannot hold a file (:func:`mirrortune.system.outputs.check_file`), holds a file that
+            mirrortune did not write, or another process writes there.
     """
 
     def check() -> None:
@@ -138,9 +135,5 @@ def page_output(path: Path, inputs: Sequence[Input], where: str = "-o") -> Itera
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page whole or not at all."""
-    write_atomically(path, lambda p: _write(p, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    """Write a page atomically."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))

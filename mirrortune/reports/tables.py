@@ -1,34 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small tables and sparklines as lines of text, the same on a terminal and in a log."""
+"""Tables for a terminal, for Markdown and for a page, and sparklines."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
+
+from mirrortune.reports.html import Html, escape
 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned columns without borders: the first to the left, the others, numbers, to the right. Headings break at
-    spaces.
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table whose first column holds names.
+
+    Attributes:
+        head: headings of the columns.
+        rows: their cells.
+        caption: shown in a page only.
+        is_text: align the other columns to the left in a page; numbers are aligned to the right.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
-    for place, name in enumerate(head):
-        table.add_column(name.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    written = io.StringIO()
-    Console(file=written, width=1000, color_system=None, markup=False, highlight=False).print(table)
-    return [line.rstrip() for line in written.getvalue().splitlines()]
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    caption: str = ""
+    is_text: bool = False
+
+    def lines(self) -> list[str]:
+        """Render aligned columns without borders as lines of text, the same for a terminal and a log. Headings break at
+        spaces.
+        """
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
+        for place, name in enumerate(self.head):
+            table.add_column(name.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*map(str, row))
+        written = io.StringIO()
+        Console(file=written, width=1000, color_system=None, markup=False, highlight=False).print(table)
+        return [line.rstrip() for line in written.getvalue().splitlines()]
+
+    def markdown(self, *, has_code: bool = False) -> str:
+        """Render as Markdown, with the first column as code if ``has_code``."""
+        rows = [[f"`{row[0]}`", *row[1:]] if has_code else row for row in self.rows]
+        lines = ["| " + " | ".join(map(str, row)) + " |" for row in (self.head, *rows)]
+        return "\n".join([lines[0], "|" + "---|" * len(self.head), *lines[1:]])
+
+    def html(self) -> Html:
+        """Render as a part of a page."""
+        shown = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.head)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
+        kind = ' class="left"' if self.is_text else ""
+        return Html(
+            f'<div class="wide"><table{kind}>{shown}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """One bar a value, from zero (or the smallest, if that is negative) to the largest."""
+    """Draw one bar a value, from zero (or the smallest, if that is negative) to the largest."""
     low = min(0.0, *values) if values else 0.0
     span = (max(values, default=0.0) - low) or 1.0
     return "".join(_BARS[min(len(_BARS) - 1, int((v - low) / span * len(_BARS)))] for v in values)

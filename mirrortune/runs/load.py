@@ -20,7 +20,7 @@ from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import Target, Targets, complete_targets
 from mirrortune.data.dataset import DataSet
 from mirrortune.errors import ConfigError
-from mirrortune.merging.in_memory import load_adapted
+from mirrortune.merging.bases import load_adapted
 from mirrortune.models.load import (
     DTYPES,
     describe_widening,

@@ -26,7 +26,7 @@ PARTIAL, _REPLACED = ".partial", ".replaced"
 _LEFTOVER = re.compile(rf"\.(.+?)(?:\.[a-z0-9_]+{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], *, optional: bool = False) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, optional: bool = False) -> None:
     """Call ``write`` with a temporary file's path beside ``path`` and rename it to ``path``.
 
     Args:

@@ -141,12 +141,12 @@ def test_several_runs_go_on_one_page(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_every_axis_has_a_label(runs: Runs) -> None:
+    from mirrortune.reports.finished_run import FinishedRun
     from mirrortune.reports.run_figures import run_drawings
-    from mirrortune.reports.run_page import _Run
     from mirrortune.system.run_directory import RunDirectory
 
     for run in (runs.mirror, runs.number):
-        for drawing in run_drawings([_Run(RunDirectory(run)).history]):
+        for drawing in run_drawings([FinishedRun(RunDirectory(run)).history]):
             assert_axes_are_labelled(drawing)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import mirrortune
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.merging.gguf import describe, export_gguf
+from mirrortune.merging.gguf import export_gguf
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer
 from tests.unit.merging.test_in_memory import write_trained
@@ -78,7 +78,7 @@ def test_a_smaller_rank_says_what_it_leaves_out(tmp_path: Path) -> None:
     verdict = export_gguf(str(tmp_path / "adapter"), tmp_path / "gguf", rank=4)
     assert verdict.passed
     assert verdict.max_rel_delta_error > 1e-2
-    assert "truncated" in describe(verdict)
+    assert "truncated" in verdict.describe()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import AdapterSpec, attach, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.merging.in_memory import OutputError, Verification, judge, merged_state, verify
+from mirrortune.merging.in_memory import merged_state, verify
+from mirrortune.merging.verify import OutputError, TensorLedger, Verification
 from mirrortune.merging.write import merge_folder
 from mirrortune.models.load import find_model, load_model, load_tokenizer
 from mirrortune.tasks.base import task_to_dict
@@ -58,7 +59,7 @@ def write_trained(base: Path, folder: Path, spec: AdapterSpec, *, dtype: torch.d
 
 def merge(adapter: Path, target: Path, **options: Any) -> Verification:
     """Merge with factors from the cache."""
-    return merge_folder([adapter], target, factor_source=FactorCache(), **options)
+    return merge_folder([read_adapter(adapter)], target, factor_source=FactorCache(), **options)
 
 
 def reopen(folder: Path) -> nn.Module:
@@ -200,12 +201,13 @@ class Merged:
         source = find_model(str(base))
         self.probe = text_probe(load_tokenizer(source), source.config)
         self.plain = load_model(source, self.task.auto_class, self.task.config_fields(), torch.float32, 0).model
-        self.state = merged_state(self.plain, self.adapted)
+        self.ledger = TensorLedger()
+        self.state = merged_state(self.plain, self.adapted, self.ledger)
 
     def verify(self) -> Verification:
         """Write the state and verify what was written."""
         self.plain.save_pretrained(self.folder, state_dict=self.state)
-        return verify(self.folder, self.plain, self.adapted, self.task.auto_class, self.probe)
+        return verify(self.folder, self.plain, self.adapted, self.task.auto_class, self.probe, self.ledger)
 
 
 @pytest.fixture
@@ -265,7 +267,7 @@ def test_delta_weights_do_not_depend_on_the_driver(tiny_model_dir: Path, tmp_pat
         return Factors(U=-found.U, S=found.S, Vh=-found.Vh)
 
     merge(tmp_path / "adapter", tmp_path / "a")
-    merge_folder([tmp_path / "adapter"], tmp_path / "b", factor_source=flipped)
+    merge_folder([read_adapter(tmp_path / "adapter")], tmp_path / "b", factor_source=flipped)
     a, b = (reopen(tmp_path / name).state_dict() for name in ("a", "b"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -298,7 +300,6 @@ def test_weights_alone_are_compared_where_no_inputs_are_known(
     from transformers import AutoModel
 
     import mirrortune
-    from mirrortune.merging.in_memory import describe
 
     model = mirrortune.attach(AutoModel.from_pretrained(tiny_model_dir))
     for index, layer in enumerate(spectral_layers(model).values()):
@@ -310,7 +311,7 @@ def test_weights_alone_are_compared_where_no_inputs_are_known(
     assert verdict.passed
     assert verdict.max_abs_logit_error is None
     assert "IndexError" in verdict.not_compared
-    assert "outputs were not compared" in describe(verdict)
+    assert "outputs were not compared" in verdict.describe()
     assert json.loads((tmp_path / "merged" / "merge.json").read_text())["verification"]["max_abs_logit_error"] is None
-    assert not judge(OutputError(error=None, tolerance=1e-4), weight_error=1e-3, weight_tolerance=1e-7,
-                     changed_tensors=0).passed  # fmt: skip
+    ledger = TensorLedger(errors={"weight": {"rel_weight_error": 1e-3, "weight_tolerance": 1e-7}})
+    assert not ledger.verification(OutputError(error=None, tolerance=1e-4)).passed

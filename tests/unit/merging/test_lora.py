@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import mirrortune
 from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError
-from mirrortune.merging.lora import LoraExport, describe, export_lora
+from mirrortune.merging.lora import LoraExport, export_lora
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, tiny_roberta, tiny_tokenizer
 from tests.tiny_runs import logits
@@ -74,7 +74,7 @@ def test_a_smaller_rank_is_the_best_there_is(tiny_model_dir: Path, tmp_path: Pat
         values = torch.linalg.svdvals(layer.delta_weight())  # Eckart and Young
         worst = max(worst, float(values[rank:].norm() / values.norm()))
     assert verdict.max_rel_delta_error == pytest.approx(worst, abs=1e-6)
-    assert "truncated" in describe(verdict)
+    assert "truncated" in verdict.describe()
     written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     stored = {t.shape[0] for name, t in written.items() if "lora_A" in name}
     assert stored == {verdict.rank} <= {8, 32}
@@ -178,10 +178,10 @@ def test_what_is_no_lora_is_refused(
 
 
 def test_a_rank_that_no_server_takes_is_refused_with_what_512_would_lose(tmp_path: Path) -> None:
-    from mirrortune.merging.lora import Change, choose_ranks
+    from mirrortune.merging.lora import LowRankChange, choose_ranks
 
     values = torch.linspace(2, 1, 600, dtype=torch.float64)
-    change = Change(torch.eye(600, dtype=torch.float64), values, torch.eye(600, dtype=torch.float64))
+    change = LowRankChange(torch.eye(600, dtype=torch.float64), values, torch.eye(600, dtype=torch.float64))
     lost = float(values[512:].norm() / values.norm())
     with pytest.raises(ConfigError, match=f"rank 600.*--rank 512 keeps.*{lost:.1e}") as caught:
         choose_ranks(None, change.rank, {"layer": change})

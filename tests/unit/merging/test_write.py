@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import mirrortune
 from mirrortune.adapters.factor_cache import FactorCache
-from mirrortune.adapters.files.adapter_file import write_adapter
+from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.inject import AdapterSpec, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.merging import plan
 from mirrortune.merging import write as module
-from mirrortune.merging.in_memory import Verification
+from mirrortune.merging.verify import Verification
 from mirrortune.models.parts import CannotLoadParts, PartLoader
 from tests.peft_methods import move, tiny_spec
 from tests.spectral import relative, train_a_little
@@ -34,7 +35,7 @@ INPUTS = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(
 
 def merge(*adapters: Path, to: Path, **options: Any) -> Verification:
     """Merge with factors from the cache."""
-    return module.merge_folder(adapters, to, factor_source=FactorCache(), **options)
+    return module.merge_folder([read_adapter(a) for a in adapters], to, factor_source=FactorCache(), **options)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -169,6 +170,34 @@ def test_adapters_in_sequence_are_merged_in_sequence(tmp_path: Path) -> None:
     assert relative(answers(once), answers(second)) <= 1e-5
     with pytest.raises(VerificationError, match="the base weight is not the one"):
         merge(tmp_path / "two", tmp_path / "one", to=tmp_path / "backwards", base=str(base))
+
+
+@pytest.mark.parametrize("order", [("full", "mirror"), ("mirror", "full")])
+def test_a_weight_trained_whole_by_one_adapter_and_changed_by_another_is_refused(
+    tmp_path: Path, order: tuple[str, str]
+) -> None:
+    base = write_causal(tmp_path / "base")
+    for method in order:
+        adapt(base, tmp_path / method, method=method, target_modules="q_proj")
+    with pytest.raises(VerificationError, match=r"q_proj\.weight' is trained as a whole by one adapter and changed"):
+        merge(*(tmp_path / method for method in order), to=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])  # Mixtral's experts are stored one by one and loaded stacked
+def test_each_reference_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    base = write_causal(tmp_path / "base", family=family, **({"num_local_experts": 2} if family == "Mixtral" else {}))
+    adapt(base, tmp_path / "adapter", rank=4)
+    found: list[str] = []
+    factors = plan.trained_factors
+
+    def counted(adapter: Any, layer: str, *args: Any, **kwargs: Any) -> Any:
+        found.append(layer)
+        return factors(adapter, layer, *args, **kwargs)
+
+    monkeypatch.setattr(plan, "trained_factors", counted)
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged").passed
+    assert len(found) == len({*found}) == len(report_of(tmp_path / "merged")["tensors"])
 
 
 def test_two_heads_of_one_base_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

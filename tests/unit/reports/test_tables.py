@@ -3,17 +3,28 @@
 
 from __future__ import annotations
 
-from mirrortune.reports.tables import sparkline, text_table
+from mirrortune.reports.tables import Table, sparkline
 
 
 def test_columns_are_aligned_and_headings_break() -> None:
-    assert text_table(["kind", "change %", "x"], [["query [bold]", "1.5", "3"], ["key", "10", "-"]]) == [
+    assert Table(["kind", "change %", "x"], [["query [bold]", "1.5", 3], ["key", "10", "-"]]).lines() == [
         "              change",
         "kind               %  x",
         "───────────────────────",
         "query [bold]     1.5  3",
         "key               10  -",
     ]
+
+
+def test_a_table_is_the_same_in_markdown_and_in_a_page() -> None:
+    table = Table(["name", "a"], [["<x>", 1], ["y", "-"]], "By name.")
+    assert table.markdown() == "| name | a |\n|---|---|\n| <x> | 1 |\n| y | - |"
+    assert table.markdown(has_code=True).endswith("| `<x>` | 1 |\n| `y` | - |")
+    assert table.html() == (
+        '<div class="wide"><table><caption>By name.</caption>'
+        '<thead><tr><th scope="col">name</th><th scope="col">a</th></tr></thead>'
+        "<tbody><tr><td>&lt;x&gt;</td><td>1</td></tr><tr><td>y</td><td>-</td></tr></tbody></table></div>"
+    )
 
 
 def test_a_sparkline_starts_at_zero() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mirrortune.config import recipe
-from mirrortune.merging import push
+from mirrortune.merging import write
 from mirrortune.runs.evaluate import evaluate
 from mirrortune.runs.train import train
 from mirrortune.system.console import Reporter
@@ -55,7 +55,7 @@ def test_a_bfloat16_run_is_trained_scored_and_merged(tiny_model_dir: Path, tmp_p
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     assert {t.dtype for n, t in tensors.items() if n.startswith(("core.", "param."))} == {torch.float32}
     assert evaluate(str(tmp_path / "run"), resolved.recipe, quiet).metrics == trained.metrics
-    assert push.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged")).passed
+    assert write.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged")).passed
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from mirrortune.adapters.svd import factorize
 from mirrortune.adapters.targets import find_targets
 from mirrortune.config import recipe
 from mirrortune.errors import ConfigError
-from mirrortune.merging import push
+from mirrortune.merging import write
 from mirrortune.runs.evaluate import evaluate
 from mirrortune.runs.train import train
 from mirrortune.system.console import Reporter
@@ -121,7 +121,7 @@ def test_a_run_keeps_its_pairs_and_a_resumed_run_uses_them(tiny_model_dir: Path,
     assert any(p.tolist() != [[k, len(p) * 2 - 1 - k] for k in range(len(p))] for p in pairs.values())
     scored = evaluate(str(tmp_path / "run"), resolved.recipe, quiet)
     assert scored.metrics["accuracy"] == train(resolved, quiet, recipe_name=None, resume=True).metrics["accuracy"]
-    verdict = push.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged"))
+    verdict = write.merge([str(tmp_path / "run")], quiet, output_dir=str(tmp_path / "merged"))
     assert verdict.passed
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""merge_contents: a merged folder that lacks anything of what belongs beside its weights is refused."""
+"""What verification refuses: files beside the weights that are missing or differ, ties, tensors of another value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mirrortune.errors import VerificationError
-from mirrortune.merging.contents import check_contents, check_ties
+from mirrortune.merging.verify import check_contents, check_ties
 from tests.tiny_models import tiny_causal, write_tiny_causal
 
 

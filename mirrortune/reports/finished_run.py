@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a finished run's directory: the one source of its page, its curves and its model card."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mirrortune.config.recipe import flatten, read_saved_recipe
+from mirrortune.errors import ConfigError
+from mirrortune.reports.run_figures import History
+from mirrortune.system.console import describe_metrics, kilobytes, significant
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.system.run_status import describe_status
+
+
+class FinishedRun:
+    """A finished run.
+
+    Args:
+        run: its directory.
+
+    Attributes:
+        name: of the directory.
+        results: content of ``results.json``.
+        environment: content of ``environment.json``; empty if there is none.
+
+    Raises:
+        ConfigError: the directory holds no finished run, or a damaged file.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.directory, self.name = run, run.path.name
+        if not run.recipe.is_file() or not run.results.is_file():
+            problem = "this run has not finished" if run.recipe.is_file() else "it is no run directory"
+            if how := describe_status(run):
+                problem = f"{problem}: {how}"
+            raise ConfigError(str(run.path), problem, fix="Give a folder that train has finished")
+        self.results = _read_json(run.results)
+        self.environment = _read_json(run.path / "environment.json")
+
+    @cached_property
+    def validation(self) -> dict[str, Any]:
+        """Content of ``validation.json``: answers, lengths, classes, angles."""
+        return _read_json(self.directory.validation)
+
+    @cached_property
+    def merge(self) -> dict[str, Any]:
+        """Report of the run's last merge; empty if there is none."""
+        return _read_json(self.directory.path / "reports" / "merge.json")
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the recipe, by dotted key."""
+        return flatten(read_saved_recipe(self.directory.recipe))
+
+    @property
+    def history(self) -> History:
+        """Logs and validation answers, for figures."""
+        return History(
+            name=self.name, metric=self.results["selection_metric"], events=self.directory.events(),
+            progress=self.directory.progress(), validation=self.validation,
+        )  # fmt: skip
+
+    def summary(self) -> dict[str, str]:
+        """Return the results as texts, by name."""
+        r = self.results
+        per_second = r.get("tokens_per_second")
+        tokens = "" if per_second is None else f", {significant(per_second)} tokens per second"
+        return {
+            "method": str(self.settings["adapter.method"]),
+            "validation": describe_metrics(r["metrics"]),
+            **({"before training": describe_metrics(r["metrics_before"])} if r.get("metrics_before") else {}),
+            **{f"{split} (reported)": describe_metrics(m) for split, m in (r.get("reported") or {}).items()},
+            "kept after step": f"{r['best_step']:,}",
+            "trained numbers": f"{r['trainable_parameters']:,}"
+            + (f", and {r['head_parameters']:,} of the head" if r["head_parameters"] else ""),
+            "adapter": kilobytes(r["adapter_bytes"]),
+            "training": f"{r['train_seconds']:,.0f} s, {significant(r['samples_per_second'])} rows per second{tokens}",
+            "peak memory": f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(str(path), f"damaged ({error})", fix="Restore the run directory") from error
+    return found if isinstance(found, dict) else {}
