@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mirrortune.analyze.matrices import Matrix, Pairing, pair_matrices
-from mirrortune.analyze.spectra.spectra import compare
+from mirrortune.analyze.spectra.spectra import compare_matrices
 from mirrortune.analyze.spectra.summary import Analysed, Curve, Group, by, changed, curves, name_kinds, summarise
 from mirrortune.analyze.spectra.verdict import Claim, claims, verdict
 from mirrortune.analyze.weights import Weights
@@ -107,7 +107,7 @@ def analyse(
         try:
             before, after = matrix.read(base, matrix.base), matrix.read(tuned, matrix.tuned)
             energy = float(before.double().square().sum())
-            comparison = compare(before, after, top_k=top_k, name=matrix.name)
+            comparison = compare_matrices(before, after, top_k=top_k, name=matrix.name)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise

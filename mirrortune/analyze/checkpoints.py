@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the words BASE and TUNED mean: a folder, a Hub id, a file, one of our runs, an adapter of ours or of PEFT's."""
+"""Open the checkpoints to compare: a folder, a Hub id, a file, a run, an adapter of mirrortune or PEFT."""
 
 from __future__ import annotations
 
@@ -20,35 +20,34 @@ from mirrortune.system.tensor_files import INDEX, WHOLE, index_of
 def open_pair(
     base: str, tuned: str | None, base_revision: str | None, tuned_revision: str | None
 ) -> tuple[Weights, Weights]:
-    """Both sides of a comparison; nothing but headers and small files is read.
+    """Open both sides of a comparison; reads nothing but headers and small files.
 
     Args:
-        base: the word for what was there before; for a lone adapter, the adapter.
-        tuned: the word for what came of it; None for an adapter, whose base is known.
+        base: the checkpoint before fine-tuning; or an adapter, if ``tuned`` is None.
+        tuned: the checkpoint after fine-tuning; None for an adapter, which names its base.
         base_revision: of a Hub repository.
         tuned_revision: of a Hub repository.
 
     Raises:
         ConfigError: no such place, or nothing in it that can be compared.
-        HubError: whatever the Hub refused.
+        HubError: the Hub refused something.
         VerificationError: a damaged adapter.
     """
     if tuned is not None:
         before = open_weights(base, base_revision)
-        # The base that was named stands under the adapter, unless it is an adapter itself.
-        return before, open_weights(tuned, tuned_revision, before if isinstance(before, StoredWeights) else None)
+        # The named base is put under the adapter, unless it is an adapter itself.
+        return before, open_weights(tuned, tuned_revision, before if before.base is None else None)
     after = open_weights(base, base_revision)
-    if isinstance(after, StoredWeights):
+    if after.base is None:
         raise ConfigError(
             base, "it is no adapter, so it does not say what it was made from",
             fix="Give both: mirrortune analyze BASE TUNED",
         )  # fmt: skip
-    beneath: Weights = after.base  # type: ignore[attr-defined]
-    return beneath, after
+    return after.base, after
 
 
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
-    """The weights that ``name`` means; an adapter is put on ``beneath``, or on the base that it names itself."""
+    """Open the weights at ``name``; an adapter is put on ``beneath``, or on the base that it names itself."""
     restore(local_path(name))
     if not is_local(name):
         return _open_hub(name, revision, beneath)

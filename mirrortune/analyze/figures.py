@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from mirrortune.analyze.analyze import Analysis
-from mirrortune.analyze.spectra.spectra import Comparison
+from mirrortune.analyze.spectra.spectra import MatrixComparison
 from mirrortune.analyze.spectra.summary import SHARES, Analysed, by, mean_turn, top_energy
 from mirrortune.reports.drawing import COLOURS, DASHES, MARKERS, Drawing, heat_map, legend_beside, tidy
 from mirrortune.reports.run_figures import angle_drawing
@@ -34,11 +34,11 @@ def drawings(analysis: Analysis) -> list[Drawing]:
     return [found for make in makers if (found := make(analysis)) is not None]
 
 
-def _compared(matrices: Sequence[Analysed]) -> list[tuple[Analysed, Comparison]]:
+def _compared(matrices: Sequence[Analysed]) -> list[tuple[Analysed, MatrixComparison]]:
     return [(m, m.comparison) for m in matrices if m.comparison is not None]
 
 
-def _kinds(analysis: Analysis) -> dict[str, list[tuple[Analysed, Comparison]]]:
+def _kinds(analysis: Analysis) -> dict[str, list[tuple[Analysed, MatrixComparison]]]:
     """Changed matrices by kind, those of many layers first."""
     groups = {kind: _compared(part) for kind, part in by(analysis.matrices, lambda m: m.kind).items()}
     known = {kind: part for kind, part in groups.items() if part}
@@ -71,7 +71,7 @@ def _shares(analysis: Analysis) -> Drawing:
     )
 
 
-_MAPS: tuple[tuple[str, Callable[[Comparison], float], bool], ...] = (
+_MAPS: tuple[tuple[str, Callable[[MatrixComparison], float], bool], ...] = (
     ("change of the norm (%)", lambda c: 100 * c.norms["relative"], False),
     ("top singular values (%)", lambda c: 100 * c.value_change.get("top", math.nan), True),
     ("tail singular values (%)", lambda c: 100 * c.value_change.get("tail", math.nan), True),
@@ -87,7 +87,7 @@ def _heat_maps(analysis: Analysis) -> Drawing | None:
     depths = sorted({m.depth for m in layered if m.depth is not None})
     if len(depths) < 2 or not _compared(layered):
         return None
-    found: dict[tuple[int | None, str], list[Comparison]] = {}
+    found: dict[tuple[int | None, str], list[MatrixComparison]] = {}
     for matrix, comparison in _compared(layered):
         found.setdefault((matrix.depth, matrix.kind), []).append(comparison)
 
@@ -123,7 +123,7 @@ def _panel_size(count: int, height: float = 2.6) -> tuple[float, float]:
     return 3.4 * columns + 0.2, height * -(-count // columns)
 
 
-def _most_changed(analysis: Analysis) -> dict[str, tuple[Analysed, Comparison]]:
+def _most_changed(analysis: Analysis) -> dict[str, tuple[Analysed, MatrixComparison]]:
     kinds = dict(list(_kinds(analysis).items())[:_MOST_PANELS])
     return {k: max(part, key=lambda item: item[1].norms["relative"] or 0.0) for k, part in kinds.items()}
 

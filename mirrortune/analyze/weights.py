@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of any checkpoint, read one matrix at a time: plain folders and Hub repositories, our runs, PEFT's
-adapters.
-
-Files are opened for each matrix and closed again: a mapping that stays open would count as memory for every page that
-was read from it.
-"""
+"""Read a checkpoint's weights one matrix at a time: plain files, or a base with an adapter of mirrortune or PEFT."""
 
 from __future__ import annotations
 
@@ -12,14 +7,15 @@ import copy
 import importlib
 import json
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.adapters.files.load import stored_core, trained_factors
@@ -28,130 +24,97 @@ from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.peft_bridge.options import CHOOSE_LAYERS, first_line, objection
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging.bases import is_model_class
+from mirrortune.merging.verify import FLOATS
 from mirrortune.models.load import DTYPES, ModelSource, load_model, resolve_dtype
 from mirrortune.models.tensors import match_names
-
-_FLOATS = ("F64", "F32", "BF16", "F16")
-
-
-class Weights(Protocol):
-    """One side of a comparison.
-
-    Attributes:
-        label: how the user named it.
-        shapes: of every floating point tensor, by name.
-        source: the model that it is of, if it has a configuration.
-    """
-
-    @property
-    def label(self) -> str:
-        """See above."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See above."""
-
-    @property
-    def source(self) -> ModelSource | None:
-        """See above."""
-
-    def read(self, name: str, part: int | None = None) -> Tensor:
-        """One tensor, or one entry of its first dimension, in its stored dtype or a wider one."""
-
-    def angles(self, name: str) -> list[float] | None:
-        """Plane angles in degrees, if it is an adapter that turns planes of this weight."""
+from mirrortune.system.tensor_files import StoredTensor, read_headers, read_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredWeights:
-    """Plain safetensors files.
+class Weights(ABC):
+    """One side of a comparison.
 
     Attributes:
-        label: see :class:`Weights`.
-        shapes: see :class:`Weights`.
-        files: the file of every tensor.
-        num_opaque: tensors of other types (integers, packed numbers), which are left out.
+        label: as the user named it.
+        shapes: of every floating-point tensor, by name.
+        source: the model that the weights belong to, if there is a configuration.
+        base: the weights under an adapter; None for a plain checkpoint.
     """
 
     label: str
     shapes: dict[str, tuple[int, ...]]
-    files: dict[str, Path]
     source: ModelSource | None = None
-    num_opaque: int = 0
+    base: Weights | None = None
 
-    @classmethod
-    def of_files(cls, label: str, paths: Iterable[Path], source: ModelSource | None = None) -> StoredWeights:
-        """The tensors of some files, from their headers.
-
-        Raises:
-            ConfigError: a file is missing or damaged, or holds nothing that can be compared.
-        """
-        shapes, files, opaque = {}, {}, 0
-        for path in paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118  (no mapping)
-                        found = file.get_slice(name)
-                        if found.get_dtype() not in _FLOATS:
-                            opaque += 1
-                            continue
-                        shapes[name], files[name] = tuple(found.get_shape()), path
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(
-                    str(path), f"missing or damaged ({error})", fix="Download or copy the checkpoint again"
-                ) from error
-        if not shapes:
-            held = f"{opaque} tensors of packed or whole numbers" if opaque else "no tensors"
-            raise ConfigError(
-                label, f"it holds {held}", allowed="float32, bfloat16, float16 or float64 weights in safetensors files",
-                fix="Dequantise it first" if opaque else "Give a checkpoint",
-            )  # fmt: skip
-        return cls(label=label, shapes=shapes, files=files, source=source, num_opaque=opaque)
-
+    @abstractmethod
     def read(self, name: str, part: int | None = None) -> Tensor:
-        """See :class:`Weights`."""
-        try:
-            with safe_open(self.files[name], framework="pt") as file:
-                found: Tensor = file.get_tensor(name) if part is None else file.get_slice(name)[part]
-                return found
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{self.files[name]}: {name}", f"cannot be read ({error})") from error
+        """Read a tensor, or one entry of its first dimension, in its stored dtype or a wider one."""
 
     def angles(self, name: str) -> list[float] | None:
-        """None: see :class:`Weights`."""
+        """Return the plane angles at a weight in degrees; None for weights that no adapter rotates in planes."""
         return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdaptedWeights:
-    """A base with one of our adapters merged into it, matrix by matrix, in float64.
+class StoredWeights(Weights):
+    """Weights in plain safetensors files.
+
+    Attributes:
+        tensors: every floating-point tensor, by name.
+    """
+
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def of_files(cls, label: str, paths: Iterable[Path], source: ModelSource | None = None) -> StoredWeights:
+        """Open files by their headers.
+
+        Raises:
+            ConfigError: a file is missing or damaged, or holds nothing that can be compared.
+        """
+        stored = {name: tensor for path in paths for name, tensor in read_headers([path]).items()}
+        tensors = {name: tensor for name, tensor in stored.items() if tensor.code in FLOATS}
+        if not tensors:
+            held = f"{len(stored)} tensors of packed or whole numbers" if stored else "no tensors"
+            raise ConfigError(
+                label, f"it holds {held}", allowed="float32, bfloat16, float16 or float64 weights in safetensors files",
+                fix="Dequantise it first" if stored else "Give a checkpoint",
+            )  # fmt: skip
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        return cls(label=label, shapes=shapes, tensors=tensors, source=source)
+
+    @override
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        stored = self.tensors[name]
+        if part is None:
+            return read_tensor(stored)
+        size = stored.nbytes // stored.shape[0]
+        return read_tensor(replace(stored, shape=stored.shape[1:], start=stored.start + part * size, nbytes=size))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedWeights(Weights):
+    """Weights of a base with one of mirrortune's adapters merged into it, matrix by matrix, in float64.
 
     Attributes:
         base: what the adapter was trained on; every adapted weight is checked against the adapter's hash of it.
         adapter: the adapter.
-        factors: computes or remembers the factors of the base.
+        factors: computes or caches the factors of the base.
         names: name in the base -> name in the adapter's model, for what the adapter changes.
     """
 
-    label: str
     base: Weights
     adapter: AdapterFile
     factors: FactorSource
     names: dict[str, str]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See :class:`Weights`."""
-        return self.base.shapes
-
-    @property
-    def source(self) -> ModelSource | None:
-        """See :class:`Weights`."""
-        return self.base.source
-
     @classmethod
     def of_adapter(cls, label: str, base: Weights, adapter: AdapterFile, factors: FactorSource) -> AdaptedWeights:
-        """The tuned side of ``adapter`` over ``base``; ConfigError if the base does not hold the adapted weights."""
+        """Put ``adapter`` on ``base``.
+
+        Raises:
+            ConfigError: the base lacks adapted weights.
+        """
         adapted = [tensor for tensors in adapter.weights.values() for tensor in tensors]
         plain = [n.removeprefix("param.") for n in adapter.tensors if n.startswith("param.")]
         names = match_names(base.shapes, [*adapted, *plain])
@@ -161,14 +124,18 @@ class AdaptedWeights:
                 base.label, f"it lacks {len(missing)} weights of the adapter, such as {missing[0]}",
                 allowed=str(adapter.base.get("name")), fix="Give the adapter's own base model",
             )  # fmt: skip
-        return cls(label=label, base=base, adapter=adapter, factors=factors, names=names)
+        return cls(
+            label=label,
+            shapes=base.shapes,
+            source=base.source,
+            base=base,
+            adapter=adapter,
+            factors=factors,
+            names=names,
+        )
 
+    @override
     def read(self, name: str, part: int | None = None) -> Tensor:
-        """See :class:`Weights`.
-
-        Raises:
-            VerificationError: the base weight is not the one that the adapter was trained on, or cannot be aligned.
-        """
         own = self.names.get(name)
         if own is None:
             return self.base.read(name, part)
@@ -189,16 +156,16 @@ class AdaptedWeights:
         return changed
 
     def _layers(self, own: str) -> list[str]:
-        """The adapted layers whose weight, or a part of it, the adapter's model calls ``own``."""
+        """Return the adapted layers whose weight, or a part of it, has the name ``own`` in the adapter's model."""
         return [layer for layer, tensors in self.adapter.weights.items() if own in tensors]
 
+    @override
     def angles(self, name: str) -> list[float] | None:
-        """Plane angles of the adapter at a weight, in degrees, or None if it turns no planes there."""
         found = []
         for layer in self._layers(self.names.get(name, "")):
             stored, layout = self.adapter.fingerprints[layer], self.adapter.layouts[layer]
             stack = (layout.count,) if layout.count > 1 else ()
-            unknown = torch.ones(*stack, stored.rank)  # angles do not depend on the strengths
+            unknown = torch.ones(*stack, stored.rank)  # angles do not depend on singular values
             angles = stored_core(self.adapter, layer, unknown).angles()
             if angles is not None:
                 found.append(angles.detach().double().rad2deg().flatten())
@@ -213,35 +180,25 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_SMALLEST_LIMIT = 1024  # a small adapter may count up to this
-# What PEFT raises for values of a file that it does not expect.
+_SMALLEST_LIMIT = 1024  # a small adapter may use numbers up to this
+# What PEFT raises for values that it does not expect in a file.
 _UNFORESEEN = (ValueError, TypeError, RuntimeError, OSError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeftWeights:
-    """See :class:`mirrortune.analyze.weights.Weights`; weights without a tuner are the base's own.
+class PeftWeights(Weights):
+    """Weights of a base with an adapter of PEFT merged into it by PEFT, in float32.
 
     Attributes:
+        base: the base's weights, also those of layers without a tuner.
         layers: the tuner layer of every base tensor that has one.
     """
 
-    label: str
     base: Weights
     layers: dict[str, Any]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """See :class:`mirrortune.analyze.weights.Weights`."""
-        return self.base.shapes
-
-    @property
-    def source(self) -> ModelSource | None:
-        """See :class:`mirrortune.analyze.weights.Weights`."""
-        return self.base.source
-
+    @override
     def read(self, name: str, part: int | None = None) -> Tensor:
-        """See :class:`mirrortune.analyze.weights.Weights`; merged by PEFT in float32."""
         layer = self.layers.get(name)
         if layer is None:
             return self.base.read(name, part)
@@ -250,13 +207,9 @@ class PeftWeights:
         weight: Tensor = merged.get_base_layer().weight.detach()
         return weight if part is None else weight[part]
 
-    def angles(self, name: str) -> list[float] | None:
-        """None: see :class:`mirrortune.analyze.weights.Weights`."""
-        return None
-
 
 def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
-    """Read an adapter that PEFT wrote.
+    """Load an adapter that PEFT wrote, onto its base.
 
     Args:
         label: how the user named it.
@@ -294,11 +247,16 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
     names = match_names(base.shapes, tuners)
     if not names:
         raise VerificationError(label, f"none of its layers is in {base.label}", fix="Give its own base model")
-    return PeftWeights(label=label, base=base, layers={ours: tuners[own] for ours, own in names.items()})
+    layers = {stored: tuners[own] for stored, own in names.items()}
+    return PeftWeights(label=label, shapes=base.shapes, source=base.source, base=base, layers=layers)
 
 
 def read_config(label: str, folder: Path) -> dict[str, Any]:
-    """What ``adapter_config.json`` of an adapter that PEFT wrote holds; ConfigError if it is damaged."""
+    """Read ``adapter_config.json`` of an adapter that PEFT wrote.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     path = folder / "adapter_config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -311,7 +269,7 @@ def read_config(label: str, folder: Path) -> dict[str, Any]:
 
 
 def _checked_config(label: str, folder: Path, base: Weights, peft: Any) -> Any:
-    """PEFT's configuration of an adapter that changes weights, and asks PEFT for nothing else."""
+    """Load PEFT's configuration of an adapter, and refuse what is more, or other, than a change of weights."""
     stored = sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
     largest = max([_SMALLEST_LIMIT, stored, *(size for shape in base.shapes.values() for size in shape)])
     try:
@@ -329,7 +287,7 @@ def _checked_config(label: str, folder: Path, base: Weights, peft: Any) -> Any:
 
 
 def _name_layers(config: Any, model: nn.Module, load: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Put the names of the layers that the adapter has tensors for in the place of patterns that choose layers."""
+    """Replace patterns that choose layers by the names of the layers that the adapter has tensors for."""
     if not (isinstance(config.target_modules, str) or any(getattr(config, key, None) for key in CHOOSE_LAYERS)):
         return
     modules = dict(model.named_modules())

@@ -255,10 +255,10 @@ def compare(
     asked = [[n, *overrides] for n in names] or [overrides]
     found = all_of(*(functools.partial(_resolve, own, task, given, reporter) for own in asked))
     labels = names or [found[0][1] or Path(found[0][0].recipe.data.path or "task").stem]
-    from mirrortune.compare.plan import make_plan  # noqa: PLC0415
+    from mirrortune.compare.grid import make_grid  # noqa: PLC0415
 
     recipes = {name: resolved.recipe for name, (resolved, _) in zip(labels, found, strict=True)}
-    plan = make_plan(
+    grid = make_grid(
         recipes,
         methods,
         seeds=seeds,
@@ -273,7 +273,7 @@ def compare(
     root = local_path(output_dir)
     results = comparison_report.compare(
         root,
-        plan,
+        grid,
         recipes,
         reporter,
         inputs=[given for resolved, _ in found for given in inputs_of(resolved)],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from mirrortune.compare.plan import slug
+from mirrortune.compare.grid import slug
 from mirrortune.reports.drawing import Drawing, legend_beside, tidy
 
 # Tol's muted set, more than a single figure of a run needs: told apart with any colour vision, and by markers in grey.

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mirrortune.compare.figures import comparison_drawings
-from mirrortune.compare.plan import Cell, Contender, Plan, Score, choose
+from mirrortune.compare.grid import Cell, Contender, Grid, Score, choose
 from mirrortune.compare.run import Comparison, comparable, comparison_folder, default_jobs
 from mirrortune.compare.significance import Sample, compare_with_reference
 from mirrortune.config.schema import Recipe
@@ -34,7 +34,7 @@ _COSTS = ("median_step_seconds", "peak_memory_bytes", "train_seconds", "pairing_
 
 def compare(
     root: Path,
-    plan: Plan,
+    grid: Grid,
     recipes: dict[str, Recipe],
     reporter: Reporter,
     *,
@@ -47,7 +47,7 @@ def compare(
 
     Args:
         root: its folder; finished runs in it are kept.
-        plan: what is compared.
+        grid: what is compared.
         recipes: of each task.
         reporter: is told.
         inputs: everything that the recipes read.
@@ -56,7 +56,7 @@ def compare(
         command: the command line, for the report.
     """
     shared = {name: comparable(recipe) for name, recipe in recipes.items()}
-    comparison = Comparison(root=root, plan=plan, recipes=shared, reporter=reporter)
+    comparison = Comparison(root=root, grid=grid, recipes=shared, reporter=reporter)
     with comparison_folder(root, inputs):
         comparison.prepare()
         try:
@@ -72,13 +72,13 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
 
     Methods whose runs are not all there are reported with the seeds they have, and without tests.
     """
-    tasks = {task: _task(comparison, task) for task in comparison.plan.tasks}
+    tasks = {task: _task(comparison, task) for task in comparison.grid.tasks}
     results = {
         "command": command,
         "environment": _environment(comparison),
-        "seeds": list(comparison.plan.seeds),
-        "tune_seeds": list(comparison.plan.tune_seeds),
-        "choose_by": comparison.plan.choose_by,
+        "seeds": list(comparison.grid.seeds),
+        "tune_seeds": list(comparison.grid.tune_seeds),
+        "choose_by": comparison.grid.choose_by,
         "tasks": tasks,
     }
     root = comparison.root
@@ -198,13 +198,13 @@ def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _task(comparison: Comparison, task: str) -> dict[str, Any]:
-    methods = {who.label: _method(comparison, task, who) for who in comparison.plan.contenders}
+    methods = {who.label: _method(comparison, task, who) for who in comparison.grid.contenders}
     finished = {label: m for label, m in methods.items() if m["seeds"]}
     any_result = next((m for m in finished.values()), None)
     metric = any_result["metric"] if any_result else ""
     splits = list(any_result["reported"]) if any_result else []
-    reference = comparison.plan.contenders[0].label
-    complete = [label for label, m in finished.items() if m["seeds"] == list(comparison.plan.seeds)]
+    reference = comparison.grid.contenders[0].label
+    complete = [label for label, m in finished.items() if m["seeds"] == list(comparison.grid.seeds)]
     tests: dict[str, list[dict[str, Any]]] = {}
     rows: dict[str, int] = {}
     for split in splits:
@@ -226,7 +226,7 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
 
 
 def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]:
-    state = choose(comparison.plan, task, who, comparison.score)
+    state = choose(comparison.grid, task, who, comparison.score)
     found: dict[str, Any] = {
         "settings": who.settings,
         "lr_key": who.lr_key,
@@ -237,7 +237,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
     }
     if state.lr is None:
         return found
-    cells = [Cell(task, who.label, state.lr, seed) for seed in comparison.plan.seeds]
+    cells = [Cell(task, who.label, state.lr, seed) for seed in comparison.grid.seeds]
     results = {cell.seed: r for cell in cells if (r := comparison.result(cell)) is not None}
     if not results:
         return found
@@ -259,7 +259,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
 
 def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Score) -> dict[str, float] | None:
     """Mean metric and loss of a learning rate's tuning runs; None if one diverged."""
-    found = [comparison.result(Cell(task, label, lr, seed)) for seed in comparison.plan.tune_seeds]
+    found = [comparison.result(Cell(task, label, lr, seed)) for seed in comparison.grid.tune_seeds]
     results = [r for r in found if r is not None]
     if not all(map(math.isfinite, score)):
         return None
@@ -295,9 +295,9 @@ def _num_rows(samples: dict[str, Sample]) -> int:
 
 def _histories(comparison: Comparison, task: str, label: str) -> list[list[dict[str, Any]]]:
     who = comparison.contender(label)
-    state = choose(comparison.plan, task, who, comparison.score)
+    state = choose(comparison.grid, task, who, comparison.score)
     found = []
-    for seed in comparison.plan.seeds:
+    for seed in comparison.grid.seeds:
         if state.lr is None:
             continue
         path = Cell(task, label, state.lr, seed).folder(comparison.root) / "metrics.jsonl"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mirrortune.compare.plan import Cell, Contender, Plan, Score, next_cells, slug
+from mirrortune.compare.grid import Cell, Contender, Grid, Score, next_cells, slug
 from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import Layer, read_saved_recipe, resolve, with_absolute_paths
 from mirrortune.config.schema import Recipe
@@ -55,13 +55,13 @@ class Comparison:
 
     Args:
         root: its folder.
-        plan: what is compared.
+        grid: what is compared.
         recipes: the recipe of each task.
         reporter: is told.
     """
 
     root: Path
-    plan: Plan
+    grid: Grid
     recipes: dict[str, Recipe]
     reporter: Reporter
     _running: list[subprocess.Popen[str]] = field(default_factory=list)
@@ -69,18 +69,18 @@ class Comparison:
 
     def contender(self, label: str) -> Contender:
         """The method of that label."""
-        return next(c for c in self.plan.contenders if c.label == label)
+        return next(c for c in self.grid.contenders if c.label == label)
 
     def prepare(self) -> None:
-        """Check every method on every task, read the data once, and write the plan; nothing is trained.
+        """Check every method on every task, read the data once, and write the grid; nothing is trained.
 
         Raises:
             ConfigError: all problems of all methods at once; or a folder that holds another comparison.
             DataError, HubError, ResourceError: from the data and the model.
         """
         errors = []
-        for task in self.plan.tasks:
-            for who in self.plan.contenders:
+        for task in self.grid.tasks:
+            for who in self.grid.contenders:
                 try:
                     unpack(self.cell_recipe(Cell(task, who.label, who.lrs[0], 0)))
                 except ConfigError as error:
@@ -129,7 +129,7 @@ class Comparison:
         metric = found["selection_metric"]
         sign = 1 if METRICS[metric].higher_is_better else -1
         score, loss = sign * float(found["metrics"][metric]), -float(found["metrics"]["loss"])
-        return (score, loss) if self.plan.choose_by == "score" else (loss, score)
+        return (score, loss) if self.grid.choose_by == "score" else (loss, score)
 
     def run(self, jobs: int) -> None:
         """Run every cell that is not finished, ``jobs`` at a time.
@@ -144,7 +144,7 @@ class Comparison:
             with ThreadPoolExecutor(jobs) as pool:
                 slots = list(range(jobs))
                 while not self._stopped.is_set():
-                    todo = [c for c in next_cells(self.plan, self.score) if c not in waiting.values()]
+                    todo = [c for c in next_cells(self.grid, self.score) if c not in waiting.values()]
                     if not todo and not waiting:
                         return
                     while slots and todo:
@@ -217,14 +217,14 @@ class Comparison:
         if found is None:
             return f"{name}: {'diverged' if self.has_diverged(cell) else 'stopped'}"
         metric = found["selection_metric"]
-        left = len(next_cells(self.plan, self.score))
+        left = len(next_cells(self.grid, self.score))
         return (
             f"{name}: {metric} {found['metrics'][metric]:.4f}  {found['train_seconds']:.0f} s  ({left} or more to go)"
         )
 
     def _check_folder(self) -> None:
         stored = self.root / "recipes"
-        for task in self.plan.tasks:
+        for task in self.grid.tasks:
             path = stored / f"{slug(task)}.yaml"
             if not path.is_file():
                 continue

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mirrortune.compare.plan import Cell, make_plan
+from mirrortune.compare.grid import Cell, make_grid
 from mirrortune.compare.run import Comparison
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import DataError, DivergedError, MirrortuneError
@@ -193,8 +193,8 @@ def test_an_interrupted_comparison_goes_on(compared: Compared, tmp_path: Path) -
 def test_a_cell_that_diverges_loses_whatever_else_it_says(
     compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warning: str
 ) -> None:
-    plan = make_plan({"data": Recipe()}, "mirror,none", seeds=1, tune_seeds=1, lr_grid="1e-1", extensions=0)
-    found = Comparison(tmp_path, plan, {"data": Recipe()}, Reporter())
+    grid = make_grid({"data": Recipe()}, "mirror,none", seeds=1, tune_seeds=1, lr_grid="1e-1", extensions=0)
+    found = Comparison(tmp_path, grid, {"data": Recipe()}, Reporter())
     cell = Cell("data", "mirror", 0.1, 0)
 
     def command(self: Comparison, words: list[str], slot: int, jobs: int) -> tuple[int, str]:

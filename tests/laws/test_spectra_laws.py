@@ -24,7 +24,7 @@ from mirrortune.analyze.spectra.overlaps import (
     overlaps,
     principal_angles,
 )
-from mirrortune.analyze.spectra.spectra import Comparison, compare, curve_positions
+from mirrortune.analyze.spectra.spectra import MatrixComparison, compare_matrices, curve_positions
 from mirrortune.errors import DataError
 
 
@@ -76,8 +76,8 @@ def plane_rotation(rank: int, angles: Tensor) -> Tensor:
     return R
 
 
-def must_compare(before: Tensor, after: Tensor, **settings: int) -> Comparison:
-    found = compare(before, after, **settings)
+def must_compare(before: Tensor, after: Tensor, **settings: int) -> MatrixComparison:
+    found = compare_matrices(before, after, **settings)
     assert found is not None
     return found
 
@@ -104,7 +104,7 @@ def test_scaling_of_the_top_is_amplification_and_nothing_else(weight: Weight, fa
 def test_values_that_change_places_are_followed(weight: Weight, seed: int) -> None:
     order = torch.randperm(weight.rank, generator=torch.Generator().manual_seed(seed))
     after = weight.with_values(weight.S[order])
-    found = compare(weight.matrix, after)
+    found = compare_matrices(weight.matrix, after)
     if found is None or float((weight.S[order] - weight.S).abs().max()) == 0:
         return
 
@@ -269,7 +269,7 @@ def test_sixteen_bits_and_tiny_or_empty_weights() -> None:
     W = make_weight(8, 6, 0).matrix
     half = must_compare(W.to(torch.bfloat16), (1.5 * W).to(torch.bfloat16))
     assert half.value_change["top"] == pytest.approx(0.5, abs=0.02)
-    assert compare(W, W.clone()) is None
+    assert compare_matrices(W, W.clone()) is None
     one = must_compare(torch.tensor([[2.0]]), torch.tensor([[3.0]]))
     assert one.shares["amplification"] == pytest.approx(1)
     from_nothing = must_compare(torch.zeros(5, 4), W[:5, :4])
@@ -277,7 +277,7 @@ def test_sixteen_bits_and_tiny_or_empty_weights() -> None:
     to_nothing = must_compare(W, torch.zeros(8, 6))
     assert to_nothing.shares["amplification"] == pytest.approx(1)
     with pytest.raises(DataError, match=r"layer.*NaN"):
-        compare(W, torch.full((8, 6), float("nan")), name="layer")
+        compare_matrices(W, torch.full((8, 6), float("nan")), name="layer")
 
 
 def test_a_curve_has_few_points_that_start_and_end_at_the_ends() -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a given change each method could have made: the best approximation of Delta by its core, at each size.
+"""Compute how much of a given change each method could have made: the best approximation of Delta at each size.
 
-Everything inside the base's singular basis is read from M = U^T Delta V (D, D), whose energy outside is out of reach of
-every core: ||Delta - U X V^T||^2 = ||Delta||^2 - ||M||^2 + ||M - X||^2. A method is one function in ``METHODS`` that
-gives its sizes, parameter counts and captured energies. What is computed is reachability of the weights, not what
-training with that method would find, nor what the task needs.
+Everything inside the base's singular basis is read from M = U^T Delta V (D, D). No core reaches the energy outside it:
+||Delta - U X V^T||^2 = ||Delta||^2 - ||M||^2 + ||M - X||^2. Each function in ``APPROXIMATIONS`` yields the sizes of one
+family of matrices X with their parameter counts and captured energies: what can be reached, not what training would
+find, nor what the task needs.
 
 Shapes: O out_features, I in_features, D = min(O, I), r rank, P pairs.
 """
@@ -75,15 +75,15 @@ class Approximation:
 Sized = Iterator[tuple[int, int, float]]
 """(size, parameters, captured energy) with growing sizes."""
 
-METHODS: Registry[Callable[[Change], Sized]] = Registry("approximation")
+APPROXIMATIONS: Registry[Callable[[Change], Sized]] = Registry("approximation")
 
 
 def approximate(change: Change) -> list[Approximation]:
-    """Every method at every size that fits; methods in the order of ``METHODS``."""
+    """Every method at every size that fits; methods in the order of ``APPROXIMATIONS``."""
     return [
         Approximation(method=name, size=size, parameters=parameters, captured=captured)
-        for name in METHODS.names()
-        for size, parameters, captured in METHODS.get(name, "approximation")(change)
+        for name in APPROXIMATIONS.names()
+        for size, parameters, captured in APPROXIMATIONS.get(name, "approximation")(change)
     ]
 
 
@@ -94,14 +94,14 @@ def sizes(limit: int, largest: int | None = None) -> list[int]:
     return [*found, stop]
 
 
-@METHODS.register("scale")
+@APPROXIMATIONS.register("scale")
 def scale(change: Change) -> Sized:
     """Singular values of the top k directions: the diagonal of M, k numbers. At k = D the same as plain SVFT."""
     captured = (change.M.diagonal() * change.is_alive).square().cumsum(0)
     yield from ((k, k, float(captured[k - 1])) for k in sizes(change.rank))
 
 
-@METHODS.register("svft banded")
+@APPROXIMATIONS.register("svft banded")
 def svft_banded(change: Change) -> Sized:
     """The diagonal of M and d diagonals on each side of it, D(2d+1) - d(d+1) numbers."""
     rank = change.rank
@@ -110,21 +110,21 @@ def svft_banded(change: Change) -> Sized:
         yield bands, rank * (2 * bands + 1) - bands * (bands + 1), captured
 
 
-@METHODS.register("lora-xs")
+@APPROXIMATIONS.register("lora-xs")
 def lora_xs(change: Change) -> Sized:
     """A free matrix between the r leading directions of both sides: the leading block of M, r^2 numbers."""
     for r in sizes(change.rank, _LARGEST_DENSE_RANK):
         yield r, r * r, float((change.is_alive[:r, None] * change.M[:r, :r]).square().sum())
 
 
-@METHODS.register("lora")
+@APPROXIMATIONS.register("lora")
 def lora(change: Change) -> Sized:
     """Any matrix of rank r: the r leading singular values of Delta (Eckart & Young), r (O + I) numbers."""
     captured = change.energies.cumsum(0)
     yield from ((r, r * sum(change.shape), float(captured[r - 1])) for r in sizes(change.rank))
 
 
-@METHODS.register("full")
+@APPROXIMATIONS.register("full")
 def full(change: Change) -> Sized:
     """Everything, O I numbers."""
     yield change.rank, change.shape[0] * change.shape[1], float(change.energies.sum())
@@ -141,25 +141,12 @@ def plane_gains(M: Tensor, S: Tensor) -> Tensor:
         M: the change in the singular basis, shape (r, r); its transpose gives the input side.
         S: singular values, shape (r,).
     """
+    strength, turned = (S + M.diagonal()) * S, M.T * S[:, None]
+    a, b = strength[:, None] + strength, turned - turned.T
     # Without the cancellation of hypot(a, b) - a for small angles.
-    a, b = _plane_terms(M, S)
     length = torch.hypot(a, b)
     gain = torch.where(a > 0, b.square() / (length + a).clamp(min=torch.finfo(a.dtype).tiny), length - a)
     return (2 * gain).fill_diagonal_(0)
-
-
-def plane_angles(M: Tensor, S: Tensor) -> Tensor:
-    """The best output-side angle of each plane i < j in radians, shape (r, r), antisymmetric; see
-    :func:`plane_gains`.
-    """
-    a, b = _plane_terms(M, S)
-    return torch.atan2(b, a).fill_diagonal_(0)
-
-
-def _plane_terms(M: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    strength = (S + M.diagonal()) * S
-    turned = M.T * S[:, None]
-    return strength[:, None] + strength, turned - turned.T
 
 
 def _rotated(pairing: str, *, transposed: bool = False) -> Callable[[Change], Sized]:
@@ -180,11 +167,11 @@ def _pairs(pairing: str, rank: int, gains: Tensor) -> Tensor:
 
 
 for _name in ("mirror", "neighbor", "random", _BEST_PAIRS):
-    METHODS.register(_name)(_rotated(_name))
-METHODS.register("mirror, input side")(_rotated("mirror", transposed=True))
+    APPROXIMATIONS.register(_name)(_rotated(_name))
+APPROXIMATIONS.register("mirror, input side")(_rotated("mirror", transposed=True))
 
 
-@METHODS.register("mirror + scale")
+@APPROXIMATIONS.register("mirror + scale")
 def mirror_and_scale(change: Change) -> Sized:
     """Mirror rotations with every singular value free as well: floor(r / 2) + r numbers.
 
@@ -207,7 +194,7 @@ def mirror_and_scale(change: Change) -> Sized:
         yield r, len(pairs) + r, captured
 
 
-@METHODS.register("psoft")
+@APPROXIMATIONS.register("psoft")
 def psoft(change: Change) -> Sized:
     """diag(S) diag(beta) Q diag(alpha) in the r leading directions, Q a rotation: r(r-1)/2 + 2r numbers.
 

@@ -35,7 +35,7 @@ _LISTED_NEW = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class MatrixComparison:
     """A weight W (O, I) before and after, W' = W + Delta. Angles in degrees; shares of ||Delta||^2 from 0 to 1.
 
     Attributes:
@@ -119,7 +119,7 @@ def top_directions(rank: int, top_k: int) -> int:
     return max(1, min(top_k, rank // 4))
 
 
-def compare(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str = "weight") -> Comparison | None:
+def compare_matrices(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str = "weight") -> MatrixComparison | None:
     """Compare a weight before and after; None if it did not change.
 
     Args:
@@ -150,7 +150,7 @@ def compare(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str = "weight
     del delta
     S = factors.S
     del factors
-    return Comparison(
+    return MatrixComparison(
         shape=shape,
         **seen,
         subspace_energy={size: _energy(size, left, M, right, total, shape) for size in _subspaces(S)},

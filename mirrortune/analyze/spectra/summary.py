@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from mirrortune.analyze.spectra.approximations import Approximation
-from mirrortune.analyze.spectra.spectra import Comparison
+from mirrortune.analyze.spectra.spectra import MatrixComparison
 
 SHARES = ("amplification", "reorientation", "new")
 GROUPS = ("top", "middle", "tail")
@@ -35,7 +35,7 @@ class Analysed:
     kind: str
     depth: int | None
     shape: tuple[int, int]
-    comparison: Comparison | None
+    comparison: MatrixComparison | None
     angles: list[float] | None = None
 
 
@@ -87,7 +87,7 @@ class Curve:
         return None if best is None else (-best[1], best[0])
 
 
-def changed(matrices: Iterable[Analysed]) -> list[Comparison]:
+def changed(matrices: Iterable[Analysed]) -> list[MatrixComparison]:
     """The comparisons of those that changed."""
     return [m.comparison for m in matrices if m.comparison is not None]
 
@@ -130,18 +130,18 @@ def by(matrices: Sequence[Analysed], key: Callable[[Analysed], str]) -> dict[str
     return groups
 
 
-def middle(found: Sequence[Comparison], value: Callable[[Comparison], float | None]) -> float:
+def middle(found: Sequence[MatrixComparison], value: Callable[[MatrixComparison], float | None]) -> float:
     """Median of a number over those comparisons that have it."""
     return median(v for c in found if (v := value(c)) is not None)
 
 
-def mean_turn(comparison: Comparison) -> float:
+def mean_turn(comparison: MatrixComparison) -> float:
     """Mean angle of the top directions in degrees, both sides."""
     angles = [*comparison.turned["output"], *comparison.turned["input"]]
     return sum(angles) / len(angles)
 
 
-def top_energy(comparison: Comparison) -> float:
+def top_energy(comparison: MatrixComparison) -> float:
     """The change's energy in the base's leading subspace as a multiple of chance, both sides averaged; of the largest
     subspace size that is not above the top k.
     """
@@ -150,7 +150,7 @@ def top_energy(comparison: Comparison) -> float:
     return (share["output"] / share["output_chance"] + share["input"] / share["input_chance"]) / 2
 
 
-def curves(found: Sequence[Comparison]) -> dict[str, Curve]:
+def curves(found: Sequence[MatrixComparison]) -> dict[str, Curve]:
     """Every method's curve over all matrices; a matrix that is smaller than a size takes part with its largest."""
     total = sum(c.energy for c in found)
     by_method: dict[str, list[dict[int, Approximation]]] = {}

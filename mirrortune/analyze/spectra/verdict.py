@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mirrortune.analyze.spectra.spectra import Comparison
+from mirrortune.analyze.spectra.spectra import MatrixComparison
 from mirrortune.analyze.spectra.summary import SHARES, Curve, Group, mean_turn, middle
 
 # Sizes at which methods are compared, as shares of all numbers of the analysed matrices.
@@ -39,7 +39,7 @@ class Claim:
     holds: bool | None
 
 
-def claims(found: Sequence[Comparison]) -> list[Claim]:
+def claims(found: Sequence[MatrixComparison]) -> list[Claim]:
     """The four claims on the matrices that changed."""
     # Matrices too small to have a middle and a tail say nothing about either.
     usable = [c for c in found if {"top", "middle", "tail"} <= set(c.value_change) and "tail" in c.kept]
@@ -89,13 +89,17 @@ def claims(found: Sequence[Comparison]) -> list[Claim]:
 
 
 def _claim(
-    text: str, criterion: str, evidence: str, usable: Sequence[Comparison], test: Callable[[Comparison], bool]
+    text: str,
+    criterion: str,
+    evidence: str,
+    usable: Sequence[MatrixComparison],
+    test: Callable[[MatrixComparison], bool],
 ) -> Claim:
     agreeing = sum(map(test, usable)) / len(usable)
     return Claim(text=text, criterion=criterion, evidence=evidence, agreeing=agreeing, holds=agreeing >= _AGREE)
 
 
-def verdict(group: Group, found: Sequence[Comparison], curves: dict[str, Curve], num_weights: int) -> list[str]:
+def verdict(group: Group, found: Sequence[MatrixComparison], curves: dict[str, Curve], num_weights: int) -> list[str]:
     """The verdict in sentences.
 
     Args:
@@ -133,6 +137,6 @@ def _best_methods(curves: dict[str, Curve], num_weights: int) -> list[str]:
     return [f"Most of the change per trained number, from small to large: {'; '.join(dict.fromkeys(found))}."]
 
 
-def len_directions(comparison: Comparison) -> int:
+def len_directions(comparison: MatrixComparison) -> int:
     """min(O, I)."""
     return min(comparison.shape)

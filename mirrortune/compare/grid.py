@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a comparison: which methods, learning rates and seeds, and what to run next given what is known.
+"""The grid of a comparison: which methods, learning rates and seeds, and what to run next given what is known.
 
-What is next is a function of the plan and of the finished cells alone, so that a comparison can stop anywhere and go
+What is next is a function of the grid and of the finished cells alone, so that a comparison can stop anywhere and go
 on. Imports no torch.
 """
 
@@ -59,7 +59,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Grid:
     """What is compared.
 
     Attributes:
@@ -157,38 +157,38 @@ def step_from(lr: float, steps: int) -> float:
     return float(f"{'1' if rung % 2 == 0 else '3'}e{math.floor(rung / 2)}")
 
 
-def choose(plan: Plan, task: str, contender: Contender, score: Callable[[Cell], Score | None]) -> Chosen:
+def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], Score | None]) -> Chosen:
     """Where one method stands on one task.
 
     Args:
-        plan: of the comparison.
+        grid: of the comparison.
         task: one of its tasks.
         contender: one of its methods.
         score: of a finished cell; None for one that has not finished.
     """
     lrs = list(contender.lrs)
-    for added in range(plan.extensions + 1):
-        scores = {lr: _mean_score(plan, task, contender, lr, score) for lr in lrs}
-        missing = [c for lr in lrs for c in _cells(task, contender, lr, plan.tune_seeds) if score(c) is None]
+    for added in range(grid.extensions + 1):
+        scores = {lr: _mean_score(grid, task, contender, lr, score) for lr in lrs}
+        missing = [c for lr in lrs for c in _cells(task, contender, lr, grid.tune_seeds) if score(c) is None]
         if missing:
             return Chosen(lr=None, scores=_known(scores), missing=tuple(missing), is_at_edge=False)
         known = _known(scores)
         # The lower of two equal rates: it moved the model less for the same score.
         best = max(sorted(known), key=lambda lr: known[lr])
         is_at_edge = best in (min(lrs), max(lrs))
-        if not is_at_edge or added == plan.extensions:
+        if not is_at_edge or added == grid.extensions:
             break
         lrs.append(step_from(best, 1 if best == max(lrs) and len(lrs) > 1 else -1))
-    reported = [c for c in _cells(task, contender, best, plan.seeds) if score(c) is None]
+    reported = [c for c in _cells(task, contender, best, grid.seeds) if score(c) is None]
     return Chosen(lr=best, scores=known, missing=tuple(reported), is_at_edge=is_at_edge)
 
 
-def next_cells(plan: Plan, score: Callable[[Cell], Score | None]) -> list[Cell]:
+def next_cells(grid: Grid, score: Callable[[Cell], Score | None]) -> list[Cell]:
     """Every cell that can run now, in the order in which they should; empty when the comparison is complete."""
-    return [c for task in plan.tasks for who in plan.contenders for c in choose(plan, task, who, score).missing]
+    return [c for task in grid.tasks for who in grid.contenders for c in choose(grid, task, who, score).missing]
 
 
-def make_plan(
+def make_grid(
     recipes: Mapping[str, Recipe],
     methods: str,
     *,
@@ -197,8 +197,8 @@ def make_plan(
     choose_by: ChooseBy = "score",
     lr_grid: str | None,
     extensions: int,
-) -> Plan:
-    """The plan that the command line asks for; see ``mirrortune compare --help``.
+) -> Grid:
+    """The grid that the command line asks for; see ``mirrortune compare --help``.
 
     Raises:
         ConfigError: all problems at once.
@@ -217,7 +217,7 @@ def make_plan(
         errors.append(ConfigError("--tune-seeds", f"got {tune_seeds}", allowed=f"1 to {seeds}, the number of seeds"))
     if errors:
         raise ConfigError.several(errors)
-    return Plan(
+    return Grid(
         tasks=tuple(recipes),
         contenders=tuple(contenders),
         seeds=tuple(range(seeds)),
@@ -237,9 +237,9 @@ def _cells(task: str, contender: Contender, lr: float, seeds: Sequence[int]) -> 
 
 
 def _mean_score(
-    plan: Plan, task: str, contender: Contender, lr: float, score: Callable[[Cell], Score | None]
+    grid: Grid, task: str, contender: Contender, lr: float, score: Callable[[Cell], Score | None]
 ) -> Score | None:
-    found = [score(cell) for cell in _cells(task, contender, lr, plan.tune_seeds)]
+    found = [score(cell) for cell in _cells(task, contender, lr, grid.tune_seeds)]
     known = [s for s in found if s is not None]
     if len(known) < len(found):
         return None

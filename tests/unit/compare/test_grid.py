@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.compare.plan import (
+from mirrortune.compare.grid import (
     Cell,
     ChooseBy,
     Chosen,
     Contender,
-    Plan,
+    Grid,
     Score,
     around,
     choose,
-    make_plan,
+    make_grid,
     next_cells,
     parse_contender,
     parse_lrs,
@@ -35,16 +35,16 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.console import Reporter
 
 
-def plan(*labels: str, seeds: int = 3, tune_seeds: int = 1, extensions: int = 2) -> Plan:
+def grid(*labels: str, seeds: int = 3, tune_seeds: int = 1, extensions: int = 2) -> Grid:
     """One task, the given methods, learning rates 1e-3, 3e-3 and 1e-2."""
     contenders = tuple(
         Contender(label=label, settings={}, lr_key="train.lr", lrs=(1e-3, 3e-3, 1e-2)) for label in labels or ("a",)
     )
     seeds_, tuning = tuple(range(seeds)), tuple(range(tune_seeds))
-    return Plan(tasks=("t",), contenders=contenders, seeds=seeds_, tune_seeds=tuning, extensions=extensions)
+    return Grid(tasks=("t",), contenders=contenders, seeds=seeds_, tune_seeds=tuning, extensions=extensions)
 
 
-def run_all(made: Plan, quality: Callable[[Cell], Score]) -> tuple[list[Cell], Callable[[Cell], Score | None]]:
+def run_all(made: Grid, quality: Callable[[Cell], Score]) -> tuple[list[Cell], Callable[[Cell], Score | None]]:
     """Run a comparison one cell at a time; returns the cells in order, and their scores."""
     done: dict[Cell, Score] = {}
     while todo := next_cells(made, done.get):
@@ -54,7 +54,7 @@ def run_all(made: Plan, quality: Callable[[Cell], Score]) -> tuple[list[Cell], C
     return list(done), done.get
 
 
-def outcome(made: Plan, quality: Callable[[Cell], Score]) -> tuple[list[Cell], Chosen]:
+def outcome(made: Grid, quality: Callable[[Cell], Score]) -> tuple[list[Cell], Chosen]:
     """The cells that were run for the first method, and what was chosen."""
     cells, score = run_all(made, quality)
     return cells, choose(made, "t", made.contenders[0], score)
@@ -66,7 +66,7 @@ def peak(at: float) -> Callable[[Cell], Score]:
 
 
 def test_the_best_rate_inside_the_grid_gets_all_seeds() -> None:
-    cells, chosen = outcome(plan(), peak(3e-3))
+    cells, chosen = outcome(grid(), peak(3e-3))
     assert (chosen.lr, chosen.is_at_edge, chosen.missing) == (3e-3, False, ())
     assert sorted(cells) == sorted(
         [Cell("t", "a", lr, 0) for lr in (1e-3, 3e-3, 1e-2)] + [Cell("t", "a", 3e-3, seed) for seed in (1, 2)]
@@ -75,26 +75,26 @@ def test_the_best_rate_inside_the_grid_gets_all_seeds() -> None:
 
 @pytest.mark.parametrize(("at", "chosen_lr"), [(3e-2, 3e-2), (3e-4, 3e-4), (1e-2, 1e-2), (1e-3, 1e-3)])
 def test_the_grid_grows_while_its_edge_is_best(at: float, chosen_lr: float) -> None:
-    cells, chosen = outcome(plan(), peak(at))
+    cells, chosen = outcome(grid(), peak(at))
     assert (chosen.lr, chosen.is_at_edge) == (chosen_lr, False)
     assert len([c for c in cells if c.seed == 0]) in (4, 5)
 
 
 def test_the_grid_stops_growing_and_says_so() -> None:
-    chosen = outcome(plan(extensions=2), peak(1e3))[1]
+    chosen = outcome(grid(extensions=2), peak(1e3))[1]
     assert (chosen.lr, chosen.is_at_edge) == (1e-1, True)
-    assert outcome(plan(extensions=0), peak(1e3))[1].lr == 1e-2
+    assert outcome(grid(extensions=0), peak(1e3))[1].lr == 1e-2
 
 
 def test_a_tie_goes_to_the_lower_loss_then_to_the_lower_rate() -> None:
-    assert outcome(plan(extensions=0), lambda c: (0.5, -1.0 if c.lr == 3e-3 else -2.0))[1].lr == 3e-3
-    assert outcome(plan(extensions=0), lambda c: (0.5, -1.0))[1].lr == 1e-3
+    assert outcome(grid(extensions=0), lambda c: (0.5, -1.0 if c.lr == 3e-3 else -2.0))[1].lr == 3e-3
+    assert outcome(grid(extensions=0), lambda c: (0.5, -1.0))[1].lr == 1e-3
 
 
 @pytest.mark.parametrize(("choose_by", "chosen"), [("score", 1e-3), ("loss", 1e-2)])
 def test_the_loss_judges_if_asked_to(tmp_path: Path, choose_by: ChooseBy, chosen: float) -> None:
-    made = dataclasses.replace(plan(extensions=0), choose_by=choose_by)
-    comparison = Comparison(root=tmp_path, plan=made, recipes={}, reporter=Reporter())
+    made = dataclasses.replace(grid(extensions=0), choose_by=choose_by)
+    comparison = Comparison(root=tmp_path, grid=made, recipes={}, reporter=Reporter())
     for lr, accuracy, loss in ((1e-3, 0.8, 0.5), (3e-3, 0.7, 0.6), (1e-2, 0.7, 0.4)):
         folder = Cell("t", "a", lr, 0).folder(tmp_path)
         folder.mkdir(parents=True)
@@ -107,7 +107,7 @@ def test_a_rate_that_diverges_is_never_chosen() -> None:
     def quality(cell: Cell) -> Score:
         return (-math.inf, -math.inf) if cell.lr > 2e-3 else (0.1, -5.0)
 
-    _, chosen = outcome(plan(extensions=0), quality)
+    _, chosen = outcome(grid(extensions=0), quality)
     assert chosen.lr == 1e-3
 
 
@@ -116,8 +116,8 @@ def test_several_tuning_seeds_are_averaged() -> None:
     def quality(cell: Cell) -> Score:
         return (1.0 if cell.lr == 1e-2 and cell.seed == 0 else 0.9 if cell.lr == 3e-3 else 0.0, 0.0)
 
-    assert outcome(plan(tune_seeds=3), quality)[1].lr == 3e-3
-    assert outcome(plan(tune_seeds=1, extensions=0), quality)[1].lr == 1e-2
+    assert outcome(grid(tune_seeds=3), quality)[1].lr == 3e-3
+    assert outcome(grid(tune_seeds=1, extensions=0), quality)[1].lr == 1e-2
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, unique=True), st.integers(1, 4), st.integers(0, 3),
@@ -125,7 +125,7 @@ def test_several_tuning_seeds_are_averaged() -> None:
 def test_stopping_anywhere_changes_nothing(
     labels: list[str], seeds: int, extensions: int, at: float, data: st.DataObject
 ) -> None:
-    made = plan(*labels, seeds=seeds, extensions=extensions)
+    made = grid(*labels, seeds=seeds, extensions=extensions)
     cells, _ = run_all(made, peak(at))
     # Whatever finished so far, and in whatever order, the rest of the same cells is run and no other.
     kept = data.draw(st.sets(st.sampled_from(cells)))
@@ -168,7 +168,7 @@ def test_bad_rates_are_refused(text: str) -> None:
 
 def test_all_problems_of_the_methods_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        make_plan({"t": Recipe()}, "miror,svft:bands,mirror,mirror", seeds=2, tune_seeds=3, lr_grid=None, extensions=1)
+        make_grid({"t": Recipe()}, "miror,svft:bands,mirror,mirror", seeds=2, tune_seeds=3, lr_grid=None, extensions=1)
     said = str(error.value)
     for part in ("Did you mean 'mirror'", "'bands' in 'svft:bands'", "mirror named twice", "--tune-seeds: got 3"):
         assert part in said
