@@ -65,6 +65,17 @@ def test_a_module_imports_only_from_its_room_and_those_before(module: str) -> No
     assert {name for name in ours(module) if room(name) not in allowed} == set()
 
 
+@pytest.mark.parametrize("name", ["compare", "analyze"])
+def test_a_room_of_one_command_can_be_deleted_with_one_function(name: str) -> None:
+    users = set()
+    for module in (m for m in MODULES if room(m) != name):
+        for node in tree(module).body:
+            inner = [n.module or "" for n in ast.walk(node) if isinstance(n, ast.ImportFrom)]
+            if any(found.split(".")[:2] == ["mirrortune", name] for found in inner):
+                users.add((module, getattr(node, "name", "at import")))
+    assert [user for _, user in users] == [name]
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {module: {name for name in ours(module, only_at_import=True) if name != module} for module in MODULES}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
