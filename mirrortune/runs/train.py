@@ -92,8 +92,7 @@ def train(
                 check_same_recipe(recipe, run)
 
         def create() -> None:
-            run.check(inputs, overwrite=overwrite, resume=False)  # again: loading may have taken hours
-            run.create()
+            run.create(inputs, overwrite=overwrite)
 
         sync.from_main(accelerator, claim)
         resolved = replace(resolved, recipe=recipe)

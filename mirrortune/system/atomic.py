@@ -23,6 +23,8 @@ from mirrortune.errors import ResourceError
 
 # What a killed process leaves behind is hidden and ends like this, so that it can be told from anything else.
 PARTIAL, _REPLACED = ".partial", ".replaced"
+MARKER = ".mirrortune.json"
+"""Lies in every folder that a command writes, and says which files are ours."""
 _LEFTOVER = re.compile(rf"\.(.+?)(?:\.[a-z0-9_]+{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")
 
 
@@ -160,12 +162,14 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
 
 
 def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None = None) -> None:
-    """Delete the files of a folder that are ours, and the folder if nothing else is in it.
+    """Delete the files of a folder that are ours, and the folder if nothing else is in it. Its marker goes last:
+    without one, what is left could not be told from what was being written.
 
     Args:
         folder: is not followed where it holds links, and left alone where it is one.
         is_ours: told a path below it, with ``/`` at the end of a folder's.
-        into: where anything else is moved, to the same place below it, unless something is there already.
+        into: where anything else is moved, to the same place below it, unless something is there already or a link
+            leads elsewhere; not yet a folder, perhaps.
     """
     if folder.is_symlink():
         return
@@ -173,9 +177,11 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
         links = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in [*files, *links]):
             below = path.relative_to(folder)
+            if below.as_posix() == MARKER:
+                continue
             if is_ours(below.as_posix()):
                 path.unlink(missing_ok=True)
-            elif into is not None and not os.path.lexists(into / below):
+            elif into is not None and not os.path.lexists(into / below) and not _leads_away(into, below):
                 with suppress(OSError):  # a file of ours stands where its folder should be: it stays here
                     (into / below).parent.mkdir(parents=True, exist_ok=True)
                     path.rename(into / below)
@@ -184,11 +190,18 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
             with suppress(OSError):  # what could not be moved is still in it
                 if is_ours(f"{below.as_posix()}/"):
                     path.rmdir()
-                elif into is not None:
+                elif into is not None and not _leads_away(into, below):
                     (into / below).mkdir(parents=True, exist_ok=True)
                     path.rmdir()
     with suppress(OSError):
+        if is_ours(MARKER) and [path.name for path in folder.iterdir()] == [MARKER]:
+            (folder / MARKER).unlink()
         folder.rmdir()
+
+
+def _leads_away(folder: Path, below: Path) -> bool:
+    """Whether a link lies on the way from a folder to a path below it."""
+    return any((folder / part).is_symlink() for part in (below, *below.parents))
 
 
 def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:

@@ -66,6 +66,14 @@ def claimed(output: Path, *, wait: bool = False) -> Iterator[None]:
         _remove_empty(made)
 
 
+def clear_claims(folder: Path) -> None:
+    """Remove the claims that killed processes left in a folder; those that are held, and other files, stay."""
+    for place in folder.glob(f".*{SUFFIX}"):
+        with suppress(OSError):
+            if release := _lock(place):
+                release()
+
+
 def _acquire(place: Path, made: list[Path]) -> Callable[[], None] | None:
     """Take the lock and append the folders made for it to ``made``; returns what releases it, or None if another
     process holds it.
@@ -102,6 +110,8 @@ else:
                 os.close(handle)
                 if error.errno in _HELD:
                     return None
+                if not _is_claim(place):
+                    raise _not_a_claim(place) from error
                 place.unlink(missing_ok=True)  # no locks on this file system, so it is nobody's
                 return _soft_lock(place)
             if _is_at(handle, place):
@@ -109,7 +119,7 @@ else:
             os.close(handle)  # its holder removed it between our opening and locking it
         if not _is_claim(place):
             os.close(handle)
-            raise FileExistsError(errno.EEXIST, "it is no claim of ours", str(place))
+            raise _not_a_claim(place)
         with suppress(OSError):
             os.ftruncate(handle, 0)
             os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
@@ -153,6 +163,10 @@ def _is_claim(place: Path) -> bool:
         return not content.strip(b"\0") or json.loads(content).keys() == {"pid", "host"}
     except (ValueError, AttributeError):
         return False
+
+
+def _not_a_claim(place: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "it is no claim of ours", str(place))
 
 
 def _holder(place: Path) -> str:

@@ -25,12 +25,20 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from mirrortune.errors import ConfigError, MirrortuneError, ResourceError
-from mirrortune.system.atomic import PARTIAL, cannot_write, discard, leftover_of, set_aside, swap, write_atomically
+from mirrortune.system.atomic import (
+    MARKER,
+    PARTIAL,
+    cannot_write,
+    discard,
+    leftover_of,
+    set_aside,
+    swap,
+    write_atomically,
+)
 from mirrortune.system.atomic import restore as restore_missing
-from mirrortune.system.claims import SUFFIX, claimed
+from mirrortune.system.claims import claimed, clear_claims
 from mirrortune.system.paths import PACKAGE_SCHEME, is_debris, is_local, local_path, package_folder, table_suffix
 
-MARKER = ".mirrortune.json"
 _VERSION = 1
 _SHOWN = 5
 Write = Callable[[Path], None]
@@ -113,7 +121,7 @@ class Marker:
         """
         if any(map(is_debris, below.split("/"))):
             return True
-        if below == MARKER or leftover_of(below) == MARKER or re.fullmatch(rf"\.[^/]+{re.escape(SUFFIX)}", below):
+        if MARKER in (below, leftover_of(below)):
             return True
         if below.endswith("/") and any(file.startswith(below) for file in self.files):
             return True
@@ -343,7 +351,7 @@ def output_folder(
 
 def settle(output: Path) -> None:
     """Put right what a killed process left of an output, whose claim is held: an old folder whose successor never
-    became whole is put back, and temporary folders are removed.
+    became whole is put back, and temporary folders and claims in it are removed.
     """
     old = set_aside(output)
     replaced = None if old.is_symlink() else read_marker(old)
@@ -360,14 +368,20 @@ def settle(output: Path) -> None:
         if leftover_of(scratch.name) != output.name or scratch.is_symlink() or not scratch.is_dir():
             continue
         if found is not None and found.kind == _SCRATCH:
-            _drop_scratch(scratch, output.name)
+            _drop_scratch(scratch, output)
         elif _is_unbegun(scratch):
             discard(scratch, is_ours=_NOTHING.owns)
+    if not output.is_symlink():
+        clear_claims(output)
 
 
 def put_back(output: Path) -> None:
-    """Give an output that was set aside its name again, in the place of a successor that never became whole."""
+    """Give an output that was set aside its name again, in the place of a successor that never became whole; without
+    one, as in a copy of the successor, nothing changes.
+    """
     old = set_aside(output)
+    if not old.is_dir() or old.is_symlink():
+        return
     discard(output, is_ours=(read_marker(output) or _NOTHING).owns, into=old)
     with suppress(OSError):
         old.rename(output)
@@ -408,17 +422,20 @@ def _replace(output: Path, kind: Kind, write: Write, ask: Callable[[], None]) ->
         raise cannot_write(output, error) from error
     finally:
         if scratch is not None:
-            _drop_scratch(scratch, output.name)
+            _drop_scratch(scratch, output)
 
 
-def _drop_scratch(scratch: Path, name: str) -> None:
-    """Remove a temporary folder; of what was exchanged for it only the files that its own marker lists."""
-    content = scratch / name
+def _drop_scratch(scratch: Path, output: Path) -> None:
+    """Remove a temporary folder. What was exchanged for it has a marker: only the files listed there are removed, and
+    anything else is moved to the new folder.
+    """
+    content = scratch / output.name
     marker = read_marker(content)
-    if marker is not None:
-        discard(content, is_ours=marker.owns)
-    elif content.is_dir():
-        shutil.rmtree(content, ignore_errors=True)
+    if marker is None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        return
+    into = output if output.is_dir() and not output.is_symlink() else None
+    discard(content, is_ours=marker.owns, into=into)
     if not content.exists():
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -151,10 +151,15 @@ class RunDirectory:
             finally:
                 self.give_way()
 
-    def create(self) -> None:
-        """Make the folder. A run that is there, which :meth:`check` allowed to be overwritten, is set aside until the
-        first checkpoint is saved.
+    def create(self, inputs: Sequence[Input] = (), *, overwrite: bool = False) -> None:
+        """Make the folder, after another :meth:`check`: loading may have taken hours. A run that is overwritten is set
+        aside until the first checkpoint of the new one is saved.
+
+        Raises:
+            ConfigError: what :meth:`check` raises.
+            ResourceError: the folder cannot be made.
         """
+        self.check(inputs, overwrite=overwrite, resume=False)
         try:
             replaces = not holds_nothing(self.path, RUN)
             if replaces:

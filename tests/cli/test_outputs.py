@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,19 +20,10 @@ from mirrortune.system.outputs import MARKER, Marker, read_marker, write_marker
 from mirrortune.system.run_directory import RunDirectory
 from tests.cli.console import finish, mirrortune, reviews, start, write_table
 from tests.tiny_models import write_tiny_model
+from tests.trees import tree
 
 TRAIN = "train -m model -t text-classification -d reviews.csv --max-steps 1 --batch-size 4"
 EVAL = "eval run -d reviews.csv"
-
-
-def tree(*folders: Path) -> dict[str, str]:
-    """What every path below some folders is: the hash of a file, the target of a link, a folder."""
-    found = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            kind = f"link {path.readlink()}" if path.is_symlink() else "folder" if path.is_dir() else "other"
-            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else kind
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -299,19 +300,19 @@ def test_a_replaced_run_is_kept_until_the_first_checkpoint(run: RunDirectory) ->
     save(run, 3)
     before = contents(run.path)
     new = RunDirectory(run.path)
-    new.create()
+    new.create(overwrite=True)
     new.write_text("recipe.yaml", "task: {}")
     assert new.saved_steps() == []
     new.give_way()  # it failed
     assert contents(run.path) == before
-    new.create()
+    new.create(overwrite=True)
     restore(run.path)  # it was killed
     assert contents(run.path) == before
     run.path.rename(set_aside(run.path))
     run.path.mkdir()
     restore(run.path)  # it was killed before its marker was written
     assert contents(run.path) == before
-    new.create()
+    new.create(overwrite=True)
     save(new, 5)
     new.give_way()
     assert new.saved_steps() == [5]
@@ -343,12 +344,16 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_whole_one(run: RunDi
         run.save_checkpoint(LoopState(global_step=3), {}, fail)
 
 
-def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match="cannot be written"):
-        RunDirectory(tmp_path / "file" / "run").create()
+def test_a_folder_that_cannot_be_made_is_a_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match="cannot be written"):
         RunDirectory(tmp_path / "missing").log({"step": 1})
+
+    def fail(path: str, mode: int = 0o777) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "mkdir", fail)
+    with pytest.raises(ResourceError, match="cannot be written"):
+        RunDirectory(tmp_path / "run").create()
 
 
 def test_small_files_are_whole(run: RunDirectory) -> None:
