@@ -37,15 +37,38 @@ def ends_before(work: Callable[[], object], change: int) -> bool:
     return code == _ENDED
 
 
+def count_changes(work: Callable[[], object]) -> int:
+    """Return how many changes ``work`` makes, in a forked process."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        seen = [0]
+        try:
+            sys.addaudithook(lambda event, arguments: seen.__setitem__(0, seen[0] + _is_change(event, arguments)))
+            work()
+            os.write(writer, str(seen[0]).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        found = int(answer.read())
+    os.waitpid(child, 0)
+    return found
+
+
 def _ending_at(change: int) -> Callable[[str, tuple[Any, ...]], None]:
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
-        is_written = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        is_exchanged = event == "ctypes.dlsym" and arguments[1] in ("renameat2", "renamex_np")
-        seen += bool(event in _CHANGES or is_written or is_exchanged)
+        seen += _is_change(event, arguments)
         if seen >= change:
             os._exit(_ENDED)
 
     return hook
+
+
+def _is_change(event: str, arguments: tuple[Any, ...]) -> bool:
+    if event == "open":
+        return isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+    return event in _CHANGES or (event == "ctypes.dlsym" and arguments[1] in ("renameat2", "renamex_np"))

@@ -71,12 +71,19 @@ class Kind:
 
     def reserves(self, below: str) -> bool:
         """Whether files of this kind may have the path ``below``, relative to the folder."""
-        parts = below.removesuffix("/").split("/")
-        for place, part in enumerate(parts):
-            if (name := leftover_of(part)) is not None:  # all that is in it was being written
-                base = "/".join([*parts[:place], name])
-                return any(re.fullmatch(self.reserved, candidate) for candidate in (base, f"{base}/"))
-        return re.fullmatch(self.reserved, below) is not None
+        return any(re.fullmatch(self.reserved, name) for name in _names(below))
+
+
+def _names(below: str) -> list[str]:
+    """What a path may have been about to become: a part of it may be a leftover's name, and all in that was being
+    written. Any other path is returned as it is.
+    """
+    parts = below.removesuffix("/").split("/")
+    for place, part in enumerate(parts):
+        if (name := leftover_of(part)) is not None:
+            base = "/".join([*parts[:place], name])
+            return [base, f"{base}/"]
+    return [below]
 
 
 _ADAPTER = r"(adapter\.(json|safetensors)|adapter_(config\.json|model\.safetensors))"
@@ -121,12 +128,10 @@ class Marker:
         """
         if any(map(is_debris, below.split("/"))):
             return True
-        if MARKER in (below, leftover_of(below)):
-            return True
-        if below.endswith("/") and any(file.startswith(below) for file in self.files):
-            return True
-        kind = _KINDS.get(self.kind)
-        return below in self.files or (kind is not None and kind.reserves(below))
+        names, kind = _names(below), _KINDS.get(self.kind)
+        is_listed = any(name == MARKER or name in self.files for name in names)
+        is_above = any(name.endswith("/") and file.startswith(name) for name in names for file in self.files)
+        return is_listed or is_above or (kind is not None and kind.reserves(below))
 
 
 _NOTHING = Marker("", frozenset())
@@ -358,6 +363,8 @@ def settle(output: Path) -> None:
     if replaced is not None or (old / "adapter.json").is_file():  # that of a run has no marker
         restore_missing(output)
     marker = read_marker(output)
+    if replaced is None and not old.is_symlink() and _is_unbegun(old):
+        discard(old, is_ours=_NOTHING.owns)
     if replaced is not None and old.is_dir():
         if (marker is not None and marker.is_pending) or _is_unbegun(output):
             put_back(output)

@@ -165,6 +165,7 @@ class RunDirectory:
             if replaces:
                 self.path.rename(set_aside(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
+            self.clear_leftovers()
             write_marker(self.path, Marker(RUN.name, frozenset(), is_pending=replaces))
             self.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
@@ -244,8 +245,9 @@ class RunDirectory:
 
     def clear_leftovers(self) -> None:
         """Remove what a save that was killed has left, and put back what it had set aside."""
-        for folder, prefix in ((self.path, ""), (self.checkpoints, "checkpoints/")):
-            clear_leftovers(folder, lambda name, prefix=prefix: RUN.reserves(prefix + name))  # type: ignore[misc]
+        marker = read_marker(self.path) or Marker(RUN.name, frozenset())
+        for below in ("", "checkpoints/", "reports/"):
+            clear_leftovers(self.path / below, lambda name, below=below: marker.owns(below + name))  # type: ignore[misc]
 
     def checkpoint(self, global_step: int) -> Path:
         """Folder of the checkpoint after ``global_step`` optimizer steps."""
@@ -289,11 +291,13 @@ class RunDirectory:
         kept = {state.best_step, *(regular[-(keep - 1) :] if keep > 1 else [])}
         for step in others:
             if step not in kept:
-                discard(self.checkpoint(step), is_ours=_is_in_checkpoint)
+                self._remove_checkpoint(step)
 
     def remove_checkpoints(self) -> None:
         """Delete all checkpoints of a finished run, and nothing else that lies among them."""
         if self.is_marked:
+            for step in self.saved_steps():
+                self._remove_checkpoint(step)
             discard(self.checkpoints, is_ours=lambda below: RUN.reserves(f"checkpoints/{below}"))
 
     def load_checkpoint(self, global_step: int) -> tuple[LoopState, dict[str, Tensor]]:
@@ -331,6 +335,12 @@ class RunDirectory:
                     shutil.copyfile(file, folder / file.name)
 
         write_folder_atomically(self.adapter, write, is_ours=lambda below: RUN.reserves(f"adapter/{below}"))
+
+    def _remove_checkpoint(self, step: int) -> None:
+        folder = self.checkpoint(step)
+        if not folder.is_symlink():
+            (folder / _STATE).unlink(missing_ok=True)  # first: a checkpoint that is half removed does not count
+        discard(folder, is_ours=_is_in_checkpoint)
 
     def _with_last_intact(self, error: ResourceError) -> ResourceError:
         """The error, with the newest checkpoint that is whole."""

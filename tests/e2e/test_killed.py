@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.console import mirrortune, reviews, write_table
+from tests.kills import count_changes, ends_before
+from tests.tiny_models import write_tiny_model
+from tests.trees import tree
+
 pytestmark = pytest.mark.slow
 KILLS = 20
 
@@ -40,3 +45,49 @@ def test_a_killed_merge_leaves_a_whole_model_or_none(tmp_path: Path) -> None:
     assert found["killed"] == KILLS
     assert found.keys() <= {"killed", "new", "nothing", "partial, refused", "partial, whole"}
     assert found["nothing"] > 0
+
+
+TRAIN = "train -m model -t text-classification -d reviews.csv --max-steps 2 --batch-size 4"
+COMMANDS = {
+    "train": (f"{TRAIN} -o a --overwrite --seed 5", "eval a -d reviews.csv"),
+    "merge": ("merge run -o a --overwrite", "eval a -d reviews.csv -t text-classification"),
+    "lora": ("merge run --format lora --rank 4 -o a --overwrite", "eval a -d reviews.csv -t text-classification"),
+    "compare": (
+        "compare -m model -t text-classification -d reviews.csv --methods mirror,ia3 --max-steps 2 --batch-size 4 -o a",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_leaves_the_old_or_the_new(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands themselves, at changes spread over the whole command and at its last ones."""
+    words, reads = COMMANDS[name]
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "reviews.csv", reviews(40))
+    write_tiny_model(tmp_path / "model")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / ".b.replaced").mkdir()
+    (tmp_path / ".b.replaced" / "mine.txt").write_text("mine")
+    assert mirrortune(*f"{TRAIN} -o run".split()).exit_code == 0
+
+    def work() -> None:
+        outcome = mirrortune(*words.split())
+        if outcome.exit_code:
+            raise RuntimeError(outcome.stderr)
+
+    work()
+    before = {p: w for p, w in tree(tmp_path).items() if Path(p).relative_to(tmp_path).parts[0] not in ("a", "run")}
+    changes = count_changes(work)
+    points = sorted({*range(1, changes, max(1, changes // 8)), *range(max(1, changes - 6), changes + 1)})
+    for change in points:
+        assert ends_before(work, change)
+        if reads is not None:
+            outcome = mirrortune(*reads.split())
+            if "this run has not finished" in outcome.stderr:  # the new one, which has a checkpoint already
+                assert mirrortune("train", "a/recipe.yaml", "--resume").exit_code == 0
+                outcome = mirrortune(*reads.split())
+            assert outcome.exit_code == 0, (change, outcome.stderr)
+        work()
+        left = {p: w for p, w in tree(tmp_path).items() if Path(p).relative_to(tmp_path).parts[0] not in ("a", "run")}
+        assert left == before, change

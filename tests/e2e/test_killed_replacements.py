@@ -45,7 +45,7 @@ def beside(root: Path) -> dict[str, str]:
 
 def content(folder: Path) -> dict[str, str]:
     """Files of a folder but its marker."""
-    found = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    found = {p.relative_to(folder).as_posix(): p.read_text(errors="replace") for p in folder.rglob("*") if p.is_file()}
     return {name: text for name, text in found.items() if name != MARKER}
 
 
@@ -65,9 +65,9 @@ def write_model(root: Path, kind: Kind, version: str, names: tuple[str, ...]) ->
         put(write)
 
 
-@pytest.mark.parametrize("kind", [MERGED, LORA], ids=lambda kind: str(kind.name))
-@pytest.mark.parametrize("is_exchanged", [True, False])
-@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "is_exchanged", "is_there"), [(MERGED, True, True), (LORA, False, True), (MERGED, True, False)]
+)
 def test_a_killed_merge_or_export(
     kind: Kind, is_exchanged: bool, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +129,9 @@ def resume(root: Path) -> None:
         run.rewind_log(max(run.saved_steps(), default=0))
 
 
-@pytest.mark.parametrize("then", ["overwrite", "resume"])
-@pytest.mark.parametrize("is_exchanged", [True, False])
+@pytest.mark.parametrize(
+    ("then", "is_exchanged"), [("overwrite", True), pytest.param("resume", False, marks=pytest.mark.slow)]
+)
 def test_a_killed_training(then: str, is_exchanged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_exchanged:
         monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
