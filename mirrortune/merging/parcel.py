@@ -16,8 +16,8 @@ from typing import Any
 
 from mirrortune.errors import VerificationError
 from mirrortune.merging.redaction import Redaction
+from mirrortune.system.atomic import MARKER
 from mirrortune.system.hub import ADAPTER_FILES
-from mirrortune.system.outputs import MARKER
 
 CARD, RECIPE, RESULTS, REPORT = "README.md", "recipe.yaml", "results.json", "merge.json"
 # What merged folders hold that were written before merge.json listed it: weights, configuration, processors.

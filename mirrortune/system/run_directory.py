@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
 from mirrortune.system.atomic import (
+    MARKER,
     cannot_write,
     clear_leftovers,
     discard,
@@ -34,7 +35,6 @@ from mirrortune.system.atomic import (
 )
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import (
-    MARKER,
     RUN,
     Input,
     Marker,
