@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBank",
     "__version__",
     "adapter_trainer",
     "attach",
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
         save_adapter,
         trainable_parameters,
     )
+    from mirrortune.inference.bank import AdapterBank
     from mirrortune.trainers import adapter_trainer
+
+_ELSEWHERE = {"AdapterBank": "inference.bank", "adapter_trainer": "trainers"}
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        module = "trainers" if name == "adapter_trainer" else "api"
+        module = _ELSEWHERE.get(name, "api")
         return getattr(importlib.import_module(f"mirrortune.{module}"), name)
     raise AttributeError(f"module 'mirrortune' has no attribute '{name}'")

@@ -11,6 +11,7 @@ Shapes: O out_features, I in_features, R rank, E matrices of a stack.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +28,23 @@ EXACT_EFFECT_TOLERANCE = 5e-7
 _FEW = 256  # directions, for which float64 costs nothing
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """Products of a layer's factors with the probes, float64 on the CPU: all that :func:`effect` needs of a basis.
+
+    Attributes:
+        left: p_k^T U, (16, R) or (E, 16, R).
+        right: x_k^T Vh^T, of the same shape.
+        shape: (O, I) of each matrix.
+        dtype: of the probes before they were multiplied.
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+
 def effect(factors: Factors, core: Core) -> Tensor:
     """The probes of U (K - diag(S)) Vh and what the core adds beside it, shape (E, 16), E = 1 for one matrix; float64.
 
@@ -35,18 +52,35 @@ def effect(factors: Factors, core: Core) -> Tensor:
         factors: as the layer holds them; products with many of them are made in float32, the rest in float64.
         core: the layer's core.
     """
+    return effect_of(probed(factors), core.in_float64())
+
+
+@torch.no_grad()
+def probed(factors: Factors) -> Probed:
+    """Compute the products of ``factors`` with the probes, the same for every core between them."""
     if factors.rank <= _FEW:
         factors = factors.to(device=torch.device("cpu"), dtype=torch.float64)
     dtype = torch.promote_types(factors.U.dtype, torch.float32)
     U, Vh = factors.U.detach().to(dtype), factors.Vh.detach().to(dtype)
-    left, right = _probes(U.shape[-2], 0).to(U), _probes(Vh.shape[-1], 1).to(Vh)
-    exact = core.in_float64()
-    z = (right @ Vh.mT).cpu().double()  # (16, R) or (E, 16, R)
-    mixed = exact.mix(z, *exact.coefficients(delta=True))
-    found = ((left @ U).cpu().double() * mixed).sum(dim=-1)
+    shape = U.shape[-2], Vh.shape[-1]
+    left, right = _probes(shape[0], 0).to(U) @ U, _probes(shape[1], 1).to(Vh) @ Vh.mT
+    return Probed(left=left.cpu().double(), right=right.cpu().double(), shape=shape, dtype=dtype)
+
+
+@torch.no_grad()
+def effect_of(products: Probed, exact: Core) -> Tensor:
+    """Compute the probes of a core's effect, (E, 16), from the products of its factors.
+
+    Args:
+        products: of the factors.
+        exact: the core in float64 on the CPU.
+    """
+    mixed = exact.mix(products.right, *exact.coefficients(delta=True))
+    found = (products.left * mixed).sum(dim=-1)
     beside = exact.beside_weight()
     if beside is not None:
-        found = found + ((left.cpu().double() @ beside) * right.cpu().double()).sum(dim=-1)
+        left, right = (_probes(size, side).to(products.dtype).double() for side, size in enumerate(products.shape))
+        found = found + ((left @ beside) * right).sum(dim=-1)
     return found.reshape(-1, NUM_PROBES)
 
 

@@ -42,6 +42,7 @@ def load_base(folder: Path, **options: Any) -> nn.Module:
 
 def test_the_public_names() -> None:
     assert set(mirrortune.__all__) == {
+        "AdapterBank",
         "__version__",
         "adapter_trainer",
         "attach",

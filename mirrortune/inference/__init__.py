@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained adapters in use: many of them on one base model."""

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters of a bank: checked against the base model once, then kept as little more than their trained numbers.
+
+What adapters have in common (which layers, cores and options, where a number stands in the packed tensors) is a
+:class:`Structure`, of which there is one object for all adapters that were trained in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Container, Hashable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mirrortune import __version__
+from mirrortune.adapters.core import Core
+from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor
+from mirrortune.adapters.files.description import FORMAT_VERSION
+from mirrortune.adapters.files.load import stored_core, stored_pairs, stored_targets
+from mirrortune.adapters.files.tensors import describe_basis, describe_target, pack, to_bits
+from mirrortune.adapters.inject import FactorSource
+from mirrortune.adapters.kinds import CallableKind
+from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
+from mirrortune.adapters.spec import AdapterSpec, build_core
+from mirrortune.adapters.strategies import Strategy, cheapest_strategy
+from mirrortune.adapters.targets import Target, Targets, kind_of
+from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.inference.bank_bases import Basis, Held, LayerBases
+
+_LARGEST_SHORT = 2**15
+_FIX = "Merge the adapter, or leave this layer out with --target-modules when training"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Part:
+    """One adapted weight of a structure.
+
+    Attributes:
+        layer: its name.
+        layout: how its numbers stand for one matrix.
+        kind: how the module applies it.
+        basis: its factors.
+        rank: directions used.
+        signs: (R,), flips the basis's vectors to the trained ones; None where they are the same.
+        strategy: how the layer computes when its adapter is alone.
+        spec: builds its core.
+        design: equal for parts whose cores differ in their numbers and pairs alone.
+    """
+
+    layer: str
+    layout: Layout
+    kind: CallableKind
+    basis: Basis
+    rank: int
+    signs: Tensor | None
+    strategy: Strategy
+    spec: AdapterSpec
+    design: Hashable
+
+    def core(self, held: Held, pairs: Tensor | None) -> Core:
+        """Return the untrained core for ``held`` factors and a file's ``pairs``, on their device; built once."""
+        key = self.design if pairs is None else (self.design, pairs.numpy().tobytes())
+        core = held.cores.get(key)
+        if core is None:
+            own = None if pairs is None else decoded(pairs, self.rank)
+            core = build_core(self.spec, held.S[: self.rank], self.layer, self.layout.matrix_shape, own)
+            core = core.to(held.factors.U.device).requires_grad_(requires_grad=False)
+            if pairs is None or len(held.cores) < _FEW_CORES:
+                held.cores[key] = core
+        return core
+
+
+_FEW_CORES = 64  # with pairs of their own; each takes several times the memory of its trained numbers
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Structure:
+    """What adapters that were trained in the same way have in common.
+
+    Attributes:
+        parts: by layer, in module order.
+        by_module: parts by the module that applies them; several for a fused layer.
+        places: of each layer's trained numbers in the packed tensors: parameter -> (tensor, start, shape).
+        saved: by module, its parameters that the adapter has its own of, and the tensors that hold them.
+        description: what ``adapter.json`` says of all of it.
+        num_labels: outputs of the head, or None without a head.
+    """
+
+    parts: Mapping[str, Part]
+    by_module: Mapping[str, tuple[Part, ...]]
+    places: Mapping[str, Mapping[str, tuple[str, int, tuple[int, ...]]]]
+    saved: Mapping[str, Mapping[str, str]]
+    description: Mapping[str, Any]
+    num_labels: int | None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Entry:
+    """One adapter of a bank, found to belong to its base.
+
+    Attributes:
+        structure: what it shares with others.
+        tensors: as ``adapter.safetensors`` has them, packed, without factors.
+        pairs: encoded pairs by layer, of layers whose pairs do not follow from their rank.
+        portable: whether its file carries its factors.
+        own: what ``adapter.json`` says of this adapter alone, as JSON.
+    """
+
+    structure: Structure
+    tensors: Mapping[str, Tensor]
+    pairs: Mapping[str, Tensor]
+    portable: bool
+    own: str
+
+    def numbers(self, layer: str) -> dict[str, Tensor]:
+        """Return the trained numbers of a layer's core; views."""
+        found = {}
+        for parameter, (key, start, shape) in self.structure.places[layer].items():
+            count = 1
+            for size in shape:
+                count *= size
+            found[parameter] = self.tensors[key][start : start + count].view(shape)
+        return found
+
+    def parameters(self, module: str) -> dict[str, Tensor]:
+        """Return the adapter's own parameters of a module, such as its classifier."""
+        return {name: self.tensors[key] for name, key in self.structure.saved.get(module, {}).items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the adapter's tensors."""
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in self.tensors.values()}.values())
+
+
+def encoded(pairs: Tensor, rank: int) -> Tensor:
+    """Return ``pairs`` (T, 2) in the least memory: partners where there are some, (P,), in 16 bits if they fit."""
+    partners = partners_of(pairs, rank)
+    found = pairs if partners is None else partners
+    return found.to(torch.int16 if rank <= _LARGEST_SHORT else torch.int32).contiguous()
+
+
+def decoded(stored: Tensor, rank: int) -> Tensor:
+    """Return the pairs (T, 2), int64, of :func:`encoded`."""
+    return pairs_of(stored, rank) if stored.dim() == 1 else stored.long()
+
+
+class Admission:
+    """Checks adapters against one base model and makes entries of them.
+
+    Args:
+        model: the base.
+        source: of factors.
+        without_rows: modules whose input does not begin with the rows of the batch.
+    """
+
+    def __init__(self, model: nn.Module, source: FactorSource, without_rows: Container[str] = ()) -> None:
+        self.model, self.source, self.without_rows = model, source, without_rows
+        self.layers: dict[str, LayerBases] = {}
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        # Asked now, while modules are of their own classes.
+        self._plain = {name for name, module in self._modules.items() if _is_plain(module)}
+        self._structures: dict[Hashable, Structure] = {}
+        self._targets: dict[str, Targets] = {}
+        self._texts: dict[str, str] = {}
+        self._shared: dict[bytes, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def admit(self, adapter: AdapterFile) -> Entry:
+        """Check ``adapter`` as ``load_adapter`` does and return it as an entry.
+
+        Raises:
+            ConfigError: an adapter, or a layer, that cannot be mixed with others in a batch.
+            VerificationError: another base, a damaged file, or tensors that do not fit.
+        """
+        _check_method(adapter)
+        targets = self._targets_of(adapter)
+        _check_tensors(self.model, adapter, targets)
+        parts = {name: self._part(adapter, name, target) for name, target in targets.layers.items()}
+        packed, pairs, holds = _packed(adapter)
+        structure = self._structure(adapter, targets, parts, holds)
+        tensors = {key: self._interned(tensor) if key == "signs" else tensor for key, tensor in packed.items()}
+        own = json.dumps({"base": adapter.base, "task": adapter.task, **adapter.extra}, sort_keys=True)
+        return Entry(
+            structure=structure,
+            tensors=tensors,
+            pairs={name: self._interned(tensor) for name, tensor in pairs.items()},
+            portable=adapter.form == "portable",
+            own=self._texts.setdefault(own, own),
+        )
+
+    def _targets_of(self, adapter: AdapterFile) -> Targets:
+        layouts = {name: asdict(layout) for name, layout in adapter.layouts.items()}
+        key = json.dumps([asdict(adapter.spec), layouts, adapter.head], sort_keys=True)
+        found = self._targets.get(key)
+        if found is None:
+            found = stored_targets(self.model, adapter)
+            for name, target in found.layers.items():
+                self._check_layer(name, target)
+            self._targets[key] = found
+        return found
+
+    def _check_layer(self, name: str, target: Target) -> None:
+        """Refuse a weight that is not applied by a module of its own, row by row."""
+        kind, problem = target.kind, None
+        for path, parameter in target.places:
+            module = self._modules[path]
+            if not isinstance(kind, CallableKind) or target.layout.count > 1:
+                problem = f"it is a weight ({kind.name}) that a module reads, and not a layer that is called"
+            elif isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+                problem = "nn.MultiheadAttention reads its weight and never calls it"
+            elif path not in self._plain or parameter != "weight":
+                problem = f"its class {type(module).__name__} has a forward of its own"
+            elif not path:
+                problem = "it is the model itself"
+            elif path in self.without_rows:
+                problem = "its input does not begin with the rows of the batch"
+            if problem is not None:
+                raise ConfigError(name, f"{problem}, so rows of a batch cannot have their own", fix=_FIX)
+
+    def _part(self, adapter: AdapterFile, name: str, target: Target) -> Part:
+        rank, spec = adapter.fingerprints[name].rank, adapter.spec
+        if rank != target.rank:
+            raise VerificationError(name, f"the adapter holds a basis of rank {rank}, got {target.rank}")
+        with self._lock:
+            bases = self.layers.setdefault(name, LayerBases(self.model, target))
+        basis, signs = bases.match(adapter, name, self.source)
+        if name not in adapter.effects:  # which no core was built for then
+            stored_core(adapter, name, basis.held.S[:rank])
+        kind = target.kind
+        assert isinstance(kind, CallableKind)
+        with_pairs = f"pairs.{name}" in adapter.tensors
+        pairing = None if with_pairs else spec.resolved_pairing
+        core: list[Any] = [spec.preset.core, spec.options, rank, target.shape, pairing]
+        return Part(
+            layer=name,
+            layout=target.layout,
+            kind=kind,
+            basis=basis,
+            rank=rank,
+            signs=signs,
+            strategy=_strategy(spec, target, basis.held.factors.U.dtype),
+            spec=spec,
+            design=json.dumps(core, sort_keys=True),
+        )
+
+    def _structure(
+        self, adapter: AdapterFile, targets: Targets, parts: dict[str, Part], holds: dict[str, dict[str, list[int]]]
+    ) -> Structure:
+        """Return the structure of an adapter, the same object for all that have it."""
+        description = _description(adapter, targets, holds)
+        shapes = {key: list(t.shape) for key, t in adapter.tensors.items() if key.startswith("param.")}
+        placed = [(id(p.basis), p.signs is not None and p.signs.numpy().tobytes()) for p in parts.values()]
+        key = (json.dumps([description, shapes], sort_keys=True), tuple(placed))
+        with self._lock:
+            if key not in self._structures:
+                by_module: dict[str, tuple[Part, ...]] = {}
+                for name, target in targets.layers.items():
+                    for path in dict.fromkeys(path for path, _ in target.places):
+                        by_module[path] = (*by_module.get(path, ()), parts[name])
+                places = _places(holds)
+                _check_cores(adapter, parts, places)
+                self._structures[key] = Structure(
+                    parts=parts,
+                    by_module=self._once_a_module(by_module),
+                    places=places,
+                    saved=_saved(adapter),
+                    description=description,
+                    num_labels=_num_labels(adapter),
+                )
+            return self._structures[key]
+
+    def _once_a_module(self, by_module: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+        """Leave out further names of a module that has several."""
+        first = {id(self._modules[path]): path for path in reversed(by_module)}
+        return {path: parts for path, parts in by_module.items() if first[id(self._modules[path])] == path}
+
+    def _interned(self, tensor: Tensor) -> Tensor:
+        """Return one tensor for all that are equal to it."""
+        with self._lock:
+            return self._shared.setdefault(str(tensor.dtype).encode() + tensor.numpy().tobytes(), tensor)
+
+
+def _check_method(adapter: AdapterFile) -> None:
+    where, spec = str(adapter.folder), adapter.spec
+    if spec.preset.peft is not None:
+        raise ConfigError(
+            where, f"'{spec.method}' is a method of PEFT, which a bank does not mix", allowed="methods of mirrortune",
+            fix="Load it with load_adapter into a model of its own, or merge it",
+        )  # fmt: skip
+    if spec.preset.plain == "all":
+        raise ConfigError(
+            where, f"method '{spec.method}' trains every weight: it shares no base with others",
+            fix="Merge it, and load the merged model",
+        )  # fmt: skip
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module does nothing but apply its weight."""
+    kind, layouts = kind_of(module)
+    return bool(layouts) and isinstance(kind, CallableKind) and kind.is_callable(module)
+
+
+def _check_tensors(model: nn.Module, adapter: AdapterFile, targets: Targets) -> None:
+    """Refuse tensors that the model has no place for, or of shapes that do not fit; heads may have other widths."""
+    where = str(adapter.folder)
+    stored = {key.removeprefix("param.") for key in adapter.tensors if key.startswith("param.")}
+    wanted = {*targets.head, *targets.plain}
+    if stored != wanted:
+        odd = sorted(stored ^ wanted)[0]
+        place = "only in the adapter" if odd in stored else "missing from the adapter"
+        raise VerificationError(where, f"tensor 'param.{odd}' is {place}", fix="Use the class of model it was made for")
+    for name in stored:
+        own, (module, _, parameter) = model.get_parameter(name), name.rpartition(".")
+        found = adapter.tensors[f"param.{name}"]
+        is_output = name in targets.head and found.dim() == own.dim() and parameter in ("weight", "bias")
+        checked_tensor(adapter, f"param.{name}", (found.shape[0], *own.shape[1:]) if is_output else own.shape)
+        if not module:
+            raise ConfigError(name, "the model itself holds this trained parameter, and no layer that is called",
+                              fix="Merge the adapter")  # fmt: skip
+
+
+def _check_cores(adapter: AdapterFile, parts: Mapping[str, Part], places: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse trained numbers that no core has."""
+    for name, part in parts.items():
+        core = stored_core(adapter, name, part.basis.held.S[: part.rank])
+        known = {key for key, parameter in core.named_parameters() if parameter.numel()}
+        if strange := sorted(places[name].keys() - known):
+            problem = f"tensor 'core.{name}.{strange[0]}' is only in the adapter"
+            raise VerificationError(str(adapter.folder), problem, fix="Use the model that the adapter was made for")
+
+
+def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> Strategy:
+    """Return how a layer of the adapter computes when it is alone; branch in place of a dense weight."""
+    is_whole = target.layout.rows is None and len(target.places) == 1 and target.rank >= min(target.shape)
+    if not is_whole or spec.strategy == "dense":
+        return "branch"
+    return spec.strategy or cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
+
+
+def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, list[int]]]]:
+    """Return the tensors of an adapter without its factors, its pairs encoded, and what each layer holds of the former;
+    see :func:`mirrortune.adapters.files.tensors.pack`.
+    """
+    pairs = {n: encoded(p, adapter.fingerprints[n].rank) for n, p in stored_pairs(adapter).items()}
+    own = {
+        key: tensor for key, tensor in adapter.tensors.items()
+        if key.partition(".")[0] in ("core", "clusters", "sketch", "param")
+    }  # fmt: skip
+    tensors, holds = pack(own, list(adapter.layouts))
+    signs = [to_bits(stored.sketch) for stored in adapter.fingerprints.values() if not stored.has_sizes]
+    if signs:
+        tensors["signs"] = torch.cat(signs)
+        tensors["effects"] = torch.cat(list(adapter.effects.values())).float()
+    compact = {key: tensor.clone() if key.startswith("param.") else tensor for key, tensor in tensors.items()}
+    return compact, pairs, holds
+
+
+def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
+    """Return what ``adapter.json`` says of all adapters of a structure."""
+    layers = {
+        name: {
+            **describe_target(name, target),
+            **describe_basis(adapter.fingerprints[name]),
+            "dtype": adapter.dtypes[name],
+            "holds": holds[name],
+        }
+        for name, target in targets.layers.items()
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "mirrortune_version": __version__,
+        "form": adapter.form,
+        "adapter": adapter.spec.to_dict(),
+        "layers": layers,
+        "head": list(adapter.head),
+        "plain": sorted({key.removeprefix("param.") for key in adapter.tensors if key.startswith("param.")}
+                        - set(adapter.head)),
+        "skipped": {},
+    }  # fmt: skip
+
+
+def _places(holds: Mapping[str, Mapping[str, list[int]]]) -> dict[str, dict[str, tuple[str, int, tuple[int, ...]]]]:
+    used: dict[str, int] = {}
+    found: dict[str, dict[str, tuple[str, int, tuple[int, ...]]]] = {}
+    for layer, held in holds.items():
+        found[layer] = {}
+        for key, shape in held.items():
+            count = 1
+            for size in shape:
+                count *= size
+            kind, _, parameter = key.partition(".")
+            if kind == "core":
+                found[layer][parameter] = key, used.get(key, 0), tuple(shape)
+            used[key] = used.get(key, 0) + count
+    return found
+
+
+def _saved(adapter: AdapterFile) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for key in adapter.tensors:
+        if key.startswith("param."):
+            module, _, parameter = key.removeprefix("param.").rpartition(".")
+            found.setdefault(module, {})[parameter] = key
+    return found
+
+
+def _num_labels(adapter: AdapterFile) -> int | None:
+    """Outputs of the last matrix of the head."""
+    matrices = [t for name in adapter.head if (t := adapter.tensors[f"param.{name}"]).dim() >= 2]
+    return matrices[-1].shape[0] if matrices else None
