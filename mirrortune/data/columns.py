@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which columns of a table hold the text and the label, and a sentence that says why."""
+"""Detection of the text, label, image and audio columns of a table: by their names, else by their contents.
+
+A label repeats few values, a text is long and hardly repeats, an id never does. Every detected column gets a note that
+says why it was chosen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.data.column_contents import Contents, contents, finest, holds_lists_as_text, longest
-from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.arrow import is_string, is_unreadable, refuse_unreadable
 from mirrortune.errors import DataError, counted, did_you_mean
 
-# Names that users and the Hub's datasets give their columns, the most specific first.
+# Column names that are common among users and on the Hub, the most specific first.
 _PAIR_NAMES = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -21,35 +31,51 @@ _PAIR_NAMES = (
     ("text_a", "text_b"),
 )
 _TEXT_NAMES = ("text", "sentence", "content", "review", "document", "body", "comment", "message", "tweet")
-# A title is the text only where there is no other.
+# A title is the text only if nothing else is.
 _WEAK_TEXT_NAMES = ("title",)
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "y")
-
-
-_FIRST = 100  # rows that show how a column is written
+_FIRST = 100  # rows looked at to recognise lists written as text
 _PATH_NAMES = ("path", "file_name", "filename", "file")
+# Rows of the sample, and the number of places that they come from: files are often sorted by class.
+_SAMPLE, _PLACES = 4000, 80
+# A label has a handful of words, and each of its values occurs in several rows.
+_LABEL_CHARACTERS, _LABEL_WORDS, _FEW = 80, 6, 5
+_TEXT_WORDS, _TEXT_CHARACTERS = 3, 20
+_LONGER = 10  # a column is taken for the text if it is so many times as long as any other
+_LIST = re.compile(r"""\s*(\[\s*(["'\d{\[-].*)?\]|\{\s*["'].*\})\s*""", re.DOTALL)
+
+# Words in names of labels, and in names of columns that are no labels although they may repeat.
+_HINTS = frozenset({
+    "label", "labels", "class", "classes", "category", "categories", "target", "targets", "sentiment", "intent",
+    "topic", "tag", "type", "kind", "genre", "emotion", "polarity", "verdict", "outcome", "stars", "rating", "score",
+    "grade", "toxic", "spam", "is", "has", "answer", "gold",
+})  # fmt: skip
+_OTHERS = frozenset({
+    "id", "ids", "idx", "index", "guid", "uuid", "uid", "key", "split", "fold", "subset", "partition", "date",
+    "datetime", "time", "timestamp", "year", "month", "day", "length", "len", "count", "url", "link", "user", "author",
+    "source", "lang", "language", "version", "unnamed", "column",
+})  # fmt: skip
 
 
 def choose_columns(
     table: pa.Table, text: Sequence[str] | None, label: str | None, source: str, *, numbers: bool = False
 ) -> tuple[tuple[str, ...], str, list[str]]:
-    """The text columns (one or two) and the label column of ``table``, by their names, else by what they hold.
+    """Find the text columns (one or two) and the label column of a table.
 
     Args:
         table: the training rows.
-        text: columns the user named, or None to detect.
-        label: the label column the user named, or None to detect.
-        source: the table's file or dataset, for messages.
+        text: text columns, or None to detect them.
+        label: label column, or None to detect it.
+        source: name of the table in messages.
         numbers: whether labels are numbers to predict rather than classes.
 
     Returns:
-        Text columns, label column, and one note for each that was detected rather than given.
+        Text columns, label column, and a note for each that was detected.
 
     Raises:
-        DataError: if a named column does not exist or cannot be read, or if nothing or more than one reading fits;
-            lists the columns that do.
+        DataError: if a named column does not exist or cannot be read, or if no column or several could be meant.
     """
-    check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
+    check_named(table, source, {"--text-column": text, "--label-column": label})
     notes = []
     if label is None:
         label, note = _detect_label(table, text, source, numbers=numbers)
@@ -70,21 +96,21 @@ def choose_columns(
 def choose_image_column(
     table: pa.Table, image: str | None, label: str | None, source: str
 ) -> tuple[str, str, list[str]]:
-    """The column of images (encoded, or paths) and the label column; like :func:`choose_columns`."""
+    """Find the column of images (encoded, or paths) and the label column; see :func:`choose_columns`."""
     return _choose_media("image", ("image", "img", "picture", "photo"), table, image, label, source)
 
 
 def choose_audio_column(
     table: pa.Table, audio: str | None, label: str | None, source: str
 ) -> tuple[str, str, list[str]]:
-    """The column of recordings (encoded, or paths) and the label column; like :func:`choose_columns`."""
+    """Find the column of recordings (encoded, or paths) and the label column; see :func:`choose_columns`."""
     return _choose_media("audio", ("audio", "speech", "recording", "sound"), table, audio, label, source)
 
 
 def _choose_media(
     role: str, names: Sequence[str], table: pa.Table, column: str | None, label: str | None, source: str
 ) -> tuple[str, str, list[str]]:
-    check_named(table, [(column, f"--{role}-column"), (label, "--label-column")], source)
+    check_named(table, source, {f"--{role}-column": column, "--label-column": label})
     notes = []
     if column is None:
         fitting = {n.lower(): n for n in table.column_names if n != label and _is_media(table.schema.field(n).type)}
@@ -113,22 +139,23 @@ def _choose_media(
     return column, label, notes
 
 
-def check_named(table: pa.Table, named: Sequence[tuple[str | None, str]], source: str) -> None:
-    """Refuse a table without columns, and columns that were named by a flag and do not exist or cannot be read."""
+def check_named(table: pa.Table, source: str, named: Mapping[str, str | Sequence[str] | None]) -> None:
+    """Check that the columns named by flags (flag -> one or more, or None) exist and could be read."""
     if not table.column_names:
         raise DataError(source, "it has no columns", fix="Give the file a header line")
-    for column, flag in named:
-        if column is not None and column not in table.column_names:
+    pairs = [(f, c) for f, found in named.items() for c in ([found] if isinstance(found, str) else found or ())]
+    for flag, column in pairs:
+        if column not in table.column_names:
             raise DataError(
                 source,
                 f"{flag} '{column}' is not a column.{did_you_mean(column, table.column_names)}",
                 allowed=", ".join(table.column_names),
             )
-    refuse_unreadable(table, [column for column, _ in named if column is not None])
+    refuse_unreadable(table, [column for _, column in pairs])
 
 
 def detected(role: str, column: str, why: str = "") -> str:
-    """The note on a column that was not named; ``why`` it was taken, where its name does not say so."""
+    """Return the note on a detected column; ``why`` it was chosen, unless its name says so."""
     return f"{role} column '{column}' (detected{f': {why}' if why else ''}; --{role}-column to change)"
 
 
@@ -141,14 +168,14 @@ def _is_media(kind: pa.DataType) -> bool:
 def _detect_label(
     table: pa.Table, text: Sequence[str] | None, source: str, *, numbers: bool = False
 ) -> tuple[str, str]:
-    """The label column, and the note on it."""
+    """Return the label column and the note on it."""
     names = [n for n in table.column_names if n not in (text or ())]
     texts = [n for n in names if n.lower() in (*_TEXT_NAMES, *_WEAK_TEXT_NAMES)]
     paired = {name for pair in _PAIR_NAMES for name in pair}
     known = {n: c for n, c in contents(table).items() if n in names and n not in texts and n.lower() not in paired}
     fitting = [c for c in known.values() if (c.may_be_target if numbers else c.may_be_label)]
     by_name = [n for wanted in _LABEL_NAMES for n in names if n.lower() == wanted]
-    # A name is doubted only where its column holds something else, and another one holds labels.
+    # A name is doubted only if its column clearly holds something else, and another column holds labels.
     trusted = [n for n in by_name if n not in known or not _is_no_label(known[n], numbers=numbers)]
     if trusted or (by_name and not fitting):
         name = (trusted or by_name)[0]
@@ -165,7 +192,7 @@ def _detect_label(
     found = finest(hinted) if hinted and not numbers else hinted[0] if len(hinted) == 1 else None
     if found is not None:
         return found.name, detected("label", found.name, found.why_label())
-    refuse_unreadable(table, table.column_names)  # what could not be read may be what is missing
+    refuse_unreadable(table, table.column_names)  # the missing column may be one that could not be read
     several = ", ".join(f"'{c.name}' ({c.why_label()})" for c in hinted)
     raise DataError(
         source,
@@ -176,7 +203,7 @@ def _detect_label(
 
 
 def _is_no_label(column: Contents, *, numbers: bool) -> bool:
-    """Whether a column that is called like a label holds something else."""
+    """Return whether a column with the name of a label holds something else."""
     if numbers:
         return column.share_of_numbers < 0.5
     is_measure = column.is_number and not column.is_whole and column.distinct > column.rows / 10
@@ -184,7 +211,7 @@ def _is_no_label(column: Contents, *, numbers: bool) -> bool:
 
 
 def _detect_text(table: pa.Table, label: str, source: str) -> tuple[tuple[str, ...], str]:
-    """The text columns, and the note on them."""
+    """Return the text columns and the note on them."""
     lowered = {n.lower(): n for n in table.column_names if n != label}
     for first, second in _PAIR_NAMES:
         if first in lowered and second in lowered:
@@ -198,7 +225,7 @@ def _detect_text(table: pa.Table, label: str, source: str) -> tuple[tuple[str, .
         return (strings[0],), detected("text", strings[0])
     known = contents(table)
     fitting = [known[n] for n in strings if n in known and known[n].may_be_text]
-    found = longest(fitting)
+    found = longest_text(fitting)
     if found is not None:
         return (found.name,), detected("text", found.name, found.why_text())
     for wanted in _WEAK_TEXT_NAMES:
@@ -214,7 +241,7 @@ def _detect_text(table: pa.Table, label: str, source: str) -> tuple[tuple[str, .
 
 
 def refuse_written_lists(table: pa.Table, column: str, source: str) -> None:
-    """Refuse a column of lists or objects that were written as text, which only look like what a task needs."""
+    """Raise a DataError if a column holds lists or objects written as text, which only look like what a task needs."""
     if column in table.column_names and is_string(table.schema.field(column).type):
         sample = table.column(column).slice(0, _FIRST).to_pylist()
         if holds_lists_as_text(sample):
@@ -227,11 +254,10 @@ def refuse_written_lists(table: pa.Table, column: str, source: str) -> None:
 
 
 def refuse_preferences(table: pa.Table, source: str) -> None:
-    """Refuse rows that say which of two answers is the better one, or whether an answer is good: an answer that a
-    person rejected must not be learned because its column looks like text.
+    """Raise a DataError if rows hold preferences: a rejected answer must not be learned because its column looks like
+    text.
 
-    Raises:
-        DataError: for columns chosen and rejected, or prompt, completion and a label of true and false.
+    Preferences are columns chosen and rejected, or prompt, completion and a label of true and false.
     """
     lowered = {name.lower(): table.schema.field(name).type for name in table.column_names}
     if {"chosen", "rejected"} <= lowered.keys():
@@ -248,7 +274,7 @@ def refuse_preferences(table: pa.Table, source: str) -> None:
 
 
 def check_is_text(table: pa.Table, column: str, source: str) -> None:
-    """Refuse a column that holds no text, or nothing at all."""
+    """Raise a DataError if a column does not hold text, or nothing at all."""
     kind = table.schema.field(column).type
     if not (is_string(kind) or pa.types.is_null(kind)):
         raise DataError(
@@ -262,6 +288,162 @@ def check_is_text(table: pa.Table, column: str, source: str) -> None:
         )  # fmt: skip
 
 
-def is_string(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """Statistics of a sample of a column.
+
+    Attributes:
+        name: of the column.
+        rows: cells that are not null.
+        distinct: distinct values among them.
+        is_text: whether they are text that is not numbers.
+        share_of_numbers: fraction of them that are numbers, or text that reads as one, in [0, 1].
+        is_number: whether all of them are.
+        is_whole: whether all are whole numbers.
+        is_sequence: whether they are strictly increasing whole numbers, as an index is.
+        characters, words: mean length of the texts.
+        codes: number of each sampled row's value, shape (S,); -1 for null.
+    """
+
+    name: str
+    rows: int
+    distinct: int
+    is_text: bool
+    share_of_numbers: float
+    is_number: bool
+    is_whole: bool
+    is_sequence: bool
+    characters: float
+    words: float
+    codes: npt.NDArray[np.int64]
+
+    @property
+    def tokens(self) -> frozenset[str]:
+        """Words of the name, in lower case."""
+        split = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", self.name)
+        return frozenset(re.split(r"[^a-z]+", split.lower()))
+
+    @property
+    def has_hint(self) -> bool:
+        """Whether the name suggests a label."""
+        return bool(self.tokens & _HINTS)
+
+    @property
+    def may_be_label(self) -> bool:
+        """Whether the column looks like a label: few values, which repeat."""
+        is_short = self.characters <= _LABEL_CHARACTERS and self.words <= _LABEL_WORDS
+        is_class = self.is_whole if self.is_number else self.is_text and is_short
+        few = self.distinct <= _FEW or self.distinct <= self.rows / 10 or self.has_hint
+        is_other = bool(self.tokens & _OTHERS) and not self.has_hint
+        repeats = 2 <= self.distinct <= self.rows / 2
+        return is_class and few and repeats and not (self.is_sequence or is_other)
+
+    @property
+    def may_be_text(self) -> bool:
+        """Whether the column looks like a text: long cells, which hardly repeat."""
+        is_long = self.words >= _TEXT_WORDS or (self.characters >= _TEXT_CHARACTERS and self.words > 1)
+        return self.is_text and is_long and self.distinct > self.rows / 2
+
+    @property
+    def may_be_target(self) -> bool:
+        """Whether the column looks like a number to predict."""
+        is_other = bool(self.tokens & _OTHERS) and not self.has_hint
+        return self.is_number and self.distinct > 1 and not (self.is_sequence or is_other)
+
+    def determines(self, other: Contents) -> bool:
+        """Return whether rows with equal values here have equal values in ``other``."""
+        pairs = np.unique(np.stack([self.codes, other.codes]), axis=1)
+        return bool(pairs.shape[1] == len(np.unique(self.codes)))
+
+    def why_label(self) -> str:
+        """Return the reason for taking this column as the label, for a note."""
+        return f"{counted(self.distinct, 'value')} in {counted(self.rows, 'row')} looked at"
+
+    def why_text(self) -> str:
+        """Return the reason for taking this column as the text, for a note."""
+        return f"{self.characters:.0f} characters in the mean, hardly repeated"
+
+
+def contents(table: pa.Table) -> dict[str, Contents]:
+    """Return the statistics of all columns of text, numbers and booleans, by name."""
+    names = [field.name for field in table.schema if _is_plain(field)]
+    sample, size = table.select(names), _SAMPLE // _PLACES
+    if table.num_rows > _SAMPLE:  # slices, which copy nothing
+        starts = np.linspace(0, table.num_rows - size, _PLACES).astype(int)
+        sample = pa.concat_tables(sample.slice(int(start), size) for start in starts)
+    return {name: _contents(name, sample.column(name).to_pylist()) for name in names}
+
+
+def holds_lists_as_text(cells: Sequence[Any]) -> bool:
+    """Return whether most cells are lists or objects written as text, such as ``"['a', 'b']"``."""
+    known = [cell for cell in cells if cell is not None]
+    found = sum(isinstance(cell, str) and _LIST.fullmatch(cell) is not None for cell in known)
+    return found > len(known) / 2
+
+
+def longest_text(found: Sequence[Contents]) -> Contents | None:
+    """Return the column that is by far the longest text; None if there is none."""
+    ordered = sorted(found, key=lambda column: -column.characters)
+    if not ordered or (len(ordered) > 1 and ordered[0].characters < _LONGER * ordered[1].characters):
+        return None
+    return ordered[0]
+
+
+def finest(found: Sequence[Contents]) -> Contents | None:
+    """Return the label column that determines all others (``fine_label`` beside ``coarse_label``), names rather than
+    numbers if two are equivalent; None if there is none.
+    """
+    best = [column for column in found if all(column.determines(other) for other in found)]
+    return min(best, key=lambda column: column.is_number) if best else None
+
+
+def number_of(value: Any) -> float | None:
+    """Return a finite number, or the one that a text reads as; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        return None
+    try:
+        number = None if isinstance(value, str) and "_" in value else float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if number is not None and math.isfinite(number) else None
+
+
+def is_nan(value: Any) -> bool:
+    """Return whether a value is NaN, as a float or as text."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return isinstance(value, str) and value.strip().lower() == "nan"
+
+
+def _is_plain(field: pa.Field) -> bool:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return not is_unreadable(field) and bool(is_string(kind) or is_number or pa.types.is_boolean(kind))
+
+
+def _contents(name: str, cells: list[Any]) -> Contents:
+    known = [cell for cell in cells if cell is not None and not (isinstance(cell, str) and not cell.strip())]
+    codes: dict[Any, int] = {}
+    numbered = np.array([-1 if cell is None else codes.setdefault(cell, len(codes)) for cell in cells], dtype=np.int64)
+    numbers = [number_of(cell) for cell in known if not is_nan(cell)]
+    found = [number for number in numbers if number is not None]
+    is_number = bool(found) and len(found) == len(numbers)
+    values = np.array(found if is_number else [], dtype=np.float64)
+    is_whole = is_number and bool((values == np.floor(values)).all())
+    is_text = not is_number and any(isinstance(cell, str) for cell in known)
+    is_flag = bool(known) and all(isinstance(cell, bool) for cell in known)
+    texts = [cell for cell in known if isinstance(cell, str)]
+    count = max(1, len(texts))
+    return Contents(
+        name=name,
+        rows=len(known),
+        distinct=len({*known}),
+        is_text=is_text or is_flag,
+        share_of_numbers=len(found) / max(1, len(numbers)),
+        is_number=is_number,
+        is_whole=is_whole,
+        is_sequence=is_whole and len(values) > 2 and bool((np.diff(values) > 0).all()),
+        characters=sum(map(len, texts)) / count,
+        words=sum(len(text.split()) for text in texts) / count,
+        codes=numbered,
+    )

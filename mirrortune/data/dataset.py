@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds a data set (file, folder or Hub id), reads its splits and, where there is none, sets rows aside for
-validation.
-"""
+"""Data sets: found by file, folder or Hub id, read into splits, and divided into training and validation rows."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.data.columns import is_string
+from mirrortune.data.files.arrow import is_string
 from mirrortune.data.files.class_folders import ClassFolder, class_folder
 from mirrortune.data.files.readers import READERS, read_rows
 from mirrortune.data.files.row_places import FileRows, IntArray, RowPlaces
@@ -42,20 +40,20 @@ from mirrortune.system.paths import (
     table_suffix,
 )
 
-# Names under which people keep the three splits.
+# Common names of the three splits.
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-# Suffixes of tables and archives of tables that are not read: a split may not vanish because it is in one of them.
+# Suffixes of tables and archives that cannot be read: a split must not be overlooked because it is in one of them.
 _OTHER_TABLES = frozenset((
     ".7z", ".avro", ".bz2", ".db", ".dta", ".feather", ".h5", ".hdf5", ".ndjson", ".npy", ".npz", ".ods", ".orc",
     ".pickle", ".pkl", ".rar", ".rds", ".sav", ".sqlite", ".tab", ".tar", ".tgz", ".xls", ".xlsx", ".xml", ".xz",
     ".zip", ".zst",
 ))  # fmt: skip
 
-# What save_to_disk of the datasets library writes beside its Arrow files: of several splits, and of each.
+# Files that save_to_disk of the datasets library writes beside its Arrow files: one for all splits, and one in each.
 _SAVED_SPLITS, _SAVED = "dataset_dict.json", "state.json"
 
 
@@ -64,14 +62,14 @@ class Split:
     """Rows of one split.
 
     Attributes:
-        table: the rows.
-        source: the name that messages give them (a path, or ``id split``).
-        folder: where relative paths in the rows begin, or None.
-        stream: all rows, where ``table`` holds only the first ones.
-        files: the files that the rows were read from, where that is known.
+        table: the rows; of a stream, the first ones.
+        source: name of the rows in messages (a path, or ``id split``).
+        folder: what relative paths in the rows are relative to, or None.
+        stream: all rows, if they are streamed.
+        files: the files that the rows were read from, if known.
         kept: which rows of the files these are, shape (N,); None for all of them.
-        remarks: a line for each thing that was left out when the split was read.
-        is_contained: whether files that the rows name must lie in ``folder``.
+        remarks: notes on files that were left out when the split was read.
+        is_contained: whether files that the rows name must be in ``folder``.
     """
 
     table: pa.Table
@@ -85,30 +83,30 @@ class Split:
 
     @property
     def places(self) -> RowPlaces:
-        """Where the rows stand in their files."""
+        """The files and lines of the rows."""
         return RowPlaces(source=self.source, files=self.files, kept=self.kept)
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Split:
-        """The rows where ``keep`` (N,) is true, in order."""
+        """Return the rows where ``keep`` (N,) is true, in order."""
         return replace(self, table=take_rows(self.table, keep), kept=self.places.take(keep).kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """The splits of a data set by their own names, and where they came from (for environment.json)."""
+    """The splits of a data set by name, and their origin (for environment.json)."""
 
     splits: dict[str, Split]
     origin: dict[str, Any] = field(default_factory=dict)
 
     def find(self, wanted: str) -> Split | None:
-        """The split called ``wanted``, or by one of the usual other names for it."""
+        """Return the split called ``wanted``, or by another common name for it; None if there is none."""
         for name in (wanted, *_SPLIT_NAMES.get(wanted, ())):
             if name in self.splits:
                 return self.splits[name]
         return None
 
     def require(self, wanted: str, where: str) -> Split:
-        """Like :meth:`find`; DataError with the splits that exist when there is none."""
+        """Return the split called ``wanted``, see :meth:`find`; DataError with the existing splits if there is none."""
         found = self.find(wanted)
         if found is None:
             raise DataError(
@@ -130,55 +128,60 @@ def load_data(
 
     Args:
         path: a file; a pattern for several; a folder with train/validation/test files, or with a folder of images for
-            each class; ``shipped:NAME`` for data inside this package; a Hub id, or ``hf://ID:CONFIG:SPLIT``. ``#500``
-            behind it takes 500 of the training rows.
-        config: the Hub data set's configuration (``sst2`` of ``nyu-mll/glue``).
+            each class; ``shipped:NAME`` for data inside this package; a Hub id, or ``hf://ID:CONFIG:SPLIT``. A suffix
+            ``#500`` takes 500 of the training rows.
+        config: configuration of a Hub data set (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
         encoding: of local text files.
 
     Raises:
-        DataError: unreadable or missing files.
-        ConfigError: a configuration or revision for local data.
-        HubError: whatever the Hub refused.
+        DataError: if files are missing or cannot be read.
+        ConfigError: if local data is given a configuration or revision.
+        HubError: if the Hub refuses.
     """
     path, sample = split_sample(path)
+    local = find_local(path, config, revision)
+    if local is None:
+        found = _load_from_hub(path, config, revision)
+    elif is_pattern(path):
+        found = _load_files(path, encoding)
+    else:
+        found = _load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding)
+    return _sampled(found, sample)
+
+
+def find_local(path: str, config: str | None, revision: str | None) -> Path | None:
+    """Return the file, folder or pattern of a local data set, None for a data set on the Hub.
+
+    Raises:
+        ConfigError: if local data is given a configuration or revision.
+    """
     if path.startswith(HUB_SCHEME):
-        return _sampled(_load_address(path, config, revision), sample)
+        return None
     is_shipped = path.startswith("shipped:")
     local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else local_path(path)
-    if not (local.is_file() or local.is_dir() or looks_like_path(path)):
-        return _sampled(_load_from_hub(path, config, revision), sample)
+    if not (local.exists() or looks_like_path(path)):
+        return None
     for key, value in (("data.config", config), ("data.revision", revision)):
         if value is not None:
             raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
-    if is_pattern(path):
-        return _sampled(_load_files(path, encoding), sample)
-    return _sampled(_load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding), sample)
+    return local
 
 
 def _sampled(data: DataSet, count: int | None) -> DataSet:
-    """The data set with at most ``count`` rows in its training split, always the same ones."""
+    """Return the data set with at most ``count`` training rows, always the same ones."""
     train = data.find("train")
     if count is None or train is None:
         return data
     if count < 2:
-        raise ConfigError("--data", f"got #{count}", allowed="#2 or more: rows to learn from and rows to validate on")
+        raise ConfigError("--data", f"got #{count}", allowed="#2 or more: rows to train on and rows to validate on")
     name = next(n for n, split in data.splits.items() if split is train)
     fewer = {**data.splits, name: take_subset(train, count, 0)}
     return DataSet(splits=fewer, origin={**data.origin, "sample": count})
 
 
-def _load_address(address: str, config: str | None, revision: str | None) -> DataSet:
-    """``hf://owner/name:config:split``, whose split is trained on; the latter two may be missing."""
-    name, config, split = hub_address(address, config)
-    found = _load_from_hub(name, config, revision)
-    if not split:
-        return found
-    return DataSet(splits={"train": found.require(split, "--data")}, origin={**found.origin, "split": split})
-
-
 def _load_files(pattern: str, encoding: str) -> DataSet:
-    """All files that a pattern such as ``rows/*.jsonl`` stands for, in the order of their names, as one split."""
+    """Read all files that match a pattern such as ``rows/*.jsonl``, in the order of their names, as one split."""
     files = matching_files(pattern)
     if not files:
         raise DataError(pattern, "no file matches", fix="Check the pattern given to --data, and quote it in the shell")
@@ -189,7 +192,7 @@ def _load_files(pattern: str, encoding: str) -> DataSet:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """What a pattern stands for, in the order of names; hidden and system files only where it names them."""
+    """Return the paths that match a pattern, sorted; hidden and system files only if the pattern names them."""
     place = local_path(pattern)
     named = [part for part in place.parts if is_system(part)]
     found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
@@ -201,19 +204,19 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def _read_files(files: Sequence[Path], source: str, folder: Path, encoding: str) -> Split:
-    """The rows of one file or more, one file after the other."""
+    """Read one or more files, one after the other."""
     tables, rows = zip(*(read_rows(file, encoding) for file in files), strict=True)
     return Split(table=flat(joined(tables, source)), source=source, folder=folder, files=rows)
 
 
 def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None) -> tuple[Split, Split]:
-    """Cut validation rows from a training split, at random but the same for a seed, groups of ``strata`` in proportion.
+    """Divide a training split at random into training and validation rows, stratified by groups.
 
     Args:
         split: at least two rows.
         fraction: share of the rows for validation, in (0, 1).
-        seed: of the draw.
-        strata: group of every row, or None; every group of two rows or more keeps some in both parts.
+        seed: of the draw; the same rows are drawn for a seed.
+        strata: group of every row, or None; a group of two rows or more has some in both parts.
 
     Returns:
         Training and validation rows, each in their original order.
@@ -227,7 +230,7 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
     for members in groups:
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         chosen += list(random.permutation(members)[:count])
-    if not chosen:  # every group has a single row: take one all the same
+    if not chosen:  # every group has a single row: take one of them
         chosen = [int(random.integers(rows))]
     held = np.zeros(rows, dtype=bool)
     held[chosen] = True
@@ -235,7 +238,7 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
 
 
 def take_subset(split: Split, limit: int | None, seed: int) -> Split:
-    """A seeded random subset of at most ``limit`` rows, in their original order; the split itself without a limit."""
+    """Return a random subset of at most ``limit`` rows in their original order, the same for a seed."""
     rows = split.table.num_rows
     if limit is None or limit >= rows:
         return split
@@ -245,7 +248,7 @@ def take_subset(split: Split, limit: int | None, seed: int) -> Split:
 
 
 def flat(table: pa.Table) -> pa.Table:
-    """The table with structs of texts (such as ``translation: {en, ro}``) as columns (``translation.en``)."""
+    """Return the table with structs of texts (``translation: {en, ro}``) flattened to columns (``translation.en``)."""
     names = [
         f.name for f in table.schema if pa.types.is_struct(f.type) and all(is_string(part.type) for part in f.type)
     ]
@@ -274,7 +277,8 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
         remarks = files_left_out(folder)
     else:
         splits, remarks = _class_folders(folder)
-        hashes = {name: _paths_sha256(split) for name, split in splits.items()}
+        paths = {name: (split.folder or folder, split.table.column(0).to_pylist()) for name, split in splits.items()}
+        hashes = {name: names_and_sizes_sha256([at / f for f in found], found) for name, (at, found) in paths.items()}
     if not splits:
         names = sorted(p.name for p in folder.iterdir() if not is_system(p.name))
         raise DataError(
@@ -291,8 +295,8 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
 
 
 def files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The tables in a folder by the split that their names begin with, or those that ``save_to_disk`` of the datasets
-    library wrote there; DataError for the latter if they are damaged.
+    """Return the tables in a folder by split: by their names, or as ``save_to_disk`` of the datasets library recorded
+    them; DataError if such a folder is damaged.
     """
     if (folder / _SAVED_SPLITS).is_file():
         names = _saved(folder / _SAVED_SPLITS).get("splits", [])
@@ -308,12 +312,12 @@ def files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of the datasets library wrote the folder."""
+    """Return whether ``save_to_disk`` of the datasets library wrote the folder."""
     return (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file()
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    """What a file of ``save_to_disk`` says."""
+    """Read a file of ``save_to_disk``."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -324,7 +328,7 @@ def _saved(path: Path) -> dict[str, Any]:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of one data set that ``save_to_disk`` wrote, in the order of its rows."""
+    """Return the Arrow files of one data set that ``save_to_disk`` wrote, in the order of its rows."""
     state = _saved(folder / _SAVED)
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise DataError(
@@ -332,7 +336,7 @@ def _saved_files(folder: Path) -> list[Path]:
         )
     entries = state.get("_data_files", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DataError(str(folder / _SAVED), "its _data_files is no list of files", fix="Save the data set again")
+        raise DataError(str(folder / _SAVED), "its _data_files is not a list of files", fix="Save the data set again")
     files = [folder / Path(str(entry.get("filename"))).name for entry in entries]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
@@ -342,10 +346,10 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def files_left_out(folder: Path) -> tuple[str, ...]:
-    """A remark on the tables of a folder that :func:`files_by_split` leaves out.
+    """Return a remark on the tables of a folder that :func:`files_by_split` leaves out.
 
     Raises:
-        DataError: a split of whose files none is of a type that is read.
+        DataError: if none of the files of a split can be read.
     """
     if _is_saved(folder):
         return ()
@@ -366,13 +370,13 @@ def files_left_out(folder: Path) -> tuple[str, ...]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file is of by its name: train-00000-of-00002.csv.gz is train."""
+    """Return the split that a file belongs to by its name: train-00000-of-00002.csv.gz is train."""
     stem = re.split(r"[-_]\d", path.name.lower().split(".")[0], maxsplit=1)[0]
     return next((split for split, names in _SPLIT_NAMES.items() if stem in names), None)
 
 
 def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """A folder for each class, or folders train, validation and test of such folders; and what was left out."""
+    """Read a folder for each class, or folders train, validation and test of such folders; also return remarks."""
     subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
     parts = {split: next(subs[n] for n in names if n in subs) for split, names in _SPLIT_NAMES.items()
              if any(n in subs for n in names)}  # fmt: skip
@@ -384,44 +388,59 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
         if parts and found[name].table is None:
             remarks.append(f"{name}: nothing in {part} is an image or a recording")
     others = sorted(p.name for p in subs.values() if parts and p not in parts.values())
-    remarks += [f"left out, as they are no split: {', '.join(others)}"] if others else []
+    remarks += [f"left out, as they are not splits: {', '.join(others)}"] if others else []
     tables = {n: (parts.get(n, folder), c.table) for n, c in found.items() if c.table is not None}
     splits = {n: Split(table=t, source=str(part), folder=part) for n, (part, t) in tables.items()}
     return splits, tuple(remarks)
 
 
-def _paths_sha256(split: Split) -> str:
-    """Of the names and sizes of a class folder's files: their content may be many gigabytes."""
-    assert split.folder is not None
-    paths = split.table.column(0).to_pylist()
-    lines = [f"{path} {(split.folder / path).stat().st_size}" for path in paths]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataSet:
-    commit = resolve_commit(path, path, revision, "dataset", "--data")
-    with hub_errors(f"data set '{path}'", flag="--data"):
-        import datasets  # noqa: PLC0415  (a second to import, and only Hub data needs it)
-
-        datasets.disable_progress_bars()
-        with hub_data_errors(path):
-            loaded = datasets.load_dataset(path, config, revision=commit)
-    used = _cached_commit(loaded)
+    loaded, path, split, origin = open_hub(path, config, revision)
+    commit, used = origin["commit"], _cached_commit(loaded)
     if used is not None and used != commit:
-        # The library falls back to whatever it has cached when it cannot reach the Hub, whichever revision was asked
-        # for.
+        # Offline, the library falls back to whatever it has cached, whichever revision was asked for.
         raise HubError(
             f"data set '{path}'",
             f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})",
             fix="Run prepare online",
         )
     splits = {n: Split(table=_arrow(loaded[n]), source=f"{path} {n}") for n in loaded}
-    return DataSet(splits=splits, origin={"repository": path, "config": config, "commit": commit})
+    found = DataSet(splits=splits, origin=origin)
+    if not split:
+        return found
+    return DataSet(splits={"train": found.require(split, "--data")}, origin={**origin, "split": split})
+
+
+def open_hub(
+    path: str, config: str | None, revision: str | None, *, streaming: bool = False
+) -> tuple[Any, str, str | None, dict[str, Any]]:
+    """Load a Hub data set by the datasets library.
+
+    Args:
+        path: an id, or ``hf://owner/name:config:split``, whose last two parts may be missing.
+        config: the configuration.
+        revision: branch, tag or commit.
+        streaming: open the data set without downloading it.
+
+    Returns:
+        Its splits by name, its id, the split named by ``path``, and its origin.
+    """
+    split = None
+    if path.startswith(HUB_SCHEME):
+        path, config, split = hub_address(path, config)
+    commit = resolve_commit(path, path, revision, "dataset", "--data")
+    with hub_errors(f"data set '{path}'", flag="--data"):
+        import datasets  # noqa: PLC0415  (takes a second)
+
+        datasets.disable_progress_bars()
+        with _hub_data_errors(path):
+            loaded = datasets.load_dataset(path, config, revision=commit, streaming=streaming)
+    return loaded, path, split, {"repository": path, "config": config, "commit": commit}
 
 
 @contextmanager
-def hub_data_errors(path: str) -> Iterator[None]:
-    """What a data set's own files make ``datasets`` raise as a DataError; failures of the Hub are let through."""
+def _hub_data_errors(path: str) -> Iterator[None]:
+    """Raise what ``datasets`` raises because of a data set's own files as a DataError; let failures of the Hub pass."""
     import datasets  # noqa: PLC0415
 
     where = f"data set '{path}'"
@@ -429,7 +448,7 @@ def hub_data_errors(path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         if "BuilderConfig" in str(error) or "Config name is missing" in str(error):
-            raise DataError(where, _first_sentence(error), fix="Set data.config") from error
+            raise DataError(where, first_line(error, 2000), fix="Set data.config") from error
         if "Data files don't belong to" in str(error):
             raise DataError(
                 where, "its README.md names files outside of the repository", fix="Set data.revision to another commit"
@@ -438,24 +457,24 @@ def hub_data_errors(path: str) -> Iterator[None]:
     except RuntimeError as error:
         if "scripts are no longer supported" in str(error):
             raise DataError(
-                where, "it is a script, which is no longer run",
+                where, "it is a loading script, which the datasets library no longer runs",
                 fix="Set data.revision=refs/convert/parquet, where the Hub keeps it as files",
             ) from error  # fmt: skip
         raise
     except datasets.exceptions.DatasetGenerationError as error:
-        raise DataError(where, _first_sentence(error.__cause__ or error)) from error
+        raise DataError(where, first_line(error.__cause__ or error, 2000)) from error
     except (zipfile.BadZipFile, ImportError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(where, f"its files cannot be read ({_first_sentence(error)})") from error
+        raise DataError(where, f"its files cannot be read ({first_line(error)})") from error
 
 
 def _arrow(rows: Any) -> pa.Table:
-    # with_format keeps ClassLabel names in the schema's metadata, where the tasks look for them.
+    # with_format keeps the names of ClassLabel in the schema's metadata, where tasks look for them.
     table = rows.with_format("arrow")[:]
     return flat(table.replace_schema_metadata(rows.features.arrow_schema.metadata))
 
 
 def _cached_commit(loaded: Any) -> str | None:
-    """The commit in the path of the library's own cache, where it has one."""
+    """Return the commit in the path of the library's cache, if there is one."""
     for rows in loaded.values():
         for file in rows.cache_files:
             if re.fullmatch(r"[0-9a-f]{40}", Path(file["filename"]).parent.name):
@@ -463,13 +482,12 @@ def _cached_commit(loaded: Any) -> str | None:
     return None
 
 
-def _first_sentence(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-
-
 def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def names_and_sizes_sha256(files: Iterable[Path], names: Iterable[str]) -> str:
+    """Return a hash of names and sizes, for files whose content may be many gigabytes."""
+    lines = [f"{name} {file.stat().st_size}" for file, name in zip(files, names, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts validation rows that are also among the training rows: texts by their characters, files by their content."""
+"""Count validation rows that are also training rows: texts are compared by characters, files by content."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mirrortune.data.dataset import Split
+from mirrortune.data.files.arrow import rows_of
 from mirrortune.data.files.media import FILE_ROLES, FileCells
-from mirrortune.data.files.row_chunks import row_chunks
 
-_BEGIN = 1 << 16  # bytes at the beginning of a file that are compared before all of it is
+_BEGIN = 1 << 16  # bytes of a file that are compared before the whole file is
 
 
 def rows_in_both(train: Split, validation: Split, columns: Sequence[tuple[str, str]]) -> int:
-    """How many rows of ``validation`` have the same cells as a row of ``train`` in all of ``columns`` (role, column).
+    """Return how many rows of ``validation`` equal a row of ``train`` in all of ``columns`` (role, column).
 
-    Cells of the roles in ``FILE_ROLES`` are compared by what their files hold, wherever these lie and whatever they
-    are called. Files are read as far as it takes: of most, only the size is looked at.
+    Cells of the roles in ``FILE_ROLES`` are compared by the content of their files, whatever their paths. Files are
+    read only as far as needed: most differ in size.
     """
     texts = [column for role, column in columns if role not in FILE_ROLES]
     files = [column for role, column in columns if role in FILE_ROLES]
@@ -51,8 +51,8 @@ def _same_cells(train: pa.Table, validation: pa.Table, columns: Sequence[str]) -
 
 
 def _row_hashes(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
-    """One number of 64 bits for each row (N,), good within this process: rows may be more than memory holds."""
-    rows = (row for chunk in row_chunks(table, columns) for row in zip(*chunk, strict=True))
+    """Return a 64-bit hash of each row (N,), valid in this process: rows may not fit into memory."""
+    rows = rows_of(table, columns)
     hashes = (hash(tuple(cell if isinstance(cell, str | None) else repr(cell) for cell in row)) for row in rows)
     return np.fromiter(hashes, dtype=np.int64, count=table.num_rows)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A column of class labels: which classes there are, and which one each row has."""
+"""Columns of class labels: the classes, and the class of each row."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.data.column_contents import holds_lists_as_text, is_nan, number_of
-from mirrortune.data.columns import is_string
-from mirrortune.data.files.row_chunks import cells, nulls
+from mirrortune.data.columns import holds_lists_as_text, is_nan, number_of
+from mirrortune.data.files.arrow import cells, is_list, is_string, nulls
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.errors import DataError, did_you_mean
 
 MISSING = -1
-# More classes than this, in more than half of the rows each its own, is a text or an id and not a label.
+# A column with more distinct values than this, and more than one per two rows, is a text or an id, not a label.
 _MANY_CLASSES = 50
 
 
 def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the classes: ``given``, else the column's own features, else the values found, sorted.
+    """Return the names of the classes: ``given``, else the column's features, else the values found, sorted.
 
     Raises:
-        DataError: if the column holds no classes, or one only.
+        DataError: if the column does not hold classes, or only one.
     """
     names = tuple(given or ()) or feature_names(table, column) or _names_in(table.column(column), source, column)
     if len(names) < 2:
@@ -43,9 +42,7 @@ def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] 
 
 
 def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[str]:
-    """Notes on labels that may be meant otherwise than they are taken: lists written as text, numbers as classes, and
-    the word nan among numbers.
-    """
+    """Return notes on labels that may be misread: lists written as text, numbers as classes, nan among numbers."""
     if feature_names(table, column) or pa.types.is_nested(table.schema.field(column).type):
         return []
     notes = []
@@ -67,13 +64,13 @@ def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[st
 
 @dataclass(frozen=True, slots=True)
 class LabelReading:
-    """How the cells of a label column are read as names of classes.
+    """How the cells of a label column map to names of classes.
 
     Attributes:
         features: names of the classes by number, or None.
-        known: the classes; what is among them is that class, even where it would stand for no label otherwise.
-        nan_is_missing: whether the text ``nan`` stands for no label: only where all other values are numbers.
-        has_empty: whether a class has no name, so that an empty text, which csv files hold as null, is that class.
+        known: names of the classes by the values that stand for them.
+        nan_is_missing: whether the text ``nan`` means no label: only if all classes are numbers.
+        has_empty: whether the empty text is a class; csv files read it as null.
     """
 
     features: tuple[str, ...] | None
@@ -83,7 +80,7 @@ class LabelReading:
 
     @classmethod
     def of(cls, table: pa.Table, column: str, names: Sequence[str]) -> LabelReading:
-        """The reading of one column as the classes ``names``."""
+        """Return how to read one column as the classes ``names``."""
         known = {name: name for name in names}
         for name in names:  # 1.0 is 1, unless both are classes
             number = number_of(name)
@@ -96,7 +93,7 @@ class LabelReading:
         return cls(feature_names(table, column), known, are_numbers, is_text and "" in known)
 
     def name(self, value: Any) -> str | None:
-        """The class of a cell, by name, whether it is known or not; None where there is none."""
+        """Return the name of the class in a cell, known or not; None if there is no label."""
         if self.features is not None and isinstance(value, int) and not isinstance(value, bool):
             return self.features[value] if 0 <= value < len(self.features) else None
         if self.has_empty and (value is None or (isinstance(value, str) and not value.strip())):
@@ -110,10 +107,10 @@ class LabelReading:
 def class_indices(
     table: pa.Table, column: str, names: Sequence[str], places: RowPlaces, *, allow_missing: bool
 ) -> npt.NDArray[np.int64]:
-    """The class of every row as an index into ``names``, shape (N,); -1 where there is none, if that is allowed.
+    """Return the class of every row as an index into ``names``, shape (N,); -1 for rows without a label.
 
     Raises:
-        DataError: a label that is no class, with its row, or rows without one.
+        DataError: if a label is not among the classes, or, unless ``allow_missing``, if a row has no label.
     """
     reading = LabelReading.of(table, column, names)
     index: dict[str | None, int] = {**{name: i for i, name in enumerate(names)}, None: MISSING}
@@ -122,13 +119,7 @@ def class_indices(
         values = [reading.name(v) for v in chunk.to_pylist()]
         unknown = next((i for i, v in enumerate(values) if v not in index), None)
         if unknown is not None:
-            name = str(values[unknown])
-            raise DataError(
-                places.where(done + unknown),
-                f"label {name!r} is not among the classes.{did_you_mean(name, names)}",
-                allowed=", ".join(names),
-                fix="Correct the rows, or list every class in task.labels",
-            )
+            raise _unknown_label(str(values[unknown]), names, places.where(done + unknown))
         found[done : done + len(chunk)] = [index[v] for v in values]
         done += len(chunk)
     if not allow_missing:
@@ -139,7 +130,7 @@ def class_indices(
 def label_sets(
     table: pa.Table, column: str, names: Sequence[str], places: RowPlaces
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Which of the classes ``names`` each row has.
+    """Return which of the classes ``names`` each row has.
 
     Args:
         table: the rows; ``column`` holds lists of classes, or there is a column of 0 and 1 for each class.
@@ -148,10 +139,10 @@ def label_sets(
         places: of the rows, for messages.
 
     Returns:
-        0 and 1, shape (N, C), and which rows have no label at all (N,): null, which is not an empty list.
+        0 and 1, shape (N, C), and which rows have no label (N,): null, unlike an empty list.
 
     Raises:
-        DataError: a class that is not among them, or a cell that is neither 0 nor 1.
+        DataError: if a label is not among the classes, or a cell is neither 0 nor 1.
     """
     if column in names and not is_list(table.schema.field(column).type):
         return _flags(table, names, places)
@@ -160,20 +151,23 @@ def label_sets(
     for number, row in enumerate(cells(table, column)):
         for name in (reading.name(value) for value in row or ()):
             if name is not None and name not in index:
-                raise DataError(
-                    places.where(number),
-                    f"label {name!r} is not among the classes.{did_you_mean(name, names)}",
-                    allowed=", ".join(names), fix="Correct the row, or list every class in task.labels",
-                )  # fmt: skip
+                raise _unknown_label(name, names, places.where(number))
             if name is not None:
                 found[number, index[name]] = 1.0
     return found, nulls(table, column)
 
 
+def _unknown_label(name: str, names: Sequence[str], where: str) -> DataError:
+    return DataError(
+        where, f"label {name!r} is not among the classes.{did_you_mean(name, names)}", allowed=", ".join(names),
+        fix="Correct the row, or list every class in task.labels",
+    )  # fmt: skip
+
+
 def _flags(
     table: pa.Table, names: Sequence[str], places: RowPlaces
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """What :func:`label_sets` returns for a column of 0 and 1 for each class."""
+    """Return what :func:`label_sets` does, for a column of 0 and 1 for each class."""
     found = np.zeros((table.num_rows, len(names)), dtype=np.float32)
     missing = np.ones(table.num_rows, dtype=bool)
     for place, name in enumerate(names):
@@ -189,20 +183,15 @@ def _flags(
 
 
 def _flag(value: Any) -> float | None:
-    """0 or 1 for a truth value or a number, written out or not (1.0 is 1, -1 is 0); None for anything else."""
+    """Return 0 or 1 for a boolean or a number, or the text of one (1.0 is 1, -1 is 0); None for anything else."""
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
         return float(str(value).strip().lower() == "true")
     number = number_of(value)
     return None if number not in (-1.0, 0.0, 1.0) else max(number, 0.0)
 
 
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds lists."""
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
 def refuse_missing(missing: npt.NDArray[np.bool_], places: RowPlaces, column: str, what: str = "label") -> None:
-    """DataError with the first rows if any row lacks its target; ``missing`` has shape (N,)."""
+    """Raise a DataError that lists the first rows without a target, if there are any; ``missing`` has shape (N,)."""
     count = int(missing.sum())
     if count:
         raise DataError(
@@ -215,7 +204,7 @@ def refuse_missing(missing: npt.NDArray[np.bool_], places: RowPlaces, column: st
 
 
 def without_labels(table: pa.Table, column: str, missing: str) -> pa.Table:
-    """The table with null in ``column`` wherever its value is ``missing``, as a class or as a number."""
+    """Return the table with null in ``column`` where its value is ``missing``, as a class or as a number."""
     if column not in table.column_names or pa.types.is_nested(table.schema.field(column).type):
         return table
     import pyarrow.compute as pc  # noqa: PLC0415
@@ -233,12 +222,12 @@ def without_labels(table: pa.Table, column: str, missing: str) -> pa.Table:
 
 
 def _whole(name: str) -> str:
-    """A whole number without its decimals, which pandas writes beside missing values; any other name as it is."""
+    """Return ``2`` for ``2.0``, which pandas writes in columns with missing values; other names unchanged."""
     return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:
-    """Fields of the transformers config for a head with these classes."""
+    """Return the fields of the transformers config for a head with these classes."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -247,7 +236,7 @@ def label_fields(names: Sequence[str]) -> dict[str, Any]:
 
 
 def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
-    """Class names that the datasets library stored with the column (ClassLabel, or a list of it), or None."""
+    """Return the class names that the datasets library stored with a column of ClassLabel or lists of it, or None."""
     stored = (table.schema.metadata or {}).get(b"huggingface")
     feature = json.loads(stored).get("info", {}).get("features", {}).get(column) if stored else None
     while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
@@ -257,8 +246,8 @@ def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
 
 
 def as_name(value: Any) -> str | None:
-    """A class name for one label value: text stripped, 1.0 the same class as 1; None where there is no label, which is
-    null, an empty text, or a float that is NaN. A text of three letters is a text: nan is bread.
+    """Return the class name of a label value: text stripped, 1.0 the same as 1; None for null, an empty text or a float
+    NaN. The text "nan" is a name (a kind of bread).
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -268,7 +257,7 @@ def as_name(value: Any) -> str | None:
 
 
 def in_order(names: set[str]) -> list[str]:
-    """Class names sorted: as numbers if all of them are ("10" after "9"), else as text."""
+    """Return class names sorted, as numbers if all of them are ("10" after "9"), else as text."""
     found = sorted(names)
     if found and all(number_of(v) is not None for v in found):
         found.sort(key=float)
@@ -286,7 +275,7 @@ def _names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...
     others = [number_of(v) for v in found if not is_nan(v)]
     numbers = [number for number in others if number is not None]
     if numbers and len(numbers) == len(others):
-        found = [v for v in found if not is_nan(v)]  # among numbers nan is none
+        found = [v for v in found if not is_nan(v)]  # among numbers, nan is a missing label
         if all(number.is_integer() for number in numbers):
             found = in_order({_whole(value) for value in found})
         are_few = is_string(kind) and len(found) <= min(_MANY_CLASSES, len(column) / 2)

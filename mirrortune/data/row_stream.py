@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that are read while they are learned from, for data that fits neither memory nor disk: block after block, epoch
-after epoch, each process its own share.
+"""Streams of rows, for data that fits neither memory nor disk: read in blocks during training, each process its share.
 
-A place in the stream is four whole numbers, so that a run can go on at any row. Random is only the order of pieces
-(files, or the Hub's shards), here, and the order within a block, which whoever takes the blocks draws: a buffer that
-rows are drawn from one by one could not be brought back without all that it held.
+A place in the stream is four integers, so that a run can resume at any row. Only the order of pieces (files, or the
+Hub's shards) and the order within a block (drawn by the consumer) are random: a shuffle buffer could not be restored
+without its content.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mirrortune.data.files.arrow_arrays import aligned
+from mirrortune.data.files.arrow import with_json_aligned
 
 # Rows that are read at a time.
 _READ = 512
@@ -26,13 +25,13 @@ _READ = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a process is in its share of a stream.
+    """The position of a process in its share of a stream.
 
     Attributes:
-        epoch: passes done.
-        piece: pieces of this epoch done before the block.
-        row: rows of the piece done before the block.
-        batch: batches of the block done.
+        epoch: completed passes.
+        piece: pieces of this epoch completed before the block.
+        row: rows of the piece read before the block.
+        batch: completed batches of the block.
     """
 
     epoch: int = 0
@@ -41,7 +40,7 @@ class Place:
     batch: int = 0
 
     def seed(self, seed: int) -> int:
-        """A seed for whatever is drawn in the block that begins here, from that of the run."""
+        """Return a seed for random draws in the block that begins here, derived from the seed of the run."""
         words = np.random.SeedSequence([seed, self.epoch, self.piece, self.row]).generate_state(1)
         return int(words[0])
 
@@ -53,8 +52,8 @@ class RowStream:
     Attributes:
         rows: a ``datasets.IterableDataset``.
         flatten: applied to every table that is read.
-        guard: makes the context in which rows are read; it turns what readers raise into our errors.
-        source: the name that messages give the rows.
+        guard: returns a context manager that converts exceptions of readers to MirrortuneErrors.
+        source: name of the rows in messages.
     """
 
     rows: Any
@@ -63,7 +62,7 @@ class RowStream:
     source: str
 
     def head(self, count: int) -> pa.Table:
-        """The first ``count`` rows, with the features of the data set where it has any."""
+        """Return the first ``count`` rows, with the features of the data set if it has any."""
         parts, missing = [], count
         for table in self._read(self.rows):
             parts.append(table.slice(0, missing))
@@ -77,20 +76,20 @@ class RowStream:
         return self.flatten(found.replace_schema_metadata(known) if known else found)
 
     def shares_pieces(self, num_ranks: int) -> bool:
-        """Whether each process reads pieces of its own; otherwise all read everything and keep every n-th row."""
+        """Return whether each process reads its own pieces; otherwise all read everything and keep every n-th row."""
         return bool(self.rows.num_shards % num_ranks == 0)
 
     def blocks(
         self, *, rank: int, num_ranks: int, size: int, seed: int, start: Place
     ) -> Iterator[tuple[Place, pa.Table]]:
-        """The share of a process without end: each block of at most ``size`` rows with the place at which it begins.
+        """Yield the share of a process, endlessly: blocks of at most ``size`` rows, each with the place it begins at.
 
         Args:
             rank: of the process.
             num_ranks: of the run.
             size: rows of a block; the last one of an epoch may have fewer, or none.
             seed: of the order of pieces.
-            start: the block to begin with.
+            start: place of the first block.
         """
         is_own = self.shares_pieces(num_ranks)
         pieces = np.arange(rank, self.rows.num_shards, num_ranks) if is_own else np.arange(self.rows.num_shards)
@@ -103,7 +102,7 @@ class RowStream:
             begin = Place()
 
     def _from(self, order: Iterable[int], begin: Place) -> Iterator[tuple[Place, pa.Table]]:
-        """Rows of an epoch from a place on, as they are read, each table with its own place."""
+        """Yield the rows of an epoch from a place on, each table with its own place."""
         done = begin.row
         for number, index in itertools.islice(enumerate(order), begin.piece, None):
             first = 0
@@ -126,7 +125,7 @@ class RowStream:
 
 
 def _blocks(tables: Iterable[tuple[Place, pa.Table]], size: int) -> Iterator[tuple[Place, pa.Table]]:
-    """Tables cut and joined to blocks of ``size`` rows, the last one of what is left."""
+    """Regroup tables into blocks of ``size`` rows; the last one may be smaller."""
     parts: list[pa.Table] = []
     begin, missing = Place(), size
     for place, table in tables:
@@ -145,4 +144,4 @@ def _blocks(tables: Iterable[tuple[Place, pa.Table]], size: int) -> Iterator[tup
 
 
 def _joined(parts: list[pa.Table]) -> pa.Table:
-    return pa.concat_tables(aligned(parts), promote_options="permissive")
+    return pa.concat_tables(with_json_aligned(parts), promote_options="permissive")

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``data.streaming``: opens files or a Hub data set without reading them; of every split the first rows are read."""
+"""``data.streaming``: files or a Hub data set are opened, and only the first rows of every split are read."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -17,29 +16,23 @@ from mirrortune.data.dataset import (
     Split,
     files_by_split,
     files_left_out,
+    find_local,
     flat,
-    hub_data_errors,
     matching_files,
+    names_and_sizes_sha256,
+    open_hub,
 )
 from mirrortune.data.files.readers import delimiter_of
+from mirrortune.data.files.text_files import first_line
 from mirrortune.data.row_stream import RowStream
 from mirrortune.errors import ConfigError, DataError, MirrortuneError
-from mirrortune.system.hub import hub_errors, resolve_commit
-from mirrortune.system.paths import (
-    HUB_SCHEME,
-    hub_address,
-    is_pattern,
-    local_path,
-    looks_like_path,
-    shipped_folder,
-    split_sample,
-    table_suffix,
-)
+from mirrortune.system.hub import hub_errors
+from mirrortune.system.paths import is_pattern, split_sample, table_suffix
 
 HEAD_ROWS = 1000
-"""Rows of a streamed training split from which columns, classes and lengths are known."""
+"""Rows of a streamed training split from which columns, classes and lengths are derived."""
 MAX_EVAL_ROWS = 10_000
-"""Rows of any other split that are read, unless ``data.max_eval_rows`` says otherwise."""
+"""Rows of any other split that are read, unless ``data.max_eval_rows`` is set."""
 _BUILDERS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
     ".txt": "text",
@@ -49,33 +42,30 @@ _BUILDERS = {
 def stream_data(
     path: str, *, config: str | None, revision: str | None, encoding: str, train_split: str, max_eval_rows: int | None
 ) -> DataSet:
-    """Open a data set of which the training split is streamed.
+    """Open a data set whose training split is streamed.
 
     Args:
-        path: a file, a pattern or a folder of tables, ``shipped:NAME``, or a Hub id, as of :func:`data.load_data`.
-        config: the Hub data set's configuration.
+        path: a file, a pattern or a folder of tables, ``shipped:NAME``, or a Hub id; see
+            :func:`mirrortune.data.dataset.load_data`.
+        config: configuration of a Hub data set.
         revision: branch, tag or commit of a Hub data set.
         encoding: of local text files.
-        train_split: name of the split that is streamed; its first rows are its table.
-        max_eval_rows: rows of every other split, its first ones.
+        train_split: name of the split that is streamed.
+        max_eval_rows: rows that are read of every other split.
 
     Raises:
-        ConfigError: a sample, or a configuration of local data.
-        DataError: files that are missing, cannot be read, or are no tables.
-        HubError: whatever the Hub refused.
+        ConfigError: if a sample is asked for, or local data is given a configuration or revision.
+        DataError: if files are missing, cannot be read, or are not tables.
+        HubError: if the Hub refuses.
     """
     path, sample = split_sample(path)
     if sample is not None:
         raise ConfigError("--data", f"got #{sample}, and a stream is not sampled", fix="Use --max-steps")
-    is_shipped = path.startswith("shipped:")
-    local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else local_path(path)
     remarks: tuple[str, ...] = ()
-    if path.startswith(HUB_SCHEME) or not (local.exists() or looks_like_path(path)):
+    local = find_local(path, config, revision)
+    if local is None:
         streams, origin = _open_hub(path, config, revision, train_split)
     else:
-        for key, value in (("data.config", config), ("data.revision", revision)):
-            if value is not None:
-                raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
         streams, origin, remarks = _open_files(path, local, encoding, train_split)
     known = DataSet(splits={name: Split(table=pa.table({}), source=s.source) for name, s in streams.items()})
     train = known.require(train_split, "data.train_split")
@@ -85,7 +75,7 @@ def stream_data(
         table = stream.head(HEAD_ROWS if is_train else max_eval_rows or MAX_EVAL_ROWS)
         if not table.num_rows:
             raise DataError(stream.source, "it has no rows")
-        folder = local if local.is_dir() else local.parent
+        folder = local if local is None or local.is_dir() else local.parent
         splits[name] = Split(
             table=table, source=stream.source, folder=folder, stream=stream if is_train else None, remarks=remarks
         )  # fmt: skip
@@ -95,7 +85,7 @@ def stream_data(
 def stream_problems(
     *, max_steps: int | None, max_train_rows: int | None, max_eval_rows: int | None, is_streamed: bool
 ) -> list[ConfigError]:
-    """What the settings of a recipe say of a stream that cannot be."""
+    """Return an error for each setting of a recipe that contradicts streaming."""
     if not is_streamed:
         unused = max_eval_rows is not None
         fix = "Remove it, or set data.streaming=true"
@@ -112,7 +102,7 @@ def stream_problems(
 def _open_files(
     path: str, local: Path, encoding: str, train_split: str
 ) -> tuple[dict[str, RowStream], dict[str, Any], tuple[str, ...]]:
-    """Every split of local tables, and remarks on what was left out."""
+    """Open local tables; return a stream per split, their origin, and remarks on files left out."""
     remarks: tuple[str, ...] = ()
     if local.is_dir():
         found, remarks = files_by_split(local), files_left_out(local)
@@ -126,14 +116,15 @@ def _open_files(
             path, "no file to stream", allowed=f"files, or a folder of files, that end in {', '.join(_BUILDERS)}",
             fix="Check the path; a folder of images for each class cannot be streamed",
         )  # fmt: skip
-    listed = [f"{file} {file.stat().st_size}" for files in found.values() for file in files]
-    origin = {"path": path, "files": len(listed), "sha256_of_names_and_sizes": _sha256(listed)}
+    files = [file for listed in found.values() for file in listed]
+    digest = names_and_sizes_sha256(files, map(str, files))
+    origin = {"path": path, "files": len(files), "sha256_of_names_and_sizes": digest}
     streams = {name: _open_tables(files, name, path, encoding) for name, files in found.items()}
     return streams, origin, remarks
 
 
 def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowStream:
-    """The files of one split, a piece each."""
+    """Open the files of one split as a stream with a piece per file."""
     source = str(files[0]) if len(files) == 1 else f"{path} {name}"
     builders = {_BUILDERS.get(table_suffix(file) or "") for file in files}
     builder = builders.pop()
@@ -145,7 +136,7 @@ def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowS
 
         datasets.disable_progress_bars()
         options: dict[str, Any] = {} if builder in ("parquet", "arrow") else {"encoding": encoding}
-        if builder == "csv":  # all cells are strings and empty ones are null, as where tables are read whole
+        if builder == "csv":  # all cells are strings and empty ones null, as in tables that are read whole
             columns, delimiter, skipped = delimiter_of(files[0], encoding)
             text = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
             options |= {"sep": delimiter, "features": text, "keep_default_na": False, "na_values": [""]}
@@ -159,41 +150,24 @@ def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowS
 def _open_hub(
     path: str, config: str | None, revision: str | None, train_split: str
 ) -> tuple[dict[str, RowStream], dict[str, Any]]:
-    split = ""
-    if path.startswith(HUB_SCHEME):
-        path, config, split = hub_address(path, config)
-    commit = resolve_commit(path, path, revision, "dataset", "--data")
-    guard: Callable[[], AbstractContextManager[object]] = partial(hub_errors, f"data set '{path}'", flag="--data")
-    with guard():
-        import datasets  # noqa: PLC0415
-
-        datasets.disable_progress_bars()
-        with hub_data_errors(path):
-            loaded = datasets.load_dataset(path, config, revision=commit, streaming=True)
+    loaded, name, split, origin = open_hub(path, config, revision, streaming=True)
+    guard: Callable[[], AbstractContextManager[object]] = partial(hub_errors, f"data set '{name}'", flag="--data")
     wanted = {train_split: loaded[split]} if split in loaded else dict(loaded)
-    streams = {n: RowStream(rows=r, flatten=flat, guard=guard, source=f"{path} {n}") for n, r in wanted.items()}
-    return streams, {"repository": path, "config": config, "commit": commit}
+    streams = {n: RowStream(rows=r, flatten=flat, guard=guard, source=f"{name} {n}") for n, r in wanted.items()}
+    return streams, origin
 
 
 @contextmanager
 def _file_errors(source: str) -> Iterator[None]:
-    """Whatever readers of files raise as a DataError at ``source``."""
+    """Raise the exceptions of file readers as a DataError at ``source``."""
     try:
         yield
     except MirrortuneError:
         raise
     except (pa.ArrowException, ValueError, OSError, EOFError, RuntimeError) as error:
-        # datasets wraps what went wrong in errors that say only that something did.
+        # datasets wraps the cause in errors that say only that something failed.
         reason = error.__cause__ or error
         raise DataError(
-            source, f"a row or file cannot be read ({_sentence(reason)})",
+            source, f"a row or file cannot be read ({first_line(reason)})",
             fix="Repair it; without data.streaming its line is named",
         ) from error  # fmt: skip
-
-
-def _sentence(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
-
-
-def _sha256(lines: list[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that are made once: kept under a key of everything that they depend on.
+"""The cache of tokens, stored under a key of everything that they depend on.
 
-They are written chunk by chunk while they are made, so that neither the rows nor their tokens need to fit into memory.
+They are written chunk by chunk, so that neither the rows nor their tokens need to fit into memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mirrortune.system.cache import check_disk
 from mirrortune.system.paths import cache_folder, is_safe_entry
 from mirrortune.system.tensor_files import PlannedTensor, StoredTensor, read_headers, write_file
 
-# Part of every key: raise it when the same rows and tokenizer would give other tokens.
+# Part of every key: increase it when the same rows and tokenizer would give other tokens.
 _VERSION = 4
 _CODES: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
 _IS_USED = ContextVar("is_used", default=True)
@@ -39,19 +39,19 @@ _MAPPED = 1 << 26  # bytes from which an array is left on disk, and paged in as 
 _LONGEST_SHOWN = 24  # characters of a value; digests are longer
 
 Tokens = tuple[dict[str, IntArray], dict[str, int]]
-"""Arrays of some rows, end to end (``offsets`` begin at 0 in each chunk), and counts, which add up."""
+"""Concatenated arrays of some rows (``offsets`` begin at 0 in each chunk), and counts, which are summed."""
 Chunk = tuple[int, dict[str, IntArray], dict[str, int]]
-"""How many rows, and their tokens."""
+"""Number of rows, and their tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenKey:
-    """What the tokens of some rows depend on.
+    """Everything that the tokens of some rows depend on.
 
     Attributes:
-        rows: which rows, for messages.
+        rows: name of the rows in messages.
         kind: of task.
-        parts: values, or digests of what is long, by the names that messages give them.
+        parts: values, or digests of long ones, by their names in messages.
     """
 
     rows: str
@@ -60,8 +60,8 @@ class TokenKey:
 
     @classmethod
     def of(cls, rows: str, data: str, tokenizer: Any, *, task: tuple[str, int], **others: object) -> TokenKey:
-        """The key of rows whose texts have the digest ``data``; ``task`` is the kind and the version of its code, and
-        ``others`` JSON data.
+        """Return the key of rows with the digest ``data``; ``task`` is the kind and the version of its code, ``others``
+        are JSON data.
         """
         kind, version = task
         if not _IS_USED.get():
@@ -72,11 +72,11 @@ class TokenKey:
 
     @property
     def digest(self) -> str:
-        """One for all parts."""
+        """A digest of all parts."""
         return hashlib.sha256(json.dumps([self.kind, self.parts], sort_keys=True).encode()).hexdigest()
 
     def why_made(self) -> str:
-        """What is other than the last time that these rows were wanted, in words."""
+        """Return why the cache does not hold the tokens: the parts that changed since they were last needed."""
         try:
             before = json.loads(self._memory().read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -87,7 +87,7 @@ class TokenKey:
         return f"made again: {', '.join(_change(n, before.get(n), self.parts.get(n)) for n in names)} changed"
 
     def remember(self) -> None:
-        """Keep the parts for the next :meth:`why_made`."""
+        """Store the parts for the next :meth:`why_made`."""
         text = json.dumps(self.parts, indent=2)
         path = self._memory()
         if not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != text:
@@ -110,19 +110,19 @@ def cached_tokens(
     num_rows: int,
     mapped_from: int = _MAPPED,
 ) -> Tokens:
-    """The arrays and counts of all chunks that ``make`` gives, from the cache if it holds them whole under ``key``.
+    """Return the arrays and counts of all chunks, from the cache if it holds them.
 
-    One process makes them; others that want them wait.
+    One process makes them; others that need them wait.
 
     Args:
         key: everything that they depend on.
-        make: called again where the cache cannot be written.
-        tell: is told where they come from.
-        num_rows: of all chunks; with the first one it tells how much room they take.
-        mapped_from: arrays of so many bytes or more stay on disk and are mapped.
+        make: yields the chunks; called again if the cache cannot be written.
+        tell: called with a line on where they come from.
+        num_rows: of all chunks; with the size of the first chunk it gives the disk space needed.
+        mapped_from: arrays of at least this number of bytes stay on disk and are memory-mapped.
 
     Raises:
-        ResourceError: if the disk has less room than they will take.
+        ResourceError: if the disk has too little space.
     """
     if not _IS_USED.get():
         return _joined(make())
@@ -141,7 +141,7 @@ def cached_tokens(
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """Within, in this thread: nothing is looked up in the cache or put there."""
+    """Disable the cache in this thread, for reading and writing."""
     token = _IS_USED.set(False)
     try:
         yield
@@ -150,14 +150,12 @@ def uncached() -> Iterator[None]:
 
 
 def data_digest(chunks: Iterable[Sequence[Sequence[Any]]], types: Sequence[str] = ()) -> str:
-    """A digest of columns of cells (text, or JSON data) of the given types that come in chunks of rows; how they are
-    cut into chunks does not matter.
+    """Return a digest of columns of cells (text, or JSON data) of the given types, independent of how they are cut into
+    chunks of rows.
     """
-    if not _IS_USED.get():
-        return ""
-    columns: dict[int, tuple[Any, Any]] = {}
+    is_used, columns = _IS_USED.get(), dict[int, tuple[Any, Any]]()
     for chunk in chunks:
-        for number, column in enumerate(chunk):
+        for number, column in enumerate(chunk if is_used else ()):
             ends, content = columns.setdefault(number, (hashlib.sha256(), hashlib.sha256()))
             texts = [None if cell is None else _as_text(cell).encode() for cell in column]
             # null is not the empty text
@@ -168,7 +166,7 @@ def data_digest(chunks: Iterable[Sequence[Sequence[Any]]], types: Sequence[str] 
 
 
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[IntArray, IntArray]:
-    """Rows end to end as int32, shape (T,), and their offsets, shape (N + 1,)."""
+    """Return rows concatenated as int32, shape (T,), and their offsets, shape (N + 1,)."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=offsets[1:])
     return np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(offsets[-1])), offsets
@@ -180,7 +178,7 @@ def _as_text(cell: Any) -> str:
 
 def _tokenizer_digest(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # its description tells how it was last called, which the next call overrules
+    if backend is not None:  # its description includes the settings of the last call, which do not matter
         backend.no_truncation()
         backend.no_padding()
     description = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -195,17 +193,17 @@ def _change(name: str, before: str | None, now: str | None) -> str:
 
 
 def _with_room(chunks: Iterator[Chunk], key: TokenKey, num_rows: int) -> Iterator[Chunk]:
-    """The same chunks, if the disk has room for as many more as the first one is a part of."""
+    """Yield the chunks, after checking with the first one that the disk has space for all of them."""
     for number, chunk in enumerate(chunks):
         if not number:
             size = sum(array.nbytes for array in chunk[1].values()) * num_rows // max(1, chunk[0])
-            # They are written twice: each array until its size is known, then all of them in one file.
+            # They are written twice: each array to its own file until its size is known, then all to one file.
             check_disk({cache_folder(): {f"tokens of {key.rows}": 2 * size}})
         yield chunk
 
 
 def _shifted(chunks: Iterator[Chunk], counts: Counter[str]) -> Iterator[dict[str, IntArray]]:
-    """The arrays of each chunk, offsets going on where those before ended; counts are added to ``counts``."""
+    """Yield the arrays of each chunk with cumulative offsets; counts are added to ``counts``."""
     end = 0
     for number, (_, arrays, more) in enumerate(chunks):
         counts.update(more)
@@ -215,7 +213,7 @@ def _shifted(chunks: Iterator[Chunk], counts: Counter[str]) -> Iterator[dict[str
 
 
 def _write(path: Path, key: TokenKey, chunks: Iterator[Chunk]) -> None:
-    """Write all chunks as one safetensors file; each array goes through a file of its own until its size is known."""
+    """Write all chunks to one safetensors file; each array goes to a file of its own until its size is known."""
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
@@ -240,7 +238,7 @@ def _write(path: Path, key: TokenKey, chunks: Iterator[Chunk]) -> None:
 
 
 def _digest(key: TokenKey, arrays: Mapping[str, StoredTensor], counts: Mapping[str, int]) -> bytes:
-    """SHA-256 of everything that an entry says, and of the key for which it says so; reads the arrays."""
+    """Return the SHA-256 of the whole content of an entry and of its key; reads the arrays."""
     found = []
     for name, stored in sorted(arrays.items()):
         content, left = hashlib.sha256(), stored.nbytes
@@ -254,7 +252,7 @@ def _digest(key: TokenKey, arrays: Mapping[str, StoredTensor], counts: Mapping[s
 
 
 def _copied(name: str, code: str, file: Path) -> PlannedTensor:
-    """An array that fills a whole file."""
+    """Return the array that a whole file holds."""
     size = file.stat().st_size
     shape = (size // np.dtype(_CODES[code]).itemsize,)
     source = StoredTensor(code=code, shape=shape, path=file, start=0, nbytes=size)
@@ -262,7 +260,7 @@ def _copied(name: str, code: str, file: Path) -> PlannedTensor:
 
 
 def _read(path: Path, key: TokenKey, mapped_from: int) -> Tokens | None:
-    """What the cache holds, or None when it is absent, damaged, of another key, or not safe to read."""
+    """Return the entry of the cache, or None if it is absent, damaged, of another key, or not safe to read."""
     if not is_safe_entry(path):
         return None
     try:
@@ -280,7 +278,7 @@ def _read(path: Path, key: TokenKey, mapped_from: int) -> Tokens | None:
 
 def _array(stored: StoredTensor, mapped_from: int) -> IntArray:
     kind = _CODES[stored.code]
-    if stored.nbytes < max(1, mapped_from):  # what is empty cannot be mapped
+    if stored.nbytes < max(1, mapped_from):  # an empty array cannot be mapped
         found: IntArray = np.fromfile(stored.path, kind, stored.shape[0], offset=stored.start)
         return found
     return np.memmap(stored.path, kind, "r", stored.start, stored.shape).view(np.ndarray)

@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns rows into token ids, chunk by chunk, through the cache of :mod:`mirrortune.data.token_cache`; for every kind of
-task that reads text.
-"""
+"""Tokenisation of rows, chunk by chunk and cached; shared by all kinds of task that read text."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IntArray, Padding, Rows, Targets, TokenExamples
-from mirrortune.data.files.row_chunks import Columns, row_chunks
+from mirrortune.data.files.arrow import Columns, row_chunks
 from mirrortune.data.token_cache import Chunk, TokenKey, Tokens, cached_tokens, data_digest, ragged
 from mirrortune.errors import ConfigError, NoRowsError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How the rows of a split are made into examples.
+    """How the rows of a split are encoded.
 
     Attributes:
-        max_length: longest row, in the kind's own unit (tokens, special ones included); longer rows are truncated and
-            counted. None where all rows are of one size.
-        for_training: the rows are learned from.
+        max_length: maximum length of a row in tokens, special ones included; longer rows are truncated and counted.
+            None for rows that are not text.
+        for_training: whether the rows are trained on.
         drop_blank: leave out rows whose texts are empty or white space (they are counted in any case).
         allow_missing: keep rows without a label (a test split).
-        seed: of whatever is drawn while learning from the rows.
-        tell: is told whether tokens were in the cache, and if not, why.
+        seed: of random draws in training, such as augmentation.
+        tell: called with a line on whether the tokens came from the cache, and if not, why.
     """
 
     max_length: int | None
@@ -40,20 +40,26 @@ class Reading:
     seed: int = 0
     tell: Callable[[str], object] = str
 
+    @property
+    def num_tokens(self) -> int:
+        """``max_length`` of rows that are text."""
+        assert self.max_length is not None
+        return self.max_length
+
     def rows(self, split: Split) -> str:
-        """What messages call the rows of ``split``."""
+        """Return the name of the rows of ``split`` in messages."""
         return f"{split.source} ({'training' if self.for_training else 'other'} rows)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
-    """Rows that have become tokens, on disk where they are many.
+    """Tokenised rows; large arrays are memory-mapped.
 
     Attributes:
-        arrays: as they were made, rows end to end.
-        counts: as they were made, added up.
-        keep: rows of the split that are among them, shape (N,).
-        num_blank: rows of the split that are blank.
+        arrays: what ``make`` returned, all rows concatenated.
+        counts: what ``make`` returned, summed.
+        keep: which rows of the split were tokenised, shape (N,).
+        num_blank: blank rows of the split.
     """
 
     arrays: dict[str, IntArray]
@@ -63,11 +69,11 @@ class TokenRows:
 
     @property
     def num_dropped(self) -> int:
-        """Rows that were left out."""
+        """Number of rows that were left out."""
         return int((~self.keep).sum())
 
     def spread(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """What is true of the rows that were kept, as an array of all rows of the split."""
+        """Return flags of the kept rows as flags of all rows of the split, False for the others."""
         found = np.zeros(len(self.keep), dtype=bool)
         found[self.keep] = flags
         return found
@@ -86,50 +92,71 @@ def tokenise_rows(
     what: str = "",
     facts: dict[str, object],
 ) -> TokenRows:
-    """Tokens of the rows of a split, from the cache if it holds them; the one way in which every kind makes its own.
+    """Tokenise the rows of a split, or read their tokens from the cache.
 
-    Neither the rows nor their tokens need to fit into memory: rows are read and made a thousand at a time, and go
-    to the cache as they are made.
+    Rows are read twice: once for blank rows and the digest of the cache key, and again only if the cache does not hold
+    their tokens. Neither rows nor tokens need to fit into memory: a thousand rows are tokenised at a time and written
+    to the cache.
 
     Args:
         split: the rows.
-        columns: all that ``make`` reads.
+        columns: all columns that ``make`` reads.
         tokenizer: a transformers tokenizer.
-        reading: which rows to leave out, and whom to tell.
+        reading: which rows to leave out, and where to report.
         task: the kind of task and the version of its code.
         make: cells of some rows (a list for each column) and their numbers in the split (from 0) -> arrays, counts.
-        is_blank: whether a row says nothing; None where no row does.
-        keep: rows that are read, shape (N,), in place of what ``is_blank`` says.
-        what: more words for messages on these tokens.
-        facts: whatever else the tokens depend on, as JSON data.
+        is_blank: returns whether a row is blank; None if no row can be.
+        keep: rows to tokenise, shape (N,), whether blank or not.
+        what: appended to the name of the rows in messages.
+        facts: everything else that the tokens depend on, as JSON data.
 
     Raises:
         NoRowsError: if no row is left.
         ResourceError: if the disk has no room for the tokens.
     """
-    table, blank = split.table, np.zeros(split.table.num_rows, dtype=bool)
-    if is_blank is not None:
-        rows = (row for chunk in row_chunks(table, columns) for row in zip(*chunk, strict=True))
-        blank = np.fromiter((is_blank(row) for row in rows), dtype=bool, count=len(blank))
-    if keep is None:
-        keep = ~blank if reading.drop_blank else np.ones_like(blank)
-    if not keep.any():
+    table = split.table
+    blank, kept, digest = _scan(table, columns, is_blank, keep, drop_blank=reading.drop_blank)
+    if not kept.any():
         raise NoRowsError(
             split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column"
         )
-    types = [str(table.schema.field(name).type) for name in columns]
-    data = data_digest(row_chunks(table, columns, keep), types)
-    key = TokenKey.of(reading.rows(split) + what, data, tokenizer, task=task, columns=list(columns), **facts)
+    key = TokenKey.of(reading.rows(split) + what, digest, tokenizer, task=task, columns=list(columns), **facts)
 
     def chunks() -> Iterator[Chunk]:
-        numbers, done = np.flatnonzero(keep), 0
-        for chunk in row_chunks(table, columns, keep):
+        numbers, done = np.flatnonzero(kept), 0
+        for chunk in row_chunks(table, columns, kept):
             count = len(chunk[0])
             yield count, *make(chunk, numbers[done : done + count])
             done += count
 
-    arrays, counts = cached_tokens(key, chunks, reading.tell, num_rows=int(keep.sum()))
-    return TokenRows(arrays=arrays, counts=counts, keep=keep, num_blank=int(blank.sum()))
+    arrays, counts = cached_tokens(key, chunks, reading.tell, num_rows=int(kept.sum()))
+    return TokenRows(arrays=arrays, counts=counts, keep=kept, num_blank=int(blank.sum()))
+
+
+def _scan(
+    table: pa.Table,
+    columns: Sequence[str],
+    is_blank: Callable[[tuple[Any, ...]], bool] | None,
+    keep: npt.NDArray[np.bool_] | None,
+    *,
+    drop_blank: bool,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], str]:
+    """Return which rows are blank, which are kept (both (N,)), and the digest of the kept rows, in one pass."""
+    blank = np.zeros(table.num_rows, dtype=bool)
+    kept = np.ones_like(blank) if keep is None else keep
+
+    def chunks() -> Iterator[Columns]:
+        start = 0
+        for chunk in row_chunks(table, columns):
+            here = slice(start, start := start + len(chunk[0]))
+            if is_blank is not None:
+                blank[here] = [is_blank(row) for row in zip(*chunk, strict=True)]
+                if keep is None and drop_blank:
+                    kept[here] = ~blank[here]
+            yield [list(itertools.compress(column, kept[here])) for column in chunk]
+
+    digest = data_digest(chunks(), [str(table.schema.field(name).type) for name in columns])
+    return blank, kept, digest
 
 
 def encode_texts(
@@ -142,26 +169,25 @@ def encode_texts(
     task: tuple[str, int],
     prefix: str = "",
 ) -> tuple[TokenExamples, npt.NDArray[np.bool_]]:
-    """Tokens and targets of a split with one text or a pair in each row.
+    """Encode a split with one text or a pair of texts in each row.
 
     Args:
         split: the rows.
         columns: one or two columns of text.
-        targets: one a row, shape (N, ...), or None.
-        missing: which rows have none, shape (N,).
+        targets: one per row, shape (N, ...), or None.
+        missing: which rows have no target, shape (N,).
         tokenizer: a transformers tokenizer.
         reading: what to cut and to leave out.
         task: the kind of task and the version of its code.
-        prefix: put before every text of the first column.
+        prefix: prepended to every text of the first column.
 
     Returns:
-        The examples, and which rows of the split they are, shape (N,).
+        The examples, and which rows of the split they hold, shape (N,).
 
     Raises:
         NoRowsError: if no row is left.
     """
-    max_length = reading.max_length
-    assert max_length is not None
+    max_length = reading.num_tokens
 
     def make(texts: Columns, numbers: Rows) -> Tokens:
         first, *others = ([text or "" for text in column] for column in texts)
@@ -185,17 +211,17 @@ def encode_texts(
 
 
 def is_blank_text(row: Sequence[Any]) -> bool:
-    """Whether all texts of a row are empty, or white space, or null; a list is not."""
+    """Return whether all texts of a row are empty, white space or null; a list never is."""
     return all(not (isinstance(value, list) or str(value or "").strip()) for value in row)
 
 
 def pieces(texts: list[list[str]], tokenizer: Any, max_length: int) -> Tokens:
-    """``input_ids`` (and ``token_type_ids``) of texts, or of pairs of them, cut to a length, and how many were."""
+    """Return ``input_ids`` (and ``token_type_ids``) of texts or pairs cut to a length, and the number of those cut."""
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
     encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
     rows = {n: list(encoded[n]) for n in names}
     long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
-    if long:  # only these are tokenised again: most rows are short, and counting needs their whole length
+    if long:  # only these are tokenised again: most rows are short, and counting needs the whole length
         again = [[column[i] for i in long] for column in texts]
         cut = tokenizer(*again, truncation=True, max_length=max_length, return_attention_mask=False)
         for position, i in enumerate(long):
@@ -207,14 +233,14 @@ def pieces(texts: list[list[str]], tokenizer: Any, max_length: int) -> Tokens:
 
 
 def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: int = 512) -> int:
-    """The sequence length: what was asked for if the model can take it, else the model's limit (at most ``default``).
+    """Return the maximum length of a row: ``asked``, or the model's limit but at most ``default``.
 
     Raises:
-        ConfigError: if ``asked`` is above what the tokenizer says the model takes.
+        ConfigError: if ``asked`` exceeds the model's limit.
     """
     stated = getattr(tokenizer, "model_max_length", None)
     positions = getattr(config, "max_position_embeddings", None)
-    # Tokenizers without a limit state an astronomical one; the model's table of positions is the next best fact.
+    # Tokenizers without a limit state an astronomical one; then the model's position embeddings are the limit.
     limit = stated if isinstance(stated, int) and stated < 1_000_000 else positions
     if asked is None:
         return min(limit or default, default)

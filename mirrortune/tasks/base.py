@@ -13,17 +13,21 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
 from mirrortune.config.recipe import task_kinds
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
-from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.arrow import refuse_unreadable
+from mirrortune.data.labels import class_indices
 from mirrortune.data.tokenize import Reading, resolve_max_length
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
 from mirrortune.models.load import ModelSource, load_tokenizer
@@ -161,12 +165,17 @@ class TextTask(Task):
 
     Attributes:
         text_columns: columns of text, in the order in which the model reads them.
-        version: of the code that makes the tokens; part of their cache key.
+        version: of the code that makes the tokens.
     """
 
     __slots__ = ()
     text_columns: tuple[str, ...]
     version: int
+
+    @property
+    def code(self) -> tuple[str, int]:
+        """Kind and version, for the key of cached tokens."""
+        return self.kind, self.version
 
     @override
     def load_processor(self, source: ModelSource) -> Any:
@@ -179,6 +188,44 @@ class TextTask(Task):
     @override
     def probe(self, processor: Any, config: Any) -> Batch:
         return text_probe(processor, config, num_texts=len(self.text_columns))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneOfClasses(Task, HasLabels):
+    """A task that predicts one of C classes.
+
+    Attributes:
+        label_column: the column of classes.
+        labels: the class names, in the order of the model's outputs.
+    """
+
+    label_column: str
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    labels: tuple[str, ...]
+
+    def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
+        """Return the class of every row (N,), -1 where there is none; DataError for that unless ``allow_missing``."""
+        return class_indices(split.table, self.label_column, self.labels, split.places, allow_missing=allow_missing)
+
+    @override
+    def strata(self, split: Split) -> Targets | None:
+        return self.class_targets(split, allow_missing=False)
+
+    @override
+    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Return the cross-entropy of logits (B, C) against class indices (B,), summed."""
+        return F.cross_entropy(outputs.logits.float(), targets, reduction="sum"), targets.shape[0]
+
+    @override
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
+        """Return the logits (B, C)."""
+        return np.asarray(outputs.logits.float().cpu().numpy())
+
+    @override
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
+        """Return the class of the largest logit and the true class, each (N,)."""
+        return np.stack(judged).argmax(axis=-1), examples.targets
 
 
 def scores_vocabulary(task: Task) -> bool:

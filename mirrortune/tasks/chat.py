@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations, prompts and plain texts -> token ids, and which of them are the model's own words.
+"""Conversations, prompts and plain texts -> token ids, and which of them are learned as answers.
 
-A conversation is written by the tokenizer's own template. What the assistant says is known from the template's
-``{% generation %}`` marks where it has them, and otherwise by prefix: the text up to a turn, with the prompt for an
-answer, is a prefix of the whole, and so is the text with the answer; what lies between is the answer. Where there is no
-such prompt (the conversation begins with the assistant), an answer begins where its content begins: where the text
-changes when another content stands there.
+A conversation is formatted by the tokenizer's chat template. The assistant's answers are found by the template's
+``{% generation %}`` marks, if it has them. Otherwise they are found by prefix: the text of the turns before an answer,
+with the generation prompt, is a prefix of the whole text, and so is the text that includes the answer; the answer is
+between. Without a prompt (the conversation begins with the assistant) an answer begins with its content: where the text
+changes if the content is replaced.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mirrortune.data.files.text_files import first_line
 from mirrortune.errors import DataError
 from mirrortune.tasks.conversations import Conversation, Message
 
 Encoding = tuple[list[int], list[bool]]
-"""Token ids of a row, and whether each is to be learned as an answer."""
+"""Token ids of a row, and whether each is learned."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Stanford Alpaca's wording, which models without a chat template are commonly tuned on.
+# The wording of Stanford Alpaca, which is common for models without a chat template.
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
-# Contents that share neither their first nor their last character with each other: what they have in common when they
-# are written is the template's.
+# Contents that share neither their first nor their last character: whatever the formatted texts have in common belongs
+# to the template.
 _PROBES = ("0", "1")
 
 
 class LostAnswerError(DataError):
-    """An answer of which the model would learn no word.
+    """An answer from which the model would learn nothing.
 
     Attributes:
         kind: ``"calls"``, the template does not write its tool calls; ``"empty"``, only its end would be learned.
@@ -48,7 +49,7 @@ class LostAnswerError(DataError):
 
 
 def alpaca_prompt(instruction: str, context: str) -> str:
-    """The prompt of one row of instruction and input, in Stanford Alpaca's words."""
+    """Return the prompt of an instruction and an optional input in the format of Stanford Alpaca."""
     if not context.strip():
         return f"{_ALPACA.format('')}### Instruction:\n{instruction}\n\n### Response:\n"
     more = ", paired with an input that provides further context"
@@ -58,18 +59,18 @@ def alpaca_prompt(instruction: str, context: str) -> str:
 def encode_conversation(
     tokenizer: Any, conversation: Conversation, where: str, *, learn_all: bool = False, may_be_empty: bool = False
 ) -> Encoding:
-    """Tokens of a conversation in the tokenizer's own template; the assistant's turns are the answers.
+    """Tokenise a conversation formatted by the tokenizer's chat template; the assistant's turns are learned.
 
     Args:
         tokenizer: has a chat template.
-        conversation: its turns, and the template's other arguments.
+        conversation: turns and further arguments of the template.
         where: the row, for messages.
-        learn_all: everything is learned, so that answers need not be told from the rest.
-        may_be_empty: answers may be empty (rows that are not learned from).
+        learn_all: learn all tokens.
+        may_be_empty: allow empty answers (in evaluation).
 
     Raises:
-        LostAnswerError: an answer of which only the end would be learned, or whose tool calls are not written.
-        DataError: turns that the template refuses, or a template without marks whose turns are no prefixes.
+        LostAnswerError: if only the end of an answer would be learned, or its tool calls are not written.
+        DataError: if the template refuses the turns, or it has no marks and its turns are not prefixes.
     """
     talk, whole = _written(tokenizer, conversation, where)
     if learn_all:
@@ -90,15 +91,15 @@ def encode_conversation(
     ids, learned = encode_spans(tokenizer, whole, list(spans.values()), add_special_tokens=False)
     last = spans.get(len(talk.messages) - 1)
     if last and not whole[: last[1]].endswith(special) and not any(token in whole[last[1] :] for token in special):
-        return [*ids, tokenizer.eos_token_id], [*learned, True]  # nothing of the template's ends the answer
+        return [*ids, tokenizer.eos_token_id], [*learned, True]  # the template does not end the answer
     return ids, learned
 
 
 def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Sequence[Message] = ()) -> Encoding:
-    """Tokens of a prompt and its completion (which is the answer), and the end token.
+    """Tokenise a prompt and its completion, which is learned, and the end token.
 
-    They are joined as they stand; a line break is put between them where neither brings white space. The turns before
-    stand in front of them, each with an empty line behind it but for questions; answers among them are learned.
+    They are concatenated, with a line break between them if neither has white space there. Earlier turns come first,
+    each followed by an empty line except for questions; their answers are learned.
     """
     text, spans = "", []
     turns = [*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
@@ -118,21 +119,21 @@ def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Se
 def encode_spans(
     tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], *, add_special_tokens: bool = True
 ) -> Encoding:
-    """Tokens of ``text``; those that share a character with one of ``spans`` (first, behind last) are answers."""
+    """Tokenise ``text``; tokens that overlap one of ``spans`` (begin, end in characters) are learned."""
     made = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     learned = [any(start < high and end > low for low, high in spans) for start, end in made["offset_mapping"]]
     return list(made["input_ids"]), learned
 
 
 def writes_tools(tokenizer: Any, talk: Conversation) -> bool:
-    """Whether the template writes the tools of a conversation that has some; a refused conversation is not asked."""
+    """Return whether the template writes the tools of a conversation; True for a conversation that it refuses."""
     whole = _text_of(tokenizer, talk.messages, talk)
     options = {key: value for key, value in talk.options.items() if key != "tools"}
     return whole is None or _text_of(tokenizer, talk.messages, replace(talk, options=options)) != whole
 
 
 def turn_end_ids(tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the end token, and the added token that the template puts behind an answer."""
+    """Return the ids that end an answer: the end token, and the added token that the template writes after answers."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     written = []
     for probe in _PROBES:
@@ -146,7 +147,7 @@ def turn_end_ids(tokenizer: Any) -> list[int]:
 
 
 def save_turn_ends(tokenizer: Any, folder: Path) -> None:
-    """Make ``generation_config.json`` of a model folder stop at the end of a turn, besides where it stopped before."""
+    """Add the ends of a turn to the end tokens in ``generation_config.json`` of a model folder."""
     path = folder / "generation_config.json"
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known = data.get("eos_token_id")
@@ -157,7 +158,7 @@ def save_turn_ends(tokenizer: Any, folder: Path) -> None:
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The texts of all special tokens, those that have no name (``eos_token``, ...) among them."""
+    """Return the texts of all special tokens, including those without a name (``eos_token``, ...)."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(dict.fromkeys((*tokenizer.all_special_tokens, *added)))
 
@@ -167,14 +168,14 @@ def _template(tokenizer: Any) -> str:
 
 
 def _apply(tokenizer: Any, messages: list[Message], talk: Conversation, where: str, **options: Any) -> Any:
-    """What the template makes of ``messages`` with the other arguments of ``talk``."""
+    """Apply the template to ``messages`` with the other arguments of ``talk``."""
     import jinja2  # noqa: PLC0415
 
     try:
         return tokenizer.apply_chat_template(messages, **{**talk.options, **options})
     except (jinja2.TemplateError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         roles = ", ".join(str(m["role"]) for m in messages[:8])
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = first_line(error, 200)
         raise DataError(
             where, f"the model's chat template refuses a conversation of {roles} ({reason})",
             fix="Correct the order of turns, or fold the system turn into the first user turn",
@@ -182,7 +183,7 @@ def _apply(tokenizer: Any, messages: list[Message], talk: Conversation, where: s
 
 
 def _text_of(tokenizer: Any, messages: list[Message], talk: Conversation, **options: Any) -> str | None:
-    """The text that the template writes, or None if it refuses."""
+    """Return the text that the template writes, or None if it refuses."""
     try:
         return str(_apply(tokenizer, messages, talk, "", tokenize=False, **options))
     except DataError:
@@ -190,11 +191,11 @@ def _text_of(tokenizer: Any, messages: list[Message], talk: Conversation, **opti
 
 
 def _written(tokenizer: Any, talk: Conversation, where: str) -> tuple[Conversation, str]:
-    """A conversation with its calls in a form that the template understands, and the text that it writes.
+    """Return a conversation with its tool calls in a form that the template supports, and the text that it writes.
 
     Raises:
-        LostAnswerError: the template leaves calls out.
-        DataError: it refuses the conversation.
+        LostAnswerError: if the template leaves tool calls out.
+        DataError: if it refuses the conversation.
     """
     if not any("tool_calls" in message for message in talk.messages):
         return talk, _apply(tokenizer, talk.messages, talk, where, tokenize=False)
@@ -209,15 +210,15 @@ def _written(tokenizer: Any, talk: Conversation, where: str) -> tuple[Conversati
 
 
 def _writes_calls(tokenizer: Any, talk: Conversation, text: str) -> bool:
-    """Whether the text that a template writes depends on the calls."""
+    """Return whether the text that a template writes depends on the tool calls."""
     bare = [{**m, "content": m["content"] or ""} for m in talk.messages]
     bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in bare]
     return _text_of(tokenizer, bare, talk) != text
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """The forms in which templates expect calls, transformers' own first: a mapping of arguments, or OpenAI's text of
-    it; null or an empty text as the content beside calls; ids as they are, or nine letters as Mistral's want them.
+    """Yield the forms in which templates expect tool calls, that of transformers first: arguments as a mapping, or as
+    OpenAI's JSON text; content null or empty; ids unchanged, or nine letters as Mistral's templates require.
     """
     for short_ids in (False, True):
         for as_text in (False, True):
@@ -258,7 +259,7 @@ def _short_id(value: Any) -> str:
 
 
 def _is_understood(tokenizer: Any, talk: Conversation, text: str) -> bool:
-    """Whether a template wrote values as they are meant, and neither null as ``None`` nor a mapping as Python does."""
+    """Return whether a template wrote values correctly, neither null as ``None`` nor a mapping in Python's notation."""
     calls = [call for m in talk.messages for call in m.get("tool_calls", ())]
     mappings = [call["function"]["arguments"] for call in calls if call["function"]["arguments"]]
     if any(isinstance(value, dict) and str(value) in text for value in mappings):
@@ -270,7 +271,7 @@ def _is_understood(tokenizer: Any, talk: Conversation, text: str) -> bool:
 
 
 def _answer_spans(tokenizer: Any, talk: Conversation, whole: str, where: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Turns of the assistant that are learned, and where they stand in the text of the whole conversation."""
+    """Yield the learned turns of the assistant, and their spans in the text of the whole conversation."""
     special, messages = special_tokens(tokenizer), talk.messages
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i in talk.given:
@@ -281,17 +282,17 @@ def _answer_spans(tokenizer: Any, talk: Conversation, whole: str, where: str) ->
         if not whole.startswith(answered) or begin is None:
             raise DataError(
                 where, f"the model's chat template writes turn {i + 1} differently when others follow, so that its"
-                " answer cannot be told from the rest",
+                " answer cannot be found",
                 allowed="a template whose turns stay as they are, or one with {% generation %} marks",
                 fix="Use conversations of one answer, or task.loss_on=all",
             )  # fmt: skip
         end = len(answered.rstrip())
-        # White space behind the token that ends a turn belongs to the template, not to the answer.
+        # White space after the token that ends a turn belongs to the template, not to the answer.
         yield i, (begin, end if answered[:end].endswith(special) else len(answered))
 
 
 def _begin(tokenizer: Any, talk: Conversation, turn: int, answered: str) -> int | None:
-    """Where an answer begins in the text that ends with it; None if what stands before is written differently."""
+    """Return where an answer begins in the text that ends with it; None if the turns before are written differently."""
     before = talk.messages[:turn]
     if before:
         prompt = _text_of(tokenizer, before, talk, add_generation_prompt=True)
@@ -300,7 +301,7 @@ def _begin(tokenizer: Any, talk: Conversation, turn: int, answered: str) -> int 
         plain = _text_of(tokenizer, before, talk)
         if plain is not None and not answered.startswith(plain):
             return None
-    # No prompt asks for this answer: it begins where another one would make a difference.
+    # Without a prompt, the answer begins where another one would change the text.
     said = str(talk.messages[turn]["content"] or "").lstrip()
     probe = next(text for text in _PROBES if not said.startswith(text))
     other = _text_of(tokenizer, [*before, {"role": "assistant", "content": probe}], talk)
@@ -308,7 +309,7 @@ def _begin(tokenizer: Any, talk: Conversation, turn: int, answered: str) -> int 
 
 
 def _is_empty(message: Message) -> bool:
-    """Whether a turn has neither content, nor calls, nor thoughts."""
+    """Return whether a turn has neither content nor tool calls nor reasoning."""
     said = [value for key, value in message.items() if key not in ("role", "name", "weight")]
     return not any(value.strip() if isinstance(value, str) else value for value in said)
 
@@ -320,6 +321,6 @@ def _without(tokens: Sequence[str], text: str) -> str:
 
 
 def _in_common(first: str, second: str) -> int:
-    """How many characters two texts begin with together."""
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of chat data -> conversations in the form that chat templates read: messages, tools, documents.
+"""Rows of chat data -> conversations as chat templates take them: messages, tools, documents.
 
-Takes the formats of OpenAI (``messages``, ``tool_calls``, ``functions``, a ``weight`` of 0 or 1), ShareGPT
+Reads the formats of OpenAI (``messages``, ``tool_calls``, ``functions``, a ``weight`` of 0 or 1), ShareGPT
 (``conversations`` of ``from`` and ``value``), and LLaMA-Factory (columns ``system``, ``tools`` and ``history``).
 """
 
@@ -14,21 +14,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from mirrortune.data.columns import is_string
-from mirrortune.data.files.arrow_arrays import is_json
-from mirrortune.data.files.row_chunks import cells
-from mirrortune.data.labels import is_list
+from mirrortune.data.files.arrow import cells, is_json, is_list, is_string
 from mirrortune.errors import DataError
 
 Message = dict[str, Any]
-# Names that data sets give the speakers, in lower case. Any other role is the template's business.
+# Names of roles in data sets, in lower case. Other roles are passed to the template.
 _ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
     "ai": "assistant", "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 _ALLOWED = "role (system, user, assistant, tool, ...) and content, both text"
 _OWN_KEYS = ("role", "content", "from", "value", "weight", "function_call")
-# What a column of a row adds to its conversation, by the names that data sets give such columns.
+# What columns add to the conversation of a row, by their names in data sets.
 _ADDITIONS = {
     "system": "system", "system_prompt": "system", "system_message": "system", "tools": "tools",
     "functions": "tools", "documents": "documents", "history": "history", "chat_template_kwargs": "options",
@@ -40,12 +37,12 @@ _OF_LAYOUT = {"messages": _OF_TURNS, "prompt": _OF_TURNS, "alpaca": _OF_TURNS, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What a chat template writes.
+    """The arguments of a chat template.
 
     Attributes:
-        messages: ``role``, ``content`` (None beside calls that stand alone) and whatever else the row has.
-        options: the template's further arguments: ``tools``, ``documents`` and its own.
-        given: numbers of the assistant's turns that are not learned.
+        messages: with ``role``, ``content`` (None for tool calls alone) and other keys of the row.
+        options: further arguments of the template: ``tools``, ``documents`` and its own.
+        given: indices of the assistant's turns that are not learned.
     """
 
     messages: list[Message]
@@ -54,7 +51,7 @@ class Conversation:
 
 
 def additions(table: pa.Table, layout: str, used: Sequence[str]) -> tuple[str, ...]:
-    """Columns of ``table`` that add to conversations of a layout, besides those that are ``used`` already."""
+    """Return the columns of ``table`` that add to conversations of a layout, except those in ``used``."""
     return tuple(
         name
         for name in table.column_names
@@ -63,20 +60,20 @@ def additions(table: pa.Table, layout: str, used: Sequence[str]) -> tuple[str, .
 
 
 def meaning_of(column: str) -> str:
-    """What a column adds to a conversation: ``system``, ``tools``, ...; "" if nothing."""
+    """Return what a column adds to a conversation: ``system``, ``tools``, ...; "" for nothing."""
     return _ADDITIONS.get(column.lower(), "")
 
 
 def conversation(messages: list[Message], added: dict[str, Any], where: str) -> Conversation:
-    """The conversation of a row.
+    """Return the conversation of a row.
 
     Args:
-        messages: its turns, as of :func:`as_messages`.
+        messages: its turns, as returned by :func:`as_messages`.
         added: cells of the columns of :func:`additions`, by name.
         where: the row, for messages.
 
     Raises:
-        DataError: cells that are not what their column's name says.
+        DataError: if a cell does not hold what its column's name says.
     """
     options: dict[str, Any] = {}
     before: list[Message] = []
@@ -103,10 +100,10 @@ def conversation(messages: list[Message], added: dict[str, Any], where: str) -> 
 
 
 def row_weight(added: dict[str, Any], where: str) -> float:
-    """The weight of a row in the loss, from the cells of the columns of :func:`additions`.
+    """Return the weight of a row in the loss, from the cells of the columns of :func:`additions`.
 
     Raises:
-        DataError: it is no number of 0 or more.
+        DataError: if it is not a number of 0 or more.
     """
     for name, value in added.items():
         if meaning_of(name) == "weight" and value is not None and value != "":
@@ -115,13 +112,14 @@ def row_weight(added: dict[str, Any], where: str) -> float:
 
 
 def as_messages(value: Any, where: str) -> list[Message]:
-    """One cell of a column of conversations as messages with ``role`` and ``content``; ``from`` and ``value`` are taken
-    too. The content of a turn that calls tools may be None.
+    """Convert a cell of a column of conversations to messages with ``role`` and ``content``.
+
+    Also takes ``from`` and ``value``. The content of a turn with tool calls may be None.
 
     Raises:
-        DataError: anything else.
+        DataError: if it holds anything else.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):  # tables of text keep lists as JSON
+    if isinstance(value, str) and value.lstrip().startswith("["):  # csv files hold lists as JSON
         value = _parsed(value, where)
     messages = [_as_message(given, where) for given in (value if isinstance(value, (list, tuple)) else [value])]
     if not messages:
@@ -130,7 +128,7 @@ def as_messages(value: Any, where: str) -> list[Message]:
 
 
 def as_history(value: Any, where: str) -> list[Message]:
-    """Earlier turns: messages, or pairs of what the user and the assistant said."""
+    """Convert earlier turns to messages; they are messages, or pairs of a user's and an assistant's text."""
     turns: list[Message] = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, list) and len(part) == 2 and all(isinstance(text, str) for text in part):
@@ -144,7 +142,7 @@ def as_history(value: Any, where: str) -> list[Message]:
 
 
 def _fits(table: pa.Table, column: str) -> bool:
-    """Whether a column holds what its name says that it adds."""
+    """Return whether a column holds what its name says."""
     kind, meaning = table.schema.field(column).type, meaning_of(column)
     if meaning == "weight":
         return _are_numbers(table, column)
@@ -162,10 +160,10 @@ def _as_message(given: Any, where: str) -> Message:
         if kept["weight"] not in (0.0, 1.0):
             raise DataError(where, f"a turn has weight {turn['weight']!r}", allowed="0 (not learned) or 1",
                             fix="Put other weights into a column 'weight' of the row")  # fmt: skip
-    if name == "function_call" and isinstance(content, str):  # ShareGPT's turn of a call
+    if name == "function_call" and isinstance(content, str):  # a tool call in ShareGPT's format
         kept["tool_calls"] = _as_calls(_parsed(content, where))
         name, content = "assistant", None
-    elif turn.get("function_call") is not None:  # OpenAI's before there were several calls
+    elif turn.get("function_call") is not None:  # OpenAI's format before it allowed several calls
         kept["tool_calls"] = _as_calls(turn["function_call"])
     if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
@@ -177,13 +175,13 @@ def _as_message(given: Any, where: str) -> Message:
         kept.pop("tool_calls", None)
     elif not isinstance(kept["tool_calls"], list):
         raise DataError(where, f"tool_calls are {str(kept['tool_calls'])[:120]!r}", allowed="a list of calls")
-    # A role that no data set has another name for is left as it stands: templates may know roles of their own.
+    # Unknown roles are left as they are: the template may support them.
     known = _ROLES.get(name, name if name in ("system", "user", "assistant", "tool") else role)
     return {"role": known, "content": content, **kept}
 
 
 def _as_weight(value: Any, where: str) -> float:
-    """A weight in the loss; DataError if it is no number of 0 or more."""
+    """Return a weight in the loss; DataError if it is not a number of 0 or more."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -200,12 +198,12 @@ def _as_calls(value: Any) -> list[Any]:
 
 
 def _as_tool(tool: Any) -> Any:
-    """A tool as chat templates expect it; OpenAI's older ``functions`` lack the layer around the function."""
+    """Return a tool as chat templates expect it; OpenAI's older ``functions`` lack the outer object."""
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 
 def _as_objects(value: Any, where: str) -> list[Any]:
-    """A list of objects, an object, or JSON text of them, as a list."""
+    """Return a list of objects, an object, or JSON text of them, as a list."""
     value = _parsed(value, where) if isinstance(value, str) else value
     listed = value if isinstance(value, list) else [] if value is None else [value]
     listed = [_parsed(part, where) if isinstance(part, str) else part for part in listed]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for a model of which nothing but its class and configuration is known: token ids below the size of its
-vocabulary, pixels, waveforms and spectrograms of the sizes that its configuration names.
+"""Random inputs for a model known only by its class and configuration: token ids, pixels, waveforms and spectrograms
+of the sizes in the configuration.
 
-What else a forward needs is in no configuration, so there are several candidates, the likeliest first;
-:func:`first_that_runs` takes the first that the model computes.
+Configurations do not tell everything that a forward needs, so there are several candidates, the likeliest first;
+:func:`first_that_runs` returns the first that the model accepts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mirrortune.errors import MirrortuneError, raised_here
 from mirrortune.tasks.model_outputs import NothingToCompareError
 
 _ROWS, _LENGTH, _DECODER_LENGTH, _CHOICES = 2, 16, 7, 3
-_SIDES = (64, 224, 256)  # pixels, where a configuration names none or one that the model does not take
+_SIDES = (64, 224, 256)  # pixels, if the configuration gives none or a wrong one
 _SAMPLES = (4000, 16_000)  # of a recording
 _UNNAMED_VOCABULARY = 32
 T = TypeVar("T")
@@ -29,12 +29,12 @@ Draw = Callable[[Any, Any], list[Tensor]]
 
 
 def first_that_runs(candidates: Iterable[Batch], run: Callable[[Batch], T]) -> tuple[Batch, T] | str:
-    """The first candidate that a model computes, with what ``run`` returned for it; or why the likeliest was refused.
+    """Return the first candidate that a model accepts and the result of ``run``; or why it refused the likeliest.
 
     Args:
         candidates: inputs of the model's forward.
-        run: computes the model. Exceptions of other libraries mean that the model refuses these inputs; those that
-            begin in this package are raised.
+        run: runs the model. Exceptions of other libraries mean that the model refuses the inputs; exceptions from this
+            package are raised.
     """
     reason = ""
     for batch in candidates:
@@ -50,7 +50,7 @@ def first_that_runs(candidates: Iterable[Batch], run: Callable[[Batch], T]) -> t
 
 
 def input_names(model_class: Any) -> set[str]:
-    """Names of the arguments of a class's forward, the main one among them where it takes any."""
+    """Return the names of the arguments of a class's forward, including the main input if it takes ``**kwargs``."""
     parameters = inspect.signature(model_class.forward).parameters.values()
     names = {p.name for p in parameters}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -58,14 +58,14 @@ def input_names(model_class: Any) -> set[str]:
 
 
 def drawn_inputs(model_class: Any, config: Any) -> Iterator[Batch]:
-    """Inputs with fixed seeds for the forward of a model, without padding.
+    """Yield inputs for the forward of a model, with fixed seeds and without padding.
 
     Args:
-        model_class: a model class of transformers (no Auto class).
+        model_class: a model class of transformers (not an Auto class).
         config: its configuration.
 
     Yields:
-        Arguments of the forward: the main input alone, then with the others that it takes; tensors of 2 rows.
+        Arguments of the forward: the main input alone, then with others; tensors of 2 rows.
     """
     signature, taken = inspect.signature(model_class.forward), input_names(model_class)
     main = getattr(model_class, "main_input_name", None)
@@ -78,13 +78,13 @@ def drawn_inputs(model_class: Any, config: Any) -> Iterator[Batch]:
         for batch in _variants(model_class, config, chosen):
             own = batch | _beside(batch, signature.parameters, config)
             for whole in _with_decoder(own, model_class, config):
-                # Some models can be told which patches to mask, others must be.
+                # A mask of patches is optional in some models and required in others.
                 masked = _masked(whole, signature.parameters, config)
                 yield from (one for one in (whole, masked) if one is not None and required <= one.keys())
 
 
 def _variants(model_class: Any, config: Any, names: list[str]) -> Iterator[Batch]:
-    """The named inputs, each time with other sizes of those that no configuration names."""
+    """Yield the named inputs in all variants of their sizes."""
     drawn = {name: found for name in names if (found := _DRAW[name](model_class, config))}
     for index in range(max(map(len, drawn.values()), default=0)):
         yield {name: found[min(index, len(found) - 1)] for name, found in drawn.items()}
@@ -102,7 +102,7 @@ def _with_decoder(batch: Batch, model_class: Any, config: Any) -> Iterator[Batch
 
 
 def _beside(batch: Batch, taken: Mapping[str, Any], config: Any) -> Batch:
-    """What belongs to an input: the mask of tokens, boxes of words, pictures of objects, the words of a task."""
+    """Return what accompanies the inputs: attention mask, boxes of words, features of objects, words of a task."""
     found: Batch = {}
     ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
     if ids is not None and "attention_mask" in taken:
@@ -118,7 +118,7 @@ def _beside(batch: Batch, taken: Mapping[str, Any], config: Any) -> Batch:
 
 
 def _masked(batch: Batch, taken: Mapping[str, Any], config: Any) -> Batch | None:
-    """``batch`` with every second patch of its images masked, for a forward that takes that."""
+    """Return ``batch`` with every second patch of its images masked, if the forward supports it."""
     pixels, patch = batch.get("pixel_values"), _pair(_setting(config, "patch_size"))
     if pixels is None or patch is None or "bool_masked_pos" not in taken:
         return None
@@ -129,9 +129,9 @@ def _masked(batch: Batch, taken: Mapping[str, Any], config: Any) -> Batch | None
 
 
 def _draw_ids(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, L), or (2, choices, L) for a model that chooses; sentences end as the model's encoder expects them to."""
+    """(2, L), or (2, choices, L) for multiple choice; with the end token that the model's encoder expects."""
     positions = _number(config, "max_position_embeddings") or _number(config, "n_positions") or 512
-    length = min(_LENGTH, max(1, positions - 4))  # some keep their first positions for padding
+    length = min(_LENGTH, max(1, positions - 4))  # some models reserve their first positions for padding
     lead = (_ROWS, _CHOICES) if model_class.__name__.endswith("MultipleChoice") else (_ROWS,)
     ids = _ids(config, _vocabulary(config), (*lead, length), seed=3)
     end, between = _token(config, "eos_token_id"), _token(config, "sep_token_id")
@@ -139,12 +139,12 @@ def _draw_ids(model_class: Any, config: Any) -> list[Tensor]:
         ids[..., [length // 4, length // 2, length - 1]] = between
     if end is not None and getattr(config, "is_encoder_decoder", False):
         ids[..., -1] = end
-    # Without a padding token some classifiers take one row at a time.
+    # Without a padding token some classifiers accept a single row only.
     return [ids, ids[:1]]
 
 
 def _draw_images(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, channels, height, width); clips (2, frames, channels, height, width) and pairs of images where those fail."""
+    """(2, channels, height, width), or clips (2, frames, channels, height, width)."""
     channels = next((n for key in ("num_channels", "in_channels", "in_chans") if (n := _number(config, key))), 3)
     own = _pair(_setting(config, "image_size")) or _pair(_setting(config, "input_size"))
     sides = list(dict.fromkeys(([own] if own else []) + [(side, side) for side in _SIDES]))
@@ -155,7 +155,7 @@ def _draw_images(model_class: Any, config: Any) -> list[Tensor]:
 
 
 def _draw_waves(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, samples); spectrograms (2, frames, mel bins) and (2, 1, samples) where those fail."""
+    """(2, samples), spectrograms (2, frames, mel bins), or (2, 1, samples)."""
     shapes: list[tuple[int, ...]] = [(_ROWS, count) for count in _SAMPLES]
     bins, frames = _number(config, "num_mel_bins"), _number(config, "max_length")
     if bins and frames:
@@ -188,7 +188,7 @@ _DRAW: dict[str, Draw] = {
 
 
 def _ids(config: Any, size: int, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Token ids below ``size`` that are no special ones, such as those that stand for an image."""
+    """Draw token ids below ``size``, without special ones, such as those that stand for an image."""
     special = {value for part in _parts(config) for name, value in vars(part).items() if name.endswith("_id")
                for value in (value if isinstance(value, list) else [value]) if isinstance(value, int)}  # fmt: skip
     allowed = torch.tensor([i for i in range(size) if i not in special] or list(range(size)))
@@ -223,7 +223,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 def _setting(config: Any, name: str) -> Any:
-    """A setting of a configuration, or of the first of its parts that has it."""
+    """Return a setting of a configuration, or of the first of its sub-configurations that has it."""
     return next((value for part in _parts(config) if (value := getattr(part, name, None)) is not None), None)
 
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics by the names that GLUE and its successors use, computed by scikit-learn and SciPy; nothing is fetched at run
-time.
-"""
+"""Metrics, under the names of GLUE and its successors; computed by scikit-learn and SciPy, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -24,17 +22,17 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One score of predictions against references.
+    """A score of predictions against references.
 
     Attributes:
         compute: (predictions, references) -> value, both with an entry for each row.
-        higher_is_better: the direction in which the best checkpoint is chosen.
-        is_share: between 0 and 1 (or -1 and 1), and shown as so many in a hundred.
+        higher_is_better: whether the best checkpoint has the highest or the lowest value.
+        is_share: whether the value is in [0, 1] (or [-1, 1]) and shown as a percentage.
         targets: what it can score: ``"class"`` indices (N,); real ``"number"`` values (N,); sets of ``"labels"`` (N, C)
             of 0 and 1; ``"tags"``, lists of names; ``"answers"``, a text against several; ``"text"`` against one;
-            ``"token"`` sums: loss and right tokens (N, 2), and their number (N,).
-        binary: defined for two classes only (class 1 is the positive one).
-        requires: a module that may not be installed, and the extra of this package that brings it.
+            ``"token"`` sums: loss and number of correct tokens (N, 2), and number of tokens (N,).
+        binary: whether it is defined for two classes only (class 1 is the positive one).
+        requires: an optional module, and the extra of this package that installs it.
     """
 
     compute: Callable[[Any, Any], float]
@@ -67,7 +65,7 @@ def _correlation(name: str) -> Callable[[Array, Array], float]:
         import scipy.stats  # noqa: PLC0415
 
         if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
-            return 0.0  # a constant carries no order: the correlation is undefined, and no evidence of any
+            return 0.0  # the correlation with a constant is undefined, and no evidence of any
         return float(getattr(scipy.stats, name)(predictions, references).statistic)
 
     return compute
@@ -82,7 +80,7 @@ def _subset_accuracy(predictions: Array, references: Array) -> float:
 
 
 def _tags(name: str) -> Callable[[Array, Array], float]:
-    """The score of whole entities by seqeval; an entity counts if its borders and its type are right."""
+    """Return a seqeval score of whole entities; an entity counts if its boundaries and its type are correct."""
 
     def compute(predictions: Any, references: Any) -> float:
         import seqeval.metrics  # noqa: PLC0415
@@ -100,7 +98,7 @@ def _tag_accuracy(predictions: Any, references: Any) -> float:
 
 
 def _plain(text: str) -> str:
-    """SQuAD's normal form: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    """Normalise as SQuAD does: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -118,9 +116,9 @@ def _overlap(answer: str, truth: str) -> float:
 
 
 def _best_answer(compare: Callable[[str, str], float]) -> Callable[[Any, Any], float]:
-    """The mean over questions of the best comparison with any right answer; "" is right where there is none.
+    """Return the mean over questions of the best comparison with any true answer; without one, "" is correct.
 
-    As the official script of SQuAD 2.0 has it, an answer of nothing but articles and punctuation is none.
+    As in the official script of SQuAD 2.0, an answer of only articles and punctuation counts as none.
     """
 
     def compute(predictions: Any, references: Any) -> float:
@@ -152,7 +150,7 @@ def _rouge(name: str) -> Callable[[Any, Any], float]:
         from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
 
         scorer = RougeScorer([name], use_stemmer=True)
-        # rougeLsum takes lines for sentences.
+        # rougeLsum treats lines as sentences.
         pairs = zip(predictions, references, strict=True)
         return float(np.mean([scorer.score(truth, text)[name].fmeasure for text, truth in pairs]))
 
@@ -201,13 +199,13 @@ METRICS: dict[str, Metric] = {
 def check_metrics(
     names: Sequence[str], target: str, num_classes: int | None = None, selection: str | None = None
 ) -> None:
-    """Refuse metric names that do not exist or do not fit, before any training.
+    """Check that metrics exist and fit the task, before any training.
 
     Args:
-        names: metric names asked for, at least one.
-        selection: the one that chooses the best checkpoint, if it was named.
+        names: names of metrics, at least one.
         target: what is scored; see :class:`Metric`.
-        num_classes: number of classes, where known.
+        num_classes: number of classes, if known.
+        selection: the metric that chooses the best checkpoint, if it was named.
 
     Raises:
         ConfigError: with the nearest name, or the metrics that fit.
@@ -232,10 +230,10 @@ def check_metrics(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What a recipe asks to be scored.
+    """The metrics that a recipe asks for.
 
     Attributes:
-        metrics: names, or None for the kind of task's own.
+        metrics: names, or None for the defaults of the kind of task.
         selection_metric: the one that chooses the best checkpoint, or None for the first.
     """
 
@@ -243,8 +241,8 @@ class Scores:
     selection_metric: str | None = None
 
     def fields(self, own: tuple[str, ...], target: str, num_classes: int | None = None) -> dict[str, Any]:
-        """``metric_names`` and ``selection_metric`` of a task of a kind with the metrics ``own``; see
-        :func:`check_metrics` for the rest, and for what is refused.
+        """Return ``metric_names`` and ``selection_metric`` of a task whose kind has the default metrics ``own``; see
+        :func:`check_metrics` for the other arguments and the errors.
         """
         names = self.metrics or own
         check_metrics(names, target, num_classes, self.selection_metric)
@@ -252,9 +250,9 @@ class Scores:
 
 
 KINDS_OWN = Scores()
-"""Nothing is asked: the kind of task chooses."""
+"""The defaults of the kind of task."""
 
 
 def score(names: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
-    """Each named metric of ``predictions`` against ``references``, both with an entry for each row."""
+    """Compute each named metric of ``predictions`` against ``references``, both with an entry for each row."""
     return {name: METRICS[name].compute(predictions, references) for name in names}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a model's outputs mean something: the one place that says what two models are compared by."""
+"""The outputs by which two models are compared."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from mirrortune.data.examples import Batch
 from mirrortune.system.devices import autocast
 
-# The names are those of transformers' output classes: a field, or the last word of one (``start_logits``).
+# Names are those of transformers' output classes: a field, or the last word of one (``start_logits``).
 _ANSWERS = (
     "logits", "log_probs", "score", "scores", "boxes", "masks", "keypoints", "depth", "normals", "points", "alphas",
     "field_of_view", "heatmaps", "embeds", "embeddings", "waveform", "spectrogram", "audio_values", "reconstruction",
     "reconstructed_pixel_values", "prediction_output", "prediction_outputs", "forecasts", "predictions",
 )  # fmt: skip
 _FEATURES = ("last_hidden_state", "pooler_output", "embed", "feature_maps", "features", "quantized_representation")
-# No answer: what a loss needs, what the next step reuses, and what is inside the model.
+# Not compared: losses, caches, and internals of the model.
 _INTERNAL = (
     "loss", "dict", "past_key_values", "cache_params", "hidden_states", "attentions", "mask", "mems", "states", "cache",
     "router_logits",
@@ -27,14 +27,14 @@ _INTERNAL = (
 
 
 def meaningful_outputs(outputs: Any) -> dict[str, Tensor]:
-    """The tensors by which a model's result is judged, by name.
+    """Return the tensors by which a model's result is judged, by name.
 
-    Every output that a head answers with (logits, boxes, masks, depth, waveforms, ...); for a model without such a head
-    its features (last hidden state, pooled output, embeddings, feature maps); for a model of neither kind all
-    floating-point outputs but losses, caches, attentions and inner hidden states.
+    These are the outputs of a head (logits, boxes, masks, depth, waveforms, ...); without a head, features (last hidden
+    state, pooled output, embeddings, feature maps); without either, all floating-point outputs except losses, caches,
+    attentions and hidden states.
 
     Args:
-        outputs: what a model's forward returned: transformers' ``ModelOutput``, or a mapping, tuple or tensor.
+        outputs: of a model's forward: transformers' ``ModelOutput``, a mapping, a tuple or a tensor.
     """
     tensors = {n: t for n, t in _flatten("", outputs) if t.is_floating_point() and t.numel()}
     found = {name: tensor for name, tensor in tensors.items() if not _ends_in(name, _INTERNAL)}
@@ -45,7 +45,7 @@ def meaningful_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def _flatten(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested outputs, by names such as ``vision_model_output.last_hidden_state`` and ``feature_maps.0``."""
+    """Yield the tensors of nested outputs with names such as ``vision_model_output.last_hidden_state``."""
     if isinstance(value, Tensor):
         yield name, value
         return
@@ -59,19 +59,19 @@ def _flatten(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _ends_in(name: str, words: tuple[str, ...]) -> bool:
-    """Whether the field (the last part of a dotted name that is no number) is one of ``words`` or ends in ``_word``."""
+    """Return whether the field (last part of a dotted name, numbers aside) is one of ``words`` or ends in ``_word``."""
     field = next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
     return any(field == word or field.endswith(f"_{word}") for word in words)
 
 
 @torch.no_grad()
 def compared_outputs(model: nn.Module, probe: Batch, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Everything that a model's result is judged by, end to end; shape (N,), float32, on the CPU.
+    """Return the meaningful outputs of a model, concatenated; shape (N,), float32, on the CPU.
 
     Args:
         model: in evaluation mode.
         probe: inputs of its forward.
-        dtype: of the weights of a model that reads them when it runs, on the CPU.
+        dtype: of the weights of a model that loads them when called, on the CPU; None for other models.
     """
     device = next(iter(model.parameters())).device if dtype is None else torch.device("cpu")
     call: Any = model.forward
@@ -79,7 +79,7 @@ def compared_outputs(model: nn.Module, probe: Batch, *, dtype: torch.dtype | Non
     context = autocast(model) if dtype is None else autocast(nn.Linear(1, 1, dtype=dtype))
     devices = [device] if device.type == "cuda" else []
     with context, torch.random.fork_rng(devices):
-        torch.manual_seed(0)  # some models draw numbers in their forward, in evaluation mode too
+        torch.manual_seed(0)  # some models draw random numbers in their forward even in evaluation mode
         found = meaningful_outputs(call(**arguments))
     if not found:
         raise NothingToCompareError(f"the outputs of {type(model).__name__} hold no floating-point tensor")
@@ -87,10 +87,10 @@ def compared_outputs(model: nn.Module, probe: Batch, *, dtype: torch.dtype | Non
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two results of :func:`compared_outputs`; NaN where either is not finite, infinite where
-    they are not of one size.
+    """Return the largest absolute difference of two results of :func:`compared_outputs`; NaN if either is not finite,
+    infinity if their sizes differ.
 
-    Values of minus infinity on both sides are what a model masks out and count as equal, unless nothing else is left.
+    Minus infinity on both sides is a masked value and counts as equal, unless all values are.
     """
     if found.shape != expected.shape:  # a detector may find more in one than in the other
         return float("inf")
@@ -101,11 +101,11 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 
 class NothingToCompareError(ValueError):
-    """A forward pass that returned nothing by which a model can be judged."""
+    """A forward pass returned nothing by which a model can be judged."""
 
 
 def _without_padding(name: str, value: Tensor, probe: Batch) -> Tensor:
-    """``value`` without positions of padding, which mean nothing and which rounding moves more than anything else."""
+    """Return ``value`` without positions of padding, which are meaningless and most sensitive to rounding."""
     mask = probe.get("attention_mask")
     is_of_tokens = value.ndim == 3 or name.endswith("_logits")
     if mask is not None and is_of_tokens and value.shape[:2] == mask.shape:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs on which a merged model is compared with base + adapter."""
+"""Probes: inputs on which a merged model is compared with base + adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mirrortune.data.examples import Batch
-from mirrortune.data.files.audio import RecordingReader
+from mirrortune.data.files.audio import AudioReader
 from mirrortune.data.tokenize import resolve_max_length
 from mirrortune.models.load import (
     ModelSource,
@@ -22,7 +22,7 @@ from mirrortune.models.load import (
 )
 from mirrortune.tasks.drawn_inputs import drawn_inputs, input_names
 
-# Short, long, and with unusual characters, so that padding and unknown tokens take part.
+# Short, long, and with unusual characters, so that padding and unknown tokens occur.
 SENTENCES = (
     "A gripping, beautifully acted film.",
     "No.",
@@ -32,14 +32,14 @@ SENTENCES = (
 
 
 def text_probe(tokenizer: Any, config: Any, *, num_texts: int = 1) -> Batch:
-    """The sentences, or pairs of them, as padded tokens (4, L)."""
+    """Return the sentences, or pairs of them, as padded tokens (4, L)."""
     texts = [list(SENTENCES), list(reversed(SENTENCES))][:num_texts]
     limit = resolve_max_length(None, tokenizer, config)
     return dict(tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
 
 
 def noise_images(num_channels: int = 3, *, count: int = 2, side: int = 64) -> list[Any]:
-    """Square images of seeded noise, RGB or grey: every pixel takes part."""
+    """Return square images of seeded noise, RGB or grey."""
     from PIL import Image  # noqa: PLC0415
 
     random = np.random.default_rng(0)
@@ -47,16 +47,14 @@ def noise_images(num_channels: int = 3, *, count: int = 2, side: int = 64) -> li
     return [Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)) for _ in range(count)]
 
 
-def noise_recordings(reader: RecordingReader) -> Batch:
-    """Half a second, and a whole one, of seeded noise."""
+def noise_audio(reader: AudioReader) -> Batch:
+    """Return model inputs for half a second and for a second of seeded noise."""
     random = np.random.default_rng(0)
     return reader.features([random.normal(0, 0.1, n).astype(np.float32) for n in (reader.rate // 2, reader.rate)])
 
 
 def probes(task: Any, processors: Sequence[Any], source: ModelSource, auto_class: str) -> Batch | Iterator[Batch]:
-    """Inputs on which models are compared: the task's own, or for a model without a task or without a processor
-    candidates that are drawn from its configuration.
-    """
+    """Return the task's probe; for a model without a task or a processor, candidates drawn from its configuration."""
     if task is not None and processors:
         found: Batch = task.probe(processors[0], source.config)
         return found
@@ -65,22 +63,22 @@ def probes(task: Any, processors: Sequence[Any], source: ModelSource, auto_class
 
 
 def _class_of(source: ModelSource, auto_class: str) -> Any:
-    """The class of a model; None if neither transformers nor code of its own that may be run has one."""
+    """Return the class of a model; None if neither transformers nor trusted remote code has one."""
     found = model_class(auto_class, source.config)
     return type(empty_model(source, auto_class, {})) if found is None and source.trust_remote_code else found
 
 
 def find_processors(task: Any, source: ModelSource, auto_class: str) -> tuple[list[Any], list[str]]:
-    """What turns rows into the inputs of a model, as far as it lies beside the weights.
+    """Load the processors of a model that are stored with its weights.
 
     Args:
         task: of the adapter; None for one that was saved outside a task.
         source: of the base model.
-        auto_class: name of an Auto class, or of a model's own.
+        auto_class: name of an Auto class, or of a model class.
 
     Returns:
-        The task's processor, or the tokenizer, the image processor and the feature extractor of what the model takes;
-        and the names of those that are missing.
+        The task's processor, or without a task the tokenizer, the image processor and the feature extractor that the
+        model's inputs need; and the names of missing ones.
     """
     if task is not None:
         try:
@@ -89,7 +87,7 @@ def find_processors(task: Any, source: ModelSource, auto_class: str) -> tuple[li
             return [], [error.problem.removeprefix("it has no ").removesuffix(" files")]
     found_class = _class_of(source, auto_class)
     taken = {"input_ids"} if found_class is None else input_names(found_class)
-    # A model of recordings may write text, of which its inputs say nothing.
+    # A model of audio may generate text, which its inputs do not show.
     kinds: tuple[tuple[str, Callable[[ModelSource], Any], set[str], set[str]], ...] = (
         ("tokenizer", load_tokenizer, {"input_ids", "decoder_input_ids"}, {"input_values", "input_features"}),
         ("image processor", load_image_processor, {"pixel_values", "pixel_values_videos"}, set()),

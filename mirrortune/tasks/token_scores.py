@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of tokens from logits over a vocabulary, piece by piece: logits of a batch are large, and float32 copies of
-all of them larger still.
+"""Token-level loss and accuracy from logits over a vocabulary, computed in pieces: the logits of a batch are large, and
+a float32 copy of all of them larger still.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from torch import Tensor
 from mirrortune.data.examples import IGNORE_INDEX
 
 _LARGEST_PIECE = 2**24
-"""Logits that are converted to float32 at a time: 64 MiB."""
+"""Number of logits converted to float32 at a time: 64 MiB."""
 
 
 def score_tokens(logits: Tensor, targets: Tensor) -> Tensor:
-    """Score every row of a batch.
+    """Compute loss and accuracy of every row of a batch.
 
     Args:
         logits: shape (B, L, V), any floating dtype.
-        targets: the right token at each place, shape (B, L); ``IGNORE_INDEX`` where none is scored.
+        targets: token at each position, shape (B, L); ``IGNORE_INDEX`` where none is scored.
 
     Returns:
-        Summed cross-entropy, number of places where the likeliest token is the right one, and number of places scored:
-        shape (B, 3), float64, on the CPU.
+        Summed cross-entropy, number of correct predictions, and number of scored positions: shape (B, 3), float64, on
+        the CPU.
     """
     length = max(1, _LARGEST_PIECE // logits.shape[-1])
     rows = []
@@ -41,9 +41,9 @@ def score_tokens(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over all scored places of a batch, and their number; arguments as of :func:`score_tokens`.
+    """Return the cross-entropy summed over all scored positions of a batch, and their number.
 
-    Where a gradient is wanted, it is one product over the scored places, on the device of ``logits``.
+    The arguments are those of :func:`score_tokens`. With gradients enabled, all positions are computed at once.
     """
     learned = targets != IGNORE_INDEX
     if torch.is_grad_enabled():

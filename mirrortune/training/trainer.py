@@ -17,7 +17,7 @@ from torch import nn
 
 from mirrortune.adapters.inject import attachment
 from mirrortune.data.examples import Examples
-from mirrortune.data.loader import StreamedExamples, make_feed
+from mirrortune.data.loader import Feed, StreamedExamples
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import whole_parameters
@@ -66,7 +66,7 @@ class Trainer:
         self.task, self.train, self.validation = task, train, validation
         self.settings, self.run, self.progress = settings, run, progress
         self.accelerator = accelerator
-        self.feed = make_feed(
+        self.feed = Feed(
             train,
             accelerator,
             batch_size=settings.batch_size,

@@ -316,7 +316,7 @@ BAD: dict[str, Bad] = {
     ),
     "ragged row": data(GOOD + "a,b,c\n", ":12: 3 cells in a row of a table with 2 columns. Quote cells"),
     "open quote": data('text,label\na,b\n"c,d\ne,f\n', ":3: malformed row (unexpected end of data). Close the quote"),
-    "repeated column": data("text,text\na,b\n", ":1: column name 'text' stands twice in the header. Rename one."),
+    "repeated column": data("text,text\na,b\n", ":1: column name 'text' appears twice in the header. Rename one."),
     "broken json": data(
         '[{"text": "a", "label": 1},\n{"text": "b", "label": }]',
         ":2: not valid JSON (Expecting value)",

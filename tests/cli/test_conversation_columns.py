@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mirrortune.data.dataset import load_data
-from mirrortune.data.files.row_chunks import cells
+from mirrortune.data.files.arrow import cells
 from mirrortune.tasks.kinds.causal_lm import Task, _weighted_loss
 from tests.cli.console import Outcome, mirrortune
 from tests.tiny_models import CHATML, TOOL_CHATML, write_tiny_causal

@@ -106,7 +106,7 @@ def test_truncation_is_counted_and_no_answer_is_cut_away_in_silence(desk: Path, 
     write(desk / "rows.jsonl", rows)
     outcome = train(plain, "rows.jsonl", "--max-steps", 1, "--max-length", 32, "data.validation_fraction=0.2")
     assert outcome.exit_code == 0, outcome.stderr
-    assert "left out: their answers begin behind 32 tokens" in outcome.stderr
+    assert "left out: their answers begin after 32 tokens" in outcome.stderr
     assert "truncated to 32" in outcome.stderr
     write(desk / "long.jsonl", [{"prompt": "a" * 50, "completion": "no"}] * 8)
     refused = train(plain, "long.jsonl", "--max-length", 32, out="long")

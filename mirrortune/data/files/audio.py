@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recordings -> waveforms at the rate that the model takes, decoded when their batch is made.
+"""Audio files -> waveforms at the model's sampling rate, decoded when their batch is made.
 
-soundfile reads, SciPy's polyphase filter resamples, the model's own feature extractor does the rest. A training row
-that is too long is cut where (seed, epoch, row) says; a scored one keeps its beginning.
+soundfile reads, SciPy's polyphase filter resamples, the model's feature extractor does the rest. A training row that is
+too long is cut at a place drawn from (seed, epoch, row); an evaluation row keeps its beginning.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from mirrortune.errors import ConfigError, counted
 from mirrortune.models.load import ModelSource, load_feature_extractor
 
 Wave = npt.NDArray[np.float32]
-_HIGHEST_RATE = 1_000_000  # samples a second; the resampling filter grows with it
-_FILTER_REACH = 10  # periods of the lower rate on either side: what resample_poly's own filter has
-_BLOCK = 1 << 16  # frames that are decoded at a time
-_SAMPLES_PER_POSITION = 320  # of wav2vec 2.0 and its relatives; an estimate of cost for the others
+_HIGHEST_RATE = 1_000_000  # samples per second; the resampling filter grows with it
+_FILTER_REACH = 10  # periods of the lower rate on either side, as in resample_poly's default filter
+_BLOCK = 1 << 16  # frames decoded at a time
+_SAMPLES_PER_POSITION = 320  # of wav2vec 2.0 and similar models; an estimate of cost for others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordingReader:
-    """A model's feature extractor and the longest recording, in seconds."""
+class AudioReader:
+    """A model's feature extractor and the maximum length of a recording, in seconds."""
 
     extractor: Any
     max_seconds: float
 
     @classmethod
-    def load(cls, source: ModelSource, max_seconds: float) -> RecordingReader:
-        """The reader for a model; ConfigError without soundfile or without a feature extractor."""
+    def load(cls, source: ModelSource, max_seconds: float) -> AudioReader:
+        """Load the reader for a model; ConfigError without soundfile or without a feature extractor."""
         try:
             import soundfile  # noqa: F401, PLC0415
         except (ImportError, OSError) as error:
@@ -49,42 +49,42 @@ class RecordingReader:
 
     @property
     def rate(self) -> int:
-        """Samples a second."""
+        """Samples per second."""
         return int(self.extractor.sampling_rate)
 
     @property
     def max_samples(self) -> int:
-        """Of the longest recording."""
+        """Maximum length of a recording, in samples."""
         return round(self.max_seconds * self.rate)
 
     def features(self, waves: list[Wave]) -> Batch:
-        """What the model's forward takes for recordings (samples,) at ``rate``: tensors (B, ...)."""
+        """Return the model inputs for waveforms (samples,) at ``rate``: tensors (B, ...)."""
         made = self.extractor(waves, sampling_rate=self.rate, padding=True, return_tensors="pt")
         return dict(made)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The feature extractor's files."""
+        """Write the feature extractor's files."""
         self.extractor.save_pretrained(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordingExamples(Examples):
+class AudioExamples(Examples):
     """Rows of recordings.
 
     Attributes:
-        recordings: one a row.
-        targets: one a row, shape (N,).
+        recordings: one per row.
+        targets: one per row, shape (N,).
         num_unlabelled: rows without a target.
-        reader: makes features.
-        samples: of each row at the model's rate, cut ones at their length, shape (N,).
-        num_truncated: rows cut to the longest.
-        seed: of the cuts.
+        reader: of the model.
+        samples: length of each row at the model's rate, after cutting, shape (N,).
+        num_truncated: rows cut to the maximum length.
+        seed: of the places of cuts.
     """
 
     recordings: FileCells
     targets: Targets
     num_unlabelled: int
-    reader: RecordingReader
+    reader: AudioReader
     samples: IntArray
     num_truncated: int
     seed: int
@@ -100,7 +100,7 @@ class RecordingExamples(Examples):
 
     @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """The given rows: what the feature extractor makes of them, and ``targets`` (B,)."""
+        """Return the outputs of the feature extractor for the given rows, and ``targets`` (B,)."""
         batch = self.reader.features([self._wave(int(row), epoch) for row in rows])
         batch["targets"] = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return batch
@@ -121,17 +121,17 @@ class RecordingExamples(Examples):
                 if total > longest and epoch is not None:
                     first = int(np.random.default_rng([self.seed, epoch, row]).integers(total - longest + 1))
                 wave = read_part(file, first, longest, wanted)
-        except Exception as error:  # libsndfile's, and whatever soundfile makes of a header
+        except Exception as error:  # of libsndfile, and others that soundfile raises for odd headers
             raise self.recordings.unreadable(row, error) from error
         if not len(wave):
             raise self.recordings.unreadable(row, "it has no samples")
         return wave
 
 
-def encode_recordings(
-    split: Split, column: str, targets: Targets, missing: Any, reader: RecordingReader, *, seed: int
-) -> RecordingExamples:
-    """The recordings of a split; DataError with the row of one that cannot be opened."""
+def encode_audio(
+    split: Split, column: str, targets: Targets, missing: Any, reader: AudioReader, *, seed: int
+) -> AudioExamples:
+    """Encode the recordings of a split; DataError with the row of one that cannot be opened."""
     import soundfile  # noqa: PLC0415
 
     recordings = FileCells.of(
@@ -141,13 +141,13 @@ def encode_recordings(
     for row in range(len(recordings)):
         try:
             found = soundfile.info(recordings.open(row))
-        except Exception as error:  # libsndfile's, and whatever soundfile makes of a header
+        except Exception as error:  # of libsndfile, and others that soundfile raises for odd headers
             raise recordings.unreadable(row, error) from error
         if not 1 <= found.samplerate <= _HIGHEST_RATE:
             problem = f"it has {found.samplerate:,} samples a second, allowed are 1 to {_HIGHEST_RATE:,}"
             raise recordings.unreadable(row, problem)
         counts[row] = min(_resampled_length(found.frames, found.samplerate, reader.rate), reader.max_samples + 1)
-    return RecordingExamples(
+    return AudioExamples(
         recordings=recordings, targets=targets, num_unlabelled=int(missing.sum()), reader=reader,
         samples=np.minimum(counts, reader.max_samples),
         num_truncated=int((counts > reader.max_samples).sum()), seed=seed,
@@ -155,29 +155,31 @@ def encode_recordings(
 
 
 def read_part(file: Any, first: int, count: int, wanted: int) -> Wave:
-    """``count`` samples from ``first`` on of a recording at ``wanted`` samples a second (fewer where it ends before),
-    shape (samples,), channels averaged.
+    """Read a part of a recording, resampled, channels averaged.
 
-    Only what they depend on is read, whatever the header says of the rest: a few bytes of zeros may stand for hours.
-    Within rounding they are those of the whole recording resampled.
+    Only the frames that it depends on are decoded: a few bytes of zeros may encode hours. Up to rounding the result is
+    that of resampling the whole recording.
 
     Args:
         file: an open ``soundfile.SoundFile``.
-        first: counted at ``wanted`` samples a second, as is ``count``.
-        count: at most so many.
-        wanted: samples a second.
+        first: first sample, counted at the rate ``wanted``.
+        count: maximum number of samples, at the rate ``wanted``.
+        wanted: samples per second.
+
+    Returns:
+        Shape (samples,); fewer than ``count`` if the recording ends before.
     """
     common = math.gcd(file.samplerate, wanted)
     up, down = wanted // common, file.samplerate // common
-    reach = 0 if up == down else -(-_FILTER_REACH * max(up, down) // up) + 1  # frames that the filter looks around
-    start = max(0, first * down // up - reach) // down * down  # a frame that falls on an output sample
+    reach = 0 if up == down else -(-_FILTER_REACH * max(up, down) // up) + 1  # frames that the filter needs
+    start = max(0, first * down // up - reach) // down * down  # a frame that coincides with an output sample
     stop = min(file.frames, -(-(first + count) * down // up) + reach)
     file.seek(start)
     parts, left = [], stop - start
     while left > 0:
         block = file.read(min(left, _BLOCK), dtype="float32", always_2d=True)
         if not len(block):
-            break  # the header promised more
+            break  # the header claimed more
         parts.append(block.mean(axis=1))
         left -= len(block)
     samples = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
@@ -190,7 +192,7 @@ def _resampled_length(frames: int, rate: int, wanted: int) -> int:
 
 
 def resample(samples: Wave, rate: int, wanted: int) -> Wave:
-    """A waveform (samples,) of ``rate`` at ``wanted`` samples a second."""
+    """Resample a waveform (samples,) from ``rate`` to ``wanted`` samples per second."""
     if rate == wanted:
         return samples
     import scipy.signal  # noqa: PLC0415

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images or recordings, one for each class, as tables of paths and labels."""
+"""Folders of images or audio files, one for each class, read as tables of paths and labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mirrortune.data.files.arrow_arrays import text_array
+from mirrortune.data.files.arrow import text_array
 from mirrortune.errors import DataError, counted
 from mirrortune.system.paths import is_system, shown_path, table_suffix
 
@@ -23,24 +23,24 @@ IMAGE_FORMATS = {
     ".ppm": "PPM", ".psd": "PSD", ".qoi": "QOI", ".ras": "SUN", ".rgb": "SGI", ".rgba": "SGI", ".sgi": "SGI",
     ".tga": "TGA", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
 }  # fmt: skip
-"""Suffixes of images, and Pillow's name of the format behind each. Every one is a raster format that Pillow decodes by
-itself: formats that start a program (PostScript), and those of which Pillow reads the header only, are not here.
+"""Suffixes of images and Pillow's names of their formats: raster formats that Pillow decodes by itself, without those
+that start a program (PostScript) or of which Pillow reads only the header.
 """
 AUDIO_SUFFIXES = (
     ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".sph", ".voc",
     ".w64", ".wav", ".wave",
 )  # fmt: skip
-"""Suffixes of recordings that libsndfile opens and whose headers say how they are to be read."""
+"""Suffixes of audio files that libsndfile opens and whose headers give their format."""
 _SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassFolder:
-    """What a folder of class folders holds.
+    """The content of a folder of class folders.
 
     Attributes:
-        table: paths below the folder (column ``image`` or ``audio``) and class names (``label``), in order; None if no
-            sub-folder holds an image or a recording.
+        table: paths below the folder (column ``image`` or ``audio``) and class names (``label``), sorted; None if no
+            subfolder holds an image or audio file.
         remarks: a line for each kind of file or folder that was left out.
     """
 
@@ -50,7 +50,7 @@ class ClassFolder:
 
 @dataclass(slots=True)
 class _Class:
-    """The files of one class: paths below the data set's folder by kind, and how many others by suffix."""
+    """The files of one class: paths below the data set's folder by kind, and counts of other files by suffix."""
 
     images: list[str] = field(default_factory=list)
     audio: list[str] = field(default_factory=list)
@@ -58,13 +58,13 @@ class _Class:
 
 
 def class_folder(folder: Path) -> ClassFolder:
-    """List the images or recordings in the sub-folders of ``folder``: whichever are more, of every known suffix.
+    """List the images or the audio files (whichever are more) in the subfolders of ``folder``.
 
-    Files and folders that operating systems and notebooks leave (``locations.is_system``) are skipped at every depth;
-    other files that are not listed are counted in the remarks.
+    Files and folders that operating systems and notebooks create (:func:`mirrortune.system.paths.is_system`) are
+    skipped at every depth; other files that are not listed are counted in the remarks.
 
     Raises:
-        DataError: a class of whose files none can be listed, or a name that is not UTF-8.
+        DataError: if none of the files of a class can be read, or a file name is not UTF-8.
     """
     classes = {sub.name: _read_class(folder, sub) for sub in _visible(folder) if sub.is_dir()}
     is_audio = sum(len(c.audio) for c in classes.values()) > sum(len(c.images) for c in classes.values())

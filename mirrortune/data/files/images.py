@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of any mode -> pixels, decoded when their batch is made. All of it by Pillow and the model's own processor in
-its Pillow form, so that results do not depend on whether torchvision is installed.
+"""Images of any mode -> pixels, decoded when their batch is made.
 
-Augmentation draws its numbers from (seed, epoch, row) and nothing else: the same on any number of processes, in any
-order, and after a resume. Pillow does the work on the image itself; what is ours is only which box and which side.
+Only Pillow and the Pillow version of the model's image processor are used, so that results do not depend on whether
+torchvision is installed. Random augmentation depends on (seed, epoch, row) alone: it is the same on any number of
+processes, in any order, and after a resume.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _WHITE = 255
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageReader:
-    """A model's image processor, at the size that is wanted.
+    """A model's image processor, at the requested size.
 
     Attributes:
-        processor: transformers' own; ``size`` and ``crop_size`` are changed in place.
-        size: (height, width) of what the model gets, or None where the processor does not fix it.
+        processor: of transformers; ``size`` and ``crop_size`` are changed in place.
+        size: (height, width) of the model's inputs, or None if the processor does not fix it.
         num_channels: 3, or 1 for models of grey images.
-        num_positions: patches of an image, and one; 1 for models without patches.
-        switches: further arguments of the model's forward.
+        num_positions: patches of an image plus one; 1 for models without patches.
+        switches: additional arguments of the model's forward.
     """
 
     processor: Any
@@ -53,12 +53,12 @@ class ImageReader:
 
     @classmethod
     def load(cls, source: ModelSource, auto_class: str, asked: int | None) -> ImageReader:
-        """The reader for a model; ``asked`` is the side of a square in pixels, None for the processor's own size.
+        """Load the reader for a model; ``asked`` is the side of a square in pixels, None for the processor's size.
 
         Raises:
-            ConfigError: a model without an image processor, or a size that it cannot take.
+            ConfigError: if the model has no image processor, or does not support the size.
         """
-        # Pillow warns of odd metadata with a line of its own source, from whichever thread makes the batch.
+        # Pillow warns about odd metadata, with a line of its source, from whichever thread makes the batch.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         processor = load_image_processor(source)
         config = source.config
@@ -81,14 +81,14 @@ class ImageReader:
             size=size,
             num_channels=getattr(config, "num_channels", None) or 3,
             num_positions=patches + 1,
-            # Models with a fixed table of positions stretch it to another grid if they are asked to.
+            # Models with fixed position embeddings interpolate them to another grid only on request.
             switches={"interpolate_pos_encoding": True}
             if is_other and "interpolate_pos_encoding" in forward_parameters(auto_class, config)
             else {},
         )
 
     def pixels(self, images: list[Image], source: str) -> Batch:
-        """What the model's forward takes for ``images`` (RGB, or grey for models of grey images): tensors (B, ...)."""
+        """Return the model inputs for ``images`` (RGB, or grey for models of grey images): tensors (B, ...)."""
         arguments: dict[str, Any] = {"images": images}
         if self.num_channels == 1:
             arguments = {"images": [np.asarray(i)[..., None] for i in images], "input_data_format": "channels_last"}
@@ -104,7 +104,7 @@ class ImageReader:
         return {**made, **self.switches}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The processor's files, with the size in use."""
+        """Write the processor's files, with the size in use."""
         self.processor.save_pretrained(folder)
 
 
@@ -113,10 +113,10 @@ class ImageExamples(Examples):
     """Rows of images.
 
     Attributes:
-        images: one a row.
-        targets: one a row, shape (N,).
+        images: one per row.
+        targets: one per row, shape (N,).
         num_unlabelled: rows without a target.
-        reader: makes pixels.
+        reader: of the model.
         augment: a name in ``AUGMENTATIONS``.
         seed: of the augmentation.
     """
@@ -140,7 +140,7 @@ class ImageExamples(Examples):
 
     @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """The given rows: what the image processor makes of them (``pixel_values``), and ``targets`` (B,)."""
+        """Return the outputs of the image processor for the given rows (``pixel_values``), and ``targets`` (B,)."""
         found = []
         for row in rows:
             image = self._image(int(row))
@@ -157,14 +157,14 @@ class ImageExamples(Examples):
         return f"{counted(len(self), 'row')}, {size}"
 
     def check(self) -> None:
-        """Open every image, without decoding it; DataError with the first that cannot be."""
+        """Open every image without decoding it; DataError with the first that fails."""
         for row in range(len(self)):
             with self._opened(row):
                 pass
 
     def _image(self, row: int) -> Image:
         with self._opened(row) as opened:
-            return flatten(opened, self.reader.num_channels)
+            return to_rgb(opened, self.reader.num_channels)
 
     @contextlib.contextmanager
     def _opened(self, row: int) -> Iterator[Image]:
@@ -176,13 +176,13 @@ class ImageExamples(Examples):
         except Pillow.DecompressionBombError as error:
             allowed = f"{2 * (Pillow.MAX_IMAGE_PIXELS or 0):,}"
             raise self.images.unreadable(row, f"it has {_bomb_size(error)}, allowed are {allowed}") from error
-        except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        except Exception as error:  # Pillow's plugins raise exceptions of all types
             raise self.images.unreadable(row, error) from error
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The raster formats that this Pillow decodes by itself. Asked for any image, it would also try formats that start
+    """Return the raster formats that this Pillow decodes by itself. Without a list it would also try formats that start
     a program, such as PostScript, whatever the file is called.
     """
     from PIL import Image as Pillow  # noqa: PLC0415
@@ -192,13 +192,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def _bomb_size(error: Exception) -> str:
-    """What Pillow's error says of the size of an image that is too large."""
+    """Return the size of an image that is too large, from Pillow's error."""
     found = re.search(r"\d+ pixels", str(error))
     return f"{int(found[0].split()[0]):,} pixels" if found else str(error)
 
 
-def flatten(image: Image, num_channels: int = 3) -> Image:
-    """Any image as RGB (or grey, for one channel) with 8 bits: turned upright, 16 bits scaled down, transparency over
+def to_rgb(image: Image, num_channels: int = 3) -> Image:
+    """Convert any image to 8-bit RGB (or grey, for one channel): turned upright, 16 bits scaled down, transparency on
     white, the first frame of several.
     """
     from PIL import Image as Pillow  # noqa: PLC0415
@@ -215,8 +215,8 @@ def flatten(image: Image, num_channels: int = 3) -> Image:
 
 
 def _eight_bits(values: Any) -> Any:
-    """Grey values of 16 or 32 bits, or real ones, as 8 bits: by the range of their type, or by the least range that
-    holds them where the type says nothing.
+    """Scale 16-bit, 32-bit or floating-point grey values to 8 bits: by the range of their type, or by the smallest
+    common range that holds them if the type does not tell.
     """
     highest = float(values.max(initial=0))
     if values.dtype == np.uint16:
@@ -229,7 +229,7 @@ def _eight_bits(values: Any) -> Any:
 
 
 def _set_size(processor: Any, side: int) -> None:
-    """Make the processor's output ``side`` x ``side``; what it cuts off around that keeps its share."""
+    """Set the processor's output to ``side`` x ``side``; the proportion that it crops off is kept."""
     square = {"height": side, "width": side}
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
     if getattr(processor, "do_center_crop", False) and crop.get("height"):
@@ -258,8 +258,8 @@ def _flip(image: Image, random: np.random.Generator) -> Image:
 
 
 def _crop(image: Image, random: np.random.Generator, least: float = 0.35) -> Image:
-    """A box of ``least`` to all of the area and of aspect 3:4 to 4:3 (Szegedy et al. 2015, section 6, with milder
-    ranges: backbones are adapted here, not trained).
+    """Crop a random box of ``least`` to all of the area and of aspect 3:4 to 4:3 (Szegedy et al. 2015, section 6; with
+    narrower ranges, as backbones are adapted here rather than trained).
     """
     width, height = image.size
     for _ in range(10):
@@ -280,7 +280,7 @@ AUGMENTATIONS: dict[str, Callable[[Image, np.random.Generator], Image]] = {
 
 
 def check_augmentation(name: str) -> None:
-    """ConfigError with the nearest name if there is no such augmentation."""
+    """Raise a ConfigError with the nearest name if there is no such augmentation."""
     if name not in AUGMENTATIONS:
         raise unknown_name("data.augment", "augmentation", name, AUGMENTATIONS)
 
@@ -288,7 +288,7 @@ def check_augmentation(name: str) -> None:
 def encode_images(
     split: Split, column: str, targets: Targets, missing: Any, reader: ImageReader, *, augment: str, seed: int
 ) -> ImageExamples:
-    """The images of a split; DataError with the row of one that cannot be opened."""
+    """Encode the images of a split; DataError with the row of one that cannot be opened."""
     examples = ImageExamples(
         images=FileCells.of(split, column, role="image", readable=f"images ({', '.join(_formats())})"), targets=targets,
         num_unlabelled=int(missing.sum()), reader=reader, augment=augment, seed=seed,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns whose cells are files (images, recordings): encoded, or as paths to them."""
+"""Columns whose cells are files (images, audio): their content, or paths to them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mirrortune.errors import DataError, MirrortuneError
 from mirrortune.system.paths import shown_path
 
 FILE_ROLES = ("image", "audio")
-"""Roles (of ``Task.columns``) of columns whose cells are files."""
+"""Roles (in ``Task.columns``) of columns whose cells are files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileCells:
-    """The files of a column, one a row.
+    """The files in a column, one per row.
 
     Attributes:
         cells: bytes, paths, or the datasets library's structs of ``bytes`` and ``path``.
-        folder: where relative paths begin.
+        folder: what relative paths are relative to.
         places: of the rows, for messages.
-        role: what a file holds, for messages.
-        readable: which files can be read, for messages.
-        is_contained: whether paths that lead out of ``folder`` are refused.
+        role: kind of file, for messages.
+        readable: formats that can be read, for messages.
+        is_contained: whether files outside ``folder`` are refused.
     """
 
     cells: pa.ChunkedArray
@@ -45,7 +45,7 @@ class FileCells:
 
     @classmethod
     def of(cls, split: Split, column: str, *, role: str, readable: str) -> FileCells:
-        """The files of one column of ``split``."""
+        """Return the files of one column of ``split``."""
         return cls(
             cells=split.table.column(column), folder=split.folder, places=split.places, role=role, readable=readable,
             is_contained=split.is_contained,
@@ -55,11 +55,11 @@ class FileCells:
         return len(self.cells)
 
     def open(self, row: int) -> io.BytesIO | str:
-        """The file of one row, as what decodes it takes: its content or its path.
+        """Return the content or the path of the file of one row, for a decoder.
 
         Raises:
-            ValueError: there is none, or it is no regular file (a pipe would never end).
-            DataError: it lies outside the folder, and must not.
+            ValueError: if there is none, or it is not a regular file (a pipe would never end).
+            DataError: if it is outside the folder, and ``is_contained``.
         """
         found = self._found(row)
         if found is None:
@@ -77,20 +77,20 @@ class FileCells:
         return str(found)
 
     def size(self, row: int) -> int | None:
-        """Bytes of the file of one row; None if there is none."""
+        """Return the size of the file of one row in bytes; None if there is none."""
         found = self._found(row)
         if found is None or isinstance(found, bytes):
             return None if found is None else len(found)
         return found.stat().st_size if found.is_file() else None
 
     def outside(self) -> list[int]:
-        """The rows whose files lie outside the folder, by their paths or through links."""
+        """Return the rows whose files are outside the folder, by their paths or through links."""
         real: dict[Path, Path] = {}
         found = ((row, self._found(row)) for row in range(len(self)))
         return [row for row, place in found if isinstance(place, Path) and self._leads_out(place, real)]
 
     def unreadable(self, row: int, error: Exception | str) -> MirrortuneError:
-        """The error for a file that what decodes it refused by ``error``, or that is not fit for the reason given."""
+        """Return the error for a file that could not be decoded, because of an exception or for the reason given."""
         if isinstance(error, MirrortuneError):
             return error
         value: Any = self.cells[row].as_py()
@@ -104,35 +104,35 @@ class FileCells:
         )  # fmt: skip
 
     def path(self, row: int) -> str:
-        """Where the file of one row is, for messages."""
+        """Return the location of the file of one row, for messages."""
         found = self._found(row)
         return shown_path(str(found)) if isinstance(found, Path) else "in the table"
 
     def _found(self, row: int) -> bytes | Path | None:
-        """What the cell of a row holds, or names."""
+        """Return the content or the path of the file in the cell of a row."""
         value = self.cells[row].as_py()
         if isinstance(value, dict):
             value = value["path"] if value.get("bytes") is None else value["bytes"]
         if value is None or isinstance(value, bytes):
             return value
         path = Path(value)
-        with suppress(RuntimeError):  # ~ stands for nobody's home: there is no such file
+        with suppress(RuntimeError):  # ~ of an unknown user: there is no such file
             path = path.expanduser()
         return path if path.is_absolute() or self.folder is None else self.folder / path
 
     def _leads_out(self, path: Path, real: dict[Path, Path]) -> bool:
-        """Whether a path leads out of the folder; ``real`` remembers where folders really are."""
+        """Return whether a path leads out of the folder; ``real`` caches resolved folders."""
         inside = _real(self.folder, real) if self.folder is not None else _downloaded()
         where = _real(path.parent, real) / path.name
         return not Path(os.path.realpath(where) if where.is_symlink() else where).is_relative_to(inside)
 
 
 def remarks_on(data: DataSet, columns: Sequence[tuple[str, str]]) -> list[str]:
-    """What a user should know of the files of a data set: which were left out, and which lie outside its folder.
+    """Return remarks on the files of a data set that were left out, or that are outside its folder.
 
     Args:
         data: the data set.
-        columns: (role, column), of ``Task.columns``.
+        columns: (role, column), as of ``Task.columns``.
     """
     lines = list(dict.fromkeys(remark for split in data.splits.values() for remark in split.remarks))
     outside = [
@@ -158,7 +158,7 @@ def _real(folder: Path, known: dict[Path, Path]) -> Path:
 
 
 def _downloaded() -> Path:
-    """Where the files of data sets of the Hub are."""
+    """Return the folder of files from the Hub."""
     from huggingface_hub import constants  # noqa: PLC0415
 
     return Path(os.path.realpath(constants.HF_HOME))

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads one tabular file (csv, tsv, json, jsonl, parquet, arrow, txt; compressed by gzip or not) into an Arrow table,
-with the line of whatever is wrong with it.
+"""Readers of tabular files (csv, tsv, json, jsonl, parquet, arrow, txt; gzipped or not) into Arrow tables.
 
-csv and json go through the standard library rather than Arrow's readers because these name neither the line nor the
-cell, and guess types (a column of dates, of "1", of "NA") that a text column must not have. Files are read part by
-part.
+csv and json are parsed by the standard library rather than Arrow: ``pyarrow.csv`` gives no line numbers of rows,
+accepts quotes that are never closed, and cannot drop the empty cells that spreadsheets append; ``pyarrow.json`` guesses
+types (dates in a column of text). Files are read part by part, except JSON arrays.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import csv
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,45 +22,44 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mirrortune.data.files.arrow_arrays import holds_objects, json_array, text_array
-from mirrortune.data.files.column_problems import problem_field
-from mirrortune.data.files.json_rows import JSONArrayError, array_elements
+from mirrortune.data.files.arrow import json_array, problem_field, text_array
 from mirrortune.data.files.row_places import FileRows, IntArray
 from mirrortune.data.files.tables import join_parts, on_disk
-from mirrortune.data.files.text_files import blocks_of, first_line, is_packed, lines_of, open_bytes, unpacking
+from mirrortune.data.files.text_files import blocks_of, first_line, is_gzipped, lines_of, open_bytes, reading_errors
 from mirrortune.errors import DataError
 from mirrortune.system.cache import leave_room
 from mirrortune.system.paths import TABLE_SUFFIXES, cache_folder, is_system, table_suffix
 
-# Cells of the csv module are limited to 128 KiB by default; documents are longer.
+# The csv module limits cells to 128 KiB by default; documents are longer.
 _CELL_LIMIT = 1 << 28
-# What is read at a time: rows, and characters.
+# Size of a part: rows, and characters.
 _PART_ROWS, _PART_SIZE = 65_536, 1 << 24
-_SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # the first line of some exports of Excel
+_SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # first line of some Excel exports
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 _Part = tuple[pa.Table, IntArray | None]
-"""Some rows, and the line of each, shape (N,), where a file has lines."""
-_UNPACKED = 1 << 24  # bytes
+"""Some rows, and the line of each, shape (N,), if the file has lines."""
+_BLOCK = 1 << 24  # bytes decompressed at a time
+_LARGEST_ARRAY = 1 << 30  # characters; an array is parsed as a whole
 
 
 def read_table(path: Path, encoding: str = "utf-8") -> pa.Table:
-    """The rows of one file, without their places; see :func:`read_rows`."""
+    """Read the rows of one file; see :func:`read_rows`."""
     return read_rows(path, encoding)[0]
 
 
 def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
-    """The rows of one file, and the lines in which they stand.
+    """Read the rows of one file and their line numbers.
 
     Args:
-        path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row each line) file, or one of them with .gz.
+        path: a .csv, .tsv, .json, .jsonl, .parquet, .arrow or .txt (a row per line) file, or one of them with .gz.
         encoding: of the text formats; a byte order mark is dropped.
 
     Returns:
         A table; all cells of csv and tsv are strings, empty cells are null. A column that cannot be read, such as one
-        of mixed types, is marked as :mod:`mirrortune.data.files.column_problems` says.
+        of mixed types, is marked by :func:`mirrortune.data.files.arrow.problem_field`.
 
     Raises:
-        DataError: if the file is missing, empty, undecodable, truncated or malformed; with its line where there is one.
+        DataError: if the file is missing, empty, undecodable, truncated or malformed; names the line if there is one.
     """
     if not path.is_file():
         siblings = (
@@ -91,29 +91,31 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
 
 
 def _read_parquet(path: Path, encoding: str) -> Iterator[_Part]:
-    try:
-        with pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
-            schema, facts = file.schema_arrow, file.metadata
-            yield schema.empty_table(), None
-            size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
-            rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # of images, a few
-            for batch in file.iter_batches(batch_size=rows):
-                yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata), None
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
-        raise DataError(
-            str(path), f"not a whole parquet file ({first_line(error)})", fix="Copy or download it again"
-        ) from error
+    with _arrow_errors(path, "parquet"), pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
+        schema, facts = file.schema_arrow, file.metadata
+        yield schema.empty_table(), None
+        size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
+        rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # a few, if they are images
+        for batch in file.iter_batches(batch_size=rows):
+            yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata), None
 
 
 def _read_arrow(path: Path, encoding: str) -> Iterator[_Part]:
-    try:
+    with _arrow_errors(path, "arrow"):
         data = _mapped(path)
         opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
         found = opened.read_all()
         yield found.select(found.column_names), None
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name that is no text
+
+
+@contextmanager
+def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
+    """Raise the errors of a damaged file as a DataError."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column name that is not UTF-8
         raise DataError(
-            str(path), f"not a whole arrow file ({first_line(error)})", fix="Copy or download it again"
+            str(path), f"not a whole {kind} file ({first_line(error)})", fix="Copy or download it again"
         ) from error
 
 
@@ -139,7 +141,7 @@ def _read_delimited(path: Path, encoding: str) -> Iterator[_Part]:
         arrays, schema = {}, []
         for place, name in enumerate(names):
             if (place in unnamed and not any(columns[place])) or name in arrays:
-                continue  # Excel writes empty columns; of a name that stands twice no column is read
+                continue  # Excel writes empty columns; a column whose name is not unique is not read
             is_broken = name in fields
             arrays[name] = pa.nulls(len(part)) if is_broken else text_array([c or None for c in columns[place]])
             schema.append(fields[name] if is_broken else pa.field(name, arrays[name].type))
@@ -147,19 +149,19 @@ def _read_delimited(path: Path, encoding: str) -> Iterator[_Part]:
 
 
 def _column_names(header: list[str]) -> list[str]:
-    """The names of a header line; a column without one is called by its place, as ``column 3``."""
+    """Return the column names of a header line; an empty one is called by its position, such as ``column 3``."""
     return [name.strip() or f"column {place}" for place, name in enumerate(header, start=1)]
 
 
 def _repeated(where: str, name: str) -> pa.Field:
-    return problem_field(name, where, f"column name {name!r} stands twice in the header", "Rename one")
+    return problem_field(name, where, f"column name {name!r} appears twice in the header", "Rename one")
 
 
 def _whole_rows(
     path: Path, rows: Iterable[tuple[int, list[str]]], width: int
 ) -> Iterator[tuple[tuple[int, list[str]], int]]:
-    """Rows of ``width`` cells with their sizes. Blank rows at the end, and empty cells behind the last column, which
-    spreadsheets write, are left out.
+    """Yield rows of ``width`` cells and their sizes, without what spreadsheets append: blank rows, and empty cells
+    after the last column.
     """
     blank: list[tuple[tuple[int, list[str]], int]] = []
     for line, cells in rows:
@@ -183,12 +185,12 @@ def _whole_rows(
 
 
 def _numbers(part: list[tuple[int, Any]]) -> IntArray:
-    """The line of each row of a part, shape (N,)."""
+    """Return the line of each row of a part, shape (N,)."""
     return np.fromiter((line for line, _ in part), dtype=np.int64, count=len(part))
 
 
 def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
-    """Rows, which come with their sizes, in parts of a size that memory can hold; the first one may be empty."""
+    """Group rows, given with their sizes, into parts of bounded size; the first one may be empty."""
     part: list[Any] = []
     size, is_first = 0, True
     for row, more in rows:
@@ -202,8 +204,8 @@ def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
 
 
 def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
-    """The delimiter of a table, and the lines that were read to find it: the header, and what stands before it, blank
-    lines and Excel's ``sep=;``.
+    """Return the delimiter of a table, and the lines read to find it: the header, and blank lines and Excel's ``sep=;``
+    before it.
     """
     begin: list[str] = []
     named = None
@@ -216,19 +218,19 @@ def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
     if named is not None or table_suffix(path) == ".tsv" or not begin:
         return named[1] if named else "\t", begin
 
-    # Semicolons and tabs are common in files called .csv; a delimiter within quotation marks divides nothing.
+    # Semicolons and tabs are common in files called .csv; a delimiter within quotes does not count.
     def count(sign: str) -> int:
         try:
             return len(next(csv.reader(begin[-1:], delimiter=sign), []))
-        except csv.Error:  # a cell longer than the module takes: there is no such sign in a long line
+        except csv.Error:  # a cell is too long: this sign is not the delimiter
             return 0
 
     return max(",;\t|", key=count), begin
 
 
 def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str, int]:
-    """Column names and delimiter of a csv or tsv file, and how many lines stand before its header; only its first lines
-    are read. DataError if there is none.
+    """Return the column names and delimiter of a csv or tsv file, and the number of lines before its header. Reads only
+    its first lines; DataError if there is no header.
     """
     delimiter, begin = _delimiter(path, lines_of(path, encoding, "\n"))
     if not begin or not begin[-1].strip():
@@ -240,7 +242,7 @@ def _parse_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tu
     csv.field_size_limit(_CELL_LIMIT)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
-        start = reader.line_num + 1  # where a quote that is never closed was opened
+        start = reader.line_num + 1  # the line of the opening quote, if it is never closed
         try:
             cells = next(reader)
         except StopIteration:
@@ -259,12 +261,31 @@ def _read_json(path: Path, encoding: str) -> Iterator[_Part]:
     if not start.startswith("["):
         yield from _read_json_lines(path, encoding)
         return
+    text = "".join(_limited(path, blocks_of(path, encoding)))
     try:
-        elements = enumerate(array_elements(blocks_of(path, encoding)), start=1)
-        for part in _parts(((number, row), size) for number, (row, size) in elements):
-            yield _from_objects(path, part, " row "), None
-    except JSONArrayError as error:
-        raise DataError(f"{path}:{error.line}", f"not valid JSON ({error})", fix="Correct the line") from error
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}", f"not valid JSON ({error.msg})", fix="Correct the line") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+        raise DataError(str(path), f"not valid JSON ({first_line(error)})", fix="Correct the file") from error
+    size = len(text) // max(1, len(rows))  # of a row, on average
+    del text
+    for part in _parts((row, size) for row in enumerate(rows, start=1)):
+        yield _from_objects(path, part, " row "), None
+
+
+def _limited(path: Path, blocks: Iterable[str]) -> Iterator[str]:
+    size = 0
+    for block in blocks:
+        size += len(block)
+        if size > _LARGEST_ARRAY:
+            name = shlex.quote(path.name)
+            command = f"gzip -dc {name} | jq -c '.[]'" if is_gzipped(path) else f"jq -c '.[]' {name}"
+            raise DataError(
+                str(path), f"a JSON array of more than {_LARGEST_ARRAY:,} characters",
+                fix=f"Convert it to JSON lines, which are read row by row: {command} > rows.jsonl",
+            )  # fmt: skip
+        yield block
 
 
 def _read_json_lines(path: Path, encoding: str) -> Iterator[_Part]:
@@ -289,7 +310,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
 
 
 def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Table:
-    """A table of numbered JSON objects; ``sign`` stands between the file and a number in messages."""
+    """Return a table of numbered JSON objects; ``sign`` separates file and number in messages."""
     for number, row in rows:
         if not isinstance(row, dict):
             raise DataError(
@@ -302,7 +323,7 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
         try:
             array = _column(values)
             field = pa.field(name, array.type)
-        except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowCapacityError, OverflowError) as error:
             problem, place = _why_unreadable(values, error)
             array = pa.nulls(len(rows))
             where = f"{path}{sign}{rows[place][0]}"
@@ -313,7 +334,7 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
 
 
 def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
-    """What is wrong with the cells of a column that ``error`` refused, and the place of the first such cell."""
+    """Return what is wrong with the cells of a column that raised ``error``, and the index of the first such cell."""
     if isinstance(error, UnicodeEncodeError):
         place = next(i for i, v in enumerate(values) if isinstance(v, str) and not v.isascii() and _is_torn(v))
         return f"holds half a character ({first_line(error)})", place
@@ -333,21 +354,26 @@ def _is_torn(text: str) -> bool:
 
 
 def _column(values: list[Any]) -> pa.Array:
-    """The values of a column as text, numbers, lists, flat objects of text, or else JSON."""
+    """Return the values of a column as text, numbers, lists, flat objects of text, or else JSON."""
     if _is_text(values):
         return text_array(values)
-    if any(map(holds_objects, values)) and not _are_flat(values):
+    if any(map(_holds_objects, values)) and not _are_flat(values):
         return json_array(values)
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         if not all(value is None or isinstance(value, list | dict) for value in values):
             raise
-        return json_array(values)  # lists of values of different types
+        return json_array(values)  # lists of mixed types
+
+
+def _holds_objects(value: Any) -> bool:
+    """Return whether a JSON value is or contains an object."""
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(_holds_objects, value)))
 
 
 def _are_flat(values: list[Any]) -> bool:
-    """Whether all values are objects of texts, which become columns (``translation: {en, ro}``)."""
+    """Return whether all values are objects of texts, which become columns (``translation: {en, ro}``)."""
     texts = [value.values() if isinstance(value, dict) else (0,) for value in values if value is not None]
     return all(part is None or isinstance(part, str) for parts in texts for part in parts)
 
@@ -357,16 +383,16 @@ def _is_text(cells: list[Any]) -> bool:
 
 
 def _mapped(path: Path) -> pa.Buffer:
-    """What a file holds, on disk: mapped, or unpacked into a file without a name first."""
-    if not is_packed(path):
+    """Return the content of a file as a memory map; a gzipped one is first decompressed to an unnamed file."""
+    if not is_gzipped(path):
         return pa.memory_map(str(path)).read_buffer()
-    with unpacking(path), open_bytes(path) as packed:
-        return on_disk(lambda file: _unpack(path, packed, file))
+    with reading_errors(path), open_bytes(path) as content:
+        return on_disk(lambda file: _decompress(path, content, file))
 
 
-def _unpack(path: Path, packed: IO[bytes], file: IO[bytes]) -> None:
-    while block := packed.read(_UNPACKED):
-        if file.tell():  # what is small fits anywhere
+def _decompress(path: Path, content: IO[bytes], file: IO[bytes]) -> None:
+    while block := content.read(_BLOCK):
+        if file.tell():  # small files always fit
             leave_room(cache_folder(), f"what {path} unpacks to")
         file.write(block)
 

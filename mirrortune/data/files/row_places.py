@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps the rows of a split back to the files that they were read from, so that messages name the file's own lines."""
+"""Map rows of a split back to lines of the files that they were read from, for messages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class FileRows:
     """The rows of one file, in order.
 
     Attributes:
-        name: the file, as messages call it.
-        count: how many rows there are.
-        lines: the line in which each row begins, from 1, shape (count,); None for files without lines, whose rows are
+        name: of the file in messages.
+        count: number of rows.
+        lines: line in which each row begins, from 1, shape (count,); None for files without lines, whose rows are
             numbered from 1.
     """
 
@@ -30,23 +30,23 @@ class FileRows:
     lines: IntArray | None = None
 
     def number(self, row: int) -> int:
-        """The line (or the number, from 1) of ``row``, which counts from 0."""
+        """Return the line (or the number, from 1) of ``row``, which counts from 0."""
         return row + 1 if self.lines is None else int(self.lines[row])
 
     def where(self, row: int) -> str:
-        """``file:line``, or ``file row number``."""
+        """Return ``file:line``, or ``file row number``."""
         return f"{self.name}{' row ' if self.lines is None else ':'}{self.number(row)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlaces:
-    """Where the rows of a split come from.
+    """The origin of the rows of a split.
 
     Attributes:
-        source: the split, as messages call it.
-        files: the files that were read, in order; none if they are unknown, and then rows are numbered as they stand.
+        source: name of the split in messages.
+        files: the files that were read, in order; empty if unknown, and then rows are numbered within the split.
         kept: which rows of the files the split holds, ascending, shape (N,); None for all of them.
-        ends: the number of rows up to the end of each file.
+        ends: cumulative number of rows at the end of each file.
     """
 
     source: str
@@ -58,12 +58,12 @@ class RowPlaces:
         object.__setattr__(self, "ends", np.cumsum([file.count for file in self.files], dtype=np.int64))
 
     def where(self, row: int) -> str:
-        """The place of ``row`` (from 0): ``file:line``, ``file row number`` or ``source row number``."""
+        """Return the place of ``row`` (from 0): ``file:line``, ``file row number`` or ``source row number``."""
         file, place = self._locate(row)
         return file.where(place)
 
     def listed(self, rows: Iterable[int]) -> str:
-        """The places of several rows (from 0) in words, such as ``lines 3, 17``; the first five of them."""
+        """Return the places of the first five of several rows (from 0), such as ``lines 3, 17``."""
         found = [self._locate(int(row)) for row in rows]
         shown, more = found[:_MOST], ", ..." if len(found) > _MOST else ""
         if len({file.name for file, _ in shown}) > 1:
@@ -75,7 +75,7 @@ class RowPlaces:
         return f"{unit}{'s' * (len(found) > 1)} {numbers}{more}{name}"
 
     def take(self, keep: npt.NDArray[np.bool_]) -> RowPlaces:
-        """The places of the rows where ``keep`` (N,) is true."""
+        """Return the places of the rows where ``keep`` (N,) is true."""
         return replace(self, kept=np.flatnonzero(keep) if self.kept is None else self.kept[keep])
 
     def _locate(self, row: int) -> tuple[FileRows, int]:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables that come in parts: held in memory while they are small, else on disk and mapped.
-
-What is mapped is paged in when it is read and dropped when memory runs short, so rows may be more than memory holds.
-"""
+"""Tables larger than memory: joined from parts, and kept in a memory-mapped file beyond a size."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.data.files.arrow_arrays import aligned, flag_array
-from mirrortune.data.files.column_problems import is_unreadable, problem_field
+from mirrortune.data.files.arrow import flag_array, is_unreadable, problem_field, with_json_aligned
 from mirrortune.system.atomic import cannot_write
 from mirrortune.system.cache import leave_room
 from mirrortune.system.paths import cache_folder
@@ -26,18 +22,17 @@ _ROWS = 65_536
 
 
 def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT, source: str = "rows") -> pa.Table:
-    """One table of all parts, in order.
+    """Concatenate tables.
 
     Args:
-        parts: with the same columns, or with others that go together: whole with real numbers, null with anything, JSON
-            with whatever JSON can hold. A column whose types do not go together becomes one that cannot be read
-            (:mod:`mirrortune.data.files.column_problems`).
-        limit: beyond so many bytes parts go to a file in the cache folder, which nobody else sees and which is gone
-            with the process.
+        parts: with the same columns, or columns of compatible types: integers and floats, null and anything, JSON and
+            any JSON value. A column of incompatible types is marked as unreadable
+            (:func:`mirrortune.data.files.arrow.problem_field`).
+        limit: parts beyond this number of bytes go to an unnamed file in the cache folder, which ends with the process.
         source: the file, for messages.
 
     Raises:
-        ResourceError: the disk is full, or the cache folder cannot be written.
+        ResourceError: if the disk is full, or the cache folder cannot be written.
     """
     held: list[pa.Table] = []
     size = 0
@@ -50,14 +45,13 @@ def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT, source: str = "ro
             held, size = [], 0
     if spilled and held:
         spilled, held = spilled + _spilled(held), []
+    pa.default_memory_pool().release_unused()  # arrays grow by doubling, and the pool keeps what they outgrew
     return joined([*spilled, *held], source)
 
 
 def joined(tables: Sequence[pa.Table], source: str) -> pa.Table:
-    """The rows of all ``tables``, in order, with the columns of all of them; see :func:`join_parts` for types that
-    differ.
-    """
-    tables = aligned(tables)
+    """Concatenate tables in memory, with the columns of all of them; see :func:`join_parts` for differing types."""
+    tables = with_json_aligned(tables)
     fields = [{field.name: field for field in table.schema} for table in tables]
     names = dict.fromkeys(name for known in fields for name in known)
     unusable = {name: field for name in names if (field := _conflict(tables, fields, name, source)) is not None}
@@ -67,8 +61,8 @@ def joined(tables: Sequence[pa.Table], source: str) -> pa.Table:
 def _conflict(
     tables: Sequence[pa.Table], known: Sequence[dict[str, pa.Field]], name: str, source: str
 ) -> pa.Field | None:
-    """The field of a column that one of ``tables`` (with the fields ``known``) could not read, or whose types do not go
-    together.
+    """Return the field of a column that was unreadable in one of ``tables`` (with the fields ``known``), or whose types
+    are incompatible; None for other columns.
     """
     having = [table for table, own in zip(tables, known, strict=True) if name in own]
     fields = [own[name] for own in known if name in own]
@@ -86,7 +80,7 @@ def _conflict(
 
 
 def _without(table: pa.Table, unusable: dict[str, pa.Field]) -> pa.Table:
-    """The table with nulls in place of the columns that cannot be read."""
+    """Return the table with nulls in place of the unreadable columns."""
     for name in unusable.keys() & set(table.column_names):
         place = table.column_names.index(name)
         table = table.set_column(place, unusable[name], pa.nulls(table.num_rows))
@@ -94,7 +88,7 @@ def _without(table: pa.Table, unusable: dict[str, pa.Field]) -> pa.Table:
 
 
 def take_rows(table: pa.Table, keep: npt.NDArray[np.bool_], limit: int = _LIMIT) -> pa.Table:
-    """The rows where ``keep`` (N,) is true, in order, as :func:`join_parts` joins them."""
+    """Return the rows where ``keep`` (N,) is true, in order; ``limit`` as of :func:`join_parts`."""
     if table.nbytes <= limit:
         return table.filter(flag_array(keep))
     return join_parts(_kept(table, keep), limit)
@@ -109,10 +103,10 @@ def _kept(table: pa.Table, keep: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
 
 
 def on_disk(write: Callable[[IO[bytes]], object]) -> pa.Buffer:
-    """What ``write`` writes, mapped from a file without a name in the cache folder.
+    """Call ``write`` with an unnamed file in the cache folder, and return its content as a memory map.
 
     Raises:
-        ResourceError: the disk is full, or the cache folder cannot be written.
+        ResourceError: if the disk is full, or the cache folder cannot be written.
     """
     place = cache_folder()
     try:
@@ -125,15 +119,15 @@ def on_disk(write: Callable[[IO[bytes]], object]) -> pa.Buffer:
             write(file)
             file.flush()
         except OSError as error:
-            if error.errno is None:  # not of the disk: of whatever is being read
+            if error.errno is None:  # an error of the source, not of the disk
                 raise
             raise cannot_write(place, error) from error
-        # The mapping keeps the file alive: on POSIX it has no name any more, elsewhere it is deleted when closed.
+        # The mapping keeps the file alive: on POSIX it has no name any more, elsewhere it is deleted on close.
         return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b"")
 
 
 def _spilled(parts: list[pa.Table]) -> list[pa.Table]:
-    """The same tables, on disk."""
+    """Return the same tables, on disk."""
     starts: list[int] = []
     content = on_disk(lambda file: starts.extend(_append(file, part) for part in parts))
     return [pa.ipc.open_stream(content.slice(start)).read_all() for start in starts]

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files of any encoding, packed by gzip or not, line by line or block by block; with the place of a byte that is
-wrong.
-"""
+"""Text files of any encoding, gzipped or not, read by lines or blocks; errors name the line of a bad byte."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from mirrortune.errors import DataError
 
 _BLOCK = 1 << 20  # characters, or bytes
 _SAMPLE, _SHOWN = 256, 60  # bytes that show an encoding; characters of a line in a message
-# The longer mark first: that of UTF-32 begins with that of UTF-16.
+# Longer marks first: that of UTF-32 begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
@@ -31,19 +29,19 @@ _LONGEST = 1 << 28  # characters of a line
 
 
 def lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
-    """The lines of a file with their ends, those of Windows as everybody else's; ``newline`` as for :func:`open`.
+    """Yield the lines of a file with their ends, CRLF as LF; ``newline`` as for :func:`open`.
 
-    Not by str.splitlines, which also breaks at characters that occur in prose (U+2028, U+0085, form feed).
+    Does not use str.splitlines, which also breaks at characters that occur in prose (U+2028, U+0085, form feed).
 
     Raises:
-        DataError: unknown encoding, bytes that it does not have, a broken gzip file.
+        DataError: if the encoding is unknown, the file is not in it, or it is a damaged gzip file.
     """
     is_latin = encoding.lower().replace("_", "-") in _LATIN
     with _text(path, encoding, newline) as text:
         number = 0
         while line := text.readline(_LONGEST):
             number += 1
-            if len(line) == _LONGEST:  # an archive of a few kilobytes may hold a line that no memory does
+            if len(line) == _LONGEST:  # a few kilobytes of gzip may hold a line larger than memory
                 raise DataError(f"{path}:{number}", f"a line of more than {_LONGEST:,} characters", fix="Break it up")
             if is_latin:
                 _refuse_controls(path, encoding, line, number)
@@ -51,7 +49,7 @@ def lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
 
 
 def blocks_of(path: Path, encoding: str, size: int = _BLOCK) -> Iterator[str]:
-    """The text of a file, ``size`` characters at a time; DataError as of :func:`lines_of`."""
+    """Yield the text of a file, ``size`` characters at a time; raises as :func:`lines_of`."""
     is_latin, line = encoding.lower().replace("_", "-") in _LATIN, 1
     with _text(path, encoding, "") as text:
         while block := text.read(size):
@@ -62,8 +60,8 @@ def blocks_of(path: Path, encoding: str, size: int = _BLOCK) -> Iterator[str]:
 
 
 def _refuse_controls(path: Path, encoding: str, text: str, line: int) -> None:
-    """Refuse control characters in Latin-1, which are punctuation in the encoding that is meant; ``text`` begins in
-    ``line``.
+    """Raise a DataError for control characters in Latin-1, which are punctuation in cp1252; ``line`` is where ``text``
+    begins.
     """
     control = _CONTROLS.search(text)
     if control is not None:
@@ -74,28 +72,28 @@ def _refuse_controls(path: Path, encoding: str, text: str, line: int) -> None:
         )
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, as far as a message can hold it."""
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """Return the first line of an exception's message, at most ``limit`` characters; its type if it has none."""
+    return str(error).strip().split("\n")[0].rstrip(".")[:limit] or type(error).__name__
 
 
-def is_packed(path: Path) -> bool:
-    """Whether a file's name says that gzip packed it."""
+def is_gzipped(path: Path) -> bool:
+    """Return whether a file is gzipped, by its name."""
     return path.suffix.lower() == ".gz"
 
 
 def open_bytes(path: Path) -> Any:
-    """The file, unpacked while it is read."""
-    return gzip.open(path) if is_packed(path) else path.open("rb")
+    """Open a file for reading, decompressed if it is gzipped."""
+    return gzip.open(path) if is_gzipped(path) else path.open("rb")
 
 
 @contextmanager
-def unpacking(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while a file is read or unpacked as a DataError."""
+def reading_errors(path: Path) -> Iterator[None]:
+    """Raise errors of reading or decompressing a file as a DataError."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        problem = "not a whole gzip file" if is_packed(path) else "it cannot be read"
+        problem = "not a whole gzip file" if is_gzipped(path) else "it cannot be read"
         raise DataError(str(path), f"{problem} ({first_line(error)})", fix="Copy or download it again") from error
 
 
@@ -105,7 +103,7 @@ def _text(path: Path, encoding: str, newline: str) -> Iterator[io.TextIOWrapper]
     if codec == "utf-8-sig":
         _refuse_wide(path, encoding)
     try:
-        with unpacking(path), open_bytes(path) as file, io.TextIOWrapper(file, codec, newline=newline) as text:
+        with reading_errors(path), open_bytes(path) as file, io.TextIOWrapper(file, codec, newline=newline) as text:
             yield text
     except LookupError as error:
         raise DataError(
@@ -116,8 +114,8 @@ def _text(path: Path, encoding: str, newline: str) -> Iterator[io.TextIOWrapper]
 
 
 def _refuse_wide(path: Path, encoding: str) -> None:
-    """Refuse a file of two or four bytes a character: the zero bytes of its letters are characters in UTF-8 too."""
-    with unpacking(path), open_bytes(path) as file:
+    """Raise a DataError for a file of two or four bytes per character: its zero bytes are valid UTF-8 too."""
+    with reading_errors(path), open_bytes(path) as file:
         wide = _wide_encoding(file.read(_SAMPLE))
     if wide is not None:
         raise DataError(
@@ -126,7 +124,7 @@ def _refuse_wide(path: Path, encoding: str) -> None:
 
 
 def _undecodable(path: Path, encoding: str, codec: str) -> DataError:
-    """The error for a file with bytes that ``codec`` does not know; looks for their place."""
+    """Return the error for a file that ``codec`` cannot decode, with the line of the first bad byte."""
     decoder = codecs.getincrementaldecoder(codec)()
     place, line, found, text = 0, 1, f"it is not {encoding}", b""
     with open_bytes(path) as file:
@@ -134,7 +132,7 @@ def _undecodable(path: Path, encoding: str, codec: str) -> DataError:
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                start = place - (len(error.object) - len(block)) + error.start  # it holds the end of the last block too
+                start = place - (len(error.object) - len(block)) + error.start  # from the last block on
                 line += error.object.count(b"\n", 0, error.start)
                 found = f"byte 0x{error.object[error.start]:02x} at offset {start} is not {encoding}"
                 text = error.object[error.object.rfind(b"\n", 0, error.start) + 1 :].split(b"\n", 1)[0]
@@ -146,10 +144,9 @@ def _undecodable(path: Path, encoding: str, codec: str) -> DataError:
 
 
 def _encoding_advice(path: Path, codec: str, line: bytes) -> str:
-    """What to do about a file that is not in ``codec``, judged by its bytes; ``line`` is the first one that shows it.
+    """Return advice for a file that ``codec`` cannot decode, based on its bytes; ``line`` is the first bad one.
 
-    Advice that decodes but gives other characters than the author's is worse than none, so that the line is shown as it
-    would be read.
+    An encoding that decodes to wrong characters is worse than an error, so the line is shown as it would be read.
     """
     with open_bytes(path) as file:
         begin = file.read(_BLOCK)
@@ -174,8 +171,8 @@ def _encoding_advice(path: Path, codec: str, line: bytes) -> str:
 
 
 def _wide_encoding(begin: bytes) -> str | None:
-    """The encoding of two or four bytes a character that the first bytes of a file show, by their mark or by the zero
-    bytes of the first characters (which are of ASCII in every header line).
+    """Return the UTF-16 or UTF-32 variant of a file's first bytes, by a byte order mark or the zero bytes of ASCII
+    characters (which header lines consist of); None if it is neither.
     """
     for mark, name in _MARKS:
         if begin.startswith(mark):

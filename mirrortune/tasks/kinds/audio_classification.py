@@ -12,14 +12,14 @@ from typing_extensions import override
 from mirrortune.data.columns import choose_audio_column
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch
-from mirrortune.data.files.audio import RecordingExamples, RecordingReader, encode_recordings
+from mirrortune.data.files.audio import AudioExamples, AudioReader, encode_audio
 from mirrortune.data.labels import MISSING, class_names, label_fields, label_remarks
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import ModelSource
-from mirrortune.tasks.class_labels import OneOfClasses
+from mirrortune.tasks.base import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.probes import noise_recordings
+from mirrortune.tasks.probes import noise_audio
 
 _LONGEST = 10.0  # seconds, the default
 
@@ -62,20 +62,20 @@ class Task(OneOfClasses):
         return label_fields(self.labels)
 
     @override
-    def load_processor(self, source: ModelSource) -> RecordingReader:
-        return RecordingReader.load(source, self.max_seconds)
+    def load_processor(self, source: ModelSource) -> AudioReader:
+        return AudioReader.load(source, self.max_seconds)
 
     @override
-    def resolve_length(self, asked: int | None, processor: RecordingReader, config: Any) -> None:
+    def resolve_length(self, asked: int | None, processor: AudioReader, config: Any) -> None:
         if asked is not None:
             raise ConfigError("data.max_length", f"got {asked}, but recordings have no tokens",
                               fix="Set data.max_seconds")  # fmt: skip
 
     @override
-    def encode(self, split: Split, processor: RecordingReader, reading: Reading) -> RecordingExamples:
+    def encode(self, split: Split, processor: AudioReader, reading: Reading) -> AudioExamples:
         targets = self.class_targets(split, allow_missing=reading.allow_missing)
-        return encode_recordings(split, self.audio_column, targets, targets == MISSING, processor, seed=reading.seed)
+        return encode_audio(split, self.audio_column, targets, targets == MISSING, processor, seed=reading.seed)
 
     @override
-    def probe(self, processor: RecordingReader, config: Any) -> Batch:
-        return noise_recordings(processor)
+    def probe(self, processor: AudioReader, config: Any) -> Batch:
+        return noise_audio(processor)

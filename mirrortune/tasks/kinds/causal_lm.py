@@ -22,14 +22,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.data.columns import check_named, detected, is_string, refuse_preferences, refuse_written_lists
+from mirrortune.data.columns import check_named, detected, refuse_preferences, refuse_written_lists
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IGNORE_INDEX, OPTIONAL_ROLE, Batch, Examples, Padding, Rows, Targets, TokenExamples
-from mirrortune.data.files.arrow_arrays import is_json
-from mirrortune.data.files.column_problems import refuse_unreadable
-from mirrortune.data.files.row_chunks import Columns, cells, nulls
+from mirrortune.data.files.arrow import Columns, cells, is_json, is_list, is_string, nulls, refuse_unreadable
 from mirrortune.data.files.row_places import RowPlaces
-from mirrortune.data.labels import is_list, refuse_missing
+from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError, unknown_name
@@ -160,7 +158,7 @@ class Task(TextTask, Continues):
         if wants_chat and (not has_template or self.format == "text"):
             raise ConfigError(
                 f"model '{source.name}'" if not has_template else "task.format",
-                "its tokenizer has no chat template, and the rows are to be written by one"
+                "its tokenizer has no chat template, which these rows need"
                 if not has_template else "conversations cannot be written as plain text",
                 fix="Use a model tuned for chat, or columns of prompts and completions",
             )  # fmt: skip
@@ -184,9 +182,7 @@ class Task(TextTask, Continues):
                               fix="Set data.packing=false")  # fmt: skip
         if self.label_column is not None and not reading.allow_missing:
             refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
-        max_length, tokenizer = reading.max_length, processor.tokenizer
-        assert max_length is not None
-        places = split.places
+        max_length, tokenizer, places = reading.num_tokens, processor.tokenizer, split.places
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
             return self._tokenise(columns, numbers, processor, reading, places)
@@ -198,7 +194,7 @@ class Task(TextTask, Continues):
         }  # fmt: skip
         split = _with_columns(split, self.added_columns)
         made = tokenise_rows(
-            split, [c for _, c in self.columns()], tokenizer, reading, (self.kind, self.version), make,
+            split, [c for _, c in self.columns()], tokenizer, reading, self.code, make,
             is_blank=lambda row: is_blank_text(row[: len(self.text_columns) + (self.label_column is not None)]),
             facts=facts,
         )  # fmt: skip
@@ -248,7 +244,7 @@ class Task(TextTask, Continues):
         stops = turn_end_ids(tokenizer) if processor.is_chat else tokenizer.eos_token_id
         written = model.generate(
             input_ids=given, attention_mask=torch.ones_like(given), num_beams=1,
-            max_new_tokens=max(1, min(_MOST_WRITTEN, examples.max_length - place)),  # positions may end there
+            max_new_tokens=max(1, min(_MOST_WRITTEN, examples.max_length - place)),  # as positions allow
             do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.eos_token_id,
         )[0, place:]  # fmt: skip
         prompt, reference, answer = (
@@ -366,7 +362,7 @@ class Task(TextTask, Continues):
         if counts["num_tools_lost"]:
             notes.append("the tools are not shown to the model: its chat template does not write them")
         if counts["num_answers_cut"]:
-            notes.append(f"{counts['num_answers_cut']} left out: their answers begin behind {max_length} tokens")
+            notes.append(f"{counts['num_answers_cut']} left out: their answers begin after {max_length} tokens")
         padding = Padding.of(processor.tokenizer)
         return TokenExamples(
             features=arrays,
@@ -385,7 +381,7 @@ def _choose(
     table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
 ) -> tuple[str, tuple[str, ...], str | None, list[str]]:
     """Return the layout, the text columns, the column of answers, and notes on what was detected."""
-    check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
+    check_named(table, source, {"--text-column": text, "--label-column": label})
     if text and len(text) > 2:
         raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
     if text:

@@ -20,12 +20,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.data.column_contents import is_nan, number_of
-from mirrortune.data.columns import check_is_text, check_named, detected, refuse_written_lists
+from mirrortune.data.columns import check_is_text, check_named, detected, is_nan, number_of, refuse_written_lists
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Examples, IntArray, Padding, Rows, Targets, TokenExamples
-from mirrortune.data.files.column_problems import refuse_unreadable
-from mirrortune.data.files.row_chunks import Columns, row_chunks
+from mirrortune.data.files.arrow import Columns, refuse_unreadable, row_chunks
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import MISSING, as_name, refuse_missing
 from mirrortune.data.token_cache import Tokens
@@ -124,8 +122,8 @@ class Task(TextTask):
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """Create the task; DataError if there are no columns of contexts, endings and labels."""
         names = {n.lower(): n for n in table.column_names}
-        given = [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")]
-        check_named(table, [*given, *((c, "data.choice_columns") for c in choice_columns or ())], source)
+        named = {"--text-column": text_columns, "--label-column": label_column, "data.choice_columns": choice_columns}
+        check_named(table, source, named)
         text = text_columns or next((tuple(names[n] for n in c) for c in _CONTEXTS if set(c) <= set(names)), ())
         lists = [(names[n],) for n in _LISTS if n in names]
         numbered = tuple(sorted(n for n in table.column_names if _NUMBERED.fullmatch(n)))
@@ -165,9 +163,7 @@ class Task(TextTask):
 
     @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> ChoiceExamples:
-        max_length = reading.max_length
-        assert max_length is not None
-        num_texts = len(self.text_columns)
+        max_length, num_texts = reading.num_tokens, len(self.text_columns)
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
             contexts, *begun = ([text or "" for text in column] for column in columns[:num_texts])
@@ -180,15 +176,8 @@ class Task(TextTask):
             return {**arrays, "sizes": sizes, "right": np.array(right, dtype=np.int32)}, counts
 
         columns = [column for _, column in self.columns()]  # texts, choices, label
-        made = tokenise_rows(
-            split,
-            columns,
-            processor,
-            reading,
-            (self.kind, self.version),
-            make,
-            facts={"length": max_length, "num_texts": num_texts},
-        )
+        facts: dict[str, object] = {"length": max_length, "num_texts": num_texts}
+        made = tokenise_rows(split, columns, processor, reading, self.code, make, facts=facts)
         arrays = made.arrays
         targets, sizes = arrays.pop("right").astype(np.int64), arrays.pop("sizes")
         if not reading.allow_missing:
@@ -260,7 +249,7 @@ def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
     if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
         return ord(text.upper()) - ord("A")
     raise DataError(
-        where, f"label {value!r} names none of its {count} endings",
+        where, f"label {value!r} is none of its {count} endings",
         allowed=f"0 to {count - 1}, or A to {chr(ord('A') + count - 1)}",
     )  # fmt: skip
 

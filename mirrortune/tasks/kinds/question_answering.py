@@ -22,8 +22,7 @@ from typing_extensions import override
 from mirrortune.data.columns import check_is_text, check_named, detected, refuse_written_lists
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, IntArray, Padding, Rows, TokenExamples
-from mirrortune.data.files.column_problems import refuse_unreadable
-from mirrortune.data.files.row_chunks import Columns, cells, nulls, row_chunks
+from mirrortune.data.files.arrow import Columns, cells, nulls, refuse_unreadable, rows_of
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
@@ -70,7 +69,7 @@ class Task(TextTask):
         names = {n.lower(): n for n in table.column_names}
         text = text_columns or tuple(names[n] for n in ("question", "context") if n in names)
         label = label_column or next((names[n] for n in ("answers", "answer") if n in names), None)
-        check_named(table, [*((c, "--text-column") for c in text), (label, "--label-column")], source)
+        check_named(table, source, {"--text-column": text, "--label-column": label})
         if len(text) != 2 or label is None:
             refuse_unreadable(table, table.column_names)
             raise DataError(
@@ -118,8 +117,7 @@ class Task(TextTask):
     @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         """Split every row into one window or more, which are the rows of the result."""
-        max_length = reading.max_length
-        assert max_length is not None
+        max_length = reading.num_tokens
         missing, places = nulls(split.table, self.label_column), split.places
         if not reading.allow_missing:
             refuse_missing(missing, split.places, self.label_column, "answer")
@@ -133,7 +131,7 @@ class Task(TextTask):
             return _windows(questions, contexts, answers, processor, max_length, stride)
 
         made = tokenise_rows(
-            split, [*self.text_columns, self.label_column], processor, reading, (self.kind, self.version), make,
+            split, [*self.text_columns, self.label_column], processor, reading, self.code, make,
             facts={"length": max_length, "stride": stride},
         )  # fmt: skip
         arrays = made.arrays
@@ -198,7 +196,7 @@ class _Scoring:
     def questions(self) -> Iterator[tuple[str, tuple[Answer, ...] | None, range]]:
         """Yield the context of each question, its true answers, and the numbers of its windows."""
         stop = 0
-        rows = (row for chunk in row_chunks(self.split.table, self.columns) for row in zip(*chunk, strict=True))
+        rows = rows_of(self.split.table, self.columns)
         for count, (context, value) in zip(self.counts.tolist(), rows, strict=True):
             stop += count
             yield str(context or ""), _answers(value, self.split.source), range(stop - count, stop)

@@ -16,7 +16,7 @@ from typing_extensions import override
 from mirrortune.data.columns import choose_columns
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Targets, TokenExamples
-from mirrortune.data.files.row_chunks import cells
+from mirrortune.data.files.arrow import cells
 from mirrortune.data.labels import label_fields, refuse_missing
 from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
@@ -88,8 +88,7 @@ class Task(TextTask):
     @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         values = self.targets(split) if reading.allow_missing else self._complete_targets(split)
-        facts = (self.kind, self.version)
-        return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, facts)[0]
+        return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, self.code)[0]
 
     @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:

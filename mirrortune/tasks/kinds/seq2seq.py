@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.data.columns import check_named, detected, is_string, refuse_preferences
+from mirrortune.data.columns import check_named, detected, refuse_preferences
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IGNORE_INDEX, Batch, Examples, IntArray, Padding, Rows, TokenExamples, pad_rows
-from mirrortune.data.files.column_problems import refuse_unreadable
-from mirrortune.data.files.row_chunks import Columns, cells, nulls
+from mirrortune.data.files.arrow import Columns, cells, is_string, nulls, refuse_unreadable
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
@@ -159,9 +158,7 @@ class Task(TextTask, Generates):
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """Create the task; DataError if there are no columns of source and target texts."""
         names = {n.lower(): n for n in table.column_names}
-        check_named(
-            table, [*((c, "--text-column") for c in text_columns or ()), (label_column, "--label-column")], source
-        )
+        check_named(table, source, {"--text-column": text_columns, "--label-column": label_column})
         if not text_columns:
             refuse_preferences(table, source)
         pair = next((p for p in _PAIRS if set(p) <= set(names)), None)
@@ -215,18 +212,17 @@ class Task(TextTask, Generates):
     @override
     def encode(self, split: Split, processor: PairReader, reading: Reading) -> PairExamples:
         missing, tokenizer = nulls(split.table, self.label_column), processor.tokenizer
-        code = (self.kind, self.version)
         if not reading.allow_missing:
             refuse_missing(missing, split.places, self.label_column, "target")
         sources, keep = encode_texts(
-            split, self.text_columns, None, missing, tokenizer, reading, code, prefix=self.prefix
+            split, self.text_columns, None, missing, tokenizer, reading, self.code, prefix=self.prefix
         )
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
             return _target_tokens([str(text or "") for text in columns[0]], tokenizer, self.max_target_length)
 
         made = tokenise_rows(
-            split, [self.label_column], tokenizer, reading, code, make, keep=keep, what=", targets",
+            split, [self.label_column], tokenizer, reading, self.code, make, keep=keep, what=", targets",
             facts={"length": self.max_target_length, "side": "target"},
         )  # fmt: skip
         return PairExamples(

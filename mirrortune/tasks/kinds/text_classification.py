@@ -21,14 +21,13 @@ from typing_extensions import override
 from mirrortune.data.columns import choose_columns
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Targets, TokenExamples
-from mirrortune.data.files.row_chunks import cells
+from mirrortune.data.files.arrow import cells, is_list
 from mirrortune.data.labels import (
     MISSING,
     as_name,
     class_names,
     feature_names,
     in_order,
-    is_list,
     label_fields,
     label_remarks,
     label_sets,
@@ -36,8 +35,7 @@ from mirrortune.data.labels import (
 )
 from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
-from mirrortune.tasks.base import TextTask
-from mirrortune.tasks.class_labels import OneOfClasses
+from mirrortune.tasks.base import OneOfClasses, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 
 
@@ -95,8 +93,7 @@ class Task(TextTask, OneOfClasses):
     @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
         targets, missing = self._targets(split, allow_missing=reading.allow_missing)
-        facts = (self.kind, self.version)
-        return encode_texts(split, self.text_columns, targets, missing, processor, reading, facts)[0]
+        return encode_texts(split, self.text_columns, targets, missing, processor, reading, self.code)[0]
 
     @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:

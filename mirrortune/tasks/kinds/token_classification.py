@@ -20,12 +20,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.data.columns import check_named, detected, is_string, refuse_written_lists
+from mirrortune.data.columns import check_named, detected, refuse_written_lists
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IGNORE_INDEX, Batch, IntArray, Padding, Rows, TokenExamples
-from mirrortune.data.files.column_problems import refuse_unreadable
-from mirrortune.data.files.row_chunks import Columns, cells, row_chunks
-from mirrortune.data.labels import as_name, feature_names, in_order, is_list, label_fields, refuse_missing
+from mirrortune.data.files.arrow import Columns, cells, is_list, is_string, refuse_unreadable, rows_of
+from mirrortune.data.labels import as_name, feature_names, in_order, label_fields, refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, tokenise_rows
 from mirrortune.errors import DataError, did_you_mean
@@ -95,8 +94,7 @@ class Task(TextTask, HasLabels):
 
     @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
-        max_length = reading.max_length
-        assert max_length is not None
+        max_length = reading.num_tokens
         features, places = feature_names(split.table, self.label_column), split.places
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
@@ -109,7 +107,7 @@ class Task(TextTask, HasLabels):
             return _tokenise(words, tags, processor, max_length)
 
         made = tokenise_rows(
-            split, (self.text_columns[0], self.label_column), processor, reading, (self.kind, self.version), make,
+            split, (self.text_columns[0], self.label_column), processor, reading, self.code, make,
             is_blank=lambda row: not row[0], facts={"length": max_length, "labels": self.labels},
         )  # fmt: skip
         arrays = made.arrays
@@ -155,7 +153,7 @@ class Task(TextTask, HasLabels):
     ) -> Iterator[tuple[list[int] | None, int, list[int]]]:
         """Yield the tags of each row, the number of its words, and the words whose first token was not cut off."""
         features = feature_names(split.table, self.label_column)
-        rows = (r for c in row_chunks(split.table, [c for _, c in self.columns()], keep) for r in zip(*c, strict=True))
+        rows = rows_of(split.table, [column for _, column in self.columns()], keep)
         for (words, tags), (start, stop) in zip(rows, itertools.pairwise(offsets), strict=True):
             firsts = places[start:stop]
             yield self._indices(tags, features, split.source), len(words or ()), firsts[firsts >= 0].tolist()
@@ -209,7 +207,7 @@ def _choose(
     table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
 ) -> tuple[str, str, list[str]]:
     """Return the columns of words and of tags, and notes on what was detected."""
-    check_named(table, [*((c, "--text-column") for c in text or ()), (label, "--label-column")], source)
+    check_named(table, source, {"--text-column": text, "--label-column": label})
     lists = {n.lower(): n for n in table.column_names if is_list(table.schema.field(n).type)}
     texts = {k: n for k, n in lists.items() if is_string(table.schema.field(n).type.value_type)}
     for name in (*(text or ()), *(n for n in table.column_names if n.lower() in (*_WORDS[:2], *_TAGS))):

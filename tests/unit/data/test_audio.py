@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from mirrortune.data.dataset import Split, load_data
-from mirrortune.data.files.audio import RecordingExamples, RecordingReader, encode_recordings, resample
+from mirrortune.data.files.audio import AudioExamples, AudioReader, encode_audio, resample
 from mirrortune.errors import DataError
 from mirrortune.models.load import find_model
 from tests.tiny_models import write_tiny_audio
@@ -33,12 +33,12 @@ def tone(hertz: float, rate: int = 16000, seconds: float = 0.2, channels: int = 
     return stream.getvalue()
 
 
-def examples(values: list[Any], folder: Path, max_seconds: float = 1.0, where: Path | None = None) -> RecordingExamples:
+def examples(values: list[Any], folder: Path, max_seconds: float = 1.0, where: Path | None = None) -> AudioExamples:
     """Rows of recordings."""
     split = Split(table=pa.table({"audio": values}), source="rows.parquet", folder=where)
-    reader = RecordingReader.load(find_model(str(folder)), max_seconds)
+    reader = AudioReader.load(find_model(str(folder)), max_seconds)
     targets = np.arange(len(values))
-    return encode_recordings(split, "audio", targets, targets < 0, reader, seed=0)
+    return encode_audio(split, "audio", targets, targets < 0, reader, seed=0)
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(16000, 1), (44100, 1), (8000, 2)])

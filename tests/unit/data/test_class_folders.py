@@ -92,7 +92,7 @@ def test_splits_of_class_folders_do_not_vanish_in_silence(tmp_path: Path) -> Non
     touch(tmp_path, "train/cat/1.png", "val/readme.md", "dev/cat/1.png", "extra/cat/1.png")
     assert load_data(str(tmp_path)).splits["train"].remarks == (
         f"validation: nothing in {tmp_path / 'val'} is an image or a recording",
-        "left out, as they are no split: dev, extra",
+        "left out, as they are not splits: dev, extra",
     )
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mirrortune.data.dataset import Split, load_data, set_aside
 from mirrortune.data.duplicates import rows_in_both
-from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.arrow import refuse_unreadable
 from mirrortune.data.labels import feature_names
 from mirrortune.data.stream import stream_data
 from mirrortune.errors import ConfigError, DataError
@@ -217,7 +217,7 @@ def test_rows_that_are_in_both_splits_are_counted_whatever_they_hold(cells: list
         (ValueError("Data files don't belong to evil/rows. Make sure ..."), "names files outside of the repository"),
         (ImportError('HTTPFileSystem requires "requests"'), "cannot be read"),
         (zipfile.BadZipFile("File is not a zip file"), "File is not a zip file"),
-        (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "it is a script"),
+        (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "it is a loading script"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -229,8 +229,7 @@ def test_what_a_data_set_of_the_hub_does_wrong_is_said(
         raise raised
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    for module in ("dataset", "stream"):
-        monkeypatch.setattr(f"mirrortune.data.{module}.resolve_commit", lambda *_: "0" * 40)
+    monkeypatch.setattr("mirrortune.data.dataset.resolve_commit", lambda *_: "0" * 40)
     settings: Any = {"config": None, "revision": None, "encoding": "utf-8"}
     streaming = {"train_split": "train", "max_eval_rows": None}
     load_it = partial(stream_data, **settings, **streaming) if is_streamed else partial(load_data, **settings)
@@ -244,7 +243,7 @@ def test_a_saved_data_set_with_an_odd_list_of_files_is_refused(tmp_path: Path, e
     write(tmp_path / "state.json", f'{{"_data_files": {entries}}}')
     write(tmp_path / "dataset_info.json", "{}")
 
-    with pytest.raises(DataError, match="no list of files"):
+    with pytest.raises(DataError, match="not a list of files"):
         load_data(str(tmp_path))
 
 

@@ -16,8 +16,8 @@ import pytest
 import soundfile
 
 from mirrortune.data.dataset import Split
-from mirrortune.data.files import json_rows, tables, text_files
-from mirrortune.data.files.audio import RecordingReader, encode_recordings, read_part, resample
+from mirrortune.data.files import readers, tables, text_files
+from mirrortune.data.files.audio import AudioReader, encode_audio, read_part, resample
 from mirrortune.data.files.readers import read_table
 from mirrortune.errors import DataError, ResourceError
 from mirrortune.models.load import find_model
@@ -45,11 +45,11 @@ def test_a_part_is_the_part_of_the_whole(rate: int, channels: int) -> None:
 
 
 def test_a_recording_of_1_hertz_is_cut_before_it_is_resampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = RecordingReader.load(find_model(str(write_tiny_audio(tmp_path / "audio"))), 0.5)
+    reader = AudioReader.load(find_model(str(write_tiny_audio(tmp_path / "audio"))), 0.5)
     slow = wav(np.random.default_rng(0).normal(size=100_000), 1).getvalue()  # 28 hours; 6 GB at the model's rate
     rows = Split(table=pa.table({"audio": [slow]}), source="rows.parquet")
     targets = np.zeros(1, dtype=np.int64)
-    found = encode_recordings(rows, "audio", targets, targets < 0, reader, seed=0)
+    found = encode_audio(rows, "audio", targets, targets < 0, reader, seed=0)
     resampled: list[int] = []
     monkeypatch.setattr(
         "mirrortune.data.files.audio.resample", lambda s, *rates: resampled.append(len(s)) or resample(s, *rates)
@@ -69,11 +69,11 @@ def test_a_recording_of_1_hertz_is_cut_before_it_is_resampled(tmp_path: Path, mo
     ],
 )
 def test_odd_recordings_name_their_row(tmp_path: Path, content: bytes, says: str) -> None:
-    reader = RecordingReader.load(find_model(str(write_tiny_audio(tmp_path / "audio"))), 0.5)
+    reader = AudioReader.load(find_model(str(write_tiny_audio(tmp_path / "audio"))), 0.5)
     rows = Split(table=pa.table({"audio": [content]}), source="rows.parquet")
     targets = np.zeros(1, dtype=np.int64)
     with pytest.raises(DataError, match=rf"rows\.parquet row 1: .*{says}"):
-        encode_recordings(rows, "audio", targets, targets < 0, reader, seed=0).batch(np.array([0]))
+        encode_audio(rows, "audio", targets, targets < 0, reader, seed=0).batch(np.array([0]))
 
 
 @pytest.fixture
@@ -114,9 +114,9 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         read_table(tmp_path / name)
 
 
-def test_a_json_value_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "_LONGEST", 1 << 16)
-    monkeypatch.setattr(text_files, "_BLOCK", 1 << 12)
-    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(b'[{"text": "' + b"x" * (1 << 24)))
-    with pytest.raises(DataError, match=r"rows\.json\.gz:1: not valid JSON \(a value of more than 65,536 characters"):
-        read_table(tmp_path / "rows.json.gz")
+def test_a_json_array_too_large_to_parse_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "_LARGEST_ARRAY", 1 << 16)
+    (tmp_path / "my rows.json.gz").write_bytes(gzip.compress(b'[{"text": "' + b"x" * (1 << 24)))
+    says = r"a JSON array of more than 65,536 characters\. .*: gzip -dc 'my rows\.json\.gz' \| jq -c '\.\[\]'"
+    with pytest.raises(DataError, match=says):
+        read_table(tmp_path / "my rows.json.gz")

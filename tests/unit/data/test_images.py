@@ -15,7 +15,7 @@ from PIL import Image
 
 from mirrortune.data.columns import choose_image_column
 from mirrortune.data.dataset import Split, load_data
-from mirrortune.data.files.images import AUGMENTATIONS, ImageExamples, ImageReader, encode_images, flatten
+from mirrortune.data.files.images import AUGMENTATIONS, ImageExamples, ImageReader, encode_images, to_rgb
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import find_model
 from tests.tiny_models import write_tiny_vision
@@ -57,14 +57,14 @@ def examples(values: list[Any], image_reader: ImageReader, folder: Path | None =
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    found = flatten(gradient("RGB").convert(mode) if mode not in ("LAB",) else Image.new("LAB", (SIDE, SIDE)))
+    found = to_rgb(gradient("RGB").convert(mode) if mode not in ("LAB",) else Image.new("LAB", (SIDE, SIDE)))
     assert found.mode == "RGB"
     assert found.size == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK"])
 def test_grey_values_survive_the_mode(mode: str) -> None:
-    grey = np.asarray(flatten(gradient("RGB").convert(mode)))[0, :, 0].astype(int)
+    grey = np.asarray(to_rgb(gradient("RGB").convert(mode)))[0, :, 0].astype(int)
     assert np.abs(grey - np.asarray(gradient())[0].astype(int)).max() <= 1
 
 
@@ -72,27 +72,27 @@ def test_sixteen_bits_are_scaled_and_not_cut_off() -> None:
     values = np.tile(np.linspace(0, 65535, SIDE, dtype=np.uint16), (SIDE, 1))
     reopened = Image.open(io.BytesIO(encoded(Image.fromarray(values))))
     assert reopened.mode.startswith("I")
-    assert np.abs(np.asarray(flatten(reopened))[0, :, 1].astype(int) - np.linspace(0, 255, SIDE)).max() <= 1
+    assert np.abs(np.asarray(to_rgb(reopened))[0, :, 1].astype(int) - np.linspace(0, 255, SIDE)).max() <= 1
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0])
 def test_real_values_are_taken_by_their_range(top: float) -> None:
     values = np.tile(np.linspace(0, top, SIDE, dtype=np.float32), (SIDE, 1))
-    assert np.asarray(flatten(Image.fromarray(values)))[0, -1].tolist() == [255, 255, 255]
+    assert np.asarray(to_rgb(Image.fromarray(values)))[0, -1].tolist() == [255, 255, 255]
 
 
 def test_what_is_transparent_is_white() -> None:
     clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     half = Image.new("LA", (2, 2), (0, 128))
-    assert np.asarray(flatten(clear)).min() == 255
-    assert np.asarray(flatten(half)).tolist()[0][0] == [127, 127, 127]
+    assert np.asarray(to_rgb(clear)).min() == 255
+    assert np.asarray(to_rgb(half)).tolist()[0][0] == [127, 127, 127]
 
 
 def test_a_palette_may_have_a_transparent_colour() -> None:
     picture = Image.new("P", (2, 2), 0)
     picture.putpalette([10, 20, 30, 200, 100, 50])
     reopened = Image.open(io.BytesIO(_with_transparency(picture)))
-    assert np.asarray(flatten(reopened)).min() == 255
+    assert np.asarray(to_rgb(reopened)).min() == 255
 
 
 def _with_transparency(picture: Image.Image) -> bytes:
@@ -106,7 +106,7 @@ def test_a_picture_lying_on_its_side_is_turned_upright() -> None:
     exif = picture.getexif()
     exif[0x0112] = 6
     picture.save(stream, "JPEG", exif=exif)
-    assert flatten(Image.open(io.BytesIO(stream.getvalue()))).size == (8, 4)
+    assert to_rgb(Image.open(io.BytesIO(stream.getvalue()))).size == (8, 4)
 
 
 def test_bytes_paths_and_structs_are_the_same_image(vision: Path, tmp_path: Path) -> None:

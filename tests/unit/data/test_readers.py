@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from mirrortune.data.columns import choose_columns
 from mirrortune.data.dataset import Split
-from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.arrow import refuse_unreadable
 from mirrortune.data.files.readers import READERS, read_table
 from mirrortune.errors import DataError
 from mirrortune.tasks.base import task_class
@@ -122,8 +123,8 @@ def test_a_long_document_is_one_cell(tmp_path: Path) -> None:
         ("a.json", '[{"a": 1},\n{"a": }]', "a.json:2: not valid JSON (Expecting value)"),
         ("a.json", '{\n"a": 1}', "a.json:1: not valid JSON"),
         ("a.json", "[1]", "a.json row 1: got int. Allowed: JSON objects"),
-        ("a.json", "[" * 100_000, "a.json:1: not valid JSON (maximum recursion"),
-        ("a.json", "[" + "1" * 5000 + "]", "a.json:1: not valid JSON (Exceeds the limit"),
+        ("a.json", "[" * 100_000, "a.json: not valid JSON (maximum recursion"),
+        ("a.json", "[" + "1" * 5000 + "]", "a.json: not valid JSON (Exceeds the limit"),
         ("a.jsonl", '{"a": 1}\n\n{"a": 1\n', "a.jsonl:3: not valid JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl:2: got list"),
         ("a.jsonl", "[" * 100_000, "a.jsonl:1: not valid JSON"),
@@ -150,7 +151,7 @@ def test_a_broken_file_is_refused_with_its_line(tmp_path: Path, name: str, conte
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.csv", "text,a,a\nx,y,z\n", "a.csv:1: column name 'a' stands twice in the header. Rename one"),
+        ("a.csv", "text,a,a\nx,y,z\n", "a.csv:1: column name 'a' appears twice in the header. Rename one"),
         (
             "a.jsonl",
             '{"text": "x", "a": 1}\n\n{"text": "x", "a": "x"}\n',
@@ -176,6 +177,19 @@ def test_a_column_that_cannot_be_read_is_refused_where_it_is_used(
         choose_columns(table, ["text"], "a", name)
 
     assert str(caught.value).startswith(f"{tmp_path}/{says}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_an_array_is_read_whatever_its_bytes(tmp_path: Path, encoding: str, is_packed: bool) -> None:
+    text = '\r\n [\r\n {"text": "café", "n": NaN},{"text": null, "n": 1e999}\n]\n'
+    data = text.encode(encoding)
+    path = write(tmp_path, "a.json.gz" if is_packed else "a.json", gzip.compress(data) if is_packed else data)
+
+    rows = read_table(path, encoding.removesuffix("-sig")).to_pylist()
+
+    assert [row["text"] for row in rows] == ["café", None]
+    assert str([row["n"] for row in rows]) == "[nan, inf]"
 
 
 def test_a_missing_file_lists_what_is_beside_it(tmp_path: Path) -> None:

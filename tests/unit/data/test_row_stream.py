@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""row_stream, streaming, stream_feeding: every row of an epoch once, from any place on, by any number of processes."""
+"""row_stream, stream, loader: every row of an epoch once, from any place on, by any number of processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mirrortune.data.dataset import load_data
-from mirrortune.data.loader import StreamedExamples, StreamFeed
+from mirrortune.data.loader import Feed, StreamedExamples
 from mirrortune.data.row_stream import Place, RowStream
 from mirrortune.data.stream import stream_data
 from mirrortune.errors import ConfigError, DataError, NoRowsError
@@ -144,15 +144,15 @@ def lengths(table: pa.Table, seed: int) -> Any:
     return as_examples([[5 + number] * (number + 1) for number in kept], tokenizer=tiny_tokenizer())
 
 
-def feed(stream: RowStream, rank: int = 0, num_ranks: int = 1, **settings: Any) -> StreamFeed:
+def feed(stream: RowStream, rank: int = 0, num_ranks: int = 1, **settings: Any) -> Feed:
     """Four rows a step in two micro-batches."""
     accelerator = SimpleNamespace(num_processes=num_ranks, process_index=rank, device=torch.device("cpu"))
     rows = StreamedExamples(stream=stream, encode=lengths, block_rows=settings.pop("block_rows", 8))
-    options: dict[str, Any] = {"rows_per_step": 4, "num_micro": 2, "num_workers": 0, "seed": 3, **settings}
-    return StreamFeed(rows, accelerator, **options)
+    options: dict[str, Any] = {"batch_size": 2, "num_micro": 2, "num_workers": 0, "seed": 3, **settings}
+    return Feed(rows, accelerator, **options)
 
 
-def taken(source: StreamFeed, steps: int) -> list[tuple[list[list[int]], dict[str, int] | None]]:
+def taken(source: Feed, steps: int) -> list[tuple[list[list[int]], dict[str, int] | None]]:
     """The ids of each micro-batch, and the place behind it."""
     found = []
     for part in source.micro_batches(0, 0, steps):
@@ -178,7 +178,7 @@ def test_a_feed_of_a_stream_goes_on_behind_any_step(tmp_path: Path, num_ranks: i
 def test_every_row_that_is_left_is_learned_once_an_epoch(tmp_path: Path) -> None:
     """The block of the rows 20 to 24 alone would not do as a test: here blocks of one row hold nothing at all."""
     stream = opened(write(tmp_path / "data", ".jsonl", ROWS, pieces=3))
-    for options in ({"block_rows": 8}, {"block_rows": 1, "rows_per_step": 1, "num_micro": 1}):
+    for options in ({"block_rows": 8}, {"block_rows": 1, "batch_size": 1, "num_micro": 1}):
         found: list[int] = []
         for parts, place in taken(feed(stream, **options), 40):
             assert place is not None
@@ -190,5 +190,5 @@ def test_every_row_that_is_left_is_learned_once_an_epoch(tmp_path: Path) -> None
 
 def test_a_stream_of_nothing_ends(tmp_path: Path) -> None:
     stream = opened(write(tmp_path / "data", ".jsonl", [{"text": "row 5"}]))
-    with pytest.raises(DataError, match="blocks in a row hold nothing to learn from"):
+    with pytest.raises(DataError, match="blocks in a row hold no usable row"):
         taken(feed(stream), 1)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mirrortune.data.files.column_problems import refuse_unreadable
+from mirrortune.data.files.arrow import refuse_unreadable
 from mirrortune.data.files.readers import read_table
 from mirrortune.data.files.tables import join_parts, take_rows
 from mirrortune.errors import DataError, ResourceError

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows are read some at a time: in chunks that memory holds, the same however a table is stored, for every kind of task
-that reads text.
+"""Arrays are those that Arrow itself makes; rows are read in chunks that fit into memory, the same however a table is
+stored, for every kind of task that reads text.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Examples
-from mirrortune.data.files.row_chunks import cells, nulls, row_chunks
+from mirrortune.data.files.arrow import cells, flag_array, nulls, row_chunks, text_array
 from mirrortune.data.tokenize import Reading
 from mirrortune.tasks.base import task_class
 from mirrortune.tasks.kinds.causal_lm import TextReader
@@ -155,3 +157,27 @@ def test_chunks_have_fewer_rows_where_they_are_long_and_forget_none() -> None:
     assert list(cells(table, "text")) == texts
     assert list(cells(table, "text", keep)) == [t for t, use in zip(texts, keep, strict=True) if use]
     assert np.flatnonzero(nulls(table, "text")).tolist() == [5]
+
+
+CELLS = st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"])), max_size=40)
+
+
+@given(CELLS)
+def test_arrays_are_arrows_own(cells: list[str | None]) -> None:
+    found = text_array(cells)
+
+    found.validate(full=True)
+    assert found.equals(pa.array(cells, pa.string()))
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_flags_are_arrows_own(flags: list[bool]) -> None:
+    found = flag_array(np.array(flags, np.bool_))
+
+    found.validate(full=True)
+    assert found.equals(pa.array(flags, pa.bool_()))
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        text_array(["\ud800"])
