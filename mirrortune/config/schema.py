@@ -59,6 +59,9 @@ class TaskSection(_Section):
     """Language models: learn completions (default where there is a prompt) or all tokens."""
     format: str | None = None
     """Language models: write rows by the tokenizer's chat template, or as text; auto takes what the columns suggest."""
+    answer: str | None = None
+    """Language models: also score the answers that the model generates (exact_match). How answers are written: gsm8k,
+    boxed, letter, option, exact, or "regex:PATTERN"."""
 
 
 class DataSection(_Section):
@@ -230,6 +233,8 @@ class EvalSection(_Section):
     protocol: Literal["dev-best", "split-dev"] = "dev-best"
     """dev-best chooses the best checkpoint and reports it on the same validation rows; split-dev cuts them in half,
     always in the same way, chooses on one half and reports on the other."""
+    max_new_tokens: int | None = Field(default=None, gt=0)
+    """With task.answer: longest answer that is generated, in tokens; 256 by default."""
     report_splits: tuple[str, ...] = ()
     """Labelled splits that score the kept checkpoint once training is over, such as test."""
     prediction_labels: Literal["names", "indices"] = "names"

@@ -179,7 +179,7 @@ def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
         model=ModelRequest(**_common(ModelRequest, recipe.model), precision=train.precision),
         data=DataSettings(**_common(DataSettings, recipe.data), seed=train.seed),
         task=TaskRequest(
-            kind=task.kind, labels=task.labels, given={**dict(recipe.data), **dict(task)},
+            kind=task.kind, labels=task.labels, given={**dict(recipe.data), **dict(recipe.eval), **dict(task)},
             scores=Scores(metrics=task.metrics, selection_metric=task.selection_metric),
         ),
         eval=EvalSettings(
@@ -287,7 +287,7 @@ def _unused_settings(recipe: Recipe) -> list[ConfigError]:
     taken = set(settings_of(recipe.task.kind))
     return [
         ConfigError(f"{section}.{name}", f"{recipe.task.kind} has none, got {value!r}", fix="Remove it")
-        for section, values in (("data", recipe.data), ("task", recipe.task))
+        for section, values in (("data", recipe.data), ("task", recipe.task), ("eval", recipe.eval))
         for name, value in values
         if name in of_kinds - taken and value is not None
     ]

@@ -51,7 +51,7 @@ from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import local_path
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import recorded_status
-from mirrortune.tasks.base import Generates, task_to_dict
+from mirrortune.tasks.base import generated_tokens, task_to_dict
 from mirrortune.tasks.metrics import METRICS
 from mirrortune.training.evaluate import EvalResult
 from mirrortune.training.settings import FitResult, LoopSettings
@@ -263,6 +263,6 @@ def _costs_little(job: Job, num_processes: int) -> bool:
         rows = steps if job.stream else min(rows, steps)
     trained = 3 * rows * float(job.train.lengths.mean())  # backward costs two forward passes
     # Kinds whose answers are written call the decoder once for each token.
-    passes = 1 + (job.task.max_target_length if isinstance(job.task, Generates) else 0)
+    passes = 1 + generated_tokens(job.task)
     scored = passes * float(job.validation.lengths.sum())
     return scored < 0.1 * (scored + trained)

@@ -150,6 +150,19 @@ class Generates(ABC):
     max_target_length: int
 
 
+class Answers(ABC):
+    """A task that can be scored by the answers that the model generates, besides the tokens of the right ones.
+
+    Attributes:
+        answer: how answers are written; None to generate none.
+        max_new_tokens: longest answer that is generated, in tokens.
+    """
+
+    __slots__ = ()
+    answer: str | None
+    max_new_tokens: int
+
+
 class Continues(ABC):
     """A task that scores the tokens of texts: it has no answer for a row, but can show how the model continues one."""
 
@@ -231,6 +244,13 @@ class OneOfClasses(Task, HasLabels):
 def scores_vocabulary(task: Task) -> bool:
     """Return whether the task's models output logits over a vocabulary at every position."""
     return task.auto_class in _VOCABULARY_CLASSES
+
+
+def generated_tokens(task: Task) -> int:
+    """Return how many tokens are generated for a row when it is scored, at most."""
+    if isinstance(task, Answers) and task.answer is not None:
+        return task.max_new_tokens
+    return task.max_target_length if isinstance(task, Generates) else 0
 
 
 def labels_of(task: Task) -> tuple[str, ...]:

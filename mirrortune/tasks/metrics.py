@@ -30,7 +30,8 @@ class Metric:
         is_share: whether the value is in [0, 1] (or [-1, 1]) and shown as a percentage.
         targets: what it can score: ``"class"`` indices (N,); real ``"number"`` values (N,); sets of ``"labels"`` (N, C)
             of 0 and 1; ``"tags"``, lists of names; ``"answers"``, a text against several; ``"text"`` against one;
-            ``"token"`` sums: loss and number of correct tokens (N, 2), and number of tokens (N,).
+            ``"token"`` sums: loss and number of correct tokens (N, 2), and number of tokens (N,); ``"written"``, the
+            same with a third column, 1 where a generated answer is correct.
         binary: whether it is defined for two classes only (class 1 is the positive one).
         requires: an optional module, and the extra of this package that installs it.
     """
@@ -129,6 +130,13 @@ def _best_answer(compare: Callable[[str, str], float]) -> Callable[[Any, Any], f
     return compute
 
 
+def _exact_match(predictions: Any, references: Any) -> float:
+    """Return the share of correct answers: generated ones were compared already, spans are compared as SQuAD does."""
+    if isinstance(predictions, np.ndarray):
+        return float(predictions[:, 2].mean())
+    return _best_answer(_exact)(predictions, references)
+
+
 def _error(power: int) -> Callable[[Array, Array], float]:
     def compute(predictions: Array, references: Array) -> float:
         distance = np.abs(predictions.astype(np.float64) - references.astype(np.float64))
@@ -183,7 +191,7 @@ METRICS: dict[str, Metric] = {
     "entity_precision": Metric(compute=_tags("precision_score"), targets=("tags",), requires=_SEQEVAL),
     "entity_recall": Metric(compute=_tags("recall_score"), targets=("tags",), requires=_SEQEVAL),
     "tag_accuracy": Metric(compute=_tag_accuracy, targets=("tags",)),
-    "exact_match": Metric(compute=_best_answer(_exact), targets=("answers",)),
+    "exact_match": Metric(compute=_exact_match, targets=("answers", "written")),
     "squad_f1": Metric(compute=_best_answer(_overlap), targets=("answers",)),
     "rouge1": Metric(compute=_rouge("rouge1"), targets=("text",), requires=_ROUGE),
     "rouge2": Metric(compute=_rouge("rouge2"), targets=("text",), requires=_ROUGE),
@@ -191,8 +199,8 @@ METRICS: dict[str, Metric] = {
     "rougeLsum": Metric(compute=_rouge("rougeLsum"), targets=("text",), requires=_ROUGE),
     "bleu": Metric(compute=_corpus("corpus_bleu"), targets=("text",), is_share=False, requires=_BLEU),
     "chrf": Metric(compute=_corpus("corpus_chrf"), targets=("text",), is_share=False, requires=_BLEU),
-    "perplexity": Metric(compute=_perplexity, higher_is_better=False, is_share=False, targets=("token",)),
-    "token_accuracy": Metric(compute=_token_accuracy, targets=("token",)),
+    "perplexity": Metric(compute=_perplexity, higher_is_better=False, is_share=False, targets=("token", "written")),
+    "token_accuracy": Metric(compute=_token_accuracy, targets=("token", "written")),
 }
 
 

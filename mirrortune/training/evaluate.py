@@ -19,6 +19,7 @@ from mirrortune.errors import DataError
 from mirrortune.system.devices import as_computed
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
+from mirrortune.tasks.answered_rows import AnsweredExamples
 from mirrortune.tasks.base import Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
 
@@ -97,7 +98,7 @@ def evaluate_split(
             for rows, batch in batches:
                 if should_stop is not None and should_stop():
                     raise EvaluationStoppedError
-                scored = _score(model, task, batch, accelerator, is_scored=not examples.num_unlabelled)
+                scored = _score(model, task, examples, rows, batch, accelerator)
                 if len(rows):
                     found.append((rows, *scored))
                 if on_batch:
@@ -134,17 +135,21 @@ def _batches(
 
 
 def _score(
-    model: nn.Module, task: Task, batch: Batch, accelerator: Any, *, is_scored: bool
+    model: nn.Module, task: Task, examples: Examples, rows: Rows, batch: Batch, accelerator: Any
 ) -> tuple[list[Any], float, int]:
     # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
     unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
     with unconverted, Sharding.of(accelerator).autocast():
         inputs, outputs, targets = forward(model, batch, accelerator.device)
-        judged = task.judge(model, inputs, outputs, targets)
-    if not is_scored:
-        return list(judged), 0.0, 0
+        judged = list(task.judge(model, inputs, outputs, targets))
+        if isinstance(examples, AnsweredExamples):
+            # The ranks of a sharded model generate together, those without rows too.
+            written = examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64))
+            judged = list(zip(judged, written, strict=True))
+    if examples.num_unlabelled:
+        return judged, 0.0, 0
     loss, items = task.loss(outputs, targets)
-    return list(judged), float(loss), int(items)
+    return judged, float(loss), int(items)
 
 
 def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult:

@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
-from mirrortune.tasks.base import Continues, TextTask
+from mirrortune.tasks.answer_formats import answer_format
+from mirrortune.tasks.answered_rows import AnsweredExamples
+from mirrortune.tasks.base import Answers, Continues, TextTask
 from mirrortune.tasks.chat import (
     Encoding,
     LostAnswerError,
@@ -62,6 +64,7 @@ _PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "r
 _TEXTS = ("text", "content", "document")
 _MOST_WRITTEN = 64  # tokens
 _LONGEST = 1024  # the default, where the model takes more
+_LONGEST_ANSWER = 256  # tokens
 _UNIT = 1_000_000  # weights are stored as integers, in millionths
 _SILENT, _CALLS, _EMPTY = 1, 2, 3  # what is wrong with a row
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
@@ -91,7 +94,7 @@ class TextReader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task(TextTask, Continues):
+class Task(TextTask, Continues, Answers):
     """Language modelling.
 
     Attributes:
@@ -103,6 +106,9 @@ class Task(TextTask, Continues):
             instructions if there is a template.
         packing: whether training rows share sequences.
         added_columns: columns that a split may have: a row's system prompt, tools, documents, earlier turns, weight.
+        answer: how answers are written (:mod:`mirrortune.tasks.answer_formats`) that the model generates when it is
+            scored; None to score tokens alone.
+        max_new_tokens: longest answer that is generated, in tokens.
     """
 
     text_columns: tuple[str, ...]
@@ -114,9 +120,11 @@ class Task(TextTask, Continues):
     metric_names: tuple[str, ...]
     selection_metric: str
     added_columns: tuple[str, ...] = ()
+    answer: str | None = None
+    max_new_tokens: int = _LONGEST_ANSWER
     kind: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
-    version: int = 1
+    version: int = 2
 
     @classmethod
     @override
@@ -124,6 +132,7 @@ class Task(TextTask, Continues):
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         loss_on: str | None = None, format: str | None = None, packing: bool | None = None,
+        answer: str | None = None, max_new_tokens: int | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """Create the task; DataError if no column holds text."""
         for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
@@ -137,9 +146,17 @@ class Task(TextTask, Continues):
         if layout == "text" and loss_on == "completions":
             raise ConfigError("task.loss_on", f"plain text in column '{text[0]}' has no completions",
                               fix="Remove it, or name the completion with --label-column")  # fmt: skip
+        if answer is not None:
+            answer_format(answer)
+            if loss_on == "all":
+                raise ConfigError("task.answer", "with task.loss_on=all, prompts and answers are not told apart",
+                                  fix="Name the answers with --label-column, and remove task.loss_on")  # fmt: skip
+        own = ("perplexity", "token_accuracy")
+        chosen = scores.fields(("exact_match", *own), "written") if answer else scores.fields(own, "token")
         task = cls(
             text_columns=text, label_column=label, layout=layout, loss_on=loss_on, format=format or "auto",
-            packing=bool(packing), added_columns=added, **scores.fields(("perplexity", "token_accuracy"), "token"),
+            packing=bool(packing), added_columns=added, answer=answer,
+            max_new_tokens=max_new_tokens or _LONGEST_ANSWER, **chosen,
         )  # fmt: skip
         what = {"completions": "the answers (task.loss_on=all to change)", "all": "every token"}[loss_on]
         return task, [*notes, f"the loss is on {what}"]
@@ -203,11 +220,42 @@ class Task(TextTask, Continues):
         self._refuse_faults(faults, places)
         if len(made.arrays["offsets"]) < 2:
             raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
-        weights = made.arrays.pop("weights")
+        weights, numbers = made.arrays.pop("weights"), made.arrays.pop("numbers")
         examples = self._examples(made.arrays, made.counts, processor, max_length)
         if reading.for_training and (weights != _UNIT).any():
             examples.features["weights"] = np.repeat(weights, examples.lengths)
+        if self.answer is not None and not reading.for_training:
+            return self._answered(examples, split, numbers.astype(np.int64), processor)
         return PackedExamples.of(examples) if self.packing and reading.for_training else examples
+
+    def _answered(
+        self, examples: TokenExamples, split: Split, numbers: Rows, processor: TextReader
+    ) -> AnsweredExamples:
+        """Return rows that are scored by generated answers; DataError for rows without a readable expected answer."""
+        assert self.answer is not None
+        form, column = answer_format(self.answer), self.label_column or self.text_columns[0]
+        chosen = list(cells(split.table.take(numbers), column))
+        expected = [form.expected(self._answer_text(cell)) for cell in chosen]
+        if unread := [int(number) for number, text in zip(numbers, expected, strict=True) if text is None]:
+            raise DataError(
+                split.source, f"{len(unread)} of {len(numbers)} rows have no answer in the format '{self.answer}' in "
+                f"column '{column}' ({split.places.listed(np.array(unread))})",
+                fix="Name another format with task.answer, or correct these rows",
+            )  # fmt: skip
+        tokenizer = processor.tokenizer
+        stops = turn_end_ids(tokenizer) if processor.is_chat else [tokenizer.eos_token_id]
+        shared = {f.name: getattr(examples, f.name) for f in fields(examples)}
+        return AnsweredExamples(
+            **shared, expected=tuple(filter(None, expected)), format=form, tokenizer=tokenizer,
+            stops=tuple(stop for stop in stops if stop is not None), max_new_tokens=self.max_new_tokens,
+        )  # fmt: skip
+
+    def _answer_text(self, cell: Any) -> str:
+        """Return the text of a row's answer: the cell itself, or the last message of the assistant in it."""
+        if self.layout not in ("messages", "turns"):
+            return str(cell or "")
+        said = [m for m in as_messages(cell, "task.answer") if m.get("role") == "assistant"]
+        return str(said[-1].get("content") or "") if said else ""
 
     @override
     def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +274,13 @@ class Task(TextTask, Continues):
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """Loss and foretold tokens of each row (N, 2), and its number of tokens (N,)."""
+        """Return the loss and the number of correct tokens of each row (N, 2), and its number of tokens (N,); with
+        generated answers, a third column that is 1 where the answer is correct.
+        """
+        if isinstance(examples, AnsweredExamples):
+            found = np.stack([kept for kept, _ in judged])
+            correct = [examples.num_correct(row, text) for row, (_, text) in enumerate(judged)]
+            return np.column_stack([found[:, :2], correct]), found[:, 2]
         found = np.stack(judged)
         return found[:, :2], found[:, 2]
 
@@ -260,7 +314,7 @@ class Task(TextTask, Continues):
         self, columns: Columns, numbers: Rows, processor: TextReader, reading: Reading, places: RowPlaces
     ) -> Tokens:
         """Tokenise some rows: tokens, targets, a weight per row, and in ``faults`` (N,) a code for what is wrong."""
-        ids, targets, weights, counts = [], [], [], Counter[str]()
+        ids, targets, weights, kept, counts = [], [], [], [], Counter[str]()
         faults, max_length = np.zeros(len(numbers), dtype=np.int32), reading.max_length
         for place, (number, *row) in enumerate(zip(numbers, *columns, strict=True)):
             where = places.where(number)
@@ -283,11 +337,13 @@ class Task(TextTask, Continues):
                 ids.append(row_ids[:max_length])
                 targets.append(wanted[:max_length])
                 weights.append(round(weight * _UNIT))
+                kept.append(number)
         (flat, offsets), (answers, _) = ragged(ids), ragged(targets)
         counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
         counts["num_tools_lost"] = self._tools_lost(columns, processor, places.source)
         arrays = {"input_ids": flat, "targets": answers, "offsets": offsets, "faults": faults}
-        return {**arrays, "weights": np.array(weights, dtype=np.int32)}, dict(counts)
+        arrays |= {"weights": np.array(weights, dtype=np.int32), "numbers": np.array(kept, dtype=np.int64)}
+        return arrays, dict(counts)
 
     def _encode_row(
         self, row: Sequence[Any], added: dict[str, Any], processor: TextReader, reading: Reading, where: str

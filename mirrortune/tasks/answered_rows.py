@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a language model that are scored by the answer that the model generates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mirrortune.data.examples import IGNORE_INDEX, Rows, TokenExamples
+from mirrortune.tasks.answer_formats import AnswerFormat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredExamples(TokenExamples):
+    """Tokens of prompts and answers; the model is scored on the tokens, and on what it generates after the prompt.
+
+    Attributes:
+        expected: the answer of each row, in the normal form of ``format``.
+        format: how answers are written.
+        tokenizer: decodes what is generated.
+        stops: tokens that end an answer.
+        max_new_tokens: longest answer that is generated, in tokens.
+    """
+
+    expected: tuple[str, ...]
+    format: AnswerFormat
+    tokenizer: Any
+    stops: tuple[int, ...]
+    max_new_tokens: int
+
+    def prompt(self, row: int) -> npt.NDArray[np.int64]:
+        """Return the tokens of a row before the last run of learned tokens, which is the answer."""
+        start, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        is_learned = self.features["targets"][start:end] != IGNORE_INDEX
+        last = int(np.flatnonzero(is_learned)[-1])
+        before = np.flatnonzero(~is_learned[:last])
+        place = int(before[-1]) + 1 if len(before) else 1
+        return self.features["input_ids"][start : start + place].astype(np.int64)
+
+    @torch.no_grad()
+    def generate(self, model: Any, rows: Rows) -> list[str]:
+        """Generate an answer to each of the given prompts: greedily, in one batch padded on the left."""
+        prompts = [self.prompt(int(row)) for row in rows]
+        ids, mask = _padded_left(prompts, self.tokenizer.pad_token_id or 0)
+        device = next(model.parameters()).device
+        width = ids.shape[1]
+        written = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=self._room(model, width),
+            num_beams=1, do_sample=False, use_cache=True, eos_token_id=list(self.stops) or None,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )  # fmt: skip
+        return [self._text(answer) for answer in written[:, width:].tolist()]
+
+    def num_correct(self, row: int, text: str) -> int:
+        """Return 1 if the answer in a generated text is the expected one of a row, else 0."""
+        return int(self.format.given(text) == self.expected[row])
+
+    def _room(self, model: nn.Module, width: int) -> int:
+        """Return the number of tokens that fit into the model's positions after a prompt."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        return self.max_new_tokens if positions is None else max(1, min(self.max_new_tokens, positions - width))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        end = next((place for place, token in enumerate(ids) if token in self.stops), len(ids))
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+
+
+def _padded_left(prompts: list[npt.NDArray[np.int64]], fill: int) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask, each (B, L)."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), fill)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
