@@ -35,7 +35,7 @@ FIXED = {
     "model.name": "other", "model.revision": "v2", "model.dtype": "bfloat16", "model.load_in": "4bit",
     "model.attention": "eager",
     "task.kind": "regression", "task.labels": "[a, b]", "task.metrics": "[f1]", "task.selection_metric": "f1",
-    "task.loss_on": "all", "task.format": "text",
+    "task.loss_on": "all", "task.format": "text", "task.answer": "gsm8k",
     "data.path": "other.csv", "data.config": "c", "data.revision": "v2", "data.encoding": "latin-1",
     "data.train_split": "other", "data.validation_split": "other", "data.validation_fraction": "0.2",
     "data.text_columns": "[a]", "data.choice_columns": "[a]", "data.label_column": "b", "data.missing_label": "-1",
@@ -50,7 +50,7 @@ FIXED = {
     "train.epochs": "9", "train.max_steps": "9", "train.schedule": "cosine", "train.warmup_ratio": "0.5",
     "train.weight_decay": "0.5", "train.max_grad_norm": "2", "train.precision": "bf16", "train.compile": "true",
     "train.gradient_checkpointing": "true", "train.seed": "9", "train.eval_every_steps": "9", "train.patience": "9",
-    "eval.protocol": "split-dev",
+    "eval.protocol": "split-dev", "eval.max_new_tokens": "9",
 }  # fmt: skip
 
 
