@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares two checkpoints matrix by matrix: a few matrices in memory at a time, on as many threads."""
+"""Compare two checkpoints matrix by matrix, on several threads with one matrix each in memory."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from mirrortune.analyze.spectra.verdict import Claim, claims, verdict
 from mirrortune.analyze.weights import Weights
 from mirrortune.errors import ResourceError
 
-# Float64 copies of a matrix that are alive at the worst moment, LAPACK's workspace among them; measured on square ones.
+# Peak number of float64 copies of a matrix, including LAPACK's workspace; measured on square matrices.
 _COPIES = 16
-# Names that are listed of what could not be compared.
+# Most names listed of tensors that were not compared.
 _LISTED_NAMES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """What two checkpoints differ in.
+    """The differences between two checkpoints.
 
     Attributes:
-        base, tuned: as the user named them.
+        base, tuned: as named by the user.
         matrices: every matrix, in the base's order.
-        overall: all of them in numbers; ``by_kind`` and ``by_depth`` in groups.
+        overall: summary of all matrices; ``by_kind`` and ``by_depth`` of groups.
         curves: what each method could have captured.
-        claims: the findings of others, tested.
+        claims: published findings, tested.
         verdict: sentences.
-        num_weights: numbers in the matrices that changed.
-        base_only, tuned_only, resized: what could not be compared.
+        num_weights: number of weights in the matrices that changed.
+        base_only, tuned_only, resized: names of tensors that were not compared.
         seconds: in all; ``matrix_seconds`` of each matrix, by name, on its thread.
-        threads: matrices at a time.
-        top_k: the largest number of directions that "top" means.
+        threads: number of threads.
+        top_k: largest number of directions that count as the top.
     """
 
     base: str
@@ -64,7 +64,7 @@ class Analysis:
     top_k: int
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON data: numbers to six digits, None for what is not a number."""
+        """Convert to JSON data: numbers to six digits, None for NaN and infinities."""
         found = _plain(asdict(self))
         assert isinstance(found, dict)
         return found
@@ -85,15 +85,15 @@ def analyse(
     """Compare every matrix that two checkpoints share.
 
     Args:
-        base: before.
-        tuned: after.
-        pattern: which layers, as for ``--target-modules``.
-        top_k: how many leading directions "top" means, at most a quarter of a matrix's.
+        base: the weights before fine-tuning.
+        tuned: the weights after it.
+        pattern: chooses layers, as for ``--target-modules``.
+        top_k: how many leading directions count as the top, at most a quarter of a matrix's.
         threads: matrices at a time; None for one for each core, as far as memory allows.
-        show_bar: (label, total) -> a context manager with ``advance``; over the matrices.
+        show_bar: (label, total) -> a context manager with ``advance``, for a progress bar.
 
     Raises:
-        ConfigError: the two do not belong together.
+        ConfigError: the checkpoints are of different architectures.
         DataError: a weight holds NaN or infinities.
         ResourceError: a matrix does not fit into memory.
     """
@@ -164,7 +164,7 @@ def _collect(
 
 
 def _in_threads(work: Callable[[Matrix], _Result], items: list[Matrix], count: int) -> Iterator[_Result]:
-    """Results in order; each thread computes on one core, since decompositions share a matrix badly."""
+    """Yield results in order; each thread uses one core, since decompositions of one matrix scale badly over cores."""
     if count == 1:
         yield from map(work, items)
         return
@@ -190,7 +190,7 @@ def _threads_that_fit(matrices: list[Matrix]) -> int:
     largest = max(math.prod(m.shape) for m in matrices) * 8 * _COPIES
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # macOS, Windows: do not say
+    except (ValueError, OSError, AttributeError):  # macOS and Windows do not tell
         free = 4 * 2**30
     return max(1, min(cores, len(matrices), int(0.8 * free) // largest))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mirrortune.adapters.factor_cache import FactorCache
@@ -49,25 +50,42 @@ def open_pair(
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
     """Open the weights at ``name``; an adapter is put on ``beneath``, or on the base that it names itself."""
     restore(local_path(name))
-    if not is_local(name):
-        return _open_hub(name, revision, beneath)
-    if revision is not None:
-        raise ConfigError("--revision", f"'{name}' is local and has none", fix="Remove it")
-    path = package_folder(name) if name.startswith(PACKAGE_SCHEME) else local_path(name)
-    if path.is_file() and path.suffix == ".safetensors":
-        return StoredWeights.of_files(name, [path])
-    if not path.is_dir():
-        raise ConfigError(name, "no such folder", fix="Check the path")
-    adapter = find_adapter(str(path))
+    if is_local(name):
+        if revision is not None:
+            raise ConfigError("--revision", f"'{name}' is local and has none", fix="Remove it")
+        path = package_folder(name) if name.startswith(PACKAGE_SCHEME) else local_path(name)
+        if path.is_file() and path.suffix == ".safetensors":
+            return StoredWeights.of_files(name, [path])
+        if not path.is_dir():
+            raise ConfigError(name, "no such folder", fix="Check the path")
+        file, adapter, others = _finder(path), find_adapter(str(path)), sorted(path.glob("*.safetensors"))
+    else:
+        file, others = _hub_finder(name, revision), []
+        adapter = local_adapter(name) if file("adapter.json") else None
     if adapter is not None:
         return _open_adapter(name, adapter, beneath)
-    if (path / "adapter_config.json").is_file():
-        return _open_peft(name, path, beneath)
-    source = find_model(name) if (path / "config.json").is_file() else None
-    return StoredWeights.of_files(name, _files_in(path, name), source)
+    if config := file("adapter_config.json"):
+        file("adapter_model.safetensors")  # PEFT reads it from the same folder
+        return _open_peft(name, config.parent, beneath)
+    source = find_model(name, revision=revision) if file("config.json") or not is_local(name) else None
+    if index := file(INDEX):
+        files = [file(shard) or index.parent / shard for shard in index_of(index)]
+    else:
+        files = [whole] if (whole := file(WHOLE)) else others
+    if not files:
+        raise ConfigError(
+            name, "it holds no safetensors files", allowed="a checkpoint in safetensors, a run, or an adapter",
+            fix="Convert it: load it with transformers and call save_pretrained",
+        )  # fmt: skip
+    return StoredWeights.of_files(name, files, source)
 
 
-def _open_hub(name: str, revision: str | None, beneath: Weights | None) -> Weights:
+def _finder(folder: Path) -> Callable[[str], Path | None]:
+    return lambda filename: found if (found := folder / filename).is_file() else None
+
+
+def _hub_finder(name: str, revision: str | None) -> Callable[[str], Path | None]:
+    """Return what downloads a file of a repository; it returns None for a file that is not there."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     commit = resolve_commit(name, name, revision, "model", "the model")
@@ -77,18 +95,7 @@ def _open_hub(name: str, revision: str | None, beneath: Weights | None) -> Weigh
             found = cached_file(name, filename, revision=commit, _raise_exceptions_for_missing_entries=False)
         return Path(found) if found else None
 
-    if file("adapter.json"):
-        return _open_adapter(name, local_adapter(name), beneath)
-    if config := file("adapter_config.json"):
-        file("adapter_model.safetensors")
-        return _open_peft(name, config.parent, beneath)
-    source = find_model(name, revision=revision)
-    if index := file(INDEX):
-        found = [path for shard in index_of(index) if (path := file(shard))]
-        return StoredWeights.of_files(name, found, source)
-    if whole := file(WHOLE):
-        return StoredWeights.of_files(name, [whole], source)
-    raise _no_safetensors(name)
+    return file
 
 
 def _open_adapter(name: str, folder: Path, beneath: Weights | None) -> Weights:
@@ -108,21 +115,3 @@ def _open_peft(name: str, folder: Path, beneath: Weights | None) -> Weights:
     if beneath is None and not (own and isinstance(own, str) and isinstance(revision, str | None)):
         raise ConfigError(name, "the adapter does not say what its base is", fix="Give the base first")
     return load_peft(name, str(folder), beneath or open_weights(str(own), revision))
-
-
-def _files_in(folder: Path, name: str) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        return [folder / shard for shard in index_of(index)]
-    if (folder / WHOLE).is_file():
-        return [folder / WHOLE]
-    if found := sorted(folder.glob("*.safetensors")):
-        return found
-    raise _no_safetensors(name)
-
-
-def _no_safetensors(name: str) -> ConfigError:
-    return ConfigError(
-        name, "it holds no safetensors files", allowed="a checkpoint in safetensors, a run, or an adapter",
-        fix="Convert it: load it with transformers and call save_pretrained",
-    )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of an analysis; each is a function from an :class:`Analysis` to what draws it, or None if it has nothing."""
+"""Figures of an analysis; each is a function from an :class:`Analysis` to a drawing, or None without numbers for it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NAMES = (
     "shares", "by_layer_and_kind", "spectra", "singular_value_change", "captured_by_method", "leading_subspaces",
     "overlap_of_leading_directions", "plane_angles",
 )  # fmt: skip
-"""Names of all figures that there may be."""
+"""Names of all figures."""
 
 
 def drawings(analysis: Analysis) -> list[Drawing]:
-    """Every figure that the analysis has numbers for, in the order of a page."""
+    """Return every figure that the analysis has numbers for, in the order of the page."""
     makers = (_shares, _heat_maps, _spectra, _value_change, _captured, _subspaces, _overlaps, _angles)
     if not any(m.comparison for m in analysis.matrices):
         return []
@@ -39,7 +39,7 @@ def _compared(matrices: Sequence[Analysed]) -> list[tuple[Analysed, MatrixCompar
 
 
 def _kinds(analysis: Analysis) -> dict[str, list[tuple[Analysed, MatrixComparison]]]:
-    """Changed matrices by kind, those of many layers first."""
+    """Group the changed matrices by kind, the most frequent kind first."""
     groups = {kind: _compared(part) for kind, part in by(analysis.matrices, lambda m: m.kind).items()}
     known = {kind: part for kind, part in groups.items() if part}
     return dict(sorted(known.items(), key=lambda item: -len(item[1])))

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of a checkpoint are matrices that act on features, and how to read each as (out, in).
+"""Find the tensors of a checkpoint that are matrices acting on features, and read each as (out, in).
 
-Known from the model's modules, built without weights, by what adapters know of their kinds: GPT-2's Conv1D holds its
-weight as (in, out), convolutions act on patches, a stack of experts is as many matrices. Embeddings are tables and left
-out.
+The model's modules, built without weights, tell how: GPT-2's Conv1D stores its weight as (in, out), convolutions act on
+patches, a stack of experts is as many matrices. Embeddings are lookup tables and left out.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from mirrortune.models.tensors import match_names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """A weight that is compared.
+    """A weight to compare.
 
     Attributes:
-        name: for people; the tensor's name, with the number of its part if it is a stack.
-        base, tuned: the tensor's name on either side.
-        layout: how the tensor's numbers stand for the matrix, or for the stack.
-        part: entry of the stack, or None.
+        name: to show; the tensor's name, with the index of the matrix in a stack.
+        base, tuned: the tensor's name in either checkpoint.
+        layout: how the tensor holds the matrix, or the stack.
+        part: index in the stack, or None.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Matrix:
         return self.layout.matrix_shape
 
     def read(self, weights: Weights, name: str) -> Tensor:
-        """The matrix (O, I) from one side, where it is called ``name``."""
+        """Read the matrix (O, I) from one checkpoint, where its tensor has the given name."""
         if self.part is None:
             return self.layout.matrix(weights.read(name))
         if self.layout.shape[0] != self.layout.count:  # groups of a convolution
@@ -58,11 +57,11 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairing:
-    """The matrices that two checkpoints have in common, and what they do not.
+    """The matrices that two checkpoints share, and the tensors that they do not.
 
     Attributes:
         matrices: in the base's order.
-        base_only, tuned_only: names of tensors that the other side lacks.
+        base_only, tuned_only: names of tensors that the other checkpoint lacks.
         resized: names of tensors whose shapes differ (a head for other labels, an embedding for other tokens).
     """
 
@@ -76,9 +75,9 @@ def pair_matrices(base: Weights, tuned: Weights, pattern: str) -> Pairing:
     """Match the matrices of two checkpoints.
 
     Args:
-        base: one side.
-        tuned: the other.
-        pattern: which layers, as for ``--target-modules``.
+        base: weights of the first.
+        tuned: weights of the second.
+        pattern: chooses layers, as for ``--target-modules``.
 
     Raises:
         ConfigError: they are of different architectures, or no matrix matches ``pattern``.
@@ -107,9 +106,7 @@ def _as_matrices(name: str, tuned: str, shape: tuple[int, ...], held: tuple[Kind
     kind, layout = held or (None, Layout(shape=shape, out_features=shape[0] if shape else 1))
     # Position embeddings are often parameters with a batch dimension of one.
     is_table = isinstance(kind, Embedding) or (isinstance(kind, Parameter) and shape[0] == 1)
-    if len(shape) < 2 or is_table:
-        return []
-    if min(layout.matrix_shape) < 2:
+    if len(shape) < 2 or is_table or min(layout.matrix_shape) < 2:
         return []
     if layout.count == 1:
         return [Matrix(name=name, base=name, tuned=tuned, layout=layout)]
@@ -118,13 +115,13 @@ def _as_matrices(name: str, tuned: str, shape: tuple[int, ...], held: tuple[Kind
 
 
 def _kinds(source: ModelSource | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Kind, Layout]]:
-    """What holds each tensor, and how it is read as a matrix; unknown ones are left out."""
+    """Find the kind of module that holds each tensor, and its layout; empty without a configuration."""
     if source is None:
         return {}
     try:
         model = empty_model(source, "AutoModel", {})
     except (MirrortuneError, ImportError, ValueError, TypeError, AttributeError, RuntimeError, KeyError):
-        return {}  # a configuration that transformers cannot build; shapes alone must do
+        return {}  # transformers cannot build the model, so only shapes are known
     found: dict[str, tuple[Kind, Layout]] = {}
     for name, module in model.named_modules():
         kind, layouts = kind_of(module)
@@ -134,7 +131,7 @@ def _kinds(source: ModelSource | None, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _different(base: Weights, tuned: Weights, names: dict[str, str], resized: Sequence[str]) -> ConfigError:
-    """The error for two checkpoints that cannot be compared; says what they do and do not share."""
+    """Return the error for two checkpoints that cannot be compared."""
     where = f"{base.label} and {tuned.label}"
     fix = "Give two checkpoints of one architecture, or an adapter with its own base"
     if resized:

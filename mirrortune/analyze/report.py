@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An analysis in words and tables, for a terminal and as a page."""
+"""Report an analysis on a terminal and as a page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GROUPS = ("top", "tail")
 
 
 def terminal_lines(analysis: Analysis) -> list[str]:
-    """The summary for a terminal, at most about 120 columns wide."""
+    """Return the summary for a terminal, about 120 columns wide."""
     lines = [f"{analysis.base} -> {analysis.tuned}", "", *analysis.verdict, ""]
     lines += _group_table(analysis).lines()
     depths = {d: g for d, g in analysis.by_depth.items() if d != "outside"}
@@ -46,8 +46,8 @@ def terminal_lines(analysis: Analysis) -> list[str]:
 
 
 def write_drawings(analysis: Analysis, folder: Path) -> list[Path]:
-    """All figures as PNG and SVG files, listed as ours in the folder's marker."""
-    _check_figures(folder)  # again: the analysis may have taken long
+    """Write all figures as PNG and SVG files, and list them in the folder's marker."""
+    _check_figures(folder)  # again, since the analysis may have taken long
     found = drawings(analysis)
     before = read_marker(folder)
     names = frozenset(f"{drawing.name}.{suffix}" for drawing in found for suffix in ("png", "svg"))
@@ -58,11 +58,11 @@ def write_drawings(analysis: Analysis, folder: Path) -> list[Path]:
 
 @contextmanager
 def figures_folder(folder: Path, inputs: Sequence[Input]) -> Iterator[None]:
-    """Claim a folder for figures while the block runs. It may hold other files, but none with the name of a figure that
-    an earlier analysis did not write.
+    """Claim a folder for figures while the block runs; it may hold other files under other names.
 
     Raises:
-        ConfigError: it does, it is a folder of another kind, or another process writes there.
+        ConfigError: a file with a figure's name was not written by an earlier analysis, mirrortune wrote the folder for
+            something else, or another process writes there.
     """
     check_place(folder, inputs)
     with claimed(folder):
@@ -83,7 +83,7 @@ def _check_figures(folder: Path) -> None:
 
 
 def html_page(analysis: Analysis, command: str) -> str:
-    """The page's text."""
+    """Build the page."""
     parts = [html.box(analysis.verdict)]
     if analysis.claims:
         parts += [
@@ -154,14 +154,10 @@ def _depth_lines(depths: dict[str, Group]) -> list[str]:
 
 
 def _method_table(analysis: Analysis) -> Table:
-    """Methods by what they capture at each budget, in percent; and the size that captures 90%."""
+    """Build the table of methods: what each captures at each budget, in percent, and the size that captures 90%."""
     budgets = [share * analysis.num_weights for share in BUDGETS]
-    head = [
-        "method",
-        *[f"{b:,.0f} ({100 * s:g}%)" for b, s in zip(budgets, BUDGETS, strict=True)],
-        "its most",
-        "90% at",
-    ]
+    sizes = [f"{b:,.0f} ({100 * s:g}%)" for b, s in zip(budgets, BUDGETS, strict=True)]
+    head = ["method", *sizes, "its most", "90% at"]
     rows = []
     for name, curve in analysis.curves.items():
         found = [curve.at(budget) for budget in budgets]
@@ -230,7 +226,7 @@ def _percent(share: float | None) -> str:
 
 
 def _number(value: float | None, *, signed: bool = False) -> str:
-    """Three digits or so."""
+    """Format a number with about three digits."""
     if value is None or not math.isfinite(value):
         return "-"
     sign = "+" if signed else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a comparison: scores per task, scores against trained numbers, curves by method."""
+"""Figures of a comparison: scores by task, scores by number of trained parameters, curves by method."""
 
 from __future__ import annotations
 
@@ -9,31 +9,21 @@ from statistics import fmean
 from typing import Any
 
 from mirrortune.compare.grid import slug
-from mirrortune.reports.drawing import Drawing, legend_beside, tidy
+from mirrortune.reports.drawing import MARKERS, Drawing, legend_beside, tidy
 
-# Tol's muted set, more than a single figure of a run needs: told apart with any colour vision, and by markers in grey.
+# More colours than a run's figures need; from Tol's schemes, distinct with any colour vision, and by markers in grey.
 _COLOURS = (
-    "#4477aa",
-    "#cc6677",
-    "#117733",
-    "#ccbb44",
-    "#66ccee",
-    "#aa3377",
-    "#44aa99",
-    "#999933",
-    "#aa4499",
-    "#888888",
-)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+    "#4477aa", "#cc6677", "#117733", "#ccbb44", "#66ccee", "#aa3377", "#44aa99", "#999933", "#aa4499", "#888888",
+)  # fmt: skip
 
 
 def comparison_drawings(
     results: dict[str, Any], histories: dict[str, dict[str, list[list[dict[str, Any]]]]]
 ) -> list[Drawing]:
-    """Scores per task, scores against trained numbers, and curves of each task; none of what has not finished.
+    """Return the figures of all tasks with finished runs.
 
     Args:
-        results: what ``results.json`` holds.
+        results: content of ``results.json``.
         histories: by task and method, the events of each seed's run.
     """
     tasks = {task: found for task, found in results["tasks"].items() if _finished(found)}
@@ -93,7 +83,7 @@ def _by_size(tasks: dict[str, Any]) -> Drawing:
 
 
 def _by_decades(axis: Any) -> None:
-    """A logarithmic axis of whole decades: within less than one, matplotlib's own labels run into each other."""
+    """Make the x axis logarithmic, in whole decades: within less than one, matplotlib's labels overlap."""
     axis.set(xscale="log")
     low, high = axis.get_xlim()
     axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
@@ -142,6 +132,6 @@ def _finished(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _style(found: dict[str, Any], label: str) -> tuple[str, str]:
-    """Colour and marker of a method, the same in every figure of a comparison."""
+    """Return the colour and marker of a method, the same in every figure of a comparison."""
     index = list(found["methods"]).index(label)
-    return _COLOURS[index % len(_COLOURS)], _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
+    return _COLOURS[index % len(_COLOURS)], MARKERS[(index + index // len(_COLOURS)) % len(MARKERS)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grid of a comparison: which methods, learning rates and seeds, and what to run next given what is known.
+"""The grid of a comparison (tasks, methods, learning rates, seeds), and which of its cells to run next.
 
-What is next is a function of the grid and of the finished cells alone, so that a comparison can stop anywhere and go
-on. Imports no torch.
+The next cells are a function of the grid and the finished cells alone, so that a comparison can be interrupted and
+continued anywhere. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mirrortune.config.schema import AdapterSection, Recipe
 from mirrortune.errors import ConfigError
 
 Score = tuple[float, float]
-"""How good a run is, the larger the better: its selection metric and minus its validation loss, in this order or the
-other (``ChooseBy``); the second settles ties."""
+"""Quality of a run, larger is better: its selection metric and its negated validation loss, in the order of
+``ChooseBy``; the second breaks ties."""
 ChooseBy = Literal["score", "loss"]
 
 _WHERE = "--methods"
@@ -29,13 +29,13 @@ _WHERE = "--methods"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contender:
-    """One method of a comparison, with its settings.
+    """A method of a comparison, with its settings.
 
     Attributes:
-        label: as it was asked for, such as ``lora:rank=8``.
+        label: as given by the user, such as ``lora:rank=8``.
         settings: recipe settings over the task's recipe, by dotted key.
-        lr_key: the learning rate that is chosen for it: of the adapter, or of the head where nothing else is trained.
-        lrs: learning rates to try first, ascending; empty for the neighbours of the default one.
+        lr_key: the learning rate to tune: the adapter's, or the head's if nothing else is trained.
+        lrs: learning rates to try first, ascending.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
-    """One run of the grid."""
+    """A run of the grid."""
 
     task: str
     label: str
@@ -54,21 +54,21 @@ class Cell:
     seed: int
 
     def folder(self, root: Path) -> Path:
-        """Where the run is kept."""
+        """Return the run's directory."""
         return root / "cells" / slug(self.task) / slug(self.label) / f"lr-{self.lr:.0e}" / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What is compared.
+    """The runs of a comparison.
 
     Attributes:
         tasks: names of the tasks (recipes), in order.
-        contenders: methods, in order; the first one is what the others are tested against.
+        contenders: methods, in order; the others are tested against the first.
         seeds: of the reported runs.
         tune_seeds: of the runs that choose a learning rate; the first ones of ``seeds``.
-        extensions: how many learning rates may be added beyond the grid while the best one lies at its edge.
-        choose_by: what judges a learning rate, the task's metric or the validation loss; the other settles ties.
+        extensions: how many learning rates may be added while the best one lies at the edge of the grid.
+        choose_by: what ranks learning rates, the task's metric or the validation loss; the other breaks ties.
     """
 
     tasks: tuple[str, ...]
@@ -84,10 +84,10 @@ class Chosen:
     """The state of one method on one task.
 
     Attributes:
-        lr: the best learning rate so far, or None before any is known.
-        scores: mean score of each learning rate whose tuning runs are all there; -inf for one that diverged.
-        missing: cells that must run before more can be said, in order.
-        is_at_edge: the best one is the lowest or highest that was tried.
+        lr: the best learning rate so far; None while tuning runs are missing.
+        scores: mean score of each learning rate whose tuning runs have finished; -inf for one that diverged.
+        missing: cells to run next, in order.
+        is_at_edge: whether the best one is the lowest or highest that was tried.
     """
 
     lr: float | None
@@ -97,15 +97,15 @@ class Chosen:
 
 
 def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) -> Contender:
-    """A method from the command line: ``NAME`` or ``NAME:key=value:...``.
+    """Parse a method from the command line: ``NAME`` or ``NAME:key=value:...``.
 
     A key is a field of the recipe's adapter section (``rank``), a dotted recipe key (``train.epochs``), ``lr`` (rates
     to try, ``1e-3/3e-3``), or an option of the method (``scale_top_k``).
 
     Args:
         word: one of ``--methods``.
-        base_head_lr: the recipe's, from which the head's learning rates start for methods that train nothing else.
-        lr_grid: learning rates for methods that name none of their own; None for those around each one's default.
+        base_head_lr: the recipe's learning rate of the head, the default for methods that train nothing else.
+        lr_grid: learning rates for methods that name none; None for those around each method's default.
 
     Raises:
         ConfigError: an unknown method, or a part that is not ``key=value``.
@@ -132,7 +132,7 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
 
 
 def parse_lrs(text: str, where: str = "--lr-grid") -> tuple[float, ...]:
-    """Learning rates written ``1e-3/3e-3`` or ``1e-3,3e-3``, ascending.
+    """Parse learning rates such as ``1e-3/3e-3`` or ``1e-3,3e-3``; return them ascending.
 
     Raises:
         ConfigError: not numbers, or not above 0.
@@ -147,24 +147,24 @@ def parse_lrs(text: str, where: str = "--lr-grid") -> tuple[float, ...]:
 
 
 def around(lr: float) -> tuple[float, float, float]:
-    """``lr`` between its neighbours on the ladder 1, 3, 10, 30, ... of learning rates."""
+    """Return ``lr``, rounded to the ladder 1, 3, 10, 30, ..., between its neighbours there."""
     return step_from(lr, -1), step_from(lr, 0), step_from(lr, 1)
 
 
 def step_from(lr: float, steps: int) -> float:
-    """The rate ``steps`` rungs from ``lr`` on the ladder ..., 1e-3, 3e-3, 1e-2, ...; 0 is the rung nearest to it."""
+    """Return the rate ``steps`` rungs from the one nearest to ``lr`` on the ladder ..., 1e-3, 3e-3, 1e-2, ..."""
     rung = round(2 * math.log10(lr)) + steps
     return float(f"{'1' if rung % 2 == 0 else '3'}e{math.floor(rung / 2)}")
 
 
 def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], Score | None]) -> Chosen:
-    """Where one method stands on one task.
+    """Choose the learning rate of a method on a task, as far as the finished cells allow.
 
     Args:
         grid: of the comparison.
         task: one of its tasks.
         contender: one of its methods.
-        score: of a finished cell; None for one that has not finished.
+        score: returns the score of a cell; None if it has not finished.
     """
     lrs = list(contender.lrs)
     for added in range(grid.extensions + 1):
@@ -173,7 +173,7 @@ def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], 
         if missing:
             return Chosen(lr=None, scores=_known(scores), missing=tuple(missing), is_at_edge=False)
         known = _known(scores)
-        # The lower of two equal rates: it moved the model less for the same score.
+        # Of two rates with equal scores the lower: it changed the model less.
         best = max(sorted(known), key=lambda lr: known[lr])
         is_at_edge = best in (min(lrs), max(lrs))
         if not is_at_edge or added == grid.extensions:
@@ -184,7 +184,7 @@ def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], 
 
 
 def next_cells(grid: Grid, score: Callable[[Cell], Score | None]) -> list[Cell]:
-    """Every cell that can run now, in the order in which they should; empty when the comparison is complete."""
+    """Return every cell that can run now, in order; empty if the comparison is complete."""
     return [c for task in grid.tasks for who in grid.contenders for c in choose(grid, task, who, score).missing]
 
 
@@ -198,7 +198,7 @@ def make_grid(
     lr_grid: str | None,
     extensions: int,
 ) -> Grid:
-    """The grid that the command line asks for; see ``mirrortune compare --help``.
+    """Build the grid from the options of ``mirrortune compare``.
 
     Raises:
         ConfigError: all problems at once.
@@ -228,7 +228,7 @@ def make_grid(
 
 
 def slug(name: str) -> str:
-    """A name as a folder: ``lora:rank=8`` is ``lora-rank-8``."""
+    """Return a name for a folder: ``lora:rank=8`` becomes ``lora-rank-8``."""
     return re.sub(r"[^A-Za-z0-9.+_]+", "-", name).strip("-")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison found: ``results.json``, a table in Markdown, and figures; all read from the run directories."""
+"""Report a comparison: ``results.json``, tables in Markdown, figures and a page, all from the run directories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mirrortune.system.console import Reporter, kilobytes
 from mirrortune.system.outputs import Input
 from mirrortune.tasks.metrics import METRICS
 
-# Of the first reported run: they are the same for all seeds, or nearly.
+# Taken from the first reported run: nearly the same for all seeds.
 _SIZES = ("trainable_parameters", "head_parameters", "adapter_bytes")
 _COSTS = ("median_step_seconds", "peak_memory_bytes", "train_seconds", "pairing_seconds")
 
@@ -43,13 +43,13 @@ def compare(
     report_only: bool,
     command: str,
 ) -> dict[str, Any]:
-    """Run what is missing of a comparison and report it; returns what ``results.json`` holds.
+    """Run the missing cells of a comparison and report it; return the content of ``results.json``.
 
     Args:
-        root: its folder; finished runs in it are kept.
-        grid: what is compared.
+        root: folder of the comparison; finished runs in it are kept.
+        grid: its runs.
         recipes: of each task.
-        reporter: is told.
+        reporter: prints progress.
         inputs: everything that the recipes read.
         jobs: runs at a time; None for one on each GPU.
         report_only: train nothing.
@@ -62,15 +62,15 @@ def compare(
         try:
             if not report_only:
                 comparison.run(jobs or default_jobs())
-        finally:  # an interrupted comparison reports what it has
+        finally:  # an interrupted comparison reports its finished runs
             results = write_report(comparison, command)
     return results
 
 
 def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
-    """Write ``results.json``, ``table.md``, the figures and a page of them; returns the results.
+    """Write ``results.json``, ``table.md``, the figures and ``report.html``; return the results.
 
-    Methods whose runs are not all there are reported with the seeds they have, and without tests.
+    Methods with missing runs are reported with the seeds that have finished, and are not tested.
     """
     tasks = {task: _task(comparison, task) for task in comparison.grid.tasks}
     results = {
@@ -82,8 +82,8 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
         "tasks": tasks,
     }
     root = comparison.root
-    for name, text in (("results.json", json.dumps(results, indent=2) + "\n"), ("table.md", markdown(results))):
-        write_files_atomically(root, {name: text.encode()})
+    texts = {"results.json": json.dumps(results, indent=2) + "\n", "table.md": markdown(results)}
+    write_files_atomically(root, {name: text.encode() for name, text in texts.items()})
     histories = {task: {m: _histories(comparison, task, m) for m in found["methods"]} for task, found in tasks.items()}
     drawings = comparison_drawings(results, histories)
     for drawing in drawings:
@@ -176,7 +176,7 @@ def _rates_caption(results: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _score(value: float, found: dict[str, Any], *, signed: bool = False) -> str:
-    """A score as it is shown: shares times 100, others (an error, a perplexity) as they are."""
+    """Format a score: shares times 100, others (an error, a perplexity) unchanged."""
     sign = "+" if signed else ""
     return f"{100 * value:{sign}.1f}" if METRICS[found["metric"]].is_share else f"{value:{sign}.4g}"
 
@@ -215,14 +215,8 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
                 samples, reference, METRICS[metric].compute, higher_is_better=METRICS[metric].higher_is_better
             )
             tests[split] = [asdict(p) for p in paired]
-    return {
-        "metric": metric,
-        "reference": reference,
-        "splits": splits,
-        "rows": rows,
-        "methods": methods,
-        "tests": tests,
-    }
+    found = {"metric": metric, "reference": reference, "splits": splits, "rows": rows}
+    return {**found, "methods": methods, "tests": tests}
 
 
 def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]:
@@ -243,7 +237,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
         return found
     first = next(iter(results.values()))
     metric = first["selection_metric"]
-    # Without rows of their own to report on (protocol dev-best), the selection rows are what there is.
+    # The protocol dev-best has no other rows to report on than those that select.
     per_split = {name: [r["reported"][name][metric] for r in results.values()] for name in first["reported"]}
     per_split = per_split or {"validation (chosen on it)": [r["metrics"][metric] for r in results.values()]}
     return {
@@ -258,7 +252,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
 
 
 def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Score) -> dict[str, float] | None:
-    """Mean metric and loss of a learning rate's tuning runs; None if one diverged."""
+    """Average metric and loss over a learning rate's tuning runs; None if one diverged."""
     found = [comparison.result(Cell(task, label, lr, seed)) for seed in comparison.grid.tune_seeds]
     results = [r for r in found if r is not None]
     if not all(map(math.isfinite, score)):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a comparison: every cell of the grid is a ``mirrortune train`` of its own, what is finished is kept, and the
-report is rebuilt from what the run directories say.
+"""Run a comparison: each cell of the grid is a ``mirrortune train`` process; finished runs are kept, and the report is
+built from the run directories.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import read_status
 from mirrortune.tasks.metrics import METRICS
 
-# Who prepares a batch changes no result, nor does the permission to run a model's code, which no file records.
+# Settings that no result depends on: which process prepares batches, and the permission to run a model's code.
 _FREE = ("train.num_workers", "model.trust_remote_code")
 
 
@@ -55,9 +55,9 @@ class Comparison:
 
     Args:
         root: its folder.
-        grid: what is compared.
+        grid: its runs.
         recipes: the recipe of each task.
-        reporter: is told.
+        reporter: prints progress.
     """
 
     root: Path
@@ -68,14 +68,14 @@ class Comparison:
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def contender(self, label: str) -> Contender:
-        """The method of that label."""
+        """Return the method with that label."""
         return next(c for c in self.grid.contenders if c.label == label)
 
     def prepare(self) -> None:
-        """Check every method on every task, read the data once, and write the grid; nothing is trained.
+        """Check every method on every task, read the data once, and write the recipes.
 
         Raises:
-            ConfigError: all problems of all methods at once; or a folder that holds another comparison.
+            ConfigError: all problems of all methods at once; or the folder holds another comparison.
             DataError, HubError, ResourceError: from the data and the model.
         """
         errors = []
@@ -100,7 +100,7 @@ class Comparison:
             path.write_text(recipe.to_yaml(), encoding="utf-8")
 
     def cell_recipe(self, cell: Cell) -> Recipe:
-        """The whole recipe of one cell."""
+        """Return the complete recipe of a cell."""
         base = Layer(values=strict_yaml.load(self.recipes[cell.task].to_yaml(), cell.task)[0], origin=cell.task)
         values: dict[str, Any] = {}
         for key, value in self._settings(cell).items():
@@ -113,16 +113,16 @@ class Comparison:
         return resolve([base, Layer(values=values, origin=f"--methods {cell.label}")]).recipe
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """``results.json`` of a finished cell, or None."""
+        """Read ``results.json`` of a cell; None if it has not finished."""
         path = cell.folder(self.root) / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def has_diverged(self, cell: Cell) -> bool:
-        """Whether the cell's loss became infinite."""
+        """Return whether the cell's training diverged."""
         return read_status(RunDirectory(cell.folder(self.root))).get("status") == "diverged"
 
     def score(self, cell: Cell) -> Score | None:
-        """How good the cell's run is; -inf if it diverged, None if it has not finished."""
+        """Return the score of a cell's run; -inf if it diverged, None if it has not finished."""
         found = self.result(cell)
         if found is None:
             return (-math.inf, -math.inf) if self.has_diverged(cell) else None
@@ -132,10 +132,10 @@ class Comparison:
         return (score, loss) if self.grid.choose_by == "score" else (loss, score)
 
     def run(self, jobs: int) -> None:
-        """Run every cell that is not finished, ``jobs`` at a time.
+        """Run every cell that has not finished, ``jobs`` at a time.
 
         Raises:
-            MirrortuneError: what a cell failed with, other than divergence.
+            MirrortuneError: a cell failed, other than by divergence.
             InterruptedRun: on SIGINT or SIGTERM; cells that were running continue from their checkpoints next time.
         """
         waiting: dict[Future[None], Cell] = {}
@@ -180,17 +180,21 @@ class Comparison:
         file.write_text(recipe.to_yaml(), encoding="utf-8")
         has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
         words = ["train", str(file), "-o", str(folder), "-q"]
-        if self.recipes[cell.task].model.trust_remote_code:  # said on the command line, as it must be in the run's
+        if self.recipes[cell.task].model.trust_remote_code:  # never from a recipe, so on the command line
             words.append("--trust-remote-code")
         words.append("--resume" if has_begun else "--overwrite")
         code, said = self._command(words, slot, jobs)
         is_retried = code and has_begun and not self.has_diverged(cell)
-        if is_retried and not self._stopped.is_set():  # an older version's checkpoint, or a damaged one
+        if is_retried and not self._stopped.is_set():  # its checkpoint is damaged, or of an older version
             code, said = self._command([*words[:-1], "--overwrite"], slot, jobs)
         if self._stopped.is_set():
             return
         if code and not self.has_diverged(cell):
-            raise _CellError(f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}", said, code)
+            # Libraries may have printed warnings before.
+            problem = re.split(r"^error: ", said, flags=re.MULTILINE)[-1]
+            error = MirrortuneError(f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}", problem)
+            error.exit_code = code
+            raise error
         RunDirectory(folder).remove_checkpoints()
 
     def _command(self, words: Sequence[str], slot: int, jobs: int) -> tuple[int, str]:
@@ -200,7 +204,7 @@ class Comparison:
             stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._running.append(process)
-        if self._stopped.is_set():  # the signal came between the last look and the start
+        if self._stopped.is_set():  # a signal came after the last check and before the start
             process.send_signal(signal.SIGTERM)
         _, said = process.communicate()
         self._running.remove(process)
@@ -240,7 +244,7 @@ class Comparison:
 
 @contextmanager
 def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
-    """Claim the folder of a comparison, new or to be continued, while the block runs.
+    """Claim the folder of a new or continued comparison while the block runs.
 
     Raises:
         ConfigError: it holds something else, or another process writes there.
@@ -256,7 +260,7 @@ def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Every setting that could change a result and is not as it was: ``train.epochs was 1, is 2``."""
+    """Describe every changed setting that results depend on: ``train.epochs was 1, is 2``."""
     found = []
     for key, value in now.items():
         name, old = where + key, before.get(key)
@@ -267,17 +271,8 @@ def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> li
     return found
 
 
-class _CellError(MirrortuneError):
-    """A cell that failed, with the exit code of its own command."""
-
-    def __init__(self, where: str, problem: str, exit_code: int) -> None:
-        # Libraries may have warned before.
-        super().__init__(where, re.split(r"^error: ", problem, flags=re.MULTILINE)[-1])
-        self.exit_code = exit_code
-
-
 def comparable(recipe: Recipe) -> Recipe:
-    """The recipe of a task as every cell shares it: absolute paths, no output folder, no method's learning rate."""
+    """Return the part of a task's recipe that all cells share: absolute paths, no output folder, no learning rate."""
     train = recipe.train.model_copy(update={"lr": None})
     return with_absolute_paths(recipe).model_copy(update={"output_dir": None, "train": train})
 
@@ -291,7 +286,7 @@ def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
     if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):
         return recipe
     try:
-        job.task.strata(rows)  # refuses rows without a label
+        job.task.strata(rows)  # raises for rows without labels
     except DataError:
         return recipe
     update = recipe.eval.model_copy(update={"report_splits": (*recipe.eval.report_splits, name)})
@@ -299,14 +294,14 @@ def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
 
 
 def default_jobs() -> int:
-    """One run at a time for each GPU; one without."""
+    """Return one job for each GPU; one without any."""
     import torch  # noqa: PLC0415
 
     return max(1, torch.cuda.device_count())
 
 
 def _device(slot: int, jobs: int) -> dict[str, str]:
-    """The environment of a cell: its GPU, or its share of the cores."""
+    """Return a cell's environment variables: its GPU, or its share of the cores."""
     import torch  # noqa: PLC0415
 
     if torch.cuda.device_count() > 1:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is one method better than another, or is the difference within the noise? Paired tests over seeds and over rows."""
+"""Test whether one method is better than another: paired tests over seeds and over rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """A method against the reference, same seeds and rows.
+    """A method compared with the reference, on the same seeds and rows.
 
     Attributes:
         label: the method.
@@ -39,11 +39,11 @@ class Paired:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The scores of one method: one a seed, in the same order for every method.
+    """The scores of a method, one for each seed, in the same order for every method.
 
     Attributes:
         values: shape (seeds,).
-        predictions, references: of every seed's rows, each of shape (rows,), or None if they were not kept.
+        predictions, references: of every seed's rows, each of shape (rows,); None if they were not kept.
     """
 
     values: tuple[float, ...]
@@ -61,14 +61,14 @@ def compare_with_reference(
 ) -> list[Paired]:
     """Test every method of ``samples`` against ``reference``.
 
-    A difference counts as real only if both the t-test over seeds (after Holm, p < 0.05) and the bootstrap interval
-    over seeds and rows agree: seeds alone do not see that the rows are a sample too.
+    A difference counts as real only if the t-test over seeds (after Holm, p < 0.05) and the bootstrap interval over
+    seeds and rows agree: a test over seeds ignores that the rows are a sample too.
 
     Args:
         samples: by method; all with the same seeds.
         reference: one of them.
         metric: (predictions, references) -> score.
-        higher_is_better: whether a larger score is a better one.
+        higher_is_better: whether a larger score is better.
         seed: of the bootstrap.
     """
     base = samples[reference]
@@ -81,20 +81,16 @@ def compare_with_reference(
         interval = bootstrap_interval(samples[label], base, metric, seed=seed)
         found.append(
             Paired(
-                label=label,
-                difference=difference,
-                p_value=p,
-                p_adjusted=p_adjusted,
-                low=interval[0] if interval else None,
-                high=interval[1] if interval else None,
+                label=label, difference=difference, p_value=p, p_adjusted=p_adjusted,
+                low=interval[0] if interval else None, high=interval[1] if interval else None,
                 verdict=_verdict(difference, p_adjusted, interval, higher_is_better=higher_is_better),
             )
-        )
+        )  # fmt: skip
     return found
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P-values after Holm's step-down correction, in the given order; None stays None."""
+    """Correct p-values by Holm's step-down method, in the given order; None stays None."""
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -107,9 +103,9 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def bootstrap_interval(
     sample: Sample, base: Sample, metric: Callable[[Array, Array], float], *, seed: int
 ) -> tuple[float, float] | None:
-    """95% interval of the difference of mean scores, seeds and rows drawn anew with replacement.
+    """Estimate the 95% interval of the difference of mean scores, resampling seeds and rows with replacement.
 
-    Rows are drawn once for all seeds where all seeds were scored on the same rows, else for each seed.
+    Rows are drawn once for all seeds if all seeds were scored on the same rows, otherwise for each seed.
     """
     if sample.predictions is None or base.predictions is None or base.references is None or len(sample.values) < 2:
         return None
@@ -135,9 +131,7 @@ def _t_test(values: Sequence[float], base: Sequence[float]) -> float | None:
     gaps = np.asarray(values) - np.asarray(base)
     if len(gaps) < 2:
         return None
-    if (
-        np.ptp(gaps) == 0
-    ):  # the statistic is 0/0 or infinite: no spread, so either no difference at all or a constant one
+    if np.ptp(gaps) == 0:  # the statistic is 0/0 or infinite: no difference at all, or a constant one
         return 1.0 if gaps[0] == 0 else 0.0
     return float(scipy.stats.ttest_rel(values, base).pvalue)
 

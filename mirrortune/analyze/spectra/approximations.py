@@ -21,10 +21,10 @@ from mirrortune.adapters.pairings.matching import match
 from mirrortune.adapters.pairings.rules import PAIRINGS
 from mirrortune.registry import Registry
 
-# Larger cores of PSOFT need r x r decompositions by the dozen, and larger free matrices are no small adapters.
+# PSOFT needs dozens of r x r decompositions, and larger free matrices are no small adapters.
 _LARGEST_DENSE_RANK = 128
 _PSOFT_SWEEPS = 12
-# Mirror, neighbor and random pairs are chosen without looking at the change; these are matched to it.
+# Pairs matched to the change, unlike mirror, neighbor and random pairs.
 _BEST_PAIRS = "best pairs"
 
 
@@ -51,18 +51,18 @@ class Change:
 
     @property
     def is_alive(self) -> Tensor:
-        """Which singular values are not zero to rounding, shape (D,); S (1 + lambda) moves no other."""
+        """Which singular values are not zero up to rounding, shape (D,); S (1 + lambda) changes no others."""
         return self.S.gt(torch.finfo(self.S.dtype).eps * self.rank * self.S[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approximation:
-    """The best that a method can do at one size.
+    """The best approximation of a change by a method at one size.
 
     Attributes:
         method: its name.
-        size: rank, number of directions or bands: what the method's curve runs over.
-        parameters: trained numbers of this matrix.
+        size: rank, number of directions, or bands.
+        parameters: number of trained parameters of this matrix.
         captured: ||Delta||^2 less the squared error of the approximation.
     """
 
@@ -79,7 +79,7 @@ APPROXIMATIONS: Registry[Callable[[Change], Sized]] = Registry("approximation")
 
 
 def approximate(change: Change) -> list[Approximation]:
-    """Every method at every size that fits; methods in the order of ``APPROXIMATIONS``."""
+    """Approximate a change by every method at every size that fits."""
     return [
         Approximation(method=name, size=size, parameters=parameters, captured=captured)
         for name in APPROXIMATIONS.names()
@@ -88,7 +88,7 @@ def approximate(change: Change) -> list[Approximation]:
 
 
 def sizes(limit: int, largest: int | None = None) -> list[int]:
-    """1, 2, 4, ... up to ``limit`` (and not above ``largest``), and ``limit`` itself if it is allowed."""
+    """Return 1, 2, 4, ... and ``limit``, all at most ``largest``."""
     stop = limit if largest is None else min(limit, largest)
     found = [2**n for n in range(stop.bit_length()) if 2**n < stop]
     return [*found, stop]
@@ -96,14 +96,14 @@ def sizes(limit: int, largest: int | None = None) -> list[int]:
 
 @APPROXIMATIONS.register("scale")
 def scale(change: Change) -> Sized:
-    """Singular values of the top k directions: the diagonal of M, k numbers. At k = D the same as plain SVFT."""
+    """Change the singular values of the top k directions: the diagonal of M, k numbers. k = D is plain SVFT."""
     captured = (change.M.diagonal() * change.is_alive).square().cumsum(0)
     yield from ((k, k, float(captured[k - 1])) for k in sizes(change.rank))
 
 
 @APPROXIMATIONS.register("svft banded")
 def svft_banded(change: Change) -> Sized:
-    """The diagonal of M and d diagonals on each side of it, D(2d+1) - d(d+1) numbers."""
+    """Change the diagonal of M and d diagonals on each side of it, D(2d+1) - d(d+1) numbers."""
     rank = change.rank
     for bands in [d for d in (1, 2, 4, 8, 16) if d < rank]:
         captured = sum(float(change.M.diagonal(d).square().sum()) for d in range(-bands, bands + 1))
@@ -112,26 +112,26 @@ def svft_banded(change: Change) -> Sized:
 
 @APPROXIMATIONS.register("lora-xs")
 def lora_xs(change: Change) -> Sized:
-    """A free matrix between the r leading directions of both sides: the leading block of M, r^2 numbers."""
+    """Put a free matrix between the r leading directions of both sides: the leading block of M, r^2 numbers."""
     for r in sizes(change.rank, _LARGEST_DENSE_RANK):
         yield r, r * r, float((change.is_alive[:r, None] * change.M[:r, :r]).square().sum())
 
 
 @APPROXIMATIONS.register("lora")
 def lora(change: Change) -> Sized:
-    """Any matrix of rank r: the r leading singular values of Delta (Eckart & Young), r (O + I) numbers."""
+    """Add any matrix of rank r: the r leading singular values of Delta (Eckart & Young), r (O + I) numbers."""
     captured = change.energies.cumsum(0)
     yield from ((r, r * sum(change.shape), float(captured[r - 1])) for r in sizes(change.rank))
 
 
 @APPROXIMATIONS.register("full")
 def full(change: Change) -> Sized:
-    """Everything, O I numbers."""
+    """Change every weight, O I numbers."""
     yield change.rank, change.shape[0] * change.shape[1], float(change.energies.sum())
 
 
 def plane_gains(M: Tensor, S: Tensor) -> Tensor:
-    """Energy that the best output-side rotation of each plane (i, j) captures, shape (r, r), symmetric, diagonal 0.
+    """Compute the energy captured by the best output-side rotation of each plane (i, j), shape (r, r), symmetric.
 
     With T = diag(S) + M, trace(T_ij^T R(theta) diag(s_i, s_j)) = a cos(theta) + b sin(theta), where a = T_ii s_i +
     T_jj s_j and b = T_ji s_i - T_ij s_j. The maximum, at theta = atan2(b, a), exceeds the value at theta = 0 by
@@ -143,7 +143,7 @@ def plane_gains(M: Tensor, S: Tensor) -> Tensor:
     """
     strength, turned = (S + M.diagonal()) * S, M.T * S[:, None]
     a, b = strength[:, None] + strength, turned - turned.T
-    # Without the cancellation of hypot(a, b) - a for small angles.
+    # hypot(a, b) - a without its cancellation for small angles.
     length = torch.hypot(a, b)
     gain = torch.where(a > 0, b.square() / (length + a).clamp(min=torch.finfo(a.dtype).tiny), length - a)
     return (2 * gain).fill_diagonal_(0)
@@ -173,7 +173,7 @@ APPROXIMATIONS.register("mirror, input side")(_rotated("mirror", transposed=True
 
 @APPROXIMATIONS.register("mirror + scale")
 def mirror_and_scale(change: Change) -> Sized:
-    """Mirror rotations with every singular value free as well: floor(r / 2) + r numbers.
+    """Rotate mirror pairs and change every singular value: floor(r / 2) + r numbers.
 
     In a plane, R(theta) diag(t) has the free columns t_i (c, s) and t_j (-s, c): at the best t it captures
     (c, s) (T_i T_i^T + J T_j T_j^T J^T) (c, s)^T, whose maximum is the larger eigenvalue of that 2 x 2 matrix.
@@ -186,7 +186,7 @@ def mirror_and_scale(change: Change) -> Sized:
         own, other = torch.stack([T[i, i], T[j, i]]), torch.stack([T[j, j], -T[i, j]])  # J^T T_j turned onto (c, s)
         xx, yy, xy = own[0] ** 2 + other[0] ** 2, own[1] ** 2 + other[1] ** 2, own[0] * own[1] + other[0] * other[1]
         largest = (xx + yy) / 2 + torch.hypot((xx - yy) / 2, xy)
-        missed = xx + yy - largest  # of ||T||^2 in the plane; at theta = 0 and t = s all of ||M||^2 is missed
+        missed = xx + yy - largest  # of ||T||^2 in the plane; theta = 0 and t = s miss all of ||M||^2
         in_planes = M[i, i] ** 2 + M[j, j] ** 2 + M[i, j] ** 2 + M[j, i] ** 2
         captured = float((in_planes - missed).sum())
         if r % 2:
@@ -198,8 +198,8 @@ def mirror_and_scale(change: Change) -> Sized:
 def psoft(change: Change) -> Sized:
     """diag(S) diag(beta) Q diag(alpha) in the r leading directions, Q a rotation: r(r-1)/2 + 2r numbers.
 
-    A lower bound: Q alone is the solution of an orthogonal Procrustes problem; with alpha and beta, alternating least
-    squares that never gets worse.
+    A lower bound: Q alone solves an orthogonal Procrustes problem; alternating least squares, whose error never grows,
+    adds alpha and beta.
     """
     for r in sizes(change.rank, _LARGEST_DENSE_RANK)[1:]:
         M, S = change.M[:r, :r], change.S[:r]
@@ -208,7 +208,7 @@ def psoft(change: Change) -> Sized:
 
 
 def psoft_error(T: Tensor, S: Tensor) -> float:
-    """Smallest ||T - diag(S beta) Q diag(alpha)||^2 over rotations Q and vectors, from above; T (r, r)."""
+    """Bound the smallest ||T - diag(S beta) Q diag(alpha)||^2 over rotations Q and vectors from above; T (r, r)."""
     left, alpha = S.clone(), torch.ones_like(S)
     Q = _nearest_rotation(left[:, None] * T)
     for _ in range(_PSOFT_SWEEPS):
@@ -216,8 +216,7 @@ def psoft_error(T: Tensor, S: Tensor) -> float:
         alpha = _fit(mapped, T, alpha, dim=0)
         mapped = Q * alpha
         left = _fit(mapped, T, left, dim=1)
-        # ||T - L Q A||^2 has its curvature in Q bounded by this, so a projected gradient step of 1/bound never
-        # ascends.
+        # An upper bound of the curvature of ||T - L Q A||^2 in Q: a projected gradient step of 1/bound never ascends.
         bound = float(left.abs().max() * alpha.abs().max()) ** 2
         if bound == 0:
             break
@@ -228,15 +227,15 @@ def psoft_error(T: Tensor, S: Tensor) -> float:
 
 
 def _fit(basis: Tensor, target: Tensor, before: Tensor, dim: int) -> Tensor:
-    """Least-squares factor of each column (dim 0) or row (dim 1) of ``basis``; ``before`` where there is nothing."""
+    """Fit a factor to each column (dim 0) or row (dim 1) of ``basis`` by least squares; ``before`` for zeros."""
     weight = basis.square().sum(dim)
     return torch.where(weight > 0, (basis * target).sum(dim) / weight.clamp(min=torch.finfo(weight.dtype).tiny), before)
 
 
 def _nearest_rotation(matrix: Tensor) -> Tensor:
-    """The rotation Q (determinant 1) that maximises trace(Q^T matrix)."""
+    """Return the rotation Q (determinant 1) that maximises trace(Q^T matrix)."""
     U, _, Vh = torch.linalg.svd(matrix)
     nearest: Tensor = U @ Vh
-    if torch.linalg.det(nearest) < 0:  # turn the weakest direction round
+    if torch.linalg.det(nearest) < 0:  # flip the weakest direction
         nearest = nearest - 2 * U[:, -1:] @ Vh[-1:]
     return nearest

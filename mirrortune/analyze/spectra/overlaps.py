@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two singular bases side by side: overlaps, principal angles, and which direction became which.
+"""Compare two singular bases: overlaps, principal angles, matched directions, and the parts that a change consists of.
 
 Shapes: O out_features, I in_features, D = min(O, I) directions, k leading ones. All float64; nothing depends on the
 signs of singular vectors.
@@ -17,22 +17,21 @@ from mirrortune.adapters.svd import Factors, factorize
 
 
 def decompose(matrix: Tensor, name: str = "weight") -> Factors:
-    """All min(O, I) singular triplets of ``matrix`` (O, I) in float64; a wide one is turned first, which LAPACK finds
-    faster.
+    """Compute all min(O, I) singular triplets of ``matrix`` (O, I) in float64.
 
     Raises:
-        DataError: if it holds NaN or infinities.
+        DataError: it holds NaN or infinities.
     """
     if matrix.shape[0] >= matrix.shape[1]:
         return factorize(matrix, name=name)
-    turned = factorize(matrix.T, name=name)
+    turned = factorize(matrix.T, name=name)  # LAPACK decomposes tall matrices faster
     return Factors(U=turned.Vh.T, S=turned.S, Vh=turned.U.T)
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Angles between the spans of two orthonormal bases (N, k), in radians, 0 to pi/2, ascending; shape (k,).
+    """Compute the angles between the spans of two orthonormal bases (N, k), in radians, ascending; shape (k,).
 
-    Reference: Björck & Golub 1973; cosines give large angles to full precision and sines give small ones.
+    Reference: Björck & Golub 1973; cosines give large angles to full precision, sines small ones.
     """
     inner = first.T @ second
     cosines = torch.linalg.svdvals(inner).clamp(max=1)
@@ -42,11 +41,11 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matching:
-    """Which tuned direction each base direction became.
+    """An assignment of tuned directions to base directions.
 
     Attributes:
-        tuned: for base direction i the position of its counterpart, shape (D,), a permutation.
-        overlap: |<u_i, u'_j> <v_i, v'_j>| of the two, shape (D,), 0 to 1.
+        tuned: position of each base direction's counterpart, shape (D,), a permutation.
+        overlap: |<u_i, u'_j> <v_i, v'_j>| of each pair, shape (D,), 0 to 1.
     """
 
     tuned: Tensor
@@ -66,23 +65,23 @@ class Overlaps:
     right: Tensor
 
     def product(self) -> Tensor:
-        """<u_i, u'_j> <v_i, v'_j>: the coordinates of u'_j v'_j^T on u_i v_i^T, in which signs cancel."""
+        """Return <u_i, u'_j> <v_i, v'_j>: the coordinates of u'_j v'_j^T on u_i v_i^T, in which signs cancel."""
         return self.left * self.right
 
 
 def overlaps(base: Factors, tuned: Factors) -> Overlaps:
-    """Overlaps of all directions of two decompositions."""
+    """Compute the overlaps of all directions of two decompositions."""
     return Overlaps(left=base.U.T @ tuned.U, right=base.Vh @ tuned.Vh.T)
 
 
 def match_directions(product: Tensor) -> Matching:
-    """Match base and tuned directions by overlap and not by position, so that crossing singular values are followed.
+    """Match base and tuned directions by overlap rather than position, which follows crossing singular values.
 
     Args:
         product: from :meth:`Overlaps.product`, shape (D, D).
 
     Returns:
-        The assignment of largest total overlap (exact; shortest augmenting paths).
+        The assignment of largest total overlap (exact).
     """
     found = product.abs()
     rows, columns = linear_sum_assignment(found.cpu().numpy(), maximize=True)
@@ -92,10 +91,10 @@ def match_directions(product: Tensor) -> Matching:
 
 
 def delta_energies(delta: Tensor) -> Tensor:
-    """Squared singular values of ``delta`` (O, I) in descending order, shape (min(O, I),).
+    """Compute the squared singular values of ``delta`` (O, I), descending, shape (min(O, I),).
 
-    Eigenvalues of the smaller Gram matrix: energies are what is wanted, so nothing is lost by squaring, at a fifth of
-    the time of a decomposition.
+    They are the eigenvalues of the smaller Gram matrix, which takes a fifth of the time of a singular value
+    decomposition; squares are wanted, so squaring loses nothing.
     """
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     energies: Tensor = torch.linalg.eigvalsh(tall.T @ tall)
@@ -103,8 +102,10 @@ def delta_energies(delta: Tensor) -> Tensor:
 
 
 def delta_ranks(energies: Tensor) -> dict[str, float]:
-    """Stable rank, effective rank (Roy & Vetterli 2007) and the 90% rank of a matrix from its squared singular values,
-    descending, not all zero.
+    """Compute stable rank, effective rank (Roy & Vetterli 2007) and 90% rank from squared singular values, descending.
+
+    Args:
+        energies: not all zero.
     """
     values = energies.sqrt()
     chance = values / values.sum()
@@ -122,13 +123,13 @@ NEW_BELOW = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Energies of the three parts, in squared units of the weight; they sum to ||Delta||^2.
+    """Energies of the three parts of a change, in squared units of the weight; they sum to ||Delta||^2.
 
     Attributes:
         amplification: by base direction, shape (D,), >= 0.
         new: by tuned direction, shape (D,); 0 for directions that are not new.
         reorientation: the rest, >= 0 up to rounding.
-        familiarity: u'_j^T W v'_j / sigma'_j by tuned direction, shape (D,); 1 for a direction that stayed as it was.
+        familiarity: u'_j^T W v'_j / sigma'_j by tuned direction, shape (D,); 1 for an unchanged direction.
         is_new: which tuned directions are new, shape (D,).
     """
 

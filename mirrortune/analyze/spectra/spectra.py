@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One weight before and after: every number that ``analyze`` reports about it.
+"""Compare one weight before and after fine-tuning: every number that ``analyze`` reports of it.
 
 Shapes: O out_features, I in_features, D = min(O, I), k leading directions.
 """
@@ -27,46 +27,47 @@ from mirrortune.analyze.spectra.overlaps import (
     split_change,
 )
 
-# Leading subspaces whose angles and energies are reported, as far as they are at most half of the directions.
+# Sizes of leading subspaces whose angles and energies are reported, up to half of the directions.
 SUBSPACES = (1, 4, 16, 64, 256)
-# Points of a spectrum that are kept: enough for a curve, however many directions there are.
+# Points kept of a spectrum, enough for a curve.
 _CURVE_POINTS = 96
 _LISTED_NEW = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixComparison:
-    """A weight W (O, I) before and after, W' = W + Delta. Angles in degrees; shares of ||Delta||^2 from 0 to 1.
+    """A weight W (O, I) and W' = W + Delta compared. Angles in degrees; shares of ||Delta||^2 from 0 to 1.
 
     Attributes:
         shape: (O, I).
-        top_k: how many leading directions "top" means here.
+        top_k: how many leading directions count as the top.
         norms: Frobenius and spectral norms of W, W' and Delta, and ||Delta|| / ||W||.
-        positions: 1-based rank positions at which the spectra are given.
+        positions: 1-based rank positions of the spectra's points.
         base_spectrum, tuned_spectrum: singular values there, each by its own rank.
         delta_spectrum: singular values of Delta there.
         value_change: relative change of the sum of singular values, by rank, of the ``top`` k, the ``middle`` and the
-            ``tail`` half; a mean of relative changes would be the last value's, which is near zero and may double.
+            ``tail`` half. A mean of relative changes would be dominated by the last values, which are near zero.
         value_change_size: sum of the absolute changes relative to the sum, in the same parts.
         top_change: the same for each of the top k base directions and its counterpart.
         counterparts: 1-based tuned position of each of the top k base directions, by overlap.
-        overlaps: |<u, u'> <v, v'>| of the two, 0 to 1.
-        crossings: pairs of the top k whose counterparts stand in the other order.
+        overlaps: |<u, u'> <v, v'>| of each with its counterpart, 0 to 1.
+        crossings: number of pairs of the top k whose counterparts have the opposite order.
         turned: angle between each of the top k left (``output``) and right (``input``) vectors and its counterpart.
         principal_angles: by k, mean and largest angle between leading subspaces, ``output`` and ``input``.
         kept: share of a tuned subspace that lies in the base's, for the ``top`` k and the ``tail`` half; mean of
             both sides.
-        subspace_energy: by k, share of the update in the base's leading k output directions, input directions, both;
-            and what an update without any preference would have there.
+        subspace_energy: by k, share of the change in the base's leading k output directions, input directions, both;
+            and the share of a change without preferred directions.
         overlap_output, overlap_input: |U_k' U'_k| and |V_k' V'_k|, shape (k, k) for the top k.
-        block_change: size of the update relative to what it meets, ||U_a' Delta V_a|| / ||S_a||, in the ``top`` k
-            directions and in the ``rest``.
+        block_change: relative size of the change, ||U_a' Delta V_a|| / ||S_a||, in the ``top`` k directions and in the
+            ``rest``.
         delta: stable rank, effective rank (exponential of the entropy of the singular values) and the number of
             directions that hold 90% of the energy.
         shares: amplification, reorientation and new; see :mod:`mirrortune.analyze.spectra.overlaps`.
         amplification_by_rank: the first of them by ``top``, ``middle`` and ``tail``.
-        outside: share of the update outside the base's column or row space, which no spectral core reaches.
-        new_directions: the strongest new ones: 1-based position, singular value, familiarity; and how many in all.
+        outside: share of the change outside the base's column or row space, which no spectral core reaches.
+        num_new, new_directions: number of new directions, and the strongest: 1-based position, singular value,
+            familiarity.
         approximations: see :mod:`mirrortune.analyze.spectra.approximations`.
     """
 
@@ -100,13 +101,13 @@ class MatrixComparison:
 
     @property
     def energy(self) -> float:
-        """||Delta||^2, the weight of this matrix in sums of shares."""
+        """||Delta||^2, the weight of this matrix in means of shares."""
         return self.norms["delta"] ** 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pair:
-    """What the parts of a comparison are computed from; all float64."""
+    """Both decompositions of a weight and their matching, float64."""
 
     base: Factors
     tuned: Factors
@@ -115,7 +116,7 @@ class _Pair:
 
 
 def top_directions(rank: int, top_k: int) -> int:
-    """How many directions "top" means among ``rank``: ``top_k``, or a quarter of them if that is fewer, at least 1."""
+    """Return how many of ``rank`` directions count as the top: ``top_k``, at most a quarter of them, at least 1."""
     return max(1, min(top_k, rank // 4))
 
 
@@ -125,11 +126,11 @@ def compare_matrices(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str 
     Args:
         base: W, shape (O, I), any floating dtype.
         tuned: W', the same shape.
-        top_k: how many leading directions "top" means, at most a quarter of them.
+        top_k: how many leading directions count as the top, at most a quarter of them.
         name: for messages.
 
     Raises:
-        DataError: if either holds NaN or infinities.
+        DataError: either weight holds NaN or infinities.
     """
     before = base.detach().to(torch.float64)
     after = tuned.detach().to(torch.float64)
@@ -145,7 +146,7 @@ def compare_matrices(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str 
     k = top_directions(factors.rank, top_k)
     shape = (delta.shape[0], delta.shape[1])
     seen = _beside(factors, tuned_factors, energies, total, k)
-    del tuned_factors  # from here on only the base's directions are needed, and memory is
+    del tuned_factors  # to free memory: only the base's directions are needed from here on
     left, M, right = _coordinates(delta, factors)
     del delta
     S = factors.S
@@ -162,7 +163,7 @@ def compare_matrices(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str 
 
 
 def _beside(base: Factors, tuned: Factors, energies: Tensor, total: float, k: int) -> dict[str, Any]:
-    """Every field of a comparison that needs the singular vectors of both sides."""
+    """Compute the fields of a comparison that need the singular vectors of both weights."""
     found = overlaps(base, tuned)
     matching = match_directions(found.product())
     shares = split_change(base.S, tuned.S, found, matching, total)
@@ -182,13 +183,13 @@ def _beside(base: Factors, tuned: Factors, energies: Tensor, total: float, k: in
 
 
 def curve_positions(rank: int) -> list[int]:
-    """At most ``_CURVE_POINTS`` 1-based positions among ``rank``, dense at the top and always with the last."""
+    """Choose at most ``_CURVE_POINTS`` of ``rank`` 1-based positions, dense at the top, and the last one."""
     spread = torch.logspace(0, float(torch.log10(torch.tensor(float(rank)))), _CURVE_POINTS, dtype=torch.float64)
     return sorted({*spread.round().long().clamp(1, rank).tolist(), 1, rank})
 
 
 def _coordinates(delta: Tensor, base: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """Energies of the rows of U^T Delta (D,), M = U^T Delta V (D, D), and energies of the columns of Delta V (D,)."""
+    """Return energies of rows of U^T Delta (D,), M = U^T Delta V (D, D), and energies of columns of Delta V (D,)."""
     rows = base.U.T @ delta
     left = rows.square().sum(1)
     M = rows @ base.Vh.T
@@ -305,13 +306,13 @@ def _new(shares: Shares, values: Tensor) -> dict[str, Any]:
 
 
 def _relative_values(after: Tensor, before: Tensor) -> Tensor:
-    """(after - before) / before; NaN where ``before`` is zero to rounding, where no ratio means anything."""
+    """Return (after - before) / before; NaN where ``before`` is zero up to rounding."""
     floor = torch.finfo(before.dtype).eps * len(before) * float(before.max())
     return torch.where(before > floor, (after - before) / before.clamp(min=max(floor, 1e-300)), torch.nan)
 
 
 def _groups(values: Tensor, k: int) -> dict[str, Tensor]:
-    """Values of the top k, of the tail half, and of what is between; empty groups are left out."""
+    """Split values into the top k, the tail half and the middle between them, without empty groups."""
     half = max(k, (len(values) + 1) // 2)
     parts = {"top": values[:k], "middle": values[k:half], "tail": values[half:]}
     return {name: part for name, part in parts.items() if len(part)}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many comparisons in a few numbers: by kind of matrix, by depth, and what each method could have captured in all.
+"""Summarise the comparisons of many matrices: by kind, by depth, and by what each method could have captured.
 
-Sums of shares weigh each matrix by its change's energy ||Delta||^2; other numbers are medians over matrices.
+Shares are means weighted by the energy ||Delta||^2 of each matrix's change; other numbers are medians over matrices.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ GROUPS = ("top", "middle", "tail")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysed:
-    """One matrix of a pair of checkpoints.
+    """A matrix of two checkpoints.
 
     Attributes:
-        name: of the weight, as the base checkpoint calls it.
-        kind: what it is within its layer (``attention.self.query``), the same at every depth.
-        depth: number of its layer, or None outside the layers.
+        name: of the weight in the base checkpoint.
+        kind: its name within a layer (``attention.self.query``), the same at every depth.
+        depth: index of its layer, or None outside the layers.
         shape: (O, I).
         comparison: None if it did not change.
         angles: plane angles in degrees, if the tuned side is an adapter of plane rotations.
@@ -41,18 +41,18 @@ class Analysed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Matrices of one kind or depth (or all).
+    """The summary of all matrices, or of those of one kind or depth.
 
     Attributes:
-        matrices, changed: how many there are and how many changed.
+        matrices, changed: their number, and the number that changed.
         relative: ||Delta|| / ||W|| over all of them.
-        shares: of the change; amplification, reorientation, new. None without a change; so are the following.
+        shares: amplification, reorientation and new, of the change. None without a change, like the following.
         value_change: median relative change of singular values in the top, middle and tail.
         turned: median angle of the top directions in degrees, both sides averaged.
         stable_rank: of the change, median.
         top_energy: the change's energy in the base's top output and input directions as a multiple of chance, medians
             of the two averaged.
-        num_new: new directions, in all.
+        num_new: number of new directions.
     """
 
     matrices: int
@@ -68,11 +68,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One method over its sizes, all matrices together.
+    """A method's captured energy over its sizes, all matrices together.
 
     Attributes:
         sizes: rank, number of directions, or bands.
-        parameters: trained numbers in all.
+        parameters: number of trained parameters.
         captured: share of the change's energy, 0 to 1.
     """
 
@@ -81,23 +81,23 @@ class Curve:
     captured: list[float]
 
     def at(self, budget: float) -> tuple[int, float] | None:
-        """(parameters, captured) of the best size of at most ``budget`` numbers, or None if the smallest has more."""
+        """Return (parameters, captured) of the best size of at most ``budget`` parameters; None if all are larger."""
         fitting = [(c, -p) for p, c in zip(self.parameters, self.captured, strict=True) if p <= budget]
         best = max(fitting, default=None)
         return None if best is None else (-best[1], best[0])
 
 
 def changed(matrices: Iterable[Analysed]) -> list[MatrixComparison]:
-    """The comparisons of those that changed."""
+    """Return the comparisons of the matrices that changed."""
     return [m.comparison for m in matrices if m.comparison is not None]
 
 
 def summarise(matrices: Sequence[Analysed], base_energy: dict[str, float]) -> Group:
-    """One group in numbers.
+    """Summarise a group of matrices.
 
     Args:
         matrices: of the group.
-        base_energy: ||W||^2 by name, also of those that did not change.
+        base_energy: ||W||^2 of every matrix, by name.
     """
     found = changed(matrices)
     total = sum(c.energy for c in found)
@@ -123,7 +123,7 @@ def summarise(matrices: Sequence[Analysed], base_energy: dict[str, float]) -> Gr
 
 
 def by(matrices: Sequence[Analysed], key: Callable[[Analysed], str]) -> dict[str, list[Analysed]]:
-    """Matrices by a key, in order of first appearance."""
+    """Group matrices by a key, in order of first appearance."""
     groups: dict[str, list[Analysed]] = {}
     for matrix in matrices:
         groups.setdefault(key(matrix), []).append(matrix)
@@ -131,19 +131,19 @@ def by(matrices: Sequence[Analysed], key: Callable[[Analysed], str]) -> dict[str
 
 
 def middle(found: Sequence[MatrixComparison], value: Callable[[MatrixComparison], float | None]) -> float:
-    """Median of a number over those comparisons that have it."""
+    """Return the median of a number over the comparisons that have it."""
     return median(v for c in found if (v := value(c)) is not None)
 
 
 def mean_turn(comparison: MatrixComparison) -> float:
-    """Mean angle of the top directions in degrees, both sides."""
+    """Return the mean angle of the top directions in degrees, over both sides."""
     angles = [*comparison.turned["output"], *comparison.turned["input"]]
     return sum(angles) / len(angles)
 
 
 def top_energy(comparison: MatrixComparison) -> float:
-    """The change's energy in the base's leading subspace as a multiple of chance, both sides averaged; of the largest
-    subspace size that is not above the top k.
+    """Return the change's energy in the base's leading subspace as a multiple of chance, averaged over both sides, for
+    the largest subspace size up to the top k.
     """
     size = max((k for k in comparison.subspace_energy if k <= comparison.top_k), default=1)
     share = comparison.subspace_energy[size]
@@ -151,7 +151,7 @@ def top_energy(comparison: MatrixComparison) -> float:
 
 
 def curves(found: Sequence[MatrixComparison]) -> dict[str, Curve]:
-    """Every method's curve over all matrices; a matrix that is smaller than a size takes part with its largest."""
+    """Sum every method's curve over all matrices; a matrix counts with its largest size where it lacks a larger one."""
     total = sum(c.energy for c in found)
     by_method: dict[str, list[dict[int, Approximation]]] = {}
     for comparison in found:
@@ -162,7 +162,7 @@ def curves(found: Sequence[MatrixComparison]) -> dict[str, Curve]:
             by_method.setdefault(method, []).append(sized)
     result = {}
     for method, entries in by_method.items():
-        # "full" has no size to run over: each matrix is all there.
+        # "full" has one size, a different one for each matrix.
         wanted = [max(max(e) for e in entries)] if method == "full" else sorted({s for e in entries for s in e})
         points = [_sum_at(entries, size) for size in wanted]
         result[method] = Curve(
@@ -177,10 +177,10 @@ def _sum_at(entries: list[dict[int, Approximation]], size: int) -> tuple[int, fl
 
 
 def name_kinds(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
-    """Kind and depth of each weight, from the numbers in its name; no model family is known.
+    """Derive the kind and depth of each weight from the numbers in its name, without knowledge of model families.
 
-    The first number is the depth; a kind is what follows it (all of a name without numbers), further numbers as ``*``,
-    shortened from the left as long as no other kind ends the same.
+    The first number is the depth; the kind is what follows it (the whole name without numbers), with further numbers as
+    ``*``, shortened from the left as long as no other kind has the same ending.
     """
     parsed = {}
     for name in names:

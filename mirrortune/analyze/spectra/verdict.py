@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verdict: what the change mostly is, whether it does what was found for full fine-tuning elsewhere, and which
-method could have made it. Every sentence is put together from numbers; criteria are stated with their results.
+"""Summarise an analysis in sentences: what the change mostly is, whether published findings for full fine-tuning hold,
+and which method could have made it. Criteria are stated with their results.
 
-The four claims are the findings of "Weight Spectra Induced Efficient Model Adaptation" (arXiv 2505.23099), of which the
-summary is public; how to measure them, and where to draw the line, is ours.
+The four claims are the findings of "Weight Spectra Induced Efficient Model Adaptation" (arXiv 2505.23099). Only the
+paper's summary is public, so the measures and thresholds are mirrortune's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from mirrortune.analyze.spectra.spectra import MatrixComparison
 from mirrortune.analyze.spectra.summary import SHARES, Curve, Group, mean_turn, middle
 
-# Sizes at which methods are compared, as shares of all numbers of the analysed matrices.
+# Sizes at which methods are compared, as shares of all weights of the analysed matrices.
 BUDGETS = (0.0003, 0.001, 0.01, 0.1)
 _WORDS = {"amplification": "amplification", "reorientation": "re-orientation", "new": "new directions"}
 _AGREE = 0.75
@@ -22,14 +22,14 @@ _AGREE = 0.75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """One finding, tested.
+    """A published finding, tested.
 
     Attributes:
-        text: what was found elsewhere.
-        criterion: when it counts as true here.
+        text: the finding.
+        criterion: when it counts as true of a matrix.
         evidence: the numbers.
-        agreeing: share of the changed matrices of which it is true by itself.
-        holds: whether that share is at least 3/4; None where nothing can be measured.
+        agreeing: share of the changed matrices of which it is true.
+        holds: whether that share is at least 3/4; None if nothing can be measured.
     """
 
     text: str
@@ -40,8 +40,8 @@ class Claim:
 
 
 def claims(found: Sequence[MatrixComparison]) -> list[Claim]:
-    """The four claims on the matrices that changed."""
-    # Matrices too small to have a middle and a tail say nothing about either.
+    """Test the four claims on the matrices that changed."""
+    # Smaller matrices have no middle and tail.
     usable = [c for c in found if {"top", "middle", "tail"} <= set(c.value_change) and "tail" in c.kept]
     if not usable:
         return []
@@ -100,13 +100,13 @@ def _claim(
 
 
 def verdict(group: Group, found: Sequence[MatrixComparison], curves: dict[str, Curve], num_weights: int) -> list[str]:
-    """The verdict in sentences.
+    """Return the verdict in sentences.
 
     Args:
-        group: all matrices in numbers.
+        group: summary of all matrices.
         found: comparisons of those that changed.
         curves: what each method captures.
-        num_weights: numbers in the matrices that changed.
+        num_weights: number of weights in the matrices that changed.
     """
     if group.shares is None:
         return [f"Nothing changed in {group.matrices} matrices."]
@@ -114,7 +114,7 @@ def verdict(group: Group, found: Sequence[MatrixComparison], curves: dict[str, C
     first = max(SHARES, key=lambda name: shares[name])
     kind = f"mostly {_WORDS[first]}" if shares[first] >= 0.5 else "a mixture"
     parts = ", ".join(f"{shares[name]:.0%} {_WORDS[name]}" for name in SHARES)
-    ranks = middle(found, lambda c: c.delta["rank_90"] / len_directions(c))
+    ranks = middle(found, lambda c: c.delta["rank_90"] / min(c.shape))
     lines = [
         f"{group.changed} of {group.matrices} matrices changed, by {group.relative:.2%} of their norm. "
         f"The change is {kind}: {parts}.",
@@ -135,8 +135,3 @@ def _best_methods(curves: dict[str, Curve], num_weights: int) -> list[str]:
     if not found:
         return []
     return [f"Most of the change per trained number, from small to large: {'; '.join(dict.fromkeys(found))}."]
-
-
-def len_directions(comparison: MatrixComparison) -> int:
-    """min(O, I)."""
-    return min(comparison.shape)
