@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the files of an adapter or a merged model that may be sent, and makes copies without local paths of those
-that would tell of this machine.
-"""
+"""Choose the files of an adapter or a merged model to push, and copy those that hold local paths without them."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from mirrortune.system.atomic import MARKER
 from mirrortune.system.hub import ADAPTER_FILES
 
 CARD, RECIPE, RESULTS, REPORT = "README.md", "recipe.yaml", "results.json", "merge.json"
-# What merged folders hold that were written before merge.json listed it: weights, configuration, processors.
+# Files of merged folders whose merge.json does not list them yet: weights, configuration, processors.
 _OF_A_MODEL = re.compile(
     r"README\.md|recipe\.yaml|merge\.json|config\.json|(model|pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
     r"|(generation|tokenizer|preprocessor|processor|feature_extractor|image_processor|video_preprocessor)_config\.json"
@@ -28,18 +26,18 @@ _OF_A_MODEL = re.compile(
     r"|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.tiktoken|normalizer\.json"
 )
-_LARGEST_TEXT = 16 * 2**20  # bytes; JSON beyond that is a vocabulary
+_LARGEST_TEXT = 16 * 2**20  # bytes; larger JSON files are vocabularies
 
 
 @dataclass(slots=True)
 class Parcel:
-    """Files to be sent.
+    """The files of one push.
 
     Attributes:
         staged: an empty folder for copies.
         files: path in the repository -> file.
-        left_out: files that lie beside them and are not sent.
-        redaction: what was cut out of them.
+        left_out: files of the folder that are not sent.
+        redaction: of the copies.
     """
 
     staged: Path
@@ -48,17 +46,17 @@ class Parcel:
     redaction: Redaction = field(default_factory=Redaction)
 
     def write(self, name: str, text: str) -> None:
-        """Add a file that holds ``text``."""
+        """Add a file with the content ``text``."""
         path = self.staged / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         self.files[name] = path
 
     def add(self, folder: Path, name: str, redact: Callable[[str, str], str] | None = None) -> None:
-        """Add a file of a folder, as it is or as ``redact`` (text, name) gives it.
+        """Add a file of a folder, unchanged or as ``redact(text, name)`` returns it.
 
         Raises:
-            VerificationError: it is missing, no regular file, or a link.
+            VerificationError: it is missing, damaged, a link, or not a regular file.
         """
         path = regular_file(folder, name)
         if redact is None:
@@ -70,7 +68,7 @@ class Parcel:
             raise VerificationError(str(path), f"damaged ({type(error).__name__})", fix="Restore it") from error
 
     def describe(self) -> list[str]:
-        """A line for each file with its size, for each cut, and for what is left out."""
+        """Return a line for each file with its size, for each cut, and for the files that are left out."""
         width = max(map(len, self.files))
         lines = [f"  {name:{width}}  {path.stat().st_size:>15,} bytes" for name, path in sorted(self.files.items())]
         lines += [f"  {line}" for line in self.redaction.describe()]
@@ -79,7 +77,7 @@ class Parcel:
 
 
 def adapter_parcel(folder: Path, staged: Path, *, is_of_run: bool) -> Parcel:
-    """The files of an adapter, and the recipe, results and curves of its run if it is of one."""
+    """Collect the files of an adapter and, if it belongs to a run, the run's recipe, results and curves."""
     parcel = Parcel(staged)
     redaction = parcel.redaction
     config, weights = ADAPTER_FILES[2], (ADAPTER_FILES[1], ADAPTER_FILES[3])
@@ -99,7 +97,7 @@ def adapter_parcel(folder: Path, staged: Path, *, is_of_run: bool) -> Parcel:
 
 
 def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
-    """The files of a merged model that its report lists (those of a model, where it lists none), and its card."""
+    """Collect the files of a merged model that its report lists (known names, if it lists none), and its card."""
     parcel = Parcel(staged)
     redaction = parcel.redaction
     known = {
@@ -110,7 +108,7 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     names |= known & {CARD}
     parcel.left_out = sorted(known - names - {MARKER})
     texts = {RECIPE: redaction.recipe, REPORT: redaction.merge_report, CARD: redaction.card}
-    for name in sorted(names, key=lambda n: (n == CARD, n)):  # the card last: it repeats what the others say
+    for name in sorted(names, key=lambda n: (n == CARD, n)):  # the card last: it repeats paths of the others
         _check_name(folder, name)
         is_setting = (
             name.endswith(".json") and (folder / name).is_file() and (folder / name).stat().st_size < _LARGEST_TEXT
@@ -120,10 +118,10 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """The file ``name`` of a folder; links are followed in the Hub's own cache only, which consists of them.
+    """Return the path of a regular file of a folder; follow links only in the Hub's cache, which consists of them.
 
     Raises:
-        VerificationError: it is missing, no regular file, or a link.
+        VerificationError: it is missing, a link, or not a regular file.
     """
     from huggingface_hub import constants  # noqa: PLC0415
 
@@ -152,7 +150,11 @@ def _check_name(folder: Path, name: str) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """``merge.json`` of a merged folder; VerificationError if it is damaged."""
+    """Read ``merge.json`` of a merged folder.
+
+    Raises:
+        VerificationError: it is damaged.
+    """
     try:
         found = json.loads(regular_file(folder, REPORT).read_text(encoding="utf-8"))
         if isinstance(found, dict) and isinstance(found["verification"], dict):

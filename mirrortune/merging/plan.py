@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each tensor of a merged checkpoint is: a copy of the base's bytes, a trained parameter, or a base weight with
-the changes of one or more adapters, in float64.
+"""Plan a merged checkpoint: each tensor is a copy of the base's bytes, a trained parameter, or a base weight with the
+changes of one or more adapters, in float64.
 
-Several adapters are merged in the order in which they are given, each into what the ones before it have left; since an
-adapter only fits the weight that it was trained on, adapters of the same base must change different weights, and one
-that was trained on a merged model follows the adapter that was merged into it.
+Several adapters are merged in the given order, each into the result of those before it. Since an adapter only fits the
+weight that it was trained on, adapters of the same base must change different weights, and an adapter that was trained
+on a merged model must follow the adapter that was merged into it.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ Round = Callable[[Sequence[str], Tensor, torch.dtype, Callable[[], Tensor] | Non
 
 
 class NotTensorByTensor(Exception):  # noqa: N818  (a way to go on, not an error)
-    """The checkpoint cannot be merged by its files alone; the message says why."""
+    """Raised if a checkpoint cannot be merged by its files alone; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
-    """A merged checkpoint before it is written.
+    """The plan of a merged checkpoint.
 
     Attributes:
         files: of the base.
@@ -59,16 +59,15 @@ class MergePlan:
         planned: every tensor of the output.
         auto_class: of the model.
         trained_in: the dtype that the last adapter was trained in.
-        loader: reads what the files hold otherwise than the model; None if they hold the model's own tensors.
-        turned: the weights that the adapter turns, by the model's names, where they are not those that it is merged
-            into: a quantised model's, of which the base has the full ones.
-        trained: names of parameters that were trained as they are -> the adapter that holds them last.
+        trained: parameters that were trained whole, by name; of several adapters the last one's.
         adapted: names of changed weights -> (adapter, its layers there), in the order of merging.
-        adapters: in that order.
-        source_of_factors: computes or remembers factors.
-        is_of_lone_layers: whether no layers of the adapter share numbers that it holds.
-        shared: gives the layers of a tuner of PEFT that share numbers, or draw them one after another.
-        remarks: what did not fit, where a base is taken by force; None to refuse it.
+        source_of_factors: computes or caches factors.
+        loader: converts between the tensors of the files and of the model; None if they are the same.
+        turned: the quantised base that the adapter was trained on, by the model's names, if it is merged into
+            full-precision weights.
+        is_of_lone_layers: whether no layers of a PEFT tuner share parameters.
+        shared: returns the layers of a PEFT tuner that share parameters, or draw them one after another.
+        remarks: collects what does not fit a base that is used by force; None to refuse it.
     """
 
     files: list[Path]
@@ -87,7 +86,7 @@ class MergePlan:
 
     @torch.no_grad()
     def reference(self, name: str) -> Tensor:
-        """The value of an adapted weight, float64; of several adapters the last one's, into what the others left
+        """Compute the value of an adapted weight in float64; with several adapters, the results of all but the last are
         rounded.
         """
         *before, last = self.adapted[name]
@@ -115,13 +114,13 @@ class MergePlan:
         return functools.partial(value_of, self.stored[name]) if name in self.adapted else None
 
     def value(self, name: str) -> Tensor:
-        """A tensor of the merged model, in float64 if an adapter changes it."""
+        """Compute a tensor of the merged model, in float64 if an adapter changes it."""
         if name in self.trained:
             return self.trained[name]
         return self.reference(name) if name in self.adapted else value_of(self.stored[name])
 
     def tuned_layer(self, name: str, adapter: AdapterFile, layer: str) -> tuple[PeftLayer, dict[str, Tensor]]:
-        """A layer of PEFT's around the weight ``name``, and the base's weight and bias as they are stored."""
+        """Build PEFT's layer around the weight ``name``; return it and the base's weight and bias as stored."""
         names = {"weight": name, "bias": name.removesuffix("weight") + "bias"}
         before = {key: value_of(self.stored[own]) for key, own in names.items() if own in self.stored}
         trained_in = getattr(torch, str(adapter.base["dtype"]))
@@ -142,7 +141,7 @@ class MergePlan:
         key = "weight" if weight == name else "bias"
         merged = found.merged(before).get(key, before[key].double())
         del found
-        gc.collect(1)  # PEFT's tuners and their models hold each other; a full collection takes a third of a second
+        gc.collect(1)  # PEFT's tuners and models are reference cycles; a full collection takes a third of a second
         return merged
 
     def _changed(self, name: str, weight: Tensor, adapter: AdapterFile, layers: list[str]) -> Tensor:
@@ -156,12 +155,12 @@ class MergePlan:
         return changed
 
     def turned_weight(self, name: str, adapter: AdapterFile) -> Tensor:
-        """The weight that the first adapter of ``name`` was trained on."""
+        """Read the weight that the first adapter of ``name`` was trained on."""
         held = self.stored[name] if self.turned is None else self.turned[name]
         return value_of(held, getattr(torch, str(adapter.base["dtype"])))
 
     def factors(self, weight: Tensor, adapter: AdapterFile, layer: str) -> Any:
-        """The factors of a layer, of its matrix in ``weight`` as the adapter was trained on it."""
+        """Return the factors of a layer's matrix in ``weight``, as the adapter was trained in them."""
         trained_in = getattr(torch, adapter.dtypes[layer])
         matrix = adapter.layouts[layer].matrix(weight.to(trained_in)).contiguous()
         return trained_factors(adapter, layer, matrix, self.source_of_factors, remarks=self.remarks)
@@ -175,20 +174,20 @@ def plan_merge(
     remarks: list[str] | None = None,
     packed: ModelSource | None = None,
 ) -> MergePlan:
-    """How to merge ``adapters`` into the base at ``source``, from its files' headers.
+    """Plan how to merge ``adapters`` into the base at ``source``, from its files' headers.
 
     Args:
         source: of the base.
         model: the model to be saved, without weights.
-        adapters: of ours, in order.
-        factors: computes or remembers factors.
+        adapters: in the order of merging.
+        factors: computes or caches factors.
         remarks: see :class:`MergePlan`.
-        packed: of the quantised model whose weights the adapter turns, if the base is the same one in full precision.
+        packed: the quantised base that the adapter was trained on, if ``source`` holds the full-precision weights.
 
     Raises:
-        NotTensorByTensor: if the files do not hold the model's tensors one by one, or a tuner of PEFT does not stand
-            alone in each layer.
+        NotTensorByTensor: the files do not hold the model's tensors one by one, or PEFT can only merge the whole model.
         ConfigError: two adapters of one base train the same parameter.
+        VerificationError: a trained tensor is not the model's, is not finite, or is changed by another adapter.
     """
     tuned = [adapter for adapter in adapters if adapter.peft_config is not None]
     if not all(map(is_of_linear_layers, tuned)):
@@ -227,7 +226,7 @@ def _planned(
     adapted: Container[str],
     code: str,
 ) -> dict[str, PlannedTensor]:
-    """Every tensor of the merged model, by its name there; ``code`` is the dtype of those that have no other."""
+    """Plan every tensor of the merged model; ``code`` is the dtype of those that the files do not hold."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     planned: dict[str, PlannedTensor] = {}
     for name, shape in shapes.items():
@@ -238,7 +237,7 @@ def _planned(
         if name in trained or name in adapted:
             if not is_right and name in adapted:
                 raise NotTensorByTensor(f"the files hold '{name}' otherwise than the model")
-            # Eight bits do not hold a turned weight.
+            # Eight bits cannot hold an adapted weight.
             own = found.code if found and is_right and not found.code.startswith("F8") else code
             planned[name] = PlannedTensor(name=name, code=own, shape=shape, place=found.path if found else None)
         elif found is not None and is_right:
@@ -252,7 +251,7 @@ def _planned(
 def _stored(
     source: ModelSource, auto_class: str, model: nn.Module, dtype: torch.dtype, files: list[Path]
 ) -> tuple[PartLoader | None, Stored]:
-    """The tensors that the files hold, and what reads those that transformers converts when it loads them."""
+    """Return the tensors that the files hold, and the loader of those that transformers converts."""
     try:
         fields = {"num_labels": model.config.num_labels} if hasattr(model.config, "num_labels") else {}
         loader = part_loader(source, auto_class, fields, dtype, files)
@@ -266,7 +265,7 @@ def _stored(
 def _without_twins(
     planned: dict[str, PlannedTensor], names: dict[str, tuple[str, ...]], stored: Stored
 ) -> list[PlannedTensor]:
-    """Of tied tensors one, under the name that the files have for it, as transformers saves them; in their order."""
+    """Keep one of tied tensors, under its name in the files, as transformers saves them; in the files' order."""
     kept = []
     for name, tensor in planned.items():
         twins = [twin for twin in names[name] if twin in planned]

@@ -23,13 +23,13 @@ from mirrortune.system.tensor_files import read_headers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushResult:
-    """The ``--json`` object of push.
+    """The ``--json`` object of ``push``.
 
     Attributes:
         repository: its id.
         url: of the commit.
         kind: ``adapter`` or ``merged``.
-        files: that were sent.
+        files: paths of the files that were sent.
     """
 
     repository: str
@@ -41,23 +41,22 @@ class PushResult:
 def push(
     target: str, repository: str, reporter: Reporter, *, revision: str | None = None, private: bool = False
 ) -> PushResult:
-    """Send a run's adapter, an adapter folder or a merged folder to a repository of the Hub, which is made if need be.
+    """Send a run's adapter, an adapter folder or a merged folder to a repository of the Hub; create it if need be.
 
-    Everything is read back and checked before anything is sent. What is sent is named with its size: the files of the
-    adapter or of the merged model, regular files only, and nothing else that lies beside them. Local paths are cut out
-    of copies of them.
+    Everything is checked before anything is sent. Only regular files of the adapter or the merged model are sent, each
+    printed with its size; local paths are cut out of copies of them.
 
     Args:
         target: run directory, adapter folder, or a folder that merge wrote.
         repository: ``name`` or ``owner/name``.
-        reporter: is told.
-        revision: branch to send to; it must exist.
-        private: make a private repository; a public one that is there is refused.
+        reporter: prints notes.
+        revision: existing branch to send to.
+        private: create a private repository; an existing public one is refused.
 
     Raises:
-        ConfigError: nothing that can be pushed, or no valid id.
-        VerificationError: a damaged adapter, a merged folder whose check has not passed, or a link among the files.
-        HubError: whatever the Hub refused.
+        ConfigError: ``target`` cannot be pushed, or ``repository`` is not a valid id.
+        VerificationError: a damaged adapter, a merged folder that is not verified, or a link among the files.
+        HubError: the Hub refused something.
     """
     check_repository(repository)
     folder = local_path(target)
@@ -79,8 +78,8 @@ def push(
 
 
 def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
-    """The adapter's own files, checked, with the run's card, recipe, results and curves beside them; copies in
-    ``staged`` where local paths are cut.
+    """Collect and check an adapter's files, with its run's card, recipe, results and curves; copies without local paths
+    go into ``staged``.
     """
     adapter = read_adapter(folder)
     parcel = adapter_parcel(folder, staged, is_of_run=run_of(folder) is not None)
@@ -92,7 +91,11 @@ def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
 
 
 def _checked_report(folder: Path) -> dict[str, Any]:
-    """The report of a merged folder whose check has passed."""
+    """Read the report of a merged folder.
+
+    Raises:
+        VerificationError: its verification has not passed, or its weights are damaged.
+    """
     report = read_report(folder)
     if report["verification"].get("passed") is not True or not (folder / "config.json").is_file():
         raise VerificationError(str(folder), "its merge has not passed its check", fix="Merge again")
@@ -101,7 +104,7 @@ def _checked_report(folder: Path) -> dict[str, Any]:
 
 
 def _check_card(path: Path | None, folder: Path) -> None:
-    """Refuse a card that the Hub's own library cannot read back."""
+    """Refuse a model card that huggingface_hub cannot read."""
     from huggingface_hub import ModelCard  # noqa: PLC0415
 
     if path is None:

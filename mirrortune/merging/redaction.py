@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is sent to others says nothing of this machine: local paths become their last names, in files and in prose.
+"""Cut local paths out of copies of files that are pushed: each path becomes its last name, in settings and in prose.
 
-Ids of the Hub stay whole. Local files keep the full record; only copies that are sent are cut.
+Hub ids stay whole, and so do the local files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHIPPED = "shipped:"
 _PLACES = {"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file"}
 _COMMAND = re.compile(r"(?<=```sh\n)(mirrortune .*)(?=\n```)")
 _REPEAT = "mirrortune train recipe.yaml"
-# An absolute path in prose: of POSIX or below a home, or of Windows; not a part of an address, of an id or of markup.
+# An absolute path in prose, POSIX (also below ~) or Windows; not a part of a URL, of an id or of markup.
 _PATHS = re.compile(
     r"(?<![\w/.:<\\~-])(?:~[\w.-]*|\.{1,2})?(?:/[^\s/'\"`,;:()\[\]{}<>|]+){2,}/?"
     r"|(?<![\w])[A-Za-z]:\\[^\s'\"`,;()<>|]+"
@@ -30,21 +30,21 @@ _PATHS = re.compile(
 
 @dataclass(slots=True)
 class Redaction:
-    """Cuts local paths out of texts, and remembers what it cut.
+    """Cuts local paths out of texts and records the cuts.
 
     Attributes:
-        cuts: what was cut, as ``(place, before, after)``.
+        cuts: ``(place, before, after)`` of each cut.
     """
 
     cuts: list[tuple[str, str, str]] = field(default_factory=list)
 
     def path(self, value: str, place: str, *, is_known_local: bool = False) -> str:
-        """A setting that names a model, data or a file: ``./NAME`` for a local one, so that nobody takes it for an id.
+        """Redact a setting that names a model, data or a file: a local path becomes ``./NAME``, which is no Hub id.
 
         Args:
             value: of the setting.
             place: of the setting, for :attr:`cuts`.
-            is_known_local: whether it is local even if it reads like an id.
+            is_known_local: whether it is local even if it looks like an id.
         """
         if value.startswith((HUB_SCHEME, PACKAGE_SCHEME, _SHIPPED)) or not value:
             return value
@@ -55,11 +55,11 @@ class Redaction:
         return self._cut(place, value, found)
 
     def prose(self, text: str, place: str) -> str:
-        """A text in which every absolute path is its last name."""
+        """Replace every absolute path in a text by its last name."""
         return _PATHS.sub(lambda found: self._cut(place, found[0], _last_name(found[0])), text)
 
     def recipe(self, text: str, place: str) -> str:
-        """A recipe (YAML) without local paths and without its output folder."""
+        """Redact a recipe (YAML): local paths and the output folder."""
         data, _ = strict_yaml.load(text, place)
         known = len(self.cuts)
         for section, key in (("model", "name"), ("data", "path"), ("adapter", "pairing")):
@@ -71,12 +71,12 @@ class Redaction:
         return text if len(self.cuts) == known else str(strict_yaml.dump(data))
 
     def adapter(self, text: str, place: str, config_sha256: str | None = None) -> str:
-        """``adapter.json`` without the place of its base, hashed again. Nothing else in it names a place.
+        """Redact the base's path in ``adapter.json``, the only one there, and update its hash.
 
         Args:
             text: of the file.
             place: its name.
-            config_sha256: of PEFT's file beside it, as it will be sent; None where there is none.
+            config_sha256: of PEFT's configuration beside it, as it will be sent; None if there is none.
         """
 
         def cut(description: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Redaction:
         return edited_text(text, cut)
 
     def settings(self, text: str, place: str) -> str:
-        """A configuration of transformers or PEFT (JSON) without the places that some versions write into it."""
+        """Redact the paths that some versions of transformers and PEFT write into their configurations (JSON)."""
 
         def cut(data: dict[str, Any]) -> None:
             for key in _PLACES & data.keys():
@@ -97,8 +97,8 @@ class Redaction:
         return self._json(text, place, cut)
 
     def card(self, text: str, place: str) -> str:
-        """A model card without command lines and local paths: first those that were cut elsewhere, since they may hold
-        blanks, at which a path in prose seems to end.
+        """Redact a model card: command lines, paths that were cut in other files (which may contain spaces, at which
+        :meth:`prose` ends a path), and other absolute paths.
         """
         text = _COMMAND.sub(lambda found: self._cut(f"{place}: the command line", found[1], _REPEAT), text)
         for _, before, _ in sorted(self.cuts, key=lambda cut: -len(cut[1])):
@@ -107,7 +107,7 @@ class Redaction:
         return self.prose(text, place)
 
     def merge_report(self, text: str, place: str) -> str:
-        """``merge.json`` without the places of its base and its adapters."""
+        """Redact the paths of the base and the adapters in ``merge.json``."""
 
         def cut(data: dict[str, Any]) -> None:
             self._base(data.get("base"), f"{place}: base")
@@ -121,7 +121,7 @@ class Redaction:
         return self._json(text, place, cut)
 
     def results(self, text: str, place: str) -> str:
-        """``results.json`` without the run's folder."""
+        """Redact the run's folder in ``results.json``."""
 
         def cut(data: dict[str, Any]) -> None:
             if isinstance(data.get("run_dir"), str):
@@ -130,7 +130,7 @@ class Redaction:
         return self._json(text, place, cut)
 
     def describe(self) -> list[str]:
-        """A line for each cut."""
+        """Return a line for each cut."""
         return list(dict.fromkeys(f"cut from {place}: '{before}' -> {after}" for place, before, after in self.cuts))
 
     def _base(self, base: Any, place: str) -> None:

@@ -51,7 +51,7 @@ from mirrortune.merging.verify import (
 )
 from mirrortune.models.load import DTYPES, ModelSource, find_model, resolve_dtype, shard_bytes
 from mirrortune.models.parts import CannotLoadParts
-from mirrortune.models.quantized import is_quantised
+from mirrortune.models.quantized import is_quantised as has_quantised_weights
 from mirrortune.models.skeleton import outline
 from mirrortune.reports import model_card
 from mirrortune.system.console import Reporter
@@ -201,21 +201,6 @@ class _Merge:
     on_note: Callable[[str], None]
 
     @property
-    def packed(self) -> ModelSource | None:
-        """The quantised base that the adapter was trained on, if it is merged into full-precision weights."""
-        return trained_on(self.adapters[0], self.source, self.base) if len(self.adapters) == 1 else None
-
-    @property
-    def into(self) -> ModelSource:
-        """The base that the adapters are merged into."""
-        return self.source if self.packed is None else replace(self.source, load_in=None)
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether an adapter was trained on quantised weights."""
-        return self.source.is_stored_packed or any(adapter.base.get("quantised") for adapter in self.adapters)
-
-    @property
     def auto_class(self) -> str:
         return str(self.adapters[-1].base["auto_class"])
 
@@ -239,19 +224,11 @@ def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     except (NotTensorByTensor, CannotLoadParts) as reason:
         if len(merge.adapters) > 1:
             raise ConfigError("merge", f"several adapters cannot be merged here: {reason}") from reason
-        _empty(folder)
+        for path in folder.iterdir():  # what the merge by tensors wrote before it gave up
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         report["in_memory"] = str(reason)
         merge.on_note(f"merging with the whole model in memory ({_size(merge)}), not tensor by tensor: {reason}")
         return _in_memory(merge, folder, report)
-
-
-def _empty(folder: Path) -> None:
-    """Remove what a merge by tensors wrote before it was given up."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _size(merge: _Merge) -> str:
@@ -283,10 +260,14 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
 def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     if merge.source.trust_remote_code:
         raise NotTensorByTensor("the model's own code says how its weights are loaded")
-    if merge.source.gguf_file or (merge.is_quantised and len(merge.adapters) > 1):
+    is_single = len(merge.adapters) == 1
+    is_quantised = merge.source.is_stored_packed or any(a.base.get("quantised") for a in merge.adapters)
+    if merge.source.gguf_file or (is_quantised and not is_single):
         raise NotTensorByTensor("the base is quantised")
     model, ledger = merge.outline(), TensorLedger()
-    plan = plan_merge(merge.into, model, merge.adapters, merge.factors, merge.remarks, merge.packed)
+    packed = trained_on(merge.adapters[0], merge.source, merge.base) if is_single else None
+    into = merge.source if packed is None else replace(merge.source, load_in=None)
+    plan = plan_merge(into, model, merge.adapters, merge.factors, merge.remarks, packed)
     shards = shard_like(plan.planned, plan.files, merge.max_shard_bytes)
     write_shards(folder, shards, lambda planned: plan.made(planned, ledger.round))
     _save_configuration(folder, model, merge.source, plan)
@@ -297,10 +278,10 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     written = WrittenTensors.in_folder(folder, plan)
     check_tensors(plan, written, ledger)
     report["tensors"] = ledger.errors
-    is_large = sum(t.nbytes for t in written.headers.values()) > LARGE or len(merge.adapters) > 1
+    is_large = sum(t.nbytes for t in written.headers.values()) > LARGE
     outputs = (
         compare_lazily(merge.outline, merge.probes(), plan, written)
-        if is_large or merge.is_quantised
+        if is_large or is_quantised or not is_single
         else _compare_loaded(merge, folder)
     )
     return ledger.verification(outputs)
@@ -312,7 +293,7 @@ def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, pla
 
     config: Any = model.config
     config.architectures = [type(model).__name__]
-    if is_quantised(config):
+    if has_quantised_weights(config):
         del config.quantization_config
     floats = [t.code for t in plan.planned if t.code in FLOATS]
     config.dtype = FLOATS[max(set(floats), key=floats.count)]

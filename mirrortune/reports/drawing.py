@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How figures look and where they go: one style for all, as PNG and SVG files or inside a page that is light or dark.
+"""Draw figures in one style, as PNG and SVG files or inside a page that may be light or dark.
 
-matplotlib draws, without pyplot and its global state; it is imported when the first figure is made. Colours are Tol's
-"bright" scheme, told apart with any colour vision and on white and black; lines differ in dash or marker as well.
+matplotlib draws, without pyplot and its global state; it is imported for the first figure. Colours are Tol's "bright"
+scheme, distinct with any colour vision and on white and black; lines also differ in dash or marker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mirrortune.system.atomic import write_atomically
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-# Two colours that nothing else has; in a page they become the page's own, which change with light and dark.
+# Two placeholder colours; in a page they become CSS variables, which change with light and dark.
 _INK, _FAINT = "#010203", "#040506"
 _ON_PAPER = {_INK: "#1a1a1a", _FAINT: "#d9d9d9"}
 _ON_PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)"}
@@ -35,13 +35,13 @@ Draw = Callable[[Any], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """A figure that can be drawn.
+    """A figure to draw.
 
     Attributes:
         name: of its file; unique in a page.
         caption: what it shows and how to read it.
         size: width and height in inches.
-        draw: draws it.
+        draw: draws into an empty matplotlib figure.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Drawing:
 
 
 def svg_for_page(drawing: Drawing) -> str:
-    """An SVG element in the page's own colours, its ids prefixed by the drawing's name."""
+    """Render as an SVG element in the page's colours, with ids prefixed by the drawing's name."""
     found = _coloured(_render(drawing, "svg").decode(), _ON_PAGE)
     found = found[found.index("<svg") :]
     found = re.sub(r"<metadata>.*?</metadata>", "", found, flags=re.DOTALL)
@@ -60,7 +60,7 @@ def svg_for_page(drawing: Drawing) -> str:
 
 
 def write_figure(drawing: Drawing, path: Path) -> None:
-    """A figure as the file that ``path`` says, .png or .svg."""
+    """Write a figure in the format of ``path``, .png or .svg."""
     kind = path.suffix.removeprefix(".")
     data = _render(drawing, kind)
     if kind == "svg":
@@ -69,7 +69,7 @@ def write_figure(drawing: Drawing, path: Path) -> None:
 
 
 def write_figures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
-    """Every figure as PNG and as SVG, named by itself; returns the paths."""
+    """Write every figure as PNG and SVG under its own name; return the paths."""
     paths = [(drawing, folder / f"{drawing.name}.{kind}") for drawing in drawings for kind in ("png", "svg")]
     for drawing, path in paths:
         write_figure(drawing, path)
@@ -77,28 +77,28 @@ def write_figures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
 
 
 def tidy(axes: Any, *, grid: str = "both") -> None:
-    """No box, a faint grid behind the data."""
+    """Remove the box around axes and put a faint grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis=grid)
 
 
 def legend_beside(axes: Any) -> None:
-    """The legend to the right of the axes."""
+    """Put the legend to the right of the axes."""
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
 
 def heat_map(
     figure: Any, axes: Any, values: Sequence[Sequence[float]], *, label: str, zero_centred: bool = False
 ) -> None:
-    """Cells coloured by ``values`` (rows from the top; NaN stays empty), each with its number if there are few.
+    """Draw cells coloured by ``values`` (rows from the top; NaN stays empty), with numbers if there are few.
 
     Args:
-        figure: for the colour bar.
-        axes: of it.
-        values: a rectangle.
+        figure: that gets the colour bar.
+        axes: to draw into.
+        values: rows of equal length.
         label: of the colour bar, with the unit.
-        zero_centred: a diverging scale around zero.
+        zero_centred: whether to use a diverging scale around zero.
     """
     import numpy as np  # noqa: PLC0415
 
@@ -136,10 +136,10 @@ def _render(drawing: Drawing, kind: str) -> bytes:
         "axes.titlesize": 10, "axes.titleweight": "bold",
         "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "font.size": 9,
         "svg.fonttype": "none", "svg.hashsalt": "mirrortune", "font.family": "sans-serif",
-        "text.parse_math": False, "text.usetex": False,  # names of classes and runs are text, whatever stands in them
+        "text.parse_math": False, "text.usetex": False,  # names of classes and runs may contain "$"
     }  # fmt: skip
     with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")  # of a script that the font lacks: drawn as a box
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ ")  # characters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="constrained_layout not applied")  # names longer than the figure
         figure = Figure(figsize=drawing.size, layout="constrained")
         drawing.draw(figure)
@@ -151,7 +151,7 @@ def _render(drawing: Drawing, kind: str) -> bytes:
 
 
 def _write_powers_plainly(figure: Any) -> None:
-    """Label logarithmic axes with ``10²`` where matplotlib has a formula, since formulas are not drawn."""
+    """Label logarithmic axes with ``10²`` instead of matplotlib's formulas, which are not drawn."""
     from matplotlib.ticker import LogFormatterSciNotation  # noqa: PLC0415
 
     class Plain(LogFormatterSciNotation):

@@ -10,7 +10,6 @@ from typing import Any
 
 from mirrortune.config.recipe import flatten, read_saved_recipe
 from mirrortune.errors import ConfigError
-from mirrortune.reports.run_figures import History
 from mirrortune.system.console import describe_metrics, kilobytes, significant
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import describe_status
@@ -56,13 +55,25 @@ class FinishedRun:
         """Every setting of the recipe, by dotted key."""
         return flatten(read_saved_recipe(self.directory.recipe))
 
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """Lines of ``metrics.jsonl``."""
+        return self.directory.events()
+
+    @cached_property
+    def progress(self) -> list[dict[str, Any]]:
+        """Lines of ``progress.jsonl``."""
+        return self.directory.progress()
+
     @property
-    def history(self) -> History:
-        """Logs and validation answers, for figures."""
-        return History(
-            name=self.name, metric=self.results["selection_metric"], events=self.directory.events(),
-            progress=self.directory.progress(), validation=self.validation,
-        )  # fmt: skip
+    def metric(self) -> str:
+        """Name of the metric that chose the checkpoint."""
+        return str(self.results["selection_metric"])
+
+    def series(self, event: str, key: str) -> tuple[list[float], list[float]]:
+        """Return the steps and values of a number in the log."""
+        found = [(e["step"], e[key]) for e in self.events if e["event"] == event and key in e]
+        return [s for s, _ in found], [v for _, v in found]
 
     def summary(self) -> dict[str, str]:
         """Return the results as texts, by name."""

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of one run or several: learning curves, answers, data, angles."""
+"""Figures of one or several runs: learning curves, answers, data, angles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mirrortune.reports.drawing import COLOURS, DASHES, MARKERS, Drawing, heat_map, legend_beside, tidy
+from mirrortune.reports.finished_run import FinishedRun
 
 _BINS = 41
 _MOST_ROWS = 60
+_MOST_CLASSES = 40
 
 
 def angle_drawing(angles: dict[str, list[float]]) -> Drawing:
-    """Histograms of an adapter's plane angles in degrees: all together, and a row for each layer.
+    """Return histograms of an adapter's plane angles in degrees: of all together, and a row for each layer.
 
     Args:
         angles: by layer or weight, at least one angle in all.
@@ -48,35 +49,8 @@ def angle_drawing(angles: dict[str, list[float]]) -> Drawing:
     )
 
 
-_MOST_CLASSES = 40
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
-    """What is drawn of a run.
-
-    Attributes:
-        name: of the run.
-        metric: by which the checkpoint was kept.
-        events: of ``metrics.jsonl``.
-        progress: of ``progress.jsonl``.
-        validation: of ``validation.json``; empty for a run that has none.
-    """
-
-    name: str
-    metric: str
-    events: list[dict[str, Any]]
-    progress: list[dict[str, Any]]
-    validation: dict[str, Any]
-
-    def series(self, event: str, key: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a number of the log."""
-        found = [(e["step"], e[key]) for e in self.events if e["event"] == event and key in e]
-        return [s for s, _ in found], [v for _, v in found]
-
-
-def run_drawings(runs: Sequence[History]) -> list[Drawing]:
-    """Learning curves of all runs together; what belongs to one run only if there is only one."""
+def run_drawings(runs: Sequence[FinishedRun]) -> list[Drawing]:
+    """Return the learning curves of all runs, and for a single run its other figures."""
     found = [learning_curves(runs)] if any(r.events for r in runs) else []
     if len(runs) > 1:
         return found
@@ -85,8 +59,8 @@ def run_drawings(runs: Sequence[History]) -> list[Drawing]:
     return found + [drawing for make in makers if (drawing := make(run)) is not None]
 
 
-def learning_curves(runs: Sequence[History]) -> Drawing:
-    """Loss, metric, learning rate, gradient norm and speed over optimizer steps."""
+def learning_curves(runs: Sequence[FinishedRun]) -> Drawing:
+    """Return curves of loss, metric, learning rate, gradient norm and speed over optimizer steps."""
     metric = runs[0].metric
 
     def draw(figure: Any) -> None:
@@ -122,7 +96,7 @@ def learning_curves(runs: Sequence[History]) -> Drawing:
     )
 
 
-def _confusion(run: History) -> Drawing | None:
+def _confusion(run: FinishedRun) -> Drawing | None:
     counts, labels = run.validation.get("confusion"), run.validation.get("labels", [])
     if not counts or len(labels) > _MOST_CLASSES:
         return None
@@ -148,7 +122,7 @@ def _confusion(run: History) -> Drawing | None:
     )
 
 
-def _scatter(run: History) -> Drawing | None:
+def _scatter(run: FinishedRun) -> Drawing | None:
     pairs = run.validation.get("pairs")
     if not pairs:
         return None
@@ -166,7 +140,7 @@ def _scatter(run: History) -> Drawing | None:
                    draw=draw)  # fmt: skip
 
 
-def _data(run: History) -> Drawing | None:
+def _data(run: FinishedRun) -> Drawing | None:
     lengths, classes = run.validation.get("lengths") or {}, run.validation.get("classes") or {}
     known = {split: counts for split, counts in classes.items() if counts}
     labels = run.validation.get("labels", [])
@@ -204,12 +178,12 @@ def _data(run: History) -> Drawing | None:
     )
 
 
-def _angles(run: History) -> Drawing | None:
+def _angles(run: FinishedRun) -> Drawing | None:
     angles = run.validation.get("angles")
     return angle_drawing(angles) if angles else None
 
 
-def _angles_over_time(run: History) -> Drawing | None:
+def _angles_over_time(run: FinishedRun) -> Drawing | None:
     entries = [p for p in run.progress if "angle_rms" in p]
     if len(entries) < 2:
         return None

@@ -13,7 +13,7 @@ from mirrortune.reports import html
 from mirrortune.reports.drawing import write_figure
 from mirrortune.reports.finished_run import FinishedRun
 from mirrortune.reports.html import Html
-from mirrortune.reports.run_figures import History, learning_curves, run_drawings
+from mirrortune.reports.run_figures import learning_curves, run_drawings
 from mirrortune.reports.tables import Table
 from mirrortune.system.run_directory import RunDirectory
 
@@ -27,7 +27,7 @@ def write_run_page(run: RunDirectory) -> Path:
 
 def write_curves(run: RunDirectory) -> None:
     """Write ``curves.png`` in the directory of a finished run."""
-    write_figure(learning_curves([FinishedRun(run).history]), run.path / "curves.png")
+    write_figure(learning_curves([FinishedRun(run)]), run.path / "curves.png")
 
 
 def run_page(runs: Sequence[RunDirectory]) -> str:
@@ -47,7 +47,7 @@ def _one(run: FinishedRun) -> list[Html]:
     before = f"Before training: {summary['before training']}. " if "before training" in summary else ""
     parts = [html.box([f"{before}Validation: {summary['validation']}."])]
     parts.append(_table(("result", ""), list(summary.items())))
-    parts += [html.heading("Training"), *_figures([run.history])]
+    parts += [html.heading("Training"), *map(html.figure, run_drawings([run]))]
     if run.validation.get("hardest"):
         head = ("row", "loss", "true", "predicted", "text")
         rows = [
@@ -93,12 +93,8 @@ def _several(runs: Sequence[FinishedRun]) -> list[Html]:
         html.heading("Settings that differ"),
         _table(("", *names), [(k, *v) for k, v in differing.items()]),
         html.heading("Training"),
-        *_figures([run.history for run in runs]),
+        *map(html.figure, run_drawings(runs)),
     ]
-
-
-def _figures(histories: Sequence[History]) -> list[Html]:
-    return [html.figure(drawing) for drawing in run_drawings(histories)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Html:

@@ -146,7 +146,7 @@ def test_every_axis_has_a_label(runs: Runs) -> None:
     from mirrortune.system.run_directory import RunDirectory
 
     for run in (runs.mirror, runs.number):
-        for drawing in run_drawings([FinishedRun(RunDirectory(run)).history]):
+        for drawing in run_drawings([FinishedRun(RunDirectory(run))]):
             assert_axes_are_labelled(drawing)
 
 
