@@ -35,6 +35,9 @@ _TEXT_NAMES = ("text", "sentence", "content", "review", "document", "body", "com
 _WEAK_TEXT_NAMES = ("title",)
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "y")
 _FIRST = 100  # rows looked at to recognise lists written as text
+_MEDIA_NAMES = {
+    "image": ("image", "img", "picture", "photo"), "audio": ("audio", "speech", "recording", "sound"),
+}  # fmt: skip
 _PATH_NAMES = ("path", "file_name", "filename", "file")
 # Rows of the sample, and the number of places that they come from: files are often sorted by class.
 _SAMPLE, _PLACES = 4000, 80
@@ -93,23 +96,19 @@ def choose_columns(
     return tuple(text), label, notes
 
 
-def choose_image_column(
-    table: pa.Table, image: str | None, label: str | None, source: str
+def choose_media_columns(
+    table: pa.Table, role: str, column: str | None, label: str | None, source: str
 ) -> tuple[str, str, list[str]]:
-    """Find the column of images (encoded, or paths) and the label column; see :func:`choose_columns`."""
-    return _choose_media("image", ("image", "img", "picture", "photo"), table, image, label, source)
+    """Find the column of files (encoded, or paths) and the label column; see :func:`choose_columns`.
 
-
-def choose_audio_column(
-    table: pa.Table, audio: str | None, label: str | None, source: str
-) -> tuple[str, str, list[str]]:
-    """Find the column of recordings (encoded, or paths) and the label column; see :func:`choose_columns`."""
-    return _choose_media("audio", ("audio", "speech", "recording", "sound"), table, audio, label, source)
-
-
-def _choose_media(
-    role: str, names: Sequence[str], table: pa.Table, column: str | None, label: str | None, source: str
-) -> tuple[str, str, list[str]]:
+    Args:
+        table: the training rows.
+        role: what the files are, a key of ``_MEDIA_NAMES``.
+        column: column of files, or None to detect it.
+        label: label column, or None to detect it.
+        source: name of the table in messages.
+    """
+    names = _MEDIA_NAMES[role]
     check_named(table, source, {f"--{role}-column": column, "--label-column": label})
     notes = []
     if column is None:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from typing_extensions import override
 
-from mirrortune.data.columns import choose_audio_column
+from mirrortune.data.columns import choose_media_columns
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch
 from mirrortune.data.files.audio import AudioExamples, AudioReader, encode_audio
@@ -46,7 +46,7 @@ class Task(OneOfClasses):
         max_seconds: float | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
-        audio, label, notes = choose_audio_column(table, audio_column, label_column, source)
+        audio, label, notes = choose_media_columns(table, "audio", audio_column, label_column, source)
         names = class_names(table, label, source, labels)
         chosen = scores.fields(("accuracy",), "class", len(names))
         longest = max_seconds or _LONGEST

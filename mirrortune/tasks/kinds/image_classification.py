@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from typing_extensions import override
 
-from mirrortune.data.columns import choose_image_column
+from mirrortune.data.columns import choose_media_columns
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch
 from mirrortune.data.files.images import ImageExamples, ImageReader, check_augmentation, encode_images
@@ -47,7 +47,7 @@ class Task(OneOfClasses):
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
         check_augmentation(augment or "none")
-        image, label, notes = choose_image_column(table, image_column, label_column, source)
+        image, label, notes = choose_media_columns(table, "image", image_column, label_column, source)
         names = class_names(table, label, source, labels)
         task = cls(
             image_column=image, label_column=label, labels=names, image_size=image_size, augment=augment or "none",

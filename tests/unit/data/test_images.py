@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mirrortune.data.columns import choose_image_column
+from mirrortune.data.columns import choose_media_columns
 from mirrortune.data.dataset import Split, load_data
 from mirrortune.data.files.images import AUGMENTATIONS, ImageExamples, ImageReader, encode_images, to_rgb
 from mirrortune.errors import ConfigError, DataError
@@ -230,7 +230,7 @@ def test_models_of_grey_images_get_one_channel(tmp_path: Path) -> None:
     ],
 )
 def test_columns_are_detected(columns: dict[str, list[Any]], expected: tuple[str, str]) -> None:
-    image, label, notes = choose_image_column(pa.table(columns), None, None, "rows.csv")
+    image, label, notes = choose_media_columns(pa.table(columns), "image", None, None, "rows.csv")
     assert (image, label) == expected
     assert notes[0] == f"image column '{image}' (detected; --image-column to change)"
 
@@ -245,7 +245,7 @@ def test_columns_are_detected(columns: dict[str, list[Any]], expected: tuple[str
 )
 def test_tables_without_images_are_refused(image: str | None, says: str) -> None:
     with pytest.raises(DataError) as caught:
-        choose_image_column(pa.table({"note": ["a"], "label": [1]}), image, None, "rows.csv")
+        choose_media_columns(pa.table({"note": ["a"], "label": [1]}), "image", image, None, "rows.csv")
     assert says in str(caught.value)
 
 
