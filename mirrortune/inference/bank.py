@@ -234,12 +234,16 @@ class AdapterBank:
         return entry
 
     def _admitted(self, adapter: AdapterFile) -> Entry:
-        entry = self._admission.admit(adapter)
+        outside = _SERVING.set({key: own for key, own in _SERVING.get({}).items() if key != id(self)})
+        try:  # of rows, if this thread is in some: the base's own weights are read
+            entry = self._admission.admit(adapter)
+        finally:
+            _SERVING.reset(outside)
         with self._lock:
             for path in (*entry.structure.by_module, *entry.structure.saved):
                 module = self.model.get_submodule(path)
                 if path not in self._seats:
-                    self._seats[path] = Seat.take(path, module, self._serving)
+                    self._seats[path] = Seat.take(path, module, self._serving, self._peek)
                 seat = self._seats[path]
                 own = entry.structure.saved.get(path, {"weight": ""})
                 seat.guarded |= own.keys()
@@ -249,9 +253,18 @@ class AdapterBank:
         if name in self._entries and not replace:
             raise ConfigError("bank", f"'{name}' is taken", fix="Choose another name, or give replace=True")
 
-    def _serving(self) -> Serving | None:
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "AdapterBank", "a model in a bank cannot be copied", fix="Copy it before, or close() the bank"
+        )
+
+    def _peek(self) -> Serving | None:
         """Return what the calling thread serves."""
-        found = _SERVING.get({}).get(id(self))
+        return _SERVING.get({}).get(id(self))
+
+    def _serving(self) -> Serving | None:
+        """Return what the calling thread serves; refuse to compute the base where rows were probably meant."""
+        found = self._peek()
         if found is None and self._num_serving:
             raise ConfigError(
                 "bank", "the model is called outside rows() while another thread is in it",

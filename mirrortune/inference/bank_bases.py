@@ -14,40 +14,64 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.core import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, Probed, effect_error, effect_of, probed
-from mirrortune.adapters.files.adapter_file import AdapterFile
-from mirrortune.adapters.files.load import stored_core, trained_factors
+from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor
+from mirrortune.adapters.files.load import trained_factors
 from mirrortune.adapters.fingerprint import weight_digest
 from mirrortune.adapters.inject import FactorSource
+from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
+from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Target
 
 # Largest difference of an entry of two unit vectors that are taken for one: a few roundings of float32.
 _SAME = 5e-7
+_KEPT_CORES = 128  # of each weight
+_LARGEST_SHORT = 2**15
+M = TypeVar("M", bound=nn.Module)
 
 
-@dataclass(slots=True, eq=False)
-class Held:
-    """Factors as layers compute with them, and what is made from them once. Never changed after it is published.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class CoreDesign:
+    """What a layer's core is built from, besides singular values and pairs.
 
     Attributes:
-        factors: U and Vh on the device and in the dtype of the model, S in float32 on the device.
-        S: float64, on the CPU.
-        cores: untrained cores by what they are built from.
-        probes: products with the probes of :mod:`mirrortune.adapters.effect`, made when first needed.
+        spec: names the core and its options.
+        layer: its name.
+        shape: (O, I) of the weight.
+        rank: directions of the core.
+        design: equal for cores that differ in their numbers and pairs alone.
     """
 
-    factors: Factors
-    S: Tensor
-    cores: dict[Hashable, Core] = field(default_factory=dict)
-    probes: Probed | None = None
+    spec: AdapterSpec
+    layer: str
+    shape: tuple[int, int]
+    rank: int
+    design: str
+
+
+class Held:
+    """Factors as layers compute with them, and what is made from them once. The factors never change.
+
+    Args:
+        factors: U and Vh on the device and in the dtype of the model, S in float32 on the device.
+        S: float64, on the CPU.
+    """
+
+    def __init__(self, factors: Factors, S: Tensor) -> None:
+        self.factors, self.S = factors, S
+        self._probes: Probed | None = None
+        self._cores: OrderedDict[Hashable, Core] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def rank(self) -> int:
@@ -58,6 +82,41 @@ class Held:
         """Return the first ``rank`` directions; views."""
         held = self.factors
         return Factors(U=held.U[:, :rank], S=held.S[:rank], Vh=held.Vh[:rank])
+
+    def core(self, design: CoreDesign, pairs: Tensor | None) -> Core:
+        """Return the untrained core of a layer, on the device of the factors.
+
+        The last ones are kept: those with pairs of their own take several times the memory of their trained numbers.
+
+        Args:
+            design: of the core.
+            pairs: :func:`encoded`, where they do not follow from the rank.
+        """
+        key = design.design, None if pairs is None else pairs.numpy().tobytes()
+        with self._lock:
+            core = self._cores.get(key)
+            if core is not None:
+                self._cores.move_to_end(key)
+                return core
+        own = None if pairs is None else decoded(pairs, design.rank)
+        core = build_core(design.spec, self.S[: design.rank], design.layer, design.shape, own)
+        # In float32, as where it was trained, or in the float64 of a model that computes in it.
+        dtype = torch.promote_types(self.factors.U.dtype, torch.float32)
+        core = core.to(self.factors.U.device, dtype).requires_grad_(requires_grad=False)
+        with self._lock:
+            self._cores[key] = core
+            if len(self._cores) > _KEPT_CORES:
+                self._cores.popitem(last=False)
+        return core
+
+    def probes(self, rank: int, signs: Tensor | None) -> Probed:
+        """Return products of the first ``rank`` directions, flipped by ``signs``, with the probes of an effect."""
+        if self._probes is None:
+            self._probes = probed(Factors(U=self.factors.U, S=self.S, Vh=self.factors.Vh))
+        whole = self._probes
+        flip = torch.ones(rank, dtype=torch.float64) if signs is None else signs.cpu().double()
+        left, right = whole.left[:, :rank] * flip, whole.right[:, :rank] * flip
+        return Probed(left=left, right=right, shape=whole.shape, dtype=whole.dtype)
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +152,9 @@ class LayerBases:
         parts = [t for b in self.bases for t in (b.held.factors.U, b.held.factors.S, b.held.factors.Vh)]
         return sum(t.numel() * t.element_size() for t in parts)
 
-    def match(self, adapter: AdapterFile, name: str, source: FactorSource) -> tuple[Basis, Tensor | None]:
+    def match(
+        self, adapter: AdapterFile, design: CoreDesign, pairs: Tensor | None, source: FactorSource
+    ) -> tuple[Basis, Tensor | None]:
         """Find, or add, the basis that a layer of ``adapter`` was trained in, with every check of ``load_adapter``.
 
         Returns:
@@ -102,9 +163,10 @@ class LayerBases:
         Raises:
             VerificationError: another weight, a basis that cannot be aligned, or another effect than the trained one's.
         """
+        name = design.layer
         key = _fingerprint_key(adapter, name)
         found = self._known.get(key)
-        if found is not None and _has_its_effect(adapter, name, *found):
+        if found is not None and _has_its_effect(adapter, design, pairs, *found):
             return found
         weight = self.target.read(self.model)
         factors = trained_factors(adapter, name, weight, source)
@@ -135,7 +197,7 @@ class LayerBases:
 def _held(factors: Factors, like: Tensor) -> Held:
     cast = factors.to(device=like.device, dtype=like.dtype)
     held = Factors(U=cast.U.contiguous(), S=factors.S.to(like.device, torch.float32), Vh=cast.Vh.contiguous())
-    return Held(factors=held, S=factors.S.cpu())
+    return Held(held, factors.S.cpu())
 
 
 def _signs_between(held: Held, factors: Factors, cast: Factors, tolerance: float) -> Tensor | None:
@@ -163,22 +225,23 @@ def _signs_between(held: Held, factors: Factors, cast: Factors, tolerance: float
 
 
 @torch.no_grad()
-def _has_its_effect(adapter: AdapterFile, name: str, basis: Basis, signs: Tensor | None) -> bool:
+def _has_its_effect(
+    adapter: AdapterFile, design: CoreDesign, pairs: Tensor | None, basis: Basis, signs: Tensor | None
+) -> bool:
     """Whether a layer of ``adapter`` does in a shared basis what it did where it was trained."""
+    name = design.layer
+    core = basis.held.core(design, pairs)
+    numbers = {
+        key: checked_tensor(adapter, f"core.{name}.{key}", parameter.shape).double()
+        for key, parameter in core.named_parameters()
+        if parameter.numel()
+    }
     expected = adapter.effects.get(name)
     if expected is None:  # trained in shards: the sketch, which is part of the key, says that the basis is right
         return True
-    held, rank = basis.held, adapter.fingerprints[name].rank
-    if held.probes is None:
-        held.probes = probed(Factors(U=held.factors.U, S=held.S, Vh=held.factors.Vh))
-    flip = torch.ones(rank, dtype=torch.float64) if signs is None else signs.cpu().double()
-    whole = held.probes
-    own = Probed(
-        left=whole.left[:, :rank] * flip, right=whole.right[:, :rank] * flip, shape=whole.shape, dtype=whole.dtype
-    )
-    exact = stored_core(adapter, name, held.S[:rank]).in_float64()
+    exact = stand_in(core.in_float64(), numbers)
     limit = EXACT_EFFECT_TOLERANCE if adapter.form == "portable" else EFFECT_TOLERANCE
-    return effect_error(effect_of(own, exact), expected) <= limit
+    return effect_error(effect_of(basis.held.probes(design.rank, signs), exact), expected) <= limit
 
 
 def _fingerprint_key(adapter: AdapterFile, name: str) -> Hashable:
@@ -192,3 +255,35 @@ def _fingerprint_key(adapter: AdapterFile, name: str) -> Hashable:
     for tensor in tensors:
         digest.update(weight_digest(tensor).encode())
     return digest.digest()
+
+
+def encoded(pairs: Tensor, rank: int) -> Tensor:
+    """Return ``pairs`` (T, 2) in the least memory: partners where there are some, (P,), in 16 bits if they fit."""
+    partners = partners_of(pairs, rank)
+    found = pairs if partners is None else partners
+    return found.to(torch.int16 if rank <= _LARGEST_SHORT else torch.int32).contiguous()
+
+
+def decoded(stored: Tensor, rank: int) -> Tensor:
+    """Return the pairs (T, 2), int64, of :func:`encoded`."""
+    return pairs_of(stored, rank) if stored.dim() == 1 else stored.long()
+
+
+def stand_in(module: M, tensors: Mapping[str, Tensor], plain: type[M] | None = None) -> M:
+    """Return a shallow copy of ``module`` with ``tensors`` in place of its parameters and buffers of these names.
+
+    The module itself is not touched, so that other threads may use it meanwhile.
+
+    Args:
+        module: to copy.
+        tensors: by name.
+        plain: the class of the copy; by default the module's own.
+    """
+    kind = plain or type(module)
+    copied = kind.__new__(kind)
+    copied.__dict__.update(module.__dict__)
+    for unwanted in ("forward", "_mirrortune_seat"):
+        copied.__dict__.pop(unwanted, None)
+    for kept, own in (("_parameters", module._parameters), ("_buffers", module._buffers)):  # noqa: SLF001
+        copied.__dict__[kept] = {name: tensors.get(name, t) for name, t in own.items()}
+    return copied

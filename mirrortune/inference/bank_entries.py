@@ -8,6 +8,7 @@ What adapters have in common (which layers, cores and options, where a number st
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Container, Hashable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,65 +18,39 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune import __version__
-from mirrortune.adapters.core import Core
 from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor
 from mirrortune.adapters.files.description import FORMAT_VERSION
-from mirrortune.adapters.files.load import stored_core, stored_pairs, stored_targets
+from mirrortune.adapters.files.load import stored_pairs, stored_targets
 from mirrortune.adapters.files.tensors import describe_basis, describe_target, pack, to_bits
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layout import Layout
-from mirrortune.adapters.pairings.encoding import pairs_of, partners_of
-from mirrortune.adapters.spec import AdapterSpec, build_core
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.strategies import Strategy, cheapest_strategy
 from mirrortune.adapters.targets import Target, Targets, kind_of
 from mirrortune.errors import ConfigError, VerificationError
-from mirrortune.inference.bank_bases import Basis, Held, LayerBases
+from mirrortune.inference.bank_bases import Basis, CoreDesign, LayerBases, encoded
 
-_LARGEST_SHORT = 2**15
 _FIX = "Merge the adapter, or leave this layer out with --target-modules when training"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Part:
+class Part(CoreDesign):
     """One adapted weight of a structure.
 
     Attributes:
-        layer: its name.
         layout: how its numbers stand for one matrix.
         kind: how the module applies it.
         basis: its factors.
-        rank: directions used.
         signs: (R,), flips the basis's vectors to the trained ones; None where they are the same.
         strategy: how the layer computes when its adapter is alone.
-        spec: builds its core.
-        design: equal for parts whose cores differ in their numbers and pairs alone.
     """
 
-    layer: str
     layout: Layout
     kind: CallableKind
     basis: Basis
-    rank: int
     signs: Tensor | None
     strategy: Strategy
-    spec: AdapterSpec
-    design: Hashable
-
-    def core(self, held: Held, pairs: Tensor | None) -> Core:
-        """Return the untrained core for ``held`` factors and a file's ``pairs``, on their device; built once."""
-        key = self.design if pairs is None else (self.design, pairs.numpy().tobytes())
-        core = held.cores.get(key)
-        if core is None:
-            own = None if pairs is None else decoded(pairs, self.rank)
-            core = build_core(self.spec, held.S[: self.rank], self.layer, self.layout.matrix_shape, own)
-            core = core.to(held.factors.U.device).requires_grad_(requires_grad=False)
-            if pairs is None or len(held.cores) < _FEW_CORES:
-                held.cores[key] = core
-        return core
-
-
-_FEW_CORES = 64  # with pairs of their own; each takes several times the memory of its trained numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -121,10 +96,7 @@ class Entry:
         """Return the trained numbers of a layer's core; views."""
         found = {}
         for parameter, (key, start, shape) in self.structure.places[layer].items():
-            count = 1
-            for size in shape:
-                count *= size
-            found[parameter] = self.tensors[key][start : start + count].view(shape)
+            found[parameter] = self.tensors[key][start : start + math.prod(shape)].view(shape)
         return found
 
     def parameters(self, module: str) -> dict[str, Tensor]:
@@ -135,18 +107,6 @@ class Entry:
     def nbytes(self) -> int:
         """Memory of the adapter's tensors."""
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in self.tensors.values()}.values())
-
-
-def encoded(pairs: Tensor, rank: int) -> Tensor:
-    """Return ``pairs`` (T, 2) in the least memory: partners where there are some, (P,), in 16 bits if they fit."""
-    partners = partners_of(pairs, rank)
-    found = pairs if partners is None else partners
-    return found.to(torch.int16 if rank <= _LARGEST_SHORT else torch.int32).contiguous()
-
-
-def decoded(stored: Tensor, rank: int) -> Tensor:
-    """Return the pairs (T, 2), int64, of :func:`encoded`."""
-    return pairs_of(stored, rank) if stored.dim() == 1 else stored.long()
 
 
 class Admission:
@@ -180,9 +140,10 @@ class Admission:
         _check_method(adapter)
         targets = self._targets_of(adapter)
         _check_tensors(self.model, adapter, targets)
-        parts = {name: self._part(adapter, name, target) for name, target in targets.layers.items()}
-        packed, pairs, holds = _packed(adapter)
-        structure = self._structure(adapter, targets, parts, holds)
+        pairs = {n: encoded(p, adapter.fingerprints[n].rank) for n, p in stored_pairs(adapter).items()}
+        parts = {name: self._part(adapter, name, target, pairs.get(name)) for name, target in targets.layers.items()}
+        packed, holds = _packed(adapter)
+        structure = self._structure(adapter, targets, parts, holds, pairs)
         tensors = {key: self._interned(tensor) if key == "signs" else tensor for key, tensor in packed.items()}
         own = json.dumps({"base": adapter.base, "task": adapter.task, **adapter.extra}, sort_keys=True)
         return Entry(
@@ -222,34 +183,29 @@ class Admission:
             if problem is not None:
                 raise ConfigError(name, f"{problem}, so rows of a batch cannot have their own", fix=_FIX)
 
-    def _part(self, adapter: AdapterFile, name: str, target: Target) -> Part:
+    def _part(self, adapter: AdapterFile, name: str, target: Target, pairs: Tensor | None) -> Part:
         rank, spec = adapter.fingerprints[name].rank, adapter.spec
         if rank != target.rank:
             raise VerificationError(name, f"the adapter holds a basis of rank {rank}, got {target.rank}")
         with self._lock:
             bases = self.layers.setdefault(name, LayerBases(self.model, target))
-        basis, signs = bases.match(adapter, name, self.source)
-        if name not in adapter.effects:  # which no core was built for then
-            stored_core(adapter, name, basis.held.S[:rank])
         kind = target.kind
         assert isinstance(kind, CallableKind)
-        with_pairs = f"pairs.{name}" in adapter.tensors
-        pairing = None if with_pairs else spec.resolved_pairing
-        core: list[Any] = [spec.preset.core, spec.options, rank, target.shape, pairing]
-        return Part(
-            layer=name,
-            layout=target.layout,
-            kind=kind,
-            basis=basis,
-            rank=rank,
-            signs=signs,
-            strategy=_strategy(spec, target, basis.held.factors.U.dtype),
-            spec=spec,
-            design=json.dumps(core, sort_keys=True),
-        )
+        pairing = spec.resolved_pairing if pairs is None else None
+        said: list[Any] = [spec.preset.core, spec.options, rank, target.shape, pairing]
+        own: dict[str, Any] = {"spec": spec, "layer": name, "shape": target.shape, "rank": rank}
+        own["design"] = json.dumps(said, sort_keys=True)
+        basis, signs = bases.match(adapter, CoreDesign(**own), pairs, self.source)
+        strategy = _strategy(spec, target, basis.held.factors.U.dtype)
+        return Part(**own, layout=target.layout, kind=kind, basis=basis, signs=signs, strategy=strategy)
 
     def _structure(
-        self, adapter: AdapterFile, targets: Targets, parts: dict[str, Part], holds: dict[str, dict[str, list[int]]]
+        self,
+        adapter: AdapterFile,
+        targets: Targets,
+        parts: dict[str, Part],
+        holds: dict[str, dict[str, list[int]]],
+        pairs: Mapping[str, Tensor],
     ) -> Structure:
         """Return the structure of an adapter, the same object for all that have it."""
         description = _description(adapter, targets, holds)
@@ -263,7 +219,7 @@ class Admission:
                     for path in dict.fromkeys(path for path, _ in target.places):
                         by_module[path] = (*by_module.get(path, ()), parts[name])
                 places = _places(holds)
-                _check_cores(adapter, parts, places)
+                _check_cores(adapter, parts, places, pairs)
                 self._structures[key] = Structure(
                     parts=parts,
                     by_module=self._once_a_module(by_module),
@@ -324,10 +280,15 @@ def _check_tensors(model: nn.Module, adapter: AdapterFile, targets: Targets) -> 
                               fix="Merge the adapter")  # fmt: skip
 
 
-def _check_cores(adapter: AdapterFile, parts: Mapping[str, Part], places: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_cores(
+    adapter: AdapterFile,
+    parts: Mapping[str, Part],
+    places: Mapping[str, Mapping[str, Any]],
+    pairs: Mapping[str, Tensor],
+) -> None:
     """Refuse trained numbers that no core has."""
     for name, part in parts.items():
-        core = stored_core(adapter, name, part.basis.held.S[: part.rank])
+        core = part.basis.held.core(part, pairs.get(name))
         known = {key for key, parameter in core.named_parameters() if parameter.numel()}
         if strange := sorted(places[name].keys() - known):
             problem = f"tensor 'core.{name}.{strange[0]}' is only in the adapter"
@@ -342,11 +303,10 @@ def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> Strategy
     return spec.strategy or cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
 
 
-def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, list[int]]]]:
-    """Return the tensors of an adapter without its factors, its pairs encoded, and what each layer holds of the former;
-    see :func:`mirrortune.adapters.files.tensors.pack`.
+def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, dict[str, list[int]]]]:
+    """Return the tensors of an adapter without its factors and pairs, and what each layer holds of them; see
+    :func:`mirrortune.adapters.files.tensors.pack`.
     """
-    pairs = {n: encoded(p, adapter.fingerprints[n].rank) for n, p in stored_pairs(adapter).items()}
     own = {
         key: tensor for key, tensor in adapter.tensors.items()
         if key.partition(".")[0] in ("core", "clusters", "sketch", "param")
@@ -357,7 +317,7 @@ def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Tensor],
         tensors["signs"] = torch.cat(signs)
         tensors["effects"] = torch.cat(list(adapter.effects.values())).float()
     compact = {key: tensor.clone() if key.startswith("param.") else tensor for key, tensor in tensors.items()}
-    return compact, pairs, holds
+    return compact, holds
 
 
 def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
@@ -390,13 +350,10 @@ def _places(holds: Mapping[str, Mapping[str, list[int]]]) -> dict[str, dict[str,
     for layer, held in holds.items():
         found[layer] = {}
         for key, shape in held.items():
-            count = 1
-            for size in shape:
-                count *= size
             kind, _, parameter = key.partition(".")
             if kind == "core":
                 found[layer][parameter] = key, used.get(key, 0), tuple(shape)
-            used[key] = used.get(key, 0) + count
+            used[key] = used.get(key, 0) + math.prod(shape)
     return found
 
 

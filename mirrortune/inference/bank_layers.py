@@ -12,9 +12,9 @@ Shapes: B rows of the batch, N rows of a group, T positions of a row, O out_feat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from mirrortune.adapters.core import Coefficients, Core
 from mirrortune.adapters.kinds import CallableKind, Linear
 from mirrortune.errors import ConfigError
+from mirrortune.inference.bank_bases import Held, stand_in
 from mirrortune.inference.bank_entries import Entry, Part
 
-M = TypeVar("M", bound=nn.Module)
-_LARGE = 16  # coefficients a direction, from which on a product for each adapter beats a copy for each row
+_LARGE = 64  # coefficients a direction, from which on a product for each adapter beats a copy for each row
 
 
 @dataclass(slots=True, eq=False)
@@ -37,7 +37,8 @@ class Seat:
         path: name of the module.
         module: the module.
         plain: its own class.
-        serving: gives the rows that the calling thread serves, or None.
+        serving: gives the rows that the calling thread serves, or None; raises where it should be serving some.
+        peek: the same, and never raises.
         guarded: parameters that an adapter has of its own, or turns.
     """
 
@@ -45,17 +46,20 @@ class Seat:
     module: nn.Module
     plain: type[nn.Module]
     serving: Callable[[], Serving | None]
-    guarded: frozenset[str]
+    peek: Callable[[], Serving | None]
+    guarded: frozenset[str] = frozenset()
 
     @classmethod
-    def take(cls, path: str, module: nn.Module, serving: Callable[[], Serving | None]) -> Seat:
+    def take(
+        cls, path: str, module: nn.Module, serving: Callable[[], Serving | None], peek: Callable[[], Serving | None]
+    ) -> Seat:
         """Exchange the class of ``module``; its forward serves rows from now on.
 
         Raises:
             ConfigError: another library has replaced the module's forward.
         """
         plain = type(module)
-        seat = cls(path=path, module=module, plain=plain, serving=serving, guarded=frozenset())
+        seat = cls(path=path, module=module, plain=plain, serving=serving, peek=peek)
         module.__dict__["_mirrortune_seat"] = seat
         served = type(plain.__name__, (_Served, plain), {"__module__": plain.__module__})
         if "forward" in vars(module):
@@ -244,9 +248,7 @@ class PartOfRows:
         self.U, self.Vh = factors.U, factors.Vh
         rows: dict[Any, list[int]] = {}
         for row, entry in enumerate(entries):
-            pairs = entry.pairs.get(layer)
-            key = entry.structure.parts[layer].design, None if pairs is None else pairs.numpy().tobytes()
-            rows.setdefault(key, []).append(row)
+            rows.setdefault(entry.structure.parts[layer].design, []).append(row)
         self.mixers = [
             Mixer(layer, [entries[row] for row in own], own if len(rows) > 1 else None, self.held)
             for own in rows.values()
@@ -318,18 +320,26 @@ class Mixer:
         held: the factors.
     """
 
-    def __init__(self, layer: str, entries: Sequence[Entry], rows: list[int] | None, held: Any) -> None:
+    def __init__(self, layer: str, entries: Sequence[Entry], rows: list[int] | None, held: Held) -> None:
         self.rows = rows
         part: Part = entries[0].structure.parts[layer]
-        self.core = part.core(held, entries[0].pairs.get(layer))
-        self.has_branch = type(self.core).beside is not Core.beside
         self._of_row = list(dict.fromkeys(entries))
         places = {entry: place for place, entry in enumerate(self._of_row)}
         device = held.factors.U.device
         self._index = torch.tensor([places[entry] for entry in entries], device=device)
         numbers = [entry.numbers(layer) for entry in self._of_row]
-        self._numbers = {name: torch.stack([own[name] for own in numbers]).to(device) for name in numbers[0]}
+        dtype = torch.promote_types(held.factors.U.dtype, torch.float32)
+        self._numbers = {name: torch.stack([own[name] for own in numbers]).to(device, dtype) for name in numbers[0]}
+        cores = [held.core(part, entry.pairs.get(layer)) for entry in self._of_row]
+        self.core = cores[0]
+        if any(core is not self.core for core in cores):  # each with pairs of its own
+            self.core = stand_in(self.core, {})
+            self.core.forget_own_pairs()
+            buffers = [dict(core.named_buffers()) for core in cores]
+            self._numbers |= {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
+        self.has_branch = type(self.core).beside is not Core.beside
         self._coefficients = self._all_coefficients(is_delta=part.strategy == "branch")
+        self._of_rows: Coefficients | None = None
 
     @torch.no_grad()
     def _all_coefficients(self, *, is_delta: bool) -> tuple[Coefficients, list[int | None]]:
@@ -356,8 +366,10 @@ class Mixer:
             return self.core.mix(z.flatten(0, 1), *coefficients).view_as(z)
         if max(c[0].numel() if d == 0 else 0 for c, d in zip(coefficients, dims, strict=True)) > _LARGE * z.shape[-1]:
             return self._one_by_one(z)
-        own = [c if d is None else c.index_select(0, self._index) for c, d in zip(coefficients, dims, strict=True)]
-        mixed: Tensor = torch.vmap(self.core.mix, in_dims=(0, *dims))(z, *own)
+        if self._of_rows is None:
+            rows = [c if d is None else c.index_select(0, self._index) for c, d in zip(coefficients, dims, strict=True)]
+            self._of_rows = tuple(rows)
+        mixed: Tensor = torch.vmap(self.core.mix, in_dims=(0, *dims))(z, *self._of_rows)
         return mixed
 
     def _one_by_one(self, z: Tensor) -> Tensor:
@@ -415,7 +427,7 @@ class _Served(nn.Module):
         seat: Seat | None = self.__dict__.get("_mirrortune_seat")
         if seat is None or name not in seat.guarded or not isinstance(found, Tensor):
             return found
-        serving = seat.serving()
+        serving = seat.peek()
         if serving is None or serving.inside is self:
             return found
         if all(type(group) is Group for group in serving.groups(seat)):
@@ -451,26 +463,6 @@ _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu"
 _OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.__len__,
 }  # fmt: skip
-
-
-def stand_in(module: M, tensors: Mapping[str, Tensor], plain: type[M] | None = None) -> M:
-    """Return a shallow copy of ``module`` with ``tensors`` in place of its parameters and buffers of these names.
-
-    The module itself is not touched, so that other threads may use it meanwhile.
-
-    Args:
-        module: to copy.
-        tensors: by name.
-        plain: the class of the copy; by default the module's own.
-    """
-    kind = plain or type(module)
-    copied = kind.__new__(kind)
-    copied.__dict__.update(module.__dict__)
-    for unwanted in ("forward", "_mirrortune_seat"):
-        copied.__dict__.pop(unwanted, None)
-    for kept, own in (("_parameters", module._parameters), ("_buffers", module._buffers)):  # noqa: SLF001
-        copied.__dict__[kept] = {name: tensors.get(name, t) for name, t in own.items()}
-    return copied
 
 
 def in_order(outputs: Sequence[Tensor], order: Sequence[int]) -> Tensor:
