@@ -159,6 +159,17 @@ def test_the_python_examples_run_as_printed(
     assert (tmp_path / "out" / "checkpoint-2" / "adapter" / "adapter.safetensors").is_file()
 
 
+def test_the_bank_examples_run_as_printed(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").symlink_to(tiny_model_dir)
+    run_all(python_blocks("docs/bank.md"))
+    said = capsys.readouterr().out.splitlines()
+    assert [said[0], said[1].split()[0], said[2].split()[0]] == ["torch.Size([3, 3])", "shop-17", "shop-4"]
+    assert said[-1] == "['shop-4', 'shop-17']"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # what torch's own compiler imports
 def test_they_run_with_the_default_compiler(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import threading
-from collections.abc import Container, Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor
 from mirrortune.adapters.files.description import FORMAT_VERSION
 from mirrortune.adapters.files.load import stored_pairs, stored_targets
 from mirrortune.adapters.files.tensors import describe_basis, describe_target, pack, to_bits
+from mirrortune.adapters.fingerprint import weight_digest
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layout import Layout
@@ -53,14 +56,18 @@ class Part(CoreDesign):
     strategy: Strategy
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+Places = Mapping[str, Mapping[str, tuple[str, int, tuple[int, ...]]]]
+"""Layer -> parameter of its core -> the packed tensor that holds it, the first number there, and its shape."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True, weakref_slot=True)
 class Structure:
     """What adapters that were trained in the same way have in common.
 
     Attributes:
         parts: by layer, in module order.
         by_module: parts by the module that applies them; several for a fused layer.
-        places: of each layer's trained numbers in the packed tensors: parameter -> (tensor, start, shape).
+        places: of each layer's trained numbers in the packed tensors; one object for all that are equal.
         saved: by module, its parameters that the adapter has its own of, and the tensors that hold them.
         description: what ``adapter.json`` says of all of it.
         num_labels: outputs of the head, or None without a head.
@@ -68,7 +75,7 @@ class Structure:
 
     parts: Mapping[str, Part]
     by_module: Mapping[str, tuple[Part, ...]]
-    places: Mapping[str, Mapping[str, tuple[str, int, tuple[int, ...]]]]
+    places: Places
     saved: Mapping[str, Mapping[str, str]]
     description: Mapping[str, Any]
     num_labels: int | None
@@ -92,13 +99,6 @@ class Entry:
     portable: bool
     own: str
 
-    def numbers(self, layer: str) -> dict[str, Tensor]:
-        """Return the trained numbers of a layer's core; views."""
-        found = {}
-        for parameter, (key, start, shape) in self.structure.places[layer].items():
-            found[parameter] = self.tensors[key][start : start + math.prod(shape)].view(shape)
-        return found
-
     def parameters(self, module: str) -> dict[str, Tensor]:
         """Return the adapter's own parameters of a module, such as its classifier."""
         return {name: self.tensors[key] for name, key in self.structure.saved.get(module, {}).items()}
@@ -107,6 +107,35 @@ class Entry:
     def nbytes(self) -> int:
         """Memory of the adapter's tensors."""
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in self.tensors.values()}.values())
+
+
+class Stacks:
+    """Trained numbers of several adapters, one behind the other; made once for all layers.
+
+    For the time that some rows are served.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, tuple[Entry, ...]], Tensor] = {}
+
+    def numbers(self, entries: Sequence[Entry], layer: str) -> dict[str, Tensor]:
+        """Return the numbers of a layer's cores, of one design, with a leading dimension for the adapters."""
+        places = entries[0].structure.places
+        if all(entry.structure.places is places for entry in entries):
+            return {name: self._of(tuple(entries), *place) for name, place in places[layer].items()}
+        each = [{n: _taken(e.tensors[p[0]], *p[1:]) for n, p in e.structure.places[layer].items()} for e in entries]
+        return {name: torch.stack([own[name] for own in each]) for name in each[0]}
+
+    def _of(self, entries: tuple[Entry, ...], key: str, start: int, shape: tuple[int, ...]) -> Tensor:
+        whole = self._made.get((key, entries))
+        if whole is None:
+            whole = self._made[key, entries] = torch.stack([entry.tensors[key] for entry in entries])
+        return _taken(whole, start, shape)
+
+
+def _taken(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Return a part of the last dimension, as ``shape``; a view."""
+    return tensor[..., start : start + math.prod(shape)].reshape(*tensor.shape[:-1], *shape)
 
 
 class Admission:
@@ -124,10 +153,10 @@ class Admission:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         # Asked now, while modules are of their own classes.
         self._plain = {name for name, module in self._modules.items() if _is_plain(module)}
-        self._structures: dict[Hashable, Structure] = {}
+        self._structures: WeakValueDictionary[Hashable, Structure] = WeakValueDictionary()
         self._targets: dict[str, Targets] = {}
-        self._texts: dict[str, str] = {}
-        self._shared: dict[bytes, Tensor] = {}
+        self._places: dict[str, Places] = {}
+        self._shared: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def admit(self, adapter: AdapterFile) -> Entry:
@@ -141,7 +170,8 @@ class Admission:
         targets = self._targets_of(adapter)
         _check_tensors(self.model, adapter, targets)
         pairs = {n: encoded(p, adapter.fingerprints[n].rank) for n, p in stored_pairs(adapter).items()}
-        parts = {name: self._part(adapter, name, target, pairs.get(name)) for name, target in targets.layers.items()}
+        found = targets.layers
+        parts = {name: self._part(adapter, name, found[name], pairs.get(name)) for name in adapter.layouts}
         packed, holds = _packed(adapter)
         structure = self._structure(adapter, targets, parts, holds, pairs)
         tensors = {key: self._interned(tensor) if key == "signs" else tensor for key, tensor in packed.items()}
@@ -151,7 +181,7 @@ class Admission:
             tensors=tensors,
             pairs={name: self._interned(tensor) for name, tensor in pairs.items()},
             portable=adapter.form == "portable",
-            own=self._texts.setdefault(own, own),
+            own=sys.intern(own),
         )
 
     def _targets_of(self, adapter: AdapterFile) -> Targets:
@@ -162,6 +192,10 @@ class Admission:
             found = stored_targets(self.model, adapter)
             for name, target in found.layers.items():
                 self._check_layer(name, target)
+            for name in (*found.head, *found.plain):
+                if (module := name.rpartition(".")[0]) in self.without_rows:
+                    problem = f"the input of '{module}' does not begin with the rows of the batch"
+                    raise ConfigError(name, f"{problem}, so rows cannot have their own", fix="Merge the adapter")
             self._targets[key] = found
         return found
 
@@ -211,16 +245,17 @@ class Admission:
         description = _description(adapter, targets, holds)
         shapes = {key: list(t.shape) for key, t in adapter.tensors.items() if key.startswith("param.")}
         placed = [(id(p.basis), p.signs is not None and p.signs.numpy().tobytes()) for p in parts.values()]
-        key = (json.dumps([description, shapes], sort_keys=True), tuple(placed))
+        key = (json.dumps([description, shapes]), tuple(placed))
         with self._lock:
-            if key not in self._structures:
+            found = self._structures.get(key)
+            if found is None:
                 by_module: dict[str, tuple[Part, ...]] = {}
                 for name, target in targets.layers.items():
                     for path in dict.fromkeys(path for path, _ in target.places):
                         by_module[path] = (*by_module.get(path, ()), parts[name])
-                places = _places(holds)
+                places = self._places.setdefault(json.dumps(holds), _places(holds))
                 _check_cores(adapter, parts, places, pairs)
-                self._structures[key] = Structure(
+                found = self._structures[key] = Structure(
                     parts=parts,
                     by_module=self._once_a_module(by_module),
                     places=places,
@@ -228,7 +263,7 @@ class Admission:
                     description=description,
                     num_labels=_num_labels(adapter),
                 )
-            return self._structures[key]
+            return found
 
     def _once_a_module(self, by_module: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
         """Leave out further names of a module that has several."""
@@ -237,8 +272,9 @@ class Admission:
 
     def _interned(self, tensor: Tensor) -> Tensor:
         """Return one tensor for all that are equal to it."""
+        key = weight_digest(tensor)
         with self._lock:
-            return self._shared.setdefault(str(tensor.dtype).encode() + tensor.numpy().tobytes(), tensor)
+            return self._shared.setdefault(key, tensor)
 
 
 def _check_method(adapter: AdapterFile) -> None:
@@ -283,7 +319,7 @@ def _check_tensors(model: nn.Module, adapter: AdapterFile, targets: Targets) -> 
 def _check_cores(
     adapter: AdapterFile,
     parts: Mapping[str, Part],
-    places: Mapping[str, Mapping[str, Any]],
+    places: Places,
     pairs: Mapping[str, Tensor],
 ) -> None:
     """Refuse trained numbers that no core has."""
@@ -324,12 +360,12 @@ def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[s
     """Return what ``adapter.json`` says of all adapters of a structure."""
     layers = {
         name: {
-            **describe_target(name, target),
+            **describe_target(name, targets.layers[name]),
             **describe_basis(adapter.fingerprints[name]),
             "dtype": adapter.dtypes[name],
             "holds": holds[name],
         }
-        for name, target in targets.layers.items()
+        for name in adapter.layouts  # the order in which packed tensors have them
     }
     return {
         "format_version": FORMAT_VERSION,
@@ -344,7 +380,7 @@ def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[s
     }  # fmt: skip
 
 
-def _places(holds: Mapping[str, Mapping[str, list[int]]]) -> dict[str, dict[str, tuple[str, int, tuple[int, ...]]]]:
+def _places(holds: Mapping[str, Mapping[str, list[int]]]) -> Places:
     used: dict[str, int] = {}
     found: dict[str, dict[str, tuple[str, int, tuple[int, ...]]]] = {}
     for layer, held in holds.items():

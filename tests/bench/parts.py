@@ -63,6 +63,9 @@ CPU = {
     "many-rows": Part(
         module="many_rows", folder="many-rows", has_folder=True, quick=("--rows", "5000", "--megabytes", "5"),
     ),
+    "bank": Part(
+        module="bank", folder="bank-cpu", quick=("--lengths", "1", "--layers", "1", "--turns", "1", "--no-memory"),
+    ),
     "methods-256": Part(module="methods", folder="methods-cpu", words=("--length", "32"), quick=_TINY),
     "methods": Part(module="methods", folder="methods-cpu-1024", quick=(*_TINY, "--length", "64", "--no-peaks")),
     "end-to-end": Part(

@@ -90,6 +90,23 @@ def _of_runs(clock: str) -> list[Target]:
     ]  # fmt: skip
 
 
+def _of_banks() -> list[Target]:
+    """What is asked of many adapters in one batch."""
+
+    def ratio(method: str, length: str, to: str) -> Callable[[Results], float]:
+        return lambda r: r["ratios"][method][length]["64"] / r["ratios"][method][length][to]
+
+    found = []
+    for length, what in (("32", "32 tokens a row"), ("1", "a step of writing")):
+        for method in ("mirror", "mirror r=64"):
+            for to, whose, aim in (("1", "one adapter's", 1.15), ("peft", "PEFT's", 0.2)):
+                line = f"64 adapters in a batch, of {whose} ({method}, {what})"
+                found.append(Target(part="bank", line=line, aim=aim, read=ratio(method, length, to)))
+    found.append(Target(part="bank", line="1,000 adapters of a BERT-base at full rank, GB", aim=0.3,
+                        read=lambda r: r["memory"]["process"] / 1e9))  # fmt: skip
+    return found
+
+
 def targets(device: str, clock: str) -> list[Target]:
     """All that is asked of runs on a device; runs are compared by ``clock``, ``wall`` or ``cpu``."""
     if device == "cuda":
@@ -108,6 +125,7 @@ def targets(device: str, clock: str) -> list[Target]:
         *_of_steps("methods", "1,024 tokens"),
         *_of_steps("methods-256", "256 tokens")[:2],
         *_of_runs(clock),
+        *_of_banks(),
         Target(part="factorise", line="72 matrices of a BERT-base on these cores, seconds", aim=15.0,
                read=lambda r: r["whole"]["seconds"] * r["whole"]["of"] / r["whole"]["count"]),
         *(Target(part="factorise", line=f"their {name}, also of ill-conditioned ones", aim=aim,
