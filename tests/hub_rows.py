@@ -75,6 +75,7 @@ def column(name: str, kind: Any, rows: int, *, hidden: bool) -> tuple[Any, dict[
         "messages": lambda: (
             [[{"content": "the plot", "role": "user"}, {"content": "dull", "role": "assistant"}]] * rows
         ),
+        "option": lambda: [f"the correct answer is answer{i % 4 + 1}" for i in range(rows)],
         "texts": lambda: [_WORDS] * rows,
     }
     return makers[kind](), None
