@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
-import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +20,7 @@ from mirrortune.data.files.arrow import is_string
 from mirrortune.data.files.class_folders import ClassFolder, class_folder
 from mirrortune.data.files.readers import READERS, read_rows
 from mirrortune.data.files.row_places import FileRows, IntArray, RowPlaces
+from mirrortune.data.files.splits import SPLIT_NAMES, files_by_split, files_left_out, matching_files
 from mirrortune.data.files.tables import joined, take_rows
 from mirrortune.data.files.text_files import first_line
 from mirrortune.data.row_stream import RowStream
@@ -37,24 +35,7 @@ from mirrortune.system.paths import (
     looks_like_path,
     shipped_folder,
     split_sample,
-    table_suffix,
 )
-
-# Common names of the three splits.
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
-# Suffixes of tables and archives that cannot be read: a split must not be overlooked because it is in one of them.
-_OTHER_TABLES = frozenset((
-    ".7z", ".avro", ".bz2", ".db", ".dta", ".feather", ".h5", ".hdf5", ".ndjson", ".npy", ".npz", ".ods", ".orc",
-    ".pickle", ".pkl", ".rar", ".rds", ".sav", ".sqlite", ".tab", ".tar", ".tgz", ".xls", ".xlsx", ".xml", ".xz",
-    ".zip", ".zst",
-))  # fmt: skip
-
-# Files that save_to_disk of the datasets library writes beside its Arrow files: one for all splits, and one in each.
-_SAVED_SPLITS, _SAVED = "dataset_dict.json", "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +71,14 @@ class Split:
         """Return the rows where ``keep`` (N,) is true, in order."""
         return replace(self, table=take_rows(self.table, keep), kept=self.places.take(keep).kept)
 
+    def with_columns(self, columns: Iterable[str]) -> Split:
+        """Return the split with a column of nulls for each of ``columns`` that it lacks."""
+        table = self.table
+        for column in columns:
+            if column not in table.column_names:
+                table = table.append_column(column, pa.nulls(table.num_rows))
+        return replace(self, table=table)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
@@ -100,7 +89,7 @@ class DataSet:
 
     def find(self, wanted: str) -> Split | None:
         """Return the split called ``wanted``, or by another common name for it; None if there is none."""
-        for name in (wanted, *_SPLIT_NAMES.get(wanted, ())):
+        for name in (wanted, *SPLIT_NAMES.get(wanted, ())):
             if name in self.splits:
                 return self.splits[name]
         return None
@@ -109,21 +98,12 @@ class DataSet:
         """Return the split called ``wanted``, see :meth:`find`; DataError with the existing splits if there is none."""
         found = self.find(wanted)
         if found is None:
-            raise DataError(
-                where,
-                f"there is no split '{wanted}'.{did_you_mean(wanted, self.splits)}",
-                allowed=", ".join(self.splits),
-            )
+            problem = f"there is no split '{wanted}'.{did_you_mean(wanted, self.splits)}"
+            raise DataError(where, problem, allowed=", ".join(self.splits))
         return found
 
 
-def load_data(
-    path: str,
-    *,
-    config: str | None = None,
-    revision: str | None = None,
-    encoding: str = "utf-8",
-) -> DataSet:
+def load_data(path: str, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8") -> DataSet:
     """Read a data set.
 
     Args:
@@ -189,18 +169,6 @@ def _load_files(pattern: str, encoding: str) -> DataSet:
     return DataSet(
         splits={"train": split}, origin={"path": pattern, "sha256": {str(f): _file_sha256(f) for f in files}}
     )
-
-
-def matching_files(pattern: str) -> list[Path]:
-    """Return the paths that match a pattern, sorted; hidden and system files only if the pattern names them."""
-    place = local_path(pattern)
-    named = [part for part in place.parts if is_system(part)]
-    found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
-
-    def is_meant(part: str) -> bool:
-        return not is_system(part) or any(fnmatch.fnmatchcase(part, pattern) for pattern in named)
-
-    return [path for path in found if all(map(is_meant, path.parts))]
 
 
 def _read_files(files: Sequence[Path], source: str, folder: Path, encoding: str) -> Split:
@@ -294,91 +262,10 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
     return DataSet(splits=splits, origin={"path": str(folder), "sha256": hashes})
 
 
-def files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Return the tables in a folder by split: by their names, or as ``save_to_disk`` of the datasets library recorded
-    them; DataError if such a folder is damaged.
-    """
-    if (folder / _SAVED_SPLITS).is_file():
-        names = _saved(folder / _SAVED_SPLITS).get("splits", [])
-        return {name: _saved_files(folder / Path(name).name) for name in names}
-    if (folder / _SAVED).is_file():
-        return {"train": _saved_files(folder)}
-    found: dict[str, list[Path]] = {}
-    for path in sorted(p for p in folder.iterdir() if table_suffix(p) is not None and not is_system(p.name)):
-        split = _split_of(path)
-        if split is not None:
-            found.setdefault(split, []).append(path)
-    return found
-
-
-def _is_saved(folder: Path) -> bool:
-    """Return whether ``save_to_disk`` of the datasets library wrote the folder."""
-    return (folder / _SAVED_SPLITS).is_file() or (folder / _SAVED).is_file()
-
-
-def _saved(path: Path) -> dict[str, Any]:
-    """Read a file of ``save_to_disk``."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(str(path), f"it cannot be read ({first_line(error)})", fix="Save the data set again") from error
-    if not isinstance(found, dict):
-        raise DataError(str(path), f"got {type(found).__name__}", allowed="an object", fix="Save the data set again")
-    return found
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    """Return the Arrow files of one data set that ``save_to_disk`` wrote, in the order of its rows."""
-    state = _saved(folder / _SAVED)
-    if state.get("_indices_files") or state.get("_indices_data_files"):
-        raise DataError(
-            str(folder), "its rows are chosen by a file of indices", fix="Call flatten_indices() before save_to_disk"
-        )
-    entries = state.get("_data_files", [])
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise DataError(str(folder / _SAVED), "its _data_files is not a list of files", fix="Save the data set again")
-    files = [folder / Path(str(entry.get("filename"))).name for entry in entries]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        problem = f"{missing[0]} is missing" if missing else f"{_SAVED} names no files"
-        raise DataError(str(folder), problem, fix="Copy the whole folder, or save the data set again")
-    return files
-
-
-def files_left_out(folder: Path) -> tuple[str, ...]:
-    """Return a remark on the tables of a folder that :func:`files_by_split` leaves out.
-
-    Raises:
-        DataError: if none of the files of a split can be read.
-    """
-    if _is_saved(folder):
-        return ()
-    read, lost, beside = files_by_split(folder), [], []
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not is_system(p.name)):
-        split, is_other = _split_of(path), path.suffix.lower() in _OTHER_TABLES
-        if is_other and split is not None and split not in read:
-            lost.append(path.name)
-        elif (is_other and split is not None) or (split is None and table_suffix(path) is not None):
-            beside.append(path.name)
-    if lost:
-        raise DataError(
-            str(folder), f"of unknown file type: {', '.join(lost)}", allowed=", ".join(READERS),
-            fix="Convert the files, or move them away",
-        )  # fmt: skip
-    shown = ", ".join(beside[:12]) + (f" and {len(beside) - 12} more" if len(beside) > 12 else "")
-    return (f"left out, as they are not of a split: {shown}",) if beside else ()
-
-
-def _split_of(path: Path) -> str | None:
-    """Return the split that a file belongs to by its name: train-00000-of-00002.csv.gz is train."""
-    stem = re.split(r"[-_]\d", path.name.lower().split(".")[0], maxsplit=1)[0]
-    return next((split for split, names in _SPLIT_NAMES.items() if stem in names), None)
-
-
 def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
     """Read a folder for each class, or folders train, validation and test of such folders; also return remarks."""
     subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
-    parts = {split: next(subs[n] for n in names if n in subs) for split, names in _SPLIT_NAMES.items()
+    parts = {split: next(subs[n] for n in names if n in subs) for split, names in SPLIT_NAMES.items()
              if any(n in subs for n in names)}  # fmt: skip
     found: dict[str, ClassFolder] = {}
     remarks: list[str] = []

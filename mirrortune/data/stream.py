@@ -11,18 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from mirrortune.data.dataset import (
-    DataSet,
-    Split,
-    files_by_split,
-    files_left_out,
-    find_local,
-    flat,
-    matching_files,
-    names_and_sizes_sha256,
-    open_hub,
-)
+from mirrortune.data.dataset import DataSet, Split, find_local, flat, names_and_sizes_sha256, open_hub
 from mirrortune.data.files.readers import delimiter_of
+from mirrortune.data.files.splits import files_by_split, files_left_out, matching_files
 from mirrortune.data.files.text_files import first_line
 from mirrortune.data.row_stream import RowStream
 from mirrortune.errors import ConfigError, DataError, MirrortuneError

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IGNORE_INDEX, Rows, TokenExamples
-from mirrortune.tasks.answer_formats import AnswerFormat
+from mirrortune.errors import DataError
+from mirrortune.tasks.answer_formats import AnswerFormat, answer_format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,30 @@ class AnsweredExamples(TokenExamples):
     def _text(self, ids: Sequence[int]) -> str:
         end = next((place for place, token in enumerate(ids) if token in self.stops), len(ids))
         return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+
+
+def expected_answers(texts: Sequence[str], answer: str, split: Split, numbers: Rows, column: str) -> tuple[str, ...]:
+    """Return the expected answers in the texts of some rows, in the normal form of the format ``answer``.
+
+    Args:
+        texts: one per row.
+        answer: name of the format.
+        split: of the rows, for messages.
+        numbers: of the rows in the split.
+        column: that the texts come from, for messages.
+
+    Raises:
+        DataError: for texts without an answer in this format.
+    """
+    form = answer_format(answer)
+    expected = [form.expected(text) for text in texts]
+    if unread := [int(number) for number, text in zip(numbers, expected, strict=True) if text is None]:
+        raise DataError(
+            split.source, f"{len(unread)} of {len(numbers)} rows have no answer in the format '{answer}' in "
+            f"column '{column}' ({split.places.listed(unread)})",
+            fix="Name another format with task.answer, or correct these rows",
+        )  # fmt: skip
+    return tuple(filter(None, expected))
 
 
 def _padded_left(prompts: list[npt.NDArray[np.int64]], fill: int) -> tuple[Tensor, Tensor]:

@@ -314,11 +314,7 @@ def with_label_columns(split: Split, task: Task) -> Split:
     """Return the split with a column of nulls for each target column that it lacks: rows to predict often come without
     one.
     """
-    table = split.table
-    for role, column in task.columns():
-        if role in TARGET_ROLES and column not in table.column_names:
-            table = table.append_column(column, pa.nulls(table.num_rows))
-    return replace(split, table=table)
+    return split.with_columns(column for role, column in task.columns() if role in TARGET_ROLES)
 
 
 def unused_columns(table: pa.Table, task: Task) -> str:

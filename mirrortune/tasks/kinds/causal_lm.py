@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length,
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.answer_formats import answer_format
-from mirrortune.tasks.answered_rows import AnsweredExamples
+from mirrortune.tasks.answered_rows import AnsweredExamples, expected_answers
 from mirrortune.tasks.base import Answers, Continues, TextTask
 from mirrortune.tasks.chat import (
     Encoding,
@@ -209,7 +209,7 @@ class Task(TextTask, Continues, Answers):
             "end_token": tokenizer.eos_token_id, "length": max_length, "layout": self.layout, "loss_on": self.loss_on,
             "missing": reading.allow_missing,
         }  # fmt: skip
-        split = _with_columns(split, self.added_columns)
+        split = split.with_columns(self.added_columns)
         made = tokenise_rows(
             split, [c for _, c in self.columns()], tokenizer, reading, self.code, make,
             is_blank=lambda row: is_blank_text(row[: len(self.text_columns) + (self.label_column is not None)]),
@@ -233,20 +233,13 @@ class Task(TextTask, Continues, Answers):
     ) -> AnsweredExamples:
         """Return rows that are scored by generated answers; DataError for rows without a readable expected answer."""
         assert self.answer is not None
-        form, column = answer_format(self.answer), self.label_column or self.text_columns[0]
-        chosen = list(cells(split.table.take(numbers), column))
-        expected = [form.expected(self._answer_text(cell)) for cell in chosen]
-        if unread := [int(number) for number, text in zip(numbers, expected, strict=True) if text is None]:
-            raise DataError(
-                split.source, f"{len(unread)} of {len(numbers)} rows have no answer in the format '{self.answer}' in "
-                f"column '{column}' ({split.places.listed(np.array(unread))})",
-                fix="Name another format with task.answer, or correct these rows",
-            )  # fmt: skip
-        tokenizer = processor.tokenizer
+        column, tokenizer = self.label_column or self.text_columns[0], processor.tokenizer
+        texts = [self._answer_text(cell) for cell in cells(split.table.take(numbers), column)]
+        expected = expected_answers(texts, self.answer, split, numbers, column)
         stops = turn_end_ids(tokenizer) if processor.is_chat else [tokenizer.eos_token_id]
         shared = {f.name: getattr(examples, f.name) for f in fields(examples)}
         return AnsweredExamples(
-            **shared, expected=tuple(filter(None, expected)), format=form, tokenizer=tokenizer,
+            **shared, expected=expected, format=answer_format(self.answer), tokenizer=tokenizer,
             stops=tuple(stop for stop in stops if stop is not None), max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
 
@@ -482,15 +475,6 @@ def _holds_turns(table: pa.Table, column: str) -> bool:
             return isinstance(found, list) and bool(found) and isinstance(found[0], dict)
         return False
     return is_json(kind) or is_list(kind)
-
-
-def _with_columns(split: Split, columns: Sequence[str]) -> Split:
-    """Return the split with a column of nulls for each of ``columns`` that it lacks."""
-    table = split.table
-    for column in columns:
-        if column not in table.column_names:
-            table = table.append_column(column, pa.nulls(table.num_rows))
-    return replace(split, table=table)
 
 
 def _weighted_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
