@@ -28,16 +28,32 @@ Columns = list[list[Any]]
 
 
 def text_array(cells: Sequence[str | None]) -> pa.Array:
-    """Return an array of type string; None becomes null. UnicodeEncodeError for half a surrogate pair."""
-    builder = pa.lib.StringBuilder()  # pa.array would import pandas, a third of a second at the start of a command
-    builder.append_values(cells)
-    return builder.finish()
+    """Return an array of type string; None becomes null.
+
+    Not by ``pa.array``, which imports pandas (a third of a second at the start of a command), nor by Arrow's builder,
+    whose memory pool keeps what a table took after the table is gone.
+
+    Raises:
+        UnicodeEncodeError: if a cell holds half a surrogate pair.
+        OverflowError: if the cells hold 2 GiB or more.
+    """
+    joined, ends = bytearray(), [0]
+    for cell in cells:
+        if cell is not None:
+            joined += cell.encode()
+        ends.append(len(joined))
+    known = np.fromiter((cell is not None for cell in cells), np.bool_, len(cells))
+    buffers = [pa.py_buffer(np.array(ends, np.int32)), pa.py_buffer(joined)]
+    return pa.StringArray.from_buffers(len(cells), *buffers, None if known.all() else _bits(known))
 
 
 def flag_array(flags: npt.NDArray[np.bool_]) -> pa.BooleanArray:
     """Return ``flags``, shape (N,), as an array."""
-    bits = pa.py_buffer(np.packbits(flags, bitorder="little"))  # no pa.array, see above
-    return pa.Array.from_buffers(pa.bool_(), len(flags), [None, bits])
+    return pa.Array.from_buffers(pa.bool_(), len(flags), [None, _bits(flags)])
+
+
+def _bits(flags: npt.NDArray[np.bool_]) -> pa.Buffer:
+    return pa.py_buffer(np.packbits(flags, bitorder="little"))
 
 
 def json_array(values: Sequence[Any]) -> pa.Array:

@@ -323,7 +323,7 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
         try:
             array = _column(values)
             field = pa.field(name, array.type)
-        except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowCapacityError, OverflowError) as error:
+        except (UnicodeEncodeError, pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
             problem, place = _why_unreadable(values, error)
             array = pa.nulls(len(rows))
             where = f"{path}{sign}{rows[place][0]}"

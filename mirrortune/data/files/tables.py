@@ -45,7 +45,6 @@ def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT, source: str = "ro
             held, size = [], 0
     if spilled and held:
         spilled, held = spilled + _spilled(held), []
-    pa.default_memory_pool().release_unused()  # arrays grow by doubling, and the pool keeps what they outgrew
     return joined([*spilled, *held], source)
 
 
