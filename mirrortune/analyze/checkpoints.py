@@ -41,7 +41,7 @@ def open_pair(
     after = open_weights(base, base_revision)
     if after.base is None:
         raise ConfigError(
-            base, "it is no adapter, so it does not say what it was made from",
+            base, "it is not an adapter, so its base is not known",
             fix="Give both: mirrortune analyze BASE TUNED",
         )  # fmt: skip
     return after.base, after

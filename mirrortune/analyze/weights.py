@@ -222,7 +222,8 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
     try:
         peft = importlib.import_module("peft")
     except ImportError as error:
-        raise ConfigError(label, "it is an adapter of PEFT's", fix="pip install 'mirrortune[peft]'") from error
+        problem, fix = "it is a PEFT adapter, and the package peft is not installed", "pip install 'mirrortune[peft]'"
+        raise ConfigError(label, problem, fix=fix) from error
     if base.source is None:
         raise ConfigError(base.label, "it has no config.json, which PEFT needs", fix="Give the base model's folder")
     config = _checked_config(label, Path(folder), base, peft)

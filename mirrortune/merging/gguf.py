@@ -56,7 +56,8 @@ def _library() -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise ConfigError("--format", "gguf needs a package", fix="pip install 'mirrortune[gguf]'") from error
+        problem = "the package gguf is not installed"
+        raise ConfigError("--format", problem, fix="pip install 'mirrortune[gguf]'") from error
 
 
 def _check_model(opened: OpenedAdapter) -> None:
@@ -66,7 +67,7 @@ def _check_model(opened: OpenedAdapter) -> None:
             "--format", problem, allowed=", ".join(ARCHITECTURES), fix="Merge plain weights, convert those"
         )
     if attachment(opened.adapted).targets.head:
-        raise ConfigError("--format", "a task head cannot travel in a GGUF LoRA", fix="Merge plain weights")
+        raise ConfigError("--format", "a GGUF LoRA cannot hold a task head", fix="Merge plain weights")
 
 
 def _write(gguf: Any, path: Path, low_rank: LowRankAdapter) -> GgufExport:

@@ -283,7 +283,7 @@ def _trained(adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]])
         for name, tensor in adapter.plain_tensors().items():
             key = f"param.{name}"
             if name not in names:
-                raise VerificationError(str(adapter.folder), f"tensor '{key}' is none of the model's")
+                raise VerificationError(str(adapter.folder), f"the model has no tensor '{key}'")
             if not torch.isfinite(tensor).all():
                 raise VerificationError(str(adapter.folder), f"tensor '{key}' holds NaN or infinities")
             other = owners.get(name)

@@ -98,7 +98,7 @@ def _checked_report(folder: Path) -> dict[str, Any]:
     """
     report = read_report(folder)
     if report["verification"].get("passed") is not True or not (folder / "config.json").is_file():
-        raise VerificationError(str(folder), "its merge has not passed its check", fix="Merge again")
+        raise VerificationError(str(folder), "its merge did not pass verification", fix="Merge again")
     read_headers(sorted(folder.glob("*.safetensors")))
     return report
 
@@ -113,5 +113,5 @@ def _check_card(path: Path | None, folder: Path) -> None:
         ModelCard.load(path)
     except (ValueError, OSError) as error:
         raise VerificationError(
-            str(path), f"no valid model card ({str(error)[:200]})", fix="Mend its header"
+            str(path), f"not a valid model card ({str(error)[:200]})", fix="Correct its header"
         ) from error

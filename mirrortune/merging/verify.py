@@ -201,9 +201,8 @@ def check_tensors(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger
         VerificationError: the files hold other tensors than planned.
     """
     if odd := written.headers.keys() ^ {tensor.name for tensor in plan.planned}:
-        raise VerificationError(
-            "merge", f"'{min(odd)}' and {len(odd) - 1} other tensors are missing, or new, as written"
-        )
+        problem = f"'{min(odd)}' and {len(odd) - 1} other tensors are missing, or unexpected, in the written files"
+        raise VerificationError("merge", problem)
     checked: dict[str, None] = {}  # a tensor of the model may stand for several in the files
     for planned in plan.planned:
         if planned.source is not None:

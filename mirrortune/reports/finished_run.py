@@ -33,7 +33,7 @@ class FinishedRun:
     def __init__(self, run: RunDirectory) -> None:
         self.directory, self.name = run, run.path.name
         if not run.recipe.is_file() or not run.results.is_file():
-            problem = "this run has not finished" if run.recipe.is_file() else "it is no run directory"
+            problem = "this run has not finished" if run.recipe.is_file() else "it is not a run directory"
             if how := describe_status(run):
                 problem = f"{problem}: {how}"
             raise ConfigError(str(run.path), problem, fix="Give a folder that train has finished")

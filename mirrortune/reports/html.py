@@ -123,7 +123,8 @@ def page_output(path: Path, inputs: Sequence[Input], where: str = "-o") -> Itera
         if path.exists():
             with path.open(encoding="utf-8", errors="replace") as file:
                 if _GENERATOR not in file.read(1000):
-                    raise ConfigError(where, f"{path} is no page of ours and is left alone", fix="Choose another name")
+                    problem = f"{path} was not written by mirrortune and is left alone"
+                    raise ConfigError(where, problem, fix="Choose another name")
 
     def put(text: str) -> None:
         check()

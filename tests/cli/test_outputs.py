@@ -250,7 +250,7 @@ CASES = {
     "predictions in the data": Refused(
         "eval run -d rows --predictions rows/test.tsv", ("it lies in the data that is read",), tables
     ),
-    "a page over another file": Refused("analyze model run -o thesis.txt", ("thesis.txt is no page of ours",)),
+    "a page over another file": Refused("analyze model run -o thesis.txt", ("was not written by mirrortune",)),
     "a page in the model": Refused("analyze model run -o model/page.html", ("it lies in the model that is read",)),
     "a page through a link": Refused(
         "report run -o l.html", ("l.html is a symbolic link",), link("l.html", "thesis.txt")

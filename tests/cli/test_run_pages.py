@@ -156,10 +156,10 @@ def test_bad_input_is_answered_in_words(runs: Runs, tmp_path: Path) -> None:
     shutil.copy(runs.none / "recipe.yaml", unfinished)
     (tmp_path / "theirs.html").write_text("<p>mine", encoding="utf-8")
     for words, said in (
-        ([tmp_path / "nowhere"], "it is no run directory"),
+        ([tmp_path / "nowhere"], "it is not a run directory"),
         ([unfinished], "this run has not finished"),
         ([runs.none, "-o", runs.none / "results.json"], "results.json belongs to the run there"),
-        ([runs.none, "-o", tmp_path / "theirs.html"], "is no page of ours and is left alone"),
+        ([runs.none, "-o", tmp_path / "theirs.html"], "was not written by mirrortune and is left alone"),
     ):
         done = mirrortune("report", *words)
         assert (done.exit_code, done.stdout) == (2, "")

@@ -152,7 +152,7 @@ def test_places_that_hold_nothing_say_so(tmp_path: Path) -> None:
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             open_weights(str(tmp_path / place), None)
-    with pytest.raises(ConfigError, match="no adapter"):
+    with pytest.raises(ConfigError, match="not an adapter"):
         open_pair(str(write(tmp_path / "a", two_layers(0))), None, None, None)
     with pytest.raises(ConfigError, match="--revision"):
         open_weights(str(tmp_path / "a"), "main")
