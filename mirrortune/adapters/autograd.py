@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""U mix(Vh x), alone (with a bias) or added to what the frozen layer makes of x, with backward passes of their own.
+"""Autograd functions for U mix(Vh x), alone (with a bias) or added to the frozen layer's output.
 
 Both save z = Vh x (N, R) for the backward pass, not x (N, I): the factors are frozen, so the core's gradient needs only
 z and U^T dy. Shapes: N rows, O out_features, I in_features, R rank.
@@ -28,9 +28,9 @@ def spectral_product(
     coefficients: Coefficients,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """U mix(Vh x) + bias, shape (..., O), of whatever kind of layer."""
+    """Return U mix(Vh x) + bias, shape (..., O), for any kind of layer."""
     if torch.compiler.is_compiling():
-        # A compiler decides by itself what to keep, and need not step into our backward pass to see what it does.
+        # A compiler decides by itself what to save, and cannot look into a custom backward pass.
         z = kind.project(base, x, Vh)
         mixed = core.mix(z.reshape(-1, z.shape[-1]).to(_mixing_dtype(z)), *coefficients)
         return F.linear(mixed.to(z.dtype), U, bias).reshape(*z.shape[:-1], -1)
@@ -39,10 +39,10 @@ def spectral_product(
 
 
 def added_product(x: Tensor, base: nn.Module, U: Tensor, Vh: Tensor, core: Core, coefficients: Coefficients) -> Tensor:
-    """W x + b + U mix(Vh x), shape (..., O), for a frozen ``nn.Linear``.
+    """Return W x + b + U mix(Vh x), shape (..., O), for a frozen ``nn.Linear``.
 
-    The second product is added to the first as it is made, in both directions: as layers of their own they would pass
-    over (N, O) and (N, I) numbers once more to be added, which at low rank is much of what the adapter costs.
+    The second product accumulates into the first, forward and backward: adding two separate results would pass over
+    (N, O) and (N, I) numbers once more, which at low rank is much of what the adapter costs.
     """
     added: Tensor = _AddedProduct.apply(x, base.weight, base.bias, U, Vh, core, *coefficients)  # type: ignore[no-untyped-call]
     return added
@@ -108,7 +108,7 @@ class _AddedProduct(torch.autograd.Function):
 def _mixed_backward(
     rows: Tensor, z: Tensor, U: Tensor, core: Core, coefficients: list[Tensor]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Gradients for z (N, R), of its dtype, and for the coefficients, from those of the output, ``rows`` (N, O)."""
+    """Compute the gradients of z (N, R), in its dtype, and of the coefficients from that of the output (N, O)."""
     dtype = _mixing_dtype(z)
     grad_mixed = rows.to(U.dtype) @ U  # (N, R)
     grad_z, grad_coefficients = core.mix_backward(z.to(dtype), grad_mixed.to(dtype), *coefficients)

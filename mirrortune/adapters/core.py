@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a core is: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
+"""The interface of a core: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
 
-A core is one class, registered under the name that ``--method`` takes. Its positional parameters are what the layer
-gives it by their names: ``S`` (R,), and if it asks for them ``pairs`` (T, 2), in turn, as many rounds of them as its
-option ``rounds`` says, and ``shape`` (O, I). Its keyword-only parameters are its recipe options. It turns its
-parameters into *coefficients* (a few small tensors, ordinary autograd) and says how coefficients act on z = Vh x. The
-layer's autograd function does the rest and saves z, never x.
+A core is one class, registered under the name that ``--method`` takes. Its positional parameters are passed by name:
+``S`` (R,), and where it declares them ``pairs`` (T, 2), round after round for as many rounds as its option ``rounds``
+says, and ``shape`` (O, I). Its keyword-only parameters are its recipe options. A core computes *coefficients* from its
+parameters (a few small tensors, ordinary autograd) and defines how they act on z = Vh x. The layer's autograd function
+does the rest and saves z, never x.
 
 Shapes: N rows, R rank, T pairs, O out_features, I in_features.
 """
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from typing_extensions import override
 
 from mirrortune.adapters.methods import CORES
 from mirrortune.errors import ConfigError
@@ -32,7 +33,7 @@ Coefficients = tuple[Tensor, ...]
 
 
 class Core(nn.Module, metaclass=abc.ABCMeta):
-    """What a layer and the law tests require of a core.
+    """Base class of all cores.
 
     Parameters are float32 and stay so when the model is cast to 16 bits: an angle of 1e-3 has two digits in bfloat16.
     """
@@ -40,31 +41,31 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     side: Literal["output", "input", "both"] = "both"
     """Which singular vectors the core's effect depends on beyond their product with S: U, Vh, or both."""
     branches: bool = False
-    """Whether its methods do different things for different numbers, so that they cannot be vectorised over cores."""
+    """Whether control flow depends on the values of tensors, so that methods cannot be vectorised over cores."""
     default_lr: float = 3e-2
-    """Learning rate of the method that is this core alone; that of angles and relative scales."""
+    """Learning rate of the method that is this core alone; the default suits angles and relative scales."""
     default_rank: int | Literal["full"] = "full"
-    """Leading directions kept by that method."""
+    """Number of leading directions kept by that method."""
     rank_option: str | None = None
-    """Option of that method that ``rank`` sets, where its papers call something else its rank than the directions
-    kept."""
+    """Option of that method that ``rank`` sets, where its papers use the word for something other than the number of
+    directions kept."""
     default_pairing: str | None = None
     """Pairing of that method, for a core that asks for ``pairs``."""
 
     @abc.abstractmethod
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """Tensors by which :meth:`mix` applies K, or K - diag(S) when ``delta`` (exactly zero for an untrained
-        core).
+        """Compute the tensors by which :meth:`mix` applies K, or K - diag(S) when ``delta`` (exactly zero for an
+        untrained core).
         """
 
     @abc.abstractmethod
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """K z for every row of ``z`` (N, R), by the given coefficients; shape (N, R)."""
+        """Return K z for every row of ``z`` (N, R), shape (N, R)."""
 
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Gradients of ``(grad * mix(z, *coefficients)).sum()`` for z and each coefficient.
+        """Compute the gradients of ``(grad * mix(z, *coefficients)).sum()`` for z and each coefficient.
 
-        This default recomputes ``mix`` under autograd, so a new core need not write a backward pass.
+        This default recomputes ``mix`` under autograd, so that a new core needs no backward pass of its own.
         """
         with torch.enable_grad():
             inputs = [z.detach().requires_grad_()]
@@ -77,36 +78,36 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         return grad_z, tuple(grads[1:])
 
     def beside(self, project: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """What the core adds to the layer's output outside the singular basis, (..., O), or None for nothing.
+        """Return what the core adds to the layer's output outside the singular basis, (..., O), or None for nothing.
 
         Args:
-            project: applies a matrix A (n, I) to the layer's input; shape (..., n).
+            project: applies a matrix A (n, I) to the layer's input; returns (..., n).
         """
         return None
 
     def beside_weight(self) -> Tensor | None:
-        """The weight (O, I) by which :meth:`beside` acts, or None."""
+        """Return the weight (O, I) by which :meth:`beside` acts, or None."""
         return None
 
     def angles(self) -> Tensor | None:
-        """Angles in radians of the planes that the core turns, shape (P,), or None if it turns none; for reports."""
+        """Return the angles in radians of the planes that the core rotates, shape (P,), or None if it rotates none."""
         return None
 
     def forget_own_pairs(self) -> None:
-        """From now on compute with whatever numbers and pairs it is called with, in :class:`CoreStack` those of others.
+        """Stop relying on the pairs given at construction: :class:`CoreStack` calls this core with those of others.
 
-        A core that has found its own pairs to be of a kind that is fast to compute with must stop relying on it.
+        A core that takes a shortcut for certain pairs must not take it from now on.
         """
 
     @torch.no_grad()
     def delta_matrix(self) -> Tensor:
-        """K - diag(S) in float64, shape (R, R), on the CPU."""
+        """Return K - diag(S) in float64 on the CPU, shape (R, R)."""
         exact = self.in_float64()
         rank = exact.get_buffer("S").shape[0]
         return exact.mix(torch.eye(rank, dtype=torch.float64), *exact.coefficients(delta=True)).T
 
     def in_float64(self) -> Core:
-        """A copy in float64 on the CPU."""
+        """Return a copy in float64 on the CPU."""
         return copy.deepcopy(self).to(device="cpu", dtype=torch.float64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Core:  # noqa: FBT001, FBT002  (torch's signature)
@@ -121,15 +122,19 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
 
 
 def trained(S: Tensor, count: int) -> nn.Parameter:
-    """``count`` trained zeros of the dtype and device of ``S``; none of them wants a gradient if there are none.
+    """Return a parameter of ``count`` zeros in the dtype and on the device of ``S``; an empty one requires no gradient.
 
-    (DistributedDataParallel waits for the gradient of every parameter that wants one, even an empty one.)
+    (DistributedDataParallel waits for the gradient of every parameter that requires one, even of an empty one.)
     """
     return nn.Parameter(S.new_zeros(count), requires_grad=count > 0)
 
 
 def checked_top_k(top_k: Any, rank: int, where: str) -> int:
-    """How many leading directions ``top_k`` means (a number, or ``"all"``); ConfigError at ``where`` if neither."""
+    """Return the number of leading directions that ``top_k`` (a number, or ``"all"``) selects.
+
+    Raises:
+        ConfigError: at ``where``, for anything else.
+    """
     if top_k == "all":
         return rank
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= rank:
@@ -138,25 +143,33 @@ def checked_top_k(top_k: Any, rank: int, where: str) -> int:
 
 
 def leading(values: Tensor, rank: int) -> Tensor:
-    """``values`` (k,) followed by zeros, shape (rank,)."""
+    """Return ``values`` (k,) followed by zeros, shape (rank,)."""
     return torch.cat([values, values.new_zeros(rank - values.shape[0])])
 
 
 def plane_strengths(S: Tensor) -> Tensor:
-    """How far turning each pair of directions by a radian moves the weight (Frobenius norm), for small angles.
+    """Compute the strength of the plane of each pair of directions, sqrt((S_i^2 + S_j^2) / 2), shape (..., R, R).
 
-    Of S (..., R), shape (..., R, R): sqrt((S_i^2 + S_j^2) / 2), so that two directions of equal strength make a plane
-    of that strength.
+    For small angles, sqrt(2) times this is the Frobenius norm by which rotating the plane moves the weight, per radian.
+    Two directions of equal strength span a plane of that strength.
+
+    Args:
+        S: singular values (..., R).
     """
     square = S.square()
     return ((square[..., :, None] + square[..., None, :]) / 2).sqrt()
 
 
 def even_steps(strength: Tensor, S: Tensor, *, largest: float = 10.0) -> Tensor:
-    """Factors that make numbers of different ``strength`` move the weight equally: rms(S) / strength, of its shape.
+    """Compute factors by which parameters of different ``strength`` move the weight equally: rms(S) / strength.
 
-    Directions of a strength near zero get ``largest`` times the step of an average one and no more: an angle is no more
-    than half a turn, and what is lost there is next to nothing.
+    Directions of a strength near zero get at most ``largest`` times the step of an average one: an angle has no use for
+    more than half a turn, and next to nothing is lost there.
+
+    Args:
+        strength: of each parameter, (..., n) or (..., R, R) beside S (..., R).
+        S: singular values (..., R).
+        largest: bound of the factors.
     """
     average = S.square().mean(dim=-1).sqrt()
     average = average.reshape(*average.shape, *[1] * (strength.ndim - average.ndim))
@@ -165,10 +178,10 @@ def even_steps(strength: Tensor, S: Tensor, *, largest: float = 10.0) -> Tensor:
 
 
 class CoreStack(Core):
-    """E cores of the same class and options, their numbers stacked: a parameter (n,) of one is (E, n) here.
+    """E cores of the same class and options with stacked parameters: a parameter (n,) of one core is (E, n) here.
 
-    Every method takes and gives tensors with a leading dimension E. What one core computes is vectorised over the
-    others (one after another for a core that ``branches``), so a core needs nothing of its own for it.
+    Every method takes and returns tensors with a leading dimension E. The methods of a single core are vectorised over
+    all of them (or called one after another for a core that ``branches``), so a core needs no code for stacks.
 
     Args:
         cores: E untrained cores.
@@ -179,7 +192,7 @@ class CoreStack(Core):
     def __init__(self, cores: Sequence[Core]) -> None:
         super().__init__()
         self.side, self.branches = cores[0].side, cores[0].branches
-        self._one = [_Calls(copy.deepcopy(cores[0]))]  # in a list: its own numbers are no part of this module
+        self._one = [_Calls(copy.deepcopy(cores[0]))]  # in a list, so that its parameters are not part of this module
         self._one[0].core.forget_own_pairs()
         with torch.no_grad():
             for name, first in cores[0].named_parameters():
@@ -188,33 +201,38 @@ class CoreStack(Core):
             for name, _ in cores[0].named_buffers():
                 self.register_buffer(name, torch.stack([c.get_buffer(name) for c in cores]), persistent=False)
 
+    @override
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """See :class:`Core`; each tensor (E, ...)."""
+        """Compute the coefficients of all cores; each tensor (E, ...)."""
         found: Coefficients = self._each("coefficients", delta=delta)
         return found
 
+    @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`; ``z`` (E, N, R)."""
+        """Return K z of each core, for ``z`` (E, N, R)."""
         mixed: Tensor = self._each("mix", z, *coefficients)
         return mixed
 
+    @override
     def beside_weight(self) -> Tensor | None:
-        """See :class:`Core`; (E, O, I) or None."""
+        """Return the weights (E, O, I), or None."""
         if type(self._one[0].core).beside_weight is Core.beside_weight:
             return None
         found: Tensor = self._each("beside_weight")
         return found
 
+    @override
     def angles(self) -> Tensor | None:
-        """See :class:`Core`; (E, P) or None."""
+        """Return the angles (E, P), or None."""
         if self._one[0].core.angles() is None:
             return None
         found: Tensor = self._each("angles")
         return found
 
+    @override
     @torch.no_grad()
     def delta_matrix(self) -> Tensor:
-        """See :class:`Core`; (E, R, R)."""
+        """Return K - diag(S) of each core, (E, R, R)."""
         exact, (count, rank) = self.in_float64(), self.S.shape
         identity = torch.eye(rank, dtype=torch.float64).expand(count, -1, -1)
         return exact.mix(identity, *exact.coefficients(delta=True)).mT
@@ -235,12 +253,12 @@ class CoreStack(Core):
 
 
 class _Calls(nn.Module):
-    """A core whose methods ``functional_call`` can reach, which calls ``forward`` only."""
+    """Makes the methods of a core reachable for ``functional_call``, which only calls ``forward``."""
 
     def __init__(self, core: Core) -> None:
         super().__init__()
         self.core = core
 
     def forward(self, method: str, *args: Any, **options: Any) -> Any:
-        """What the core's ``method`` gives."""
+        """Return the result of the core's ``method``."""
         return getattr(self.core, method)(*args, **options)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few numbers that say what an adapter does to a weight, whatever it is made of.
+"""Probes of an adapter's effect on a weight: a few numbers that identify W' - W, however it is represented.
 
 Gaussian bilinear probes p_k^T (W' - W) x_k: for any error E of the change their errors are p_k^T E x_k, of mean square
-||E||_F^2, so that sixteen of them tell the size of E. They are made from factors and core alone and compared when an
-adapter is loaded: another basis, other pairs or a core that means something else than it did cannot go unnoticed.
+||E||_F^2, so that sixteen of them measure the size of E. They are computed from factors and core alone and compared
+when an adapter is loaded, which detects another basis, other pairs, or a core that changed its meaning.
 
 Shapes: O out_features, I in_features, R rank, E matrices of a stack.
 """
@@ -21,8 +21,8 @@ from mirrortune.adapters.cores import Core
 from mirrortune.adapters.svd import Factors
 
 NUM_PROBES = 16
-# Of the change, by norm. The promise is 1e-4 (1e-6 for stored factors); an error beyond it would have to hide in all
-# sixteen probes at once to pass. Sums in float32 differ between machines by about 1e-7.
+# Relative to the norm of the change. The documented bound is 1e-4 (1e-6 for stored factors); a larger error would have
+# to be small in all sixteen probes at once to pass. Sums in float32 differ between machines by about 1e-7.
 EFFECT_TOLERANCE = 2e-5
 EXACT_EFFECT_TOLERANCE = 5e-7
 _FEW = 256  # directions, for which float64 costs nothing
@@ -85,8 +85,9 @@ def effect_of(products: Probed, exact: Core) -> Tensor:
 
 
 def effect_error(found: Tensor, expected: Tensor) -> float:
-    """Distance of two effects (E, 16) relative to ``expected``, the largest over the matrices of a stack; 0 if both are
-    nothing, infinite if one is, or if either is not finite.
+    """Return the distance of two effects (E, 16) relative to ``expected``, the largest over the matrices of a stack.
+
+    0 if both are zero; infinite if only ``expected`` is, or if either is not finite.
     """
     found, expected = found.double(), expected.double()
     difference, size = (found - expected).norm(dim=-1), expected.norm(dim=-1)

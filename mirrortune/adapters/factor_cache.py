@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Factors on disk, addressed by the content of the weight: a second run on the same model factorises nothing.
+"""A cache of factors on disk, addressed by the content of the weight: a second run on a model factors nothing.
 
-One file for each (weight bytes, dtype, rank, algorithm version), shared by every run, recipe and model that holds that
-weight. U and Vh are stored in float32 (the precision in which cores are trained; float64 for float64 weights), S in
-float64.
+One file per (weight bytes, dtype, rank, algorithm version), shared by all runs, recipes and models with that weight. U
+and Vh are stored in float32 (the precision in which cores are trained; float64 for float64 weights), S in float64.
 """
 
 from __future__ import annotations
@@ -29,23 +28,22 @@ from mirrortune.adapters.svd import FACTORIZE_VERSION, Factors, are_leading_trip
 from mirrortune.system.atomic import alone_with, write_atomically
 from mirrortune.system.paths import cache_folder, is_safe_entry
 
-# Matrices whose smaller side is below this are factorised where they are: a GPU gains nothing on them.
+# Matrices whose smaller side is below this are factored on their own device: a GPU gains nothing.
 _SMALLEST_SIDE = 1024
-# What matrices that are factorised side by side may take in bytes, and how many copies of one LAPACK needs in float64.
+# Bytes for matrices that are factored in parallel, and the number of copies of a matrix that LAPACK needs in float64.
 _MEMORY, _COPIES = 1 << 30, 6
 
 
 @dataclass(slots=True)
 class FactorCache:
-    """A source of factors that remembers, for :func:`mirrortune.adapters.inject.attach`.
+    """A cached source of factors, for :func:`mirrortune.adapters.inject.attach`.
 
     Attributes:
         on_layer: called with the layer's name after each matrix, for progress.
-        on_remark: told of every matrix that could not be factorised in the usual way; None leaves that to warnings.
-        hits, misses: matrices read, matrices factorised.
+        on_remark: called with a line for every matrix that needed another algorithm; None leaves it to warnings.
+        hits, misses: number of matrices read and factored.
         seconds: time spent on both.
-        device: where large matrices are factorised, such as a GPU (``hardware.factorising_device``); None for where
-            their weights are.
+        device: for large matrices, such as a GPU (``devices.factorising_device``); None for that of the weight.
     """
 
     on_layer: Callable[[str], None] | None = None
@@ -59,14 +57,14 @@ class FactorCache:
     _computing: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, name: str, weight: Tensor, rank: int) -> Factors:
-        """Factors of ``weight`` (O, I) with ``rank`` directions: float64 S; U and Vh as stored, cast to float64."""
+        """Return the factors of ``weight`` (O, I) with ``rank`` directions: S exact, U and Vh as stored, float64."""
         started = time.perf_counter()
         key, path = self._place(weight, rank)
         before, factors = self.misses, self._read(path, key, weight)
         if factors is None:
             if self.on_remark is not None and not is_safe_entry(path):
                 self.on_remark(f"{path} is not used: it is a link, or another user's that others may write")
-            with alone_with(path), self._told():  # another process may be at it: then they are there after the wait
+            with alone_with(path), self._reporting():  # another process may be computing them
                 factors = self._read(path, key, weight) or self._make(name, weight, rank, key, path)
         self.hits += self.misses == before
         self.seconds += time.perf_counter() - started
@@ -83,25 +81,24 @@ class FactorCache:
         largest: int = 0,
         room: int = _MEMORY,
     ) -> None:
-        """Factorise what is missing of ``layers`` (name, matrix, rank) together with the other processes of a run, each
-        beginning at a place of its own and leaving out what another one is at. Not all of it is there at the end: what
-        others are still making, :meth:`__call__` waits for.
+        """Factor the missing ``layers`` (name, matrix, rank) together with the other processes of a run.
 
-        Matrices are factorised side by side, as many as there are cores and memory for: LAPACK's own threads gain
-        little from a second core (``tests/bench/factorise.py``).
+        Each process starts at another layer and skips those that another one is computing. These may be missing at the
+        end; :meth:`__call__` waits for them. Matrices are factored in parallel, as far as cores and memory allow:
+        LAPACK's own threads gain little from a second core (``tests/bench/factorise.py``).
 
         Args:
             layers: the same on every process.
             index: of this process.
             count: of processes.
-            largest: numbers in the largest matrix, if they are known.
-            room: bytes that matrices side by side may take; one at a time goes in any case.
+            largest: numbers in the largest matrix, if known.
+            room: bytes for matrices in parallel; one at a time is always allowed.
         """
         begin = index * len(layers) // count
         started = time.perf_counter()
         with (
-            self._told(),
-            _cores_shared_out(min(_MEMORY, room) // (_COPIES * 8 * max(1, largest))) as workers,
+            self._reporting(),
+            _divided_cores(min(_MEMORY, room) // (_COPIES * 8 * max(1, largest))) as workers,
             ThreadPoolExecutor(workers) as pool,
         ):
             for name in pool.map(self._fill, [*layers[begin:], *layers[:begin]]):
@@ -110,12 +107,12 @@ class FactorCache:
         self.seconds += time.perf_counter() - started
 
     def _read(self, path: Path, key: str, weight: Tensor) -> Factors | None:
-        """The cached factors; None where there are none that can be believed."""
+        """Return the cached factors; None if there are none that belong to ``weight``."""
         found = _read(path, key) if is_safe_entry(path) else None
         return found if found is not None and are_leading_triplets(found, weight) else None
 
     def _fill(self, layer: tuple[str, Callable[[], Tensor], int]) -> str:
-        """Make one entry if it is missing and nobody is at it; the layer's name."""
+        """Make one entry if it is missing and no other process is making it; return the layer's name."""
         name, matrix, rank = layer
         weight = matrix()
         key, path = self._place(weight, rank)
@@ -137,7 +134,7 @@ class FactorCache:
 
     @contextmanager
     def _place_to_compute(self, weight: Tensor) -> Iterator[torch.device | None]:
-        """The device for this weight, for one matrix at a time; None for small ones, and where it has no room."""
+        """Reserve the device for one weight; None for small ones, and where memory is short."""
         device = self.device
         if device is None or device == weight.device or min(weight.shape[-2:]) < _SMALLEST_SIDE:
             yield None
@@ -148,8 +145,8 @@ class FactorCache:
             yield device if has_room else None
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Within, what decompositions warn of (in any thread) goes to ``on_remark``."""
+    def _reporting(self) -> Iterator[None]:
+        """Pass warnings of decompositions (in any thread) to ``on_remark``."""
         with warnings.catch_warnings(record=self.on_remark is not None) as said:
             if self.on_remark is not None:
                 warnings.simplefilter("always", RuntimeWarning)
@@ -161,14 +158,14 @@ class FactorCache:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def _place(self, weight: Tensor, rank: int) -> tuple[str, Path]:
-        """Key and file of an entry."""
+        """Return key and file of an entry."""
         key = hashlib.sha256(f"{weight_digest(weight)}:{rank}:{FACTORIZE_VERSION}".encode()).hexdigest()
         return key, self.folder / key[:2] / f"{key}.safetensors"
 
 
 @contextmanager
-def _cores_shared_out(most: int) -> Iterator[int]:
-    """How many threads may work, at most ``most``; within, each operation of torch has its share of the cores."""
+def _divided_cores(most: int) -> Iterator[int]:
+    """Return the number of worker threads, at most ``most``, and divide the cores among them for torch."""
     cores = torch.get_num_threads()
     workers = max(1, min(cores, most))
     torch.set_num_threads(cores // workers)
@@ -184,7 +181,7 @@ def _rounded(factors: Factors, weight: Tensor) -> Factors:
 
 
 def _read(path: Path, key: str) -> Factors | None:
-    """The factors in a file, or None when it is absent, damaged (a crash can leave zeros) or another entry's."""
+    """Return the factors in a file; None if it is absent, damaged (a crash can leave zeros) or another entry."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of a weight and of its singular basis, and the repair of a basis that another driver computed.
+"""Fingerprints of a weight and of its singular basis, and the repair of a basis computed by another driver.
 
-Two correct decompositions differ in the signs of hundreds of vectors, and a flipped sign turns a learned angle the
-wrong way: an error above 100% of the adapter's effect, in silence. An adapter therefore stores, for each layer, a hash
-of the weight and a sketch p^T U of its basis with a fixed probe p, or its signs alone where probes of the layer's
-effect (``effect.py``) say whether the basis is right. Loading compares, puts vectors into the order of their singular
-values, flips signs back exactly, turns vectors of near-equal singular values back within their cluster (which every
-driver mixes as it likes; for these the sketch has more probes), and refuses what it cannot repair.
+Two correct decompositions differ in the signs of hundreds of vectors, and a flipped sign reverses a learned angle: an
+error above 100% of the adapter's effect, without any message. An adapter therefore stores, for each layer, a hash of
+the weight and a sketch p^T U of its basis with a fixed random p, or only its signs where probes of the layer's effect
+(``effect.py``) tell whether the basis is right. Loading sorts vectors by their singular values, flips signs back,
+rotates vectors of near-equal singular values back within their cluster (which each driver mixes differently; for these
+the sketch has more rows), and refuses what it cannot repair.
 
 Shapes: O out_features, I in_features, R rank, E matrices of a stack (each with a probe of its own).
 """
@@ -24,36 +24,36 @@ from torch import Tensor
 from mirrortune.adapters.svd import Factors
 from mirrortune.errors import VerificationError
 
-# |p^T u| of a repaired basis may differ from the stored sketch by this much; p has unit-variance entries, so this
+# Largest difference of |p^T u| between a repaired basis and the stored sketch; p has unit-variance entries, so this
 # bounds the distance of the vectors themselves to about 1e-5 and the adapter's effect to well under 1e-4 of itself.
 SKETCH_TOLERANCE = 1e-5
-# A probe is good when no vector is nearly orthogonal to it: below this the sign of the sketch would be noise.
+# A vector p is good if no singular vector is nearly orthogonal to it: below this the sign of the sketch would be noise.
 _SMALLEST_SKETCH = 1e-3
 _PROBE_ATTEMPTS = 64
-# Neighbouring singular values closer than this share of the largest are a cluster. Drivers agree on a vector to their
-# rounding (1e-15) over the gap, so that what is no cluster is the same for all to 1e-8.
+# Neighbouring singular values closer than this share of the largest form a cluster. Drivers agree on a vector to their
+# rounding (1e-15) over the gap, so that vectors outside of clusters agree to 1e-8.
 _CLUSTER_GAP = 1e-7
-_NULL = 1e-10  # below this share of the largest, left and right vectors have nothing to do with each other
-_LARGEST_CLUSTER = 64  # of m vectors; m^2 numbers are stored, and vectors of a larger one cannot be repaired
+_NULL = 1e-10  # below this share of the largest, left and right vectors are independent of each other
+_LARGEST_CLUSTER = 64  # of m vectors; m^2 numbers are stored, and a larger one cannot be repaired
 
 Clusters = tuple[tuple[int, int], ...]
-"""First direction, and the one behind the last, of each cluster."""
+"""(start, stop) of each cluster, as in a slice of directions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What identifies one adapted weight and the basis its core was trained in.
+    """Identifies an adapted weight and the basis that its core was trained in.
 
     Attributes:
         weight_hash: ``values:`` and the :func:`value_digest` of the weight.
-        probe_seeds: seed of the probe vectors, one for each matrix.
+        probe_seeds: seed of the vector p of the sketch, one for each matrix.
         side: which vectors the core's effect depends on beyond their product with S: ``output`` (U), ``input`` (Vh) or
             ``both``; ``none`` for an adapter that has no basis.
         sketch: p^T U and/or p^T Vh^T by ``side``, shape (1 or 2, R), or (E, 1 or 2, R), float32; of a file that keeps
             signs, 1 and -1 for the first of them, shape (1, R) or (E, 1, R).
         clusters: of each matrix.
-        cluster_sketches: of each matrix, flat, float32: 2m probes (2m, m) for each cluster of m vectors and side.
-        has_sizes: whether the sketch has more than signs.
+        cluster_sketches: of each matrix, flat, float32: (2m, m) for each cluster of m vectors and side.
+        has_sizes: False if the sketch has only signs.
     """
 
     weight_hash: str
@@ -66,26 +66,26 @@ class Fingerprint:
 
     @classmethod
     def of_weight(cls, weight: Tensor) -> Fingerprint:
-        """The fingerprint of a weight whose adapter does not depend on a basis: its hash alone."""
+        """Return the fingerprint of a weight whose adapter does not depend on a basis: only its hash."""
         return cls.of_hash(f"values:{value_digest(weight)}")
 
     @classmethod
     def of_hash(cls, weight_hash: str) -> Fingerprint:
-        """The same, of a weight that was hashed before."""
+        """Return the same for the stored hash of a weight."""
         return cls(weight_hash=weight_hash, probe_seeds=(), side="none", sketch=torch.zeros(0, 0))
 
     @property
     def rank(self) -> int:
-        """R, the number of directions of each basis."""
+        """Number of directions R of each basis."""
         return self.sketch.shape[-1]
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether ``weight`` has the numbers that were hashed."""
+        """Whether ``weight`` has the values that were hashed."""
         return self.weight_hash == f"values:{value_digest(weight)}"
 
 
 def weight_digest(weight: Tensor) -> str:
-    """SHA-256 (hex) over dtype, shape and the raw bytes of ``weight``."""
+    """Return the SHA-256 (hex) of dtype, shape and bytes of ``weight``."""
     host = weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{host.dtype}:{tuple(host.shape)}:".encode())
     digest.update(host.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -93,8 +93,8 @@ def weight_digest(weight: Tensor) -> str:
 
 
 def value_digest(weight: Tensor) -> str:
-    """SHA-256 (hex) over shape and numbers of ``weight``, the same for every dtype that holds them exactly: a weight
-    stored in 16 bits is the same weight when it is loaded in 32.
+    """Return the SHA-256 (hex) of shape and values of ``weight``, the same for every dtype that holds them exactly: a
+    weight stored in 16 bits is the same weight when it is loaded in 32.
     """
     host = weight.detach().cpu().contiguous()
     single = host.to(torch.float32)
@@ -106,8 +106,12 @@ def value_digest(weight: Tensor) -> str:
 
 
 def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:
-    """The fingerprint of ``weight``, (O, I) or (E, O, I), and its ``factors``, for a core that turns ``side``;
-    deterministic.
+    """Compute the fingerprint of ``weight``, (O, I) or (E, O, I), and its ``factors``; deterministic.
+
+    Args:
+        weight: of the base.
+        factors: of ``weight``.
+        side: of the core, see :class:`Fingerprint`.
     """
     each = factors.each()
     chosen = [_choose_probe(matrix, side) for matrix in each]
@@ -127,7 +131,7 @@ def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:
 
 
 def completed(stored: Fingerprint, factors: Factors) -> Fingerprint:
-    """``stored`` with the whole sketch of ``factors``, which are aligned with it, where it had only signs."""
+    """Return ``stored`` with the sketch of ``factors``, which are aligned with it, in place of mere signs."""
     if stored.has_sizes:
         return stored
     sketches = [_sketch(f, s, stored.side).float() for f, s in zip(factors.each(), stored.probe_seeds, strict=True)]
@@ -135,18 +139,18 @@ def completed(stored: Fingerprint, factors: Factors) -> Fingerprint:
 
 
 def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
-    """``factors`` in the basis that ``stored`` describes.
+    """Return ``factors`` in the basis that ``stored`` describes.
 
     Args:
         factors: a decomposition of the same weight, by any driver, float64.
         stored: the fingerprint kept with the adapter.
-        name: the layer's name, for the message.
+        name: of the layer, for the message.
 
     Returns:
         Factors equal to the trained ones up to the drivers' rounding.
 
     Raises:
-        VerificationError: if some vector is another one even after repair.
+        VerificationError: a vector differs even after repair.
     """
     aligned, doubt = try_align(factors, stored, name)
     if doubt is not None:
@@ -155,8 +159,10 @@ def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
 
 
 def try_align(factors: Factors, stored: Fingerprint, name: str) -> tuple[Factors, VerificationError | None]:
-    """As :func:`align`, with the error beside the factors as far as they could be repaired; raised all the same where
-    there are too few or too many.
+    """Do as :func:`align`, but return the error beside the factors, repaired as far as possible.
+
+    Raises:
+        VerificationError: the number of bases or directions is another.
     """
     each, references = factors.each(), stored.sketch if factors.is_stack else stored.sketch[None]
     if len(each) != len(references) or len(each) != len(stored.probe_seeds):
@@ -192,7 +198,7 @@ def _misaligned(place: str, factors: Factors, distance: Tensor) -> VerificationE
 
 
 def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int) -> tuple[Factors, Tensor]:
-    """One basis repaired as far as possible, and the distance of each direction from the stored sketch, (R,)."""
+    """Return one basis repaired as far as possible, and the distance of each direction from the sketch, (R,)."""
     S = factors.S
     if not bool((S[:-1] >= S[1:]).all()):
         order = S.argsort(descending=True, stable=True)
@@ -203,7 +209,7 @@ def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int
     sketch = _sketch(factors, stored.probe_seeds[index], stored.side).cpu()
     signs = torch.where(sketch[0] * reference[0] < 0, -1.0, 1.0).to(torch.float64)
     for start, stop in clusters:
-        signs[start:stop] = 1.0  # turned back, signs and all
+        signs[start:stop] = 1.0  # rotated back, signs included
     distance = (sketch * signs - reference).abs().max(dim=0).values if stored.has_sizes else torch.zeros_like(signs)
     sign = signs.to(factors.U)
     repaired = Factors(U=factors.U * sign, S=factors.S, Vh=factors.Vh * sign[:, None])
@@ -214,9 +220,9 @@ def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int
 
 
 def _clusters(factors: Factors) -> Clusters:
-    """Runs of near-equal singular values that can be repaired, and vectors of value zero on their own."""
+    """Return runs of near-equal singular values that can be repaired, and single vectors of value zero."""
     S = factors.S.double().cpu()
-    limit = min(factors.U.shape[0], factors.Vh.shape[1], factors.rank)  # what is added to a basis follows from it
+    limit = min(factors.U.shape[0], factors.Vh.shape[1], factors.rank)  # the complement of a basis follows from it
     largest = float(S[0])
     return tuple(
         (start, stop)
@@ -226,19 +232,19 @@ def _clusters(factors: Factors) -> Clusters:
 
 
 def _runs(S: Tensor, gap: float) -> list[tuple[int, int]]:
-    """Singular values (R,), float64, cut where neighbours are further apart than ``gap`` of the largest: the first of
-    each run, and the one behind it.
+    """Return (start, stop) of runs of singular values (R,), float64, whose neighbours differ by at most ``gap`` of the
+    largest.
     """
     behind = (S[:-1] - S[1:] > gap * S[0]).nonzero().flatten() + 1
     return list(itertools.pairwise([0, *behind.tolist(), len(S)]))
 
 
 def redrawn(factors: Factors) -> Factors | None:
-    """``factors`` of one matrix as another driver may find them: vectors mixed at random where no fingerprint can turn
-    them back; None where it can turn back all.
+    """Return ``factors`` of one matrix as another driver may find them: vectors are mixed at random where a fingerprint
+    cannot repair them. None if it can repair all.
 
-    That is within more near-equal singular values than a fingerprint keeps probes of, and where the last ones that are
-    kept may be part of a longer run (of three values and more: of two it would be chance).
+    That is in runs of near-equal singular values too long for a fingerprint, and where the last kept ones may be part
+    of a longer run (of three values and more: of two it would be coincidence).
     """
     gap = max(_CLUSTER_GAP, 2 * torch.finfo(factors.S.dtype).eps)  # layers hold theirs rounded
     S = factors.S.double().cpu()
@@ -266,7 +272,7 @@ def _random_turn(size: int, seed: int) -> Tensor:
 
 
 def _cluster_sketch(factors: Factors, cluster: tuple[int, int], side: str) -> list[Tensor]:
-    """2m probes of the m vectors of a cluster, (2m, m) float64, for each side that matters."""
+    """Compute the sketch of the m vectors of a cluster, (2m, m) float64, for each side that matters."""
     start, stop = cluster
     state = np.random.RandomState(1000 + start)  # frozen by NumPy's maintainers: the same in every version
     vectors = {"output": [factors.U], "input": [factors.Vh.T], "both": [factors.U, factors.Vh.T]}[side]
@@ -278,14 +284,14 @@ def _cluster_sketch(factors: Factors, cluster: tuple[int, int], side: str) -> li
 
 
 def _turn_back(factors: Factors, clusters: Clusters, sketches: Tensor, side: str) -> Factors:
-    """Vectors of each cluster turned so that their probes are the stored ones (orthogonal Procrustes)."""
+    """Rotate the vectors of each cluster onto the stored sketch (orthogonal Procrustes)."""
     U, Vh, place = factors.U.clone(), factors.Vh.clone(), 0
     for start, stop in clusters:
         size = 2 * (stop - start) ** 2
         now = [part.cpu().double() for part in _cluster_sketch(factors, (start, stop), side)]
         then = [sketches[place + i * size :][:size].double().reshape(part.shape) for i, part in enumerate(now)]
         place += size * len(now)
-        # Where the singular value is zero left and right vectors turn on their own.
+        # For singular value zero left and right vectors rotate independently.
         is_null = float(factors.S[stop - 1]) <= _NULL * float(factors.S[0])
         if not is_null:
             now, then = [torch.cat(now)], [torch.cat(then)]
@@ -296,7 +302,7 @@ def _turn_back(factors: Factors, clusters: Clusters, sketches: Tensor, side: str
 
 
 def _procrustes(now: Tensor, then: Tensor) -> Tensor:
-    """The orthogonal Q (m, m) that brings ``now`` Q nearest to ``then``; the identity if either is not finite."""
+    """Return the orthogonal Q (m, m) that minimises ||now Q - then||; the identity if either is not finite."""
     product = now.T @ then
     if not torch.isfinite(product).all():
         return torch.eye(product.shape[0], dtype=product.dtype)
@@ -306,7 +312,7 @@ def _procrustes(now: Tensor, then: Tensor) -> Tensor:
 
 
 def _choose_probe(factors: Factors, side: str) -> tuple[int, Tensor]:
-    """Seed and sketch of the first good probe of one basis, or of the best of those that were tried."""
+    """Return seed and sketch of the first good vector p for one basis, or of the best one tried."""
     best_seed, best_sketch, best_smallest = 0, None, -1.0
     for seed in range(_PROBE_ATTEMPTS):
         candidate = _sketch(factors, seed, side)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a core into each target of a model, and says what is trained.
+"""Attach a core to each target of a model, and list what is trained.
 
-Adapters of others are attached elsewhere, by the same rules: their layers only have to say what they train and what
-they merge to (:class:`AdaptedLayer`).
+PEFT's tuners are attached in ``peft_bridge``, by the same rules: an adapted layer only has to name its trained
+parameters and to merge (:class:`AdaptedLayer`).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from mirrortune.adapters.targets import Target, Targets, find_targets
 from mirrortune.errors import ConfigError
 
 FactorSource = Callable[[str, Tensor, int], Factors]
-"""(layer name, matrix (O, I) or stack (E, O, I), rank) -> float64 factors; the default computes, callers may pass a
-cache."""
+"""(layer name, matrix (O, I) or stack (E, O, I), rank) -> float64 factors; the default computes them, callers may pass
+a cache."""
 LayerHook = Callable[[str, Tensor, Factors, Core], None]
-"""(layer name, matrix or stack, factors, core), called for every layer that attach replaces."""
+"""Called with (layer name, matrix or stack, factors, core) for every layer that attach replaces."""
 SpectralLayer = SpectralLinear | SpectralWeight
-"""What adapts a weight: in place of the layer that applies it, or over the weight itself."""
+"""Adapts a weight: in place of the layer that applies it, or as a parametrisation of the weight."""
 
 
 class AdaptedLayer(Protocol):
-    """What the rest of the project asks of a layer that an adapter has changed, whoever wrote the adapter."""
+    """The interface of a layer that an adapter has changed, mirrortune's or PEFT's."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained in this layer, by its name there."""
+        """Return the parameters that are trained in this layer, by their names there."""
 
     def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The layer's plain tensors with the adapter in them.
+        """Return the layer's plain tensors with the adapter merged.
 
         Args:
-            before: ``weight``, in its own layout, and ``bias`` if the layer has one, of the base model, in any dtype.
+            before: ``weight`` of the base model, in its own layout, and ``bias`` if the layer has one; any dtype.
 
         Returns:
             Those that the adapter changes, by the same names, in float64 on the CPU.
@@ -51,11 +51,11 @@ class AdaptedLayer(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Attachment:
-    """Kept on an adapted model as ``model.mirrortune``: how it was built and what it trains.
+    """The adapter of a model, stored as ``model.mirrortune``: how it was built and what it trains.
 
     Attributes:
         spec: how it was built.
-        targets: what was adapted.
+        targets: the adapted weights and the head.
         layers: the adapted layers by name, in module order.
     """
 
@@ -75,16 +75,16 @@ def attach(
     on_layer: LayerHook | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> nn.Module:
-    """Adapt ``model`` in place: cores into its target layers, everything else frozen but the head.
+    """Adapt ``model`` in place: attach cores to its target layers and freeze everything else but the head.
 
     Args:
         model: loaded model; its base weights are not changed.
         spec: what to build.
         targets: of ``model`` and ``spec``; None finds them.
         new_parameters: see :func:`find_targets`.
-        factor_source: where factors come from; None computes them.
+        factor_source: computes factors or reads them from a cache; None computes them.
         pairs: pairs by layer name, in place of the pairing's own (an adapter being loaded).
-        on_layer: told of every layer, while its factors are at hand.
+        on_layer: called for every layer, while its factors are in memory.
         strategies: by layer name, in place of the spec's.
 
     Returns:
@@ -94,7 +94,7 @@ def attach(
         ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
     """
     targets = checked_targets(model, spec, targets, new_parameters)
-    for name, target in targets.layers.items():  # what a core refuses, it refuses before the model is touched
+    for name, target in targets.layers.items():  # a core refuses its options before the model is changed
         S = torch.ones((target.count, target.rank) if target.count > 1 else (target.rank,))
         build_core(spec, S, name, target.shape, (pairs or {}).get(name))
     freeze(model, targets)
@@ -106,7 +106,7 @@ def attach(
         core = build_core(spec, factors.S, name, target.shape, (pairs or {}).get(name))
         if on_layer:
             on_layer(name, matrix, factors, core)
-        if target.kind.is_packed:
+        if target.kind.is_quantised:
             factors = factors.to(device=matrix.device, dtype=matrix.dtype)
         strategy = (strategies or {}).get(name, spec.strategy)
         layers[name] = _adapt(model, target, factors, core, strategy, listed)
@@ -131,21 +131,21 @@ def checked_targets(
 
 
 def freeze(model: nn.Module, targets: Targets) -> None:
-    """Gradients for the head and the plainly trained parameters of an unadapted model, and for nothing else."""
+    """Require gradients for the head and the parameters trained as they are, and for nothing else."""
     trained = {*targets.head, *targets.plain}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
-    """The layers of ``model`` that have a core, by name, in module order."""
+    """Return the layers of ``model`` that have a core, by name, in module order."""
     found = getattr(model, "mirrortune", None)
     layers = found.layers if isinstance(found, Attachment) else {}
     return {name: layer for name, layer in layers.items() if isinstance(layer, SpectralLayer)}
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """What :func:`attach` left on the model; ConfigError if it has no adapter."""
+    """Return the adapter of a model; ConfigError if it has none."""
     found = getattr(model, "mirrortune", None)
     if not isinstance(found, Attachment):
         raise ConfigError("model", "it has no adapter", fix="Call mirrortune.attach(model) first")
@@ -153,31 +153,31 @@ def attachment(model: nn.Module) -> Attachment:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained numbers of the adapter: ``<layer>.<parameter>`` -> parameter; empty ones are left out."""
+    """Return the trained parameters of the adapter by ``<layer>.<parameter>``; empty ones are left out."""
     return {
         f"{name}.{key}": parameter
         for name, layer in attachment(model).layers.items()
         for key, parameter in layer.adapter_parameters().items()
-        if getattr(parameter, "ds_numel", parameter.numel())  # what ZeRO-3 has cut is empty between its uses
+        if getattr(parameter, "ds_numel", parameter.numel())  # parameters that ZeRO-3 shards are empty between uses
     }
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Everything trained that is not in the adapter: the head, and biases or weights for ``bitfit`` and ``full``."""
+    """Return the parameters trained as they are: the head, and biases or all weights for ``bitfit`` and ``full``."""
     targets = attachment(model).targets
     parameters = dict(model.named_parameters())
     return {name: parameters[name] for name in (*targets.head, *targets.plain)}
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """How many numbers an adapted model trains besides its task head."""
+    """Count the numbers that an adapted model trains besides its task head."""
     head = set(attachment(model).targets.head)
     trained = [p for n, p in plain_parameters(model).items() if n not in head]
     return sum(p.numel() for p in [*adapter_parameters(model).values(), *trained])
 
 
 def head_parameters(model: nn.Module) -> int:
-    """How many numbers the task head of an adapted model has."""
+    """Count the numbers of an adapted model's task head."""
     head = attachment(model).targets.head
     return sum(p.numel() for n, p in model.named_parameters() if n in set(head))
 
@@ -187,8 +187,9 @@ def _compute(name: str, weight: Tensor, rank: int) -> Factors:
 
 
 def _listed_modules(model: nn.Module) -> set[int]:
-    """Ids of modules that a forward may reach through a plain list, tuple or dict and not by name: another module in
-    their place would not be called.
+    """Return ids of modules that a forward may reach through a plain list, tuple or dict instead of by name.
+
+    A module put in their place would not be called.
     """
     found: set[int] = set()
     for module in model.modules():
@@ -207,9 +208,9 @@ def _adapt(
     has_parents = all(path for path, _ in target.places)  # the model itself cannot be replaced
     kind = target.kind
     is_alone = parameter == "weight" and not others and has_parents and not target.layout.rows
-    is_alone &= id(first) not in listed or kind.is_packed
+    is_alone &= id(first) not in listed or kind.is_quantised
     if strategy == "dense" or not is_alone or not isinstance(kind, CallableKind) or not kind.is_callable(first):
-        assert not kind.is_packed
+        assert not kind.is_quantised
         spectral = SpectralWeight(target.weight(model), target.layout, factors, core)
         replace_weight(list(modules.values()), spectral)
         return spectral

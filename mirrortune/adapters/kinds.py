@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of modules that hold matrices: how each is recognised, how its weight is read as a matrix, and how it applies
-one.
+"""Kinds of modules that hold matrices: how to recognise them, read their weight as a matrix, and apply one.
 
-A module is known by what it is, never by the model it is in. A new kind is one class, put into
-``candidates.KINDS``.
+A module is recognised by its own properties, never by its model. A new kind is one class, listed in ``targets.KINDS``.
 Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups), R rank.
 """
 
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.adapters.layout import Layout
 from mirrortune.errors import ConfigError
@@ -27,94 +26,94 @@ class Kind(ABC):
     """A kind of module that holds matrices."""
 
     name: str
-    """What plans and adapter files call it."""
+    """Name in plans and adapter files."""
     is_default: bool = True
-    """Whether ``all-linear`` takes it; other kinds are adapted on request."""
-    is_packed: bool = False
-    """Whether the weight is not there as plain numbers: it can be read, and the layer called, but nothing replaced."""
+    """Whether ``all-linear`` includes it; other kinds are adapted on request."""
+    is_quantised: bool = False
+    """Whether the weight is quantised: it can be read and the layer called, but the weight cannot be replaced."""
 
     @abstractmethod
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """Layouts of the weights that ``module`` holds as this kind, by parameter name; empty for another kind."""
+        """Return the layouts of the weights of ``module`` by parameter name; empty if it is of another kind."""
 
     def read(self, module: nn.Module, parameter: str) -> Tensor:
-        """The weight, in the shape of its layout."""
+        """Return the weight, in the shape of its layout."""
         return module.get_parameter(parameter).detach()
 
 
 class CallableKind(Kind):
-    """A kind of module that is called to apply its matrix, and that a layer of ours can stand in for.
+    """A kind of module that is called to apply its matrix, so that an adapted layer can take its place.
 
     Modules of other kinds have their weight replaced where it is read.
     """
 
     @abstractmethod
     def is_callable(self, module: nn.Module) -> bool:
-        """Whether ``module`` does nothing but what :meth:`project` and the base class of its kind say.
+        """Whether ``module`` only does what :meth:`project` and the class of its kind do.
 
-        A module that is not, one with a forward method of its own, has its weight replaced where it is read.
+        The weight of any other module, with a forward method of its own, is replaced where it is read.
         """
 
     @abstractmethod
     def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
-        """The directions Vh (R, I) applied to the input in place of the weight: (..., R), features last."""
+        """Apply the directions Vh (R, I) to the input in place of the weight: (..., R), features last."""
 
     @abstractmethod
     def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """The gradient of the input, of ``shape``, for that of :meth:`project`'s result; None if it has none."""
+        """Return the gradient of the input, of ``shape``, given that of :meth:`project`'s result; None if undefined."""
 
     def output(self, module: nn.Module, y: Tensor) -> Tensor:
-        """``y`` (..., O), features last, in the layout of the module's output."""
+        """Return ``y`` (..., O), features last, in the layout of the module's output."""
         return y
 
 
 class Linear(CallableKind):
-    """``nn.Linear``, y = x W^T + b, and modules of other classes that say ``in_features`` and ``out_features`` of a
-    weight of that shape.
+    """``nn.Linear``, y = x W^T + b, and modules of other classes whose ``in_features`` and ``out_features`` match the
+    shape of their weight.
     """
 
     name = "linear"
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`Kind`."""
         weight = own_matrix(module, 2)
         said = getattr(module, "out_features", None), getattr(module, "in_features", None)
         if weight is None or said != tuple(weight.shape):
             return {}
         return {"weight": Layout(shape=tuple(weight.shape), out_features=weight.shape[0])}
 
+    @override
     def is_callable(self, module: nn.Module) -> bool:
-        """See :class:`Kind`."""
         return type(module).forward is nn.Linear.forward
 
+    @override
     def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
-        """See :class:`Kind`."""
         return F.linear(x, Vh)
 
+    @override
     def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """See :class:`Kind`."""
         return (grad_z @ Vh).reshape(shape)
 
 
 class TransposedLinear(Linear):
-    """``transformers.pytorch_utils.Conv1D`` (GPT-2 and its kin): a linear layer whose weight is (in, out)."""
+    """``transformers.pytorch_utils.Conv1D`` (of GPT-2 and relatives): a linear layer whose weight is (in, out)."""
 
     name = "conv1d-linear"
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`Kind`."""
         weight = own_matrix(module, 2) if _is_transformers_conv1d(type(module)) else None
         if weight is None:
             return {}
         return {"weight": Layout(shape=tuple(weight.shape), out_features=weight.shape[1], is_transposed=True)}
 
+    @override
     def is_callable(self, module: nn.Module) -> bool:
-        """See :class:`Kind`."""
         return type(module).forward.__qualname__ == "Conv1D.forward"
 
 
 class Convolution(CallableKind):
-    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: W is (out, in * kernel), and each position of the output a row.
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``: W is (out, in * kernel), each output position a row.
 
     A grouped convolution is a stack of E = groups matrices.
     """
@@ -122,8 +121,8 @@ class Convolution(CallableKind):
     name = "convolution"
     is_default = False
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`Kind`."""
         if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return {}
         weight = own_matrix(module, len(module.kernel_size) + 2)
@@ -132,21 +131,21 @@ class Convolution(CallableKind):
         out_features, count = module.out_channels // module.groups, module.groups
         return {"weight": Layout(shape=tuple(weight.shape), out_features=out_features, count=count)}
 
+    @override
     def is_callable(self, module: nn.Module) -> bool:
-        """See :class:`Kind`."""
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         if type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
             return False
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
+    @override
     def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
-        """See :class:`Kind`."""
         conv: Any = module
         z: Tensor = conv._conv_forward(x, _kernel(conv, Vh), None)  # noqa: SLF001  (its geometry, whatever its dimension)
         return z.movedim(-1 - len(conv.kernel_size), -1)
 
+    @override
     def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """See :class:`Kind`."""
         conv: Any = module
         sizes = len(conv.kernel_size)
         grad = grad_z.movedim(-1, -1 - sizes)
@@ -158,49 +157,49 @@ class Convolution(CallableKind):
         )  # fmt: skip
         return found[0].reshape(shape)
 
+    @override
     def output(self, module: nn.Module, y: Tensor) -> Tensor:
-        """See :class:`Kind`."""
         conv: Any = module
         return y.movedim(-1, -1 - len(conv.kernel_size))
 
 
 class Embedding(CallableKind):
-    """``nn.Embedding``: the map from a one-hot row to its vector, W (dimensions, vocabulary); on request only."""
+    """``nn.Embedding``: the map from one-hot rows to vectors, W (dimensions, vocabulary); on request only."""
 
     name = "embedding"
     is_default = False
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`Kind`."""
         weight = own_matrix(module, 2) if isinstance(module, nn.Embedding) else None
         if weight is None:
             return {}
         return {"weight": Layout(shape=tuple(weight.shape), out_features=weight.shape[1], is_transposed=True)}
 
+    @override
     def is_callable(self, module: nn.Module) -> bool:
-        """See :class:`Kind`."""
         assert isinstance(module, nn.Embedding)
         return type(module).forward is nn.Embedding.forward and module.max_norm is None
 
+    @override
     def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
-        """See :class:`Kind`."""
         return F.embedding(x, Vh.T)
 
+    @override
     def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """See :class:`Kind`."""
-        return None  # token numbers have no gradient
+        return None  # token ids have no gradient
 
 
 class Attention(Kind):
-    """``nn.MultiheadAttention``: its input projections are parameters of its own (3 D, D), read by its forward.
+    """``nn.MultiheadAttention``: its input projections are its own parameters (3 D, D), read by its forward.
 
     Its output projection is a linear layer, whose weight it reads instead of calling it; see ``SpectralLinear.weight``.
     """
 
     name = "attention-projection"
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`Kind`."""
         if not isinstance(module, nn.MultiheadAttention):
             return {}
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -209,18 +208,18 @@ class Attention(Kind):
 
 
 class Experts(Kind):
-    """Fused experts: parameters (experts, out, in), or (experts, in, out), in a module that says how many experts it
-    has. One core for each expert.
+    """Fused experts: parameters (experts, out, in), or (experts, in, out), of a module with the number of experts as an
+    attribute. One core per expert.
     """
 
     name = "experts"
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`Kind`."""
         held = _expert_parameters(module)
         if not held:
             return {}
-        is_transposed = getattr(module, "is_transposed", None)  # what transformers' experts decorator says
+        is_transposed = getattr(module, "is_transposed", None)  # set by transformers' experts decorator
         if is_transposed is None:
             is_transposed = _is_transposed(list(held.values()))
         return {
@@ -235,13 +234,13 @@ class Experts(Kind):
 
 
 class Parameter(Kind):
-    """Any other parameter of two or three dimensions, on request only: read as (out, in), or as (E, out, in)."""
+    """Any other parameter of two or three dimensions, read as (out, in) or (E, out, in); on request only."""
 
     name = "parameter"
     is_default = False
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`Kind`."""
         found = {}
         for name, parameter in module.named_parameters(recurse=False):
             shape = tuple(parameter.shape)
@@ -252,13 +251,13 @@ class Parameter(Kind):
 
 
 def own_matrix(module: nn.Module, ndim: int) -> nn.Parameter | None:
-    """``module.weight`` if it is an ordinary floating parameter of ``ndim`` dimensions, not packed and not computed."""
+    """Return ``module.weight`` if it is a floating parameter of ``ndim`` dimensions, not quantised or computed."""
     weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
     return weight if weight is not None and weight.ndim == ndim and is_plain(weight) else None
 
 
 def is_plain(parameter: Tensor) -> bool:
-    """Whether its numbers are what the layer computes with: not packed, and not float8, which waits for its scale."""
+    """Whether the layer computes with its values as they are: not quantised, and not float8, which needs a scale."""
     is_wrapper = hasattr(type(parameter), "__tensor_flatten__")  # several plain tensors in one, such as torchao's
     return parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not is_wrapper
 
@@ -273,13 +272,13 @@ def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _is_transposed(parameters: list[nn.Parameter]) -> bool:
-    # Where nobody says it: the last map gives as many numbers as the first one takes.
+    # Without the attribute: the last map has as many outputs as the first one has inputs.
     first, last = parameters[0].shape, parameters[-1].shape
     return first[1] == last[2] and first[2] != last[1]
 
 
 def _is_transformers_conv1d(cls: type) -> bool:
-    # By name, so that the mathematics does without transformers.
+    # By name, so that this room need not import transformers.
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)
 
 
@@ -290,14 +289,14 @@ def _kernel(conv: Any, Vh: Tensor) -> Tensor:
 _BLOCK = 1024  # rows of the identity that a layer is applied to at once
 
 
-class PackedLinear(Linear):
-    """A linear layer of which only the function is plain: bitsandbytes, torchao, GPTQ, AWQ, float8 with scales, ..."""
+class QuantisedLinear(Linear):
+    """A quantised linear layer of any make: bitsandbytes, torchao, GPTQ, AWQ, float8 with scales, ..."""
 
     name = "quantised-linear"
-    is_packed = True
+    is_quantised = True
 
+    @override
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """See :class:`mirrortune.adapters.kinds.Kind`."""
         sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
         if not all(isinstance(n, int) and n > 0 for n in sizes) or own_matrix(module, 2) is not None:
             return {}
@@ -306,13 +305,13 @@ class PackedLinear(Linear):
         out_features, in_features = (int(n) for n in sizes if n is not None)
         return {"weight": Layout(shape=(out_features, in_features), out_features=out_features)}
 
+    @override
     def is_callable(self, module: nn.Module) -> bool:
-        """See :class:`mirrortune.adapters.kinds.Kind`."""
         return True
 
     @torch.no_grad()
     def read(self, module: nn.Module, parameter: str) -> Tensor:
-        """W (O, I), dequantised: by whoever packed it, or else column by column from what the layer computes."""
+        """Return W (O, I), dequantised by its library, or else column by column from the layer's outputs."""
         held: Any = getattr(module, "weight", None)
         packer = type(held).__name__
         if packer == "Params4bit" and not getattr(held.quant_state, "packing_format_for_cpu", False):
@@ -330,7 +329,7 @@ class PackedLinear(Linear):
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first unpacked weight: what packed ones are dequantised to."""
+    """Return the dtype of a model's first plain weight, to which quantised ones are dequantised."""
     return next((p.dtype for p in model.parameters() if is_plain(p)), torch.float32)
 
 
@@ -340,13 +339,13 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _by_columns(module: Any) -> Tensor:
-    """W from the layer's outputs for the unit vectors; exact where it rounds nothing but W."""
+    """Compute W from the layer's outputs for the unit vectors; exact if the layer rounds nothing but W."""
     device = next(_tensors(module)).device
     floats = [t.dtype for t in _tensors(module) if t.dtype in (torch.float16, torch.bfloat16, torch.float32)]
     dtype = min(floats, key=lambda d: d.itemsize, default=torch.float32)
     bias, columns = getattr(module, "bias", None), list[Tensor]()
     if bias is not None:
-        module.bias = None  # subtracted from the result it would leave its rounding there
+        module.bias = None  # subtracting it from the result would leave its rounding
     try:
         for start in range(0, module.in_features, _BLOCK):
             count = min(_BLOCK, module.in_features - start)

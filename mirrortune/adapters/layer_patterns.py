@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers a pattern of the user's means: ``all-linear``, ``all-layers``, or a regular expression for the name from
-any dot on; and what to say when it means none.
+"""Match layer names with a user's pattern: ``all-linear``, ``all-layers``, or a regular expression for the name from
+any dot on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
 
 def matches(name: str, pattern: str, where: str) -> bool:
-    """Whether ``pattern`` means the layer ``name``; ConfigError at ``where`` if it is no regular expression."""
+    """Whether ``pattern`` matches the layer ``name``; ConfigError at ``where`` if it is no regular expression."""
     if pattern in (ALL_LINEAR, ALL_LAYERS):
         return True
     try:
@@ -28,7 +28,7 @@ def matches(name: str, pattern: str, where: str) -> bool:
 
 
 def alternatives(pattern: str) -> list[str]:
-    """The alternatives of a pattern like ``query|value``; the pattern itself where they stand in brackets."""
+    """Return the alternatives of a pattern like ``query|value``; the pattern itself if they are in brackets."""
     parts = pattern.split("|")
     return parts if len(parts) > 1 and all(_is_regex(part) for part in parts) else [pattern]
 
@@ -36,13 +36,13 @@ def alternatives(pattern: str) -> list[str]:
 def no_match(
     where: str, pattern: str, names: Collection[str], others: Collection[str] = (), of: str = ""
 ) -> ConfigError:
-    """The error for a pattern that means no layer: says the nearest.
+    """Return the error for a pattern that matches no layer, with the nearest names.
 
     Args:
         where: the setting.
-        pattern: what matches nothing.
+        pattern: that matches nothing.
         names: of the layers that it most likely means.
-        others: of all layers that it could mean.
+        others: of all other layers.
         of: the whole pattern, if ``pattern`` is one of its alternatives.
     """
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a core in the singular basis of a weight adds to it: U (K - diag(S)) Vh, and what it has beside the basis.
+"""Adapted layers: a core in the singular basis of a frozen weight, W' = W + U (K - diag(S)) Vh.
 
 Shapes: O out_features, I in_features, R rank, E stacked matrices (a leading dimension of all, where there are several).
 """
@@ -29,8 +29,8 @@ class Spectral(nn.Module):
     Args:
         factors: singular triplets; of a stack, with a leading dimension E.
         core: owns the trained numbers and K; a ``CoreStack`` for a stack.
-        layout: how the base's tensor stands for matrices.
-        like: a tensor of the device and dtype to hold the factors in.
+        layout: how the base's tensor holds matrices.
+        like: a tensor with the device and dtype of the stored factors.
     """
 
     def __init__(self, factors: Factors, core: Core, layout: Layout, like: Tensor) -> None:
@@ -46,25 +46,25 @@ class Spectral(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        """U, S and Vh as they are held."""
+        """U, S and Vh as the layer holds them."""
         return Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: the core's parameters."""
+        """Return the trained parameters, those of the core."""
         return dict(self.core.named_parameters())
 
     def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
+        """Return the base weight with the adapter added, float64 on the CPU; see ``inject.AdaptedLayer``."""
         return {"weight": before["weight"].cpu().double() + self.layout.tensor(self.delta_weight())}
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """U (K - diag(S)) Vh in float64 on the CPU, (O, I) or (E, O, I): what merging adds to the base matrices."""
+        """Compute U (K - diag(S)) Vh in float64 on the CPU, (O, I) or (E, O, I): what merging adds to the weight."""
         return delta_weight(self.factors, self.core)
 
     def adapt(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """W' in the layout of the base's ``weight``, made in float32 or better and rounded once to ``dtype``;
-        differentiable for the core's numbers.
+        """Compute W' in the layout of the base's ``weight``, in float32 or better and rounded once to ``dtype``;
+        differentiable with respect to the core's parameters.
         """
         with torch.autocast(self.U.device.type, enabled=False):
             delta = dense_delta(self.factors, self.core)
@@ -73,8 +73,8 @@ class Spectral(nn.Module):
 
 
 def dense_delta(factors: Factors, core: Core) -> Tensor:
-    """U (K - diag(S)) Vh and what the core adds beside it, (O, I) or (E, O, I), in float32 or better; differentiable
-    for the core's numbers.
+    """Compute U (K - diag(S)) Vh plus what the core adds beside it, (O, I) or (E, O, I), in float32 or better;
+    differentiable with respect to the core's parameters.
     """
     dtype = torch.promote_types(factors.U.dtype, torch.float32)
     mixed = core.mix(factors.Vh.to(dtype).mT, *core.coefficients(delta=True))  # (I, R): column i of K' Vh in row i
@@ -85,7 +85,7 @@ def dense_delta(factors: Factors, core: Core) -> Tensor:
 
 @torch.no_grad()
 def delta_weight(factors: Factors, core: Core) -> Tensor:
-    """U (K - diag(S)) Vh, and what the core adds beside it, in float64 on the CPU, (O, I) or (E, O, I)."""
+    """Compute U (K - diag(S)) Vh plus what the core adds beside it, in float64 on the CPU, (O, I) or (E, O, I)."""
     exact = factors.to(device=torch.device("cpu"), dtype=torch.float64)
     return dense_delta(exact, core.in_float64())
 
@@ -94,14 +94,14 @@ _LINEAR = Linear()
 
 
 class SpectralLinear(Spectral):
-    """W' = W + U (K - diag(S)) Vh in place of a frozen layer that applies W.
+    """Applies W' = W + U (K - diag(S)) Vh in place of a frozen layer that applies W.
 
     Args:
-        base_layer: the layer to adapt, its weight a matrix (O, I) in the eyes of ``kind``; frozen and never changed.
-        factors: singular triplets of that matrix; of a packed one on the device and in the dtype to compute in.
+        base_layer: the layer to adapt, whose weight ``kind`` reads as a matrix (O, I); frozen and never changed.
+        factors: singular triplets of that matrix; of a quantised one on the device and in the dtype to compute in.
         core: owns the trained numbers and K.
-        strategy: how to compute the output; None for what is cheapest by the layer's shape.
-        kind: what the layer is, ``kind.is_callable(base_layer)``; a linear layer by default.
+        strategy: how to compute the output; None for the cheapest by the layer's shape.
+        kind: of the layer, with ``kind.is_callable(base_layer)``; a linear layer by default.
 
     Raises:
         ConfigError: if ``factored`` is asked for with fewer than min(O, I) directions.
@@ -115,11 +115,11 @@ class SpectralLinear(Spectral):
         strategy: Literal["branch", "factored"] | None = None,
         kind: CallableKind = _LINEAR,
     ) -> None:
-        weight = factors.U if kind.is_packed else base_layer.get_parameter("weight")
+        weight = factors.U if kind.is_quantised else base_layer.get_parameter("weight")
         super().__init__(factors, core, kind.layouts(base_layer)["weight"], weight)
         self.base_layer = base_layer.requires_grad_(requires_grad=False)
         self.kind = kind
-        # Without the number of rows it is never dense, which is no matter of the layer alone.
+        # Without the number of rows this is never dense.
         self.strategy = strategy or cheapest_strategy(
             self.out_features, self.in_features, self.rank, weight.dtype, kind
         )
@@ -131,15 +131,15 @@ class SpectralLinear(Spectral):
                 fix="Use --rank full or adapter.strategy=branch",
             )
         if self.strategy == "factored":
-            # The product of the factors stands for the weight, which then need not follow the model to its device.
+            # The factors replace the weight, which then need not follow the model to its device.
             del base_layer.weight
-            base_layer.weight = weight.detach()  # a plain attribute: out of .to(), parameters() and state_dict()
+            base_layer.weight = weight.detach()  # a plain attribute: not in .to(), parameters() and state_dict()
 
     @property
     def weight(self) -> Tensor:
         """W' in the base layer's own layout, for code that reads a layer's weight instead of calling the layer.
 
-        Its shape, dtype and device cost nothing, which is all that most readers want; W' is computed when it is used.
+        Its shape, dtype and device, all that most readers want, cost nothing; W' is computed when it is used.
         """
         return self.adapted_weight() if torch.compiler.is_compiling() else _AdaptedWeight.of(self)
 
@@ -150,7 +150,7 @@ class SpectralLinear(Spectral):
         return bias
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else model code asks of the layer (``stride``, ``embedding_dim``, ...) the base layer answers."""
+        """Delegate other attributes that model code reads (``stride``, ``embedding_dim``, ...) to the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -159,7 +159,7 @@ class SpectralLinear(Spectral):
             return getattr(self.base_layer, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Output of the adapted layer for what the base layer takes; (..., O) for x (..., I) of a linear layer."""
+        """Return the adapted layer's output for an input of the base layer; (..., O) for x (..., I) of a linear one."""
         is_branch = self.strategy == "branch"
         coefficients = self.core.coefficients(delta=is_branch)
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -182,19 +182,19 @@ class SpectralLinear(Spectral):
         return base(x) + output if is_branch else output
 
     def _adds_in_place(self, dtype: torch.dtype) -> bool:
-        """Whether the base layer is y = W x + b in ``dtype`` and nothing more, to whose result ours can be added."""
+        """Whether the base layer is exactly y = W x + b in ``dtype``, so that the adapter can accumulate into y."""
         base = self.base_layer
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)  # noqa: SLF001
         is_plain = type(self.kind) is Linear and self.kind.is_callable(base) and not any(hooks)
-        is_frozen = not any(p.requires_grad for p in base.parameters())  # somebody may train a bias of ours
+        is_frozen = not any(p.requires_grad for p in base.parameters())  # a caller may train its bias
         return (
             is_plain and is_frozen and base.get_parameter("weight").dtype == dtype and not torch.compiler.is_compiling()
         )
 
     def adapted_weight(self) -> Tensor:
-        """W' in the layout and dtype of the base layer's weight, on the device of the factors; differentiable."""
-        # A parameter, or a plain tensor beside its factors.
-        base: Any = self.kind.read(self.base_layer, "weight") if self.kind.is_packed else self.base_layer.weight
+        """Compute W' in the layout and dtype of the base layer's weight, on the factors' device; differentiable."""
+        # The weight is a parameter, or a plain tensor under strategy factored.
+        base: Any = self.kind.read(self.base_layer, "weight") if self.kind.is_quantised else self.base_layer.weight
         return self.adapt(base, self.U.dtype)
 
     def extra_repr(self) -> str:
@@ -203,21 +203,21 @@ class SpectralLinear(Spectral):
 
 
 class _AdaptedWeight(Tensor):
-    """Stands for a layer's W': answers for its shape, dtype and device, and becomes W' in anything else."""
+    """A lazy W': has its shape, dtype and device, and is computed by any operation on it."""
 
     layer: SpectralLinear
 
     @classmethod
     def of(cls, layer: SpectralLinear) -> _AdaptedWeight:
-        """The weight of ``layer``, not computed yet."""
-        outline = layer.U.detach().new_empty(1).expand(layer.layout.shape)  # all but its numbers, without memory
+        """Return the weight of ``layer``, not computed yet."""
+        outline = layer.U.detach().new_empty(1).expand(layer.layout.shape)  # takes no memory
         weight = outline.as_subclass(cls)
         weight.layer = layer
         return weight
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer from the outline, or compute."""
+        """Answer from the outline, or compute W'."""
         if func in _OUTLINE:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         given = tree_map(
@@ -232,15 +232,15 @@ _OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Ten
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.is_floating_point,
     Tensor.is_complex, Tensor.get_device, Tensor.__len__,
 }  # fmt: skip
-"""What can be said of W' without computing it."""
+"""Operations that do not need the values of W'."""
 
 
 class SpectralWeight(Spectral):
-    """W -> W', a parametrisation in the sense of ``torch.nn.utils.parametrize``.
+    """Maps W to W', as a parametrisation in the sense of ``torch.nn.utils.parametrize``.
 
     Args:
         weight: the frozen tensor, in the layout of its module.
-        layout: how its numbers stand for matrices.
+        layout: how it holds matrices.
         factors: singular triplets; of a stack, with a leading dimension E.
         core: owns the trained numbers and K; a ``CoreStack`` for a stack.
     """
@@ -252,7 +252,7 @@ class SpectralWeight(Spectral):
         self._held: dict[bool, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """W' of the shape and dtype of ``weight``; equal to it, bit for bit, for an untrained core."""
+        """Return W' in the shape and dtype of ``weight``; equal to it, bit for bit, for an untrained core."""
         if self._held is None or torch.compiler.is_compiling():
             return self.adapt(weight, weight.dtype)
         wants_graph = torch.is_grad_enabled()
@@ -261,7 +261,7 @@ class SpectralWeight(Spectral):
         return self._held[wants_graph]
 
     def hold(self, *, held: bool) -> None:
-        """From now on compute W' once and give it to every reader, or forget it and compute it for each."""
+        """Compute W' once from now on and return it to every reader, or drop it and compute it for each."""
         self._held = {} if held else None
 
     def extra_repr(self) -> str:
@@ -270,7 +270,7 @@ class SpectralWeight(Spectral):
 
 
 def replace_weight(owners: list[tuple[nn.Module, str]], spectral: SpectralWeight) -> None:
-    """Put ``spectral`` over a weight in every place that holds it: (module, parameter name) each."""
+    """Parametrise a weight by ``spectral`` in every (module, parameter name) that holds it."""
     for module, parameter in owners:
         # unsafe leaves out a check that would compute W' once more, on whatever device the model was loaded on
         parametrize.register_parametrization(module, parameter, spectral, unsafe=True)
@@ -290,6 +290,6 @@ def _release(module: nn.Module, *_: object) -> None:
 
 
 def _spectral_weights(module: nn.Module) -> list[SpectralWeight]:
-    # Found through the module and not remembered by the hooks, which a copy of the module shares with it.
+    # Found through the module instead of stored in the hooks, which a copy of the module would share.
     chains = module.get_submodule("parametrizations").children()
     return [p for chain in chains for p in chain.children() if isinstance(p, SpectralWeight)]

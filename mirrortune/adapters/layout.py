@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the numbers of a weight tensor stand for matrices: orientation, stacks, parts of fused layers.
+"""The layout of matrices in a weight tensor: orientation, stacks, parts of fused layers.
 
 Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups).
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Outputs of a fused layer that belong together: ``start`` to ``stop`` of every one of ``repeat`` periods."""
+    """Outputs of a fused layer that belong together: ``start`` to ``stop`` of each of ``repeat`` periods."""
 
     repeat: int
     start: int
@@ -27,34 +27,34 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """How many outputs these are."""
+        """Number of these outputs."""
         return self.repeat * (self.stop - self.start)
 
     @property
     def total(self) -> int:
-        """How many outputs the whole layer has."""
+        """Number of outputs of the whole layer."""
         return self.repeat * self.period
 
     def take(self, whole: Tensor) -> Tensor:
-        """These rows of ``whole`` (total, I)."""
+        """Return these rows of ``whole`` (total, I)."""
         return whole.reshape(self.repeat, self.period, -1)[:, self.start : self.stop].flatten(0, 1)
 
     def put(self, part: Tensor) -> Tensor:
-        """``part`` (count, I) in its place, zero elsewhere; (total, I)."""
+        """Return ``part`` (count, I) in its place and zero elsewhere; (total, I)."""
         rows = part.reshape(self.repeat, self.stop - self.start, -1)
         return F.pad(rows, (0, 0, self.start, self.period - self.stop)).flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the numbers of a weight tensor stand for one matrix W (O, I), or for E of them.
+    """How a weight tensor holds one matrix W (O, I), or E of them.
 
     Attributes:
         shape: the tensor's own shape.
         count: E; 1 for one matrix.
         out_features: O of each matrix.
         is_transposed: the tensor holds (..., I, O).
-        rows: which of the tensor's outputs the matrix has, or None for all of them.
+        rows: the outputs of the tensor that belong to the matrix, or None for all.
     """
 
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Layout:
         return self.out_features, self.in_features
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """``weight`` as (O, I), or as (E, O, I) when there are several; a view wherever one exists."""
+        """Return ``weight`` as (O, I), or as (E, O, I) for a stack; a view wherever one exists."""
         stack = (self.count,) if self.count > 1 else ()
         out_features = self.rows.total if self.rows else self.out_features
         if self.is_transposed:
@@ -85,25 +85,25 @@ class Layout:
         return self.rows.take(whole) if self.rows else whole
 
     def tensor(self, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`matrix`; zero in rows that the matrix does not have."""
+        """Invert :meth:`matrix`; rows outside of the matrix are zero."""
         whole = self.rows.put(matrix) if self.rows else matrix
         return (whole.mT if self.is_transposed else whole).reshape(self.shape)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Layout:
-        """The layout whose ``dataclasses.asdict`` is ``fields``, possibly by way of JSON."""
+        """Build the layout whose ``dataclasses.asdict`` is ``fields``, possibly read from JSON."""
         rows = fields["rows"]
         return cls(**{**fields, "shape": tuple(fields["shape"]), "rows": Rows(**rows) if rows else None})
 
     def split(self, sizes: Sequence[int], repeat: int) -> list[Layout]:
-        """The layouts of the parts of one fused matrix.
+        """Return the layouts of the parts of one fused matrix.
 
         Args:
             sizes: of the parts, relative to each other: [1, 1, 1] for thirds.
-            repeat: how often the parts follow each other: 1, or the number of heads that each have their own parts.
+            repeat: 1, or the number of heads if each head has parts of its own.
 
         Raises:
-            ValueError: if the matrix cannot be cut like that.
+            ValueError: the outputs cannot be divided like that.
         """
         unit, rest = divmod(self.out_features, repeat * sum(sizes))
         if rest or self.count > 1 or self.rows or min(sizes) < 1:

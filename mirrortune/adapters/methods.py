@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each ``--method`` name stands for: a core with its side, rank and pairing, a tuner of PEFT, or a set of plain
-parameters to train. A core's own name is a method, which its class describes.
+"""The methods, by the names that ``--method`` takes: a core with its rank and pairing, a PEFT tuner, or a set of
+parameters to train as they are. The name of a core is a method too, with the defaults of its class.
 
-Free of torch, so that ``--help`` can list every name before anything heavy is imported.
+Free of torch, so that ``--help`` lists every name without importing anything heavy.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CORES: Registry[type[Core]] = Registry("core", package="mirrortune.adapters.core
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftTuner:
-    """A tuner of the ``peft`` package, by the names that PEFT has for it.
+    """A tuner of the ``peft`` package, in PEFT's own names.
 
     Attributes:
         kind: its ``PeftType``, such as ``LORA``; names its configuration class too.
-        rank: the field of its configuration that ``rank`` sets, or None where it has no rank.
-        alpha: the field that scales it by alpha / rank; set to the rank (scale 1) unless given as an option.
-        fixed: fields that make the method what it is, not to be set as options.
-        defaults: fields whose default here is not PEFT's.
+        rank: the field of its configuration that ``rank`` sets; None for a tuner without a rank.
+        alpha: the field of its scale alpha / rank; set to the rank (scale 1) unless given as an option.
+        fixed: fields that define the method and cannot be set as options.
+        defaults: fields whose default differs from PEFT's.
     """
 
     kind: str
@@ -45,12 +45,12 @@ class Preset:
     """One method.
 
     Attributes:
-        core: name in ``CORES``, or None for a method that has no core.
-        peft: the tuner of PEFT that is run instead of a core, or None.
-        pairing: name in ``pairings.PAIRINGS``, or None where the core pairs nothing.
+        core: name in ``CORES``, or None for a method without a core.
+        peft: the PEFT tuner used instead of a core, or None.
+        pairing: name in ``PAIRINGS``, or None where the core takes no pairs.
         rank: number of leading singular directions kept, or ``"full"`` for all min(out, in); the tuner's own rank for
             one of PEFT that has a rank.
-        rank_option: option of the core that the user's rank sets, in place of the directions kept.
+        rank_option: option of the core that the user's rank sets, instead of the number of directions kept.
         lr: default learning rate of the adapter's parameters (of the trained base parameters without an adapter).
         plain: which parameters of the base model are trained as they are, besides the task head.
         summary: one line for help texts.
@@ -67,12 +67,12 @@ class Preset:
 
     @property
     def is_head_only(self) -> bool:
-        """Whether nothing but the task head is trained."""
+        """Whether only the task head is trained."""
         return not self.is_adapter and self.plain == "none"
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the method puts something into linear layers, and does not only train what is there."""
+        """Whether the method adds parameters to layers, instead of only training existing ones."""
         return self.core is not None or self.peft is not None
 
 
@@ -80,15 +80,15 @@ def _peft(
     kind: str, summary: str, *, lr: float, rank: int | None = None, alpha: str | None = None,
     fixed: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None,
 ) -> Preset:  # fmt: skip
-    """A row of the table of PEFT's tuners; ``rank`` is the default rank, or None for a tuner without one."""
+    """Build a row of the table of PEFT's tuners; ``rank`` is the default rank, or None for a tuner without one."""
     field_name = None if rank is None else "r"
     tuner = PeftTuner(kind=kind, rank=field_name, alpha=alpha, fixed=fixed or {}, defaults=defaults or {})
     return Preset(peft=tuner, rank="full" if rank is None else rank, lr=lr, summary=summary)
 
 
 _ALPHA = "lora_alpha"
-# Defaults are PEFT's but for the rank, a scale of 1 and what a comment gives a reason for. Learning rates: those of
-# lora and road were the best of three in a prototype, the others are taken from the nearest of its kind.
+# Defaults are PEFT's except for the rank, a scale of 1 and what a comment explains. Learning rates: those of lora and
+# road were the best of three in a prototype, the others follow the most similar tuner.
 # fmt: off
 _PEFT: dict[str, Preset] = {
     "lora": _peft("LORA", "B A beside each weight", lr=3e-3, rank=8, alpha=_ALPHA),
@@ -126,7 +126,7 @@ _PEFT: dict[str, Preset] = {
     "waveft": _peft("WAVEFT", "a few wavelet coefficients of the change", lr=3e-2),
     "shira": _peft("SHIRA", "a few entries of the weight, drawn by the seed", lr=3e-3, rank=32),
     "supertuning": _peft("SUPERTUNING", "the hundredth of the entries that is largest", lr=3e-3),
-    # Which layers are feed-forward no shape tells: all are scaled at their outputs unless an option names some.
+    # Shapes do not tell which layers are feed-forward: all are scaled at their outputs unless an option names some.
     "ia3": _peft("IA3", "a scale for each output", lr=5e-3, defaults={"feedforward_modules": []}),
 }
 # fmt: on
@@ -164,13 +164,15 @@ PRESETS: dict[str, Preset] = {
 
 
 def method_names(*, with_peft: bool = True) -> list[str]:
-    """Every name that ``--method`` takes, sorted; or all but those of PEFT's tuners."""
+    """Return every name that ``--method`` takes, sorted; optionally without PEFT's tuners."""
     return sorted({*CORES.names(), *(name for name, found in PRESETS.items() if with_peft or found.peft is None)})
 
 
 def preset(method: str, where: str = "adapter.method") -> Preset:
-    """The preset called ``method``, or the core of that name alone; ConfigError at ``where`` with the nearest name
-    otherwise.
+    """Return the preset called ``method``, or that of the core of this name.
+
+    Raises:
+        ConfigError: at ``where``, with the nearest name, for an unknown one.
     """
     if method in PRESETS:
         return PRESETS[method]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an adapter is built: its settings, their check, and the core and pairs that they give a layer."""
+"""The settings of an adapter, their checks, and the core and pairs that they give a layer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from mirrortune.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
-    """How an adapter is built, independent of any model's weights; JSON-serialisable by its fields.
+    """The settings of an adapter, independent of any model's weights; JSON-serialisable by its fields.
 
-    ``pairing`` is the name of one, or what ``explicit`` pairs: a list of pairs, or lists by layer name or pattern.
+    ``pairing`` is the name of a pairing, or the pairs of ``explicit``: a list of pairs, or lists by layer name or
+    pattern.
     """
 
     method: str = "mirror"
@@ -40,17 +41,17 @@ class AdapterSpec:
 
     @property
     def preset(self) -> Preset:
-        """The preset that ``method`` names."""
+        """The preset called ``method``."""
         return preset(self.method)
 
     @property
     def resolved_rank(self) -> Rank:
-        """The rank asked for, or the preset's."""
+        """The requested rank, or the preset's."""
         return self.preset.rank if self.rank is None else self.rank
 
     @property
     def resolved_pairing(self) -> str | None:
-        """The name of the pairing asked for, or of the preset's."""
+        """The name of the requested pairing, or of the preset's."""
         if self.pairing is None or isinstance(self.pairing, str):
             return self.pairing or self.preset.pairing
         return "explicit"
@@ -62,13 +63,13 @@ class AdapterSpec:
 
     @property
     def rounds(self) -> int:
-        """How many rounds of pairs the core takes: its option of that name, 1 for a core that has none."""
+        """Number of rounds of pairs: the core's option of that name, 1 for a core without it."""
         return int(self.options.get("rounds", 1))
 
     def settled(self) -> AdapterSpec:
-        """This spec with the method's pairing and options written out, so that no default of theirs is left to change.
+        """Return this spec with the method's pairing and options filled in, so that it depends on no default.
 
-        Not the rank: a method's own is lowered where a layer has fewer directions, one that is asked for is refused.
+        The rank stays: a method's own is lowered where a layer has fewer directions, a requested one is refused.
         """
         if self.preset.core is None:
             return self
@@ -78,14 +79,15 @@ class AdapterSpec:
         return replace(self, pairing=pairing, options=own | self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settled fields as JSON data; listed pairs, which adapters keep as tensors, by their name alone."""
+        """Return the settled fields as JSON data; of listed pairs, which adapters store as tensors, only the name."""
         found = asdict(self.settled())
         return found if self.pair_lists is None else {**found, "pairing": self.resolved_pairing}
 
 
 def as_asked(spec: AdapterSpec) -> AdapterSpec:
-    """The spec that the settings of a user mean: ``rank`` is put where the method's papers have it. What
-    :func:`check_asked` refuses is left as it is, and so is a spec from a file, which says what it means.
+    """Return the spec for a user's settings: ``rank`` sets the option that the method's papers call the rank.
+
+    Settings that :func:`check_asked` refuses are left as they are. Specs from files are not to be passed here.
     """
     option = None if spec.method not in method_names() else spec.preset.rank_option
     if option is None or not isinstance(spec.rank, int) or option in spec.options:
@@ -94,10 +96,10 @@ def as_asked(spec: AdapterSpec) -> AdapterSpec:
 
 
 def check_asked(spec: AdapterSpec) -> None:
-    """Refuse a rank that :func:`as_asked` had no place for.
+    """Refuse a rank that :func:`as_asked` could not use.
 
     Raises:
-        ConfigError: no number, or the option that it stands for was given too.
+        ConfigError: it is no number, or the option that it sets was given too.
     """
     option = spec.preset.rank_option
     if option is None or spec.rank is None:
@@ -110,7 +112,7 @@ def check_asked(spec: AdapterSpec) -> None:
 
 
 def check_spec(spec: AdapterSpec) -> None:
-    """Refuse unknown methods, pairings and options, and settings that the method would ignore; all at once.
+    """Refuse unknown methods, pairings and options, and settings that the method would ignore, all at once.
 
     Raises:
         ConfigError: naming each setting, the nearest name and what is allowed.
@@ -118,10 +120,10 @@ def check_spec(spec: AdapterSpec) -> None:
     errors: list[ConfigError] = []
     try:
         chosen = spec.preset
-    except ConfigError as error:  # what it would do with the other settings nobody knows, but names are names
+    except ConfigError as error:  # other settings depend on the method, but names can be checked
         unknown = _unknown_pairing(spec.pairing)
         raise ConfigError.several([error, *([unknown] if unknown else [])]) from None
-    if chosen.peft is not None:  # its options are PEFT's to know: peft_tuners.check_options
+    if chosen.peft is not None:  # its options are checked against PEFT's by peft_bridge.options.check_options
         errors += _peft_errors(spec, chosen.peft)
     elif chosen.core is None:
         ignored = {"rank": spec.rank, "pairing": spec.pairing, "options": spec.options or None}
@@ -151,7 +153,7 @@ def check_spec(spec: AdapterSpec) -> None:
 
 
 def _peft_errors(spec: AdapterSpec, tuner: PeftTuner) -> list[ConfigError]:
-    """What a tuner of PEFT makes nothing of, among the settings that all methods share."""
+    """Return errors for settings of all methods that a PEFT tuner would ignore."""
     errors = []
     ignored = {"pairing": spec.pairing, "strategy": spec.strategy}
     if tuner.rank is None:
@@ -171,11 +173,11 @@ def _no_rank_out(spec: AdapterSpec) -> ConfigError:
 
 
 def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], pairs: Tensor | None = None) -> Core:
-    """The untrained core that ``spec`` gives the layer ``name``.
+    """Build the untrained core that ``spec`` gives the layer ``name``.
 
     Args:
         spec: names the core.
-        S: singular values (R,), or (E, R) of a stack of matrices, each of which gets a core of its own.
+        S: singular values (R,), or (E, R) of a stack of matrices, each with a core of its own.
         name: of the layer.
         shape: (O, I) of each matrix.
         pairs: (T, 2) or (E, T, 2), in place of the pairing's own.
@@ -197,33 +199,30 @@ def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], 
 
 
 def needs_saliency(spec: AdapterSpec) -> bool:
-    """Whether the spec's pairing is made from measured gradients."""
+    """Whether the spec's pairing needs gradients measured on the task."""
     return "saliency" in _asked(spec)
 
 
 def follows_from_rank(pairs: Tensor, spec: AdapterSpec, rank: int, count: int = 1) -> bool:
-    """Whether ``pairs``, (T, 2) or (E, T, 2), are what the spec's pairing gives any layer with ``rank`` directions of
-    each of its ``count`` = E matrices.
-    """
+    """Whether ``pairs``, (T, 2) or (E, T, 2), are those of every layer with this ``rank`` and ``count`` of matrices."""
     if _asked(spec) & _OUTSIDE.keys():
         return False
-    # Drawn for a name that no layer has: equal to a layer's own pairs only when the pairing ignores its generator.
+    # Drawn for a name that no layer has: equal to the layer's pairs only if the pairing ignores its generator.
     return torch.equal(pairs, make_pairs(spec, rank, "", count=count))
 
 
 def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None = None, count: int = 1) -> Tensor:
-    """Pairs of the spec's pairing for one layer, (T, 2), or (E, T, 2) for ``count`` = E > 1 stacked matrices; those of
-    the first round first.
+    """Return the pairs of one layer, (T, 2), or (E, T, 2) for ``count`` = E > 1 stacked matrices, round after round.
 
     Args:
         spec: names the pairing; its seed and ``name`` seed the pairing's generator.
         rank: number of directions R.
         name: of the layer.
-        saliency: (R, R), or (E, R, R), for a pairing that is made from measured gradients.
+        saliency: measured gradients (R, R), or (E, R, R), for a pairing that needs them.
         count: E.
 
     Raises:
-        ConfigError: if a pairing is made from what is not there.
+        ConfigError: the pairing needs gradients or listed pairs that are not given.
     """
     if count > 1:
         each = [None] * count if saliency is None else saliency
@@ -241,12 +240,12 @@ def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None 
 
 
 def _named(spec: AdapterSpec, name: str) -> AdapterSpec:
-    """``spec`` for the matrices of the layer ``name``: a list of pairs that is meant for it is meant for each."""
+    """``spec`` for the matrices of the layer ``name``: its list of pairs applies to each."""
     listed = None if spec.pair_lists is None else list_for(spec.pair_lists, name)
     return spec if listed is None else replace(spec, pairing=listed)
 
 
-# What a pairing may ask for that neither the rank nor the seed gives.
+# Arguments of pairings that follow neither from the rank nor from the seed: problem and fix where they are missing.
 _OUTSIDE = {
     "saliency": (
         "is measured on a task, and there is none here",
@@ -260,7 +259,7 @@ _OUTSIDE = {
 
 
 def _asked(spec: AdapterSpec) -> set[str]:
-    """Names of the parameters of the spec's pairing; none for a spec without one."""
+    """Names of the parameters of the spec's pairing; empty without one."""
     pairing = spec.resolved_pairing
     return set(inspect.signature(PAIRINGS.get(pairing, "adapter.pairing")).parameters) if pairing else set()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which way of computing an adapted layer is cheapest, by counting products.
+"""Choose the cheapest way to compute an adapted layer by counting products.
 
 Shapes: N rows in a step, O out_features, I in_features, D = min(O, I), R rank.
 """
@@ -16,29 +16,28 @@ from mirrortune.adapters.kinds import Kind, Linear, TransposedLinear
 Strategy = Literal["branch", "factored", "dense"]
 
 _LINEAR = Linear()
-# What is no product, in products: passes over W' (adding, casting, its gradient) for each of its entries, and passes
-# over what a core mixes for each of its N R numbers. Fitted to timings on one core of a CPU (python -m
-# tests.bench.strategies), where the choice that they lead to takes 1.02 times as long as the best in the mean, and 1.23
-# at the most.
+# The cost of everything that is no product, in products: passes over W' (adding, casting, its gradient) per entry, and
+# passes over a core's input per number of N R. Fitted to timings on one core of a CPU (python -m
+# tests.bench.strategies), where the resulting choice takes 1.02 times as long as the best on average, and 1.23 at most.
 _PASSES, _MIXING = 256, 600
-# Products of the layer's own, N O I, from which on the number of rows has a say: below, a step takes a millisecond or
-# two whatever is chosen.
+# Products of the layer itself, N O I, above which the number of rows is considered: below, a step takes a millisecond
+# or two with any strategy.
 SMALLEST_WORK = 1 << 26
-# How much cheaper dense has to be: it holds W and W' beside the factors.
+# Dense has to be cheaper by this factor: it holds W and W' beside the factors.
 _GAIN = 1.1
 
 
 def candidates(
     out_features: int, in_features: int, rank: int, dtype: torch.dtype, kind: Kind = _LINEAR
 ) -> tuple[Strategy, ...]:
-    """The strategies that compute the same as the base layer where the core is untrained, the plainest first.
+    """Return the strategies that reproduce the base layer for an untrained core, the simplest first.
 
-    In 16 bits factored would put one more rounding of the whole weight into the model, and dense would round away small
-    changes of it, so branch alone is left there; so it is for packed weights, which were packed to be small, and for
-    embeddings, whose own forward costs nothing. Convolutions and others are never made dense unasked: how many rows
-    they have in a step is not known beforehand.
+    In 16 bits factored would add one more rounding of the whole weight, and dense would round away small changes of it,
+    so only branch is left; likewise for quantised weights, which have to stay small, and for embeddings, whose own
+    forward costs nothing. Convolutions and others are made dense only on request: their number of rows in a step is
+    not known beforehand.
     """
-    if dtype not in (torch.float32, torch.float64) or kind.is_packed or kind.name == "embedding":
+    if dtype not in (torch.float32, torch.float64) or kind.is_quantised or kind.name == "embedding":
         return ("branch",)
     found: list[Strategy] = ["branch"]
     if rank >= min(out_features, in_features):
@@ -49,11 +48,11 @@ def candidates(
 
 
 def cost(strategy: Strategy, out_features: int, in_features: int, rank: int, rows: int | None) -> float:
-    """Products of a step, forward and backward, in units of one product of the layer's own, N O I.
+    """Return the products of a step, forward and backward, in units of one product of the layer itself, N O I.
 
-    branch costs 2 + 2 R (O + I) / (O I), factored 2 R (O + I) / (O I), and both a little for the mixing. dense costs 3
-    (the third is the weight's gradient) and R / N more to make W' and as much again to take its gradient back to the
-    core; without ``rows``, or with few, it counts as infinitely dear.
+    branch costs 2 + 2 R (O + I) / (O I), factored 2 R (O + I) / (O I), both plus the mixing. dense costs 3 (the third
+    is the weight's gradient), R / N to compute W', and as much again to propagate its gradient to the core; without
+    ``rows``, or with few, its cost is infinite.
     """
     mixed = rank * (2 * (out_features + in_features) + _MIXING) / (out_features * in_features)
     if strategy == "factored":
@@ -73,7 +72,7 @@ def cheapest_strategy(
     kind: Kind = _LINEAR,
     rows: int | None = None,
 ) -> Strategy:
-    """The cheapest of the :func:`candidates`; dense only where it saves a tenth.
+    """Return the cheapest of the :func:`candidates`; dense only where it saves a tenth.
 
     Args:
         out_features: O.
@@ -81,11 +80,11 @@ def cheapest_strategy(
         rank: R.
         dtype: of the base weight.
         kind: of the layer.
-        rows: N, if it is known.
+        rows: N, if known.
     """
 
-    def dearness(strategy: Strategy) -> float:
+    def weighted(strategy: Strategy) -> float:
         found = cost(strategy, out_features, in_features, rank, rows)
         return found * _GAIN if strategy == "dense" else found
 
-    return min(candidates(out_features, in_features, rank, dtype, kind), key=dearness)
+    return min(candidates(out_features, in_features, rank, dtype, kind), key=weighted)

@@ -27,16 +27,16 @@ RESIDUAL = 1e-11
 _SMALLEST_SIDE, _LARGEST_SHARE = 1536, 1 / 16
 _ROUNDS, _LARGEST_DEGREE, _LARGEST_GROWTH = 24, 12, 1e10
 
-# What is asked of all triplets that a device other than the matrix's own has found: ||A - U S Vh|| relative to ||A||,
-# and the largest entry of U^T U - I and Vh Vh^T - I. LAPACK stays a hundred times below both.
+# Bounds for triplets found on a device other than the matrix's own: ||A - U S Vh|| relative to ||A||, and the largest
+# entry of U^T U - I and Vh Vh^T - I. LAPACK stays a hundred times below both.
 _EXACT, _ORTHOGONAL = 1e-12, 1e-8
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def decompose(matrix: Tensor, rank: int, name: str) -> Triplets:
-    """The ``rank`` leading triplets U (O, R), S (R,), Vh (R, I) of ``matrix`` (O, I), float64, finite; signs as they
-    come.
+    """Compute the ``rank`` leading triplets U (O, R), S (R,), Vh (R, I) of a finite float64 ``matrix`` (O, I), with
+    arbitrary signs.
 
     Raises:
         DataError: if no algorithm converges.
@@ -52,10 +52,11 @@ def decompose(matrix: Tensor, rank: int, name: str) -> Triplets:
 
 
 def decompose_on(device: torch.device, matrix: Tensor, rank: int, name: str) -> Triplets | None:
-    """:func:`decompose` on another device, such as a GPU, checked there; the result on the device of ``matrix``.
+    """Run :func:`decompose` on another device, such as a GPU, and return the result on the device of ``matrix``.
 
-    None if it cannot be had: too little memory, an operation that is missing or does not converge, or triplets less
-    exact than LAPACK's would be. Nothing is lost then but time.
+    Returns:
+        None if this fails: too little memory, an operation that is missing or does not converge, or triplets less exact
+        than LAPACK's.
     """
     try:
         there = matrix.to(device)
@@ -86,7 +87,7 @@ def is_exact(matrix: Tensor, triplets: Triplets) -> bool:
 
 
 def full(matrix: Tensor, name: str) -> Triplets:
-    """All D triplets by divide and conquer; by QR iteration, then by eigenvectors, where that does not converge."""
+    """Compute all D triplets by divide and conquer; if that does not converge, by QR iteration, then eigenvectors."""
     try:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -96,11 +97,11 @@ def full(matrix: Tensor, name: str) -> Triplets:
 
 
 def leading(matrix: Tensor, rank: int) -> Triplets | None:
-    """The ``rank`` leading triplets to :data:`RESIDUAL`, or None if they do not get there soon enough.
+    """Compute the ``rank`` leading triplets to :data:`RESIDUAL`; None if they do not converge soon enough.
 
     Subspace iteration with a Chebyshev filter, which damps everything below the L-th singular value: the reduction of
     the unwanted per product with the matrix is far better than a power iteration's for spectra that fall off slowly.
-    The start is random with a fixed seed, so that a weight has one factorisation.
+    The start is random with a fixed seed, so that a weight always has the same factors.
 
     Reference: Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), alg. 4.4, with the filter of Zhou, Saad, Tiago &
     Chelikowsky 2006 in place of powers.
@@ -114,8 +115,8 @@ def leading(matrix: Tensor, rank: int) -> Triplets | None:
     for _ in range(_ROUNDS):
         U, S, Vh = _ritz(tall, basis)
         errors = torch.linalg.vector_norm(tall.T @ U[:, :rank] - Vh[:rank].T * S[:rank], dim=0)
-        # How many triplets from the strongest on are there already; they are kept out of the filter, which would have
-        # to be gentle to a spectrum with a few outliers.
+        # The number of leading triplets that have converged; they are kept out of the filter, whose degree would
+        # otherwise be limited by a few outliers of the spectrum.
         done = int((errors <= RESIDUAL * S[0]).cumprod(dim=0).sum())
         if done == rank:
             found = U[:, :rank], S[:rank], Vh[:rank]
@@ -129,17 +130,17 @@ def leading(matrix: Tensor, rank: int) -> Triplets | None:
 
 
 def _ritz(tall: Tensor, basis: Tensor) -> Triplets:
-    """The best triplets whose right vectors lie in ``basis`` (n, L); A v = s u holds for them exactly."""
+    """Compute the best triplets whose right vectors lie in ``basis`` (n, L); A v = s u holds for them exactly."""
     U, S, small = torch.linalg.svd(tall @ basis, full_matrices=False)
     return U, S, small @ basis.T
 
 
 def _filtered(tall: Tensor, vectors: Tensor, kept: Tensor, largest: float, smallest: float) -> Tensor:
-    """A Chebyshev polynomial of A^T A, small on [0, smallest^2] and growing fast above, applied to ``vectors`` (n, l)
-    in the orthogonal complement of ``kept`` (n, k).
+    """Apply a Chebyshev polynomial of A^T A, small on [0, smallest^2] and growing fast above, to ``vectors`` (n, l) in
+    the orthogonal complement of ``kept`` (n, k).
 
-    Its degree is bounded so that the strongest direction, of singular value ``largest``, does not drown the weakest in
-    rounding.
+    Its degree is bounded so that the weakest direction is not lost in the rounding of the strongest, of singular value
+    ``largest``.
     """
     top = 2 * (largest / smallest) ** 2 - 1
     degree = int(math.log(2 * _LARGEST_GROWTH) / max(math.acosh(top), 1e-3)) if top > 1 else _LARGEST_DEGREE
@@ -170,7 +171,7 @@ def _by_qr_iteration(matrix: Tensor, name: str) -> Triplets:
 
 
 def _by_eigenvectors(matrix: Tensor, name: str) -> Triplets:
-    """Through the Gram matrix of the smaller side, with a check of the result: small singular values lose digits."""
+    """Decompose by the Gram matrix of the smaller side, and check the result: small singular values lose digits."""
     is_tall = matrix.shape[0] >= matrix.shape[1]
     tall = matrix if is_tall else matrix.T
     failed = DataError(
@@ -195,14 +196,14 @@ def _by_eigenvectors(matrix: Tensor, name: str) -> Triplets:
     return (U, S, Vh) if is_tall else (Vh.T, S, U.T)
 
 
-# Part of every cache key: raise it when the factors of a given weight change.
+# Part of every cache key: increase it when the factors of a given weight change.
 FACTORIZE_VERSION = 2
 
 _PROBED = 1e-4  # of the largest singular value: far above the rounding of float32 factors
 _POWER_STEPS = 4
 
 Rank = int | Literal["full", "out"]
-"""How many directions are kept: a number, all min(O, I), or all O on the output side."""
+"""Directions kept: a number, all min(O, I), or all O on the output side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,28 +222,28 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """R, the number of directions kept."""
+        """Number of directions kept, R."""
         return self.S.shape[-1]
 
     @property
     def is_stack(self) -> bool:
-        """Whether these are the factors of several matrices."""
+        """Whether these are factors of several matrices."""
         return self.S.ndim == 2
 
     def each(self) -> list[Factors]:
-        """The factors of each matrix, one of them where there is no stack."""
+        """Return the factors of each matrix; of a single matrix, a list of one."""
         if not self.is_stack:
             return [self]
         parts = zip(self.U, self.S, self.Vh, strict=True)
         return [Factors(U=U, S=S, Vh=Vh) for U, S, Vh in parts]
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> Factors:
-        """All three factors on ``device`` in ``dtype``."""
+        """Return the factors on ``device`` in ``dtype``."""
         return Factors(U=self.U.to(device, dtype), S=self.S.to(device, dtype), Vh=self.Vh.to(device, dtype))
 
 
 def resolve_rank(rank: Rank, shape: tuple[int, int], where: str) -> int:
-    """R for a weight of ``shape``: the number asked for, min(O, I) for ``"full"``, O for ``"out"``.
+    """Return R for a weight of ``shape``: the given number, min(O, I) for ``"full"``, O for ``"out"``.
 
     Raises:
         ConfigError: if the rank is below 1 or above min(O, I).
@@ -265,19 +266,19 @@ def resolve_rank(rank: Rank, shape: tuple[int, int], where: str) -> int:
 def factorize(
     weight: Tensor, rank: Rank = "full", *, name: str = "weight", device: torch.device | None = None
 ) -> Factors:
-    """Singular value decomposition of ``weight`` in float64, on its device unless another one is named.
+    """Compute the singular value decomposition of ``weight`` in float64, on its device unless another is given.
 
-    float64 whatever the weight's dtype: in float32 the vectors of near-equal singular values are a matter of luck, and
-    an adapter's angles mean nothing in another basis.
+    float64 whatever the weight's dtype: in float32 the vectors of near-equal singular values are arbitrary, and an
+    adapter's angles are meaningless in another basis.
 
     Args:
         weight: shape (O, I), or (E, O, I) for a stack, any floating dtype.
-        rank: how many leading triplets to keep; O of them, or ``"out"``, even where there are fewer.
-        name: the layer's name, for messages.
-        device: where to compute; what cannot be done there as exactly is done on the weight's own device.
+        rank: number of leading triplets to keep; O, or ``"out"``, also where there are fewer.
+        name: of the layer, for messages.
+        device: where to compute; falls back to the weight's own device where this is not possible as exactly.
 
     Returns:
-        Factors in float64 on the device of ``weight``, signs canonical: the largest entry of each column of U is
+        Factors in float64 on the device of ``weight`` with canonical signs: the largest entry of each column of U is
         positive. Columns of U beyond min(O, I) are those of :func:`complement`.
 
     Raises:
@@ -306,11 +307,11 @@ def factorize(
 
 
 def complement(U: Tensor) -> Tensor:
-    """Orthonormal vectors that complete the columns of ``U`` (O, D), D < O, to a basis; shape (O, O - D), float64.
+    """Compute orthonormal vectors that complete the columns of ``U`` (O, D), D < O, to a basis; (O, O - D), float64.
 
     The weight does not determine them: any basis of its left null space is as good a decomposition. These are the Q of
-    a QR decomposition, diagonal of R positive, of fixed Gaussian vectors projected by I - U U^T. They depend on nothing
-    but the space that U spans, so that neither flipped signs nor mixed vectors of near-equal singular values move them.
+    a QR decomposition, diagonal of R positive, of fixed Gaussian vectors projected by I - U U^T. They depend only on
+    the span of U, so that neither flipped signs nor mixed vectors of near-equal singular values change them.
     """
     out_features, kept = U.shape
     # NumPy's legacy generator is frozen by its maintainers: the same vectors in every version and on every device.
@@ -325,19 +326,19 @@ def complement(U: Tensor) -> Tensor:
 
 
 def canonical_signs(U: Tensor) -> Tensor:
-    """+1 or -1 for each column of ``U`` (O, R), so that its entry of largest magnitude becomes positive; shape (R,)."""
+    """Return +1 or -1 per column of ``U`` (O, R), which makes its entry of largest magnitude positive; shape (R,)."""
     largest = U.abs().argmax(dim=0, keepdim=True)
     return torch.where(U.gather(0, largest).squeeze(0) < 0, -1.0, 1.0).to(U.dtype)
 
 
 @torch.no_grad()
 def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
-    """Whether factors that come from elsewhere belong to ``weight`` (O, I), or to each matrix of a stack (E, O, I).
+    """Whether untrusted factors belong to ``weight`` (O, I), or to each matrix of a stack (E, O, I).
 
-    A probe: along a random combination z of directions, W Vh' z = U S z, W' U z = Vh' S z, and U and Vh keep z's
-    length; and a few steps of the power method find no direction outside Vh that is stronger than the weakest kept
-    one. What passes differs from the factors by no more than 1e-4 of the largest singular value along nearly every z;
-    which z nobody who writes a file can know.
+    A randomised test: along a random combination z of directions, W Vh' z = U S z, W' U z = Vh' S z, and U and Vh
+    preserve the length of z; and a few steps of the power method find no direction outside Vh that is stronger than the
+    weakest kept one. What passes differs from the factors by no more than 1e-4 of the largest singular value along
+    nearly every z; whoever writes a file cannot know z.
     """
     out_features, in_features = weight.shape[-2:]
     rank, smaller = factors.rank, min(out_features, in_features)
@@ -361,7 +362,7 @@ def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
 
 
 def _has_nothing_stronger(W: Tensor, S: Tensor, Vh: Tensor, generator: torch.Generator) -> bool:
-    """Whether W stretches no direction outside Vh by more than the last of S, as far as the power method finds."""
+    """Whether the power method finds no direction outside Vh that W stretches by more than the last of S."""
     x = torch.randn((*W.shape[:-2], W.shape[-1], 1), generator=generator, dtype=W.dtype).to(W.device)
     most = S[..., -1:].double() + _PROBED * S[..., :1].double()
     for _ in range(_POWER_STEPS):
@@ -376,6 +377,6 @@ def _has_nothing_stronger(W: Tensor, S: Tensor, Vh: Tensor, generator: torch.Gen
 
 
 def _length(vectors: Tensor) -> Tensor:
-    """Euclidean lengths of columns (..., N, 1), in float64, where squares of large numbers fit; shape (..., 1)."""
+    """Compute the Euclidean lengths of columns (..., N, 1) in float64, to avoid overflow; shape (..., 1)."""
     found: Tensor = torch.linalg.vector_norm(vectors.double(), dim=-2)
     return found

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights of a model an adapter takes, which parameters are the task head, and what is left alone and why.
+"""Find the weights of a model to adapt, the parameters of its task head, and what is left frozen and why.
 
-Nothing here knows a model family. Inside ``model.base_model`` every matrix whose kind is asked for is a target; what
-lies outside it, and what the checkpoint did not hold, is the task head, trained in full. Output embeddings stay unless
-a pattern names them.
+Nothing here knows a model family. Inside ``model.base_model`` every matrix of a requested kind is a target; parameters
+outside it, and those that the checkpoint did not hold, are the task head, trained in full. Output embeddings stay
+frozen unless a pattern names them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mirrortune.adapters.kinds import (
     Experts,
     Kind,
     Linear,
-    PackedLinear,
     Parameter,
+    QuantisedLinear,
     TransposedLinear,
     is_plain,
     plain_dtype,
@@ -39,14 +39,14 @@ from mirrortune.errors import ConfigError
 KINDS: tuple[Kind, ...] = (
     Linear(),
     TransposedLinear(),
-    PackedLinear(),
+    QuantisedLinear(),
     Convolution(),
     Embedding(),
     Attention(),
     Experts(),
     Parameter(),
 )
-"""In the order in which they are asked; the first that knows a module has it."""
+"""In order of precedence: a module is of the first kind that recognises it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,28 +60,28 @@ class Candidate:
     is_read: bool
     """Whether ``nn.MultiheadAttention`` reads its weight and never calls the layer."""
     whole: str = ""
-    """Name of the fused layer that this is a part of."""
+    """Name of the fused layer that this is a part of, if any."""
 
     @property
     def is_peft(self) -> bool:
-        """Whether tuners of PEFT take it: a linear layer that nobody else is or shares a weight with."""
+        """Whether PEFT's tuners can adapt it: a linear layer that shares its weight with no other."""
         return isinstance(self.kind, Linear) and len(self.places) == 1 and not self.is_read
 
     @property
     def is_grouped(self) -> bool:
-        """Whether it is a convolution in groups: small matrices, of rank 1 where each channel has its own."""
+        """Whether it is a grouped convolution: small matrices, of rank 1 in a depthwise one."""
         return self.kind.name == "convolution" and self.layout.count > 1
 
 
 def find_candidates(
     model: nn.Module, prefix: str, new: set[str], output: set[int]
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Every weight of a known kind inside the base model, by layer name, and those of no kind with the reason.
+    """Return every weight of a known kind inside the base model by layer name, and the reason for all others.
 
     Args:
         model: not adapted.
-        prefix: what the names of the base model's parameters begin with.
-        new: names of parameters that no checkpoint filled.
+        prefix: of the names of the base model's parameters.
+        new: names of parameters that the checkpoint did not hold.
         output: identities of the output embedding's parameters.
     """
     found: dict[int, Candidate] = {}
@@ -89,9 +89,9 @@ def find_candidates(
     for name, module in model.named_modules(remove_duplicate=False):
         kind, layouts = kind_of(module)
         for parameter, layout in layouts.items():
-            weight: object = module if kind.is_packed else module.get_parameter(parameter)
+            weight: object = module if kind.is_quantised else module.get_parameter(parameter)
             full = ".".join(filter(None, (name, parameter)))
-            held = module.parameters(recurse=False) if kind.is_packed else [weight]
+            held = module.parameters(recurse=False) if kind.is_quantised else [weight]
             is_output = any(id(tensor) in output for tensor in held)
             if full in new or not (full.startswith(prefix) or is_output or id(weight) in found):
                 continue  # the task head
@@ -111,9 +111,7 @@ def find_candidates(
 
 
 def kind_of(module: nn.Module) -> tuple[Kind, dict[str, Layout]]:
-    """The kind of a module, with the layouts of the weights that it holds as such, by parameter name; none if it holds
-    no matrix.
-    """
+    """Return the kind of a module, and the layouts of its weights by parameter name; empty if it holds no matrix."""
     for kind in KINDS:
         if layouts := kind.layouts(module):
             return kind, layouts
@@ -121,7 +119,7 @@ def kind_of(module: nn.Module) -> tuple[Kind, dict[str, Layout]]:
 
 
 def _opaque(module: nn.Module) -> str | None:
-    """Why a module with a weight of its own is of no kind, or None for one without such a weight."""
+    """Return why a module with a weight of its own is of no kind, or None for a module without such a weight."""
     if parametrize.is_parametrized(module):
         return "its weight is computed from other parameters"
     weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
@@ -142,12 +140,12 @@ _WHERE = "adapter.target_modules"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One weight to adapt, wherever it is used.
+    """One weight to adapt, with all modules that hold it.
 
     Attributes:
-        kind: what holds it.
-        layout: how its numbers stand for one matrix (O, I), or for several.
-        rank: singular directions kept of each.
+        kind: of the module that holds it.
+        layout: how it holds one matrix (O, I), or several.
+        rank: singular directions kept of each matrix.
         places: every name of the module that holds it (a module may have several parents), and the parameter's name in
             it; more than one module where they share the weight.
     """
@@ -164,7 +162,7 @@ class Target:
 
     @property
     def count(self) -> int:
-        """How many matrices the weight holds."""
+        """Number of matrices that the weight holds."""
         return self.layout.count
 
     @property
@@ -173,7 +171,7 @@ class Target:
         return tuple(".".join(filter(None, place)) for place in self.places)
 
     def weight(self, model: nn.Module) -> nn.Parameter:
-        """The base weight in ``model``."""
+        """Return the base weight in ``model``."""
         path, parameter = self.places[0]
         module = model.get_submodule(path)
         if parametrize.is_parametrized(module, parameter):  # another part of the same weight has been adapted
@@ -182,27 +180,27 @@ class Target:
         return module.get_parameter(parameter)
 
     def read(self, model: nn.Module) -> Tensor:
-        """The matrix, or the stack, that is factorised; dequantised, in the model's own dtype, if it is packed."""
-        if not self.kind.is_packed:
+        """Return the matrix, or the stack, to factor; a quantised one is dequantised to the model's dtype."""
+        if not self.kind.is_quantised:
             return self.matrix(self.weight(model).detach())
         found = self.kind.read(model.get_submodule(self.places[0][0]), self.places[0][1])
         return self.matrix(found.to(plain_dtype(model)))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """``weight`` (or a gradient of it) as the matrix, or the stack, that is factorised."""
+        """Return ``weight`` (or its gradient) as the matrix, or the stack, to factor."""
         return self.layout.matrix(weight).contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What attaching would do to a model: names and shapes only, so it can be made on the meta device.
+    """What an adapter takes of a model: names and shapes only, so that it can be found on the meta device.
 
     Attributes:
         layers: adapted weights by layer name, in module order.
         head: names of the task head's parameters, trained in full.
         plain: names of base parameters trained as they are (``bitfit``, ``full``).
         skipped: weights left frozen, by layer name, with the reason.
-        clipped: layers whose min(O, I) is below the rank asked for; they keep all their directions.
+        clipped: layers whose min(O, I) is below the requested rank; they keep all their directions.
     """
 
     layers: dict[str, Target]
@@ -218,14 +216,14 @@ def find_targets(
     new_parameters: Iterable[str] = (),
     stored: Mapping[str, Layout] | None = None,
 ) -> Targets:
-    """Which weights of ``model`` an adapter by ``spec`` takes, and which parameters are its head.
+    """Find the weights of ``model`` that an adapter by ``spec`` takes, and the parameters of its head.
 
     Args:
-        model: any module; for transformers models the part under ``base_model_prefix`` is adapted.
+        model: any module; of transformers models the part under ``base_model_prefix`` is adapted.
         spec: method, rank and target pattern.
-        new_parameters: names of parameters that no checkpoint filled; they belong to the head.
-        stored: exactly these layers, by name, with the layouts that an adapter file has for them: patterns in such a
-            file are never matched. Those that the model does not have are left out.
+        new_parameters: names of parameters that the checkpoint did not hold; they belong to the head.
+        stored: layouts of an adapter file by layer name; exactly these layers are taken, and patterns of the file are
+            never matched. Layers that the model lacks are left out.
 
     Raises:
         ConfigError: if no layer matches ``target_modules``, or one of its alternatives matches none (with the nearest
@@ -255,9 +253,11 @@ def find_targets(
     else:
         wanted = {name for name in stored if name in candidates}
     ranks, clipped = _ranks(spec, {n: candidates[n].layout.matrix_shape for n in candidates if n in wanted})
-    packed = [name for name in ranks if candidates[name].kind.is_packed]
-    if packed and spec.strategy not in (None, "branch"):
-        raise ConfigError("adapter.strategy", f"{packed[0]} is quantised, got {spec.strategy}", allowed="auto, branch")
+    quantised = [name for name in ranks if candidates[name].kind.is_quantised]
+    if quantised and spec.strategy not in (None, "branch"):
+        raise ConfigError(
+            "adapter.strategy", f"{quantised[0]} is quantised, got {spec.strategy}", allowed="auto, branch"
+        )
     if spec.pair_lists is not None:
         check_fit(spec.pair_lists, ranks)
     layers = {
@@ -322,11 +322,11 @@ def _why_not(candidate: Candidate) -> str:
 
 
 def _choose(candidates: dict[str, Candidate], pattern: str) -> set[str]:
-    """Names of the layers that ``pattern`` asks for."""
+    """Return the names of the layers that ``pattern`` matches."""
     if pattern in (ALL_LINEAR, ALL_LAYERS):
         layers = {name: c for name, c in candidates.items() if _is_layer(c)}
         linear = {name: c for name, c in layers.items() if _is_default(c)}
-        # Where most numbers are in convolutions, those are what there is to adapt.
+        # A model with most of its parameters in convolutions is adapted there too.
         is_convolutional = 2 * sum(map(_size, linear.values())) < sum(map(_size, layers.values()))
         return set(layers if pattern == ALL_LAYERS or is_convolutional else linear)
     chosen = set()
@@ -353,12 +353,12 @@ def _nothing(pattern: str, candidates: dict[str, Candidate], skipped: dict[str, 
 
 
 def _usual(candidates: dict[str, Candidate]) -> list[str]:
-    """The layers that a pattern most likely means: those that are taken unasked, if there are any."""
+    """Return the names that a pattern most likely means: of layers adapted by default, if there are any."""
     return [name for name, c in candidates.items() if _is_default(c)] or list(candidates)
 
 
 def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dict[str, Candidate]:
-    """``candidates`` with every fused layer that a pattern names replaced by its parts, ``<layer>.0`` and so on."""
+    """Replace every fused layer that a pattern names by its parts, ``<layer>.0`` and so on."""
     chosen: dict[str, str] = {}
     for pattern in patterns:
         named = [name for name in candidates if matches(name, pattern, "adapter.split")]
@@ -370,7 +370,7 @@ def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dic
         if name not in chosen:
             found[name] = whole
             continue
-        if whole.kind.is_packed:
+        if whole.kind.is_quantised:
             raise ConfigError(f"adapter.split.{chosen[name]}", f"{name} is quantised and stays whole", fix="Remove it")
         sizes, repeat = _parts(patterns[chosen[name]])
         try:
@@ -383,14 +383,14 @@ def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dic
 
 
 def _stored_parts(candidates: dict[str, Candidate], stored: Mapping[str, Layout]) -> dict[str, Candidate]:
-    """``candidates`` with every fused layer of which an adapter file has parts replaced by these, ``<layer>.0`` and so
-    on, where they are parts of the model's layer.
+    """Replace every fused layer of which an adapter file has parts by these, ``<layer>.0`` and so on, where they are
+    parts of the model's layer.
     """
     parts: dict[str, dict[str, Candidate]] = {}
     for name, layout in stored.items():
         whole, _, index = name.rpartition(".")
         candidate = candidates.get(whole)
-        if layout.rows is None or not index.isdecimal() or candidate is None or candidate.kind.is_packed:
+        if layout.rows is None or not index.isdecimal() or candidate is None or candidate.kind.is_quantised:
             continue
         if layout == replace(candidate.layout, rows=layout.rows, out_features=layout.rows.count) and (
             layout.rows.total == candidate.layout.out_features
@@ -404,14 +404,14 @@ def _stored_parts(candidates: dict[str, Candidate], stored: Mapping[str, Layout]
 
 
 def _parts(given: Any) -> tuple[list[int], int]:
-    """Relative sizes and repeats of ``3``, ``[4, 1, 1]`` or ``{parts: 3, repeat: 12}``."""
+    """Return relative sizes and repeats of ``3``, ``[4, 1, 1]`` or ``{parts: 3, repeat: 12}``."""
     repeat = given.get("repeat", 1) if isinstance(given, Mapping) else 1
     parts = given.get("parts") if isinstance(given, Mapping) else given
     return ([1] * parts if isinstance(parts, int) else list(parts or ())), repeat
 
 
 def _ranks(spec: AdapterSpec, shapes: dict[str, tuple[int, int]]) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The rank of each layer, and the layers that are too small for the rank asked for."""
+    """Return the rank of each layer, and the layers that are too small for the requested rank."""
     asked: Rank = "full" if spec.preset.core is None else spec.resolved_rank
     if isinstance(asked, str):
         return {name: resolve_rank(asked, shape, name) for name, shape in shapes.items()}, ()
@@ -424,7 +424,7 @@ def _ranks(spec: AdapterSpec, shapes: dict[str, tuple[int, int]]) -> tuple[dict[
 
 def _plain_parameters(parameters: dict[str, nn.Parameter], kind: str, head: set[str]) -> tuple[str, ...]:
     ending = {"none": None, "bias": "bias", "all": ""}[kind]
-    if kind == "all" and (packed := next((n for n, p in parameters.items() if not is_plain(p)), None)):
-        raise ConfigError("adapter.method", f"'full' trains every weight, and {packed} is quantised",
+    if kind == "all" and (quantised := next((n for n, p in parameters.items() if not is_plain(p)), None)):
+        raise ConfigError("adapter.method", f"'full' trains every weight, and {quantised} is quantised",
                           fix="Load the model in full precision, or choose an adapter")  # fmt: skip
     return tuple(n for n in parameters if ending is not None and n not in head and n.endswith(ending))

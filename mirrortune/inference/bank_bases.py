@@ -178,7 +178,7 @@ class LayerBases:
     def _place(self, adapter: AdapterFile, name: str, factors: Factors, weight: Tensor) -> tuple[Basis, Tensor | None]:
         """Share a basis that agrees with ``factors``, growing it if it is shorter; add one if none agrees."""
         dtype = adapter.dtypes[name]
-        like = weight if self.target.kind.is_packed else self.target.weight(self.model)
+        like = weight if self.target.kind.is_quantised else self.target.weight(self.model)
         cast = factors.to(device=like.device, dtype=like.dtype)
         tolerance = 0.0 if adapter.form == "portable" else _SAME
         for basis in self.bases:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads configuration, tokenizer and model by transformers' Auto classes, from the Hub, a folder or an installed
-package.
+"""Load configuration, processor and model by transformers' Auto classes, from the Hub, a folder or a package.
 
-No model family is named here. What the checkpoint did not fill (``new_parameters``) is the task head.
+No model family is named here. Parameters that the checkpoint does not hold (``new_parameters``) are the task head.
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.outputs import restore
 from mirrortune.system.paths import PACKAGE_SCHEME, is_local, local_path, package_folder
 
-_LARGEST_MADE_UP = 1000  # pieces: special ones, and T5's sentinels
+_LARGEST_DEFAULT = 1000  # tokens of a tokenizer without files: special ones, and T5's sentinels
 _TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json",
 )  # fmt: skip
-_COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # how names of what counts modules end
+_COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # endings of configuration keys that count modules
 _MOST_LAYERS = 10_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class NoProcessorError(ConfigError):
-    """A model without the files of its tokenizer, image processor or feature extractor."""
+    """A model lacks the files of its tokenizer, image processor or feature extractor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Which model: its name as given, where from_pretrained finds it, and what it was when its config was read.
+    """A base model: its name, where from_pretrained finds it, and the revision and configuration that were read.
 
     Attributes:
         name: as the user gave it (Hub id, folder, ``package:...``).
-        location: what from_pretrained gets.
+        location: argument of from_pretrained.
         revision: of a Hub repository, or None.
-        commit: the commit that ``revision`` pointed to, or None for local folders.
+        commit: the commit of ``revision``, or None for local folders.
         trust_remote_code: run the repository's own code.
-        load_in: quantise the weights while loading, to ``8bit`` or ``4bit``.
-        gguf_file: the file of a GGUF model, dequantised while loading.
+        load_in: quantise the weights on loading, to ``8bit`` or ``4bit``.
+        gguf_file: the file of a GGUF model, dequantised on loading.
         attention: transformers' name of an implementation, or None for the model's own choice.
         config: the transformers configuration.
     """
@@ -69,16 +68,16 @@ class ModelSource:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether the loaded model has packed weights."""
+        """Whether the loaded model has quantised weights."""
         return self.load_in is not None or (is_quantised(self.config) and not can_be_dequantised(self.config))
 
     @property
     def is_stored_packed(self) -> bool:
-        """Whether its files do, or the loaded model does: what is read of the files is not what is adapted."""
+        """Whether the files or the loaded model have quantised weights, so that files and adapted weights differ."""
         return self.is_quantised or self.gguf_file is not None or is_quantised(self.config)
 
     def arguments(self) -> dict[str, Any]:
-        """What every ``from_pretrained`` of this source is called with; pinned to the commit once that is known."""
+        """Return the keyword arguments of every ``from_pretrained``, pinned to the commit once it is known."""
         revision = self.commit or self.revision
         pinned = {"revision": revision} if revision else {}
         if self.gguf_file:
@@ -88,7 +87,7 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model and the names of the parameters that no checkpoint filled."""
+    """A model and the names of the parameters that the checkpoint does not hold."""
 
     model: nn.Module
     new_parameters: tuple[str, ...]
@@ -100,14 +99,14 @@ def find_model(
     """Read a model's configuration (a small file; no weights).
 
     Args:
-        name: a Hub id, a folder, or ``package:...``; with the name of a GGUF file behind it, that file.
+        name: a Hub id, a folder, or ``package:...``; may end in the name of a GGUF file.
         revision: of a Hub repository.
         trust_remote_code: run the repository's own code.
         load_in: see :class:`ModelSource`.
 
     Raises:
-        ConfigError: no such folder, or a folder that holds no model.
-        HubError: whatever the Hub refused.
+        ConfigError: the folder does not exist or holds no model.
+        HubError: the Hub refused.
     """
     place, gguf_file = _split_gguf(name)
     location = str(package_folder(place)) if place.startswith(PACKAGE_SCHEME) else str(local_path(place))
@@ -154,7 +153,7 @@ def _read_config(
             )
         except (AttributeError, TypeError, IndexError, RecursionError) as error:
             if trust_remote_code:
-                raise  # perhaps of code that is not ours
+                raise  # possibly from the repository's code
             raise _unusable(name, f"({type(error).__name__}: {error})") from error
     if not trust_remote_code:
         refuse_kernels(name, config)
@@ -163,7 +162,7 @@ def _read_config(
 
 
 def _check_values(name: str, config: Any) -> None:
-    """Refuse values of a configuration by which transformers would build layers without end, or fail."""
+    """Refuse configuration values that make transformers fail, or build an absurd number of layers."""
     if not isinstance(getattr(config, "dtype", None), torch.dtype | str | None):
         raise _unusable(name, f"(dtype is {config.dtype!r})")
     sections = [config.__dict__]
@@ -181,7 +180,7 @@ def _unusable(name: str, why: str) -> ConfigError:
 
 
 def _split_gguf(name: str) -> tuple[str, str | None]:
-    """Folder or repository of ``folder/x.gguf`` or ``owner/name/x.gguf``, and the file; None if it names none."""
+    """Split ``folder/x.gguf`` or ``owner/name/x.gguf`` into folder or repository and file; None without a file."""
     if not name.lower().endswith(".gguf"):
         return name, None
     if importlib.util.find_spec("gguf") is None:
@@ -191,8 +190,7 @@ def _split_gguf(name: str) -> tuple[str, str | None]:
 
 
 def load_tokenizer(source: ModelSource, **options: Any) -> Any:
-    """The model's tokenizer, with a padding token in any case that the model knows (the end token stands in where there
-    is none).
+    """Load the model's tokenizer, with a padding token for which the model has an embedding (the end token if needed).
 
     Raises:
         NoProcessorError: the model has no tokenizer files.
@@ -209,8 +207,8 @@ def load_tokenizer(source: ModelSource, **options: Any) -> Any:
             if _has_tokenizer_files(source):
                 raise
             raise no_files from error
-        # Transformers makes one up where the files are missing.
-        if len(tokenizer) < _LARGEST_MADE_UP and not _has_tokenizer_files(source):
+        # Transformers builds a default one if the files are missing.
+        if len(tokenizer) < _LARGEST_DEFAULT and not _has_tokenizer_files(source):
             raise no_files
     return _with_padding(tokenizer, source)
 
@@ -228,7 +226,7 @@ def _has_tokenizer_files(source: ModelSource) -> bool:
 
 
 def _with_padding(tokenizer: Any, source: ModelSource) -> Any:
-    """The tokenizer, with a padding token that the model has an embedding for."""
+    """Return the tokenizer with a padding token for which the model has an embedding."""
     rows = getattr(source.config.get_text_config(), "vocab_size", None)
     rows = rows if isinstance(rows, int) else len(tokenizer)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < rows:
@@ -245,11 +243,10 @@ def _with_padding(tokenizer: Any, source: ModelSource) -> Any:
 
 
 def with_end_token(tokenizer: Any, source: ModelSource) -> Any:
-    """The tokenizer, with an end token: its own, else the one that the model's configuration or generation
-    configuration names.
+    """Return the tokenizer with an end token: its own, or that of the model's configuration or generation settings.
 
     Raises:
-        ConfigError: nothing names one.
+        ConfigError: none of them has one.
     """
     if tokenizer.eos_token_id is None:
         found = next((i for i in _end_ids(source) if i < len(tokenizer)), None)
@@ -263,7 +260,7 @@ def with_end_token(tokenizer: Any, source: ModelSource) -> Any:
 
 
 def _end_ids(source: ModelSource) -> list[int]:
-    """Ids at which the model's configuration, else its generation configuration, ends a text."""
+    """Return the end token ids of the model's configuration, or else of its generation configuration."""
     from transformers import GenerationConfig  # noqa: PLC0415
 
     config = source.config
@@ -277,13 +274,13 @@ def _end_ids(source: ModelSource) -> list[int]:
 
 
 def pad_token_id(processor: Any) -> int | None:
-    """The id that pads texts; None for a processor of something else."""
+    """Return the id that pads texts; None for a processor of images or audio."""
     found = getattr(processor, "pad_token_id", None)
     return found if isinstance(found, int) else None
 
 
 def load_feature_extractor(source: ModelSource) -> Any:
-    """The feature extractor of a model of recordings."""
+    """Load the feature extractor of an audio model."""
     from transformers import AutoFeatureExtractor  # noqa: PLC0415
 
     load: Any = AutoFeatureExtractor.from_pretrained
@@ -305,9 +302,7 @@ def _no_processor(source: ModelSource, what: str, kind: str) -> NoProcessorError
 
 
 def load_image_processor(source: ModelSource) -> Any:
-    """The model's image processor in its Pillow form, which needs no torchvision and gives the same pixels with and
-    without it.
-    """
+    """Load the model's image processor in its Pillow version: the same pixels with and without torchvision."""
     from transformers import AutoImageProcessor  # noqa: PLC0415
 
     load: Any = AutoImageProcessor.from_pretrained
@@ -321,13 +316,13 @@ def load_image_processor(source: ModelSource) -> Any:
 
 
 def model_class(auto_class: str, config: Any) -> Any:
-    """The class by which an Auto class (or a model class, which is returned) makes models of a configuration; None for
-    one that transformers does not know.
+    """Return the model class that an Auto class selects for a configuration; None if transformers knows none. A model
+    class is returned as it is.
     """
     import transformers  # noqa: PLC0415
 
     found = getattr(transformers, auto_class)
-    if hasattr(found, "_model_mapping"):  # the only way from a configuration to its class
+    if hasattr(found, "_model_mapping"):  # there is no public way from a configuration to its class
         found = found._model_mapping.get(type(config), None)  # noqa: SLF001
     if isinstance(found, (list, tuple)):
         named = getattr(config, "architectures", None) or ()
@@ -336,14 +331,14 @@ def model_class(auto_class: str, config: Any) -> Any:
 
 
 def forward_parameters(auto_class: str, config: Any) -> set[str]:
-    """Names of the arguments of a model's forward; none for a class that transformers does not know."""
+    """Return the argument names of a model's forward; empty for a class that transformers does not know."""
     found = model_class(auto_class, config)
     return set(inspect.signature(found.forward).parameters) if found is not None else set()
 
 
 def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights: the one asked for; for ``"auto"`` the stored one, or float32 for one of 16 bits in
-    which ``device`` is slow.
+    """Return the dtype of the base weights: the requested one; for ``"auto"`` the stored one, or float32 in place of a
+    16-bit one in which ``device`` is slow.
     """
     if asked != "auto":
         return DTYPES[asked]
@@ -352,7 +347,7 @@ def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def describe_widening(asked: str, config: Any, device: torch.device) -> str | None:
-    """The line that says that weights become float32, and how to keep them as they are; None if they do not."""
+    """Return a line saying that weights are widened to float32, and how to prevent it; None if they are not."""
     stored = _stored_dtype(config)
     if asked != "auto" or not is_slow(stored, device):
         return None
@@ -377,7 +372,8 @@ def load_model(
 
     Raises:
         ConfigError: the model has no class for this kind of task.
-        HubError, ResourceError: it cannot be fetched, or does not fit into memory.
+        HubError: it cannot be downloaded.
+        ResourceError: it does not fit into memory.
     """
     import transformers  # noqa: PLC0415
 
@@ -398,7 +394,7 @@ def load_model(
 
 
 def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
-    """The size in bytes that no shard of a copy should exceed: that of the source's largest, if it has several."""
+    """Return the largest size in bytes for shards of a copy: that of the source's largest shard, if it has several."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     name = "model.safetensors.index.json"
@@ -411,7 +407,7 @@ def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
 
 
 def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, Any]) -> nn.Module:
-    """The model's modules without weights (meta device): names and shapes, before anything is downloaded."""
+    """Build the model on the meta device: names and shapes, before weights are downloaded."""
     import transformers  # noqa: PLC0415
 
     config = task_config(source, config_fields, None)
@@ -422,8 +418,13 @@ def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, A
 
 
 def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id: int | None) -> Any:
-    """A copy of the source's configuration with the task's labels, and a padding id where it has none; it says that
-    packed weights are to be dequantised while they are loaded, where transformers can.
+    """Copy the source's configuration with the task's fields, a padding id if it has none, and quantised weights to be
+    dequantised on loading where transformers can.
+
+    Args:
+        source: of the model.
+        config_fields: of the task, such as its labels.
+        pad_token_id: of the tokenizer, or None.
     """
     config = type(source.config).from_dict(source.config.to_dict())
     if can_be_dequantised(config):
@@ -432,11 +433,11 @@ def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id
         setattr(config, key, value)
     own, rows = getattr(config, "pad_token_id", None), getattr(config.get_text_config(), "vocab_size", None)
     if own is not None and isinstance(rows, int) and own >= rows:
-        own = config.pad_token_id = None  # a token that the tokenizer got later, and the model never
+        own = config.pad_token_id = None  # added to the tokenizer, but not to the model
     if own is None and pad_token_id is not None:
         config.pad_token_id = pad_token_id
     if source.attention is not None:
-        config._attn_implementation = source.attention  # noqa: SLF001  (from_pretrained's argument does no other)
+        config._attn_implementation = source.attention  # noqa: SLF001  (as from_pretrained's argument does)
     return config
 
 
@@ -448,7 +449,7 @@ def check_attention(asked: str | None, device: torch.device) -> None:
         device: to train on.
 
     Raises:
-        ResourceError: it is no CUDA device, or the package flash_attn is missing.
+        ResourceError: the device is no CUDA device, or the package flash_attn is missing.
     """
     if asked != "flash_attention_2":
         return
@@ -459,7 +460,7 @@ def check_attention(asked: str | None, device: torch.device) -> None:
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
-    """Let ``model``, in place, keep only the inputs of its blocks for the backward pass, which computes the rest again.
+    """Enable gradient checkpointing of ``model``, in place.
 
     Raises:
         ConfigError: transformers has no gradient checkpointing for it.
@@ -468,5 +469,6 @@ def checkpoint_activations(model: nn.Module) -> nn.Module:
         raise ConfigError("train.gradient_checkpointing", f"{type(model).__name__} has none", fix="Remove it")
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of newer and older transformers
     enable: Any = next(found for name in names if (found := getattr(model, name, None)) is not None)
-    enable({"use_reentrant": False})  # the other form wants an input with a gradient, which frozen embeddings lack
+    # Reentrant checkpointing needs an input that requires a gradient, which frozen embeddings lack.
+    enable({"use_reentrant": False})
     return model

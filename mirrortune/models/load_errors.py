@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers says while it reads a configuration, a tokenizer or a model, in our words."""
+"""Turn transformers' exceptions on loading a configuration, processor or model into mirrortune's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mirrortune.system.paths import is_local
 
 @contextlib.contextmanager
 def load_errors(name: str) -> Iterator[None]:
-    """Transformers says nothing inside, and what it raises of the model ``name`` comes out in our words.
+    """Silence transformers, and translate its exceptions about the model ``name``.
 
     Raises:
-        ConfigError: a checkpoint that cannot be read so, or needs a package that is not here.
+        ConfigError: the checkpoint cannot be read, or needs a package that is not installed.
         ResourceError: it does not fit into memory.
     """
     try:
@@ -66,7 +66,7 @@ def load_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers' own bars and warnings off: what they say (a new head) is part of our plan, in our words."""
+    """Disable transformers' progress bars and warnings; mirrortune's plan has their content (such as a new head)."""
     from transformers.utils import logging  # noqa: PLC0415
 
     level = logging.get_verbosity()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a model, loaded one at a time by transformers' own loader: weights that it renames, stacks, splits, packs or
-unpacks when it loads a model are read as it would have loaded them, in the memory of one part.
+"""Load a model part by part with transformers' own loader: weights that it renames, stacks, splits, quantises or
+dequantises on loading are read as it would have loaded them, in the memory of one part.
 
-A part is what the loader makes at one stroke: a tensor, the matrices that come out of a fused one, a layer of experts,
-a packed layer with its scales. Packed layers are dequantised.
+A part is the smallest unit of the loader: a tensor, the matrices split from a fused one, a layer of experts, a
+quantised layer with its scales. Quantised layers are dequantised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.kinds import PackedLinear
+from mirrortune.adapters.kinds import QuantisedLinear
 from mirrortune.errors import raised_here
 from mirrortune.models.load import ModelSource, task_config
 from mirrortune.models.load_errors import quiet
@@ -34,9 +34,9 @@ from mirrortune.system.tensor_files import (
     read_tensor,
 )
 
-_PACKED = PackedLinear()
-# What the inside of transformers and of quantisers raises where it is used otherwise than it expects, or is another
-# version. Only calls into it are guarded (see _ask): the same from a line of ours is a mistake of ours.
+_QUANTISED = QuantisedLinear()
+# Exceptions from the internals of transformers and quantisers when used in an unexpected way, or in another version.
+# Only calls into them are guarded (see _ask): the same exceptions from mirrortune's own lines are bugs.
 _FOREIGN = (
     ImportError, AttributeError, TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AssertionError,
 )  # fmt: skip
@@ -45,15 +45,15 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class CannotLoadParts(Exception):  # noqa: N818  (a way to go on, not an error)
-    """Transformers loads this checkpoint in a way that has no parts; the message says how."""
+    """Transformers cannot load this checkpoint in parts; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTensor:
-    """A tensor of the model that its files hold otherwise; as :class:`StoredTensor`, but read by ``load``.
+    """A tensor of the model that its files store differently; like :class:`StoredTensor`, but read by ``load``.
 
     Attributes:
-        code: the format's name of the dtype that the model is loaded in.
+        code: safetensors' name of the dtype that the model is loaded in.
         shape: in the model.
         path: a file that holds a part of it.
         load: reads it, for a model in a dtype.
@@ -66,7 +66,7 @@ class LoadedTensor:
 
 
 def value_of(tensor: StoredTensor | LoadedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the model; for a packed one, of a model that is loaded in ``dtype`` (its own by default)."""
+    """Read a tensor of the model; a converted one as of a model loaded in ``dtype`` (its own by default)."""
     if isinstance(tensor, StoredTensor):
         return read_tensor(tensor)
     return tensor.load(dtype or _DTYPES[tensor.code])
@@ -74,12 +74,12 @@ def value_of(tensor: StoredTensor | LoadedTensor, dtype: torch.dtype | None = No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What is loaded at one stroke.
+    """The smallest unit of loading.
 
     Attributes:
         keys: names in the files.
         names: in the model.
-        converter: transformers' own, or None for a tensor that is the stored one, if under another name.
+        converter: transformers' own, or None for a tensor that is only renamed.
     """
 
     keys: tuple[str, ...]
@@ -98,7 +98,7 @@ class PartLoader:
         files: its safetensors files.
 
     Raises:
-        CannotLoadParts: the loader knows no parts of such a checkpoint, or is another one than this was written for.
+        CannotLoadParts: transformers cannot load such a checkpoint in parts, or has another version of its loader.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class PartLoader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every tensor is the stored one, under the name that it has in the files, with a prefix or without."""
+        """Whether every tensor is stored as it is, under its own name, with or without a prefix."""
         prefix: Any = self._model.base_model_prefix
 
         def is_same(key: str, name: str) -> bool:
@@ -129,18 +129,18 @@ class PartLoader:
 
     @property
     def parts(self) -> list[Part]:
-        """All of them, but for those of a quantised model, which is written as a plain one."""
+        """All parts; none of a quantised model, which is written as a plain one."""
         return [] if self._quantizer is not None else self._parts
 
     def tensors(self) -> dict[str, StoredTensor | LoadedTensor]:
-        """Every tensor of the (dequantised) model that the files hold."""
+        """Return every tensor of the (dequantised) model that the files hold."""
         found: dict[str, StoredTensor | LoadedTensor] = {}
         for name, tensor in self._plain.state_dict().items():
             part = self._part_of.get(name)
             if part is None:
                 continue
             header = self._headers[part.keys[0]]
-            if part.converter is None and not self._is_packed(name) and header.shape == tuple(tensor.shape):
+            if part.converter is None and not self._is_quantised(name) and header.shape == tuple(tensor.shape):
                 found[name] = header
                 continue
             code = DTYPE_CODES[self._dtype if tensor.is_floating_point() else tensor.dtype]
@@ -151,16 +151,16 @@ class PartLoader:
     def _load(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.read(name) if dtype == self._dtype else self._in_dtype(dtype).read(name)
 
-    @functools.cache  # noqa: B019  (as long as this lives, two at most)
+    @functools.cache  # noqa: B019  (lives as long as this object, two entries at most)
     def _in_dtype(self, dtype: torch.dtype) -> PartLoader:
         source, auto_class, fields = self._made_of
         return PartLoader(source, auto_class, fields, dtype, self._files)
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
-        """A tensor of the model, dequantised, in the dtype that it is loaded in."""
+        """Read a tensor of the model, dequantised, in the dtype that it is loaded in."""
         path, _, last = name.rpartition(".")
-        if not self._is_packed(name):
+        if not self._is_quantised(name):
             module, parts = None, [self._part_of[name]]
         else:
             module = self._model.get_submodule(path)
@@ -171,7 +171,7 @@ class PartLoader:
             _ask(self._fill, parts)
             if module is not None and last == "weight":
                 held = self._model.get_submodule(path)
-                found = _ask(_PACKED.read, held, last) if _PACKED.layouts(held) else held.get_parameter(last)
+                found = _ask(_QUANTISED.read, held, last) if _QUANTISED.layouts(held) else held.get_parameter(last)
                 return found.detach().to(self._dtype)
             return torch.as_tensor(_owner(self._model, name)[last]).detach()
         finally:
@@ -199,7 +199,7 @@ class PartLoader:
             raise CannotLoadParts(str(info.conversion_errors or info.error_msgs)[:200])
 
     def as_stored(self, planned: Sequence[PlannedTensor], changed: Container[str]) -> list[PlannedTensor]:
-        """The tensors of a model to be written under the names, and in the shapes, that the files have them in.
+        """Plan the tensors of a model to be written under the names, and in the shapes, of the files.
 
         Args:
             planned: by the model's names.
@@ -224,21 +224,21 @@ class PartLoader:
         )
 
     def made(self, planned: PlannedTensor, read: Callable[[str], Tensor]) -> Tensor:
-        """What is written for one of :meth:`as_stored`; ``read`` gives the model's own tensors, by their names."""
+        """Return the value of one of :meth:`as_stored`; ``read`` returns the model's own tensors by name."""
         if len(planned.stands_for) == 1 and self._part_of[planned.stands_for[0]].converter is None:
             return read(planned.stands_for[0])
         names = planned.stands_for
         if names not in self._recent:
-            while len(self._recent) > 1:  # the files have the matrices of two such parts in turn
+            while len(self._recent) > 1:  # the files interleave the matrices of two such parts
                 del self._recent[next(iter(self._recent))]
             self._recent[names] = self._stored(self._part_of[names[0]], {name: read(name) for name in names})
         return self._recent[names][planned.name]
 
     def _stored(self, part: Part, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a part as the files hold them: ``values`` of the model, converted back.
+        """Convert the model's ``values`` of a part back to the tensors of the files.
 
         Raises:
-            CannotLoadParts: the loader does not know how, or gives others.
+            CannotLoadParts: transformers cannot reverse the conversion, or gives other tensors.
         """
         made = _ask(self._converted_back, part, values)
         flat = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -260,8 +260,8 @@ class PartLoader:
             back.add_tensor(renamed, name, pattern, value)
         return dict(back.convert(first, model=self._model, config=self._plain.config))
 
-    def _is_packed(self, name: str) -> bool:
-        """Whether a name belongs to a layer that is another one in the quantised model."""
+    def _is_quantised(self, name: str) -> bool:
+        """Whether a name belongs to a quantised layer."""
         path = name.rpartition(".")[0]
         return self._quantizer is not None and type(self._model.get_submodule(path)) is not type(
             self._plain.get_submodule(path)
@@ -285,7 +285,7 @@ class PartLoader:
         groups: dict[str, list[tuple[str, str | None]]] = {}
         for key in sorted(self._headers, key=dot_natural_key):
             name, pattern = rename_source_key(key, self._renamings, converters, prefix, state)
-            if name not in state and key in state:  # not meant to be renamed
+            if name not in state and key in state:  # needs no renaming
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             if name in state:
                 groups.setdefault(name, []).append((key, pattern))
@@ -298,7 +298,7 @@ class PartLoader:
         return parts
 
     def _made_by(self, converter: Any, name: str, members: list[tuple[str, str | None]]) -> tuple[str, ...]:
-        """The names in the model that a converter makes of stored tensors: tried without their numbers."""
+        """Return the names in the model that a converter makes of stored tensors, tried on the meta device."""
         if self._quantizer is not None:
             return (name,)
         trial = copy.deepcopy(converter)
@@ -310,8 +310,8 @@ class PartLoader:
 
 @functools.cache
 def _check_loader() -> None:
-    """CannotLoadParts if the functions of transformers that are used here are missing, or take other arguments: they
-    are not part of its public interface.
+    """Raise CannotLoadParts if the functions of transformers used here, which are not public, are missing or take other
+    arguments.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
@@ -334,11 +334,11 @@ def _check_loader() -> None:
 
 
 def _ask(function: Callable[..., T], *arguments: Any) -> T:
-    """Call what uses the inside of transformers.
+    """Call a function that uses internals of transformers.
 
     Raises:
-        CannotLoadParts: an exception began inside another library, or with something that this version of it lacks:
-            it loads the checkpoint in another way. Exceptions that begin in this package are raised as they are.
+        CannotLoadParts: another library raised an exception, or lacks an attribute in this version. Exceptions that
+            mirrortune's own lines raise are passed on.
     """
     try:
         return function(*arguments)
@@ -350,13 +350,13 @@ def _ask(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _is_ours(value: object) -> bool:
-    """Whether an object, or the class that it is, is made in this package."""
+    """Whether an object or its class is defined in this package."""
     kind = value if isinstance(value, type) else type(value)
     return kind.__module__.split(".")[0] == "mirrortune"
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A copy that can be filled and thrown away; of weights without memory, of which some kinds cannot be copied."""
+    """Copy a module to be filled and thrown away; its meta tensors, some of which cannot be copied, are shared."""
     twin: Any = copy.copy(module)
     twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)  # noqa: SLF001
     return twin  # type: ignore[no-any-return]
@@ -369,7 +369,7 @@ def _renamed(key: str, renamings: list[Any]) -> str:
 
 
 def _owner(model: nn.Module, name: str) -> dict[str, Any]:
-    """Where a module keeps its parameter, or its buffer, of this name."""
+    """Return the dictionary of a module that holds its parameter or buffer of this name."""
     path, _, last = name.rpartition(".")
     module: Any = model.get_submodule(path)
     return module._parameters if last in module._parameters else module._buffers  # type: ignore[no-any-return]  # noqa: SLF001
@@ -378,7 +378,7 @@ def _owner(model: nn.Module, name: str) -> dict[str, Any]:
 def _skeleton(
     source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, files: list[Path]
 ) -> tuple[nn.Module, Any]:
-    """The model as transformers builds it before it loads weights, without memory, and its quantiser if it has one."""
+    """Build the model as transformers does before loading weights, on the meta device, and its quantiser if any."""
     import transformers  # noqa: PLC0415
     from transformers.quantizers.auto import get_hf_quantizer  # noqa: PLC0415
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base models in 8 or 4 bits: loading them so, and their dequantised selves, into which an adapter can be merged."""
+"""Load base models in 8 or 4 bits, and dequantise them to merge an adapter."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from mirrortune.adapters.kinds import PackedLinear, plain_dtype
+from mirrortune.adapters.kinds import QuantisedLinear, plain_dtype
 from mirrortune.errors import ConfigError
 
-_PACKED = PackedLinear()
-# What transformers and its quantisers note on a model; a dequantised one must not say so. The conversions of its
-# weights are undone when it is saved: without the note, those of its architecture alone, and nothing is packed again.
+_QUANTISED = QuantisedLinear()
+# Attributes that transformers and its quantisers set on a model, to be removed from a dequantised one. Saving reverses
+# the weight conversions that are recorded; without the attribute only those of the architecture.
 _NOTES = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method",
           "_weight_conversions")  # fmt: skip
 
 
 def loading_config(load_in: str, dtype: torch.dtype) -> Any:
-    """How ``from_pretrained`` is told to load in ``8bit`` or ``4bit`` (NF4), computing in ``dtype``.
+    """Return the configuration for ``from_pretrained`` to load in ``8bit`` or ``4bit`` (NF4), computing in ``dtype``.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -32,7 +32,7 @@ def loading_config(load_in: str, dtype: torch.dtype) -> Any:
         raise ConfigError("model.load_in", f"{load_in} needs bitsandbytes", fix="pip install 'mirrortune[quantised]'")
     from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
-    # It says in every pass of every 8-bit layer that it computes in float16.
+    # It logs in every pass of every 8-bit layer that it computes in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config: Any = BitsAndBytesConfig
     if load_in == "8bit":
@@ -41,15 +41,15 @@ def loading_config(load_in: str, dtype: torch.dtype) -> Any:
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether a checkpoint's configuration says that its weights are packed."""
+    """Whether a checkpoint's configuration has a quantisation section."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def can_be_dequantised(config: Any) -> bool:
-    """Whether transformers can dequantise a checkpoint's packed weights while it loads them.
+    """Whether transformers can dequantise a checkpoint's weights on loading.
 
-    So it does with formats whose own layers pass no gradient on, or are no layers before the first forward pass of the
-    model: float8 with scales, MXFP4, compressed-tensors.
+    It can for formats whose layers propagate no gradient, or only exist after the first forward pass: float8 with
+    scales, MXFP4, compressed-tensors.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # noqa: PLC0415
 
@@ -61,11 +61,11 @@ def can_be_dequantised(config: Any) -> bool:
 
 
 def keep_trainable(model: nn.Module) -> nn.Module:
-    """``model``, whose packed layers pass gradients on whatever was computed before."""
+    """Return ``model`` with quantised layers that propagate gradients also after a forward pass without them."""
     module: Any
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight in the first forward without gradients, for a
-        # kernel that has none: from the first evaluation on, training would go on without those of the layers below.
+        # kernel without a backward pass: after the first evaluation, lower layers would get no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -73,12 +73,12 @@ def keep_trainable(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def dequantise(model: nn.Module) -> nn.Module:
-    """``model``, changed in place: packed layers become linear ones with the weights that an adapter is trained on."""
+    """Replace quantised layers of ``model``, in place, by linear ones with the weights that adapters are trained on."""
     dtype = plain_dtype(model)
-    packed = [name for name, module in model.named_modules() if _PACKED.layouts(module)]
-    for name in packed:
+    quantised = [name for name, module in model.named_modules() if _QUANTISED.layouts(module)]
+    for name in quantised:
         old: Any = model.get_submodule(name)
-        weight = _PACKED.read(old, "weight").to(dtype)
+        weight = _QUANTISED.read(old, "weight").to(dtype)
         bias = getattr(old, "bias", None)
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)

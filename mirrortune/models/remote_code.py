@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code that lies in model repositories: announced whenever it is allowed to run, and refused where transformers would
-run some without being asked.
+"""Code in model repositories: announced whenever it is allowed to run, and refused where transformers would run some
+without asking.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.console import announce
 from mirrortune.system.hub import hub_errors, resolve_commit
 
-# Every file in which a repository names classes of its own, and the one that replaces generate().
+# Files in which a repository names its own classes, and the one that replaces generate().
 _DESCRIPTIONS = (
     "config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
@@ -22,11 +22,11 @@ _GENERATE = "custom_generate/generate.py"
 
 
 def announce_code(name: str, location: str, commit: str | None) -> None:
-    """Say whose code is about to run, and which state of it: one line for each repository, none where there is no code.
+    """Announce the repositories whose code is about to run, and their commits: one line each, none without code.
 
     Args:
         name: of the model, as the user gave it.
-        location: what from_pretrained gets.
+        location: argument of from_pretrained.
         commit: of a Hub repository, or None for a folder.
     """
     for repository, classes in _code_of(name, location, commit).items():
@@ -39,7 +39,7 @@ def announce_code(name: str, location: str, commit: str | None) -> None:
 
 
 def refuse_kernels(name: str, config: Any) -> None:
-    """Refuse a configuration by which transformers would fetch compiled kernels from another repository and run them.
+    """Refuse a configuration that makes transformers download compiled kernels from another repository and run them.
 
     Raises:
         ConfigError: naming that repository.
@@ -55,7 +55,7 @@ def refuse_kernels(name: str, config: Any) -> None:
 
 
 def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, list[str]]:
-    """Classes by the repository that holds their code; None for the model's own."""
+    """Return class names by the repository that holds their code; None for the model's own."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     def find(file: str) -> Path | None:
@@ -75,7 +75,7 @@ def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, l
 
 
 def _references(path: Path) -> list[str]:
-    """What the ``auto_map`` of a description names; nothing of a damaged file, which transformers refuses itself."""
+    """Return the references in the ``auto_map`` of a file; none in a damaged one, which transformers refuses."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

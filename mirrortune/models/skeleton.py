@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose weights are read when a module needs them and let go when it has run: a forward pass in the memory of
-the largest module, whatever the size of the model.
+"""A model without weights, which can read them just before a module runs and free them after it: a forward pass in the
+memory of the largest module.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from mirrortune.models.load import ModelSource, task_config
 
 Read = Callable[[str], Tensor]
-"""Name of a parameter or a buffer in the model -> its value."""
+"""(name of a parameter or buffer in the model) -> its value."""
 
 
 def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any], pad_token_id: int | None) -> nn.Module:
-    """A model without weights, in evaluation mode; its buffers are real, since they are computed and not loaded.
+    """Build a model without weights, in evaluation mode; its buffers are real, since they are computed, not loaded.
 
     Args:
         source: its configuration.
@@ -37,13 +37,13 @@ def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any],
             else model_class(config)
         )
     tie: Any = getattr(model, "tie_weights", lambda: None)
-    tie()  # each parameter has become one of its own
+    tie()  # init_empty_weights has untied them
     return model.eval()
 
 
 def read_lazily(model: nn.Module, read: Read) -> nn.Module:
-    """Give an :func:`outline` weights: ``read`` is called for every parameter and saved buffer of a module, each time
-    before it runs.
+    """Make an :func:`outline` read its weights: ``read`` is called for every parameter and persistent buffer of a
+    module each time before it runs.
     """
     saved = set(model.state_dict())
     for prefix, module in model.named_modules():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's tensors in its safetensors files, by the model's own names: whatever needs one weight at a time reads it
-there, and the model itself is never in memory.
+"""Read a model's tensors from its safetensors files, by the model's own names and one at a time, without loading the
+model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mirrortune.system.hub import hub_errors
 from mirrortune.system.tensor_files import DTYPE_CODES, INDEX, WHOLE, StoredTensor, index_of, read_headers
 
 Layer = tuple[str, Callable[[], Tensor], int]
-"""Name, matrix (one at a time: it is read, or copied, when it is asked for) and rank of what is factorised."""
+"""Name, function that reads the matrix, and rank of a layer to factor."""
 _FLOATS = tuple(DTYPE_CODES[dtype] for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -42,8 +42,8 @@ def stored_layers(
         dtype: that the model would be loaded in.
 
     Returns:
-        None where the files do not hold the model's weights: layers that the checkpoint lacks, pickles, GGUF, a model
-        that keeps some in another dtype, or one that transformers loads in a way that has no parts.
+        None if the files do not hold the model's weights: layers that the checkpoint lacks, pickles, GGUF, a model
+        that keeps some weights in another dtype, or one that transformers cannot load in parts.
     """
     if source.gguf_file or source.trust_remote_code:
         return None
@@ -68,7 +68,7 @@ def stored_layers(
         layers.append((name, _reader(target, stored[own], dtype), target.rank))
     try:
         for _, read, _ in layers[:1] if loader is not None else []:
-            read()  # whether there are parts is only seen when one is loaded
+            read()  # only loading a part shows whether transformers can
     except CannotLoadParts:
         return None
     return layers
@@ -81,7 +81,7 @@ def _reader(target: Target, stored: StoredTensor | LoadedTensor, dtype: torch.dt
 def part_loader(
     source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, files: list[Path]
 ) -> PartLoader | None:
-    """What reads weights that the files hold otherwise than the model; None where they hold the model's own.
+    """Return the loader of weights that the files store differently from the model; None if they hold the model's own.
 
     Raises:
         CannotLoadParts: see :class:`PartLoader`.
@@ -91,13 +91,13 @@ def part_loader(
 
 
 def stored_tensors(files: Iterable[Path], names: Iterable[str]) -> dict[str, StoredTensor]:
-    """The tensors of ``files`` by the model's ``names`` for them; what the model does not have is left out."""
+    """Return the tensors of ``files`` by the model's ``names`` for them; those that the model lacks are left out."""
     headers = read_headers(files)
     return {mine: headers[theirs] for theirs, mine in match_names(headers, names).items()}
 
 
 def checkpoint_files(source: ModelSource) -> list[Path]:
-    """The safetensors files of a model, fetched from the Hub if need be; none if it has others."""
+    """Return the safetensors files of a model, downloaded if necessary; empty if it has none."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     def find(name: str) -> Path | None:
@@ -107,7 +107,7 @@ def checkpoint_files(source: ModelSource) -> list[Path]:
             )
         return None if path is None else Path(path)
 
-    find("generation_config.json")  # what comes with the weights, for a run without the network later
+    find("generation_config.json")  # is needed later, possibly without network
     index = find(INDEX)
     if index is not None:
         found = {name: find(name) for name in index_of(index)}
@@ -119,7 +119,7 @@ def checkpoint_files(source: ModelSource) -> list[Path]:
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All names of every parameter and persistent buffer of a model by each of its names: tied ones have several."""
+    """Return all names of every parameter and persistent buffer by each of its names: tied ones have several."""
     names: dict[int, list[str]] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
@@ -128,12 +128,12 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
-    """Which name of ``theirs`` is which of ``ours``: the same one, or the same but for a leading part that most share.
+    """Match two sets of names: equal ones, or equal except for a prefix that most have in common.
 
-    A bare encoder calls ``encoder.layer.0...`` what a classifier made of it calls ``bert.encoder.layer.0...``.
+    A bare encoder has ``encoder.layer.0...`` where a classifier built on it has ``bert.encoder.layer.0...``.
 
     Returns:
-        ours -> theirs, for those that both have.
+        ours -> theirs, for the names in both.
     """
     here, there = list(ours), list(theirs)
     common = {*here} & {*there}
@@ -145,7 +145,7 @@ def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
 
 
 def _behind_prefixes(names: Iterable[str], known: set[str]) -> dict[str, dict[str, str]]:
-    """For every leading part of ``names``: those names whose rest is ``known``, with that rest."""
+    """Return, for every prefix of ``names``, the names whose rest is ``known``, with that rest."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         words = name.split(".")

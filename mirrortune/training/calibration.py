@@ -83,7 +83,7 @@ def measure_saliency(
         Layer name -> (R, R), or (E, R, R) of a stack, float64 on the CPU, antisymmetric for ``mean``, symmetric for
         ``rms``.
     """
-    if packed := next((n for n, target in targets.layers.items() if target.kind.is_packed), None):
+    if packed := next((n for n, target in targets.layers.items() if target.kind.is_quantised), None):
         raise ConfigError(
             "adapter.pairing", f"pairs are measured by gradients of weights, and {packed} is quantised",
             allowed="mirror, neighbor, random, or pairs that you list", fix="Measure on the model in full precision",

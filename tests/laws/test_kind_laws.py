@@ -360,7 +360,9 @@ def test_a_copy_is_independent(name: str) -> None:
 
 def test_every_kind_is_here() -> None:
     # Packed weights have laws of their own: tests/unit/models/test_quantized.py.
-    assert {kind.name for kind in KINDS if not kind.is_packed} == set().union(*(case.kinds for case in CASES.values()))
+    assert {kind.name for kind in KINDS if not kind.is_quantised} == set().union(
+        *(case.kinds for case in CASES.values())
+    )
 
 
 def test_only_default_kinds_are_taken_unasked() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cores, one file each, named like the core; importing this package registers them all."""
+"""The cores, one file each, named like the core; importing this package registers all of them."""
 
 import importlib
 import pkgutil

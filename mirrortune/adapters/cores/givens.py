@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plane rotations of paired singular directions, in one round or several."""
+"""Givens (plane) rotations of paired singular directions, in one round or several."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.adapters.core import (
     CORES,
@@ -34,21 +35,21 @@ class Givens(Core):
     At full rank the output side satisfies W' = (U R U^T) W: every singular value and the whole input-side geometry
     (W'^T W' = W^T W) are kept, unless ``scale_top_k`` changes the singular values.
 
-    One round reaches a torus of P dimensions inside the rotation group SO(R), which has R (R - 1) / 2. Rounds that meet
-    every pair of directions once (R - 1 rounds of mirror pairs, R for odd R) have as many angles as the group has
-    dimensions, and at theta = 0 their derivatives are its whole Lie algebra, so that they reach every rotation near the
-    identity; SO(R) is compact and connected, so that some number of such cycles reaches every rotation there is.
+    One round reaches a torus of P dimensions inside the rotation group SO(R), which has R (R - 1) / 2. Rounds that
+    contain every pair of directions once (R - 1 rounds of mirror pairs, R for odd R) have as many angles as the group
+    has dimensions, and their derivatives at theta = 0 span its Lie algebra, so that they reach every rotation near the
+    identity; SO(R) is compact and connected, so that finitely many such cycles reach every rotation.
 
-    ``unit`` says what the trained numbers count. ``angle``: radians, and scales relative to their singular value.
-    ``movement``: each number times what moves the weight as far as it would in a plane, or a direction, of the layer's
-    root mean square strength (:func:`~mirrortune.adapters.core.even_steps`): an optimizer that gives all numbers equal
-    steps, as Adam does, otherwise moves the weight by sqrt(S_i^2 + S_j^2) an angle and S_i a scale, far in the strong
-    directions and hardly in the weak ones. Both reach the same weights.
+    ``unit`` is the unit of the trained numbers. ``angle``: radians, and scales relative to their singular value.
+    ``movement``: each number is multiplied so that a step moves the weight as far as it would in a plane, or a
+    direction, of the layer's root mean square strength (:func:`~mirrortune.adapters.core.even_steps`). An optimizer
+    that makes equal steps in all parameters, as Adam does, otherwise moves the weight by sqrt(S_i^2 + S_j^2) per angle
+    and S_i per scale: far in the strong directions and hardly in the weak ones. Both units reach the same weights.
 
     Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), one round. It states neither
     where diag(S) goes nor the initial angles; R between U and diag(S) is the one place where axes are ordered by
-    strength. Rounds are ours. The scale is the rescaling half of SpecLoRA (arXiv 2505.23099), composed with the
-    rotation by us, and so is the unit of movement.
+    strength. Several rounds and the unit ``movement`` are additions of mirrortune. The scale is the rescaling half of
+    SpecLoRA (arXiv 2505.23099), composed with the rotation here.
     """
 
     S: Tensor
@@ -103,10 +104,10 @@ class Givens(Core):
         self.scale = trained(S, num_scales)
 
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """(a, b, partner), each (n, R), with (K z)_i = a_i z_i + b_i z_partner(i) taken n times, round 1 first.
+        """Return (a, b, partner), each (n, R): (K z)_i = a_i z_i + b_i z_partner(i), applied n times, round 1 first.
 
         diag(S) is a factor of the first round on the output side and of the last on the input side. When ``delta``, a
-        single round has a - S in place of a; several have S as a fourth coefficient, which is taken off in the end.
+        single round has a - S in place of a; several rounds have S as a fourth coefficient, subtracted at the end.
         """
         angle = torch.cat([self.angles(), self.theta.new_zeros(1)])[self.plane] * self.sign
         scaled = self.S
@@ -122,12 +123,13 @@ class Givens(Core):
         cross = torch.sin(angle) * self._in_its_round(across)
         return (own, cross, self.partner, self.S) if delta and not is_exact else (own, cross, self.partner)
 
+    @override
     def angles(self) -> Tensor:
-        """See :class:`Core`."""
         return self.theta * self.theta_step
 
+    @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`; one exchange of partners and two products a round."""
+        """Apply K by one exchange of partners and two products per round."""
         own, cross, partner, *start = coefficients
         turned = z
         for t, (a, b) in enumerate(zip(own, cross, strict=True)):
@@ -135,12 +137,13 @@ class Givens(Core):
         # This cancels, but to no more than the rounding of the frozen layer's own output, to which it is added.
         return turned - start[0] * z if start else turned
 
+    @override
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See :class:`Core`; needs z alone: what entered each round is found by turning the last one's input back.
+        """Compute the gradients from z alone: the input of each round is recovered by inverting the round.
 
         Uses that ``partner`` is its own inverse, and that every round but the one that holds diag(S) is orthogonal, so
-        that its inverse has -b in place of b. That one is the first, whose input is z, or the last, whose output is not
-        needed.
+        that its inverse has -b in place of b. The exception is the first round, whose input is z, or the last, whose
+        output is not needed.
         """
         own, cross, partner, *start = coefficients
         entering = z
@@ -163,22 +166,22 @@ class Givens(Core):
             found = (*found, -(grad * z).sum(dim=0))
         return grad_z, found
 
+    @override
     def forget_own_pairs(self) -> None:
-        """See :class:`Core`."""
         self._reverses = (False,) * len(self._reverses)
 
     def _swapped(self, z: Tensor, partner: Tensor, t: int) -> Tensor:
-        """``z`` (..., R) with each number in the place of its partner in round ``t``."""
+        """Return ``z`` (..., R) with the partners of round ``t`` exchanged."""
         return z.flip(-1) if self._reverses[t] else z.index_select(-1, partner[t])
 
     def _in_its_round(self, scaled: Tensor) -> Tensor:
-        """``scaled`` (R,) as the factor of the round that holds diag(S), ones for the others; (n, R)."""
+        """Return ``scaled`` (R,) as the factor of the round that holds diag(S), ones for the others; (n, R)."""
         others = scaled.new_ones(len(self.partner) - 1, len(scaled))
         return torch.cat([scaled[None], others] if self.side == "output" else [others, scaled[None]])
 
 
 def _steps(S: Tensor, pairs: Tensor, num_scales: int, unit: str) -> dict[str, Tensor]:
-    """Radians for each number of theta, and shares of the singular value for each of scale."""
+    """Return the radians per unit of theta, and the share of the singular value per unit of scale."""
     if unit == "angle":
         return {"theta_step": S.new_ones(len(pairs)), "scale_step": S.new_ones(num_scales)}
     of_plane = plane_strengths(S)[pairs[:, 0], pairs[:, 1]]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.adapters.core import CORES, Coefficients, Core
 
@@ -12,7 +13,7 @@ from mirrortune.adapters.core import CORES, Coefficients, Core
 class LoraXs(Core):
     """K = diag(S) (I + M), M (R, R) free, R^2 trained numbers, all zero at the start.
 
-    Reference: LoRA-XS (arXiv 2405.17604), W + U_r diag(S_r) M Vh_r. Differs: M starts at zero and not at small noise.
+    Reference: LoRA-XS (arXiv 2405.17604), W + U_r diag(S_r) M Vh_r. Differs: M starts at zero instead of small noise.
     """
 
     S: Tensor
@@ -26,10 +27,10 @@ class LoraXs(Core):
         self.matrix = nn.Parameter(S.new_zeros(S.shape[0], S.shape[0]))
 
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """(K,) or (K - diag(S),), shape (R, R)."""
+        """Return (K,) or (K - diag(S),), shape (R, R)."""
         change = self.S[:, None] * self.matrix
         return (change if delta else change + self.S.diag(),)
 
+    @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`."""
         return z @ coefficients[0].T

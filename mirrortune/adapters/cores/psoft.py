@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PSOFT: an orthogonal map of the principal subspace, with two vectors that relax its orthogonality."""
+"""PSOFT: a Cayley-parametrised rotation of the principal subspace, with two vectors that relax orthogonality."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.adapters.core import CORES, Coefficients, Core
 from mirrortune.errors import ConfigError
@@ -14,8 +15,8 @@ from mirrortune.errors import ConfigError
 class Psoft(Core):
     """K = diag(S) diag(beta) R^T diag(alpha) with R = (I - Q)(I + Q)^-1, Q skew-symmetric; R(R-1)/2 + 2R numbers.
 
-    Q = 0 and alpha = beta = 1 at the start. In the paper's convention h = W^T x, so what stands left of R there stands
-    right of R^T here: it turns the INPUT side, before diag(S).
+    Q = 0 and alpha = beta = 1 initially. In the paper's convention h = W^T x, so a factor left of R there is right of
+    R^T here: it rotates the INPUT side, before diag(S).
 
     Options: ``neumann_terms`` > 0 replaces the inverse by I - Q + Q^2 - ... of that degree, as published (K = 5) but
     with its degree stated plainly, and refuses ||Q|| >= 1, where the series diverges; 0, the default, solves exactly.
@@ -37,7 +38,7 @@ class Psoft(Core):
             raise ConfigError("adapter.options.neumann_terms", f"got {neumann_terms!r}", allowed="0 (exact) or more")
         rank = S.shape[0]
         self.neumann_terms = neumann_terms
-        self.branches = neumann_terms > 0  # which refuses a norm that is too large
+        self.branches = neumann_terms > 0  # the series is refused for a norm that is too large
         upper, lower = torch.triu_indices(rank, rank, offset=1)
         for name, buffer in (("S", S), ("upper", upper.to(S.device)), ("lower", lower.to(S.device))):
             self.register_buffer(name, buffer, persistent=False)
@@ -46,7 +47,7 @@ class Psoft(Core):
         self.beta = nn.Parameter(S.new_ones(rank if vectors else 0))
 
     def turned(self) -> Tensor:
-        """R - I, shape (R, R), without cancellation: exactly zero for Q = 0."""
+        """Compute R - I, shape (R, R), without cancellation: exactly zero for Q = 0."""
         rank = self.S.shape[0]
         Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew)
         Q = Q - Q.T
@@ -63,7 +64,7 @@ class Psoft(Core):
         return solved
 
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """(K,) or (K - diag(S),), shape (R, R)."""
+        """Return (K,) or (K - diag(S),), shape (R, R)."""
         turned = self.turned()
         if self.alpha.numel():
             scale = self.beta[:, None] * self.alpha
@@ -74,16 +75,17 @@ class Psoft(Core):
         change = self.S[:, None] * turned
         return (change if delta else change + torch.diag(self.S),)
 
+    @override
     @torch.no_grad()
     def angles(self) -> Tensor:
-        """See :class:`Core`: of the planes that R turns, from the eigenvalues +-i tan(angle / 2) of Q."""
+        """Return the angles of the planes that R rotates, from the eigenvalues +-i tan(angle / 2) of Q."""
         rank = self.S.shape[0]
         Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew).double()
         tangents: Tensor = torch.linalg.eigvals(Q - Q.T).imag
         return 2 * tangents.sort(descending=True).values[: rank // 2].clamp(min=0).atan()
 
+    @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`."""
         return z @ coefficients[0].T
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from mirrortune.adapters.core import CORES, Coefficients, Core, checked_top_k, leading, trained
 
@@ -28,14 +29,14 @@ class Scale(Core):
         self.scale = trained(S, count)
 
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """(a,) with K = diag(a), or diag(a) = K - diag(S)."""
+        """Return (a,) with K = diag(a), or K - diag(S) = diag(a)."""
         change = self.S * leading(self.scale, self.S.shape[0])
         return (change if delta else self.S + change,)
 
+    @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`."""
         return z * coefficients[0]
 
+    @override
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """See :class:`Core`."""
         return grad * coefficients[0], ((grad * z).sum(dim=0),)

@@ -21,11 +21,11 @@ class SpecLora(Scale):
     """Scale on the ``top_k`` leading directions, plus a LoRA branch (alpha / rank) B A beside it.
 
     W' = U diag(S (1 + lambda)) Vh + (alpha / rank) B A, A (rank, I), B (O, rank); k + rank (O + I) trained numbers.
-    lambda = 0 and B = 0 at the start, A uniform as in LoRA, by ``init_seed`` and the layer's shape. The method's rank
-    is that of the branch, ``lora_rank``; ``lora_alpha`` equals it by default, a scale of 1.
+    Initially lambda = 0 and B = 0, and A is uniform as in LoRA, seeded by ``init_seed`` and the layer's shape. The
+    method's rank is that of the branch, ``lora_rank``; ``lora_alpha`` equals it by default, a scale of 1.
 
-    Reference: SpecLoRA (arXiv 2505.23099), of which only the summary is public: LoRA with learnable rescaling of the
-    top singular directions. Differs, as far as can be known: the true singular directions instead of a mask on W.
+    Reference: SpecLoRA (arXiv 2505.23099), of which only the abstract is public: LoRA with learnable rescaling of the
+    top singular directions. Differs, as far as that tells: the true singular directions instead of a mask on W.
     """
 
     default_lr = 3e-3
@@ -53,10 +53,10 @@ class SpecLora(Scale):
         self.lora_B = nn.Parameter(S.new_zeros(out_features, lora_rank))
 
     def beside(self, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """(alpha / rank) B A x for every row, shape (..., O)."""
+        """Return (alpha / rank) B A x for every row, shape (..., O)."""
         down = project(self.lora_A)
         return self.factor * F.linear(down, self.lora_B.to(down.dtype))
 
     def beside_weight(self) -> Tensor:
-        """(alpha / rank) B A, shape (O, I)."""
+        """Return (alpha / rank) B A, shape (O, I)."""
         return self.factor * self.lora_B @ self.lora_A

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.adapters.core import CORES, Coefficients, Core
 from mirrortune.errors import ConfigError
@@ -17,10 +18,10 @@ from mirrortune.errors import ConfigError
 class Svft(Core):
     """K = diag(S) + M, M zero outside a fixed pattern.
 
-    ``plain``: the diagonal, R numbers. ``banded``: ``bands`` = d off-diagonals on each side as well, R(2d+1) - d(d+1)
-    numbers. ``random``: as many numbers as banded, the diagonal and positions drawn by ``pattern_seed``.
+    ``plain``: the diagonal, R numbers. ``banded``: also ``bands`` = d off-diagonals on each side, R(2d+1) - d(d+1)
+    numbers. ``random``: as many numbers as banded, on the diagonal and at positions drawn by ``pattern_seed``.
 
-    Reference: SVFT (arXiv 2405.19597, NeurIPS 2024). Differs: M is zero at the start, so the model starts as the base;
+    Reference: SVFT (arXiv 2405.19597, NeurIPS 2024). Differs: M is zero initially, so the model starts as the base;
     the paper's code draws M at random through a gate, and draws random positions with replacement from the global
     generator.
     """
@@ -54,15 +55,15 @@ class Svft(Core):
         self.values = nn.Parameter(S.new_zeros(len(rows)))
 
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """The diagonal (R,) for ``plain``, else the matrix K or K - diag(S), (R, R)."""
+        """Return the diagonal (R,) for ``plain``, otherwise the matrix K or K - diag(S), (R, R)."""
         if self.is_plain:
             return (self.values if delta else self.S + self.values,)
         rank = self.S.shape[0]
         matrix = self.S.new_zeros(rank, rank).index_put((self.rows, self.columns), self.values)
         return (matrix if delta else matrix + torch.diag(self.S),)
 
+    @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """See :class:`Core`."""
         return z * coefficients[0] if self.is_plain else z @ coefficients[0].T
 
 

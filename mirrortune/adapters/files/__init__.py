@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter folders: their description, tensors and checks, written and read."""
+"""Adapter folders: writing, reading and checking their description and tensors."""

@@ -50,7 +50,7 @@ from mirrortune.adapters.files.validate import (
     check_bases,
     check_counts,
     check_description,
-    check_probes,
+    check_responses,
     check_tensors,
     largest_count,
     read_file,
@@ -84,8 +84,8 @@ class AdapterFile:
         extra: what else the writer recorded (max_length, ...).
         effects: probes of each layer's effect, (E, 16); none for an adapter trained in shards.
         peft_config: PEFT's own description of the adapter; None for mirrortune's own.
-        probes: of PEFT's layers, empty lists where it was trained in shards; see
-            :func:`~mirrortune.adapters.peft_bridge.files.layer_probes`.
+        responses: of PEFT's layers, empty lists where it was trained in shards; see
+            :func:`~mirrortune.adapters.peft_bridge.files.layer_responses`.
     """
 
     TENSOR_FILE: ClassVar[str] = "adapter.safetensors"
@@ -104,7 +104,7 @@ class AdapterFile:
     extra: dict[str, Any]
     effects: dict[str, Tensor] = field(default_factory=dict)
     peft_config: dict[str, Any] | None = None
-    probes: dict[str, list[float]] = field(default_factory=dict)
+    responses: dict[str, list[float]] = field(default_factory=dict)
 
     @staticmethod
     def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ class AdapterFile:
             parameter.copy_(checked_tensor(self, name, parameter.shape))
 
     def _matched(self, stored: set[str], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``wanted``; VerificationError if these are not the names of the ``stored`` tensors."""
+        """Return ``wanted``; VerificationError if its names are not those of the ``stored`` tensors."""
         if stored != wanted.keys():
             odd = sorted(stored ^ wanted.keys())[0]
             place = "only in the adapter" if odd in stored else "missing from the adapter"
@@ -208,9 +208,13 @@ class PeftAdapterFile(AdapterFile):
     def contents(
         model: nn.Module, fingerprints: dict[str, Fingerprint], form: Form, base: dict[str, Any]
     ) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
-        probes = peft_files.layer_probes(model)
+        responses = peft_files.layer_responses(model)
         layers = {
-            name: {**describe_target(name, target), "weight": fingerprints[name].weight_hash, "response": probes[name]}
+            name: {
+                **describe_target(name, target),
+                "weight": fingerprints[name].weight_hash,
+                "response": responses[name],
+            }
             for name, target in attachment(model).targets.layers.items()
         }
         config = json.dumps(peft_files.peft_config(model, base), indent=2) + "\n"
@@ -223,7 +227,7 @@ class PeftAdapterFile(AdapterFile):
         cls, fields: dict[str, Any], description: dict[str, Any], tensors: dict[str, Tensor], peft_config: Any
     ) -> Self:
         layers, spec = description["layers"], fields["spec"]
-        check_probes(description)
+        check_responses(description)
         if not isinstance(peft_config, dict):
             raise ValueError(f"{peft_files.CONFIG_FILE} is no object")
         largest = largest_count(layers, tensors)
@@ -231,8 +235,8 @@ class PeftAdapterFile(AdapterFile):
         if problem := objection(peft_config, largest):
             raise VerificationError(str(fields["folder"]), problem, fix="Save the adapter again without it")
         fingerprints = {name: Fingerprint.of_hash(layer["weight"]) for name, layer in layers.items()}
-        probes = {name: layer["response"] for name, layer in layers.items()}
-        return cls(**fields, fingerprints=fingerprints, tensors=tensors, peft_config=peft_config, probes=probes)
+        responses = {name: layer["response"] for name, layer in layers.items()}
+        return cls(**fields, fingerprints=fingerprints, tensors=tensors, peft_config=peft_config, responses=responses)
 
     @override
     def plain_tensors(self) -> dict[str, Tensor]:
@@ -246,7 +250,7 @@ class PeftAdapterFile(AdapterFile):
             checked_tensor(self, name, tensor.shape)
         peft_files.restore_tensors(model, self.tensors)
         try:
-            peft_files.check_probes(model, self.probes)
+            peft_files.check_responses(model, self.responses)
         except VerificationError as error:
             if remarks is None:
                 raise

@@ -26,14 +26,14 @@ _LARGEST_DESCRIPTION = 64 * 2**20  # bytes; lists of pairs are tensors, so that 
 
 
 def description_text(description: dict[str, Any]) -> str:
-    """The file's text, with the hash of what it says: a key a line, a layer a line."""
+    """Return the file's text, with a hash of its content: one key, or one layer, per line."""
     shared, layers = _split_shared(description["layers"])
     short = {**{k: v for k, v in description.items() if k != "layers"}, "layers_share": shared, "layers": layers}
     return _laid_out(short)
 
 
 def edited_text(text: str, edit: Callable[[dict[str, Any]], object]) -> str:
-    """The text of a description after ``edit`` has changed what it says, with its hash made again."""
+    """Return the text of a description after ``edit`` has changed its content, with a new hash."""
     description = strict_json(text.encode())
     description.pop("description_sha256", None)
     edit(description)
@@ -50,8 +50,8 @@ def _laid_out(description: dict[str, Any]) -> str:
 
 
 def _split_shared(layers: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What most layers say of each key that all have, where some agree; and what every layer says otherwise."""
-    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(layers))  # tuples are lists, as a reader will find them
+    """Return the most common value of each key that all layers have, if several agree; and the rest of each layer."""
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(layers))  # tuples become lists, as a reader finds them
     shared: dict[str, Any] = {}
     for key in next(iter(plain.values()), {}):
         said = Counter(json.dumps(layer[key]) if key in layer else None for layer in plain.values())
@@ -106,6 +106,6 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def _digest(description: dict[str, Any]) -> str:
-    """SHA-256 over everything that the file says, however it is laid out."""
-    plain = json.loads(json.dumps(description))  # what a reader will find: tuples are lists, keys are text
+    """SHA-256 of the file's content, whatever its layout."""
+    plain = json.loads(json.dumps(description))  # as a reader finds it: tuples become lists, keys text
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

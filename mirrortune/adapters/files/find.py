@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the adapter that a target names: a folder, a run directory, or a repository of the Hub."""
+"""Find the adapter of a target: a folder, a run directory, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirrortune.system.paths import hub_place, is_local, local_path
 
 
 def find_adapter(target: str) -> Path | None:
-    """The adapter folder that ``target`` (a run directory or the folder itself) holds, or None for anything else.
+    """Return the adapter folder of ``target`` (a run directory or the folder itself), or None for anything else.
 
     Raises:
         ConfigError: a run directory whose training has not finished.
@@ -30,8 +30,8 @@ def find_adapter(target: str) -> Path | None:
 
 
 def require_adapter(target: str) -> Path:
-    """The adapter folder of :func:`find_adapter`, or of ``owner/name@revision:subfolder`` on the Hub, where revision
-    and subfolder may be left out; ConfigError if there is none.
+    """Return the adapter folder of :func:`find_adapter`, or that of ``owner/name@revision:subfolder`` on the Hub, where
+    revision and subfolder are optional; ConfigError if there is none.
     """
     folder = find_adapter(target)
     if folder is None and _is_on_hub(target):
@@ -44,7 +44,7 @@ def require_adapter(target: str) -> Path:
 
 
 def adapter_to_score(target: str) -> Path | None:
-    """As :func:`require_adapter`, but None for anything that may be a model."""
+    """Do as :func:`require_adapter`, but return None for anything that may be a model."""
     folder = find_adapter(target)
     if folder is not None or not _is_on_hub(target):
         return folder
@@ -56,7 +56,7 @@ def adapter_to_score(target: str) -> Path | None:
 
 
 def _is_on_hub(target: str) -> bool:
-    """Whether ``target`` is the id of a repository with its owner, and nothing here is called so."""
+    """Whether ``target`` is an ``owner/name`` id of a repository, and no local path."""
     repository = hub_place(target)[0]
     owner, _, name = repository.partition("/")
     return bool(name) and not is_local(repository) and not Path(owner).exists()

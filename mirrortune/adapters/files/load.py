@@ -252,7 +252,7 @@ def _dtype(adapter: AdapterFile, name: str, weight: Tensor) -> torch.dtype:
 
 
 def _as_held(factors: Factors, dtype: torch.dtype) -> Factors:
-    """``factors`` as a layer of ``dtype`` holds them, in float64."""
+    """Round ``factors`` as a layer of ``dtype`` holds them; float64."""
     U, Vh = factors.U.to(dtype).double(), factors.Vh.to(dtype).double()
     return Factors(U=U, S=factors.S, Vh=Vh)
 

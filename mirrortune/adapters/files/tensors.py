@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each layer puts into the files of an adapter, and how it is found there again."""
+"""The tensors and descriptions of layers in the files of an adapter."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _KINDS = ("core", "clusters", "pairs", "partners", "sketch")
 _SIGNS = "signs"
 
 Holds = dict[str, dict[str, list[int]]]
-"""Layer -> name of a packed tensor -> the shape of its part."""
+"""Layer -> name of a joined tensor -> the shape of the layer's part."""
 
 
 def pack(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> tuple[dict[str, Tensor], Holds]:
-    """Put together what belongs to layers one by one.
+    """Join the tensors of single layers, flat, into one tensor per kind.
 
     Args:
-        tensors: ``core.<layer>.<parameter>``, ``clusters.<layer>`` and others, which are left as they are.
+        tensors: ``core.<layer>.<parameter>``, ``clusters.<layer>`` and so on; others are left as they are.
         layers: in order.
 
     Returns:
-        The tensors, and what each layer has of those that were put together.
+        The tensors, and the shape of each layer's part of the joined ones.
     """
     places = {name: index for index, name in enumerate(layers)}
     kept: dict[str, Tensor] = {}
@@ -59,21 +59,21 @@ def pack(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> tuple[dict[str
 
 
 def _layer_of(name: str, layers: Container[str]) -> str | None:
-    """The layer that begins ``name``; the longest one, where one begins another."""
+    """Return the longest layer name that ``name`` begins with."""
     while name and name not in layers:
         name = name.rpartition(".")[0]
     return name or None
 
 
 def unpack(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What :func:`pack` was given, and ``signs.<layer>`` out of ``signs``.
+    """Invert :func:`pack`, and split ``signs`` into ``signs.<layer>``.
 
     Args:
         tensors: of a file.
         layers: their descriptions, with ``holds``.
 
     Raises:
-        ValueError: tensors that are longer or shorter than the layers say, or belong to none.
+        ValueError: a tensor is longer or shorter than the layers' parts, or belongs to none.
     """
     used: Counter[str] = Counter()
     found: dict[str, Tensor] = {}
@@ -104,15 +104,15 @@ def unpack(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str
 
 
 def to_bits(sketch: Tensor) -> Tensor:
-    """The signs of a sketch (1 or 2, R) or (E, 1 or 2, R), or of the first of two: one bit each, every matrix in whole
-    bytes; uint8.
+    """Encode the signs in the first row of a sketch (1 or 2, R) or (E, 1 or 2, R) as bits, every matrix in whole bytes
+    (uint8).
     """
     first = sketch.detach().cpu()[..., 0, :].reshape(-1, sketch.shape[-1])
     return torch.from_numpy(np.packbits((first < 0).numpy(), axis=1, bitorder="little").reshape(-1))
 
 
 def _to_signs(bits: Tensor, rank: int) -> Tensor:
-    """1 and -1, (1, R) or (E, 1, R), of the bits (E, bytes)."""
+    """Decode bits (E, bytes) into 1 and -1, (1, R) or (E, 1, R)."""
     found = np.unpackbits(bits.numpy(), axis=1, bitorder="little", count=rank)
     signs = 1 - 2 * torch.from_numpy(found).float()
     return signs[:, None] if len(signs) > 1 else signs
@@ -120,7 +120,7 @@ def _to_signs(bits: Tensor, rank: int) -> Tensor:
 
 Form = Literal["auto", "compact", "portable"]
 _LARGEST_SHORT = 2**15  # directions, numbered from 0
-_LOW = 8  # of so many directions one is kept: then factors are small beside weights
+_LOW = 8  # if at most one in so many directions is kept, factors are small beside weights
 _SVD_WORK = 22  # floating-point operations of a decomposition, in units of O I min(O, I) (Golub and Van Loan, 8.6)
 _LONG_WORK = 2e12  # one to two minutes on two cores of a laptop, in float64
 _PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
@@ -148,7 +148,7 @@ def fingerprint_of(layer: dict[str, Any], name: str, tensors: dict[str, Tensor])
 
 
 def split_effects(stored: Tensor | None, layouts: dict[str, Layout]) -> dict[str, Tensor]:
-    """The stored effects of each layer, (E, 16)."""
+    """Return the stored effects of each layer, (E, 16)."""
     if stored is None:
         return {}
     parts = torch.split(stored, [layout.count for layout in layouts.values()])
@@ -156,7 +156,7 @@ def split_effects(stored: Tensor | None, layouts: dict[str, Layout]) -> dict[str
 
 
 def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, Tensor]:
-    """Sketches or their signs, stored pairs and probes of every layer's effect; see ``adapter_file.py``."""
+    """Return sketches or their signs, pairs, and probes of every layer's effect; see ``adapter_file.py``."""
     spec = attachment(model).spec
     tensors: dict[str, Tensor] = {}
     effects: list[Tensor] = []
@@ -170,28 +170,28 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
             stored = pairs if partners is None else partners
             kind = "pairs" if partners is None else "partners"
             tensors[f"{kind}.{name}"] = stored.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
-        if is_whole(layer.U):  # a rank that holds a shard of it cannot say what the whole does
+        if is_whole(layer.U):  # a process with a shard cannot compute the effect
             effects.append(effect(_factors(layer), layer.core))
     own = {f"sketch.{name}": fingerprints[name].sketch for name in spectral_layers(model)}
     if len(effects) == len(own) > 0:
-        # These say whether a basis is right; of its sketch the signs are left to say, by which it is turned back.
+        # Effects tell whether a basis is right; of its sketch only the signs are needed, to flip vectors back.
         return {**tensors, "effects": torch.cat(effects).float(), "signs": torch.cat([*map(to_bits, own.values())])}
     return tensors | own
 
 
 def with_pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file, checked, with the pairs that its partners tell in their place."""
-    told = {
+    """Replace the partners among a file's checked tensors by the pairs that they encode."""
+    pairs = {
         f"pairs.{name}": pairs_of(tensors[key], layer["rank"])
         for name, layer in layers.items()
         if (key := f"partners.{name}") in tensors
     }
-    return {**{key: t for key, t in tensors.items() if not key.startswith("partners.")}, **told}
+    return {**{key: t for key, t in tensors.items() if not key.startswith("partners.")}, **pairs}
 
 
 def usual_form(sizes: Iterable[tuple[tuple[int, int], int, int]]) -> Literal["compact", "portable"]:
-    """The form of an adapter whose bases can be computed again: compact, unless that takes whoever loads it minutes and
-    the factors are small.
+    """Return the form of an adapter whose bases can be computed again: compact, unless that takes minutes at every
+    loading and the factors are small.
 
     Args:
         sizes: shape (O, I), rank and number of matrices of each layer.
@@ -204,11 +204,11 @@ def usual_form(sizes: Iterable[tuple[tuple[int, int], int, int]]) -> Literal["co
 
 @torch.no_grad()
 def chosen_form(model: nn.Module) -> Literal["compact", "portable"]:
-    """The form in which an adapter is saved if none is asked for: :func:`usual_form`, and portable where a basis cannot
-    be found again and the adapter would do something else in another one.
+    """Return the default form of an adapter: :func:`usual_form`, but portable where a basis cannot be computed again
+    and another basis would change the adapter's effect.
     """
     layers = spectral_layers(model).values()
-    if not all(is_whole(layer.U) for layer in layers):  # no process has the factors
+    if not all(is_whole(layer.U) for layer in layers):  # no process has whole factors
         return "compact"
     usual = usual_form((layer.layout.matrix_shape, layer.rank, layer.layout.count) for layer in layers)
     return usual if all(map(_can_be_found_again, layers)) else "portable"
@@ -229,7 +229,7 @@ def _can_be_found_again(layer: SpectralLayer) -> bool:
 
 
 def factor_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The factors of every layer, as it holds them."""
+    """Return the factors of every layer, as it holds them."""
     return {
         f"factor.{name}.{key}": tensor
         for name, layer in spectral_layers(model).items()
@@ -242,14 +242,14 @@ def _factors(layer: SpectralLayer) -> Factors:
 
 
 def describe_target(name: str, target: Target) -> dict[str, Any]:
-    """What the description says of where a layer's weight is, and how its numbers stand for matrices."""
+    """Return the part of a layer's description on its kind, the names of its weight and its layout."""
     layout = {k: v for k, v in asdict(target.layout).items() if v != _PLAIN_LAYOUT.get(k, ...)}
     tensors = {} if target.tensors == (f"{name}.weight",) else {"tensors": list(target.tensors)}
     return {"kind": target.kind.name, **tensors, "layout": layout}
 
 
 def describe_basis(found: Fingerprint) -> dict[str, Any]:
-    """Return what the description says of a layer's weight and basis."""
+    """Return the part of a layer's description on its weight and basis."""
     return {
         "rank": found.rank,
         "weight": found.weight_hash,

@@ -137,15 +137,17 @@ def _check_layer(name: str, layer: dict[str, Any]) -> None:
     _require(math.prod(shape) % (count * outputs) == 0, f"the layout of '{name}'")
 
 
-def check_probes(description: Mapping[str, Any]) -> None:
-    """Check what the description of an adapter of PEFT's says of its layers' probes."""
+def check_responses(description: Mapping[str, Any]) -> None:
+    """Check the layers' responses in the description of one of PEFT's adapters."""
     for name, layer in description["layers"].items():
         response = layer.get("response")
-        _require(isinstance(response, list) and all(isinstance(v, float) for v in response), f"the probe of '{name}'")
+        _require(
+            isinstance(response, list) and all(isinstance(v, float) for v in response), f"the response of '{name}'"
+        )
 
 
 def check_bases(description: Mapping[str, Any]) -> None:
-    """Check what the description of a native adapter says of its layers' bases."""
+    """Check the layers' bases in the description of one of mirrortune's adapters."""
     for name, layer in description["layers"].items():
         _check_types(layer, _BASIS, f"{name}: ")
         count = layer["layout"].get("count", 1)
@@ -174,7 +176,7 @@ def _check_clusters(name: str, layer: dict[str, Any], count: int) -> None:
 
 
 def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a native adapter's description has a place for each of its ``tensors``, and the dtype of each.
+    """Check names and dtypes of the tensors of one of mirrortune's adapters against its description.
 
     Sizes are compared with the model's when tensors are put into it; only those of the basis are compared here.
     """

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairings: which singular directions a rotation turns together."""
+"""Pairings: which singular directions rotate in a common plane."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds of pairs, and pairs in half the room for the adapter's file: going up through the directions of a round, the
-first of a pair is always the lowest that is left, so that its partner is all there is to say.
+"""Encode pairs in half the space for an adapter's file: the first direction of a pair is always the lowest one left of
+its round, so that only its partner needs to be stored.
 
 Shapes: R directions, T pairs in all rounds.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def split_rounds(pairs: Tensor) -> list[Tensor]:
-    """Pairs (T, 2) cut into as few runs of disjoint pairs as will do, in order; one empty run for no pairs.
+    """Cut pairs (T, 2) into as few runs of disjoint pairs as possible, in order; one empty run for no pairs.
 
-    The order of pairs is all there is to a rotation: those of a round turn planes that do not meet, and commute.
+    A rotation depends only on the order of its pairs: rotations of disjoint planes, in one round, commute.
     """
     cuts: list[int] = []
     used: set[int] = set()
@@ -27,9 +27,11 @@ def split_rounds(pairs: Tensor) -> list[Tensor]:
 
 
 def partners_of(pairs: Tensor, rank: int) -> Tensor | None:
-    """The partners by which ``pairs`` (T, 2) can be told, int64: for each round, of every direction that is not itself
-    a partner, in order; a direction that no pair names is its own. None if the pairs are in another order, or so few
-    that they take less room themselves.
+    """Encode ``pairs`` (T, 2) as partners, int64: for each round, of every direction that is not a partner itself, in
+    order; a direction without a pair is its own partner.
+
+    Returns:
+        None if the pairs are in another order, or so few that they are shorter themselves.
     """
     found: list[int] = []
     for own in split_rounds(pairs):
@@ -42,9 +44,7 @@ def partners_of(pairs: Tensor, rank: int) -> Tensor | None:
 
 
 def pairs_of(partners: Tensor, rank: int) -> Tensor:
-    """The pairs (T, 2), int64, that :func:`partners_of` was given; ValueError if these are no partners of ``rank``
-    directions.
-    """
+    """Decode :func:`partners_of` into pairs (T, 2), int64; ValueError for no partners of ``rank`` directions."""
     pairs: list[tuple[int, int]] = []
     taken: set[int] = set()
     first = 0

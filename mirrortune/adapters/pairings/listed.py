@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs that a user lists: their check, and which list a layer gets.
+"""Check pairs listed by a user, and find the list of a layer.
 
-A list holds disjoint pairs of directions, ``[[0, 5], [1, 7]]``, or such a list for each of several rounds. It is meant
-for every layer; a mapping gives layers their own: by whole name, or else by a pattern for names, or else, under
-``all-linear``, all others.
+A list holds disjoint pairs of directions, ``[[0, 5], [1, 7]]``, or such a list for each of several rounds. It applies
+to every layer; a mapping gives layers lists of their own by whole name, or else by a pattern for names, or else, under
+``all-linear``, for all others.
 
 Shapes: R directions, T pairs in all rounds.
 """
@@ -26,7 +26,7 @@ _EXAMPLE = "a list of pairs, such as [[0, 5], [1, 7]]"
 
 
 def check_lists(given: PairLists, rounds: int) -> None:
-    """Refuse what is no list of disjoint pairs for each of ``rounds`` rounds, before any model is known.
+    """Refuse anything but a list of disjoint pairs for each of ``rounds`` rounds, before a model is known.
 
     Raises:
         ConfigError: the first problem of every list, with its key in a mapping; all at once.
@@ -49,8 +49,8 @@ def check_fit(given: PairLists, ranks: dict[str, int]) -> None:
     """Refuse lists that do not fit the layers that are adapted, name -> R.
 
     Raises:
-        ConfigError: keys that mean no layer (with the nearest), layers that none or several keys mean, and directions
-            that are not kept; all at once.
+        ConfigError: keys that match no layer (with the nearest names), layers matched by none or by several keys, and
+            directions that are not kept; all at once.
     """
     lists = _by_key(given)
     keys = {name: _keys(lists, name) for name in ranks}
@@ -74,14 +74,14 @@ def check_fit(given: PairLists, ranks: dict[str, int]) -> None:
 
 
 def list_for(given: PairLists, name: str) -> PairList | None:
-    """The list that the layer ``name`` gets, or None."""
+    """Return the list for the layer ``name``, or None."""
     lists = _by_key(given)
     keys = _keys(lists, name)
     return lists[keys[0]] if keys else None
 
 
 def as_tensor(listed: PairList) -> Tensor:
-    """A checked list as pairs (T, 2), int64, i < j in every row; round after round, each in ascending order of i."""
+    """Return a checked list as pairs (T, 2), int64, i < j in every row, round after round in ascending order of i."""
     pairs = [pair for own in _rounds(listed) for pair in sorted(map(sorted, own))]
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
@@ -91,7 +91,7 @@ def _by_key(given: PairLists) -> dict[str, PairList]:
 
 
 def _keys(lists: dict[str, PairList], name: str) -> list[str]:
-    """The keys that mean a layer: its whole name, or else patterns for it, or else all-linear."""
+    """Return the keys that match a layer: its whole name, or else patterns, or else all-linear."""
     if name in lists:
         return [name]
     found = [key for key in lists if key != _ALL and matches(name, key, _WHERE)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maximum-weight matching of singular directions: which disjoint pairs carry the most of a symmetric weight.
+"""Maximum-weight matching of singular directions.
 
 Shapes: R directions, P = floor(R / 2) pairs.
 """
@@ -15,17 +15,17 @@ _BLOCK = 1 << 16
 
 
 def match(weights: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Tensor:
-    """Disjoint pairs of large total weight, all directions but at most one in a pair, whatever the signs of weights.
+    """Match directions into disjoint pairs of large total weight, leaving out at most one, whatever the weights' signs.
 
-    Exact (Edmonds) for up to ``exact_limit`` directions; greedy above, which takes the heaviest pair that is left and
-    reaches at least half of the maximum of weights >= 0.
+    Exact (Edmonds' blossom algorithm) for up to ``exact_limit`` directions; greedy above, which repeatedly takes the
+    heaviest remaining pair and reaches at least half of the maximum for weights >= 0.
 
     Args:
         weights: shape (R, R), symmetric, finite; its diagonal is ignored.
-        exact_limit: largest R that is matched exactly.
+        exact_limit: largest R to match exactly.
 
     Returns:
-        Pairs (P, 2), int64, i < j in each row, rows in ascending order of i; the same for the same weights.
+        Pairs (P, 2), int64, i < j in each row, rows in ascending order of i; deterministic.
     """
     host = weights.detach().to(device="cpu", dtype=torch.float64)
     chosen = _exact(host) if len(host) <= exact_limit else _greedy(host)
@@ -33,7 +33,7 @@ def match(weights: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Tensor:
 
 
 def _exact(weights: Tensor) -> list[tuple[int, int]]:
-    import networkx as nx  # noqa: PLC0415  (adaptive pairs alone need it, and every command would wait for it)
+    import networkx as nx  # noqa: PLC0415  (slow to import, and only adaptive pairs need it)
 
     graph = nx.Graph()
     rows = weights.tolist()
@@ -43,12 +43,12 @@ def _exact(weights: Tensor) -> list[tuple[int, int]]:
 
 
 def _greedy(weights: Tensor) -> list[tuple[int, int]]:
-    """Takes the heaviest pair that is left, again and again; of equal pairs the one of lower numbers.
+    """Repeatedly take the heaviest remaining pair; of equal pairs the one with lower numbers.
 
-    Taking all pairs at once whose members are each other's heaviest is fast on random weights only: where every
-    direction is heaviest with the strongest one, as singular values make it, that is a pass over the matrix for each
-    pair. A walk over the sorted pairs takes the same time on all; in blocks, because as Python numbers all pairs of
-    4,096 directions fill a gigabyte.
+    Taking all pairs at once whose members are each other's heaviest is only fast on random weights: with singular
+    values every direction is heaviest with the strongest one, which costs a pass over the matrix per pair. A walk over
+    the sorted pairs takes the same time on all; it goes in blocks, since all pairs of 4,096 directions as Python
+    integers fill a gigabyte.
     """
     rank = len(weights)
     upper = torch.triu_indices(rank, rank, offset=1)
@@ -70,7 +70,7 @@ def _greedy(weights: Tensor) -> list[tuple[int, int]]:
 
 
 def rotation_gradient(gradient: Tensor, U: Tensor, S: Tensor, Vh: Tensor, side: str) -> Tensor:
-    """dL/dtheta_ij at theta = 0 for every pair of directions.
+    """Compute dL/dtheta_ij at theta = 0 for every pair of directions.
 
     On the output side S_i u_j' G v_i - S_j u_i' G v_j, on the input side S_j u_j' G v_i - S_i u_i' G v_j.
 

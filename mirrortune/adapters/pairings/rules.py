@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which singular directions turn together: functions from a rank to disjoint pairs.
+"""Pairing rules: functions from a rank to disjoint pairs of singular directions.
 
 A pairing is one function ``(rank, generator) -> pairs`` with pairs of shape (P, 2), int64, i < j in every row, each
 index at most once, P <= rank // 2. Directions are numbered by descending singular value, from 0. The generator is
 seeded from the run's seed and the layer's name; a pairing that ignores it is a function of the rank alone and needs no
 place in the adapter file.
 
-What else a pairing wants it asks for by a parameter's name: ``rounds``, how many rounds of different pairs to give one
-after the other (a pairing that does not ask has one round); ``saliency``, measured on the task.
+Further arguments are passed to a pairing that declares them by name: ``rounds``, the number of rounds of pairs to
+return one after the other (a pairing without it has one round); ``saliency``, gradients measured on the task;
+``listed``, the user's pairs.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ PAIRINGS: Registry[Pairing] = Registry("pairing")
 def mirror(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
     """Pair k with rank-1-k, the strongest direction with the weakest kept; the middle one of an odd rank stays.
 
-    Each later round does the same after the order has moved on by one place, the strongest direction of an even rank
-    held where it is: the circle method of round-robin tournaments, which meets every pair once in rank-1 rounds (rank
-    for an odd one) and then begins anew.
+    Each later round does the same after rotating the order by one place, with the strongest direction of an even rank
+    fixed: the circle method of round-robin tournaments, in which every pair occurs once in rank-1 rounds (rank for an
+    odd one) before they repeat.
 
     Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), pairs (k, D-k+1) in 1-based
-    numbers; one round. Later rounds are ours.
+    numbers; one round. Later rounds are an addition of mirrortune.
     """
     held = 1 - rank % 2
     directions = torch.arange(rank)
@@ -47,7 +48,7 @@ def mirror(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
 def neighbor(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
     """Pair 2k with 2k+1, directions of nearly the same strength; the last one of an odd rank stays.
 
-    Every other round pairs 2k+1 with 2k+2, as bricks are laid: rank rounds reach any rotation (Clements et al. 2016,
+    Every other round pairs 2k+1 with 2k+2, a brick-wall layout: rank rounds reach any rotation (Clements et al. 2016,
     doi:10.1364/OPTICA.3.001460).
     """
     starts = [index % 2 for index in range(rounds)]
@@ -65,9 +66,9 @@ def random(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
 def adaptive(rank: int, generator: Generator, saliency: Tensor, rounds: int = 1) -> Tensor:
     """Pair by a maximum-weight matching of |dL/dtheta| at theta = 0, measured on the task (``calibration.py``).
 
-    Each later round matches what is left: pairs that were taken are taken again only where no others are left.
+    Each later round matches the remaining pairs: one that was taken is taken again only where no other is left.
 
-    Ours: the mirror method's authors name task-adaptive pairing as future work.
+    An addition of mirrortune; the mirror method's authors name task-adaptive pairing as future work.
     """
     weights = saliency.abs()
     taken = float(weights.sum()) or 1.0  # more than any matching weighs

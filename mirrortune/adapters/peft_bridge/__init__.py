@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's tuners, as methods beside ours."""
+"""PEFT's tuners as methods beside mirrortune's own."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's own two files: what ``PeftModel.from_pretrained`` reads, and what we must know besides to trust them.
+"""PEFT's own two files, which ``PeftModel.from_pretrained`` reads, and a check of the layers loaded from them.
 
-PEFT computes some of what a tuner needs anew when it loads (a singular value decomposition, random projections), and
-does not notice when another machine computes something else. A probe of each layer, stored beside its files, does.
+PEFT recomputes a part of some tuners on loading (a singular value decomposition, random projections), and does not
+notice when another machine gets another result. The stored response of each layer to a fixed input does.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mirrortune.system.paths import PACKAGE_SCHEME, package_folder
 PREFIX = "base_model.model."
 """Before the model's names in PEFT's files."""
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-# An adapter that changes what a layer computes by less than this changes no prediction; rounding is a hundredth of it.
-PROBE_TOLERANCE = 1e-4
-_NUM_PROBES = 4
-# How the names of transformers' classes end, Auto classes and a family's own.
+# A change of a layer's output below this changes no prediction; rounding is a hundredth of it.
+RESPONSE_TOLERANCE = 1e-4
+_NUM_DIRECTIONS = 4
+# Endings of the names of transformers' classes, Auto classes and those of model families.
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -41,7 +41,7 @@ _TASK_TYPES = {
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What PEFT's own file of an adapted model holds, head included; the tensors are the model's own, not copies."""
+    """Return the tensors of PEFT's own file of an adapted model, head included; the model's own, not copies."""
     found = _attached(model)
     peft = import_peft(found.spec.method)
     state: dict[str, Tensor] = peft.get_peft_model_state_dict(
@@ -53,22 +53,22 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of :func:`adapter_tensors`, by the same names and shapes, back into an adapted model."""
+    """Copy the tensors of :func:`adapter_tensors`, by the same names and shapes, back into an adapted model."""
     found = _attached(model)
     head = {PREFIX + name for name in found.targets.head}
-    # PEFT's own way is load_state_dict, after which FSDP2 looks for its shares in what is whole just now.
-    is_cut = is_in_shards(model)
+    # PEFT calls load_state_dict, which would replace the parameters that FSDP2 has just gathered.
+    is_sharded = is_in_shards(model)
     for key, tensor in adapter_tensors(model).items():
-        if is_cut or key in head:
+        if is_sharded or key in head:
             tensor.copy_(tensors[key])
-    if not is_cut:
+    if not is_sharded:
         import_peft(found.spec.method).set_peft_model_state_dict(
             _Wrapped(found.tuner), {k: t for k, t in tensors.items() if k not in head}, adapter_name=ADAPTER_NAME
         )
 
 
 def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's own description of an adapted model's adapter.
+    """Return PEFT's own description of an adapted model's adapter.
 
     Args:
         model: adapted by :func:`attach_tuner`.
@@ -84,7 +84,7 @@ def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
-    """What PEFT's description says of any adapter: base model, task and head, and that it is for inference."""
+    """Return the fields of PEFT's description that every adapter has: base model, task, head and inference mode."""
     model_class, name = str(base.get("auto_class")), base.get("name")
     # PEFT does not know models inside packages.
     is_packaged = name is not None and name.startswith(PACKAGE_SCHEME)
@@ -97,19 +97,19 @@ def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def layer_probes(model: nn.Module) -> dict[str, list[float]]:
-    """A few numbers for each adapted layer that depend on all that it computes with: its response to a fixed input,
-    seen along fixed directions; none where this process has only a share of the layer, and cannot say.
+def layer_responses(model: nn.Module) -> dict[str, list[float]]:
+    """Compute the response of each adapted layer to a fixed random input, projected on fixed directions: a few numbers
+    that depend on all of its parameters. Empty for a layer of which this process has only a shard.
     """
     layers = {name: (model.get_submodule(name), target) for name, target in _attached(model).targets.layers.items()}
     return {
-        name: _probe(module, target.shape) if all(map(is_whole, module.parameters())) else []
+        name: _response(module, target.shape) if all(map(is_whole, module.parameters())) else []
         for name, (module, target) in layers.items()
     }
 
 
-def check_probes(model: nn.Module, stored: dict[str, list[float]]) -> None:
-    """Refuse an adapter whose layers do not compute what they computed when it was saved, where it says what they did.
+def check_responses(model: nn.Module, stored: dict[str, list[float]]) -> None:
+    """Refuse an adapter whose layers do not respond as they did when it was saved; empty responses are not compared.
 
     Raises:
         VerificationError: with the layer's name.
@@ -117,23 +117,23 @@ def check_probes(model: nn.Module, stored: dict[str, list[float]]) -> None:
     for name, expected in stored.items():
         if not expected:
             continue
-        now = _probe(model.get_submodule(name), _attached(model).targets.layers[name].shape)
+        now = _response(model.get_submodule(name), _attached(model).targets.layers[name].shape)
         difference = max(abs(a - b) for a, b in zip(now, expected, strict=True))
-        if not difference <= PROBE_TOLERANCE * max(map(abs, expected)):
+        if not difference <= RESPONSE_TOLERANCE * max(map(abs, expected)):
             raise VerificationError(
                 name,
-                f"the loaded layer does not compute what the saved one did (its probe moved by {difference:.1e}): PEFT "
-                "computes a part of this tuner anew, and this machine or this version of PEFT gets another",
-                fix="Merge on the machine that trained it, or train with one of our own methods",
+                f"the loaded layer does not compute what the saved one did (its response differs by {difference:.1e}): "
+                "PEFT recomputes a part of this tuner, and this machine or this version of PEFT gets another result",
+                fix="Merge on the machine that trained it, or train with one of mirrortune's own methods",
             )
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, shape: tuple[int, int]) -> list[float]:
+def _response(module: nn.Module, shape: tuple[int, int]) -> list[float]:
     layer = copy.deepcopy(module).float().eval()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, shape[1], generator=generator)
-    directions = torch.randn(_NUM_PROBES, shape[0], generator=generator)
+    directions = torch.randn(_NUM_DIRECTIONS, shape[0], generator=generator)
     device = next(layer.parameters()).device
     with torch.autocast(device.type, enabled=False):
         y: Tensor = layer(x.to(device))
@@ -141,7 +141,7 @@ def _probe(module: nn.Module, shape: tuple[int, int]) -> list[float]:
 
 
 class _Wrapped(nn.Module):
-    """The names that PEFT's files have: a ``PeftModel`` calls its tuner ``base_model``."""
+    """Gives parameters the names of PEFT's files: a ``PeftModel`` calls its tuner ``base_model``."""
 
     def __init__(self, tuner: nn.Module) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def _attached(model: nn.Module) -> PeftAttachment:
 
 
 def _modules_of(model: nn.Module, head: Iterable[str]) -> list[str]:
-    """The largest modules whose parameters are all the head's: PEFT saves modules, not parameters."""
+    """Return the largest modules with parameters of the head only: PEFT saves modules, not parameters."""
     wanted = set(head)
     found: list[str] = []
     for name, module in model.named_modules():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From our settings to the configuration of a tuner of PEFT, and what of it is not the user's to set.
+"""Build the configuration of a PEFT tuner from an adapter's settings, and check options and stored configurations.
 
-The only module that imports PEFT (the optional extra), when a method asks for it.
+The only module that imports PEFT (an optional extra), when a method needs it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.registry import option_errors
 
-# Settings of a tuner's configuration that follow from ours, or that a plain linear layer of ours has no use for.
-_OURS = {
+# Fields of a tuner's configuration that follow from other settings, or have no use for plain linear layers.
+_DERIVED = {
     "target_modules": "adapter.target_modules",
     "exclude_modules": "adapter.target_modules",
     "layers_to_transform": "adapter.target_modules",
@@ -39,14 +39,14 @@ _UNUSED = ("auto_mapping", "peft_version", "target_parameters", "layer_replicati
 CHOOSE_LAYERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _BY_PATTERN = ("feedforward_modules", "modules_to_save")
 _NAME = re.compile(r"[\w.-]+")
-_NEED_MORE = ("eva", "corda", "loftq")  # ways to start LoRA
-_ITERATIONS = re.compile(r"_niter_(\d+)$")  # in the name of a way to start LoRA; otherwise "iter" ends the field's name
+_NEED_MORE = ("eva", "corda", "loftq")  # initialisations of LoRA
+_ITERATIONS = re.compile(r"_niter_(\d+)$")  # in an initialisation's name; otherwise the field's name ends in "iter"
 _MOST_ITERATIONS = 128
-_NO_COUNTS = ("alpha", "prng", "seed")  # words in the names of fields whose whole numbers may be large
+_NO_COUNTS = ("alpha", "prng", "seed")  # words in names of fields whose integers may be large
 
 
 def import_peft(method: str) -> Any:
-    """The package, or the error that says how to get it."""
+    """Import and return the package; ConfigError with the command to install it if it is missing."""
     try:
         import peft  # noqa: PLC0415  (optional, and seconds to import)
     except ImportError as error:
@@ -59,7 +59,7 @@ def import_peft(method: str) -> Any:
 
 
 def check_options(spec: AdapterSpec) -> None:
-    """Refuse options that the method's tuner does not have or that are not the user's to set; all at once.
+    """Refuse options that the method's tuner lacks or that follow from other settings, all at once.
 
     Raises:
         ConfigError: also if the ``peft`` package is not installed.
@@ -68,16 +68,16 @@ def check_options(spec: AdapterSpec) -> None:
     if chosen is None:
         return
     hints = typing.get_type_hints(import_peft(spec.method).PEFT_TYPE_TO_CONFIG_MAPPING[chosen.kind])
-    ours = {**_OURS, **dict.fromkeys(chosen.fixed, "adapter.method")}
+    derived = {**_DERIVED, **dict.fromkeys(chosen.fixed, "adapter.method")}
     if chosen.rank is not None:
-        ours[chosen.rank] = "adapter.rank"
+        derived[chosen.rank] = "adapter.rank"
     errors = [
-        ConfigError(f"adapter.options.{key}", f"it follows from {ours[key]}", fix="Remove it")
+        ConfigError(f"adapter.options.{key}", f"it follows from {derived[key]}", fix="Remove it")
         for key in spec.options
-        if key in ours and key in hints
+        if key in derived and key in hints
     ]
-    allowed = {k: hint for k, hint in hints.items() if k not in ours and k not in _UNUSED and _is_plain(hint)}
-    others = {key: value for key, value in spec.options.items() if key not in ours or key not in hints}
+    allowed = {k: hint for k, hint in hints.items() if k not in derived and k not in _UNUSED and _is_plain(hint)}
+    others = {key: value for key, value in spec.options.items() if key not in derived or key not in hints}
     errors += option_errors(others, allowed, owner=f"method '{spec.method}'", where="adapter.options")
     if spec.options.get("init_lora_weights") in _NEED_MORE:
         start = spec.options["init_lora_weights"]
@@ -90,12 +90,12 @@ def check_options(spec: AdapterSpec) -> None:
     if errors:
         raise ConfigError.several(errors)
     if spec.rank != "full":
-        with recorded_warnings():  # said once, when the adapter is attached
+        with recorded_warnings():  # they are shown when the adapter is attached
             make_config(spec, ["anything"])
 
 
 def make_config(spec: AdapterSpec, names: list[str]) -> Any:
-    """PEFT's configuration of the spec's tuner for the layers ``names``; ConfigError if PEFT refuses it."""
+    """Build PEFT's configuration of the spec's tuner for the layers ``names``; ConfigError if PEFT refuses it."""
     chosen = spec.preset.peft
     assert chosen is not None
     config_class = import_peft(spec.method).PEFT_TYPE_TO_CONFIG_MAPPING[chosen.kind]
@@ -111,7 +111,7 @@ def make_config(spec: AdapterSpec, names: list[str]) -> Any:
 
 
 def stored_config(described: dict[str, Any], names: list[str]) -> Any:
-    """The configuration that an adapter folder holds, for the layers ``names``.
+    """Build the configuration stored in an adapter folder, for the layers ``names``.
 
     Raises:
         VerificationError: PEFT cannot read it.
@@ -126,14 +126,14 @@ def stored_config(described: dict[str, Any], names: list[str]) -> Any:
 
 
 def objection(described: Mapping[str, Any], largest: int) -> str | None:
-    """Why PEFT may not be given a configuration from a file; None if it may.
+    """Return why a configuration from a file must not be passed to PEFT; None if it may be.
 
-    PEFT takes it at its word: it matches patterns with the names of layers, makes room for any number of directions,
-    and repeats a search as often as it is told.
+    PEFT does not check it: it matches patterns with the names of layers, allocates any number of directions, and runs
+    any number of iterations.
 
     Args:
-        described: what ``adapter_config.json`` holds.
-        largest: no number of directions, tokens or layers in it can be meant that is above this.
+        described: the content of ``adapter_config.json``.
+        largest: bound for numbers of directions, tokens or layers.
     """
     if key := _holds_pattern(described):
         return f"'{key}' of its adapter_config.json holds a pattern, and patterns of a file are not run"
@@ -148,14 +148,14 @@ def objection(described: Mapping[str, Any], largest: int) -> str | None:
 
 
 def _holds_pattern(described: Mapping[str, Any]) -> str | None:
-    """The first field by which PEFT would match names of layers with a regular expression from a file; None if there
-    is none. Fields that choose the layers are not looked at.
+    """Return the first field by which PEFT would match layer names with a regular expression from a file; None if there
+    is none. Fields that choose the layers are ignored when it is loaded.
     """
     for key, value in described.items():
         if key.endswith("_pattern") and isinstance(value, dict):
             names = [*value]
         elif key in _BY_PATTERN and value is not None:
-            names = [value] if isinstance(value, str) else [*value]
+            names = value if isinstance(value, list) else [value]
         else:
             continue
         if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
@@ -164,8 +164,8 @@ def _holds_pattern(described: Mapping[str, Any]) -> str | None:
 
 
 def _endless(described: Mapping[str, Any]) -> str | None:
-    """The first field that has PEFT repeat a search too often, such as ``{"init_lora_weights": "pissa_niter_10000"}``;
-    None if there is none.
+    """Return the first field that asks for too many iterations, such as
+    ``{"init_lora_weights": "pissa_niter_10000"}``; None if there is none.
     """
     for key, value in described.items():
         if isinstance(value, dict) and (inner := _endless(value)):
@@ -178,7 +178,7 @@ def _endless(described: Mapping[str, Any]) -> str | None:
 
 
 def _whole_numbers(value: Any) -> Iterator[int]:
-    """All whole numbers in JSON data."""
+    """Yield all integers in JSON data."""
     if isinstance(value, int):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -186,8 +186,8 @@ def _whole_numbers(value: Any) -> Iterator[int]:
 
 
 def spelt_out(described: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """PEFT's description with patterns of the user's replaced by the names of the layers, of ``names``, that they mean,
-    so that whoever loads it has none to match.
+    """Replace the user's patterns in PEFT's description by the ``names`` of layers that they match, so that no pattern
+    is run on loading.
     """
     found = dict(described)
     for key, value in described.items():
@@ -201,19 +201,19 @@ def spelt_out(described: Mapping[str, Any], names: Collection[str]) -> dict[str,
 
 @contextlib.contextmanager
 def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
-    """Keeps what PEFT warns of, to be said in its place and once."""
+    """Collect PEFT's warnings, to be shown once and elsewhere."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
 
 
 def first_line(error: BaseException | str) -> str:
-    """What a foreign error or warning says first, in a length for a message of ours."""
+    """Return the first line of another library's error or warning, cut to 300 characters."""
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a recipe can say a value of the type ``hint``."""
+    """Whether a recipe can express values of the type ``hint``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return all(map(_is_plain, typing.get_args(hint)))
     kind = typing.get_origin(hint) or hint

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A single layer of an adapter of PEFT's, without the rest of its model: what merging tensor by tensor needs.
+"""Build a single layer of a PEFT adapter without the rest of its model, for merging tensor by tensor.
 
-PEFT puts a tuner into a model of one layer that has the layer's name and weight, or, where layers share numbers or draw
-them one after another, into all layers of a model whose weights take no memory, of which one is filled at a time. The
-stored probe says whether the layer then computes what it did in its own model. It does not where a tuner makes its
-numbers out of the weights of layers that are not there; those tuners are merged as whole models.
+PEFT attaches its tuner to a model of one layer with the layer's name and weight, or, where layers share parameters or
+draw them one after another, to all layers of a model whose weights take no memory, of which one is filled at a time.
+The stored response tells whether the layer then computes what it did in its own model. It does not if the tuner depends
+on the weights of missing layers; such tuners are merged as whole models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mirrortune.errors import VerificationError
 
 
 def is_of_linear_layers(adapter: AdapterFile) -> bool:
-    """Whether an adapter of PEFT's has plain linear layers alone."""
+    """Whether a PEFT adapter has only plain linear layers."""
     return all(
         layout.count == 1 and not layout.is_transposed and not layout.rows and len(layout.shape) == 2
         for layout in adapter.layouts.values()
@@ -32,18 +32,18 @@ def is_of_linear_layers(adapter: AdapterFile) -> bool:
 
 
 def stands_alone(adapter: AdapterFile) -> bool:
-    """Whether every tensor of an adapter of PEFT's belongs to one layer, or to the head."""
+    """Whether every tensor of a PEFT adapter belongs to one layer, or to the head."""
     owners = {*adapter.layouts, *(name.rpartition(".")[0] for name in adapter.head)}
     return all(any(key.startswith(f"{files.PREFIX}{owner}.") for owner in owners) for key in adapter.tensors)
 
 
 def head_keys(adapter: AdapterFile) -> set[str]:
-    """PEFT's names for the head's tensors."""
+    """Return PEFT's names for the head's tensors."""
     return {files.PREFIX + name for name in adapter.head}
 
 
 def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | None) -> PeftLayer | None:
-    """A layer of ``adapter`` as PEFT made it for training, in evaluation mode.
+    """Build a layer of ``adapter`` as in training, in evaluation mode.
 
     Args:
         adapter: of a tuner that :func:`stands_alone`.
@@ -52,7 +52,7 @@ def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | N
         bias: likewise.
 
     Returns:
-        None if it is another layer without its model.
+        None if the layer needs its model.
 
     Raises:
         VerificationError: another base weight, or numbers that are missing or not finite.
@@ -71,11 +71,11 @@ def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | N
 
 
 def _as_saved(model: nn.Module, adapter: AdapterFile, name: str) -> PeftLayer | None:
-    """A layer of an adapted model, if it is known to compute what it did when it was saved."""
-    if not adapter.probes[name]:
+    """Return a layer of an adapted model if it responds as it did when it was saved; otherwise None."""
+    if not adapter.responses[name]:
         return None
     try:
-        files.check_probes(model, {name: adapter.probes[name]})
+        files.check_responses(model, {name: adapter.responses[name]})
     except VerificationError:
         return None
     found = attachment(model)
@@ -86,10 +86,10 @@ def _as_saved(model: nn.Module, adapter: AdapterFile, name: str) -> PeftLayer | 
 
 
 class SharedLayers:
-    """All layers of an adapter of PEFT's, of whose base weights one at a time is in memory.
+    """All layers of a PEFT adapter, with one base weight at a time in memory.
 
     Args:
-        adapter: of plain linear layers, which share numbers.
+        adapter: of plain linear layers that share parameters.
         model: the base without weights.
     """
 
@@ -107,7 +107,7 @@ class SharedLayers:
         self._filled: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
 
     def layer(self, name: str, weight: Tensor, bias: Tensor | None) -> PeftLayer | None:
-        """As :func:`lone_layer`; the layer that was given before is empty again."""
+        """Do as :func:`lone_layer`; empties the layer that was returned before."""
         check_weight(self._adapter, name, weight)
         if self._filled is not None:
             base, hollow = self._filled
@@ -125,7 +125,7 @@ class SharedLayers:
 
 
 def _model_of(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A model that has one linear layer, of this name."""
+    """Build a model with one linear layer, of this name."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the tuners of the ``peft`` package (the optional extra) where ours would put cores: the same target layers, the
-same head, the same loop.
+"""Attach the tuners of the ``peft`` package (an optional extra) in place of mirrortune's cores: to the same layers,
+with the same head and training loop.
 
-They are attached in place and without a wrapper, so that the model keeps its own class and forward. Their settings are
-those of ``peft_configs.py``, their files those of ``peft_file.py``.
+They are attached in place and without a wrapper, so that the model keeps its own class and forward. ``options.py``
+builds their configuration, ``files.py`` their files.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.targets import Targets
 from mirrortune.errors import ConfigError
 
-ADAPTER_NAME = "default"  # PEFT allows several adapters in a model; ours is the only one
+ADAPTER_NAME = "default"  # PEFT allows several adapters in a model; there is only one here
 
 
 @dataclass(frozen=True, slots=True)
 class PeftLayer:
-    """A layer that a tuner has replaced, seen as :class:`mirrortune.adapters.inject.AdaptedLayer`.
+    """A layer that a tuner has replaced, as a :class:`mirrortune.adapters.inject.AdaptedLayer`.
 
     Attributes:
         method: of the adapter, for messages.
@@ -49,27 +49,27 @@ class PeftLayer:
 
     @property
     def base_layer(self) -> nn.Linear:
-        """The linear layer inside; a tuner may have changed its weight (PiSSA leaves the residual there)."""
+        """The linear layer inside; the tuner may have changed its weight (PiSSA leaves the residual there)."""
         found: nn.Linear = self.module.get_base_layer()  # type: ignore[operator]
         return found
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained in this layer."""
+        """Return the parameters trained in this layer."""
         return {name: self.module.get_parameter(name) for name in self.trained}
 
     @torch.no_grad()
     def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Weight and bias by PEFT's own merge, on a copy in float64 on the CPU.
+        """Merge weight and bias by PEFT's own method, on a copy in float64 on the CPU.
 
         Raises:
-            ConfigError: if PEFT cannot merge this tuner, with its reason.
+            ConfigError: PEFT cannot merge this tuner, with its reason.
         """
         layer: Any = copy.deepcopy(self.module).to(device="cpu", dtype=torch.float64)
         base = layer.get_base_layer()
         for key, tensor in before.items():
             now = self.base_layer.get_parameter(key).cpu()
-            # What training saw in 16 bits the checkpoint may hold in 32. Where a tuner has changed the weight (PiSSA),
-            # what it learned belongs to what it left there.
+            # The checkpoint may hold in 32 bits what training used in 16. If the tuner has changed the weight (PiSSA),
+            # its own value is kept.
             if torch.equal(now, tensor.to(device="cpu", dtype=now.dtype)):
                 base.get_parameter(key).copy_(tensor)
         plain = {key: base.get_parameter(key).clone() for key in before}
@@ -90,8 +90,8 @@ class PeftAttachment(Attachment):
     """An attachment whose layers are PEFT's.
 
     Attributes:
-        tuner: PEFT's own view of the model; it also holds what the layers share.
-        remarks: what a user should know before training: PEFT's warnings, and that it cannot be merged.
+        tuner: PEFT's wrapper of the model, with the parameters that layers share.
+        remarks: for the user, before training: PEFT's warnings, and whether it cannot be merged.
     """
 
     tuner: nn.Module
@@ -107,16 +107,16 @@ def attach_tuner(
     config: dict[str, Any] | None = None,
     on_layer: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
-    """Adapt ``model`` in place by a tuner of PEFT: the layers that ours would take, all else frozen
-    but the head.
+    """Attach a PEFT tuner to ``model`` in place: to the layers that mirrortune would adapt, everything else frozen but
+    the head.
 
     Args:
         model: loaded model, or one on the meta device.
-        spec: what to build; its seed is that of the tuner's random numbers.
+        spec: what to build; its seed seeds the tuner's random numbers.
         targets: of ``model`` and ``spec``; None finds them.
         new_parameters: see :func:`mirrortune.adapters.targets.find_targets`.
         config: PEFT's own configuration, of an adapter that is being loaded.
-        on_layer: told (name, weight) of every layer before it is replaced.
+        on_layer: called with (name, weight) of every layer before it is replaced.
 
     Raises:
         ConfigError: a missing package, a wrong option, or a layer that the tuner cannot take.
@@ -128,12 +128,12 @@ def attach_tuner(
     with recorded_warnings() as warned:
         built = make_config(spec, chosen) if config is None else stored_config(config, chosen)
     if not spec.options:
-        warned.clear()  # nothing that the user chose
+        warned.clear()  # about defaults
     for name in chosen if on_layer else ():
         on_layer(name, targets.layers[name].read(model))  # type: ignore[misc]
     freeze(model, targets)
     tuner_class = peft.PEFT_TYPE_TO_TUNER_MAPPING[built.peft_type]
-    unforeseen = () if config is None else (LookupError, AttributeError, AssertionError)  # of values of a file
+    unforeseen = () if config is None else (LookupError, AttributeError, AssertionError)  # by values of a file
     with _seeded(model, spec.seed), recorded_warnings() as more:
         try:
             tuner = tuner_class(model, built, ADAPTER_NAME)
@@ -142,7 +142,7 @@ def attach_tuner(
                 "adapter", f"PEFT cannot put '{spec.method}' into this model: {first_line(error)}"
             ) from error
     peft.tuners.tuners_utils.cast_adapter_dtype(model, ADAPTER_NAME)
-    # Some tuners make sparse tensors; torch warns of its own default until somebody chooses it.
+    # Some tuners create sparse tensors; torch warns until this default is set explicitly.
     torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     layers = _tuned_layers(model, spec, targets, peft)
     _check_as_asked(model, spec)
@@ -156,13 +156,13 @@ def attach_tuner(
 
 
 def remarks(model: nn.Module) -> tuple[str, ...]:
-    """What a user should know of the adapter before training; nothing for one of ours."""
+    """Return remarks on a PEFT tuner for the user, before training; empty for other methods."""
     found = attachment(model)
     return found.remarks if isinstance(found, PeftAttachment) else ()
 
 
 def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None = None) -> tuple[int, int]:
-    """How many numbers the spec's tuner trains in ``model``, and how many it adds in all; found on a copy without
+    """Count the numbers that the spec's tuner trains in ``model``, and those that it adds in all, on a copy without
     weights.
 
     Raises:
@@ -172,7 +172,7 @@ def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None =
     adapted = None
     with contextlib.suppress(ConfigError, RuntimeError, NotImplementedError), torch.device("meta"):
         adapted = attach_tuner(hollow_copy(model, "meta"), spec, targets=targets, config=config)
-    if adapted is None:  # a tuner that looks at its numbers: weights of one zero that stands for all
+    if adapted is None:  # a tuner that reads weights gets zeros that take no memory
         adapted = attach_tuner(hollow_copy(model, "cpu"), spec, targets=targets, config=config)
     layers = attachment(adapted).layers.values()
     trained = sum(p.numel() for layer in layers for p in layer.adapter_parameters().values())
@@ -181,8 +181,8 @@ def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None =
 
 
 def plain_start(spec: AdapterSpec) -> dict[str, Any] | None:
-    """A configuration of PEFT with as many numbers as the spec's, in place of one that would decompose every weight to
-    start with; None for others.
+    """Return a configuration of the same size without the initialisation that decomposes every weight; None if there is
+    no such initialisation.
     """
     assert spec.preset.peft is not None
     start = {**spec.preset.peft.fixed, **spec.options}.get("init_lora_weights")
@@ -190,7 +190,7 @@ def plain_start(spec: AdapterSpec) -> dict[str, Any] | None:
 
 
 def hollow_copy(model: nn.Module, device: str) -> nn.Module:
-    """A copy of ``model`` whose parameters are zeros that take no memory."""
+    """Copy ``model`` with parameters of zeros that take no memory."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.zeros((), dtype=p.dtype, device=device).expand(p.shape), requires_grad=False)
         for p in model.parameters()
@@ -199,7 +199,7 @@ def hollow_copy(model: nn.Module, device: str) -> nn.Module:
 
 
 def _check_as_asked(model: nn.Module, spec: AdapterSpec) -> None:
-    # Where its CUDA extension cannot be built PEFT takes 1 in place of the factor that was asked for.
+    # If its CUDA extension cannot be built, PEFT takes 1 in place of the requested factor.
     asked = spec.options.get("boft_n_butterfly_factor", 1)
     factors = {len(p) for name, p in model.named_parameters() if f"boft_R.{ADAPTER_NAME}" in name}
     if factors - {asked}:
@@ -210,7 +210,7 @@ def _check_as_asked(model: nn.Module, spec: AdapterSpec) -> None:
 
 
 def _merge_remark(layers: dict[str, PeftLayer]) -> list[str]:
-    """That the smallest layer cannot be merged, with the reason, or nothing."""
+    """Return a line with the reason if the smallest layer cannot be merged."""
     smallest = min(layers.values(), key=lambda layer: layer.base_layer.weight.numel())
     if smallest.base_layer.weight.device.type != "meta":
         try:
@@ -228,14 +228,14 @@ def _tuned_layers(model: nn.Module, spec: AdapterSpec, targets: Targets, peft: A
     layers = {}
     for name, module in tuned.items():
         own = [(key, p) for key, p in module.named_parameters() if p.requires_grad and id(p) not in seen]
-        seen |= {id(p) for _, p in own}  # what layers share is trained once
+        seen |= {id(p) for _, p in own}  # shared parameters are counted once
         layers[name] = PeftLayer(spec.method, module, tuple(key for key, _ in own))
     return layers
 
 
 @contextlib.contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Random numbers of a seed, the caller's own generators left as they were."""
+    """Seed torch's generators, and restore the caller's."""
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(seed)

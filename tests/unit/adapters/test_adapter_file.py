@@ -303,6 +303,20 @@ def test_any_value_of_the_description_may_be_anything(tmp_path: Path, method: st
                     stored_targets(tiny_bert(), found)
 
 
+def test_any_value_of_pefts_configuration_may_be_anything(tmp_path: Path) -> None:
+    model = mirrortune.attach(tiny_bert(), method="lora", target_modules="layer.0.attention.self.query", rank=4)
+    mirrortune.save_adapter(model, tmp_path)
+    path, description = tmp_path / "adapter_config.json", spelt_out(tmp_path)
+    whole = json.loads(path.read_text())
+    for key in whole:
+        for odd in ODD:
+            data = json.dumps({**whole, key: odd}).encode()
+            path.write_bytes(data)
+            sign(tmp_path, {**description, "config_sha256": hashlib.sha256(data).hexdigest()})
+            with suppress(VerificationError):
+                read_adapter(tmp_path)
+
+
 def test_a_method_that_is_not_known_here_is_named(folder: Path) -> None:
     rewrite(folder, lambda description, tensors: description["adapter"].update(method="toy"))
     with pytest.raises(VerificationError, match=r"unknown method 'toy'.*import what defines its method"):

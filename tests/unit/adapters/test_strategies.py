@@ -53,7 +53,7 @@ def test_16_bits_packed_weights_and_embeddings_are_left_as_they_are() -> None:
     for kind in KINDS:
         allowed = candidates(768, 768, 768, F32, kind)
         assert ("dense" in allowed) == (kind.name in ("linear", "conv1d-linear"))
-        assert allowed == ("branch",) or not (kind.is_packed or kind.name == "embedding")
+        assert allowed == ("branch",) or not (kind.is_quantised or kind.name == "embedding")
 
 
 def test_costs_are_those_of_the_products() -> None:

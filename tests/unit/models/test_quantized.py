@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.files.load import FingerprintBook, load_into
 from mirrortune.adapters.inject import adapter_parameters, attach, attachment, spectral_layers
-from mirrortune.adapters.kinds import PackedLinear
+from mirrortune.adapters.kinds import QuantisedLinear
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import find_targets
@@ -105,7 +105,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def test_a_packed_layer_of_any_make_is_read_by_what_it_computes() -> None:
-    model, kind = Small(), PackedLinear()
+    model, kind = Small(), QuantisedLinear()
     weight = model.up.packed * model.up.scale  # type: ignore[operator]
     assert torch.equal(kind.read(model.up, "weight"), weight)
     assert torch.equal(find_targets(model, AdapterSpec()).layers["up"].read(model), weight)

@@ -103,7 +103,7 @@ def test_targets_are_found_again_where_loading_changes_the_model(tmp_path: Path)
     # A quantised layer in the place of a linear one.
     model.bert.pooler.dense.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)  # type: ignore[union-attr]
     found = complete_targets(planned, model, AdapterSpec(), ())
-    assert found.layers["bert.pooler.dense"].kind.is_packed
+    assert found.layers["bert.pooler.dense"].kind.is_quantised
 
 
 def test_a_first_run_finds_its_targets_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
