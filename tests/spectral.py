@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mirrortune.adapters.cores import CORES, Core
+from mirrortune.adapters.fingerprint import Fingerprint, try_align
 from mirrortune.adapters.inject import SpectralLayer
 from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.pairings.rules import PAIRINGS
 from mirrortune.adapters.strategies import Strategy
-from mirrortune.adapters.svd import factorize
+from mirrortune.adapters.svd import Factors, factorize
 
 # Options worth their own run of every law; a core that is not named here runs with its defaults.
 _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -237,3 +238,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||; an absolute norm where ``expected`` is zero."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm()) / (float(expected.norm()) or 1.0)
+
+
+def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
+    """``factors`` in the basis that ``stored`` describes; VerificationError if they cannot be aligned."""
+    aligned, error = try_align(factors, stored, name)
+    if error is not None:
+        raise error
+    return aligned

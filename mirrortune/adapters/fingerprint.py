@@ -138,8 +138,8 @@ def completed(stored: Fingerprint, factors: Factors) -> Fingerprint:
     return replace(stored, sketch=torch.stack(sketches) if factors.is_stack else sketches[0], has_sizes=True)
 
 
-def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
-    """Return ``factors`` in the basis that ``stored`` describes.
+def try_align(factors: Factors, stored: Fingerprint, name: str) -> tuple[Factors, VerificationError | None]:
+    """Bring ``factors`` into the basis that ``stored`` describes.
 
     Args:
         factors: a decomposition of the same weight, by any driver, float64.
@@ -147,19 +147,8 @@ def align(factors: Factors, stored: Fingerprint, name: str) -> Factors:
         name: of the layer, for the message.
 
     Returns:
-        Factors equal to the trained ones up to the drivers' rounding.
-
-    Raises:
-        VerificationError: a vector differs even after repair.
-    """
-    aligned, doubt = try_align(factors, stored, name)
-    if doubt is not None:
-        raise doubt
-    return aligned
-
-
-def try_align(factors: Factors, stored: Fingerprint, name: str) -> tuple[Factors, VerificationError | None]:
-    """Do as :func:`align`, but return the error beside the factors, repaired as far as possible.
+        Factors equal to the trained ones up to the drivers' rounding, and None; or factors repaired as far as possible,
+        and the error that names the worst direction.
 
     Raises:
         VerificationError: the number of bases or directions is another.

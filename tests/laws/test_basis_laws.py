@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, load_into
-from mirrortune.adapters.fingerprint import Fingerprint, align, fingerprint
+from mirrortune.adapters.fingerprint import Fingerprint, fingerprint
 from mirrortune.adapters.inject import adapter_parameters, attach, plain_parameters, spectral_layers
 from mirrortune.adapters.layers import delta_weight
 from mirrortune.adapters.spec import AdapterSpec
@@ -26,6 +26,7 @@ from tests.spectral import (
     LAYER_VARIANTS,
     Problem,
     Variant,
+    align,
     draw_pairs,
     problems,
     relative,

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirrortune.adapters.fingerprint import align, fingerprint, value_digest, weight_digest
+from mirrortune.adapters.fingerprint import fingerprint, value_digest, weight_digest
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.errors import VerificationError
-from tests.spectral import Problem
+from tests.spectral import Problem, align
 
 WEIGHT = Problem(6, 4, 4, seed=1).weight().float()
 
