@@ -25,6 +25,7 @@ from mirrortune.system.devices import is_slow
 from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.outputs import restore
 from mirrortune.system.paths import PACKAGE_SCHEME, is_local, local_path, package_folder
+from mirrortune.system.tensor_files import INDEX
 
 _LARGEST_DEFAULT = 1000  # tokens of a tokenizer without files: special ones, and T5's sentinels
 _TOKENIZER_FILES = (
@@ -83,6 +84,14 @@ class ModelSource:
         if self.gguf_file:
             pinned["gguf_file"] = self.gguf_file
         return {**pinned, "trust_remote_code": self.trust_remote_code}
+
+    def file(self, name: str) -> Path | None:
+        """Return one of the model's files, downloaded if necessary; None if there is none of this name."""
+        from transformers.utils.hub import cached_file  # noqa: PLC0415
+
+        with hub_errors(f"model '{self.name}'", flag="--model"):
+            path = cached_file(self.location, name, revision=self.commit, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else Path(path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,15 +223,7 @@ def load_tokenizer(source: ModelSource, **options: Any) -> Any:
 
 
 def _has_tokenizer_files(source: ModelSource) -> bool:
-    from transformers.utils.hub import cached_file  # noqa: PLC0415
-
-    def find(name: str) -> str | None:
-        found: str | None = cached_file(
-            source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False
-        )
-        return found
-
-    return source.gguf_file is not None or any(find(name) is not None for name in _TOKENIZER_FILES)
+    return source.gguf_file is not None or any(source.file(name) is not None for name in _TOKENIZER_FILES)
 
 
 def _with_padding(tokenizer: Any, source: ModelSource) -> Any:
@@ -395,14 +396,10 @@ def load_model(
 
 def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
     """Return the largest size in bytes for shards of a copy: that of the source's largest shard, if it has several."""
-    from transformers.utils.hub import cached_file  # noqa: PLC0415
-
-    name = "model.safetensors.index.json"
-    with hub_errors(f"model '{source.name}'", flag="--model"):
-        index = cached_file(source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False)
+    index = source.file(INDEX)
     if index is None:
         return default
-    sizes = [f.stat().st_size for f in Path(index).parent.glob("model-*.safetensors")]
+    sizes = [f.stat().st_size for f in index.parent.glob("model-*.safetensors")]
     return max(sizes, default=default)
 
 

@@ -17,7 +17,6 @@ from mirrortune.errors import ConfigError
 from mirrortune.models.load import ModelSource
 from mirrortune.models.parts import CannotLoadParts, LoadedTensor, PartLoader, value_of
 from mirrortune.models.skeleton import outline
-from mirrortune.system.hub import hub_errors
 from mirrortune.system.tensor_files import DTYPE_CODES, INDEX, WHOLE, StoredTensor, index_of, read_headers
 
 Layer = tuple[str, Callable[[], Tensor], int]
@@ -98,23 +97,14 @@ def stored_tensors(files: Iterable[Path], names: Iterable[str]) -> dict[str, Sto
 
 def checkpoint_files(source: ModelSource) -> list[Path]:
     """Return the safetensors files of a model, downloaded if necessary; empty if it has none."""
-    from transformers.utils.hub import cached_file  # noqa: PLC0415
-
-    def find(name: str) -> Path | None:
-        with hub_errors(f"model '{source.name}'", flag="--model"):
-            path = cached_file(
-                source.location, name, revision=source.commit, _raise_exceptions_for_missing_entries=False
-            )
-        return None if path is None else Path(path)
-
-    find("generation_config.json")  # is needed later, possibly without network
-    index = find(INDEX)
+    source.file("generation_config.json")  # is needed later, possibly without network
+    index = source.file(INDEX)
     if index is not None:
-        found = {name: find(name) for name in index_of(index)}
+        found = {name: source.file(name) for name in index_of(index)}
         if missing := [name for name, path in found.items() if path is None]:
             raise ConfigError(str(index.parent), f"file '{missing[0]}' of its index is missing")
         return [path for path in found.values() if path is not None]
-    whole = find(WHOLE)
+    whole = source.file(WHOLE)
     return [] if whole is None else [whole]
 
 
