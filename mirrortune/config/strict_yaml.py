@@ -12,6 +12,9 @@ import re
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.constructor import SafeConstructor
+from yaml.resolver import Resolver
 
 from mirrortune.errors import ConfigError
 
@@ -21,8 +24,8 @@ KeyPath = tuple[str, ...]
 _MOST_NODES = 3_000_000  # values and keys; lists of the pairs of every layer of a large model are as many
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML-1.2 core scalars; no tags beyond the plain data types, no anchors and no aliases."""
+class _Limits(Composer):
+    """The part of a loader that refuses anchors, aliases and endless documents."""
 
     source = "text"
     num_nodes = 0
@@ -42,6 +45,10 @@ class _StrictLoader(yaml.SafeLoader):
             )  # fmt: skip
         found: yaml.Node | None = super().compose_node(parent, index)
         return found
+
+
+class _StrictLoader(_Limits, yaml.SafeLoader):
+    """SafeLoader with YAML-1.2 core scalars; no tags beyond the plain data types, no anchors and no aliases."""
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -65,6 +72,24 @@ for _found in _StrictLoader.yaml_implicit_resolvers.values():
 # PyYAML's own takes 010 for octal.
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
+_LONG = 2**16  # characters; what people write is shorter, and keeps PyYAML's own messages
+_FastLoader: Any = _StrictLoader
+if yaml.__with_libyaml__:
+
+    class _CLoader(_Limits, SafeConstructor, Resolver, yaml.cyaml.CParser):
+        """The same rules on the events of libyaml, which reads long lists of pairs several times faster."""
+
+        yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+        yaml_constructors = _StrictLoader.yaml_constructors
+
+        def __init__(self, text: str) -> None:
+            yaml.cyaml.CParser.__init__(self, text)
+            Composer.__init__(self)
+            SafeConstructor.__init__(self)
+            Resolver.__init__(self)
+
+    _FastLoader = _CLoader
+
 
 def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse one YAML document.
@@ -82,7 +107,7 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     lines: dict[KeyPath, int] = {}
     loader = None
     try:
-        loader = _StrictLoader(text)
+        loader = (_FastLoader if len(text) > _LONG else _StrictLoader)(text)
         loader.source = source
         node = loader.get_single_node()
         if node is None:

@@ -113,3 +113,20 @@ def test_what_is_dumped_is_read_back(data: Any) -> None:
 def test_no_text_raises_anything_but_a_config_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
         strict_yaml.load(text, "fuzz")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: 2e-4\nb: no\nc: 12:30\nd: 010\ne: [x, 'ä', null, .5]\n", "a: 1\na: 2\n", "a: &x 1\nb: *x\n", "a: !!binary x\n",
+     "1: a\n", "a:\n  b: {c: true, d: ~}\n"],
+)  # fmt: skip
+def test_long_texts_are_read_by_the_same_rules(text: str) -> None:
+    """They go through libyaml, which is faster."""
+
+    def outcome(text: str) -> object:
+        try:
+            return strict_yaml.load(text, "r.yaml")
+        except ConfigError as error:
+            return str(error)
+
+    assert outcome(text + "# a comment\n" * 10_000) == outcome(text)
