@@ -64,7 +64,7 @@ class Parcel:
             return
         try:
             self.write(name, redact(path.read_text(encoding="utf-8"), name))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise VerificationError(str(path), f"damaged ({type(error).__name__})", fix="Restore it") from error
 
     def describe(self) -> list[str]:

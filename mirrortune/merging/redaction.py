@@ -121,13 +121,25 @@ class Redaction:
         return self._json(text, place, cut)
 
     def results(self, text: str, place: str) -> str:
-        """Redact the run's folder in ``results.json``."""
+        """Redact the run's folder in ``results.json``, and paths in fields that this version does not know."""
 
         def cut(data: dict[str, Any]) -> None:
             if isinstance(data.get("run_dir"), str):
                 data["run_dir"] = self.path(data["run_dir"], f"{place}: run_dir", is_known_local=True)
+            for key in data.keys() - {"run_dir"}:
+                data[key] = self._values(data[key], f"{place}: {key}")
 
         return self._json(text, place, cut)
+
+    def _values(self, value: Any, place: str) -> Any:
+        """Every text in a JSON value as prose."""
+        if isinstance(value, str):
+            return self.prose(value, place)
+        if isinstance(value, list):
+            return [self._values(item, place) for item in value]
+        if isinstance(value, dict):
+            return {self.prose(key, place): self._values(item, f"{place}.{key}") for key, item in value.items()}
+        return value
 
     def describe(self) -> list[str]:
         """Return a line for each cut."""

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from mirrortune.errors import ConfigError, ResourceError
-from mirrortune.models.load_errors import load_errors
+from mirrortune.models.load_errors import damage_errors, load_errors
 from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
 from mirrortune.models.remote_code import announce_code, refuse_kernels
 from mirrortune.system.devices import is_slow
 from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.outputs import restore
 from mirrortune.system.paths import PACKAGE_SCHEME, is_local, local_path, package_folder
-from mirrortune.system.tensor_files import INDEX
+from mirrortune.system.tensor_files import INDEX, WHOLE, index_of
 
 _LARGEST_DEFAULT = 1000  # tokens of a tokenizer without files: special ones, and T5's sentinels
 _TOKENIZER_FILES = (
@@ -34,6 +34,8 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 _COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # endings of configuration keys that count modules
 _MOST_LAYERS = 10_000
+_SIZE = re.compile(r"(hidden_size|intermediate_size|ffn_dim|d_model|d_ff|n_embd|n_inner)$")
+_LARGEST_SIZE = 2**20  # of a layer's inputs or outputs; the largest known model has 53,248
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,6 +53,7 @@ class ModelSource:
         revision: of a Hub repository, or None.
         commit: the commit of ``revision``, or None for local folders.
         trust_remote_code: run the repository's own code.
+        code_revision: commit of another repository that holds the model's code, or None.
         load_in: quantise the weights on loading, to ``8bit`` or ``4bit``.
         gguf_file: the file of a GGUF model, dequantised on loading.
         attention: transformers' name of an implementation, or None for the model's own choice.
@@ -63,6 +66,7 @@ class ModelSource:
     commit: str | None
     trust_remote_code: bool
     config: Any
+    code_revision: str | None = None
     load_in: str | None = None
     gguf_file: str | None = None
     attention: str | None = None
@@ -83,6 +87,8 @@ class ModelSource:
         pinned = {"revision": revision} if revision else {}
         if self.gguf_file:
             pinned["gguf_file"] = self.gguf_file
+        if self.code_revision:
+            pinned["code_revision"] = self.code_revision
         return {**pinned, "trust_remote_code": self.trust_remote_code}
 
     def file(self, name: str) -> Path | None:
@@ -131,10 +137,13 @@ def find_model(
             )
         if not gguf_file and not (folder / "config.json").is_file():
             raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
+        if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
+            index_of(folder / INDEX)  # transformers follows it out of the folder
     commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
-    if trust_remote_code:
-        announce_code(name, location, commit or revision)
-    config = _read_config(name, location, commit or revision, gguf_file, trust_remote_code=trust_remote_code)
+    code_revision = announce_code(name, location, commit or revision) if trust_remote_code else None
+    config = _read_config(
+        name, location, commit or revision, gguf_file, trust_remote_code=trust_remote_code, code_revision=code_revision
+    )
     if load_in is not None and is_quantised(config):
         raise ConfigError("model.load_in", f"the checkpoint is quantised already, got {load_in}", fix="Remove it")
     return ModelSource(
@@ -143,6 +152,7 @@ def find_model(
         revision=revision,
         commit=commit,
         trust_remote_code=trust_remote_code,
+        code_revision=code_revision,
         config=config,
         load_in=load_in,
         gguf_file=gguf_file,
@@ -150,20 +160,24 @@ def find_model(
 
 
 def _read_config(
-    name: str, location: str, revision: str | None, gguf_file: str | None, *, trust_remote_code: bool
+    name: str,
+    location: str,
+    revision: str | None,
+    gguf_file: str | None,
+    *,
+    trust_remote_code: bool,
+    code_revision: str | None,
 ) -> Any:
     from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
 
     more = {"gguf_file": gguf_file} if gguf_file else {}
-    with hub_errors(f"model '{name}'", flag="--model"), load_errors(name):
-        try:
-            config = AutoConfig.from_pretrained(
-                location, revision=revision, trust_remote_code=trust_remote_code, **more
-            )
-        except (AttributeError, TypeError, IndexError, RecursionError) as error:
-            if trust_remote_code:
-                raise  # possibly from the repository's code
-            raise _unusable(name, f"({type(error).__name__}: {error})") from error
+    more |= {"code_revision": code_revision} if code_revision else {}
+    with (
+        damage_errors(name, trust_remote_code=trust_remote_code),
+        hub_errors(f"model '{name}'", flag="--model"),
+        load_errors(name),
+    ):
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code, **more)
     if not trust_remote_code:
         refuse_kernels(name, config)
         _check_values(name, config)
@@ -180,8 +194,9 @@ def _check_values(name: str, config: Any) -> None:
             if isinstance(value, dict) or hasattr(value, "model_type"):
                 sections.append(value if isinstance(value, dict) else value.__dict__)
             counts = value if isinstance(value, list) else [value]
-            if _COUNT.search(str(key)) and any(isinstance(count, int) and count > _MOST_LAYERS for count in counts):
-                raise _unusable(name, f"({key} is {value!r}, allowed are {_MOST_LAYERS:,})")
+            for pattern, most in ((_COUNT, _MOST_LAYERS), (_SIZE, _LARGEST_SIZE)):
+                if pattern.search(str(key)) and any(isinstance(count, int) and count > most for count in counts):
+                    raise _unusable(name, f"({key} is {value!r}, allowed are {most:,})")
 
 
 def _unusable(name: str, why: str) -> ConfigError:
@@ -380,7 +395,11 @@ def load_model(
 
     config = task_config(source, config_fields, pad_token_id)
     packing = {"quantization_config": loading_config(source.load_in, dtype)} if source.load_in else {}
-    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
+    with (
+        damage_errors(source.name, "its files cannot be loaded", trust_remote_code=source.trust_remote_code),
+        hub_errors(f"model '{source.name}'", flag="--model"),
+        load_errors(source.name),
+    ):
         model, info = getattr(transformers, auto_class).from_pretrained(
             source.location,
             config=config,
@@ -408,8 +427,10 @@ def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, A
     import transformers  # noqa: PLC0415
 
     config = task_config(source, config_fields, None)
-    with load_errors(source.name), torch.device("meta"):
-        model = getattr(transformers, auto_class).from_config(config, trust_remote_code=source.trust_remote_code)
+    trusted = source.trust_remote_code
+    with damage_errors(source.name, trust_remote_code=trusted), load_errors(source.name), torch.device("meta"):
+        pinned = {"code_revision": source.code_revision} if source.code_revision else {}
+        model = getattr(transformers, auto_class).from_config(config, trust_remote_code=trusted, **pinned)
     assert isinstance(model, nn.Module)
     return model
 

@@ -10,10 +10,14 @@ import struct
 from collections.abc import Iterator
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.system.paths import is_local
+
+# What code raises about sizes that are negative, do not divide or are of another type, and about missing keys.
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
@@ -62,6 +66,27 @@ def load_errors(name: str) -> Iterator[None]:
         if is_local(name) and error.__cause__ is None:
             raise ConfigError(f"model '{name}'", text[:300]) from error
         raise
+
+
+@contextlib.contextmanager
+def damage_errors(
+    name: str, what: str = "its configuration cannot be used", *, trust_remote_code: bool
+) -> Iterator[None]:
+    """Report what transformers raises about impossible values in a model's files, unless the model's own code may have
+    raised it.
+
+    Raises:
+        ConfigError: naming the model.
+    """
+    try:
+        yield
+    except _DAMAGE as error:
+        if trust_remote_code:
+            raise
+        said = str(error).strip().split("\n")[0][:200]
+        raise ConfigError(
+            f"model '{name}'", f"{what} ({type(error).__name__}: {said})", fix="Download or copy it again"
+        ) from error
 
 
 @contextlib.contextmanager

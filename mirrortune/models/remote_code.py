@@ -21,21 +21,37 @@ _DESCRIPTIONS = (
 _GENERATE = "custom_generate/generate.py"
 
 
-def announce_code(name: str, location: str, commit: str | None) -> None:
+def announce_code(name: str, location: str, commit: str | None) -> str | None:
     """Announce the repositories whose code is about to run, and their commits: one line each, none without code.
 
     Args:
         name: of the model, as the user gave it.
         location: argument of from_pretrained.
         commit: of a Hub repository, or None for a folder.
+
+    Returns:
+        The commit of another repository that holds the model's code, to which every ``from_pretrained`` is to be
+        pinned; None if there is no other.
+
+    Raises:
+        ConfigError: classes lie in several repositories, of which transformers can pin one.
     """
-    for repository, classes in _code_of(name, location, commit).items():
+    found, code_revision = _code_of(name, location, commit), None
+    pinned = [place for place, classes in found.items() if place or (commit and set(classes) != {_GENERATE})]
+    if len(pinned) > 1:
+        others = ", ".join(place or name for place in pinned)
+        raise ConfigError(
+            f"model '{name}'", f"its code lies in several repositories, which cannot all be pinned: {others}",
+            fix="Download the model and put the code into its folder",
+        )  # fmt: skip
+    for repository, classes in found.items():
         if repository is not None:
-            commit_there = resolve_commit(repository, repository, None, "model", "--model")
-            place = f"{repository} at commit {commit_there} (named by {name})"
+            code_revision = resolve_commit(repository, repository, None, "model", "--model")
+            place = f"{repository} at commit {code_revision} (named by {name})"
         else:
             place = f"{name} at commit {commit}" if commit else f"folder {location}, which has no commit"
         announce(f"running code of {place}: {', '.join(dict.fromkeys(classes))}")
+    return code_revision
 
 
 def refuse_kernels(name: str, config: Any) -> None:

@@ -348,6 +348,37 @@ CASES = {
         "none of a checkpoint",
     ),
     "an index that is a list": Case(index("[]"), "analyze /model /run", 2, "damaged (TypeError)"),
+    "weights elsewhere, train": Case(
+        index('{"weight_map": {"a": "../bystander/theirs.safetensors"}}'), f"train -m /model {DATA} -o out", 2,
+        "none of a checkpoint",
+    ),
+    "an index that is a list, train": Case(index("[]"), f"train -m /model {DATA} -o out", 2, "damaged (TypeError)"),
+    "half an index, train": Case(
+        all_of(file("model/w.safetensors", ""), index('{"weight_map": {"a": "w.safetensors"}}')),
+        f"train -m /model {DATA} -o out", 2, "its files cannot be loaded (KeyError: 'metadata')",
+    ),
+    "aliases, push": Case(file("run/recipe.yaml", BOMB), "push /run me/x", 2, ALIAS),
+    "a list for results, push": Case(
+        file("run/results.json", "[]"), "push /run me/x", 5, "its results, environment or recipe is damaged (TypeError"
+    ),
+    "brackets for results, push": Case(
+        file("run/results.json", '{"a":' * 100_000), "push /run me/x", 5, "damaged (RecursionError)"
+    ),
+    "a size without end": Case(
+        configured(hidden_size=10**9), f"prepare -m /model {DATA} --dry-run", 2, "hidden_size is 1000000000, allowed"
+    ),
+    "a size below nothing": Case(
+        configured(hidden_size=-5), f"train -m /model {DATA} -o out", 2, "cannot be used (RuntimeError"
+    ),
+    "a size that is a word": Case(
+        configured(hidden_size="x"), f"train -m /model {DATA} -o out", 2, "cannot be used (StrictDataclass"
+    ),
+    "no heads": Case(
+        configured(num_attention_heads=0), f"train -m /model {DATA} -o out", 2, "cannot be used (ZeroDivisionError"
+    ),
+    "heads that do not divide": Case(
+        configured(num_attention_heads=7), f"train -m /model {DATA} -o out", 2, "cannot be used (ValueError"
+    ),
     "layers without end": Case(
         configured(num_hidden_layers=10**7), f"prepare -m /model {DATA} --dry-run", 2, "num_hidden_layers is 10000000"
     ),

@@ -65,3 +65,15 @@ def test_an_edited_description_has_its_own_hash_again() -> None:
     assert edited_text(text, lambda description: None) == text
     other = edited_text(text, lambda description: description["base"].update(name="b"))
     assert other == description_text({"format_version": 1, "base": {"name": "b"}, "layers": layers})
+
+
+def test_results_lose_paths_in_fields_that_this_version_does_not_know() -> None:
+    redaction = Redaction()
+    data = {
+        "run_dir": "/home/jane/runs/x",
+        "metrics": {"loss": 0.5},
+        "notes": [{"/home/jane/a": "see /home/jane/b.txt"}],
+    }
+    found = json.loads(redaction.results(json.dumps(data), "results.json"))
+    assert found == {"run_dir": "./x", "metrics": {"loss": 0.5}, "notes": [{"a": "see b.txt"}]}
+    assert "cut from results.json: notes./home/jane/a: '/home/jane/b.txt' -> b.txt" in redaction.describe()

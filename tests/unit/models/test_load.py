@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mirrortune.errors import ConfigError
-from mirrortune.models.load import LoadedModel, find_model, load_model
+from mirrortune.models import remote_code
+from mirrortune.models.load import LoadedModel, ModelSource, find_model, load_model
 from tests.tiny_models import write_tiny_model
 
 
@@ -62,3 +63,19 @@ def test_a_damaged_pickle_is_refused(pickled: tuple[Path, dict[str, Tensor]]) ->
     (folder / "pytorch_model.bin").write_bytes(b"junk")
     with pytest.raises(ConfigError, match="a file is damaged"):
         load(folder)
+
+
+def test_code_of_another_repository_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the commit that is announced; where several would have to be, the model is refused."""
+    found = {"jane/code": ["model.Own"]}
+    monkeypatch.setattr(remote_code, "_code_of", lambda name, location, commit: found)
+    monkeypatch.setattr(remote_code, "resolve_commit", lambda *words: "abc")
+    assert remote_code.announce_code("joe/model", "joe/model", "def") == "abc"
+    source = ModelSource(
+        name="m", location="m", revision=None, commit="def", trust_remote_code=True, code_revision="abc", config=None
+    )
+    assert source.arguments() == {"revision": "def", "trust_remote_code": True, "code_revision": "abc"}
+    found[None] = ["own.Config"]  # type: ignore[index]
+    assert remote_code.announce_code("./model", "./model", None) == "abc"
+    with pytest.raises(ConfigError, match=r"several repositories, which cannot all be pinned: jane/code, joe/model"):
+        remote_code.announce_code("joe/model", "joe/model", "def")
