@@ -35,7 +35,7 @@ class _Limits(Composer):
         self.num_nodes += 1
         if self.num_nodes > _MOST_NODES:
             raise ConfigError(self.source, f"more than {_MOST_NODES:,} values", fix="Shorten the file")
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[attr-defined]
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
@@ -76,14 +76,16 @@ _LONG = 2**16  # characters; what people write is shorter, and keeps PyYAML's ow
 _FastLoader: Any = _StrictLoader
 if yaml.__with_libyaml__:
 
-    class _CLoader(_Limits, SafeConstructor, Resolver, yaml.cyaml.CParser):
+    _CParser: Any = yaml.cyaml.CParser  # type: ignore[attr-defined]
+
+    class _CLoader(_Limits, SafeConstructor, Resolver, _CParser):  # type: ignore[misc]
         """The same rules on the events of libyaml, which reads long lists of pairs several times faster."""
 
         yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
         yaml_constructors = _StrictLoader.yaml_constructors
 
         def __init__(self, text: str) -> None:
-            yaml.cyaml.CParser.__init__(self, text)
+            _CParser.__init__(self, text)
             Composer.__init__(self)
             SafeConstructor.__init__(self)
             Resolver.__init__(self)
