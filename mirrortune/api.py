@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python interface, for a notebook, the transformers Trainer, TRL or any torch loop. All change the model in
+"""The Python interface, for a notebook, the transformers Trainer, TRL or any torch loop. Functions change the model in
 place.
 """
 
@@ -47,7 +47,7 @@ def attach(
     split: dict[str, Any] | None = None,
     **core_options: Any,
 ) -> M:
-    """Put an adapter into ``model``: cores into its linear layers, everything else frozen but the task head.
+    """Attach an adapter to ``model``: cores in its linear layers, everything else frozen but the task head.
 
     Args:
         model: a transformers model, or any torch module.
@@ -94,25 +94,25 @@ def save_adapter(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> None:
-    """Write the adapter and head of an adapted model to ``directory``, and send it to the Hub if a repository is named.
+    """Write the adapter and head of an adapted model to ``directory``, and upload it if a repository is named.
 
-    Files of the same names are replaced, each whole or not at all; everything else in ``directory`` is left alone, and
-    is not sent. If the process ends between two files, loading refuses what is there.
+    Files of the same names are replaced, each atomically; other files in ``directory`` are kept, and not uploaded. If
+    the process ends between two files, loading refuses the folder.
 
     Args:
         model: adapted by :func:`attach` or :func:`load_adapter`.
-        directory: where.
+        directory: folder to write to.
         form: ``compact``: kilobytes, the basis is computed again and aligned when it is loaded; ``portable``: carries
             the factors, about the size of a LoRA of the same rank, and loads at once; ``auto``: compact, but portable
             where the basis cannot be computed again exactly, or where that takes minutes (large matrices) and no layer
             keeps more than an eighth of its directions.
-        repository: Hub id, ``name`` or ``owner/name``; made if need be.
-        revision: branch of the repository; it must exist.
-        subfolder: of ``directory`` and of the repository, in which :func:`load_adapter` will find it.
+        repository: Hub id, ``name`` or ``owner/name``; created if it does not exist.
+        revision: existing branch of the repository.
+        subfolder: subfolder of ``directory`` and of the repository; give it to :func:`load_adapter` too.
 
     Raises:
-        ConfigError: the model has no adapter, ``directory`` is a file, or no repository can have that id.
-        HubError: whatever the Hub refused.
+        ConfigError: the model has no adapter, ``directory`` is a file, or the id is invalid.
+        HubError: the Hub refused.
     """
     if repository is not None:
         check_repository(repository)
@@ -120,7 +120,7 @@ def save_adapter(
         raise ConfigError("revision", f"'{directory}' is a folder and has none", fix="Name a repository, or remove it")
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     attachment(model)
-    book = model._mirrortune_fingerprints  # noqa: SLF001  (our own attribute on somebody else's module)
+    book = model._mirrortune_fingerprints  # noqa: SLF001  (set by mirrortune)
     assert isinstance(book, FingerprintBook)
     base = describe_base(model)
 
@@ -132,11 +132,11 @@ def save_adapter(
 
 
 def _save_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Put the files of an adapter into a folder, and remove those of an earlier adapter there that have other names."""
+    """Write the files of an adapter to a folder, and remove files of an earlier adapter that have other names."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(str(folder), "it is a file", fix="Name a folder")
     with ExitStack() as held:
-        with suppress(ResourceError):  # a folder that may be written in one that may not
+        with suppress(ResourceError):  # the folder may be writable in one that is not
             held.enter_context(claimed(folder, wait=True))
         clear_leftovers(folder, lambda name: name in ADAPTER_FILES)
         outdated = outdated_files(folder, files)
@@ -156,11 +156,11 @@ def load_adapter(
     """Attach the adapter in ``directory`` to its base ``model``.
 
     Args:
-        model: the base, known by its weights, wherever they come from.
+        model: the base, identified by its weights, from any source.
         directory: folder, run directory, or Hub id.
         revision: branch, tag or commit of a Hub repository.
-        subfolder: of the folder or the repository.
-        force_base: dangerous: take a base with other weights, and warn instead of refusing.
+        subfolder: subfolder of the folder or the repository.
+        force_base: dangerous: accept a base with other weights, with a warning.
 
     Raises:
         VerificationError: another base, a basis that cannot be aligned, or a damaged file.
@@ -184,25 +184,25 @@ def merge_adapter(
     subfolder: str | None = None,
     force_base: bool = False,
 ) -> dict[str, Any]:
-    """Write base + adapter as a plain checkpoint, or as a LoRA adapter, to ``output_dir``; verified, or not written.
+    """Merge an adapter into its base, or export it as a LoRA adapter, to ``output_dir``, and verify the result.
 
     Args:
-        base: folder or Hub id of the base; None for the one that the adapter names.
+        base: folder or Hub id of the base; None for the one named by the adapter.
         adapter: adapter folder, run directory, or a Hub id.
         output_dir: a new or empty folder.
         format: ``"hf"``, the transformers layout; ``"lora"``, PEFT's; ``"gguf"``, llama.cpp's.
-        rank: with ``lora`` and ``gguf``: directions kept; None for all.
+        rank: number of directions kept, with ``lora`` and ``gguf``; None for all.
         revision: branch, tag or commit of the adapter's Hub repository.
-        subfolder: of the adapter's folder or repository.
-        force_base: dangerous: take a base with other weights, and warn instead of refusing.
+        subfolder: subfolder of the adapter's folder or repository.
+        force_base: dangerous: accept a base with other weights, with a warning.
 
     Returns:
-        The verification: ``max_abs_logit_error`` (of logits, or of what else the model answers with; None if no inputs
-        are known that it computes), ``max_rel_weight_error``, ``tolerance``, ``passed`` and more. Files that the base
-        lacks and a merge of the whole model in memory are warned of.
+        The verification: ``max_abs_logit_error`` (of logits or other outputs of the model; None if no inputs for it are
+        known), ``max_rel_weight_error``, ``tolerance``, ``passed`` and more. Files that the base lacks and a merge of
+        the whole model in memory cause a warning.
 
     Raises:
-        VerificationError: the result is out of tolerance, or base and adapter do not belong together.
+        VerificationError: the result is out of tolerance (nothing is written), or base and adapter do not match.
     """
     folder, target = local_adapter(adapter, revision=revision, subfolder=subfolder), local_path(output_dir)
     if format not in ("hf", "lora", "gguf"):
@@ -223,14 +223,14 @@ def merge_adapter(
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """How many numbers of an adapted ``model`` are trained besides the task head, as the papers count them."""
+    """Return the number of trained parameters of an adapted ``model`` without the task head, as papers count them."""
     return inject.trainable_parameters(getattr(model, "_orig_mod", model))
 
 
 def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None) -> None:
     with tempfile.TemporaryDirectory() as staged:
         parcel = pack_adapter(folder, Path(staged), repository)
-        if subfolder is not None:  # the card is the repository's
+        if subfolder is not None:  # the card belongs to the whole repository
             del parcel.files["README.md"]
         for line in parcel.redaction.describe():
             warnings.warn(line, stacklevel=3)
@@ -238,9 +238,7 @@ def _send(folder: Path, repository: str, revision: str | None, subfolder: str | 
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What the adapter file says of a base model that the caller loaded: name, commit, dtype, class and labels, where
-    they are known.
-    """
+    """Describe a base model that the caller loaded, for the adapter file: name, commit, dtype, class and labels."""
     config = getattr(model, "config", None)
     return {
         "name": getattr(config, "_name_or_path", None) or None,
@@ -248,7 +246,7 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
         "commit": getattr(config, "_commit_hash", None),
         "dtype": str(getattr(model, "dtype", "torch.float32")).removeprefix("torch."),
         "auto_class": type(model).__name__,
-        "id2label": getattr(config, "id2label", None),  # the head's size, which the base's own config may not have
+        "id2label": getattr(config, "id2label", None),  # the size of the head, which the base may lack
     }
 
 

@@ -9,9 +9,10 @@
     +-- VerificationError        5  a merge or an adapter's basis failed its check
     +-- HubError                 6  network, Hub, authentication
     +-- InterruptedRun     130/143  stopped by a signal after a safe checkpoint
-    +-- PeerError         another's  another process of the run has failed, and says why
+    +-- PeerError         another's  another process of the run has failed, and reports it
 
-Every message says where, what is wrong (got what), what is allowed and what to do. This module imports nothing of ours.
+Every message says where, what is wrong (got what), what is allowed and what to do. This module imports no other module
+of mirrortune.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class MirrortuneError(Exception):
     """A failure with a message for the user.
 
     Args:
-        where: the place at fault: ``file:line: key``, a flag, a path or a layer's name.
-        problem: what is wrong, with the value that was got.
-        allowed: what would have been accepted.
+        where: the place of the problem: ``file:line: key``, a flag, a path or the name of a layer.
+        problem: what is wrong, with the value that was given.
+        allowed: accepted values.
         fix: what to do next.
     """
 
@@ -39,7 +40,7 @@ class MirrortuneError(Exception):
         super().__init__(self.describe())
 
     def describe(self) -> str:
-        """The whole message on one line, in the order where, problem, allowed, fix."""
+        """Return the message on one line: where, problem, allowed, fix."""
         problem = self.problem.rstrip(".")
         parts = [f"{self.where}: {problem}" + ("" if problem.endswith("?") else ".")]
         if self.allowed:
@@ -50,15 +51,13 @@ class MirrortuneError(Exception):
 
 
 class ConfigError(MirrortuneError):
-    """Something in the recipe or on the command line; may stand for several problems found at once."""
+    """A problem in the recipe or on the command line, or several found at once."""
 
     exit_code = 2
 
     @classmethod
     def several(cls, errors: Sequence[ConfigError]) -> ConfigError:
-        """One error whose message is a line for each of ``errors`` (at least one), so that all are seen at once; what
-        was found twice is said once.
-        """
+        """Combine errors (at least one) into one error with a line for each; equal lines are kept once."""
         lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
         if len(errors) == 1 or len(lines) == 1:
             return errors[0]
@@ -68,10 +67,10 @@ class ConfigError(MirrortuneError):
 
 
 def all_of(*steps: Callable[[], Any]) -> list[Any]:
-    """What every step returns; if any fail, one error that says all that is wrong.
+    """Call every step and return the results; if any fail, raise one error for all of them.
 
     Raises:
-        MirrortuneError: of the first failure's kind, a line for each.
+        MirrortuneError: the class of the first failure, with a line for each.
     """
     results, errors = [], []
     for step in steps:
@@ -88,7 +87,7 @@ def all_of(*steps: Callable[[], Any]) -> list[Any]:
 
 
 class DivergedError(MirrortuneError):
-    """A loss or gradient that is not finite; ``step`` is the optimizer step at which it was found."""
+    """A loss or gradient that is not finite, at optimizer step ``step``."""
 
     exit_code = 2
 
@@ -104,30 +103,31 @@ class DataError(MirrortuneError):
 
 
 class NoRowsError(DataError):
-    """Rows of which none is left to learn from."""
+    """Data without a row to train on."""
 
 
 class ResourceError(MirrortuneError):
-    """Memory, disk or hardware that does not suffice."""
+    """Too little memory or disk, or the wrong hardware."""
 
     exit_code = 4
 
 
 class VerificationError(MirrortuneError):
-    """A merge or an adapter that is not what it claims to be."""
+    """A merge or an adapter that fails its verification."""
 
     exit_code = 5
 
 
 class HubError(MirrortuneError):
-    """A repository, file or connection that the Hub did not give us."""
+    """A repository, file or connection of the Hub that failed."""
 
     exit_code = 6
 
 
 class InterruptedRun(MirrortuneError):  # noqa: N818  (nothing went wrong)
-    """A signal stopped the run after its checkpoint was written; ``exit_code`` is 128 + the signal's number, ``step``
-    the last optimizer step that was made, where there are steps.
+    """A signal stopped the run after its checkpoint was written.
+
+    ``exit_code`` is 128 + the number of the signal, ``step`` the last optimizer step, where there are steps.
     """
 
     def __init__(self, where: str, problem: str, *, signal_number: int, fix: str, step: int | None = None) -> None:
@@ -136,7 +136,7 @@ class InterruptedRun(MirrortuneError):  # noqa: N818  (nothing went wrong)
 
 
 class PeerError(MirrortuneError):
-    """Another process of the run ended with an error, which it reports; this one ends in silence with its exit code."""
+    """Another process of the run failed and reports its error; this one ends silently with the same exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("processes", "another process of this run has failed")
@@ -144,31 +144,36 @@ class PeerError(MirrortuneError):
 
 
 def not_as_meant(place: Path, problem: str) -> VerificationError:
-    """The error for what was made, read back, found to be wrong, and therefore never put in its place."""
+    """Return the error for output that failed its check when it was read back, and was therefore not written."""
     return VerificationError(str(place), problem, fix="It was not written; please report this with the model's name")
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether an exception was raised by a line of this package, and not inside another library that it called."""
+    """Return whether an exception was raised by a line of this package, not inside a library that it called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and Path(trace.tb_frame.f_code.co_filename).parent.is_relative_to(Path(__file__).parent)
 
 
+def first_line(error: BaseException | str, most: int = 300) -> str:
+    """Return the first line of an error, at most ``most`` characters, or its class if it has no text."""
+    return str(error).strip().split("\n")[0][:most] or type(error).__name__
+
+
 def counted(number: int, noun: str) -> str:
-    """``1 row``, ``2,000 rows``: a number of things, in words."""
+    """Return a number with its noun: ``1 row``, ``2,000 rows``."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the nearest candidate, or an empty string when none is near."""
+    """Return ``" Did you mean 'x'?"`` for the nearest candidate, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.55)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def unknown_name(where: str, kind: str, name: str, candidates: Iterable[str]) -> ConfigError:
-    """The error for a name that is in no registry: says the nearest one and lists all."""
+    """Return the error for an unknown name: it suggests the nearest one and lists all."""
     names = sorted(candidates)
     return ConfigError(where, f"unknown {kind} '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names))
 
@@ -177,7 +182,7 @@ PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "grpo", "rloo
 
 
 def no_preferences(where: str, name: str, *, allowed: str) -> ConfigError:
-    """The error for the name of a way to learn from preferences, which is neither a method nor a kind of task here."""
+    """Return the error for the name of a preference method (DPO, PPO, ...), which mirrortune does not have."""
     return ConfigError(
         where, f"'{name}' learns from preferences, which mirrortune does not train on", allowed=allowed,
         fix="Use TRL's trainer around a model that mirrortune.attach() has adapted",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of named things that a decorator fills, and whose keyword-only parameters are its recipe options.
+"""A registry of named callables, whose keyword-only parameters are options of the recipe.
 
-The whole extension mechanism: ``@CORES.register("name")`` above a class or ``@PAIRINGS.register("name")`` above a
-function adds it to the recipe's schema, to error messages and to the law tests. Imports nothing heavy.
+This is the extension mechanism: ``@CORES.register("name")`` above a class or ``@PAIRINGS.register("name")`` above a
+function adds it to the schema of the recipe, to error messages and to the law tests. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Registry(Generic[T]):
     """Named callables of one kind.
 
     Args:
-        kind: the word for one of them in messages, such as ``"pairing"``.
-        package: the package that registers them, imported when the first one is asked for: one module each, named like
-            the item, so that all names are known before. None where users of the registry import what registers.
+        kind: word for an item in messages, such as ``"pairing"``.
+        package: package that registers the items, imported at the first :meth:`get`. It has one module for each item,
+            named like it, so that names are known without importing. None where users import what registers.
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds its target under ``name``; a second use of a name is a programming error."""
+        """Return a decorator that registers its target under ``name``; a name may be used once."""
         if name in self._items:
             raise ValueError(f"{self.kind} '{name}' is registered already")
 
@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str, where: str) -> T:
-        """The item called ``name``; raises ConfigError at ``where`` with the nearest name otherwise."""
+        """Return the item called ``name``; raises ConfigError at ``where`` with the nearest name if there is none."""
         if self.package:
             importlib.import_module(self.package)
         if name not in self._items:
@@ -55,7 +55,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def names(self) -> list[str]:
-        """All names, sorted; imports nothing."""
+        """Return all names, sorted; imports nothing."""
         spec = importlib.util.find_spec(self.package) if self.package else None
         modules = pkgutil.iter_modules(spec.submodule_search_locations) if spec else ()
         return sorted({*self._items, *(m.name.replace("_", "-") for m in modules if not m.name.startswith("_"))})
@@ -64,12 +64,16 @@ class Registry(Generic[T]):
         return iter(self.names())
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """The keyword-only parameters of an item: these are its recipe options."""
+        """Return the keyword-only parameters of an item, which are its options in a recipe."""
         parameters = inspect.signature(self.get(name, self.kind), eval_str=True).parameters.values()
         return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def check_options(self, name: str, given: dict[str, Any], where: str) -> None:
-        """Refuse options that the item does not have, naming the nearest that it has, and values of another type."""
+        """Check the names and types of options of an item.
+
+        Raises:
+            ConfigError: unknown options, with the nearest name, and values of another type; all at once.
+        """
         hints = {key: parameter.annotation for key, parameter in self.options(name).items()}
         errors = option_errors(given, hints, owner=f"{self.kind} '{name}'", where=where)
         if errors:
@@ -77,7 +81,7 @@ class Registry(Generic[T]):
 
 
 def option_errors(given: Mapping[str, Any], hints: Mapping[str, Any], *, owner: str, where: str) -> list[ConfigError]:
-    """What is wrong with the options ``given`` to ``owner``, which has those of ``hints`` (name -> type)."""
+    """Return errors for the options ``given`` to ``owner``, which has those of ``hints`` (name -> type)."""
     errors = []
     for key, value in given.items():
         if key not in hints:
@@ -96,12 +100,12 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of the type ``hint``; a hint that is neither plain, a union nor a Literal takes anything."""
+    """Return whether ``value`` is of the type ``hint``; other hints than the plain ones, unions and Literal fit all."""
     if hint is NoneType or hint in (list, dict):
         return isinstance(value, hint)
     if get_origin(hint) in (list, dict):
         return isinstance(value, get_origin(hint))
-    if get_origin(hint) is tuple:  # of one kind of thing, as JSON and YAML have it
+    if get_origin(hint) is tuple:  # of items of one type, a list in JSON and YAML
         return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
     if get_origin(hint) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
@@ -109,7 +113,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, choice) for choice in get_args(hint))
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return hint not in _WORDS or type(value) is hint  # True is no whole number here
+    return hint not in _WORDS or type(value) is hint  # True does not count as an int
 
 
 def _describe(hint: Any) -> str:

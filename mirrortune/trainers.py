@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer of transformers, or of TRL, with checkpoints that hold the adapter and not the base."""
+"""Trainer classes of transformers and TRL whose checkpoints hold the adapter and not the base."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mirrortune.system.hub import local_adapter
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
-    """A Trainer class whose checkpoints hold the adapter of an attached model, in their folder ``adapter``.
+    """Return a Trainer class whose checkpoints hold the adapter of an attached model, in their folder ``adapter``.
 
-    What it saves, resumes from and takes as the best model is an adapter, a few kilobytes; everything else (optimizer,
-    schedule, random states) stays the Trainer's own. The model given to it must be attached.
+    It saves, resumes from and loads as the best model an adapter of a few kilobytes; everything else (optimizer,
+    schedule, random states) is the Trainer's own. The model given to it must be attached.
 
     Args:
-        trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer``, or another class made from the former.
+        trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer``, or another subclass of the former.
 
     Example:
         >>> Trainer = mirrortune.adapter_trainer(transformers.Trainer)  # doctest: +SKIP

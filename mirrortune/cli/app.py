@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: parse, call one function of ``commands.py``, print. Imports nothing heavy until a command runs."""
+"""The command line: parse, call one function, print. Imports nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
+from typing_extensions import override
 
 from mirrortune import __version__
 from mirrortune.cli import recipes as recipe_commands
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from mirrortune.config.recipe import Layer, Resolved
     from mirrortune.config.schema import Recipe
 
-# What people look for here, and what does it.
+# Commands of other tools, with what to use here.
 _ELSEWHERE = dict.fromkeys(
     ("chat", "generate", "serve"),
     "Score a run with mirrortune eval; to talk to it, merge it (mirrortune merge RUN -o merged; --format gguf for "
@@ -39,10 +40,10 @@ _ELSEWHERE = dict.fromkeys(
 
 
 class _Commands(TyperGroup):
-    """The commands; a few names of others say what to use."""
+    """The commands; names of commands of other tools lead to an error that says what to use."""
 
+    @override
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """See ``click.Group``."""
         if args[0] in _ELSEWHERE and args[0] not in self.commands:
             Reporter().error(str(ConfigError(args[0], "mirrortune has no such command", fix=_ELSEWHERE[args[0]])))
             raise typer.Exit(ConfigError.exit_code)
@@ -58,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # --batch_size is --batch-size: users of other tools mix the two.
+        # --batch_size is --batch-size, as in other tools.
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
@@ -88,7 +89,7 @@ TaskName = Annotated[
 
 
 def _guard(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors a user can act on: one message on stderr and their exit code, without a traceback unless --debug."""
+    """Print errors that a user can act on to stderr and exit with their code; a traceback only with --debug."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -98,7 +99,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
         except MirrortuneError as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
-            if not isinstance(error, PeerError):  # the process that failed tells why
+            if not isinstance(error, PeerError):  # the process that failed reports it
                 Reporter().error(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -109,8 +110,8 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_words(given: dict[str, Any]) -> None:
-    """Refuse words that are not UTF-8, such as the path of a file from a system with another encoding: what is written
-    of a run (recipe, card, log) is.
+    """Refuse words that are not UTF-8, such as the path of a file from a system with another encoding: the files of a
+    run (recipe, card, log) are UTF-8.
     """
     words = [word for value in given.values() for word in (value if isinstance(value, list) else [value])]
     odd = [word for word in words if isinstance(word, str) and shown_path(word) != word]
@@ -249,7 +250,7 @@ def compare(
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
     names = [w for w in words or [] if not _OVERRIDE.match(w)]
     overrides = [w for w in words or [] if _OVERRIDE.match(w)]
-    # Halves of the validation rows, unless the user says otherwise: the rows that chose a rate must not report it.
+    # Halves of the validation rows by default: the rows that choose a learning rate must not report its score.
     if not any(w.startswith("eval.protocol=") for w in overrides):
         overrides = ["eval.protocol=split-dev", *overrides]
     asked = [[n, *overrides] for n in names] or [overrides]
@@ -301,20 +302,20 @@ def main() -> None:
     """Entry point of ``mirrortune`` and ``python -m mirrortune``."""
     try:
         app()
-    except SystemExit:  # of success too; where a process ends otherwise, the others may still wait for it
+    except SystemExit:  # also on success; after other exceptions the peers may still wait for this process
         _leave_peers()
         raise
 
 
 def _leave_peers() -> None:
-    """Close the connections to the other processes of a run, which torch warns about at exit if they are open."""
-    torch: Any = sys.modules.get("torch")  # nothing to close where it was not imported
+    """Close the connections to the other processes of a run; torch warns at exit if they are open."""
+    torch: Any = sys.modules.get("torch")  # nothing to close if torch was not imported
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _launch_if_asked(num_processes: int | None, profile: str | None) -> None:
-    """Start this very command in several processes, and end with their exit code; do nothing in one of them."""
+    """Run this command in several processes and exit with their code; does nothing in one of them."""
     if profile is not None or (num_processes or 1) > 1:
         from mirrortune.system.distributed import launch  # noqa: PLC0415
 
@@ -329,7 +330,7 @@ def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:
 def _resolve(
     words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None
 ) -> tuple[Resolved, str | None]:
-    """The recipe from all layers, and the name of the recipe or task that it is mostly made of.
+    """Resolve the recipe from all layers; returns it with the name of the recipe or task that was given.
 
     Raises:
         ConfigError: all problems of all layers at once.
@@ -379,15 +380,15 @@ def _problems_of_names(recipe: Recipe) -> list[ConfigError]:
 
     plain = Defaults()
     if (recipe.adapter, recipe.task, recipe.model.attention) == (plain.adapter, plain.task, None):
-        return []  # no names: a mistake elsewhere is told at once
+        return []  # no names: an error elsewhere is reported at once
     from mirrortune.runs.checks import problems_of_names  # noqa: PLC0415  (seconds, and only where there are errors)
 
     return problems_of_names(recipe)
 
 
 def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
-    """What is followed of the recipe that a run directory, a merged folder or an adapter folder carries, or the run
-    that an adapter folder belongs to.
+    """Read the recipe inside a run directory, a merged folder or an adapter folder (or the run it belongs to), as far as
+    it is followed.
     """
     from mirrortune.config.recipe import read_target_recipe  # noqa: PLC0415
     from mirrortune.system.outputs import restore  # noqa: PLC0415
@@ -408,7 +409,7 @@ def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
 
 
 def _describe_data(resolved: Resolved, beneath: Layer) -> str | None:
-    """The data set that a recipe of the target names, and what of it; None where the user named another one."""
+    """Describe the data set that the recipe of a target names; None if the user named another one."""
     from mirrortune.config.schema import DataSection  # noqa: PLC0415
 
     named = {key: where for key, where in resolved.origins.items() if where.startswith(f"{beneath.origin}:")}

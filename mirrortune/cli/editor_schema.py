@@ -19,7 +19,7 @@ from mirrortune.tasks.metrics import METRICS
 
 
 def editor_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a recipe, with what the registries hold today as suggestions."""
+    """Return the JSON schema (draft 2020-12) of a recipe, with the names of the registries as suggestions."""
     schema = Recipe.model_json_schema()
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mirrortune recipe"}
     sections = schema["$defs"]
@@ -37,7 +37,7 @@ def editor_schema() -> dict[str, Any]:
 
 
 def _suggest(section: dict[str, Any], key: str, names: list[str]) -> None:
-    """Let a setting be one of ``names``; other text passes only where the setting is more than a name."""
+    """Restrict a setting to ``names``; other text is allowed only where the setting may be more than a name."""
     field = section["properties"][key]
     choices = field.pop("anyOf", None) or [{"type": field.pop("type")}]
     is_name_only = key != "pairing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that make something of a run for others: parse, call, print."""
+"""Commands that export a run, merge and push: parse, call, print."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def push(
 
 
 def parse_size(text: str, where: str) -> int:
-    """Bytes that ``500MB``, ``2GiB`` or ``1000000`` mean; ConfigError at ``where`` for anything else."""
+    """Parse ``500MB``, ``2GiB`` or ``1000000`` to a number of bytes; raises ConfigError at ``where`` for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS or not float(found[1]) * _UNITS[found[2].upper()] >= 1:
         raise ConfigError(where, f"got '{text}'", allowed="a size such as 500MB, 2GB or 4GiB")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that set recipe values: one table from which both the commands' signatures and the recipe's top layer are
-made; and those of behaviour that every command has.
+"""Flags that set values of the recipe, in one table that makes the signatures of commands and the top layer of the
+recipe; and flags that every command has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+from typing_extensions import override
 
 from mirrortune.adapters.methods import method_names
 from mirrortune.config import strict_yaml
@@ -25,12 +26,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 class OnceEach(TyperCommand):
-    """A command of which a flag that takes one value is given once; by click's own rules the last one would silently
-    win over the others.
-    """
+    """A command that refuses a repeated flag that takes one value; click would silently take the last one."""
 
+    @override
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """See ``click.Command``; ends the command with exit code 2 where a flag is given again."""
         order: list[Any] = self.make_parser(ctx).parse_args(list(args))[2]
         one_value = [p for p in order if p.param_type_name == "option" and not (p.multiple or p.is_flag or p.count)]
         errors = []
@@ -50,12 +49,12 @@ _ONE_OF = {"--data": "For several files give a folder, or a pattern in quotes: -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
-    """A command-line flag for one recipe key.
+    """A command-line flag for a key of the recipe.
 
     Attributes:
-        names: spellings, the first one is shown in messages.
-        key: dotted recipe key.
-        kind: Python type of the value; ``"yaml"`` for one read by the recipe's own rules.
+        names: spellings; the first one is shown in messages.
+        key: dotted key of the recipe.
+        kind: Python type of the value; ``"yaml"`` for a value of several types.
         help: one line.
         panel: heading in ``--help``.
     """
@@ -68,7 +67,7 @@ class Flag:
 
     @property
     def parameter(self) -> str:
-        """Name of the command function's parameter."""
+        """Name of the parameter of the command's function."""
         return self.key.replace(".", "__")
 
 
@@ -108,16 +107,14 @@ FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
-# What is trained, and how, is settled when there is something to score; a flag that changed nothing would mislead.
+# Training is over when a model is scored; flags without an effect would mislead.
 _KEPT = ("train.seed", "train.precision")
 _EVAL_BATCH = _flag(_LOOP, "--batch-size", "eval.batch_size", int, "Rows per device.")
 NOT_FOR_EVAL = tuple(f.key for f in FLAGS if f.key.startswith(("adapter.", "train.")) and f.key not in _KEPT)
 
 
 def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: replace a command's ``**given`` by a parameter for every flag of the table, less the keys
-    ``left_out``.
-    """
+    """Return a decorator that replaces ``**given`` of a command by parameters for all flags except those of ``left_out``."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command)
@@ -136,7 +133,7 @@ def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callabl
 
 
 def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, tuple[str, Any]]:
-    """Dotted key -> (flag, value) for the flags that were given; those whose value is no YAML go to ``errors``."""
+    """Return dotted key -> (flag, value) of the flags that were given; errors for invalid YAML go to ``errors``."""
     found: dict[str, tuple[str, Any]] = {}
     for flag in (*FLAGS, _EVAL_BATCH):
         value = values.get(flag.parameter)
@@ -151,7 +148,7 @@ def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, 
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:
-    # Numbers are read by the recipe's rules too, so that --lr and train.lr= take and refuse the same.
+    # Numbers are parsed by the rules of the recipe, so that --lr and train.lr= accept the same.
     kind = str if flag.kind in ("yaml", int, float) else flag.kind
     metavar = {"yaml": "full|out|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
     option = typer.Option(*flag.names, help=flag.help, metavar=metavar, rich_help_panel=flag.panel, show_default=False)

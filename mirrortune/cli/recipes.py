@@ -24,7 +24,7 @@ _MODELINE = "# yaml-language-server: $schema="
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """A shipped recipe in a list: its name, kind of task, base model, and what its header says first."""
+    """A shipped recipe in a list: name, kind of task, base model, and the first sentence of its header."""
 
     name: str
     kind: str
@@ -32,7 +32,7 @@ class Listed:
     summary: str
 
     def matches(self, words: list[str]) -> bool:
-        """Whether every word is somewhere in it."""
+        """Return whether every word occurs in it."""
         text = f"{self.name} {self.kind} {self.model} {self.summary}".lower()
         return all(word.lower() in text for word in words)
 
@@ -85,7 +85,7 @@ def cp(
     if path.exists() and not overwrite:
         raise ConfigError(str(path), "it is there already", fix="Give another name, or --overwrite")
 
-    # The copy may go to another machine: it names a schema that lies beside it, and no other.
+    # The copy may be moved to another machine: it names a schema beside it, or none.
     has_schema = (path.parent / _schema_file().name).is_file()
     text = _with_modeline(source.read_text(encoding="utf-8"), _schema_file().name if has_schema else None)
 
@@ -120,7 +120,7 @@ def _schema_file() -> Path:
 
 
 def _with_modeline(text: str, schema: str | None) -> str:
-    """A recipe's text whose second line names ``schema`` for editors, or which names none."""
+    """Return the text of a recipe with ``schema`` for editors in its second line, or without."""
     lines = [line for line in text.splitlines() if not line.startswith(_MODELINE)]
     return "\n".join([*lines[:1], *([_MODELINE + schema] if schema else []), *lines[1:]]) + "\n"
 
@@ -136,9 +136,7 @@ def _listed(name: str) -> Listed:
 
 
 def _summary(text: str) -> str:
-    """The first paragraph of a recipe's header below its command, on one line, up to its first full stop or
-    semicolon.
-    """
+    """Return the first sentence of a recipe's header below its command, on one line."""
     header = [line[1:].strip() for line in text.split("\nmodel:", 1)[0].splitlines() if not line.startswith(_MODELINE)]
     paragraph = " ".join(header).split("  ", 1)[1].split("  ", 1)[0]
     return paragraph.split(". ", 1)[0].rstrip(".")

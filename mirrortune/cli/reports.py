@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that look at what is there: parse, call, print."""
+"""Commands that read runs and checkpoints, report and analyze: parse, call, print."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def report(
         try:
             made = run_page([RunDirectory(folder) for folder in folders])
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-            # Of values that no run of ours writes: its logs and results are read without a schema.
+            # Values that mirrortune never writes: logs and results are read without a schema.
             problem = f"a file of the run is damaged ({type(error).__name__}: {error})"
             raise VerificationError(", ".join(runs), problem, fix="Copy the run again; --debug says more") from error
         put(made)
@@ -95,7 +95,7 @@ def analyze(
 
 
 def train_lines(result: Any) -> list[str]:
-    """What train says of a run."""
+    """Return the lines that train prints of a finished run."""
     run = result.run_dir
     merged = f"{run.rstrip('/')}-merged"
     head = f" and a head of {result.head_parameters:,}" if result.head_parameters else ""
@@ -115,7 +115,7 @@ def train_lines(result: Any) -> list[str]:
 
 
 def besides_head(result: Any) -> str:
-    """The numbers of the task head, in words; nothing for a model without one."""
+    """Describe the parameters of the task head; empty for a model without one."""
     return f" besides the head's {result.head_parameters:,}" if result.head_parameters else ""
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe of a run from its layers, and where each value came from.
+"""Resolve the recipe of a run from its layers, with the origin of each value.
 
-Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's
-shipped recipe over the defaults), checked once, and all errors are reported together, each with its file and line or
-its flag. Imports no torch.
+Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's shipped recipe over the
+defaults) and checked once; all errors are reported together, each with its file and line or its flag. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from mirrortune.system.paths import HUB_SCHEME, is_pattern, local_path, shipped_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Settings from one place.
+    """Settings from one origin.
 
     Attributes:
         values: nested like a recipe; only the keys that were given.
-        origin: the place: a file, ``key=value`` or a flag.
+        origin: file, ``key=value`` or flag.
         lines: line of each key, for files.
         flags: flag of each key, for the command line.
-        file: the file that was read, for a recipe.
+        file: file that was read, for a recipe.
     """
 
     values: dict[str, Any]
@@ -44,11 +43,11 @@ class Layer:
 
     @property
     def is_typed(self) -> bool:
-        """Whether the settings stand on this command line, and not in a file."""
+        """Whether the settings were given on the command line, not in a file."""
         return bool(self.flags)
 
     def place(self, path: tuple[str, ...]) -> str:
-        """Where ``path`` was set, for messages: ``recipe.yaml:4: train.lr`` or ``--lr``."""
+        """Return where ``path`` was set, for messages: ``recipe.yaml:4: train.lr`` or ``--lr``."""
         key = ".".join(path)
         for known, flag in self.flags.items():
             if known[: len(path)] == path:
@@ -61,13 +60,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """A recipe and, for every key that is not a default, where its value came from.
+    """A recipe with the origin of every value that is not a default.
 
     Attributes:
-        recipe: checked.
-        origins: by dotted key.
-        files: recipes that were read.
-        pairs: the file of pairs that was read, or None.
+        recipe: checked recipe.
+        origins: origin by dotted key.
+        files: recipe files that were read.
+        pairs: file of pairs that was read, or None.
     """
 
     recipe: Recipe
@@ -77,22 +76,22 @@ class Resolved:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes inside the package: their paths without the ending."""
+    """Return the names of the recipes inside the package: their paths without suffix."""
     root = shipped_folder()
     return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
 
 def task_kinds() -> list[str]:
-    """Names of the kinds of task: the files of the tasks folder, none of them imported."""
+    """Return the names of the kinds of task, by the files of ``tasks/kinds``; imports none of them."""
     folder = Path(__file__).parents[1] / "tasks" / "kinds"
     return sorted(p.stem.replace("_", "-") for p in folder.glob("[!_]*.py"))
 
 
 def read_recipe(name: str, where: str = "RECIPE") -> Layer:
-    """The layer of a shipped recipe (``glue/sst2``) or a YAML file.
+    """Read a shipped recipe (``glue/sst2``) or a YAML file as a layer.
 
     Raises:
-        ConfigError: no such recipe or file (with the nearest name), or not YAML.
+        ConfigError: no such recipe or file (with the nearest name), or invalid YAML.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
@@ -113,10 +112,10 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
 
 
 _LARGEST_FILE = 16 * 2**20  # bytes; the pairs of every layer of a large model are half of that
-_MOST_PROBLEMS = 100  # of a recipe; a file of others may have a million
+_MOST_PROBLEMS = 100  # of a recipe; an untrusted file may have a million
 _SHOWN = 200  # characters of a value that is wrong
-# What a recipe that lies in a target may set: which rows are scored, and how. Never the model, its code, a place to
-# write, or anything else that could reach beyond the score.
+# Settings that a recipe inside a target may make: which rows are scored, and how. Never the model, its code, an output
+# path, or anything else that has an effect beyond the score.
 _OF_TARGET = (
     "data", "task", "train.seed", "train.precision", "eval.batch_size", "eval.prediction_labels",
     "eval.prediction_bounds", "eval.prediction_files",
@@ -125,10 +124,10 @@ _TRUST = ("model", "trust_remote_code")
 
 
 def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
-    """The recipe that lies in a run, an adapter or a merged folder, as far as a file of unknown origin is followed.
+    """Read the recipe inside a run, an adapter or a merged folder, as far as an untrusted file is followed.
 
     Returns:
-        The layer of what is followed, and the dotted keys of what is not.
+        The layer of the settings that are followed, and the dotted keys of the others.
     """
     whole = read_recipe(str(path))
     kept: dict[str, Any] = {}
@@ -149,19 +148,17 @@ def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
 
 
 def _walks_far(path: Any) -> bool:
-    """Whether looking for the files that ``path`` means leads through more than the folders of one: a stranger's
-    ``/**/*.csv`` is every disk.
-    """
+    """Return whether a pattern may search more than the folders of one: ``/**/*.csv`` walks every disk."""
     if not isinstance(path, str) or not is_pattern(path):
         return False
     return sum(any(sign in part for sign in "*?[") for part in Path(path).parts) > 2 or "**" in path
 
 
 def read_saved_recipe(path: Path) -> Recipe:
-    """The recipe of an earlier run, to be shown or compared with another one: it permits nothing and reads no files.
+    """Read the recipe of an earlier run to show or compare it: it permits no code and reads no other files.
 
     Raises:
-        ConfigError: see :func:`resolve`; also for a name where a run has written pairs.
+        ConfigError: see :func:`resolve`; also for the name of a file in place of pairs.
     """
     layer = read_recipe(str(path))
     section, key = _TRUST
@@ -174,14 +171,14 @@ def read_saved_recipe(path: Path) -> Recipe:
 
 
 def override_layer(assignments: list[str], errors: list[ConfigError] | None = None) -> Layer:
-    """The layer of ``key.sub=value`` words from the command line, values read by YAML's rules.
+    """Parse ``key.sub=value`` words of the command line into a layer, values by the rules of YAML.
 
     Args:
-        assignments: the words.
-        errors: what cannot be used goes here; None to raise it.
+        assignments: words.
+        errors: list to which errors are appended; None to raise them.
 
     Raises:
-        ConfigError: no YAML, a key that is set twice, or one that is both a value and a section; all at once.
+        ConfigError: invalid YAML, a key that is set twice, or one that is both a value and a section; all at once.
     """
     values: dict[str, Any] = {}
     flags: dict[tuple[str, ...], str] = {}
@@ -202,7 +199,7 @@ def override_layer(assignments: list[str], errors: list[ConfigError] | None = No
 
 
 def flag_layer(given: dict[str, tuple[str, Any]]) -> Layer:
-    """The layer of the flags that were given: dotted key -> (flag, value)."""
+    """Make the layer of the flags that were given: dotted key -> (flag, value)."""
     values: dict[str, Any] = {}
     for key, (flag, value) in given.items():
         _set(values, tuple(key.split(".")), value, flag)
@@ -210,7 +207,7 @@ def flag_layer(given: dict[str, tuple[str, Any]]) -> Layer:
 
 
 def task_layer(name: str, kinds: list[str]) -> Layer:
-    """What ``--task NAME`` stands for: a shipped recipe without its model, or a kind of task."""
+    """Make the layer of ``--task NAME``: a shipped recipe without its model, or a kind of task."""
     if name in kinds:
         return Layer(values={"task": {"kind": name}}, origin="--task", flags={("task", "kind"): "--task"})
     if name.lower() in PREFERENCES:
@@ -221,11 +218,11 @@ def task_layer(name: str, kinds: list[str]) -> Layer:
 
 
 def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | None = None) -> Resolved:
-    """Merge layers, the later over the earlier, and check the result.
+    """Merge layers, later over earlier ones, and check the result.
 
     Args:
-        layers: from the lowest to the highest.
-        more: finds further problems of a recipe; asked only where there are some already, for those of the rest.
+        layers: from the lowest to the highest priority.
+        more: finds further problems of a recipe; called only if there are problems, with the valid rest.
 
     Raises:
         ConfigError: all problems at once.
@@ -234,7 +231,7 @@ def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | N
     owners: dict[tuple[str, ...], Layer] = {}
     for layer in layers:
         _leave_data(merged, owners, layer)
-        # A section whose settings are all commented out is None.
+        # A section whose settings are all commented out is None in YAML.
         _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
     found, pairs = _unpermitted_code(merged, owners), None
     try:
@@ -256,7 +253,7 @@ def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | N
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Every setting by its dotted key."""
+    """Return every setting by its dotted key."""
     sections = recipe.model_dump(mode="json")
     flat = {
         f"{name}.{key}": v
@@ -268,7 +265,7 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with local paths made absolute, so that it means the same from any folder."""
+    """Return the recipe with absolute local paths, so that it works from any folder."""
     update: dict[str, Any] = {}
     for section, key in (("model", "name"), ("data", "path")):
         given, number = split_sample(getattr(getattr(recipe, section), key) or "")
@@ -279,7 +276,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _unpermitted_code(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> list[ConfigError]:
-    """The error for a file that asks for the right to run code, which only the command line gives."""
+    """Return the error for a file that sets ``trust_remote_code``, which only the command line may."""
     owner, (section, key) = owners.get(_TRUST), _TRUST
     if owner is None or owner.is_typed or merged[section][key] is not True:
         return []
@@ -314,12 +311,12 @@ def _merge(
 
 
 def _leave_data(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer], layer: Layer) -> None:
-    """Take out what files say of a data set on the Hub, if ``layer`` names another one: it is of no other."""
+    """Remove configuration and revision of a Hub data set that files have set, if ``layer`` names another data set."""
     before, now = (_setting(values, "data", "path") for values in (merged, layer.values))
     if not isinstance(before, str) or not isinstance(now, str):
         return
     names = [split_sample(path)[0].removeprefix(HUB_SCHEME).removeprefix("datasets/") for path in (before, now)]
-    is_same = names[0].split(":")[0] == names[1].split(":")[0]  # perhaps with another configuration behind it
+    is_same = names[0].split(":")[0] == names[1].split(":")[0]  # possibly with another configuration
     for key, is_kept in (("config", names[0] == names[1]), ("revision", is_same)):
         owner = owners.get(("data", key))
         if owner is not None and not owner.flags and not is_kept:
@@ -355,7 +352,7 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
 
 
 def _valid_part(merged: dict[str, Any]) -> Recipe:
-    """The recipe without the values that are not valid, for which the defaults stand."""
+    """Return the recipe with defaults in place of invalid values."""
     rest = copy.deepcopy(merged)
     while True:
         try:
@@ -370,7 +367,7 @@ def _valid_part(merged: dict[str, Any]) -> Recipe:
 
 
 def _one_each(errors: list[ConfigError]) -> list[ConfigError]:
-    # pydantic reports a value once for every type that it could have had.
+    # pydantic reports a value once for every member of a union.
     allowed: dict[tuple[str, str], list[str]] = {}
     for error in errors:
         allowed.setdefault((error.where, error.problem), []).append(error.allowed or "")
@@ -401,7 +398,7 @@ def _section_fields(path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
-    """Paths of data and pairs in a recipe may be relative to the recipe's folder; make them work from anywhere."""
+    """Make paths of data and pairs that are relative to the folder of the recipe absolute."""
     given = _setting(data, "data", "path")
     if isinstance(given, str) and not given.startswith("shipped:"):
         given, number = split_sample(given)
@@ -420,8 +417,10 @@ def _setting(data: dict[str, Any], section: str, key: str) -> Any:
 
 
 def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> Path | None:
-    """Put what a .json file of pairs holds in the place of its name, so that the recipe repeats the run without it;
-    returns the file.
+    """Replace the name of a .json file of pairs by its content, so that the recipe repeats the run without the file.
+
+    Returns:
+        The file, or None.
     """
     given = _setting(merged, "adapter", "pairing")
     if not isinstance(given, str) or not given.endswith(".json"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting of a run: its name, type, range, default and meaning. pydantic lives here and in ``recipe.py`` only."""
+"""Every setting of a run: name, type, range, default and meaning. Only this module and ``recipe.py`` use pydantic."""
 
 from __future__ import annotations
 
@@ -259,8 +259,9 @@ class Recipe(_Section):
     """Run directory; runs/TASK-MODEL-METHOD by default."""
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that loads to an equal recipe, but for the permission to run code, which no file can give;
-        settings that are not set are left out.
+        """Return the recipe as YAML that loads to an equal recipe, without settings that are None.
+
+        The permission to run code is left out, because no file can give it.
         """
         permission = {"model": {"trust_remote_code"}}
         return strict_yaml.dump(json.loads(self.model_dump_json(exclude_none=True, exclude=permission)))

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML as people mean it: YAML-1.2 scalars, no silent duplicates, and the line of every key.
+"""Strict YAML for recipes: YAML-1.2 scalars, no duplicate keys, and the line of every key.
 
-PyYAML follows YAML 1.1, where ``lr: 2e-4`` is a string, ``no`` is False and ``12:30`` is 750, and it lets the last of
-two equal keys win without a word. Each of these has cost somebody a training run, so recipes are read with the loader
-below.
+PyYAML follows YAML 1.1, where ``lr: 2e-4`` is a string, ``no`` is False and ``12:30`` is 750, and it silently keeps the
+last of two equal keys. Each of these can ruin a training run.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class _Limits(Composer):
     num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse anchors and aliases, by which ten lines stand for gigabytes, and more values than a recipe has."""
+        """Refuse anchors and aliases, by which ten lines can expand to gigabytes, and more values than a recipe has."""
         self.num_nodes += 1
         if self.num_nodes > _MOST_NODES:
             raise ConfigError(self.source, f"more than {_MOST_NODES:,} values", fix="Shorten the file")
@@ -69,7 +68,7 @@ _PATTERNS: dict[str, list[re.Pattern[str]]] = {}
 for _found in _StrictLoader.yaml_implicit_resolvers.values():
     for _name, _form in _found:
         _PATTERNS.setdefault(_name, []).append(_form)
-# PyYAML's own takes 010 for octal.
+# PyYAML's own constructor reads 010 as octal.
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 _LONG = 2**16  # characters; what people write is shorter, and keeps PyYAML's own messages
@@ -98,13 +97,13 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
     Args:
         text: the document.
-        source: its name in messages, usually the file's path.
+        source: its name in messages, usually the path of the file.
 
     Returns:
         The data, and the 1-based line of every mapping key by its path.
 
     Raises:
-        ConfigError: on a syntax error, an anchor or alias, a duplicate key, or a key that is no string; with the line.
+        ConfigError: a syntax error, an anchor or alias, a duplicate key, or a key that is not a string; with the line.
     """
     lines: dict[KeyPath, int] = {}
     loader = None
@@ -133,22 +132,20 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def parse_scalar(text: str, source: str) -> Any:
-    """The value of ``text`` by the same rules as in a recipe (``2e-4`` is a number, ``no`` a string, ``[a, b]`` a
-    list).
-    """
+    """Parse a value by the rules of a recipe: ``2e-4`` is a number, ``no`` a string, ``[a, b]`` a list."""
     return load(text, source)[0]
 
 
 def dump(data: Any) -> str:
-    """YAML that :func:`load` reads back to equal data, keys in the order given."""
+    """Return YAML that :func:`load` reads back to equal data, with keys in their order."""
     return yaml.dump(data, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes by the loader's rules, so that what is written is read back the same."""
+    """SafeDumper that quotes by the rules of the loader, so that values are read back the same."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """True: a list that stands in two places is written twice."""
+        """Return True: a list that occurs twice is written twice."""
         return True
 
 
@@ -195,7 +192,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], so
 
 
 def _check_tag(node: yaml.Node, source: str) -> None:
-    """Refuse ``!!tags`` of anything that JSON has not, and of scalars that are not what their tag says."""
+    """Refuse ``!!tags`` of types that JSON does not have, and of scalars that do not match their tag."""
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     is_plain = kind in ("map", "seq", "str") or any(p.match(node.value) for p in _PATTERNS.get(node.tag, ()))
     if not is_plain:

@@ -39,13 +39,13 @@ from mirrortune.tasks.base import Continues, Task, check_columns, labels_of, wit
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 
 _HEADER = "index\tprediction"
-# Control characters, line and paragraph separators, and halves of characters, which UTF-8 cannot write.
+# Control characters, line and paragraph separators, and surrogates, which UTF-8 cannot encode.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
-    """The ``--json`` object of eval; ``predictions`` is there where answers were written."""
+    """The ``--json`` object of eval; ``predictions`` is None unless they were written."""
 
     metrics: dict[str, float]
     split: str
@@ -68,18 +68,18 @@ def evaluate(
     """Score a run directory, an adapter folder, a merged folder or any plain model on a split.
 
     Args:
-        target: what to score; a folder, or ``owner/name@revision:subfolder`` on the Hub.
+        target: folder, or ``owner/name@revision:subfolder`` on the Hub.
         recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain
             model the task too.
-        reporter: is told.
+        reporter: prints notes and progress.
         split: ``train``, ``validation``, ``test``, or a data set's own name for a split; None for the validation rows,
             or for all rows of other data that has none.
-        is_own_data: whether the data is what the target was trained on, as far as its recipe says.
-        predictions: file for every row's answer, or a folder for the file that the recipe names for the split; rows
-            without a label are answered too then, and nothing is scored.
-        inputs: everything that is read, where no predictions are written.
+        is_own_data: whether the data is that of the target's own recipe.
+        predictions: file of predictions, or folder in which the recipe names the file of the split; rows without a
+            label are predicted too, and nothing is scored then.
+        inputs: files that are read, which predictions must not replace.
         overwrite: replace earlier predictions.
-        force_base: score an adapter on a base with other weights, and say what does not fit.
+        force_base: score an adapter on a base with other weights, and print what does not fit.
     """
     with ExitStack() as held:
 
@@ -125,7 +125,7 @@ def _evaluate(
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
     if predictions is not None:
-        own = next((key for key, known in data.splits.items() if known is rows), name)  # what the data set calls it
+        own = next((key for key, known in data.splits.items() if known is rows), name)  # its name in the data set
         rows, predictions = _to_be_answered(rows, own, found.task, settings.eval, predictions)
         sync.from_main(accelerator, functools.partial(claim, predictions))
     examples = _encoded(found, rows, target, name)
@@ -145,7 +145,7 @@ def _evaluate(
 
 
 def _eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
-    """The arguments of :func:`evaluate_split` that bound the batches of ``eval``."""
+    """Return the arguments of :func:`evaluate_split` that bound the batches of ``eval``."""
     if settings.batch_size is not None:
         return {"batch_size": settings.batch_size}
     size = getattr(getattr(found.model, "config", None), "vocab_size", None)
@@ -154,7 +154,7 @@ def _eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
 
 
 def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples:
-    """The rows as the model takes them; refuses those that its tables do not hold."""
+    """Encode the rows, and check their indices against the tables of the model."""
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
     check_rows(
@@ -169,7 +169,7 @@ def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSe
 
 
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:
-    """The rows, which need no targets, and the file for their answers; ConfigError before anything is scored."""
+    """Return the rows, which need no targets, and the file of predictions; raises ConfigError before scoring."""
     if isinstance(task, Continues):
         raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row")
     check_labels(_answer_names(task, settings) or ())
@@ -177,20 +177,20 @@ def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, 
 
 
 def _answer_names(task: Task, settings: EvalSettings) -> tuple[str, ...] | None:
-    """What is written of a class: its name, or None for its index."""
+    """Return the class names to write, or None for indices."""
     return labels_of(task) or None if settings.prediction_labels == "names" else None
 
 
 def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
-    """The file that ``path`` means for a split: itself, or the one in a folder that ``names`` has for it.
+    """Return the file of predictions of a split: ``path``, or the one that ``names`` has for it if that is a folder.
 
     Raises:
-        ConfigError: a file that is there and is none of predictions, or a name that is no plain one.
+        ConfigError: the file exists and holds no predictions, or its name is not a plain one.
     """
     if not path.is_dir():
         return _checked(path)
     name = names.get(split, f"{split}.tsv")
-    if not is_plain_name(name):  # it may come from a recipe that lies in the target
+    if not is_plain_name(name):  # it may come from an untrusted recipe inside the target
         raise ConfigError(
             "eval.prediction_files", f"got {name!r} for split '{split}'", allowed=PLAIN_NAME,
             fix="Give a file to --predictions",
@@ -199,7 +199,7 @@ def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Refuse class names that would break the lines of the file, or act on the terminal that shows it.
+    """Refuse class names with control characters, which would break lines of the file or affect a terminal.
 
     Raises:
         ConfigError: with the name.
@@ -214,7 +214,7 @@ def check_labels(labels: Sequence[str]) -> None:
 def _checked(path: Path) -> Path:
     if path.is_dir():
         raise ConfigError("--predictions", f"{path} is a folder", fix="Give another name")
-    if path.exists() and not path.is_file():  # a pipe has nothing to be read, and a device is no place for a file
+    if path.exists() and not path.is_file():  # such as a pipe or a device
         raise ConfigError("--predictions", f"{path} is no regular file", fix="Give another name")
     if path.exists() and not _holds_predictions(path):
         raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
@@ -226,8 +226,8 @@ def predictions_output(path: Path, inputs: Sequence[Input], *, overwrite: bool) 
     """Claim the file of predictions while the block runs.
 
     Raises:
-        ConfigError: no place for a file (:func:`mirrortune.system.outputs.check_file`), a file that may not be
-            replaced, or another process writes there.
+        ConfigError: an invalid path (:func:`mirrortune.system.outputs.check_file`), a file that may not be replaced, or
+            another process writes there.
     """
     check_file(path, inputs, "--predictions")
     with claimed(path):
@@ -236,7 +236,7 @@ def predictions_output(path: Path, inputs: Sequence[Input], *, overwrite: bool) 
 
 
 def check_replaceable(path: Path, *, overwrite: bool) -> None:
-    """Refuse to replace a file, unless it holds predictions and ``overwrite``."""
+    """Refuse to replace a file unless it holds predictions and ``overwrite`` is set."""
     _checked(path)
     if path.exists() and not overwrite:
         fix = "Give another name, or replace it with --overwrite"

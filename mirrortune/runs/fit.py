@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Will it fit? Memory of a training step and of an evaluation, and room on the disks, before any weight is fetched,
-and the settings that would make it fit.
-"""
+"""Check that a run fits in memory and on disk before weights are downloaded, and suggest settings that make it fit."""
 
 from __future__ import annotations
 
@@ -37,9 +35,9 @@ from mirrortune.tasks.base import Task
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
 _GIB = 2**30
 _SMALL_EVALUATION = 2**28
-"""An evaluation of up to so many bytes is never made smaller, however little a training step takes."""
+"""Bytes up to which an evaluation is not made smaller, however little memory a training step takes."""
 _VERSION = 3
-"""Part of the key of a footprint: raise it when the same step would be counted otherwise."""
+"""Part of the cache key of a footprint: increment it when the count of a step changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +45,13 @@ class Step:
     """The settings that decide how much memory a training step and an evaluation take.
 
     Attributes:
-        spec: the adapter.
-        dtype: of the base weights.
-        rows: of a micro-batch.
+        spec: adapter.
+        dtype: dtype of the base weights.
+        rows: rows of a micro-batch.
         accumulation: micro-batches of an optimizer step.
-        length: longest row in positions, or None to take the longest that there is.
-        scored: rows of a batch that is scored, or None for as many as fit.
-        is_16bit_compute: under bfloat16 autocast.
+        length: longest row in positions, or None for that of the data.
+        scored: rows of a batch in an evaluation, or None for as many as fit.
+        is_16bit_compute: compute under bfloat16 autocast.
     """
 
     spec: AdapterSpec
@@ -67,16 +65,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What a step is made on: a model without weights, rows, a device.
+    """What steps of a run have in common: a model without weights, rows, a device.
 
     Attributes:
         model: on the meta device.
-        config: the model's configuration, as a dict.
-        task: the loss.
-        train: rows to learn from.
+        config: configuration of the model, as a dict.
+        task: loss.
+        train: training rows.
         scored: rows of every split that is scored.
-        has_length: whether a maximum length is a setting of this kind of task.
-        spec: the run's adapter; steps may have others.
+        has_length: whether this kind of task has a maximum length.
+        spec: adapter of the run; steps may have others.
         targets: its layers.
         device: type of the device.
     """
@@ -97,14 +95,14 @@ class Stage:
         return min((min(target.shape) for target in self.targets.layers.values()), default=0)
 
     def footprint(self, step: Step) -> Footprint:
-        """The memory of ``step``."""
+        """Return the memory of ``step``."""
         return self.sized(step)[0]
 
     def sized(self, step: Step) -> tuple[Footprint, int, int | None]:
-        """The memory of ``step``, and the rows and positions of a batch that is scored, at most.
+        """Return the memory of ``step``, and the largest rows and positions of a batch in an evaluation.
 
-        By default it holds as many as :func:`~mirrortune.runs.size.default_eval_batch` says, or fewer where they would
-        take more memory than a training step.
+        They default to :func:`~mirrortune.runs.size.default_eval_batch`, or less if an evaluation would take more
+        memory than a training step.
         """
         most = max(len(examples) for examples in self.scored)
         if step.scored is not None:
@@ -115,7 +113,7 @@ class Stage:
         own = max(self._cut(examples, step.length) for examples in self.scored)
         fitting = max(1, min(rows, positions // own, most))
         found = self._count(step, fitting)
-        if not found.is_counted:  # nothing is known of an evaluation but that it takes less than as large a step
+        if not found.is_counted:  # all that is known is that an evaluation takes less than a step of the same size
             return found, min(rows, step.rows), step.rows * longest
         room = max(found.step, _SMALL_EVALUATION)
         if found.evaluation > room and fitting > 1:
@@ -125,7 +123,7 @@ class Stage:
         return found, rows, positions
 
     def _cut(self, examples: Examples, length: int | None) -> int:
-        """Positions of the longest row."""
+        """Return the positions of the longest row."""
         longest = max(1, int(examples.lengths.max()))
         return longest if length is None else min(longest, length)
 
@@ -158,17 +156,17 @@ class Stage:
         return _remembered(key, lambda: footprint(self.model, step.spec, load, targets))
 
     def positions(self) -> int:
-        """Of the longest row."""
+        """Return the positions of the longest training row."""
         return int(self.train.lengths.max())
 
 
 def typical_tokens(train: Examples, rows: int, length: int | None = None) -> int | None:
-    """Tokens of an ordinary micro-batch, as a power of two; None where rows are not made of tokens.
+    """Return the tokens of a typical micro-batch, as a power of two; None for rows without tokens.
 
     Args:
-        train: rows.
-        rows: of a micro-batch.
-        length: what longer rows are cut to.
+        train: training rows.
+        rows: rows of a micro-batch.
+        length: length to which longer rows are cut.
     """
     if "input_ids" not in train.batch(np.array([0])):
         return None
@@ -177,7 +175,7 @@ def typical_tokens(train: Examples, rows: int, length: int | None = None) -> int
 
 
 def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
-    """What ``count`` found for ``key`` when it was last asked, by any process: it takes about a second."""
+    """Return the cached result of ``count`` for ``key``, or call it, which takes about a second."""
     path = cache_folder() / "footprints" / key[:2] / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # absent or damaged
         return Footprint(**json.loads(path.read_text(encoding="utf-8")))
@@ -191,8 +189,8 @@ def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
     return found
 
 
-def packed(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype) -> Footprint:
-    """``found`` for a base whose adapted layers are packed into ``8bit`` or ``4bit`` while it is loaded."""
+def quantised(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype) -> Footprint:
+    """Return ``found`` with the weights of adapted layers in ``8bit`` or ``4bit``."""
     if load_in is None:
         return found
     numbers = sum(math.prod(target.layout.shape) for target in plan.targets.layers.values())
@@ -200,8 +198,8 @@ def packed(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype
     return replace(found, weights=max(0, found.weights - numbers * dtype.itemsize) + stored)
 
 
-def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
-    """The estimate in one line."""
+def describe_memory(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
+    """Describe the estimate on one line."""
     sizes = {name: size for name, size in found.parts().items() if size or name != "evaluation"}
     parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in sizes.items())
     chosen = strategies_of(plan.targets, step.spec, step.dtype, typical_tokens(stage.train, step.rows, step.length))
@@ -214,10 +212,10 @@ def describe(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
 
 
 def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
-    """Refuse a training step or an evaluation that the device has no room for.
+    """Check that a training step and an evaluation fit on the device.
 
     Raises:
-        ResourceError: with the settings that would make it fit.
+        ResourceError: with settings that would make it fit.
     """
     limit, name = device_memory(stage.device)
     if found.total <= limit:
@@ -233,8 +231,8 @@ def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
 
 
 def device_memory(device: str) -> tuple[int, str]:
-    """Bytes that a step may take, and whose they are: the variable's, the GPU's, or the machine's less what this
-    process holds already.
+    """Return the bytes that a step may take, and their source in words: the variable, the GPU, or the machine less the
+    memory of this process.
     """
     asked = os.environ.get(LIMIT_VARIABLE)
     if asked:
@@ -253,7 +251,7 @@ def device_memory(device: str) -> tuple[int, str]:
 
 
 def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) -> dict[Path, dict[str, int]]:
-    """Bytes that the run will write, by folder: weights that are not there yet, factors, checkpoints."""
+    """Return the bytes that the run will write, by folder: weights to be downloaded, factors, checkpoints."""
     needs = {cache_folder(): {"factors": 4 * plan.factor_numbers}}
     stored = str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch.")
     width = 2 if "16" in stored else 4
@@ -262,7 +260,7 @@ def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) 
 
         needs[Path(HF_HUB_CACHE)] = {"the model's weights": plan.total_parameters * width}
     trained = 4 * (plan.trainable_parameters + plan.head_parameters)
-    # Each checkpoint: the numbers and two moments. One is being written while the others are still there.
+    # A checkpoint has parameters and two moments. One is being written while the others still exist.
     needs[output_dir] = {"checkpoints": 3 * trained * (keep + 2) + trained}
     return needs
 
@@ -276,7 +274,7 @@ def _has_weights(source: ModelSource) -> bool:
 
 
 def _longest(train: Examples, rows: int, length: int | None) -> Batch:
-    """A batch of ``rows`` times the longest row; no row is copied. ``length`` cuts it, in shape alone."""
+    """Make a batch of ``rows`` times the longest row, cut to ``length``, without copying values."""
     lengths = train.lengths
     longest = int(lengths.max())
     one = train.batch(np.array([int(lengths.argmax())]))
@@ -291,19 +289,19 @@ def _longest(train: Examples, rows: int, length: int | None) -> Batch:
 
 
 def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
-    """Flags that alone, or at last all together, bring a step below ``limit`` bytes, with what it then takes."""
+    """Yield flags that bring a step below ``limit`` bytes, each alone or else all together, with its memory."""
     found: list[tuple[str, Step]] = []
     changes = [
         _fewer_scored(step, stage), _fewer_rows(step), _shorter(step, stage), _half(step, stage),
         _half_compute(step, stage), _lower_rank(step, stage),
     ]  # fmt: skip
     for options in filter(None, changes):
-        if stage.footprint(options[-1][1]).total > limit:  # the furthest that this setting goes
+        if stage.footprint(options[-1][1]).total > limit:  # the smallest value of this setting
             found.append(options[-1])
             continue
         words, changed = next((w, c) for w, c in options if stage.footprint(c).total <= limit)
         yield f"{words} ({stage.footprint(changed).total / _GIB:,.2f} GiB)"
-    if found and len(found) == sum(map(bool, changes)):  # none suffices alone
+    if found and len(found) == sum(map(bool, changes)):  # no setting suffices alone
         words, together = " ".join(w for w, _ in found), step
         for _, changed in found:
             own = {f: getattr(changed, f) for f in Step.__slots__ if getattr(changed, f) != getattr(step, f)}
@@ -314,7 +312,7 @@ def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
 
 
 def _fewer_scored(step: Step, stage: Stage) -> list[tuple[str, Step]]:
-    """Smaller batches of an evaluation, where that takes more than a training step."""
+    """Return smaller batches of an evaluation, where it takes more memory than a training step."""
     found = stage.footprint(step)
     if step.scored is None or found.evaluation <= found.step:
         return []

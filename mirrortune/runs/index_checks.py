@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks every index that a model looks up against the size of its table, before any weight is there.
+"""Check every index that a model looks up against the size of its table, before weights are loaded.
 
-The model is on the meta device, its inputs are not: what is computed from whole numbers alone (token ids, token types,
-positions and the masks from which some models count them) is computed, everything else has a shape only. So a lookup
-behind the end of a table is found for any architecture, with the numbers that a training step would use.
+The model is on the meta device, its inputs are not: what depends on integers alone (token ids, token types, positions
+and the masks from which some models count them) is computed, everything else has a shape only. Lookups out of range are
+thus found for any architecture, with the values that a training step would use.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _MOST_NAMED = 8  # tokens in a message
 
 
 class BeyondTableError(Exception):
-    """A lookup behind the end of a table.
+    """A lookup out of the range of a table.
 
     Attributes:
-        name: the table's, in the model; "" for one that is no parameter.
-        rows: of the table.
-        largest: the largest index that is looked up.
+        name: name of the table in the model; "" for one that is not a parameter.
+        rows: number of rows of the table.
+        largest: largest index that is looked up.
     """
 
     def __init__(self, name: str, rows: int, largest: int) -> None:
@@ -46,11 +46,11 @@ class BeyondTableError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """The longest inputs of a kind of task, in tokens.
+    """Longest inputs of a kind of task, in tokens.
 
     Attributes:
-        tokens: of a row.
-        targets: of what a decoder reads; None for a model without one.
+        tokens: tokens of a row.
+        targets: tokens of the decoder's input; None for a model without a decoder.
     """
 
     tokens: int
@@ -58,11 +58,11 @@ class Lengths:
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes what depends on whole numbers alone, shapes of the rest; refuses lookups behind the end of a table."""
+    """Compute what depends on integers alone, and shapes of the rest; raise for lookups out of range."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {id(tensor): name for name, tensor in model.named_parameters()}  # of what is tied, the first one
+        self.names = {id(tensor): name for name, tensor in model.named_parameters()}  # the first name of tied ones
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -75,7 +75,7 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs["device"] = torch.device("cpu")
         if tensors and (any(on_meta) or _size(tensors) > _LARGEST):
             args, kwargs = tree_map(_without_numbers, (args, kwargs))
-            if "device" in kwargs:  # a copy to where whole numbers are
+            if "device" in kwargs:  # a copy to the device of integers
                 kwargs["device"] = _META
             return func(*all_rows(func, args), **kwargs)
         return func(*args, **kwargs)
@@ -99,18 +99,18 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def check_rows(model: nn.Module, examples: Examples, tokenizer: Any, *, where: str, source: str, is_text: bool) -> None:
-    """Refuse rows whose inputs ask for what the model's tables do not hold.
+    """Check that the indices of rows are in the range of the tables of a model.
 
     Args:
-        model: on the meta device, or loaded (it is not changed).
-        examples: the rows of a split.
-        tokenizer: what made their tokens, or anything else.
+        model: on the meta device or loaded; not changed.
+        examples: rows of a split.
+        tokenizer: tokenizer of the rows, or another processor.
         where: the model, for messages.
         source: the rows, for messages.
-        is_text: whether rows are made of tokens; a model's own words on other inputs are passed on.
+        is_text: whether rows are tokens; for other inputs the model's own error is reported.
 
     Raises:
-        ConfigError: with the table's size, and the tokens or the index that it lacks.
+        ConfigError: with the size of the table, and the tokens or the index out of range.
     """
     batch = examples.batch(examples.extremes())
     try:
@@ -123,17 +123,17 @@ def check_rows(model: nn.Module, examples: Examples, tokenizer: Any, *, where: s
         if not is_text:
             raise ConfigError(where, f"it refuses the inputs of {source} ({str(error).splitlines()[0][:200]})",
                               fix="Use the processor that belongs to the model") from error  # fmt: skip
-    except Exception:  # noqa: BLE001  (a model that needs numbers that are not there: nothing is known)
+    except Exception:  # noqa: BLE001  (a model that needs values of weights cannot be checked)
         return
 
 
 def longest(model: nn.Module, probe: Batch, lengths: Lengths) -> Lengths:
-    """The longest inputs that a model takes, at most ``lengths``.
+    """Find the longest inputs that a model takes, at most ``lengths``.
 
     Args:
         model: on the meta device.
-        probe: a few inputs, as of ``Task.probe``.
-        lengths: the longest that are asked for.
+        probe: a few inputs, from ``Task.probe``.
+        lengths: upper bounds.
     """
     tokens = _most(lambda n: _takes(model, _stretched(probe, n, 1)), lengths.tokens)
     if lengths.targets is None:
@@ -143,7 +143,7 @@ def longest(model: nn.Module, probe: Batch, lengths: Lengths) -> Lengths:
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits; ``most`` itself if none does, since then it is not for its size."""
+    """Return the largest number up to ``most`` that fits; ``most`` if even 1 does not: length is no cause."""
     if most <= 1 or fits(most) or not fits(1):
         return most
     low, high = 1, most
@@ -178,7 +178,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _stretched(probe: Batch, tokens: int, targets: int) -> Batch:
-    """The longest row of a probe, cut to a length or its last token repeated."""
+    """Return the longest row of a probe, cut to a length or extended by its last token."""
     mask = probe["attention_mask"]
     row = int(mask.flatten(1).sum(dim=1).argmax())
     made: Batch = {}
@@ -219,7 +219,7 @@ def _without_numbers(value: Any) -> Any:
 
 
 def _size(tensors: list[Tensor]) -> int:
-    """Elements of the largest tensor that comes of some, if they are broadcast."""
+    """Return the number of elements of the broadcast of some tensors, or of the largest one."""
     largest = max(t.numel() for t in tensors)
     try:
         return max(largest, math.prod(np.broadcast_shapes(*(tuple(t.shape) for t in tensors))))
@@ -228,7 +228,7 @@ def _size(tensors: list[Tensor]) -> int:
 
 
 def _is_whole(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation makes a small tensor of whole numbers or flags out of none."""
+    """Return whether an operation creates a small tensor of integers or booleans."""
     dtype = kwargs.get("dtype")
     if func.overloadpacket is _ATEN.arange:
         return (dtype is None and all(isinstance(a, int) for a in args)) or _is_whole_dtype(dtype)

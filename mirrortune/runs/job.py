@@ -29,7 +29,7 @@ from mirrortune.models.load import (
     resolve_dtype,
 )
 from mirrortune.runs.checks import RunSettings
-from mirrortune.runs.fit import Stage, Step, check_memory, describe, disk_needs, packed
+from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised
 from mirrortune.runs.index_checks import Lengths, check_rows, longest
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.rows import RunRows, choose_rows, read_data
@@ -49,7 +49,7 @@ class Job:
         source, dtype, processor: the base model, the precision of its weights, its tokenizer or feature extractor.
         task: with its columns and labels.
         max_length: longest row in tokens; None for rows that are not text.
-        train: rows to learn from; the first ones of a stream.
+        train: training rows; the first ones of a stream.
         stream: all of them, where they are streamed.
         validation: rows that choose the checkpoint.
         reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
@@ -287,8 +287,8 @@ def _fit(
         is_16bit_compute=resolve_precision(settings.model.precision) == "bf16", scored=settings.eval.batch_size,
     )  # fmt: skip
     estimate, scored_rows, scored_positions = stage.sized(step)
-    found = packed(estimate, base.source.load_in, plan, base.dtype)
-    reporter.note(describe(found, step, stage, plan))
+    found = quantised(estimate, base.source.load_in, plan, base.dtype)
+    reporter.note(describe_memory(found, step, stage, plan))
     needs = disk_needs(base.source, plan, output_dir=Path(settings.output_dir or "runs"), keep=loop.keep)
     # FSDP and DeepSpeed cut what they hold into shares, by how many the processes know only when they have met.
     is_cut = is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED")

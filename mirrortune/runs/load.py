@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models ready to run: a base with a fresh adapter for training, or whatever ``eval`` and ``merge`` are pointed at."""
+"""Load models: a base with a new adapter for training, or the target of ``eval``."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ from mirrortune.training.calibration import measure_saliency
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluable:
-    """A model with the task it was made for; ``note`` says if it computes in another precision than that it is stored
-    in.
-    """
+    """A model with its task; ``note`` says if it computes in another precision than it is stored in."""
 
     model: nn.Module
     task: Task
@@ -79,7 +77,7 @@ def adapt_model(
     pairs: dict[str, Tensor] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> FingerprintBook:
-    """Put a fresh adapter into a loaded base model.
+    """Attach a new adapter to a loaded base model.
 
     Args:
         loaded: from :func:`load_base`.
@@ -93,10 +91,10 @@ def adapt_model(
 
 
 def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
-    """Fill the cache with the factors of every layer that the job adapts.
+    """Fill the cache with the factors of every adapted layer of a job.
 
-    One weight at a time is read from the files, and the model is not loaded, unless only a loaded one can say whether
-    it is as the run needs it, or what its weights are.
+    Weights are read one at a time from the files, without loading the model, unless only the loaded model can be
+    verified or has the weights.
     """
     layers = None
     if job.spec.preset.core is not None and not job.settings.data.packing:
@@ -106,7 +104,7 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
         layers = _layers(job, load_base(job))
     if layers:
         _share(job, layers, cache, show_bar, 0, 1)
-        for name, matrix, rank in layers:  # read and checked
+        for name, matrix, rank in layers:  # from the cache, verified
             cache(name, matrix(), rank)
         cache.hits = len(layers) - cache.misses
 
@@ -114,7 +112,7 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
 def share_factors(
     job: Job, loaded: Base, cache: FactorCache, accelerator: Any, show_bar: Callable[[str, int], Any]
 ) -> None:
-    """Factorise together with the other processes of the run; none waits for another here."""
+    """Factorise together with the other processes of the run; no process waits for another here."""
     layers = _layers(job, loaded)
     if layers:
         _share(job, layers, cache, show_bar, accelerator.process_index, accelerator.num_processes)
@@ -131,13 +129,13 @@ def _share(
     largest = max(math.prod(target.shape) * target.count for target in job.plan.targets.layers.values())
     with show_bar("singular value decompositions", len(layers)) as bar:
         cache.on_layer = bar.advance
-        # Never more than the model itself, which need not be in memory.
+        # At most the size of the model, which need not be in memory.
         cache.share(layers, index, count, largest=largest, room=job.plan.total_parameters * job.dtype.itemsize)
     cache.on_layer = None
 
 
 def _layers(job: Job, loaded: Base) -> list[Layer]:
-    """Everything that the job factorises."""
+    """Return the layers that the job factorises."""
     if job.spec.preset.core is None:
         return []
 
@@ -157,7 +155,7 @@ def choose_pairs(
     *,
     resume: bool,
 ) -> dict[str, Tensor] | None:
-    """The same pairs on every rank: stored ones for a resumed run, measured ones for an adaptive pairing, else None."""
+    """Return pairs by layer, equal on all ranks: those of a resumed run, measured ones, or None without saliency."""
     if not needs_saliency(job.spec):
         return None
     steps = run.saved_steps()
@@ -185,7 +183,7 @@ def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any
 
 
 def base_identity(job: Job) -> dict[str, Any]:
-    """What the adapter file says of its base."""
+    """Describe the base of a job for the adapter file."""
     return {
         "name": job.source.name,
         "revision": job.source.revision,
@@ -205,14 +203,14 @@ def load_evaluable(
     *,
     remarks: list[str] | None = None,
 ) -> Evaluable:
-    """The model that ``eval`` was pointed at, with its task.
+    """Load the target of ``eval`` with its task.
 
     Args:
-        target: folder or Hub id of a plain model; ignored when there is an adapter.
+        target: folder or Hub id of a plain model; ignored if there is an adapter.
         adapter_folder: from :func:`adapter_to_score`.
-        settings: for a plain model: the task; in any case where the base is, if it was named.
+        settings: the base, if it was named; for a plain model the task.
         data: for a plain model: columns and labels.
-        remarks: what of an adapter does not fit its base is noted here; None to refuse it.
+        remarks: list to which misfits of an adapter and its base are appended; None to refuse them.
     """
     if adapter_folder is not None:
         return _load_run(adapter_folder, settings, remarks)
@@ -244,7 +242,7 @@ def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[
     name = settings.model.name or adapter.base.get("name")
     if name is None:
         raise ConfigError(str(adapter_folder), "the adapter does not say what its base is", fix="Name it with --model")
-    is_named = name == adapter.base.get("name")  # a base elsewhere has other commits
+    is_named = name == adapter.base.get("name")  # another source of the base has other commits
     source = find_model(
         name,
         revision=adapter.base.get("commit") or adapter.base.get("revision") if is_named else settings.model.revision,
@@ -270,13 +268,13 @@ def _run_task(stored: dict[str, Any], request: TaskRequest) -> Task:
 
 
 def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
-    """The task for a plain model: its own class names, in its own order, where it has real ones."""
+    """Make the task of a plain model, with the model's own class names and their order where it has them."""
     task, _ = settings.task.make(any_split(settings.data, data))
     id2label = getattr(config, "id2label", None) or {}
     names = tuple(str(id2label[i]) for i in sorted(id2label))
     is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
     found = labels_of(task)
-    # Only if the data speaks the same names: a model may call "positive" what the data calls "1".
+    # Only if the data has the same names: a model may say "positive" where the data says "1".
     if settings.task.labels is None and is_named and found and set(found) <= set(names):
         task = replace(task, labels=names)  # type: ignore[type-var]
     outputs, wanted = getattr(config, "num_labels", None), task.config_fields().get("num_labels")

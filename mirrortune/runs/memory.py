@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step without numbers: forward and backward on tensors that have shapes and no memory, every allocation
-counted as the allocator would see it. What a step takes is known before any weight is there, for any architecture.
+"""Measure the memory of a training step on fake tensors: forward and backward run on shapes, and every allocation is
+counted. It works for any architecture, before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes on the device at the fullest moment of a run.
+    """Peak memory of a run on the device, in bytes.
 
     Attributes:
-        weights: the base model's, its head among them.
-        factors: singular vectors and whatever else an adapter brings besides what it trains.
-        gradients, optimizer: of what is trained; two moments.
-        activations: what a training step's forward keeps for its backward, and the largest temporary tensors.
-        evaluation: what a batch of scored rows takes besides weights, factors and optimizer.
-        is_counted: allocation by allocation; otherwise the activations are a guess from the layers' widths.
+        weights: weights of the base model and its head.
+        factors: singular vectors and other tensors of the adapter.
+        gradients, optimizer: gradients and two moments of the trained parameters.
+        activations: activations saved for the backward pass, and the largest temporary tensors.
+        evaluation: a batch of an evaluation, without weights, factors and optimizer.
+        is_counted: whether allocations were counted; otherwise activations are estimated from the widths of layers.
     """
 
     weights: int
@@ -47,23 +47,23 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(self.parts().values())
 
     @property
     def step(self) -> int:
-        """What a training step takes besides weights, factors and optimizer."""
+        """Memory of a training step without weights, factors and optimizer."""
         return self.gradients + self.activations
 
     def parts(self) -> dict[str, int]:
-        """Bytes by name; ``evaluation`` is what it takes beyond a training step, whose gradients are gone by then."""
+        """Return bytes by name; ``evaluation`` is what it takes beyond a step, whose gradients are freed by then."""
         names = ("weights", "factors", "gradients", "optimizer", "activations")
         return {**{name: getattr(self, name) for name in names}, "evaluation": max(0, self.evaluation - self.step)}
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of every storage that comes and goes; answers what only numbers could (which rows a mask takes,
-    what a scalar is) in the most expensive way.
+    """Count the bytes of storages that are allocated and freed. Operations that need values (the rows of a mask, a
+    scalar) get the most expensive result.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def know(self, tensor: Tensor) -> None:
-        """Leave a tensor that was there before out of the count."""
+        """Exclude a tensor that existed before from the count."""
         self._known[tensor.untyped_storage()] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,19 +106,19 @@ def rehearse(
     device: str,
     is_16bit_compute: bool,
 ) -> Footprint:
-    """Count one training step and one batch of an evaluation.
+    """Measure the memory of one training step and of one batch of an evaluation.
 
     Args:
-        model: adapted, frozen and dtyped as it will be trained; on the meta device (or loaded: it is not changed).
-        batch: made by ``Examples.batch``, with targets; only types and shapes matter.
-        scored: the same, of rows that are scored.
-        loss: the task's.
+        model: adapted model, frozen and in its dtypes, on the meta device or loaded; not changed.
+        batch: from ``Examples.batch``, with targets; only dtypes and shapes matter.
+        scored: batch of rows that are scored.
+        loss: loss of the task.
         is_base: whether a tensor of ``model``, by its name, belongs to the base model.
         device: type of the device to train on.
-        is_16bit_compute: under bfloat16 autocast.
+        is_16bit_compute: compute under bfloat16 autocast.
 
     Raises:
-        Exception: whatever a model raises that looks at numbers in a way that has no answer here.
+        Exception: whatever a model raises that needs values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -162,12 +162,12 @@ def _empty_batch(batch: Batch, device: str) -> Batch:
 
 
 def without_numbers(model: nn.Module, device: str) -> nn.Module:
-    """A copy of a model whose tensors have types and shapes, and no memory."""
+    """Return a copy of a model whose tensors have dtypes and shapes and no memory."""
     return copy.deepcopy(model, _memo(model, device))
 
 
 def _memo(model: nn.Module, device: str) -> dict[int, Any]:
-    """For ``copy.deepcopy``: every tensor of a model as one of the same type and shape that takes no memory."""
+    """Return a memo for ``copy.deepcopy`` that replaces every tensor by an empty one of the same dtype and shape."""
     memo: dict[int, Any] = {}
     for _, tensor in _tensors(model):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -177,7 +177,7 @@ def _memo(model: nn.Module, device: str) -> dict[int, Any]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers and plain attributes, each once, by the name of its first place."""
+    """Yield parameters, buffers and tensor attributes, each once, by the first of its names."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         own = {**module._parameters, **module._buffers}  # noqa: SLF001
@@ -193,7 +193,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def all_rows(func: Any, args: Any) -> Any:
-    """Arguments in which masks (which take an unknown number of rows) have become indices of all rows."""
+    """Replace masks (which select an unknown number of rows) in arguments by indices of all rows."""
     if func not in (
         _ATEN.index.Tensor,
         _ATEN.index_put.default,
@@ -212,7 +212,7 @@ def all_rows(func: Any, args: Any) -> Any:
 
 
 def answered(func: Any, args: Any) -> Any:
-    """What a question about numbers is answered with: one, and every element."""
+    """Return the result of an operation that needs values: 1 for a scalar, and all elements for a selection."""
     tensor = args[0]
     if func is _SCALAR:
         return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
@@ -221,6 +221,6 @@ def answered(func: Any, args: Any) -> Any:
     return tensor.reshape(-1).clone()  # masked_select
 
 
-_SCALAR = _ATEN._local_scalar_dense.default  # noqa: SLF001  (what .item() and int() call)
+_SCALAR = _ATEN._local_scalar_dense.default  # noqa: SLF001  (called by .item() and int())
 ASK_NUMBERS = (_SCALAR, _ATEN.nonzero.default, _ATEN.masked_select.default)
-"""Operations whose result depends on numbers; see :func:`answered`."""
+"""Operations whose result depends on values; see :func:`answered`."""

@@ -26,7 +26,7 @@ _NUMBERS, _CLASSES, _BINS = 48, 8, 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareResult:
-    """See DESIGN: the ``--json`` object of prepare. Sizes in bytes, times in seconds."""
+    """The ``--json`` object of prepare. Sizes are in bytes, times in seconds."""
 
     targets: int
     trainable_parameters: int
@@ -41,13 +41,13 @@ class PrepareResult:
 
 
 def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, show: int = 0) -> PrepareResult:
-    """Check everything, download, tokenise and factorise; a later train starts from the caches.
+    """Check a run, download, tokenise and factorise; a later train starts from the caches.
 
     Args:
-        resolved: the recipe.
-        reporter: is told.
-        dry_run: stop before the weights: nothing but configuration files and data is fetched.
-        show: this many training rows are shown as the model will see them.
+        resolved: recipe.
+        reporter: prints notes and progress.
+        dry_run: stop before the weights: only configuration files and data are downloaded.
+        show: number of training rows to print as the model sees them.
     """
     job = assemble(unpack(resolved.recipe), reporter)
     for name, examples in {"train": job.train, "validation": job.validation}.items():
@@ -77,7 +77,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
 
 
 def split_summary(examples: Examples, task: Task) -> Iterator[str]:
-    """Lines on the classes and lengths of a split, where it has any."""
+    """Yield lines on the classes and lengths of a split, where it has any."""
     targets = getattr(examples, "targets", None)
     labels = labels_of(task)
     if labels and isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i":
@@ -89,7 +89,7 @@ def split_summary(examples: Examples, task: Task) -> Iterator[str]:
 
 
 def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Iterator[str]:
-    """The first ``count`` training examples as the model gets them when it learns."""
+    """Yield lines on the first ``count`` examples as the model gets them in training."""
     tokenizer = getattr(processor, "tokenizer", processor)
     for row in range(min(count, len(examples))):
         yield f"example {row + 1} of {len(examples):,}"
@@ -99,7 +99,7 @@ def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Ite
 
 
 def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[str]:
-    """Lines on one of a row's tensors; of ids and token-wise labels also the text that they stand for."""
+    """Yield lines on a tensor of a row, with the text of token ids and of token labels."""
     labels = labels_of(task)
     can_read = hasattr(tokenizer, "decode")
     if values.is_floating_point() and values.ndim > 1:
@@ -107,7 +107,7 @@ def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[st
         low, high, mean = float(values.min()), float(values.max()), float(values.mean())
         yield f"  {name}: {size}, {low:.3g} to {high:.3g}, mean {mean:.3g}"
     elif name == "targets" and values.ndim > 1 and not values.is_floating_point() and not labels and can_read:
-        yield from _shown(name, values[0], tokenizer, task)  # behind them stand the weights
+        yield from _shown(name, values[0], tokenizer, task)  # weights of tokens follow in the next row
     elif values.ndim > 1:  # the endings of a choice, each a row of tokens
         for number, part in enumerate(values):
             yield from (f"  {line.strip()} (choice {number + 1})" for line in _shown(name, part, tokenizer, task))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run's page shows besides the log: speed and angles while it runs, and the kept checkpoint's answers.
+"""Record what the page of a run shows besides the log: speed and angles, and predictions of the kept checkpoint.
 
-Kept apart from ``metrics.jsonl``, whose bytes are a function of seed and settings: ``progress.jsonl`` has the time in
-it, ``validation.json`` the texts of rows.
+``progress.jsonl`` depends on time and ``validation.json`` has texts of rows; the bytes of ``metrics.jsonl`` are a
+function of seed and settings.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from typing_extensions import override
 
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.data.examples import Examples
@@ -37,14 +38,14 @@ _MOST_POINTS = 2000
 _LENGTH_BINS = 30
 
 
-class RunRecorder:
-    """A :class:`mirrortune.training.settings.Progress` that also writes ``progress.jsonl``, and tells a tracker.
+class RunRecorder(Progress):
+    """Observer of the training loop that writes ``progress.jsonl`` and sends numbers to a tracker.
 
     Args:
-        shown: told everything.
-        run: where the file goes.
-        model: the adapted model, whose angles are looked at after every evaluation.
-        track: told every number of the log; None for nobody.
+        shown: display, which is called with everything.
+        run: run directory.
+        model: adapted model, whose angles are recorded after every evaluation.
+        track: called with every number of the log, or None.
     """
 
     def __init__(self, shown: Progress, run: RunDirectory, model: nn.Module, track: Track | None = None) -> None:
@@ -52,28 +53,27 @@ class RunRecorder:
         self._mark, self._seconds, self._rows = 0.0, 0.0, 0
         self._tokens: int | None = None
 
+    @override
     def on_start(self, total_steps: int, done_steps: int) -> None:
-        """See :class:`mirrortune.training.settings.Progress`; what was written after ``done_steps`` will be written
-        again, and all of a run that begins anew.
-        """
+        # Entries after ``done_steps`` will be written again, and all of a run that starts anew.
         kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps and done_steps]
         self._run.write_text(self._run.progress_log.name, "".join(json.dumps(e) + "\n" for e in kept))
         self._shown.on_start(total_steps, done_steps)
         self._mark = time.perf_counter()
 
+    @override
     def on_step(self, step: int, rows: int, tokens: int | None) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
         now = time.perf_counter()
         self._seconds, self._mark, self._rows = self._seconds + now - self._mark, now, self._rows + rows
         self._tokens = None if tokens is None else (self._tokens or 0) + tokens
         self._shown.on_step(step, rows, tokens)
 
+    @override
     def on_show(self, step: int, epoch: float, loss: float) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
         self._shown.on_show(step, epoch, loss)
 
+    @override
     def on_log(self, event: dict[str, Any]) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
         if event["event"] == "train":
             speeds = {"rows_per_second": self._rows, "tokens_per_second": self._tokens}
             per_second = {k: digits(v / (self._seconds or math.inf)) for k, v in speeds.items() if v is not None}
@@ -88,14 +88,14 @@ class RunRecorder:
             numbers = {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "epoch")}
             self._track({f"{prefix}/{k}": v for k, v in numbers.items()}, event["step"])
         self._shown.on_log(event)
-        self._mark = time.perf_counter()  # evaluating is no training
+        self._mark = time.perf_counter()  # evaluation does not count as training time
 
+    @override
     def on_evaluate(self, rows: int) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
         self._shown.on_evaluate(rows)
 
+    @override
     def on_signal(self, number: int) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
         self._shown.on_signal(number)
 
 
@@ -108,15 +108,15 @@ def recording(
     accelerator: Any,
     reporter: Reporter,
 ) -> Iterator[RunRecorder]:
-    """Who the loop of this run tells how it goes: the display, the run's own files, and a tracker if one was asked for.
+    """Open the observer of a run's training loop: display, files of the run, and a tracker if there is one.
 
     Args:
         track: name of a tracker, or None.
         settings: of the run by dotted key, for the tracker.
-        model: the adapted model.
-        run: where files go.
-        accelerator: accelerate's; one process speaks.
-        reporter: shows it.
+        model: adapted model.
+        run: run directory.
+        accelerator: accelerate's ``Accelerator``.
+        reporter: makes the display.
     """
     tracked = tracker(track, run.path, settings, is_main=accelerator.is_main_process)
     with reporter.training() as shown, tracked as log:
@@ -124,7 +124,7 @@ def recording(
 
 
 def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Angles in degrees of the planes that an adapted model's cores turn, by layer; none for other methods."""
+    """Return the angles in degrees of the planes that the cores of a model rotate, by layer; empty without any."""
     found = {name: layer.core.angles() for name, layer in spectral_layers(model).items()}
     return {n: a.detach().double().rad2deg() for n, a in found.items() if a is not None and a.numel()}
 
@@ -132,14 +132,14 @@ def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
 def record_validation(
     job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, outcome: EvalResult | None
 ) -> None:
-    """Write what the kept checkpoint answered on the validation rows to ``validation.json``.
+    """Write predictions of the kept checkpoint on the validation rows to ``validation.json``.
 
     Args:
-        job: of the run.
-        model: the adapted model, with the numbers of the kept checkpoint.
-        run: where the file goes.
-        accelerator: accelerate's.
-        outcome: of the evaluation that the checkpoint was kept for, which is done again if this process made none.
+        job: job of the run.
+        model: adapted model, with the numbers of the kept checkpoint.
+        run: run directory.
+        accelerator: accelerate's ``Accelerator``.
+        outcome: evaluation of that checkpoint, or None to repeat it.
     """
     with whole_parameters(model):
         angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
@@ -156,7 +156,7 @@ def record_validation(
 
 
 def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
-    """Confusion of classes, or pairs of numbers; the hardest rows; lengths and classes of both splits."""
+    """Return confusion matrix or pairs of numbers, the hardest rows, and lengths and classes of both splits."""
     references, predictions = outcome.references, outcome.predictions
     labels = labels_of(job.task)
     found: dict[str, Any] = {"lengths": _lengths(job)}
@@ -185,7 +185,7 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
 
 @torch.no_grad()
 def _samples(job: Job, model: nn.Module, outcome: EvalResult) -> dict[str, Any]:
-    """Rows from all over the validation split with what the model writes, for tasks whose answers are texts."""
+    """Return rows across the validation split with the generated text, for tasks whose predictions are texts."""
     rows = np.unique(np.linspace(0, len(job.validation) - 1, _SAMPLES).astype(int)).tolist()
     if isinstance(job.task, Continues):
         model.eval()
@@ -200,7 +200,7 @@ def _samples(job: Job, model: nn.Module, outcome: EvalResult) -> dict[str, Any]:
 
 
 def _surprise(judged: list[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Cross-entropy of each row, from logits (N, C)."""
+    """Return the cross-entropy of each row, from logits (N, C)."""
     logits = torch.from_numpy(np.stack(judged)).double()
     losses = nn.functional.cross_entropy(logits, torch.from_numpy(references), reduction="none")
     return np.asarray(losses.numpy())
@@ -212,7 +212,7 @@ def _counts(examples: Examples, size: int) -> list[int] | None:
 
 
 def _lengths(job: Job) -> dict[str, Any]:
-    """Histograms of row lengths with common bins, or nothing where all rows are of one length."""
+    """Return histograms of row lengths with common bins; empty if all rows have the same length."""
     splits = {"train": job.train.lengths, "validation": job.validation.lengths}
     longest, shortest = (f(f(v) for v in splits.values()) for f in (max, min))
     if longest == shortest:
@@ -224,7 +224,7 @@ def _lengths(job: Job) -> dict[str, Any]:
 
 
 def _text(job: Job, row: int) -> str:
-    """A validation row as the model read it, special tokens left out; empty for rows that are not text."""
+    """Return a validation row as text without special tokens; empty for rows that are not text."""
     ids = job.validation.input_ids(row)
     if ids is None:
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run directory says of its run besides checkpoints: the recipe that repeats it, results, curves, card."""
+"""Files of a run directory besides checkpoints: recipe, environment, results, curves, model card and page."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ class RunResult(FitResult):
 
 
 def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
-    """The recipe with local paths made absolute, so that it repeats the run from any folder."""
+    """Return the recipe with absolute paths, so that it repeats the run from any folder."""
     return with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
 
 
-# Settings that a continued run may change: no trained number and no choice of a checkpoint depends on them. They say
-# who may run code, where things are written, what is told to whom and when, how rows are fed and put together for
-# scoring, and what is scored once training is over. Not among them are settings that change results by rounding alone
-# (train.compile, adapter.strategy, model.attention): a run that is continued ends with the numbers of one that was not.
+# Settings that a resumed run may change: no trained parameter and no choice of a checkpoint depends on them. They are
+# about permission to run code, output, logging, loading and batching of rows, and what is scored after training.
+# Settings that change results by rounding alone (train.compile, adapter.strategy, model.attention) are not among them:
+# a resumed run ends with the numbers of an uninterrupted one.
 _FREE = (
     "output_dir", "model.trust_remote_code", "data.contained", "data.test_split", "adapter.form", "train.keep",
     "train.save_every_steps", "train.log_every_steps", "train.track", "train.num_workers", "eval.batch_size",
@@ -90,7 +90,7 @@ _FREE = (
 
 
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
-    """Refuse to continue a run under another recipe; names every setting that differs."""
+    """Refuse to resume a run with another recipe; the error names every setting that differs."""
     if not run.recipe.is_file():
         raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
     before, now = flatten(read_saved_recipe(run.recipe)), flatten(recipe)
@@ -136,7 +136,7 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
 
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:
-    """``TASK-MODEL-METHOD``: the recipe's last name (or the data's), the model's last name, the method."""
+    """Return ``TASK-MODEL-METHOD``: the last parts of the names of recipe (or data) and model, and the method."""
     task = recipe_name or Path(settings.data.path or "run").stem
     name = settings.model.name or "model"
     model = name.removeprefix("package:").rstrip("/")
@@ -192,13 +192,13 @@ def score_reported(
 
 
 def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict[str, list[str]]) -> dict[str, Any]:
-    """Everything that another machine needs to know to repeat the run, besides the recipe.
+    """Describe the environment of a run, for ``environment.json``: what is needed to repeat it besides the recipe.
 
     Args:
-        job: assembled.
+        job: assembled job.
         resolved: its recipe.
         accelerator: of this process.
-        strategies: layers by how they compute.
+        strategies: layers by strategy.
     """
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
     packages += ["peft"] if job.spec.preset.peft else []
@@ -221,7 +221,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
 
 
 def peak_memory_bytes() -> int:
-    """Most memory in use so far: of the GPU's allocator if there is one, else of this process."""
+    """Return the largest memory in use so far: of the GPU's allocator if there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return peak_resident_bytes()

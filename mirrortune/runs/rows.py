@@ -28,7 +28,7 @@ class RunRows:
 
     Attributes:
         task: with its columns and labels.
-        train: rows to learn from.
+        train: training rows.
         validation: rows that choose the checkpoint.
         reported: rows that score the kept checkpoint and choose nothing, by name.
         test: rows of the test split, if there is one that is not used otherwise.

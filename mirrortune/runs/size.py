@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will do, from names and shapes alone: layers, trained numbers, memory. Made on the meta device, before any
-weight.
-"""
+"""Size of a run from names and shapes alone, on the meta device: adapted layers, trained parameters, memory."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from mirrortune.runs.memory import Footprint, rehearse
 from mirrortune.system.devices import widen
 from mirrortune.tasks.base import Task, scores_vocabulary
 
-# Of adapter.json and of the header of the tensors: in all, and for a layer besides its name.
+# Bytes of adapter.json and of the header of the tensors: in all, and for a layer besides its name.
 _FILE_BYTES, _LAYER_BYTES = 1400, 100
 _SCORED_ROWS = 64
 _SCORED_LOGITS = 2**28
@@ -39,15 +37,15 @@ _SCORED_LOGITS = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The run's size.
+    """Size of a run.
 
     Attributes:
         targets: adapted layers, head and skipped layers.
-        trainable_parameters: trained numbers besides the head.
-        head_parameters: trained numbers of the head.
-        total_parameters: all numbers of the model.
-        rank: directions kept of the largest layer; 0 without a core.
-        factor_numbers: numbers of all singular vectors and values.
+        trainable_parameters: number of trained parameters besides the head.
+        head_parameters: number of trained parameters of the head.
+        total_parameters: number of parameters of the model.
+        rank: largest number of directions kept; 0 without a core.
+        factor_numbers: number of elements of all singular vectors and values.
     """
 
     targets: Targets
@@ -58,7 +56,7 @@ class Plan:
     factor_numbers: int
 
     def lines(self) -> list[str]:
-        """The plan in words."""
+        """Describe the plan."""
         kinds = Counter(target.kind.name for target in self.targets.layers.values())
         adapted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
         head = f", and {self.head_parameters:,} of the task head" if self.head_parameters else ""
@@ -70,11 +68,11 @@ class Plan:
         ]
 
     def stored_as(self, form: Form, dtype: torch.dtype) -> str | None:
-        """The form of the adapter file and its size, and what the other form would take; None without a core.
+        """Describe form and size of the adapter file, and the size of the other form; None without a core.
 
         Args:
             form: ``adapter.form`` of the recipe.
-            dtype: of the base weights, in which factors are kept.
+            dtype: dtype of the base weights, in which factors are stored.
         """
         layers = self.targets.layers
         if not self.rank:
@@ -91,7 +89,7 @@ class Plan:
         return f"adapter file: about {size}, {chosen} form ({other})"
 
     def as_lora(self) -> str | None:
-        """What an export in LoRA's format would need, where that is known."""
+        """Describe the rank of an export as a LoRA; None where it is not known."""
         kinds = {target.kind.name for target in self.targets.layers.values()}
         if not self.rank or not kinds <= {"linear", "conv1d-linear"}:
             return None
@@ -102,7 +100,7 @@ class Plan:
 
 
 def percent(share: float) -> str:
-    """A share in percent with three decimals, or as many as it takes to show two digits of it."""
+    """Format a share in percent with three decimals, or more to show two significant digits."""
     decimals = 3 if share <= 0 else max(3, 1 - math.floor(math.log10(100 * share)))
     return f"{100 * share:.{decimals}f}%"
 
@@ -127,16 +125,16 @@ def _clipped(names: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a step puts on the device besides the model: the rest of what memory depends on.
+    """What the memory of a step depends on besides the model and its adapter.
 
     Attributes:
-        batch: a micro-batch of the longest rows, or as good as one; only types and shapes matter.
-        scored: the same of the rows that are scored.
-        loss: the task's.
-        dtype: of the base weights.
-        is_16bit_compute: activations in 16 bits.
+        batch: micro-batch of the longest rows; only dtypes and shapes matter.
+        scored: batch of the longest rows that are scored.
+        loss: loss of the task.
+        dtype: dtype of the base weights.
+        is_16bit_compute: whether activations are in 16 bits.
         device: type of the device.
-        tokens: of an ordinary micro-batch, by which strategies are chosen; None where nobody knows.
+        tokens: tokens of a typical micro-batch, by which strategies are chosen; None if unknown.
     """
 
     batch: Batch
@@ -151,13 +149,14 @@ class Load:
 def default_eval_batch(
     task: Task, train_rows: int, longest: int | None, vocabulary: int | None = None
 ) -> tuple[int, int | None]:
-    """Rows and positions of a batch that is scored, where the recipe does not say.
+    """Return the default rows and positions of a batch in an evaluation.
 
     Args:
-        task: scores over a vocabulary are as large as everything else together, so no more rows then than in training.
-        train_rows: of a micro-batch in training.
-        longest: positions of the longest row that such a batch was made for; None where all are of one size.
-        vocabulary: logits of each position, if nobody has found a training step to fit; their number is bounded then.
+        task: logits over a vocabulary are as large as everything else together; the batch then has no more rows than in
+            training.
+        train_rows: rows of a micro-batch in training.
+        longest: positions of the longest training row; None if all rows have the same size.
+        vocabulary: logits per position, if no training step was checked to fit; bounds their number.
     """
     if not scores_vocabulary(task):
         return _SCORED_ROWS, None if longest is None else _SCORED_ROWS * longest
@@ -168,13 +167,13 @@ def default_eval_batch(
 
 
 def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_parameters: tuple[str, ...] = ()) -> Plan:
-    """Size a run.
+    """Make the plan of a run.
 
     Args:
         model: on the meta device or loaded; not changed.
-        spec: the adapter.
-        dtype: of the base weights.
-        new_parameters: names that no checkpoint fills, where known.
+        spec: adapter, checked.
+        dtype: dtype of the base weights.
+        new_parameters: names of parameters that no checkpoint has, if known.
 
     Raises:
         ConfigError: nothing to adapt, or a rank that does not fit.
@@ -191,7 +190,7 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
         rank, shape = target.rank, target.shape
         pairs = planned_pairs(spec, rank, name)
         kind = (rank, shape, 0 if pairs is None else len(pairs))
-        if kind not in counts:  # a core's size depends on nothing else
+        if kind not in counts:  # the size of a core depends on nothing else
             core = build_core(spec, torch.zeros(rank), name, shape, pairs)
             counts[kind] = sum(p.numel() for p in core.parameters())
         trained += target.count * counts[kind]
@@ -209,13 +208,13 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
 
 
 def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets | None = None) -> Footprint:
-    """The memory of one training step.
+    """Estimate the memory of a training step and of an evaluation.
 
     Args:
         model: without an adapter, on the meta device; not changed.
-        spec: the adapter; it fits the model.
+        spec: adapter that fits the model.
         load: everything else.
-        targets: of ``model`` and ``spec``; None finds them.
+        targets: layers of ``model`` for ``spec``; found by default.
     """
     targets = targets or find_targets(model, spec)
     adapted = copy.deepcopy(model)
@@ -231,13 +230,13 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets 
         )  # fmt: skip
     except MirrortuneError:
         raise
-    except Exception:  # noqa: BLE001  (a model of somebody else's that needs numbers: the widths of its layers must do)
+    except Exception:  # noqa: BLE001  (custom model code that needs values: estimate from widths)
         return _guess(model, spec, load)
 
 
 def _base_names(names: set[str]) -> Callable[[str], bool]:
-    """Whether a tensor of the adapted model belongs to the base: by its own name, as a layer's ``base_layer``, or as
-    what a parametrization starts from.
+    """Return a predicate for tensors of the base in the adapted model: by their own name, as the ``base_layer`` of a
+    layer, or as the original of a parametrization.
     """
 
     def is_base(name: str) -> bool:
@@ -248,7 +247,7 @@ def _base_names(names: set[str]) -> Callable[[str], bool]:
 
 
 def _attach_empty(model: nn.Module, spec: AdapterSpec, targets: Targets, load: Load) -> None:
-    """Put the spec's adapter into a model on the meta device: everything but the numbers."""
+    """Attach the adapter to a model on the meta device, without values."""
     if spec.preset.peft is not None:
         with torch.device("meta"):
             tuners.attach_tuner(model, spec, targets=targets, config=tuners.plain_start(spec))
@@ -272,13 +271,13 @@ def _no_factors(name: str, matrix: Tensor, rank: int) -> Factors:
 
 
 def strategies_of(targets: Targets, spec: AdapterSpec, dtype: torch.dtype, tokens: int | None) -> dict[str, Strategy]:
-    """How each layer computes: as the spec says, or what is cheapest by counting products.
+    """Choose the strategy of each layer: that of the spec, or the cheapest by counting products.
 
     Args:
-        targets: the layers.
-        spec: the adapter.
-        dtype: of the base weights.
-        tokens: of a micro-batch; None where nobody knows.
+        targets: layers.
+        spec: adapter.
+        dtype: dtype of the base weights.
+        tokens: tokens of a micro-batch; None if unknown.
     """
 
     def of(target: Target) -> Strategy:
@@ -290,16 +289,16 @@ def strategies_of(targets: Targets, spec: AdapterSpec, dtype: torch.dtype, token
 
 
 def planned_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
-    """Pairs as many as the core will have, or None for one that pairs nothing."""
+    """Return as many pairs as the core will have, or None for a core without pairs."""
     if spec.resolved_pairing is None:
         return None
-    # What is measured later pairs as many directions as mirror does.
+    # Measured pairings have as many pairs as mirror.
     return make_pairs(replace(spec, pairing="mirror") if needs_saliency(spec) else spec, rank, name)
 
 
 def _guess(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
-    """A step's memory from the widths of the layers: z of every linear layer, and about as much again for norms,
-    softmax and dropout.
+    """Estimate memory from the widths of layers: the output of every linear layer, and as much again for norms, softmax
+    and dropout.
     """
     plan = make_plan(model, spec, dtype=load.dtype)
     width = torch.finfo(load.dtype).bits // 8

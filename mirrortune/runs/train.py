@@ -64,11 +64,11 @@ def train(
     """Fine-tune by a recipe and write a run directory.
 
     Args:
-        resolved: the recipe and the origins of its values.
-        reporter: is told.
-        recipe_name: for the default name of the run directory.
-        resume: continue the run that is there.
-        overwrite: replace the run that is there.
+        resolved: recipe with the origins of its values.
+        reporter: prints notes and progress.
+        recipe_name: name of the recipe, for the default run directory.
+        resume: continue the run in the directory.
+        overwrite: replace the run in the directory.
     """
     recipe = resolved.recipe
     settings = unpack(recipe)
@@ -100,7 +100,7 @@ def train(
 
 
 def _run_beside(resolved: Resolved) -> RunDirectory | None:
-    """The run whose own recipe says where to write. It may have been moved or copied since, and another lie there."""
+    """Return the run whose recipe was given, if that sets the output directory: the run may have been moved since."""
     for file in resolved.files:
         run = RunDirectory(file.parent)
         says_where = resolved.origins.get("output_dir", "").startswith(f"{file}:")
@@ -117,7 +117,7 @@ def _train(
     reporter: Reporter,
     create: Callable[[], None] | None,
 ) -> RunResult:
-    """Train into a run directory that is claimed; ``create`` makes it, or is None for one that is continued."""
+    """Train in a run directory that is claimed; ``create`` makes it, and is None for a run that is resumed."""
     recipe, resume = resolved.recipe, create is None
     job = assemble(settings, reporter)
     if Sharding.of(accelerator).stage and job.source.is_quantised:
@@ -140,14 +140,14 @@ def _train(
         if create is not None:
             create()
             run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
-        run.write_text(run.recipe.name, recipe.to_yaml())  # a continued run may have been given other free settings
+        run.write_text(run.recipe.name, recipe.to_yaml())  # a resumed run may have other free settings
 
-    # Only now, when everything that can fail has been loaded, is an earlier run there replaced.
+    # An earlier run is replaced only now, when everything that can fail is loaded.
     sync.from_main(accelerator, record)
     with recorded_status(run, is_main=accelerator.is_main_process):
-        # Dropout: the same from a cold and a warm cache, another on each rank.
+        # Dropout: the same with a cold and a warm cache, and different on each rank.
         seed_everything(settings.loop.seed + 1 + accelerator.process_index)
-        num_trained, num_head = trainable_parameters(model), head_parameters(model)  # before processes share them
+        num_trained, num_head = trainable_parameters(model), head_parameters(model)  # before they are sharded
         fitted, best = _fit(job, model, book, run, accelerator, reporter, flatten(recipe), resume=resume)
         for text in _remarks_on(fitted, job):
             reporter.note(text)
@@ -177,7 +177,7 @@ def _rounded(fitted: FitResult) -> dict[str, Any]:
 
 
 def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
-    """What a user should know of how training ended besides the scores."""
+    """Yield remarks on how training ended."""
     if result.stopped_early:
         count = job.settings.loop.patience
         yield f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one"
@@ -189,7 +189,7 @@ def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
 
 def _meet(settings: RunSettings, reporter: Reporter) -> Any:
     """Make the object that owns this process and its peers."""
-    # Cores and heads take part in every loss; a base model trained as it is may hold weights that do not.
+    # Cores and heads contribute to every loss; a base model that is trained itself may have weights that do not.
     has_idle = settings.adapter.preset.plain != "none"
     accelerator = make_accelerator(settings.model.precision, has_idle_parameters=has_idle)
     reporter.is_main = accelerator.is_main_process
@@ -253,9 +253,9 @@ def _settings(job: Job, accelerator: Any) -> LoopSettings:
 
 
 def _costs_little(job: Job, num_processes: int) -> bool:
-    """Whether scoring the validation rows once takes under a tenth of the run, by the number of forward passes."""
+    """Return whether scoring the validation rows takes under a tenth of the run, by the number of forward passes."""
     loop = job.settings.loop
-    if job.settings.compile:  # it would compile another graph before the first step
+    if job.settings.compile:  # evaluation would compile another graph before the first step
         return False
     rows = loop.epochs * len(job.train)
     if loop.max_steps is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether disks have room for what is to be written, asked before anything is."""
+"""Check that disks have room before anything is written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LEAST_FREE = 2**30
 
 
 def check_disk(needs: dict[Path, dict[str, int]]) -> None:
-    """Refuse to begin what the disks have no room for.
+    """Check the free space of disks.
 
     Args:
-        needs: folder (which need not exist) -> bytes by what they are for.
+        needs: folder (which need not exist) -> number of bytes by purpose.
 
     Raises:
-        ResourceError: for the first folder with too little room.
+        ResourceError: the first disk with too little room.
     """
     by_disk: dict[int, tuple[Path, dict[str, int]]] = {}
     for folder, wanted in needs.items():
@@ -36,11 +36,10 @@ def check_disk(needs: dict[Path, dict[str, int]]) -> None:
 
 
 def leave_room(folder: Path, what: str) -> None:
-    """Refuse to fill a disk to the last byte with something whose size nobody knows before, such as what an archive
-    unpacks to: a few kilobytes of it may stand for more than any disk holds.
+    """Keep room on a disk while data of unknown size is written, such as an archive that may unpack to terabytes.
 
     Raises:
-        ResourceError: if less than 5% of the disk, or a GiB, is free.
+        ResourceError: less than 5% of the disk, or less than a GiB, is free.
     """
     found = shutil.disk_usage(folder)
     if found.free < min(_LEAST_FREE, found.total // 20):
@@ -51,5 +50,5 @@ def leave_room(folder: Path, what: str) -> None:
 
 
 def mebibytes(size: int) -> str:
-    """A size in MiB, in words; one digit behind the point below ten."""
+    """Format a number of bytes in MiB, with one decimal below ten."""
     return f"{size / _MIB:,.{1 if 0 < size < 10 * _MIB else 0}f}"

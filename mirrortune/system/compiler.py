@@ -18,10 +18,10 @@ _COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse where torch.compile has no compiler.
+    """Check that torch.compile has a compiler for ``device``.
 
     Raises:
-        ResourceError: no compiler for ``device``.
+        ResourceError: there is none.
     """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -33,10 +33,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_model(model: nn.Module, accelerator: Any) -> None:
-    """Let ``model``'s forward and backward be compiled when they first run, in place: names and files stay the same.
+    """Compile forward and backward of ``model`` at their first call, in place: names and files stay the same.
 
     Raises:
-        ConfigError: if the model's parameters are cut into shares.
+        ConfigError: the parameters of the model are sharded.
     """
     if library := Sharding.of(accelerator).library:
         raise ConfigError("--compile", f"it does not go with {library}", fix="Leave --compile out, or use ddp")

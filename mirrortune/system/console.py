@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only module that prints. Results go to stdout, progress and notes to stderr; plain lines off a
-terminal.
-"""
+"""The only module that prints: results to stdout, progress and notes to stderr; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -38,15 +36,13 @@ from mirrortune.system.signals import describe_stop
 _QUIET, _NORMAL, _VERBOSE = -1, 0, 1
 
 
-# Control characters but for the end of a line and the tab; marks that reverse the order of what follows; halves of
-# characters, which stand for bytes of a path that are not UTF-8.
+# Control characters except line feed and tab; bidirectional marks; surrogates, which stand for bytes of a path that are
+# not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""``text`` with everything that a terminal would obey rather than show as ``\x1b``: names of files, columns and
-    classes are a stranger's.
-    """
+    r"""Escape control characters as ``\x1b``: names of files, columns and classes are untrusted."""
     return _UNPRINTABLE.sub(_escaped, text)
 
 
@@ -62,22 +58,22 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _say(console: Console, text: str) -> None:
-    """Print a line, or several, of which the terminal obeys nothing."""
+    """Print lines with control characters escaped."""
     console.print(printable(text), markup=False)
 
 
 def chatter_to_stderr() -> AbstractContextManager[Any]:
-    """While it is open, what libraries print goes to stderr: standard output belongs to the command's result."""
+    """Redirect what libraries print to stderr: stdout belongs to the result of the command."""
     return redirect_stdout(sys.stderr)
 
 
 class Reporter:
-    """Says what happens.
+    """Print results, notes and progress of a command.
 
     Args:
-        verbosity: -1 results only, 0 normal, 1 everything.
-        as_json: results as one JSON object on stdout.
-        is_main: whether this process speaks at all (one rank does).
+        verbosity: -1 for results only, 0 normal, 1 for details.
+        as_json: print results as one JSON object.
+        is_main: whether this process prints; one rank does.
     """
 
     def __init__(self, *, verbosity: int = 0, as_json: bool = False, is_main: bool = True) -> None:
@@ -85,7 +81,7 @@ class Reporter:
         self._out, self._err = _console(), _console(stderr=True)
 
     def result(self, data: dict[str, Any], lines: Sequence[str]) -> None:
-        """The command's result: ``data`` with --json, ``lines`` otherwise."""
+        """Print the result of the command: ``data`` with --json, ``lines`` otherwise."""
         if not self.is_main:
             return
         if self.as_json:
@@ -95,34 +91,34 @@ class Reporter:
             _say(self._out, "\n".join(lines))
 
     def note(self, text: str, *, level: int = _NORMAL) -> None:
-        """A line on stderr, if ``level`` is at most the verbosity."""
+        """Print a line to stderr if ``level`` is at most the verbosity."""
         if self.is_main and level <= self.verbosity:
             _say(self._err, text)
 
     def detail(self, text: str) -> None:
-        """A line for ``-v``."""
+        """Print a line with ``-v``."""
         self.note(text, level=_VERBOSE)
 
     def error(self, text: str) -> None:
-        """An error on stderr, by every rank that has one."""
+        """Print an error to stderr, on every rank."""
         self._err.print(Text("error: ", style="bold red") + Text(printable(text)))
 
     def bar(self, label: str, total: int) -> Bar:
-        """A progress bar over ``total`` units; off a terminal a single line at the end."""
+        """Return a progress bar over ``total`` units; without a terminal it prints one line at the end."""
         return Bar(self._err, label, total, is_shown=self.is_main and self.verbosity > _QUIET)
 
     def training(self) -> TrainingProgress:
-        """The display of a training loop."""
+        """Return the display of a training loop."""
         return TrainingProgress(self._err, is_shown=self.is_main and self.verbosity > _QUIET)
 
 
 def announce(text: str) -> None:
-    """A line on stderr, however quiet the command is, by the first process of a run: what nobody may miss."""
+    """Print a line to stderr on the first process, even with ``-q``."""
     Reporter(is_main=os.environ.get("RANK", "0") == "0").note(text, level=_QUIET)
 
 
 class Bar:
-    """Progress over a known number of units; a context manager."""
+    """Progress bar over a known number of units; a context manager."""
 
     def __init__(self, console: Console, label: str, total: int, *, is_shown: bool) -> None:
         self._console, self._label, self._total, self._done = console, printable(label), total, 0
@@ -141,11 +137,11 @@ class Bar:
         self._progress.stop()
 
     def advance(self, unit: str = "") -> None:
-        """One unit more is done."""
+        """Advance by one unit."""
         self.advance_by(1)
 
     def advance_by(self, count: int) -> None:
-        """``count`` units more are done; off a terminal the last one is worth a line."""
+        """Advance by ``count`` units; without a terminal the last one prints a line."""
         self._done += count
         self._progress.advance(self._task, count)
         if self._is_shown and not self._live and self._done == self._total:
@@ -158,8 +154,10 @@ class _SpeedColumn(ProgressColumn):
 
 
 class TrainingProgress:
-    """Shows a training loop: a live bar on a terminal, elsewhere a line for each event of the log and for a step now
-    and then where steps are slow.
+    """Display of a training loop, a ``training.settings.Progress``.
+
+    It is a live bar on a terminal, and elsewhere a line for each event of the log and for some steps where they are
+    slow.
     """
 
     def __init__(self, console: Console, *, is_shown: bool) -> None:
@@ -183,7 +181,7 @@ class TrainingProgress:
         self._progress.stop()
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
+        """Start the bar."""
         self._total = total_steps
         self._task = self._progress.add_task(
             "train", total=total_steps, completed=done_steps, loss="-", metric="", speed=""
@@ -192,7 +190,7 @@ class TrainingProgress:
         self._mark = time.perf_counter()
 
     def on_step(self, step: int, rows: int, tokens: int | None) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
+        """Count a step, and show the speed."""
         now = time.perf_counter()
         self._seconds, self._mark = self._seconds + now - self._mark, now
         self._steps, self._rows = self._steps + 1, self._rows + rows
@@ -201,7 +199,7 @@ class TrainingProgress:
             self._progress.update(self._task, completed=step, speed=self._speed())
 
     def on_show(self, step: int, epoch: float, loss: float) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
+        """Show a step between two lines of the log."""
         if self._live and self._task is not None:
             self._progress.update(self._task, loss=_format(loss))
         elif self._is_shown:
@@ -209,7 +207,7 @@ class TrainingProgress:
             self._console.print(f"{line}  {self._pace(step)}", markup=False)
 
     def on_log(self, event: dict[str, Any]) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
+        """Show an event of the log."""
         is_evaluation = event["event"] == "evaluate"
         numbers = {k: v for k, v in event.items() if k not in ("event", "split", "step", "epoch")}
         text = "  ".join(f"{k} {_format(v)}" for k, v in numbers.items())
@@ -225,25 +223,25 @@ class TrainingProgress:
             self._progress.update(self._task, loss=f"{event['loss']:.4f}")
         elif self._is_shown:
             _say(self._console, f"{line}{text}  {self._pace(event['step'])}")
-        self._mark = time.perf_counter()  # what is made of an event is no training
+        self._mark = time.perf_counter()  # handling an event does not count as training time
 
     def on_evaluate(self, rows: int) -> None:
-        """See :class:`mirrortune.training.settings.Progress`; evaluations are short beside epochs, so nothing moves."""
+        """Show nothing: evaluations are short compared to epochs."""
 
     def on_signal(self, number: int) -> None:
-        """See :class:`mirrortune.training.settings.Progress`."""
+        """Say that the run will stop."""
         if self._is_shown:
             with suppress(OSError):  # the terminal may have gone
                 self._progress.console.print(describe_stop(number), markup=False)
 
     def _speed(self) -> str:
-        """Rows a second since the loop began, and tokens of text."""
+        """Format rows per second since the loop began, and tokens per second of text."""
         seconds = self._seconds or 1e-9
         tokens = "" if self._tokens is None else f"  {significant(self._tokens / seconds)} tokens/s"
         return f"{significant(self._rows / seconds)} rows/s{tokens}"
 
     def _pace(self, step: int) -> str:
-        """Speed, and what the steps that are left will take at it."""
+        """Format the speed and the remaining time."""
         if not self._steps or step >= self._total:
             return self._speed()
         left = round((self._total - step) * self._seconds / self._steps)
@@ -251,12 +249,12 @@ class TrainingProgress:
 
 
 def digits(value: float) -> float:
-    """A measured number to be stored: four digits of it, however small it is."""
+    """Round a measured number to four significant digits, to be stored."""
     return float(f"{value:.4g}")
 
 
 def significant(value: float) -> str:
-    """A number of any size in as few digits as tell it from its like: 1,234; 12.3; 0.0123."""
+    """Format a number with three significant digits, or all digits of a larger integer part: 1,234; 12.3; 0.0123."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -264,13 +262,13 @@ def significant(value: float) -> str:
 
 
 def describe_metrics(metrics: dict[str, float]) -> str:
-    """Metrics in one line, the loss last."""
+    """Format metrics on one line, the loss last."""
     ordered = [k for k in metrics if k != "loss"] + [k for k in metrics if k == "loss"]
     return "  ".join(f"{k} {metrics[k]:.4f}" for k in ordered)
 
 
 def kilobytes(num_bytes: int) -> str:
-    """A size in kB (1000 bytes), one digit after the point."""
+    """Format a size in kB (1000 bytes) with one decimal."""
     return f"{num_bytes / 1000:,.1f} kB"
 
 

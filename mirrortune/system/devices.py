@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run computes on and in which precision, and the environment variables that have a say in it."""
+"""Device and precision of a run, with the environment variables that affect them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mirrortune.errors import ResourceError
 
 
 def default_device() -> torch.device:
-    """The device that accelerate will choose."""
+    """Return the device that accelerate will choose."""
     if is_set("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -28,7 +28,7 @@ def default_device() -> torch.device:
 
 
 def resolve_precision(asked: str) -> str:
-    """``fp32`` or ``bf16``; ResourceError if bf16 is asked of a GPU that lacks it."""
+    """Return ``fp32`` or ``bf16`` for ``train.precision``; raises ResourceError for bf16 on a GPU that lacks it."""
     has_gpu = torch.cuda.is_available()
     if asked == "auto":
         return "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "fp32"
@@ -37,25 +37,25 @@ def resolve_precision(asked: str) -> str:
     return asked
 
 
-# Compute capabilities of NVIDIA's data-centre GPUs (P100, V100, A100, H100, B200), which compute in float64 at half the
-# rate of float32. Others do at a 32nd or 64th of it, which is less than a few CPU cores do.
+# Compute capabilities of NVIDIA's data-centre GPUs (P100, V100, A100, H100, B200), whose float64 rate is half of the
+# float32 rate. On other GPUs it is a 32nd or 64th, which is slower than a few CPU cores.
 _FLOAT64_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def factorising_device(device: torch.device) -> torch.device | None:
-    """``device`` if large matrices are factorised there in float64, None if the CPU is as good a place."""
+    """Return ``device`` if it factorises large matrices in float64 faster than the CPU, else None."""
     is_fast = device.type == "cuda" and torch.cuda.get_device_capability(device) in _FLOAT64_CAPABILITIES
     return device if is_fast else None
 
 
 _SLOW = 1.5
-"""Times as long as in float32 that a product in bfloat16 takes on a CPU that has no units for it: it was 3 to 45 on
-such machines, and 0.4 to 0.8 on those that have them.
+"""Slowdown of bfloat16 against float32 above which a CPU counts as slow: measured were 3 to 45 on CPUs without bfloat16
+units, and 0.4 to 0.8 on those with them.
 """
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``device`` computes slower in a 16-bit ``dtype`` than in float32, by so much that nobody wants it."""
+    """Return whether ``device`` is much slower in a 16-bit ``dtype`` than in float32."""
     if device.type != "cpu":
         return False
     return dtype == torch.float16 or (dtype == torch.bfloat16 and bfloat16_slowdown() > _SLOW)
@@ -63,16 +63,16 @@ def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
 
 @functools.cache
 def bfloat16_slowdown() -> float:
-    """Time of a linear layer, forward and backward, in bfloat16 on this CPU, in units of its time in float32.
+    """Measure the time of a linear layer, forward and backward, in bfloat16 on this CPU relative to float32.
 
-    It is measured once in a process: which instructions make a CPU fast is another list for every vendor, and the
-    libraries under torch may be told not to use them.
+    It is measured once per process: the instructions that make a CPU fast differ between vendors, and the libraries
+    below torch can be configured not to use them.
     """
     return _linear_seconds(torch.bfloat16) / _linear_seconds(torch.float32)
 
 
 def _linear_seconds(dtype: torch.dtype) -> float:
-    """Best of a few: the first one sets the libraries up, and others may be disturbed."""
+    """Return the best of six times: the first includes the set-up of libraries, and others may be disturbed."""
     x, weight = (torch.ones(64, 512, dtype=dtype, requires_grad=True), torch.ones(512, 512, dtype=dtype))
     found = []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
@@ -84,12 +84,12 @@ def _linear_seconds(dtype: torch.dtype) -> float:
 
 
 def is_set(variable: str) -> bool:
-    """Whether an environment variable says yes, in the words that accelerate takes for it."""
+    """Return whether an environment variable is true by accelerate's rules."""
     return os.environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Return the largest resident set size of this process so far."""
     try:
         import resource  # noqa: PLC0415  (Windows has none)
     except ImportError:
@@ -105,9 +105,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def widen(model: nn.Module, names: Iterable[str]) -> None:
-    """Turn the named 16-bit parameters into float32, in place.
+    """Convert the named 16-bit parameters to float32, in place.
 
-    A head in bfloat16 stops learning early: AdamW's small steps are below half a unit in the last of its 8 bits.
+    A head in bfloat16 stops learning early: small steps of AdamW are rounded away by its 8 bits of precision.
     """
     wanted = set(names)
     for name, parameter in model.named_parameters():
@@ -116,21 +116,23 @@ def widen(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """The context to run ``model`` in: bfloat16 autocast when any of its weights is in 16 bits, nothing otherwise."""
+    """Return bfloat16 autocast if any weight of ``model`` is in 16 bits, else a null context."""
     if holds_half(model):
         return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def holds_half(model: nn.Module) -> bool:
-    """Whether any of its weights is in 16 bits."""
+    """Return whether any weight of ``model`` is in 16 bits."""
     return any(p.dtype in _HALF for p in model.parameters())
 
 
 @contextlib.contextmanager
 def as_computed(model: nn.Module) -> Iterator[None]:
-    """While it is open, ``model`` gives its outputs in the dtype that it computed them in. With mixed precision
-    accelerate makes float32 of all outputs of a model that it has prepared. A compiled model is left as it is.
+    """Return outputs in the dtype in which ``model`` computes them while the context is open.
+
+    With mixed precision accelerate converts all outputs of a prepared model to float32. A compiled model is left as it
+    is.
     """
     own = vars(model)
     if "_original_forward" not in own or own.get("_compiled_call_impl") is not None:

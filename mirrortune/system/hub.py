@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the many exceptions of the Hub's clients into one :class:`HubError` that says what happened and what to do."""
+"""The Hub: errors of its clients as :class:`HubError`, commits, adapters and uploads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mirrortune import __version__
-from mirrortune.errors import ConfigError, HubError, MirrortuneError
+from mirrortune.errors import ConfigError, HubError, MirrortuneError, first_line
 from mirrortune.system.outputs import restore
 from mirrortune.system.paths import hub_place, local_path, looks_like_path
 
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors")
-"""Every file that an adapter may have: ours, or PEFT's beside our description."""
-# Looked up by class name along the chain of causes: transformers and datasets wrap the client's exceptions in OSError,
+"""All files that an adapter may have: mirrortune's own, or PEFT's beside mirrortune's description."""
+# By class name along the chain of causes: transformers and datasets wrap the exceptions of the client in OSError,
 # ConnectionError and classes of their own, and keep the original as the cause.
 _CAUSES: dict[str, tuple[str, str]] = {
     "GatedRepoError": (
@@ -32,7 +32,7 @@ _CAUSES: dict[str, tuple[str, str]] = {
     ),
     "RevisionNotFoundError": ("no such revision", "Check --revision"),
     "LocalTokenNotFoundError": ("there is no token", "Set HF_TOKEN to one that may write, or run: hf auth login"),
-    # Before EntryNotFoundError, of which it is a kind.
+    # Before its base class EntryNotFoundError.
     "LocalEntryNotFoundError": (
         "not in the local cache, and the Hub cannot be reached",
         "Check the network and HF_ENDPOINT",
@@ -56,14 +56,14 @@ _NETWORK = frozenset((
 
 @contextmanager
 def hub_errors(where: str, *, flag: str) -> Iterator[None]:
-    """Run code that may talk to the Hub; whatever the Hub or the network refused is raised as HubError at ``where``.
+    """Raise failures of the Hub and the network inside the context as HubError at ``where``.
 
     Args:
-        where: what was being fetched, such as ``"model 'roberta-base'"``.
+        where: what is fetched, such as ``"model 'roberta-base'"``.
         flag: the flag that named it, for the advice.
 
     Raises:
-        ConfigError: a name that can be no repository's.
+        ConfigError: the name is not a valid repository id.
         HubError: everything else.
     """
     try:
@@ -82,11 +82,9 @@ def hub_errors(where: str, *, flag: str) -> Iterator[None]:
 
 
 def resolve_commit(where: str, repository: str, revision: str | None, kind: str, flag: str) -> str:
-    """The commit that ``revision`` of a Hub repository points to, from the Hub or, where it cannot be asked, the local
-    cache.
+    """Resolve a revision of a Hub repository to its commit, by the Hub or, if it cannot be reached, the local cache.
 
-    Asked once: every later call names the commit, so that a run never mixes two states of a repository, and files that
-    are cached are used without asking again.
+    Later calls use the commit, so that a run never mixes two states of a repository, and cached files need no request.
     """
     import huggingface_hub  # noqa: PLC0415
 
@@ -95,17 +93,16 @@ def resolve_commit(where: str, repository: str, revision: str | None, kind: str,
 
 
 def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """The folder of an adapter.
+    """Return the local folder of an adapter; one on the Hub is downloaded.
 
     Args:
-        name: its folder, that of a run, or ``owner/name@revision:subfolder`` on the Hub, from which its files are
-            downloaded.
+        name: folder of the adapter or of a run, or ``owner/name@revision:subfolder`` on the Hub.
         revision: branch, tag or commit of a Hub repository.
-        subfolder: of the folder or the repository.
+        subfolder: subfolder of the folder or the repository.
 
     Raises:
-        ConfigError: a revision of a folder, or a subfolder that leads out of it.
-        HubError: whatever the Hub refused.
+        ConfigError: a revision for a folder, or a subfolder that leads out of it.
+        HubError: the Hub refused.
     """
     folder = restore(local_path(name))
     repository, own_revision, own_subfolder = hub_place(str(name))
@@ -128,7 +125,7 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
 
 
 def holds_adapter(place: str) -> bool:
-    """Whether there is an adapter at ``owner/name@revision:subfolder`` on the Hub."""
+    """Return whether there is an adapter at ``owner/name@revision:subfolder`` on the Hub."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     repository, revision, subfolder = hub_place(place)
@@ -142,9 +139,9 @@ def holds_adapter(place: str) -> bool:
 
 
 def check_repository(repository: str) -> None:
-    """ConfigError for what cannot be the id of a repository."""
+    """Raise ConfigError if ``repository`` is not a valid repository id."""
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
-    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # noqa: PLC0415
 
     try:
         validate_repo_id(repository)
@@ -160,21 +157,21 @@ def upload(
     subfolder: str | None = None,
     private: bool = False,
 ) -> tuple[str, str]:
-    """Send files, and nothing else, to a model repository of the Hub, which is made if need be.
+    """Upload files to a model repository of the Hub, which is created if it does not exist.
 
     Args:
-        files: path in the repository -> file.
+        files: path in the repository -> local file.
         repository: ``name`` or ``owner/name``.
-        revision: branch to send to; it must exist.
-        subfolder: of the repository.
-        private: make a private repository, and send nothing to a public one.
+        revision: existing branch.
+        subfolder: subfolder of the repository.
+        private: create a private repository, and upload nothing to a public one.
 
     Returns:
-        The repository's whole id, and the address of the commit.
+        The full id of the repository, and the URL of the commit.
 
     Raises:
-        ConfigError: no id, a subfolder that leads out of the repository, or ``private`` for one that is public.
-        HubError: whatever the Hub refused.
+        ConfigError: an invalid id, a subfolder that leads out of the repository, or ``private`` for a public one.
+        HubError: the Hub refused.
     """
     import huggingface_hub  # noqa: PLC0415
 
@@ -183,7 +180,7 @@ def upload(
     with hub_errors(f"repository '{repository}'", flag="the repository's id"):
         api = huggingface_hub.HfApi(library_name="mirrortune", library_version=__version__)
         full = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
-        # Making a repository that is there changes nothing of it, its visibility neither.
+        # Creating a repository that exists does not change its visibility.
         if private and api.repo_info(full).private is not True:
             raise ConfigError(
                 "--private", f"repository '{full}' is public, nothing was sent",
@@ -200,7 +197,7 @@ def upload(
 
 
 def path_inside(subfolder: str | None) -> PurePosixPath:
-    """A subfolder as a path that does not lead out; ConfigError otherwise."""
+    """Return a subfolder as a relative path; raises ConfigError if it leads out of its parent."""
     inside = PurePosixPath(subfolder or ".")
     if inside.is_absolute() or ".." in inside.parts:
         raise ConfigError("subfolder", f"got '{subfolder}'", allowed="a folder inside the repository")
@@ -224,7 +221,7 @@ def _explain(error: BaseException) -> tuple[str, str] | None:
     failed = next((name for name in by_class if name in _NETWORK), None)
     if failed is not None:
         return (
-            f"the connection failed ({failed}: {_first_line(by_class[failed])})",
+            f"the connection failed ({failed}: {first_line(by_class[failed], 120)})",
             "Check the network and HF_ENDPOINT, then run the same command again: finished files are kept",
         )
     if any("couldn't connect" in str(e).lower() or "offline" in str(e).lower() for e in chain):
@@ -244,7 +241,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__

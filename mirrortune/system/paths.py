@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where things are: our cache, the recipes inside the package, weights inside installed packages, and what is a path at
-all.
+"""Paths: the cache, recipes inside the package, weights inside installed packages, and the grammar of Hub ids, patterns
+and paths that users write.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ HUB_SCHEME = "hf://"
 _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
-# A name that no file can have, and a folder that cannot be entered. A file that is missing is for others to find.
+# Names that no file can have, and folders that cannot be entered. Missing files are checked elsewhere.
 _NO_PATH = frozenset((errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES))
-_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of bytes of a path that it cannot decode
-# Left by Windows, macOS, NAS systems and Python without anybody asking for it; what begins with a dot besides.
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # surrogates, by which Python represents bytes that it cannot decode
+# Files that Windows, macOS, NAS systems and Python leave in folders, besides those that begin with a dot.
 _SYSTEM_NAMES = frozenset((
     "$recycle.bin", "#recycle", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "icon\r",
     "lost+found", "system volume information", "thumbs.db",
@@ -31,10 +31,10 @@ _SYSTEM_NAMES = frozenset((
 
 
 def local_path(name: str | Path) -> Path:
-    """The path that a name stands for, where a leading ``~`` is a home directory; need not exist.
+    """Return the path of a name, with ``~`` expanded; it need not exist.
 
     Raises:
-        ConfigError: no file can have that name, the user behind ``~`` is unknown, or a folder above it is closed.
+        ConfigError: no file can have that name, the user after ``~`` is unknown, or a parent folder cannot be entered.
     """
     where = shown_path(str(name)[:200]).replace("\0", "\\0")
     try:
@@ -53,7 +53,7 @@ def local_path(name: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """The absolute path of the cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder
+    """Return the absolute path of the cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder
     (``XDG_CACHE_HOME`` or ``~/.cache``).
     """
     chosen = os.environ.get("MIRRORTUNE_CACHE")
@@ -63,15 +63,16 @@ def cache_folder() -> Path:
 
 
 def shipped_folder() -> Path:
-    """The folder of shipped recipes and data: inside the package when installed, beside it in a checkout."""
+    """Return the folder of shipped recipes and data: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def is_safe_entry(path: Path) -> bool:
-    """Whether a cache entry may be read: a regular file that is this user's own, or that only its owner may write. In a
-    cache on a shared disk anybody could have put another one there. An entry that is missing is safe.
+    """Return whether a cache entry is a regular file that this user owns, or that only its owner may write.
+
+    In a cache on a shared disk another user could have replaced it. An entry that is missing is safe.
     """
     try:
         found = path.lstat()
@@ -83,8 +84,10 @@ def is_safe_entry(path: Path) -> bool:
 
 
 def child_environment() -> dict[str, str]:
-    """Variables for a process that is started as ``python -m mirrortune``: it imports nothing from the working
-    directory, where a stranger's ``torch.py`` may lie beside the data, unless this process has found the package there.
+    """Return variables for a child process ``python -m mirrortune`` that imports nothing from the working directory.
+
+    An untrusted ``torch.py`` may lie there beside the data. The directory stays on the path only if this process found
+    the package there.
     """
     home = Path(__file__).resolve().parents[1]
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", ".")]
@@ -94,7 +97,7 @@ def child_environment() -> dict[str, str]:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether ``name`` can only be meant as a path and not as a Hub id (``name`` or ``owner/name``)."""
+    """Return whether ``name`` is a path and not a Hub id (``name`` or ``owner/name``)."""
     path = local_path(name)
     is_rooted = name.startswith((".", "/", "~", "\\")) or path.is_absolute() or path.drive != ""
     is_named_so = table_suffix(path) is not None or is_pattern(name)
@@ -102,48 +105,48 @@ def looks_like_path(name: str) -> bool:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is the name of a visible file on every system, and cannot lead out of a folder."""
+    """Return whether ``name`` is a valid name of a visible file on every system, without a folder."""
     return bool(name) and not name.startswith(".") and name.isprintable() and not any(sign in name for sign in "/\\:")
 
 
 def hub_place(name: str) -> tuple[str, str | None, str | None]:
-    """``owner/name@revision:subfolder``: id, revision and subfolder. What is here, or can be no id, is left whole."""
+    """Split ``owner/name@revision:subfolder`` into id, revision and subfolder; paths and other names are left whole."""
     is_here = name.startswith(PACKAGE_SCHEME) or local_path(name).exists()
     found = None if is_here else _HUB_PLACE.fullmatch(name)
     return (found[1], found[2], found[3]) if found else (name, None, None)
 
 
 def table_suffix(path: Path) -> str | None:
-    """The ending of a table's file, without the ``.gz`` of a compressed one; None for other files."""
+    """Return the suffix of a table file, without the ``.gz`` of a compressed one; None for other files."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in TABLE_SUFFIXES else None
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder of that name is hidden, or left by an operating system, an editor or a notebook: none of
-    them is data.
-    """
+    """Return whether a file or folder of that name is hidden, or made by an operating system or an editor: not data."""
     return name.startswith((".", "~$")) or name.lower() in _SYSTEM_NAMES
 
 
 def is_debris(name: str) -> bool:
-    """Whether a file manager leaves a file or folder of that name in folders that are looked at; nobody misses it."""
+    """Return whether file managers leave a file or folder of that name in folders; it may be deleted."""
     return name.startswith("._") or name.lower() in (".ds_store", "@eadir", "desktop.ini", "ehthumbs.db", "thumbs.db")
 
 
 def shown_path(path: str) -> str:
-    r"""A path as text that can be written anywhere: bytes that are not UTF-8 as ``\xff``."""
+    r"""Return a path as valid UTF-8 text: other bytes become ``\xff``."""
     return _NOT_UTF8.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", path)
 
 
 def is_pattern(name: str) -> bool:
-    """Whether ``name`` stands for several files, such as ``rows/*.jsonl``."""
+    """Return whether ``name`` is a glob pattern, such as ``rows/*.jsonl``."""
     return any(sign in name for sign in "*?[") and not local_path(name).exists()
 
 
 def hub_address(address: str, config: str | None) -> tuple[str, str | None, str]:
-    """``hf://owner/name``, ``hf://owner/name:config`` or ``hf://owner/name:config:split``: Hub id, configuration, split
-    (or nothing); ConfigError if another configuration was given.
+    """Split ``hf://owner/name:config:split`` into Hub id, configuration and split; the latter two may be missing.
+
+    Raises:
+        ConfigError: ``config`` names another configuration.
     """
     name, *parts = address.removeprefix(HUB_SCHEME).removeprefix("datasets/").split(":")
     if len(parts) > 2 or not name:
@@ -155,7 +158,7 @@ def hub_address(address: str, config: str | None) -> tuple[str, str | None, str]
 
 
 def split_sample(name: str) -> tuple[str, int | None]:
-    """``rows.csv#500`` is 500 rows of rows.csv: the name without, and the number."""
+    """Split ``rows.csv#500`` (500 rows of rows.csv) into name and number."""
     place, sign, number = name.rpartition("#")
     if not sign or not number.isdecimal() or local_path(name).exists():
         return name, None
@@ -163,15 +166,15 @@ def split_sample(name: str) -> tuple[str, int | None]:
 
 
 def is_local(model: str) -> bool:
-    """Whether a model's name means a folder here, or one inside an installed package."""
+    """Return whether the name of a model is a local folder, or one inside an installed package."""
     return model.startswith(PACKAGE_SCHEME) or looks_like_path(model)
 
 
 def package_folder(name: str) -> Path:
-    """The folder that ``package:MODULE/SUBFOLDER`` names, without running any of the package's code.
+    """Return the folder of ``package:MODULE/SUBFOLDER``, without running code of the package.
 
     Raises:
-        ConfigError: if the package is not installed or has no such folder.
+        ConfigError: the package is not installed or has no such folder.
     """
     module, _, subfolder = name.removeprefix(PACKAGE_SCHEME).partition("/")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run ended: ``status.json`` in its directory, for programs that start runs and for whoever finds one later."""
+"""``status.json`` of a run directory: how the run ended, for programs that start runs and for later readers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 
 @contextmanager
 def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
-    """Write ``status.json`` when training begins, and again with how it ended.
+    """Write ``status.json`` when training begins and when it ends.
 
-    The file holds ``status``; ``step``, at which a run diverged or after which it was interrupted, or null;
-    ``message``, the error's, or null; and ``exit_code``, the command's, or null while it runs. A process that was
-    killed leaves ``running`` behind.
+    The file holds ``status``; ``step``, at which a run diverged or after which it was interrupted, or null; ``message``
+    of the error, or null; and ``exit_code`` of the command, or null while it runs. A process that was killed leaves
+    ``running`` behind.
 
     Args:
-        run: of this process; its directory is there.
+        run: existing run directory.
         is_main: whether this process writes the file.
     """
 
@@ -36,7 +36,7 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(MirrortuneError):  # a full disk, perhaps the very error that is on its way
+        with suppress(MirrortuneError):  # a full disk may be the error that is being raised
             if isinstance(error, DivergedError):
                 write("diverged", step=error.step, message=str(error), code=error.exit_code)
             elif isinstance(error, InterruptedRun):
@@ -51,7 +51,7 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
-    """Content of ``status.json``; empty where there is none, or it is damaged."""
+    """Return the content of ``status.json``, or an empty dict if it is missing or damaged."""
     with suppress(OSError, ValueError):
         found = json.loads(run.status.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -59,7 +59,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
 
 
 def describe_status(run: RunDirectory) -> str:
-    """How an unfinished run ended, in words; empty if nobody knows."""
+    """Describe how an unfinished run ended; empty if that is unknown."""
     found = read_status(run)
     words = {
         "running": "it is running, or was killed",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGINT, SIGTERM and SIGUSR1, noted and acted on when it is safe.
+"""Handle SIGINT, SIGTERM and SIGUSR1 when a run can stop safely.
 
 Schedulers warn a job before they end it: Slurm with the signal of ``--signal=USR1@300``, most others with SIGTERM.
 """
@@ -15,19 +15,19 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-# A launcher passes on what its processes get from the terminal as well: the same key press arrives twice within a
-# moment. Who presses again later means it.
+# A launcher forwards signals that its processes also get from the terminal: one key press arrives twice within a
+# moment. A later one is a second key press.
 IMPATIENT_AFTER_SECONDS = 2.0
 _WARNINGS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopSignals:
-    """While entered, a signal to stop is only noted in ``number`` (the first one; 0 for none).
+    """Context in which a signal to stop is only recorded in ``number`` (the first one; 0 for none).
 
-    A SIGINT some seconds after it interrupts at once.
+    A SIGINT some seconds later raises KeyboardInterrupt.
 
     Args:
-        on_first: called with the first signal's number as soon as it arrives, in a thread of its own.
+        on_first: called in a separate thread with the number of the first signal as soon as it arrives.
     """
 
     def __init__(self, on_first: Callable[[int], None] | None = None) -> None:
@@ -57,13 +57,15 @@ class StopSignals:
             self._listener = None
 
     def _listen(self) -> None:
-        """Answer the first signal at once. Python runs a handler only when the main thread has come back from whatever
-        it computes, which may be a backward pass of a minute; the wake-up descriptor is written to immediately.
+        """Start the thread that calls ``on_first``.
+
+        Python runs a signal handler only when the main thread returns from native code, such as a backward pass of a
+        minute; the wake-up descriptor is written to immediately.
         """
         if self._on_first is None:
             return
         ours, theirs = socket.socketpair()
-        ours.settimeout(0)  # as the descriptor must be
+        ours.settimeout(0)  # the wake-up descriptor must not block
         thread = threading.Thread(target=_tell_first, args=(theirs, self._on_first), daemon=True)
         thread.start()
         self._listener = ours, thread, signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
@@ -77,7 +79,7 @@ class StopSignals:
 
 
 def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
-    """Call ``tell`` with the first of the numbers that arrive; read on until the other end is closed."""
+    """Call ``tell`` with the first signal that arrives, and read on until the other end is closed."""
     has_told = False
     with arrived:
         while numbers := arrived.recv(64):
@@ -88,18 +90,18 @@ def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
 
 
 def describe_stop(number: int) -> str:
-    """What a run says at once when signal ``number`` asks it to stop."""
+    """Return the message that a run shows as soon as a signal asks it to stop."""
     more = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
     return f"{signal.Signals(number).name}: stopping after this step, with a checkpoint{more}"
 
 
 def ends_as(number: int) -> int:
-    """The signal whose exit code (128 + its number) a run reports that ``number`` stopped: a warning is a SIGTERM."""
+    """Return the signal whose exit code (128 + its number) a stopped run has: SIGUSR1, a warning, counts as SIGTERM."""
     return signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
 
 
 def how_to_go_on(number: int) -> str:
-    """What to do after a run was stopped by ``number``."""
+    """Return the advice after a run was stopped by signal ``number``."""
     if number in (signal.SIGINT, signal.SIGTERM):
         return "Continue with the same command and --resume"
     job = os.environ.get("SLURM_JOB_ID")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in safetensors files, read and written one tensor at a time.
+"""Read and write checkpoints in safetensors files one tensor at a time.
 
-The libraries write a file from all of its tensors at once, and read through mappings whose pages count as memory for as
-long as they are open. Here a tensor is read by its place in the file, and what is not changed is copied byte by byte: a
-checkpoint of any size needs the memory of its largest changed tensor.
+The library writes a file from all of its tensors at once, and reads through memory maps whose pages count as memory for
+as long as they are open. Here a tensor is read by its offset, and unchanged tensors are copied as bytes: a checkpoint
+of any size needs the memory of its largest changed tensor.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header, the header (JSON: dtype,
-shape and place of every tensor), the tensors' bytes without gaps.
+shape and offsets of every tensor), the bytes of the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class StoredTensor:
     """A tensor in a file.
 
     Attributes:
-        code: the format's name of its dtype, such as ``BF16``.
-        shape: of the tensor.
-        path: the file.
-        start: place of its first byte in the file.
-        nbytes: how many there are.
+        code: name of its dtype in the format, such as ``BF16``.
+        shape: shape.
+        path: file.
+        start: offset of its first byte in the file.
+        nbytes: number of bytes.
     """
 
     code: str
@@ -58,10 +58,10 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTensor:
-    """A tensor to be written: a copy of ``source``'s bytes, or what is made for it when its turn comes.
+    """A tensor to be written: a copy of the bytes of ``source``, or one that is computed when it is written.
 
-    ``place`` is the input file that it comes from, None for a tensor that is new; ``stands_for`` what the model calls
-    the tensors that it is made of, where files have them otherwise.
+    ``place`` is the input file that it comes from, None for a new tensor; ``stands_for`` are the tensors of the model
+    that it is made of, where the files have others.
     """
 
     name: str
@@ -73,15 +73,15 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Its size in the file."""
+        """Size in the file."""
         return math.prod(self.shape) * _DTYPES[self.code].itemsize if self.source is None else self.source.nbytes
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor of some files, by name, in the order of the files.
+    """Read the headers of files and return their tensors by name, in the order of the files.
 
     Raises:
-        ConfigError: a file is missing or damaged, or two hold a tensor of one name.
+        ConfigError: a file is missing or damaged, or two have a tensor of the same name.
     """
     found: dict[str, StoredTensor] = {}
     for path in paths:
@@ -119,7 +119,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """The tensor itself, in its stored dtype, in memory of its own."""
+    """Read a tensor in its stored dtype, into memory of its own."""
     dtype = _DTYPES.get(stored.code)
     if dtype is None:
         raise ConfigError(str(stored.path), f"dtype {stored.code}", allowed=", ".join(_DTYPES))
@@ -133,8 +133,10 @@ def read_tensor(stored: StoredTensor) -> Tensor:
 
 
 def give_back_memory() -> None:
-    """Let the system have memory that was freed: the C library keeps what lies below a small piece that is in use, by
-    the end of a checkpoint that is converted tensor by tensor as much as all of it.
+    """Return freed memory to the system.
+
+    The C library keeps freed memory below a small block that is in use; when a checkpoint is converted tensor by
+    tensor, that grows to the size of the checkpoint.
     """
     if sys.platform.startswith("linux"):
         with contextlib.suppress(AttributeError):  # another C library
@@ -142,7 +144,7 @@ def give_back_memory() -> None:
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors have the same dtype, shape and bytes."""
+    """Return whether two stored tensors have the same dtype, shape and bytes."""
     if (one.code, one.shape, one.nbytes) != (other.code, other.shape, other.nbytes):
         return False
     with one.path.open("rb") as left, other.path.open("rb") as right:
@@ -160,13 +162,13 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 def shard_like(
     planned: Sequence[PlannedTensor], input_files: Sequence[Path], max_bytes: int | None
 ) -> list[list[PlannedTensor]]:
-    """Which tensors share a file.
+    """Distribute tensors over files.
 
     Args:
-        planned: in order.
-        input_files: those of the checkpoint that the places are in; without ``max_bytes`` the output has as many, and
-            new tensors go into the last.
-        max_bytes: fill files up to this size instead; a larger tensor has one of its own.
+        planned: tensors in order.
+        input_files: files of the input checkpoint; without ``max_bytes`` the output has as many, and new tensors are
+            put into the last.
+        max_bytes: largest size of a file; a larger tensor has a file of its own.
     """
     if max_bytes is None:
         places = {path: index for index, path in enumerate(input_files)}
@@ -189,9 +191,9 @@ def write_shards(
     """Write a checkpoint: one file, or several with their index.
 
     Args:
-        folder: exists.
-        shards: the tensors of each file.
-        make: gives the tensors that have no source, one at a time, in the dtype and shape that are planned.
+        folder: existing folder.
+        shards: tensors of each file.
+        make: computes a tensor that has no source, in the planned dtype and shape.
     """
     count = len(shards)
     names = [WHOLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -205,8 +207,8 @@ def write_shards(
 
 
 def write_file(path: Path, tensors: Sequence[PlannedTensor], make: Callable[[PlannedTensor], Tensor]) -> None:
-    """Write one file; ``make`` gives the tensors that have no source."""
-    # Wide numbers first, as the format's own library has them: every tensor then starts at a multiple of its size.
+    """Write one file; ``make`` computes the tensors that have no source."""
+    # Wide dtypes first, as in the safetensors library: every tensor then starts at a multiple of its item size.
     ordered = sorted(tensors, key=lambda t: (-(_DTYPES[t.code].itemsize if t.code in _DTYPES else 1), t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
@@ -248,7 +250,7 @@ def _copy(stored: StoredTensor, target: IO[bytes]) -> None:
 
 
 def index_of(path: Path) -> list[str]:
-    """Names of the files that an index names, in order; ConfigError if it is damaged or one is no plain name."""
+    """Return the file names of an index, sorted; raises ConfigError if it is damaged or one is not a plain name."""
     try:
         names = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
         is_plain = all(isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors") for n in names)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Totals:
     """Values of a :class:`Tally`.
 
     Attributes:
@@ -66,11 +66,11 @@ class Tally:
         """Start a window of the log, or restore one that was interrupted."""
         self._window = self._numbers(loss_sum, num_items)
 
-    def read(self) -> Reading:
+    def read(self) -> Totals:
         """Return the sums so far; waits for the device."""
         numbers = torch.cat([self._window, self._latest, self._broken.to(self._dtype).reshape(1)]).tolist()
         loss_sum, num_items, step, loss, grad_norm, is_broken = numbers
-        return Reading(
+        return Totals(
             loss_sum=loss_sum,
             num_items=round(num_items),
             step=round(step),

@@ -92,7 +92,7 @@ class ZeroUpdate:
 Update = PlainUpdate | ZeroUpdate
 
 
-def prepare(
+def make_update(
     model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, tally: Tally, max_grad_norm: float
 ) -> tuple[Any, Any, Update]:
     """Prepare a model and its optimizer for the processes of a run; returns both with the update that makes steps.
@@ -115,7 +115,7 @@ class Stepper:
     """Make optimizer steps.
 
     Args:
-        model, optimizer, update: from :func:`prepare`; the groups of the optimizer have ``peak_lr``.
+        model, optimizer, update: from :func:`make_update`; the groups of the optimizer have ``peak_lr``.
         accelerator: accelerate's ``Accelerator``.
         task: loss.
         tally: sums of the steps.

@@ -25,12 +25,12 @@ from mirrortune.system.run_directory import LoopState, RunDirectory
 from mirrortune.system.signals import StopSignals, ends_as, how_to_go_on
 from mirrortune.tasks.base import Task
 from mirrortune.tasks.metrics import METRICS
-from mirrortune.training.accumulator import Reading, StepClock, Tally
+from mirrortune.training.accumulator import StepClock, Tally, Totals
 from mirrortune.training.evaluate import EvalResult, EvaluationStoppedError, evaluate_split
 from mirrortune.training.optim import build_optimizer, lr_factor
 from mirrortune.training.settings import FitResult, LoopSettings, Progress
 from mirrortune.training.snapshots import Snapshots, random_tensors, restore_random
-from mirrortune.training.step import Stepper, prepare
+from mirrortune.training.step import Stepper, make_update
 
 _SHOW_AFTER_SECONDS = 10.0
 """Seconds without a line of the log after which the latest step is shown."""
@@ -84,7 +84,9 @@ class Trainer:
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model, self.has_head = model, bool(attachment(model).targets.head)
-        self.model, self.optimizer, update = prepare(model, optimizer, accelerator, self.tally, settings.max_grad_norm)
+        self.model, self.optimizer, update = make_update(
+            model, optimizer, accelerator, self.tally, settings.max_grad_norm
+        )
         self.snapshots = Snapshots(
             model,
             self.optimizer.optimizer,
@@ -315,7 +317,7 @@ class Trainer:
         self.tally.open_window()
         self._shown_at = time.monotonic()
 
-    def _read_tally(self) -> Reading:
+    def _read_tally(self) -> Totals:
         """Return the sums of the steps so far; raises DivergedError if one of them was not finite."""
         reading = self.tally.read()
         self.clock.drain()

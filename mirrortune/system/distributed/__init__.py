@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes: launched, in step, sharded."""
+"""Launch, synchronise and shard over several processes."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's ZeRO-2 and ZeRO-3 as the engine of a run: what is asked of it, its step, and its moments by parameter.
+"""DeepSpeed's ZeRO-2 and ZeRO-3: configuration, engine, and optimizer state by parameter.
 
-ZeRO-2 cuts gradients and moments into shares, one for each process, ZeRO-3 the weights and factors as well. The engine
-sums micro-batches as the loop does (its own accumulation is 1, its boundary is set), and divides by the items of the
-global batch when it steps, as it would by a loss scale: before it measures and clips the gradient. Everything stays in
-float32 that is so without DeepSpeed; bfloat16 is autocast, as everywhere here, and not a copy of the model.
+ZeRO-2 shards gradients and moments over the processes, ZeRO-3 weights and factors too. The engine sums micro-batches as
+the training loop does (its own accumulation is 1, its boundary is set), and divides by the items of the global batch
+when it steps, as by a loss scale: before it measures and clips the gradient. What is float32 without DeepSpeed stays
+float32; bfloat16 is autocast, as elsewhere, and not a copy of the model.
 
-DeepSpeed is imported only where one of its runs goes on.
+DeepSpeed is imported only in a run that uses it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.devices import holds_half
 
 _STAGES = (2, 3)
-# What a config of DeepSpeed may set: what the recipe decides anyway, and how large its buckets are.
+# Keys that a DeepSpeed config may set: those that the recipe overrides, and sizes of buckets.
 _DECIDED = {
     "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "train_batch_size",
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "zero_allow_untested_optimizer",
@@ -42,31 +42,31 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_installed() -> None:
-    """ConfigError if DeepSpeed is not installed."""
+    """Raise ConfigError if DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("DeepSpeed", "it is not installed", fix="pip install 'mirrortune[deepspeed]'")
 
 
 def make_plugin(*, is_bf16: bool) -> Any:
-    """Accelerate's plugin for DeepSpeed, from what its launcher has set, made to do what this loop does.
+    """Make accelerate's DeepSpeed plugin from the settings of its launcher, adapted to the training loop.
 
     Args:
-        is_bf16: whether to compute under bfloat16 autocast.
+        is_bf16: compute under bfloat16 autocast.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or is asked for something that was not shown to be exact here.
+        ConfigError: DeepSpeed is not installed, or its config has settings that were not shown to be exact here.
     """
     check_installed()
     from accelerate.utils import DeepSpeedPlugin  # noqa: PLC0415
 
-    # Numbers that the recipe decides; where its config names none, the launcher says that they are "none".
+    # The recipe decides these numbers; if the config has none, the launcher sets them to "none".
     plugin = DeepSpeedPlugin(zero3_init_flag=False, gradient_accumulation_steps=1, gradient_clipping=1.0)
     config = plugin.deepspeed_config
     _check(config)
-    # Autocast as without DeepSpeed: its bf16 mode would round what is trained to 16 bits, its modules' gradients too.
+    # Autocast as without DeepSpeed: its bf16 mode would round trained parameters and gradients to 16 bits.
     config["bf16"], config["fp16"] = {"enabled": False}, {"enabled": False}
     config["torch_autocast"] = {"enabled": is_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    config["gradient_accumulation_steps"] = 1  # ours is counted by the loop
+    config["gradient_accumulation_steps"] = 1  # the loop accumulates
     config["zero_allow_untested_optimizer"] = True
     return plugin
 
@@ -92,29 +92,27 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def load_whole() -> None:
-    """Let transformers load weights as without DeepSpeed, which accelerate has told it of: to know their singular basis
-    every process must read them whole.
-    """
+    """Make transformers load whole weights, as without DeepSpeed: every process needs them for their singular basis."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: PLC0415
 
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
 def stage_of(accelerator: Any) -> int:
-    """2 or 3; 0 without DeepSpeed."""
+    """Return the ZeRO stage, 2 or 3; 0 without DeepSpeed."""
     plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)
     return 0 if plugin is None else int(plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
-def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, *, max_grad_norm: float) -> Any:
-    """DeepSpeed's engine around ``model``, and accelerate's optimizer around DeepSpeed's.
+def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, *, max_grad_norm: float) -> Any:
+    """Return DeepSpeed's engine around ``model`` and accelerate's optimizer around DeepSpeed's.
 
-    ZeRO-3 takes the parameters to the device one by one and leaves a share of each there, so that a device need not
-    hold the model; the memory of the processes does, until then.
+    ZeRO-3 moves parameters to the device one by one and keeps a shard of each there, so that a device need not hold the
+    whole model; host memory does until then.
     """
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["gradient_clipping"] = max_grad_norm
-    # Only counted, never cut: batches come from the loop.
+    # For DeepSpeed's checks only: batches come from the loop.
     config["train_micro_batch_size_per_gpu"], config["train_batch_size"] = 1, accelerator.num_processes
     config["torch_autocast"]["enabled"] |= holds_half(model)
     trained = [p.numel() for group in optimizer.param_groups for p in group["params"]]
@@ -133,7 +131,7 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any
 
 
 def _set_empty_aside(model: nn.Module) -> None:
-    """Make buffers of parameters without numbers (scales of a core that has none), which ZeRO-3 cannot gather."""
+    """Turn empty parameters (scales of a core that has none) into buffers: ZeRO-3 cannot gather them."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.numel():
@@ -143,8 +141,9 @@ def _set_empty_aside(model: nn.Module) -> None:
 
 @contextmanager
 def _without_prints() -> Iterator[None]:
-    """Within: DeepSpeed prints nothing to stdout, where results go; from now on its warnings go to stderr, and those of
-    torch about names that it calls nowhere.
+    """Keep DeepSpeed from printing to stdout while the context is open.
+
+    From then on its warnings go to stderr, and torch's warnings about deprecated names that it calls are ignored.
     """
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -157,11 +156,11 @@ def _without_prints() -> Iterator[None]:
 
 @contextmanager
 def whole_parameters(model: nn.Module, *, write_back: bool) -> Iterator[None]:
-    """Within: trained parameters that ZeRO-3 has cut are whole, on the device; a meeting. Others stay as they are.
+    """Gather the trained parameters that ZeRO-3 has sharded while the context is open, on the device. Collective.
 
     Args:
-        model: whose frozen parameters stay cut.
-        write_back: take over what the main process wrote into them.
+        model: model whose frozen parameters stay sharded.
+        write_back: shard what the main process wrote into them when the context ends.
     """
     cut = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not cut:
@@ -174,17 +173,17 @@ def whole_parameters(model: nn.Module, *, write_back: bool) -> Iterator[None]:
 
 
 def is_whole(tensor: Any) -> bool:
-    """Whether this process has all numbers of a tensor: it is not cut, or gathered."""
+    """Return whether this process holds the whole tensor: it is not sharded, or gathered."""
     return not hasattr(tensor, "ds_id") or bool(tensor.numel() == tensor.ds_numel)
 
 
 def is_zero_optimizer(optimizer: Any) -> bool:
-    """Whether it is DeepSpeed's, which holds moments of flat shares and not of parameters."""
+    """Return whether an optimizer is DeepSpeed's, which has moments of flat shards and not of parameters."""
     return hasattr(optimizer, "override_loss_scale")
 
 
 def optimizer_states(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """Whole moments and number of steps of every parameter, by its name; a meeting. Empty before the first step."""
+    """Return whole moments and step count of every parameter by name; empty before the first step. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415
 
     states = [state for state in optimizer.optimizer.state.values() if state]
@@ -201,7 +200,7 @@ def optimizer_states(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> 
 def restore_states(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Inverse of :func:`optimizer_states`; the parameters have been written before, whole, and are taken over too."""
+    """Restore what :func:`optimizer_states` returned, and the parameters, which were written before."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state  # noqa: PLC0415
 
     optimizer.refresh_fp32_params()
@@ -217,7 +216,7 @@ def restore_states(
     for name, parameter in parameters.items():
         for key in _MOMENTS:
             value = states[name][key]
-            if is_cut:  # its setter of whole states cannot cut what has to be padded
+            if is_cut:  # its setter of whole states cannot shard what has to be padded
                 safe_set_local_optimizer_state(parameter, _share(value, parameter), key)
             else:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
@@ -228,7 +227,7 @@ def _cuts_weights(optimizer: Any) -> bool:
 
 
 def _link_states(optimizer: Any) -> None:
-    """Tell ZeRO-2's parameters where their moments are. It does so itself when the first group has stepped, and the
+    """Link ZeRO-2's parameters to their moments. DeepSpeed does so itself once the first group has stepped, when the
     others have none yet.
     """
     if _cuts_weights(optimizer):
@@ -241,7 +240,7 @@ def _link_states(optimizer: Any) -> None:
 
 
 def _share(value: Tensor, parameter: Any) -> Tensor:
-    """This process's share of a whole tensor, padded as DeepSpeed pads ``parameter``, flat."""
+    """Return this process's shard of a whole tensor, flat, padded as DeepSpeed pads ``parameter``."""
     size, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank(parameter.ds_process_group)
     share = value.flatten()[size * rank : size * (rank + 1)]
     return torch.nn.functional.pad(share, (0, size - share.numel())).to(parameter.ds_tensor.device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``train --num-processes``: the same command in several processes on this machine, started by accelerate's launcher.
+"""``train --num-processes``: run the same command in several processes on this machine, by accelerate's launcher.
 
-accelerate starts one process on a CPU, whatever number it is told, unless it takes the CPU for GPUs; what it is told
-here makes the number real on both, and each process checks that it is.
+On a CPU accelerate starts one process whatever ``--num_processes`` says, unless it gets ``--multi_gpu``, too; each
+process checks the number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mirrortune.system.signals import ends_as
 
 _FOLDER = Path(__file__).parent / "profiles"
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-# How long processes have for their last checkpoint before the launcher kills them; torch gives them half a minute.
+# Seconds for the last checkpoint before the launcher kills processes; torch's default is half a minute.
 _SECONDS_TO_SAVE = "600"
 
 
@@ -30,15 +30,15 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
     """Run ``mirrortune WORDS`` in several processes and wait for them.
 
     Args:
-        words: the command line.
-        num_processes: how many; by default as many as the profile says, or as there are GPUs.
-        profile: a shipped profile's name, or a config file of accelerate's; ``ddp`` by default.
+        words: command line.
+        num_processes: number of processes; that of the profile or of the GPUs by default.
+        profile: name of a shipped profile, or an accelerate config file; ``ddp`` by default.
 
     Returns:
         The exit code of the processes.
 
     Raises:
-        ConfigError, ResourceError: before anything is started.
+        ConfigError, ResourceError: nothing was started.
     """
     import torch  # noqa: PLC0415
 
@@ -70,7 +70,7 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
 
 
 def find_profile(name: str) -> Path:
-    """The file of a shipped profile, or ``name`` itself if it is one; ConfigError with the nearest name otherwise."""
+    """Return the file of a shipped profile, or ``name`` if it is a file; raises ConfigError with the nearest name."""
     shipped = {path.stem: path for path in _FOLDER.glob("*.yaml")}
     path = shipped.get(name, local_path(name))
     if not path.is_file():
@@ -79,10 +79,10 @@ def find_profile(name: str) -> Path:
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several already.
+    """Return whether this process was started by :func:`launch`.
 
     Raises:
-        ConfigError: if another launcher started it, which has settled the number.
+        ConfigError: another launcher started it, which has chosen the number.
     """
     if ASKED_VARIABLE in os.environ:
         return True
@@ -99,8 +99,8 @@ def _run_launcher(arguments: list[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
 
     given = launch_command_parser().parse_args(arguments)
-    given.signals_to_handle = _SIGNALS  # torchrun's, which accelerate hands on
-    logging.disable(logging.CRITICAL)  # the processes say what went wrong
+    given.signals_to_handle = _SIGNALS  # passed on to torchrun
+    logging.disable(logging.CRITICAL)  # the processes report what went wrong
     try:
         launch_command(given)
     except ChildFailedError as error:
@@ -111,10 +111,10 @@ def _run_launcher(arguments: list[str], count: int) -> int:
 
 
 def _exit_code(error: Any, count: int) -> int:
-    """That of the first process that failed.
+    """Return the exit code of the first process that failed.
 
     Raises:
-        MirrortuneError: if it had no time to say why.
+        MirrortuneError: a signal ended it, so that it could not report why.
     """
     rank, failure = error.get_first_failure()
     if failure.exitcode >= 0:

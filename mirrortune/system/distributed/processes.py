@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: accelerate's object that owns them, their seeds, and what a user should know of how they were
-started.
-"""
+"""The processes of a run: accelerate's ``Accelerator``, seeds, and notes on how they were launched."""
 
 from __future__ import annotations
 
@@ -15,25 +13,25 @@ import numpy as np
 import torch
 import yaml
 
-from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.errors import ConfigError, ResourceError, first_line
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
 from mirrortune.system.distributed import deepspeed
 from mirrortune.system.distributed.sharding import Sharding
 
 ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
-"""How many processes ``--num-processes`` has launched; set for each of them."""
+"""Number of processes that ``--num-processes`` has launched; set in each of them."""
 
 
 def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> Any:
-    """Accelerate's ``Accelerator`` for this process and its peers.
+    """Make accelerate's ``Accelerator`` for this process.
 
     Args:
         precision: ``auto``, ``fp32`` or ``bf16``.
-        has_idle_parameters: whether some of what is trained may take no part in a loss.
+        has_idle_parameters: whether some trained parameters may not contribute to a loss.
 
     Raises:
-        ConfigError: a launch that this loop cannot serve.
+        ConfigError: launch settings that the training loop does not support.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
     from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
@@ -44,11 +42,11 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
         raise ResourceError("accelerate launch", "DeepSpeed needs GPUs: accelerate starts it on accelerators only")
     accelerator = Accelerator(
         mixed_precision="bf16" if is_bf16 and not has_zero else "no",
-        # Without a GPU accelerate must be told: otherwise each of torchrun's processes is a run of its own to it.
+        # Without this, accelerate treats each of torchrun's processes on a CPU as a run of its own.
         cpu=is_cpu,
         deepspeed_plugin=deepspeed.make_plugin(is_bf16=is_bf16) if has_zero else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters)],
-        # Ours is counted by the loop; accelerate would take another number from its config file and divide by it.
+        # The loop accumulates; accelerate would take another number from its config file and divide by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if has_zero:
@@ -69,12 +67,12 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
 
 
 def read_accelerate_config(path: Path) -> dict[str, Any]:
-    """Settings of an accelerate config file, by the rules that accelerate reads it by.
+    """Read an accelerate config file as accelerate does.
 
-    Those are JSON for ``.json`` and YAML 1.1 for anything else: an unquoted ``no`` is False, unlike in a recipe.
+    That is JSON for ``.json`` and YAML 1.1 for anything else: an unquoted ``no`` is False, unlike in a recipe.
 
     Raises:
-        ConfigError: if accelerate would refuse the file.
+        ConfigError: accelerate would refuse the file.
     """
     from accelerate.commands.config.config_args import load_config_from_file  # noqa: PLC0415
 
@@ -83,16 +81,17 @@ def read_accelerate_config(path: Path) -> dict[str, Any]:
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         load_config_from_file(str(path))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            str(path), f"accelerate cannot read it ({first_line})", allowed="a file that `accelerate config` wrote"
+            str(path),
+            f"accelerate cannot read it ({first_line(error)})",
+            allowed="a file that `accelerate config` wrote",
         ) from error
-    assert isinstance(found, dict)  # or accelerate had refused it
+    assert isinstance(found, dict)  # accelerate refuses others
     return found
 
 
 def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
-    """Say on what the run runs, how many processes take part, and what may have decided that unasked."""
+    """Print the device and the number of processes, and warn of settings that the user may not have chosen."""
     count = accelerator.num_processes
     sharding = Sharding.of(accelerator)
     kind = f" ({'DeepSpeed ' if sharding.stage else ''}{sharding.name})" if sharding.library else ""
@@ -109,7 +108,7 @@ def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Every generator that a model may draw from."""
+    """Seed every random generator that a model may use."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (some models draw from the global generator)
     torch.manual_seed(seed)
@@ -131,11 +130,11 @@ def _warn_of_default_config(reporter: Reporter) -> None:
 
 
 def _was_given_config() -> bool:
-    """Whether the launcher that started this process was given a config file; it tells only its own command line."""
+    """Return whether the launcher of this process was given a config file, by its command line."""
     import psutil  # noqa: PLC0415
 
     try:
         words = [word for parent in psutil.Process().parents() for word in parent.cmdline()]
-    except psutil.Error:  # one of them has gone, or is somebody else's
+    except psutil.Error:  # a parent has ended, or may not be inspected
         return False
     return any(word.replace("-", "_").split("=")[0] == "__config_file" for word in words)

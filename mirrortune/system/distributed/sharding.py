@@ -78,7 +78,7 @@ class Sharding:
             vars(model)["_is_fsdp_managed_module"] = True
         prepared: tuple[Any, Any]
         if self.stage:
-            prepared = deepspeed.prepare(model, optimizer, self.accelerator, max_grad_norm=max_grad_norm)
+            prepared = deepspeed.make_engine(model, optimizer, self.accelerator, max_grad_norm=max_grad_norm)
             return prepared
         if self.library:
             _choose_units(model, self.accelerator.state.fsdp_plugin)
@@ -102,30 +102,30 @@ def _choose_units(model: nn.Module, plugin: Any) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this process may hold a share."""
+    """Return the whole tensor of which this process may hold a shard."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: a view, and all of it unless it is cut. Not a meeting."""
+    """Return a view of this process's shard; the tensor itself if it is not sharded. Not collective."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shared_like(value: Tensor, like: Tensor) -> Tensor:
-    """``value``, which every process has, on the device of ``like`` and cut as that is. Not a meeting."""
+    """Return ``value``, which every process has, on the device of ``like`` and sharded as that is. Not collective."""
     value = value.to(like.device)
-    if not isinstance(like, DTensor) or value.shape != like.shape:  # a step count is not cut
+    if not isinstance(like, DTensor) or value.shape != like.shape:  # a step count is not sharded
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextmanager
 def ties_in_one_unit(model: nn.Module) -> Iterator[None]:
-    """Within: accelerate's FSDP2 leaves an embedding that other modules than the output have too (encoder and decoder
-    of a T5) in the unit of the whole model.
+    """Keep a shared embedding in the FSDP2 unit of the whole model while the context is open.
 
-    accelerate 1.15 makes a unit of it, or of it and the output; the others then are in a second unit, and torch from
-    2.13 on refuses a parameter in two.
+    An embedding may be shared by other modules than the output (encoder and decoder of a T5). accelerate 1.15 makes a
+    unit of it, or of it and the output; the others are then in a second unit, and torch from 2.13 on refuses a
+    parameter in two.
     """
     embeddings = [_embedding(model, name) for name in _EMBEDDINGS]
     first, second = (None if module is None else _own_weight(module) for module in embeddings)
@@ -144,7 +144,7 @@ def ties_in_one_unit(model: nn.Module) -> Iterator[None]:
 def _embedding(model: nn.Module, name: str) -> nn.Module | None:
     try:
         found: nn.Module | None = getattr(model, name, lambda: None)()
-    except NotImplementedError:  # transformers does not know where this family, of sound say, has its own
+    except NotImplementedError:  # transformers does not know it for this family, such as audio models
         return None
     return found
 
@@ -179,11 +179,11 @@ def restore_states(
 
 @contextmanager
 def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
-    """Within: the trained parameters of ``model`` are whole, under FSDP2 on the CPU. Others stay as they are.
+    """Gather the trained parameters of ``model`` while the context is open, under FSDP2 on the CPU.
 
     Args:
-        model: whose frozen parameters, the bulk of it, stay cut.
-        write_back: take over what was written into them.
+        model: model whose frozen parameters, the bulk of it, stay sharded.
+        write_back: shard what was written into them when the context ends.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -209,10 +209,10 @@ def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[
 
 
 def is_in_shards(model: nn.Module) -> bool:
-    """Whether FSDP2 has cut ``model``, or a part of it."""
+    """Return whether FSDP2 has sharded ``model`` or a part of it. Not collective."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether this process has all numbers of a tensor."""
+    """Return whether this process holds the whole tensor. Not collective."""
     return type(tensor.data) is Tensor and deepspeed.is_whole(tensor)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of a run tell each other besides gradients: what the main one made, whether it failed, when to
-stop.
+"""Communication between the processes of a run besides gradients: results of the main process, errors, stop votes.
 
-They meet in a group of their own (gloo, on the CPU), where waiting for a slow one has no deadline: a matrix may take
-hours to factorise, a disk minutes to write. A process that has died is noticed all the same: its connection closes.
+It uses a process group of its own (gloo, on the CPU) without a timeout: a matrix may take hours to factorise, a disk
+minutes to write. A process that has died is still noticed, because its connection closes.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _NO_DEADLINE = datetime.timedelta(days=30)
 
 
 def from_main(accelerator: Any, make: Callable[[], T]) -> T:
-    """What ``make`` returns on the main process, on every process; the others wait for it.
+    """Call ``make`` on the main process and return its result on every process.
 
     Raises:
-        MirrortuneError: what ``make`` raised, on the main process.
-        PeerError: on the others then.
+        MirrortuneError: raised by ``make``, on the main process.
+        PeerError: on the other processes in that case.
     """
     if accelerator.num_processes == 1:
         return make()
@@ -49,7 +48,7 @@ def from_main(accelerator: Any, make: Callable[[], T]) -> T:
 
 
 def gather_lists(accelerator: Any, own: list[T]) -> list[T]:
-    """The lists of all processes, one after the other, on every process."""
+    """Return the concatenated lists of all processes, on every process."""
     if accelerator.num_processes == 1:
         return own
     found: list[Any] = [None] * accelerator.num_processes
@@ -58,18 +57,18 @@ def gather_lists(accelerator: Any, own: list[T]) -> list[T]:
 
 
 def told_once(accelerator: Any, error: MirrortuneError) -> MirrortuneError:
-    """For an error that every process has: itself on the main one, a silent one with its exit code on the others."""
+    """Return an error that all processes raise: itself on the main one, a silent PeerError on the others."""
     return error if accelerator.is_main_process else PeerError(error.exit_code)
 
 
 class StopVote:
-    """Whether any process was asked to stop, so that all of them stop after the same step.
+    """Agree with the other processes to stop after the same step.
 
-    Every process calls :meth:`poll` equally often. With several, an answer is that of the poll before: the votes travel
-    while the next step is computed, and nobody waits for them.
+    All processes call :meth:`poll` equally often. With several, it returns the result of the previous poll: votes are
+    reduced while the next step is computed, so that no process waits.
 
     Attributes:
-        number: the signal that was agreed on, or 0.
+        number: signal that was agreed on, or 0.
     """
 
     def __init__(self, accelerator: Any, signals: StopSignals) -> None:
@@ -79,7 +78,7 @@ class StopVote:
         self._pending: Any = None
 
     def poll(self) -> int:
-        """The number of the signal to stop for, or 0."""
+        """Vote, and return the number of the signal to stop for, or 0."""
         if self._is_alone:
             self.number = self._signals.number
             return self.number
@@ -89,7 +88,7 @@ class StopVote:
         return self.number
 
     def close(self) -> None:
-        """Wait for the votes that are still travelling."""
+        """Wait for the pending votes."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
