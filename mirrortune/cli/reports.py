@@ -120,7 +120,7 @@ def besides_head(result: Any) -> str:
 
 
 def _form(run: str) -> str:
-    """The form in which a run's adapter was saved, in words; nothing for tuners of PEFT, which have only one."""
+    """Describe the form in which the adapter of a run was saved; empty for tuners of PEFT, which have only one."""
     folder = Path(run) / "adapter"
     if not (folder / "adapter.safetensors").is_file():
         return ""

@@ -189,7 +189,7 @@ def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
 
 
 def _common(settings: type[Any], section: Any) -> dict[str, Any]:
-    """The fields of ``settings`` that a section of a recipe has."""
+    """Return the values of a recipe section for the fields of ``settings`` that it has."""
     own = {field.name for field in fields(settings)}
     return {name: value for name, value in section if name in own}
 

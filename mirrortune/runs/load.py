@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -31,11 +33,14 @@ from mirrortune.models.load import (
 )
 from mirrortune.models.tensors import Layer, stored_layers
 from mirrortune.runs.checks import EvaluationSettings, TaskRequest
+from mirrortune.runs.fit import typical_tokens
 from mirrortune.runs.job import Job
 from mirrortune.runs.rows import any_split
+from mirrortune.runs.size import strategies_of
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_slow, widen
 from mirrortune.system.distributed import sync
+from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import hub_place
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Task, labels_of, task_from_dict, with_columns
@@ -182,6 +187,41 @@ def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any
     return {name: make_pairs(spec, s.shape[-1], name, s, targets.layers[name].count) for name, s in saliency.items()}
 
 
+def choose_strategies(
+    job: Job, targets: Targets, run: RunDirectory, accelerator: Any, *, resume: bool
+) -> dict[str, Strategy]:
+    """Return the strategy of every layer of ``targets``, by name; a resumed run keeps the strategies it began with.
+
+    Strategies give the same output up to rounding, so that the choice, by counting products, is one of time.
+
+    Args:
+        job: assembled.
+        targets: of its loaded model.
+        run: the run.
+        accelerator: of this process.
+        resume: whether the run continues.
+    """
+    if resume:
+        return sync.from_main(accelerator, lambda: _stored_strategies(run))
+    # Weights that are made dense are replaced where they are read, which has not been tried where they are sharded.
+    is_sharded = Sharding.of(accelerator).shards_weights
+    tokens = None if is_sharded else typical_tokens(job.train, job.settings.loop.batch_size)
+    return strategies_of(targets, job.spec, job.dtype, tokens)
+
+
+def by_strategy(strategies: Mapping[str, Strategy]) -> dict[str, list[str]]:
+    """Group layer names by strategy, as ``environment.json`` stores them."""
+    return {s: [name for name, own in strategies.items() if own == s] for s in sorted({*strategies.values()})}
+
+
+def _stored_strategies(run: RunDirectory) -> dict[str, Strategy]:
+    """Return the strategies that the run began with; empty if ``environment.json`` is missing or damaged."""
+    kept: dict[Strategy, list[str]] = {}
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads((run.path / "environment.json").read_text(encoding="utf-8")).get("strategies", {})
+    return {name: strategy for strategy, names in kept.items() for name in names}
+
+
 def base_identity(job: Job) -> dict[str, Any]:
     """Describe the base of a job for the adapter file."""
     return {
@@ -261,7 +301,7 @@ def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[
 
 
 def _run_task(stored: dict[str, Any], request: TaskRequest) -> Task:
-    """The task that an adapter was trained for, reading the columns that are named now."""
+    """Return the task that an adapter was trained for, with the columns that are named now."""
     if request.kind not in (None, stored["kind"]):
         raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {request.kind}")
     return with_columns(task_from_dict(stored), request.columns)

@@ -113,7 +113,7 @@ def _validation(
 
 
 def _reported(settings: EvalSettings, data: DataSet, validation: Split, task: Task) -> tuple[Split, dict[str, Split]]:
-    """The rows that choose the checkpoint, and those that only score it."""
+    """Return the rows that choose the checkpoint, and those that only score it."""
     reported: dict[str, Split] = {}
     if settings.protocol == "split-dev":
         validation, reported[HELD_OUT] = set_aside(validation, 0.5, _HALVES_SEED, task.strata(validation))
@@ -125,10 +125,10 @@ def _reported(settings: EvalSettings, data: DataSet, validation: Split, task: Ta
 
 
 def _test_rows(test: Split | None, used: Sequence[Split | None], task: Task, known: Split) -> Split | None:
-    """The test split, unless it is among the splits that are ``used``; without labels where it has none.
+    """Return the test split with null labels if it has none, or None if it is among the splits that are ``used``.
 
-    Rows to be answered come without a column of labels. A column that is called nearly so, and that the training rows
-    ``known`` lack, is a mistake, and left for :func:`check_columns` to refuse.
+    Rows to be predicted have no label column. A column of a similar name that the training rows ``known`` lack is a
+    mistake, which :func:`check_columns` will refuse.
     """
     if test is None or any(test is split for split in used):
         return None

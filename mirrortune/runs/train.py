@@ -25,7 +25,9 @@ from mirrortune.runs.job import Job, assemble
 from mirrortune.runs.load import (
     adapt_model,
     base_identity,
+    by_strategy,
     choose_pairs,
+    choose_strategies,
     load_base,
     share_factors,
 )
@@ -41,7 +43,6 @@ from mirrortune.runs.results import (
     score_reported,
     write_results,
 )
-from mirrortune.runs.strategy import by_strategy, choose_strategies
 from mirrortune.system.compiler import compile_model
 from mirrortune.system.console import Reporter, digits
 from mirrortune.system.devices import factorising_device
@@ -166,7 +167,7 @@ def _train(
 
 
 def _rounded(fitted: FitResult) -> dict[str, Any]:
-    """The fields of a result, measured times with as many digits as mean something."""
+    """Return the fields of a result with measured times rounded."""
     tokens = fitted.tokens_per_second
     return {
         **asdict(fitted),

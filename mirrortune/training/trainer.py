@@ -88,22 +88,13 @@ class Trainer:
             model, optimizer, accelerator, self.tally, settings.max_grad_norm
         )
         self.snapshots = Snapshots(
-            model,
-            self.optimizer.optimizer,
-            accelerator,
-            run=run,
-            write_adapter_files=write_adapter_files,
+            model, self.optimizer.optimizer, accelerator, run=run, write_adapter_files=write_adapter_files,
             keep=settings.keep,
-        )
+        )  # fmt: skip
         self.stepper = Stepper(
-            self.model,
-            self.optimizer,
-            update,
-            accelerator,
-            task=task,
-            tally=self.tally,
+            self.model, self.optimizer, update, accelerator, task=task, tally=self.tally,
             num_micro=settings.gradient_accumulation_steps,
-        )
+        )  # fmt: skip
         self.state = LoopState(num_processes=accelerator.num_processes)
         self.best_result: EvalResult | None = None  # of this process: the best of a resumed run may lie before it
         self._rows, self._tokens = 0, 0

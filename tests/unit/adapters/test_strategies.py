@@ -18,8 +18,8 @@ from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.strategies import SMALLEST_WORK, Strategy, candidates, cheapest_strategy, cost
 from mirrortune.adapters.targets import KINDS, find_targets
+from mirrortune.runs.load import by_strategy
 from mirrortune.runs.size import strategies_of
-from mirrortune.runs.strategy import by_strategy
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.tiny_models import write_tiny_model
 
@@ -103,7 +103,7 @@ def test_a_resumed_run_keeps_its_strategies(tmp_path: Path, monkeypatch: pytest.
     assert len(kept["dense"]) == 13
     seen: list[Any] = []
     monkeypatch.setattr("mirrortune.runs.train.adapt_model", spied(seen))
-    monkeypatch.setattr("mirrortune.runs.strategy.strategies_of", None)  # counting again would fail
+    monkeypatch.setattr("mirrortune.runs.load.strategies_of", None)  # counting again would fail
     again = mirrortune(*words, "--resume")
     assert again.data["metrics"] == first.data["metrics"]
     assert by_strategy(seen[0]) == kept
