@@ -14,7 +14,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.models.load import find_model
 from mirrortune.system.hub import hub_errors, local_adapter, resolve_commit
 from mirrortune.system.outputs import restore
-from mirrortune.system.paths import PACKAGE_SCHEME, is_local, local_path, package_folder
+from mirrortune.system.paths import ModelPlace, local_path
 from mirrortune.system.tensor_files import INDEX, WHOLE, index_of
 
 
@@ -50,10 +50,11 @@ def open_pair(
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
     """Open the weights at ``name``; an adapter is put on ``beneath``, or on the base that it names itself."""
     restore(local_path(name))
-    if is_local(name):
+    place = ModelPlace.parse(name)
+    if place.is_local:
         if revision is not None:
             raise ConfigError("--revision", f"'{name}' is local and has none", fix="Remove it")
-        path = package_folder(name) if name.startswith(PACKAGE_SCHEME) else local_path(name)
+        path = place.path()
         if path.is_file() and path.suffix == ".safetensors":
             return StoredWeights.of_files(name, [path])
         if not path.is_dir():
@@ -67,7 +68,7 @@ def open_weights(name: str, revision: str | None, beneath: Weights | None = None
     if config := file("adapter_config.json"):
         file("adapter_model.safetensors")  # PEFT reads it from the same folder
         return _open_peft(name, config.parent, beneath)
-    source = find_model(name, revision=revision) if file("config.json") or not is_local(name) else None
+    source = find_model(name, revision=revision) if file("config.json") or not place.is_local else None
     if index := file(INDEX):
         files = [file(shard) or index.parent / shard for shard in index_of(index)]
     else:

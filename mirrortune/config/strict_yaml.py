@@ -74,7 +74,6 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(
 _LONG = 2**16  # characters; what people write is shorter, and keeps PyYAML's own messages
 _FastLoader: Any = _StrictLoader
 if yaml.__with_libyaml__:
-
     _CParser: Any = yaml.cyaml.CParser  # type: ignore[attr-defined]
 
     class _CLoader(_Limits, SafeConstructor, Resolver, _CParser):  # type: ignore[misc]

@@ -28,13 +28,9 @@ from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
 from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.paths import (
     HUB_SCHEME,
+    DataPlace,
     hub_address,
-    is_pattern,
     is_system,
-    local_path,
-    looks_like_path,
-    shipped_folder,
-    split_sample,
 )
 
 
@@ -119,33 +115,23 @@ def load_data(path: str, *, config: str | None = None, revision: str | None = No
         ConfigError: if local data is given a configuration or revision.
         HubError: if the Hub refuses.
     """
-    path, sample = split_sample(path)
-    local = find_local(path, config, revision)
-    if local is None:
-        found = _load_from_hub(path, config, revision)
-    elif is_pattern(path):
-        found = _load_files(path, encoding)
+    place = DataPlace.parse(path)
+    if not place.is_local:
+        return _sampled(_load_from_hub(place.name, config, revision), place.rows)
+    refuse_hub_settings(config, revision)
+    local = place.path()
+    if place.kind == "pattern":
+        found = _load_files(place.name, encoding)
     else:
         found = _load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding)
-    return _sampled(found, sample)
+    return _sampled(found, place.rows)
 
 
-def find_local(path: str, config: str | None, revision: str | None) -> Path | None:
-    """Return the file, folder or pattern of a local data set, None for a data set on the Hub.
-
-    Raises:
-        ConfigError: if local data is given a configuration or revision.
-    """
-    if path.startswith(HUB_SCHEME):
-        return None
-    is_shipped = path.startswith("shipped:")
-    local = shipped_folder() / path.removeprefix("shipped:") if is_shipped else local_path(path)
-    if not (local.exists() or looks_like_path(path)):
-        return None
+def refuse_hub_settings(config: str | None, revision: str | None) -> None:
+    """Raise ConfigError if local data is given a configuration or revision."""
     for key, value in (("data.config", config), ("data.revision", revision)):
         if value is not None:
             raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
-    return local
 
 
 def _sampled(data: DataSet, count: int | None) -> DataSet:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from mirrortune.data.dataset import DataSet, Split, find_local, flat, names_and_sizes_sha256, open_hub
+from mirrortune.data.dataset import DataSet, Split, flat, names_and_sizes_sha256, open_hub, refuse_hub_settings
 from mirrortune.data.files.readers import delimiter_of
 from mirrortune.data.files.splits import files_by_split, files_left_out, matching_files
 from mirrortune.data.files.text_files import first_line
 from mirrortune.data.row_stream import RowStream
 from mirrortune.errors import ConfigError, DataError, MirrortuneError
 from mirrortune.system.hub import hub_errors
-from mirrortune.system.paths import is_pattern, split_sample, table_suffix
+from mirrortune.system.paths import DataPlace, table_suffix
 
 HEAD_ROWS = 1000
 """Rows of a streamed training split from which columns, classes and lengths are derived."""
@@ -49,15 +49,16 @@ def stream_data(
         DataError: if files are missing, cannot be read, or are not tables.
         HubError: if the Hub refuses.
     """
-    path, sample = split_sample(path)
-    if sample is not None:
-        raise ConfigError("--data", f"got #{sample}, and a stream is not sampled", fix="Use --max-steps")
+    place = DataPlace.parse(path)
+    if place.rows is not None:
+        raise ConfigError("--data", f"got #{place.rows}, and a stream is not sampled", fix="Use --max-steps")
     remarks: tuple[str, ...] = ()
-    local = find_local(path, config, revision)
+    local = place.path() if place.is_local else None
     if local is None:
-        streams, origin = _open_hub(path, config, revision, train_split)
+        streams, origin = _open_hub(place.name, config, revision, train_split)
     else:
-        streams, origin, remarks = _open_files(path, local, encoding, train_split)
+        refuse_hub_settings(config, revision)
+        streams, origin, remarks = _open_files(place, local, encoding, train_split)
     known = DataSet(splits={name: Split(table=pa.table({}), source=s.source) for name, s in streams.items()})
     train = known.require(train_split, "data.train_split")
     splits = {}
@@ -91,26 +92,26 @@ def stream_problems(
 
 
 def _open_files(
-    path: str, local: Path, encoding: str, train_split: str
+    place: DataPlace, local: Path, encoding: str, train_split: str
 ) -> tuple[dict[str, RowStream], dict[str, Any], tuple[str, ...]]:
     """Open local tables; return a stream per split, their origin, and remarks on files left out."""
     remarks: tuple[str, ...] = ()
     if local.is_dir():
         found, remarks = files_by_split(local), files_left_out(local)
-    elif is_pattern(path):
-        matching = matching_files(path)
+    elif place.kind == "pattern":
+        matching = matching_files(place.name)
         found = {train_split: matching} if matching else {}
     else:
         found = {train_split: [local]} if local.is_file() else {}
     if not found:
         raise DataError(
-            path, "no file to stream", allowed=f"files, or a folder of files, that end in {', '.join(_BUILDERS)}",
+            place.name, "no file to stream", allowed=f"files, or a folder of files, that end in {', '.join(_BUILDERS)}",
             fix="Check the path; a folder of images for each class cannot be streamed",
         )  # fmt: skip
     files = [file for listed in found.values() for file in listed]
     digest = names_and_sizes_sha256(files, map(str, files))
-    origin = {"path": path, "files": len(files), "sha256_of_names_and_sizes": digest}
-    streams = {name: _open_tables(files, name, path, encoding) for name, files in found.items()}
+    origin = {"path": place.name, "files": len(files), "sha256_of_names_and_sizes": digest}
+    streams = {name: _open_tables(files, name, place.name, encoding) for name, files in found.items()}
     return streams, origin, remarks
 
 

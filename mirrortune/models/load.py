@@ -24,7 +24,7 @@ from mirrortune.models.remote_code import announce_code, refuse_kernels
 from mirrortune.system.devices import is_slow
 from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.outputs import restore
-from mirrortune.system.paths import PACKAGE_SCHEME, is_local, local_path, package_folder
+from mirrortune.system.paths import ModelPlace
 from mirrortune.system.tensor_files import INDEX, WHOLE, index_of
 
 _LARGEST_DEFAULT = 1000  # tokens of a tokenizer without files: special ones, and T5's sentinels
@@ -58,6 +58,7 @@ class ModelSource:
         gguf_file: the file of a GGUF model, dequantised on loading.
         attention: transformers' name of an implementation, or None for the model's own choice.
         config: the transformers configuration.
+        is_local: whether ``name`` is not a Hub id.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelSource:
     load_in: str | None = None
     gguf_file: str | None = None
     attention: str | None = None
+    is_local: bool = False
 
     @property
     def is_quantised(self) -> bool:
@@ -124,9 +126,10 @@ def find_model(
         HubError: the Hub refused.
     """
     place, gguf_file = _split_gguf(name)
-    location = str(package_folder(place)) if place.startswith(PACKAGE_SCHEME) else str(local_path(place))
+    location = str(ModelPlace.parse(place).path())
     restore(Path(location))
-    is_folder = is_local(name) and (gguf_file is None or is_local(place) or Path(location).is_dir())
+    is_local = ModelPlace.parse(name).is_local  # now that a folder of that name is restored
+    is_folder = is_local and (gguf_file is None or ModelPlace.parse(place).is_local or Path(location).is_dir())
     if is_folder:
         folder = Path(location)
         if not folder.is_dir():
@@ -156,6 +159,7 @@ def find_model(
         config=config,
         load_in=load_in,
         gguf_file=gguf_file,
+        is_local=is_local,
     )
 
 
@@ -304,7 +308,7 @@ def load_feature_extractor(source: ModelSource) -> Any:
         try:
             found = load(source.location, **source.arguments())
         except OSError as error:
-            if "preprocessor_config.json" in str(error) and (is_local(source.name) or error.__cause__ is None):
+            if "preprocessor_config.json" in str(error) and (source.is_local or error.__cause__ is None):
                 raise _no_processor(source, "feature extractor", "model of recordings") from error
             raise
     if not hasattr(found, "sampling_rate"):
@@ -326,7 +330,7 @@ def load_image_processor(source: ModelSource) -> Any:
         try:
             return load(source.location, backend="pil", **source.arguments())
         except OSError as error:
-            if "preprocessor_config.json" in str(error) and (is_local(source.name) or error.__cause__ is None):
+            if "preprocessor_config.json" in str(error) and (source.is_local or error.__cause__ is None):
                 raise _no_processor(source, "image processor", "vision model") from error
             raise
 

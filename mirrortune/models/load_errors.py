@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from mirrortune.errors import ConfigError, ResourceError
-from mirrortune.system.paths import is_local
+from mirrortune.system.paths import ModelPlace
 
 # What code raises about sizes that are negative, do not divide or are of another type, and about missing keys.
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
@@ -63,7 +63,7 @@ def load_errors(name: str) -> Iterator[None]:
         text = str(error).strip().split("\n")[0]
         # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by
         # hub_errors.)
-        if is_local(name) and error.__cause__ is None:
+        if ModelPlace.parse(name).is_local and error.__cause__ is None:
             raise ConfigError(f"model '{name}'", text[:300]) from error
         raise
 

@@ -21,7 +21,7 @@ from mirrortune.models.load import ModelSource, check_attention, find_model
 from mirrortune.system.compiler import check_compiler
 from mirrortune.system.devices import default_device
 from mirrortune.system.outputs import Input, model_inputs
-from mirrortune.system.paths import HUB_SCHEME, is_local, is_pattern, local_path, split_sample
+from mirrortune.system.paths import DataPlace, ModelPlace, local_path
 from mirrortune.tasks.base import Task, settings_of, task_class
 from mirrortune.tasks.metrics import METRICS, Scores
 from mirrortune.training.calibration import CalibrationSettings
@@ -238,9 +238,9 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
     if recipe.data.missing_label is not None and recipe.data.label_column is None:
         errors.append(ConfigError("data.missing_label", "no label column is named", fix="Give --label-column"))
     errors += problems_of_names(recipe, spec)
-    metrics = recipe.task.metrics
-    if recipe.model.revision is not None and recipe.model.name is not None and is_local(recipe.model.name):
-        errors.append(ConfigError("model.revision", f"{recipe.model.name} is local and has none", fix="Remove it"))
+    metrics, name = recipe.task.metrics, recipe.model.name
+    if recipe.model.revision is not None and name is not None and ModelPlace.parse(name).is_local:
+        errors.append(ConfigError("model.revision", f"{name} is local and has none", fix="Remove it"))
     if metrics is not None and recipe.task.selection_metric not in (None, *metrics):
         errors.append(
             ConfigError(
@@ -299,8 +299,8 @@ def inputs_of(resolved: Resolved) -> list[Input]:
     found = [Input("recipe", file) for file in resolved.files]
     found += [Input("pairs", resolved.pairs)] if resolved.pairs else []
     found += model_inputs(recipe.model.name)
-    if recipe.data.path is not None and not recipe.data.path.startswith((HUB_SCHEME, "shipped:")):
-        name = split_sample(recipe.data.path)[0]
-        files = glob.glob(str(local_path(name)), recursive=True) if is_pattern(name) else [name]  # noqa: PTH207
+    data = None if recipe.data.path is None else DataPlace.parse(recipe.data.path)
+    if data is not None and data.kind not in ("address", "shipped"):  # a folder here could be taken for a Hub id later
+        files = glob.glob(str(data.path()), recursive=True) if data.kind == "pattern" else [data.name]  # noqa: PTH207
         found += [Input("data", local_path(file)) for file in files]
     return found

@@ -29,7 +29,7 @@ from mirrortune.runs.size import Load, Plan, default_eval_batch, footprint, stra
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.cache import mebibytes
 from mirrortune.system.devices import is_slow, peak_resident_bytes
-from mirrortune.system.paths import cache_folder, is_local
+from mirrortune.system.paths import cache_folder
 from mirrortune.tasks.base import Task
 
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
@@ -255,7 +255,7 @@ def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) 
     needs = {cache_folder(): {"factors": 4 * plan.factor_numbers}}
     stored = str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch.")
     width = 2 if "16" in stored else 4
-    if not is_local(source.name) and not _has_weights(source):
+    if not source.is_local and not _has_weights(source):
         from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
 
         needs[Path(HF_HUB_CACHE)] = {"the model's weights": plan.total_parameters * width}

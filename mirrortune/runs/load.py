@@ -254,9 +254,11 @@ def load_evaluable(
     """
     if adapter_folder is not None:
         return _load_run(adapter_folder, settings, remarks)
-    name, revision, _ = hub_place(target)
+    place = hub_place(target)
     request = settings.model
-    source = find_model(name, revision=revision or request.revision, trust_remote_code=request.trust_remote_code)
+    source = find_model(
+        place.repository, revision=place.revision or request.revision, trust_remote_code=request.trust_remote_code
+    )
     task = _plain_task(settings, data, source.config)
     processor = task.load_processor(source)
     dtype = resolve_dtype(request.dtype, source.config, default_device())

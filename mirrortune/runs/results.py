@@ -30,6 +30,7 @@ from mirrortune.runs.load import base_identity
 from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.devices import peak_resident_bytes, resolve_precision
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
+from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import task_to_dict
 from mirrortune.training.evaluate import evaluate_split
@@ -138,10 +139,9 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:
     """Return ``TASK-MODEL-METHOD``: the last parts of the names of recipe (or data) and model, and the method."""
     task = recipe_name or Path(settings.data.path or "run").stem
-    name = settings.model.name or "model"
-    model = name.removeprefix("package:").rstrip("/")
-    parts = model.split("/")
-    model_name = parts[0] if name.startswith("package:") else parts[-1]
+    model = ModelPlace.parse(settings.model.name or "model")
+    parts = model.name.removeprefix(PACKAGE_SCHEME).rstrip("/").split("/")
+    model_name = parts[0 if model.kind == "package" else -1]
     words = (task.rsplit("/", 1)[-1], model_name, settings.adapter.method)
     return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(words)).strip("-").lower()
 

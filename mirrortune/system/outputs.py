@@ -37,7 +37,7 @@ from mirrortune.system.atomic import (
 )
 from mirrortune.system.atomic import restore as restore_missing
 from mirrortune.system.claims import claimed, clear_claims
-from mirrortune.system.paths import PACKAGE_SCHEME, is_debris, is_local, local_path, package_folder, table_suffix
+from mirrortune.system.paths import ModelPlace, is_debris, local_path, table_suffix
 
 _VERSION = 1
 _SHOWN = 5
@@ -282,9 +282,8 @@ def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
 
 def model_inputs(name: str | None) -> list[Input]:
     """The folder or file of a model, if it is local."""
-    if name is None or not is_local(name):
-        return []
-    return [Input("model", package_folder(name) if name.startswith(PACKAGE_SCHEME) else local_path(name))]
+    place = None if name is None else ModelPlace.parse(name)
+    return [Input("model", place.path())] if place is not None and place.is_local else []
 
 
 def adapter_inputs(folders: Iterable[Path]) -> list[Input]:

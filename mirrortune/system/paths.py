@@ -11,12 +11,15 @@ import os
 import re
 import stat
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from mirrortune.errors import ConfigError
 
 PACKAGE_SCHEME = "package:"
 HUB_SCHEME = "hf://"
+SHIPPED_SCHEME = "shipped:"
 _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
@@ -109,11 +112,19 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and name.isprintable() and not any(sign in name for sign in "/\\:")
 
 
-def hub_place(name: str) -> tuple[str, str | None, str | None]:
-    """Split ``owner/name@revision:subfolder`` into id, revision and subfolder; paths and other names are left whole."""
+class HubPlace(NamedTuple):
+    """A repository of the Hub, or a name that is none, with revision and subfolder."""
+
+    repository: str
+    revision: str | None
+    subfolder: str | None
+
+
+def hub_place(name: str) -> HubPlace:
+    """Parse ``owner/name@revision:subfolder``; paths and other names are left whole."""
     is_here = name.startswith(PACKAGE_SCHEME) or local_path(name).exists()
     found = None if is_here else _HUB_PLACE.fullmatch(name)
-    return (found[1], found[2], found[3]) if found else (name, None, None)
+    return HubPlace(found[1], found[2], found[3]) if found else HubPlace(name, None, None)
 
 
 def table_suffix(path: Path) -> str | None:
@@ -165,9 +176,71 @@ def split_sample(name: str) -> tuple[str, int | None]:
     return place, int(number)
 
 
-def is_local(model: str) -> bool:
-    """Return whether the name of a model is a local folder, or one inside an installed package."""
-    return model.startswith(PACKAGE_SCHEME) or looks_like_path(model)
+@dataclass(frozen=True, slots=True)
+class ModelPlace:
+    """Where a model is, parsed from its name.
+
+    Attributes:
+        name: as given.
+        kind: ``hub``, ``path``, or ``package`` for ``package:MODULE/SUBFOLDER``.
+    """
+
+    name: str
+    kind: Literal["hub", "path", "package"]
+
+    @classmethod
+    def parse(cls, name: str) -> ModelPlace:
+        """Tell ids, paths and packages apart; what exists here is a path."""
+        if name.startswith(PACKAGE_SCHEME):
+            return cls(name, "package")
+        return cls(name, "path" if looks_like_path(name) else "hub")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is not on the Hub."""
+        return self.kind != "hub"
+
+    def path(self) -> Path:
+        """Return the local path; raises ConfigError for a package that is not installed."""
+        return package_folder(self.name) if self.kind == "package" else local_path(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class DataPlace:
+    """Where a data set is, parsed from ``data.path``.
+
+    Attributes:
+        name: as given, without the number of rows.
+        kind: ``address`` for ``hf://ID:CONFIG:SPLIT``, ``hub`` for a Hub id, ``shipped`` for ``shipped:NAME``,
+            ``pattern`` or ``path``.
+        rows: number of rows after ``#``, or None.
+    """
+
+    name: str
+    kind: Literal["address", "hub", "shipped", "pattern", "path"]
+    rows: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> DataPlace:
+        """Tell ids, addresses, patterns and paths apart; what exists here is a path."""
+        name, rows = split_sample(text)
+        if name.startswith(HUB_SCHEME):
+            return cls(name, "address", rows)
+        place = cls(name, "shipped" if name.startswith(SHIPPED_SCHEME) else "path", rows)
+        if not (place.path().exists() or looks_like_path(name)):
+            return cls(name, "hub", rows)
+        return cls(name, "pattern", rows) if is_pattern(name) else place
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is not on the Hub."""
+        return self.kind not in ("address", "hub")
+
+    def path(self) -> Path:
+        """Return the local file, folder or pattern."""
+        if self.kind == "shipped":
+            return shipped_folder() / self.name.removeprefix(SHIPPED_SCHEME)
+        return local_path(self.name)
 
 
 def package_folder(name: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mirrortune.errors import ConfigError
 from mirrortune.system.hub import holds_adapter, local_adapter
 from mirrortune.system.outputs import restore
-from mirrortune.system.paths import hub_place, is_local, local_path
+from mirrortune.system.paths import ModelPlace, hub_place, local_path
 
 
 def find_adapter(target: str) -> Path | None:
@@ -50,13 +50,13 @@ def adapter_to_score(target: str) -> Path | None:
         return folder
     if holds_adapter(target):
         return local_adapter(target)
-    if hub_place(target)[2] is not None:
+    if hub_place(target).subfolder is not None:
         raise ConfigError(target, "no adapter is there", allowed="an adapter, or the id of a model without subfolder")
     return None
 
 
 def _is_on_hub(target: str) -> bool:
     """Whether ``target`` is an ``owner/name`` id of a repository, and no local path."""
-    repository = hub_place(target)[0]
+    repository = hub_place(target).repository
     owner, _, name = repository.partition("/")
-    return bool(name) and not is_local(repository) and not Path(owner).exists()
+    return bool(name) and not ModelPlace.parse(repository).is_local and not Path(owner).exists()

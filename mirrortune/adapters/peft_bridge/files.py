@@ -20,7 +20,7 @@ from mirrortune.adapters.peft_bridge.options import import_peft, spelt_out
 from mirrortune.adapters.peft_bridge.tuners import ADAPTER_NAME, PeftAttachment
 from mirrortune.errors import VerificationError
 from mirrortune.system.distributed.sharding import is_in_shards, is_whole
-from mirrortune.system.paths import PACKAGE_SCHEME, package_folder
+from mirrortune.system.paths import ModelPlace
 
 PREFIX = "base_model.model."
 """Before the model's names in PEFT's files."""
@@ -87,10 +87,10 @@ def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of PEFT's description that every adapter has: base model, task, head and inference mode."""
     model_class, name = str(base.get("auto_class")), base.get("name")
     # PEFT does not know models inside packages.
-    is_packaged = name is not None and name.startswith(PACKAGE_SCHEME)
+    place = None if not name else ModelPlace.parse(name)
     return {
         "task_type": next((kind for ending, kind in _TASK_TYPES.items() if model_class.endswith(ending)), None),
-        "base_model_name_or_path": str(package_folder(name)) if name and is_packaged else name,
+        "base_model_name_or_path": str(place.path()) if place and place.kind == "package" else name,
         "revision": base.get("commit") or base.get("revision"),
         "modules_to_save": _modules_of(model, attachment(model).targets.head) or None,
         "inference_mode": True,

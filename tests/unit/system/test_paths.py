@@ -9,7 +9,7 @@ import pytest
 
 from mirrortune.adapters.files.find import adapter_to_score
 from mirrortune.errors import ConfigError
-from mirrortune.system.paths import cache_folder, hub_place, is_local, looks_like_path, package_folder, shipped_folder
+from mirrortune.system.paths import ModelPlace, cache_folder, hub_place, looks_like_path, package_folder, shipped_folder
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from mirrortune.system.paths import cache_folder, hub_place, is_local, looks_lik
 )  # fmt: skip
 def test_paths_and_hub_ids_are_told_apart(name: str, *, is_path: bool) -> None:
     assert looks_like_path(name) is is_path
-    assert is_local(name) is is_path
+    assert ModelPlace.parse(name).is_local is is_path
 
 
 def test_what_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_a_folder_inside_a_package_is_found_without_running_it(tmp_path: Path, m
     monkeypatch.syspath_prepend(str(tmp_path))
 
     assert package_folder("package:weights_of_ours/model") == package / "model"
-    assert is_local("package:weights_of_ours/model")
+    assert ModelPlace.parse("package:weights_of_ours/model").path() == package / "model"
     with pytest.raises(ConfigError, match="package 'weights_of_ours' has no folder 'modle'"):
         package_folder("package:weights_of_ours/modle")
 
