@@ -62,6 +62,17 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         """Return K z for every row of ``z`` (N, R), shape (N, R)."""
 
+    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
+        """Compute K z with other coefficients for each of some rows; shape (N, T, R).
+
+        Args:
+            z: (N, T, R), N rows of T positions.
+            dims: 0 for coefficients that have a leading dimension N, None for those that all rows share.
+            coefficients: as :meth:`coefficients` gives them for one core.
+        """
+        mixed: Tensor = vmap(self.mix, in_dims=(0, *dims))(z, *coefficients)
+        return mixed
+
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Compute the gradients of ``(grad * mix(z, *coefficients)).sum()`` for z and each coefficient.
 

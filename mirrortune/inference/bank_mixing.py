@@ -163,8 +163,7 @@ class Mixer:
         if self._of_rows is None:
             rows = [c if d is None else c.index_select(0, self._index) for c, d in zip(coefficients, dims, strict=True)]
             self._of_rows = tuple(rows)
-        mixed: Tensor = torch.vmap(self.core.mix, in_dims=(0, *dims))(z, *self._of_rows)
-        return mixed
+        return self.core.mix_rows(z, dims, *self._of_rows)
 
     def _one_by_one(self, z: Tensor) -> Tensor:
         """The same, adapter by adapter, without a copy of its matrices for each row."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many adapters on one base: a batch of 64 rows with 1, 8 and 64 different adapters, and the memory of a thousand.
 
-    python -m tests.bench.bank -o tests/bench/results/bank-cpu [--lengths 1 32] [--layers 4] [--turns 5]
+    python -m tests.bench.bank -o tests/bench/results/bank-cpu [--lengths 1 32] [--layers 2] [--turns 3]
 
 The shapes of a BERT-base encoder, with random weights. In every turn each contestant computes the same rows once, and
 ratios are taken within turns. ``1``, ``8`` and ``64`` are the bank with so many adapters, ``swapped`` computes
@@ -215,8 +215,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--no-memory", action="store_true")
     return parser.parse_args(words)
 

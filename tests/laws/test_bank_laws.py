@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mirrortune
 from mirrortune.adapters.cores import CORES
 from tests.bank_cases import Cases, logits_of, token_ids, with_classes
+from tests.spectral import VARIANTS, Problem, Variant, problems
 from tests.tiny_models import tiny_bert, tiny_causal
 
 ROWS = 6
@@ -24,6 +25,7 @@ EVERY_CORE: dict[str, dict[str, Any]] = {
     "mirror, inputs": {"method": "mirror", "side": "input", "rounds": 3, "rank": 9},
     "scaled": {"method": "mirror", "scale_top_k": "all"},
     "random": {"method": "random", "seed": 3},
+    "random, other pairs": {"method": "random", "seed": 9},
     "random, rounds": {"method": "random", "seed": 4, "rounds": 2, "rank": 5},
     "neighbor": {"method": "neighbor", "unit": "angle"},
     "listed": {"method": "givens", "pairing": [[0, 3], [1, 2]], "rank": 6},
@@ -85,7 +87,8 @@ def pixels() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(ROWS, 3, 8, 8, generator=torch.Generator().manual_seed(2))}
 
 
-ANY = {name: EVERY_CORE[name] for name in ("mirror", "random", "svft, banded", "psoft, series", "lora-xs", "speclora")}
+FEW = ("mirror", "random", "random, other pairs", "svft, banded", "psoft, series", "lora-xs", "speclora")
+ANY = {name: EVERY_CORE[name] for name in FEW}
 PATCHES = {name: {**own, "target_modules": "all-layers"} for name, own in ANY.items()}
 
 
@@ -115,6 +118,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Cases, mir
         cases = Cases.make(base, folder / name, batch, own, logits_of)
         found[name] = cases, cases.bank()
     return found
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@given(problem=problems(), count=st.integers(1, 4), is_delta=st.booleans(), seed=st.integers(0, 2**16))
+def test_rows_are_mixed_by_their_own_coefficients(
+    variant: Variant, problem: Problem, count: int, is_delta: bool, seed: int
+) -> None:
+    S = problem.weight().svd().S[: problem.rank]
+    shape = problem.out_features, problem.in_features
+    cores = [variant.build(S, seed + row, shape) for row in range(count)]
+    each = [[t.detach() for t in core.coefficients(delta=is_delta)] for core in cores]
+    rows = [torch.stack(own) for own in zip(*each, strict=True)]
+    z = problem.rows(count, 3)[..., :1] * S
+    for is_shared in (False, True):  # pairs and singular values, which all rows have in common
+        dims = [None if is_shared and all(torch.equal(t, own[0]) for t in own) else 0 for own in rows]
+        given = [own[0] if dim is None else own for own, dim in zip(rows, dims, strict=True)]
+        found = cores[0].mix_rows(z, dims, *given)
+        expected = torch.stack([core.mix(z[row], *each[row]) for row, core in enumerate(cores)])
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_every_core_is_mixed() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -136,6 +137,16 @@ class Givens(Core):
             turned = a * turned + b * self._swapped(turned, partner, t)
         # This cancels, but to no more than the rounding of the frozen layer's own output, to which it is added.
         return turned - start[0] * z if start else turned
+
+    @override
+    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
+        # Without vmap, which costs more than the products of a few positions.
+        own, cross, *rest = coefficients
+        if any(dim is not None for dim in dims[2:]):  # pairs of their own
+            return super().mix_rows(z, dims, *coefficients)
+        # (n, N, 1, R): rounds first, as mix takes them.
+        turns = [c if d is None else c.movedim(0, 1)[:, :, None] for c, d in zip((own, cross), dims[:2], strict=True)]
+        return self.mix(z, *turns, *rest)
 
     @override
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -87,6 +89,10 @@ class Psoft(Core):
     @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         return z @ coefficients[0].T
+
+    @override
+    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
+        return z @ coefficients[0].mT
 
     @torch.no_grad()
     def _check_norm(self, Q: Tensor) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -36,6 +37,10 @@ class Scale(Core):
     @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         return z * coefficients[0]
+
+    @override
+    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
+        return z * (coefficients[0] if dims[0] is None else coefficients[0][:, None])
 
     @override
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:

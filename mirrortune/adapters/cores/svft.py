@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -65,6 +66,13 @@ class Svft(Core):
     @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         return z * coefficients[0] if self.is_plain else z @ coefficients[0].T
+
+    @override
+    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
+        own = coefficients[0]
+        if not self.is_plain:
+            return z @ own.mT
+        return z * (own if dims[0] is None else own[:, None])
 
 
 def _positions(rank: int, pattern: str, bands: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 import mirrortune
 from mirrortune.adapters import inject
 from mirrortune.adapters.svd import Factors, factorize
+from mirrortune.inference import bank_bases
 from tests.bank_cases import Cases, logits_of, save_trained, token_ids
 from tests.tiny_models import tiny_bert
 
@@ -95,3 +96,14 @@ def test_a_second_adapter_factorises_nothing(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(inject, "factorize", lambda *args, **kwargs: asked.append("factorize"))
     bank.add("1", tmp_path / "1")
     assert asked == []
+
+
+@pytest.mark.parametrize("kept", [1, 128])
+def test_pairs_of_ones_own(kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_bases, "_KEPT_CORES", kept)
+    own = {str(seed): {"method": "random", "seed": seed} for seed in range(3)}
+    cases = Cases.make(tiny_bert(), tmp_path, {"input_ids": token_ids(4, 6)}, own, logits_of)
+    bank = cases.bank()
+    for _ in range(2):
+        cases.check(bank, ["2", None, "0", "1", "0"], [0, 1, 2, 3, 0])
+    assert all(len(layer.bases[0].held._cores) <= kept for layer in bank._admission.layers.values())
