@@ -105,8 +105,8 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the adapter's tensors."""
-        return sum(t.numel() * t.element_size() for t in {id(t): t for t in self.tensors.values()}.values())
+        """Memory of the adapter's tensors, also of what it shares with others of its training."""
+        return sum(t.numel() * t.element_size() for t in (*self.tensors.values(), *self.pairs.values()))
 
 
 class Stacks:

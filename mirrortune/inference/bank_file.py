@@ -49,7 +49,6 @@ class _InFolder:
     folder: Path
 
     def read(self) -> AdapterFile:
-        """See :class:`StoredAdapter`."""
         return read_adapter(self.folder)
 
 
@@ -59,7 +58,6 @@ class _InFile:
     file: _BankFile
 
     def read(self) -> AdapterFile:
-        """See :class:`StoredAdapter`."""
         return self.file.read(self.name)
 
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.errors import ConfigError
 from mirrortune.inference.bank_bases import stand_in
@@ -190,8 +191,8 @@ class SavedGroup(Group):
         own = {name: t.to(like.device, like.dtype) for name, t in entry.parameters(self.seat.path).items()}
         return stand_in(module, own, plain)
 
+    @override
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """See :class:`Group`."""
         if len(self._rows) == 1:
             found: Tensor = next(iter(self._modules.values())).forward(x, *args, **options)
             return found
@@ -210,8 +211,8 @@ class SpectralGroup(Group):
         super().__init__(seat, index, count)
         self.parts = parts
 
+    @override
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """See :class:`Group`."""
         module = cast(Any, self.seat.module)
         autocast = torch.is_autocast_enabled(x.device.type)
         first = self.parts[0]
