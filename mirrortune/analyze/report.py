@@ -19,6 +19,7 @@ from mirrortune.reports import html
 from mirrortune.reports.drawing import write_figures
 from mirrortune.reports.html import Html
 from mirrortune.reports.tables import Table, sparkline
+from mirrortune.system.atomic import discard
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import FIGURES, Input, Marker, check_place, read_marker, write_marker
 
@@ -67,7 +68,13 @@ def figures_folder(folder: Path, inputs: Sequence[Input]) -> Iterator[None]:
     check_place(folder, inputs)
     with claimed(folder):
         _check_figures(folder)
-        yield
+        is_new = not folder.exists()
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                discard(folder, is_ours=(read_marker(folder) or Marker(FIGURES.name, frozenset())).owns)
+            raise
 
 
 def _check_figures(folder: Path) -> None:

@@ -178,6 +178,7 @@ def train(
     from mirrortune.runs import train as training  # noqa: PLC0415
 
     if dry_run:
+        training.check_output(resolved, recipe_name=name, resume=resume, overwrite=overwrite)
         plan = preparing.prepare(resolved, reporter, dry_run=True)
         reporter.result(
             asdict(plan),

@@ -28,6 +28,7 @@ from mirrortune.errors import ConfigError, DataError, InterruptedRun, Mirrortune
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.runs.rows import read_data
+from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import (
@@ -96,8 +97,7 @@ class Comparison:
             write_marker(self.root, Marker(COMPARISON.name, frozenset()))
         for task, recipe in self.recipes.items():
             path = self.root / "recipes" / f"{slug(task)}.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(recipe.to_yaml(), encoding="utf-8")
+            _write_recipe(path, recipe)
 
     def cell_recipe(self, cell: Cell) -> Recipe:
         """Return the complete recipe of a cell."""
@@ -176,8 +176,7 @@ class Comparison:
         folder = cell.folder(self.root)
         recipe = self.cell_recipe(cell)
         file = folder.parent / f"{folder.name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(recipe.to_yaml(), encoding="utf-8")
+        _write_recipe(file, recipe)
         has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
         words = ["train", str(file), "-o", str(folder), "-q"]
         if self.recipes[cell.task].model.trust_remote_code:  # never from a recipe, so on the command line
@@ -256,7 +255,18 @@ def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
         if not holds_nothing(root, COMPARISON) and (marker is None or marker.kind != COMPARISON.name):
             problem = "the folder is not empty and holds no comparison"
             raise ConfigError(str(root), problem, fix=COMPARISON.ways_out)
+        for path in (root / "recipes", root / "cells"):
+            if path.is_symlink():
+                problem = f"{path} is a symbolic link to {path.readlink()}"
+                raise ConfigError(str(root), problem, fix="Put the folder itself there, or choose another with -o")
         yield
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    def write(file: Path) -> None:
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

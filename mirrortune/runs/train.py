@@ -49,6 +49,7 @@ from mirrortune.system.devices import factorising_device
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.system.distributed.sharding import Sharding
+from mirrortune.system.outputs import restore
 from mirrortune.system.paths import local_path
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import recorded_status
@@ -75,9 +76,7 @@ def train(
     settings = unpack(recipe)
     if resume and overwrite:
         raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
-    run = (_run_beside(resolved) if resume else None) or RunDirectory(
-        local_path(settings.output_dir or f"runs/{run_name(settings, recipe_name)}")
-    )
+    run = _run_to_write(resolved, settings, recipe_name, resume=resume)
     recipe = pin_paths(recipe, run)
     settings = replace(
         settings, model=replace(settings.model, name=recipe.model.name),
@@ -98,6 +97,24 @@ def train(
         sync.from_main(accelerator, claim)
         resolved = replace(resolved, recipe=recipe)
         return _train(settings, resolved, run, accelerator, reporter, None if resume else create)
+
+
+def check_output(resolved: Resolved, *, recipe_name: str | None, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse what :func:`train` would refuse to write to; writes nothing.
+
+    Raises:
+        ConfigError: with the ways out.
+    """
+    run = _run_to_write(resolved, unpack(resolved.recipe), recipe_name, resume=resume)
+    restore(run.path)  # what a killed process left is no reason to refuse
+    run.check(inputs_of(resolved), overwrite=overwrite, resume=resume)
+
+
+def _run_to_write(
+    resolved: Resolved, settings: RunSettings, recipe_name: str | None, *, resume: bool
+) -> RunDirectory:  # fmt: skip
+    folder = settings.output_dir or f"runs/{run_name(settings, recipe_name)}"
+    return (_run_beside(resolved) if resume else None) or RunDirectory(local_path(folder))
 
 
 def _run_beside(resolved: Resolved) -> RunDirectory | None:

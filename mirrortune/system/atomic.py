@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, optional: b
         temporary = Path(name)
         write(temporary)
         _sync(temporary)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        temporary.chmod(_mode(path, 0o666))  # mkstemp makes files that only the owner reads
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         if not optional:
@@ -103,7 +104,7 @@ def write_files_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(handle)
-            temporary[name].chmod(0o666 & ~_umask())
+            temporary[name].chmod(_mode(folder / name, 0o666))
         for name, path in temporary.items():
             path.replace(folder / name)
     except OSError as error:
@@ -130,7 +131,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None], *, is_o
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(_mode(folder, 0o777))
         write(temporary)
         swap(temporary, folder, is_ours=is_ours)
         temporary = None
@@ -153,6 +154,7 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
         if file.is_file():
             _sync(file)
     restore(folder)
+    new.chmod(_mode(folder, 0o777))
     if not folder.exists():
         new.rename(folder)
     elif exchange(new, folder):
@@ -295,6 +297,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _mode(path: Path, default: int) -> int:
+    """Permissions of a file or folder that is replaced, which may be private, or those of a new one."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return default & ~_umask()
+    return default & ~_umask() if stat.S_ISLNK(found.st_mode) else stat.S_IMODE(found.st_mode)
 
 
 def _umask() -> int:

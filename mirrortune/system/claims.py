@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import sys
 import time
 import warnings
@@ -44,8 +45,7 @@ def claimed(output: Path, *, wait: bool = False) -> Iterator[None]:
         ConfigError: another process holds the claim.
         ResourceError: the folder of the output cannot be made or written.
     """
-    target = Path(os.path.realpath(output))
-    place = target.with_name(f".{target.name[:200]}{SUFFIX}") if target.name else target
+    place = place_of_claim(output)
     made: list[Path] = []
     try:
         release = _acquire(place, made)
@@ -64,6 +64,15 @@ def claimed(output: Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         release()
         _remove_empty(made)
+
+
+def place_of_claim(output: Path) -> Path:
+    """Return the file that is locked: beside the output, or in it where it is a mount point, whose surroundings belong
+    to another disk and perhaps to another user.
+    """
+    target = Path(os.path.realpath(output))
+    name = f".{target.name[:200]}{SUFFIX}"
+    return target / name if os.path.ismount(target) else target.with_name(name)
 
 
 def clear_claims(folder: Path) -> None:
@@ -104,6 +113,9 @@ else:
 
         while True:
             handle = _open(place)
+            if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe, which nobody would ever write into
+                os.close(handle)
+                raise _not_a_claim(place)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -131,11 +143,11 @@ else:
         return release
 
     def _open(place: Path) -> int:
-        flags = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        common = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            return os.open(place, flags | os.O_RDWR, 0o666)
+            return os.open(place, common | os.O_CREAT | os.O_RDWR, 0o666)
         except PermissionError:  # another user's file, which may be read
-            return os.open(place, os.O_CLOEXEC | os.O_NOFOLLOW | os.O_RDONLY)
+            return os.open(place, common | os.O_RDONLY)
 
 
 def _soft_lock(place: Path) -> Callable[[], None] | None:
@@ -171,7 +183,8 @@ def _not_a_claim(place: Path) -> FileExistsError:
 
 def _holder(place: Path) -> str:
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
+        with place.open("rb") as file:
+            found = json.loads(file.read(4096))
         return f"process {int(found['pid'])} on {str(found['host'])[:64]}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

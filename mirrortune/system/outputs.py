@@ -36,8 +36,8 @@ from mirrortune.system.atomic import (
     write_atomically,
 )
 from mirrortune.system.atomic import restore as restore_missing
-from mirrortune.system.claims import claimed, clear_claims
-from mirrortune.system.paths import ModelPlace, is_debris, local_path, table_suffix
+from mirrortune.system.claims import claimed, clear_claims, place_of_claim
+from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_path, table_suffix
 
 _VERSION = 1
 _SHOWN = 5
@@ -63,11 +63,13 @@ class Kind:
         ways_out: what to do about an output that is not empty.
         reserved: pattern of the paths below the folder that are ours without being listed, folders with ``/`` at the
             end.
+        is_exchanged: whether such a folder is written under a temporary name, and not where it is to lie.
     """
 
     name: str
     ways_out: str = "Choose another with -o, or replace it with --overwrite"
     reserved: str = r"(?!)"
+    is_exchanged: bool = False
 
     def reserves(self, below: str) -> bool:
         """Whether files of this kind may have the path ``below``, relative to the folder."""
@@ -95,8 +97,8 @@ RUN = Kind(
     rf"|checkpoints/(step-\d+/({_ADAPTER}|training\.safetensors|state\.json|SHA256SUMS)?)?"
     r"|mlflow\.db[^/]*|(tensorboard|wandb|mlruns)/.*",
 )
-MERGED = Kind("merged model")
-LORA = Kind("LoRA export")
+MERGED = Kind("merged model", is_exchanged=True)
+LORA = Kind("LoRA export", is_exchanged=True)
 COMPARISON = Kind(
     "comparison",
     "Choose another with -o",
@@ -174,7 +176,7 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite:
         ConfigError: the place is refused whatever is there (:func:`check_place`), it holds something and ``overwrite``
             was not given, or it holds what we did not write.
     """
-    check_place(output, inputs)
+    check_place(output, inputs, kind)
     if os.path.lexists(old := set_aside(output)):  # an old output of ours has been dealt with by `settle`
         raise ConfigError(str(output), f"{old} is in the way", fix="Move it elsewhere, or choose another with -o")
     marker = read_marker(output)
@@ -182,6 +184,8 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite:
         return
     if not overwrite:
         raise ConfigError(str(output), "the output directory is not empty", fix=kind.ways_out)
+    if os.path.ismount(output):
+        raise _is_mount_point(output)
     if marker is None or marker.kind != kind.name:
         found = "no folder that mirrortune wrote" if marker is None else f"a {marker.kind}, not a {kind.name},"
         raise ConfigError("--overwrite", f"{output} is {found} and is left alone", fix="Choose another with -o")
@@ -193,19 +197,29 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite:
         )  # fmt: skip
 
 
-def check_place(output: Path, inputs: Iterable[Input]) -> None:
+def _is_mount_point(output: Path) -> ConfigError:
+    problem = "it is a mount point, whose name cannot be given to another folder"
+    return ConfigError(str(output), problem, fix=f"Name a folder in it, such as {output / 'NAME'}")
+
+
+def check_place(output: Path, inputs: Iterable[Input], kind: Kind | None = None) -> None:
     """Refuse a place where no folder is written, whatever it holds.
 
+    Args:
+        output: the folder to make.
+        inputs: everything that the command reads.
+        kind: of what is written there; one that is exchanged cannot be a mount point.
+
     Raises:
-        ConfigError: the working directory, the home directory or a folder above them; a link, a mount point or a file;
-            or a place that is, contains or lies in something that is read.
+        ConfigError: the working directory, the home directory, the cache or a folder above them; a link or a file; or a
+            place that is, contains or lies in something that is read.
     """
     where, fix = str(output), "Choose another with -o"
     local_path(output)
     if output.is_symlink():
         raise ConfigError(where, f"it is a symbolic link to {output.readlink()}", fix="Give the folder itself with -o")
     target = _real(output)
-    kept = {"the working directory": Path.cwd()}
+    kept = {"the working directory": Path.cwd(), "the cache (MIRRORTUNE_CACHE)": cache_folder()}
     with suppress(RuntimeError):  # a user without one
         kept["your home directory"] = Path.home()
     for what, place in kept.items():
@@ -214,8 +228,8 @@ def check_place(output: Path, inputs: Iterable[Input]) -> None:
             raise ConfigError(where, how, fix=f"Name a folder of its own, such as {output / 'NAME'}")
     if output.name == "..":
         raise ConfigError(where, "its name is '..'", fix=f"Name the folder itself: {target}")
-    if os.path.ismount(target):
-        raise ConfigError(where, "it is a mount point", fix=f"Name a folder in it, such as {output / 'NAME'}")
+    if kind is not None and kind.is_exchanged and os.path.ismount(target):
+        raise _is_mount_point(output)
     if output.exists() and not output.is_dir():
         raise ConfigError(where, "it is a file", fix=fix)
     check_apart(output, inputs)
@@ -305,7 +319,8 @@ def strangers(folder: Path, marker: Marker) -> list[str]:
         found += [Path(place, name).relative_to(folder).as_posix() for name in names]
         if not folders and not files and Path(place) != folder:
             found.append(f"{Path(place).relative_to(folder).as_posix()}/")
-    return sorted(name for name in found if not marker.owns(name))
+    claim = place_of_claim(folder).name if os.path.ismount(folder) else None
+    return sorted(name for name in found if name != claim and not marker.owns(name))
 
 
 def holds_nothing(folder: Path, kind: Kind) -> bool:
@@ -318,8 +333,10 @@ def holds_nothing(folder: Path, kind: Kind) -> bool:
     if marker is None or marker.kind != kind.name or marker.files:
         return False
     kept = [Path(place, name) for place, _, files in os.walk(folder) for name in files]
-    is_begun = any(leftover_of(path.name) is None and path.name != MARKER for path in kept)
-    return not is_begun and not strangers(folder, marker)
+    own = (MARKER, place_of_claim(folder).name)
+    return all(leftover_of(path.name) is not None or path.name in own for path in kept) and not strangers(
+        folder, marker
+    )
 
 
 @contextmanager
@@ -346,7 +363,7 @@ def output_folder(
     def replace(write: Write) -> None:
         _replace(output, kind, write, lambda: may_replace(output, inputs, kind, overwrite=overwrite))
 
-    check_place(output, inputs)
+    check_place(output, inputs, kind)
     with claimed(output):
         settle(output)
         may_replace(output, inputs, kind, overwrite=overwrite)
@@ -403,9 +420,11 @@ def restore(folder: Path) -> Path:
 
 
 def _is_unbegun(folder: Path) -> bool:
-    """Whether a folder is empty, or its marker was being written when the process ended."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["no folder"]
-    return all(leftover_of(name) == MARKER or is_debris(name) for name in names)
+    """Whether a folder is empty, or its marker was being written when the process ended; a mount point may hold the
+    claim on it.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    return all(leftover_of(name) == MARKER or is_debris(name) for name in names - {place_of_claim(folder).name})
 
 
 def _replace(output: Path, kind: Kind, write: Write, ask: Callable[[], None]) -> None:

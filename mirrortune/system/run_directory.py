@@ -8,11 +8,13 @@ temporary name and renamed last. No pickle anywhere.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import random
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -162,9 +164,12 @@ class RunDirectory:
         self.check(inputs, overwrite=overwrite, resume=False)
         try:
             replaces = not holds_nothing(self.path, RUN)
+            mode = self.path.stat().st_mode if replaces else None
             if replaces:
                 self.path.rename(set_aside(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
+            if mode is not None:  # which may be private
+                self.path.chmod(stat.S_IMODE(mode))
             self.clear_leftovers()
             write_marker(self.path, Marker(RUN.name, frozenset(), is_pending=replaces))
             self.checkpoints.mkdir(exist_ok=True)
@@ -204,7 +209,13 @@ class RunDirectory:
         Args:
             name: path below the run's folder.
             write: given a temporary path, writes the content.
+
+        Raises:
+            ResourceError: it cannot be written, or its folder is a link to another.
         """
+        folder = (self.path / name).parent
+        if folder != self.path and folder.is_symlink():
+            raise cannot_write(self.path / name, OSError(errno.ELOOP, "its folder is a symbolic link"))
         marker = read_marker(self.path)
         if marker is not None and not marker.owns(name):
             write_marker(self.path, Marker(marker.kind, marker.files | {name}, is_pending=marker.is_pending))
@@ -377,6 +388,8 @@ def run_of(adapter: Path) -> RunDirectory | None:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     try:
+        if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):  # a backup shares the file
+            write_atomically(path, lambda copy: _write_text(copy, path.read_text(encoding="utf-8")))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:

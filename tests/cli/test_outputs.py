@@ -115,6 +115,13 @@ def adapter_elsewhere(desk: Path) -> None:
     (desk / "run" / "adapter").symlink_to("../best")
 
 
+def linked_comparison(desk: Path) -> None:
+    """A comparison whose folder of recipes leads to a model."""
+    (desk / "new").mkdir()
+    write_marker(desk / "new", Marker("comparison", frozenset()))
+    (desk / "new" / "recipes").symlink_to("../model")
+
+
 NOT_OURS = "is no folder that mirrortune wrote and is left alone"
 CASES = {
     # Places where no folder is ever written.
@@ -124,7 +131,13 @@ CASES = {
     "a detour to it": Refused(f"{TRAIN} -o run/../../desk --overwrite", ("it is the working directory",)),
     "the home directory": Refused(f"{TRAIN} -o ~ --overwrite", ("it is your home directory",)),
     "the root": Refused(f"{TRAIN} -o / --overwrite", ("/: the working directory lies in it",)),
-    "a mount point": Refused(f"{TRAIN} -o /proc --overwrite", ("/proc: it is a mount point", "/proc/NAME")),
+    "merging into a mount point": Refused("merge run -o /proc", ("/proc: it is a mount point", "/proc/NAME")),
+    "planning in the working directory": Refused(f"{TRAIN} -o . --dry-run", (".: it is the working directory",)),
+    "planning to train over a run": Refused(f"{TRAIN} -o run --dry-run", ("run: the output directory is not empty",)),
+    "planning to train over notes": Refused(
+        f"{TRAIN} -o run --dry-run --overwrite", ("no part of the run: notes.txt",), file("run/notes.txt")
+    ),
+    "planning to continue what is no run": Refused(f"{TRAIN} -o new --dry-run --resume", ("new holds no run",)),
     "a link to a run": Refused(
         f"{TRAIN} -o link --overwrite", ("link: it is a symbolic link to run",), link("link", "run")
     ),
@@ -197,6 +210,14 @@ CASES = {
     ),
     "another's file in the place of the claim": Refused(
         "merge run -o new", ("it is no claim of ours",), file(".new.claim"), code=4
+    ),
+    "a comparison with recipes elsewhere": Refused(
+        "compare -m model -t text-classification -d reviews.csv --methods mirror -o new",
+        ("new: new/recipes is a symbolic link to ../model",),
+        linked_comparison,
+    ),
+    "a pipe in the place of the claim": Refused(
+        "merge run -o new", ("it is no claim of ours",), lambda desk: os.mkfifo(desk / ".new.claim"), code=4
     ),
     "comparing in a run": Refused(
         "compare -m model -t text-classification -d reviews.csv --methods mirror -o run", ("holds no comparison",)
@@ -460,6 +481,16 @@ def test_a_run_that_may_only_be_read_is_merged(desk: Path, monkeypatch: pytest.M
     assert "run/reports/merge.json cannot be written (Read-only file system)" in outcome.said
 
 
+def test_a_merge_is_not_recorded_through_a_link(desk: Path) -> None:
+    """``merge.json`` is the name of a file of merged models too."""
+    shutil.rmtree(desk / "run" / "reports")
+    (desk / "run" / "reports").symlink_to("../merged")
+    before = tree(desk / "merged")
+    outcome = mirrortune("merge", "run", "-o", "new")
+    assert (outcome.exit_code, tree(desk / "merged")) == (0, before), outcome.stderr
+    assert "this merge is not recorded" in outcome.said
+
+
 def test_a_folder_is_not_emptied_through_a_link(tmp_path: Path) -> None:
     file("best/adapter.json")(tmp_path)
     (tmp_path / "adapter").symlink_to("best")
@@ -475,3 +506,50 @@ def test_a_finished_run_without_its_log_is_refused(desk: Path) -> None:
     outcome = mirrortune("train", "run/recipe.yaml", "--resume")
     assert outcome.exit_code == 5
     assert "run/metrics.jsonl: the events of the run are gone" in outcome.said
+
+
+def test_a_folder_around_the_cache_is_refused_before_any_work(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(desk / "new" / "cache"))
+    outcome = mirrortune(*f"{TRAIN} -o new".split())
+    assert outcome.exit_code == 2
+    assert "new: the cache (MIRRORTUNE_CACHE) lies in it" in outcome.said
+    assert not (desk / "new").exists()
+
+
+def test_a_mount_point_is_written_into_and_never_replaced(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of ``docker run -v runs:/out``; beside it nothing may be written."""
+    (desk / "above" / "out").mkdir(parents=True)
+    mounted, ismount = desk / "above" / "out", os.path.ismount
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted or ismount(path))
+    assert "it is a mount point" in mirrortune("merge", "run", "-o", mounted).said
+    first = mirrortune(*TRAIN.split(), "-o", mounted)
+    assert first.exit_code == 0, first.stderr
+    before = tree(desk)
+    for words, said in (([], "is not empty"), (["--overwrite"], "it is a mount point")):
+        outcome = mirrortune(*TRAIN.split(), "-o", mounted, *words)
+        assert (outcome.exit_code, said in outcome.said, tree(desk) == before) == (2, True, True), outcome.stderr
+    assert mirrortune("train", mounted / "recipe.yaml", "--resume").exit_code == 0
+    assert [path.name for path in mounted.parent.iterdir()] == ["out"]
+    assert not list(mounted.glob("*.claim"))
+
+
+def test_what_is_replaced_stays_as_private_as_it_was(desk: Path) -> None:
+    for _ in range(2):
+        assert mirrortune(*f"{EVAL} --predictions a.tsv --overwrite".split()).exit_code == 0
+        (desk / "a.tsv").chmod(0o600)
+        for name in ("run", "merged"):
+            (desk / name).chmod(0o700)
+        assert mirrortune(*f"{TRAIN} -o run --overwrite".split()).exit_code == 0
+        assert mirrortune("merge", "run", "-o", "merged", "--overwrite").exit_code == 0
+        modes = [(desk / name).stat().st_mode & 0o777 for name in ("a.tsv", "run", "merged")]
+        assert modes == [0o600, 0o700, 0o700]
+
+
+def test_figures_that_cannot_be_written_leave_no_folder(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ResourceError("figures", "cannot be written (the disk is full)")
+
+    monkeypatch.setattr("mirrortune.analyze.report.write_figures", fail)
+    before = tree(desk)
+    outcome = mirrortune("analyze", "run", "--figures", "figures")
+    assert (outcome.exit_code, tree(desk)) == (4, before), outcome.stderr

@@ -364,3 +364,15 @@ def test_small_files_are_whole(run: RunDirectory) -> None:
     assert sorted(p.name for p in run.path.iterdir()) == [
         ".mirrortune.json", "checkpoints", "recipe.yaml", "results.json",
     ]  # fmt: skip
+
+
+def test_a_log_that_a_backup_shares_is_not_changed_in_the_backup(run: RunDirectory) -> None:
+    run.log({"step": 1})
+    run.log_progress({"step": 1})
+    for path in (run.metrics, run.progress_log):
+        os.link(path, path.with_name(f"backup of {path.name}"))
+    run.log({"step": 2})
+    run.log_progress({"step": 2})
+    assert [event["step"] for event in run.events()] == [entry["step"] for entry in run.progress()] == [1, 2]
+    for path in (run.metrics, run.progress_log):
+        assert path.with_name(f"backup of {path.name}").read_text() == '{"step": 1}\n'
