@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import re
-import shutil
 import stat
 import sys
 import tempfile
@@ -26,7 +26,7 @@ from mirrortune.errors import ResourceError
 PARTIAL, _REPLACED = ".partial", ".replaced"
 MARKER = ".mirrortune.json"
 """Lies in every folder that a command writes, and says which files are ours."""
-_LEFTOVER = re.compile(rf"\.(.+?)(?:\.[a-z0-9_]+{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")
+_LEFTOVER = re.compile(rf"\.(.+?)(?:\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")  # as tempfile has it
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, optional: bool = False) -> None:
@@ -138,8 +138,8 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None], *, is_o
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:  # the old folder, perhaps, if a signal came just after the exchange
+            discard(temporary, is_ours=is_ours)
 
 
 def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
@@ -158,14 +158,14 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
     if not folder.exists():
         new.rename(folder)
     elif exchange(new, folder):
-        discard(new, is_ours=is_ours, into=folder)
+        _retire(new, folder, is_ours=is_ours)
     else:
         replace_in_two_steps(new, folder, is_ours=is_ours)
 
 
 def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None = None) -> None:
     """Delete the files of a folder that are ours, and the folder if nothing else is in it. Its marker goes last:
-    without one, what is left could not be told from what was being written.
+    without one, what is left could not be told from what was being written. What cannot be deleted stays.
 
     Args:
         folder: is not followed where it holds links, and left alone where it is one.
@@ -182,7 +182,8 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
             if below.as_posix() == MARKER:
                 continue
             if is_ours(below.as_posix()):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
             elif into is not None and not os.path.lexists(into / below) and not _leads_away(into, below):
                 with suppress(OSError):  # a file of ours stands where its folder should be: it stays here
                     (into / below).parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +200,19 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
         if is_ours(MARKER) and [path.name for path in folder.iterdir()] == [MARKER]:
             (folder / MARKER).unlink()
         folder.rmdir()
+
+
+def _retire(old: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
+    """Discard a folder whose successor has the name ``folder``. What can neither be deleted nor moved there stays
+    beside it, under a name that nobody takes for a leftover.
+    """
+    discard(old, is_ours=is_ours, into=folder)
+    if not old.is_dir() or old.is_symlink():
+        return
+    names = (f"{folder.name}.old{number or ''}" for number in itertools.count())
+    kept = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+    with suppress(OSError):
+        old.rename(kept)
 
 
 def _leads_away(folder: Path, below: Path) -> bool:
@@ -218,15 +232,21 @@ def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
     """
     found = {path: name for path in folder.glob(".*") if (name := leftover_of(path.name)) is not None}
     for path, name in found.items():
-        if not (is_ours(name) or is_ours(f"{name}/")):
+
+        def is_within(below: str, name: str = name) -> bool:
+            return is_ours(f"{name}/{below}")
+
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_ours(f"{name}/" if is_folder else name):
             continue
         if path.name.endswith(_REPLACED):
-            if restore(folder / name) and path.is_dir():
-                discard(path, is_ours=lambda below, name=name: is_ours(f"{name}/{below}"), into=folder / name)  # type: ignore[misc]
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+            if is_folder and any(is_within(inner.name) for inner in path.iterdir()):
+                restore(folder / name)
+                _retire(path, folder / name, is_ours=is_within)
+        elif is_folder:
+            discard(path, is_ours=is_within)
+        elif path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def leftover_of(name: str) -> str | None:
@@ -274,7 +294,7 @@ def replace_in_two_steps(new: Path, folder: Path, *, is_ours: Callable[[str], bo
     except BaseException:  # also when a second Ctrl-C ends the process just here
         restore(folder)
         raise
-    discard(old, is_ours=is_ours, into=folder)
+    _retire(old, folder, is_ours=is_ours)
 
 
 def set_aside(folder: Path) -> Path:

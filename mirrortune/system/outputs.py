@@ -73,19 +73,17 @@ class Kind:
 
     def reserves(self, below: str) -> bool:
         """Whether files of this kind may have the path ``below``, relative to the folder."""
-        return any(re.fullmatch(self.reserved, name) for name in _names(below))
+        return re.fullmatch(self.reserved, _named(below)) is not None
 
 
-def _names(below: str) -> list[str]:
-    """What a path may have been about to become: a part of it may be a leftover's name, and all in that was being
-    written. Any other path is returned as it is.
-    """
-    parts = below.removesuffix("/").split("/")
+def _named(below: str) -> str:
+    """Return what a path was about to become where a part of it is a leftover's name, and any other path as it is."""
+    parts = below.split("/")
     for place, part in enumerate(parts):
-        if (name := leftover_of(part)) is not None:
-            base = "/".join([*parts[:place], name])
-            return [base, f"{base}/"]
-    return [below]
+        is_folder = place < len(parts) - 1
+        if is_folder or part.endswith(PARTIAL):  # only folders are set aside
+            parts[place] = leftover_of(part) or part
+    return "/".join(parts)
 
 
 _ADAPTER = r"(adapter\.(json|safetensors)|adapter_(config\.json|model\.safetensors))"
@@ -130,9 +128,9 @@ class Marker:
         """
         if any(map(is_debris, below.split("/"))):
             return True
-        names, kind = _names(below), _KINDS.get(self.kind)
-        is_listed = any(name == MARKER or name in self.files for name in names)
-        is_above = any(name.endswith("/") and file.startswith(name) for name in names for file in self.files)
+        name, kind = _named(below), _KINDS.get(self.kind)
+        is_listed = name == MARKER or name in self.files
+        is_above = name.endswith("/") and any(file.startswith(name) for file in self.files)
         return is_listed or is_above or (kind is not None and kind.reserves(below))
 
 

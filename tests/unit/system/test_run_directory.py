@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
+from mirrortune.system import atomic
 from mirrortune.system.atomic import set_aside
-from mirrortune.system.outputs import restore
+from mirrortune.system.outputs import Marker, restore, strangers
 from mirrortune.system.run_directory import LoopState, RunDirectory
 from mirrortune.training.snapshots import random_tensors
 
@@ -243,9 +245,9 @@ def test_an_evaluation_that_will_be_made_again_is_dropped(run: RunDirectory) -> 
 def test_what_killed_saves_left_is_cleared(run: RunDirectory) -> None:
     save(run, 3)
     save(run, 4, best_step=3)
-    for path in (run.path / ".metrics.jsonl.ab12.partial", run.path / ".git", run.checkpoints / ".DS_Store"):
+    for path in (run.path / ".metrics.jsonl.ab12cd34.partial", run.path / ".git", run.checkpoints / ".DS_Store"):
         path.write_text("half")
-    shutil.copytree(run.checkpoint(4), run.checkpoints / ".step-000005.cd34.partial")
+    shutil.copytree(run.checkpoint(4), run.checkpoints / ".step-000005.cd34ef56.partial")
     shutil.copytree(run.checkpoint(3), run.checkpoints / ".step-000003.replaced")  # its successor came
     run.checkpoint(4).rename(run.checkpoints / ".step-000004.replaced")  # its successor did not
     assert run.saved_steps() == [3]
@@ -254,6 +256,66 @@ def test_what_killed_saves_left_is_cleared(run: RunDirectory) -> None:
     assert run.load_checkpoint(4)[0].global_step == 4
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [".DS_Store", "step-000003", "step-000004"]
     assert sorted(p.name for p in run.path.iterdir()) == [".git", ".mirrortune.json", "checkpoints"]
+
+
+def test_files_with_names_like_leftovers_are_left_alone(run: RunDirectory) -> None:
+    """Only the exact form of our temporary names counts, for the type that we make, and only our files in it go."""
+    save(run, 3)
+    mine = (
+        ".recipe.yaml.my_edit.partial", ".recipe.yaml.replaced", ".adapter.ab12cd34.partial", ".x.ab12cd34.partial",
+        ".adapter.mine_v2.partial/thesis.tex", ".adapter.ef56gh78.partial/thesis.tex", ".reports.replaced/thesis.tex",
+        ".recipe.yaml.ab12cd34.partial/thesis.tex", "checkpoints/.step-000009.old.partial/state.json",
+        ".checkpoints.old.partial/step-000003/state.json",
+    )  # fmt: skip
+    for name in mine:
+        (run.path / name).parent.mkdir(exist_ok=True, parents=True)
+        (run.path / name).write_text("mine")
+    (run.path / ".adapter.ef56gh78.partial" / "adapter.json").write_text("half")
+    run.clear_leftovers()
+    assert not (run.path / ".adapter.ef56gh78.partial" / "adapter.json").exists()
+    assert [(run.path / name).read_text() for name in mine] == ["mine"] * len(mine)
+    with pytest.raises(ConfigError) as refused:
+        run.check(overwrite=True, resume=False)
+    assert strangers(run.path, Marker("run", frozenset())) == sorted(mine)
+    assert "and 5 more" in str(refused.value)
+
+
+def test_what_cannot_be_moved_from_an_old_folder_stays_in_sight(run: RunDirectory) -> None:
+    save(run, 1)
+    thesis = run.adapter / "adapter.json" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    for _ in range(2):
+        run.publish_adapter(1)
+        run.clear_leftovers()
+    assert (run.adapter / "adapter.json").read_text() == "adapter 1"
+    assert (run.path / "adapter.old" / "adapter.json" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("error", [PermissionError, KeyboardInterrupt])
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_old_folder_that_cannot_be_removed_loses_nothing(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], can_exchange: bool
+) -> None:
+    save(run, 1)
+    run.publish_adapter(1)
+    (run.adapter / "thesis.txt").write_text("years of work")
+    unlink = Path.unlink
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "adapter.json":
+            raise error("failed as it was meant to")
+        unlink(path, missing_ok=missing_ok)
+
+    if not can_exchange:
+        monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", fail)
+        run.publish_adapter(1)
+    assert [path.read_text() for path in run.path.rglob("thesis.txt")] == ["years of work"]
+    run.clear_leftovers()
+    assert [path.read_text() for path in run.path.rglob("thesis.txt")] == ["years of work"]
+    assert (run.adapter / "adapter.json").read_text() == "adapter 1"
 
 
 def test_publishing_copies_the_adapter_of_a_step(run: RunDirectory) -> None:
@@ -279,7 +341,7 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path: Path) -> None:
         run.check(overwrite=False, resume=True)
     run.recipe.unlink()
     run.create()
-    (run.path / ".recipe.yaml.ab12.partial").write_text("ta")
+    (run.path / ".recipe.yaml.ab12cd34.partial").write_text("ta")
     run.check(overwrite=False, resume=False)  # it was killed before it began
     run.write_text("recipe.yaml", "task: {}")
     with pytest.raises(ConfigError, match="--resume, choose another with -o, or replace it with --overwrite"):
