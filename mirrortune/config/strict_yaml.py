@@ -34,7 +34,8 @@ class _Limits(Composer):
         self.num_nodes += 1
         if self.num_nodes > _MOST_NODES:
             raise ConfigError(self.source, f"more than {_MOST_NODES:,} values", fix="Shorten the file")
-        event = self.peek_event()  # type: ignore[attr-defined]
+        events: Any = self  # of a parser, to which a composer belongs
+        event = events.peek_event()
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
@@ -74,16 +75,16 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(
 _LONG = 2**16  # characters; what people write is shorter, and keeps PyYAML's own messages
 _FastLoader: Any = _StrictLoader
 if yaml.__with_libyaml__:
-    _CParser: Any = yaml.cyaml.CParser  # type: ignore[attr-defined]
+    from yaml._yaml import CParser
 
-    class _CLoader(_Limits, SafeConstructor, Resolver, _CParser):  # type: ignore[misc]
+    class _CLoader(_Limits, SafeConstructor, Resolver, CParser):
         """The same rules on the events of libyaml, which reads long lists of pairs several times faster."""
 
         yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
         yaml_constructors = _StrictLoader.yaml_constructors
 
         def __init__(self, text: str) -> None:
-            _CParser.__init__(self, text)
+            CParser.__init__(self, text)
             Composer.__init__(self)
             SafeConstructor.__init__(self)
             Resolver.__init__(self)

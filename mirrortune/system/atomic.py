@@ -320,12 +320,15 @@ def _sync(path: Path) -> None:
 
 
 def _mode(path: Path, default: int) -> int:
-    """Permissions of a file or folder that is replaced, which may be private, or those of a new one."""
+    """Permissions of a new file or folder: what it replaces may be more private, and what is more public is not kept,
+    since in a shared cache anybody may have put it there.
+    """
+    allowed = default & ~_umask()
     try:
-        found = path.lstat()
+        found = path.lstat().st_mode
     except OSError:
-        return default & ~_umask()
-    return default & ~_umask() if stat.S_ISLNK(found.st_mode) else stat.S_IMODE(found.st_mode)
+        return allowed
+    return allowed if stat.S_ISLNK(found) else allowed & found | stat.S_IWUSR
 
 
 def _umask() -> int:

@@ -33,7 +33,7 @@ from mirrortune.system.atomic import (
     leftover_of,
     set_aside,
     swap,
-    write_atomically,
+    write_files_atomically,
 )
 from mirrortune.system.atomic import restore as restore_missing
 from mirrortune.system.claims import claimed, clear_claims, place_of_claim
@@ -158,7 +158,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
     """
     data: dict[str, Any] = {"version": _VERSION, "kind": marker.kind, "files": sorted(marker.files)}
     data |= {"pending": True} if marker.is_pending else {}
-    write_atomically(folder / MARKER, lambda path: _write_text(path, json.dumps(data, indent=1) + "\n"))
+    write_files_atomically(folder, {MARKER: (json.dumps(data, indent=1) + "\n").encode()})
 
 
 def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite: bool = False) -> None:
@@ -330,11 +330,8 @@ def holds_nothing(folder: Path, kind: Kind) -> bool:
     marker = read_marker(folder)
     if marker is None or marker.kind != kind.name or marker.files:
         return False
-    kept = [Path(place, name) for place, _, files in os.walk(folder) for name in files]
-    own = (MARKER, place_of_claim(folder).name)
-    return all(leftover_of(path.name) is not None or path.name in own for path in kept) and not strangers(
-        folder, marker
-    )
+    kept = {name for _, _, files in os.walk(folder) for name in files} - {MARKER, place_of_claim(folder).name}
+    return all(map(leftover_of, kept)) and not strangers(folder, marker)
 
 
 @contextmanager
@@ -397,9 +394,7 @@ def settle(output: Path) -> None:
 
 
 def put_back(output: Path) -> None:
-    """Give an output that was set aside its name again, in the place of a successor that never became whole; without
-    one, as in a copy of the successor, nothing changes.
-    """
+    """Give an output that was set aside, if any, its name again, in place of a successor that never became whole."""
     old = set_aside(output)
     if not old.is_dir() or old.is_symlink():
         return
@@ -418,9 +413,7 @@ def restore(folder: Path) -> Path:
 
 
 def _is_unbegun(folder: Path) -> bool:
-    """Whether a folder is empty, or its marker was being written when the process ended; a mount point may hold the
-    claim on it.
-    """
+    """Whether a folder holds nothing, or only a marker that was being written or, as a mount point, its own claim."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
     return all(leftover_of(name) == MARKER or is_debris(name) for name in names - {place_of_claim(folder).name})
 
@@ -493,7 +486,3 @@ def _is_beside_content(target: Path, read: Path, what: What, *, is_file: bool) -
         and read.is_dir()
         and any(table_suffix(path) is not None for path in read.iterdir())
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -169,7 +169,7 @@ class RunDirectory:
                 self.path.rename(set_aside(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
             if mode is not None:  # which may be private
-                self.path.chmod(stat.S_IMODE(mode))
+                self.path.chmod(self.path.stat().st_mode & stat.S_IMODE(mode))
             self.clear_leftovers()
             write_marker(self.path, Marker(RUN.name, frozenset(), is_pending=replaces))
             self.checkpoints.mkdir(exist_ok=True)

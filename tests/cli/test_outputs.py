@@ -14,9 +14,9 @@ import pytest
 
 import mirrortune as library
 from mirrortune.errors import ConfigError, ResourceError
-from mirrortune.system.atomic import discard, write_folder_atomically
+from mirrortune.system.atomic import MARKER, discard, write_folder_atomically
 from mirrortune.system.claims import claimed
-from mirrortune.system.outputs import MARKER, Marker, read_marker, write_marker
+from mirrortune.system.outputs import Marker, read_marker, write_marker
 from mirrortune.system.run_directory import RunDirectory
 from tests.cli.console import finish, mirrortune, reviews, start, write_table
 from tests.tiny_models import write_tiny_model

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mirrortune.system import atomic
-from mirrortune.system.outputs import LORA, MARKER, MERGED, Input, Kind, output_folder, restore
+from mirrortune.system.atomic import MARKER
+from mirrortune.system.outputs import LORA, MERGED, Input, Kind, output_folder, restore
 from mirrortune.system.run_directory import LoopState, RunDirectory
 from tests.kills import ends_before
 from tests.trees import tree

@@ -22,11 +22,10 @@ from hypothesis import strategies as st
 
 from mirrortune.errors import ConfigError
 from mirrortune.system import atomic, outputs, run_directory
-from mirrortune.system.atomic import discard
+from mirrortune.system.atomic import MARKER, discard
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import (
     LORA,
-    MARKER,
     MERGED,
     RUN,
     Input,

@@ -204,3 +204,14 @@ def test_every_way_to_say_full_is_understood(number: int) -> None:
     error = cannot_write(Path("a"), OSError(number, os.strerror(number)))
 
     assert str(error) == "a: cannot be written (the disk is full). Free space or choose another place with -o."
+
+
+def test_what_is_replaced_may_be_private_and_makes_nothing_public(tmp_path: Path) -> None:
+    """An entry of a shared cache that everybody may write is no model for the one that replaces it."""
+    place, usual = tmp_path / "file", tmp_path / "usual"
+    usual.touch()
+    for before, after in ((0o600, 0o600), (0o400, 0o600), (0o666, usual.stat().st_mode & 0o777)):
+        place.touch()
+        place.chmod(before)
+        atomic.write_atomically(place, lambda path: None)
+        assert place.stat().st_mode & 0o777 == after
