@@ -21,10 +21,12 @@ from mirrortune.config.schema import Recipe
 from mirrortune.errors import counted
 from mirrortune.reports import html
 from mirrortune.reports.drawing import Drawing, write_figure
+from mirrortune.reports.finished_run import read_json
 from mirrortune.reports.tables import Table
 from mirrortune.system.atomic import write_files_atomically
 from mirrortune.system.console import Reporter, kilobytes
 from mirrortune.system.outputs import Input
+from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.metrics import METRICS
 
 # Taken from the first reported run: nearly the same for all seeds.
@@ -290,19 +292,14 @@ def _num_rows(samples: dict[str, Sample]) -> int:
 def _histories(comparison: Comparison, task: str, label: str) -> list[list[dict[str, Any]]]:
     who = comparison.contender(label)
     state = choose(comparison.grid, task, who, comparison.score)
-    found = []
-    for seed in comparison.grid.seeds:
-        if state.lr is None:
-            continue
-        path = Cell(task, label, state.lr, seed).folder(comparison.root) / "metrics.jsonl"
-        if path.is_file() and comparison.result(Cell(task, label, state.lr, seed)) is not None:
-            found.append([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    return found
+    cells = [] if state.lr is None else [Cell(task, label, state.lr, seed) for seed in comparison.grid.seeds]
+    finished = [cell for cell in cells if comparison.result(cell) is not None]
+    return [RunDirectory(cell.folder(comparison.root)).events() for cell in finished]
 
 
 def _environment(comparison: Comparison) -> dict[str, Any]:
     for path in sorted(comparison.root.glob("cells/**/environment.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         kept = {key: found.get(key) for key in ("mirrortune", "python", "platform", "device", "mixed_precision")}
         return {**kept, "torch": found.get("packages", {}).get("torch"), "packages": found.get("packages")}
     return {}

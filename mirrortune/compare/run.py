@@ -5,7 +5,6 @@ built from the run directories.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import Layer, read_saved_recipe, resolve, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
+from mirrortune.reports.finished_run import read_json
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.runs.rows import read_data
@@ -114,8 +114,7 @@ class Comparison:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Read ``results.json`` of a cell; None if it has not finished."""
-        path = cell.folder(self.root) / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_json(cell.folder(self.root) / "results.json") or None
 
     def has_diverged(self, cell: Cell) -> bool:
         """Return whether the cell's training diverged."""

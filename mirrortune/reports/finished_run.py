@@ -37,18 +37,18 @@ class FinishedRun:
             if how := describe_status(run):
                 problem = f"{problem}: {how}"
             raise ConfigError(str(run.path), problem, fix="Give a folder that train has finished")
-        self.results = _read_json(run.results)
-        self.environment = _read_json(run.path / "environment.json")
+        self.results = read_json(run.results)
+        self.environment = read_json(run.path / "environment.json")
 
     @cached_property
     def validation(self) -> dict[str, Any]:
         """Content of ``validation.json``: answers, lengths, classes, angles."""
-        return _read_json(self.directory.validation)
+        return read_json(self.directory.validation)
 
     @cached_property
     def merge(self) -> dict[str, Any]:
         """Report of the run's last merge; empty if there is none."""
-        return _read_json(self.directory.path / "reports" / "merge.json")
+        return read_json(self.directory.path / "reports" / "merge.json")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -94,8 +94,12 @@ class FinishedRun:
         }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a run's file; empty if there is none.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     if not path.is_file():
         return {}
     try:

@@ -101,6 +101,9 @@ def test_the_loss_judges_if_asked_to(tmp_path: Path, choose_by: ChooseBy, chosen
         found = {"selection_metric": "accuracy", "metrics": {"accuracy": accuracy, "loss": loss}}
         (folder / "results.json").write_text(json.dumps(found))
     assert choose(made, "t", made.contenders[0], comparison.score).lr == chosen
+    (folder / "results.json").write_text("{")
+    with pytest.raises(ConfigError, match="damaged"):
+        comparison.score(Cell("t", "a", 1e-2, 0))
 
 
 def test_a_rate_that_diverges_is_never_chosen() -> None:

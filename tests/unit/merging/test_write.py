@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""merge_folder: tensor by tensor, several adapters, shards, 16 bits; the arithmetic itself is in test_merging."""
+"""merge_folder: tensor by tensor, several adapters, shards, 16 bits; test_in_memory has the arithmetic itself."""
 
 from __future__ import annotations
 
