@@ -132,8 +132,8 @@ class RunDirectory:
             raise ConfigError(
                 "--resume", f"{self.path} holds no run{problem}", fix=fix if lost else "Start it without --resume"
             )
-        if self.adapter.is_symlink():  # it is replaced as a whole
-            problem = f"{self.adapter} is a symbolic link to {self.adapter.readlink()}"
+        if linked := next(self._linked(), None):  # what it leads to would be replaced or deleted
+            problem = f"{linked} is a symbolic link to {linked.readlink()}"
             raise ConfigError("--resume", problem, fix="Put the folder itself there")
 
     @contextmanager
@@ -306,7 +306,7 @@ class RunDirectory:
 
     def remove_checkpoints(self) -> None:
         """Delete all checkpoints of a finished run, and nothing else that lies among them."""
-        if self.is_marked:
+        if self.is_marked and not self.checkpoints.is_symlink():
             for step in self.saved_steps():
                 self._remove_checkpoint(step)
             discard(self.checkpoints, is_ours=lambda below: RUN.reserves(f"checkpoints/{below}"))
@@ -349,8 +349,9 @@ class RunDirectory:
 
     def _remove_checkpoint(self, step: int) -> None:
         folder = self.checkpoint(step)
-        if not folder.is_symlink():
-            (folder / _STATE).unlink(missing_ok=True)  # first: a checkpoint that is half removed does not count
+        if folder.is_symlink() or self.checkpoints.is_symlink():  # made meanwhile, and whose it is nobody knows
+            return
+        (folder / _STATE).unlink(missing_ok=True)  # first: a checkpoint that is half removed does not count
         discard(folder, is_ours=_is_in_checkpoint)
 
     def _with_last_intact(self, error: ResourceError) -> ResourceError:
@@ -361,6 +362,13 @@ class RunDirectory:
                 _check_sums(folder)
                 return ResourceError(error.where, error.problem, fix=f"{error.fix}; {folder.name} is intact")
         return error
+
+    def _linked(self) -> Iterator[Path]:
+        """Yield links in the place of folders and databases into which a run writes."""
+        for path in sorted([*self.path.glob("*"), *self.checkpoints.glob("*")]):
+            below = path.relative_to(self.path).as_posix()
+            if path.is_symlink() and (RUN.reserves(f"{below}/") or below.startswith("mlflow.db")):
+                yield path
 
     def _check_place(self, inputs: Sequence[Input], *, resume: bool) -> None:
         own = os.path.realpath(self.recipe)

@@ -122,6 +122,17 @@ def linked_comparison(desk: Path) -> None:
     (desk / "new" / "recipes").symlink_to("../model")
 
 
+def elsewhere(name: str) -> Callable[[Path], object]:
+    """A folder of the run on another disk, and a link in its place."""
+
+    def change(desk: Path) -> None:
+        (desk / "run" / name).mkdir(parents=True, exist_ok=True)
+        (desk / "run" / name).rename(desk / "elsewhere")
+        (desk / "run" / name).symlink_to(desk / "elsewhere")
+
+    return change
+
+
 NOT_OURS = "is no folder that mirrortune wrote and is left alone"
 CASES = {
     # Places where no folder is ever written.
@@ -201,6 +212,15 @@ CASES = {
     ),
     "resuming with an adapter elsewhere": Refused(
         f"{TRAIN} -o run --resume", ("run/adapter is a symbolic link to ../best",), adapter_elsewhere
+    ),
+    **{
+        f"resuming with {name} elsewhere": Refused(
+            f"{TRAIN} -o run --resume", (f"run/{name} is a symbolic link to ",), elsewhere(name)
+        )
+        for name in ("checkpoints", "checkpoints/step-000001", "reports", "tensorboard", "wandb", "mlruns")
+    },
+    "resuming with a linked database": Refused(
+        f"{TRAIN} -o run --resume", ("run/mlflow.db is a symbolic link",), link("run/mlflow.db", "../thesis.txt")
     ),
     "a name that is needed while a run is replaced": Refused(
         f"{TRAIN} -o run --overwrite", ("run: .run.replaced is in the way",), file(".run.replaced/mine.txt")

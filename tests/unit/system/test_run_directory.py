@@ -318,6 +318,15 @@ def test_an_old_folder_that_cannot_be_removed_loses_nothing(
     assert (run.adapter / "adapter.json").read_text() == "adapter 1"
 
 
+def test_checkpoints_behind_a_link_are_kept(run: RunDirectory) -> None:
+    save(run, 1)
+    run.checkpoints.rename(run.path.parent / "elsewhere")
+    run.checkpoints.symlink_to("../elsewhere")
+    save(run, 2)
+    run.remove_checkpoints()
+    assert run.saved_steps() == [1, 2]
+
+
 def test_publishing_copies_the_adapter_of_a_step(run: RunDirectory) -> None:
     save(run, 1, best_step=1)
     save(run, 2, best_step=1)
