@@ -298,7 +298,7 @@ def _histories(comparison: Comparison, task: str, label: str) -> list[list[dict[
 
 
 def _environment(comparison: Comparison) -> dict[str, Any]:
-    for path in sorted(comparison.root.glob("cells/**/environment.json")):
+    for path in filter(Path.is_file, sorted(comparison.root.glob("cells/**/environment.json"))):  # a pipe would hang
         found = read_json(path)
         kept = {key: found.get(key) for key in ("mirrortune", "python", "platform", "device", "mixed_precision")}
         return {**kept, "torch": found.get("packages", {}).get("torch"), "packages": found.get("packages")}

@@ -254,11 +254,17 @@ def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
         if not holds_nothing(root, COMPARISON) and (marker is None or marker.kind != COMPARISON.name):
             problem = "the folder is not empty and holds no comparison"
             raise ConfigError(str(root), problem, fix=COMPARISON.ways_out)
-        for path in (root / "recipes", root / "cells"):
-            if path.is_symlink():
-                problem = f"{path} is a symbolic link to {path.readlink()}"
-                raise ConfigError(str(root), problem, fix="Put the folder itself there, or choose another with -o")
+        for pattern in ("recipes", "cells", *(f"cells/{'/'.join('*' * depth)}" for depth in range(1, 5))):
+            _refuse_links(root, pattern)
         yield
+
+
+def _refuse_links(root: Path, pattern: str) -> None:
+    """Refuse links in the place of folders, into which cells would be trained; linked files are replaced."""
+    for path in sorted(root.glob(pattern)):
+        if path.is_symlink() and not path.is_file():
+            problem = f"{path} is a symbolic link to {path.readlink()}"
+            raise ConfigError(str(root), problem, fix="Put the folder itself there, or choose another with -o")
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:

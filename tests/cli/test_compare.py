@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from mirrortune.system.console import Reporter
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import recorded_status
 from tests.cli.console import Outcome, changed, finish, mirrortune, reviews, start, write_table
+from tests.trees import tree
 
 GRID = ["--seeds", 2, "--lr-grid", "1e-1", "--extensions", 0, "--epochs", 2, "--batch-size", 16, "--jobs", 2]
 
@@ -162,6 +164,47 @@ def test_a_folder_of_something_else_is_left_alone(compared: Compared, tmp_path: 
     assert refused.exit_code == 2
     assert "holds no comparison" in refused.said
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_linked_recipes_lead_to_is_kept(
+    compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = shutil.copytree(compared.root, tmp_path / "out")
+    words = [w if w != compared.root else root for w in compared.words]
+    (cell,) = root.glob("cells/data/mirror/lr-*/seed-0")
+    shutil.rmtree(cell)
+    cell.with_name("seed-0.yaml").unlink()
+    mine = {name: tmp_path / name for name in ("recipe.yaml", "linked.yaml", "thesis.txt")}
+    (root / "recipes" / "data.yaml").rename(mine["recipe.yaml"])
+    mine["recipe.yaml"].write_text(mine["recipe.yaml"].read_text(encoding="utf-8") + "# my comment\n")
+    mine["thesis.txt"].write_text("years of work")
+    cell.with_name("seed-0.yaml").symlink_to(mine["thesis.txt"])
+    monkeypatch.setattr(Comparison, "_command", lambda *given: (1, "error: no training here"))
+    for link in (Path.hardlink_to, Path.symlink_to):
+        (root / "recipes" / "data.yaml").unlink(missing_ok=True)
+        link(root / "recipes" / "data.yaml", mine["recipe.yaml"])
+        outcome = mirrortune(*words, cache=compared.cache)
+        assert "no training here" in outcome.said
+        assert "# my comment" not in (root / "recipes" / "data.yaml").read_text(encoding="utf-8")
+        assert mine["recipe.yaml"].read_text(encoding="utf-8").endswith("# my comment\n")
+        assert mine["thesis.txt"].read_text() == "years of work"
+    assert not cell.with_name("seed-0.yaml").is_symlink()
+
+
+def test_linked_folders_of_a_comparison_are_refused(compared: Compared, tmp_path: Path) -> None:
+    root = shutil.copytree(compared.root, tmp_path / "out")
+    words = [w if w != compared.root else root for w in compared.words]
+    (seed,) = root.glob("cells/data/mirror/lr-*/seed-1")
+    for folder in (root / "recipes", seed, *seed.parents[:4]):
+        kept = folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(kept)
+        before = tree(tmp_path)
+        refused = mirrortune(*words, cache=compared.cache)
+        assert refused.exit_code == 2
+        assert f"{folder.relative_to(root)} is a symbolic link to " in refused.said
+        assert tree(tmp_path) == before
+        folder.unlink()
+        kept.rename(folder)
 
 
 def test_a_cell_that_fails_stops_it_with_its_own_message(compared: Compared, tmp_path: Path) -> None:
