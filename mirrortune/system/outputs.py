@@ -37,7 +37,8 @@ from mirrortune.system.atomic import (
 )
 from mirrortune.system.atomic import restore as restore_missing
 from mirrortune.system.claims import claimed, clear_claims, place_of_claim
-from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_path, table_suffix
+from mirrortune.system.links import contains, holds_tables, is_same, link_into, real
+from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_path
 
 _VERSION = 1
 _SHOWN = 5
@@ -216,13 +217,13 @@ def check_place(output: Path, inputs: Iterable[Input], kind: Kind | None = None)
     local_path(output)
     if output.is_symlink():
         raise ConfigError(where, f"it is a symbolic link to {output.readlink()}", fix="Give the folder itself with -o")
-    target = _real(output)
+    target = real(output)
     kept = {"the working directory": Path.cwd(), "the cache (MIRRORTUNE_CACHE)": cache_folder()}
     with suppress(RuntimeError):  # a user without one
         kept["your home directory"] = Path.home()
     for what, place in kept.items():
-        if _contains(target, place):
-            how = f"it is {what}" if _is_same(target, _real(place)) else f"{what} lies in it"
+        if contains(target, place):
+            how = f"it is {what}" if is_same(target, real(place)) else f"{what} lies in it"
             raise ConfigError(where, how, fix=f"Name a folder of its own, such as {output / 'NAME'}")
     if output.name == "..":
         raise ConfigError(where, "its name is '..'", fix=f"Name the folder itself: {target}")
@@ -250,17 +251,21 @@ def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None,
     Raises:
         ConfigError: with the input.
     """
-    target = _real(output)
+    target = real(output)
     for given in inputs:
-        read = _real(given.path)
+        read = real(given.path)
         if not read.exists():
             continue
-        if _is_same(target, read):
+        if is_same(target, read):
             how = f"it is the {given.what} that is read"
-        elif _contains(target, read):
+        elif contains(target, read):
             how = f"the {given.what} that is read lies in it: {given.path}"
-        elif _contains(read, target) and not _is_beside_content(target, read, given.what, is_file=is_file):
+        elif contains(read, target) and not _is_beside_content(target, read, given.what, is_file=is_file):
             how = f"it lies in the {given.what} that is read: {given.path}"
+        elif given.what != "run" and (
+            link := link_into(read, target, only_tables=given.what == "data" and holds_tables(read))
+        ):
+            how = f"a link in the {given.what} that is read leads there: {link}"
         else:
             continue
         raise ConfigError(
@@ -283,7 +288,7 @@ def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
     if path.exists() and not path.is_file():
         raise ConfigError(where, f"{path} is no regular file", fix=fix)
     check_apart(path, inputs, where, is_file=True)
-    if above := next((p for p in _real(path).parents if p.exists() and not p.is_dir()), None):
+    if above := next((p for p in real(path).parents if p.exists() and not p.is_dir()), None):
         raise ConfigError(where, f"{path}: {above} is a file", fix=fix)
     if path.name == MARKER:
         raise ConfigError(where, f"{MARKER} is the name of our own records", fix=fix)
@@ -456,33 +461,10 @@ def _drop_scratch(scratch: Path, output: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _contains(folder: Path, path: Path) -> bool:
-    """Whether a path is a folder or lies in it, whatever names they are reached by."""
-    return any(_is_same(folder, part) for part in (_real(path), *_real(path).parents))
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # Path.resolve fails on links that lead in a circle
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    if one == other:
-        return True
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
-
-
 def _is_beside_content(target: Path, read: Path, what: What, *, is_file: bool) -> bool:
     """Whether something new at ``target`` is no part of what is read in the folder ``read``."""
-    parts = [part for part in (target, *target.parents) if not _is_same(part, read) and _contains(read, part)]
+    parts = [part for part in (target, *target.parents) if not is_same(part, read) and contains(read, part)]
     below = PurePosixPath(*(part.name for part in reversed(parts)))
     if what == "run":
         return not RUN.reserves(f"{below.parts[0]}/") and (is_file or not RUN.reserves(below.as_posix()))
-    return (
-        what == "data"
-        and not is_file
-        and read.is_dir()
-        and any(table_suffix(path) is not None for path in read.iterdir())
-    )
+    return what == "data" and not is_file and holds_tables(read)

@@ -16,7 +16,7 @@ import mirrortune as library
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.system.atomic import MARKER, discard, write_folder_atomically
 from mirrortune.system.claims import claimed
-from mirrortune.system.outputs import Marker, read_marker, write_marker
+from mirrortune.system.outputs import Input, Marker, check_place, read_marker, write_marker
 from mirrortune.system.run_directory import RunDirectory
 from tests.cli.console import finish, mirrortune, reviews, start, write_table
 from tests.tiny_models import write_tiny_model
@@ -120,6 +120,13 @@ def linked_comparison(desk: Path) -> None:
     (desk / "new").mkdir()
     write_marker(desk / "new", Marker("comparison", frozenset()))
     (desk / "new" / "recipes").symlink_to("../model")
+
+
+def linked(folder: Path, target: Path) -> None:
+    """A folder of links to the files of another, as caches and disk savers make them."""
+    folder.mkdir()
+    for path in target.iterdir():
+        (folder / path.name).symlink_to(path)
 
 
 def elsewhere(name: str) -> Callable[[Path], object]:
@@ -270,6 +277,26 @@ CASES = {
     ),
     "exporting into the base": Refused(
         "merge run --format lora --base merged -o merged/lora", ("it lies in the model",)
+    ),
+    "a model that is linked to the output": Refused(
+        "merge run --base linked -o merged --overwrite",
+        ("merged: a link in the model that is read leads there: ", "/linked/"),
+        lambda desk: linked(desk / "linked", desk / "merged"),
+    ),
+    "a model with a linked sub-folder": Refused(
+        f"{TRAIN.replace('-m model', '-m linked')} -o run --overwrite",
+        ("a link in the model that is read leads there: ", "linked/sub"),
+        lambda desk: (linked(desk / "linked", desk / "model"), link("linked/sub", "../run")(desk)),
+    ),
+    "tables that are linked to the output": Refused(
+        f"{TRAIN.replace('reviews.csv', 'tables')} -o run --overwrite",
+        ("a link in the data that is read leads there: ", "tables/train.csv"),
+        lambda desk: ((desk / "tables").mkdir(), link("tables/train.csv", "../run/predictions.safetensors")(desk)),
+    ),
+    "predictions over a linked table": Refused(
+        "eval run -d tables --predictions a.csv --overwrite",
+        ("a link in the data that is read leads there: ", "tables/test.csv"),
+        lambda desk: (file("a.csv")(desk), (desk / "tables").mkdir(), link("tables/test.csv", "../a.csv")(desk)),
     ),
     # Files.
     "predictions over the data": Refused(
@@ -499,6 +526,18 @@ def test_a_run_that_may_only_be_read_is_merged(desk: Path, monkeypatch: pytest.M
     assert outcome.exit_code == 0, outcome.stderr
     assert "warning: this merge is not recorded: " in outcome.said
     assert "run/reports/merge.json cannot be written (Read-only file system)" in outcome.said
+
+
+def test_links_elsewhere_in_what_is_read_are_fine(desk: Path) -> None:
+    linked(desk / "linked", desk / "model")
+    tables(desk)
+    (desk / "rows" / "latest").symlink_to("../run")  # no table
+    run = RunDirectory(desk / "run")
+    read = [Input("model", desk / "linked"), Input("data", desk / "rows"), Input("run", desk / "run" / "adapter")]
+    run.check(read[:2], overwrite=True, resume=False)
+    (desk / "run" / "merged").mkdir()
+    (desk / "run" / "merged" / "a").symlink_to("b")
+    check_place(desk / "run" / "merged", [Input("run", desk / "run")])
 
 
 def test_a_merge_is_not_recorded_through_a_link(desk: Path) -> None:
