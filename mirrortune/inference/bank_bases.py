@@ -100,9 +100,7 @@ class Held:
                 return core
         own = None if pairs is None else decoded(pairs, design.rank)
         core = build_core(design.spec, self.S[: design.rank], design.layer, design.shape, own)
-        # In float32, as where it was trained, or in the float64 of a model that computes in it.
-        dtype = torch.promote_types(self.factors.U.dtype, torch.float32)
-        core = core.to(self.factors.U.device, dtype).requires_grad_(requires_grad=False)
+        core = core.to(self.factors.U.device).requires_grad_(requires_grad=False)
         with self._lock:
             self._cores[key] = core
             if len(self._cores) > _KEPT_CORES:

@@ -243,7 +243,7 @@ class Admission:
     ) -> Structure:
         """Return the structure of an adapter, the same object for all that have it."""
         description = _description(adapter, targets, holds)
-        shapes = {key: list(t.shape) for key, t in adapter.tensors.items() if key.startswith("param.")}
+        shapes = sorted((key, list(t.shape)) for key, t in adapter.tensors.items() if key.startswith("param."))
         placed = [(id(p.basis), p.signs is not None and p.signs.numpy().tobytes()) for p in parts.values()]
         key = (json.dumps([description, shapes]), tuple(placed))
         with self._lock:

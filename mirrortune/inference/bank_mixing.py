@@ -122,8 +122,7 @@ class Mixer:
         places = {entry: place for place, entry in enumerate(self._of_row)}
         device = held.factors.U.device
         self._index = torch.tensor([places[entry] for entry in entries], device=device)
-        dtype = torch.promote_types(held.factors.U.dtype, torch.float32)
-        self._numbers = {name: t.to(device, dtype) for name, t in stacks.numbers(self._of_row, layer).items()}
+        self._numbers = {name: t.to(device) for name, t in stacks.numbers(self._of_row, layer).items()}
         cores = [held.core(part, entry.pairs.get(layer)) for entry in self._of_row]
         self.core = cores[0]
         if any(core is not self.core for core in cores):  # each with pairs of its own
@@ -132,7 +131,9 @@ class Mixer:
             buffers = [dict(core.named_buffers()) for core in cores]
             self._numbers |= {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
         self.has_branch = type(self.core).beside is not Core.beside
-        self._coefficients = self._all_coefficients(is_delta=part.strategy == "branch")
+        found, dims = self._all_coefficients(is_delta=part.strategy == "branch")
+        dtype = torch.promote_types(held.factors.U.dtype, torch.float32)  # of a float64 model they are cast, as alone
+        self._coefficients = tuple(c.to(dtype) if c.is_floating_point() else c for c in found), dims
         self._of_rows: Coefficients | None = None
 
     @torch.no_grad()
