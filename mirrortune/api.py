@@ -29,6 +29,7 @@ from mirrortune.merging.write import merge_folder
 from mirrortune.system.atomic import clear_leftovers, write_files_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.hub import ADAPTER_FILES, check_repository, local_adapter, path_inside, upload
+from mirrortune.system.outputs import check_names
 from mirrortune.system.paths import local_path
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ def _save_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write the files of an adapter to a folder, and remove files of an earlier adapter that have other names."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(str(folder), "it is a file", fix="Name a folder")
+    check_names(folder, str(folder))
     with ExitStack() as held:
         with suppress(ResourceError):  # the folder may be writable in one that is not
             held.enter_context(claimed(folder, wait=True))

@@ -75,6 +75,11 @@ def place_of_claim(output: Path) -> Path:
     return target / name if os.path.ismount(target) else target.with_name(name)
 
 
+def is_claim(name: str) -> bool:
+    """Return whether claims have names like ``name``."""
+    return name.startswith(".") and name.endswith(SUFFIX)
+
+
 def clear_claims(folder: Path) -> None:
     """Remove the claims that killed processes left in a folder; those that are held, and other files, stay."""
     for place in folder.glob(f".*{SUFFIX}"):

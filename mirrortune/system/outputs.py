@@ -36,7 +36,7 @@ from mirrortune.system.atomic import (
     write_files_atomically,
 )
 from mirrortune.system.atomic import restore as restore_missing
-from mirrortune.system.claims import claimed, clear_claims, place_of_claim
+from mirrortune.system.claims import claimed, clear_claims, is_claim, place_of_claim
 from mirrortune.system.links import contains, holds_tables, is_same, link_into, real
 from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_path
 
@@ -225,6 +225,7 @@ def check_place(output: Path, inputs: Iterable[Input], kind: Kind | None = None)
         if contains(target, place):
             how = f"it is {what}" if is_same(target, real(place)) else f"{what} lies in it"
             raise ConfigError(where, how, fix=f"Name a folder of its own, such as {output / 'NAME'}")
+    check_names(target, where)
     if output.name == "..":
         raise ConfigError(where, "its name is '..'", fix=f"Name the folder itself: {target}")
     if kind is not None and kind.is_exchanged and os.path.ismount(target):
@@ -234,6 +235,18 @@ def check_place(output: Path, inputs: Iterable[Input], kind: Kind | None = None)
     check_apart(output, inputs)
     if above := next((p for p in target.parents if p.exists() and not p.is_dir()), None):
         raise ConfigError(where, f"{above} is a file", fix=fix)
+
+
+def check_names(path: Path, where: str) -> None:
+    """Refuse names that the next command may take for what a killed process left.
+
+    Raises:
+        ConfigError: the last name of ``path``, or one above it, is such a name.
+    """
+    for name in (path.name, *(above.name for above in real(path).parents)):
+        if leftover_of(name) is not None or is_claim(name):
+            problem = f"{path}: {name} is a name for temporary files of ours"
+            raise ConfigError(where, problem, fix="Choose another name")
 
 
 def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None, *, is_file: bool = False) -> None:
@@ -281,6 +294,7 @@ def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
     """
     fix = "Give another name"
     local_path(path)
+    check_names(path, where)
     if path.is_symlink():
         raise ConfigError(where, f"{path} is a symbolic link to {path.readlink()}", fix=fix)
     if path.is_dir():

@@ -298,6 +298,18 @@ CASES = {
         ("a link in the data that is read leads there: ", "tables/test.csv"),
         lambda desk: (file("a.csv")(desk), (desk / "tables").mkdir(), link("tables/test.csv", "../a.csv")(desk)),
     ),
+    # Names like those of what a killed process leaves, which the next command removes.
+    "a name for old outputs": Refused(
+        f"{TRAIN} -o .new.replaced", (".new.replaced is a name for temporary files of ours",)
+    ),
+    "a name for new outputs": Refused("merge run -o .a.ab12cd34.partial", ("is a name for temporary files",)),
+    "in a folder of such a name": Refused(
+        f"{TRAIN} -o run/.adapter.ab12cd34.partial/new", (".adapter.ab12cd34.partial is a name for temporary files",)
+    ),
+    "the name of a claim": Refused("analyze run --figures .new.claim", (".new.claim is a name for temporary files",)),
+    "predictions under such a name": Refused(
+        f"{EVAL} --predictions run/.recipe.yaml.ab12cd34.partial", ("is a name for temporary files",)
+    ),
     # Files.
     "predictions over the data": Refused(
         f"{EVAL} --predictions reviews.csv --overwrite", ("it is the data that is read",)
@@ -460,6 +472,8 @@ def test_saving_adds_to_what_is_there(desk: Path) -> None:
         "adapter.safetensors",
         "trainer_state.json",
     ]
+    with pytest.raises(ConfigError, match="is a name for temporary files"):
+        library.save_adapter(model, desk / ".out.replaced")
     with pytest.raises(ConfigError, match="it is a file"):
         library.save_adapter(model, desk / "thesis.txt")
     library.save_adapter(model, "~/saved")
