@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
-from mirrortune.errors import VerificationError
 from mirrortune.system.console import Reporter, describe_metrics, kilobytes, significant
 from mirrortune.system.paths import local_path
 
@@ -30,6 +29,7 @@ def report(
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     from mirrortune.reports import html  # noqa: PLC0415
+    from mirrortune.reports.finished_run import damage  # noqa: PLC0415
     from mirrortune.reports.run_page import run_page  # noqa: PLC0415
     from mirrortune.system.outputs import Input  # noqa: PLC0415
     from mirrortune.system.run_directory import RunDirectory  # noqa: PLC0415
@@ -38,12 +38,8 @@ def report(
     output = output and str(local_path(output))
     path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     with html.page_output(path, [Input("run", folder) for folder in folders]) as put:
-        try:
+        with damage(", ".join(runs)):
             made = run_page([RunDirectory(folder) for folder in folders])
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-            # Values that mirrortune never writes: logs and results are read without a schema.
-            problem = f"a file of the run is damaged ({type(error).__name__}: {error})"
-            raise VerificationError(", ".join(runs), problem, fix="Copy the run again; --debug says more") from error
         put(made)
     reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
 

@@ -104,11 +104,16 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(where, f"cannot read {path} ({error})", fix="Check the path") from error
-    data, lines = strict_yaml.load(text, str(path))
-    if not isinstance(data, dict):
-        raise ConfigError(str(path), f"a recipe is a mapping of sections, got {type(data).__name__}")
+    data, lines = _mapping(text, str(path))
     _anchor_paths(data, path.parent)
     return Layer(values=data, origin=str(path), lines=lines, file=path)
+
+
+def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    data, lines = strict_yaml.load(text, source)
+    if not isinstance(data, dict):
+        raise ConfigError(source, f"a recipe is a mapping of sections, got {type(data).__name__}")
+    return data, lines
 
 
 _LARGEST_FILE = 16 * 2**20  # bytes; the pairs of every layer of a large model are half of that
@@ -160,7 +165,21 @@ def read_saved_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: see :func:`resolve`; also for the name of a file in place of pairs.
     """
-    layer = read_recipe(str(path))
+    return _saved_recipe(read_recipe(str(path)))
+
+
+def check_saved_recipe(text: str, source: str) -> dict[str, Any]:
+    """Return the values of an earlier run's recipe as they stand in its text.
+
+    Raises:
+        ConfigError: see :func:`read_saved_recipe`.
+    """
+    data, lines = _mapping(text, source)
+    _saved_recipe(Layer(values=copy.deepcopy(data), origin=source, lines=lines))
+    return data
+
+
+def _saved_recipe(layer: Layer) -> Recipe:
     section, key = _TRUST
     if isinstance(layer.values.get(section), dict):
         layer.values[section].pop(key, None)

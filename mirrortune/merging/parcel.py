@@ -14,10 +14,12 @@ from typing import Any
 
 from mirrortune.errors import VerificationError
 from mirrortune.merging.redaction import Redaction
+from mirrortune.reports.finished_run import is_there, regular_file
 from mirrortune.system.atomic import MARKER
 from mirrortune.system.hub import ADAPTER_FILES
 
-CARD, RECIPE, RESULTS, REPORT = "README.md", "recipe.yaml", "results.json", "merge.json"
+CARD, RECIPE, RESULTS, REPORT, CURVES = "README.md", "recipe.yaml", "results.json", "merge.json", "curves.png"
+_PNG = b"\x89PNG\r\n\x1a\n"
 # Files of merged folders whose merge.json does not list them yet: weights, configuration, processors.
 _OF_A_MODEL = re.compile(
     r"README\.md|recipe\.yaml|merge\.json|config\.json|(model|pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
@@ -64,7 +66,7 @@ class Parcel:
             return
         try:
             self.write(name, redact(path.read_text(encoding="utf-8"), name))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise VerificationError(str(path), f"damaged ({type(error).__name__})", fix="Restore it") from error
 
     def describe(self) -> list[str]:
@@ -82,17 +84,19 @@ def adapter_parcel(folder: Path, staged: Path, *, is_of_run: bool) -> Parcel:
     redaction = parcel.redaction
     config, weights = ADAPTER_FILES[2], (ADAPTER_FILES[1], ADAPTER_FILES[3])
     for name in weights:
-        if _is_there(folder / name):
+        if is_there(folder / name):
             parcel.add(folder, name)
     digest = None
-    if _is_there(folder / config):
+    if is_there(folder / config):
         parcel.add(folder, config, redaction.settings)
         digest = hashlib.sha256(parcel.files[config].read_bytes()).hexdigest()
     parcel.add(folder, ADAPTER_FILES[0], lambda text, name: redaction.adapter(text, name, digest))
     if is_of_run and folder.name == "adapter":
-        for name, redact in ((RECIPE, redaction.recipe), (RESULTS, redaction.results), ("curves.png", None)):
-            if _is_there(folder.parent / name):
+        for name, redact in ((RECIPE, redaction.recipe), (RESULTS, redaction.results), (CURVES, None)):
+            if is_there(folder.parent / name):
                 parcel.add(folder.parent, name, redact)
+        if CURVES in parcel.files and not parcel.files[CURVES].read_bytes().startswith(_PNG):
+            raise VerificationError(str(parcel.files[CURVES]), "damaged (no PNG image)", fix="Restore it")
     return parcel
 
 
@@ -117,28 +121,29 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     return parcel
 
 
-def regular_file(folder: Path, name: str) -> Path:
-    """Return the path of a regular file of a folder; follow links only in the Hub's cache, which consists of them.
+def check_texts(base: Path) -> None:
+    """Refuse links among the files of a base that a merged model gets copies of: templates, vocabularies, settings.
+
+    They may lead out of the folder of a stranger's model to any file of the user, and the copy is what push sends.
+    Links inside the folder or the Hub's cache are followed.
 
     Raises:
-        VerificationError: it is missing, a link, or not a regular file.
+        VerificationError: with the link.
     """
     from huggingface_hub import constants  # noqa: PLC0415
 
-    path, inside = folder / name, Path(os.path.realpath(folder))
-    real, cache = Path(os.path.realpath(path)), Path(os.path.realpath(constants.HF_HUB_CACHE))
-    if inside != cache and inside.is_relative_to(cache):
-        is_plain = real.is_relative_to(cache / inside.relative_to(cache).parts[0])
-    else:
-        is_plain = real == inside / name
-    if not is_plain or not real.is_file():
-        problem = "it is missing" if not _is_there(path) else "it is a link or no regular file, and is not sent"
-        raise VerificationError(str(path), problem, fix="Put the file itself there, or write the folder again")
-    return path
-
-
-def _is_there(path: Path) -> bool:
-    return path.is_symlink() or path.exists()
+    folder = Path(os.path.realpath(base))
+    # A repository in any cache is a folder of links: models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH.
+    is_cached = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    roots = [folder.parents[1] if is_cached else folder, Path(os.path.realpath(constants.HF_HUB_CACHE))]
+    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+        name, real = path.relative_to(folder).as_posix(), Path(os.path.realpath(path))
+        is_copied = _OF_A_MODEL.fullmatch(name) and name not in (CARD, RECIPE, REPORT) and ".safetensors" not in name
+        if is_copied and not any(real.is_relative_to(root) for root in roots):
+            raise VerificationError(
+                str(base / name), f"it is a link out of the model's folder, to {real}, and is not copied",
+                fix="Put the file itself there",
+            )  # fmt: skip
 
 
 def _check_name(folder: Path, name: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mirrortune.adapters.files.description import edited_text
 from mirrortune.config import strict_yaml
+from mirrortune.config.recipe import check_saved_recipe
 from mirrortune.system.paths import HUB_SCHEME, PACKAGE_SCHEME, looks_like_path, split_sample
 
 _SHIPPED = "shipped:"
@@ -59,8 +60,12 @@ class Redaction:
         return _PATHS.sub(lambda found: self._cut(place, found[0], _last_name(found[0])), text)
 
     def recipe(self, text: str, place: str) -> str:
-        """Redact a recipe (YAML): local paths and the output folder."""
-        data, _ = strict_yaml.load(text, place)
+        """Redact a recipe (YAML): local paths and the output folder.
+
+        Raises:
+            ConfigError: it is no recipe; any other file is not sent.
+        """
+        data = check_saved_recipe(text, place)
         known = len(self.cuts)
         for section, key in (("model", "name"), ("data", "path"), ("adapter", "pairing")):
             found = data.get(section) or {}
@@ -124,7 +129,7 @@ class Redaction:
         """Redact the run's folder in ``results.json``, and paths in fields that this version does not know."""
 
         def cut(data: dict[str, Any]) -> None:
-            if isinstance(data.get("run_dir"), str):
+            if isinstance(data["run_dir"], str):
                 data["run_dir"] = self.path(data["run_dir"], f"{place}: run_dir", is_known_local=True)
             for key in data.keys() - {"run_dir"}:
                 data[key] = self._values(data[key], f"{place}: {key}")

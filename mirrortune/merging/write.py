@@ -35,6 +35,7 @@ from mirrortune.merging.bases import (
     padding_id,
     trained_on,
 )
+from mirrortune.merging.parcel import check_texts
 from mirrortune.merging.plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging.verify import (
     FLOATS,
@@ -54,6 +55,7 @@ from mirrortune.models.parts import CannotLoadParts
 from mirrortune.models.quantized import is_quantised as has_quantised_weights
 from mirrortune.models.skeleton import outline
 from mirrortune.reports import model_card
+from mirrortune.reports.finished_run import is_there
 from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import MERGED, Write, adapter_inputs, model_inputs, output_folder
 from mirrortune.system.run_directory import record_merge, run_of
@@ -94,8 +96,8 @@ def merge(
     run = run_of(last.folder)
     card = model_card.card_of_run(last, Path(output_dir).name, is_merged=True)
     extra = {"README.md": card or model_card.merged_card(last.base, last.spec.method, last.task)}
-    if run is not None:
-        extra["recipe.yaml"] = run.recipe.read_text(encoding="utf-8")
+    if run is not None and is_there(run.recipe):
+        extra["recipe.yaml"] = model_card.recipe_text(run)
     remarks: list[str] | None = [] if force_base else None
     verdict = merge_folder(
         adapters, Path(output_dir), factor_source=FactorCache(), base=base, extra_files=extra,
@@ -142,12 +144,14 @@ def merge_folder(
 
     Raises:
         ConfigError: ``output_dir`` is not empty, the base cannot be found, or the adapters contradict each other.
-        VerificationError: another base or basis, or a result out of tolerance (which is removed).
+        VerificationError: another base or basis, a link out of the base's folder among the files to copy, or a result
+            out of tolerance (which is removed).
     """
     first, last = adapters[0], adapters[-1]
     inputs = [*adapter_inputs([a.folder for a in adapters]), *model_inputs(base or first.base.get("name"))]
     with output_folder(output_dir, inputs, MERGED, overwrite=overwrite) as put:
         source = find_base(first, base, trust_remote_code=trust_remote_code)
+        check_texts(Path(source.location))
         task = task_from_dict(last.task) if last.task else None
         processors, missing = find_processors(task, source, str(last.base["auto_class"]))
         if missing:

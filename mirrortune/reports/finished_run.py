@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a finished run's directory: the one source of its page, its curves and its model card."""
+"""Read a finished run's directory: the one source of its page, its curves and its model card.
+
+Pages and cards are shared, so only regular files are read: a link could lead to any file of the user.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mirrortune.config.recipe import flatten, read_saved_recipe
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.system.console import describe_metrics, kilobytes, significant
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import describe_status
@@ -28,6 +34,7 @@ class FinishedRun:
 
     Raises:
         ConfigError: the directory holds no finished run, or a damaged file.
+        VerificationError: a file is a link.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -53,7 +60,7 @@ class FinishedRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Every setting of the recipe, by dotted key."""
-        return flatten(read_saved_recipe(self.directory.recipe))
+        return flatten(read_saved_recipe(regular_file(self.directory.path, self.directory.recipe.name)))
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
@@ -94,16 +101,58 @@ class FinishedRun:
         }
 
 
+def regular_file(folder: Path, name: str) -> Path:
+    """Return the path of a regular file of a folder; follow links only in the Hub's cache, which consists of them.
+
+    Raises:
+        VerificationError: it is missing, a link, or not a regular file.
+    """
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    path, inside = folder / name, Path(os.path.realpath(folder))
+    real, cache = Path(os.path.realpath(path)), Path(os.path.realpath(constants.HF_HUB_CACHE))
+    if inside != cache and inside.is_relative_to(cache):
+        is_plain = real.is_relative_to(cache / inside.relative_to(cache).parts[0])
+    else:
+        is_plain = real == inside / name
+    if not is_plain or not real.is_file():
+        problem = "it is missing" if not is_there(path) else "it is a link or no regular file, and is not sent"
+        raise VerificationError(str(path), problem, fix="Put the file itself there, or write the folder again")
+    return path
+
+
+def is_there(path: Path) -> bool:
+    """Return whether there is a file, a folder or a link, which may lead nowhere."""
+    return path.is_symlink() or path.exists()
+
+
+@contextmanager
+def damage(where: str) -> Iterator[None]:
+    """Turn the errors of code that reads a run's files, which have no schema, into one that says that one is damaged.
+
+    Raises:
+        VerificationError: the block raised such an error.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        problem = f"a file of the run is damaged ({type(error).__name__}: {str(error)[:200]})"
+        raise VerificationError(where, problem, fix="Copy the run again; --debug says more") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a run's file; empty if there is none.
 
     Raises:
         ConfigError: the file is damaged.
+        VerificationError: it is a link or no regular file.
     """
-    if not path.is_file():
+    if not is_there(path):
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(regular_file(path.parent, path.name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(str(path), f"damaged ({error})", fix="Restore the run directory") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise TypeError(f"{path.name} holds {str(found)[:50]}, no object")
+    return found

@@ -9,9 +9,10 @@ from typing import Any
 from mirrortune import __version__
 from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.config import strict_yaml
-from mirrortune.reports.finished_run import FinishedRun
+from mirrortune.config.recipe import read_saved_recipe
+from mirrortune.reports.finished_run import FinishedRun, damage, is_there, regular_file
 from mirrortune.reports.tables import Table
-from mirrortune.system.run_directory import run_of
+from mirrortune.system.run_directory import RunDirectory, run_of
 
 _LONG_RECIPE = 200  # lines; one that lists pairs may have thousands
 _PIPELINES = {"regression": "text-classification", "causal-lm": "text-generation", "seq2seq": "summarization"}
@@ -96,22 +97,33 @@ def card_of_run(
         base: the base's description, if not the adapter's own.
         recipe: file of the recipe to show, if not the run's own.
         has_curves: whether ``curves.png`` lies beside the card.
+
+    Raises:
+        VerificationError: a file of the run is damaged or a link.
     """
     directory = run_of(adapter.folder)
-    if adapter.task is None or directory is None or not directory.results.is_file():
+    if adapter.task is None or directory is None or not (is_there(directory.results) and is_there(directory.recipe)):
         return None
-    run, base, method, kind = FinishedRun(directory), base or adapter.base, adapter.spec.method, adapter.task["kind"]
+    text = recipe_text(directory) if recipe is None else recipe.read_text(encoding="utf-8")
+    base, method, kind = base or adapter.base, adapter.spec.method, adapter.task["kind"]
     what = "Plain transformers weights" if is_merged else "An adapter"
     use = _USE_MERGED if is_merged else _USE_ADAPTER.format(base=base.get("name"))
     curves = "\n![curves](curves.png)\n" if has_curves else ""
-    return f"""{_front_matter(base, [method, kind], _hub_fields(run, title, kind, is_merged=is_merged))}
+    with damage(str(directory.path)):
+        run = FinishedRun(directory)
+        fields, data, metrics = _hub_fields(run, title, kind, is_merged=is_merged), _dataset(run), _metrics(run.results)
+        numbers = f"{run.results['trainable_parameters']:,} trained numbers"
+        numbers += _head(" besides a task head of {:,}", run.results)
+        front = _front_matter(base, [method, kind], fields)
+        f"{front}{data}".encode()  # half of a surrogate pair cannot be written
+    return f"""{front}
 # {title}
 
 {what} of `{base.get("name")}`, trained by mirrortune {__version__} with method `{method}` for {kind} on \
-`{_dataset(run)}`:
-{run.results["trainable_parameters"]:,} trained numbers{_head(" besides a task head of {:,}", run.results)}.
+`{data}`:
+{numbers}.
 
-{_metrics(run.results)}
+{metrics}
 {curves}
 {use}
 ## Training
@@ -120,8 +132,20 @@ def card_of_run(
 mirrortune train recipe.yaml
 ```
 
-{_recipe_block((recipe or directory.recipe).read_text(encoding="utf-8"))}
+{_recipe_block(text)}
 """
+
+
+def recipe_text(run: RunDirectory) -> str:
+    """Read a run's recipe and check that it is one.
+
+    Raises:
+        ConfigError: it is no recipe.
+        VerificationError: it is missing, a link, or not text.
+    """
+    path = regular_file(run.path, run.recipe.name)
+    read_saved_recipe(path)
+    return path.read_text(encoding="utf-8")  # as it was written, with its comments
 
 
 def _hub_fields(run: FinishedRun, title: str, kind: str, *, is_merged: bool) -> dict[str, Any]:

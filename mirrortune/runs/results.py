@@ -23,6 +23,7 @@ from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, with_
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, VerificationError, counted
 from mirrortune.reports import model_card
+from mirrortune.reports.finished_run import regular_file
 from mirrortune.reports.run_page import write_curves, write_run_page
 from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.job import Job
@@ -94,6 +95,7 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     """Refuse to resume a run with another recipe; the error names every setting that differs."""
     if not run.recipe.is_file():
         raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
+    regular_file(run.path, run.recipe.name)  # else the page and the card could not be made at the end
     before, now = flatten(read_saved_recipe(run.recipe)), flatten(recipe)
     differing = [
         ConfigError(

@@ -291,7 +291,7 @@ CASES = {
         )), "report /run -o out", 5, "is damaged (",
     ),
     "results of nothing, report": Case(
-        file("run/results.json", "[]"), "report /run -o out", 5, "is damaged (KeyError: 'metrics')"
+        file("run/results.json", "[]"), "report /run -o out", 5, "is damaged (TypeError: results.json holds [], "
     ),
     "an endless pattern of parts, eval": Case(
         on_adapter(say("adapter", "split", value={PATTERN: 2})), "eval /run", 0, "rows"

@@ -244,3 +244,78 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(desk: Path, tm
     ):
         done = mirrortune("push", *words, cache=desk / "cache")
         assert (done.exit_code, said in done.stderr) == (code, True), done.stderr
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "results.json", "environment.json", "validation.json"])
+@pytest.mark.parametrize("command", ["merge", "push", "report"])
+def test_no_link_in_a_run_is_read_for_others(desk: Path, tmp_path: Path, command: str, name: str) -> None:
+    if name == "validation.json" and command != "report":
+        return  # neither reads it
+    folder, secret = tmp_path / "run", tmp_path / "hosts.yml"
+    shutil.copytree(desk / "run", folder)
+    (folder / "report.html").unlink()
+    secret.write_text('{"github.com": {"oauth_token": "gho_secret"}}')
+    (folder / name).unlink()
+    (folder / name).symlink_to(secret)
+    more = {"merge": ["-o", tmp_path / "out"], "push": ["me/x"], "report": []}[command]
+    done = mirrortune(command, folder, *more, cache=desk / "cache")
+    assert done.exit_code == 5, done.stderr
+    assert f"{name}: it is a link or no regular file" in done.said
+    assert not (tmp_path / "out").exists()
+    assert not (folder / "report.html").exists()
+
+
+def test_only_a_recipe_is_sent_as_one(desk: Path, tmp_path: Path) -> None:
+    for name in ("run", "merged"):
+        shutil.copytree(desk / name, tmp_path / name)
+        (tmp_path / name / "recipe.yaml").write_text("github.com:\n  oauth_token: gho_secret\n")
+    for words in (
+        ("push", tmp_path / "run", "me/x"),
+        ("push", tmp_path / "merged", "me/x"),
+        ("merge", tmp_path / "run", "-o", tmp_path / "out"),
+    ):
+        done = mirrortune(*words, cache=desk / "cache")
+        assert done.exit_code == 2, done.stderr
+        assert "unknown" in done.said
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    (tmp_path / "run" / "results.json").unlink()
+    done = mirrortune("merge", tmp_path / "run", "-o", tmp_path / "out", cache=desk / "cache")
+    assert done.exit_code == 0, done.stderr
+    assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "1", "", "9" * 5000, "[" * 100_000, "\xff", '{"metrics": {}}'])
+def test_damaged_files_of_a_run_are_said(desk: Path, tmp_path: Path, text: str) -> None:
+    for name in ("results.json", "environment.json"):
+        folder = tmp_path / name.removesuffix(".json")
+        shutil.copytree(desk / "run", folder)
+        (folder / name).write_bytes(text.encode("latin-1"))
+        for words in (("push", folder, "me/x"), ("merge", folder, "-o", tmp_path / "out")):
+            if name == "environment.json" and text in ("{}", '{"metrics": {}}'):
+                continue  # a record without entries
+            done = mirrortune(*words, cache=desk / "cache")
+            assert done.exit_code in (2, 5), done.stderr
+            assert "damaged" in done.said
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_link_out_of_a_base_is_copied_into_a_merge(desk: Path, tmp_path: Path) -> None:
+    base, secret = tmp_path / "base", tmp_path / "id_ed25519"
+    shutil.copytree(desk / "base", base)
+    secret.write_text("PRIVATE KEY")
+    (base / "chat_template.jinja").symlink_to(secret)
+    words = ("merge", desk / "run", "-m", base, "-o", tmp_path / "out")
+    done = mirrortune(*words, cache=desk / "cache")
+    assert done.exit_code == 5, done.stderr
+    assert "chat_template.jinja: it is a link out of the model's folder" in done.said
+    (base / "chat_template.jinja").unlink()
+    (base / "own").write_text("a template")
+    (base / "chat_template.jinja").symlink_to(base / "own")  # within the folder
+    assert mirrortune(*words, cache=desk / "cache").exit_code == 0
+
+
+def test_curves_are_an_image(desk: Path, tmp_path: Path) -> None:
+    shutil.copytree(desk / "run", tmp_path / "run")
+    (tmp_path / "run" / "curves.png").write_text("PRIVATE KEY")
+    done = mirrortune("push", tmp_path / "run", "me/x", cache=desk / "cache")
+    assert (done.exit_code, "curves.png: damaged (no PNG image)" in done.said) == (5, True), done.stderr
