@@ -10,16 +10,23 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mirrortune.adapters.files.description import edited_text
 from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import check_saved_recipe
-from mirrortune.system.paths import HUB_SCHEME, PACKAGE_SCHEME, looks_like_path, split_sample
+from mirrortune.system.paths import HUB_SCHEME, PACKAGE_SCHEME, is_inside, looks_like_path, split_sample
 
 _SHIPPED = "shipped:"
 _PLACES = {"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file"}
+_NAMES_A_PLACE = re.compile(r"(^|_)(path|paths|dir|directory|folder|file|files|filename|root|home)$")
+# What classes and templates say is the model's own, and may begin with a slash.
+_OF_THE_MODEL = {"id2label", "label2id", "labels", "chat_template", "vocab", "merges"}
+_LOCAL_ROOTS = re.compile(
+    r"(?<![\w/.:<\\~-])(~[\w.-]*/|/(home|Users|root|tmp|var|mnt|media|data|scratch|work|workspace|opt|srv)/)"
+    r"|(?<!\w)[A-Za-z]:\\"
+)
 _COMMAND = re.compile(r"(?<=```sh\n)(mirrortune .*)(?=\n```)")
 _REPEAT = "mirrortune train recipe.yaml"
 # An absolute path in prose, POSIX (also below ~) or Windows; not a part of a URL, of an id or of markup.
@@ -47,8 +54,10 @@ class Redaction:
             place: of the setting, for :attr:`cuts`.
             is_known_local: whether it is local even if it looks like an id.
         """
-        if value.startswith((HUB_SCHEME, PACKAGE_SCHEME, _SHIPPED)) or not value:
+        is_shipped = value.startswith(_SHIPPED) and is_inside(value.removeprefix(_SHIPPED))
+        if value.startswith((HUB_SCHEME, PACKAGE_SCHEME)) or is_shipped or not value:
             return value
+        is_known_local = is_known_local or value.startswith(_SHIPPED)
         name, number = split_sample(value)
         if not (is_known_local or looks_like_path(name)):
             return value
@@ -92,14 +101,34 @@ class Redaction:
         return edited_text(text, cut)
 
     def settings(self, text: str, place: str) -> str:
-        """Redact the paths that some versions of transformers and PEFT write into their configurations (JSON)."""
+        """Redact the local paths in a configuration (JSON) of transformers or PEFT, however deep they stand.
+
+        Some versions write where they found the model, and its parts, into it. Names of classes and templates are the
+        model's own and stay.
+        """
 
         def cut(data: dict[str, Any]) -> None:
-            for key in _PLACES & data.keys():
-                if isinstance(data[key], str):
-                    data[key] = self.path(data[key], f"{place}: {key}")
+            left: list[tuple[str, Any, Any, Any]] = [(key, data, key, data[key]) for key in sorted(data)]
+            while left:
+                name, holder, key, value = left.pop()
+                if name.rpartition(".")[2] in _OF_THE_MODEL:
+                    continue
+                if isinstance(value, dict):
+                    left += [(f"{name}.{k}", value, k, v) for k, v in value.items()]
+                elif isinstance(value, list):
+                    left += [(name, value, i, v) for i, v in enumerate(value)]
+                elif isinstance(value, str):
+                    holder[key] = self._setting(value, name.rpartition(".")[2], f"{place}: {name}")
 
         return self._json(text, place, cut)
+
+    def _setting(self, value: str, key: str, place: str) -> str:
+        if key in _PLACES:
+            return self.path(value, place)
+        is_place = value.startswith(("/", "~", "..")) and _NAMES_A_PLACE.search(key) is not None
+        if is_place or ("\n" not in value and _is_here(value)):
+            return self.path(value, place, is_known_local=True)
+        return self.prose(value, place) if _LOCAL_ROOTS.search(value) else value
 
     def card(self, text: str, place: str) -> str:
         """Redact a model card: command lines, paths that were cut in other files (which may contain spaces, at which
@@ -165,6 +194,14 @@ class Redaction:
         if before != after:
             self.cuts.append((place, before, after))
         return after
+
+
+def _is_here(value: str) -> bool:
+    """Return whether a text is the absolute path of a file or folder of this machine."""
+    try:
+        return value.startswith("/") and len(PurePosixPath(value).parts) > 2 and Path(value).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _last_name(path: str) -> str:

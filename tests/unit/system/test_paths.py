@@ -9,7 +9,15 @@ import pytest
 
 from mirrortune.adapters.files.find import adapter_to_score
 from mirrortune.errors import ConfigError
-from mirrortune.system.paths import ModelPlace, cache_folder, hub_place, looks_like_path, package_folder, shipped_folder
+from mirrortune.system.paths import (
+    DataPlace,
+    ModelPlace,
+    cache_folder,
+    hub_place,
+    looks_like_path,
+    package_folder,
+    shipped_folder,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +99,9 @@ def test_a_package_that_is_not_there(name: str) -> None:
 
 def test_recipes_are_shipped() -> None:
     assert (shipped_folder() / "quickstart.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["/tmp/rows.csv", "../../rows.csv", "data/../../x"])
+def test_shipped_data_does_not_lead_elsewhere(name: str) -> None:
+    with pytest.raises(ConfigError, match="leads out of the shipped data"):
+        DataPlace.parse(f"shipped:{name}")
