@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw figures in one style, as PNG and SVG files or inside a page that may be light or dark.
 
-matplotlib draws, without pyplot and its global state; it is imported for the first figure. Colours are Tol's "bright"
-scheme, distinct with any colour vision and on white and black; lines also differ in dash or marker.
+matplotlib draws by its own defaults, without pyplot and its global state; it is imported for the first figure. Colours
+are Tol's "bright" scheme, distinct with any colour vision and on white and black; lines also differ in dash or marker.
 """
 
 from __future__ import annotations
 
 import html
+import importlib
+import importlib.util
 import io
+import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +32,9 @@ _ON_PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)"}
 
 _RAISED = str.maketrans("-\N{MINUS SIGN}0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")  # characters that XML cannot hold
+
+# Settings of matplotlib that are not of a figure.
+_OF_PROCESS = ("backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.open_in_browser")
 
 Draw = Callable[[Any], None]
 """Draws into an empty matplotlib Figure."""
@@ -125,12 +132,13 @@ def _short(value: float) -> str:
 
 
 def _render(drawing: Drawing, kind: str) -> bytes:
-    import matplotlib as mpl  # noqa: PLC0415  (slow to import; only needed here)
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    mpl = _matplotlib()
+    from matplotlib.figure import Figure  # noqa: PLC0415  (slow to import; only needed here)
 
     ink, faint = (_ON_PAPER[_INK], _ON_PAPER[_FAINT]) if kind == "png" else (_INK, _FAINT)
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     style: Any = {
+        **{key: value for key, value in dict.items(mpl.rcParamsDefault) if key not in _OF_PROCESS},
         **dict.fromkeys(inked, ink),
         "grid.color": faint, "grid.linewidth": 0.8, "axes.facecolor": "none", "figure.facecolor": "none",
         "axes.titlesize": 10, "axes.titleweight": "bold",
@@ -148,6 +156,26 @@ def _render(drawing: Drawing, kind: str) -> bytes:
         options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 130, "facecolor": "white"}
         figure.savefig(buffer, format=kind, **options)
     return buffer.getvalue() if kind == "png" else _NO_XML.sub("", buffer.getvalue().decode()).encode()
+
+
+def _matplotlib() -> Any:
+    """Import matplotlib without the ``matplotlibrc`` of the working directory.
+
+    It would read that file first of all, and the working directory is where data of others lies.
+    """
+    if "matplotlib" not in sys.modules:
+        spec = importlib.util.find_spec("matplotlib")
+        own = Path(spec.origin or "").parent / "mpl-data" if spec else Path()
+        try:
+            before = Path.cwd()
+        except FileNotFoundError:  # deleted meanwhile: it holds no file
+            return importlib.import_module("matplotlib")
+        os.chdir(own)  # it has no option for this: only the working directory comes before MATPLOTLIBRC
+        try:
+            importlib.import_module("matplotlib")
+        finally:
+            os.chdir(before)
+    return sys.modules["matplotlib"]
 
 
 def _write_powers_plainly(figure: Any) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.cli.console import Outcome, mirrortune, reviews, write_table
+from tests.cli.console import REPOSITORY, Outcome, finish, mirrortune, reviews, start, write_table
 from tests.cli.test_own_images import write_folders
 from tests.tiny_models import write_tiny_model, write_tiny_vision
 
@@ -228,6 +228,13 @@ def push_of_what_a_report_lists(desk: Path, models: Path, bystander: Path) -> Ou
     return mirrortune("push", "merged", "me/x")
 
 
+def settings_of_figures(desk: Path, models: Path, bystander: Path) -> Outcome:
+    """A file beside the data from which matplotlib takes its settings when it is imported."""
+    shutil.copytree(models / "run", desk / "run")
+    (desk / "matplotlibrc").write_bytes(b"savefig.pad_inches: 100000\n\xff\xfe")
+    return finish(start("report", "run", env={**os.environ, "PYTHONPATH": str(REPOSITORY)}))
+
+
 ATTACKS: list[tuple[Callable[[Path, Path, Path], Outcome], int, str]] = [
     (postscript, 3, "pictures/train row 1: its image 'left/000.png' cannot be read (UnidentifiedImageError"),
     (bomb, 3, "its image 'left/000.png' cannot be read (it has 400,000,000 pixels, allowed are 178,956,970)"),
@@ -245,6 +252,7 @@ ATTACKS: list[tuple[Callable[[Path, Path, Path], Outcome], int, str]] = [
     (split_that_vanishes, 3, "data: of unknown file type: validation.xlsx"),
     (predictions_on_a_pipe, 2, "--predictions: pipe is no regular file. Give another name"),
     (label_that_is_a_formula, 0, ""),
+    (settings_of_figures, 0, ""),
     (push_of_a_link, 5, "tokenizer.json: it is a link or no regular file, and is not sent"),
     (push_of_what_a_report_lists, 5, "it lists '../../bystander/.ssh/id_ed25519', which is no file of a model"),
 ]
