@@ -303,7 +303,7 @@ CASES = {
         on_adapter(say("adapter", "target_modules", value=PATTERN)), "analyze /run", 0, "matrices"
     ),
     "endless patterns of pairs": Case(
-        on_adapter(say("adapter", "pairing", value={PATTERN: [[0, 1]]})), "eval /run", 5, "adapter.pairing cannot be"
+        on_adapter(say("adapter", "pairing", value={PATTERN: [[0, 1]]})), "eval /run", 5, "adapter.pairing is invalid"
     ),
     "an endless pattern of ranks": Case(
         on_adapter(peft_says(rank_pattern={PATTERN: 1}), "peft"), "eval /peft", 5,
