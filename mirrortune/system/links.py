@@ -44,11 +44,12 @@ def link_into(folder: Path, output: Path, *, only_tables: bool) -> Path | None:
     Args:
         folder: that is read.
         output: file or folder to be replaced.
-        only_tables: whether other files and the sub-folders are not read.
+        only_tables: whether, of a folder that holds tables, other files and sub-folders are not read.
     """
     if not output.exists() or not folder.is_dir():
         return None
     target, is_within = real(output), functools.cache(functools.partial(contains, output))
+    only_tables = only_tables and holds_tables(folder)
     waiting = [folder]
     while waiting:
         with suppress(OSError), os.scandir(waiting.pop()) as entries:

@@ -88,13 +88,18 @@ def _named(below: str) -> str:
 
 
 _ADAPTER = r"(adapter\.(json|safetensors)|adapter_(config\.json|model\.safetensors))"
+_TENSORBOARD = r"tensorboard/(mirrortune/(\d+(\.\d+)?/)?(hparams\.yml|events\.out\.tfevents\.[^/]+)?)?"
+_WANDB = (  # what a marker lies beside was written by another command
+    r"wandb/((offline-)?run-\d{8}_\d{6}-[^/]+/((files|logs|tmp)/(?!(.*/)?\.mirrortune\.json$).*|run-[^/]+\.wandb[^/]*)?"
+    r"|latest-run|settings|debug(-[a-z-]+)?\.log)?"
+)
 RUN = Kind(
     "run",
     "Continue it with --resume, choose another with -o, or replace it with --overwrite",
     rf"recipe\.yaml|(environment|results|status|trainer_state|validation)\.json|(metrics|progress)\.jsonl|README\.md"
     rf"|curves\.png|report\.html|predictions\.safetensors|reports/(merge\.json)?|adapter/{_ADAPTER}?"
     rf"|checkpoints/(step-\d+/({_ADAPTER}|training\.safetensors|state\.json|SHA256SUMS)?)?"
-    r"|mlflow\.db[^/]*|(tensorboard|wandb|mlruns)/.*",
+    rf"|mlflow\.db(-(journal|wal|shm))?|{_TENSORBOARD}|{_WANDB}",
 )
 MERGED = Kind("merged model", is_exchanged=True)
 LORA = Kind("LoRA export", is_exchanged=True)
@@ -127,7 +132,7 @@ class Marker:
         """Whether a path below the folder is ours; that of a folder ends in ``/``. What file managers leave goes with
         the folder.
         """
-        if any(map(is_debris, below.split("/"))):
+        if is_debris(below):
             return True
         name, kind = _named(below), _KINDS.get(self.kind)
         is_listed = name == MARKER or name in self.files
@@ -245,8 +250,7 @@ def check_names(path: Path, where: str) -> None:
     """
     for name in (path.name, *(above.name for above in real(path).parents)):
         if leftover_of(name) is not None or is_claim(name):
-            problem = f"{path}: {name} is a name for temporary files of ours"
-            raise ConfigError(where, problem, fix="Choose another name")
+            raise ConfigError(where, f"{path}: {name} is a name for temporary files", fix="Choose another name")
 
 
 def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None, *, is_file: bool = False) -> None:
@@ -275,9 +279,7 @@ def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None,
             how = f"the {given.what} that is read lies in it: {given.path}"
         elif contains(read, target) and not _is_beside_content(target, read, given.what, is_file=is_file):
             how = f"it lies in the {given.what} that is read: {given.path}"
-        elif given.what != "run" and (
-            link := link_into(read, target, only_tables=given.what == "data" and holds_tables(read))
-        ):
+        elif given.what != "run" and (link := link_into(read, target, only_tables=given.what == "data")):
             how = f"a link in the {given.what} that is read leads there: {link}"
         else:
             continue
@@ -432,8 +434,12 @@ def restore(folder: Path) -> Path:
 
 
 def _is_unbegun(folder: Path) -> bool:
-    """Whether a folder holds nothing, or only a marker that was being written or, as a mount point, its own claim."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+    """Whether a folder is empty, or its marker was being written when the process ended; a mount point may hold the
+    claim on it.
+    """
+    if not folder.is_dir():
+        return False
+    names = {f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir()}
     return all(leftover_of(name) == MARKER or is_debris(name) for name in names - {place_of_claim(folder).name})
 
 

@@ -143,9 +143,14 @@ def is_system(name: str) -> bool:
     return name.startswith((".", "~$")) or name.lower() in _SYSTEM_NAMES
 
 
-def is_debris(name: str) -> bool:
-    """Return whether file managers leave a file or folder of that name in folders; it may be deleted."""
-    return name.startswith("._") or name.lower() in (".ds_store", "@eadir", "desktop.ini", "ehthumbs.db", "thumbs.db")
+def is_debris(below: str) -> bool:
+    """Return whether file managers leave such a file in folders, or such a folder, whose path ends in ``/``; it may be
+    deleted.
+    """
+    *folders, name = below.lower().split("/")
+    return "@eadir" in folders or name.startswith("._") or name in (
+        ".ds_store", "desktop.ini", "ehthumbs.db", "thumbs.db"
+    )  # fmt: skip
 
 
 def shown_path(path: str) -> str:

@@ -189,6 +189,24 @@ CASES = {
     "a run with a link": Refused(
         f"{TRAIN} -o run --overwrite", ("no part of the run: link",), link("run/link", "../thesis.txt")
     ),
+    "a run with another below its tracker's folder": Refused(
+        f"{TRAIN} -o run --overwrite",
+        ("no part of the run: wandb/inner/.mirrortune.json, wandb/inner/README.md, ",),
+        lambda desk: shutil.copytree(desk / "run", desk / "run" / "wandb" / "inner"),
+    ),
+    **{
+        f"a run with {name}": Refused(
+            f"{TRAIN} -o run --overwrite", (f"no part of the run: {name}",), file(f"run/{name}")
+        )
+        for name in (
+            "tensorboard/notes.md",
+            "mlruns/thesis.tex",
+            "mlflow.db-my-backup.sqlite",
+            "._backup/thesis.tex",
+            "wandb/run-20260101_000000-ab/files/.mirrortune.json",
+            ".thesis.claim",
+        )
+    },
     "a checkpoint with notes": Refused(
         f"{TRAIN} -o run --overwrite",
         ("checkpoints/step-000001/notes.txt",),
@@ -224,7 +242,7 @@ CASES = {
         f"resuming with {name} elsewhere": Refused(
             f"{TRAIN} -o run --resume", (f"run/{name} is a symbolic link to ",), elsewhere(name)
         )
-        for name in ("checkpoints", "checkpoints/step-000001", "reports", "tensorboard", "wandb", "mlruns")
+        for name in ("checkpoints", "checkpoints/step-000001", "reports", "tensorboard", "wandb")
     },
     "resuming with a linked database": Refused(
         f"{TRAIN} -o run --resume", ("run/mlflow.db is a symbolic link",), link("run/mlflow.db", "../thesis.txt")
@@ -299,9 +317,7 @@ CASES = {
         lambda desk: (file("a.csv")(desk), (desk / "tables").mkdir(), link("tables/test.csv", "../a.csv")(desk)),
     ),
     # Names like those of what a killed process leaves, which the next command removes.
-    "a name for old outputs": Refused(
-        f"{TRAIN} -o .new.replaced", (".new.replaced is a name for temporary files of ours",)
-    ),
+    "a name for old outputs": Refused(f"{TRAIN} -o .new.replaced", (".new.replaced is a name for temporary files",)),
     "a name for new outputs": Refused("merge run -o .a.ab12cd34.partial", ("is a name for temporary files",)),
     "in a folder of such a name": Refused(
         f"{TRAIN} -o run/.adapter.ab12cd34.partial/new", (".adapter.ab12cd34.partial is a name for temporary files",)
@@ -522,6 +538,7 @@ def test_what_file_managers_leave_goes_with_the_folder(desk: Path) -> None:
         "merged/.DS_Store",
         "merged/@eaDir/a/thumb.jpg",
         "merged/._config.json",
+        "merged/desktop.ini",
         "new/.DS_Store",
     ):
         file(name)(desk)

@@ -42,7 +42,8 @@ from tests.trees import tree
 # What mirrortune wrote into the folder "a" or what waits beside it: listed in its marker, or reserved for runs.
 LISTED = ("model.safetensors", "config.json", "sub/config.json", "sub/deep/vocab.txt")
 RESERVED = (
-    "recipe.yaml", "metrics.jsonl", "adapter/adapter.json", "checkpoints/step-000001/state.json", "wandb/x/y.txt",
+    "recipe.yaml", "metrics.jsonl", "adapter/adapter.json", "checkpoints/step-000001/state.json",
+    "tensorboard/mirrortune/events.out.tfevents.1.a.2.0", "wandb/run-20260101_000000-ab/files/config.yaml",
     "checkpoints/.step-000001.replaced/state.json",
 )  # fmt: skip
 # What a user put there. A name that ends in / is an empty folder; those with > are links to the outside.
@@ -51,6 +52,7 @@ THEIRS = (
     "adapter/notes.txt", "checkpoints/notes.txt", "checkpoints/step-000001/notes.txt", "adapter.json", "state.json",
     ".notes.txt.ab12cd34.partial", ".notes.replaced/notes.txt", "checkpoints/.notes.replaced/state.json", "wandb",
     ".hidden", ".mine.claim", "merged/config.json", f"merged/{MARKER}", "Recipe.yaml", "plans/", "sub/plans/",
+    "wandb/x/recipe.yaml", "tensorboard/notes.txt", "._backup/notes.txt",
     "checkpoints/step-000001/plans/", "link>thesis.txt", "link>folder", "sub/link>folder", "sub>folder",
     "adapter>folder", "checkpoints>folder", "checkpoints/step-000001>folder", "reports>folder",
 )  # fmt: skip

@@ -280,6 +280,17 @@ def test_files_with_names_like_leftovers_are_left_alone(run: RunDirectory) -> No
     assert "and 5 more" in str(refused.value)
 
 
+@pytest.mark.parametrize("below", [
+    "tensorboard/", "tensorboard/mirrortune/events.out.tfevents.17.host.9.0", "tensorboard/mirrortune/hparams.yml",
+    "tensorboard/mirrortune/1764417600.5/events.out.tfevents.17.host.9.1", "tensorboard/mirrortune/17/hparams.yml",
+    "wandb/", "wandb/latest-run", "wandb/debug.log", "wandb/debug-internal.log",
+    "wandb/offline-run-20260101_000000-ab12/run-ab12.wandb", "wandb/run-20260101_000000-ab12/files/media/a.png",
+    "wandb/run-20260101_000000-ab12/files/", "mlflow.db", "mlflow.db-wal",
+])  # fmt: skip
+def test_what_trackers_write_is_ours(below: str) -> None:
+    assert Marker("run", frozenset()).owns(below)
+
+
 def test_what_cannot_be_moved_from_an_old_folder_stays_in_sight(run: RunDirectory) -> None:
     save(run, 1)
     thesis = run.adapter / "adapter.json" / "thesis.txt"
