@@ -29,6 +29,7 @@ from mirrortune.system.atomic import cannot_write
 SUFFIX = ".claim"
 _SECONDS_BETWEEN_TRIES = 0.05
 _TRIES = 1000
+_LARGEST = 4096  # bytes of a claim
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 
 
@@ -124,17 +125,18 @@ else:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                is_ours = _is_claim(handle)
                 os.close(handle)
                 if error.errno in _HELD:
                     return None
-                if not _is_claim(place):
+                if not is_ours:
                     raise _not_a_claim(place) from error
                 place.unlink(missing_ok=True)  # no locks on this file system, so it is nobody's
                 return _soft_lock(place)
             if _is_at(handle, place):
                 break
             os.close(handle)  # its holder removed it between our opening and locking it
-        if not _is_claim(place):
+        if not _is_claim(handle):
             os.close(handle)
             raise _not_a_claim(place)
         with suppress(OSError):
@@ -172,10 +174,11 @@ def _is_at(handle: int, place: Path) -> bool:
         return False
 
 
-def _is_claim(place: Path) -> bool:
-    """Whether a file holds what we write into a claim, or nothing yet."""
-    with place.open("rb") as file:
-        content = file.read(4096)
+def _is_claim(handle: int) -> bool:
+    """Return whether a file holds what is written into a claim, or nothing yet, and has no other name."""
+    content = os.pread(handle, _LARGEST + 1, 0)
+    if len(content) > _LARGEST or os.fstat(handle).st_nlink > 1:
+        return False
     try:
         return not content.strip(b"\0") or json.loads(content).keys() == {"pid", "host"}
     except (ValueError, AttributeError):

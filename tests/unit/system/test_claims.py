@@ -17,6 +17,7 @@ import pytest
 
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.system.claims import claimed
+from tests.trees import tree
 
 # Claims an output, says so, and waits to be told to end.
 HOLD = """
@@ -107,6 +108,32 @@ def test_a_place_that_cannot_be_claimed_is_a_resource_error(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot be written"), claimed(tmp_path / "file" / "run"):
         pass
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+@pytest.mark.parametrize("kind", ["zeros", "link", "text", "pipe"])
+def test_what_is_no_claim_is_left_alone(
+    tmp_path: Path, kind: str, has_locks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    place = tmp_path / ".x.claim"
+    if kind == "zeros":
+        place.write_bytes(bytes(8192) + b"years of work")
+    elif kind == "link":
+        (tmp_path / "placeholder").touch()
+        place.hardlink_to(tmp_path / "placeholder")
+    elif kind == "text":
+        place.write_text("years of work")
+    else:
+        os.mkfifo(place)
+    before = tree(tmp_path)
+    with pytest.raises(ResourceError, match="it is no claim of ours"), claimed(tmp_path / "x"):
+        pass
+    assert tree(tmp_path) == before
 
 
 def test_without_locks_the_file_is_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
