@@ -182,7 +182,7 @@ class TrainSection(_Section):
     """Peak learning rate of the task head."""
     batch_size: int = Field(default=32, gt=0)
     """Rows per device and micro-batch."""
-    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0, le=1_000_000)
     """Micro-batches per optimizer step."""
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training rows."""

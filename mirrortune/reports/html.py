@@ -17,6 +17,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.reports.drawing import Drawing, svg_for_page
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
+from mirrortune.system.console import printable
 from mirrortune.system.outputs import Input, check_file
 
 Html = NewType("Html", str)
@@ -52,8 +53,8 @@ details { margin: .75rem 0; } summary { cursor: pointer; color: var(--mark); }
 
 
 def escape(text: object) -> Html:
-    """Escape ``text``."""
-    return Html(html.escape(str(text)))
+    """Escape ``text``; control characters, which act when a page is shown in a terminal, become visible."""
+    return Html(html.escape(printable(str(text))))
 
 
 def page(title: str, subtitle: str, *parts: Html) -> str:

@@ -32,6 +32,7 @@ from mirrortune.training.settings import Progress
 from mirrortune.training.tracking import Track, tracker
 
 _HARDEST = 12
+_MOST_CLASSES = 4096  # of which every pair is counted: 16 million numbers
 _SAMPLES = 6
 _LONGEST_TEXT = 400
 _MOST_POINTS = 2000
@@ -164,11 +165,13 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
         return found
     if labels and np.issubdtype(predictions.dtype, np.integer):
         size = len(labels)
-        confusion = np.bincount(references * size + predictions, minlength=size * size).reshape(size, size)
         losses = _surprise(outcome.judged, references)
         counts = {"train": _counts(job.train, size), "validation": np.bincount(references, minlength=size).tolist()}
         answers = [(labels[r], labels[p]) for r, p in zip(references.tolist(), predictions.tolist(), strict=True)]
-        found |= {"labels": list(labels), "confusion": confusion.tolist(), "classes": counts}
+        found |= {"labels": list(labels), "classes": counts}
+        if size <= _MOST_CLASSES:
+            confusion = np.bincount(references * size + predictions, minlength=size * size).reshape(size, size)
+            found["confusion"] = confusion.tolist()
     else:
         losses = np.square(predictions.astype(np.float64) - references)
         pairs = list(zip(references.tolist(), predictions.tolist(), strict=True))

@@ -30,6 +30,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from mirrortune.errors import ResourceError
 from mirrortune.system.signals import describe_stop
 
 # Levels of verbosity: -q, neither, -v.
@@ -54,7 +55,10 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    if console.width < 1:  # COLUMNS=0, by which nothing would be shown
+        console.width = 80
+    return console
 
 
 def _say(console: Console, text: str) -> None:
@@ -65,6 +69,12 @@ def _say(console: Console, text: str) -> None:
 def chatter_to_stderr() -> AbstractContextManager[Any]:
     """Redirect what libraries print to stderr: stdout belongs to the result of the command."""
     return redirect_stdout(sys.stderr)
+
+
+def _discard_stdout() -> None:
+    """Let what standard output still holds go nowhere: Python writes it again at exit, and fails again."""
+    with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class Reporter:
@@ -84,11 +94,20 @@ class Reporter:
         """Print the result of the command: ``data`` with --json, ``lines`` otherwise."""
         if not self.is_main:
             return
-        if self.as_json:
-            sys.stdout.write(json.dumps(data) + "\n")
+        try:
+            if self.as_json:
+                sys.stdout.write(json.dumps(data) + "\n")
+            else:
+                _say(self._out, "\n".join(lines))
             sys.stdout.flush()
-        else:
-            _say(self._out, "\n".join(lines))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _discard_stdout()
+            problem = f"the result cannot be written ({error.strerror})"
+            raise ResourceError(
+                "standard output", problem, fix="Free space on its disk, or send it elsewhere"
+            ) from error
 
     def note(self, text: str, *, level: int = _NORMAL) -> None:
         """Print a line to stderr if ``level`` is at most the verbosity."""

@@ -173,7 +173,10 @@ def _apply(tokenizer: Any, messages: list[Message], talk: Conversation, where: s
 
     try:
         return tokenizer.apply_chat_template(messages, **{**talk.options, **options})
-    except (jinja2.TemplateError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+    except (
+        jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+        ValueError,
+    ) as error:  # fmt: skip
         roles = ", ".join(str(m["role"]) for m in messages[:8])
         reason = first_line(error, 200)
         raise DataError(

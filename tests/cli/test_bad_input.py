@@ -467,6 +467,9 @@ BAD: dict[str, Bad] = {
     "half of the weights": model(cut_weights, "a file is damaged", "Download or copy it again."),
     "weights with NaN": model(poison_weights, "query: the weight holds NaN or infinities. Repair or replace", code=3),
     "no tokenizer": model(remove_tokenizer, "it has no tokenizer files. Put its tokenizer beside it."),
+    "tokenizer of bytes": model(
+        lambda f: (f / "tokenizer.json").write_bytes(b"PK\x03\x04\xff\xfe"), "a file is damaged"
+    ),
     "broken tokenizer": model(lambda f: (f / "tokenizer.json").write_text("{"), "a file is damaged"),
     # Evaluating and merging.
     "merge without a place": Bad("merge run", 2, ("Missing option '-o' / '--output-dir'",)),

@@ -270,3 +270,26 @@ def test_attacks_end_as_they_should(
     assert "Traceback" not in done.stderr
     assert tree_hash(bystander) == before
     assert not ghostscript.exists()
+
+
+def test_a_matrix_of_very_many_classes_is_left_out(desk: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mirrortune.runs.recorder._MOST_CLASSES", 1)
+    words = ["-m", models / "base", "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 1, "-q"]
+    done = mirrortune("train", *words, "-o", "out", cache=models / "cache")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads((desk / "out" / "validation.json").read_text())
+    assert "confusion" not in found
+    assert len(found["classes"]["validation"]) == 2
+    assert (desk / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "says"),
+    [
+        ("train.gradient_accumulation_steps=999999999999", 2, "less than or equal to 1000000"),
+        ('data.encoding="utf\\08"', 3, "unknown encoding"),
+    ],
+)
+def test_settings_without_measure_are_refused(desk: Path, models: Path, setting: str, code: int, says: str) -> None:
+    done = texts(models, "reviews.csv", setting)
+    assert (done.exit_code, says in done.said) == (code, True), done.stderr

@@ -25,7 +25,15 @@ import pyarrow.parquet as pq
 from mirrortune.data.files.arrow import json_array, problem_field, text_array
 from mirrortune.data.files.row_places import FileRows, IntArray
 from mirrortune.data.files.tables import join_parts, on_disk
-from mirrortune.data.files.text_files import blocks_of, first_line, is_gzipped, lines_of, open_bytes, reading_errors
+from mirrortune.data.files.text_files import (
+    blocks_of,
+    first_line,
+    is_gzipped,
+    is_unicode,
+    lines_of,
+    open_bytes,
+    reading_errors,
+)
 from mirrortune.errors import DataError
 from mirrortune.system.cache import leave_room
 from mirrortune.system.paths import TABLE_SUFFIXES, cache_folder, is_system, table_suffix
@@ -317,6 +325,13 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
                 f"{path}{sign}{number}", f"got {type(row).__name__}", allowed="JSON objects, column -> value"
             )
     names = list(dict.fromkeys(name for _, row in rows for name in row))
+    for name in names:
+        if not is_unicode(name):
+            number = next(number for number, row in rows if name in row)
+            raise DataError(
+                f"{path}{sign}{number}", f"the name of column {name!a} holds half a character",
+                fix="Rename it",
+            )  # fmt: skip
     arrays, fields = [], []
     for name in names:
         values = [row.get(name) for _, row in rows]

@@ -82,6 +82,11 @@ def is_gzipped(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
+def is_unicode(text: str) -> bool:
+    """Return whether a text consists of characters: JSON may hold halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def open_bytes(path: Path) -> Any:
     """Open a file for reading, decompressed if it is gzipped."""
     return gzip.open(path) if is_gzipped(path) else path.open("rb")
@@ -99,18 +104,24 @@ def reading_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _text(path: Path, encoding: str, newline: str) -> Iterator[io.TextIOWrapper]:
+    try:
+        codecs.lookup(encoding)
+    except (LookupError, ValueError) as error:
+        raise _unknown(encoding) from error
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     if codec == "utf-8-sig":
         _refuse_wide(path, encoding)
     try:
         with reading_errors(path), open_bytes(path) as file, io.TextIOWrapper(file, codec, newline=newline) as text:
             yield text
-    except LookupError as error:
-        raise DataError(
-            "data.encoding", f"unknown encoding '{encoding}'", allowed="a Python codec such as latin-1"
-        ) from error
+    except LookupError as error:  # of a codec that is not of texts
+        raise _unknown(encoding) from error
     except UnicodeError as error:
         raise _undecodable(path, encoding, codec) from error
+
+
+def _unknown(encoding: str) -> DataError:
+    return DataError("data.encoding", f"unknown encoding '{encoding[:100]}'", allowed="a Python codec such as latin-1")
 
 
 def _refuse_wide(path: Path, encoding: str) -> None:

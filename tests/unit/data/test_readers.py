@@ -342,3 +342,9 @@ def test_a_column_whose_name_is_no_text_is_refused(tmp_path: Path, suffix: str) 
 
 def test_every_suffix_has_a_reader() -> None:
     assert set(READERS) == {".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt"}
+
+
+def test_the_name_of_a_column_holds_whole_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"te\\ud800xt": "x"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the name of column 'te.ud800xt' holds half a character"):
+        read_table(tmp_path / "a.jsonl")

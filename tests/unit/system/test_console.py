@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mirrortune.errors import ResourceError
 from mirrortune.system.console import Bar, Reporter, TrainingProgress, describe_metrics, kilobytes, significant
 
 TRAIN = {"event": "train", "step": 10, "epoch": 0.5, "loss": 0.25, "lr": 3e-3, "head_lr": 0.0, "grad_norm": 1.5}
@@ -197,3 +198,19 @@ def test_a_signal_is_answered_on_a_terminal_and_in_a_log(capsys: pytest.CaptureF
         progress.on_start(20, 0)
         progress.on_signal(signal.SIGINT)
     assert "press Ctrl-C again to stop now" in written.getvalue()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_result_that_cannot_be_written_is_said(*, as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(ResourceError, match="standard output: the result cannot be written"):
+            Reporter(as_json=as_json).result({"a": 1}, ["a 1"])
+
+
+def test_a_terminal_without_columns_shows_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    Reporter().result({}, ["accuracy 0.5"])
+    assert capsys.readouterr().out == "accuracy 0.5\n"

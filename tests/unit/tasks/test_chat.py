@@ -116,3 +116,9 @@ def test_generation_stops_where_the_template_ends_a_turn(known: Any, ends: list[
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": known, "top_p": 0.5}))
     save_turn_ends(tokenizer, tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": ends, "top_p": 0.5}
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"])
+def test_a_template_that_fails_is_said(template: str) -> None:
+    with pytest.raises(DataError, match="row 1: the model's chat template refuses"):
+        encode_conversation(tiny_chat_tokenizer(template), Conversation(messages=TALK), "row 1")
