@@ -118,6 +118,8 @@ def kill_merges(folder: Path, kills: int, draw: random.Random) -> Counter[str]:
     def merge() -> None:
         mirrortune.merge_adapter(None, folder / "adapter", space / "merged")
 
+    merge()  # the first one imports modules, whose lines no later one executes
+    shutil.rmtree(space)
     lines = count_lines(merge)
     found: Counter[str] = Counter()
     for line in kill_lines(lines, kills, draw):
