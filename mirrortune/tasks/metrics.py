@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,10 @@ class Metric:
     requires: tuple[str, str] | None = None
 
 
-def _f1(average: str) -> Callable[[Array, Array], float]:
-    def compute(predictions: Array, references: Array) -> float:
-        from sklearn.metrics import f1_score  # noqa: PLC0415  (scikit-learn takes a second to import)
+def _f1(predictions: Array, references: Array, *, average: str) -> float:
+    from sklearn.metrics import f1_score  # noqa: PLC0415  (scikit-learn takes a second to import)
 
-        return float(f1_score(references, predictions, average=average, zero_division=0.0))
-
-    return compute
+    return float(f1_score(references, predictions, average=average, zero_division=0.0))
 
 
 def _matthews(predictions: Array, references: Array) -> float:
@@ -61,15 +59,12 @@ def _matthews(predictions: Array, references: Array) -> float:
         return float(matthews_corrcoef(references, predictions))
 
 
-def _correlation(name: str) -> Callable[[Array, Array], float]:
-    def compute(predictions: Array, references: Array) -> float:
-        import scipy.stats  # noqa: PLC0415
+def _correlation(predictions: Array, references: Array, *, name: str) -> float:
+    import scipy.stats  # noqa: PLC0415
 
-        if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
-            return 0.0  # the correlation with a constant is undefined, and no evidence of any
-        return float(getattr(scipy.stats, name)(predictions, references).statistic)
-
-    return compute
+    if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0  # the correlation with a constant is undefined, and no evidence of any
+    return float(getattr(scipy.stats, name)(predictions, references).statistic)
 
 
 def _accuracy(predictions: Array, references: Array) -> float:
@@ -80,15 +75,11 @@ def _subset_accuracy(predictions: Array, references: Array) -> float:
     return float(np.mean((predictions == references).all(axis=1)))
 
 
-def _tags(name: str) -> Callable[[Array, Array], float]:
+def _tags(predictions: Array, references: Array, *, name: str) -> float:
     """Return a seqeval score of whole entities; an entity counts if its boundaries and its type are correct."""
+    import seqeval.metrics  # noqa: PLC0415
 
-    def compute(predictions: Any, references: Any) -> float:
-        import seqeval.metrics  # noqa: PLC0415
-
-        return float(getattr(seqeval.metrics, name)(references, predictions, zero_division=0))
-
-    return compute
+    return float(getattr(seqeval.metrics, name)(references, predictions, zero_division=0))
 
 
 def _tag_accuracy(predictions: Any, references: Any) -> float:
@@ -116,33 +107,26 @@ def _overlap(answer: str, truth: str) -> float:
     return 2 * common / (len(said) + len(right))
 
 
-def _best_answer(compare: Callable[[str, str], float]) -> Callable[[Any, Any], float]:
+def _best_answer(predictions: Any, references: Any, *, compare: Callable[[str, str], float]) -> float:
     """Return the mean over questions of the best comparison with any true answer; without one, "" is correct.
 
     As in the official script of SQuAD 2.0, an answer of only articles and punctuation counts as none.
     """
-
-    def compute(predictions: Any, references: Any) -> float:
-        rights = ([truth for truth in right if _plain(truth)] or [""] for right in references)
-        pairs = zip(predictions, rights, strict=True)
-        return float(np.mean([max(compare(answer, truth) for truth in right) for answer, right in pairs]))
-
-    return compute
+    rights = ([truth for truth in right if _plain(truth)] or [""] for right in references)
+    pairs = zip(predictions, rights, strict=True)
+    return float(np.mean([max(compare(answer, truth) for truth in right) for answer, right in pairs]))
 
 
 def _exact_match(predictions: Any, references: Any) -> float:
     """Return the share of correct answers: generated ones were compared already, spans are compared as SQuAD does."""
     if isinstance(predictions, np.ndarray):
         return float(predictions[:, 2].mean())
-    return _best_answer(_exact)(predictions, references)
+    return _best_answer(predictions, references, compare=_exact)
 
 
-def _error(power: int) -> Callable[[Array, Array], float]:
-    def compute(predictions: Array, references: Array) -> float:
-        distance = np.abs(predictions.astype(np.float64) - references.astype(np.float64))
-        return float(np.mean(distance**power))
-
-    return compute
+def _error(predictions: Array, references: Array, *, power: int) -> float:
+    distance = np.abs(predictions.astype(np.float64) - references.astype(np.float64))
+    return float(np.mean(distance**power))
 
 
 def _perplexity(predictions: Array, references: Array) -> float:
@@ -153,52 +137,46 @@ def _token_accuracy(predictions: Array, references: Array) -> float:
     return float(predictions[:, 1].sum() / max(1.0, references.sum()))
 
 
-def _rouge(name: str) -> Callable[[Any, Any], float]:
-    def compute(predictions: Any, references: Any) -> float:
-        from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
+def _rouge(predictions: Any, references: Any, *, name: str) -> float:
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
 
-        scorer = RougeScorer([name], use_stemmer=True)
-        # rougeLsum treats lines as sentences.
-        pairs = zip(predictions, references, strict=True)
-        return float(np.mean([scorer.score(truth, text)[name].fmeasure for text, truth in pairs]))
-
-    return compute
+    scorer = RougeScorer([name], use_stemmer=True)
+    # rougeLsum treats lines as sentences.
+    pairs = zip(predictions, references, strict=True)
+    return float(np.mean([scorer.score(truth, text)[name].fmeasure for text, truth in pairs]))
 
 
-def _corpus(name: str) -> Callable[[Any, Any], float]:
-    def compute(predictions: Any, references: Any) -> float:
-        import sacrebleu  # noqa: PLC0415
+def _corpus(predictions: Any, references: Any, *, name: str) -> float:
+    import sacrebleu  # noqa: PLC0415
 
-        return float(getattr(sacrebleu, name)(list(predictions), [list(references)]).score)
-
-    return compute
+    return float(getattr(sacrebleu, name)(list(predictions), [list(references)]).score)
 
 
 _SEQEVAL, _ROUGE, _BLEU = ("seqeval", "tags"), ("rouge_score", "generation"), ("sacrebleu", "generation")
 
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(compute=_accuracy),
-    "f1": Metric(compute=_f1("binary"), binary=True),
-    "f1_macro": Metric(compute=_f1("macro"), targets=("class", "labels")),
-    "f1_micro": Metric(compute=_f1("micro"), targets=("class", "labels")),
+    "f1": Metric(compute=partial(_f1, average="binary"), binary=True),
+    "f1_macro": Metric(compute=partial(_f1, average="macro"), targets=("class", "labels")),
+    "f1_micro": Metric(compute=partial(_f1, average="micro"), targets=("class", "labels")),
     "subset_accuracy": Metric(compute=_subset_accuracy, targets=("labels",)),
     "matthews_correlation": Metric(compute=_matthews),
-    "pearson": Metric(compute=_correlation("pearsonr"), targets=("number",)),
-    "spearmanr": Metric(compute=_correlation("spearmanr"), targets=("number",)),
-    "mse": Metric(compute=_error(2), higher_is_better=False, is_share=False, targets=("number",)),
-    "mae": Metric(compute=_error(1), higher_is_better=False, is_share=False, targets=("number",)),
-    "entity_f1": Metric(compute=_tags("f1_score"), targets=("tags",), requires=_SEQEVAL),
-    "entity_precision": Metric(compute=_tags("precision_score"), targets=("tags",), requires=_SEQEVAL),
-    "entity_recall": Metric(compute=_tags("recall_score"), targets=("tags",), requires=_SEQEVAL),
+    "pearson": Metric(compute=partial(_correlation, name="pearsonr"), targets=("number",)),
+    "spearmanr": Metric(compute=partial(_correlation, name="spearmanr"), targets=("number",)),
+    "mse": Metric(compute=partial(_error, power=2), higher_is_better=False, is_share=False, targets=("number",)),
+    "mae": Metric(compute=partial(_error, power=1), higher_is_better=False, is_share=False, targets=("number",)),
+    "entity_f1": Metric(compute=partial(_tags, name="f1_score"), targets=("tags",), requires=_SEQEVAL),
+    "entity_precision": Metric(compute=partial(_tags, name="precision_score"), targets=("tags",), requires=_SEQEVAL),
+    "entity_recall": Metric(compute=partial(_tags, name="recall_score"), targets=("tags",), requires=_SEQEVAL),
     "tag_accuracy": Metric(compute=_tag_accuracy, targets=("tags",)),
     "exact_match": Metric(compute=_exact_match, targets=("answers", "written")),
-    "squad_f1": Metric(compute=_best_answer(_overlap), targets=("answers",)),
-    "rouge1": Metric(compute=_rouge("rouge1"), targets=("text",), requires=_ROUGE),
-    "rouge2": Metric(compute=_rouge("rouge2"), targets=("text",), requires=_ROUGE),
-    "rougeL": Metric(compute=_rouge("rougeL"), targets=("text",), requires=_ROUGE),
-    "rougeLsum": Metric(compute=_rouge("rougeLsum"), targets=("text",), requires=_ROUGE),
-    "bleu": Metric(compute=_corpus("corpus_bleu"), targets=("text",), is_share=False, requires=_BLEU),
-    "chrf": Metric(compute=_corpus("corpus_chrf"), targets=("text",), is_share=False, requires=_BLEU),
+    "squad_f1": Metric(compute=partial(_best_answer, compare=_overlap), targets=("answers",)),
+    "rouge1": Metric(compute=partial(_rouge, name="rouge1"), targets=("text",), requires=_ROUGE),
+    "rouge2": Metric(compute=partial(_rouge, name="rouge2"), targets=("text",), requires=_ROUGE),
+    "rougeL": Metric(compute=partial(_rouge, name="rougeL"), targets=("text",), requires=_ROUGE),
+    "rougeLsum": Metric(compute=partial(_rouge, name="rougeLsum"), targets=("text",), requires=_ROUGE),
+    "bleu": Metric(compute=partial(_corpus, name="corpus_bleu"), targets=("text",), is_share=False, requires=_BLEU),
+    "chrf": Metric(compute=partial(_corpus, name="corpus_chrf"), targets=("text",), is_share=False, requires=_BLEU),
     "perplexity": Metric(compute=_perplexity, higher_is_better=False, is_share=False, targets=("token", "written")),
     "token_accuracy": Metric(compute=_token_accuracy, targets=("token", "written")),
 }
