@@ -9,8 +9,11 @@ import difflib
 import re
 from collections.abc import Collection
 
+import regex
+
 from mirrortune.errors import ConfigError
 
+_SECONDS = 2.0  # of one name; patterns that work take microseconds
 ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
 
@@ -20,11 +23,30 @@ def matches(name: str, pattern: str, where: str) -> bool:
         return True
     try:
         # A pattern may start at any dot of the name, so that "query|value" finds encoder.layer.0.attention.self.query.
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+        re.compile(pattern)
+        return fits(rf"(?:.*\.)?(?:{pattern})", name, where)
     except re.error as error:
         raise ConfigError(
             where, f"not a regular expression: {pattern!r} ({error})", allowed="a regex, all-linear or all-layers"
         ) from error
+
+
+def fits(expression: str, name: str, where: str) -> bool:
+    """Return whether a regular expression matches the whole of a layer's name.
+
+    Raises:
+        ConfigError: it takes seconds: nested repetitions such as ``(a+)+`` may take years.
+        re.error: it is no regular expression.
+    """
+    try:
+        return regex.fullmatch(expression, name, timeout=_SECONDS) is not None
+    except regex.error as error:
+        raise re.error(str(error)) from error
+    except TimeoutError as error:
+        raise ConfigError(
+            where, f"'{expression[:200]}' takes over {_SECONDS:g} s on '{name}'",
+            fix="Write it without nested repetitions",
+        ) from error  # fmt: skip
 
 
 def alternatives(pattern: str) -> list[str]:

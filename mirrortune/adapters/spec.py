@@ -246,6 +246,7 @@ def _named(spec: AdapterSpec, name: str) -> AdapterSpec:
 
 
 # Arguments of pairings that follow neither from the rank nor from the seed: problem and fix where they are missing.
+_MOST_ROUNDS = 10_000  # of pairs; any rotation takes as many as there are directions
 _OUTSIDE = {
     "saliency": (
         "is measured on a task, and there is none here",
@@ -276,8 +277,10 @@ def _unknown_pairing(name: object) -> ConfigError | None:
 def _check_pairing(spec: AdapterSpec) -> None:
     rounds = spec.options.get("rounds", 1)
     errors = [_unknown_pairing(spec.resolved_pairing)]
-    if type(rounds) is int and rounds < 1:
-        errors.append(ConfigError("adapter.options.rounds", f"got {rounds}", allowed="1 or more"))
+    if type(rounds) is int and not 1 <= rounds <= _MOST_ROUNDS:
+        errors.append(
+            ConfigError("adapter.options.rounds", f"got {rounds}", allowed=f"1 or more, up to {_MOST_ROUNDS}")
+        )
     if found := [error for error in errors if error is not None]:
         raise ConfigError.several(found)
     if type(rounds) is not int:  # refused as an option

@@ -32,6 +32,9 @@ _ALPACA = (
 # Contents that share neither their first nor their last character: whatever the formatted texts have in common belongs
 # to the template.
 _PROBES = ("0", "1")
+# Limits of a conversation whose answers are found by prefix, which takes the square of its length.
+_MOST_TURNS = 1000
+_MOST_CHARACTERS = 10**9
 
 
 class LostAnswerError(DataError):
@@ -276,6 +279,13 @@ def _is_understood(tokenizer: Any, talk: Conversation, text: str) -> bool:
 def _answer_spans(tokenizer: Any, talk: Conversation, whole: str, where: str) -> Iterator[tuple[int, tuple[int, int]]]:
     """Yield the learned turns of the assistant, and their spans in the text of the whole conversation."""
     special, messages = special_tokens(tokenizer), talk.messages
+    if len(messages) > _MOST_TURNS or len(messages) * len(whole) > _MOST_CHARACTERS:
+        raise DataError(
+            where, f"a conversation of {len(messages):,} turns and {len(whole):,} characters: all turns before an"
+            " answer are formatted again to find it",
+            allowed=f"{_MOST_TURNS:,} turns, and {_MOST_CHARACTERS:,} as turns times characters",
+            fix="Split it, use a template with {% generation %} marks, or task.loss_on=all",
+        )  # fmt: skip
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i in talk.given:
             continue

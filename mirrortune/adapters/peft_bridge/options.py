@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from mirrortune.adapters.layer_patterns import fits
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.registry import option_errors
@@ -191,11 +192,12 @@ def spelt_out(described: Mapping[str, Any], names: Collection[str]) -> dict[str,
     """
     found = dict(described)
     for key, value in described.items():
+        where = f"adapter.options.{key}"
         if key.endswith("_pattern") and isinstance(value, dict):
-            owners = {name: next((p for p in value if re.match(rf"(.*\.)?({p})$", name)), None) for name in names}
+            owners = {name: next((p for p in value if fits(rf"(.*\.)?({p})", name, where)), None) for name in names}
             found[key] = {name: value[pattern] for name, pattern in owners.items() if pattern is not None}
         elif key in _BY_PATTERN and isinstance(value, str):
-            found[key] = [name for name in names if re.fullmatch(value, name)]
+            found[key] = [name for name in names if fits(value, name, where)]
     return found
 
 

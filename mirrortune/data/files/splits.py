@@ -32,8 +32,17 @@ _SAVED_SPLITS, _SAVED = "dataset_dict.json", "state.json"
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """Return the paths that match a pattern, sorted; hidden and system files only if the pattern names them."""
+    """Return the paths that match a pattern, sorted; hidden and system files only if the pattern names them.
+
+    Raises:
+        DataError: it would search the whole file system.
+    """
     place = local_path(pattern)
+    wild = [any(sign in part for sign in "*?[") for part in place.parts[1:]]
+    if place.is_absolute() and wild and wild[0] and ("**" in place.parts or sum(wild) > 3):
+        raise DataError(
+            pattern, "the pattern leads through every folder of this machine", fix="Name the folder that holds the data"
+        )
     named = [part for part in place.parts if is_system(part)]
     found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
 

@@ -154,7 +154,8 @@ def test_a_method_that_pairs_nothing_takes_no_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "allowed"), [(0, "1 or more"), (-2, "1 or more"), (1.5, "a whole number"), (True, "a whole number")]
+    ("rounds", "allowed"),
+    [(0, "1 or more"), (-2, "1 or more"), (10**9, "up to 10000"), (1.5, "a whole number"), (True, "a whole number")],
 )
 def test_a_wrong_number_of_rounds_is_refused(rounds: Any, allowed: str) -> None:
     message = refusal(check_spec, AdapterSpec(options={"rounds": rounds}))

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mirrortune.data.dataset import Split, load_data, set_aside
 from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.files.arrow import refuse_unreadable
+from mirrortune.data.files.splits import matching_files
 from mirrortune.data.labels import feature_names
 from mirrortune.data.stream import stream_data
 from mirrortune.errors import ConfigError, DataError
@@ -252,3 +253,9 @@ def test_a_header_of_thousands_of_columns_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "wide.csv", ",".join(names) + "\n" + ",".join(["a"] * 20_000) + "\n")
 
     assert load_data(str(path)).splits["train"].table.column_names == names
+
+
+@pytest.mark.parametrize("pattern", ["/**/*.csv", "/*/**", "/*/*/*/*.csv"])
+def test_a_pattern_over_the_whole_machine_is_refused(pattern: str) -> None:
+    with pytest.raises(DataError, match="leads through every folder"):
+        matching_files(pattern)

@@ -122,3 +122,13 @@ def test_generation_stops_where_the_template_ends_a_turn(known: Any, ends: list[
 def test_a_template_that_fails_is_said(template: str) -> None:
     with pytest.raises(DataError, match="row 1: the model's chat template refuses"):
         encode_conversation(tiny_chat_tokenizer(template), Conversation(messages=TALK), "row 1")
+
+
+@pytest.mark.parametrize(("limit", "value"), [("_MOST_TURNS", 4), ("_MOST_CHARACTERS", 100)])
+def test_a_conversation_of_very_many_turns_is_refused(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
+    monkeypatch.setattr(f"mirrortune.tasks.chat.{limit}", value)
+    talk = Conversation(messages=TALK)
+    with pytest.raises(DataError, match=r"row 1: a conversation of 5 turns and .* Split it"):
+        encode_conversation(tiny_chat_tokenizer(CHATML), talk, "row 1")
+    encode_conversation(tiny_chat_tokenizer(MARKED), talk, "row 1")  # formatted once
+    encode_conversation(tiny_chat_tokenizer(CHATML), talk, "row 1", learn_all=True)
