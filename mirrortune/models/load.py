@@ -32,6 +32,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json",
 )  # fmt: skip
+_PICKLED = "pytorch_model.bin.index.json"
 _COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # endings of configuration keys that count modules
 _MOST_LAYERS = 10_000
 _SIZE = re.compile(r"(hidden_size|intermediate_size|ffn_dim|d_model|d_ff|n_embd|n_inner)$")
@@ -142,6 +143,8 @@ def find_model(
             raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
         if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
             index_of(folder / INDEX)  # transformers follows it out of the folder
+        if (folder / _PICKLED).is_file():
+            index_of(folder / _PICKLED, ".bin")
     commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
     code_revision = announce_code(name, location, commit or revision) if trust_remote_code else None
     config = _read_config(

@@ -249,11 +249,11 @@ def _copy(stored: StoredTensor, target: IO[bytes]) -> None:
             left -= len(chunk)
 
 
-def index_of(path: Path) -> list[str]:
+def index_of(path: Path, suffix: str = ".safetensors") -> list[str]:
     """Return the file names of an index, sorted; raises ConfigError if it is damaged or one is not a plain name."""
     try:
         names = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
-        is_plain = all(isinstance(n, str) and Path(n).name == n and n.endswith(".safetensors") for n in names)
+        is_plain = all(isinstance(n, str) and Path(n).name == n and n.endswith(suffix) for n in names)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(str(path), f"damaged ({type(error).__name__})", fix="Download or copy it again") from error
     if not names or not is_plain:

@@ -69,6 +69,9 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
     Raises:
         DataError: if the file is missing, empty, undecodable, truncated or malformed; names the line if there is one.
     """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise DataError(str(path), f"it is {what}, and a table is a file", fix="Check the path given to --data")
     if not path.is_file():
         siblings = (
             sorted(p.name for p in path.parent.glob("*") if not is_system(p.name)) if path.parent.is_dir() else []

@@ -348,3 +348,9 @@ def test_the_name_of_a_column_holds_whole_characters(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"te\\ud800xt": "x"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl:2: the name of column 'te.ud800xt' holds half a character"):
         read_table(tmp_path / "a.jsonl")
+
+
+def test_a_folder_with_the_name_of_a_table_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").mkdir()
+    with pytest.raises(DataError, match=r"train\.csv: it is a folder"):
+        read_table(tmp_path / "train.csv")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,13 @@ def test_code_of_another_repository_is_pinned(monkeypatch: pytest.MonkeyPatch) -
     assert remote_code.announce_code("./model", "./model", None) == "abc"
     with pytest.raises(ConfigError, match=r"several repositories, which cannot all be pinned: jane/code, joe/model"):
         remote_code.announce_code("joe/model", "joe/model", "def")
+
+
+@pytest.mark.parametrize("name", ["../out.bin", "/etc/passwd", "shard.txt"])
+def test_an_index_of_pickles_that_leads_elsewhere_is_refused(
+    pickled: tuple[Path, dict[str, Tensor]], name: str
+) -> None:
+    folder, state = pickled
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, name)}))
+    with pytest.raises(ConfigError, match="it names files that are none of a checkpoint"):
+        find_model(str(folder))
