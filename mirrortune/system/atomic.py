@@ -26,7 +26,12 @@ from mirrortune.errors import ResourceError
 PARTIAL, _REPLACED = ".partial", ".replaced"
 MARKER = ".mirrortune.json"
 """Lies in every folder that a command writes, and says which files are ours."""
-_LEFTOVER = re.compile(rf"\.(.+?)(?:\.[a-z0-9_]{{8}}{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")  # as tempfile has it
+_LEFTOVER = re.compile(rf"\.(.+?)(?:\.mt-[a-z0-9_]{{8}}{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")
+
+
+def temporary_name(name: str) -> tuple[str, str]:
+    """Return the end and the beginning, as tempfile takes them, of a name by which a leftover is known."""
+    return PARTIAL, f".{name}.mt-"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, optional: bool = False) -> None:
@@ -43,7 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, optional: b
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        handle, name = tempfile.mkstemp(*temporary_name(path.name), dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -98,7 +103,7 @@ def write_files_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            handle, made = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=PARTIAL)
+            handle, made = tempfile.mkstemp(*temporary_name(name), dir=folder)
             temporary[name] = Path(made)
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -130,7 +135,7 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None], *, is_o
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=PARTIAL))
+        temporary = Path(tempfile.mkdtemp(*temporary_name(folder.name), dir=folder.parent))
         temporary.chmod(_mode(folder, 0o777))
         write(temporary)
         swap(temporary, folder, is_ours=is_ours)

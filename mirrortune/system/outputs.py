@@ -5,7 +5,7 @@ not make itself.
 Every folder that a command writes holds a marker, ``.mirrortune.json``, with its kind and the files in it. A folder
 without a marker is never replaced, and of a folder with one only the listed files are ever deleted. While a run
 replaces another, the old one waits beside it (``.NAME.replaced``) until the first checkpoint of the new one is saved;
-all other folders are written under a temporary name (``.NAME.XXXXXXXX.partial``) and exchanged once they are whole.
+all other folders are written under a temporary name (``.NAME.mt-XXXXXXXX.partial``) and exchanged once they are whole.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from mirrortune.system.atomic import (
     leftover_of,
     set_aside,
     swap,
+    temporary_name,
     write_files_atomically,
 )
 from mirrortune.system.atomic import restore as restore_missing
@@ -446,7 +447,7 @@ def _is_unbegun(folder: Path) -> bool:
 def _replace(output: Path, kind: Kind, write: Write, ask: Callable[[], None]) -> None:
     scratch = None
     try:
-        scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=PARTIAL))
+        scratch = Path(tempfile.mkdtemp(*temporary_name(output.name), dir=output.parent))
         write_marker(scratch, Marker(_SCRATCH, frozenset()))
         content = scratch / output.name
         content.mkdir()

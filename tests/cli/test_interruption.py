@@ -109,8 +109,8 @@ def test_a_stopped_run_goes_on_to_the_same_log(
 def test_what_a_crash_leaves_goes_on_from_the_last_whole_checkpoint(whole: Uninterrupted, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole.run, tmp_path / "run"))
     best, last = checkpoints(run)
-    (run / "checkpoints" / last).rename(run / "checkpoints" / f".{last}.x1y2z3w4.partial")  # it was being written
-    (run / "checkpoints" / f".{last}.x1y2z3w4.partial" / "state.json").unlink()
+    (run / "checkpoints" / last).rename(run / "checkpoints" / f".{last}.mt-x1y2z3w4.partial")  # it was being written
+    (run / "checkpoints" / f".{last}.mt-x1y2z3w4.partial" / "state.json").unlink()
     shutil.rmtree(run / "adapter")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"event": "train", "st')

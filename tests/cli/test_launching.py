@@ -82,7 +82,7 @@ def test_a_crashed_run_of_two_goes_on_bit_for_bit(pair: Pair, tmp_path: Path) ->
     last = max(path.name for path in (run / "checkpoints").iterdir())
     for folder in (run / "checkpoints" / last, run / "adapter"):
         shutil.rmtree(folder)
-    (run / "checkpoints" / f".{last}.a1b2c3d4.partial").mkdir()
+    (run / "checkpoints" / f".{last}.mt-a1b2c3d4.partial").mkdir()
 
     again = finish(start(*pair.words, "-o", run, "--batch-size", 8, "--num-processes", 2, "--resume", env=pair.env))
 

@@ -318,13 +318,14 @@ CASES = {
     ),
     # Names like those of what a killed process leaves, which the next command removes.
     "a name for old outputs": Refused(f"{TRAIN} -o .new.replaced", (".new.replaced is a name for temporary files",)),
-    "a name for new outputs": Refused("merge run -o .a.ab12cd34.partial", ("is a name for temporary files",)),
+    "a name for new outputs": Refused("merge run -o .a.mt-ab12cd34.partial", ("is a name for temporary files",)),
     "in a folder of such a name": Refused(
-        f"{TRAIN} -o run/.adapter.ab12cd34.partial/new", (".adapter.ab12cd34.partial is a name for temporary files",)
+        f"{TRAIN} -o run/.adapter.mt-ab12cd34.partial/new",
+        (".adapter.mt-ab12cd34.partial is a name for temporary files",),
     ),
     "the name of a claim": Refused("analyze run --figures .new.claim", (".new.claim is a name for temporary files",)),
     "predictions under such a name": Refused(
-        f"{EVAL} --predictions run/.recipe.yaml.ab12cd34.partial", ("is a name for temporary files",)
+        f"{EVAL} --predictions run/.recipe.yaml.mt-ab12cd34.partial", ("is a name for temporary files",)
     ),
     # Files.
     "predictions over the data": Refused(
@@ -462,28 +463,33 @@ def test_a_run_may_lie_beside_the_tables_of_its_data(desk: Path, monkeypatch: py
 
 
 def test_what_a_killed_merge_left_is_removed_by_the_next(desk: Path) -> None:
-    for name in (".merged.ab12cd34.partial", ".merged.ef56gh78.partial", ".mine.ab12cd34.partial"):
+    for name in (".merged.mt-ab12cd34.partial", ".merged.mt-ef56gh78.partial", ".mine.mt-ab12cd34.partial"):
         file(f"{name}/merged/model.safetensors", "half")(desk)
-    for name in (".merged.ab12cd34.partial", ".mine.ab12cd34.partial"):
+    for name in (".merged.mt-ab12cd34.partial", ".mine.mt-ab12cd34.partial"):
         write_marker(desk / name, Marker("unfinished", frozenset()))
     assert mirrortune("merge", "run", "-o", "merged", "--overwrite").exit_code == 0
     # One is no leftover of ours, the other is of another output.
-    assert sorted(path.name for path in desk.glob(".*")) == [".merged.ef56gh78.partial", ".mine.ab12cd34.partial"]
+    assert sorted(path.name for path in desk.glob(".*")) == [".merged.mt-ef56gh78.partial", ".mine.mt-ab12cd34.partial"]
 
 
 def test_saving_adds_to_what_is_there(desk: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = library.attach(AutoModelForSequenceClassification.from_pretrained(desk / "model"))
-    for name in ("adapter.json", "trainer_state.json", ".adapter.json.ab12cd34.partial"):
+    for name in ("adapter.json", "trainer_state.json", ".adapter.json.mt-ab12cd34.partial"):
         file(f"out/{name}")(desk)
+    mine = [
+        f"out/.adapter.json.{name}" for name in ("old.partial/a.txt", "mt-ef56gh78.partial/a.txt", "replaced/a.txt")
+    ]
+    for name in (*mine, "out/.adapter.safetensors.download.partial"):
+        file(name)(desk)
     before = tree(desk)
     for _ in range(2):
         library.save_adapter(model, desk / "out")
     after = tree(desk)
     changed = {Path(name).name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"adapter.json", "adapter.safetensors", ".adapter.json.ab12cd34.partial"}
-    assert sorted(p.name for p in (desk / "out").iterdir()) == [
+    assert changed == {"adapter.json", "adapter.safetensors", ".adapter.json.mt-ab12cd34.partial"}
+    assert sorted(p.name for p in (desk / "out").glob("[!.]*")) == [
         "adapter.json",
         "adapter.safetensors",
         "trainer_state.json",

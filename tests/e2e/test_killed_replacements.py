@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def surroundings(root: Path) -> Path:
     """A folder with a user's own things, some named like leftovers."""
     for name in (
-        "thesis.txt", "model/config.json", ".b.claim", ".b.ab12cd34.partial/b/model.safetensors", ".b.replaced/x",
+        "thesis.txt", "model/config.json", ".b.claim", ".b.mt-ab12cd34.partial/b/model.safetensors", ".b.replaced/x",
         "ab/adapter.json",
     ):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -50,14 +50,14 @@ RESERVED = (
 THEIRS = (
     "notes.txt", "notes/mine.txt", "sub/notes.txt", "sub/deep/notes.txt", "sub/deep/deeper/notes.txt",
     "adapter/notes.txt", "checkpoints/notes.txt", "checkpoints/step-000001/notes.txt", "adapter.json", "state.json",
-    ".notes.txt.ab12cd34.partial", ".notes.replaced/notes.txt", "checkpoints/.notes.replaced/state.json", "wandb",
+    ".notes.txt.mt-ab12cd34.partial", ".notes.replaced/notes.txt", "checkpoints/.notes.replaced/state.json", "wandb",
     ".hidden", ".mine.claim", "merged/config.json", f"merged/{MARKER}", "Recipe.yaml", "plans/", "sub/plans/",
     "wandb/x/recipe.yaml", "tensorboard/notes.txt", "._backup/notes.txt",
     "checkpoints/step-000001/plans/", "link>thesis.txt", "link>folder", "sub/link>folder", "sub>folder",
     "adapter>folder", "checkpoints>folder", "checkpoints/step-000001>folder", "reports>folder",
 )  # fmt: skip
 CONTENT = (*LISTED, *RESERVED)
-SCRATCH = ".a.ab12cd34.partial"
+SCRATCH = ".a.mt-ab12cd34.partial"
 MARKERS = st.sampled_from(["own", "own", "own", "other kind", "none", "linked", "broken"])
 KINDS = st.sampled_from([RUN, MERGED, LORA])
 

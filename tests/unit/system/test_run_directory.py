@@ -245,9 +245,9 @@ def test_an_evaluation_that_will_be_made_again_is_dropped(run: RunDirectory) -> 
 def test_what_killed_saves_left_is_cleared(run: RunDirectory) -> None:
     save(run, 3)
     save(run, 4, best_step=3)
-    for path in (run.path / ".metrics.jsonl.ab12cd34.partial", run.path / ".git", run.checkpoints / ".DS_Store"):
+    for path in (run.path / ".metrics.jsonl.mt-ab12cd34.partial", run.path / ".git", run.checkpoints / ".DS_Store"):
         path.write_text("half")
-    shutil.copytree(run.checkpoint(4), run.checkpoints / ".step-000005.cd34ef56.partial")
+    shutil.copytree(run.checkpoint(4), run.checkpoints / ".step-000005.mt-cd34ef56.partial")
     shutil.copytree(run.checkpoint(3), run.checkpoints / ".step-000003.replaced")  # its successor came
     run.checkpoint(4).rename(run.checkpoints / ".step-000004.replaced")  # its successor did not
     assert run.saved_steps() == [3]
@@ -262,17 +262,18 @@ def test_files_with_names_like_leftovers_are_left_alone(run: RunDirectory) -> No
     """Only the exact form of our temporary names counts, for the type that we make, and only our files in it go."""
     save(run, 3)
     mine = (
-        ".recipe.yaml.my_edit.partial", ".recipe.yaml.replaced", ".adapter.ab12cd34.partial", ".x.ab12cd34.partial",
-        ".adapter.mine_v2.partial/thesis.tex", ".adapter.ef56gh78.partial/thesis.tex", ".reports.replaced/thesis.tex",
-        ".recipe.yaml.ab12cd34.partial/thesis.tex", "checkpoints/.step-000009.old.partial/state.json",
+        ".recipe.yaml.my_edits.partial", ".recipe.yaml.replaced", ".adapter.mt-ab12cd34.partial",
+        ".x.mt-ab12cd34.partial", ".adapter.mine_v2.partial/thesis.tex",
+        ".adapter.mt-ef56gh78.partial/thesis.tex", ".reports.replaced/thesis.tex",
+        ".recipe.yaml.mt-ab12cd34.partial/thesis.tex", "checkpoints/.step-000009.old.partial/state.json",
         ".checkpoints.old.partial/step-000003/state.json",
     )  # fmt: skip
     for name in mine:
         (run.path / name).parent.mkdir(exist_ok=True, parents=True)
         (run.path / name).write_text("mine")
-    (run.path / ".adapter.ef56gh78.partial" / "adapter.json").write_text("half")
+    (run.path / ".adapter.mt-ef56gh78.partial" / "adapter.json").write_text("half")
     run.clear_leftovers()
-    assert not (run.path / ".adapter.ef56gh78.partial" / "adapter.json").exists()
+    assert not (run.path / ".adapter.mt-ef56gh78.partial" / "adapter.json").exists()
     assert [(run.path / name).read_text() for name in mine] == ["mine"] * len(mine)
     with pytest.raises(ConfigError) as refused:
         run.check(overwrite=True, resume=False)
@@ -361,7 +362,7 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path: Path) -> None:
         run.check(overwrite=False, resume=True)
     run.recipe.unlink()
     run.create()
-    (run.path / ".recipe.yaml.ab12cd34.partial").write_text("ta")
+    (run.path / ".recipe.yaml.mt-ab12cd34.partial").write_text("ta")
     run.check(overwrite=False, resume=False)  # it was killed before it began
     run.write_text("recipe.yaml", "task: {}")
     with pytest.raises(ConfigError, match="--resume, choose another with -o, or replace it with --overwrite"):
