@@ -7,6 +7,7 @@ z and U^T dy. Shapes: N rows, O out_features, I in_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def spectral_product(
     if torch.compiler.is_compiling():
         # A compiler decides by itself what to save, and cannot look into a custom backward pass.
         z = kind.project(base, x, Vh)
-        mixed = core.mix(z.reshape(-1, z.shape[-1]).to(_mixing_dtype(z)), *coefficients)
+        mixed = core.mix(z.reshape(-1, z.shape[-1]).to(_mixing_dtype(z)), *matched(coefficients, z.dtype))
         return F.linear(mixed.to(z.dtype), U, bias).reshape(*z.shape[:-1], -1)
     product: Tensor = _SpectralProduct.apply(x, U, Vh, bias, kind, base, core, *coefficients)  # type: ignore[no-untyped-call]
     return product
@@ -60,7 +61,7 @@ class _SpectralProduct(torch.autograd.Function):
         z = projected.reshape(-1, projected.shape[-1])  # (N, R)
         ctx.kind, ctx.base, ctx.core, ctx.shapes = kind, base, core, (x.shape, projected.shape)
         ctx.save_for_backward(z, U, Vh, *coefficients)
-        mixed = core.mix(z.to(_mixing_dtype(z)), *coefficients)
+        mixed = core.mix(z.to(_mixing_dtype(z)), *matched(coefficients, z.dtype))
         # Reshaped before the product: model code may change the output in place, which autograd allows for no view.
         return F.linear(mixed.to(z.dtype).reshape(projected.shape), U, bias)  # (..., O)
 
@@ -87,7 +88,7 @@ class _AddedProduct(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y = F.linear(x, weight, bias)  # (..., O)
         z = F.linear(x, Vh).reshape(-1, Vh.shape[0])  # (N, R)
-        mixed = core.mix(z.to(_mixing_dtype(z)), *coefficients)
+        mixed = core.mix(z.to(_mixing_dtype(z)), *matched(coefficients, z.dtype))
         y.view(-1, U.shape[0]).addmm_(mixed.to(z.dtype), U.T)
         ctx.core, ctx.shape = core, x.shape
         ctx.save_for_backward(z, weight, U, Vh, *coefficients)
@@ -111,8 +112,15 @@ def _mixed_backward(
     """Compute the gradients of z (N, R), in its dtype, and of the coefficients from that of the output (N, O)."""
     dtype = _mixing_dtype(z)
     grad_mixed = rows.to(U.dtype) @ U  # (N, R)
-    grad_z, grad_coefficients = core.mix_backward(z.to(dtype), grad_mixed.to(dtype), *coefficients)
+    grad_z, grad_coefficients = core.mix_backward(z.to(dtype), grad_mixed.to(dtype), *matched(coefficients, z.dtype))
     return grad_z.to(z.dtype), grad_coefficients
+
+
+def matched(coefficients: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return a core's coefficients as a layer of ``dtype`` needs them: widened for a float64 one, else as they are."""
+    if dtype != torch.float64:
+        return coefficients
+    return [c.to(dtype) if c.is_floating_point() else c for c in coefficients]
 
 
 def _mixing_dtype(z: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
-from mirrortune.adapters.autograd import added_product, spectral_product
+from mirrortune.adapters.autograd import added_product, matched, spectral_product
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind, Linear
 from mirrortune.adapters.layout import Layout
@@ -77,7 +77,8 @@ def dense_delta(factors: Factors, core: Core) -> Tensor:
     differentiable with respect to the core's parameters.
     """
     dtype = torch.promote_types(factors.U.dtype, torch.float32)
-    mixed = core.mix(factors.Vh.to(dtype).mT, *core.coefficients(delta=True))  # (I, R): column i of K' Vh in row i
+    coefficients = matched(core.coefficients(delta=True), dtype)
+    mixed = core.mix(factors.Vh.to(dtype).mT, *coefficients)  # (I, R): column i of K' Vh in row i
     delta = factors.U.to(dtype) @ mixed.mT
     beside = core.beside_weight()
     return delta if beside is None else delta + beside

@@ -320,3 +320,19 @@ def test_layers_that_a_model_calls_through_a_list_are_adapted_where_they_are() -
         assert any(p.grad is not None for p in layer.core.parameters())
         train_a_little(layer.core, index)
     assert relative(model(x), before) > 1e-2
+
+
+@pytest.mark.parametrize("strategy", ["dense", "branch"])
+@pytest.mark.parametrize("method", ["mirror", "scale", "psoft", "svft", "lora-xs", "speclora"])
+def test_a_float64_model_is_adapted_in_float64(method: str, strategy: str) -> None:
+    outputs = {}
+    for dtype in (torch.float32, torch.float64):
+        model = tiny_bert().to(dtype)
+        attach(model, AdapterSpec(method=method, rank=8, strategy=strategy))
+        for parameter in adapter_parameters(model).values():
+            torch.nn.init.constant_(parameter, 0.03)
+        outputs[dtype] = model(input_ids=torch.arange(8)[None]).logits
+        outputs[dtype].sum().backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in adapter_parameters(model).values())
+    assert outputs[torch.float64].dtype == torch.float64
+    torch.testing.assert_close(outputs[torch.float64].float(), outputs[torch.float32], rtol=1e-4, atol=1e-5)
