@@ -99,6 +99,8 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
             raise unknown_name(where, "recipe", name, shipped_recipes())
         path = shipped_folder() / f"{name}.yaml"
     try:
+        if path.is_fifo():  # reading it would hang
+            raise ConfigError(where, f"{path} is a pipe", allowed="a file")
         if (size := path.stat().st_size) > _LARGEST_FILE:
             raise ConfigError(str(path), f"a recipe of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
         text = path.read_text(encoding="utf-8")

@@ -42,7 +42,7 @@ from mirrortune.system.devices import default_device, is_slow, widen
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import hub_place
-from mirrortune.system.run_directory import RunDirectory
+from mirrortune.system.run_directory import RunDirectory, read_text
 from mirrortune.tasks.base import Task, labels_of, task_from_dict, with_columns
 from mirrortune.training.calibration import measure_saliency
 
@@ -216,10 +216,10 @@ def by_strategy(strategies: Mapping[str, Strategy]) -> dict[str, list[str]]:
 
 def _stored_strategies(run: RunDirectory) -> dict[str, Strategy]:
     """Return the strategies that the run began with; empty if ``environment.json`` is missing or damaged."""
-    kept: dict[Strategy, list[str]] = {}
-    with contextlib.suppress(OSError, ValueError):
-        kept = json.loads((run.path / "environment.json").read_text(encoding="utf-8")).get("strategies", {})
-    return {name: strategy for strategy, names in kept.items() for name in names}
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
+        kept: dict[Strategy, list[str]] = json.loads(read_text(run.path / "environment.json")).get("strategies", {})
+        return {name: strategy for strategy, names in kept.items() for name in names}
+    return {}
 
 
 def base_identity(job: Job) -> dict[str, Any]:

@@ -320,7 +320,7 @@ class RunDirectory:
         folder = self.checkpoint(global_step)
         try:
             _check_sums(folder)
-            described = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            described = json.loads(read_text(folder / _STATE))
             version = described.pop("format_version")
             kind, internal, gauss = described.pop("python_random")
             if version != STATE_VERSION:
@@ -376,7 +376,7 @@ class RunDirectory:
 
     def _is_interim(self, step: int) -> bool:
         try:
-            return bool(json.loads((self.checkpoint(step) / _STATE).read_text(encoding="utf-8"))["is_interim"])
+            return bool(json.loads(read_text(self.checkpoint(step) / _STATE))["is_interim"])
         except (OSError, ValueError, KeyError, TypeError):
             return False  # damaged, which whoever loads it will say
 
@@ -392,6 +392,18 @@ def run_of(adapter: Path) -> RunDirectory | None:
     folder = adapter.resolve()
     run = RunDirectory(folder.parent)
     return run if folder.name == run.adapter.name and run.is_run else None
+
+
+def read_text(path: Path) -> str:
+    """Read a file of a run, where a pipe would never end.
+
+    Raises:
+        OSError: there is no regular file.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
@@ -425,8 +437,10 @@ def _write_text(path: Path, text: str) -> None:
 
 def _check_sums(folder: Path) -> None:
     """OSError or ValueError unless every file of a checkpoint is there as it was saved, and is listed."""
-    text = (folder / _SUMS).read_text(encoding="utf-8")
+    text = read_text(folder / _SUMS)
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    if pipe := next((name for name in listed if not (folder / name).is_file()), None):  # reading it would hang
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / pipe))
     found = {name: _sha256(folder / name) for name in listed}
     for name, digest in found.items():
         if digest != listed[name]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
-from mirrortune.system.run_directory import RunDirectory
+from mirrortune.system.run_directory import RunDirectory, read_text
 
 Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 
@@ -53,7 +53,7 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """Return the content of ``status.json``, or an empty dict if it is missing or damaged."""
     with suppress(OSError, ValueError):
-        found = json.loads(run.status.read_text(encoding="utf-8"))
+        found = json.loads(read_text(run.status))
         return found if isinstance(found, dict) else {}
     return {}
 

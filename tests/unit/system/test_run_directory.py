@@ -19,11 +19,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirrortune.config.recipe import read_recipe
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
+from mirrortune.runs.load import _stored_strategies
 from mirrortune.system import atomic
 from mirrortune.system.atomic import set_aside
 from mirrortune.system.outputs import Marker, restore, strangers
 from mirrortune.system.run_directory import LoopState, RunDirectory
+from mirrortune.system.run_status import read_status
 from mirrortune.training.snapshots import random_tensors
 
 TENSORS = {"optimizer.w.exp_avg": torch.arange(3.0), **{f"random.0.{k}": v for k, v in random_tensors().items()}}
@@ -337,6 +340,31 @@ def test_checkpoints_behind_a_link_are_kept(run: RunDirectory) -> None:
     save(run, 2)
     run.remove_checkpoints()
     assert run.saved_steps() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["state.json", "SHA256SUMS", "training.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(run: RunDirectory, name: str) -> None:
+    save(run, 1)
+    (run.checkpoint(1) / name).unlink()
+    os.mkfifo(run.checkpoint(1) / name)
+    with pytest.raises(VerificationError, match="damaged checkpoint"):
+        run.load_checkpoint(1)
+    os.mkfifo(run.status)
+    assert read_status(run) == {}
+    os.mkfifo(run.recipe)
+    with pytest.raises(ConfigError, match="is a pipe"):
+        read_recipe(str(run.recipe))
+
+
+@pytest.mark.parametrize(
+    "text", [None, "[]", "null", "{", '{"strategies": [1]}', '{"strategies": {"a": 1}}', "[" * 10**5]
+)
+def test_a_damaged_environment_has_no_strategies(run: RunDirectory, text: str | None) -> None:
+    if text is None:
+        os.mkfifo(run.path / "environment.json")
+    else:
+        (run.path / "environment.json").write_text(text)
+    assert _stored_strategies(run) == {}
 
 
 def test_publishing_copies_the_adapter_of_a_step(run: RunDirectory) -> None:
