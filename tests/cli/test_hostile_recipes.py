@@ -359,7 +359,7 @@ CASES = {
     ),
     "aliases, push": Case(file("run/recipe.yaml", BOMB), "push /run me/x", 2, ALIAS),
     "a list for results, push": Case(
-        file("run/results.json", "[]"), "push /run me/x", 5, "its results, environment or recipe is damaged (TypeError"
+        file("run/results.json", "[]"), "push /run me/x", 5, "a file of the run is damaged (TypeError"
     ),
     "brackets for results, push": Case(
         file("run/results.json", '{"a":' * 100_000), "push /run me/x", 5, "damaged (RecursionError)"
