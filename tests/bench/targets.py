@@ -103,7 +103,7 @@ def _of_banks() -> list[Target]:
                 line = f"64 adapters in a batch, of {whose} ({method}, {what})"
                 found.append(Target(part="bank", line=line, aim=aim, read=ratio(method, length, to)))
     found.append(Target(part="bank", line="1,000 adapters of a BERT-base at full rank, GB", aim=0.3,
-                        read=lambda r: r["memory"]["process"] / 1e9))  # fmt: skip
+                        read=lambda r: r["memory"]["tensors"] / 1e9))  # fmt: skip
     return found
 
 
