@@ -22,7 +22,7 @@ def page(results: Results, versions: str) -> str:
     sentence = (
         f"{len(passed)} of the {len(runs)} model types that can be built from a small configuration and run pass "
         f"({100 * len(passed) / max(1, len(runs)):.1f}%), with {heads} heads in all; {len(results) - len(runs)} of the "
-        f"{len(results)} types that have a head of ours cannot ({versions})."
+        f"{len(results)} types with a supported head cannot ({versions})."
     )
     rows = [f"| `{t}` | {h} | {f['status']} | {f['reason'].replace('|', '/')} |" for t, h, f in odd]
     kinds = sorted({kind for found in results.values() for f in found.values() for kind in f.get("kinds", {})})
