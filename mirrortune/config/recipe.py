@@ -99,16 +99,21 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
             raise unknown_name(where, "recipe", name, shipped_recipes())
         path = shipped_folder() / f"{name}.yaml"
     try:
-        if path.is_fifo():  # reading it would hang
-            raise ConfigError(where, f"{path} is a pipe", allowed="a file")
-        if (size := path.stat().st_size) > _LARGEST_FILE:
-            raise ConfigError(str(path), f"a recipe of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
-        text = path.read_text(encoding="utf-8")
+        text = _text_of(path, where, "a recipe")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(where, f"cannot read {path} ({error})", fix="Check the path") from error
     data, lines = _mapping(text, str(path))
     _anchor_paths(data, path.parent)
     return Layer(values=data, origin=str(path), lines=lines, file=path)
+
+
+def _text_of(path: Path, where: str, what: str) -> str:
+    """Return the text of a file of settings; ConfigError if it is not a regular file, or too large."""
+    if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device may never end
+        raise ConfigError(where, f"{path} is a pipe" if path.is_fifo() else f"{path} is a device", allowed="a file")
+    if (size := path.stat().st_size) > _LARGEST_FILE:
+        raise ConfigError(str(path), f"{what} of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
+    return path.read_text(encoding="utf-8")
 
 
 def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -456,7 +461,7 @@ def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) ->
         return dict(items)
 
     try:
-        found = json.loads(local_path(given).read_text(encoding="utf-8"), object_pairs_hook=once)
+        found = json.loads(_text_of(local_path(given), where, "a file of pairs"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(where, f"cannot read {given} ({error})", fix="Check the path and the file") from error
     if not isinstance(found, list | dict):

@@ -200,6 +200,13 @@ def predictions_on_a_pipe(desk: Path, models: Path, bystander: Path) -> Outcome:
     return mirrortune("eval", models / "run", "--predictions", "pipe")
 
 
+def pairs_on_a_pipe(desk: Path, models: Path, bystander: Path) -> Outcome:
+    """A file of pairs that never ends."""
+    os.mkfifo(desk / "pairs.json")
+    words = ["-m", models / "base", "-t", "text-classification", "-d", "reviews.csv", "--pairing", "pairs.json"]
+    return mirrortune("prepare", *words, "--dry-run")
+
+
 def label_that_is_a_formula(desk: Path, models: Path, bystander: Path) -> Outcome:
     """A class that would be a broken formula in the figures of the run."""
     rows = [(text, r"$\foo$" if label == "positive" else "5$") for text, label in reviews(24)]
@@ -251,6 +258,7 @@ ATTACKS: list[tuple[Callable[[Path, Path, Path], Outcome], int, str]] = [
     (class_that_vanishes, 3, "no file of class 'left' (2 .heic) can be read"),
     (split_that_vanishes, 3, "data: of unknown file type: validation.xlsx"),
     (predictions_on_a_pipe, 2, "--predictions: pipe is no regular file. Give another name"),
+    (pairs_on_a_pipe, 2, "pairs.json is a pipe. Allowed: a file"),
     (label_that_is_a_formula, 0, ""),
     (settings_of_figures, 0, ""),
     (push_of_a_link, 5, "tokenizer.json: it is a link or no regular file, and is not sent"),
