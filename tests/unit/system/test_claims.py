@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.system import claims
 from mirrortune.system.claims import claimed
 from tests.trees import tree
 
@@ -179,3 +180,23 @@ def test_of_two_that_race_for_one_output_one_writes_it_whole(tmp_path: Path) -> 
         files = {p.name: p.read_text() for p in (tmp_path / str(number)).iterdir() if not p.name.startswith(".")}
         assert files == dict.fromkeys("abc", winner)
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_claim_that_is_removed_while_it_is_opened_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, really = [], claims._open
+
+    def open_late(place: Path) -> int:
+        handle = really(place)
+        opened.append(place)
+        if len(opened) == 1:  # its holder lets go between our opening and our locking it
+            place.unlink()
+        return handle
+
+    monkeypatch.setattr(claims, "_open", open_late)
+    with claimed(tmp_path / "out"):
+        assert (tmp_path / ".out.claim").is_file()
+        with pytest.raises(ConfigError, match="is writing there"), claimed(tmp_path / "out"):
+            pass
+    assert tree(tmp_path) == {}
