@@ -65,6 +65,22 @@ def test_a_module_imports_only_from_its_room_and_those_before(module: str) -> No
     assert {name for name in ours(module) if room(name) not in allowed} == set()
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_across_rooms_go_through_doors(module: str) -> None:
+    reached = {name for name in ours(module, for_types=True) if room(name) in ROOMS and room(name) != room(module)}
+    assert {name for name in reached if not is_public(name)} == set()
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_door_lists_what_other_rooms_use(name: str) -> None:
+    users = [module for module in MODULES if room(module) != name]
+    used = {found for module in users for found in ours(module, for_types=True) if room(found) == name}
+    doors = [package for package in packages(name) if is_public(package)]
+    assert [found for package in doors for found in imports(package, only_at_import=False)] == []
+    listed = {f"{package}.{entry}" for package in doors for entry in door(package)}
+    assert listed == {parent for module in used for parent in with_parents(module) if parent != name}
+
+
 @pytest.mark.parametrize("name", ["compare", "analyze"])
 def test_a_room_of_one_command_can_be_deleted_with_one_function(name: str) -> None:
     users = set()
@@ -155,17 +171,42 @@ def tree(module: str) -> ast.Module:
     return ast.parse(path_of(module).read_text(encoding="utf-8"))
 
 
-def imports(module: str, *, only_at_import: bool) -> Iterator[str]:
-    """Dotted names that a module imports; ``from a import b`` gives ``a.b``. Those for type checkers only do not count.
+def packages(name: str) -> list[str]:
+    """A room and its subfolders."""
+    return [module for module in MODULES if room(module) == name and path_of(module).name == "__init__.py"]
+
+
+def with_parents(module: str) -> list[str]:
+    """A module and the packages that hold it, the room first."""
+    parts = module.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def door(package: str) -> list[str]:
+    """The modules that a package lists in ``__all__``: those that other rooms may import."""
+    for node in tree(package).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def is_public(module: str) -> bool:
+    """Whether a room's door, and those of its subfolders on the way, list a module."""
+    return all(name.rpartition(".")[2] in door(name.rpartition(".")[0]) for name in with_parents(module)[1:])
+
+
+def imports(module: str, *, only_at_import: bool, for_types: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports; ``from a import b`` gives ``a.b``.
 
     Args:
         module: name below the package.
         only_at_import: leave out what is imported when a function is called.
+        for_types: count what only type checkers import as well.
     """
     waiting: list[ast.AST] = [tree(module)]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not for_types:
             continue
         if only_at_import and isinstance(node, ast.FunctionDef):
             continue
@@ -177,10 +218,11 @@ def imports(module: str, *, only_at_import: bool) -> Iterator[str]:
         waiting += ast.iter_child_nodes(node)
 
 
-def ours(module: str, *, only_at_import: bool = False) -> set[str]:
+@functools.cache
+def ours(module: str, *, only_at_import: bool = False, for_types: bool = False) -> set[str]:
     """Modules of this package that a module imports; ``__init__`` for the package itself."""
     found = set()
-    for name in imports(module, only_at_import=only_at_import):
+    for name in imports(module, only_at_import=only_at_import, for_types=for_types):
         if name.split(".")[0] == "mirrortune":
             inner = name.removeprefix("mirrortune").removeprefix(".")
             while inner and inner not in MODULES:

@@ -1,2 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the machine and the Hub give: whole files, caches, devices, processes, the console."""
+
+__all__ = [
+    "atomic",
+    "cache",
+    "claims",
+    "compiler",
+    "console",
+    "devices",
+    "distributed",
+    "hub",
+    "outputs",
+    "paths",
+    "run_directory",
+    "run_status",
+    "signals",
+    "tensor_files",
+]
