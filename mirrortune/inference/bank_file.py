@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mirrortune.adapters.files.adapter_file import AdapterFile, parse_adapter, read_adapter
-from mirrortune.adapters.files.validate import strict_json
+from mirrortune.adapters.files.description import strict_json
 from mirrortune.adapters.fingerprint import weight_digest
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError, VerificationError

@@ -32,7 +32,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mirrortune import __version__
-from mirrortune.adapters.files.description import DESCRIPTION, FORMAT_VERSION, description_text, read_description
+from mirrortune.adapters.files.description import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    description_text,
+    read_description,
+    read_file,
+    strict_json,
+)
 from mirrortune.adapters.files.tensors import (
     Form,
     basis_tensors,
@@ -53,8 +60,6 @@ from mirrortune.adapters.files.validate import (
     check_responses,
     check_tensors,
     largest_count,
-    read_file,
-    strict_json,
 )
 from mirrortune.adapters.fingerprint import Fingerprint
 from mirrortune.adapters.inject import adapter_parameters, attachment, plain_parameters, spectral_layers

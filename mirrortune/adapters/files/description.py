@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mirrortune.adapters.files.validate import read_file, strict_json
 from mirrortune.errors import VerificationError
 
 FORMAT_VERSION = 1
@@ -103,6 +103,47 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not (isinstance(layers, dict) and all(isinstance(part, dict) for part in (shared, *layers.values()))):
         raise VerificationError(str(path), "damaged (its layers are no objects)", fix="Restore the adapter folder")
     return {**description, "layers": {name: {**shared, **own} for name, own in layers.items()}}
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of one of an adapter's files.
+
+    Raises:
+        VerificationError: the file is missing, no regular file (a pipe, a device), or too large for the memory.
+    """
+    try:
+        if not path.is_file():
+            raise OSError
+        return path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise VerificationError(str(path), "missing or unreadable", fix="Restore the adapter folder") from error
+
+
+def strict_json(data: bytes) -> Any:
+    """Parse JSON in which no key is repeated and every number is finite.
+
+    Raises:
+        ValueError: any other text.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=_without_twins, parse_constant=_finite, parse_float=_finite
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is repeated in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no number")
+    return value
 
 
 def _digest(description: dict[str, Any]) -> str:

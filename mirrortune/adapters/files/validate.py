@@ -7,11 +7,9 @@ invalid content, and nothing else: code that runs after the checks may rely on t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
@@ -21,7 +19,6 @@ from torch import Tensor
 from mirrortune.adapters.effect import NUM_PROBES
 from mirrortune.adapters.pairings.encoding import pairs_of
 from mirrortune.adapters.strategies import Strategy
-from mirrortune.errors import VerificationError
 
 _HASH = re.compile(r"values:[0-9a-f]{64}")
 _SIDES = {"output": 1, "input": 1, "both": 2}
@@ -41,47 +38,6 @@ _SETTINGS: dict[str, Types] = {
 }  # fmt: skip
 _LAYER: dict[str, Types] = {"weight": str, "layout": dict}
 _BASIS: dict[str, Types] = {"rank": int, "side": str, "probe_seeds": list, "holds": dict}
-
-
-def read_file(path: Path) -> bytes:
-    """Return the content of one of an adapter's files.
-
-    Raises:
-        VerificationError: the file is missing, no regular file (a pipe, a device), or too large for the memory.
-    """
-    try:
-        if not path.is_file():
-            raise OSError
-        return path.read_bytes()
-    except (OSError, MemoryError) as error:
-        raise VerificationError(str(path), "missing or unreadable", fix="Restore the adapter folder") from error
-
-
-def strict_json(data: bytes) -> Any:
-    """Parse JSON in which no key is repeated and every number is finite.
-
-    Raises:
-        ValueError: any other text.
-    """
-    try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_without_twins, parse_constant=_finite, parse_float=_finite
-        )
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is repeated in one object")
-    return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no number")
-    return value
 
 
 def check_description(description: Mapping[str, Any]) -> None:
