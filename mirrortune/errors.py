@@ -157,8 +157,10 @@ def raised_here(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException | str, most: int = 300) -> str:
-    """Return the first line of an error, at most ``most`` characters, or its class if it has no text."""
-    return str(error).strip().split("\n")[0][:most] or type(error).__name__
+    """Return the first line of an error without its full stop, at most ``most`` characters, or its class if it has no
+    text.
+    """
+    return str(error).strip().split("\n")[0].rstrip(".")[:most] or type(error).__name__
 
 
 def counted(number: int, noun: str) -> str:

@@ -21,8 +21,8 @@ from mirrortune.adapters.files.adapter_file import AdapterFile
 from mirrortune.adapters.files.load import stored_core, trained_factors
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.layers import delta_weight
-from mirrortune.adapters.peft_bridge.options import CHOOSE_LAYERS, first_line, objection
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.adapters.peft_bridge.options import CHOOSE_LAYERS, objection
+from mirrortune.errors import ConfigError, VerificationError, first_line
 from mirrortune.merging.bases import is_model_class
 from mirrortune.merging.verify import FLOATS
 from mirrortune.models.load import DTYPES, ModelSource, load_model, resolve_dtype

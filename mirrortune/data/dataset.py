@@ -22,9 +22,8 @@ from mirrortune.data.files.readers import READERS, read_rows
 from mirrortune.data.files.row_places import FileRows, IntArray, RowPlaces
 from mirrortune.data.files.splits import SPLIT_NAMES, files_by_split, files_left_out, matching_files
 from mirrortune.data.files.tables import joined, take_rows
-from mirrortune.data.files.text_files import first_line
 from mirrortune.data.row_stream import RowStream
-from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean
+from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean, first_line
 from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.paths import (
     HUB_SCHEME,

@@ -14,9 +14,8 @@ import pyarrow as pa
 from mirrortune.data.dataset import DataSet, Split, flat, names_and_sizes_sha256, open_hub, refuse_hub_settings
 from mirrortune.data.files.readers import delimiter_of
 from mirrortune.data.files.splits import files_by_split, files_left_out, matching_files
-from mirrortune.data.files.text_files import first_line
 from mirrortune.data.row_stream import RowStream
-from mirrortune.errors import ConfigError, DataError, MirrortuneError
+from mirrortune.errors import ConfigError, DataError, MirrortuneError, first_line
 from mirrortune.system.hub import hub_errors
 from mirrortune.system.paths import DataPlace, table_suffix
 

@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mirrortune.data.files.text_files import first_line
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, first_line
 from mirrortune.tasks.conversations import Conversation, Message
 
 Encoding = tuple[list[int], list[bool]]

@@ -16,7 +16,7 @@ from typing import Any
 
 from mirrortune.adapters.layer_patterns import fits
 from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.errors import ConfigError, VerificationError, first_line
 from mirrortune.registry import option_errors
 
 # Fields of a tuner's configuration that follow from other settings, or have no use for plain linear layers.
@@ -207,11 +207,6 @@ def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
-
-
-def first_line(error: BaseException | str) -> str:
-    """Return the first line of another library's error or warning, cut to 300 characters."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
 
 
 def _is_plain(hint: Any) -> bool:

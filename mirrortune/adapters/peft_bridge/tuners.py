@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from mirrortune.adapters.inject import Attachment, attachment, checked_targets, freeze
 from mirrortune.adapters.peft_bridge.options import (
     check_options,
-    first_line,
     import_peft,
     make_config,
     recorded_warnings,
@@ -28,7 +27,7 @@ from mirrortune.adapters.peft_bridge.options import (
 )
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.targets import Targets
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, first_line
 
 ADAPTER_NAME = "default"  # PEFT allows several adapters in a model; there is only one here
 

@@ -15,8 +15,7 @@ import pyarrow as pa
 
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.row_places import RowPlaces
-from mirrortune.data.files.text_files import first_line
-from mirrortune.errors import DataError, MirrortuneError
+from mirrortune.errors import DataError, MirrortuneError, first_line
 from mirrortune.system.paths import shown_path
 
 FILE_ROLES = ("image", "audio")

@@ -27,14 +27,13 @@ from mirrortune.data.files.row_places import FileRows, IntArray
 from mirrortune.data.files.tables import join_parts, on_disk
 from mirrortune.data.files.text_files import (
     blocks_of,
-    first_line,
     is_gzipped,
     is_unicode,
     lines_of,
     open_bytes,
     reading_errors,
 )
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, first_line
 from mirrortune.system.cache import leave_room
 from mirrortune.system.paths import TABLE_SUFFIXES, cache_folder, is_system, table_suffix
 

@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mirrortune.data.files.text_files import first_line
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, first_line
 from mirrortune.system.paths import TABLE_SUFFIXES, is_system, local_path, table_suffix
 
 # Common names of the three splits.

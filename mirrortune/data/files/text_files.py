@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mirrortune.errors import DataError
+from mirrortune.errors import DataError, first_line
 
 _BLOCK = 1 << 20  # characters, or bytes
 _SAMPLE, _SHOWN = 256, 60  # bytes that show an encoding; characters of a line in a message
@@ -70,11 +70,6 @@ def _refuse_controls(path: Path, encoding: str, text: str, line: int) -> None:
             f"byte 0x{ord(control[0]):02x} is a control character in {encoding}",
             fix="Set data.encoding=cp1252, where such bytes are quotation marks and dashes",
         )
-
-
-def first_line(error: BaseException, limit: int = 160) -> str:
-    """Return the first line of an exception's message, at most ``limit`` characters; its type if it has none."""
-    return str(error).strip().split("\n")[0].rstrip(".")[:limit] or type(error).__name__
 
 
 def is_gzipped(path: Path) -> bool:
