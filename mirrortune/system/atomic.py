@@ -158,7 +158,7 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
     for file in new.rglob("*"):
         if file.is_file():
             _sync(file)
-    restore(folder)
+    restore_missing(folder)
     new.chmod(_mode(folder, 0o777))
     if not folder.exists():
         new.rename(folder)
@@ -246,7 +246,7 @@ def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
             continue
         if path.name.endswith(_REPLACED):
             if is_folder and any(is_within(inner.name) for inner in path.iterdir()):
-                restore(folder / name)
+                restore_missing(folder / name)
                 _retire(path, folder / name, is_ours=is_within)
         elif is_folder:
             discard(path, is_ours=is_within)
@@ -288,28 +288,28 @@ def exchange(one: Path, other: Path) -> bool:
 
 def replace_in_two_steps(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
     """Rename ``new`` to ``folder``, where no file system renames one folder onto another: the old one is set aside, and
-    put back if the second step fails, by :func:`restore` if the process ends between them.
+    put back if the second step fails, by :func:`restore_missing` if the process ends between them.
     """
-    old = set_aside(folder)
+    old = place_of_replaced(folder)
     discard(old, is_ours=is_ours, into=folder)  # of an earlier replacement that was cut short
     if folder.exists():
         folder.rename(old)
     try:
         new.rename(folder)
     except BaseException:  # also when a second Ctrl-C ends the process just here
-        restore(folder)
+        restore_missing(folder)
         raise
     _retire(old, folder, is_ours=is_ours)
 
 
-def set_aside(folder: Path) -> Path:
+def place_of_replaced(folder: Path) -> Path:
     """Where a folder waits while its successor takes its name."""
     return folder.with_name(f".{folder.name}{_REPLACED}")
 
 
-def restore(folder: Path) -> Path:
+def restore_missing(folder: Path) -> Path:
     """Put a folder back that a killed process had set aside and not replaced; returns ``folder``, there or not."""
-    old = set_aside(folder) if folder.name else folder
+    old = place_of_replaced(folder) if folder.name else folder
     if old.is_dir() and not folder.exists():
         with suppress(OSError):  # a place that may only be read, or another process was faster
             old.rename(folder)

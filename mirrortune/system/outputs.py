@@ -31,12 +31,12 @@ from mirrortune.system.atomic import (
     cannot_write,
     discard,
     leftover_of,
-    set_aside,
+    place_of_replaced,
+    restore_missing,
     swap,
     temporary_name,
     write_files_atomically,
 )
-from mirrortune.system.atomic import restore as restore_missing
 from mirrortune.system.claims import claimed, clear_claims, is_claim, place_of_claim
 from mirrortune.system.links import contains, holds_tables, is_same, link_into, real
 from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_path
@@ -57,7 +57,7 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class OutputKind:
     """A kind of folder that mirrortune writes.
 
     Attributes:
@@ -94,7 +94,7 @@ _WANDB = (  # what a marker lies beside was written by another command
     r"wandb/((offline-)?run-\d{8}_\d{6}-[^/]+/((files|logs|tmp)/(?!(.*/)?\.mirrortune\.json$).*|run-[^/]+\.wandb[^/]*)?"
     r"|latest-run|settings|debug(-[a-z-]+)?\.log)?"
 )
-RUN = Kind(
+RUN = OutputKind(
     "run",
     "Continue it with --resume, choose another with -o, or replace it with --overwrite",
     rf"recipe\.yaml|(environment|results|status|trainer_state|validation)\.json|(metrics|progress)\.jsonl|README\.md"
@@ -102,15 +102,15 @@ RUN = Kind(
     rf"|checkpoints/(step-\d+/({_ADAPTER}|training\.safetensors|state\.json|SHA256SUMS)?)?"
     rf"|mlflow\.db(-(journal|wal|shm))?|{_TENSORBOARD}|{_WANDB}",
 )
-MERGED = Kind("merged model", is_exchanged=True)
-LORA = Kind("LoRA export", is_exchanged=True)
-COMPARISON = Kind(
+MERGED = OutputKind("merged model", is_exchanged=True)
+LORA = OutputKind("LoRA export", is_exchanged=True)
+COMPARISON = OutputKind(
     "comparison",
     "Choose another with -o",
     r"results\.json|table\.md|report\.html|score_per_task\.png|score_by_trained_numbers\.png|curves-[^/]+\.png"
     r"|recipes/([^/]+\.yaml)?|cells/.*",
 )
-FIGURES = Kind("figures", "Choose another folder with --figures")
+FIGURES = OutputKind("figures", "Choose another folder with --figures")
 _KINDS = {kind.name: kind for kind in (RUN, MERGED, LORA, COMPARISON, FIGURES)}
 _SCRATCH = "unfinished"
 
@@ -168,7 +168,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
     write_files_atomically(folder, {MARKER: (json.dumps(data, indent=1) + "\n").encode()})
 
 
-def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite: bool = False) -> None:
+def may_replace(output: Path, inputs: Iterable[Input], kind: OutputKind, *, overwrite: bool = False) -> None:
     """Refuse an output folder that must not be written, or replaced with ``overwrite``; changes nothing.
 
     Args:
@@ -182,7 +182,7 @@ def may_replace(output: Path, inputs: Iterable[Input], kind: Kind, *, overwrite:
             was not given, or it holds what we did not write.
     """
     check_place(output, inputs, kind)
-    if os.path.lexists(old := set_aside(output)):  # an old output of ours has been dealt with by `settle`
+    if os.path.lexists(old := place_of_replaced(output)):  # an old output of ours has been dealt with by `settle`
         raise ConfigError(str(output), f"{old} is in the way", fix="Move it elsewhere, or choose another with -o")
     marker = read_marker(output)
     if holds_nothing(output, kind):
@@ -207,7 +207,7 @@ def _is_mount_point(output: Path) -> ConfigError:
     return ConfigError(str(output), problem, fix=f"Name a folder in it, such as {output / 'NAME'}")
 
 
-def check_place(output: Path, inputs: Iterable[Input], kind: Kind | None = None) -> None:
+def check_place(output: Path, inputs: Iterable[Input], kind: OutputKind | None = None) -> None:
     """Refuse a place where no folder is written, whatever it holds.
 
     Args:
@@ -343,7 +343,7 @@ def strangers(folder: Path, marker: Marker) -> list[str]:
     return sorted(name for name in found if name != claim and not marker.owns(name))
 
 
-def holds_nothing(folder: Path, kind: Kind) -> bool:
+def holds_nothing(folder: Path, kind: OutputKind) -> bool:
     """Whether a folder is missing, empty, or was left before anything but its marker was written."""
     if not folder.is_dir():
         return not folder.exists()
@@ -358,7 +358,7 @@ def holds_nothing(folder: Path, kind: Kind) -> bool:
 
 @contextmanager
 def output_folder(
-    output: Path, inputs: Sequence[Input], kind: Kind, *, overwrite: bool = False
+    output: Path, inputs: Sequence[Input], kind: OutputKind, *, overwrite: bool = False
 ) -> Iterator[Callable[[Write], None]]:
     """Claim an output, refuse what may not be replaced, and yield the function that writes it.
 
@@ -391,7 +391,7 @@ def settle(output: Path) -> None:
     """Put right what a killed process left of an output, whose claim is held: an old folder whose successor never
     became whole is put back, and temporary folders and claims in it are removed.
     """
-    old = set_aside(output)
+    old = place_of_replaced(output)
     replaced = None if old.is_symlink() else read_marker(old)
     if replaced is not None or (old / "adapter.json").is_file():  # that of a run has no marker
         restore_missing(output)
@@ -417,7 +417,7 @@ def settle(output: Path) -> None:
 
 def put_back(output: Path) -> None:
     """Give an output that was set aside, if any, its name again, in place of a successor that never became whole."""
-    old = set_aside(output)
+    old = place_of_replaced(output)
     if not old.is_dir() or old.is_symlink():
         return
     discard(output, is_ours=(read_marker(output) or _NOTHING).owns, into=old)
@@ -427,7 +427,7 @@ def put_back(output: Path) -> None:
 
 def restore(folder: Path) -> Path:
     """Put a folder back that a killed process had set aside and not replaced; returns ``folder``, there or not."""
-    if folder.name and set_aside(folder).is_dir():
+    if folder.name and place_of_replaced(folder).is_dir():
         # A place that may only be read, or one that is being written: whoever writes it puts it right.
         with suppress(MirrortuneError, OSError), claimed(folder):
             settle(folder)
@@ -444,7 +444,7 @@ def _is_unbegun(folder: Path) -> bool:
     return all(leftover_of(name) == MARKER or is_debris(name) for name in names - {place_of_claim(folder).name})
 
 
-def _replace(output: Path, kind: Kind, write: Write, ask: Callable[[], None]) -> None:
+def _replace(output: Path, kind: OutputKind, write: Write, ask: Callable[[], None]) -> None:
     scratch = None
     try:
         scratch = Path(tempfile.mkdtemp(*temporary_name(output.name), dir=output.parent))

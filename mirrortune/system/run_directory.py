@@ -31,7 +31,7 @@ from mirrortune.system.atomic import (
     cannot_write,
     clear_leftovers,
     discard,
-    set_aside,
+    place_of_replaced,
     write_atomically,
     write_folder_atomically,
 )
@@ -166,7 +166,7 @@ class RunDirectory:
             replaces = not holds_nothing(self.path, RUN)
             mode = self.path.stat().st_mode if replaces else None
             if replaces:
-                self.path.rename(set_aside(self.path))
+                self.path.rename(place_of_replaced(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
             if mode is not None:  # which may be private
                 self.path.chmod(self.path.stat().st_mode & stat.S_IMODE(mode))
@@ -188,7 +188,7 @@ class RunDirectory:
         if marker is None or not marker.is_pending:
             return
         write_marker(self.path, Marker(RUN.name, marker.files))
-        old = set_aside(self.path)
+        old = place_of_replaced(self.path)
         replaced = read_marker(old)
         if replaced is not None:
             discard(old, is_ours=replaced.owns, into=self.path)

@@ -15,7 +15,7 @@ import torch
 
 from mirrortune.system import atomic
 from mirrortune.system.atomic import MARKER
-from mirrortune.system.outputs import LORA, MERGED, Input, Kind, output_folder, restore
+from mirrortune.system.outputs import LORA, MERGED, Input, OutputKind, output_folder, restore
 from mirrortune.system.run_directory import LoopState, RunDirectory
 from tests.kills import ends_before
 from tests.trees import tree
@@ -54,7 +54,7 @@ FILES = ("config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer
 NEWER = ("config.json", "model.safetensors", "other/vocab.txt")
 
 
-def write_model(root: Path, kind: Kind, version: str, names: tuple[str, ...]) -> None:
+def write_model(root: Path, kind: OutputKind, version: str, names: tuple[str, ...]) -> None:
     """Merge or export into ``a``."""
 
     def write(folder: Path) -> None:
@@ -70,7 +70,7 @@ def write_model(root: Path, kind: Kind, version: str, names: tuple[str, ...]) ->
     ("kind", "is_exchanged", "is_there"), [(MERGED, True, True), (LORA, False, True), (MERGED, True, False)]
 )
 def test_a_killed_merge_or_export(
-    kind: Kind, is_exchanged: bool, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: OutputKind, is_exchanged: bool, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not is_exchanged:
         monkeypatch.setattr(atomic, "exchange", lambda one, other: False)

@@ -29,8 +29,8 @@ from mirrortune.system.outputs import (
     MERGED,
     RUN,
     Input,
-    Kind,
     Marker,
+    OutputKind,
     may_replace,
     output_folder,
     settle,
@@ -74,7 +74,7 @@ class Folder:
         is_pending: whether the marker says that the folder it replaces still waits.
     """
 
-    kind: Kind
+    kind: OutputKind
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     marker: str
@@ -82,7 +82,7 @@ class Folder:
 
 
 @st.composite
-def folders(draw: st.DrawFn, kinds: st.SearchStrategy[Kind] = KINDS) -> Folder:
+def folders(draw: st.DrawFn, kinds: st.SearchStrategy[OutputKind] = KINDS) -> Folder:
     """A folder of a kind, half of them with something of the user's in it."""
     kind = draw(kinds)
     ours = draw(st.lists(st.sampled_from([*LISTED, *RESERVED] if kind is RUN else LISTED), max_size=4, unique=True))
@@ -171,7 +171,13 @@ def world() -> Iterator[World]:
 
 
 def replace(
-    made: World, kind: Kind, *, overwrite: bool, read: list[Input], meanwhile: tuple[str, ...] = (), fails: bool = False
+    made: World,
+    kind: OutputKind,
+    *,
+    overwrite: bool,
+    read: list[Input],
+    meanwhile: tuple[str, ...] = (),
+    fails: bool = False,
 ) -> None:
     """Write the output as a command does; ``meanwhile`` the user puts something there."""
 
@@ -203,7 +209,7 @@ def replace(
         put(write)
 
 
-def may_be_replaced(content: Folder | None, theirs: set[str], kind: Kind, *, overwrite: bool) -> bool:
+def may_be_replaced(content: Folder | None, theirs: set[str], kind: OutputKind, *, overwrite: bool) -> bool:
     """What the rules say of a folder, by how it was made."""
     if theirs:
         return False
@@ -227,7 +233,7 @@ READ = st.lists(st.sampled_from(["a", "a/sub", "a/notes.txt", "b", ".", "a/../a"
     meanwhile=st.lists(st.sampled_from(THEIRS), max_size=1).map(tuple),
 )
 def test_a_folder_is_replaced_only_if_all_in_it_is_ours(
-    content: Folder | None, same_kind: bool, kind: Kind, read: list[str], overwrite: bool, fails: bool,
+    content: Folder | None, same_kind: bool, kind: OutputKind, read: list[str], overwrite: bool, fails: bool,
     meanwhile: tuple[str, ...],
 ) -> None:  # fmt: skip
     with world() as made:
@@ -367,7 +373,7 @@ def lost(made: World, before: dict[str, str], left: Leftover) -> set[str]:
     fails=st.booleans(),
 )
 def test_leftovers_cost_the_user_nothing(
-    content: Folder | None, left: Leftover, kind: Kind, overwrite: bool, fails: bool
+    content: Folder | None, left: Leftover, kind: OutputKind, overwrite: bool, fails: bool
 ) -> None:
     with world() as made:
         if content is not None:

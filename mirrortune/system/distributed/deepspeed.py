@@ -155,7 +155,7 @@ def _without_prints() -> Iterator[None]:
 
 
 @contextmanager
-def whole_parameters(model: nn.Module, *, write_back: bool) -> Iterator[None]:
+def gathered_parameters(model: nn.Module, *, write_back: bool) -> Iterator[None]:
     """Gather the trained parameters that ZeRO-3 has sharded while the context is open, on the device. Collective.
 
     Args:
@@ -172,7 +172,7 @@ def whole_parameters(model: nn.Module, *, write_back: bool) -> Iterator[None]:
         yield
 
 
-def is_whole(tensor: Any) -> bool:
+def is_gathered(tensor: Any) -> bool:
     """Return whether this process holds the whole tensor: it is not sharded, or gathered."""
     return not hasattr(tensor, "ds_id") or bool(tensor.numel() == tensor.ds_numel)
 
@@ -182,7 +182,7 @@ def is_zero_optimizer(optimizer: Any) -> bool:
     return hasattr(optimizer, "override_loss_scale")
 
 
-def optimizer_states(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+def zero_states(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
     """Return whole moments and step count of every parameter by name; empty before the first step. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415
 
@@ -197,10 +197,10 @@ def optimizer_states(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> 
     }
 
 
-def restore_states(
+def restore_zero_states(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Restore what :func:`optimizer_states` returned, and the parameters, which were written before."""
+    """Restore what :func:`zero_states` returned, and the parameters, which were written before."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state  # noqa: PLC0415
 
     optimizer.refresh_fp32_params()

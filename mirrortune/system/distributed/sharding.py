@@ -156,7 +156,7 @@ def _own_weight(module: nn.Module) -> Tensor | None:
 def optimizer_states(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
     """Return the state of an optimizer by the names of its parameters, whole, on the CPU."""
     if deepspeed.is_zero_optimizer(optimizer):
-        states = deepspeed.optimizer_states(optimizer, trained)
+        states = deepspeed.zero_states(optimizer, trained)
     else:
         states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     return {
@@ -170,7 +170,7 @@ def restore_states(
 ) -> None:
     """Inverse of :func:`optimizer_states`, on each parameter's device, and sharded as that is."""
     if deepspeed.is_zero_optimizer(optimizer):
-        deepspeed.restore_states(optimizer, trained, states)
+        deepspeed.restore_zero_states(optimizer, trained, states)
         return
     for name, entries in states.items():
         for entry, value in entries.items():
@@ -197,7 +197,7 @@ def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[
     for module, name, parameter in cut:
         module.register_parameter(name, nn.Parameter(whole(parameter.detach()).cpu()))
     try:
-        with deepspeed.whole_parameters(model, write_back=write_back):
+        with deepspeed.gathered_parameters(model, write_back=write_back):
             yield
     finally:
         for module, name, parameter in cut:
@@ -215,4 +215,4 @@ def is_in_shards(model: nn.Module) -> bool:
 
 def is_whole(tensor: Tensor) -> bool:
     """Return whether this process holds the whole tensor. Not collective."""
-    return type(tensor.data) is Tensor and deepspeed.is_whole(tensor)
+    return type(tensor.data) is Tensor and deepspeed.is_gathered(tensor)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from mirrortune.errors import ResourceError
 from mirrortune.system import atomic
-from mirrortune.system.atomic import cannot_write, exchange, restore, write_atomically
+from mirrortune.system.atomic import cannot_write, exchange, restore_missing, write_atomically
 
 write_folder_atomically = functools.partial(atomic.write_folder_atomically, is_ours=lambda below: True)
 replace_in_two_steps = functools.partial(atomic.replace_in_two_steps, is_ours=lambda below: True)
@@ -162,7 +162,7 @@ def test_a_folder_that_a_kill_between_two_renames_has_set_aside_is_found_again(t
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert names(tmp_path) == [".a.replaced", "b"]
-    assert names(restore(old)) == ["a"]
+    assert names(restore_missing(old)) == ["a"]
     replace_in_two_steps(new, old)
     assert (names(tmp_path), names(old)) == (["a"], ["b"])
 

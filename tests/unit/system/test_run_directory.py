@@ -23,7 +23,7 @@ from mirrortune.config.recipe import read_recipe
 from mirrortune.errors import ConfigError, ResourceError, VerificationError
 from mirrortune.runs.load import _stored_strategies
 from mirrortune.system import atomic
-from mirrortune.system.atomic import set_aside
+from mirrortune.system.atomic import place_of_replaced
 from mirrortune.system.outputs import Marker, restore, strangers
 from mirrortune.system.run_directory import LoopState, RunDirectory
 from mirrortune.system.run_status import read_status
@@ -419,7 +419,7 @@ def test_a_replaced_run_is_kept_until_the_first_checkpoint(run: RunDirectory) ->
     new.create(overwrite=True)
     restore(run.path)  # it was killed
     assert contents(run.path) == before
-    run.path.rename(set_aside(run.path))
+    run.path.rename(place_of_replaced(run.path))
     run.path.mkdir()
     restore(run.path)  # it was killed before its marker was written
     assert contents(run.path) == before
