@@ -26,7 +26,7 @@ from mirrortune.adapters.methods import CORES
 from mirrortune.errors import ConfigError
 
 __all__ = [
-    "CORES", "Coefficients", "Core", "checked_top_k", "even_steps", "leading", "plane_strengths", "trained"
+    "CORES", "Coefficients", "Core", "checked_top_k", "even_steps", "plane_strengths", "trained", "zero_padded"
 ]  # fmt: skip
 
 Coefficients = tuple[Tensor, ...]
@@ -153,7 +153,7 @@ def checked_top_k(top_k: Any, rank: int, where: str) -> int:
     return top_k
 
 
-def leading(values: Tensor, rank: int) -> Tensor:
+def zero_padded(values: Tensor, rank: int) -> Tensor:
     """Return ``values`` (k,) followed by zeros, shape (rank,)."""
     return torch.cat([values, values.new_zeros(rank - values.shape[0])])
 

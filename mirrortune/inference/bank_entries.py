@@ -23,7 +23,7 @@ from mirrortune import __version__
 from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor
 from mirrortune.adapters.files.description import FORMAT_VERSION
 from mirrortune.adapters.files.load import stored_pairs, stored_targets
-from mirrortune.adapters.files.tensors import describe_basis, describe_target, pack, to_bits
+from mirrortune.adapters.files.tensors import describe_basis, describe_target, pack_tensors, to_bits
 from mirrortune.adapters.fingerprint import weight_digest
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.kinds import CallableKind
@@ -341,13 +341,13 @@ def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> Strategy
 
 def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, dict[str, list[int]]]]:
     """Return the tensors of an adapter without its factors and pairs, and what each layer holds of them; see
-    :func:`mirrortune.adapters.files.tensors.pack`.
+    :func:`mirrortune.adapters.files.tensors.pack_tensors`.
     """
     own = {
         key: tensor for key, tensor in adapter.tensors.items()
         if key.partition(".")[0] in ("core", "clusters", "sketch", "param")
     }  # fmt: skip
-    tensors, holds = pack(own, list(adapter.layouts))
+    tensors, holds = pack_tensors(own, list(adapter.layouts))
     signs = [to_bits(stored.sketch) for stored in adapter.fingerprints.values() if not stored.has_sizes]
     if signs:
         tensors["signs"] = torch.cat(signs)

@@ -16,9 +16,9 @@ from mirrortune.adapters.core import (
     Core,
     checked_top_k,
     even_steps,
-    leading,
     plane_strengths,
     trained,
+    zero_padded,
 )
 from mirrortune.adapters.pairings.encoding import split_rounds
 from mirrortune.errors import ConfigError
@@ -113,7 +113,7 @@ class Givens(Core):
         angle = torch.cat([self.angles(), self.theta.new_zeros(1)])[self.plane] * self.sign
         scaled = self.S
         if self.scale.numel():
-            scaled = self.S * (1 + leading(self.scale * self.scale_step, self.S.shape[0]))
+            scaled = self.S * (1 + zero_padded(self.scale * self.scale_step, self.S.shape[0]))
         is_exact = delta and len(angle) == 1
         if is_exact:
             # cos - 1 = -2 sin^2(angle / 2) without cancellation, so small angles keep all their digits.

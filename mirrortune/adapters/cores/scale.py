@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.adapters.core import CORES, Coefficients, Core, checked_top_k, leading, trained
+from mirrortune.adapters.core import CORES, Coefficients, Core, checked_top_k, trained, zero_padded
 
 
 @CORES.register("scale")
@@ -31,7 +31,7 @@ class Scale(Core):
 
     def coefficients(self, *, delta: bool) -> Coefficients:
         """Return (a,) with K = diag(a), or K - diag(S) = diag(a)."""
-        change = self.S * leading(self.scale, self.S.shape[0])
+        change = self.S * zero_padded(self.scale, self.S.shape[0])
         return (change if delta else self.S + change,)
 
     @override

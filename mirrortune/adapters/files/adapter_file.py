@@ -48,9 +48,9 @@ from mirrortune.adapters.files.tensors import (
     describe_target,
     factor_tensors,
     fingerprint_of,
-    pack,
+    pack_tensors,
     split_effects,
-    unpack,
+    unpack_tensors,
     with_pairs,
 )
 from mirrortune.adapters.files.validate import (
@@ -140,7 +140,7 @@ class AdapterFile:
             }
             for name, target in attachment(model).targets.layers.items()
         }
-        tensors, holds = pack(tensors, list(layers))
+        tensors, holds = pack_tensors(tensors, list(layers))
         layers = {name: {**layer, "holds": holds[name]} for name, layer in layers.items()}
         return {AdapterFile.TENSOR_FILE: _saved(tensors, {"format_version": str(FORMAT_VERSION)})}, layers
 
@@ -158,7 +158,7 @@ class AdapterFile:
         """
         layers, spec = description["layers"], fields["spec"]
         check_bases(description)
-        tensors = unpack(tensors, layers)
+        tensors = unpack_tensors(tensors, layers)
         check_tensors(description, tensors)
         check_counts(spec.rank, spec.options, largest_count(layers, tensors))
         tensors = with_pairs(tensors, layers)
@@ -255,7 +255,7 @@ class PeftAdapterFile(AdapterFile):
             checked_tensor(self, name, tensor.shape)
         peft_files.restore_tensors(model, self.tensors)
         try:
-            peft_files.check_responses(model, self.responses)
+            peft_files.compare_responses(model, self.responses)
         except VerificationError as error:
             if remarks is None:
                 raise

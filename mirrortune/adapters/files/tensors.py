@@ -30,7 +30,7 @@ Holds = dict[str, dict[str, list[int]]]
 """Layer -> name of a joined tensor -> the shape of the layer's part."""
 
 
-def pack(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> tuple[dict[str, Tensor], Holds]:
+def pack_tensors(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> tuple[dict[str, Tensor], Holds]:
     """Join the tensors of single layers, flat, into one tensor per kind.
 
     Args:
@@ -65,8 +65,8 @@ def _layer_of(name: str, layers: Container[str]) -> str | None:
     return name or None
 
 
-def unpack(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Invert :func:`pack`, and split ``signs`` into ``signs.<layer>``.
+def unpack_tensors(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Invert :func:`pack_tensors`, and split ``signs`` into ``signs.<layer>``.
 
     Args:
         tensors: of a file.

@@ -108,7 +108,7 @@ def layer_responses(model: nn.Module) -> dict[str, list[float]]:
     }
 
 
-def check_responses(model: nn.Module, stored: dict[str, list[float]]) -> None:
+def compare_responses(model: nn.Module, stored: dict[str, list[float]]) -> None:
     """Refuse an adapter whose layers do not respond as they did when it was saved; empty responses are not compared.
 
     Raises:

@@ -75,7 +75,7 @@ def _as_saved(model: nn.Module, adapter: AdapterFile, name: str) -> PeftLayer | 
     if not adapter.responses[name]:
         return None
     try:
-        files.check_responses(model, {name: adapter.responses[name]})
+        files.compare_responses(model, {name: adapter.responses[name]})
     except VerificationError:
         return None
     found = attachment(model)

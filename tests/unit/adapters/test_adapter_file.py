@@ -22,7 +22,7 @@ import mirrortune
 from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained, write_adapter
 from mirrortune.adapters.files.description import FORMAT_VERSION
 from mirrortune.adapters.files.load import load_into, stored_targets
-from mirrortune.adapters.files.tensors import pack, to_bits, unpack
+from mirrortune.adapters.files.tensors import pack_tensors, to_bits, unpack_tensors
 from mirrortune.adapters.fingerprint import fingerprint
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
@@ -70,11 +70,11 @@ def sign(folder: Path, description: dict[str, Any], data: bytes | None = None) -
 def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
     """Change an adapter as a program would that knows the format: layer by layer, and put together again."""
     description = spelt_out(folder)
-    tensors = unpack(load_file(folder / "adapter.safetensors"), description["layers"])
+    tensors = unpack_tensors(load_file(folder / "adapter.safetensors"), description["layers"])
     change(description, tensors)
     layers = description.get("layers", {})
     signs = [tensors.pop(key) for key in list(tensors) if key.startswith("signs.")]
-    packed, holds = pack(tensors, list(layers))
+    packed, holds = pack_tensors(tensors, list(layers))
     for name, own in holds.items():
         layers[name]["holds"] = own
     sign(folder, description, save(packed | ({"signs": torch.cat([*map(to_bits, signs)])} if signs else {})))
