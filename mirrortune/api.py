@@ -123,7 +123,7 @@ def save_adapter(
     attachment(model)
     book = model._mirrortune_fingerprints  # noqa: SLF001  (set by mirrortune)
     assert isinstance(book, FingerprintBook)
-    base = describe_base(model)
+    base = _describe_base(model)
 
     files = adapter_contents(model, book.entries, base=base, task=None, extra={}, form=form)
     target = local_path(directory) / path_inside(subfolder)
@@ -239,7 +239,7 @@ def _send(folder: Path, repository: str, revision: str | None, subfolder: str | 
         upload(parcel.files, repository, revision=revision, subfolder=subfolder)
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
+def _describe_base(model: nn.Module) -> dict[str, Any]:
     """Describe a base model that the caller loaded, for the adapter file: name, commit, dtype, class and labels."""
     config = getattr(model, "config", None)
     return {

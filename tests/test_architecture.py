@@ -103,6 +103,18 @@ def test_adapters_know_no_task_no_data_and_no_command(module: str) -> None:
     assert foreign(module) & HEAVY <= {"torch", "numpy", "scipy", "safetensors", "peft"}
 
 
+def test_a_public_name_is_defined_once() -> None:
+    places: dict[str, list[str]] = {}
+    for module in MODULES:
+        # The command line and the Python API use the names of what they call; every kind of task defines a Task.
+        if room(module) in ("cli", "api") or module.startswith("tasks.kinds."):
+            continue
+        for node in tree(module).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_what_answers_at_once_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, mirrortune.{module}; print(*sorted(set({sorted(HEAVY)}) & set(sys.modules)))"

@@ -16,7 +16,7 @@ import torch
 
 from mirrortune.analyze.matrices import Matrix, Pairing, pair_matrices
 from mirrortune.analyze.spectra.spectra import compare_matrices
-from mirrortune.analyze.spectra.summary import Analysed, Curve, Group, by, changed, curves, name_kinds, summarise
+from mirrortune.analyze.spectra.summary import Analysed, Curve, MatrixGroup, by, changed, curves, name_kinds, summarise
 from mirrortune.analyze.spectra.verdict import Claim, claims, verdict
 from mirrortune.analyze.weights import Weights
 from mirrortune.errors import ResourceError
@@ -48,9 +48,9 @@ class Analysis:
     base: str
     tuned: str
     matrices: list[Analysed]
-    overall: Group
-    by_kind: dict[str, Group]
-    by_depth: dict[str, Group]
+    overall: MatrixGroup
+    by_kind: dict[str, MatrixGroup]
+    by_depth: dict[str, MatrixGroup]
     curves: dict[str, Curve]
     claims: list[Claim]
     verdict: list[str]

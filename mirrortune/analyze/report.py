@@ -12,7 +12,7 @@ from pathlib import Path
 from mirrortune import __version__
 from mirrortune.analyze.analyze import Analysis
 from mirrortune.analyze.figures import NAMES, drawings
-from mirrortune.analyze.spectra.summary import Analysed, Group
+from mirrortune.analyze.spectra.summary import Analysed, MatrixGroup
 from mirrortune.analyze.spectra.verdict import BUDGETS
 from mirrortune.errors import ConfigError
 from mirrortune.reports import html
@@ -89,7 +89,7 @@ def _check_figures(folder: Path) -> None:
         raise ConfigError("--figures", problem, fix="Move it elsewhere, or choose another folder")
 
 
-def html_page(analysis: Analysis, command: str) -> str:
+def analysis_page(analysis: Analysis, command: str) -> str:
     """Build the page."""
     parts = [html.box(analysis.verdict)]
     if analysis.claims:
@@ -128,7 +128,7 @@ def _group_table(analysis: Analysis) -> Table:
     return Table(("kind", *_GROUP_HEAD), [(name, *_group_row(g)) for name, g in groups.items()], _NOTE)
 
 
-def _group_row(group: Group) -> list[str]:
+def _group_row(group: MatrixGroup) -> list[str]:
     if group.shares is None or group.value_change is None:
         return [f"0/{group.matrices}", *["-"] * (len(_GROUP_HEAD) - 1)]
     values = [group.value_change.get(name, math.nan) for name in _GROUPS]
@@ -144,7 +144,7 @@ def _group_row(group: Group) -> list[str]:
     ]
 
 
-def _depth_lines(depths: dict[str, Group]) -> list[str]:
+def _depth_lines(depths: dict[str, MatrixGroup]) -> list[str]:
     shown = {
         "change of the norm": [100 * g.relative for g in depths.values()],
         "top vectors turned": [g.turned or 0.0 for g in depths.values()],

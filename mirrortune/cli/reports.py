@@ -83,7 +83,7 @@ def analyze(
         lines = analysis_report.terminal_lines(found)
         lines += ["", f"{len(found.matrices)} matrices in {found.seconds:.0f} s, {found.threads} at a time"]
         if put is not None:
-            put(analysis_report.html_page(found, shlex.join(["mirrortune", *sys.argv[1:]])))
+            put(analysis_report.analysis_page(found, shlex.join(["mirrortune", *sys.argv[1:]])))
             lines.append(f"page: {output}")
         if folder is not None:
             lines.append(f"figures: {len(analysis_report.write_drawings(found, folder))} files in {figures}")

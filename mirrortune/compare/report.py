@@ -90,7 +90,7 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
     drawings = comparison_drawings(results, histories)
     for drawing in drawings:
         write_figure(drawing, root / f"{drawing.name}.png")
-    html.write_page(root / "report.html", html_page(results, drawings))
+    html.write_page(root / "report.html", comparison_page(results, drawings))
     return results
 
 
@@ -105,7 +105,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def html_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
+def comparison_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
     """Render the tables of every task and the figures as a page."""
     parts = []
     for task, found in _finished(results):

@@ -201,7 +201,7 @@ class SavedGroup(Group):
             self._modules[entry].forward(rows[own].flatten(0, 1), *args, **options) for entry, own in self._rows.items()
         ]
         order = [row for own in self._rows.values() for row in own]
-        return in_order(outputs, order)
+        return _in_order(outputs, order)
 
 
 class SpectralGroup(Group):
@@ -253,7 +253,7 @@ class _Served(nn.Module):
         if len(outputs) == 1:
             return outputs[0]
         order = [row for group in groups for row in cast(Tensor, group.index).tolist()]
-        return in_order(outputs, order)
+        return _in_order(outputs, order)
 
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
@@ -298,7 +298,7 @@ _OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
 }  # fmt: skip
 
 
-def in_order(outputs: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+def _in_order(outputs: Sequence[Tensor], order: Sequence[int]) -> Tensor:
     """Put the outputs of groups together as rows of one batch.
 
     Args:

@@ -194,7 +194,7 @@ class WrittenTensors:
 
 
 @torch.no_grad()
-def check_tensors(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger) -> None:
+def check_written(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger) -> None:
     """Read back every tensor of a checkpoint that was merged tensor by tensor; the result is in ``ledger``.
 
     Raises:

@@ -45,8 +45,8 @@ from mirrortune.merging.verify import (
     Verification,
     WrittenTensors,
     check_contents,
-    check_tensors,
     check_ties,
+    check_written,
     compare_lazily,
     compare_models,
 )
@@ -280,7 +280,7 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     report["contents"] = check_contents(folder, model, merge.processors)
     check_ties(outline(find_model(str(folder)), merge.auto_class, {}, None), model)
     written = WrittenTensors.in_folder(folder, plan)
-    check_tensors(plan, written, ledger)
+    check_written(plan, written, ledger)
     report["tensors"] = ledger.errors
     is_large = sum(t.nbytes for t in written.headers.values()) > LARGE
     outputs = (

@@ -73,7 +73,7 @@ def value_of(tensor: StoredTensor | LoadedTensor, dtype: torch.dtype | None = No
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class CheckpointPart:
     """The smallest unit of loading.
 
     Attributes:
@@ -128,7 +128,7 @@ class PartLoader:
         )
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[CheckpointPart]:
         """All parts; none of a quantised model, which is written as a plain one."""
         return [] if self._quantizer is not None else self._parts
 
@@ -182,7 +182,7 @@ class PartLoader:
                     _owner(self._model, own)[own.rpartition(".")[2]] = tensor
             give_back_memory()
 
-    def _fill(self, parts: list[Part]) -> None:
+    def _fill(self, parts: list[CheckpointPart]) -> None:
         """Let transformers load ``parts`` into the skeleton."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model  # noqa: PLC0415
         from transformers.modeling_utils import LoadStateDictConfig  # noqa: PLC0415
@@ -234,7 +234,7 @@ class PartLoader:
             self._recent[names] = self._stored(self._part_of[names[0]], {name: read(name) for name in names})
         return self._recent[names][planned.name]
 
-    def _stored(self, part: Part, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _stored(self, part: CheckpointPart, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert the model's ``values`` of a part back to the tensors of the files.
 
         Raises:
@@ -251,7 +251,7 @@ class PartLoader:
             found[key] = flat[same[0]]
         return found
 
-    def _converted_back(self, part: Part, values: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _converted_back(self, part: CheckpointPart, values: Mapping[str, Tensor]) -> dict[str, Any]:
         back = part.converter.reverse_transform()
         first = None
         for name, value in values.items():
@@ -267,7 +267,7 @@ class PartLoader:
             self._plain.get_submodule(path)
         )
 
-    def _find_parts(self) -> list[Part]:
+    def _find_parts(self) -> list[CheckpointPart]:
         from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
         from transformers.core_model_loading import (  # noqa: PLC0415
             WeightConverter,
@@ -294,7 +294,7 @@ class PartLoader:
             converter = by_pattern[members[0][1]] if members[0][1] is not None else None
             names = (name,) if converter is None else self._made_by(converter, name, members)
             keys = tuple(key for key, _ in members)
-            parts.append(Part(keys=keys, names=names, converter=copy.deepcopy(converter)))
+            parts.append(CheckpointPart(keys=keys, names=names, converter=copy.deepcopy(converter)))
         return parts
 
     def _made_by(self, converter: Any, name: str, members: list[tuple[str, str | None]]) -> tuple[str, ...]:

@@ -17,9 +17,9 @@ from mirrortune.adapters.pairings.rules import mirror
 from mirrortune.adapters.svd import Factors
 from mirrortune.analyze.spectra import spectra
 from mirrortune.analyze.spectra.overlaps import (
-    decompose,
     delta_energies,
     delta_ranks,
+    full_factors,
     match_directions,
     overlaps,
     principal_angles,
@@ -185,7 +185,7 @@ def test_the_parts_sum_to_the_change(weight: Weight, seed: int, size: float) -> 
 def test_signs_and_orientation_do_not_matter(weight: Weight, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     after = weight.matrix + 0.1 * torch.randn(weight.matrix.shape, generator=generator, dtype=torch.float64)
-    base, tuned = decompose(weight.matrix), decompose(after)
+    base, tuned = full_factors(weight.matrix), full_factors(after)
     flips = torch.where(torch.rand(weight.rank, generator=generator) < 0.5, -1.0, 1.0).double()
     flipped = Factors(U=tuned.U * flips, S=tuned.S, Vh=tuned.Vh * flips[:, None])
 

@@ -125,7 +125,7 @@ def lora(change: Change) -> Sized:
 
 
 @APPROXIMATIONS.register("full")
-def full(change: Change) -> Sized:
+def every_weight(change: Change) -> Sized:
     """Change every weight, O I numbers."""
     yield change.rank, change.shape[0] * change.shape[1], float(change.energies.sum())
 

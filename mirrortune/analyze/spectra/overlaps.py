@@ -16,7 +16,7 @@ from torch import Tensor
 from mirrortune.adapters.svd import Factors, factorize
 
 
-def decompose(matrix: Tensor, name: str = "weight") -> Factors:
+def full_factors(matrix: Tensor, name: str = "weight") -> Factors:
     """Compute all min(O, I) singular triplets of ``matrix`` (O, I) in float64.
 
     Raises:

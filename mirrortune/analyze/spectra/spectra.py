@@ -18,9 +18,9 @@ from mirrortune.analyze.spectra.overlaps import (
     Matching,
     Overlaps,
     Shares,
-    decompose,
     delta_energies,
     delta_ranks,
+    full_factors,
     match_directions,
     overlaps,
     principal_angles,
@@ -137,9 +137,9 @@ def compare_matrices(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str 
     delta = after - before
     if not delta.any():
         return None
-    factors = decompose(before, name)
+    factors = full_factors(before, name)
     del before
-    tuned_factors = decompose(after, name)
+    tuned_factors = full_factors(after, name)
     del after
     total = float(delta.square().sum())
     energies = delta_energies(delta)

@@ -40,7 +40,7 @@ class Analysed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class MatrixGroup:
     """The summary of all matrices, or of those of one kind or depth.
 
     Attributes:
@@ -92,7 +92,7 @@ def changed(matrices: Iterable[Analysed]) -> list[MatrixComparison]:
     return [m.comparison for m in matrices if m.comparison is not None]
 
 
-def summarise(matrices: Sequence[Analysed], base_energy: dict[str, float]) -> Group:
+def summarise(matrices: Sequence[Analysed], base_energy: dict[str, float]) -> MatrixGroup:
     """Summarise a group of matrices.
 
     Args:
@@ -103,9 +103,9 @@ def summarise(matrices: Sequence[Analysed], base_energy: dict[str, float]) -> Gr
     total = sum(c.energy for c in found)
     weight = sum(base_energy[m.name] for m in matrices)
     if not found:
-        return Group(matrices=len(matrices), changed=0, relative=0.0, shares=None, value_change=None, turned=None,
+        return MatrixGroup(matrices=len(matrices), changed=0, relative=0.0, shares=None, value_change=None, turned=None,
                      stable_rank=None, top_energy=None, num_new=0)  # fmt: skip
-    return Group(
+    return MatrixGroup(
         matrices=len(matrices),
         changed=len(found),
         relative=(total / weight) ** 0.5 if weight else float("nan"),

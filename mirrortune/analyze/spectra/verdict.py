@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mirrortune.analyze.spectra.spectra import MatrixComparison
-from mirrortune.analyze.spectra.summary import SHARES, Curve, Group, mean_turn, middle
+from mirrortune.analyze.spectra.summary import SHARES, Curve, MatrixGroup, mean_turn, middle
 
 # Sizes at which methods are compared, as shares of all weights of the analysed matrices.
 BUDGETS = (0.0003, 0.001, 0.01, 0.1)
@@ -99,7 +99,9 @@ def _claim(
     return Claim(text=text, criterion=criterion, evidence=evidence, agreeing=agreeing, holds=agreeing >= _AGREE)
 
 
-def verdict(group: Group, found: Sequence[MatrixComparison], curves: dict[str, Curve], num_weights: int) -> list[str]:
+def verdict(
+    group: MatrixGroup, found: Sequence[MatrixComparison], curves: dict[str, Curve], num_weights: int
+) -> list[str]:
     """Return the verdict in sentences.
 
     Args:
