@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
@@ -122,6 +123,10 @@ class Task(ABC):
     @abstractmethod
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
         """Return predictions and references, as the kind's metrics take them, from the judged rows of ``examples``."""
+
+    def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64] | None:
+        """Return the probability of each class (N, C), which some metrics need; None for kinds without classes."""
+        return None
 
     @abstractmethod
     def probe(self, processor: Any, config: Any) -> Batch:
@@ -239,6 +244,11 @@ class OneOfClasses(Task, HasLabels):
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
         """Return the class of the largest logit and the true class, each (N,)."""
         return np.stack(judged).argmax(axis=-1), examples.targets
+
+    @override
+    def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64]:
+        """Return the softmax of the logits, (N, C)."""
+        return np.asarray(torch.from_numpy(np.stack(judged)).double().softmax(dim=-1).numpy())
 
 
 def scores_vocabulary(task: Task) -> bool:

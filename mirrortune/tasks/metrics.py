@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import string
 import warnings
@@ -29,12 +30,14 @@ class Metric:
         compute: (predictions, references) -> value, both with an entry for each row.
         higher_is_better: whether the best checkpoint has the highest or the lowest value.
         is_share: whether the value is in [0, 1] (or [-1, 1]) and shown as a percentage.
-        targets: what it can score: ``"class"`` indices (N,); real ``"number"`` values (N,); sets of ``"labels"`` (N, C)
-            of 0 and 1; ``"tags"``, lists of names; ``"answers"``, a text against several; ``"text"`` against one;
-            ``"token"`` sums: loss and number of correct tokens (N, 2), and number of tokens (N,); ``"written"``, the
-            same with a third column, 1 where a generated answer is correct.
+        targets: what it can score: ``"class"`` indices (N,); the index (N,) of a ``"choice"`` among endings, which have
+            no classes; real ``"number"`` values (N,); sets of ``"labels"`` (N, C) of 0 and 1; ``"tags"``, lists of
+            names; ``"answers"``, a text against several; ``"text"`` against one; ``"token"`` sums: loss and number of
+            correct tokens (N, 2), and number of tokens (N,); ``"written"``, the same with a third column, 1 where a
+            generated answer is correct.
         binary: whether it is defined for two classes only (class 1 is the positive one).
         requires: an optional module, and the extra of this package that installs it.
+        takes_probabilities: whether ``compute`` takes the probability of each class (N, C) instead of predictions.
     """
 
     compute: Callable[[Any, Any], float]
@@ -43,6 +46,7 @@ class Metric:
     targets: tuple[str, ...] = ("class",)
     binary: bool = False
     requires: tuple[str, str] | None = None
+    takes_probabilities: bool = False
 
 
 def _f1(predictions: Array, references: Array, *, average: str) -> float:
@@ -57,6 +61,42 @@ def _matthews(predictions: Array, references: Array) -> float:
     with warnings.catch_warnings():  # a single predicted class is a valid, if poor, result: 0
         warnings.simplefilter("ignore")
         return float(matthews_corrcoef(references, predictions))
+
+
+def _balanced_accuracy(predictions: Array, references: Array) -> float:
+    from sklearn.metrics import balanced_accuracy_score  # noqa: PLC0415
+
+    with warnings.catch_warnings():  # predicted classes that no row has count as wrong answers, and have no recall
+        warnings.simplefilter("ignore")
+        return float(balanced_accuracy_score(references, predictions))
+
+
+def _log_loss(probabilities: Array, references: Array) -> float:
+    from sklearn.metrics import log_loss  # noqa: PLC0415
+
+    return float(log_loss(references, probabilities, labels=range(probabilities.shape[1])))
+
+
+def _roc_auc(probabilities: Array, references: Array) -> float:
+    """Return the area under the ROC curve: of class 1 of two, else the mean over classes, each against the rest.
+
+    Classes that no row has, or that all rows have, are left out; without any other class the area is 0.5.
+    """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415
+
+    size = probabilities.shape[1]
+    truth = references if references.ndim == 2 else references[:, None] == np.arange(size)
+    scored = range(1 if references.ndim == 1 and size == 2 else 0, size)
+    areas = [roc_auc_score(truth[:, c], probabilities[:, c]) for c in scored if 0 < truth[:, c].sum() < len(truth)]
+    return float(np.mean(areas)) if areas else 0.5
+
+
+def _r2(predictions: Array, references: Array) -> float:
+    from sklearn.metrics import r2_score  # noqa: PLC0415
+
+    if not np.isfinite(predictions).all():  # scikit-learn refuses them, and whoever trains has to see the loss
+        return math.nan
+    return float(r2_score(references, predictions)) if len(references) > 1 else 0.0
 
 
 def _correlation(predictions: Array, references: Array, *, name: str) -> float:
@@ -129,6 +169,10 @@ def _error(predictions: Array, references: Array, *, power: int) -> float:
     return float(np.mean(distance**power))
 
 
+def _root_error(predictions: Array, references: Array) -> float:
+    return float(np.sqrt(_error(predictions, references, power=2)))
+
+
 def _perplexity(predictions: Array, references: Array) -> float:
     return float(np.exp(predictions[:, 0].sum() / max(1.0, references.sum())))
 
@@ -155,16 +199,22 @@ def _corpus(predictions: Any, references: Any, *, name: str) -> float:
 _SEQEVAL, _ROUGE, _BLEU = ("seqeval", "tags"), ("rouge_score", "generation"), ("sacrebleu", "generation")
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(compute=_accuracy),
+    "accuracy": Metric(compute=_accuracy, targets=("class", "choice")),
     "f1": Metric(compute=partial(_f1, average="binary"), binary=True),
-    "f1_macro": Metric(compute=partial(_f1, average="macro"), targets=("class", "labels")),
-    "f1_micro": Metric(compute=partial(_f1, average="micro"), targets=("class", "labels")),
+    "f1_macro": Metric(compute=partial(_f1, average="macro"), targets=("class", "choice", "labels")),
+    "f1_micro": Metric(compute=partial(_f1, average="micro"), targets=("class", "choice", "labels")),
+    "balanced_accuracy": Metric(compute=_balanced_accuracy, targets=("class", "choice")),
     "subset_accuracy": Metric(compute=_subset_accuracy, targets=("labels",)),
-    "matthews_correlation": Metric(compute=_matthews),
+    "matthews_correlation": Metric(compute=_matthews, targets=("class", "choice")),
+    "mcc": Metric(compute=_matthews, targets=("class", "choice")),
+    "roc_auc": Metric(compute=_roc_auc, targets=("class", "labels"), takes_probabilities=True),
+    "log_loss": Metric(compute=_log_loss, higher_is_better=False, is_share=False, takes_probabilities=True),
     "pearson": Metric(compute=partial(_correlation, name="pearsonr"), targets=("number",)),
     "spearmanr": Metric(compute=partial(_correlation, name="spearmanr"), targets=("number",)),
     "mse": Metric(compute=partial(_error, power=2), higher_is_better=False, is_share=False, targets=("number",)),
     "mae": Metric(compute=partial(_error, power=1), higher_is_better=False, is_share=False, targets=("number",)),
+    "rmse": Metric(compute=_root_error, higher_is_better=False, is_share=False, targets=("number",)),
+    "r2": Metric(compute=_r2, is_share=False, targets=("number",)),
     "entity_f1": Metric(compute=partial(_tags, name="f1_score"), targets=("tags",), requires=_SEQEVAL),
     "entity_precision": Metric(compute=partial(_tags, name="precision_score"), targets=("tags",), requires=_SEQEVAL),
     "entity_recall": Metric(compute=partial(_tags, name="recall_score"), targets=("tags",), requires=_SEQEVAL),
@@ -239,6 +289,26 @@ KINDS_OWN = Scores()
 """The defaults of the kind of task."""
 
 
-def score(names: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
-    """Compute each named metric of ``predictions`` against ``references``, both with an entry for each row."""
-    return {name: METRICS[name].compute(predictions, references) for name in names}
+def score(
+    names: Sequence[str], predictions: Any, references: Any, probabilities: Callable[[], Array | None] = lambda: None
+) -> dict[str, float]:
+    """Compute each named metric of ``predictions`` against ``references``, both with an entry for each row.
+
+    Args:
+        names: of the metrics.
+        predictions: as the metrics' targets take them.
+        references: the same.
+        probabilities: returns the probability of each class (N, C), None where the kind of task has none; called only
+            if a metric needs them.
+
+    Raises:
+        ConfigError: a metric needs probabilities, and there are none.
+    """
+    found: dict[str, float] = {}
+    for name in names:
+        given = probabilities() if METRICS[name].takes_probabilities else predictions
+        if given is None:
+            raise ConfigError("task.metrics", f"'{name}' needs probabilities, which this kind of task does not have")
+        is_broken = METRICS[name].takes_probabilities and not np.isfinite(given).all()
+        found[name] = math.nan if is_broken else METRICS[name].compute(given, references)
+    return found

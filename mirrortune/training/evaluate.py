@@ -158,9 +158,12 @@ def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult
     in_order = [by_row[row] for row in range(len(examples))]
     loss = sum(part[2] for part in found) / max(1, sum(part[3] for part in found))
     predictions, references = task.answers(in_order, examples)
-    is_scored = not examples.num_unlabelled
+    metrics: dict[str, float] = {}
+    if not examples.num_unlabelled:
+        found_scores = score(task.metric_names, predictions, references, lambda: task.probabilities(in_order))
+        metrics = {**found_scores, "loss": loss}
     return EvalResult(
-        metrics={**score(task.metric_names, predictions, references), "loss": loss} if is_scored else {},
+        metrics=metrics,
         rows=len(predictions),
         judged=in_order,
         predictions=predictions,

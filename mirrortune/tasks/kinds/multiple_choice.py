@@ -144,7 +144,7 @@ class Task(TextTask):
         notes = [] if text_columns else [detected("text", ", ".join(text))]
         notes += [] if choice_columns else [f"endings {', '.join(choices)} (detected; data.choice_columns to change)"]
         notes += [] if label_column else [detected("label", label)]
-        chosen = scores.fields(("accuracy",), "class")
+        chosen = scores.fields(("accuracy",), "choice")
         return cls(text_columns=text, choice_columns=choices, label_column=label, **chosen), notes
 
     @override

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
@@ -111,6 +112,13 @@ class Task(TextTask, OneOfClasses):
         if self.multi_label:
             return (np.stack(judged) > 0).astype(np.int64), examples.targets
         return OneOfClasses.answers(self, judged, examples)
+
+    @override
+    def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64]:
+        """Return the softmax of the logits; with several labels, the sigmoid of each. Shape (N, C)."""
+        if self.multi_label:
+            return np.asarray(torch.from_numpy(np.stack(judged)).double().sigmoid().numpy())
+        return OneOfClasses.probabilities(self, judged)
 
     def _targets(self, split: Split, *, allow_missing: bool) -> tuple[Targets, npt.NDArray[np.bool_]]:
         """Return the targets, (N,) or (N, C), and which rows have none, (N,)."""

@@ -36,7 +36,7 @@ def test_metrics_of_numbers(name: str, value: float) -> None:
 
 def test_a_perfect_and_a_constant_answer() -> None:
     for name, metric in METRICS.items():
-        if not {"class", "number"} & set(metric.targets):
+        if not {"class", "number"} & set(metric.targets) or metric.takes_probabilities:
             continue
         reference = TRUE if "class" in metric.targets else WANTED
         perfect = score([name], reference, reference)[name]
@@ -56,10 +56,12 @@ def test_a_perfect_and_a_constant_answer() -> None:
             "class",
             2,
             None,
-            "unknown metric 'acuracy'. Did you mean 'accuracy'? Allowed: accuracy, bleu",
+            "unknown metric 'acuracy'. Did you mean 'accuracy'? Allowed: accuracy, balanced_accuracy, bleu",
         ),
         (["pearson"], "class", 2, None, "'pearson' does not score a class. Allowed: accuracy, f1"),
         (["accuracy"], "number", None, None, "'accuracy' does not score a number. Allowed: pearson, spearmanr, mse"),
+        (["roc_auc"], "choice", None, None, "'roc_auc' does not score a choice. Allowed: accuracy, f1_macro"),
+        (["f1"], "choice", None, None, "'f1' does not score a choice"),
         (["f1"], "class", 3, None, "'f1' needs two classes, got 3. Allowed: f1_macro"),
         (["accuracy"], "class", 2, "f1", "task.selection_metric: 'f1' is not computed. Allowed: accuracy"),
     ],
@@ -71,6 +73,32 @@ def test_metrics_that_do_not_fit_are_refused(
         check_metrics(names, target, classes, selection)
 
     assert says in str(caught.value)
+
+
+def test_classes_without_rows_have_no_area_and_no_recall() -> None:
+    odds = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.4, 0.3, 0.3], [0.2, 0.5, 0.3]])
+    truth = np.array([0, 1, 0, 1])
+
+    found = score(["roc_auc", "log_loss", "balanced_accuracy"], np.array([0, 1, 2, 1]), truth, lambda: odds)
+
+    assert found == pytest.approx(
+        {"roc_auc": 1.0, "log_loss": -np.log([0.7, 0.6, 0.4, 0.5]).mean(), "balanced_accuracy": 0.75}
+    )
+    assert score(["roc_auc"], truth, np.zeros(4, int), lambda: odds) == {"roc_auc": 0.5}
+
+
+def test_broken_outputs_give_no_number_and_no_exception() -> None:
+    broken = np.array([[np.nan, np.nan], [0.5, 0.5]])
+
+    found = score(["roc_auc", "log_loss"], np.array([0, 1]), np.array([0, 1]), lambda: broken)
+
+    assert np.isnan(list(found.values())).all()
+    assert np.isnan(score(["r2"], np.array([np.nan, 1.0]), np.array([0.0, 1.0]))["r2"])
+
+
+def test_a_kind_without_probabilities_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"task\.metrics: 'log_loss' needs probabilities"):
+        score(["log_loss"], np.array([0]), np.array([0]))
 
 
 def test_metrics_that_fit_pass() -> None:

@@ -60,6 +60,7 @@ def test_classes_of_more_than_even_odds_are_said() -> None:
     logits = [np.array([3.0, -1.0, -1.0]), np.array([-1.0, -1.0, -1.0]), np.array([-2.0, -2.0, 2.0])]
     predictions, references = task.answers(logits, SimpleNamespace(targets=np.array(WANTED)))
     assert predictions.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert task.probabilities(logits) == pytest.approx(1 / (1 + np.exp(-np.stack(logits))))
     found = score(("f1_micro", "f1_macro", "subset_accuracy"), predictions, references)
     assert found == pytest.approx({"f1_micro": 0.8, "f1_macro": 2 / 3, "subset_accuracy": 2 / 3})
 

@@ -31,6 +31,11 @@ TAGS = (
     [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG", "I-ORG"], ["B-LOC", "O", "I-LOC"]],
     [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-ORG", "O"], ["B-LOC", "O", "O"]],
 )
+# Probabilities of 16 rows for two classes, for three, and of three labels that a row may have together.
+_DRAWN = np.random.default_rng(5)
+ODDS_2 = _DRAWN.dirichlet([1, 1], 16)
+ODDS_3 = _DRAWN.dirichlet([1, 1, 1], 16)
+ODDS_LABELS = _DRAWN.random((4, 3))
 TEXTS = (
     ["a cat sat on the mat.", "The film runs for two hours", "there is no summary here"],
     ["the cat sat on the mat.", "the film ran for almost two hours", "nothing of it is the same"],
@@ -77,6 +82,12 @@ REFERENCES: dict[str, tuple[Any, float]] = {
     "spearmanr": (NUMBERS, scipy.stats.spearmanr(*NUMBERS).statistic),
     "mse": (NUMBERS, sklearn.metrics.mean_squared_error(NUMBERS[1], NUMBERS[0])),
     "mae": (NUMBERS, sklearn.metrics.mean_absolute_error(NUMBERS[1], NUMBERS[0])),
+    "rmse": (NUMBERS, sklearn.metrics.root_mean_squared_error(NUMBERS[1], NUMBERS[0])),
+    "r2": (NUMBERS, sklearn.metrics.r2_score(NUMBERS[1], NUMBERS[0])),
+    "balanced_accuracy": (THREE, sklearn.metrics.balanced_accuracy_score(THREE[1], THREE[0])),
+    "mcc": (THREE, sklearn.metrics.matthews_corrcoef(THREE[1], THREE[0])),
+    "roc_auc": ((ODDS_2, TWO[1]), sklearn.metrics.roc_auc_score(TWO[1], ODDS_2[:, 1])),
+    "log_loss": ((ODDS_2, TWO[1]), sklearn.metrics.log_loss(TWO[1], ODDS_2)),
     "entity_f1": (TAGS, seqeval.metrics.f1_score(TAGS[1], TAGS[0])),
     "entity_precision": (TAGS, seqeval.metrics.precision_score(TAGS[1], TAGS[0])),
     "entity_recall": (TAGS, seqeval.metrics.recall_score(TAGS[1], TAGS[0])),
@@ -96,10 +107,22 @@ REFERENCES: dict[str, tuple[Any, float]] = {
 def test_a_metric_is_its_librarys(name: str) -> None:
     (predictions, references), expected = REFERENCES[name]
 
-    found = score([name], predictions, references)[name]
+    found = score([name], predictions, references, lambda: predictions)[name]
 
     assert found == pytest.approx(expected, rel=1e-6)
-    assert 0 < found < (100 if name in ("bleu", "chrf") else 1), "neither the best nor the worst"
+    assert 0 < found < {"bleu": 100, "chrf": 100, "log_loss": 2}.get(name, 1), "neither the best nor the worst"
+
+
+def test_probabilities_of_several_classes_and_labels() -> None:
+    auc, log_loss = sklearn.metrics.roc_auc_score, sklearn.metrics.log_loss
+    three, several = THREE[1], LABELS[1]
+
+    assert score(["roc_auc", "log_loss"], THREE[0], three, lambda: ODDS_3) == pytest.approx(
+        {"roc_auc": auc(three, ODDS_3, multi_class="ovr"), "log_loss": log_loss(three, ODDS_3)}
+    )
+    assert score(["roc_auc"], LABELS[0], several, lambda: ODDS_LABELS)["roc_auc"] == pytest.approx(
+        auc(several, ODDS_LABELS, average="macro")
+    )
 
 
 def test_answers_of_squad_1_are_scored_as_its_own_script_scores_them() -> None:
