@@ -115,6 +115,13 @@ def test_a_public_name_is_defined_once() -> None:
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
+def test_unit_tests_are_named_after_what_they_test() -> None:
+    tests = Path(__file__).parent / "unit"
+    known = {f"{room(module)}/test_{module.rpartition('.')[2]}.py" for module in MODULES}
+    found = {path.relative_to(tests).as_posix() for path in tests.glob("*/test_*.py")}
+    assert {name for name in found if name not in known} == set()
+
+
 @pytest.mark.parametrize("module", LIGHT)
 def test_what_answers_at_once_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, mirrortune.{module}; print(*sorted(set({sorted(HEAVY)}) & set(sys.modules)))"

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import re
 import signal
 from typing import Any
 
@@ -14,7 +15,15 @@ import pytest
 from rich.console import Console
 
 from mirrortune.errors import ResourceError
-from mirrortune.system.console import Bar, Reporter, TrainingProgress, describe_metrics, kilobytes, significant
+from mirrortune.system.console import (
+    Bar,
+    Reporter,
+    TrainingProgress,
+    describe_metrics,
+    kilobytes,
+    printable,
+    significant,
+)
 
 TRAIN = {"event": "train", "step": 10, "epoch": 0.5, "loss": 0.25, "lr": 3e-3, "head_lr": 0.0, "grad_norm": 1.5}
 BEFORE = {"event": "evaluate", "split": "validation", "step": 0, "epoch": 0.0, "accuracy": 0.5, "loss": 0.75}
@@ -214,3 +223,27 @@ def test_a_terminal_without_columns_shows_results(
     monkeypatch.setenv("COLUMNS", "0")
     Reporter().result({}, ["accuracy 0.5"])
     assert capsys.readouterr().out == "accuracy 0.5\n"
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\r\u202etxt\x00\udcff[red]"
+
+
+def test_what_a_terminal_would_obey_is_shown() -> None:
+    assert printable("plain\ttext\nof two lines: é 中 🙂") == "plain\ttext\nof two lines: é 中 🙂"
+    assert printable(HOSTILE) == r"a\x1b]0;owned\x07\x1b[2J\x9b31m\x0d\u202etxt\x00\xff[red]"
+
+
+def test_every_way_of_speaking_shows_it(capfd: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter()
+    reporter.note(HOSTILE)
+    reporter.error(HOSTILE)
+    reporter.result({}, [HOSTILE])
+    with reporter.bar(HOSTILE, 1) as bar:
+        bar.advance()
+    with reporter.training() as training:
+        training.on_start(1, 0)
+        training.on_log({"event": "evaluate", "step": 1, "epoch": 1.0, HOSTILE: 1.0})
+        training.on_log({"event": "train", "step": 1, "epoch": 1.0, HOSTILE: 1.0})
+    written = "".join(capfd.readouterr())
+    assert written.count(printable(HOSTILE)) == 6
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", written)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is a path and what a Hub id, and where our own things are."""
+"""Paths and Hub ids, the folders of mirrortune itself, and the environment of child processes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from mirrortune.system.paths import (
     DataPlace,
     ModelPlace,
     cache_folder,
+    child_environment,
     hub_place,
     looks_like_path,
     package_folder,
@@ -105,3 +109,31 @@ def test_recipes_are_shipped() -> None:
 def test_shipped_data_does_not_lead_elsewhere(name: str) -> None:
     with pytest.raises(ConfigError, match="leads out of the shipped data"):
         DataPlace.parse(f"shipped:{name}")
+
+
+def version(folder: Path, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """``python -m mirrortune --version`` in a folder, as compare and --num-processes start it."""
+    env = {**os.environ, **child_environment(), **more}
+    command = [sys.executable, *flags, "-m", "mirrortune", "--version"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("flags", [(), ("-P",)])
+def test_a_module_beside_the_data_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    for name in ("typer", "torch", "rich", "mirrortune"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(9)")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", os.environ.get("PYTHONPATH", "")]))  # "" is the folder too
+    done = version(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mirrortune ")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_user_put_on_the_path_is_still_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "sitecustomize.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "own"), os.environ.get("PYTHONPATH", "")]))
+    assert version(tmp_path).returncode == 0
+    assert (tmp_path / "ran").exists()

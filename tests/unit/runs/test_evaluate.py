@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,10 @@ def test_texts_are_written_in_one_line_each(tmp_path: Path) -> None:
 
     written = (tmp_path / "p.tsv").read_text(encoding="utf-8")
     assert written == f"index\tprediction\n0\ta b c\n1\t[2Jx\n2\t{texts[2]}\n3\t{texts[3]}\n"
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/null", "/dev/zero"])
+def test_predictions_go_to_no_pipe_and_no_device(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        prediction_file(tmp_path / place, "test", {})
