@@ -100,7 +100,7 @@ def rehearse(
     model: nn.Module,
     batch: Batch,
     scored: Batch,
-    loss: Callable[[Any, Tensor], tuple[Tensor, Any]],
+    loss: Callable[[Batch, Any, Tensor], tuple[Tensor, Any]],
     *,
     is_base: Callable[[str], bool],
     device: str,
@@ -134,16 +134,16 @@ def rehearse(
     )
     with mode, ledger:
         with autocast:
-            _, outputs, targets = forward(empty, inputs, torch.device(device))
-            total, _ = loss(outputs, targets)
+            given, outputs, targets = forward(empty, inputs, torch.device(device))
+            total, _ = loss(given, outputs, targets)
         total.backward()  # type: ignore[no-untyped-call]
-        del outputs, targets, total
+        del given, outputs, targets, total
     trained, step = [p for p in empty.parameters() if p.requires_grad], ledger.peak
     empty.zero_grad()
     empty.eval()
     ledger.peak = ledger.live
     with mode, ledger, torch.no_grad(), autocast:
-        loss(*forward(empty, scored_inputs, torch.device(device))[1:])
+        loss(*forward(empty, scored_inputs, torch.device(device)))
     gradients = sum(_bytes(p) for p in trained)
     weights = sum(_bytes(t) for name, t in held.items() if is_base(name))
     everything = sum({id(t): _bytes(t) for t in held.values()}.values())

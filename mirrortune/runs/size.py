@@ -139,7 +139,7 @@ class Load:
 
     batch: Batch
     scored: Batch
-    loss: Callable[[Any, Tensor], tuple[Tensor, Any]]
+    loss: Callable[[Batch, Any, Tensor], tuple[Tensor, Any]]
     dtype: torch.dtype
     is_16bit_compute: bool
     device: str

@@ -110,10 +110,10 @@ class Task(ABC):
         """Convert the rows of a split to model inputs; DataError for rows that cannot be used."""
 
     @abstractmethod
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int | Tensor]:
-        """Return the summed loss of a batch and the number of items summed over.
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int | Tensor]:
+        """Return the summed loss of a batch, from the inputs and outputs of the model, and the number of items.
 
-        That number is a tensor where an int would make the program wait for the device.
+        The number of items summed over is a tensor where an int would make the program wait for the device.
         """
 
     @abstractmethod
@@ -231,7 +231,7 @@ class OneOfClasses(Task, HasLabels):
         return self.class_targets(split, allow_missing=False)
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Return the cross-entropy of logits (B, C) against class indices (B,), summed."""
         return F.cross_entropy(outputs.logits.float(), targets, reduction="sum"), targets.shape[0]
 

@@ -166,8 +166,8 @@ def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
 
 
 def _backward(model: nn.Module, task: Task, examples: Examples, rows: Any, device: torch.device) -> None:
-    _, outputs, targets = forward(model, examples.batch(rows), device)
-    total, items = task.loss(outputs, targets)
+    inputs, outputs, targets = forward(model, examples.batch(rows), device)
+    total, items = task.loss(inputs, outputs, targets)
     torch.autograd.backward(total / items)
 
 

@@ -148,7 +148,7 @@ def _score(
             judged = list(zip(judged, written, strict=True))
     if examples.num_unlabelled:
         return judged, 0.0, 0
-    loss, items = task.loss(outputs, targets)
+    loss, items = task.loss(inputs, outputs, targets)
     return judged, float(loss), int(items)
 
 

@@ -170,6 +170,6 @@ class Stepper:
         return totals, part
 
     def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
-        _, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
-        loss, items = self.task.loss(outputs, targets)
+        inputs, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
+        loss, items = self.task.loss(inputs, outputs, targets)
         return (loss * 0, 0) if part.is_empty else (loss, items)

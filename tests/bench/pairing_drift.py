@@ -83,8 +83,8 @@ def gradients(
         if len(chosen) < count:
             raise SystemExit(f"{sum(counts)} batches of {rows} rows are needed: take fewer (--batches), or more rows")
         for batch in chosen:
-            _, outputs, targets = forward(model, examples.batch(batch), torch.device("cpu"))
-            total, items = job.task.loss(outputs, targets)
+            inputs, outputs, targets = forward(model, examples.batch(batch), torch.device("cpu"))
+            total, items = job.task.loss(inputs, outputs, targets)
             torch.autograd.backward(total / items / len(chosen))
         planes = {}
         for name, (U, S) in basis.items():

@@ -39,7 +39,7 @@ def counted(blocks: int, spec: AdapterSpec, length: int) -> dict[str, float]:
     load = Load(
         batch=batch,
         scored=batch,
-        loss=lambda outputs, targets: (
+        loss=lambda inputs, outputs, targets: (
             torch.nn.functional.cross_entropy(outputs.logits[0].float(), targets[0], reduction="sum"),
             1,
         ),

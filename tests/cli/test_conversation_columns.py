@@ -153,7 +153,7 @@ def test_the_loss_is_the_mean_by_weight() -> None:
     task = Task(text_columns=("text",), label_column=None, layout="text", loss_on="all", format="auto", packing=False,
                 metric_names=("perplexity",), selection_metric="perplexity")  # fmt: skip
     output = type("Output", (), {"logits": logits})
-    apart = [task.loss(type("Output", (), {"logits": logits[i : i + 1]}), ids[i : i + 1]) for i in range(2)]
+    apart = [task.loss({}, type("Output", (), {"logits": logits[i : i + 1]}), ids[i : i + 1]) for i in range(2)]
     assert float(loss) == pytest.approx(float(2 * apart[0][0] + 0.5 * apart[1][0]), rel=1e-5)
     assert float(items) == 2 * 3 + 0.5 * 3
-    assert task.loss(output, torch.stack([ids, weights], dim=1))[0] == loss
+    assert task.loss({}, output, torch.stack([ids, weights], dim=1))[0] == loss

@@ -54,7 +54,7 @@ def counted(size: str, name: str, *, layers: int, length: int) -> Footprint:
     batch = make_batch(1, length, "cpu")
     batch["targets"] = batch.pop("labels")
 
-    def loss(outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def loss(inputs: Any, outputs: Any, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
         return torch.nn.functional.cross_entropy(outputs.logits.float(), targets, reduction="sum"), 1
 
     load = Load(batch=batch, scored=batch, loss=loss, dtype=dtype, is_16bit_compute=False, device="cpu")

@@ -251,7 +251,7 @@ class Task(TextTask, Continues, Answers):
         return str(said[-1].get("content") or "") if said else ""
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of logits (B, L, V) against the next tokens in ``targets`` (B, L), summed over
         learned tokens; with a weight for every token, ``targets`` is (B, 2, L).
         """

@@ -195,7 +195,7 @@ class Task(TextTask):
         )
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Return the cross-entropy of logits (B, C) over the endings that each row has, summed over rows."""
         return F.cross_entropy(_masked(outputs, targets), targets[:, 0], reduction="sum"), targets.shape[0]
 

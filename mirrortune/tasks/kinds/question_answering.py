@@ -152,7 +152,7 @@ class Task(TextTask):
         )
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Return the mean of the cross-entropies of begin and end (B, 2), summed over windows."""
         both = torch.cat([outputs.start_logits.float(), outputs.end_logits.float()])
         return F.cross_entropy(both, targets.T.flatten(), reduction="sum") / 2, targets.shape[0]

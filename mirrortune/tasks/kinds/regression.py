@@ -91,7 +91,7 @@ class Task(TextTask):
         return encode_texts(split, self.text_columns, values, np.isnan(values), processor, reading, self.code)[0]
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Return the squared error of logits (B, 1) against numbers (B,), summed."""
         return (outputs.logits.float().squeeze(-1) - targets).square().sum(), targets.shape[0]
 

@@ -233,7 +233,7 @@ class Task(TextTask, Generates):
         )  # fmt: skip
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of logits (B, L, V) against targets (B, L), summed over tokens."""
         return summed_loss(outputs.logits, targets)
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from mirrortune.data.columns import choose_columns
 from mirrortune.data.dataset import Split
-from mirrortune.data.examples import Targets, TokenExamples
+from mirrortune.data.examples import Batch, Targets, TokenExamples
 from mirrortune.data.files.arrow import cells, is_list
 from mirrortune.data.labels import (
     MISSING,
@@ -97,14 +97,14 @@ class Task(TextTask, OneOfClasses):
         return encode_texts(split, self.text_columns, targets, missing, processor, reading, self.code)[0]
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Return the cross-entropy of logits (B, C) against class indices (B,), summed over rows; or the binary
         cross-entropy against 0 and 1 (B, C), summed over rows and classes.
         """
         if self.multi_label:
             logits = outputs.logits.float()
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum"), targets.numel()
-        return OneOfClasses.loss(self, outputs, targets)
+        return OneOfClasses.loss(self, inputs, outputs, targets)
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:

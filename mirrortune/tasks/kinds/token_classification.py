@@ -121,7 +121,7 @@ class Task(TextTask, HasLabels):
         )  # fmt: skip
 
     @override
-    def loss(self, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of logits (B, L, C) against tags (B, L), summed over words."""
         logits = outputs.logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

@@ -40,7 +40,7 @@ def batch_of(family: str) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "targets": torch.zeros(16, dtype=torch.long)}
 
 
-def loss(outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+def loss(inputs: dict[str, Any], outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
     """As the kinds of task have it: of rows, or of the tokens that a mask chooses."""
     if targets.ndim == 1:
         return F.cross_entropy(outputs.logits.float(), targets, reduction="sum"), len(targets)
@@ -70,8 +70,8 @@ def measured(family: str, spec: AdapterSpec, dtype: torch.dtype, *, is_16bit: bo
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_16bit):
-            _, outputs, targets = forward(model, dict(batch), torch.device("cpu"))
-            total, _ = loss(outputs, targets)
+            inputs, outputs, targets = forward(model, dict(batch), torch.device("cpu"))
+            total, _ = loss(inputs, outputs, targets)
         total.backward()
         del outputs, total
         optimizer.step()
@@ -166,10 +166,10 @@ def test_an_evaluation_takes_what_was_foreseen(family: str) -> None:
     model.eval()
 
     def score() -> None:
-        _, outputs, targets = forward(model, dict(batch), torch.device("cpu"))
-        own_loss(outputs, targets)
+        inputs, outputs, targets = forward(model, dict(batch), torch.device("cpu"))
+        own_loss(inputs, outputs, targets)
         if family == "llama":
-            task.judge(model, {}, outputs, targets)
+            task.judge(model, inputs, outputs, targets)
 
     with torch.no_grad():
         score()

@@ -218,7 +218,7 @@ def test_the_loss_of_classes_is_a_sum_over_rows() -> None:
     task = make("text-classification", table([0, 1, 2]))
     logits, targets = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), torch.tensor([0, 2])
 
-    loss, items = task.loss(outputs(logits), targets)
+    loss, items = task.loss({}, outputs(logits), targets)
 
     assert items == 2
     assert float(loss) == pytest.approx(-np.log(np.e**2 / (np.e**2 + 2)) + np.log(3))
@@ -230,7 +230,7 @@ def test_the_loss_of_numbers_is_a_sum_over_rows() -> None:
     task = make("regression", table([0, 1, 2]), scores=Scores(metrics=("mse", "pearson")))
     logits, targets = torch.tensor([[1.0], [2.0]]), torch.tensor([0.0, 4.0])
 
-    loss, items = task.loss(outputs(logits), targets)
+    loss, items = task.loss({}, outputs(logits), targets)
 
     assert (float(loss), items) == (5.0, 2)
     judged = task.judge(None, {}, outputs(logits), targets)
@@ -245,7 +245,7 @@ def test_losses_are_taken_in_float32_whatever_the_model_computes_in() -> None:
     for kind, targets in (("text-classification", torch.tensor([1])), ("regression", torch.tensor([1.0]))):
         task = make(kind, table([0, 1, 2]))
         logits = torch.randn(1, task.config_fields()["num_labels"], dtype=torch.bfloat16)
-        assert task.loss(outputs(logits), targets)[0].dtype == torch.float32
+        assert task.loss({}, outputs(logits), targets)[0].dtype == torch.float32
 
 
 def test_an_unknown_kind_names_the_nearest() -> None:

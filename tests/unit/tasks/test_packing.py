@@ -52,7 +52,7 @@ def total_loss(model: nn.Module, examples: Any, rows: Any) -> tuple[torch.Tensor
     """The sum of the loss, and its number of tokens."""
     batch = examples.batch(np.asarray(rows))
     targets = batch.pop("targets")
-    return TASK.loss(model(**batch), targets)
+    return TASK.loss(batch, model(**batch), targets)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_answers_come_in_many_forms(tokenizer: Any, value: Any) -> None:
 def test_the_loss_is_the_mean_of_both_ends(tokenizer: Any) -> None:
     task, found = encode(tokenizer, rows(answer("film"), answer("dull")))
     outputs = told(found, [0, 0], [0, 0], by=0.0)
-    loss, items = task.loss(outputs, torch.from_numpy(found.targets))
+    loss, items = task.loss({}, outputs, torch.from_numpy(found.targets))
     assert items == 2
     assert float(loss) == pytest.approx(2 * np.log(outputs.start_logits.shape[1]))
 

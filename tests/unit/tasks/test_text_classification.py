@@ -49,7 +49,7 @@ def test_a_column_for_each_class_is_the_same(tokenizer: Any) -> None:
 def test_the_loss_is_over_every_class() -> None:
     task = KIND.from_rows(LISTS, "rows.jsonl", label_column="topics")[0]
     logits, targets = torch.tensor([[0.0, 2.0, -1.0]]), torch.tensor([[1.0, 1.0, 0.0]])
-    loss, items = task.loss(SimpleNamespace(logits=logits), targets)
+    loss, items = task.loss({}, SimpleNamespace(logits=logits), targets)
     odds = 1 / (1 + np.exp(-logits.numpy()))
     assert items == 3
     assert float(loss) == pytest.approx(-np.log(odds[0, 0]) - np.log(odds[0, 1]) - np.log(1 - odds[0, 2]))

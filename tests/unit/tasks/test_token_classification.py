@@ -52,7 +52,7 @@ def test_the_first_piece_of_a_word_carries_its_tag(tokenizer: Any) -> None:
     assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0]) == ["[CLS]", "the", "x", "##u", "movie", "[SEP]"]
     o, begin, inside = (task.labels.index(t) for t in ("O", "B-PER", "I-PER"))
     assert batch["targets"][0].tolist() == [-100, o, begin, -100, inside, -100]
-    loss, items = task.loss(SimpleNamespace(logits=torch.zeros(1, 6, 4)), batch["targets"])
+    loss, items = task.loss({}, SimpleNamespace(logits=torch.zeros(1, 6, 4)), batch["targets"])
     assert items == 3
     assert float(loss) == pytest.approx(3 * np.log(4))
 

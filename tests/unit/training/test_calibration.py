@@ -64,7 +64,7 @@ def test_it_measures_the_gradient_of_every_trained_number(side: str, unit: str) 
     rows = sentences(12)
     batch = rows.batch(np.arange(12))
     targets = batch.pop("targets")
-    total, items = classification().loss(adapted(**batch), targets)
+    total, items = classification().loss(batch, adapted(**batch), targets)
     (total / items).backward()
     for name, theta in adapter_parameters(adapted).items():
         layer = name.rsplit(".", 1)[0]
