@@ -34,6 +34,7 @@ from mirrortune.errors import ConfigError, DataError, VerificationError, did_you
 from mirrortune.models.load import ModelSource, load_tokenizer
 from mirrortune.registry import option_errors
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
 from mirrortune.tasks.probes import text_probe
 
 _VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -127,6 +128,44 @@ class Task(ABC):
     def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64] | None:
         """Return the probability of each class (N, C), which some metrics need; None for kinds without classes."""
         return None
+
+    def target_columns(self) -> list[str]:
+        """Return the columns that hold what the model learns to predict, which rows to predict may lack."""
+        return [column for role, column in self.columns() if role in TARGET_ROLES]
+
+    def prediction_options(self) -> tuple[str, ...]:
+        """Return the names of the fields of :class:`PredictOptions` that the task uses, besides ``seed``."""
+        return ()
+
+    def encode_to_predict(self, split: Split, processor: Any, reading: Reading, options: PredictOptions) -> Examples:
+        """Convert the rows of a split to model inputs without their targets, which the columns may lack.
+
+        The model's outputs for these examples are reduced by :meth:`judge`, as in evaluation.
+
+        Raises:
+            ConfigError: for options that the task does not use, or out of their ranges.
+            DataError: for rows that cannot be used.
+        """
+        options.check(self.kind, self.prediction_options())
+        rows = without_targets(split, self)
+        check_columns(rows, self)
+        return self.encode(rows, processor, replace(reading, allow_missing=True, drop_blank=False, for_training=False))
+
+    @abstractmethod
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the predictions of the rows of ``split`` as columns, ``prediction`` first.
+
+        Args:
+            judged: from :meth:`judge`, in the order of ``examples``.
+            examples: from :meth:`encode_to_predict`.
+            split: the rows.
+            options: those that ``examples`` were made with.
+
+        Raises:
+            VerificationError: if the model's output for a row is NaN.
+        """
 
     @abstractmethod
     def probe(self, processor: Any, config: Any) -> Batch:
@@ -250,6 +289,19 @@ class OneOfClasses(Task, HasLabels):
         """Return the softmax of the logits, (N, C)."""
         return np.asarray(torch.from_numpy(np.stack(judged)).double().softmax(dim=-1).numpy())
 
+    @override
+    def prediction_options(self) -> tuple[str, ...]:
+        return ("top",)
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the names of the most probable classes, and their probabilities."""
+        logits = np.stack(judged)
+        check_numbers(logits, split.places)
+        return best_answers(logits, [self.labels] * len(logits), options.top or 1)
+
 
 def scores_vocabulary(task: Task) -> bool:
     """Return whether the task's models output logits over a vocabulary at every position."""
@@ -325,6 +377,13 @@ def with_label_columns(split: Split, task: Task) -> Split:
     one.
     """
     return split.with_columns(column for role, column in task.columns() if role in TARGET_ROLES)
+
+
+def without_targets(split: Split, task: Task) -> Split:
+    """Return the split with nulls in each target column, whether it is there or not."""
+    targets = task.target_columns()
+    kept = [column for column in split.table.column_names if column not in targets]
+    return replace(split, table=split.table.select(kept)).with_columns(targets)
 
 
 def unused_columns(table: pa.Table, task: Task) -> str:

@@ -127,6 +127,16 @@ def encode_spans(
     return list(made["input_ids"]), learned
 
 
+def encode_prompt(tokenizer: Any, conversation: Conversation, where: str) -> list[int]:
+    """Tokenise the turns before an answer, and the beginning of that answer by the tokenizer's chat template.
+
+    Raises:
+        DataError: if the template refuses the turns, or leaves their tool calls out.
+    """
+    _, text = _written(tokenizer, conversation, where, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def writes_tools(tokenizer: Any, talk: Conversation) -> bool:
     """Return whether the template writes the tools of a conversation; True for a conversation that it refuses."""
     whole = _text_of(tokenizer, talk.messages, talk)
@@ -195,7 +205,7 @@ def _text_of(tokenizer: Any, messages: list[Message], talk: Conversation, **opti
         return None
 
 
-def _written(tokenizer: Any, talk: Conversation, where: str) -> tuple[Conversation, str]:
+def _written(tokenizer: Any, talk: Conversation, where: str, **options: Any) -> tuple[Conversation, str]:
     """Return a conversation with its tool calls in a form that the template supports, and the text that it writes.
 
     Raises:
@@ -203,22 +213,23 @@ def _written(tokenizer: Any, talk: Conversation, where: str) -> tuple[Conversati
         DataError: if it refuses the conversation.
     """
     if not any("tool_calls" in message for message in talk.messages):
-        return talk, _apply(tokenizer, talk.messages, talk, where, tokenize=False)
+        return talk, _apply(tokenizer, talk.messages, talk, where, tokenize=False, **options)
     forms = [replace(talk, messages=messages) for messages in _forms(talk.messages)]
-    written = [(form, text) for form in forms if (text := _text_of(tokenizer, form.messages, form)) is not None]
+    texts = [_text_of(tokenizer, form.messages, form, **options) for form in forms]
+    written = [(form, text) for form, text in zip(forms, texts, strict=True) if text is not None]
     if not written:
         _apply(tokenizer, forms[0].messages, forms[0], where, tokenize=False)  # which refuses it
-    with_calls = [(form, text) for form, text in written if _writes_calls(tokenizer, form, text)]
+    with_calls = [(form, text) for form, text in written if _writes_calls(tokenizer, form, text, **options)]
     if not with_calls:
         raise LostAnswerError(where, "calls")
-    return next((pair for pair in with_calls if _is_understood(tokenizer, *pair)), with_calls[-1])
+    return next((pair for pair in with_calls if _is_understood(tokenizer, *pair, **options)), with_calls[-1])
 
 
-def _writes_calls(tokenizer: Any, talk: Conversation, text: str) -> bool:
+def _writes_calls(tokenizer: Any, talk: Conversation, text: str, **options: Any) -> bool:
     """Return whether the text that a template writes depends on the tool calls."""
     bare = [{**m, "content": m["content"] or ""} for m in talk.messages]
     bare = [{key: value for key, value in m.items() if key != "tool_calls"} for m in bare]
-    return _text_of(tokenizer, bare, talk) != text
+    return _text_of(tokenizer, bare, talk, **options) != text
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
@@ -263,7 +274,7 @@ def _short_id(value: Any) -> str:
     return hashlib.sha256(str(value).encode()).hexdigest()[:9]
 
 
-def _is_understood(tokenizer: Any, talk: Conversation, text: str) -> bool:
+def _is_understood(tokenizer: Any, talk: Conversation, text: str, **options: Any) -> bool:
     """Return whether a template wrote values correctly, neither null as ``None`` nor a mapping in Python's notation."""
     calls = [call for m in talk.messages for call in m.get("tool_calls", ())]
     mappings = [call["function"]["arguments"] for call in calls if call["function"]["arguments"]]
@@ -272,7 +283,7 @@ def _is_understood(tokenizer: Any, talk: Conversation, text: str) -> bool:
     if all(m["content"] is not None for m in talk.messages):
         return True
     named = [{**m, "content": "None" if m["content"] is None else m["content"]} for m in talk.messages]
-    return _text_of(tokenizer, named, talk) != text
+    return _text_of(tokenizer, named, talk, **options) != text
 
 
 def _answer_spans(tokenizer: Any, talk: Conversation, whole: str, where: str) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -7,6 +7,7 @@ Reads the formats of OpenAI (``messages``, ``tool_calls``, ``functions``, a ``we
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mirrortune.data.files.arrow import cells, is_json, is_list, is_string
+from mirrortune.data.columns import check_named, detected, refuse_preferences, refuse_written_lists
+from mirrortune.data.files.arrow import cells, is_json, is_list, is_string, refuse_unreadable
 from mirrortune.errors import DataError
 
 Message = dict[str, Any]
@@ -33,6 +35,11 @@ _ADDITIONS = {
 }  # fmt: skip
 _OF_TURNS = {*_ADDITIONS.values()}
 _OF_LAYOUT = {"messages": _OF_TURNS, "prompt": _OF_TURNS, "alpaca": _OF_TURNS, "text": {"weight"}}
+
+
+_MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
+_PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
+_TEXTS = ("text", "content", "document")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +69,70 @@ def additions(table: pa.Table, layout: str, used: Sequence[str]) -> tuple[str, .
 def meaning_of(column: str) -> str:
     """Return what a column adds to a conversation: ``system``, ``tools``, ...; "" for nothing."""
     return _ADDITIONS.get(column.lower(), "")
+
+
+def choose_layout(
+    table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
+) -> tuple[str, tuple[str, ...], str | None, list[str]]:
+    """Choose the columns of a language model's data.
+
+    Args:
+        table: the rows.
+        text: columns of texts, or None to detect all.
+        label: the column of answers, or None.
+        source: name of the rows, for messages.
+
+    Returns:
+        The layout, the text columns, the column of answers, and notes on what was detected.
+
+    Raises:
+        DataError: if no column looks like text to learn.
+    """
+    check_named(table, source, {"--text-column": text, "--label-column": label})
+    if text and len(text) > 2:
+        raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
+    if text:
+        is_chat = [_holds_turns(table, name) for name in (*text, label) if name is not None]
+        layout = "text" if label is None else "prompt" if len(text) == 1 else "alpaca"
+        if all(is_chat) and len(text) == 1:
+            layout = "messages" if label is None else "turns"
+        return layout, text, label, []
+    refuse_preferences(table, source)
+    lowered = {name.lower(): name for name in table.column_names}
+    for name in _MESSAGES:
+        if name in lowered and _holds_turns(table, lowered[name]):
+            return "messages", (lowered[name],), None, [detected("text", lowered[name])]
+        refuse_written_lists(table, lowered.get(name, ""), source)
+    if {"instruction", "output"} <= set(lowered):
+        named = tuple(lowered[n] for n in ("instruction", "input") if n in lowered)
+        return "alpaca", named, lowered["output"], [f"columns {', '.join((*named, lowered['output']))} (detected)"]
+    for first, second in _PROMPTS:
+        if first in lowered and second in lowered:
+            notes = [detected("text", lowered[first]), detected("label", lowered[second])]
+            layout = "turns" if all(_holds_turns(table, lowered[n]) for n in (first, second)) else "prompt"
+            return layout, (lowered[first],), lowered[second], notes
+    strings = [name for name in table.column_names if is_string(table.schema.field(name).type)]
+    for name in (*(lowered[n] for n in _TEXTS if n in lowered), *(strings if len(strings) == 1 else ())):
+        return "text", (name,), None, [detected("text", name)]
+    refuse_unreadable(table, table.column_names)
+    raise DataError(
+        source,
+        "no column looks like text to learn",
+        allowed="messages; prompt and completion; instruction, input and output; or text",
+        fix=f"Name one of {', '.join(table.column_names)} with --text-column, and the answers with --label-column",
+    )
+
+
+def _holds_turns(table: pa.Table, column: str) -> bool:
+    """Return whether a column holds lists of messages, or their JSON text (in csv files)."""
+    kind = table.schema.field(column).type
+    if is_string(kind):
+        first = next((value for value in cells(table, column) if value and value.strip()), "")
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(first)
+            return isinstance(found, list) and bool(found) and isinstance(found[0], dict)
+        return False
+    return is_json(kind) or is_list(kind)
 
 
 def conversation(messages: list[Message], added: dict[str, Any], where: str) -> Conversation:

@@ -14,6 +14,8 @@ from mirrortune.data.examples import IGNORE_INDEX
 _LARGEST_PIECE = 2**24
 """Number of logits converted to float32 at a time: 64 MiB."""
 
+WEIGHT_UNIT = 1_000_000  # weights in the loss are stored as integers, in millionths
+
 
 def score_tokens(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute loss and accuracy of every row of a batch.
@@ -49,3 +51,17 @@ def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled():
         return F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum"), learned.sum()
     return score_tokens(logits, targets)[:, 0].sum(), learned.sum()
+
+
+def weighted_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of the cross-entropy and the sum of the weights.
+
+    Args:
+        logits: shape (B, L, V).
+        targets: tokens and their weights in millionths, shape (B, 2, L).
+    """
+    wanted, weights = targets[:, 0, 1:], targets[:, 1, 1:]
+    learned = wanted != IGNORE_INDEX
+    each = F.cross_entropy(logits[:, :-1][learned].float(), wanted[learned], reduction="none")
+    weights = weights[learned].to(each.dtype) / WEIGHT_UNIT
+    return (each * weights).sum(), weights.sum()

@@ -22,6 +22,7 @@ from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.answered_rows import AnsweredExamples
 from mirrortune.tasks.base import Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
+from mirrortune.tasks.prompts import PromptExamples
 
 _Scored = tuple[Rows, list[Any], float, int]
 """Rows, what the task kept of each, their summed loss, and its number of items."""
@@ -49,7 +50,6 @@ class EvalResult:
     references: Any
 
 
-@torch.no_grad()
 def evaluate_split(
     model: nn.Module,
     task: Task,
@@ -89,6 +89,46 @@ def evaluate_split(
             f"{examples.num_unlabelled} of {len(examples)} rows have no label, so there is nothing to score",
             fix="Name a labelled split with --split, or give --predictions FILE for the answers alone",
         )
+    found = _scored(
+        model, task, examples, accelerator, batch_size=batch_size, max_positions=max_positions,
+        num_workers=num_workers, on_batch=on_batch, should_stop=should_stop,
+    )  # fmt: skip
+    return _collect(found, task, examples)
+
+
+def judge_split(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    accelerator: Any,
+    *,
+    batch_size: int,
+    max_positions: int | None = None,
+    num_workers: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+    should_stop: Callable[[], object] | None = None,
+) -> list[Any]:
+    """Return what the task keeps of the model's outputs for every row, in the order of ``examples``.
+
+    The arguments are those of :func:`evaluate_split`; ``examples`` are those of ``Task.encode_to_predict``. The result
+    is the same on all ranks.
+
+    Raises:
+        EvaluationStoppedError: ``should_stop`` returns true.
+    """
+    found = _scored(
+        model, task, examples, accelerator, batch_size=batch_size, max_positions=max_positions,
+        num_workers=num_workers, on_batch=on_batch, should_stop=should_stop,
+    )  # fmt: skip
+    return _in_order(found, examples)
+
+
+@torch.no_grad()
+def _scored(
+    model: nn.Module, task: Task, examples: Examples, accelerator: Any, *, batch_size: int, max_positions: int | None,
+    num_workers: int, on_batch: Callable[[int], None] | None, should_stop: Callable[[], object] | None,
+) -> list[_Scored]:  # fmt: skip
+    """Run the model on all rows, and gather what the ranks found."""
     was_training = model.training
     model.eval()
     found: list[_Scored] = []
@@ -105,7 +145,7 @@ def evaluate_split(
                     on_batch(len(rows))
     finally:
         model.train(was_training)
-    return _collect(sync.gather_lists(accelerator, found), task, examples)
+    return sync.gather_lists(accelerator, found)
 
 
 def _slices(
@@ -137,6 +177,8 @@ def _batches(
 def _score(
     model: nn.Module, task: Task, examples: Examples, rows: Rows, batch: Batch, accelerator: Any
 ) -> tuple[list[Any], float, int]:
+    if isinstance(examples, PromptExamples):
+        return examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64)), 0.0, 0
     # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
     unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
     with unconverted, Sharding.of(accelerator).autocast():
@@ -152,10 +194,14 @@ def _score(
     return judged, float(loss), int(items)
 
 
-def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult:
+def _in_order(found: list[_Scored], examples: Examples) -> list[Any]:
     by_row = {int(row): value for rows, judged, _, _ in found for row, value in zip(rows, judged, strict=True)}
     assert sum(len(part[0]) for part in found) == len(by_row) == len(examples)
-    in_order = [by_row[row] for row in range(len(examples))]
+    return [by_row[row] for row in range(len(examples))]
+
+
+def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult:
+    in_order = _in_order(found, examples)
     loss = sum(part[2] for part in found) / max(1, sum(part[3] for part in found))
     predictions, references = task.answers(in_order, examples)
     metrics: dict[str, float] = {}

@@ -6,11 +6,9 @@ Cross-entropy of every learned token; perplexity and token accuracy. The end tok
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.data.columns import check_named, detected, refuse_preferences, refuse_written_lists
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IGNORE_INDEX, OPTIONAL_ROLE, Batch, Examples, Padding, Rows, Targets, TokenExamples
-from mirrortune.data.files.arrow import Columns, cells, is_json, is_list, is_string, nulls, refuse_unreadable
+from mirrortune.data.files.arrow import Columns, cells, nulls, refuse_unreadable, rows_of
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
@@ -34,13 +30,14 @@ from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.answer_formats import answer_format
 from mirrortune.tasks.answered_rows import AnsweredExamples, expected_answers
-from mirrortune.tasks.base import Answers, Continues, TextTask
+from mirrortune.tasks.base import Answers, Continues, TextTask, check_columns, without_targets
 from mirrortune.tasks.chat import (
     Encoding,
     LostAnswerError,
     alpaca_prompt,
     encode_continuation,
     encode_conversation,
+    encode_prompt,
     save_turn_ends,
     turn_end_ids,
     writes_tools,
@@ -50,22 +47,21 @@ from mirrortune.tasks.conversations import (
     Message,
     additions,
     as_messages,
+    choose_layout,
     conversation,
     meaning_of,
     row_weight,
 )
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.packing import PackedExamples
+from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions
 from mirrortune.tasks.probes import text_probe
-from mirrortune.tasks.token_scores import score_tokens, summed_loss
+from mirrortune.tasks.prompts import PromptExamples, prompt_examples
+from mirrortune.tasks.token_scores import WEIGHT_UNIT, score_tokens, summed_loss, weighted_loss
 
-_MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue")
-_PROMPTS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "response"), ("question", "answer"))
-_TEXTS = ("text", "content", "document")
 _MOST_WRITTEN = 64  # tokens
 _LONGEST = 1024  # the default, where the model takes more
 _LONGEST_ANSWER = 256  # tokens
-_UNIT = 1_000_000  # weights are stored as integers, in millionths
 _SILENT, _CALLS, _EMPTY = 1, 2, 3  # what is wrong with a row
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
 
@@ -138,7 +134,7 @@ class Task(TextTask, Continues, Answers):
         for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
             if value not in (None, *allowed):
                 raise unknown_name(f"task.{key}", "value", str(value), allowed)
-        layout, text, label, notes = _choose(table, text_columns, label_column, source)
+        layout, text, label, notes = choose_layout(table, text_columns, label_column, source)
         refuse_unreadable(table, [column for column in (*text, label) if column is not None])
         added = additions(table, layout, [c for c in (*text, label) if c is not None])
         notes += [f"also read: {', '.join(added)}"] if added else []
@@ -222,7 +218,7 @@ class Task(TextTask, Continues, Answers):
             raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
         weights, numbers = made.arrays.pop("weights"), made.arrays.pop("numbers")
         examples = self._examples(made.arrays, made.counts, processor, max_length)
-        if reading.for_training and (weights != _UNIT).any():
+        if reading.for_training and (weights != WEIGHT_UNIT).any():
             examples.features["weights"] = np.repeat(weights, examples.lengths)
         if self.answer is not None and not reading.for_training:
             return self._answered(examples, split, numbers.astype(np.int64), processor)
@@ -236,12 +232,17 @@ class Task(TextTask, Continues, Answers):
         column, tokenizer = self.label_column or self.text_columns[0], processor.tokenizer
         texts = [self._answer_text(cell) for cell in cells(split.table.take(numbers), column)]
         expected = expected_answers(texts, self.answer, split, numbers, column)
-        stops = turn_end_ids(tokenizer) if processor.is_chat else [tokenizer.eos_token_id]
         shared = {f.name: getattr(examples, f.name) for f in fields(examples)}
         return AnsweredExamples(
             **shared, expected=expected, format=answer_format(self.answer), tokenizer=tokenizer,
-            stops=tuple(stop for stop in stops if stop is not None), max_new_tokens=self.max_new_tokens,
+            stops=self._stops(processor), max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
+
+    def _stops(self, processor: TextReader) -> tuple[int, ...]:
+        """Return the tokens that end an answer."""
+        tokenizer = processor.tokenizer
+        stops = turn_end_ids(tokenizer) if processor.is_chat else [tokenizer.eos_token_id]
+        return tuple(stop for stop in stops if stop is not None)
 
     def _answer_text(self, cell: Any) -> str:
         """Return the text of a row's answer: the cell itself, or the last message of the assistant in it."""
@@ -256,7 +257,7 @@ class Task(TextTask, Continues, Answers):
         learned tokens; with a weight for every token, ``targets`` is (B, 2, L).
         """
         if targets.ndim == 3:
-            return _weighted_loss(outputs.logits, targets)
+            return weighted_loss(outputs.logits, targets)
         return summed_loss(outputs.logits[:, :-1], targets[:, 1:])
 
     @override
@@ -276,6 +277,38 @@ class Task(TextTask, Continues, Answers):
             return np.column_stack([found[:, :2], correct]), found[:, 2]
         found = np.stack(judged)
         return found[:, :2], found[:, 2]
+
+    @override
+    def target_columns(self) -> list[str]:
+        return [] if self.label_column is None else [self.label_column]
+
+    @override
+    def prediction_options(self) -> tuple[str, ...]:
+        return GENERATION
+
+    @override
+    def encode_to_predict(
+        self, split: Split, processor: TextReader, reading: Reading, options: PredictOptions
+    ) -> PromptExamples:
+        """Return what training read before a row's last answer as a prompt; of a plain text, all of it."""
+        options.check(self.kind, self.prediction_options())
+        tokenizer, places = processor.tokenizer, split.places
+        split = without_targets(split, self)
+        check_columns(split, self)
+        columns = [*self.text_columns, *self.added_columns]
+        rows = rows_of(split.with_columns(self.added_columns).table, columns)
+        return prompt_examples(
+            [self._prompt(row, processor, places.where(number)) for number, row in enumerate(rows)],
+            places, tokenizer, options, max_length=reading.num_tokens, max_new_tokens=self.max_new_tokens,
+            stops=self._stops(processor), cut=self.layout == "text",
+        )  # fmt: skip
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: PromptExamples, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the generated answers, and whether each was finished rather than cut at its longest."""
+        return examples.columns(judged, strip=self.layout != "text")
 
     @override
     def write(self, model: Any, processor: TextReader, examples: TokenExamples, row: int) -> tuple[str, str, str]:
@@ -329,7 +362,7 @@ class Task(TextTask, Continues, Answers):
             if is_seen and weight:
                 ids.append(row_ids[:max_length])
                 targets.append(wanted[:max_length])
-                weights.append(round(weight * _UNIT))
+                weights.append(round(weight * WEIGHT_UNIT))
                 kept.append(number)
         (flat, offsets), (answers, _) = ragged(ids), ragged(targets)
         counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
@@ -337,6 +370,19 @@ class Task(TextTask, Continues, Answers):
         arrays = {"input_ids": flat, "targets": answers, "offsets": offsets, "faults": faults}
         arrays |= {"weights": np.array(weights, dtype=np.int32), "numbers": np.array(kept, dtype=np.int64)}
         return arrays, dict(counts)
+
+    def _prompt(self, row: Sequence[Any], processor: TextReader, where: str) -> list[int]:
+        """Return the tokens of a row's prompt, from the cells of its text columns and of the added ones."""
+        own = row[: len(self.text_columns)]
+        added = dict(zip(self.added_columns, row[len(own) :], strict=True))
+        if processor.is_chat:
+            return encode_prompt(processor.tokenizer, self._asked(own, added, where), where)
+        prompt, before = self._asked_text(["" if value is None else str(value) for value in own], added, where)
+        if self.layout == "text":
+            return encode_continuation(processor.tokenizer, "", prompt)[0][:-1]
+        # Training writes a line break before an answer that does not begin with white space.
+        prompt = prompt if not prompt or prompt[-1].isspace() else f"{prompt}\n"
+        return encode_continuation(processor.tokenizer, prompt, "", before)[0][:-1]
 
     def _encode_row(
         self, row: Sequence[Any], added: dict[str, Any], processor: TextReader, reading: Reading, where: str
@@ -353,6 +399,14 @@ class Task(TextTask, Continues, Answers):
         completion = texts.pop()
         if not (completion.strip() or learn_all or reading.allow_missing):
             raise LostAnswerError(where, "empty")
+        prompt, before = self._asked_text(texts, added, where)
+        ids, learned = encode_continuation(tokenizer, prompt, completion, before)
+        return ids, [True] * len(ids) if learn_all else learned
+
+    def _asked_text(self, texts: Sequence[str], added: dict[str, Any], where: str) -> tuple[str, list[Message]]:
+        """Return the prompt in a row that is not formatted by a chat template, and the turns before it."""
+        if self.layout == "text":
+            return texts[0], []
         prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if self.layout == "alpaca" else texts[0]
         before: list[Message] = []
         if any(added.values()):
@@ -360,8 +414,20 @@ class Task(TextTask, Continues, Answers):
             before = conversation(turns, added, where).messages[:-2]
         if self.layout == "alpaca":
             before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
-        ids, learned = encode_continuation(tokenizer, prompt, completion, before)
-        return ids, [True] * len(ids) if learn_all else learned
+        return prompt, before
+
+    def _asked(self, row: Sequence[Any], added: dict[str, Any], where: str) -> Conversation:
+        """Return the conversation in a row without its last answer; a text is what the user says."""
+        if self.layout not in ("messages", "turns"):
+            talk = self._conversation([*row, None], added, where)
+            return replace(talk, messages=talk.messages[:-1])
+        is_text = isinstance(row[0], str) and not row[0].lstrip().startswith("[")
+        messages = [{"role": "user", "content": row[0]}] if is_text else as_messages(row[0], where)
+        while self.layout == "messages" and messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise DataError(where, "the conversation has no turn to answer", fix="Add what the user says")
+        return conversation(messages, added, where)
 
     def _conversation(self, row: Sequence[Any], added: dict[str, Any], where: str) -> Conversation:
         """Return the conversation in a row that is formatted by a chat template."""
@@ -424,68 +490,3 @@ class Task(TextTask, Continues, Answers):
             switches=processor.switches,
             notes=tuple(notes),
         )
-
-
-def _choose(
-    table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
-) -> tuple[str, tuple[str, ...], str | None, list[str]]:
-    """Return the layout, the text columns, the column of answers, and notes on what was detected."""
-    check_named(table, source, {"--text-column": text, "--label-column": label})
-    if text and len(text) > 2:
-        raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
-    if text:
-        is_chat = [_holds_turns(table, name) for name in (*text, label) if name is not None]
-        layout = "text" if label is None else "prompt" if len(text) == 1 else "alpaca"
-        if all(is_chat) and len(text) == 1:
-            layout = "messages" if label is None else "turns"
-        return layout, text, label, []
-    refuse_preferences(table, source)
-    lowered = {name.lower(): name for name in table.column_names}
-    for name in _MESSAGES:
-        if name in lowered and _holds_turns(table, lowered[name]):
-            return "messages", (lowered[name],), None, [detected("text", lowered[name])]
-        refuse_written_lists(table, lowered.get(name, ""), source)
-    if {"instruction", "output"} <= set(lowered):
-        named = tuple(lowered[n] for n in ("instruction", "input") if n in lowered)
-        return "alpaca", named, lowered["output"], [f"columns {', '.join((*named, lowered['output']))} (detected)"]
-    for first, second in _PROMPTS:
-        if first in lowered and second in lowered:
-            notes = [detected("text", lowered[first]), detected("label", lowered[second])]
-            layout = "turns" if all(_holds_turns(table, lowered[n]) for n in (first, second)) else "prompt"
-            return layout, (lowered[first],), lowered[second], notes
-    strings = [name for name in table.column_names if is_string(table.schema.field(name).type)]
-    for name in (*(lowered[n] for n in _TEXTS if n in lowered), *(strings if len(strings) == 1 else ())):
-        return "text", (name,), None, [detected("text", name)]
-    refuse_unreadable(table, table.column_names)
-    raise DataError(
-        source,
-        "no column looks like text to learn",
-        allowed="messages; prompt and completion; instruction, input and output; or text",
-        fix=f"Name one of {', '.join(table.column_names)} with --text-column, and the answers with --label-column",
-    )
-
-
-def _holds_turns(table: pa.Table, column: str) -> bool:
-    """Return whether a column holds lists of messages, or their JSON text (in csv files)."""
-    kind = table.schema.field(column).type
-    if is_string(kind):
-        first = next((value for value in cells(table, column) if value and value.strip()), "")
-        with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(first)
-            return isinstance(found, list) and bool(found) and isinstance(found[0], dict)
-        return False
-    return is_json(kind) or is_list(kind)
-
-
-def _weighted_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the cross-entropy and the sum of the weights.
-
-    Args:
-        logits: shape (B, L, V).
-        targets: tokens and their weights in millionths, shape (B, 2, L).
-    """
-    wanted, weights = targets[:, 0, 1:], targets[:, 1, 1:]
-    learned = wanted != IGNORE_INDEX
-    each = F.cross_entropy(logits[:, :-1][learned].float(), wanted[learned], reduction="none")
-    weights = weights[learned].to(each.dtype) / _UNIT
-    return (each * weights).sum(), weights.sum()

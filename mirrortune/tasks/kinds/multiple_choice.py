@@ -23,7 +23,7 @@ from typing_extensions import override
 from mirrortune.data.columns import check_is_text, check_named, detected, is_nan, number_of, refuse_written_lists
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Examples, IntArray, Padding, Rows, Targets, TokenExamples
-from mirrortune.data.files.arrow import Columns, refuse_unreadable, row_chunks
+from mirrortune.data.files.arrow import Columns, refuse_unreadable, row_chunks, rows_of
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import MISSING, as_name, refuse_missing
 from mirrortune.data.token_cache import Tokens
@@ -31,6 +31,7 @@ from mirrortune.data.tokenize import Reading, pieces, resolve_max_length, tokeni
 from mirrortune.errors import DataError, counted
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
 from mirrortune.tasks.probes import SENTENCES
 
 _CONTEXTS = (("sent1", "sent2"), ("ctx",), ("context",), ("premise", "question"), ("premise",), ("question",))
@@ -200,13 +201,35 @@ class Task(TextTask):
         return F.cross_entropy(_masked(outputs, targets), targets[:, 0], reduction="sum"), targets.shape[0]
 
     @override
-    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.int64]:
-        """Return the ending with the highest score, (B,)."""
-        return np.asarray(_masked(outputs, targets).argmax(dim=-1).cpu().numpy())
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[npt.NDArray[np.float32]]:
+        """Return the logits of the endings that each row has."""
+        logits = outputs.logits.float().cpu().numpy()
+        return [row[:count] for row, count in zip(logits, targets[:, 1].tolist(), strict=True)]
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        return np.array(judged), examples.targets
+        """Return the ending of the largest logit and the right one, each (N,)."""
+        return np.array([logits.argmax() for logits in judged]), examples.targets
+
+    @override
+    def prediction_options(self) -> tuple[str, ...]:
+        return ("top",)
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the most probable endings, by their labels where the rows name these, else by their numbers from 0;
+        and the text of the best one.
+        """
+        logits = np.full((len(judged), max(map(len, judged))), -np.inf, dtype=np.float32)
+        for row, own in enumerate(judged):
+            logits[row, : len(own)] = own
+        check_numbers(logits, split.places)
+        rows = [_endings(row, split.source) for row in rows_of(split.table, self.choice_columns)]
+        names: list[Sequence[Any]] = [labels or range(len(texts)) for texts, labels in rows]
+        chosen = [texts[best] for (texts, _), best in zip(rows, logits.argmax(axis=1), strict=True)]
+        return {**best_answers(logits, names, options.top or 1), "choice": chosen}
 
     @override
     def probe(self, processor: Any, config: Any) -> Batch:
@@ -228,14 +251,21 @@ class Task(TextTask):
         *choices, labels = columns
         rows, right = [], []
         for number, label, *row_cells in zip(numbers, labels, *choices, strict=True):
-            where, first = places.where(number), row_cells[0]
-            named = first.get("label") if isinstance(first, dict) else None
-            texts = (first.get("text") if isinstance(first, dict) else first) if len(row_cells) == 1 else row_cells
-            if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
-                raise DataError(where, f"its endings are {str(texts)[:120]!r}", allowed="two texts or more")
+            where = places.where(number)
+            texts, names = _endings(row_cells, where)
             rows.append(texts)
-            right.append(_index(label, len(texts), [str(name) for name in named] if named else None, where))
+            right.append(_index(label, len(texts), names, where))
         return rows, right
+
+
+def _endings(row_cells: Sequence[Any], where: str) -> tuple[list[str], list[str] | None]:
+    """Return the endings in the choice columns of a row, and their labels if the row names them."""
+    first = row_cells[0]
+    named = first.get("label") if isinstance(first, dict) else None
+    texts = (first.get("text") if isinstance(first, dict) else first) if len(row_cells) == 1 else list(row_cells)
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
+        raise DataError(where, f"its endings are {str(texts)[:120]!r}", allowed="two texts or more")
+    return texts, [str(name) for name in named] if named else None
 
 
 def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:

@@ -29,10 +29,13 @@ from mirrortune.data.tokenize import Reading, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, probabilities, refuse_nan
 
 _LONGEST = 384  # tokens of a window, the default
 _STRIDE = 128
 _N_BEST, _MAX_ANSWER = 20, 30  # spans considered per window end; tokens of an answer
+
+_SPAN_FIELDS = ("score", "start", "end")
 
 Answer = tuple[str, int]  # text, and its first character in the context (-1 if not given)
 
@@ -170,9 +173,39 @@ class Task(TextTask):
         scoring: _Scoring = examples.references
         said, right = [], []
         for context, answers, windows in scoring.questions():
-            said.append(scoring.best(context, windows, judged, may_lack_answer=self.may_lack_answer))
+            (low, high), _ = scoring.ranked(windows, judged, may_lack_answer=self.may_lack_answer)[0]
+            said.append(context[low:high])
             right.append(tuple(text for text, _ in answers or ()))
         return said, right
+
+    @override
+    def prediction_options(self) -> tuple[str, ...]:
+        return ("top",)
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the best answers of each question: text ("" for no answer), probability among the spans considered,
+        first character in the context and the one after the last (None for no answer).
+        """
+        scoring: _Scoring = examples.references
+        top = options.top or 1
+        suffixes = [f"_{place + 1}" if place else "" for place in range(top)]
+        columns: Predictions = {f"{n}{suffix}": [] for suffix in suffixes for n in ("prediction", *_SPAN_FIELDS)}
+        for row, (context, _, windows) in enumerate(scoring.questions()):
+            if any(np.isnan(judged[window]).any() for window in windows):
+                refuse_nan([row], split.places)
+            found = scoring.ranked(windows, judged, may_lack_answer=self.may_lack_answer)
+            shares = plain_numbers(probabilities(np.array([score for _, score in found])))
+            for place, suffix in enumerate(suffixes):
+                text, share, low, high = None, None, None, None
+                if place < len(found):
+                    text, share = context[slice(*found[place][0])], shares[place]
+                    low, high = found[place][0] if text else (None, None)
+                for name, value in zip(("prediction", *_SPAN_FIELDS), (text, share, low, high), strict=True):
+                    columns[f"{name}{suffix}"].append(value)
+        return columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,16 +234,26 @@ class _Scoring:
             stop += count
             yield str(context or ""), _answers(value, self.split.source), range(stop - count, stop)
 
-    def best(self, context: str, windows: range, judged: Sequence[Any], *, may_lack_answer: bool) -> str:
-        """Return the span with the highest score over some windows, or "" if no answer scores higher."""
+    def ranked(
+        self, windows: range, judged: Sequence[Any], *, may_lack_answer: bool
+    ) -> list[tuple[tuple[int, int], float]]:
+        """Return spans of the context (begin, end in characters) and their scores over some windows, the best first.
+
+        ``(0, 0)``, no answer, is one of them if ``may_lack_answer`` or if there is no other.
+        """
         spans, none = [], float("inf")
         for window in windows:
             begin, end = self.offsets[window : window + 2]
             starts, ends = judged[window]
             none = min(none, float(starts[0] + ends[0]))
             spans += _best_spans(starts, ends, np.stack([self.starts[begin:end], self.ends[begin:end]], axis=1))
-        score, low, high = max(spans, default=(-np.inf, 0, 0))
-        return "" if may_lack_answer and none > score else context[low:high]
+        found: dict[tuple[int, int], float] = {}
+        for score, low, high in sorted(spans, reverse=True):
+            found.setdefault((low, high), score)  # windows overlap, and may hold the same span
+        if may_lack_answer or not found:
+            found[0, 0] = none
+        # Of equal scores, no answer comes last, and before it the later span.
+        return sorted(found.items(), key=lambda item: item[1], reverse=True)
 
 
 def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArray) -> list[tuple[float, int, int]]:

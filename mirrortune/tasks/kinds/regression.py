@@ -22,6 +22,7 @@ from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
 from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import Predictions, PredictOptions, check_numbers, plain_numbers
 
 _LARGEST = float(np.finfo(np.float32).max)  # targets are float32
 
@@ -102,6 +103,14 @@ class Task(TextTask):
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
         return np.array(judged), examples.targets
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the predicted numbers."""
+        check_numbers(np.array(judged), split.places)
+        return {"prediction": plain_numbers(np.array(judged))}
 
     def _complete_targets(self, split: Split) -> npt.NDArray[np.float32]:
         values = self.targets(split)

@@ -6,7 +6,7 @@ ROUGE of text that the model generates by greedy search, by default.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.base import Generates, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions
 from mirrortune.tasks.probes import text_probe
+from mirrortune.tasks.prompts import PromptExamples
 from mirrortune.tasks.token_scores import summed_loss
 
 _PAIRS = (
@@ -249,6 +251,29 @@ class Task(TextTask, Generates):
         """Return the generated texts and the target texts."""
         tokenizer = examples.reader.tokenizer
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in judged], examples.references()
+
+    @override
+    def prediction_options(self) -> tuple[str, ...]:
+        return GENERATION
+
+    @override
+    def encode_to_predict(
+        self, split: Split, processor: PairReader, reading: Reading, options: PredictOptions
+    ) -> PromptExamples:
+        examples = TextTask.encode_to_predict(self, split, processor, reading, options)
+        assert isinstance(examples, PairExamples)
+        shared = {f.name: getattr(examples.sources, f.name) for f in fields(examples.sources)}
+        return PromptExamples(
+            **shared, tokenizer=processor.tokenizer, options=options, is_continued=False,
+            max_new_tokens=options.max_new_tokens or self.max_target_length,
+        )  # fmt: skip
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: PromptExamples, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the generated texts, and whether each was finished rather than cut at its longest."""
+        return examples.columns(judged)
 
     @override
     def probe(self, processor: PairReader, config: Any) -> Batch:

@@ -7,6 +7,7 @@ columns of 0 and 1): binary cross-entropy of every class; f1_micro and f1_macro 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
 from mirrortune.tasks.base import OneOfClasses, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import Predictions, PredictOptions, check_numbers, plain_numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,30 @@ class Task(TextTask, OneOfClasses):
         if self.multi_label:
             return np.asarray(torch.from_numpy(np.stack(judged)).double().sigmoid().numpy())
         return OneOfClasses.probabilities(self, judged)
+
+    @override
+    def prediction_options(self) -> tuple[str, ...]:
+        return ("threshold",) if self.multi_label else ("top",)
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the most probable classes; with several labels, lists of the names whose probabilities are above the
+        threshold (0.5 by default), and of these probabilities.
+        """
+        if not self.multi_label:
+            return OneOfClasses.prediction_columns(self, judged, examples, split, options)
+        logits = np.stack(judged)
+        check_numbers(logits, split.places)
+        threshold = 0.5 if options.threshold is None else options.threshold
+        least = math.log(threshold / (1 - threshold)) if threshold else -math.inf  # 0 for 0.5, without rounding
+        found = [np.flatnonzero(row > least) for row in logits.astype(np.float64)]
+        shares = self.probabilities(judged)
+        return {
+            "prediction": [[self.labels[i] for i in chosen] for chosen in found],
+            "scores": [plain_numbers(row[chosen]) for row, chosen in zip(shares, found, strict=True)],
+        }
 
     def _targets(self, split: Split, *, allow_missing: bool) -> tuple[Targets, npt.NDArray[np.bool_]]:
         """Return the targets, (N,) or (N, C), and which rows have none, (N,)."""

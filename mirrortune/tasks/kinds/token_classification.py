@@ -31,6 +31,7 @@ from mirrortune.errors import DataError, did_you_mean
 from mirrortune.models.load import ModelSource, load_tokenizer
 from mirrortune.tasks.base import HasLabels, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, refuse_nan
 
 _WORDS = ("tokens", "words", "text", "sentence")
 _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "ner", "pos", "label", "upos")
@@ -129,24 +130,50 @@ class Task(TextTask, HasLabels):
 
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
-        """Return the tag of every word of each row, except words that were cut off."""
-        best = outputs.logits.argmax(dim=-1)
-        return [row[wanted != IGNORE_INDEX].cpu().tolist() for row, wanted in zip(best, targets, strict=True)]
+        """Return the tag of every word of each row and its probability, (W,) each, except words that were cut off."""
+        logits = outputs.logits.float()
+        best = logits.argmax(dim=-1)
+        shares = logits.softmax(dim=-1).amax(dim=-1).cpu().numpy()
+        tags, seen = best.cpu().numpy(), (targets != IGNORE_INDEX).cpu().numpy()
+        return [(tags[row][own], shares[row][own]) for row, own in enumerate(seen)]
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
         """Return the names of the tags of each row, predicted and true. Words that were cut off, or that have no
         tokens, count as predicted ``O`` (or the first tag).
         """
-        none = "O" if "O" in self.labels else self.labels[0]
         found, references = [], []
-        for given, (right, count, seen) in zip(judged, examples.references(), strict=True):
-            row = [none] * count
-            for word, tag in zip(seen, given, strict=True):
-                row[word] = self.labels[tag]
-            found.append(row)
+        for (tags, _), (right, count, seen) in zip(judged, examples.references(), strict=True):
+            found.append(self._names(tags, count, seen))
             references.append([] if right is None else [self.labels[tag] for tag in right])
         return found, references
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the entities of each row and the tags of its words; without entities, the tags and their
+        probabilities, None for words that were cut off.
+        """
+        tags, scores, entities = [], [], []
+        rows = zip(judged, examples.references(), cells(split.table, self.text_columns[0]), strict=True)
+        for number, ((found, shares), (_, count, seen), words) in enumerate(rows):
+            if np.isnan(shares).any():
+                refuse_nan([number], split.places)
+            tags.append(self._names(found, count, seen))
+            known = dict(zip(seen, plain_numbers(shares), strict=True))
+            scores.append([known.get(word) for word in range(count)])
+            entities.append(_entities(tags[-1], scores[-1], [str(word) for word in words or ()]))
+        if _are_entities(self.labels):
+            return {"prediction": entities, "tags": tags}
+        return {"prediction": tags, "scores": scores}
+
+    def _names(self, tags: npt.NDArray[np.integer[Any]], count: int, seen: Sequence[int]) -> list[str]:
+        """Return the tags of ``count`` words, from those of the words ``seen``."""
+        row = ["O" if "O" in self.labels else self.labels[0]] * count
+        for word, tag in zip(seen, tags.tolist(), strict=True):
+            row[word] = self.labels[tag]
+        return row
 
     def _references(
         self, split: Split, keep: npt.NDArray[np.bool_], places: IntArray, offsets: IntArray
@@ -176,6 +203,24 @@ class Task(TextTask, HasLabels):
 def _are_entities(names: Sequence[str]) -> bool:
     """Return whether tags have the form B-X, I-X, O (or a variant with E-, S-, L-, U-)."""
     return "O" in names and all(n == "O" or re.fullmatch(r"[BIESLU]-.+", n) for n in names)
+
+
+def _entities(tags: list[str], scores: Sequence[float | None], words: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the entities in the tags of a row, as seqeval finds them.
+
+    Returns:
+        For each its tag (without the prefix), its first word, the word after its last, its words joined by spaces, and
+        the mean of their probabilities.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities  # noqa: PLC0415
+
+    found = []
+    for tag, first, last in get_entities(tags):
+        shares = [share for share in scores[first : last + 1] if share is not None]
+        score = plain_numbers(np.array([sum(shares) / len(shares)]))[0] if shares else None
+        text = " ".join(words[first : last + 1])
+        found.append({"tag": tag, "start": first, "end": last + 1, "text": text, "score": score})
+    return found
 
 
 def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: Any, max_length: int) -> Tokens:

@@ -59,7 +59,9 @@ def test_rows_may_have_different_numbers_of_endings(tokenizer: Any) -> None:
     assert batch["input_ids"].shape[:2] == (2, 3)
     assert batch["targets"].tolist() == [[2, 3], [1, 2]]
     outputs = SimpleNamespace(logits=torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 9.0]]))
-    assert task.judge(None, {}, outputs, batch["targets"]).tolist() == [0, 0], "the copy is never chosen"
+    judged = task.judge(None, {}, outputs, batch["targets"])
+    assert [len(row) for row in judged] == [3, 2]
+    assert task.answers(judged, found)[0].tolist() == [0, 0], "the copy is never chosen"
     loss, items = task.loss({}, outputs, batch["targets"])
     assert items == 2
     assert float(loss) == pytest.approx(np.log(3) + np.log(1 + np.e))

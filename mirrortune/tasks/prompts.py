@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that a model answers by generating text, greedily or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+from typing_extensions import override
+
+from mirrortune.data.examples import Batch, IntArray, Padding, Rows, TokenExamples
+from mirrortune.data.files.row_places import RowPlaces
+from mirrortune.data.token_cache import ragged
+from mirrortune.errors import DataError
+from mirrortune.tasks.predicting import Predictions, PredictOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A generated text: its tokens without the one that ended it, and whether there was one."""
+
+    ids: list[int]
+    is_finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptExamples(TokenExamples):
+    """Prompts without answers.
+
+    Attributes:
+        tokenizer: decodes what is generated.
+        options: of sampling.
+        max_new_tokens: longest text that is generated, in tokens.
+        stops: tokens that end a text; empty for those of the model.
+        is_continued: whether the model continues the prompt, rather than reads it by an encoder.
+    """
+
+    tokenizer: Any
+    options: PredictOptions
+    max_new_tokens: int
+    stops: tuple[int, ...] = ()
+    is_continued: bool
+
+    @property
+    @override
+    def lengths(self) -> IntArray:
+        """Positions of each row with all that may be generated."""
+        return np.diff(self.offsets) + self.max_new_tokens
+
+    @override
+    def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
+        """Return ``input_ids`` and ``attention_mask`` of the given rows, (B, L) each."""
+        made = TokenExamples.batch(self, rows)
+        return {name: made[name] for name in ("input_ids", "attention_mask")}
+
+    @torch.no_grad()
+    def generate(self, model: Any, rows: Rows) -> list[Written]:
+        """Generate a text for each of the given rows; a text does not depend on the rows beside it."""
+        room = self._room(model, rows)
+        found: dict[int, Written] = {}
+        for most in np.unique(room):  # one value, unless prompts reach the end of the model's positions
+            here = rows[room == most]
+            found |= dict(zip(here.tolist(), self._generate(model, here, int(most)), strict=True))
+        return [found[row] for row in rows.tolist()]
+
+    def _generate(self, model: Any, rows: Rows, max_new_tokens: int) -> list[Written]:
+        device = next(model.parameters()).device
+        batch = {name: values.to(device) for name, values in self.batch(rows).items()}
+        stops = self.stops or _own_stops(model)
+        made = model.generate(
+            **batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False, use_cache=True,
+            eos_token_id=list(stops) or None, pad_token_id=self.padding.fill["input_ids"],
+            logits_processor=[RowSampler(self.options, rows)] if self.options.is_sampled else None,
+        )  # fmt: skip
+        begin = batch["input_ids"].shape[1] if self.is_continued else 1
+        return [_until(ids, stops) for ids in made[:, begin:].tolist()]
+
+    def _room(self, model: Any, rows: Rows) -> IntArray:
+        """Return the number of tokens that may be generated for each row, (B,): as many as the model's positions."""
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is None:
+            return np.full(len(rows), self.max_new_tokens)
+        taken = np.diff(self.offsets)[rows] if self.is_continued else np.zeros(len(rows), dtype=np.int64)
+        return np.asarray(np.clip(positions - taken, 1, self.max_new_tokens))
+
+    def columns(self, written: Sequence[Written], *, strip: bool = True) -> Predictions:
+        """Return generated texts as columns: ``prediction``, and ``finished``, whether the model ended it."""
+        texts = [str(self.tokenizer.decode(text.ids, skip_special_tokens=True)) for text in written]
+        return {
+            "prediction": [text.strip() for text in texts] if strip else texts,
+            "finished": [text.is_finished for text in written],
+        }
+
+
+class RowSampler(LogitsProcessor):
+    """Samples each row by random numbers of its own, and leaves a single token to choose.
+
+    transformers draws for a whole batch at once, so that a row's text would depend on the rows beside it.
+
+    Args:
+        options: temperature, top_p, seed, and number of the first row.
+        rows: number of each row of the batch, (B,).
+    """
+
+    def __init__(self, options: PredictOptions, rows: Rows) -> None:
+        self._temperature = 1.0 if options.temperature is None else options.temperature
+        self._top_p = 1.0 if options.top_p is None else options.top_p
+        self._draws = [np.random.default_rng([options.seed, options.first_row + row]) for row in rows.tolist()]
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return ``scores`` (B, V) with minus infinity for all but a token drawn from their softmax."""
+        shares = (scores.double() / self._temperature).softmax(dim=-1)
+        order: Tensor | None = None
+        if self._top_p < 1:
+            shares, order = shares.sort(dim=-1, descending=True, stable=True)
+            shares = shares * (shares.cumsum(dim=-1) - shares < self._top_p)
+        ends = shares.cumsum(dim=-1)
+        drawn = torch.tensor([[draw.random()] for draw in self._draws], dtype=ends.dtype, device=ends.device)
+        # A draw is below 1, so that a token of probability 0 is never the first to exceed it.
+        chosen = torch.searchsorted(ends, drawn * ends[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+        token = chosen if order is None else order.gather(1, chosen)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def prompt_examples(
+    prompts: Sequence[Sequence[int]], places: RowPlaces, tokenizer: Any, options: PredictOptions, *,
+    max_length: int, max_new_tokens: int, stops: tuple[int, ...], cut: bool,
+) -> PromptExamples:  # fmt: skip
+    """Return prompts that a model continues, padded on the left.
+
+    Args:
+        prompts: tokens of each row.
+        places: of the rows, for messages.
+        tokenizer: of transformers.
+        options: of sampling.
+        max_length: longest prompt, in tokens.
+        max_new_tokens: unless ``options`` has another number.
+        stops: tokens that end an answer.
+        cut: keep the last ``max_length`` tokens of longer prompts, rather than refuse them.
+
+    Raises:
+        DataError: for prompts without a token, or that are too long.
+    """
+    if empty := [row for row, ids in enumerate(prompts) if not ids]:
+        raise DataError(places.source, f"{len(empty)} of {len(prompts)} rows have no text to answer "
+                        f"({places.listed(empty)})", fix="Fill or remove them")  # fmt: skip
+    long = [row for row, ids in enumerate(prompts) if len(ids) > max_length]
+    if long and not cut:
+        most = max(len(prompts[row]) for row in long)
+        raise DataError(
+            places.source, f"{len(long)} of {len(prompts)} prompts are too long, up to {most:,} tokens "
+            f"({places.listed(long)})",
+            allowed=f"{max_length:,} tokens", fix="Raise --max-length, or shorten them",
+        )  # fmt: skip
+    flat, offsets = ragged([ids[-max_length:] for ids in prompts])
+    return PromptExamples(
+        features={"input_ids": flat}, offsets=offsets, targets=None, max_length=max_length,
+        padding=Padding(side="left", fill={"input_ids": tokenizer.pad_token_id or 0}), num_truncated=len(long),
+        num_unlabelled=len(prompts), tokenizer=tokenizer, options=options, stops=stops, is_continued=True,
+        max_new_tokens=options.max_new_tokens or max_new_tokens,
+    )  # fmt: skip
+
+
+def _own_stops(model: Any) -> tuple[int, ...]:
+    ends = model.generation_config.eos_token_id
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+
+
+def _until(ids: list[int], stops: Sequence[int]) -> Written:
+    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    return Written(ids=ids[:end], is_finished=end is not None)
