@@ -99,7 +99,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_LOOP, "--patience", "train.patience", int, "Stop after this many evaluations without a better one."),
     _flag(_LOOP, "--keep", "train.keep", int, "Last checkpoints kept, besides the best."),
     _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
-    _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32 or bf16."),
+    _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32, bf16, or fp16 with gradient scaling; auto is bf16, or fp16 on GPUs without it."),
     _flag(_LOOP, "--compile", "train.compile", bool, "Compile the model; pays in long runs."),
     _flag(_LOOP, "--track", "train.track", str, "Send the log to a tracker too: tensorboard, wandb, mlflow or trackio."),
     _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),

@@ -196,8 +196,9 @@ class TrainSection(_Section):
     """AdamW's decay, on matrices only; adapters and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the base model; auto is bf16 on GPUs that have it and fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the base model; auto is bf16 on GPUs that have it, fp16 (with gradient scaling) on other GPUs, and
+    fp32 elsewhere."""
     compile: bool = False
     """Compile the model by torch.compile: the first steps take minutes, later ones may be faster, by what depends on
     model and machine. Results differ in rounding."""

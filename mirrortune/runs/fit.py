@@ -28,7 +28,7 @@ from mirrortune.runs.memory import Footprint
 from mirrortune.runs.size import Load, Plan, default_eval_batch, footprint, strategies_of
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.cache import mebibytes
-from mirrortune.system.devices import is_slow, peak_resident_bytes
+from mirrortune.system.devices import has_bf16, is_slow, peak_resident_bytes
 from mirrortune.system.paths import cache_folder
 from mirrortune.tasks.base import Task
 
@@ -341,8 +341,9 @@ def _half(step: Step, stage: Stage) -> list[tuple[str, Step]]:
 
 def _half_compute(step: Step, stage: Stage) -> list[tuple[str, Step]]:
     is_cuda = stage.device == "cuda"
-    can = torch.cuda.is_bf16_supported() if is_cuda else not is_slow(torch.bfloat16, torch.device(stage.device))
-    return [("--precision bf16", replace(step, is_16bit_compute=True))] if can and not step.is_16bit_compute else []
+    can = is_cuda or not is_slow(torch.bfloat16, torch.device(stage.device))
+    name = "fp16" if is_cuda and not has_bf16() else "bf16"
+    return [(f"--precision {name}", replace(step, is_16bit_compute=True))] if can and not step.is_16bit_compute else []
 
 
 def _lower_rank(step: Step, stage: Stage) -> list[tuple[str, Step]]:

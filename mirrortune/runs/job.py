@@ -284,7 +284,7 @@ def _fit(
     step = Step(
         spec=base.spec, dtype=base.dtype, rows=min(loop.batch_size, len(stage.train)),
         accumulation=loop.gradient_accumulation_steps,
-        is_16bit_compute=resolve_precision(settings.model.precision) == "bf16", scored=settings.eval.batch_size,
+        is_16bit_compute=resolve_precision(settings.model.precision) != "fp32", scored=settings.eval.batch_size,
     )  # fmt: skip
     estimate, scored_rows, scored_positions = stage.sized(step)
     found = quantised(estimate, base.source.load_in, plan, base.dtype)

@@ -202,6 +202,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
         accelerator: of this process.
         strategies: layers by strategy.
     """
+    precision = resolve_precision(job.settings.model.precision)
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
     packages += ["peft"] if job.spec.preset.peft else []
     packages += ["deepspeed"] if Sharding.of(accelerator).stage else []
@@ -212,7 +213,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
         "packages": {name: metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
         "num_processes": accelerator.num_processes,
-        "mixed_precision": "bf16" if resolve_precision(job.settings.model.precision) == "bf16" else "no",
+        "mixed_precision": {"fp32": "no"}.get(precision, precision),
         "strategies": strategies,
         "seed": job.settings.loop.seed,
         "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},

@@ -199,6 +199,9 @@ def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
     if result.stopped_early:
         count = job.settings.loop.patience
         yield f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one"
+    if result.skipped_steps:
+        skipped = f"{result.skipped_steps} of {result.global_step} steps"
+        yield f"{skipped} were skipped because their gradients overflowed in float16"
     name, before = job.task.selection_metric, result.metrics_before
     sign = 1 if METRICS[name].higher_is_better else -1
     if before is not None and sign * result.metrics[name] <= sign * before[name]:

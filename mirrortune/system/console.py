@@ -292,4 +292,6 @@ def kilobytes(num_bytes: int) -> str:
 
 
 def _format(value: float) -> str:
+    if isinstance(value, int):  # a count
+        return f"{value:,}"
     return f"{value:.4f}" if abs(value) >= 1e-2 or value == 0 else f"{value:.2e}"

@@ -28,13 +28,39 @@ def default_device() -> torch.device:
 
 
 def resolve_precision(asked: str) -> str:
-    """Return ``fp32`` or ``bf16`` for ``train.precision``; raises ResourceError for bf16 on a GPU that lacks it."""
-    has_gpu = torch.cuda.is_available()
+    """Return ``fp32``, ``bf16`` or ``fp16`` for ``train.precision``.
+
+    ``auto`` is bf16 on GPUs that compute in it, fp16 on other GPUs (V100, T4), and fp32 elsewhere.
+
+    Raises:
+        ResourceError: the device has no such arithmetic, or the launcher shards the model and fp16 was asked for.
+    """
+    has_gpu = default_device().type == "cuda"
     if asked == "auto":
-        return "bf16" if has_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        if not has_gpu:
+            return "fp32"
+        if has_bf16():
+            return "bf16"
+        return "fp32" if _is_sharded() else "fp16"
     if asked == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
-        raise ResourceError("train.precision", "this GPU has no bf16", fix="Use --precision fp32")
+        raise ResourceError("train.precision", "this GPU has no bf16", fix="Use --precision fp16 or fp32")
+    if asked == "fp16" and default_device().type == "mps":
+        raise ResourceError("train.precision", "fp16 was not tried on MPS", fix="Use --precision fp32")
+    if asked == "fp16" and _is_sharded():
+        raise ResourceError(
+            "train.precision", "gradients are not scaled under FSDP and DeepSpeed, which fp16 needs",
+            allowed="auto, bf16 or fp32", fix="Use --precision bf16, or ddp on GPUs without it",
+        )  # fmt: skip
     return asked
+
+
+def has_bf16() -> bool:
+    """Return whether the GPU computes in bfloat16 itself; torch emulates it, slowly, on those before Ampere."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _is_sharded() -> bool:
+    return is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED")
 
 
 # Compute capabilities of NVIDIA's data-centre GPUs (P100, V100, A100, H100, B200), whose float64 rate is half of the
@@ -116,9 +142,11 @@ def widen(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:
-    """Return bfloat16 autocast if any weight of ``model`` is in 16 bits, else a null context."""
+    """Return bfloat16 autocast if any weight of ``model`` is in 16 bits and no autocast is on, else a null context."""
     if holds_half(model):
-        return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+        device = next(model.parameters()).device.type
+        if not torch.is_autocast_enabled(device):  # another may be float16
+            return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
 
 

@@ -70,6 +70,8 @@ class LoopState:
         window_loss, window_items: loss summed since the last log line, and over how many items.
         num_processes: ranks that took part.
         places: where each of them was in its share of streamed rows; None for rows that are not.
+        skipped_steps: steps so far that were left out because gradients overflowed in float16.
+        skipped_in_a_row: the latest of them, without a step that was made after them.
     """
 
     global_step: int = 0
@@ -85,6 +87,8 @@ class LoopState:
     window_items: int = 0
     num_processes: int = 1
     places: list[dict[str, int]] | None = None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class RunDirectory:

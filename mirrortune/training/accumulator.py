@@ -19,7 +19,8 @@ class Totals:
         loss_sum, num_items: sums over the finite steps since the window was opened.
         step: the latest step, or the first one that was not finite.
         loss, grad_norm: mean loss of that step, and norm of its mean gradient before clipping.
-        is_finite: whether all steps were finite; none is made from the first on that is not.
+        is_finite: whether all steps were finite; none is made from the first on that is not. Steps that
+            :meth:`Tally.skip` has recorded do not count.
     """
 
     loss_sum: float
@@ -61,6 +62,17 @@ class Tally:
         self._broken = self._broken | ~torch.isfinite(latest).all()
         self._window = self._window + torch.where(self._broken, torch.zeros_like(totals), totals)
         return self._broken.float()
+
+    def skip(self, totals: Tensor) -> None:
+        """Add the loss of a step that is not made because a gradient overflowed, where that loss is finite.
+
+        Args:
+            totals: loss sum and number of items of the global batch, shape (2,).
+        """
+        is_finite = torch.isfinite(totals).all()
+        self._window = self._window + torch.where(is_finite, totals, torch.zeros_like(totals))
+        latest = torch.stack([self._latest[0], totals[0] / totals[1], self._latest[2]])
+        self._latest = torch.where(is_finite, latest, self._latest)
 
     def open_window(self, loss_sum: float = 0.0, num_items: int = 0) -> None:
         """Start a window of the log, or restore one that was interrupted."""

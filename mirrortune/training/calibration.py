@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,12 +95,12 @@ def measure_saliency(
     head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
     start = {n: p.detach().clone() for n, p in head.items()}
     _only(model, list(head.values()))
-    with Sharding.of(accelerator).autocast():
+    with _autocast(accelerator):
         _warm_up(model, list(head.values()), task, examples, rows, settings, accelerator.device)
     _only(model, [target.weight(model) for target in targets.layers.values()])
     found: dict[str, Tensor] = {}
     for batch in itertools.islice(rows, settings.num_batches):
-        with Sharding.of(accelerator).autocast():
+        with _autocast(accelerator):
             _backward(model, task, examples, batch, accelerator.device)
         if settings.saliency == "rms":
             _add(found, model, targets, factor_source, settings)
@@ -113,6 +113,11 @@ def measure_saliency(
         parameter.requires_grad_(wants_gradient)
     model.train(was_training)
     return {name: s.sqrt() if settings.saliency == "rms" else s for name, s in found.items()}
+
+
+def _autocast(accelerator: Any) -> AbstractContextManager[object]:
+    """The arithmetic of the run; float32 instead of float16, in which gradients that are not scaled round to zero."""
+    return nullcontext() if accelerator.scaler is not None else Sharding.of(accelerator).autocast()
 
 
 def _warm_up(

@@ -17,6 +17,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.distributed import sharding, sync
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import LoopState, RunDirectory
+from mirrortune.training.step import Update
 
 
 class Snapshots:
@@ -29,6 +30,7 @@ class Snapshots:
         run: directory of the checkpoints.
         write_adapter_files: writes the adapter into a folder.
         keep: number of last checkpoints kept, besides the best.
+        update: makes the steps; it may have a state of its own.
     """
 
     def __init__(
@@ -40,9 +42,11 @@ class Snapshots:
         run: RunDirectory,
         write_adapter_files: Callable[[Path], object],
         keep: int,
+        update: Update,
     ) -> None:
         self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
         self.run, self.write_adapter_files, self.keep = run, write_adapter_files, keep
+        self.update = update
         self.last_step = 0
         self._trained = {**adapter_parameters(model), **plain_parameters(model)}
 
@@ -59,6 +63,7 @@ class Snapshots:
         index = self.accelerator.process_index
         own = [(f"random.{index}.{name}", tensor) for name, tensor in random_tensors().items()]
         tensors = optimizer_tensors(self.optimizer, self._trained) | dict(sync.gather_lists(self.accelerator, own))
+        tensors |= self.update.tensors()
         state.is_interim = is_interim
         with whole_parameters(self.model):
             sync.from_main(
@@ -91,6 +96,7 @@ class Snapshots:
         with whole_parameters(self.model, write_back=True):
             restore_trained(self.model, read_adapter(folder))
         restore_optimizer(self.optimizer, self._trained, tensors)
+        self.update.restore(tensors)
         prefix = f"random.{self.accelerator.process_index}."
         restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.last_step = state.global_step

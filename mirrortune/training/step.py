@@ -2,19 +2,22 @@
 """One optimizer step on one global batch.
 
 Micro-batches are summed, not averaged, and the gradient is divided by the number of items in the global batch over all
-ranks, so that a step does not depend on how the batch is split. Nothing here waits for the device: loss, norm and
-whether they are finite stay there (``accumulator.py``), and a step that is not finite is skipped there.
+ranks, so that a step does not depend on how the batch is split. But in float16, nothing here waits for the device:
+loss, norm and whether they are finite stay there (``accumulator.py``), and a step that is not finite is skipped there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.data.loader import MicroBatch, forward
 from mirrortune.system.distributed.sharding import Sharding, own_share, whole
@@ -22,8 +25,42 @@ from mirrortune.tasks.base import Task
 from mirrortune.training.accumulator import Tally
 from mirrortune.training.optim import set_lr
 
+_OF_SCALER = ("scale", "_growth_tracker")
 
-class PlainUpdate:
+
+class Update(ABC):
+    """How gradients are added up and steps are made on the processes of a run."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, items: int | Tensor, *, is_last: bool) -> None:
+        """Add the gradients of the loss of a micro-batch, summed over ``items``; ``is_last`` of its step."""
+
+    @abstractmethod
+    def step(self, totals: Tensor, number: int) -> bool:
+        """Divide the gradients by the items, clip and step, unless these or earlier ones were not finite.
+
+        Args:
+            totals: loss sum and number of items of the global batch, shape (2,).
+            number: of the step, from 1.
+
+        Returns:
+            False if gradients overflowed in float16: the step is left out, and the next one may be made.
+        """
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of the loss in the backward pass; None where it has none."""
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state that a checkpoint keeps besides the optimizer's, by name."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027  (most have nothing to restore)
+        """Restore what :meth:`tensors` returned; other tensors may be among them."""
+
+
+class PlainUpdate(Update):
     """Gradients and steps on one process, or on several under DistributedDataParallel or FSDP2.
 
     Args:
@@ -37,29 +74,102 @@ class PlainUpdate:
         self.optimizer, self.accelerator = optimizer, accelerator
         self.tally, self.max_grad_norm = tally, max_grad_norm
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of the summed loss of a micro-batch; ``is_last`` of its step."""
+    @override
+    def backward(self, loss: Tensor, items: int | Tensor, *, is_last: bool) -> None:
         self.accelerator.backward(loss)
 
-    def step(self, totals: Tensor, number: int) -> None:
-        """Divide the gradients by the items, clip and step, unless these or earlier ones were not finite.
-
-        Args:
-            totals: loss sum and number of items of the global batch, shape (2,).
-            number: of the step, from 1.
-        """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
-        # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
-        torch._foreach_mul_(gradients, self.accelerator.num_processes / totals[1])
-        norm = whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
+    @override
+    def step(self, totals: Tensor, number: int) -> bool:
+        norm = self._clip(self.accelerator.num_processes / totals[1])
         self.optimizer.optimizer.found_inf = self.tally.add(totals, norm, number)  # what makes fused AdamW skip a step
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return True
+
+    def _clip(self, factor: Tensor) -> Tensor:
+        """Multiply the gradients by ``factor``, clip them, and return their norm before that, shape ()."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
+        # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
+        torch._foreach_mul_(gradients, factor)
+        return whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
 
 
-class ZeroUpdate:
-    """Gradients and steps by DeepSpeed's engine; the methods are those of :class:`PlainUpdate`.
+class ScaledUpdate(PlainUpdate):
+    """Gradients and steps in float16: losses are scaled up, since small gradients would round to zero.
+
+    A step whose gradients overflow is left out, and the scale halves. Each step waits for the device to know that.
+
+    Args:
+        optimizer: prepared by ``accelerator``.
+        accelerator: accelerate's ``Accelerator``, with a scaler.
+        tally: sums of the steps.
+        max_grad_norm: gradients are scaled down to this norm, once they have their own scale again.
+        num_micro: micro-batches per rank and step.
+    """
+
+    def __init__(self, optimizer: Any, accelerator: Any, tally: Tally, max_grad_norm: float, *, num_micro: int) -> None:
+        super().__init__(optimizer, accelerator, tally, max_grad_norm)
+        self.num_micro, self._is_fresh = num_micro, True
+
+    @override
+    def backward(self, loss: Tensor, items: int | Tensor, *, is_last: bool) -> None:
+        if self._is_fresh:
+            self._choose_scale(items)
+        self.accelerator.backward(loss)
+
+    def _choose_scale(self, items: int | Tensor) -> None:
+        """Divide torch's initial scale, which is for mean losses, by about the ``items`` of a global batch."""
+        own = torch.as_tensor(items, dtype=torch.float32, device=self.accelerator.device)
+        count = float(self.accelerator.reduce(own, reduction="sum")) * self.num_micro
+        state = self.accelerator.scaler.state_dict()
+        scale = state["scale"] / 2.0 ** round(math.log2(max(1.0, count)))
+        self.accelerator.scaler.load_state_dict({**state, "scale": scale})
+        self._is_fresh = False
+
+    def _back_off(self) -> None:
+        """Halve the scale and let it stay for the usual number of steps, as the scaler does after an overflow."""
+        scaler = self.accelerator.scaler
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 0})
+
+    @property
+    @override
+    def scale(self) -> float | None:
+        return float(self.accelerator.scaler.get_scale())
+
+    @override
+    def tensors(self) -> dict[str, Tensor]:
+        state = {} if self._is_fresh else self.accelerator.scaler.state_dict()
+        return {f"scaler.{name}": torch.tensor(state[name], dtype=torch.float64) for name in _OF_SCALER if state}
+
+    @override
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        found = {name: tensors[f"scaler.{name}"].item() for name in _OF_SCALER if f"scaler.{name}" in tensors}
+        if found:
+            state = self.accelerator.scaler.state_dict()
+            self.accelerator.scaler.load_state_dict(
+                {**state, **found, "_growth_tracker": int(found["_growth_tracker"])}
+            )
+            self._is_fresh = False
+
+    @override
+    def step(self, totals: Tensor, number: int) -> bool:
+        # The last term makes the norm of a step with a loss that is not finite NaN.
+        norm = self._clip(self.accelerator.num_processes / totals[1] + 0 * totals[0])
+        is_made = bool(torch.isfinite(norm))
+        if is_made:
+            self.tally.add(totals, norm, number)
+            self.optimizer.step()
+        else:
+            self.tally.skip(totals)
+            self._back_off()
+        self.optimizer.zero_grad()
+        return is_made
+
+
+class ZeroUpdate(Update):
+    """Gradients and steps by DeepSpeed's engine.
 
     Args:
         engine: DeepSpeed's engine.
@@ -71,13 +181,13 @@ class ZeroUpdate:
         self.engine, self.num_processes, self.tally = engine, num_processes, tally
         self._is_broken = False
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of the summed loss of a micro-batch; ``is_last`` of its step."""
+    @override
+    def backward(self, loss: Tensor, items: int | Tensor, *, is_last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, totals: Tensor, number: int) -> None:
-        """Divide, clip and step as :meth:`PlainUpdate.step` does."""
+    @override
+    def step(self, totals: Tensor, number: int) -> bool:
         optimizer, norm = self.engine.optimizer, math.nan
         loss, items = totals.tolist()  # DeepSpeed waits for the device in every step anyway
         if math.isfinite(loss) and items and not self._is_broken:
@@ -87,13 +197,17 @@ class ZeroUpdate:
             norm = math.nan if optimizer.overflow else float(self.engine.get_global_grad_norm())
         self._is_broken |= not math.isfinite(norm)
         self.tally.add(totals, totals.new_tensor(norm), number)
-
-
-Update = PlainUpdate | ZeroUpdate
+        return True
 
 
 def make_update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, tally: Tally, max_grad_norm: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Any,
+    tally: Tally,
+    *,
+    max_grad_norm: float,
+    num_micro: int,
 ) -> tuple[Any, Any, Update]:
     """Prepare a model and its optimizer for the processes of a run; returns both with the update that makes steps.
 
@@ -103,12 +217,31 @@ def make_update(
         accelerator: accelerate's ``Accelerator``.
         tally: sums of the steps.
         max_grad_norm: gradients are scaled down to this norm.
+        num_micro: micro-batches per rank and step.
     """
     sharding = Sharding.of(accelerator)
     prepared, wrapped = sharding.prepare(model, optimizer, max_grad_norm=max_grad_norm)
     if sharding.stage:
         return prepared, wrapped, ZeroUpdate(prepared, accelerator.num_processes, tally)
+    if accelerator.scaler is not None:
+        scaled = ScaledUpdate(wrapped, accelerator, tally, max_grad_norm, num_micro=num_micro)
+        return prepared, wrapped, scaled
     return prepared, wrapped, PlainUpdate(wrapped, accelerator, tally, max_grad_norm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step consumed.
+
+    Attributes:
+        rows: of the global batch.
+        tokens: of the global batch without padding; None for rows that are not text.
+        is_made: False if gradients overflowed in float16 and the step was left out.
+    """
+
+    rows: int
+    tokens: int | None
+    is_made: bool
 
 
 class Stepper:
@@ -136,7 +269,7 @@ class Stepper:
         self.model, self.optimizer, self.update, self.accelerator = model, optimizer, update, accelerator
         self.task, self.tally, self.num_micro = task, tally, num_micro
 
-    def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> tuple[int, int | None]:
+    def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> StepResult:
         """Make the step of the next global batch, at ``lr_factor`` times the peak learning rates.
 
         From the first step on whose loss or gradient is not finite, parameters and moments stay as they are; the tally
@@ -147,15 +280,13 @@ class Stepper:
             micro_batches: those of this rank; ``num_micro`` are consumed.
             lr_factor: share of the peak learning rates.
 
-        Returns:
-            Number of rows of the global batch, and of tokens where rows are text.
         """
         totals, last = self._accumulate(micro_batches)
         if self.accelerator.num_processes > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
         set_lr(self.optimizer, lr_factor)
-        self.update.step(totals, number)
-        return last.num_rows_of_step, last.num_tokens_of_step
+        is_made = self.update.step(totals, number)
+        return StepResult(rows=last.num_rows_of_step, tokens=last.num_tokens_of_step, is_made=is_made)
 
     def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, MicroBatch]:
         """Accumulate gradients of this rank; returns loss sum and number of items, (2,), and the last micro-batch."""
@@ -164,7 +295,7 @@ class Stepper:
             part = next(micro_batches)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss, items = self._micro_loss(part)
-                self.update.backward(loss, is_last=left == 0)
+                self.update.backward(loss, items, is_last=left == 0)
             totals[0] += loss.detach()
             totals[1] += items
         return totals, part

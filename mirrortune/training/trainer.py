@@ -30,10 +30,12 @@ from mirrortune.training.evaluate import EvalResult, EvaluationStoppedError, eva
 from mirrortune.training.optim import build_optimizer, lr_factor
 from mirrortune.training.settings import FitResult, LoopSettings, Progress
 from mirrortune.training.snapshots import Snapshots, random_tensors, restore_random
-from mirrortune.training.step import Stepper, make_update
+from mirrortune.training.step import Stepper, StepResult, make_update
 
 _SHOW_AFTER_SECONDS = 10.0
 """Seconds without a line of the log after which the latest step is shown."""
+_MOST_SKIPPED = 20
+"""Steps in a row with overflowing gradients after which no scale helps: they divide it by a million."""
 
 
 class Trainer:
@@ -84,15 +86,16 @@ class Trainer:
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
         optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
         self.bare_model, self.has_head = model, bool(attachment(model).targets.head)
-        self.model, self.optimizer, update = make_update(
-            model, optimizer, accelerator, self.tally, settings.max_grad_norm
-        )
+        self.model, self.optimizer, self.update = make_update(
+            model, optimizer, accelerator, self.tally,
+            max_grad_norm=settings.max_grad_norm, num_micro=settings.gradient_accumulation_steps,
+        )  # fmt: skip
         self.snapshots = Snapshots(
             model, self.optimizer.optimizer, accelerator, run=run, write_adapter_files=write_adapter_files,
-            keep=settings.keep,
+            keep=settings.keep, update=self.update,
         )  # fmt: skip
         self.stepper = Stepper(
-            self.model, self.optimizer, update, accelerator, task=task, tally=self.tally,
+            self.model, self.optimizer, self.update, accelerator, task=task, tally=self.tally,
             num_micro=settings.gradient_accumulation_steps,
         )  # fmt: skip
         self.state = LoopState(num_processes=accelerator.num_processes)
@@ -150,6 +153,7 @@ class Trainer:
             samples_per_second=self._rows / seconds if seconds else 0.0,
             tokens_per_second=self._tokens / seconds if self._is_text and seconds else None,
             median_step_seconds=statistics.median(step_seconds or [0.0]),
+            skipped_steps=state.skipped_steps,
         )
 
     def _is_done(self) -> bool:
@@ -165,26 +169,37 @@ class Trainer:
         with closing(self.feed.micro_batches(state.epoch, state.step_in_epoch, left)) as micro_batches:
             while not self._is_done():
                 self.clock.start()
-                rows, tokens = self.stepper.step(
-                    state.global_step + 1, micro_batches, self._lr_factor(state.global_step)
-                )
+                # A step that was left out does not count for the schedule.
+                factor = self._lr_factor(state.global_step - state.skipped_steps)
+                done = self.stepper.step(state.global_step + 1, micro_batches, factor)
                 self.clock.stop()
                 state.global_step += 1
                 state.step_in_epoch += 1
                 if state.step_in_epoch == self.steps_per_epoch:
                     state.epoch, state.step_in_epoch = state.epoch + 1, 0
-                self._count(rows, tokens)
+                self._count(done)
                 if state.global_step >= self.total_steps or state.global_step % self.settings.log_every_steps == 0:
                     self._log_training()
                 elif self.accelerator.is_main_process:
                     self._show_if_due()
                 self._finish_step()
 
-    def _count(self, rows: int, tokens: int | None) -> None:
-        self._rows += rows
-        self._tokens, self._is_text = self._tokens + (tokens or 0), tokens is not None
+    def _count(self, done: StepResult) -> None:
+        """Count rows and tokens of a step, and whether it was made.
+
+        Raises:
+            DivergedError: gradients overflow at any scale.
+        """
+        state = self.state
+        self._rows += done.rows
+        self._tokens, self._is_text = self._tokens + (done.tokens or 0), done.tokens is not None
+        state.skipped_steps += not done.is_made
+        state.skipped_in_a_row = 0 if done.is_made else state.skipped_in_a_row + 1
         if self.accelerator.is_main_process:
-            self.progress.on_step(self.state.global_step, rows, tokens)
+            self.progress.on_step(state.global_step, done.rows, done.tokens)
+        if state.skipped_in_a_row >= _MOST_SKIPPED:
+            problem = f"gradients overflowed in float16 in {_MOST_SKIPPED} steps in a row, down to a scale of"
+            raise self._diverged(state.global_step, f"{problem} {self.update.scale:g}")
 
     def _show_if_due(self) -> None:
         """Show a step between two lines of the log, whose own lines depend on seed and settings and not on time."""
@@ -298,13 +313,20 @@ class Trainer:
 
     def _log_training(self) -> None:
         reading = self._read_tally()
+        if not reading.num_items and self.update.scale is not None:  # in float16, no loss of the window was finite
+            return
         loss = reading.loss_sum / max(1, reading.num_items)
         group = max(self.optimizer.param_groups, key=lambda g: float(g["peak_lr"]))  # a peak may be 0
         factor = group["lr"] / (group["peak_lr"] or 1.0)
         rates = {"lr": self.settings.lr * factor}
         if self.has_head:
             rates["head_lr"] = self.settings.head_lr * factor
-        self._log({"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": reading.grad_norm})
+        scaled: dict[str, float] = {}
+        if self.update.scale is not None:
+            scaled = {"loss_scale": self.update.scale, "skipped_steps": self.state.skipped_steps}
+        self._log(
+            {"event": "train", **self._position(), "loss": loss, **rates, "grad_norm": reading.grad_norm, **scaled}
+        )
         self.tally.open_window()
         self._shown_at = time.monotonic()
 
@@ -342,9 +364,8 @@ class Trainer:
         good = (
             f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
         )
-        error = DivergedError(
-            step,
-            f"{problem}, and {good}",
-            fix="Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume",
-        )
+        fix = "Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume"
+        if self.update.scale is not None:
+            fix = f"Use --precision fp32 if the model's own numbers exceed float16's. {fix}"
+        error = DivergedError(step, f"{problem}, and {good}", fix=fix)
         return sync.told_once(self.accelerator, error)

@@ -27,7 +27,7 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
     """Make accelerate's ``Accelerator`` for this process.
 
     Args:
-        precision: ``auto``, ``fp32`` or ``bf16``.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         has_idle_parameters: whether some trained parameters may not contribute to a loss.
 
     Raises:
@@ -36,19 +36,21 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
     from accelerate import Accelerator, DistributedDataParallelKwargs  # noqa: PLC0415  (two seconds to import)
     from accelerate.utils import GradientAccumulationPlugin  # noqa: PLC0415
 
-    is_cpu, is_bf16 = default_device().type == "cpu", resolve_precision(precision) == "bf16"
+    is_cpu, resolved = default_device().type == "cpu", resolve_precision(precision)
     has_zero = is_set("ACCELERATE_USE_DEEPSPEED")
     if has_zero and is_cpu:
         raise ResourceError("accelerate launch", "DeepSpeed needs GPUs: accelerate starts it on accelerators only")
     accelerator = Accelerator(
-        mixed_precision="bf16" if is_bf16 and not has_zero else "no",
+        mixed_precision="no" if has_zero or resolved == "fp32" else resolved,
         # Without this, accelerate treats each of torchrun's processes on a CPU as a run of its own.
         cpu=is_cpu,
-        deepspeed_plugin=deepspeed.make_plugin(is_bf16=is_bf16) if has_zero else None,
+        deepspeed_plugin=deepspeed.make_plugin(is_bf16=resolved == "bf16") if has_zero else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters)],
         # The loop accumulates; accelerate would take another number from its config file and divide by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if is_cpu and resolved == "fp16":  # accelerate leaves both out on a CPU; torch has them
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     if has_zero:
         deepspeed.load_whole()
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
