@@ -21,6 +21,18 @@ from mirrortune.errors import ConfigError, did_you_mean, unknown_name
 T = TypeVar("T", bound=Callable[..., Any])
 
 
+def task_kinds() -> list[str]:
+    """Return the names of the kinds of task, which are the modules of ``tasks/kinds``; imports none of them."""
+    return _module_names("mirrortune.tasks.kinds")
+
+
+def _module_names(package: str) -> list[str]:
+    """Return the names of a package's public modules, sorted, with hyphens as in recipes; imports none of them."""
+    spec = importlib.util.find_spec(package)
+    modules = pkgutil.iter_modules(spec.submodule_search_locations) if spec else ()
+    return sorted(m.name.replace("_", "-") for m in modules if not m.name.startswith("_"))
+
+
 class Registry(Generic[T]):
     """Named callables of one kind.
 
@@ -56,9 +68,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Return all names, sorted; imports nothing."""
-        spec = importlib.util.find_spec(self.package) if self.package else None
-        modules = pkgutil.iter_modules(spec.submodule_search_locations) if spec else ()
-        return sorted({*self._items, *(m.name.replace("_", "-") for m in modules if not m.name.startswith("_"))})
+        return sorted({*self._items, *(_module_names(self.package) if self.package else ())})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -23,6 +23,7 @@ from mirrortune.adapters.core import CORES, Coefficients, Core
 from mirrortune.adapters.methods import method_names
 from mirrortune.adapters.pairings.rules import PAIRINGS
 from mirrortune.config import recipe
+from mirrortune.registry import task_kinds
 from tests.cli.console import mirrortune
 from tests.generated_docs import PAGES, RESULTS, ROOT, find_command, render
 from tests.tiny_models import tiny_tokenizer, write_tiny_model
@@ -60,7 +61,7 @@ def test_every_link_and_anchor_resolves(name: str) -> None:
 
 def test_everything_is_named() -> None:
     pages = "\n".join(DOCS.values())
-    names = [*method_names(), *recipe.shipped_recipes(), *recipe.task_kinds()]
+    names = [*method_names(), *recipe.shipped_recipes(), *task_kinds()]
     assert [name for name in names if f"`{name}`" not in pages] == []
     results = [path.name for path in RESULTS.iterdir()]
     assert [name for name in results if not re.search(rf"\b{re.escape(name)}\b", pages)] == []
@@ -238,7 +239,7 @@ def check_parses(words: list[str]) -> None:
     recipe.resolve([recipe.override_layer([word for word in given if "=" in word])])
     shipped = [word for word in given if "=" not in word and not word.endswith(".yaml")]
     task = parsed.get("task")
-    shipped += [task] if task and task not in recipe.task_kinds() else []
+    shipped += [task] if task and task not in task_kinds() else []
     assert set(shipped) <= set(recipe.shipped_recipes()), words
 
 

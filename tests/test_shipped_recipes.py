@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from mirrortune.cli.editor_schema import editor_schema
-from mirrortune.config.recipe import read_recipe, resolve, shipped_recipes, task_kinds
+from mirrortune.config.recipe import read_recipe, resolve, shipped_recipes
 from mirrortune.config.schema import Recipe
 from mirrortune.data.dataset import load_data
+from mirrortune.registry import task_kinds
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.system.console import Reporter

@@ -337,10 +337,11 @@ def _resolve(
         ConfigError: all problems of all layers at once.
     """
     from mirrortune.config import recipe  # noqa: PLC0415
+    from mirrortune.registry import task_kinds  # noqa: PLC0415
 
     overrides = [w for w in words or [] if _OVERRIDE.match(w)]
     names = [w for w in words or [] if not _OVERRIDE.match(w)]
-    kinds = recipe.task_kinds()
+    kinds = task_kinds()
     layers = [beneath] if beneath else []
     errors: list[ConfigError] = []
 

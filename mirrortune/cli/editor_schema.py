@@ -12,8 +12,8 @@ from typing import Any
 
 from mirrortune.adapters.methods import method_names
 from mirrortune.adapters.pairings.rules import PAIRINGS
-from mirrortune.config.recipe import task_kinds
 from mirrortune.config.schema import Recipe
+from mirrortune.registry import task_kinds
 from mirrortune.system.paths import shipped_folder
 from mirrortune.tasks.metrics import METRICS
 

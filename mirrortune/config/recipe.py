@@ -81,12 +81,6 @@ def shipped_recipes() -> list[str]:
     return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
 
-def task_kinds() -> list[str]:
-    """Return the names of the kinds of task, by the files of ``tasks/kinds``; imports none of them."""
-    folder = Path(__file__).parents[1] / "tasks" / "kinds"
-    return sorted(p.stem.replace("_", "-") for p in folder.glob("[!_]*.py"))
-
-
 def read_recipe(name: str, where: str = "RECIPE") -> Layer:
     """Read a shipped recipe (``glue/sst2``) or a YAML file as a layer.
 

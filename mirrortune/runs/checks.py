@@ -12,12 +12,13 @@ from mirrortune.adapters.files.tensors import Form
 from mirrortune.adapters.methods import preset
 from mirrortune.adapters.peft_bridge.options import check_options
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked, check_spec, needs_saliency
-from mirrortune.config.recipe import Resolved, task_kinds
+from mirrortune.config.recipe import Resolved
 from mirrortune.config.schema import Recipe
 from mirrortune.data.dataset import Split
 from mirrortune.data.stream import stream_problems
 from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.models.load import ModelSource, check_attention, find_model
+from mirrortune.registry import task_kinds
 from mirrortune.system.compiler import check_compiler
 from mirrortune.system.devices import default_device
 from mirrortune.system.outputs import Input, model_inputs

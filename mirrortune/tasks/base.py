@@ -24,7 +24,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from typing_extensions import override
 
-from mirrortune.config.recipe import task_kinds
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
 from mirrortune.data.files.arrow import refuse_unreadable
@@ -32,7 +31,7 @@ from mirrortune.data.labels import class_indices
 from mirrortune.data.tokenize import Reading, resolve_max_length
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
 from mirrortune.models.load import ModelSource, load_tokenizer
-from mirrortune.registry import option_errors
+from mirrortune.registry import option_errors, task_kinds
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
 from mirrortune.tasks.probes import text_probe

@@ -21,11 +21,11 @@ from mirrortune.config.recipe import (
     read_recipe,
     resolve,
     shipped_recipes,
-    task_kinds,
     task_layer,
 )
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError
+from mirrortune.registry import task_kinds
 
 
 def written(folder: Path, text: str, name: str = "my.yaml") -> Layer:
