@@ -22,6 +22,7 @@ from mirrortune import __version__
 from mirrortune.cli import recipes as recipe_commands
 from mirrortune.cli.exports import merge, push
 from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
+from mirrortune.cli.predictions import predict
 from mirrortune.cli.reports import analyze, besides_head, report, train_lines
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
 from mirrortune.system.console import Reporter, describe_metrics
@@ -289,6 +290,7 @@ def compare(
     )
 
 
+app.command(cls=OnceEach)(_guard(predict))
 app.command(cls=OnceEach)(_guard(merge))
 app.command(cls=OnceEach)(_guard(push))
 app.command(cls=OnceEach)(_guard(analyze))

@@ -9,6 +9,7 @@ __all__ = [
     "files",
     "labels",
     "loader",
+    "loose",
     "stream",
     "token_cache",
     "tokenize",

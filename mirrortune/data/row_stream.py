@@ -75,6 +75,11 @@ class RowStream:
             known = None if features is None else features.arrow_schema.metadata
         return self.flatten(found.replace_schema_metadata(known) if known else found)
 
+    def in_order(self, size: int) -> Iterator[pa.Table]:
+        """Yield all rows once, in their order, ``size`` at a time."""
+        for _, table in _blocks(((Place(), table) for table in self._read(self.rows)), size):
+            yield self.flatten(table)
+
     def shares_pieces(self, num_ranks: int) -> bool:
         """Return whether each process reads its own pieces; otherwise all read everything and keep every n-th row."""
         return bool(self.rows.num_shards % num_ranks == 0)

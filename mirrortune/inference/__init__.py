@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained adapters in use: many of them on one base model."""
+"""Trained adapters in use: rows answered by one, and many of them on one base model."""
 
-__all__ = ["bank"]
+__all__ = ["bank", "predict", "prediction_rows"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from mirrortune.adapters.files.find import adapter_to_score
 from mirrortune.config.schema import Recipe
-from mirrortune.data.dataset import Split
+from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.examples import Examples
 from mirrortune.data.files.media import remarks_on
 from mirrortune.data.tokenize import Reading
@@ -109,20 +109,9 @@ def _evaluate(
 ) -> EvaluateResult:
     accelerator = make_accelerator(settings.model.precision)
     reporter.is_main = accelerator.is_main_process
-    adapter_folder = adapter_to_score(target)
-    if force_base and adapter_folder is None:
-        raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
-    needed = {"--data": settings.data.path, "--task": settings.task.kind or adapter_folder}
-    if missing := " and ".join(flag for flag, value in needed.items() if value is None):
-        raise ConfigError(
-            target, f"it is no run here, and {missing} not given", fix=f"Check the path, or give {missing}"
-        )
+    adapter_folder = find_target(target, settings, force_base=force_base)
     data = read_data(settings.data)
-    remarks: list[str] | None = [] if force_base else None
-    found = load_evaluable(target, adapter_folder, settings, data, remarks=remarks)
-    by_force = (f"by force: {remark}" for remark in remarks or ())
-    for note in (*by_force, *filter(None, [found.note]), *remarks_on(data, found.task.columns())):
-        reporter.note(note)
+    found = load_target(target, adapter_folder, settings, data, reporter, force_base=force_base)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # its name in the data set
@@ -134,7 +123,7 @@ def _evaluate(
     found.model.to(accelerator.device)
     with reporter.bar(f"evaluate {name}", len(examples)) as bar:
         outcome = evaluate_split(
-            found.model, found.task, examples, accelerator, **_eval_batch(found, settings.eval), source=rows.source,
+            found.model, found.task, examples, accelerator, **eval_batch(found, settings.eval), source=rows.source,
             num_workers=settings.eval.num_workers, on_batch=bar.advance_by, allow_missing=predictions is not None,
         )  # fmt: skip
     if predictions is not None and accelerator.is_main_process:
@@ -144,8 +133,52 @@ def _evaluate(
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
 
 
-def _eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
-    """Return the arguments of :func:`evaluate_split` that bound the batches of ``eval``."""
+def find_target(target: str, settings: EvaluationSettings, *, force_base: bool, needs_data: bool = True) -> Path | None:
+    """Return the adapter folder of a target, None for a plain model; ConfigError if a setting that it needs is missing,
+    or it has no base to force.
+    """
+    adapter_folder = adapter_to_score(target)
+    if force_base and adapter_folder is None:
+        raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
+    needed = {"--data": settings.data.path if needs_data else "", "--task": settings.task.kind or adapter_folder}
+    if missing := " and ".join(flag for flag, value in needed.items() if value is None):
+        raise ConfigError(
+            target, f"it is no run here, and {missing} not given", fix=f"Check the path, or give {missing}"
+        )
+    return adapter_folder
+
+
+def load_target(
+    target: str,
+    adapter_folder: Path | None,
+    settings: EvaluationSettings,
+    data: DataSet,
+    reporter: Reporter,
+    *,
+    force_base: bool,
+    is_labelled: bool = True,
+) -> Evaluable:
+    """Load a target with its task, and print notes on it and on the data.
+
+    Args:
+        target: folder or Hub id.
+        adapter_folder: from :func:`find_target`.
+        settings: base, task and data.
+        data: for a plain model: columns and labels.
+        reporter: prints.
+        force_base: accept a base with other weights.
+        is_labelled: whether the rows have targets; those of a plain model are then read from them.
+    """
+    remarks: list[str] | None = [] if force_base else None
+    found = load_evaluable(target, adapter_folder, settings, data, remarks=remarks, is_labelled=is_labelled)
+    by_force = (f"by force: {remark}" for remark in remarks or ())
+    for note in (*by_force, *filter(None, [found.note]), *remarks_on(data, found.task.columns())):
+        reporter.note(note)
+    return found
+
+
+def eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
+    """Return the arguments of :func:`evaluate_split` that bound batches of rows that are not trained on."""
     if settings.batch_size is not None:
         return {"batch_size": settings.batch_size}
     size = getattr(getattr(found.model, "config", None), "vocab_size", None)
@@ -157,11 +190,16 @@ def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples
     """Encode the rows, and check their indices against the tables of the model."""
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
+    check_indices(found, examples, target, f"the {split} rows")
+    return examples
+
+
+def check_indices(found: Evaluable, examples: Examples, target: str, source: str) -> None:
+    """Check the indices of encoded rows against the tables of a model; ``source`` names the rows."""
     check_rows(
         found.model, examples, getattr(found.processor, "tokenizer", found.processor), where=f"model '{target}'",
-        source=f"the {split} rows", is_text=found.max_length is not None,
+        source=source, is_text=found.max_length is not None,
     )  # fmt: skip
-    return examples
 
 
 def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSettings) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from torch import Tensor, nn
 
 from mirrortune.adapters.factor_cache import FactorCache
@@ -20,7 +21,7 @@ from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_pairs
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import Target, Targets, complete_targets
-from mirrortune.data.dataset import DataSet
+from mirrortune.data.dataset import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.merging.bases import load_adapted
 from mirrortune.models.load import (
@@ -43,7 +44,18 @@ from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import hub_place
 from mirrortune.system.run_directory import RunDirectory, read_text
-from mirrortune.tasks.base import Task, labels_of, task_from_dict, with_columns
+from mirrortune.tasks.base import (
+    Continues,
+    HasLabels,
+    OneOfClasses,
+    Task,
+    labels_of,
+    settings_of,
+    task_class,
+    task_from_dict,
+    with_columns,
+)
+from mirrortune.tasks.metrics import KINDS_OWN
 from mirrortune.training.calibration import measure_saliency
 
 
@@ -242,8 +254,9 @@ def load_evaluable(
     data: DataSet,
     *,
     remarks: list[str] | None = None,
+    is_labelled: bool = True,
 ) -> Evaluable:
-    """Load the target of ``eval`` with its task.
+    """Load the target of ``eval`` or ``predict`` with its task.
 
     Args:
         target: folder or Hub id of a plain model; ignored if there is an adapter.
@@ -251,6 +264,7 @@ def load_evaluable(
         settings: the base, if it was named; for a plain model the task.
         data: for a plain model: columns and labels.
         remarks: list to which misfits of an adapter and its base are appended; None to refuse them.
+        is_labelled: whether the rows have targets. If not, the labels of a plain model are those of its configuration.
     """
     if adapter_folder is not None:
         return _load_run(adapter_folder, settings, remarks)
@@ -259,7 +273,8 @@ def load_evaluable(
     source = find_model(
         place.repository, revision=place.revision or request.revision, trust_remote_code=request.trust_remote_code
     )
-    task = _plain_task(settings, data, source.config)
+    make_task = _plain_task if is_labelled else _unlabelled_task
+    task = make_task(settings, data, source.config)
     processor = task.load_processor(source)
     dtype = resolve_dtype(request.dtype, source.config, default_device())
     loaded = load_model(source, task.auto_class, {}, dtype, pad_token_id(processor))
@@ -327,3 +342,45 @@ def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Tas
             fix="Use the data it was trained for, or set task.labels",
         )
     return task
+
+
+def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:
+    """Return the task with the columns of ``rows`` that look like those it reads, and a note for each. Rows may lack
+    targets.
+
+    Raises:
+        DataError: no column looks like one of them, or several do.
+    """
+    request = TaskRequest(
+        kind=task.kind, labels=labels_of(task) or None, scores=KINDS_OWN, given=dict.fromkeys(settings_of(task.kind))
+    )
+    found, notes = _make_unlabelled(request, rows, has_several=getattr(task, "multi_label", False))
+    named = {
+        name: getattr(found, name)
+        for name in settings_of(task.kind)
+        if name.endswith(("_column", "_columns")) and name != "label_column"
+    }
+    return with_columns(task, named), notes
+
+
+def _unlabelled_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
+    """Make the task of a plain model for rows without targets: classes are those of the model's configuration."""
+    id2label = getattr(config, "id2label", None) or {}
+    labels = settings.task.labels or tuple(str(id2label[i]) for i in sorted(id2label))
+    has_several = getattr(config, "problem_type", None) == "multi_label_classification"
+    request = replace(settings.task, labels=labels)
+    return _make_unlabelled(request, any_split(settings.data, data), has_several=has_several)[0]
+
+
+def _make_unlabelled(request: TaskRequest, rows: Split, *, has_several: bool) -> tuple[Task, list[str]]:
+    """Make a task from rows whose targets are not read; returns it with notes on what was detected."""
+    assert request.kind is not None
+    kind = task_class(request.kind)
+    if issubclass(kind, Continues):  # rows need no answer
+        return request.make(rows)
+    column = request.given.get("label_column") or "label"
+    has_tags = issubclass(kind, HasLabels) and not issubclass(kind, OneOfClasses)
+    empty = pa.nulls(rows.table.num_rows, pa.list_(pa.string()) if has_tags or has_several else pa.string())
+    table = rows.table.select([name for name in rows.table.column_names if name != column])
+    given = {**request.given, "label_column": column, "labels": request.labels}
+    return replace(request, given=given).make(replace(rows, table=table.append_column(column, empty)))

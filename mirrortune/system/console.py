@@ -77,6 +77,12 @@ def _discard_stdout() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+def _no_output(error: OSError) -> ResourceError:
+    _discard_stdout()
+    problem = f"the result cannot be written ({error.strerror})"
+    return ResourceError("standard output", problem, fix="Free space on its disk, or send it elsewhere")
+
+
 class Reporter:
     """Print results, notes and progress of a command.
 
@@ -103,11 +109,19 @@ class Reporter:
         except BrokenPipeError:
             raise
         except OSError as error:
-            _discard_stdout()
-            problem = f"the result cannot be written ({error.strerror})"
-            raise ResourceError(
-                "standard output", problem, fix="Free space on its disk, or send it elsewhere"
-            ) from error
+            raise _no_output(error) from error
+
+    def data(self, content: bytes) -> None:
+        """Write UTF-8 text to stdout as it is; on a terminal, with control characters escaped."""
+        if sys.stdout.isatty():
+            content = printable(content.decode()).encode()
+        try:
+            sys.stdout.buffer.write(content)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _no_output(error) from error
 
     def note(self, text: str, *, level: int = _NORMAL) -> None:
         """Print a line to stderr if ``level`` is at most the verbosity."""
@@ -122,9 +136,16 @@ class Reporter:
         """Print an error to stderr, on every rank."""
         self._err.print(Text("error: ", style="bold red") + Text(printable(text)))
 
-    def bar(self, label: str, total: int) -> Bar:
-        """Return a progress bar over ``total`` units; without a terminal it prints one line at the end."""
-        return Bar(self._err, label, total, is_shown=self.is_main and self.verbosity > _QUIET)
+    def bar(self, label: str, total: int | None, *, done: int = 0, unit: str | None = None) -> Bar:
+        """Return a progress bar over ``total`` units; without a terminal it prints one line at the end.
+
+        Args:
+            label: what is done.
+            total: None if it is not known.
+            done: units that were done before.
+            unit: name of a unit, to show how many are done in a second.
+        """
+        return Bar(self._err, label, total, done=done, unit=unit, is_shown=self.is_main and self.verbosity > _QUIET)
 
     def training(self) -> TrainingProgress:
         """Return the display of a training loop."""
@@ -137,16 +158,21 @@ def announce(text: str) -> None:
 
 
 class Bar:
-    """Progress bar over a known number of units; a context manager."""
+    """Progress bar over a number of units; a context manager."""
 
-    def __init__(self, console: Console, label: str, total: int, *, is_shown: bool) -> None:
-        self._console, self._label, self._total, self._done = console, printable(label), total, 0
+    def __init__(
+        self, console: Console, label: str, total: int | None, *, is_shown: bool, done: int = 0,
+        unit: str | None = None,
+    ) -> None:  # fmt: skip
+        self._console, self._label, self._total, self._done = console, printable(label), total, done
         self._is_shown, self._live = is_shown, is_shown and console.is_terminal
+        self._unit, self._before, self._start = unit, done, time.perf_counter()
+        speed = [TextColumn("{task.fields[speed]}")] if unit else []
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *speed, TimeRemainingColumn(),
             console=console, disable=not self._live, transient=True,
         )  # fmt: skip
-        self._task = self._progress.add_task(escape(self._label), total=total)
+        self._task = self._progress.add_task(escape(self._label), total=total, completed=done, speed="")
 
     def __enter__(self) -> Bar:
         self._progress.start()
@@ -154,6 +180,8 @@ class Bar:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._progress.stop()
+        if self._total is None and error is None:
+            self._say_done()
 
     def advance(self, unit: str = "") -> None:
         """Advance by one unit."""
@@ -162,9 +190,24 @@ class Bar:
     def advance_by(self, count: int) -> None:
         """Advance by ``count`` units; without a terminal the last one prints a line."""
         self._done += count
-        self._progress.advance(self._task, count)
-        if self._is_shown and not self._live and self._done == self._total:
-            _say(self._console, f"{self._label}: {self._total} done")
+        self._progress.update(self._task, advance=count, speed=self._speed())
+        if count and self._done == self._total:
+            self._say_done()
+
+    def advance_to(self, done: int) -> None:
+        """Advance to ``done`` units in all."""
+        self.advance_by(done - self._done)
+
+    def _say_done(self) -> None:
+        if self._is_shown and not self._live:
+            speed = f", {self._speed()}" if self._unit else ""
+            _say(self._console, f"{self._label}: {self._done} done{speed}")
+
+    def _speed(self) -> str:
+        if self._unit is None:
+            return ""
+        seconds = time.perf_counter() - self._start
+        return f"{significant((self._done - self._before) / max(seconds, 1e-9))} {self._unit}/s"
 
 
 class _SpeedColumn(ProgressColumn):

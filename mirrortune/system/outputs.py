@@ -111,7 +111,8 @@ COMPARISON = OutputKind(
     r"|recipes/([^/]+\.yaml)?|cells/.*",
 )
 FIGURES = OutputKind("figures", "Choose another folder with --figures")
-_KINDS = {kind.name: kind for kind in (RUN, MERGED, LORA, COMPARISON, FIGURES)}
+PARTS = OutputKind("unfinished predictions", reserved=r"state\.json|rows-\d+-\d+\.arrow")
+_KINDS = {kind.name: kind for kind in (RUN, MERGED, LORA, COMPARISON, FIGURES, PARTS)}
 _SCRATCH = "unfinished"
 
 

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kinds of task share: columns, encoding, loss, answers, metrics."""
 
-__all__ = ["answered_rows", "base", "drawn_inputs", "metrics", "model_outputs", "probes", "prompts"]
+__all__ = ["answered_rows", "base", "drawn_inputs", "metrics", "model_outputs", "predicting", "probes", "prompts"]

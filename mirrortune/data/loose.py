@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to predict that are no data set: standard input, and folders of images or recordings without classes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from mirrortune.data.dataset import DataSet, Split, flat, names_and_sizes_sha256
+from mirrortune.data.files.arrow import text_array
+from mirrortune.data.files.class_folders import AUDIO_SUFFIXES, IMAGE_FORMATS
+from mirrortune.data.files.readers import read_rows
+from mirrortune.data.files.row_places import FileRows
+from mirrortune.data.files.splits import files_by_split
+from mirrortune.data.files.tables import join_parts
+from mirrortune.data.files.text_files import lines_of
+from mirrortune.errors import DataError, counted
+from mirrortune.system.atomic import PARTIAL, cannot_write
+from mirrortune.system.cache import leave_room
+from mirrortune.system.paths import DataPlace, cache_folder, is_system
+
+STDIN = "-"
+"""The path of standard input."""
+_STDIN_NAME = "standard input"
+_PIECE = 1 << 20  # bytes
+_LINES = 65_536
+
+
+def read_loose_files(path: str) -> DataSet | None:
+    """Read a folder of images or recordings that lie in no folders of classes; None for any other data."""
+    place = DataPlace.parse(path)
+    if not place.is_local or place.kind == "pattern" or not place.path().is_dir() or files_by_split(place.path()):
+        return None
+    folder = place.path()
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not is_system(file.name))
+    for column, suffixes in (("image", tuple(IMAGE_FORMATS)), ("audio", AUDIO_SUFFIXES)):
+        found = [file for file in files if file.suffix.lower() in suffixes]
+        if found:
+            names, others = [file.name for file in found], len(files) - len(found)
+            remarks = (f"{counted(others, 'file')} left out: no {column}",) if others else ()
+            table = pa.table({column: text_array(names)})
+            split = Split(table=table, source=str(folder), folder=folder, remarks=remarks)
+            digest = names_and_sizes_sha256(found, names)
+            return DataSet(splits={"test": split}, origin={"path": str(folder), "sha256": digest})
+    return None
+
+
+def read_stdin(encoding: str) -> tuple[DataSet, bool]:
+    """Read standard input: a text on every line, or JSON lines if it begins with ``{``.
+
+    It is copied to a file first, so that it is read, and its errors are reported, like those of any other file.
+
+    Args:
+        encoding: of its text.
+
+    Returns:
+        The rows, and whether they are lines of text, whose column has no name of its own.
+
+    Raises:
+        DataError: it is empty, or cannot be read.
+        ResourceError: the cache folder cannot be written.
+    """
+    folder, digest = cache_folder(), hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(PARTIAL, ".stdin.mt-", folder) as place:
+            path = Path(place) / "rows.jsonl"
+            with path.open("wb") as file:
+                while piece := sys.stdin.buffer.read(_PIECE):
+                    if file.tell():
+                        leave_room(folder, _STDIN_NAME)
+                    file.write(piece)
+                    digest.update(piece)
+            split, is_bare = _lines(path, encoding)
+    except DataError as error:
+        where, problem = (text.replace(str(path), _STDIN_NAME) for text in (error.where, error.problem))
+        raise DataError(where, problem, allowed=error.allowed, fix=error.fix) from error
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return DataSet(splits={"test": split}, origin={"path": STDIN, "sha256": digest.hexdigest()}), is_bare
+
+
+def _lines(path: Path, encoding: str) -> tuple[Split, bool]:
+    """Return the rows of a copy of standard input, and whether they are lines of text."""
+    if not path.stat().st_size:
+        raise DataError(_STDIN_NAME, "it is empty", allowed="a text on every line, or JSON lines")
+    start = next((line.strip() for line in lines_of(path, encoding, "\n") if line.strip()), "")
+    if start.startswith("{"):
+        table, rows = read_rows(path, encoding)
+        return Split(table=flat(table), source=_STDIN_NAME, files=(replace(rows, name=_STDIN_NAME),)), False
+    # Every line is a row, blank ones too, so that answers can be put beside the lines.
+    lines = (line.removesuffix("\n") for line in lines_of(path, encoding, "\n"))
+    parts = iter(lambda: list(itertools.islice(lines, _LINES)), [])
+    table = join_parts((pa.table({"text": text_array(part)}) for part in parts), source=_STDIN_NAME)
+    rows = FileRows(name=_STDIN_NAME, count=table.num_rows, lines=np.arange(1, table.num_rows + 1))
+    return Split(table=table, source=_STDIN_NAME, files=(rows,)), True

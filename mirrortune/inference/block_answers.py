@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answer a block of rows with a model: a table of the rows with their own columns and those of their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from mirrortune.data.dataset import Split
+from mirrortune.data.token_cache import uncached
+from mirrortune.data.tokenize import Reading
+from mirrortune.errors import DataError, VerificationError
+from mirrortune.inference.prediction_file import PREDICTION, append_columns, new_names
+from mirrortune.inference.prediction_rows import part_of, with_words
+from mirrortune.runs.checks import EvaluationSettings
+from mirrortune.runs.evaluate import check_indices, eval_batch
+from mirrortune.runs.load import Evaluable
+from mirrortune.tasks.predicting import Predictions, PredictOptions
+from mirrortune.training.evaluate import evaluate_split
+
+ERROR = "error"
+"""Column with the reason why a row has no prediction."""
+_SPLIT = "split"
+
+
+class _Alone:
+    """An accelerator seen by one process that works by itself: its blocks of rows are its own."""
+
+    num_processes, process_index = 1, 0
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+
+class BlockAnswers:
+    """Turns a block of rows into a table with their answers.
+
+    Args:
+        target: name of the model in messages.
+        found: the model with its task.
+        settings: batch size and threads.
+        options: what is asked of the answers.
+        accelerator: accelerate's ``Accelerator``.
+        own: names of the rows' own columns that are kept, in all splits.
+        has_splits: whether rows get a column that says which split they are from.
+        skips_errors: whether rows that cannot be predicted get the reason.
+    """
+
+    def __init__(
+        self, target: str, found: Evaluable, settings: EvaluationSettings, options: PredictOptions, accelerator: Any,
+        *, own: list[str], has_splits: bool, skips_errors: bool,
+    ) -> None:  # fmt: skip
+        self.accelerator = accelerator
+        self._found, self._options = found, options
+        self._target, self._skips_errors, self._has_splits = target, skips_errors, has_splits
+        self.own = own
+        self._batch = {**eval_batch(found, settings.eval), "num_workers": settings.eval.num_workers}
+        self._reading = Reading(max_length=found.max_length, allow_missing=True)
+
+    def table(self, name: str, rows: Split, first: int, on_batch: Callable[[int], None]) -> pa.Table:
+        """Return a block of rows with their own columns, and those of their answers.
+
+        Args:
+            name: of their split.
+            rows: the block.
+            first: number of its first row among all rows.
+            on_batch: called with the number of rows after each batch.
+        """
+        with uncached():
+            columns, errors = self._columns(with_words(rows, self._found.task), first, on_batch)
+        columns = columns or {PREDICTION: [None] * len(errors)}
+        if self._has_splits:
+            columns[_SPLIT] = [name] * len(errors)
+        if self._skips_errors:
+            columns[ERROR] = list(errors)
+        own = rows.table.select([name for name in self.own if name in rows.table.column_names])
+        names = self.names(columns)
+        return append_columns(own, {names[name]: values for name, values in columns.items()})
+
+    def names(self, columns: Iterable[str]) -> dict[str, str]:
+        """Return the names of new columns beside the rows' own."""
+        return new_names(columns, self.own)
+
+    def _columns(
+        self, rows: Split, first: int, on_batch: Callable[[int], None]
+    ) -> tuple[Predictions, list[str | None]]:
+        """Return the columns of answers, and for each row why it has none; bad rows are found by halving."""
+        count = rows.table.num_rows
+        try:
+            return self._answers(rows, first, on_batch), [None] * count
+        except (DataError, VerificationError) as error:
+            if not self._skips_errors:
+                raise
+            if count == 1:
+                return {}, [str(error)]
+        middle = count // 2
+        halves = [
+            self._columns(part_of(rows, start, stop), first + start, on_batch)
+            for start, stop in ((0, middle), (middle, count))
+        ]
+        names = dict.fromkeys(name for columns, _ in halves for name in columns)
+        joined = {
+            name: [value for columns, errors in halves for value in columns.get(name, [None] * len(errors))]
+            for name in names
+        }
+        return joined, [error for _, errors in halves for error in errors]
+
+    def _answers(self, rows: Split, first: int, on_batch: Callable[[int], None]) -> Predictions:
+        found, options = self._found, replace(self._options, first_row=first)
+        task = found.task
+        examples = task.encode_to_predict(rows, found.processor, self._reading, options)
+        check_indices(found, examples, self._target, rows.source)
+        outcome = evaluate_split(
+            found.model, task, examples, _Alone(self.accelerator), **self._batch, source=rows.source,
+            on_batch=on_batch, allow_missing=True,
+        )  # fmt: skip
+        return task.prediction_columns(outcome.judged, examples, rows, options)

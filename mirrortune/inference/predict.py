@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""predict: answer the rows of a data set with a trained model, block by block, and write each with its answer."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mirrortune import __version__
+from mirrortune.data.dataset import Split
+from mirrortune.data.files.arrow import is_unreadable
+from mirrortune.errors import ConfigError, MirrortuneError, PeerError, counted
+from mirrortune.inference.block_answers import ERROR, BlockAnswers
+from mirrortune.inference.prediction_file import (
+    Parts,
+    TableWriter,
+    format_of,
+    refuse_replacing,
+    storable,
+)
+from mirrortune.inference.prediction_rows import (
+    PredictionRows,
+    RowRequest,
+    rows_of_data,
+    rows_of_request,
+)
+from mirrortune.runs.checks import EvaluationSettings
+from mirrortune.runs.evaluate import find_target, load_target
+from mirrortune.runs.load import Evaluable
+from mirrortune.system.claims import claimed
+from mirrortune.system.console import Bar, Reporter
+from mirrortune.system.distributed import sync
+from mirrortune.system.distributed.processes import make_accelerator
+from mirrortune.system.outputs import Input, check_file
+from mirrortune.system.paths import ModelPlace
+from mirrortune.tasks.base import task_to_dict
+from mirrortune.tasks.predicting import PredictOptions
+
+_SMALLEST, _LARGEST = 64, 4096  # rows of a block
+_BLOCKS = 64  # blocks of rows that are fewer than 64 of the largest
+_HASHED = 1 << 26  # bytes of a file up to which its content identifies it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictResult:
+    """The ``--json`` object of predict; ``errors`` counts rows without a prediction."""
+
+    output: str
+    rows: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """Where answers go, and what is done about rows that have none.
+
+    Attributes:
+        file: its suffix gives the format; None for standard output.
+        format: of standard output.
+        skips_errors: whether a row that cannot be predicted gets the reason in a column ``error``, instead of ending
+            the command.
+        resume: continue what an earlier command left.
+        overwrite: replace earlier predictions.
+    """
+
+    file: Path | None = None
+    format: str = "csv"
+    skips_errors: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Refuse flags that contradict each other."""
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
+        if self.file is None:
+            for flag, given in (("--resume", self.resume), ("--overwrite", self.overwrite)):
+                if given:
+                    raise ConfigError(flag, "answers go to standard output", fix="Name a file with -o, or remove it")
+            if self.format == "parquet":
+                raise ConfigError("--format", "parquet is no format of standard output", fix="Name a file with -o")
+        else:
+            format_of(self.file)
+
+
+def predict(
+    target: str,
+    settings: EvaluationSettings,
+    reporter: Reporter,
+    *,
+    output: Output,
+    options: PredictOptions,
+    row: RowRequest | None = None,
+    split: str | None = None,
+    named: Collection[str] = (),
+    inputs: Sequence[Input] = (),
+    force_base: bool = False,
+) -> PredictResult:
+    """Predict rows with a run directory, an adapter folder, a merged folder or any plain model.
+
+    Rows keep their order and their columns. Labels among these are not read. Memory is bounded: rows are predicted in
+    blocks, and each block is written when it is done.
+
+    Args:
+        target: folder, or ``owner/name@revision:subfolder`` on the Hub.
+        settings: data and batch size; for a plain model the task too.
+        reporter: prints notes, progress and, without a file, the answers.
+        output: where the answers go.
+        options: what is asked of the answers.
+        row: one row in place of the data of ``settings``.
+        split: of the data; None for all of them.
+        named: settings of columns, such as ``text_columns``, that the user has made; others come from a recipe inside
+            the target, and are looked for by their contents where the data lacks them.
+        inputs: files that are read, which the output must not replace.
+        force_base: use an adapter on a base with other weights, and print what does not fit.
+
+    Raises:
+        ConfigError: a flag or a setting that does not fit, or an output that may not be written.
+        DataError: a row or a column that cannot be used.
+        VerificationError: an adapter that does not fit its base, or outputs that are not numbers.
+    """
+    output.check()
+    accelerator = make_accelerator(settings.model.precision)
+    reporter.is_main = accelerator.is_main_process
+    adapter_folder = find_target(target, settings, force_base=force_base, needs_data=row is None)
+    parts = None if output.file is None else Parts(output.file)
+    with ExitStack() as held:
+        if parts is not None:
+            sync.from_main(accelerator, functools.partial(_claim, held, parts, output, inputs))
+        rows = _open(settings, row, split, accelerator)
+        settings = _for_rows(settings, rows, named)
+        found = load_target(
+            target, adapter_folder, settings, rows.data, reporter, force_base=force_base, is_labelled=False
+        )
+        rows, task = rows.fitted(found.task, reporter, are_named=bool(named))
+        found = replace(found, task=task)
+        options.check(task.kind, task.prediction_options())
+        found.model.to(accelerator.device)
+        answers = BlockAnswers(
+            target, found, settings, options, accelerator, own=_kept(rows, output, reporter),
+            has_splits=len(rows.data.splits) > 1, skips_errors=output.skips_errors,
+        )  # fmt: skip
+        facts = _facts(target, adapter_folder, found, options) | {"data": rows.data.origin}
+        return _PredictionLoop(answers, rows, reporter, output, parts).run(facts)
+
+
+def _claim(held: ExitStack, parts: Parts, output: Output, inputs: Sequence[Input]) -> None:
+    """Claim the output for as long as the command runs, and refuse it if it may not be written."""
+    check_file(parts.output, inputs, "-o")
+    held.enter_context(claimed(parts.output))
+    if output.resume and (parts.is_joined() or (parts.state() or {}).get("overwrite")):
+        return
+    refuse_replacing(parts.output, format_of(parts.output), overwrite=output.overwrite)
+
+
+def _open(settings: EvaluationSettings, row: RowRequest | None, split: str | None, accelerator: Any) -> PredictionRows:
+    if row is not None:
+        return rows_of_request(row)
+    read = functools.partial(rows_of_data, settings.data, split)
+    # Standard input belongs to the main process alone.
+    return sync.from_main(accelerator, read) if settings.data.path == "-" else read()
+
+
+def _for_rows(settings: EvaluationSettings, rows: PredictionRows, named: Collection[str]) -> EvaluationSettings:
+    """Return the settings without columns that the rows lack, but for those that the user has named."""
+    there = next(iter(rows.data.splits.values())).table.column_names
+    given = dict(settings.task.given)
+    for name, value in settings.task.columns.items():
+        columns = (value,) if isinstance(value, str) else value or ()
+        if name not in named and not set(columns) <= set(there):
+            given[name] = None
+    return replace(settings, task=replace(settings.task, given=given))
+
+
+def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]:
+    """Return the rows' own columns that the output can hold; say which it cannot."""
+    schemas = [split.table.schema for split in rows.data.splits.values()]
+    kind = output.format if output.file is None else format_of(output.file)
+    unread = {field.name for schema in schemas for field in schema if is_unreadable(field)}
+    files = {field.name for schema in schemas for field in schema} - {n for s in schemas for n in storable(s, kind)}
+    for names, why in ((unread, "cannot be read"), (files - unread, f"holds files, which {kind} cannot")):
+        for name in sorted(names):
+            reporter.note(f"warning: column '{name}' {why}; it is left out of the output")
+    known = dict.fromkeys(name for schema in schemas for name in schema.names)
+    return [name for name in known if name not in unread | files]
+
+
+def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: PredictOptions) -> dict[str, Any]:
+    """Return what answers depend on besides the rows: another target, or one that was trained further, differs."""
+    place = adapter_folder
+    if place is None and (known := ModelPlace.parse(target)).is_local:
+        place = known.path()
+    config = getattr(found.model, "config", None)
+    files = sorted(file for file in place.iterdir() if file.is_file()) if place is not None and place.is_dir() else []
+    return {
+        "version of mirrortune": __version__,
+        "base": [getattr(config, name, None) for name in ("_name_or_path", "_commit_hash")],
+        "target": {file.name: _fingerprint(file) for file in files if not file.name.startswith(".")},
+        "task": task_to_dict(found.task),
+        "length": found.max_length,
+        "options": asdict(options),
+    }
+
+
+def _fingerprint(file: Path) -> list[Any]:
+    """Return the digest of a file, or size and time of change of one that may have gigabytes."""
+    known = file.stat()
+    if known.st_size > _HASHED:
+        return [known.st_size, known.st_mtime_ns]
+    with file.open("rb") as content:
+        return [hashlib.file_digest(content, "sha256").hexdigest()]
+
+
+class _PredictionLoop:
+    """The loop over blocks of rows: each process predicts every n-th, and the main one writes them in order.
+
+    Args:
+        answers: predicts a block.
+        rows: all rows.
+        reporter: shows the progress, and the answers where they have no file.
+        output: where they go.
+        parts: the finished blocks of a file; None for standard output.
+    """
+
+    def __init__(
+        self, answers: BlockAnswers, rows: PredictionRows, reporter: Reporter, output: Output, parts: Parts | None
+    ) -> None:
+        self._answers, self._rows, self._reporter = answers, rows, reporter
+        self._output, self._parts = output, parts
+        self._accelerator = answers.accelerator
+        self._writer: TableWriter | None = None
+        self._is_whole = False
+
+    def run(self, facts: dict[str, Any]) -> PredictResult:
+        """Predict all rows that are not done, and return what was written."""
+        total = self._rows.count
+        size = _LARGEST if total is None else min(_LARGEST, max(_SMALLEST, -(-total // _BLOCKS)))
+        facts = {**facts, "rows": total, "block": size}
+        done = sync.from_main(self._accelerator, functools.partial(self._begin, facts))
+        if done:
+            self._reporter.note(f"continuing after {counted(done, 'row')}")
+        with self._reporter.bar("predict", total, done=done, unit="rows") as bar:
+            try:
+                done, errors = self._predict(size, done, bar)
+            except (KeyboardInterrupt, MirrortuneError):
+                self._keep()
+                raise
+        if self._parts is not None:
+            errors = sync.from_main(self._accelerator, self._join)
+        return PredictResult(
+            output="-" if self._output.file is None else str(self._output.file), rows=done, errors=errors
+        )
+
+    def _begin(self, facts: dict[str, Any]) -> int:
+        """Prepare the output; return the number of rows that are done."""
+        if self._parts is None:
+            return 0
+        if not self._output.resume:
+            self._parts.begin(facts, overwrite=self._output.overwrite)
+            return 0
+        done = self._parts.resume(facts)
+        self._is_whole = self._parts.is_joined()
+        return done
+
+    def _predict(self, size: int, done: int, bar: Bar) -> tuple[int, int]:
+        """Predict the rows after the first ``done``; return the number of all rows, and of those with an error."""
+        blocks = self._numbered(size, done)
+        number, rank = self._accelerator.num_processes, self._accelerator.process_index
+        errors = 0
+        while group := list(itertools.islice(blocks, number)):
+            made, failure = self._attempt(group[rank], bar) if rank < len(group) else (None, None)
+            for (first, _, rows), table in zip(group, self._gathered(made, failure), strict=False):
+                if isinstance(table, int):
+                    raise failure or PeerError(table)
+                errors += self._write(first, table)
+                done += rows.table.num_rows
+                bar.advance_to(done)
+        return done, errors
+
+    def _numbered(self, size: int, done: int) -> Iterator[tuple[int, str, Split]]:
+        """Yield the blocks that are not done: the number of the first row, the name of the split, and the rows."""
+        first = 0
+        for name, rows in self._rows.blocks(size):
+            if first >= done:
+                yield first, name, rows
+            first += rows.table.num_rows
+
+    def _attempt(self, block: tuple[int, str, Split], bar: Bar) -> tuple[pa.Table | None, MirrortuneError | None]:
+        """Return a block with its answers, or the error that prevents them."""
+        first, name, rows = block
+        left = rows.table.num_rows
+
+        def show(count: int) -> None:
+            nonlocal left  # rows among bad ones are predicted more than once
+            bar.advance_by(min(count, left))
+            left -= min(count, left)
+
+        try:
+            return self._answers.table(name, rows, first, show), None
+        except MirrortuneError as error:
+            return None, error
+
+    def _gathered(self, made: pa.Table | None, failure: MirrortuneError | None) -> list[pa.Table | int]:
+        """Return what the processes made of their blocks: a table, or an exit code; on the main one alone, if
+        none failed.
+        """
+        own = made if failure is None else failure.exit_code
+        if self._accelerator.num_processes == 1:
+            return [own]
+        packed = _packed(own) if isinstance(own, pa.Table) else own
+        found = sync.gather_lists(self._accelerator, [packed])
+        return [_unpacked(one) if isinstance(one, bytes) else one for one in found]
+
+    def _write(self, first: int, table: pa.Table) -> int:
+        """Write a block, if this is the main process; return the number of its rows that have an error."""
+        name = self._answers.names([ERROR])[ERROR]
+        errors = table.num_rows - table.column(name).null_count if name in table.column_names else 0
+        if not self._accelerator.is_main_process:
+            return errors
+        if self._parts is not None:
+            self._parts.add(first, table)
+            return errors
+        if self._writer is None:
+            names = dict.fromkeys([*self._answers.own, *table.column_names])
+            self._writer = TableWriter(self._reporter.data, self._output.format, list(names))
+        self._writer.write(table)
+        return errors
+
+    def _join(self) -> int:
+        """Make the output of its parts; return the number of rows that have an error."""
+        assert self._parts is not None
+        if self._is_whole:
+            self._parts.discard()
+            return 0
+        last = self._answers.names([ERROR])[ERROR]
+        return self._parts.join(own=self._answers.own, last=last)
+
+    def _keep(self) -> None:
+        """Say what is kept of an output that was not finished."""
+        if self._parts is None or not self._accelerator.is_main_process:
+            return
+        if rows := self._parts.rows():
+            self._reporter.note(
+                f"kept {counted(rows, 'predicted row')} in {self._parts.folder}; continue with --resume"
+            )
+        else:
+            self._parts.discard()
+
+
+def _packed(table: pa.Table) -> bytes:
+    """Return a table as bytes; pickle would write the whole table that it is a slice of."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _unpacked(content: bytes) -> pa.Table:
+    with pa.ipc.open_stream(content) as reader:
+        return reader.read_all()

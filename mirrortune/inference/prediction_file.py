@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of predictions as csv, tsv, jsonl or parquet: written part by part, and joined to one file at the end.
+
+While ``answers.csv`` is being made, its rows are kept in the folder ``.answers.csv.parts`` beside it, a file for each
+block of rows, so that a process that was killed loses one block. The folder holds a marker by which it is known as
+ours, and the rows in Arrow's format whatever the output's is.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mirrortune.data.files.arrow import python_values, text_array
+from mirrortune.errors import ConfigError, MirrortuneError
+from mirrortune.system.atomic import discard, write_atomically, write_files_atomically
+from mirrortune.system.outputs import PARTS, Marker, read_marker, write_marker
+
+FORMATS = ("csv", "tsv", "jsonl", "parquet")
+PREDICTION = "prediction"
+"""Name of the first new column."""
+_STATE = "state.json"
+_NAME = re.compile(r"rows-(\d+)-(\d+)\.arrow")
+_PARSED = 1000  # rows converted to Python objects at a time
+_HEAD = 1 << 20  # bytes of a file in which its first row ends
+_BLOCK = 1 << 20  # bytes
+_RESERVED = Marker(PARTS.name, frozenset())
+
+
+def format_of(path: Path) -> str:
+    """Return the format of an output by its suffix; ConfigError for any other."""
+    found = path.suffix.lower().removeprefix(".")
+    if found not in FORMATS:
+        raise ConfigError("-o", f"got '{path.name}'", allowed=f"a name that ends in .{', .'.join(FORMATS)}")
+    return found
+
+
+def holds_predictions(path: Path, kind: str) -> bool:
+    """Return whether a file is a table of the format ``kind`` with a column ``prediction``."""
+    try:
+        if kind == "parquet":
+            return PREDICTION in pq.read_schema(path).names
+        with path.open(encoding="utf-8", newline="") as file:
+            head = io.StringIO(file.read(_HEAD), newline="")
+        if kind == "jsonl":
+            return PREDICTION in json.loads(head.readline())
+        return PREDICTION in next(csv.reader(head, delimiter=_delimiter(kind)), [])
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error, pa.ArrowException):
+        return False
+
+
+def refuse_replacing(path: Path, kind: str, *, overwrite: bool) -> None:
+    """Refuse to replace a file unless it holds predictions and ``overwrite`` is set."""
+    if not path.exists():
+        return
+    if not overwrite:
+        fix = "Choose another name, or replace it with --overwrite"
+        raise ConfigError("-o", f"{path} is there already", fix=fix)
+    if not holds_predictions(path, kind):
+        problem = f"{path} has no column '{PREDICTION}', so predict did not write it, and it is left alone"
+        raise ConfigError("--overwrite", problem, fix="Choose another name")
+
+
+class Parts:
+    """The finished blocks of an output that is not yet whole.
+
+    Args:
+        output: file that they will be joined to; a claim on it is held.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.folder = output, output.with_name(f".{output.name}.parts")
+
+    def begin(self, facts: dict[str, Any], *, overwrite: bool) -> None:
+        """Make the folder, in place of one that an earlier command left if ``overwrite`` is set.
+
+        Args:
+            facts: what the rows depend on, as JSON data.
+            overwrite: give up what an earlier command left.
+
+        Raises:
+            ConfigError: something is there that is not ours, or unfinished predictions without ``overwrite``.
+            ResourceError: the folder cannot be written.
+        """
+        self._check_ours()
+        if self.folder.is_dir():
+            rows = self.rows()
+            if rows and not overwrite:
+                raise ConfigError(
+                    "-o", f"{self.folder} holds {rows:,} predicted rows of {self.output.name}, which was not finished",
+                    fix="Continue with --resume, start again with --overwrite, or choose another name",
+                )  # fmt: skip
+            self.discard()
+        write_marker(self.folder, _RESERVED)
+        self._write_state({"facts": facts, "overwrite": overwrite})
+
+    def resume(self, facts: dict[str, Any]) -> int:
+        """Return the number of rows that are finished.
+
+        Raises:
+            ConfigError: nothing is there to be continued, or it was made from something else; says what differs.
+        """
+        self._check_ours()
+        state, facts = self.state(), _as_stored(facts)
+        if state is None:
+            fix = "Start it without --resume"
+            raise ConfigError("--resume", f"there are no unfinished predictions of {self.output}", fix=fix)
+        before = state["facts"]
+        changed = [name for name in {**before, **facts} if before.get(name) != facts.get(name)]
+        if changed:
+            told = "; ".join(_difference(name, before.get(name), facts.get(name)) for name in changed)
+            raise ConfigError(
+                "--resume", f"the finished rows of {self.output} were made with another {told}",
+                fix="Give what the first command was given, or start again with --overwrite",
+            )  # fmt: skip
+        return self.rows()
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what the folder says of itself; None if there is none, or it is damaged."""
+        try:
+            found = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            return found if isinstance(found["facts"], dict) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def is_joined(self) -> bool:
+        """Return whether ``output`` is what the parts were joined to, by a process that was killed just afterwards."""
+        digest = (self.state() or {}).get("joined")
+        return digest is not None and self.output.is_file() and digest == _sha256(self.output)
+
+    def add(self, first: int, table: pa.Table) -> None:
+        """Write the rows from number ``first`` on."""
+
+        def write(file: Path) -> None:
+            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+
+        self._write(self.folder / f"rows-{first:012}-{table.num_rows:06}.arrow", write)
+
+    def rows(self) -> int:
+        """Return the number of finished rows."""
+        return sum(count for _, count, _ in self._found())
+
+    def join(self, *, own: Sequence[str], last: str) -> int:
+        """Write all rows to the output and remove the folder.
+
+        Args:
+            own: the rows' own columns, which come first.
+            last: name of the column of errors, which comes behind all others.
+
+        Returns:
+            The number of rows that have an error.
+        """
+        paths, errors, kind = [path for _, _, path in self._found()], 0, format_of(self.output)
+        schema = _united([_schema(path) for path in paths], own, last)
+
+        def write(file: Path) -> None:
+            nonlocal errors
+            with _writer(file, kind, schema) as add:
+                for path in paths:
+                    table = _table(path)
+                    errors += table.num_rows - table.column(last).null_count if last in table.column_names else 0
+                    add(table)
+            self._write_state({**(self.state() or {}), "joined": _sha256(file)})
+
+        write_atomically(self.output, write)
+        self.discard()
+        return errors
+
+    def discard(self) -> None:
+        """Remove the folder, but for what is not ours in it."""
+        discard(self.folder, is_ours=_RESERVED.owns)
+
+    def _check_ours(self) -> None:
+        marker = None if self.folder.is_symlink() else read_marker(self.folder)
+        is_there = self.folder.exists() or self.folder.is_symlink()
+        is_empty = self.folder.is_dir() and not any(self.folder.iterdir())
+        if is_there and not is_empty and (marker is None or marker.kind != PARTS.name):
+            raise ConfigError("-o", f"{self.folder} is in the way", fix="Move it elsewhere, or choose another name")
+
+    def _found(self) -> list[tuple[int, int, Path]]:
+        """Return the first row, the number of rows and the file of each part, up to the first one that is missing."""
+        named = sorted((int(m[1]), int(m[2]), p) for p in self.folder.glob("rows-*") if (m := _NAME.fullmatch(p.name)))
+        found, done = [], 0
+        for first, count, path in named:
+            if first != done:
+                break
+            found.append((first, count, path))
+            done += count
+        return found
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        write_files_atomically(self.folder, {_STATE: (json.dumps(state, indent=1) + "\n").encode()})
+
+    def _write(self, path: Path, write: Callable[[Path], None]) -> None:
+        try:
+            write_atomically(path, write)
+        except MirrortuneError as error:
+            fix = "Free space or permit writing, then continue with --resume"
+            raise type(error)(str(self.output), error.problem, fix=fix) from error
+
+
+class TableWriter:
+    """Writes tables, one after the other, as one file of text.
+
+    Args:
+        write: takes the bytes.
+        kind: ``csv``, ``tsv`` or ``jsonl``.
+        names: the columns; where a table lacks one, it is empty.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], kind: str, names: Sequence[str]) -> None:
+        self._sink, self._kind, self._names = write, kind, list(names)
+        if kind != "jsonl":
+            self._lines([self._names])
+
+    def write(self, table: pa.Table) -> None:
+        """Write the rows of a table."""
+        there = [table.column_names.index(name) if name in table.column_names else None for name in self._names]
+        for start in range(0, table.num_rows, _PARSED):
+            piece = table.slice(start, _PARSED)
+            empty = [None] * piece.num_rows
+            columns = [empty if place is None else python_values(piece.column(place)) for place in there]
+            rows = zip(*columns, strict=True)
+            if self._kind == "jsonl":
+                found = (_plain(dict(zip(self._names, row, strict=True))) for row in rows)
+                self._sink("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in found).encode())
+            else:
+                self._lines([[_cell(value) for value in row] for row in rows])
+
+    def _lines(self, rows: Iterable[Iterable[Any]]) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, delimiter=_delimiter(self._kind), lineterminator="\n").writerows(rows)
+        self._sink(text.getvalue().encode())
+
+
+@contextmanager
+def _writer(file: Path, kind: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], object]]:
+    """Open a new file of tables; yields what writes a table."""
+    if kind == "parquet":
+        with pq.ParquetWriter(file, schema) as writer:
+            yield lambda table: writer.write_table(_conformed(table, schema))
+    else:
+        with file.open("wb") as sink:
+            yield TableWriter(sink.write, kind, schema.names).write
+
+
+def append_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
+    """Return the table with new columns of Python values."""
+    for name, values in columns.items():
+        table = table.append_column(name, _array(values))
+    return table
+
+
+def new_names(names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
+    """Return a name for each new column that none of the row's own columns has: ``prediction``, else
+    ``new_prediction``, ``new_new_prediction``, ...
+    """
+    used, found = set(taken), {}
+    for name in names:
+        free = name
+        while free in used:
+            free = f"new_{free}"
+        found[name] = free
+        used.add(free)
+    return found
+
+
+def storable(schema: pa.Schema, kind: str) -> list[str]:
+    """Return the columns that a format can hold: text formats hold no encoded images or recordings."""
+    return [field.name for field in schema if kind == "parquet" or not _has_bytes(field.type)]
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(_has_bytes(field.type) for field in kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _has_bytes(kind.value_type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _array(values: list[Any]) -> pa.Array:
+    if all(value is None or isinstance(value, str) for value in values) and any(v is not None for v in values):
+        return text_array(values)
+    return pa.array(values)
+
+
+def _united(schemas: list[pa.Schema], own: Sequence[str], last: str) -> pa.Schema:
+    """Return the columns of all schemas: ``own`` first, and ``last`` behind all others."""
+    schema = pa.unify_schemas(schemas, promote_options="permissive")
+    places = {name: place for place, name in enumerate(own)} | {last: len(own) + 1}
+    return pa.schema(sorted(schema, key=lambda field: places.get(field.name, len(own))))
+
+
+def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the table with exactly the columns and types of ``schema``."""
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        column = table.column(field.name)
+        if column.type != field.type:
+            is_empty = pa.types.is_null(column.type)
+            column = pa.nulls(table.num_rows, field.type) if is_empty else column.cast(field.type)
+        columns.append(column)
+    return pa.table(columns, schema=schema)
+
+
+def _schema(path: Path) -> pa.Schema:
+    with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
+        return reader.schema
+
+
+def _table(path: Path) -> pa.Table:
+    with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
+        return reader.read_all()
+
+
+def _delimiter(kind: str) -> str:
+    return "\t" if kind == "tsv" else ","
+
+
+def _cell(value: Any) -> str:
+    """Return a value as the text of a cell: nothing for null, JSON for lists, objects and booleans."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | list | dict):
+        return json.dumps(_plain(value), ensure_ascii=False)
+    return str(_plain(value)) if not isinstance(value, float) else repr(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON data: dates and decimals as text, numbers that are not finite as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, Decimal | datetime.timedelta):
+        return str(value)
+    return value
+
+
+def _as_stored(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return JSON data as it is when it is read back."""
+    found: dict[str, Any] = json.loads(json.dumps(facts))
+    return found
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    if isinstance(before, str | int | float | None) and isinstance(now, str | int | float | None):
+        return f"{name} ({before} before, {now} now)"
+    return name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that ``predict`` answers, in order: a data set, standard input, or one row from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mirrortune.data.dataset import DataSet, Split
+from mirrortune.data.examples import OPTIONAL_ROLE
+from mirrortune.data.files.arrow import is_string, json_array, refuse_unreadable, text_array
+from mirrortune.data.loose import STDIN, read_loose_files, read_stdin
+from mirrortune.errors import ConfigError, DataError, counted, did_you_mean
+from mirrortune.runs.checks import DataSettings
+from mirrortune.runs.load import detect_columns
+from mirrortune.runs.rows import read_data
+from mirrortune.system.console import Reporter
+from mirrortune.system.paths import local_path
+from mirrortune.tasks.base import TARGET_ROLES, Task
+
+_WORDS = "word"  # role of a column of lists of words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowRequest:
+    """One row from the command line, in place of a data set.
+
+    Attributes:
+        texts: the texts of the row, in the order in which the task reads them.
+        image: path of an image or a recording.
+    """
+
+    texts: tuple[str, ...] = ()
+    image: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionRows:
+    """Rows to predict.
+
+    Attributes:
+        data: the splits, all of which are predicted, one after the other.
+        is_bare: whether the columns have no names of their own: lines of text, or a row from the command line.
+    """
+
+    data: DataSet
+    is_bare: bool = False
+
+    @property
+    def count(self) -> int | None:
+        """Number of rows; None if they are streamed."""
+        splits = self.data.splits.values()
+        return None if any(split.stream for split in splits) else sum(split.table.num_rows for split in splits)
+
+    def fitted(self, task: Task, reporter: Reporter, *, are_named: bool) -> tuple[PredictionRows, Task]:
+        """Return the rows and the task with columns that fit each other: those of the task's training, else those that
+        look like them, which are noted. Columns without names get those that the task reads.
+
+        Args:
+            task: of the model.
+            reporter: prints the notes.
+            are_named: whether the user has named columns, so that others are not looked for.
+
+        Raises:
+            ConfigError: columns without names are more or fewer than those the task reads.
+            DataError: a split lacks a column, or it could not be read.
+        """
+        rows = self._renamed(task) if self.is_bare else self
+        split = next(iter(rows.data.splits.values()))
+        if not are_named and (absent := _absent(split, task)):
+            with suppress(DataError, ConfigError):
+                task, notes = detect_columns(task, split)
+                for note in (f"the data has no column '{absent[0][1]}'", *notes):
+                    reporter.note(note)
+        for split in rows.data.splits.values():
+            for role, column in _absent(split, task):
+                names = split.table.column_names
+                flag = f", or name it with --{_FLAGS[role]}" if role in _FLAGS else ""
+                raise DataError(
+                    split.source, f"it has no {role} column '{column}'.{did_you_mean(column, names)}",
+                    allowed=", ".join(names), fix=f"Rename a column{flag}",
+                )  # fmt: skip
+            refuse_unreadable(split.table, [column for _, column in needed_columns(task)])
+        return rows, task
+
+    def _renamed(self, task: Task) -> PredictionRows:
+        (name, split), *_ = self.data.splits.items()
+        needed = needed_columns(task)
+        given, layout = split.table.num_columns, getattr(task, "layout", None)
+        if given != len(needed) and not (layout == "alpaca" and given < len(needed)):  # an instruction needs no input
+            listed = ", ".join(f"{role} '{column}'" for role, column in needed)
+            raise ConfigError(
+                split.source, f"{counted(split.table.num_columns, 'value')} a row, and the task reads {listed}",
+                fix="Give --text as often as the task reads texts; rows of several columns as a table or JSON lines",
+            )  # fmt: skip
+        table = split.table.rename_columns([column for _, column in needed[:given]])
+        for _, column in needed[given:]:
+            table = table.append_column(column, pa.nulls(table.num_rows, pa.string()))
+        if layout in ("messages", "turns"):
+            said = [[{"role": "user", "content": text or ""}] for text in table.column(0).to_pylist()]
+            table = table.set_column(0, table.column_names[0], json_array(said))
+        return replace(self, data=replace(self.data, splits={name: replace(split, table=table)}))
+
+    def blocks(self, size: int) -> Iterator[tuple[str, Split]]:
+        """Yield all rows in order, at most ``size`` at a time, with the name of their split."""
+        for name, split in self.data.splits.items():
+            if split.stream is None:
+                for first in range(0, split.table.num_rows, size):
+                    yield name, _rows(split, first, size)
+                continue
+            first = 0
+            for table in split.stream.in_order(size):
+                numbers = np.arange(first, first + table.num_rows)
+                yield name, replace(split, table=table, stream=None, files=(), kept=numbers)
+                first += table.num_rows
+
+
+_FLAGS = {"text": "text-column", "word": "text-column", "image": "image-column", "audio": "audio-column"}
+
+
+def needed_columns(task: Task) -> list[tuple[str, str]]:
+    """Return (role, column) for the columns without which a row cannot be predicted."""
+    target = getattr(task, "label_column", None)
+    return [(role, c) for role, c in task.columns() if role not in (*TARGET_ROLES, OPTIONAL_ROLE) and c != target]
+
+
+def _absent(split: Split, task: Task) -> list[tuple[str, str]]:
+    return [(role, column) for role, column in needed_columns(task) if column not in split.table.column_names]
+
+
+def with_words(split: Split, task: Task) -> Split:
+    """Return the split with texts cut into words at white space where the task reads lists of words."""
+    table = split.table
+    for role, column in task.columns():
+        if role == _WORDS and column in table.column_names and is_string(table.schema.field(column).type):
+            words = [None if text is None else text.split() for text in table.column(column).to_pylist()]
+            place = table.column_names.index(column)
+            table = table.set_column(place, column, pa.array(words, pa.list_(pa.string())))
+    return replace(split, table=table)
+
+
+def rows_of_request(request: RowRequest) -> PredictionRows:
+    """Return the row that was given on the command line."""
+    cells = [request.image] if request.image is not None else list(request.texts)
+    source = "--image" if request.image is not None else "--text"
+    names = ["image"] if request.image is not None else _bare_names(len(cells))
+    table = pa.table([text_array([cell]) for cell in cells], names=names)
+    origin: dict[str, Any] = {"given": cells}
+    if request.image is not None:
+        path = local_path(request.image)
+        if path.is_file():
+            origin |= {"size": path.stat().st_size}
+    return PredictionRows(data=DataSet(splits={"test": Split(table=table, source=source)}, origin=origin), is_bare=True)
+
+
+def _bare_names(count: int) -> list[str]:
+    """Return names by which columns of text are detected, until the task is known."""
+    return ["text"] if count == 1 else [f"text{place}" for place in range(1, count + 1)]
+
+
+def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
+    """Open the data set of a recipe: all of its splits, or one.
+
+    Raises:
+        DataError: it cannot be read, or has no such split.
+    """
+    assert settings.path is not None
+    if settings.path == STDIN:
+        if split is not None:
+            raise ConfigError("--split", "standard input has no splits", fix="Remove it")
+        given, is_bare = read_stdin(settings.encoding)
+        return PredictionRows(data=given, is_bare=is_bare)
+    settings = replace(settings, missing_label=None)  # labels are not read
+    loose = None if settings.streaming else read_loose_files(settings.path or STDIN)
+    data = loose or read_data(settings)
+    if split is not None:
+        found = data.find(split) or data.require(split, "--split")
+        data = replace(data, splits={next(name for name, own in data.splits.items() if own is found): found})
+    if settings.streaming:  # only one split of a data set is streamed, and of the others the first rows are read
+        opened = {n: read_data(replace(settings, train_split=n, test_split=n)).splits[n] for n in data.splits}
+        data = replace(data, splits=opened)
+    return PredictionRows(data=replace(data, origin={**data.origin, "split": split}))
+
+
+def _rows(split: Split, first: int, size: int) -> Split:
+    """Return some rows of a split that is not streamed."""
+    kept = np.arange(split.table.num_rows) if split.kept is None else split.kept
+    return replace(split, table=split.table.slice(first, size), kept=kept[first : first + size])
+
+
+def part_of(split: Split, first: int, stop: int) -> Split:
+    """Return rows ``first`` to ``stop`` (excluded) of a block."""
+    return _rows(split, first, stop - first)
