@@ -27,7 +27,7 @@ HEAVY = {"accelerate", "datasets", "deepspeed", "huggingface_hub", "matplotlib",
 LIGHT = (
     "__main__", "errors", "registry", "config.recipe", "config.schema", "config.strict_yaml", "adapters.methods",
     "system.paths", "system.console", "cli.app", "cli.flags", "cli.exports", "cli.reports", "cli.recipes",
-    "cli.predictions",
+    "cli.predictions", "cli.chat",
 )  # fmt: skip
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") or "__init__"

@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from mirrortune import __version__
 from mirrortune.cli import recipes as recipe_commands
+from mirrortune.cli.chat import chat
 from mirrortune.cli.exports import merge, push
 from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.cli.predictions import predict
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 # Commands of other tools, with what to use here.
 _ELSEWHERE = dict.fromkeys(
-    ("chat", "generate", "serve"),
-    "Score a run with mirrortune eval; to talk to it, merge it (mirrortune merge RUN -o merged; --format gguf for "
+    ("generate", "serve"),
+    "Talk to a run with mirrortune chat; to serve it, merge it (mirrortune merge RUN -o merged; --format gguf for "
     "llama.cpp) and open the result with transformers, vLLM or llama.cpp",
 )  # fmt: skip
 
@@ -292,6 +293,7 @@ def compare(
 
 app.command(cls=OnceEach)(_guard(predict))
 app.command(cls=OnceEach)(_guard(merge))
+app.command(cls=OnceEach)(_guard(chat))
 app.command(cls=OnceEach)(_guard(push))
 app.command(cls=OnceEach)(_guard(analyze))
 app.command(cls=OnceEach)(_guard(report))

@@ -1,4 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trained adapters in use: rows answered by one, and many of them on one base model."""
 
-__all__ = ["bank", "predict", "prediction_rows"]
+__all__ = [
+    "bank",
+    "chat",
+    "predict",
+    "prediction_rows",
+    "speakers",
+]

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, redirect_stdout, suppress
 from types import TracebackType
 from typing import Any
@@ -30,7 +30,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mirrortune.errors import ResourceError
+from mirrortune.errors import DataError, ResourceError
 from mirrortune.system.signals import describe_stop
 
 # Levels of verbosity: -q, neither, -v.
@@ -135,6 +135,17 @@ class Reporter:
     def error(self, text: str) -> None:
         """Print an error to stderr, on every rank."""
         self._err.print(Text("error: ", style="bold red") + Text(printable(text)))
+
+    def piece(self, text: str) -> None:
+        """Print a piece of a result at once, with control characters escaped and without a line break after it."""
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        try:
+            sys.stdout.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _no_output(error) from error
 
     def bar(self, label: str, total: int | None, *, done: int = 0, unit: str | None = None) -> Bar:
         """Return a progress bar over ``total`` units; without a terminal it prints one line at the end.
@@ -308,6 +319,43 @@ class TrainingProgress:
             return self._speed()
         left = round((self._total - step) * self._seconds / self._steps)
         return f"{self._speed()}  {datetime.timedelta(seconds=left)} left"
+
+
+def is_interactive() -> bool:
+    """Return whether a person types the input of the command."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def typed_lines(prompt: str) -> Iterator[str]:
+    """Yield the lines that a person types, edited by readline where Python has it, until Ctrl-D or Ctrl-C."""
+    with suppress(ImportError):
+        import readline  # noqa: F401, PLC0415  (input() uses it once it is imported)
+    while True:
+        if not sys.stdout.isatty():  # a file, which gets the results alone
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
+        try:
+            line = input(prompt if sys.stdout.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            sys.stderr.write("\n")
+            return
+        except UnicodeDecodeError:
+            line = "\udcff"
+        yield line
+
+
+def piped_lines() -> Iterator[str]:
+    """Yield the lines of standard input, each as soon as it is there.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    for number, line in enumerate(sys.stdin.buffer if sys.stdin is not None else (), 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            problem = f"line {number} is not UTF-8 ({error.reason} at byte {error.start + 1})"
+            raise DataError("standard input", problem, fix="Convert it: iconv -f latin1 -t utf-8") from error
 
 
 def digits(value: float) -> float:

@@ -1,4 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kinds of task share: columns, encoding, loss, answers, metrics."""
 
-__all__ = ["answered_rows", "base", "drawn_inputs", "metrics", "model_outputs", "predicting", "probes", "prompts"]
+__all__ = [
+    "answered_rows",
+    "base",
+    "chat",
+    "conversations",
+    "drawn_inputs",
+    "metrics",
+    "model_outputs",
+    "predicting",
+    "probes",
+    "prompts",
+]

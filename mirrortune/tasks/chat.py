@@ -137,6 +137,13 @@ def encode_prompt(tokenizer: Any, conversation: Conversation, where: str) -> lis
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def writes_system(tokenizer: Any, system: str) -> bool:
+    """Return whether the template writes a system turn; some refuse it, and some leave it out."""
+    messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+    text = _text_of(tokenizer, messages, Conversation(messages=messages))
+    return text is not None and system.strip() in text
+
+
 def writes_tools(tokenizer: Any, talk: Conversation) -> bool:
     """Return whether the template writes the tools of a conversation; True for a conversation that it refuses."""
     whole = _text_of(tokenizer, talk.messages, talk)

@@ -52,18 +52,19 @@ class Outcome:
         return found
 
 
-def mirrortune(*words: object, cache: Path | None = None) -> Outcome:
+def mirrortune(*words: object, cache: Path | None = None, stdin: str | bytes | None = None) -> Outcome:
     """Run a command in this process. What is no error of ours is raised, so a bug fails its test with a traceback.
 
     Args:
         words: the command line after ``mirrortune``.
         cache: our cache, for runs that are made outside a test.
+        stdin: what is piped into it.
     """
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)  # a command is a process of its own, as far as it knows
     env = {**_TERMINAL, **({"MIRRORTUNE_CACHE": str(cache)} if cache else {})}
-    result = CliRunner().invoke(app, [str(word) for word in words], env=env, catch_exceptions=False)
+    result = CliRunner().invoke(app, [str(word) for word in words], input=stdin, env=env, catch_exceptions=False)
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
