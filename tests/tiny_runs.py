@@ -23,6 +23,7 @@ from mirrortune.data.examples import Padding, TokenExamples
 from mirrortune.data.tokenize import Reading
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.kinds.text_classification import Task
+from mirrortune.tasks.objective import Objective
 from mirrortune.training.settings import LoopSettings
 from mirrortune.training.trainer import Trainer
 from tests.spectral import train_a_little
@@ -217,6 +218,7 @@ def make_trainer(
     validation: TokenExamples | None = None,
     progress: Watcher | None = None,
     fresh: bool = True,
+    objective: Objective | None = None,
     **settings: Any,
 ) -> Trainer:
     """A loop over 30 sentences, in a new run directory unless ``fresh`` is false.
@@ -227,6 +229,7 @@ def make_trainer(
         train, validation: splits in place of the sentences.
         progress: is told.
         fresh: whether to make the run directory.
+        objective: training loss.
         **settings: fields of ``LoopSettings`` that differ from ``SETTINGS``.
     """
     found = adapted or adapt(trained=None)
@@ -247,4 +250,5 @@ def make_trainer(
         write_adapter_files=write,
         accelerator=make_accelerator(),
         progress=progress or Watcher(),
+        objective=objective,
     )

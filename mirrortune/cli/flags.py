@@ -101,6 +101,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_LOOP, "--seed", "train.seed", int, "Seed of everything random."),
     _flag(_LOOP, "--precision", "train.precision", str, "auto, fp32, bf16, or fp16 with gradient scaling; auto is bf16, or fp16 on GPUs without it."),
     _flag(_LOOP, "--compile", "train.compile", bool, "Compile the model; pays in long runs."),
+    _flag(_LOOP, "--class-weights", "train.class_weights", "yaml", "Factors of classes in the loss: balanced, or {NAME: WEIGHT}."),
     _flag(_LOOP, "--track", "train.track", str, "Send the log to a tracker too: tensorboard, wandb, mlflow or trackio."),
     _flag(_LOOP, "--output-dir -o", "output_dir", str, "Run directory; runs/TASK-MODEL-METHOD by default."),
     _flag(_DANGER, "--trust-remote-code", "model.trust_remote_code", bool, "Run Python code from the model's repository."),
@@ -150,7 +151,8 @@ def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, 
 def _parameter(flag: Flag) -> inspect.Parameter:
     # Numbers are parsed by the rules of the recipe, so that --lr and train.lr= accept the same.
     kind = str if flag.kind in ("yaml", int, float) else flag.kind
-    metavar = {"yaml": "full|out|N", str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
+    several = "full|out|N" if flag.key == "adapter.rank" else "VALUE"
+    metavar = {"yaml": several, str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)
     option = typer.Option(*flag.names, help=flag.help, metavar=metavar, rich_help_panel=flag.panel, show_default=False)
     return inspect.Parameter(
         flag.parameter,

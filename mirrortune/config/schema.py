@@ -173,6 +173,9 @@ class AdapterSection(_Section):
     """Options of the method's core, such as scale_top_k, or fields of the configuration of a tuner of PEFT."""
 
 
+ClassWeight = typing.Annotated[float, Field(gt=0, le=1e6)]
+
+
 class TrainSection(_Section):
     """The loop."""
 
@@ -221,6 +224,14 @@ class TrainSection(_Section):
     """Experiment tracker that also receives every number of the log; none by default."""
     num_workers: int = Field(default=1, ge=0, le=64)
     """Threads that make batches ahead of the loop; 0 makes each when it is needed. No result depends on it."""
+    class_weights: Literal["balanced"] | dict[str, ClassWeight] | None = None
+    """Factor of each class in the training loss, such as {spam: 5}, 1 for classes that are not named; balanced gives
+    all classes the same part. Evaluation has no weights."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Classification: share of each target that is spread evenly over all classes in the training loss."""
+    balance: bool = False
+    """Draw as many training rows of each class: an epoch has as many rows as before, those of rare classes several
+    times and only some of frequent ones."""
 
 
 class EvalSection(_Section):

@@ -31,7 +31,13 @@ from mirrortune.system.devices import autocast
 _BUCKET = 32
 
 
-def epoch_batches(lengths: npt.NDArray[Any], global_batch_size: int, seed: int, epoch: int) -> list[Rows]:
+def epoch_batches(
+    lengths: npt.NDArray[Any],
+    global_batch_size: int,
+    seed: int,
+    epoch: int,
+    classes: npt.NDArray[np.int64] | None = None,
+) -> list[Rows]:
     """Return the global batches of one epoch, in order: every row once, rows of similar length together.
 
     Args:
@@ -39,9 +45,10 @@ def epoch_batches(lengths: npt.NDArray[Any], global_batch_size: int, seed: int, 
         global_batch_size: rows of one optimizer step; the last batch may be smaller.
         seed: of the run.
         epoch: from 0; every epoch has its own order.
+        classes: of each row, shape (N,), to draw as many rows, N, evenly from all classes instead of every row once.
     """
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths))
+    order = random.permutation(len(lengths) if classes is None else _drawn_evenly(classes, random))
     span = global_batch_size * _BUCKET
     batches: list[Rows] = []
     for start in range(0, len(order), span):
@@ -49,6 +56,19 @@ def epoch_batches(lengths: npt.NDArray[Any], global_batch_size: int, seed: int, 
         bucket = bucket[np.argsort(lengths[bucket], kind="stable")]
         batches += [bucket[i : i + global_batch_size] for i in range(0, len(bucket), global_batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
+
+
+def _drawn_evenly(classes: npt.NDArray[np.int64], random: np.random.Generator) -> Rows:
+    """Return N rows, as many of each class but for one: all rows of a class before any of them again."""
+    found = np.unique(classes)
+    each, rest = divmod(len(classes), len(found))
+    more = random.permutation(len(found)) < rest
+    drawn = []
+    for number, one_more in zip(found, more, strict=True):
+        rows, count = np.flatnonzero(classes == number), each + int(one_more)
+        drawn += [random.permutation(rows) for _ in range(count // len(rows))]
+        drawn.append(random.permutation(rows)[: count % len(rows)])
+    return np.concatenate(drawn)
 
 
 def micro_batches(batch: Rows, lengths: npt.NDArray[Any], *, num_micro: int, num_ranks: int, rank: int) -> list[Rows]:
@@ -141,6 +161,7 @@ class Feed:
         num_micro: micro-batches per rank and step.
         num_workers: threads that make batches; 0 makes each when it is asked for. One more reads a stream.
         seed: of the order of rows.
+        classes: of rows in memory, to draw them evenly; None to use each row once an epoch.
     """
 
     def __init__(
@@ -152,8 +173,9 @@ class Feed:
         num_micro: int,
         num_workers: int,
         seed: int,
+        classes: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self.rows, self.accelerator = rows, accelerator
+        self.rows, self.accelerator, self.classes = rows, accelerator, classes
         self.num_micro, self.num_workers, self.seed = num_micro, num_workers, seed
         self.rows_per_step = batch_size * num_micro  # of this rank
         self._place = Place() if isinstance(rows, StreamedExamples) else None
@@ -193,7 +215,7 @@ class Feed:
     def _stored(self, rows: Examples, epoch: int, step_in_epoch: int) -> Generator[_Step, None, None]:
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         for number in itertools.count(epoch):
-            batches = epoch_batches(rows.lengths, self.rows_per_step * ranks, self.seed, number)
+            batches = epoch_batches(rows.lengths, self.rows_per_step * ranks, self.seed, number, self.classes)
             for batch in batches[step_in_epoch if number == epoch else 0 :]:
                 parts = micro_batches(batch, rows.lengths, num_micro=self.num_micro, num_ranks=ranks, rank=rank)
                 yield _Step(

@@ -17,6 +17,9 @@ from mirrortune.reports.run_figures import learning_curves, run_drawings
 from mirrortune.reports.tables import Table
 from mirrortune.system.run_directory import RunDirectory
 
+_MOST_CLASSES = 200
+"""Classes in a table; those with the fewest rows are left out."""
+
 
 def write_run_page(run: RunDirectory) -> Path:
     """Write ``report.html`` in the directory of a finished run."""
@@ -48,6 +51,8 @@ def _one(run: FinishedRun) -> list[Html]:
     parts = [html.box([f"{before}Validation: {summary['validation']}."])]
     parts.append(_table(("result", ""), list(summary.items())))
     parts += [html.heading("Training"), *map(html.figure, run_drawings([run]))]
+    if run.validation.get("per_class"):
+        parts += [html.heading("Each class"), _class_table(run.validation["per_class"])]
     if run.validation.get("hardest"):
         head = ("row", "loss", "true", "predicted", "text")
         rows = [
@@ -99,6 +104,18 @@ def _several(runs: Sequence[FinishedRun]) -> list[Html]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Html:
     return Table(head, rows, caption, is_text=True).html()
+
+
+def _class_table(scores: Sequence[dict[str, Any]]) -> Html:
+    """Build the table of the classes, those with most rows first."""
+    ordered = sorted(scores, key=lambda s: -s["count"])[:_MOST_CLASSES]
+    rows = [
+        (s["class"], *(f"{s[key]:.3f}" for key in ("precision", "recall", "f1")), f"{s['count']:,}") for s in ordered
+    ]
+    caption = "The kept checkpoint on the validation rows."
+    if len(scores) > len(ordered):
+        caption += f" The {len(ordered)} most frequent of {len(scores):,}."
+    return _table(("class", "precision", "recall", "F1", "true"), rows, caption)
 
 
 def _merge_table(merge: dict[str, Any]) -> Html:

@@ -25,6 +25,7 @@ from mirrortune.system.outputs import Input, model_inputs
 from mirrortune.system.paths import DataPlace, ModelPlace, local_path
 from mirrortune.tasks.base import Task, settings_of, task_class
 from mirrortune.tasks.metrics import METRICS, Scores
+from mirrortune.tasks.objective import ClassSettings, setting_problems
 from mirrortune.training.calibration import CalibrationSettings
 from mirrortune.training.settings import LoopSettings
 from mirrortune.training.tracking import check_tracker
@@ -142,6 +143,7 @@ class RunSettings(EvaluationSettings):
         gradient_checkpointing: compute activations again in the backward pass.
         track: experiment tracker.
         output_dir: where the run is written; None for the default.
+        classes: how training treats unequal classes.
     """
 
     adapter: AdapterSpec
@@ -152,6 +154,7 @@ class RunSettings(EvaluationSettings):
     gradient_checkpointing: bool
     track: str | None
     output_dir: str | None
+    classes: ClassSettings
 
 
 def unpack(recipe: Recipe) -> RunSettings:
@@ -169,7 +172,7 @@ def unpack(recipe: Recipe) -> RunSettings:
         adapter=spec, form=recipe.adapter.form,
         calibration=_calibration(recipe, spec), loop=LoopSettings(**{**_common(LoopSettings, section), "lr": lr}),
         compile=section.compile, gradient_checkpointing=section.gradient_checkpointing, track=section.track,
-        output_dir=recipe.output_dir,
+        output_dir=recipe.output_dir, classes=ClassSettings(**_common(ClassSettings, section)),
     )  # fmt: skip
 
 
@@ -276,6 +279,8 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
             errors.append(error)
     if kind in task_kinds():
         errors += _unused_settings(recipe)
+    classes = ClassSettings(**_common(ClassSettings, recipe.train))
+    errors += setting_problems(classes, kind, is_streamed=recipe.data.streaming)
     metrics = recipe.task.metrics
     errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
     return errors

@@ -38,6 +38,7 @@ from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
 from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns
+from mirrortune.tasks.objective import Objective, make_objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,7 @@ class Job:
         footprint: memory.
         eval_batch_size, eval_max_positions: largest number of rows and positions of a batch in an evaluation.
         duplicated_rows: validation rows whose texts or files are also in the training rows.
+        objective: training loss.
     """
 
     settings: RunSettings
@@ -79,6 +81,7 @@ class Job:
     eval_batch_size: int
     eval_max_positions: int | None
     duplicated_rows: int
+    objective: Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +131,9 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     )
     base = _size(settings, rows, source, reporter)
     encoded = _encode(settings, rows, base, reporter)
+    objective = make_objective(rows.task, settings.classes, encoded.train)
+    for text in objective.notes():
+        reporter.note(text)
     duplicated = _count_duplicates(rows, reporter)
     footprint, eval_batch_size, eval_max_positions = _fit(settings, rows.task, encoded, base, reporter)
     return Job(
@@ -135,7 +141,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
         max_length=base.max_length, train=encoded.train, stream=encoded.stream, validation=encoded.validation,
         reported=encoded.reported, test_rows=None if rows.test is None else rows.test.table.num_rows,
         data_origin=rows.origin, plan=base.plan, footprint=footprint, eval_batch_size=eval_batch_size,
-        eval_max_positions=eval_max_positions, duplicated_rows=duplicated,
+        eval_max_positions=eval_max_positions, duplicated_rows=duplicated, objective=objective,
     )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any
     saliency = measure_saliency(
         loaded.model,
         targets,
-        job.task,
+        job.objective,
         job.train,
         cache,
         settings=settings,

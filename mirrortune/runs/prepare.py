@@ -19,9 +19,11 @@ from mirrortune.runs.job import assemble
 from mirrortune.runs.load import factorise
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device
-from mirrortune.tasks.base import Task, labels_of
+from mirrortune.tasks.base import OneOfClasses, Task, WeighsClasses, labels_of
 
 _NUMBERS, _CLASSES, _BINS = 48, 8, 24
+_FEW, _MOST = 10, 0.9
+"""Examples of a class that is called rare, and share of the rows from which on accuracy says little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,8 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
     for name, examples in {"train": job.train, "validation": job.validation}.items():
         for line in split_summary(examples, job.task):
             reporter.note(f"{name} {line}")
+    for line in class_warnings(job.task, job.train, job.validation):
+        reporter.note(f"warning: {line}")
     for line in show_rows(job.train, job.task, job.processor, show):
         reporter.note(line)
     counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
@@ -86,6 +90,27 @@ def split_summary(examples: Examples, task: Task) -> Iterator[str]:
     if lengths.min() < lengths.max():
         counts, edges = np.histogram(lengths, bins=min(_BINS, int(np.ptp(lengths)) + 1))
         yield f"lengths: {int(edges[0])} {sparkline(counts.tolist())} {int(edges[-1])}"
+
+
+def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterator[str]:
+    """Yield lines on classes with few training rows, and on one that is most of the validation rows."""
+    has_class_of_row = isinstance(task, OneOfClasses)
+    if not isinstance(task, WeighsClasses):
+        return
+    labels, counts = task.labels, task.class_counts(train)
+    rare = np.flatnonzero(counts < _FEW)[np.argsort(counts[counts < _FEW], kind="stable")]
+    if len(rare):
+        shown = ", ".join(f"{labels[i]} {counts[i]}" for i in rare[:_CLASSES])
+        more = f" and {len(rare) - _CLASSES} more" if len(rare) > _CLASSES else ""
+        yield f"classes with under {_FEW} examples in the training rows: {shown}{more}"
+    scored = task.class_counts(validation)
+    first = int(counts.argmax())
+    if has_class_of_row and scored.sum() == len(validation) and scored[first] > _MOST * len(validation):
+        yield (
+            f"always answering '{labels[first]}' has an accuracy of {scored[first] / len(validation):.3f} on the "
+            "validation rows; score by f1_macro, balanced_accuracy or mcc (task.metrics), and see train.class_weights "
+            "and train.balance"
+        )
 
 
 def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Iterator[str]:

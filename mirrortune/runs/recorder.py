@@ -27,6 +27,7 @@ from mirrortune.system.console import Reporter, digits
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import Continues, labels_of
+from mirrortune.tasks.per_class import class_scores
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import Progress
 from mirrortune.training.tracking import Track, tracker
@@ -157,10 +158,14 @@ def record_validation(
 
 
 def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
-    """Return confusion matrix or pairs of numbers, the hardest rows, and lengths and classes of both splits."""
+    """Return confusion matrix or pairs of numbers, scores of each class, the hardest rows, and lengths and classes of
+    both splits.
+    """
     references, predictions = outcome.references, outcome.predictions
     labels = labels_of(job.task)
     found: dict[str, Any] = {"lengths": _lengths(job)}
+    if each := class_scores(job.task, predictions, references):
+        found["per_class"] = each
     if not isinstance(predictions, np.ndarray) or predictions.ndim != 1 or np.shape(references) != predictions.shape:
         return found
     if labels and np.issubdtype(predictions.dtype, np.integer):

@@ -257,6 +257,7 @@ def _fit(
             write_adapter_files=write_adapter_files,
             accelerator=accelerator,
             progress=progress,
+            objective=job.objective,
         )
         if resume:
             trainer.resume()

@@ -9,6 +9,8 @@ __all__ = [
     "drawn_inputs",
     "metrics",
     "model_outputs",
+    "objective",
+    "per_class",
     "predicting",
     "probes",
     "prompts",

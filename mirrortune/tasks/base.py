@@ -182,6 +182,43 @@ class HasLabels(ABC):
     labels: tuple[str, ...]
 
 
+class SmoothsLabels(ABC):
+    """A task whose training loss can spread a share of each target evenly over all classes."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def training_loss(
+        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return the summed loss of a batch and its number of items; see :meth:`Task.loss`.
+
+        Args:
+            outputs: of the model.
+            targets: of the batch.
+            smoothing: share of each target that is spread, in [0, 1).
+            weights: factor of the loss of each class's items, (C,) on the device of ``targets``; None for all 1.
+        """
+
+
+class WeighsClasses(HasLabels, SmoothsLabels):
+    """A task whose training loss can weigh classes."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
+        """Return how many items of ``examples`` have each class, (C,)."""
+
+    def balanced_weights(self, examples: Any) -> npt.NDArray[np.float32]:
+        """Return weights (C,) by which all classes have the same part in the loss, 1 on average over items: those of
+        scikit-learn's ``class_weight="balanced"``. Classes without an item get 1.
+        """
+        counts = self.class_counts(examples)
+        even = counts.sum() / max(1, np.count_nonzero(counts))
+        return np.where(counts > 0, even / np.maximum(counts, 1), 1.0).astype(np.float32)
+
+
 class Generates(ABC):
     """A task that is scored by text that the model generates, token by token.
 
@@ -247,7 +284,7 @@ class TextTask(Task):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OneOfClasses(Task, HasLabels):
+class OneOfClasses(Task, WeighsClasses):
     """A task that predicts one of C classes.
 
     Attributes:
@@ -272,6 +309,17 @@ class OneOfClasses(Task, HasLabels):
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Return the cross-entropy of logits (B, C) against class indices (B,), summed."""
         return F.cross_entropy(outputs.logits.float(), targets, reduction="sum"), targets.shape[0]
+
+    @override
+    def training_loss(
+        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        losses = F.cross_entropy(outputs.logits.float(), targets, reduction="none", label_smoothing=smoothing)
+        return (losses if weights is None else losses * weights[targets]).sum(), targets.shape[0]
+
+    @override
+    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
+        return np.bincount(examples.targets[examples.targets >= 0], minlength=len(self.labels))
 
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:

@@ -25,7 +25,7 @@ from mirrortune.data.examples import Examples
 from mirrortune.data.loader import epoch_batches, forward
 from mirrortune.errors import ConfigError
 from mirrortune.system.distributed.sharding import Sharding
-from mirrortune.tasks.base import Task
+from mirrortune.tasks.objective import Objective
 
 # Distinct batches of the warm-up, over which its steps go round. With MiniLM-L6 on the movie sentences, pairs matched
 # after 60 steps over 40 batches carried 2.1 times the gradient of mirror pairs on other rows; over 16 batches, 1.8.
@@ -61,7 +61,7 @@ class CalibrationSettings:
 def measure_saliency(
     model: nn.Module,
     targets: Targets,
-    task: Task,
+    objective: Objective,
     examples: Examples,
     factor_source: FactorSource,
     *,
@@ -73,7 +73,7 @@ def measure_saliency(
     Args:
         model: base model without an adapter; its parameters and mode are restored.
         targets: layers and head.
-        task: loss.
+        objective: training loss.
         examples: training rows.
         factor_source: factors of each layer.
         settings: how saliency is measured.
@@ -91,17 +91,17 @@ def measure_saliency(
     wanted = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
     model.to(accelerator.device).eval()  # without dropout: the gradient of the model that evaluation sees
-    rows = _batches(examples, settings)
+    rows = _batches(examples, settings, objective)
     head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
     start = {n: p.detach().clone() for n, p in head.items()}
     _only(model, list(head.values()))
     with _autocast(accelerator):
-        _warm_up(model, list(head.values()), task, examples, rows, settings, accelerator.device)
+        _warm_up(model, list(head.values()), objective, examples, rows, settings, accelerator.device)
     _only(model, [target.weight(model) for target in targets.layers.values()])
     found: dict[str, Tensor] = {}
     for batch in itertools.islice(rows, settings.num_batches):
         with _autocast(accelerator):
-            _backward(model, task, examples, batch, accelerator.device)
+            _backward(model, objective, examples, batch, accelerator.device)
         if settings.saliency == "rms":
             _add(found, model, targets, factor_source, settings)
     if settings.saliency == "mean":
@@ -123,7 +123,7 @@ def _autocast(accelerator: Any) -> AbstractContextManager[object]:
 def _warm_up(
     model: nn.Module,
     head: list[nn.Parameter],
-    task: Task,
+    objective: Objective,
     examples: Examples,
     rows: Iterator[Any],
     settings: CalibrationSettings,
@@ -137,7 +137,7 @@ def _warm_up(
     with _remembered_base(model) as of_batch:
         for step in range(settings.warmup_steps):
             of_batch(step % len(batches))
-            _backward(model, task, examples, batches[step % len(batches)], device)
+            _backward(model, objective, examples, batches[step % len(batches)], device)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -170,9 +170,9 @@ def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
         del base.forward
 
 
-def _backward(model: nn.Module, task: Task, examples: Examples, rows: Any, device: torch.device) -> None:
+def _backward(model: nn.Module, objective: Objective, examples: Examples, rows: Any, device: torch.device) -> None:
     inputs, outputs, targets = forward(model, examples.batch(rows), device)
-    total, items = task.loss(inputs, outputs, targets)
+    total, items = objective.loss(inputs, outputs, targets)
     torch.autograd.backward(total / items)
 
 
@@ -206,6 +206,6 @@ def _only(model: nn.Module, trained: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _batches(examples: Examples, settings: CalibrationSettings) -> Iterator[Any]:
+def _batches(examples: Examples, settings: CalibrationSettings, objective: Objective) -> Iterator[Any]:
     for epoch in itertools.count():
-        yield from epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch)
+        yield from epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch, objective.classes)

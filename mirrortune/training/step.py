@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from mirrortune.data.loader import MicroBatch, forward
 from mirrortune.system.distributed.sharding import Sharding, own_share, whole
-from mirrortune.tasks.base import Task
+from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import Tally
 from mirrortune.training.optim import set_lr
 
@@ -250,7 +250,7 @@ class Stepper:
     Args:
         model, optimizer, update: from :func:`make_update`; the groups of the optimizer have ``peak_lr``.
         accelerator: accelerate's ``Accelerator``.
-        task: loss.
+        objective: training loss.
         tally: sums of the steps.
         num_micro: micro-batches per rank and step.
     """
@@ -262,12 +262,12 @@ class Stepper:
         update: Update,
         accelerator: Any,
         *,
-        task: Task,
+        objective: Objective,
         tally: Tally,
         num_micro: int,
     ) -> None:
         self.model, self.optimizer, self.update, self.accelerator = model, optimizer, update, accelerator
-        self.task, self.tally, self.num_micro = task, tally, num_micro
+        self.objective, self.tally, self.num_micro = objective, tally, num_micro
 
     def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> StepResult:
         """Make the step of the next global batch, at ``lr_factor`` times the peak learning rates.
@@ -302,5 +302,5 @@ class Stepper:
 
     def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
         inputs, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
-        loss, items = self.task.loss(inputs, outputs, targets)
+        loss, items = self.objective.loss(inputs, outputs, targets)
         return (loss * 0, 0) if part.is_empty else (loss, items)

@@ -25,6 +25,7 @@ from mirrortune.system.run_directory import LoopState, RunDirectory
 from mirrortune.system.signals import StopSignals, ends_as, how_to_go_on
 from mirrortune.tasks.base import Task
 from mirrortune.tasks.metrics import METRICS
+from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import StepClock, Tally, Totals
 from mirrortune.training.evaluate import EvalResult, EvaluationStoppedError, evaluate_split
 from mirrortune.training.optim import build_optimizer, lr_factor
@@ -50,6 +51,7 @@ class Trainer:
         write_adapter_files: writes the adapter into a folder.
         accelerator: accelerate's ``Accelerator``, which owns device, precision and processes.
         progress: observer.
+        objective: training loss; the task's own by default.
     """
 
     def __init__(
@@ -64,9 +66,11 @@ class Trainer:
         write_adapter_files: Callable[[Path], object],
         accelerator: Any,
         progress: Progress,
+        objective: Objective | None = None,
     ) -> None:
         self.task, self.train, self.validation = task, train, validation
         self.settings, self.run, self.progress = settings, run, progress
+        objective = objective or Objective(task)
         self.accelerator = accelerator
         self.feed = Feed(
             train,
@@ -75,6 +79,7 @@ class Trainer:
             num_micro=settings.gradient_accumulation_steps,
             num_workers=settings.num_workers,
             seed=settings.seed,
+            classes=objective.classes,
         )
         if self.feed.steps_per_epoch is None:  # the end of a stream is not known: all its steps are one epoch
             assert settings.max_steps is not None
@@ -95,7 +100,7 @@ class Trainer:
             keep=settings.keep, update=self.update,
         )  # fmt: skip
         self.stepper = Stepper(
-            self.model, self.optimizer, self.update, accelerator, task=task, tally=self.tally,
+            self.model, self.optimizer, self.update, accelerator, objective=objective, tally=self.tally,
             num_micro=settings.gradient_accumulation_steps,
         )  # fmt: skip
         self.state = LoopState(num_processes=accelerator.num_processes)

@@ -20,6 +20,7 @@ from mirrortune.adapters.inject import adapter_parameters, plain_parameters, spe
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data.examples import TokenExamples
 from mirrortune.errors import InterruptedRun
+from mirrortune.tasks.objective import Objective
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from tests.tiny_models import FAMILIES, tiny_bert
 from tests.tiny_runs import (
@@ -96,7 +97,8 @@ def test_every_family_trains_its_core_and_head_alone(family: str) -> None:
     assert all(not torch.equal(tensor, before[name]) for name, tensor in trained(adapted.model).items())
 
 
-def test_how_a_batch_is_cut_does_not_matter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [None, np.array([0.2, 2], np.float32)])
+def test_how_a_batch_is_cut_does_not_matter(tmp_path: Path, weights: Any) -> None:
     """30 ragged rows in global batches of 8: the last one has 6, so that some of 8 micro-batches are empty."""
     results = {}
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4), (1, 8)):
@@ -110,6 +112,7 @@ def test_how_a_batch_is_cut_does_not_matter(tmp_path: Path) -> None:
             batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
             epochs=1.5,
+            objective=Objective(classification(), weights=weights),
         )
         trainer.fit()
         assert sorted(watcher.rows[:4]) == [6, 8, 8, 8]
@@ -177,6 +180,9 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
 
 
+UNEQUAL = Objective(
+    classification(), weights=np.array([1, 3], np.float32), smoothing=0.1, classes=np.arange(30) % 5 // 4
+)
 # 30 rows in batches of 8: four steps an epoch. Step 5 is in the middle of the second epoch, step 4 at its border.
 CUTS: dict[str, tuple[Watcher, dict[str, Any]]] = {
     "terminated in an epoch": (terminate_after(5), {}),
@@ -191,6 +197,7 @@ CUTS: dict[str, tuple[Watcher, dict[str, Any]]] = {
         {"save_every_steps": 3, "eval_every_steps": 6, "log_every_steps": 1},
     ),
     "killed before any checkpoint": (kill_after(2), {}),
+    "terminated where classes are weighed and drawn evenly": (terminate_after(5), {"objective": UNEQUAL}),
 }
 
 

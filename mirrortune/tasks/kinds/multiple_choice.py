@@ -29,7 +29,7 @@ from mirrortune.data.labels import MISSING, as_name, refuse_missing
 from mirrortune.data.token_cache import Tokens
 from mirrortune.data.tokenize import Reading, pieces, resolve_max_length, tokenise_rows
 from mirrortune.errors import DataError, counted
-from mirrortune.tasks.base import TextTask
+from mirrortune.tasks.base import SmoothsLabels, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
 from mirrortune.tasks.probes import SENTENCES
@@ -96,7 +96,7 @@ class ChoiceExamples(Examples):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task(TextTask):
+class Task(TextTask, SmoothsLabels):
     """Choice of an ending.
 
     Attributes:
@@ -199,6 +199,18 @@ class Task(TextTask):
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
         """Return the cross-entropy of logits (B, C) over the endings that each row has, summed over rows."""
         return F.cross_entropy(_masked(outputs, targets), targets[:, 0], reduction="sum"), targets.shape[0]
+
+    @override
+    def training_loss(
+        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """Return the loss with a share of each target spread over the endings that the row has. Endings have no classes
+        and no ``weights``.
+        """
+        scores = _masked(outputs, targets).log_softmax(dim=-1)
+        rights = scores.gather(1, targets[:, :1]).sum()
+        spread = (scores.masked_fill(scores.isinf(), 0).sum(dim=-1) / targets[:, 1]).sum()
+        return -((1 - smoothing) * rights + smoothing * spread), targets.shape[0]
 
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[npt.NDArray[np.float32]]:

@@ -109,6 +109,34 @@ class Task(TextTask, OneOfClasses):
         return OneOfClasses.loss(self, inputs, outputs, targets)
 
     @override
+    def training_loss(
+        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """Return the loss with classes weighed and labels smoothed. With several labels, a weight multiplies the loss
+        of the rows that have the class, and not of those that lack it.
+        """
+        if not self.multi_label:
+            return OneOfClasses.training_loss(self, outputs, targets, smoothing=smoothing, weights=weights)
+        logits, wanted = outputs.logits.float(), targets * (1 - smoothing) + smoothing / 2
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights, reduction="sum")
+        return loss, targets.numel()
+
+    @override
+    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
+        if self.multi_label:
+            return np.asarray((examples.targets > 0).sum(axis=0))
+        return OneOfClasses.class_counts(self, examples)
+
+    @override
+    def balanced_weights(self, examples: Any) -> npt.NDArray[np.float32]:
+        """Return the weights of one class per row; with several labels, rows without the class over rows with it."""
+        if not self.multi_label:
+            return OneOfClasses.balanced_weights(self, examples)
+        counts = self.class_counts(examples)
+        lacking = np.maximum(len(examples) - counts, 1)
+        return np.where(counts > 0, lacking / np.maximum(counts, 1), 1.0).astype(np.float32)
+
+    @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
         """Return predicted and true classes, each (N,); with several labels, those of positive logits, each (N, C)."""
         if self.multi_label:

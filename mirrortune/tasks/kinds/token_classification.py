@@ -29,7 +29,7 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, tokenise_rows
 from mirrortune.errors import DataError, did_you_mean
 from mirrortune.models.load import ModelSource, load_tokenizer
-from mirrortune.tasks.base import HasLabels, TextTask
+from mirrortune.tasks.base import TextTask, WeighsClasses
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, refuse_nan
 
@@ -38,7 +38,7 @@ _TAGS = ("ner_tags", "tags", "labels", "pos_tags", "ner", "pos", "label", "upos"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task(TextTask, HasLabels):
+class Task(TextTask, WeighsClasses):
     """Tagging of words; ``labels`` are the tags."""
 
     text_columns: tuple[str, ...]
@@ -127,6 +127,21 @@ class Task(TextTask, HasLabels):
         logits = outputs.logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return loss, (targets != IGNORE_INDEX).sum()
+
+    @override
+    def training_loss(
+        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        logits, tags = outputs.logits.float().flatten(0, 1), targets.flatten()
+        losses = F.cross_entropy(logits, tags, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing)
+        if weights is not None:  # the loss of a position without a tag is 0
+            losses = losses * weights[tags.clamp(min=0)]
+        return losses.sum(), (targets != IGNORE_INDEX).sum()
+
+    @override
+    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
+        tags = examples.features["targets"]
+        return np.bincount(tags[tags != IGNORE_INDEX], minlength=len(self.labels))
 
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:

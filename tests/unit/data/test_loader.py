@@ -64,6 +64,9 @@ def test_closing_ends_the_threads() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("mirrortune-batches")]
 
 
+BALANCED = np.arange(30) % 5 // 4  # 24 rows of one class, 6 of another
+
+
 def feed(rank: int = 0, ranks: int = 1, **settings: Any) -> Feed:
     """Thirty sentences, eight a step, cut into two micro-batches for each rank."""
     accelerator = SimpleNamespace(num_processes=ranks, process_index=rank, device=torch.device("cpu"))
@@ -81,20 +84,22 @@ def test_batches_do_not_depend_on_who_makes_them(num_workers: int) -> None:
         assert all(torch.equal(one.batch[name], tensor) for name, tensor in other.batch.items())
 
 
-def test_a_feed_can_begin_anywhere() -> None:
+@pytest.mark.parametrize("classes", [None, BALANCED])
+def test_a_feed_can_begin_anywhere(classes: Any) -> None:
     """Steps 5 to 8 of two epochs of four are the second epoch's, and a cut within an epoch changes nothing."""
-    whole = list(feed().micro_batches(0, 0, 8))
+    whole = list(feed(classes=classes).micro_batches(0, 0, 8))
     for done in (3, 4, 6):
-        rest = list(feed().micro_batches(done // 4, done % 4, 8 - done))
+        rest = list(feed(classes=classes).micro_batches(done // 4, done % 4, 8 - done))
         for one, other in zip(rest, whole[2 * done :], strict=True):
             assert all(torch.equal(one.batch[name], tensor) for name, tensor in other.batch.items())
 
 
+@pytest.mark.parametrize("classes", [None, BALANCED])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_share_every_row_of_a_step_once(ranks: int) -> None:
+def test_ranks_share_every_row_of_a_step_once(ranks: int, classes: Any) -> None:
     rows = sentences(30)
-    steps = epoch_batches(rows.lengths, 8, 3, 0)
-    parts = [list(feed(rank, ranks).micro_batches(0, 0, 4)) for rank in range(ranks)]
+    steps = epoch_batches(rows.lengths, 8, 3, 0, classes)
+    parts = [list(feed(rank, ranks, classes=classes).micro_batches(0, 0, 4)) for rank in range(ranks)]
     for number, step in enumerate(steps):
         mine = [part for own in parts for part in own[2 * number : 2 * number + 2]]
         assert {part.num_rows_of_step for part in mine} == {len(step)}
@@ -126,6 +131,27 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(lengths: npt.NDArray[Any], siz
     np.random.seed(epoch + 1)  # noqa: NPY002
     second = epoch_batches(lengths, size, seed, epoch)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@given(
+    classes=st.lists(st.sampled_from([0, 0, 0, 0, 2, 5]), min_size=1, max_size=200).map(np.array),
+    size=st.integers(1, 40),
+    seed=SEEDS,
+)
+def test_a_balanced_epoch_draws_classes_evenly(classes: npt.NDArray[np.int64], size: int, seed: int) -> None:
+    lengths = np.arange(len(classes)) % 7 + 1
+
+    rows = np.concatenate(epoch_batches(lengths, size, seed, 0, classes))
+
+    assert len(rows) == len(classes), "an epoch has as many steps as without"
+    drawn, kinds = np.bincount(classes[rows], minlength=6), np.unique(classes)
+    assert drawn.sum() == drawn[kinds].sum()
+    assert drawn[kinds].max() - drawn[kinds].min() <= 1
+    for kind in kinds:  # no row is drawn again before all of its class were
+        times = np.bincount(rows, minlength=len(classes))[classes == kind]
+        assert times.max() - times.min() <= 1
+    again = np.concatenate(epoch_batches(lengths, size, seed, 0, classes))
+    assert np.array_equal(rows, again)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epoch": 1}])

@@ -50,6 +50,7 @@ FIXED = {
     "train.epochs": "9", "train.max_steps": "9", "train.schedule": "cosine", "train.warmup_ratio": "0.5",
     "train.weight_decay": "0.5", "train.max_grad_norm": "2", "train.precision": "bf16", "train.compile": "true",
     "train.gradient_checkpointing": "true", "train.seed": "9", "train.eval_every_steps": "9", "train.patience": "9",
+    "train.class_weights": "balanced", "train.label_smoothing": "0.1", "train.balance": "true",
     "eval.protocol": "split-dev", "eval.max_new_tokens": "9",
 }  # fmt: skip
 

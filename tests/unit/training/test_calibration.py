@@ -25,6 +25,7 @@ from mirrortune.merging import write
 from mirrortune.runs.evaluate import evaluate
 from mirrortune.runs.train import train
 from mirrortune.system.console import Reporter
+from mirrortune.tasks.objective import Objective
 from mirrortune.training.calibration import CalibrationSettings, measure_saliency
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD, classification, sentences
@@ -48,7 +49,7 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
     return measure_saliency(
         model,
         find_targets(model, SPEC, HEAD),
-        classification(),
+        Objective(classification()),
         sentences(12),
         lambda name, weight, rank: factorize(weight, rank),
         settings=CalibrationSettings(**settings),
