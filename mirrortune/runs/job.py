@@ -255,15 +255,18 @@ def _check_test(test: Split, task: Task, processor: Any, reading: Reading, repor
 
 
 def _count_duplicates(rows: RunRows, reporter: Reporter) -> int:
-    """Count the validation rows that are among the training rows."""
-    in_both = set(rows.train.table.column_names) & set(rows.validation.table.column_names)
-    columns = rows.task.columns()
-    inputs = [(role, column) for role, column in columns if role not in TARGET_ROLES and column in in_both]
-    twice = rows_in_both(rows.train, rows.validation, inputs)
-    if twice:
-        are = "is" if twice == 1 else "are"
-        reporter.note(f"  {counted(twice, 'validation row')} {are} also among the training rows")
-    return twice
+    """Return how many validation rows are among the training rows; print that, and the same of all scored splits."""
+    splits = {"validation": rows.validation, **rows.reported, **({} if rows.test is None else {"test": rows.test})}
+    found = {}
+    for name, split in splits.items():
+        in_both = set(rows.train.table.column_names) & set(split.table.column_names)
+        columns = rows.task.columns()
+        inputs = [(role, column) for role, column in columns if role not in TARGET_ROLES and column in in_both]
+        found[name] = rows_in_both(rows.train, split, inputs)
+        if found[name]:
+            are = "is" if found[name] == 1 else "are"
+            reporter.note(f"  {counted(found[name], f'{name} row')} {are} also among the training rows")
+    return found["validation"]
 
 
 def _fit(

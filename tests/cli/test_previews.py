@@ -41,6 +41,7 @@ def test_the_test_split_is_checked_before_training(desk: Path, tiny_model_dir: P
 def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path) -> None:
     write_table(desk / "parts" / "train.csv", [("the film was good", "up"), ("a bad plot", "down"), ("fun", "up")])
     write_table(desk / "parts" / "validation.csv", [("a bad plot", "down"), ("great", "up")])
+    write_table(desk / "parts" / "test.csv", [("the film was good", "up"), ("fun", "up"), ("great", "up")])
 
     outcome = mirrortune(*PREPARE, "-m", tiny_model_dir, "-d", "parts", "--show", 2, "--json", "-v", "--rank", 4)
 
@@ -49,6 +50,7 @@ def test_rows_are_shown_as_the_model_gets_them(desk: Path, tiny_model_dir: Path)
     assert "as a LoRA: rank 8" in lines, "the least that servers take of 4 and more"
     assert "  tokens of parts/train.csv (training rows): made for the first time" in lines
     assert "  1 validation row is also among the training rows" in lines
+    assert "  2 test rows are also among the training rows" in lines
     assert "train classes: up 2 (67%), down 1 (33%)" in lines
     assert "train lengths: 3 █▁▁█▁█ 6" in lines or any(line.startswith("train lengths: 3 ") for line in lines)
     start = lines.index("example 1 of 3")
