@@ -17,7 +17,7 @@ from mirrortune.adapters.files.find import find_adapter
 from mirrortune.adapters.files.load import load_into
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.errors import ConfigError
-from mirrortune.merging.verify import Probes
+from mirrortune.merging.verify import Compared, Probes
 from mirrortune.models.load import DTYPES, ModelSource, find_model, load_model, pad_token_id, resolve_dtype
 from mirrortune.models.quantized import dequantise
 from mirrortune.system.devices import widen
@@ -43,6 +43,12 @@ class OpenedAdapter:
     adapted: nn.Module
     pad_token_id: int | None
     probes: Probes
+
+    @property
+    def compared(self) -> Compared:
+        """What is compared of the model's outputs."""
+        task = _task_of(self.adapter)
+        return None if task is None else task.compared
 
     def load_plain(self, *, as_trained: bool = False) -> nn.Module:
         """Load the base without the adapter, in its stored dtype or in the one that the adapter was trained in."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.inject import attachment, plain_parameters
-from mirrortune.merging.verify import Probes, TensorLedger, Verification, check_ties, compare_models
+from mirrortune.merging.verify import Compared, Probes, TensorLedger, Verification, check_ties, compare_models
 
 
 @torch.no_grad()
@@ -79,6 +79,7 @@ def verify(
     probes: Probes,
     ledger: TensorLedger,
     *,
+    compared: Compared = None,
     trust_remote_code: bool = False,
 ) -> Verification:
     """Reopen a merged checkpoint with transformers alone and compare its tensors and its outputs.
@@ -90,6 +91,7 @@ def verify(
         auto_class: name of the transformers class that loads it.
         probes: inputs of the model's forward pass, or candidates for them.
         ledger: of :func:`merged_state`.
+        compared: what is compared of the outputs.
         trust_remote_code: run code that the configuration names.
     """
     import transformers  # noqa: PLC0415
@@ -112,4 +114,4 @@ def verify(
             stored = tensor.cpu if name in ledger.errors else None
             ledger.check(name, written[name], functools.partial(expected, name), stored)
     dtype = next(iter(reopened.parameters())).dtype
-    return ledger.verification(compare_models(reopened, adapted, probes), dtype)
+    return ledger.verification(compare_models(reopened, adapted, probes, compared), dtype)

@@ -381,8 +381,9 @@ def _compare_outputs(merged: nn.Module, opened: OpenedAdapter) -> OutputError:
     coarsest = max(torch.finfo(p.dtype).eps for p in opened.adapted.parameters())
     merged.float()  # the error of 16-bit arithmetic is not one of the weights
     return compare_outputs(
-        lambda probe: compared_outputs(merged, probe), lambda probe: compared_outputs(opened.adapted, probe),
-        opened.probes, tolerance=max(1e-5, 8 * coarsest),
+        lambda probe: compared_outputs(merged, probe, compared=opened.compared),
+        lambda probe: compared_outputs(opened.adapted, probe, compared=opened.compared), opened.probes,
+        tolerance=max(1e-5, 8 * coarsest),
     )  # fmt: skip
 
 

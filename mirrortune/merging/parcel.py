@@ -27,6 +27,7 @@ _OF_A_MODEL = re.compile(
     r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|(spiece|sentencepiece\.bpe|source|target)\.(model|spm)|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.tiktoken|normalizer\.json"
+    r"|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json|\d+_\w+/config\.json"
 )
 _LARGEST_TEXT = 16 * 2**20  # bytes; larger JSON files are vocabularies
 
@@ -136,7 +137,7 @@ def check_texts(base: Path) -> None:
     # A repository in any cache is a folder of links: models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH.
     is_cached = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
     roots = [folder.parents[1] if is_cached else folder, Path(os.path.realpath(constants.HF_HUB_CACHE))]
-    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")):
+    for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*"), *folder.glob("*/config.json")):
         name, real = path.relative_to(folder).as_posix(), Path(os.path.realpath(path))
         is_copied = _OF_A_MODEL.fullmatch(name) and name not in (CARD, RECIPE, REPORT) and ".safetensors" not in name
         if is_copied and not any(real.is_relative_to(root) for root in roots):

@@ -36,6 +36,9 @@ from mirrortune.tasks.model_outputs import compared_outputs, largest_difference
 Probes = Batch | Iterable[Batch]
 """Inputs of a model's forward pass, or candidates for them, the likeliest first."""
 
+Compared = Callable[[Batch, Any], Any] | None
+"""Inputs and outputs -> what is compared of them, for :func:`compared_outputs`; None to compare the outputs."""
+
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Floating-point dtypes by their codes in safetensors files."""
 
@@ -215,15 +218,17 @@ def check_written(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger
     ledger.errors = {name: ledger.errors[name] for name in checked if name in ledger.errors}  # in the files' order
 
 
-def compare_models(reopened: nn.Module, adapted: nn.Module, probes: Probes) -> OutputError:
+def compare_models(
+    reopened: nn.Module, adapted: nn.Module, probes: Probes, compared: Compared = None
+) -> OutputError:  # fmt: skip
     """Compare the outputs of a reopened merged model with those of base + adapter, both in memory."""
     coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
     computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
     if stored_in == torch.float16 or computed_in == torch.float32:
         reopened.float()  # CPUs lack float16 kernels, and the error of 16-bit arithmetic is not one of the weights
     return compare_outputs(
-        lambda probe: compared_outputs(reopened, probe), lambda probe: compared_outputs(adapted, probe), probes,
-        tolerance=max(1e-4, 8 * coarsest),
+        lambda probe: compared_outputs(reopened, probe, compared=compared),
+        lambda probe: compared_outputs(adapted, probe, compared=compared), probes, tolerance=max(1e-4, 8 * coarsest),
     )  # fmt: skip
 
 
@@ -250,7 +255,7 @@ def compare_outputs(
 
 
 def compare_lazily(
-    make: Callable[[], nn.Module], probes: Probes, plan: MergePlan, written: WrittenTensors
+    make: Callable[[], nn.Module], probes: Probes, plan: MergePlan, written: WrittenTensors, compared: Compared = None
 ) -> OutputError:
     """Compare the outputs of the merged model with those of base + adapter, with one module's weights in memory at a
     time.
@@ -260,6 +265,7 @@ def compare_lazily(
         probes: inputs, or candidates for them.
         plan: of the merge.
         written: tensors of the merged model. The adapter runs beside its layers, as it was trained.
+        compared: what is compared of the outputs.
     """
     model = make()
     names = aliases(model)
@@ -279,8 +285,9 @@ def compare_lazily(
     adapted = _base_with_adapters(make(), plan, trained_in)
     epsilon = max(torch.finfo(dtype).eps for dtype in (stored_in, trained_in))
     return compare_outputs(
-        lambda probe: compared_outputs(merged, probe, dtype=computed_in),
-        lambda probe: compared_outputs(adapted, probe, dtype=trained_in), probes, tolerance=max(1e-4, 8 * epsilon),
+        lambda probe: compared_outputs(merged, probe, dtype=computed_in, compared=compared),
+        lambda probe: compared_outputs(adapted, probe, dtype=trained_in, compared=compared), probes,
+        tolerance=max(1e-4, 8 * epsilon),
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ from mirrortune.merging.parcel import check_texts
 from mirrortune.merging.plan import MergePlan, NotTensorByTensor, plan_merge
 from mirrortune.merging.verify import (
     FLOATS,
+    Compared,
     OutputError,
     Probes,
     TensorLedger,
@@ -208,6 +209,10 @@ class _Merge:
     def auto_class(self) -> str:
         return str(self.adapters[-1].base["auto_class"])
 
+    @property
+    def compared(self) -> Compared:
+        return None if self.task is None else self.task.compared
+
     def outline(self) -> nn.Module:
         """Build the merged model without weights."""
         fields = config_fields(self.adapters[-1], self.task)
@@ -257,7 +262,14 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
     report["contents"] = check_contents(folder, plain, merge.processors, trust_remote_code=trusted)
     report["tensors"] = ledger.errors
     return in_memory.verify(
-        folder, plain, opened.adapted, merge.auto_class, merge.probes(), ledger, trust_remote_code=trusted
+        folder,
+        plain,
+        opened.adapted,
+        merge.auto_class,
+        merge.probes(),
+        ledger,
+        compared=opened.compared,
+        trust_remote_code=trusted,
     )
 
 
@@ -284,7 +296,7 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     report["tensors"] = ledger.errors
     is_large = sum(t.nbytes for t in written.headers.values()) > LARGE
     outputs = (
-        compare_lazily(merge.outline, merge.probes(), plan, written)
+        compare_lazily(merge.outline, merge.probes(), plan, written, merge.compared)
         if is_large or is_quantised or not is_single
         else _compare_loaded(merge, folder)
     )
@@ -318,4 +330,4 @@ def _compare_loaded(merge: _Merge, folder: Path) -> OutputError:
     adapted = load_adapted(adapter, merge.source, merge.task, pad, merge.factors, remarks=merge.remarks)
     load: Any = getattr(transformers, merge.auto_class).from_pretrained
     reopened = load(folder, dtype="auto", trust_remote_code=False).eval()
-    return compare_models(reopened, adapted, merge.probes())
+    return compare_models(reopened, adapted, merge.probes(), merge.compared)

@@ -17,10 +17,19 @@ from mirrortune.system.run_directory import RunDirectory, run_of
 _LONG_RECIPE = 200  # lines; one that lists pairs may have thousands
 _PIPELINES = {"regression": "text-classification", "causal-lm": "text-generation", "seq2seq": "summarization"}
 """The Hub's names of kinds of task, where they differ from mirrortune's."""
+_EMBEDDING = "sentence-similarity"
 _USE_MERGED = """```python
 from transformers import pipeline
 
 pipeline(model="THIS_REPOSITORY")
+```
+
+`merge.json` holds the comparison of these files with base + adapter.
+"""
+_USE_EMBEDDING = """```python
+from sentence_transformers import SentenceTransformer
+
+SentenceTransformer("THIS_REPOSITORY").encode(["a text"])
 ```
 
 `merge.json` holds the comparison of these files with base + adapter.
@@ -107,7 +116,8 @@ def card_of_run(
     text = recipe_text(directory) if recipe is None else recipe.read_text(encoding="utf-8")
     base, method, kind = base or adapter.base, adapter.spec.method, adapter.task["kind"]
     what = "Plain transformers weights" if is_merged else "An adapter"
-    use = _USE_MERGED if is_merged else _USE_ADAPTER.format(base=base.get("name"))
+    merged = _USE_EMBEDDING if kind == _EMBEDDING else _USE_MERGED
+    use = merged if is_merged else _USE_ADAPTER.format(base=base.get("name"))
     curves = "\n![curves](curves.png)\n" if has_curves else ""
     with damage(str(directory.path)):
         run = FinishedRun(directory)
@@ -153,8 +163,9 @@ def _hub_fields(run: FinishedRun, title: str, kind: str, *, is_merged: bool) -> 
     pipeline, dataset = _PIPELINES.get(kind, kind), _dataset(run)
     described = {"type": dataset, "name": dataset, "split": "validation"}
     metrics = [{"type": name, "name": name, "value": value} for name, value in run.results["metrics"].items()]
+    library = "sentence-transformers" if kind == _EMBEDDING else "transformers"
     fields: dict[str, Any] = {
-        "library_name": "transformers" if is_merged else "mirrortune",
+        "library_name": library if is_merged else "mirrortune",
         "pipeline_tag": pipeline,
         "base_model_relation": "finetune" if is_merged else "adapter",
         "model-index": [

@@ -129,6 +129,10 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     rows, source = all_of(
         lambda: choose_rows(settings, data or read_data(settings.data), reporter), settings.model.find
     )
+    task, notes = rows.task.for_model(source)
+    for text in notes:
+        reporter.note(text)
+    rows = replace(rows, task=task)
     base = _size(settings, rows, source, reporter)
     encoded = _encode(settings, rows, base, reporter)
     objective = make_objective(rows.task, settings.classes, encoded.train)
@@ -153,7 +157,7 @@ def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: R
     dtype = resolve_dtype(settings.model.dtype, source.config, default_device())
     if said := describe_widening(settings.model.dtype, source.config, default_device()):
         reporter.note(said)
-    model = empty_model(source, task.auto_class, task.config_fields())
+    model = task.trim(empty_model(source, task.auto_class, task.config_fields()))
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     asked = settings.data.max_length

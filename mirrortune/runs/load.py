@@ -26,6 +26,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.merging.bases import load_adapted
 from mirrortune.models.load import (
     DTYPES,
+    LoadedModel,
     describe_widening,
     find_model,
     load_model,
@@ -82,9 +83,16 @@ def load_base(job: Job) -> Base:
     """Load the job's base model with a new head."""
     fields, pad = job.task.config_fields(), pad_token_id(job.processor)
     loaded = load_model(job.source, job.task.auto_class, fields, job.dtype, pad)
-    job.train.verify(loaded.model)
-    targets = complete_targets(job.plan.targets, loaded.model, job.spec, loaded.new_parameters)
-    return Base(model=loaded.model, targets=targets)
+    model, new = _trimmed(job.task, loaded)
+    job.train.verify(model)
+    return Base(model=model, targets=complete_targets(job.plan.targets, model, job.spec, new))
+
+
+def _trimmed(task: Task, loaded: LoadedModel) -> tuple[nn.Module, list[str]]:
+    """Return a model without what its task does not use, and those of its parameters that the checkpoint lacks."""
+    model = task.trim(loaded.model)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return model, [name for name in loaded.new_parameters if name in names]
 
 
 def adapt_model(
@@ -274,19 +282,20 @@ def load_evaluable(
         place.repository, revision=place.revision or request.revision, trust_remote_code=request.trust_remote_code
     )
     make_task = _plain_task if is_labelled else _unlabelled_task
-    task = make_task(settings, data, source.config)
+    task, _ = make_task(settings, data, source.config).for_model(source)
     processor = task.load_processor(source)
     dtype = resolve_dtype(request.dtype, source.config, default_device())
     loaded = load_model(source, task.auto_class, {}, dtype, pad_token_id(processor))
-    if loaded.new_parameters:
+    model, new = _trimmed(task, loaded)
+    if new:
         raise ConfigError(
             target,
-            f"it has no trained head for this task ({', '.join(loaded.new_parameters[:3])} are missing)",
+            f"it has no trained head for this task ({', '.join(new[:3])} are missing)",
             fix="Evaluate a run directory, a merged folder or a fine-tuned model",
         )
     max_length = task.resolve_length(settings.data.max_length, processor, source.config)
     note = describe_widening(request.dtype, source.config, default_device())
-    return Evaluable(model=loaded.model.eval(), task=task, processor=processor, max_length=max_length, note=note)
+    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, note=note)
 
 
 def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[str] | None) -> Evaluable:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from mirrortune.data.dataset import Split
@@ -88,6 +88,18 @@ class Task(ABC):
             DataError: if a row has no label, or one that cannot be read.
         """
         return None
+
+    def for_model(self, source: ModelSource) -> tuple[Task, list[str]]:
+        """Return the task completed by what the folder of its model says, and notes for the user.
+
+        Raises:
+            ConfigError: if the model does not fit the kind.
+        """
+        return self, []
+
+    def trim(self, model: nn.Module) -> nn.Module:
+        """Remove the modules that no output of the kind depends on, in place; they are neither trained nor run."""
+        return model
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of the transformers config that set the size and the labels of the model's head."""
@@ -170,6 +182,10 @@ class Task(ABC):
     def probe(self, processor: Any, config: Any) -> Batch:
         """Return a small batch of model inputs, on which a merged model is compared with base + adapter."""
 
+    def compared(self, inputs: Batch, outputs: Any) -> Any:
+        """Return what a merged model is compared by: its outputs, or others that follow from them, by name."""
+        return outputs
+
 
 class HasLabels(ABC):
     """A task whose predictions are among named classes or tags.
@@ -251,6 +267,33 @@ class Continues(ABC):
     @abstractmethod
     def write(self, model: Any, processor: Any, examples: Any, row: int) -> tuple[str, str, str]:
         """Return a prompt from a row, how the row continues it, and how the model does (greedy decoding)."""
+
+
+class ComparesRows(ABC):
+    """A task whose loss compares rows with each other: with those of a micro-batch on all ranks in training, and with
+    all rows of a split in evaluation.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def vectors(self, inputs: Batch, outputs: Any) -> Tensor:
+        """Return what rows are compared by, shape (B, ...), float32."""
+
+    @abstractmethod
+    def loss_of_rows(self, vectors: Tensor, targets: Tensor, is_row: Tensor, own: slice) -> tuple[Tensor, int]:
+        """Return the summed loss of some rows among those that they are compared with, and their number.
+
+        Args:
+            vectors: from :meth:`vectors`, shape (N, ...).
+            targets: shape (N, ...).
+            is_row: False for fillers, which are compared with nothing, shape (N,).
+            own: the rows that are summed over.
+        """
+
+    @abstractmethod
+    def loss_of_split(self, judged: Sequence[Any], examples: Any) -> float:
+        """Return the mean loss of the judged rows of a split, each compared with all of them."""
 
 
 class TextTask(Task):

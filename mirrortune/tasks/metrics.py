@@ -34,7 +34,8 @@ class Metric:
             no classes; real ``"number"`` values (N,); sets of ``"labels"`` (N, C) of 0 and 1; ``"tags"``, lists of
             names; ``"answers"``, a text against several; ``"text"`` against one; ``"token"`` sums: loss and number of
             correct tokens (N, 2), and number of tokens (N,); ``"written"``, the same with a third column, 1 where a
-            generated answer is correct.
+            generated answer is correct; the ``"rank"`` (N,) of the right text among all of a split, as references,
+            whatever the predictions (N,).
         binary: whether it is defined for two classes only (class 1 is the positive one).
         requires: an optional module, and the extra of this package that installs it.
         takes_probabilities: whether ``compute`` takes the probability of each class (N, C) instead of predictions.
@@ -169,6 +170,22 @@ def _error(predictions: Array, references: Array, *, power: int) -> float:
     return float(np.mean(distance**power))
 
 
+def _recall(_: Array, ranks: Array, *, k: int) -> float:
+    return float(np.mean(ranks <= k))
+
+
+def _mrr(_: Array, ranks: Array, *, k: int) -> float:
+    return float(np.mean(np.where(ranks <= k, 1 / ranks, 0.0)))
+
+
+def _ndcg(_: Array, ranks: Array, *, k: int) -> float:
+    """Return the mean NDCG of lists of k places, of which the right text takes one, or none if its rank is above k."""
+    from sklearn.metrics import ndcg_score  # noqa: PLC0415
+
+    places = np.arange(1, k + 1)
+    return float(ndcg_score(ranks[:, None] == places, np.broadcast_to(-places, (len(ranks), k)), k=k))
+
+
 def _root_error(predictions: Array, references: Array) -> float:
     return float(np.sqrt(_error(predictions, references, power=2)))
 
@@ -229,6 +246,10 @@ METRICS: dict[str, Metric] = {
     "chrf": Metric(compute=partial(_corpus, name="corpus_chrf"), targets=("text",), is_share=False, requires=_BLEU),
     "perplexity": Metric(compute=_perplexity, higher_is_better=False, is_share=False, targets=("token", "written")),
     "token_accuracy": Metric(compute=_token_accuracy, targets=("token", "written")),
+    "recall_at_1": Metric(compute=partial(_recall, k=1), targets=("rank",)),
+    "recall_at_10": Metric(compute=partial(_recall, k=10), targets=("rank",)),
+    "mrr_at_10": Metric(compute=partial(_mrr, k=10), targets=("rank",)),
+    "ndcg_at_10": Metric(compute=partial(_ndcg, k=10), targets=("rank",)),
 }
 
 

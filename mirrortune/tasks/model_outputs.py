@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -65,13 +65,17 @@ def _ends_in(name: str, words: tuple[str, ...]) -> bool:
 
 
 @torch.no_grad()
-def compared_outputs(model: nn.Module, probe: Batch, *, dtype: torch.dtype | None = None) -> Tensor:
+def compared_outputs(
+    model: nn.Module, probe: Batch, *, dtype: torch.dtype | None = None,
+    compared: Callable[[Batch, Any], Any] | None = None,
+) -> Tensor:  # fmt: skip
     """Return the meaningful outputs of a model, concatenated; shape (N,), float32, on the CPU.
 
     Args:
         model: in evaluation mode.
         probe: inputs of its forward.
         dtype: of the weights of a model that loads them when called, on the CPU; None for other models.
+        compared: inputs and outputs -> what is compared of them; see :meth:`mirrortune.tasks.base.Task.compared`.
     """
     device = next(iter(model.parameters())).device if dtype is None else torch.device("cpu")
     call: Any = model.forward
@@ -80,7 +84,8 @@ def compared_outputs(model: nn.Module, probe: Batch, *, dtype: torch.dtype | Non
     devices = [device] if device.type == "cuda" else []
     with context, torch.random.fork_rng(devices):
         torch.manual_seed(0)  # some models draw random numbers in their forward even in evaluation mode
-        found = meaningful_outputs(call(**arguments))
+        outputs = call(**arguments)
+        found = meaningful_outputs(compared(arguments, outputs) if compared else outputs)
     if not found:
         raise NothingToCompareError(f"the outputs of {type(model).__name__} hold no floating-point tensor")
     return torch.cat([_without_padding(n, v, probe).float().cpu().flatten() for n, v in found.items()])

@@ -20,7 +20,7 @@ from mirrortune.system.devices import as_computed
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.answered_rows import AnsweredExamples
-from mirrortune.tasks.base import Task, scores_vocabulary
+from mirrortune.tasks.base import ComparesRows, Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
 from mirrortune.tasks.prompts import PromptExamples
 
@@ -188,7 +188,7 @@ def _score(
             # The ranks of a sharded model generate together, those without rows too.
             written = examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64))
             judged = list(zip(judged, written, strict=True))
-    if examples.num_unlabelled:
+    if examples.num_unlabelled or isinstance(task, ComparesRows):
         return judged, 0.0, 0
     loss, items = task.loss(inputs, outputs, targets)
     return judged, float(loss), int(items)
@@ -206,6 +206,7 @@ def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult
     predictions, references = task.answers(in_order, examples)
     metrics: dict[str, float] = {}
     if not examples.num_unlabelled:
+        loss = task.loss_of_split(in_order, examples) if isinstance(task, ComparesRows) else loss
         found_scores = score(task.metric_names, predictions, references, lambda: task.probabilities(in_order))
         metrics = {**found_scores, "loss": loss}
     return EvalResult(

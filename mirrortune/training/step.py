@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from mirrortune.data.loader import MicroBatch, forward
 from mirrortune.system.distributed.sharding import Sharding, own_share, whole
+from mirrortune.tasks.base import ComparesRows
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import Tally
 from mirrortune.training.optim import set_lr
@@ -253,6 +254,7 @@ class Stepper:
         objective: training loss.
         tally: sums of the steps.
         num_micro: micro-batches per rank and step.
+        batch_size: largest number of rows of a micro-batch.
     """
 
     def __init__(
@@ -265,9 +267,10 @@ class Stepper:
         objective: Objective,
         tally: Tally,
         num_micro: int,
+        batch_size: int,
     ) -> None:
         self.model, self.optimizer, self.update, self.accelerator = model, optimizer, update, accelerator
-        self.objective, self.tally, self.num_micro = objective, tally, num_micro
+        self.objective, self.tally, self.num_micro, self.batch_size = objective, tally, num_micro, batch_size
 
     def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> StepResult:
         """Make the step of the next global batch, at ``lr_factor`` times the peak learning rates.
@@ -302,5 +305,29 @@ class Stepper:
 
     def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
         inputs, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
-        loss, items = self.objective.loss(inputs, outputs, targets)
+        task = self.objective.task
+        if isinstance(task, ComparesRows) and self.accelerator.num_processes > 1:
+            loss, items = self._loss_among_ranks(task, task.vectors(inputs, outputs), targets, part)
+        else:
+            loss, items = self.objective.loss(inputs, outputs, targets)
         return (loss * 0, 0) if part.is_empty else (loss, items)
+
+    def _loss_among_ranks(
+        self, task: ComparesRows, vectors: Tensor, targets: Tensor, part: MicroBatch
+    ) -> tuple[Tensor, int]:
+        """Return the loss of this rank's rows, compared with those of all ranks; gradients reach the rows of all ranks.
+
+        Every rank sends ``batch_size`` rows, the last ones fillers: nobody waits to learn how many the others have.
+        """
+        count, first = len(targets), self.accelerator.process_index * self.batch_size
+        is_row = torch.arange(self.batch_size, device=targets.device) < (0 if part.is_empty else count)
+        all_vectors, all_targets, all_are_rows = (self._of_all_ranks(t) for t in (vectors, targets, is_row.byte()))
+        return task.loss_of_rows(all_vectors, all_targets, all_are_rows.bool(), slice(first, first + count))
+
+    def _of_all_ranks(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of ``batch_size`` rows from each rank, one after the other; zeros where it has fewer."""
+        from torch.distributed.nn.functional import all_gather  # noqa: PLC0415  (absent where torch has no backend)
+
+        missing = tensor.new_zeros(self.batch_size - len(tensor), *tensor.shape[1:])
+        found: Any = all_gather(torch.cat([tensor, missing]))
+        return torch.cat(found)

@@ -101,7 +101,7 @@ class Trainer:
         )  # fmt: skip
         self.stepper = Stepper(
             self.model, self.optimizer, self.update, accelerator, objective=objective, tally=self.tally,
-            num_micro=settings.gradient_accumulation_steps,
+            num_micro=settings.gradient_accumulation_steps, batch_size=settings.batch_size,
         )  # fmt: skip
         self.state = LoopState(num_processes=accelerator.num_processes)
         self.best_result: EvalResult | None = None  # of this process: the best of a resumed run may lie before it
