@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from mirrortune.data.loader import MicroBatch, forward
@@ -326,8 +326,27 @@ class Stepper:
 
     def _of_all_ranks(self, tensor: Tensor) -> Tensor:
         """Return a tensor of ``batch_size`` rows from each rank, one after the other; zeros where it has fewer."""
-        from torch.distributed.nn.functional import all_gather  # noqa: PLC0415  (absent where torch has no backend)
-
         missing = tensor.new_zeros(self.batch_size - len(tensor), *tensor.shape[1:])
-        found: Any = all_gather(torch.cat([tensor, missing]))
+        found: Tensor = _Gather.apply(torch.cat([tensor, missing]))  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate tensors of one shape from all ranks; each rank gets the sum of all ranks' gradients of its own.
+
+    ``torch.distributed.nn.functional.all_gather`` does the same, and is deprecated.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        found = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(found, tensor)
         return torch.cat(found)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        summed = gradient.contiguous().clone()
+        distributed.all_reduce(summed)
+        return summed.chunk(distributed.get_world_size())[distributed.get_rank()]

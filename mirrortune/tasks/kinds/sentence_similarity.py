@@ -183,7 +183,7 @@ class Task(TextTask, ComparesRows):
         notes = [] if text_columns else [f"text columns {', '.join(text)} (detected; --text-column to change)"]
         notes += [] if label_column or label is None else [detected("label", label, "the score of a pair")]
         if label is None:
-            notes.append(f"no score: learning which '{text[1]}' belongs to a '{text[0]}', among those of its batch")
+            notes.append(f"no score: learning which '{text[1]}' belongs to each '{text[0]}', among those of its batch")
         own, target = _RANKING if label is None else _CORRELATION
         return cls(text_columns=text, label_column=label, **scores.fields(own, target)), notes
 
