@@ -118,9 +118,10 @@ def test_a_public_name_is_defined_once() -> None:
 
 def test_unit_tests_are_named_after_what_they_test() -> None:
     tests = Path(__file__).parent / "unit"
-    known = {f"{room(module)}/test_{module.rpartition('.')[2]}.py" for module in MODULES}
-    found = {path.relative_to(tests).as_posix() for path in tests.glob("*/test_*.py")}
-    assert {name for name in found if name not in known} == set()
+    known = {f"{room(module)}/test_{module.rpartition('.')[2]}" for module in MODULES}
+    found = {path.relative_to(tests).with_suffix("").as_posix() for path in tests.glob("*/test_*.py")}
+    # test_trainer.py, and test_trainer_fp16.py for one aspect of the module
+    assert {name for name in found if not any(f"{name}_".startswith(f"{module}_") for module in known)} == set()
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -81,7 +81,9 @@ def read_modules(source: ModelSource) -> SentenceModules:
         return _default(source)
     files: dict[str, Any] = {_MODULES: stored}
     modes: tuple[str, ...] | None = None
-    is_normalised, options, own = False, {}, {}
+    is_normalised = False
+    options: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     for number, module in enumerate(stored):
         kind, path = _kind(module, where), _path(module, where)
         config_file = f"{path}/config.json"

@@ -170,15 +170,15 @@ def _error(predictions: Array, references: Array, *, power: int) -> float:
     return float(np.mean(distance**power))
 
 
-def _recall(_: Array, ranks: Array, *, k: int) -> float:
+def _recall(_: Array, ranks: npt.NDArray[np.int64], *, k: int) -> float:
     return float(np.mean(ranks <= k))
 
 
-def _mrr(_: Array, ranks: Array, *, k: int) -> float:
+def _mrr(_: Array, ranks: npt.NDArray[np.int64], *, k: int) -> float:
     return float(np.mean(np.where(ranks <= k, 1 / ranks, 0.0)))
 
 
-def _ndcg(_: Array, ranks: Array, *, k: int) -> float:
+def _ndcg(_: Array, ranks: npt.NDArray[np.int64], *, k: int) -> float:
     """Return the mean NDCG of lists of k places, of which the right text takes one, or none if its rank is above k."""
     from sklearn.metrics import ndcg_score  # noqa: PLC0415
 

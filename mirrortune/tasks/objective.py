@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mirrortune.config.recipe import task_kinds
 from mirrortune.data.examples import Batch, Examples
 from mirrortune.errors import ConfigError, did_you_mean
+from mirrortune.registry import task_kinds
 from mirrortune.tasks.base import OneOfClasses, SmoothsLabels, Task, WeighsClasses, labels_of, task_class
 
 Weights = Literal["balanced"] | Mapping[str, float]
@@ -93,7 +93,7 @@ def setting_problems(settings: ClassSettings, kind: str | None, *, is_streamed: 
         ("train.label_smoothing", settings.label_smoothing > 0, SmoothsLabels, "no labels to smooth"),
         ("train.balance", settings.balance, OneOfClasses, "no class for each row"),
     ]
-    if kind in task_kinds():
+    if kind is not None and kind in task_kinds():
         found += [
             ConfigError(key, f"{kind} has {lacks}", allowed=", ".join(_kinds(need)), fix="Remove it")
             for key, is_set, need, lacks in needs

@@ -256,7 +256,7 @@ class Task(TextTask, ComparesRows):
     def vectors(self, inputs: Batch, outputs: Any) -> Tensor:
         """Return the embeddings of each row at unit length, (B, T, D)."""
         found = F.normalize(self.embeddings(inputs, outputs), dim=-1)
-        return found.unflatten(0, (-1, len(self.text_columns)))
+        return found.reshape(-1, len(self.text_columns), found.shape[-1])
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
@@ -283,8 +283,8 @@ class Task(TextTask, ComparesRows):
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
         """Return the embeddings of each row, (B, T, D)."""
-        found = self.embeddings(inputs, outputs).unflatten(0, (-1, len(self.text_columns)))
-        return np.asarray(found.cpu().numpy())
+        found = self.embeddings(inputs, outputs)
+        return np.asarray(found.reshape(-1, len(self.text_columns), found.shape[-1]).cpu().numpy())
 
     @override
     def answers(self, judged: Sequence[Any], examples: EmbeddedExamples) -> tuple[Targets, Targets]:

@@ -134,6 +134,10 @@ _DRAWN = np.random.default_rng(5)
 ODDS_2 = _DRAWN.dirichlet([1, 1], 16)
 ODDS_3 = _DRAWN.dirichlet([1, 1, 1], 16)
 ODDS_LABELS = _DRAWN.random((4, 3))
+# Similarities of 40 texts to 40 others; that of the right one, on the diagonal, is raised.
+COSINES = _DRAWN.random((40, 40)) + 0.5 * np.eye(40)
+RANKS = (np.diag(COSINES)[:, None] <= COSINES).sum(axis=1)
+RANKED = (np.zeros(40), RANKS)
 TEXTS = (
     ["a cat sat on the mat.", "The film runs for two hours", "there is no summary here"],
     ["the cat sat on the mat.", "the film ran for almost two hours", "nothing of it is the same"],
@@ -186,6 +190,10 @@ REFERENCES: dict[str, tuple[Any, float]] = {
     "mcc": (THREE, sklearn.metrics.matthews_corrcoef(THREE[1], THREE[0])),
     "roc_auc": ((ODDS_2, TWO[1]), sklearn.metrics.roc_auc_score(TWO[1], ODDS_2[:, 1])),
     "log_loss": ((ODDS_2, TWO[1]), sklearn.metrics.log_loss(TWO[1], ODDS_2)),
+    "recall_at_1": (RANKED, sklearn.metrics.top_k_accuracy_score(range(40), COSINES, k=1)),
+    "recall_at_10": (RANKED, sklearn.metrics.top_k_accuracy_score(range(40), COSINES, k=10)),
+    "mrr_at_10": (RANKED, sum(1 / rank for rank in RANKS if rank <= 10) / 40),
+    "ndcg_at_10": (RANKED, sklearn.metrics.ndcg_score(np.eye(40), COSINES, k=10)),
     "entity_f1": (TAGS, seqeval.metrics.f1_score(TAGS[1], TAGS[0])),
     "entity_precision": (TAGS, seqeval.metrics.precision_score(TAGS[1], TAGS[0])),
     "entity_recall": (TAGS, seqeval.metrics.recall_score(TAGS[1], TAGS[0])),

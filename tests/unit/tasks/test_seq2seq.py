@@ -47,7 +47,7 @@ def test_the_decoder_reads_what_it_has_written(tokenizer: Any) -> None:
     assert decoder[:, 0].tolist() == [7, 7]
     assert decoder[0, 1:].tolist() == targets[0, :-1].tolist()
     assert decoder.min() >= 0
-    loss, items = task.loss(SimpleNamespace(logits=torch.zeros(2, 4, 10)), targets.clamp(max=9))
+    loss, items = task.loss({}, SimpleNamespace(logits=torch.zeros(2, 4, 10)), targets.clamp(max=9))
     assert items == 7
     assert float(loss) == pytest.approx(7 * np.log(10))
 

@@ -134,13 +134,13 @@ def test_a_metric_of_which_less_is_better_chooses_the_least(tmp_path: Path) -> N
     from dataclasses import replace
 
     from mirrortune.tasks.kinds.regression import Task
+    from mirrortune.tasks.objective import Objective
 
     adapted = adapt(trained=None)
     adapted.model.classifier = nn.Linear(32, 1)
     trainer = make_trainer(tmp_path, adapted=adapted, epochs=4)
-    trainer.task = trainer.stepper.task = Task(
-        text_columns=("text",), label_column="label", metric_names=("mse",), selection_metric="mse"
-    )
+    trainer.task = Task(text_columns=("text",), label_column="label", metric_names=("mse",), selection_metric="mse")
+    trainer.stepper.objective = Objective(trainer.task)
     for name in ("train", "validation"):
         split = getattr(trainer, name)
         setattr(trainer, name, replace(split, targets=split.targets.astype("float32")))

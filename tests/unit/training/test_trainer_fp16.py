@@ -18,6 +18,7 @@ from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.errors import DivergedError, InterruptedRun, ResourceError
 from mirrortune.system import devices
 from mirrortune.system.distributed.processes import make_accelerator
+from mirrortune.tasks.objective import Objective
 from mirrortune.training.trainer import Trainer
 from tests import tiny_runs
 from tests.tiny_runs import SETTINGS, Watcher, adapt, make_trainer, terminate_after
@@ -119,15 +120,15 @@ def test_a_step_that_overflows_moves_nothing_but_the_scale(tmp_path: Path, value
 def test_a_loss_that_is_not_finite_is_left_out_too(tmp_path: Path) -> None:
     """An activation may exceed float16's largest number in one batch and in no other."""
     trainer = make_trainer(tmp_path, max_steps=4)
-    task, calls = trainer.stepper.task, []
+    task, calls = trainer.task, []
 
     class Once:
-        def loss(self, outputs: Any, targets: Any) -> Any:
+        def loss(self, inputs: Any, outputs: Any, targets: Any) -> Any:
             calls.append(1)
-            loss, items = task.loss(outputs, targets)
+            loss, items = task.loss(inputs, outputs, targets)
             return (loss * math.inf if len(calls) == 2 else loss), items
 
-    trainer.stepper.task = Once()
+    trainer.stepper.objective = Objective(Once())
     result = trainer.fit()
     assert result.skipped_steps == 1
     assert [e["step"] for e in logged(tmp_path)] == [1, 3, 4]  # a window without a finite loss has no line
@@ -186,7 +187,7 @@ def test_pairs_are_measured_in_float32(tmp_path: Path) -> None:
         targets = find_targets(model, tiny_runs.MIRROR, tiny_runs.HEAD)
         found.append(
             measure_saliency(
-                model, targets, tiny_runs.classification(), tiny_runs.sentences(8),
+                model, targets, Objective(tiny_runs.classification()), tiny_runs.sentences(8),
                 lambda name, matrix, rank: factorize(matrix, rank, name=name),
                 settings=settings, accelerator=make_accelerator(precision),
             )
