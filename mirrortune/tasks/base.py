@@ -14,7 +14,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
-from mirrortune.data.files.arrow import refuse_unreadable
+from mirrortune.data.files.arrow import is_json, is_list, is_string, refuse_unreadable
 from mirrortune.data.labels import class_indices
 from mirrortune.data.tokenize import Reading, resolve_max_length
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
@@ -160,7 +160,10 @@ class Task(ABC):
         options.check(self.kind, self.prediction_options())
         rows = without_targets(split, self)
         check_columns(rows, self)
-        return self.encode(rows, processor, replace(reading, allow_missing=True, drop_blank=False, for_training=False))
+        reading = replace(reading, allow_missing=True, drop_blank=False, for_training=False)
+        examples = self.encode(rows, processor, reading)
+        refuse_no_tokens(examples.lengths, split)
+        return examples
 
     @abstractmethod
     def prediction_columns(
@@ -486,7 +489,7 @@ def unused_columns(table: pa.Table, task: Task) -> str:
 
 
 def check_columns(split: Split, task: Task) -> None:
-    """Check that a split has all columns of the task, and that they could be read; DataError otherwise."""
+    """Check that a split has all columns of the task, and that they can be read as such; DataError otherwise."""
     for role, column in task.columns():
         if column not in split.table.column_names and role != OPTIONAL_ROLE:
             raise DataError(
@@ -494,3 +497,24 @@ def check_columns(split: Split, task: Task) -> None:
                 allowed=", ".join(split.table.column_names),
             )  # fmt: skip
     refuse_unreadable(split.table, [column for _, column in task.columns()])
+    for column in task.text_columns if isinstance(task, TextTask) and not isinstance(task, Continues) else ():
+        check_type(split, column, "words" if ("word", column) in task.columns() else "text")
+
+
+def check_type(split: Split, column: str, wanted: Literal["text", "words"]) -> None:
+    """Raise a DataError if a column of text, or of lists of words, holds values of another type."""
+    kind = split.table.schema.field(column).type
+    fits = (is_list(kind) or is_json(kind)) if wanted == "words" else is_string(kind)
+    if not (fits or pa.types.is_null(kind)):
+        allowed = {"text": "strings", "words": "lists of strings"}[wanted]
+        raise DataError(split.source, f"column '{column}' holds {kind}, not {wanted}", allowed=allowed,
+                        fix="Write its values so, or name another column with --text-column")  # fmt: skip
+
+
+def refuse_no_tokens(lengths: npt.NDArray[Any], split: Split) -> None:
+    """Raise a DataError if any rows of ``split`` have no tokens, which no model can answer."""
+    if len(empty := np.flatnonzero(lengths == 0)):
+        raise DataError(
+            split.source, f"{len(empty)} of {len(lengths)} rows have no text to answer ({split.places.listed(empty)})",
+            fix="Fill or remove them",
+        )  # fmt: skip

@@ -135,6 +135,11 @@ def _holds_turns(table: pa.Table, column: str) -> bool:
     return is_json(kind) or is_list(kind)
 
 
+def begins_with_space(table: pa.Table, column: str) -> bool:
+    """Return whether the first text of a column begins with white space."""
+    return next((str(value)[0].isspace() for value in cells(table, column) if value not in (None, "")), False)
+
+
 def conversation(messages: list[Message], added: dict[str, Any], where: str) -> Conversation:
     """Return the conversation of a row.
 

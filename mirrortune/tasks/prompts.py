@@ -145,11 +145,8 @@ def prompt_examples(
         cut: keep the last ``max_length`` tokens of longer prompts, rather than refuse them.
 
     Raises:
-        DataError: for prompts without a token, or that are too long.
+        DataError: for prompts that are too long.
     """
-    if empty := [row for row, ids in enumerate(prompts) if not ids]:
-        raise DataError(places.source, f"{len(empty)} of {len(prompts)} rows have no text to answer "
-                        f"({places.listed(empty)})", fix="Fill or remove them")  # fmt: skip
     long = [row for row, ids in enumerate(prompts) if len(ids) > max_length]
     if long and not cut:
         most = max(len(prompts[row]) for row in long)

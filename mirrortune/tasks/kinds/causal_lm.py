@@ -30,7 +30,7 @@ from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.answer_formats import answer_format
 from mirrortune.tasks.answered_rows import AnsweredExamples, expected_answers
-from mirrortune.tasks.base import Answers, Continues, TextTask, check_columns, without_targets
+from mirrortune.tasks.base import Answers, Continues, TextTask, check_columns, refuse_no_tokens, without_targets
 from mirrortune.tasks.chat import (
     Encoding,
     LostAnswerError,
@@ -47,6 +47,7 @@ from mirrortune.tasks.conversations import (
     Message,
     additions,
     as_messages,
+    begins_with_space,
     choose_layout,
     conversation,
     meaning_of,
@@ -105,6 +106,7 @@ class Task(TextTask, Continues, Answers):
         answer: how answers are written (:mod:`mirrortune.tasks.answer_formats`) that the model generates when it is
             scored; None to score tokens alone.
         max_new_tokens: longest answer that is generated, in tokens.
+        is_spaced: whether answers begin with white space of their own, so that no line break is put before them.
     """
 
     text_columns: tuple[str, ...]
@@ -118,6 +120,7 @@ class Task(TextTask, Continues, Answers):
     added_columns: tuple[str, ...] = ()
     answer: str | None = None
     max_new_tokens: int = _LONGEST_ANSWER
+    is_spaced: bool = False
     kind: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
     version: int = 2
@@ -152,7 +155,8 @@ class Task(TextTask, Continues, Answers):
         task = cls(
             text_columns=text, label_column=label, layout=layout, loss_on=loss_on, format=format or "auto",
             packing=bool(packing), added_columns=added, answer=answer,
-            max_new_tokens=max_new_tokens or _LONGEST_ANSWER, **chosen,
+            max_new_tokens=max_new_tokens or _LONGEST_ANSWER,
+            is_spaced=layout == "prompt" and label is not None and begins_with_space(table, label), **chosen,
         )  # fmt: skip
         what = {"completions": "the answers (task.loss_on=all to change)", "all": "every token"}[loss_on]
         return task, [*notes, f"the loss is on {what}"]
@@ -297,9 +301,10 @@ class Task(TextTask, Continues, Answers):
         check_columns(split, self)
         columns = [*self.text_columns, *self.added_columns]
         rows = rows_of(split.with_columns(self.added_columns).table, columns)
+        prompts = [self._prompt(row, processor, places.where(number)) for number, row in enumerate(rows)]
+        refuse_no_tokens(np.array([*map(len, prompts)]), split)
         return prompt_examples(
-            [self._prompt(row, processor, places.where(number)) for number, row in enumerate(rows)],
-            places, tokenizer, options, max_length=reading.num_tokens, max_new_tokens=self.max_new_tokens,
+            prompts, places, tokenizer, options, max_length=reading.num_tokens, max_new_tokens=self.max_new_tokens,
             stops=self._stops(processor), cut=self.layout == "text",
         )  # fmt: skip
 
@@ -380,8 +385,8 @@ class Task(TextTask, Continues, Answers):
         prompt, before = self._asked_text(["" if value is None else str(value) for value in own], added, where)
         if self.layout == "text":
             return encode_continuation(processor.tokenizer, "", prompt)[0][:-1]
-        # Training writes a line break before an answer that does not begin with white space.
-        prompt = prompt if not prompt or prompt[-1].isspace() else f"{prompt}\n"
+        if prompt and not (prompt[-1].isspace() or self.is_spaced):
+            prompt += "\n"  # as training does
         return encode_continuation(processor.tokenizer, prompt, "", before)[0][:-1]
 
     def _encode_row(

@@ -25,7 +25,7 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
-from mirrortune.tasks.base import Generates, TextTask
+from mirrortune.tasks.base import Generates, TextTask, refuse_no_tokens
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions
 from mirrortune.tasks.probes import text_probe
@@ -262,6 +262,7 @@ class Task(TextTask, Generates):
     ) -> PromptExamples:
         examples = TextTask.encode_to_predict(self, split, processor, reading, options)
         assert isinstance(examples, PairExamples)
+        refuse_no_tokens(examples.sources.lengths, split)
         shared = {f.name: getattr(examples.sources, f.name) for f in fields(examples.sources)}
         return PromptExamples(
             **shared, tokenizer=processor.tokenizer, options=options, is_continued=False,

@@ -170,7 +170,7 @@ class Task(TextTask, WeighsClasses):
         """Return the entities of each row and the tags of its words; without entities, the tags and their
         probabilities, None for words that were cut off.
         """
-        tags, scores, entities = [], [], []
+        tags, scores, entities, are_entities = [], [], [], _are_entities(self.labels)
         rows = zip(judged, examples.references(), cells(split.table, self.text_columns[0]), strict=True)
         for number, ((found, shares), (_, count, seen), words) in enumerate(rows):
             if np.isnan(shares).any():
@@ -178,8 +178,9 @@ class Task(TextTask, WeighsClasses):
             tags.append(self._names(found, count, seen))
             known = dict(zip(seen, plain_numbers(shares), strict=True))
             scores.append([known.get(word) for word in range(count)])
-            entities.append(_entities(tags[-1], scores[-1], [str(word) for word in words or ()]))
-        if _are_entities(self.labels):
+            if are_entities:
+                entities.append(entities_of(tags[-1], scores[-1], [str(word) for word in words or ()]))
+        if are_entities:
             return {"prediction": entities, "tags": tags}
         return {"prediction": tags, "scores": scores}
 
@@ -220,21 +221,29 @@ def _are_entities(names: Sequence[str]) -> bool:
     return "O" in names and all(n == "O" or re.fullmatch(r"[BIESLU]-.+", n) for n in names)
 
 
-def _entities(tags: list[str], scores: Sequence[float | None], words: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the entities in the tags of a row, as seqeval finds them.
+def entities_of(tags: Sequence[str], scores: Sequence[float | None], words: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the entities in the tags of a row, as seqeval reads them: a word with I- (or E-, L-) continues the entity
+    of the word before if that has the same type and has not ended, and begins one otherwise.
 
     Returns:
         For each its tag (without the prefix), its first word, the word after its last, its words joined by spaces, and
         the mean of their probabilities.
     """
-    from seqeval.metrics.sequence_labeling import get_entities  # noqa: PLC0415
-
+    spans: list[list[int]] = []
+    before = "O"
+    for place, tag in enumerate(tags):
+        continues = tag[0] in "IEL" and before[0] in "BI" and tag[1:] == before[1:]
+        if continues:
+            spans[-1][1] = place + 1
+        elif tag != "O":
+            spans.append([place, place + 1])
+        before = tag
     found = []
-    for tag, first, last in get_entities(tags):
-        shares = [share for share in scores[first : last + 1] if share is not None]
+    for first, stop in spans:
+        shares = [share for share in scores[first:stop] if share is not None]
         score = plain_numbers(np.array([sum(shares) / len(shares)]))[0] if shares else None
-        text = " ".join(words[first : last + 1])
-        found.append({"tag": tag, "start": first, "end": last + 1, "text": text, "score": score})
+        text = " ".join(words[first:stop])
+        found.append({"tag": tags[first][2:], "start": first, "end": stop, "text": text, "score": score})
     return found
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, DataError, VerificationError
 from mirrortune.tasks.base import Task, task_class
 from mirrortune.tasks.kinds.seq2seq import PairReader
+from mirrortune.tasks.kinds.token_classification import entities_of
 from mirrortune.tasks.predicting import PredictOptions, best_answers, plain_numbers
 from mirrortune.training.evaluate import EvalResult, evaluate_split, judge_split
 from tests.tiny_models import tiny_chat_tokenizer, tiny_tokenizer
@@ -214,6 +216,29 @@ def test_entities_hold_the_words_of_the_row() -> None:
             assert 0 < span["score"] <= 1
 
 
+@pytest.mark.parametrize(("tags", "spans"), [
+    ("B-X I-X O B-Y", [("X", 0, 2), ("Y", 3, 4)]),
+    ("I-X I-X I-Y", [("X", 0, 2), ("Y", 2, 3)]),
+    ("B-X B-X", [("X", 0, 1), ("X", 1, 2)]),
+    ("B-X E-X S-X", [("X", 0, 2), ("X", 2, 3)]),
+    ("B-X L-X U-X", [("X", 0, 2), ("X", 2, 3)]),
+    ("O O", []),
+])  # fmt: skip
+def test_tags_make_entities_as_seqeval_reads_them(tags: str, spans: list[tuple[str, int, int]]) -> None:
+    words = "abcd"[: len(tags.split())]
+    found = entities_of(tags.split(), [0.5, None, 0.5, 0.25][: len(words)], list(words))
+    assert [(span["tag"], span["start"], span["end"]) for span in found] == spans
+    assert [span["text"] for span in found] == [" ".join(words[start:end]) for _, start, end in spans]
+
+
+def test_entities_are_those_of_seqeval() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        tags = [draw.choice(("O", "B-X", "I-X", "B-Y", "I-Y", "E-X", "S-Y")) for _ in range(draw.randrange(1, 9))]
+        found = entities_of(tags, [0.5] * len(tags), ["a"] * len(tags))
+        assert [(span["tag"], span["start"], span["end"] - 1) for span in found] == get_entities(tags)
+
+
 def test_an_answer_is_a_span_of_its_context_or_none() -> None:
     columns = predicted("question-answering", case("question-answering")[3], top=3)
     assert list(columns)[:5] == ["prediction", "score", "start", "end", "prediction_2"]
@@ -253,19 +278,50 @@ def test_all_options_that_do_not_fit_are_named_at_once() -> None:
     assert "--temperature" in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["text-classification", "several labels", "regression", "multiple-choice"])
+@pytest.mark.parametrize("name", [*TABLES][:-1])
 def test_a_model_that_answers_nan_has_no_prediction(name: str) -> None:
     task, processor, _, table = case(name)
     split, asked = Split(table=table, source="rows"), PredictOptions()
     examples = task.encode_to_predict(split, processor, Reading(max_length=32), asked)
     judged = list(evaluated(name).judged)
-    judged[1] = judged[1] * np.float32("nan")
+    broken = np.float32("nan")
+    judged[1] = (judged[1][0], judged[1][1] * broken) if isinstance(judged[1], tuple) else judged[1] * broken
     with pytest.raises(VerificationError, match=r"not a number \(NaN\) for 1 row \(row 2\)"):
         task.prediction_columns(judged, examples, split, asked)
 
 
 def test_numbers_have_the_digits_that_the_model_computes() -> None:
     assert plain_numbers(np.array([0.1, 1e-9, 3, 123456.78], dtype=np.float32)) == [0.1, 1e-9, 3.0, 123456.78]
+
+
+def test_without_entities_the_tags_and_their_probabilities_are_predicted() -> None:
+    table = pa.table({"tokens": [["a", "film"], ["the"]], "pos": [["DET", "NOUN"], ["DET"]]})
+    task = task_class("token-classification").from_rows(table, "rows")[0]
+    examples = task.encode_to_predict(
+        Split(table=table, source="rows"), tiny_tokenizer(), Reading(max_length=3), PredictOptions()
+    )
+    judged = judge_split(bert(task), task, examples, make_accelerator(), batch_size=2)
+    columns = task.prediction_columns(judged, examples, Split(table=table, source="rows"), PredictOptions())
+    assert [len(tags) for tags in columns["prediction"]] == [2, 1]
+    assert {tag for tags in columns["prediction"] for tag in tags} <= {"DET", "NOUN"}
+    assert columns["prediction"][0][1] == "DET", "a word that was cut off has the first tag"
+    assert [[score is None for score in scores] for scores in columns["scores"]] == [[False, True], [False]]
+
+
+@pytest.mark.parametrize(("name", "column", "value"), [
+    ("text-classification", "text", 7), ("regression", "text", ["a"]), ("question-answering", "context", 7),
+    ("multiple-choice", "question", 7), ("seq2seq", "text", 7), ("token-classification", "tokens", "a film"),
+])  # fmt: skip
+def test_a_column_of_another_type_is_refused(name: str, column: str, value: Any) -> None:
+    table = case(name)[3]
+    wrong = table.set_column(table.column_names.index(column), column, pa.array([value] * table.num_rows))
+    with pytest.raises(DataError, match=f"column '{column}' holds .*, not (text|words)"):
+        predicted(name, wrong)
+
+
+def test_rows_without_a_token_are_named() -> None:
+    with pytest.raises(DataError, match=r"1 of 2 rows have no text to answer \(row 2\)"):
+        predicted("seq2seq", pa.table({"text": ["a", ""]}))
 
 
 def test_a_missing_input_column_is_named() -> None:

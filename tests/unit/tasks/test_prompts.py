@@ -35,6 +35,7 @@ ALPACA = [{"instruction": a, "input": "" if i % 2 else "x", "output": s}
           for i, (a, s) in enumerate(zip(ASKED, SAID, strict=True))]  # fmt: skip
 MESSAGES = [{"messages": turns(a, s, system="short" if i % 2 else "")}
             for i, (a, s) in enumerate(zip(ASKED, SAID, strict=True))]  # fmt: skip
+SPACED = [{"prompt": f"Q: {asked} A:", "completion": f" {said}"} for asked, said in zip(ASKED, SAID, strict=True)]
 LONGER = [{"messages": turns("so", "it was", a, s)} for a, s in zip(ASKED, SAID, strict=True)]
 TURNS = [{"prompt": turns("so", "fun", a), "completion": [{"role": BOT, "content": s}]}
          for a, s in zip(ASKED, SAID, strict=True)]  # fmt: skip
@@ -66,9 +67,10 @@ def texts(rows: list[Row], task: Task, reader: TextReader) -> list[str]:
     ("rows", "settings"),
     [
         (PAIRS, {}), (PAIRS, {"format": "chat"}), (ALPACA, {}), (ALPACA, {"format": "chat"}), (MESSAGES, {}),
-        (LONGER, {}), (TURNS, {}), (HISTORY, {}), (HISTORY, {"format": "chat"}),
+        (LONGER, {}), (TURNS, {}), (HISTORY, {}), (HISTORY, {"format": "chat"}), (SPACED, {}),
     ],
-    ids=["pairs", "pairs-chat", "alpaca", "alpaca-chat", "messages", "longer", "turns", "history", "history-chat"],
+    ids=["pairs", "pairs-chat", "alpaca", "alpaca-chat", "messages", "longer", "turns", "history", "history-chat",
+         "spaced"],
 )  # fmt: skip
 def test_answers_are_those_that_an_evaluation_generates(rows: list[Row], settings: dict[str, Any]) -> None:
     task, reader = task_of(rows, answer="gsm8k", max_new_tokens=6, **settings)
