@@ -204,6 +204,8 @@ class _Merge:
     max_shard_bytes: int | None
     remarks: list[str] | None
     on_note: Callable[[str], None]
+    is_trimmed: bool = False
+    """Whether the model is without the modules that its task does not use."""
 
     @property
     def auto_class(self) -> str:
@@ -216,7 +218,8 @@ class _Merge:
     def outline(self) -> nn.Module:
         """Build the merged model without weights."""
         fields = config_fields(self.adapters[-1], self.task)
-        return outline(self.source, self.auto_class, fields, padding_id(self.processors))
+        model = outline(self.source, self.auto_class, fields, padding_id(self.processors))
+        return self.task.trim(model) if self.task is not None and self.is_trimmed else model
 
     def probes(self) -> Probes:
         """Return the inputs on which the merged model is compared."""
@@ -280,10 +283,9 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     is_quantised = merge.source.is_stored_packed or any(a.base.get("quantised") for a in merge.adapters)
     if merge.source.gguf_file or (is_quantised and not is_single):
         raise NotTensorByTensor("the base is quantised")
-    model, ledger = merge.outline(), TensorLedger()
+    ledger = TensorLedger()
     packed = trained_on(merge.adapters[0], merge.source, merge.base) if is_single else None
-    into = merge.source if packed is None else replace(merge.source, load_in=None)
-    plan = plan_merge(into, model, merge.adapters, merge.factors, merge.remarks, packed)
+    merge, model, plan = _plan(merge, packed)
     shards = shard_like(plan.planned, plan.files, merge.max_shard_bytes)
     write_shards(folder, shards, lambda planned: plan.made(planned, ledger.round))
     _save_configuration(folder, model, merge.source, plan)
@@ -301,6 +303,24 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
         else _compare_loaded(merge, folder)
     )
     return ledger.verification(outputs)
+
+
+def _plan(merge: _Merge, packed: ModelSource | None) -> tuple[_Merge, nn.Module, MergePlan]:
+    """Plan a merge tensor by tensor, without the modules that the task does not use where the files lack their tensors.
+
+    Returns:
+        The merge as it was planned, its model, and the plan.
+    """
+    into = merge.source if packed is None else replace(merge.source, load_in=None)
+    model, trimmed = merge.outline(), replace(merge, is_trimmed=True)
+    try:
+        return merge, model, plan_merge(into, model, merge.adapters, merge.factors, merge.remarks, packed)
+    except NotTensorByTensor:
+        smaller = trimmed.outline()
+        if len(smaller.state_dict()) == len(model.state_dict()):
+            raise
+    plan = plan_merge(into, smaller, merge.adapters, merge.factors, merge.remarks, packed)
+    return trimmed, smaller, plan
 
 
 def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, plan: MergePlan) -> None:

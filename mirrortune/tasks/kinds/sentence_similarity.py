@@ -36,6 +36,7 @@ from mirrortune.models.load import ModelSource, forward_parameters, load_tokeniz
 from mirrortune.models.pooling import SentenceModules, pool, read_modules, without_pooler
 from mirrortune.tasks.base import ComparesRows, TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
+from mirrortune.tasks.predicting import Predictions, PredictOptions, check_numbers, plain_numbers
 from mirrortune.tasks.probes import text_probe
 
 _PAIRS = (
@@ -283,8 +284,8 @@ class Task(TextTask, ComparesRows):
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
         """Return the embeddings of each row, (B, T, D)."""
-        found = self.embeddings(inputs, outputs)
-        return np.asarray(found.reshape(-1, len(self.text_columns), found.shape[-1]).cpu().numpy())
+        found = self.embeddings(inputs, outputs)  # T may be less than in training, where rows are to be predicted
+        return np.asarray(found.reshape(len(targets), -1, found.shape[-1]).cpu().numpy())
 
     @override
     def answers(self, judged: Sequence[Any], examples: EmbeddedExamples) -> tuple[Targets, Targets]:
@@ -292,6 +293,28 @@ class Task(TextTask, ComparesRows):
         vectors = _unit(judged)
         ranked = examples.targets if self.label_column else _ranks(vectors, examples.targets)[0]
         return _cosines(vectors), ranked
+
+    @override
+    def encode_to_predict(
+        self, split: Split, processor: TextReader, reading: Reading, options: PredictOptions
+    ) -> Examples:
+        """Convert the texts of the columns that there are: rows to be embedded may hold one text alone."""
+        there = tuple(name for name in self.text_columns if name in split.table.column_names)
+        task = replace(self, text_columns=there or self.text_columns)
+        return TextTask.encode_to_predict(task, split, processor, reading, options)
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: EmbeddedExamples, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the cosine of the first two texts, and the embedding of each; of one text the embedding alone."""
+        vectors = np.stack(judged)
+        check_numbers(vectors, split.places)
+        found = [[plain_numbers(vector) for vector in vectors[:, text]] for text in range(vectors.shape[1])]
+        if len(found) == 1:
+            return {"prediction": found[0]}
+        cosines = plain_numbers(_cosines(_unit(judged)))
+        return {"prediction": cosines, **{f"embedding_{i}": column for i, column in enumerate(found, start=1)}}
 
     @override
     def probe(self, processor: TextReader, config: Any) -> Batch:
