@@ -169,7 +169,9 @@ class Comparison:
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
         who = self.contender(cell.label)
-        return {**who.settings, who.lr_key: cell.lr, "train.seed": cell.seed}
+        # Samples take seconds of a run, and are read in the page of one.
+        silent = {"eval.samples": 0} if self.recipes[cell.task].eval.samples is None else {}
+        return {**silent, **who.settings, who.lr_key: cell.lr, "train.seed": cell.seed}
 
     def _run_cell(self, cell: Cell, slot: int, jobs: int) -> None:
         folder = cell.folder(self.root)

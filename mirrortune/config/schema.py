@@ -247,6 +247,12 @@ class EvalSection(_Section):
     always in the same way, chooses on one half and reports on the other."""
     max_new_tokens: int | None = Field(default=None, gt=0)
     """With task.answer: longest answer that is generated, in tokens; 256 by default."""
+    max_rows: int | None = Field(default=None, gt=0)
+    """Score this many of the validation rows at each evaluation of a run, a seeded random subset (of a stream, of the
+    rows that data.max_eval_rows leaves); all by default. `eval` scores all."""
+    samples: int | None = Field(default=None, ge=0, le=64)
+    """Kinds that write text: validation prompts that are answered at each evaluation of a run, always the same ones;
+    3 by default, none in `compare`."""
     report_splits: tuple[str, ...] = ()
     """Labelled splits that score the kept checkpoint once training is over, such as test."""
     prediction_labels: Literal["names", "indices"] = "names"

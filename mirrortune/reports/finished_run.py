@@ -72,6 +72,11 @@ class FinishedRun:
         """Lines of ``progress.jsonl``."""
         return self.directory.progress()
 
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """Lines of ``samples.jsonl``."""
+        return self.directory.sampled()
+
     @property
     def metric(self) -> str:
         """Name of the metric that chose the checkpoint."""

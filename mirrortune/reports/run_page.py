@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mirrortune import __version__
 from mirrortune.reports import html
 from mirrortune.reports.drawing import write_figure
@@ -19,6 +21,7 @@ from mirrortune.system.run_directory import RunDirectory
 
 _MOST_CLASSES = 200
 """Classes in a table; those with the fewest rows are left out."""
+_MOST_EVALUATIONS = 12  # in a table of samples
 
 
 def write_run_page(run: RunDirectory) -> Path:
@@ -63,13 +66,8 @@ def _one(run: FinishedRun) -> list[Html]:
             html.heading("The hardest validation rows"),
             _table(head, rows, "By the loss of the kept checkpoint. Look here for wrong labels."),
         ]
-    if run.validation.get("samples"):
-        written = [(f"{e['row']}", e["text"], e["reference"], e["prediction"]) for e in run.validation["samples"]]
-        caption = "Rows from all over the validation split; the kept checkpoint writes the likeliest token each time."
-        parts += [
-            html.heading("What it writes"),
-            _table(("row", "given", "expected", "written"), written, caption),
-        ]
+    if run.samples:
+        parts += [html.heading("What it writes"), *_samples(run)]
     if run.merge:
         parts += [html.heading("Merged"), _merge_table(run.merge)]
     origins = run.environment.get("origins", {})
@@ -116,6 +114,22 @@ def _class_table(scores: Sequence[dict[str, Any]]) -> Html:
     if len(scores) > len(ordered):
         caption += f" The {len(ordered)} most frequent of {len(scores):,}."
     return _table(("class", "precision", "recall", "F1", "true"), rows, caption)
+
+
+def _samples(run: FinishedRun) -> list[Html]:
+    """Build a table for each prompt of ``samples.jsonl``: what was expected, and what the model wrote by evaluation."""
+    steps = sorted({entry["step"] for entry in run.samples})
+    shown = {steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, _MOST_EVALUATIONS).astype(int))}
+    tables: list[Html] = []
+    for row in sorted({entry["row"] for entry in run.samples}):
+        own = [entry for entry in run.samples if entry["row"] == row]
+        lines = [("given", own[-1]["prompt"]), ("expected", own[-1]["expected"])]
+        for entry in (e for e in own if e["step"] in shown):
+            cut = "" if entry["finished"] else " ..."
+            lines.append((f"step {entry['step']:,}" if entry["step"] else "before training", entry["answer"] + cut))
+        caption = 'The likeliest token each time; "..." where the answer was cut.' if not tables else ""
+        tables.append(_table((f"validation row {row}", "text"), lines, caption))
+    return tables
 
 
 def _merge_table(merge: dict[str, Any]) -> Html:

@@ -23,7 +23,7 @@ from mirrortune.system.compiler import check_compiler
 from mirrortune.system.devices import default_device
 from mirrortune.system.outputs import Input, model_inputs
 from mirrortune.system.paths import DataPlace, ModelPlace, local_path
-from mirrortune.tasks.base import Task, settings_of, task_class
+from mirrortune.tasks.base import Task, WritesText, settings_of, task_class
 from mirrortune.tasks.metrics import METRICS, Scores
 from mirrortune.tasks.objective import ClassSettings, setting_problems
 from mirrortune.training.calibration import CalibrationSettings
@@ -116,6 +116,8 @@ class EvalSettings:
     prediction_labels: Literal["names", "indices"]
     prediction_bounds: tuple[float, float] | None
     prediction_files: dict[str, str]
+    max_rows: int | None
+    samples: int | None
     train_rows: int
     num_workers: int
 
@@ -279,6 +281,9 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
             errors.append(error)
     if kind in task_kinds():
         errors += _unused_settings(recipe)
+        count = recipe.eval.samples
+        if count and not issubclass(task_class(kind), WritesText):
+            errors.append(ConfigError("eval.samples", f"{kind} writes no text, got {count}", fix="Remove it"))
     classes = ClassSettings(**_common(ClassSettings, recipe.train))
     errors += setting_problems(classes, kind, is_streamed=recipe.data.streaming)
     metrics = recipe.task.metrics

@@ -35,7 +35,7 @@ from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import PLAIN_NAME, is_plain_name
-from mirrortune.tasks.base import Continues, Task, check_columns, labels_of, with_label_columns
+from mirrortune.tasks.base import Answers, Task, check_columns, labels_of, with_label_columns
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 
 _HEADER = "index\tprediction"
@@ -208,7 +208,7 @@ def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSe
 
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:
     """Return the rows, which need no targets, and the file of predictions; raises ConfigError before scoring."""
-    if isinstance(task, Continues):
+    if isinstance(task, Answers):
         raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row")
     check_labels(_answer_names(task, settings) or ())
     return with_label_columns(rows, task), prediction_file(place, name, settings.prediction_files)

@@ -33,6 +33,7 @@ from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk
 from mirrortune.runs.index_checks import Lengths, check_rows, longest
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.rows import RunRows, choose_rows, read_data
+from mirrortune.runs.samples import Samples, choose_samples
 from mirrortune.runs.size import Plan, make_plan
 from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
@@ -61,6 +62,7 @@ class Job:
         eval_batch_size, eval_max_positions: largest number of rows and positions of a batch in an evaluation.
         duplicated_rows: validation rows whose texts or files are also in the training rows.
         objective: training loss.
+        samples: prompts that are answered at each evaluation.
     """
 
     settings: RunSettings
@@ -82,6 +84,7 @@ class Job:
     eval_max_positions: int | None
     duplicated_rows: int
     objective: Objective
+    samples: Samples | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +142,9 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     for text in objective.notes():
         reporter.note(text)
     duplicated = _count_duplicates(rows, reporter)
+    samples = choose_samples(
+        rows.task, rows.validation, base.processor, Reading(max_length=base.max_length), settings.eval.samples
+    )  # fmt: skip
     footprint, eval_batch_size, eval_max_positions = _fit(settings, rows.task, encoded, base, reporter)
     return Job(
         settings=settings, spec=base.spec, source=source, dtype=base.dtype, processor=base.processor, task=rows.task,
@@ -146,6 +152,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
         reported=encoded.reported, test_rows=None if rows.test is None else rows.test.table.num_rows,
         data_origin=rows.origin, plan=base.plan, footprint=footprint, eval_batch_size=eval_batch_size,
         eval_max_positions=eval_max_positions, duplicated_rows=duplicated, objective=objective,
+        samples=samples,
     )  # fmt: skip
 
 

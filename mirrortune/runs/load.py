@@ -46,7 +46,7 @@ from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import hub_place
 from mirrortune.system.run_directory import RunDirectory, read_text
 from mirrortune.tasks.base import (
-    Continues,
+    Answers,
     HasLabels,
     OneOfClasses,
     Task,
@@ -385,7 +385,7 @@ def _make_unlabelled(request: TaskRequest, rows: Split, *, has_several: bool) ->
     """Make a task from rows whose targets are not read; returns it with notes on what was detected."""
     assert request.kind is not None
     kind = task_class(request.kind)
-    if issubclass(kind, Continues):  # rows need no answer
+    if issubclass(kind, Answers):  # rows need no answer
         return request.make(rows)
     column = request.given.get("label_column") or "label"
     has_tags = issubclass(kind, HasLabels) and not issubclass(kind, OneOfClasses)

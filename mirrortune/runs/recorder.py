@@ -26,7 +26,7 @@ from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter, digits
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.base import Continues, labels_of
+from mirrortune.tasks.base import labels_of
 from mirrortune.tasks.per_class import class_scores
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import Progress
@@ -34,7 +34,6 @@ from mirrortune.training.tracking import Track, tracker
 
 _HARDEST = 12
 _MOST_CLASSES = 4096  # of which every pair is counted: 16 million numbers
-_SAMPLES = 6
 _LONGEST_TEXT = 400
 _MOST_POINTS = 2000
 _LENGTH_BINS = 30
@@ -151,8 +150,6 @@ def record_validation(
             batch_size=job.eval_batch_size, max_positions=job.eval_max_positions, source="validation",
         )  # fmt: skip
     details = validation_details(job, outcome)
-    if accelerator.num_processes == 1:  # a sharded model writes with all processes or not at all
-        details |= _samples(job, model, outcome)
     if accelerator.is_main_process:
         run.write_json(run.validation.name, {**details, "angles": angles})
 
@@ -189,22 +186,6 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
         for row in hardest
     ]  # fmt: skip
     return found
-
-
-@torch.no_grad()
-def _samples(job: Job, model: nn.Module, outcome: EvalResult) -> dict[str, Any]:
-    """Return rows across the validation split with the generated text, for tasks whose predictions are texts."""
-    rows = np.unique(np.linspace(0, len(job.validation) - 1, _SAMPLES).astype(int)).tolist()
-    if isinstance(job.task, Continues):
-        model.eval()
-        texts = [job.task.write(model, job.processor, job.validation, row) for row in rows]
-    elif all(isinstance(part, list) and isinstance(part[0], str) for part in (outcome.predictions, outcome.references)):
-        texts = [(_text(job, row), outcome.references[row], outcome.predictions[row]) for row in rows]
-    else:
-        return {}
-    keys = ("text", "reference", "prediction")
-    cut = [{key: _shortened(text) for key, text in zip(keys, found, strict=True)} for found in texts]
-    return {"samples": [{"row": row + 1, **found} for row, found in zip(rows, cut, strict=True)]}
 
 
 def _surprise(judged: list[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

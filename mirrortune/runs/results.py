@@ -87,7 +87,8 @@ def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
 _FREE = (
     "output_dir", "model.trust_remote_code", "data.contained", "data.test_split", "adapter.form", "train.keep",
     "train.save_every_steps", "train.log_every_steps", "train.track", "train.num_workers", "eval.batch_size",
-    "eval.before", "eval.report_splits", "eval.prediction_labels", "eval.prediction_bounds", "eval.prediction_files",
+    "eval.before", "eval.samples", "eval.report_splits", "eval.prediction_labels", "eval.prediction_bounds",
+    "eval.prediction_files",
 )  # fmt: skip
 
 

@@ -86,6 +86,10 @@ def choose_rows(settings: RunSettings, data: DataSet, reporter: Reporter) -> Run
     train, validation = _validation(section, data, train, task, reporter)
     validation, reported = _reported(settings.eval, data, validation, task)
     train = take_subset(train, section.max_train_rows, section.seed)
+    whole_validation = validation.table.num_rows
+    validation = take_subset(validation, settings.eval.max_rows, section.seed)
+    if validation.table.num_rows < whole_validation:
+        reporter.note(f"  validation: {validation.table.num_rows:,} of {whole_validation:,} rows (eval.max_rows)")
     used = (whole, data.find(section.validation_split), *reported.values())
     test = _test_rows(data.find(section.test_split), used, task, whole)
     return RunRows(task=task, train=train, validation=validation, reported=reported, test=test, origin=data.origin)

@@ -242,6 +242,10 @@ def _fit(
         extra = {"max_length": job.max_length}
         return write_adapter(folder, model, book.entries, base=base, task=task, extra=extra, form=form)
 
+    def sample(step: int) -> None:
+        if job.samples is not None:
+            job.samples.answer(model, job.task, run, accelerator, step)
+
     if job.settings.gradient_checkpointing:
         checkpoint_activations(model)
     if job.settings.compile:
@@ -258,6 +262,7 @@ def _fit(
             accelerator=accelerator,
             progress=progress,
             objective=job.objective,
+            sample=sample if job.samples is not None else None,
         )
         if resume:
             trainer.resume()

@@ -97,7 +97,7 @@ _WANDB = (  # what a marker lies beside was written by another command
 RUN = OutputKind(
     "run",
     "Continue it with --resume, choose another with -o, or replace it with --overwrite",
-    rf"recipe\.yaml|(environment|results|status|trainer_state|validation)\.json|(metrics|progress)\.jsonl|README\.md"
+    rf"recipe\.yaml|(environment|results|status|trainer_state|validation)\.json|(metrics|progress|samples)\.jsonl|README\.md"
     rf"|curves\.png|report\.html|predictions\.safetensors|reports/(merge\.json)?|adapter/{_ADAPTER}?"
     rf"|checkpoints/(step-\d+/({_ADAPTER}|training\.safetensors|state\.json|SHA256SUMS)?)?"
     rf"|mlflow\.db(-(journal|wal|shm))?|{_TENSORBOARD}|{_WANDB}",

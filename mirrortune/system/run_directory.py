@@ -105,6 +105,7 @@ class RunDirectory:
         self.results = path / "results.json"
         self.metrics = path / "metrics.jsonl"
         self.progress_log = path / "progress.jsonl"
+        self.samples = path / "samples.jsonl"
         self.validation = path / "validation.json"
         self.checkpoints = path / "checkpoints"
         self.status = path / "status.json"
@@ -244,6 +245,10 @@ class RunDirectory:
     def progress(self) -> list[dict[str, Any]]:
         """All entries of ``progress.jsonl`` so far, in the same way."""
         return _lines(self.progress_log)
+
+    def sampled(self) -> list[dict[str, Any]]:
+        """All entries of ``samples.jsonl`` so far."""
+        return _lines(self.samples)
 
     def rewind_log(self, global_step: int, *, owes_evaluation: bool = False) -> None:
         """Drop what the continued run writes again: events after ``global_step``, and the evaluation that it owes.

@@ -262,14 +262,14 @@ class Answers(ABC):
     max_new_tokens: int
 
 
-class Continues(ABC):
-    """A task that scores the tokens of texts: it has no answer for a row, but can show how the model continues one."""
+class WritesText(ABC):
+    """A task whose predictions are texts."""
 
     __slots__ = ()
 
     @abstractmethod
-    def write(self, model: Any, processor: Any, examples: Any, row: int) -> tuple[str, str, str]:
-        """Return a prompt from a row, how the row continues it, and how the model does (greedy decoding)."""
+    def asked(self, split: Split) -> tuple[Split, list[str]]:
+        """Return the rows to show what the model writes, and the text that is expected of each."""
 
 
 class ComparesRows(ABC):

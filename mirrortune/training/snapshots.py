@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,17 @@ def random_tensors() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Restore all random states after the block: some models draw from them even in evaluation mode."""
+    drawn, python_drawn = random_tensors(), random.getstate()
+    try:
+        yield
+    finally:
+        restore_random(drawn)
+        random.setstate(python_drawn)
 
 
 def restore_random(states: dict[str, Tensor]) -> None:

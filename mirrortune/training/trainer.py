@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import random
 import signal
 import statistics
 import time
@@ -30,7 +29,7 @@ from mirrortune.training.accumulator import StepClock, Tally, Totals
 from mirrortune.training.evaluate import EvalResult, EvaluationStoppedError, evaluate_split
 from mirrortune.training.optim import build_optimizer, lr_factor
 from mirrortune.training.settings import FitResult, LoopSettings, Progress
-from mirrortune.training.snapshots import Snapshots, random_tensors, restore_random
+from mirrortune.training.snapshots import Snapshots, random_states_kept
 from mirrortune.training.step import Stepper, StepResult, make_update
 
 _SHOW_AFTER_SECONDS = 10.0
@@ -52,6 +51,7 @@ class Trainer:
         accelerator: accelerate's ``Accelerator``, which owns device, precision and processes.
         progress: observer.
         objective: training loss; the task's own by default.
+        sample: called with the step at each evaluation, on all ranks; shows what the model writes.
     """
 
     def __init__(
@@ -67,11 +67,12 @@ class Trainer:
         accelerator: Any,
         progress: Progress,
         objective: Objective | None = None,
+        sample: Callable[[int], object] | None = None,
     ) -> None:
         self.task, self.train, self.validation = task, train, validation
         self.settings, self.run, self.progress = settings, run, progress
         objective = objective or Objective(task)
-        self.accelerator = accelerator
+        self.accelerator, self.sample = accelerator, sample
         self.feed = Feed(
             train,
             accelerator,
@@ -276,17 +277,12 @@ class Trainer:
         return is_best
 
     def _evaluate_before(self) -> None:
-        """Score the model before its first step, and restore the random states: some models draw from them even in
-        evaluation mode, which must not change the training that follows.
-        """
-        drawn, python_drawn = random_tensors(), random.getstate()
+        """Score the model before its first step, which must not change the training that follows."""
         try:
-            self._log_evaluation(self._score_validation())
+            with random_states_kept():
+                self._log_evaluation(self._score_validation())
         except EvaluationStoppedError:
             self._stop()
-        finally:
-            restore_random(drawn)
-            random.setstate(python_drawn)
 
     def _score_validation(self) -> EvalResult:
         result = evaluate_split(
@@ -306,6 +302,9 @@ class Trainer:
         return result
 
     def _log_evaluation(self, result: EvalResult) -> None:
+        if self.sample is not None:
+            with random_states_kept():
+                self.sample(self.state.global_step)
         with whole_parameters(self.bare_model):  # observers read the angles of the cores
             self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
 

@@ -67,12 +67,14 @@ def test_an_answer_is_learned_and_survives_merging(desk: Path, chatty: Path, pac
     generation = json.loads((desk / "merged" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 258
     assert (desk / "merged" / "chat_template.jinja").is_file()
-    written = json.loads((desk / "run" / "validation.json").read_text())["samples"]
-    assert len(written) == 4
+    written = [json.loads(line) for line in (desk / "run" / "samples.jsonl").read_text().splitlines()]
+    best = json.loads((desk / "run" / "results.json").read_text())["best_step"]
+    written = [sample for sample in written if sample["step"] == best]
+    assert len(written) == 3
     for sample in written:
-        assert any(row["messages"][0]["content"] in sample["text"] for row in talks())
-        assert sample["reference"] == "no no no"
-        assert sample["prediction"].startswith("no")
+        assert any(row["messages"][0]["content"] in sample["prompt"] for row in talks())
+        assert sample["expected"] == "no no no"
+        assert sample["answer"].startswith("no")
     assert "What it writes" in (desk / "run" / "report.html").read_text()
 
 

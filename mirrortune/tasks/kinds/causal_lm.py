@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -30,7 +29,7 @@ from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.answer_formats import answer_format
 from mirrortune.tasks.answered_rows import AnsweredExamples, expected_answers
-from mirrortune.tasks.base import Answers, Continues, TextTask, check_columns, refuse_no_tokens, without_targets
+from mirrortune.tasks.base import Answers, TextTask, WritesText, check_columns, refuse_no_tokens, without_targets
 from mirrortune.tasks.chat import (
     Encoding,
     LostAnswerError,
@@ -60,7 +59,6 @@ from mirrortune.tasks.probes import text_probe
 from mirrortune.tasks.prompts import PromptExamples, prompt_examples
 from mirrortune.tasks.token_scores import WEIGHT_UNIT, score_tokens, summed_loss, weighted_loss
 
-_MOST_WRITTEN = 64  # tokens
 _LONGEST = 1024  # the default, where the model takes more
 _LONGEST_ANSWER = 256  # tokens
 _SILENT, _CALLS, _EMPTY = 1, 2, 3  # what is wrong with a row
@@ -91,7 +89,7 @@ class TextReader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task(TextTask, Continues, Answers):
+class Task(TextTask, WritesText, Answers):
     """Language modelling.
 
     Attributes:
@@ -316,26 +314,19 @@ class Task(TextTask, Continues, Answers):
         return examples.columns(judged, strip=self.layout != "text")
 
     @override
-    def write(self, model: Any, processor: TextReader, examples: TokenExamples, row: int) -> tuple[str, str, str]:
-        """Return the text before the first learned token of a row, how the row continues, and how the model does.
-
-        A row that is learned as a whole is split in half. The model generates at most 64 tokens, greedily.
-        """
-        tokenizer, start, end = processor.tokenizer, *(int(o) for o in examples.offsets[row : row + 2])
-        ids = examples.features["input_ids"][start:end].tolist()
-        learned = np.flatnonzero(examples.features["targets"][start:end] != IGNORE_INDEX)
-        place = int(learned[0]) if learned[0] > 1 else max(1, len(ids) // 2)
-        given = torch.tensor([ids[:place]], device=next(model.parameters()).device)
-        stops = turn_end_ids(tokenizer) if processor.is_chat else tokenizer.eos_token_id
-        written = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), num_beams=1,
-            max_new_tokens=max(1, min(_MOST_WRITTEN, examples.max_length - place)),  # as positions allow
-            do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.eos_token_id,
-        )[0, place:]  # fmt: skip
-        prompt, reference, answer = (
-            tokenizer.decode(part, skip_special_tokens=True).strip() for part in (ids[:place], ids[place:], written)
+    def asked(self, split: Split) -> tuple[Split, list[str]]:
+        """Return the rows and their answers; plain texts are cut in half."""
+        if self.layout != "text":
+            column = self.label_column or self.text_columns[0]
+            return split, [self._answer_text(cell) for cell in cells(split.table, column)]
+        texts = [str(cell or "") for cell in cells(split.table, self.text_columns[0])]
+        places = [text.rfind(" ", 1, len(text) // 2 + 1) for text in texts]
+        places = [len(text) // 2 if place < 0 else place for text, place in zip(texts, places, strict=True)]
+        begun = pa.array([text[:place] for text, place in zip(texts, places, strict=True)], pa.string())
+        table = split.table.set_column(
+            split.table.column_names.index(self.text_columns[0]), self.text_columns[0], begun
         )
-        return prompt, reference, answer
+        return replace(split, table=table), [text[place:] for text, place in zip(texts, places, strict=True)]
 
     @override
     def probe(self, processor: TextReader, config: Any) -> Batch:

@@ -25,7 +25,7 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
-from mirrortune.tasks.base import Generates, TextTask, refuse_no_tokens
+from mirrortune.tasks.base import Generates, TextTask, WritesText, refuse_no_tokens
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions
 from mirrortune.tasks.probes import text_probe
@@ -131,7 +131,7 @@ class PairExamples(Examples):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task(TextTask, Generates):
+class Task(TextTask, WritesText, Generates):
     """Generation of a target text from a source text.
 
     Attributes:
@@ -251,6 +251,10 @@ class Task(TextTask, Generates):
         """Return the generated texts and the target texts."""
         tokenizer = examples.reader.tokenizer
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in judged], examples.references()
+
+    @override
+    def asked(self, split: Split) -> tuple[Split, list[str]]:
+        return split, [str(text or "") for text in cells(split.table, self.label_column)]
 
     @override
     def prediction_options(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ FREE = {
     "train.num_workers": "0",
     "eval.batch_size": "2",
     "eval.before": "true",
+    "eval.samples": "5",
     "data.contained": "true",
     "eval.report_splits": "[test]",
     "eval.prediction_labels": "indices",
@@ -51,7 +52,7 @@ FIXED = {
     "train.weight_decay": "0.5", "train.max_grad_norm": "2", "train.precision": "bf16", "train.compile": "true",
     "train.gradient_checkpointing": "true", "train.seed": "9", "train.eval_every_steps": "9", "train.patience": "9",
     "train.class_weights": "balanced", "train.label_smoothing": "0.1", "train.balance": "true",
-    "eval.protocol": "split-dev", "eval.max_new_tokens": "9",
+    "eval.protocol": "split-dev", "eval.max_new_tokens": "9", "eval.max_rows": "9",
 }  # fmt: skip
 
 

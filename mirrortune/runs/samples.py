@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples: a few validation prompts that the model answers at every evaluation, so that people see what it learns."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Examples
+from mirrortune.data.token_cache import uncached
+from mirrortune.data.tokenize import Reading
+from mirrortune.errors import DataError
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.tasks.base import Generates, Task, WritesText, generated_tokens
+from mirrortune.tasks.predicting import PredictOptions
+from mirrortune.training.evaluate import judge_split
+
+DEFAULT_COUNT = 3
+_LONGEST = 128  # tokens of an answer
+_MOST_TRIES = 20  # rows that are tried in the place of one whose prompt is too long
+_LONGEST_TEXT = 1000  # characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Prompts to answer.
+
+    Attributes:
+        rows: their numbers among the validation rows, from 1.
+        prompts, expected: texts.
+        split: the rows.
+        examples: the rows as the model takes them.
+        options: greedy, and bounded in length.
+    """
+
+    rows: tuple[int, ...]
+    prompts: tuple[str, ...]
+    expected: tuple[str, ...]
+    split: Split
+    examples: Examples
+    options: PredictOptions
+
+    def answer(self, model: nn.Module, task: Task, run: RunDirectory, accelerator: Any, step: int) -> None:
+        """Answer the prompts, greedily and in one batch, and write them to ``samples.jsonl``; on all ranks.
+
+        What the file has of this step and of later ones is replaced: a continued run makes it again.
+        """
+        # A compiled model would be compiled again for prompts and answers of every length.
+        is_compiled = getattr(model, "_compiled_call_impl", None) is not None
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            judged = judge_split(model, task, self.examples, accelerator, batch_size=len(self.rows))
+        if not accelerator.is_main_process:
+            return
+        found = task.prediction_columns(judged, self.examples, self.split, self.options)
+        answers, finished = found["prediction"], found["finished"]
+        entries = [entry for entry in run.sampled() if entry["step"] < step]
+        for row, *texts, is_finished in zip(self.rows, self.prompts, self.expected, answers, finished, strict=True):
+            prompt, expected, answer = map(_shortened, texts)
+            entries.append({"step": step, "row": row, "prompt": prompt, "expected": expected, "answer": answer,
+                            "finished": is_finished})  # fmt: skip
+        run.write_text(run.samples.name, "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def choose_samples(
+    task: Task, validation: Split, processor: Any, reading: Reading, count: int | None
+) -> Samples | None:  # fmt: skip
+    """Choose validation rows from all over the split: the same for the same rows, whatever the seed.
+
+    Args:
+        task: of the run.
+        validation: validation rows.
+        processor: of the task.
+        reading: of validation rows.
+        count: how many, or None for the default of the task.
+
+    Returns:
+        The prompts; None if there are to be none, or none that leaves room for an answer.
+    """
+    if count == 0 or not isinstance(task, WritesText):
+        return None
+    options = PredictOptions(max_new_tokens=_longest_answer(task, reading.num_tokens), temperature=0.0)
+    if not isinstance(task, Generates):  # prompt and answer share the positions
+        reading = replace(reading, max_length=reading.num_tokens - (options.max_new_tokens or 0))
+    found: dict[int, Split] = {}
+    total = validation.table.num_rows
+    for first in np.linspace(0, total - 1, min(count or DEFAULT_COUNT, total)).astype(int).tolist():
+        for row in range(first, min(first + _MOST_TRIES, total)):
+            if row not in found and _encoded(task, one := _row(validation, [row]), processor, reading, options):
+                found[row] = one
+                break
+    if not found:
+        return None
+    split, expected = task.asked(_row(validation, sorted(found)))
+    examples = _encoded(task, _row(validation, sorted(found)), processor, reading, options)
+    assert examples is not None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = [examples.input_ids(row) for row in range(len(examples))]
+    prompts = [str(tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ids if row is not None]
+    return Samples(
+        rows=tuple(row + 1 for row in sorted(found)), prompts=tuple(prompts), expected=tuple(expected), split=split,
+        examples=examples, options=options,
+    )  # fmt: skip
+
+
+def _longest_answer(task: Task, max_length: int) -> int:
+    own = generated_tokens(task) or _LONGEST
+    return max(1, min(_LONGEST, own, max_length // 2))
+
+
+def _row(split: Split, rows: list[int]) -> Split:
+    keep = np.zeros(split.table.num_rows, dtype=bool)
+    keep[rows] = True
+    return split.take(keep)
+
+
+def _encoded(task: Task, split: Split, processor: Any, reading: Reading, options: PredictOptions) -> Examples | None:
+    """Return rows as the model takes them; None if a prompt is empty or too long."""
+    assert isinstance(task, WritesText)
+    with uncached():
+        try:
+            return task.encode_to_predict(task.asked(split)[0], processor, reading, options)
+        except DataError:
+            return None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
