@@ -127,6 +127,7 @@ _OF_TARGET = (
     "eval.prediction_bounds", "eval.prediction_files",
 )  # fmt: skip
 _TRUST = ("model", "trust_remote_code")
+_DATA_PATHS = ("path", "validation_path")
 
 
 def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
@@ -147,9 +148,10 @@ def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
         if own:
             kept[name] = own
         ignored += [key for key in settings or [name] if key not in _OF_TARGET]
-    if _walks_far(_setting(kept, "data", "path")):
-        kept["data"] = {key: value for key, value in kept["data"].items() if key != "path"}
-        ignored.append("data.path")
+    far = [key for key in _DATA_PATHS if _walks_far(_setting(kept, "data", key))]
+    if far:
+        kept["data"] = {key: value for key, value in kept["data"].items() if key not in far}
+        ignored += [f"data.{key}" for key in far]
     return Layer(values=kept, origin=whole.origin, lines=whole.lines), ignored
 
 
@@ -287,11 +289,11 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute local paths, so that it works from any folder."""
     update: dict[str, Any] = {}
-    for section, key in (("model", "name"), ("data", "path")):
+    for section, key in (("model", "name"), *(("data", key) for key in _DATA_PATHS)):
         given, number = split_sample(getattr(getattr(recipe, section), key) or "")
         if given and local_path(given).exists():
             absolute = str(local_path(given).resolve()) + (f"#{number}" if number is not None else "")
-            update[section] = getattr(recipe, section).model_copy(update={key: absolute})
+            update[section] = update.get(section, getattr(recipe, section)).model_copy(update={key: absolute})
     return recipe.model_copy(update=update)
 
 
@@ -331,16 +333,26 @@ def _merge(
 
 
 def _leave_data(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer], layer: Layer) -> None:
-    """Remove configuration and revision of a Hub data set that files have set, if ``layer`` names another data set."""
+    """Remove what files have set of a data set, if ``layer`` names another one: configuration and revision on the Hub,
+    and validation rows that lie elsewhere.
+    """
     before, now = (_setting(values, "data", "path") for values in (merged, layer.values))
     if not isinstance(before, str) or not isinstance(now, str):
         return
     names = [split_sample(path)[0].removeprefix(HUB_SCHEME).removeprefix("datasets/") for path in (before, now)]
     is_same = names[0].split(":")[0] == names[1].split(":")[0]  # possibly with another configuration
-    for key, is_kept in (("config", names[0] == names[1]), ("revision", is_same)):
-        owner = owners.get(("data", key))
-        if owner is not None and not owner.flags and not is_kept:
-            del merged["data"][key], owners["data", key]
+    kept = {
+        "config": names[0] == names[1],
+        "revision": is_same,
+        "validation_path": is_same,
+        "validation_columns": is_same,
+    }
+    for key in (key for key, is_kept in kept.items() if not is_kept and key in merged["data"]):
+        own = [path for path in owners if path[:2] == ("data", key)]
+        if not any(owners[path].flags for path in own):
+            del merged["data"][key]
+            for path in own:
+                del owners[path]
 
 
 def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, where: str) -> None:
@@ -419,13 +431,14 @@ def _section_fields(path: tuple[str, ...]) -> dict[str, Any]:
 
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
     """Make paths of data and pairs that are relative to the folder of the recipe absolute."""
-    given = _setting(data, "data", "path")
-    if isinstance(given, str) and not given.startswith("shipped:"):
-        given, number = split_sample(given)
-        beside = folder / given
-        is_file = table_suffix(Path(given)) is not None or given.startswith(".")
-        if beside.exists() and (is_file or beside.is_dir()) and not Path(given).is_absolute():
-            data["data"]["path"] = str(beside.resolve()) + (f"#{number}" if number is not None else "")
+    for key in _DATA_PATHS:
+        given = _setting(data, "data", key)
+        if isinstance(given, str) and not given.startswith("shipped:"):
+            given, number = split_sample(given)
+            beside = folder / given
+            is_file = table_suffix(Path(given)) is not None or given.startswith(".")
+            if beside.exists() and (is_file or beside.is_dir()) and not Path(given).is_absolute():
+                data["data"][key] = str(beside.resolve()) + (f"#{number}" if number is not None else "")
     pairs = _setting(data, "adapter", "pairing")
     if isinstance(pairs, str) and pairs.endswith(".json") and (folder / pairs).is_file():
         data["adapter"]["pairing"] = str((folder / pairs).resolve())

@@ -76,7 +76,7 @@ class Redaction:
         """
         data = check_saved_recipe(text, place)
         known = len(self.cuts)
-        for section, key in (("model", "name"), ("data", "path"), ("adapter", "pairing")):
+        for section, key in (("model", "name"), ("data", "path"), ("data", "validation_path"), ("adapter", "pairing")):
             found = data.get(section) or {}
             if isinstance(found.get(key), str) and not (key == "pairing" and not found[key].endswith(".json")):
                 found[key] = self.path(found[key], f"{place}: {section}.{key}")

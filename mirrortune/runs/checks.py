@@ -63,6 +63,8 @@ class DataSettings:
     train_split: str
     validation_split: str
     test_split: str
+    validation_path: str | None
+    validation_columns: dict[str, str]
     validation_fraction: float
     label_column: str | None
     missing_label: int | float | str | None
@@ -243,6 +245,9 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
     )  # fmt: skip
     if recipe.data.missing_label is not None and recipe.data.label_column is None:
         errors.append(ConfigError("data.missing_label", "no label column is named", fix="Give --label-column"))
+    if recipe.data.validation_columns and recipe.data.validation_path is None:
+        fix = "Set data.validation_path, or remove it"
+        errors.append(ConfigError("data.validation_columns", "no other data set has the validation rows", fix=fix))
     errors += problems_of_names(recipe, spec)
     metrics, name = recipe.task.metrics, recipe.model.name
     if recipe.model.revision is not None and name is not None and ModelPlace.parse(name).is_local:
@@ -310,8 +315,11 @@ def inputs_of(resolved: Resolved) -> list[Input]:
     found = [Input("recipe", file) for file in resolved.files]
     found += [Input("pairs", resolved.pairs)] if resolved.pairs else []
     found += model_inputs(recipe.model.name)
-    data = None if recipe.data.path is None else DataPlace.parse(recipe.data.path)
-    if data is not None and data.kind not in ("address", "shipped"):  # a folder here could be taken for a Hub id later
+    for path in filter(None, (recipe.data.path, recipe.data.validation_path)):
+        data = DataPlace.parse(path)
+        if data.kind in ("address", "shipped"):
+            continue
+        # A folder here could be taken for a Hub id later.
         files = glob.glob(str(data.path()), recursive=True) if data.kind == "pattern" else [data.name]  # noqa: PTH207
         found += [Input("data", local_path(file)) for file in files]
     return found

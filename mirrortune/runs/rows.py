@@ -64,6 +64,29 @@ def read_data(settings: DataSettings) -> DataSet:
 
 
 def _read(settings: DataSettings) -> DataSet:
+    """Read the data set, with the validation rows of another one if it is named."""
+    found = _read_path(settings)
+    if settings.validation_path is None:
+        return found
+    other = load_data(settings.validation_path, encoding=settings.encoding)
+    rows = next(iter(other.splits.values())) if len(other.splits) == 1 else None
+    rows = rows or other.require(settings.validation_split, "data.validation_split")
+    table = rows.table
+    for name, theirs in settings.validation_columns.items():
+        if theirs not in rows.table.column_names:
+            raise DataError(
+                rows.source, f"it has no column '{theirs}'.{did_you_mean(theirs, rows.table.column_names)}",
+                allowed=", ".join(rows.table.column_names), fix="Correct data.validation_columns",
+            )  # fmt: skip
+        table = table.drop_columns([name]) if name in table.column_names else table
+        table = table.append_column(name, rows.table.column(theirs))
+    return DataSet(
+        splits={**found.splits, settings.validation_split: replace(rows, table=table)},
+        origin={**found.origin, "validation": other.origin},
+    )
+
+
+def _read_path(settings: DataSettings) -> DataSet:
     assert settings.path is not None
     if settings.streaming:
         return stream_data(
@@ -84,6 +107,8 @@ def choose_rows(settings: RunSettings, data: DataSet, reporter: Reporter) -> Run
         reporter.note(f"  {text}")
     whole = train
     train, validation = _validation(section, data, train, task, reporter)
+    if section.validation_path is not None:
+        reporter.note(f"  validation rows: {validation.source}, {counted(validation.table.num_rows, 'row')}")
     validation, reported = _reported(settings.eval, data, validation, task)
     train = take_subset(train, section.max_train_rows, section.seed)
     whole_validation = validation.table.num_rows

@@ -80,7 +80,8 @@ def train(
     recipe = pin_paths(recipe, run)
     settings = replace(
         settings, model=replace(settings.model, name=recipe.model.name),
-        data=replace(settings.data, path=recipe.data.path), output_dir=recipe.output_dir,
+        data=replace(settings.data, path=recipe.data.path, validation_path=recipe.data.validation_path),
+        output_dir=recipe.output_dir,
     )  # fmt: skip
     accelerator = _meet(settings, reporter)
     inputs = inputs_of(resolved)
