@@ -48,7 +48,6 @@ from mirrortune.system.run_directory import RunDirectory, read_text
 from mirrortune.tasks.base import (
     Answers,
     HasLabels,
-    OneOfClasses,
     Task,
     labels_of,
     settings_of,
@@ -56,6 +55,7 @@ from mirrortune.tasks.base import (
     task_from_dict,
     with_columns,
 )
+from mirrortune.tasks.classes import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN
 from mirrortune.training.calibration import measure_saliency
 

@@ -19,7 +19,8 @@ from mirrortune.runs.job import assemble
 from mirrortune.runs.load import factorise
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device
-from mirrortune.tasks.base import OneOfClasses, Task, WeighsClasses, labels_of
+from mirrortune.tasks.base import Task, labels_of
+from mirrortune.tasks.classes import OneOfClasses, WeighsClasses
 
 _NUMBERS, _CLASSES, _BINS = 48, 8, 24
 _FEW, _MOST = 10, 0.9

@@ -27,7 +27,7 @@ from mirrortune.system.console import Reporter, digits
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import labels_of
-from mirrortune.tasks.per_class import class_scores
+from mirrortune.tasks.classes import class_scores
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import Progress
 from mirrortune.training.tracking import Track, tracker

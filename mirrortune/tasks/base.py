@@ -13,27 +13,25 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_type_hints
+from dataclasses import asdict, fields, replace
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from typing_extensions import override
 
+from mirrortune.data.columns import check_type
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
-from mirrortune.data.files.arrow import is_json, is_list, is_string, refuse_unreadable
-from mirrortune.data.labels import class_indices
-from mirrortune.data.tokenize import Reading, resolve_max_length
+from mirrortune.data.files.arrow import refuse_unreadable
+from mirrortune.data.tokenize import Reading, refuse_no_tokens, resolve_max_length
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
 from mirrortune.models.load import ModelSource, load_tokenizer
 from mirrortune.registry import option_errors, task_kinds
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
+from mirrortune.tasks.predicting import Predictions, PredictOptions
 from mirrortune.tasks.probes import text_probe
 
 _VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -201,43 +199,6 @@ class HasLabels(ABC):
     labels: tuple[str, ...]
 
 
-class SmoothsLabels(ABC):
-    """A task whose training loss can spread a share of each target evenly over all classes."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def training_loss(
-        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
-    ) -> tuple[Tensor, int | Tensor]:
-        """Return the summed loss of a batch and its number of items; see :meth:`Task.loss`.
-
-        Args:
-            outputs: of the model.
-            targets: of the batch.
-            smoothing: share of each target that is spread, in [0, 1).
-            weights: factor of the loss of each class's items, (C,) on the device of ``targets``; None for all 1.
-        """
-
-
-class WeighsClasses(HasLabels, SmoothsLabels):
-    """A task whose training loss can weigh classes."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
-        """Return how many items of ``examples`` have each class, (C,)."""
-
-    def balanced_weights(self, examples: Any) -> npt.NDArray[np.float32]:
-        """Return weights (C,) by which all classes have the same part in the loss, 1 on average over items: those of
-        scikit-learn's ``class_weight="balanced"``. Classes without an item get 1.
-        """
-        counts = self.class_counts(examples)
-        even = counts.sum() / max(1, np.count_nonzero(counts))
-        return np.where(counts > 0, even / np.maximum(counts, 1), 1.0).astype(np.float32)
-
-
 class Generates(ABC):
     """A task that is scored by text that the model generates, token by token.
 
@@ -327,73 +288,6 @@ class TextTask(Task):
     @override
     def probe(self, processor: Any, config: Any) -> Batch:
         return text_probe(processor, config, num_texts=len(self.text_columns))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OneOfClasses(Task, WeighsClasses):
-    """A task that predicts one of C classes.
-
-    Attributes:
-        label_column: the column of classes.
-        labels: the class names, in the order of the model's outputs.
-    """
-
-    label_column: str
-    metric_names: tuple[str, ...]
-    selection_metric: str
-    labels: tuple[str, ...]
-
-    def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
-        """Return the class of every row (N,), -1 where there is none; DataError for that unless ``allow_missing``."""
-        return class_indices(split.table, self.label_column, self.labels, split.places, allow_missing=allow_missing)
-
-    @override
-    def strata(self, split: Split) -> Targets | None:
-        return self.class_targets(split, allow_missing=False)
-
-    @override
-    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Return the cross-entropy of logits (B, C) against class indices (B,), summed."""
-        return F.cross_entropy(outputs.logits.float(), targets, reduction="sum"), targets.shape[0]
-
-    @override
-    def training_loss(
-        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
-    ) -> tuple[Tensor, int]:
-        losses = F.cross_entropy(outputs.logits.float(), targets, reduction="none", label_smoothing=smoothing)
-        return (losses if weights is None else losses * weights[targets]).sum(), targets.shape[0]
-
-    @override
-    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
-        return np.bincount(examples.targets[examples.targets >= 0], minlength=len(self.labels))
-
-    @override
-    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
-        """Return the logits (B, C)."""
-        return np.asarray(outputs.logits.float().cpu().numpy())
-
-    @override
-    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """Return the class of the largest logit and the true class, each (N,)."""
-        return np.stack(judged).argmax(axis=-1), examples.targets
-
-    @override
-    def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64]:
-        """Return the softmax of the logits, (N, C)."""
-        return np.asarray(torch.from_numpy(np.stack(judged)).double().softmax(dim=-1).numpy())
-
-    @override
-    def prediction_options(self) -> tuple[str, ...]:
-        return ("top",)
-
-    @override
-    def prediction_columns(
-        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
-    ) -> Predictions:
-        """Return the names of the most probable classes, and their probabilities."""
-        logits = np.stack(judged)
-        check_numbers(logits, split.places)
-        return best_answers(logits, [self.labels] * len(logits), options.top or 1)
 
 
 def scores_vocabulary(task: Task) -> bool:
@@ -497,24 +391,7 @@ def check_columns(split: Split, task: Task) -> None:
                 allowed=", ".join(split.table.column_names),
             )  # fmt: skip
     refuse_unreadable(split.table, [column for _, column in task.columns()])
-    for column in task.text_columns if isinstance(task, TextTask) and not isinstance(task, Continues) else ():
+    if not isinstance(task, TextTask) or isinstance(task, Answers):  # language models read conversations too
+        return
+    for column in task.text_columns:
         check_type(split, column, "words" if ("word", column) in task.columns() else "text")
-
-
-def check_type(split: Split, column: str, wanted: Literal["text", "words"]) -> None:
-    """Raise a DataError if a column of text, or of lists of words, holds values of another type."""
-    kind = split.table.schema.field(column).type
-    fits = (is_list(kind) or is_json(kind)) if wanted == "words" else is_string(kind)
-    if not (fits or pa.types.is_null(kind)):
-        allowed = {"text": "strings", "words": "lists of strings"}[wanted]
-        raise DataError(split.source, f"column '{column}' holds {kind}, not {wanted}", allowed=allowed,
-                        fix="Write its values so, or name another column with --text-column")  # fmt: skip
-
-
-def refuse_no_tokens(lengths: npt.NDArray[Any], split: Split) -> None:
-    """Raise a DataError if any rows of ``split`` have no tokens, which no model can answer."""
-    if len(empty := np.flatnonzero(lengths == 0)):
-        raise DataError(
-            split.source, f"{len(empty)} of {len(lengths)} rows have no text to answer ({split.places.listed(empty)})",
-            fix="Fill or remove them",
-        )  # fmt: skip

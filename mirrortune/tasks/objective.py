@@ -18,7 +18,8 @@ from torch import Tensor
 from mirrortune.data.examples import Batch, Examples
 from mirrortune.errors import ConfigError, did_you_mean
 from mirrortune.registry import task_kinds
-from mirrortune.tasks.base import OneOfClasses, SmoothsLabels, Task, WeighsClasses, labels_of, task_class
+from mirrortune.tasks.base import Task, labels_of, task_class
+from mirrortune.tasks.classes import OneOfClasses, SmoothsLabels, WeighsClasses
 
 Weights = Literal["balanced"] | Mapping[str, float]
 

@@ -305,8 +305,6 @@ class Stepper:
 
     def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
         inputs, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
-        loss: Tensor
-        items: int | Tensor
         task = self.objective.task
         loss: Tensor
         items: int | Tensor

@@ -17,7 +17,7 @@ from mirrortune.data.labels import MISSING, class_names, label_fields, label_rem
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import ModelSource
-from mirrortune.tasks.base import OneOfClasses
+from mirrortune.tasks.classes import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.probes import noise_audio
 

@@ -24,12 +24,12 @@ from mirrortune.data.files.arrow import Columns, cells, nulls, refuse_unreadable
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
-from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length, tokenise_rows
+from mirrortune.data.tokenize import Reading, is_blank_text, refuse_no_tokens, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.answer_formats import answer_format
 from mirrortune.tasks.answered_rows import AnsweredExamples, expected_answers
-from mirrortune.tasks.base import Answers, TextTask, WritesText, check_columns, refuse_no_tokens, without_targets
+from mirrortune.tasks.base import Answers, TextTask, WritesText, check_columns, without_targets
 from mirrortune.tasks.chat import (
     Encoding,
     LostAnswerError,

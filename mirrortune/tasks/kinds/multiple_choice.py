@@ -29,7 +29,8 @@ from mirrortune.data.labels import MISSING, as_name, refuse_missing
 from mirrortune.data.token_cache import Tokens
 from mirrortune.data.tokenize import Reading, pieces, resolve_max_length, tokenise_rows
 from mirrortune.errors import DataError, counted
-from mirrortune.tasks.base import SmoothsLabels, TextTask
+from mirrortune.tasks.base import TextTask
+from mirrortune.tasks.classes import SmoothsLabels
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
 from mirrortune.tasks.probes import SENTENCES

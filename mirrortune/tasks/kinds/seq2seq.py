@@ -22,10 +22,10 @@ from mirrortune.data.examples import IGNORE_INDEX, Batch, Examples, IntArray, Pa
 from mirrortune.data.files.arrow import Columns, cells, is_string, nulls, refuse_unreadable
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
-from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
+from mirrortune.data.tokenize import Reading, encode_texts, refuse_no_tokens, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
-from mirrortune.tasks.base import Generates, TextTask, WritesText, refuse_no_tokens
+from mirrortune.tasks.base import Generates, TextTask, WritesText
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions
 from mirrortune.tasks.probes import text_probe

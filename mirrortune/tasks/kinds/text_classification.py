@@ -37,7 +37,8 @@ from mirrortune.data.labels import (
 )
 from mirrortune.data.tokenize import Reading, encode_texts
 from mirrortune.errors import DataError
-from mirrortune.tasks.base import OneOfClasses, TextTask
+from mirrortune.tasks.base import TextTask
+from mirrortune.tasks.classes import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, check_numbers, plain_numbers
 

@@ -29,7 +29,8 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, tokenise_rows
 from mirrortune.errors import DataError, did_you_mean
 from mirrortune.models.load import ModelSource, load_tokenizer
-from mirrortune.tasks.base import TextTask, WeighsClasses
+from mirrortune.tasks.base import TextTask
+from mirrortune.tasks.classes import WeighsClasses
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, refuse_nan
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from mirrortune.tasks.base import task_class
+from mirrortune.tasks.classes import class_scores
 from mirrortune.tasks.metrics import Scores
-from mirrortune.tasks.per_class import class_scores
 from tests.tiny_runs import classification
 
 TAGS = pa.table({"tokens": [["a", "b", "c"]], "tags": [["B-PER", "O", "B-LOC"]]})

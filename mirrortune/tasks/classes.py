@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks whose targets are classes: their loss, weighed and smoothed where a recipe asks, and the scores of each class."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from typing_extensions import override
+
+from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Batch, Targets
+from mirrortune.data.labels import class_indices
+from mirrortune.tasks.base import HasLabels, Task, labels_of
+from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
+
+
+class SmoothsLabels(ABC):
+    """A task whose training loss can spread a share of each target evenly over all classes."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def training_loss(
+        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return the summed loss of a batch and its number of items; see :meth:`mirrortune.tasks.base.Task.loss`.
+
+        Args:
+            outputs: of the model.
+            targets: of the batch.
+            smoothing: share of each target that is spread, in [0, 1).
+            weights: factor of the loss of each class's items, (C,) on the device of ``targets``; None for all 1.
+        """
+
+
+class WeighsClasses(HasLabels, SmoothsLabels):
+    """A task whose training loss can weigh classes."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
+        """Return how many items of ``examples`` have each class, (C,)."""
+
+    def balanced_weights(self, examples: Any) -> npt.NDArray[np.float32]:
+        """Return weights (C,) by which all classes have the same part in the loss, 1 on average over items: those of
+        scikit-learn's ``class_weight="balanced"``. Classes without an item get 1.
+        """
+        counts = self.class_counts(examples)
+        even = counts.sum() / max(1, np.count_nonzero(counts))
+        return np.where(counts > 0, even / np.maximum(counts, 1), 1.0).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneOfClasses(Task, WeighsClasses):
+    """A task that predicts one of C classes.
+
+    Attributes:
+        label_column: the column of classes.
+        labels: the class names, in the order of the model's outputs.
+    """
+
+    label_column: str
+    metric_names: tuple[str, ...]
+    selection_metric: str
+    labels: tuple[str, ...]
+
+    def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
+        """Return the class of every row (N,), -1 where there is none; DataError for that unless ``allow_missing``."""
+        return class_indices(split.table, self.label_column, self.labels, split.places, allow_missing=allow_missing)
+
+    @override
+    def strata(self, split: Split) -> Targets | None:
+        return self.class_targets(split, allow_missing=False)
+
+    @override
+    def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+        """Return the cross-entropy of logits (B, C) against class indices (B,), summed."""
+        return F.cross_entropy(outputs.logits.float(), targets, reduction="sum"), targets.shape[0]
+
+    @override
+    def training_loss(
+        self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        losses = F.cross_entropy(outputs.logits.float(), targets, reduction="none", label_smoothing=smoothing)
+        return (losses if weights is None else losses * weights[targets]).sum(), targets.shape[0]
+
+    @override
+    def class_counts(self, examples: Any) -> npt.NDArray[np.int64]:
+        return np.bincount(examples.targets[examples.targets >= 0], minlength=len(self.labels))
+
+    @override
+    def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
+        """Return the logits (B, C)."""
+        return np.asarray(outputs.logits.float().cpu().numpy())
+
+    @override
+    def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
+        """Return the class of the largest logit and the true class, each (N,)."""
+        return np.stack(judged).argmax(axis=-1), examples.targets
+
+    @override
+    def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64]:
+        """Return the softmax of the logits, (N, C)."""
+        return np.asarray(torch.from_numpy(np.stack(judged)).double().softmax(dim=-1).numpy())
+
+    @override
+    def prediction_options(self) -> tuple[str, ...]:
+        return ("top",)
+
+    @override
+    def prediction_columns(
+        self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
+    ) -> Predictions:
+        """Return the names of the most probable classes, and their probabilities."""
+        logits = np.stack(judged)
+        check_numbers(logits, split.places)
+        return best_answers(logits, [self.labels] * len(logits), options.top or 1)
+
+
+def class_scores(task: Task, predictions: Any, references: Any) -> list[dict[str, Any]]:
+    """Score each class on its own.
+
+    Args:
+        task: whose classes are scored.
+        predictions: as :meth:`mirrortune.tasks.base.Task.answers` returns them.
+        references: the same.
+
+    Returns:
+        ``class``, ``precision``, ``recall``, ``f1`` and ``count``, the number of references of the class, in the order
+        of the classes; empty for kinds of task without classes. A score whose denominator is 0 is 0.
+    """
+    has_class_of_row = isinstance(task, OneOfClasses)
+    if not isinstance(task, WeighsClasses):
+        return []
+    from sklearn.metrics import precision_recall_fscore_support  # noqa: PLC0415  (scikit-learn takes a second to import)
+
+    names: list[str] = list(labels_of(task))
+    if has_class_of_row:
+        parts = precision_recall_fscore_support(
+            references, predictions, labels=range(len(names)), average=None, zero_division=0.0
+        )
+    elif "entity_f1" in task.metric_names and importlib.util.find_spec("seqeval") is not None:
+        from seqeval.metrics import sequence_labeling  # noqa: PLC0415
+
+        both = (sequence_labeling.get_entities(rows) for rows in (references, predictions))
+        names = sorted({found[0] for entities in both for found in entities})
+        parts = sequence_labeling.precision_recall_fscore_support(
+            references, predictions, average=None, zero_division=0
+        )
+    else:
+        flat = [list(itertools.chain.from_iterable(rows)) for rows in (references, predictions)]
+        parts = precision_recall_fscore_support(*flat, labels=names, average=None, zero_division=0.0)
+    keys = ("precision", "recall", "f1", "count")
+    columns = [np.asarray(part).tolist() for part in parts]
+    return [
+        {"class": name, **dict(zip(keys, values, strict=True))} for name, *values in zip(names, *columns, strict=True)
+    ]
