@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks whose targets are classes: their loss, weighed and smoothed where a recipe asks, and the scores of each class."""
+"""Tasks of classes: their loss, weighed and smoothed where a recipe asks, and the scores of each class."""
 
 from __future__ import annotations
 
