@@ -12,13 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mirrortune.data.dataset import Split
 from mirrortune.data.files.arrow import is_json, is_list, is_string, is_unreadable, refuse_unreadable
 from mirrortune.errors import DataError, counted, did_you_mean
 
@@ -288,6 +287,18 @@ def check_is_text(table: pa.Table, column: str, source: str) -> None:
         )  # fmt: skip
 
 
+def check_type(table: pa.Table, column: str, source: str, *, words: bool) -> None:
+    """Raise a DataError if a column does not hold text, or lists where ``words`` is set; one without a value does."""
+    kind = table.schema.field(column).type
+    fits = is_list(kind) or is_json(kind) if words else is_string(kind)
+    if not (fits or pa.types.is_null(kind)):
+        wanted, allowed = ("words", "lists of strings") if words else ("text", "strings")
+        raise DataError(
+            source, f"column '{column}' holds {kind}, not {wanted}", allowed=allowed,
+            fix="Write its values so, or name another column with --text-column",
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
     """Statistics of a sample of a column.
@@ -447,13 +458,3 @@ def _contents(name: str, cells: list[Any]) -> Contents:
         words=sum(len(text.split()) for text in texts) / count,
         codes=numbered,
     )
-
-
-def check_type(split: Split, column: str, wanted: Literal["text", "words"]) -> None:
-    """Raise a DataError if a column of text, or of lists of words, holds values of another type."""
-    kind = split.table.schema.field(column).type
-    fits = (is_list(kind) or is_json(kind)) if wanted == "words" else is_string(kind)
-    if not (fits or pa.types.is_null(kind)):
-        allowed = {"text": "strings", "words": "lists of strings"}[wanted]
-        raise DataError(split.source, f"column '{column}' holds {kind}, not {wanted}", allowed=allowed,
-                        fix="Write its values so, or name another column with --text-column")  # fmt: skip

@@ -16,7 +16,7 @@ from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.data.files.arrow import Columns, row_chunks
 from mirrortune.data.token_cache import Chunk, TokenKey, Tokens, cached_tokens, data_digest, ragged
-from mirrortune.errors import ConfigError, DataError, NoRowsError
+from mirrortune.errors import ConfigError, NoRowsError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,12 +249,3 @@ def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: 
             "data.max_length", f"got {asked}, the model takes at most {limit} tokens", allowed=f"4 to {limit}"
         )
     return asked
-
-
-def refuse_no_tokens(lengths: npt.NDArray[Any], split: Split) -> None:
-    """Raise a DataError if any rows of ``split`` have no tokens, which no model can answer."""
-    if len(empty := np.flatnonzero(lengths == 0)):
-        raise DataError(
-            split.source, f"{len(empty)} of {len(lengths)} rows have no text to answer ({split.places.listed(empty)})",
-            fix="Fill or remove them",
-        )  # fmt: skip

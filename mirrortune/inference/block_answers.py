@@ -19,7 +19,7 @@ from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.evaluate import check_indices, eval_batch
 from mirrortune.runs.load import Evaluable
 from mirrortune.tasks.predicting import Predictions, PredictOptions
-from mirrortune.training.evaluate import evaluate_split
+from mirrortune.training.evaluate import judge_split
 
 ERROR = "error"
 """Column with the reason why a row has no prediction."""
@@ -116,8 +116,5 @@ class BlockAnswers:
         task = found.task
         examples = task.encode_to_predict(rows, found.processor, self._reading, options)
         check_indices(found, examples, self._target, rows.source)
-        outcome = evaluate_split(
-            found.model, task, examples, _Alone(self.accelerator), **self._batch, source=rows.source,
-            on_batch=on_batch, allow_missing=True,
-        )  # fmt: skip
-        return task.prediction_columns(outcome.judged, examples, rows, options)
+        judged = judge_split(found.model, task, examples, _Alone(self.accelerator), **self._batch, on_batch=on_batch)
+        return task.prediction_columns(judged, examples, rows, options)

@@ -26,12 +26,12 @@ from mirrortune.data.columns import check_type
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
 from mirrortune.data.files.arrow import refuse_unreadable
-from mirrortune.data.tokenize import Reading, refuse_no_tokens, resolve_max_length
+from mirrortune.data.tokenize import Reading, resolve_max_length
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
 from mirrortune.models.load import ModelSource, load_tokenizer
 from mirrortune.registry import option_errors, task_kinds
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.predicting import Predictions, PredictOptions
+from mirrortune.tasks.predicting import Predictions, PredictOptions, refuse_no_tokens
 from mirrortune.tasks.probes import text_probe
 
 _VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
@@ -147,9 +147,7 @@ class Task(ABC):
         return ()
 
     def encode_to_predict(self, split: Split, processor: Any, reading: Reading, options: PredictOptions) -> Examples:
-        """Convert the rows of a split to model inputs without their targets, which the columns may lack.
-
-        The model's outputs for these examples are reduced by :meth:`judge`, as in evaluation.
+        """Convert the rows of a split, which may lack the columns of targets, to model inputs without these.
 
         Raises:
             ConfigError: for options that the task does not use, or out of their ranges.
@@ -160,7 +158,7 @@ class Task(ABC):
         check_columns(rows, self)
         reading = replace(reading, allow_missing=True, drop_blank=False, for_training=False)
         examples = self.encode(rows, processor, reading)
-        refuse_no_tokens(examples.lengths, split)
+        refuse_no_tokens(examples.lengths, split.places)
         return examples
 
     @abstractmethod
@@ -391,7 +389,6 @@ def check_columns(split: Split, task: Task) -> None:
                 allowed=", ".join(split.table.column_names),
             )  # fmt: skip
     refuse_unreadable(split.table, [column for _, column in task.columns()])
-    if not isinstance(task, TextTask) or isinstance(task, Answers):  # language models read conversations too
-        return
-    for column in task.text_columns:
-        check_type(split, column, "words" if ("word", column) in task.columns() else "text")
+    # Rows of a language model, which may be conversations, are read one by one.
+    for column in task.text_columns if isinstance(task, TextTask) and not isinstance(task, Answers) else ():
+        check_type(split.table, column, split.source, words=("word", column) in task.columns())

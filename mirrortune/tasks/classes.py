@@ -123,8 +123,7 @@ class OneOfClasses(Task, WeighsClasses):
         self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
     ) -> Predictions:
         """Return the names of the most probable classes, and their probabilities."""
-        logits = np.stack(judged)
-        check_numbers(logits, split.places)
+        check_numbers(logits := np.stack(judged), split.places)
         return best_answers(logits, [self.labels] * len(logits), options.top or 1)
 
 

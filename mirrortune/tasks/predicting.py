@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mirrortune.data.files.row_places import RowPlaces
-from mirrortune.errors import ConfigError, VerificationError, counted
+from mirrortune.errors import ConfigError, DataError, VerificationError, counted
 
 Predictions = dict[str, list[Any]]
 """Values of new columns by name, one for each row: text, numbers, booleans, None, or lists and objects of these."""
@@ -88,6 +88,13 @@ def probabilities(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return the softmax of logits over their last dimension; minus infinity gives 0."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def refuse_no_tokens(lengths: npt.NDArray[Any], places: RowPlaces) -> None:
+    """Raise a DataError if rows at ``places`` have no tokens (``lengths`` (N,) are 0): no model can answer them."""
+    if len(empty := np.flatnonzero(lengths == 0)):
+        problem = f"{len(empty)} of {len(lengths)} rows have no text to answer ({places.listed(empty)})"
+        raise DataError(places.source, problem, fix="Fill or remove them")
 
 
 def check_numbers(numbers: npt.NDArray[Any], places: RowPlaces) -> None:

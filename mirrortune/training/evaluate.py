@@ -177,12 +177,11 @@ def _batches(
 def _score(
     model: nn.Module, task: Task, examples: Examples, rows: Rows, batch: Batch, accelerator: Any
 ) -> tuple[list[Any], float, int]:
-    if isinstance(examples, PromptExamples):
-        with Sharding.of(accelerator).autocast():
-            return examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64)), 0.0, 0
     # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
     unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
     with unconverted, Sharding.of(accelerator).autocast():
+        if isinstance(examples, PromptExamples):
+            return examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64)), 0.0, 0
         inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = list(task.judge(model, inputs, outputs, targets))
         if isinstance(examples, AnsweredExamples):

@@ -24,7 +24,7 @@ from mirrortune.data.files.arrow import Columns, cells, nulls, refuse_unreadable
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
-from mirrortune.data.tokenize import Reading, is_blank_text, refuse_no_tokens, resolve_max_length, tokenise_rows
+from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.answer_formats import answer_format
@@ -54,7 +54,7 @@ from mirrortune.tasks.conversations import (
 )
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.packing import PackedExamples
-from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions
+from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions, refuse_no_tokens
 from mirrortune.tasks.probes import text_probe
 from mirrortune.tasks.prompts import PromptExamples, prompt_examples
 from mirrortune.tasks.token_scores import WEIGHT_UNIT, score_tokens, summed_loss, weighted_loss
@@ -300,7 +300,7 @@ class Task(TextTask, WritesText, Answers):
         columns = [*self.text_columns, *self.added_columns]
         rows = rows_of(split.with_columns(self.added_columns).table, columns)
         prompts = [self._prompt(row, processor, places.where(number)) for number, row in enumerate(rows)]
-        refuse_no_tokens(np.array([*map(len, prompts)]), split)
+        refuse_no_tokens(np.array([*map(len, prompts)]), places)
         return prompt_examples(
             prompts, places, tokenizer, options, max_length=reading.num_tokens, max_new_tokens=self.max_new_tokens,
             stops=self._stops(processor), cut=self.layout == "text",

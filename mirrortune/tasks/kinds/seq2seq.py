@@ -22,12 +22,12 @@ from mirrortune.data.examples import IGNORE_INDEX, Batch, Examples, IntArray, Pa
 from mirrortune.data.files.arrow import Columns, cells, is_string, nulls, refuse_unreadable
 from mirrortune.data.labels import refuse_missing
 from mirrortune.data.token_cache import Tokens, ragged
-from mirrortune.data.tokenize import Reading, encode_texts, refuse_no_tokens, resolve_max_length, tokenise_rows
+from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
 from mirrortune.tasks.base import Generates, TextTask, WritesText
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
-from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions
+from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions, refuse_no_tokens
 from mirrortune.tasks.probes import text_probe
 from mirrortune.tasks.prompts import PromptExamples
 from mirrortune.tasks.token_scores import summed_loss
@@ -266,7 +266,7 @@ class Task(TextTask, WritesText, Generates):
     ) -> PromptExamples:
         examples = TextTask.encode_to_predict(self, split, processor, reading, options)
         assert isinstance(examples, PairExamples)
-        refuse_no_tokens(examples.sources.lengths, split)
+        refuse_no_tokens(examples.sources.lengths, split.places)
         shared = {f.name: getattr(examples.sources, f.name) for f in fields(examples.sources)}
         return PromptExamples(
             **shared, tokenizer=processor.tokenizer, options=options, is_continued=False,
