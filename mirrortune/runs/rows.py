@@ -172,11 +172,13 @@ def evaluation_rows(
 ) -> tuple[Split, str]:
     """Choose the rows that ``eval`` scores; returns them with the name of their split.
 
-    Training sets validation rows aside where its data has none; on that data they are cut again, the same for the same
-    seed. Other data without a validation split is scored whole.
+    Training sets validation rows aside where its data has none besides the split that it trains on; on that data they
+    are cut again, the same for the same seed. Other data without a validation split is scored whole.
     """
     names = {"train": settings.train_split, "validation": settings.validation_split, "test": settings.test_split}
-    has_validation = data.find(settings.validation_split) is not None
+    validation = data.find(settings.validation_split)
+    is_trained_on = is_own_data and validation is data.find(settings.train_split)
+    has_validation = validation is not None and not is_trained_on
     if split is None and not has_validation and not is_own_data:
         wanted = settings.train_split if data.find(settings.train_split) else settings.test_split
         return data.require(wanted, "--split"), "all"

@@ -44,6 +44,19 @@ def test_rows_set_aside_are_scored_and_not_counted_as_training_rows(run: Path, d
     assert by_name == validation
 
 
+def test_rows_of_a_validation_split_that_was_trained_on_are_not_scored_as_validation(
+    desk: Path, tiny_model_dir: Path
+) -> None:
+    write_table(desk / "parts" / "validation.csv", reviews(40))
+    words = ["-m", tiny_model_dir, "-t", "text-classification", "-d", "parts", "data.train_split=validation"]
+
+    trained = mirrortune("train", *words, "-o", "learned", "--max-steps", 1, "--json").data
+    scored = mirrortune("eval", "learned", "--json").data
+
+    assert (scored["split"], scored["rows"]) == ("validation", 4)
+    assert scored["metrics"] == pytest.approx(trained["metrics"], abs=1e-5)
+
+
 def test_other_data_is_scored_whole(run: Path, desk: Path) -> None:
     write_table(desk / "new.csv", reviews(35))
     found = mirrortune("eval", run, "-d", "new.csv", "--json").data
