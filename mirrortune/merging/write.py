@@ -52,6 +52,7 @@ from mirrortune.merging.verify import (
     compare_models,
 )
 from mirrortune.models.load import DTYPES, ModelSource, find_model, resolve_dtype, shard_bytes
+from mirrortune.models.load_errors import quiet
 from mirrortune.models.parts import CannotLoadParts
 from mirrortune.models.quantized import is_quantised as has_quantised_weights
 from mirrortune.models.skeleton import outline
@@ -349,5 +350,6 @@ def _compare_loaded(merge: _Merge, folder: Path) -> OutputError:
     adapter, pad = merge.adapters[0], padding_id(merge.processors)
     adapted = load_adapted(adapter, merge.source, merge.task, pad, merge.factors, remarks=merge.remarks)
     load: Any = getattr(transformers, merge.auto_class).from_pretrained
-    reopened = load(folder, dtype="auto", trust_remote_code=False).eval()
+    with quiet():  # it may report a pooler that the base lacks too
+        reopened = load(folder, dtype="auto", trust_remote_code=False).eval()
     return compare_models(reopened, adapted, merge.probes(), merge.compared)
