@@ -21,6 +21,7 @@ from typing_extensions import override
 from mirrortune import __version__
 from mirrortune.cli import recipes as recipe_commands
 from mirrortune.cli.chat import chat
+from mirrortune.cli.doctor import doctor
 from mirrortune.cli.exports import merge, push
 from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.cli.predictions import predict
@@ -297,6 +298,7 @@ app.command(cls=OnceEach)(_guard(chat))
 app.command(cls=OnceEach)(_guard(push))
 app.command(cls=OnceEach)(_guard(analyze))
 app.command(cls=OnceEach)(_guard(report))
+app.command(cls=OnceEach)(_guard(doctor))
 recipes = typer.Typer(help="List, print and copy the shipped recipes, and print their schema.", no_args_is_help=True)
 for _command in (recipe_commands.ls, recipe_commands.cat, recipe_commands.cp, recipe_commands.schema):
     recipes.command(cls=OnceEach)(_guard(_command))

@@ -98,12 +98,17 @@ def train_lines(result: Any) -> list[str]:
     speed = f"{significant(result.samples_per_second)} rows/s"
     if result.tokens_per_second is not None:
         speed += f", {significant(result.tokens_per_second)} tokens/s"
+    if result.padding_share is not None:
+        speed += f", {result.padding_share:.0%} padding"
+    memory = f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB"
+    if result.peak_reserved_bytes is not None:
+        memory += f" allocated, {result.peak_reserved_bytes / 2**20:,.0f} MiB reserved"
     return [
         f"validation: {describe_metrics(result.metrics)}",
         *([f"before training: {describe_metrics(result.metrics_before)}"] if result.metrics_before else []),
         f"adapter: {kilobytes(result.adapter_bytes)}{_form(run)} in {run}/adapter, with "
         f"{result.trainable_parameters:,} trained numbers ({kilobytes(4 * result.trainable_parameters)}){head}",
-        f"trained in {significant(result.train_seconds)} s at {speed}",
+        f"trained in {significant(result.train_seconds)} s at {speed}; {memory}",
         "",
         f"score it:  mirrortune eval {shlex.quote(run)}",
         f"export it: mirrortune merge {shlex.quote(run)} -o {shlex.quote(merged)}",

@@ -106,12 +106,15 @@ class MicroBatch:
             and the other ranks wait for this one's gradients.
         num_rows_of_step: rows of the global batch that it is a part of.
         num_tokens_of_step: tokens of the global batch without padding; None for rows that are not text.
+        num_tokens, num_positions: of this batch's inputs, without and with padding; 0 for rows that are not text.
     """
 
     batch: Batch
     is_empty: bool
     num_rows_of_step: int
     num_tokens_of_step: int | None
+    num_tokens: int = 0
+    num_positions: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +165,9 @@ class Feed:
         num_workers: threads that make batches; 0 makes each when it is asked for. One more reads a stream.
         seed: of the order of rows.
         classes: of rows in memory, to draw them evenly; None to use each row once an epoch.
+
+    Attributes:
+        num_tokens, num_positions: of all micro-batches so far, without and with padding; 0 for rows that are not text.
     """
 
     def __init__(
@@ -179,6 +185,7 @@ class Feed:
         self.num_micro, self.num_workers, self.seed = num_micro, num_workers, seed
         self.rows_per_step = batch_size * num_micro  # of this rank
         self._place = Place() if isinstance(rows, StreamedExamples) else None
+        self.num_tokens = self.num_positions = 0
 
     @property
     def place(self) -> dict[str, int] | None:
@@ -210,6 +217,8 @@ class Feed:
             with closing(made_ahead(jobs, lambda job: self._make(*job), self.num_workers)) as made:
                 for micro_batch, place in made:
                     self._place = place
+                    self.num_tokens += micro_batch.num_tokens
+                    self.num_positions += micro_batch.num_positions
                     yield micro_batch
 
     def _stored(self, rows: Examples, epoch: int, step_in_epoch: int) -> Generator[_Step, None, None]:
@@ -263,11 +272,21 @@ class Feed:
     def _make(self, step: _Step, rows: Rows) -> tuple[MicroBatch, Place | None]:
         is_empty = len(rows) == 0
         batch = step.examples.batch(np.asarray(step.any_row if is_empty else rows), step.epoch)
+        num_tokens, num_positions = (0, 0) if is_empty else _token_counts(batch)
         micro_batch = MicroBatch(
-            batch=pinned(batch, self.accelerator.device), is_empty=is_empty, num_rows_of_step=step.num_rows,
+            num_tokens=num_tokens, num_positions=num_positions, batch=pinned(batch, self.accelerator.device),
+            is_empty=is_empty, num_rows_of_step=step.num_rows,
             num_tokens_of_step=step.num_tokens if "input_ids" in batch else None,
         )  # fmt: skip
         return micro_batch, step.place
+
+
+def _token_counts(batch: Batch) -> tuple[int, int]:
+    """Return the tokens of a batch's inputs without and with padding; 0 where the mask does not say which are which."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or mask is None or mask.shape != ids.shape:
+        return 0, 0
+    return int(mask.count_nonzero()), ids.numel()
 
 
 def pinned(batch: Batch, device: torch.device) -> Batch:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.errors import ConfigError
 from mirrortune.models.load_errors import damage_errors, load_errors
 from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
 from mirrortune.models.remote_code import announce_code, refuse_kernels
@@ -464,24 +464,6 @@ def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id
     if source.attention is not None:
         config._attn_implementation = source.attention  # noqa: SLF001  (as from_pretrained's argument does)
     return config
-
-
-def check_attention(asked: str | None, device: torch.device) -> None:
-    """Refuse flash attention where it cannot run.
-
-    Args:
-        asked: one of transformers' names, or None for the model's own choice.
-        device: to train on.
-
-    Raises:
-        ResourceError: the device is no CUDA device, or the package flash_attn is missing.
-    """
-    if asked != "flash_attention_2":
-        return
-    if device.type != "cuda":
-        raise ResourceError("model.attention", f"{asked} runs on CUDA GPUs alone, got {device.type}", fix="Use sdpa")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ResourceError("model.attention", f"{asked} needs the package flash-attn", fix="Install it, or use sdpa")
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:

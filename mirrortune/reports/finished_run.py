@@ -92,6 +92,11 @@ class FinishedRun:
         r = self.results
         per_second = r.get("tokens_per_second")
         tokens = "" if per_second is None else f", {significant(per_second)} tokens per second"
+        if r.get("padding_share") is not None:
+            tokens += f", {r['padding_share']:.0%} padding"
+        is_image = self.settings.get("task.kind") == "image-classification"
+        reserved = r.get("peak_reserved_bytes")
+        kept = "" if reserved is None else f" allocated, {reserved / 2**20:,.0f} MiB reserved"
         return {
             "method": str(self.settings["adapter.method"]),
             "validation": describe_metrics(r["metrics"]),
@@ -101,8 +106,9 @@ class FinishedRun:
             "trained numbers": f"{r['trainable_parameters']:,}"
             + (f", and {r['head_parameters']:,} of the head" if r["head_parameters"] else ""),
             "adapter": kilobytes(r["adapter_bytes"]),
-            "training": f"{r['train_seconds']:,.0f} s, {significant(r['samples_per_second'])} rows per second{tokens}",
-            "peak memory": f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            "training": f"{r['train_seconds']:,.0f} s, {significant(r['samples_per_second'])} "
+            f"{'images' if is_image else 'rows'} per second{tokens}",
+            "peak memory": f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB{kept}",
         }
 
 

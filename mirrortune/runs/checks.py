@@ -17,10 +17,10 @@ from mirrortune.config.schema import Recipe
 from mirrortune.data.dataset import Split
 from mirrortune.data.stream import stream_problems
 from mirrortune.errors import ConfigError, unknown_name
-from mirrortune.models.load import ModelSource, check_attention, find_model
+from mirrortune.models.load import ModelSource, find_model
 from mirrortune.registry import task_kinds
 from mirrortune.system.compiler import check_compiler
-from mirrortune.system.devices import default_device
+from mirrortune.system.devices import check_attention, default_device
 from mirrortune.system.outputs import Input, model_inputs
 from mirrortune.system.paths import DataPlace, ModelPlace, local_path
 from mirrortune.tasks.base import Task, WritesText, settings_of, task_class

@@ -24,6 +24,7 @@ from mirrortune.adapters.inject import spectral_layers
 from mirrortune.data.examples import Examples
 from mirrortune.runs.job import Job
 from mirrortune.system.console import Reporter, digits
+from mirrortune.system.devices import memory_bytes
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import labels_of
@@ -32,6 +33,7 @@ from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import Progress
 from mirrortune.training.tracking import Track, tracker
 
+_UNITS = {"image-classification": "images", "audio-classification": "recordings"}
 _HARDEST = 12
 _MOST_CLASSES = 4096  # of which every pair is counted: 16 million numbers
 _LONGEST_TEXT = 400
@@ -53,9 +55,11 @@ class RunRecorder(Progress):
         self._shown, self._run, self._model, self._track = shown, run, model, track
         self._mark, self._seconds, self._rows = 0.0, 0.0, 0
         self._tokens: int | None = None
+        self._total_steps, self._steps, self._all_seconds = 0, 0, 0.0
 
     @override
     def on_start(self, total_steps: int, done_steps: int) -> None:
+        self._total_steps = total_steps
         # Entries after ``done_steps`` will be written again, and all of a run that starts anew.
         kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps and done_steps]
         self._run.write_text(self._run.progress_log.name, "".join(json.dumps(e) + "\n" for e in kept))
@@ -65,6 +69,8 @@ class RunRecorder(Progress):
     @override
     def on_step(self, step: int, rows: int, tokens: int | None) -> None:
         now = time.perf_counter()
+        self._all_seconds += now - self._mark
+        self._steps += 1
         self._seconds, self._mark, self._rows = self._seconds + now - self._mark, now, self._rows + rows
         self._tokens = None if tokens is None else (self._tokens or 0) + tokens
         self._shown.on_step(step, rows, tokens)
@@ -78,7 +84,9 @@ class RunRecorder(Progress):
         if event["event"] == "train":
             speeds = {"rows_per_second": self._rows, "tokens_per_second": self._tokens}
             per_second = {k: digits(v / (self._seconds or math.inf)) for k, v in speeds.items() if v is not None}
-            self._run.log_progress({"step": event["step"], **per_second})
+            left = (self._total_steps - event["step"]) * self._all_seconds / max(1, self._steps)
+            entry = {"step": event["step"], **per_second, "seconds_left": digits(left), **memory_bytes()}
+            self._run.log_progress(entry)
             self._seconds, self._rows, self._tokens = 0.0, 0, None
         else:
             angles = {name: float(a.square().mean().sqrt()) for name, a in plane_angles(self._model).items()}
@@ -120,7 +128,8 @@ def recording(
         reporter: makes the display.
     """
     tracked = tracker(track, run.path, settings, is_main=accelerator.is_main_process)
-    with reporter.training() as shown, tracked as log:
+    unit = _UNITS.get(str(settings.get("task.kind")), "rows")
+    with reporter.training(unit) as shown, tracked as log:
         yield RunRecorder(shown, run, model, log)
 
 

@@ -48,6 +48,8 @@ class RunResult(FitResult):
         head_parameters: trained numbers of the head.
         adapter_bytes: size of the adapter's files.
         peak_memory_bytes: largest memory of the GPU, or of the process without one.
+        peak_reserved_bytes: largest memory that the GPU's allocator has reserved, with what it keeps for later; None
+            without a GPU.
         reported: metrics of the kept checkpoint on further splits, by name.
         pairing_seconds: time in which pairs were measured; 0 if they were not.
         protocol: ``eval.protocol`` of the recipe.
@@ -56,7 +58,8 @@ class RunResult(FitResult):
 
     SUMMARY: ClassVar = (
         "run_dir", "metrics", "trainable_parameters", "head_parameters", "adapter_bytes", "train_seconds",
-        "samples_per_second", "tokens_per_second", "metrics_before", "peak_memory_bytes",
+        "samples_per_second", "tokens_per_second", "metrics_before", "peak_memory_bytes", "peak_reserved_bytes",
+        "padding_share",
     )  # fmt: skip
     """Fields of the ``--json`` object of train."""
 
@@ -69,6 +72,7 @@ class RunResult(FitResult):
     pairing_seconds: float
     protocol: str
     selection_metric: str
+    peak_reserved_bytes: int | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return the ``--json`` object of train."""
@@ -229,3 +233,8 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return peak_resident_bytes()
+
+
+def peak_reserved_bytes() -> int | None:
+    """Return the largest memory that the GPU's allocator has reserved so far; None without a GPU."""
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None

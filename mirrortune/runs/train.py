@@ -37,6 +37,7 @@ from mirrortune.runs.results import (
     check_same_recipe,
     environment,
     peak_memory_bytes,
+    peak_reserved_bytes,
     pin_paths,
     restore_kept,
     run_name,
@@ -176,6 +177,7 @@ def _train(
         result = RunResult(
             **_rounded(fitted), run_dir=str(run.path), trainable_parameters=num_trained, head_parameters=num_head,
             adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()), peak_memory_bytes=peak_memory_bytes(),
+            peak_reserved_bytes=peak_reserved_bytes(),
             reported=reported, pairing_seconds=pairing_seconds, protocol=settings.eval.protocol,
             selection_metric=job.task.selection_metric,
         )  # fmt: skip
@@ -186,12 +188,13 @@ def _train(
 
 def _rounded(fitted: FitResult) -> dict[str, Any]:
     """Return the fields of a result with measured times rounded."""
-    tokens = fitted.tokens_per_second
+    tokens, padding = fitted.tokens_per_second, fitted.padding_share
     return {
         **asdict(fitted),
         "train_seconds": round(fitted.train_seconds, 3),
         "samples_per_second": digits(fitted.samples_per_second),
         "tokens_per_second": None if tokens is None else digits(tokens),
+        "padding_share": None if padding is None else digits(padding),
     }
 
 

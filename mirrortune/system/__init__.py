@@ -10,6 +10,7 @@ __all__ = [
     "devices",
     "distributed",
     "hub",
+    "machine",
     "outputs",
     "paths",
     "run_directory",

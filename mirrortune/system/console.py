@@ -158,9 +158,9 @@ class Reporter:
         """
         return Bar(self._err, label, total, done=done, unit=unit, is_shown=self.is_main and self.verbosity > _QUIET)
 
-    def training(self) -> TrainingProgress:
-        """Return the display of a training loop."""
-        return TrainingProgress(self._err, is_shown=self.is_main and self.verbosity > _QUIET)
+    def training(self, unit: str = "rows") -> TrainingProgress:
+        """Return the display of a training loop over rows, which it calls ``unit``."""
+        return TrainingProgress(self._err, is_shown=self.is_main and self.verbosity > _QUIET, unit=unit)
 
 
 def announce(text: str) -> None:
@@ -233,8 +233,8 @@ class TrainingProgress:
     slow.
     """
 
-    def __init__(self, console: Console, *, is_shown: bool) -> None:
-        self._console, self._is_shown = console, is_shown
+    def __init__(self, console: Console, *, is_shown: bool, unit: str = "rows") -> None:
+        self._console, self._is_shown, self._unit = console, is_shown, unit
         self._live = is_shown and console.is_terminal
         self._progress = Progress(
             TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
@@ -311,7 +311,7 @@ class TrainingProgress:
         """Format rows per second since the loop began, and tokens per second of text."""
         seconds = self._seconds or 1e-9
         tokens = "" if self._tokens is None else f"  {significant(self._tokens / seconds)} tokens/s"
-        return f"{significant(self._rows / seconds)} rows/s{tokens}"
+        return f"{significant(self._rows / seconds)} {self._unit}/s{tokens}"
 
     def _pace(self, step: int) -> str:
         """Format the speed and the remaining time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 import time
@@ -52,6 +53,24 @@ def resolve_precision(asked: str) -> str:
             allowed="auto, bf16 or fp32", fix="Use --precision bf16, or ddp on GPUs without it",
         )  # fmt: skip
     return asked
+
+
+def check_attention(asked: str | None, device: torch.device) -> None:
+    """Refuse flash attention where it cannot run.
+
+    Args:
+        asked: one of transformers' names, or None for the model's own choice.
+        device: to train on.
+
+    Raises:
+        ResourceError: the device is no CUDA device, or the package flash_attn is missing.
+    """
+    if asked != "flash_attention_2":
+        return
+    if device.type != "cuda":
+        raise ResourceError("model.attention", f"{asked} runs on CUDA GPUs alone, got {device.type}", fix="Use sdpa")
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ResourceError("model.attention", f"{asked} needs the package flash-attn", fix="Install it, or use sdpa")
 
 
 def has_bf16() -> bool:
@@ -125,6 +144,16 @@ def peak_resident_bytes() -> int:
         return int(memory.peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def memory_bytes() -> dict[str, int]:
+    """Return the memory of the GPU's tensors and what its allocator has reserved, in bytes; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "memory_allocated_bytes": int(torch.cuda.memory_allocated()),
+        "memory_reserved_bytes": int(torch.cuda.memory_reserved()),
+    }
 
 
 _HALF = (torch.bfloat16, torch.float16)

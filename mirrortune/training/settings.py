@@ -77,6 +77,7 @@ class FitResult:
         tokens_per_second: tokens per second without padding, over all ranks; None for rows that are not text.
         median_step_seconds: median time of an optimizer step of this process; a busy machine disturbs it less than
             the mean.
+        padding_share: share of the input positions of this process that were padding; None for rows that are not text.
         skipped_steps: steps that were left out because gradients overflowed in float16.
     """
 
@@ -90,3 +91,4 @@ class FitResult:
     tokens_per_second: float | None
     median_step_seconds: float
     skipped_steps: int
+    padding_share: float | None = None

@@ -158,6 +158,7 @@ class Trainer:
             train_seconds=seconds,
             samples_per_second=self._rows / seconds if seconds else 0.0,
             tokens_per_second=self._tokens / seconds if self._is_text and seconds else None,
+            padding_share=1 - self.feed.num_tokens / self.feed.num_positions if self.feed.num_positions else None,
             median_step_seconds=statistics.median(step_seconds or [0.0]),
             skipped_steps=state.skipped_steps,
         )

@@ -89,7 +89,7 @@ def test_train_tells_what_it_did_and_has_learned_something(finished: Finished) -
 
     assert list(result) == ["run_dir", "metrics", "trainable_parameters", "head_parameters", "adapter_bytes",
                             "train_seconds", "samples_per_second", "tokens_per_second", "metrics_before",
-                            "peak_memory_bytes"]  # fmt: skip
+                            "peak_memory_bytes", "peak_reserved_bytes", "padding_share"]  # fmt: skip
     assert result["run_dir"] == str(finished.run)
     assert result["metrics"]["accuracy"] > 0.9
     # Mirror: an angle for each of the 16 pairs of each of the 13 layers; a head of 2 x 32 weights and 2 biases.
@@ -98,6 +98,7 @@ def test_train_tells_what_it_did_and_has_learned_something(finished: Finished) -
     assert result["train_seconds"] > 0
     assert result["samples_per_second"] == pytest.approx(4 * 240 / result["train_seconds"], rel=0.01)
     assert result["peak_memory_bytes"] > 2**20
+    assert 0 <= result["padding_share"] < 0.5
 
 
 def test_prepare_tells_what_train_would_do_and_fills_its_caches(finished: Finished, tmp_path: Path) -> None:

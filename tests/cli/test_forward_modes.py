@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.inject import adapter_parameters
 from mirrortune.errors import ConfigError, ResourceError
-from mirrortune.models.load import check_attention, checkpoint_activations
+from mirrortune.models.load import checkpoint_activations
+from mirrortune.system.devices import check_attention
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.spectral import relative
 from tests.tiny_models import tiny_bert, tiny_causal

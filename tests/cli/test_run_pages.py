@@ -112,6 +112,8 @@ def test_speed_and_angles_are_recorded_beside_the_log(runs: Runs) -> None:
 
     assert [e["step"] for e in speeds] == [e["step"] for e in events if e["event"] == "train"]
     assert all(e["rows_per_second"] > 0 for e in speeds)
+    left = [e["seconds_left"] for e in speeds]
+    assert left[-1] == 0 < left[0]
     assert [e["step"] for e in angles] == [e["step"] for e in events if e["event"] == "evaluate"]
     assert angles[-1]["angle_rms"].keys() == read(runs.mirror / "validation.json")["angles"].keys()
     assert not any("angle_rms" in e for e in lines_of(runs.none / "progress.jsonl"))

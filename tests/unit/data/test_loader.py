@@ -94,6 +94,15 @@ def test_a_feed_can_begin_anywhere(classes: Any) -> None:
             assert all(torch.equal(one.batch[name], tensor) for name, tensor in other.batch.items())
 
 
+def test_tokens_are_counted_with_and_without_padding() -> None:
+    rows, found = sentences(30), feed(num_workers=2)
+
+    masks = [part.batch["attention_mask"] for part in found.micro_batches(0, 0, 4)]
+
+    assert found.num_tokens == rows.lengths.sum() == sum(int(mask.sum()) for mask in masks)
+    assert found.num_positions == sum(mask.numel() for mask in masks) > found.num_tokens
+
+
 @pytest.mark.parametrize("classes", [None, BALANCED])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_share_every_row_of_a_step_once(ranks: int, classes: Any) -> None:

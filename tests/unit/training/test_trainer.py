@@ -22,6 +22,7 @@ from torch import nn
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
+from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import StepClock
 from mirrortune.training.trainer import Trainer
 from tests.tiny_models import tiny_bert
@@ -134,7 +135,6 @@ def test_a_metric_of_which_less_is_better_chooses_the_least(tmp_path: Path) -> N
     from dataclasses import replace
 
     from mirrortune.tasks.kinds.regression import Task
-    from mirrortune.tasks.objective import Objective
 
     adapted = adapt(trained=None)
     adapted.model.classifier = nn.Linear(32, 1)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Describe this machine for a bug report: versions, devices, caches, and which features run here.
+
+The description names neither the user nor the host, and holds no token: it is made to be pasted in public.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mirrortune import __version__
+from mirrortune.errors import MirrortuneError
+from mirrortune.system.compiler import check_compiler
+from mirrortune.system.devices import (
+    bfloat16_slowdown,
+    check_attention,
+    default_device,
+    has_bf16,
+    resolve_precision,
+)
+from mirrortune.system.paths import cache_folder
+
+_PACKAGES = (
+    "torch", "transformers", "accelerate", "datasets", "tokenizers", "huggingface-hub", "safetensors", "numpy", "scipy",
+    "scikit-learn", "pyarrow", "peft", "bitsandbytes", "flash-attn", "triton", "deepspeed", "trl", "seqeval",
+    "rouge-score", "sacrebleu", "soundfile", "gguf",
+)  # fmt: skip
+_VARIABLES = (
+    "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "MIRRORTUNE_CACHE", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF",
+    "OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED",
+    "TOKENIZERS_PARALLELISM",
+)  # fmt: skip
+"""Environment variables that change results or speed; none of them holds a secret."""
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return versions, devices, caches and abilities as JSON data.
+
+    Returns:
+        ``mirrortune``, ``python`` and ``platform``; ``packages`` by name, None for those that are not installed;
+        ``devices``; ``precision``, what auto chooses; ``abilities``: "yes", or why not; ``caches`` with their free
+        space in bytes; ``hub_token``: whether one is stored; ``environment``: variables that are set.
+    """
+    return {
+        "mirrortune": __version__,
+        "python": platform.python_version(),
+        "platform": without_names(platform.platform()),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": [_cpu(), *_accelerators()],
+        "precision": resolve_precision("auto"),
+        "abilities": abilities(),
+        "caches": {name: _cache(place) for name, place in _caches().items()},
+        "hub_token": _has_token(),
+        "environment": {name: without_names(os.environ[name]) for name in _VARIABLES if name in os.environ},
+    }
+
+
+def abilities() -> dict[str, str]:
+    """Return what this machine can do, by name: "yes" with a remark, or "no" with the reason."""
+    device = default_device()
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        bf16 = "yes" if has_bf16() else "no (this GPU emulates it)"
+        fp16 = "yes"
+    else:
+        slowdown = bfloat16_slowdown() if device.type == "cpu" else 1.0
+        bf16 = "yes" if slowdown < 1 else f"slow ({slowdown:.1f} times as long as fp32)"
+        fp16 = "no (not tried on MPS)" if device.type == "mps" else "slow (a CPU has no units for it)"
+    return {
+        "bf16": bf16,
+        "fp16": fp16,
+        "flash attention": _allowed(lambda: check_attention("flash_attention_2", device)),
+        "8-bit and 4-bit weights": _has("bitsandbytes", "mirrortune[quantised]"),
+        "torch.compile": _allowed(lambda: check_compiler(device)),
+        "several GPUs": f"yes ({torch.cuda.device_count()})" if torch.cuda.device_count() > 1 else "no",
+        "PEFT's tuners": _has("peft", "mirrortune[peft]"),
+    }
+
+
+def without_names(text: str) -> str:
+    """Return the text with ``~`` for the home folder, and without the names of the user and the host."""
+    home = str(Path.home())
+    if len(home) > 1:
+        text = re.sub(rf"{re.escape(home)}(?![^/\\:;,])", "~", text)
+    for name, word in ((_user(), "USER"), (socket.gethostname(), "HOST")):
+        if name:
+            text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", word, text)
+    return text
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container may run under a number without a name
+        return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _has(module: str, extra: str) -> str:
+    return "yes" if importlib.util.find_spec(module) else f"no (pip install '{extra}')"
+
+
+def _allowed(check: Callable[[], object]) -> str:
+    try:
+        check()
+    except MirrortuneError as error:
+        return f"no ({error.problem})"
+    return "yes"
+
+
+def _cpu() -> dict[str, Any]:
+    import psutil  # noqa: PLC0415
+
+    memory = psutil.virtual_memory()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "kind": "cpu", "name": platform.machine(), "cores": usable, "threads": torch.get_num_threads(),
+        "memory_bytes": memory.total, "free_bytes": memory.available,
+    }  # fmt: skip
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    if torch.backends.mps.is_available():
+        return [{"kind": "mps", "name": "Apple GPU"}]
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append({
+            "kind": "cuda", "name": torch.cuda.get_device_name(index), "memory_bytes": total, "free_bytes": free,
+            "capability": f"{major}.{minor}", "runtime": torch.version.cuda or torch.version.hip,
+        })  # fmt: skip
+    return found
+
+
+@functools.cache
+def _caches() -> dict[str, Path]:
+    from datasets import config as data_sets  # noqa: PLC0415
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    return {
+        "mirrortune": cache_folder(),
+        "models": Path(constants.HF_HUB_CACHE),
+        "data sets": Path(data_sets.HF_DATASETS_CACHE),
+    }
+
+
+def _cache(folder: Path) -> dict[str, Any]:
+    place = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    return {
+        "path": without_names(str(folder)),
+        "exists": folder.is_dir(),
+        "free_bytes": shutil.disk_usage(place).free if place.exists() else None,
+    }
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token  # noqa: PLC0415
+
+    return get_token() is not None

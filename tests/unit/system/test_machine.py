@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The description of a machine: complete, and without names or secrets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mirrortune.system import machine
+
+
+@pytest.fixture
+def ada(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home folder of the user ada on the host babbage, who has a token."""
+    home = tmp_path / "ada"
+    (home / "cache").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("LOGNAME", "ada")
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(home / "cache" / "deep"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("socket.gethostname", lambda: "babbage")
+    return home
+
+
+@pytest.mark.usefixtures("ada")
+def test_it_names_neither_user_nor_host_and_holds_no_token() -> None:
+    found = machine.describe_machine()
+
+    text = json.dumps(found)
+    assert not [name for name in ("ada", "babbage", "hf_secretsecret") if name in text]
+    assert found["hub_token"] is True
+    assert found["caches"]["mirrortune"]["path"] == "~/cache/deep"
+    assert found["caches"]["mirrortune"]["exists"] is False
+    assert found["caches"]["mirrortune"]["free_bytes"] > 0
+    assert found["environment"]["MIRRORTUNE_CACHE"] == "~/cache/deep"
+    assert found["environment"]["CUDA_VISIBLE_DEVICES"] == "0"
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["devices"][0]["cores"] >= 1
+
+
+def test_names_are_replaced_as_whole_words(ada: Path) -> None:
+    assert machine.without_names(f"{ada}/x:{ada}") == "~/x:~"
+    assert machine.without_names(f"{ada}line/x").endswith("adaline/x")
+    assert machine.without_names("/scratch/ada/x on babbage, not adalbert") == "/scratch/USER/x on HOST, not adalbert"
+
+
+def test_what_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(machine, "bfloat16_slowdown", lambda: 3.25)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    found = machine.abilities()
+
+    assert found["bf16"] == "slow (3.2 times as long as fp32)"
+    assert found["flash attention"] == "no (flash_attention_2 runs on CUDA GPUs alone, got cpu)"
+    assert found["8-bit and 4-bit weights"] == "no (pip install 'mirrortune[quantised]')"
+
+
+def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: 2, mem_get_info=lambda index: (3 * 2**30, 16 * 2**30),
+        get_device_capability=lambda index: (7, 5), get_device_name=lambda index: f"Tesla T4 {index}",
+        is_bf16_supported=lambda including_emulation=True: including_emulation,
+    )  # fmt: skip
+    monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+
+    found = machine.abilities()
+
+    assert (found["bf16"], found["fp16"], found["several GPUs"]) == ("no (this GPU emulates it)", "yes", "yes (2)")
+    assert machine._accelerators()[1] == {
+        "kind": "cuda", "name": "Tesla T4 1", "memory_bytes": 16 * 2**30, "free_bytes": 3 * 2**30, "capability": "7.5",
+        "runtime": "12.8",
+    }  # fmt: skip
