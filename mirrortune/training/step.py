@@ -306,6 +306,8 @@ class Stepper:
     def _micro_loss(self, part: MicroBatch) -> tuple[Tensor, int | Tensor]:
         inputs, outputs, targets = forward(self.model, part.batch, self.accelerator.device)
         task = self.objective.task
+        loss: Tensor
+        items: int | Tensor
         if isinstance(task, ComparesRows) and self.accelerator.num_processes > 1:
             loss, items = self._loss_among_ranks(task, task.vectors(inputs, outputs), targets, part)
         else:
