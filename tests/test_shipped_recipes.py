@@ -14,12 +14,13 @@ import pytest
 from mirrortune.cli.editor_schema import editor_schema
 from mirrortune.config.recipe import read_recipe, resolve, shipped_recipes
 from mirrortune.config.schema import Recipe
-from mirrortune.data.dataset import load_data
+from mirrortune.data.dataset import DataSet, load_data
 from mirrortune.registry import task_kinds
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
+from mirrortune.runs.rows import with_validation
 from mirrortune.system.console import Reporter
-from mirrortune.system.paths import shipped_folder
+from mirrortune.system.paths import hub_address, shipped_folder
 from tests.cli.console import mirrortune
 from tests.hub_rows import data_set, described
 from tests.tiny_models import (
@@ -135,15 +136,19 @@ def test_a_recipe_fits_the_data_set_that_it_names(name: str, tiny: dict[str, Pat
     data: dict[str, Any] = {"max_length": loaded.data.max_length and length, "image_size": None, "stride": None}
     model = loaded.model.model_copy(update={"name": str(tiny[loaded.task.kind])})
     loaded = loaded.model_copy(update={"model": model, "data": loaded.data.model_copy(update=data)})
-    rows = data_set(loaded.data.path, loaded.data.config)
+    rows, settings = data_set(loaded.data.path, loaded.data.config), unpack(loaded)
+    if loaded.data.validation_path is not None:
+        repository, config, split = hub_address(loaded.data.validation_path, None)
+        other = data_set(repository, config).splits[str(split)]
+        rows = with_validation(rows, DataSet(splits={"train": other}), settings.data)
 
-    job = assemble(unpack(loaded), Reporter(verbosity=-1), rows)
+    job = assemble(settings, Reporter(verbosity=-1), rows)
 
     assert len(job.train) > 0
     assert job.plan.trainable_parameters > 0
     splits = described()[loaded.data.path][loaded.data.config or next(iter(described()[loaded.data.path]))]["splits"]
     assert loaded.data.train_split in splits
-    has_own = loaded.data.validation_split in splits
+    has_own = loaded.data.validation_split in splits or loaded.data.validation_path is not None
     assert has_own == (len(job.validation) >= 20), "validation rows are set aside only where there is no such split"
     assert loaded.data.test_split in splits or loaded.data.test_split == "test"
 
@@ -155,7 +160,8 @@ def test_what_the_header_says_of_validation_rows_is_so() -> None:
             configs = described()[loaded.data.path]
             splits = configs[loaded.data.config or next(iter(configs))]["splits"]
             says = "set aside" in (shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-            assert says == (loaded.data.validation_split not in splits), name
+            has_own = loaded.data.validation_split in splits or loaded.data.validation_path is not None
+            assert says == (not has_own), name
 
 
 def test_the_schema_for_editors_is_that_of_the_recipes() -> None:

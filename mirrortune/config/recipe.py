@@ -345,7 +345,7 @@ def _leave_data(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer], la
         "config": names[0] == names[1],
         "revision": is_same,
         "validation_path": is_same,
-        "validation_columns": is_same,
+        "validation_column_names": is_same,
     }
     for key in (key for key, is_kept in kept.items() if not is_kept and key in merged["data"]):
         own = [path for path in owners if path[:2] == ("data", key)]

@@ -83,7 +83,7 @@ class DataSection(_Section):
     """Name of the split that `eval --split test` reads."""
     validation_path: str | None = None
     """Another data set, whose split of that name (or whose only one) has the validation rows; written as path is."""
-    validation_columns: dict[str, str] = Field(default_factory=dict)
+    validation_column_names: dict[str, str] = Field(default_factory=dict)
     """What the columns of the training rows are called in validation_path: {query: question, response: answer}."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows set aside when there is no validation split."""

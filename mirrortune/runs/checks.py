@@ -64,7 +64,7 @@ class DataSettings:
     validation_split: str
     test_split: str
     validation_path: str | None
-    validation_columns: dict[str, str]
+    validation_column_names: dict[str, str]
     validation_fraction: float
     label_column: str | None
     missing_label: int | float | str | None
@@ -245,9 +245,9 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
     )  # fmt: skip
     if recipe.data.missing_label is not None and recipe.data.label_column is None:
         errors.append(ConfigError("data.missing_label", "no label column is named", fix="Give --label-column"))
-    if recipe.data.validation_columns and recipe.data.validation_path is None:
+    if recipe.data.validation_column_names and recipe.data.validation_path is None:
         fix = "Set data.validation_path, or remove it"
-        errors.append(ConfigError("data.validation_columns", "no other data set has the validation rows", fix=fix))
+        errors.append(ConfigError("data.validation_column_names", "no other data set has the validation rows", fix=fix))
     errors += problems_of_names(recipe, spec)
     metrics, name = recipe.task.metrics, recipe.model.name
     if recipe.model.revision is not None and name is not None and ModelPlace.parse(name).is_local:

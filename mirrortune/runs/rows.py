@@ -64,25 +64,32 @@ def read_data(settings: DataSettings) -> DataSet:
 
 
 def _read(settings: DataSettings) -> DataSet:
-    """Read the data set, with the validation rows of another one if it is named."""
     found = _read_path(settings)
     if settings.validation_path is None:
         return found
-    other = load_data(settings.validation_path, encoding=settings.encoding)
-    rows = next(iter(other.splits.values())) if len(other.splits) == 1 else None
-    rows = rows or other.require(settings.validation_split, "data.validation_split")
+    return with_validation(found, load_data(settings.validation_path, encoding=settings.encoding), settings)
+
+
+def with_validation(data: DataSet, other: DataSet, settings: DataSettings) -> DataSet:
+    """Return a data set with the validation rows of another one, whose columns get the names of the training rows'.
+
+    Raises:
+        DataError: the other one has several splits, none of them for validation, or lacks a column.
+    """
+    only = list(other.splits.values())
+    rows = only[0] if len(only) == 1 else other.require(settings.validation_split, "data.validation_split")
     table = rows.table
-    for name, theirs in settings.validation_columns.items():
+    for name, theirs in settings.validation_column_names.items():
         if theirs not in rows.table.column_names:
             raise DataError(
                 rows.source, f"it has no column '{theirs}'.{did_you_mean(theirs, rows.table.column_names)}",
-                allowed=", ".join(rows.table.column_names), fix="Correct data.validation_columns",
+                allowed=", ".join(rows.table.column_names), fix="Correct data.validation_column_names",
             )  # fmt: skip
         table = table.drop_columns([name]) if name in table.column_names else table
-        table = table.append_column(name, rows.table.column(theirs))
+        table = table.append_column(rows.table.schema.field(theirs).with_name(name), rows.table.column(theirs))
     return DataSet(
-        splits={**found.splits, settings.validation_split: replace(rows, table=table)},
-        origin={**found.origin, "validation": other.origin},
+        splits={**data.splits, settings.validation_split: replace(rows, table=table)},
+        origin={**data.origin, "validation": other.origin},
     )
 
 

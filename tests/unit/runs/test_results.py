@@ -39,7 +39,7 @@ FIXED = {
     "task.loss_on": "all", "task.format": "text", "task.answer": "gsm8k",
     "data.path": "other.csv", "data.config": "c", "data.revision": "v2", "data.encoding": "latin-1",
     "data.train_split": "other", "data.validation_split": "other", "data.validation_fraction": "0.2",
-    "data.validation_path": "other.csv", "data.validation_columns": "{a: b}",
+    "data.validation_path": "other.csv", "data.validation_column_names": "{a: b}",
     "data.text_columns": "[a]", "data.choice_columns": "[a]", "data.label_column": "b", "data.missing_label": "-1",
     "data.stride": "4", "data.image_column": "a", "data.audio_column": "a", "data.max_seconds": "3",
     "data.image_size": "32", "data.augment": "flip", "data.prefix": "x", "data.max_target_length": "9",
