@@ -195,12 +195,34 @@ class TrainSection(_Section):
     """Passes over the training rows."""
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many optimizer steps, whatever epochs says."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rates after warm-up, to zero at the last step."""
+    schedule: Literal["linear", "cosine", "constant", "cosine-restarts", "wsd", "inverse-sqrt"] = "linear"
+    """Decay of the learning rates after warm-up: to zero at the last step, not at all (constant), in num_cycles
+    cosines, in the last decay_ratio of the steps alone (wsd), or as 1 / sqrt(step)."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rates rise from zero."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Number of these steps, in place of warmup_ratio."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the peak to which schedules decay."""
+    num_cycles: int = Field(default=2, ge=1)
+    """cosine-restarts: how often the learning rates start again at their peak, the first time included."""
+    decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    """wsd: share of the steps in which the learning rates decay, at the end."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "adamw-8bit", "schedule-free", "muon"] = "adamw"
+    """What makes the steps: torch's AdamW or SGD, transformers' Adafactor, bitsandbytes' AdamW with moments in 8 bits,
+    schedulefree's AdamW (with schedule constant), or torch's Muon for hidden matrices beside AdamW."""
+    betas: tuple[typing.Annotated[float, Field(ge=0, lt=1)], typing.Annotated[float, Field(ge=0, lt=1)]] | None = None
+    """Decay rates of the averages of gradients and of their squares, in every kind of AdamW; [0.9, 0.999] by
+    default."""
+    eps: float | None = Field(default=None, gt=0)
+    """What is added to the denominator of every optimizer but sgd; 1e-8 by default, 1e-30 to adafactor's squares."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Momentum of sgd (0.9 by default) and of the matrices of muon (0.95)."""
+    neftune_alpha: float | None = Field(default=None, gt=0)
+    """Language models: strength of uniform noise on the embeddings in training (NEFTune; 5 to 15 in its paper); none by
+    default."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decay, on matrices only; adapters and biases have none."""
+    """The optimizer's decay, on matrices only; adapters and biases have none."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -27,6 +27,7 @@ from mirrortune.tasks.base import Task, WritesText, settings_of, task_class
 from mirrortune.tasks.metrics import METRICS, Scores
 from mirrortune.tasks.objective import ClassSettings, setting_problems
 from mirrortune.training.calibration import CalibrationSettings
+from mirrortune.training.optim import OptimizerSettings, optimizer_problems
 from mirrortune.training.settings import LoopSettings
 from mirrortune.training.tracking import check_tracker
 
@@ -276,6 +277,7 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
         lambda: check_options(spec),
         lambda: check_tracker(recipe.train.track),
         lambda: check_compiler(default_device()) if recipe.train.compile else None,
+        lambda: check_noise(recipe),
         lambda: check_attention(recipe.model.attention, default_device()),
         lambda: kind and task_class(kind),
     ]
@@ -291,9 +293,27 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
             errors.append(ConfigError("eval.samples", f"{kind} writes no text, got {count}", fix="Remove it"))
     classes = ClassSettings(**_common(ClassSettings, recipe.train))
     errors += setting_problems(classes, kind, is_streamed=recipe.data.streaming)
+    train = recipe.train
+    chosen = OptimizerSettings(name=train.optimizer, betas=train.betas, eps=train.eps, momentum=train.momentum)
+    errors += optimizer_problems(chosen, schedule=train.schedule, min_lr_ratio=train.min_lr_ratio)
     metrics = recipe.task.metrics
     errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
     return errors
+
+
+def check_noise(recipe: Recipe) -> None:
+    """Refuse noise on embeddings where there are none, or where it was not tried.
+
+    Raises:
+        ConfigError: see above.
+    """
+    kind, alpha = recipe.task.kind, recipe.train.neftune_alpha
+    if alpha is None:
+        return
+    if kind in task_kinds() and "packing" not in settings_of(kind):
+        raise ConfigError("train.neftune_alpha", f"it is for language models, got {kind}", fix="Remove it")
+    if recipe.train.compile:
+        raise ConfigError("train.neftune_alpha", "it was not tried with --compile", fix="Leave one of them out")
 
 
 def _unused_settings(recipe: Recipe) -> list[ConfigError]:

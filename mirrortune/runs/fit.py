@@ -198,6 +198,11 @@ def quantised(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dt
     return replace(found, weights=max(0, found.weights - numbers * dtype.itemsize) + stored)
 
 
+def with_moments(found: Footprint, moments: float) -> Footprint:
+    """Return ``found`` with ``moments`` numbers of the optimizer for each trained one, in place of AdamW's two."""
+    return replace(found, optimizer=int(moments * found.gradients))
+
+
 def describe_memory(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
     """Describe the estimate on one line."""
     sizes = {name: size for name, size in found.parts().items() if size or name != "evaluation"}
@@ -250,7 +255,9 @@ def device_memory(device: str) -> tuple[int, str]:
     return total - peak_resident_bytes(), "this machine, beside what the program itself takes,"
 
 
-def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) -> dict[Path, dict[str, int]]:
+def disk_needs(
+    source: ModelSource, plan: Plan, *, output_dir: Path, keep: int, moments: float
+) -> dict[Path, dict[str, int]]:
     """Return the bytes that the run will write, by folder: weights to be downloaded, factors, checkpoints."""
     needs = {cache_folder(): {"factors": 4 * plan.factor_numbers}}
     stored = str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch.")
@@ -260,8 +267,8 @@ def disk_needs(source: ModelSource, plan: Plan, *, output_dir: Path, keep: int) 
 
         needs[Path(HF_HUB_CACHE)] = {"the model's weights": plan.total_parameters * width}
     trained = 4 * (plan.trainable_parameters + plan.head_parameters)
-    # A checkpoint has parameters and two moments. One is being written while the others still exist.
-    needs[output_dir] = {"checkpoints": 3 * trained * (keep + 2) + trained}
+    # A checkpoint has parameters and moments. One is being written while the others still exist.
+    needs[output_dir] = {"checkpoints": math.ceil((1 + moments) * trained) * (keep + 2) + trained}
     return needs
 
 

@@ -29,17 +29,18 @@ from mirrortune.models.load import (
     resolve_dtype,
 )
 from mirrortune.runs.checks import RunSettings
-from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised
+from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised, with_moments
 from mirrortune.runs.index_checks import Lengths, check_rows, longest
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.rows import RunRows, choose_rows, read_data
 from mirrortune.runs.samples import Samples, choose_samples
-from mirrortune.runs.size import Plan, make_plan
+from mirrortune.runs.size import Plan, attach_empty, make_plan
 from mirrortune.system.cache import check_disk
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, is_set, resolve_precision
 from mirrortune.tasks.base import TARGET_ROLES, Generates, Task, check_columns
 from mirrortune.tasks.objective import Objective, make_objective
+from mirrortune.training.optim import check_matrices, moments_per_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +174,10 @@ def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: R
         lambda: _processor(task, source, asked),
         lambda: _check_splits(rows),
     )
+    if settings.loop.optimizer == "muon":
+        adapted = copy.deepcopy(model)
+        attach_empty(adapted, spec, plan.targets, dtype=dtype)
+        check_matrices(adapted, settings.loop.optimizer)
     max_length = _fitting_length(asked, task, model, processor, source, max_length, reporter)
     return _Base(
         source=source, dtype=dtype, spec=spec, model=model, plan=plan, processor=processor, max_length=max_length
@@ -307,9 +312,12 @@ def _fit(
         is_16bit_compute=resolve_precision(settings.model.precision) != "fp32", scored=settings.eval.batch_size,
     )  # fmt: skip
     estimate, scored_rows, scored_positions = stage.sized(step)
-    found = quantised(estimate, base.source.load_in, plan, base.dtype)
+    moments = moments_per_number(loop.optimizer, is_of_matrices=base.spec.preset.plain == "all")
+    found = with_moments(quantised(estimate, base.source.load_in, plan, base.dtype), moments)
     reporter.note(describe_memory(found, step, stage, plan))
-    needs = disk_needs(base.source, plan, output_dir=Path(settings.output_dir or "runs"), keep=loop.keep)
+    needs = disk_needs(
+        base.source, plan, output_dir=Path(settings.output_dir or "runs"), keep=loop.keep, moments=moments
+    )
     # FSDP and DeepSpeed cut what they hold into shares, by how many the processes know only when they have met.
     is_cut = is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED")
     checks = [] if is_cut else [lambda: check_memory(found, step, stage)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.effect import NUM_PROBES
 from mirrortune.adapters.files.tensors import Form, usual_form
-from mirrortune.adapters.inject import attach, freeze
+from mirrortune.adapters.inject import attach
 from mirrortune.adapters.peft_bridge import tuners
 from mirrortune.adapters.spec import AdapterSpec, build_core, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy, cheapest_strategy
@@ -223,7 +223,7 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets 
             parameter.data = parameter.data.to(load.dtype)
     base = {name for name, _ in (*adapted.named_parameters(), *adapted.named_buffers())}
     try:
-        _attach_empty(adapted, spec, targets, load)
+        attach_empty(adapted, spec, targets, dtype=load.dtype, tokens=load.tokens)
         return rehearse(
             adapted, load.batch, load.scored, load.loss, is_base=_base_names(base), device=load.device,
             is_16bit_compute=load.is_16bit_compute,
@@ -246,17 +246,25 @@ def _base_names(names: set[str]) -> Callable[[str], bool]:
     return is_base
 
 
-def _attach_empty(model: nn.Module, spec: AdapterSpec, targets: Targets, load: Load) -> None:
-    """Attach the adapter to a model on the meta device, without values."""
+def attach_empty(
+    model: nn.Module, spec: AdapterSpec, targets: Targets, *, dtype: torch.dtype, tokens: int | None = None
+) -> None:
+    """Attach the adapter to a model on the meta device, without values.
+
+    Args:
+        model: changed in place.
+        spec: adapter.
+        targets: layers.
+        dtype: dtype of the base weights.
+        tokens: tokens of a micro-batch, by which strategies are chosen; None if unknown.
+    """
     if spec.preset.peft is not None:
         with torch.device("meta"):
             tuners.attach_tuner(model, spec, targets=targets, config=tuners.plain_start(spec))
-    elif spec.preset.core is None:
-        freeze(model, targets)
     else:
         ranks = {name: target.rank for name, target in targets.layers.items()} if needs_saliency(spec) else {}
         pairs = {name: found for name, rank in ranks.items() if (found := planned_pairs(spec, rank, name)) is not None}
-        chosen = strategies_of(targets, spec, load.dtype, load.tokens)
+        chosen = strategies_of(targets, spec, dtype, tokens)
         attach(model, spec, targets=targets, factor_source=_no_factors, pairs=pairs, strategies=chosen)
     widen(model, targets.head)
 

@@ -225,6 +225,11 @@ def _meet(settings: RunSettings, reporter: Reporter) -> Any:
         if sharding.shards_weights and settings.form == "portable":
             problem = f"no process has whole factors under {sharding.name}"
             raise ConfigError("adapter.form", problem, allowed="auto or compact")
+        if sharding.library and settings.loop.optimizer != "adamw":
+            problem = f"{settings.loop.optimizer} was not tried under {sharding.name}"
+            raise ConfigError("train.optimizer", problem, allowed="adamw", fix="Use ddp")
+        if sharding.library and settings.loop.neftune_alpha is not None:
+            raise ConfigError("train.neftune_alpha", f"it was not tried under {sharding.name}", fix="Use ddp")
 
     sync.from_main(accelerator, check)
     return accelerator

@@ -1,25 +1,217 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with a group for the adapter and groups for the head, and the learning rate as a pure function of the step."""
+"""Optimizers, each from its library, with a group for the adapter and groups for the head."""
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
 from mirrortune.adapters.inject import adapter_parameters, attachment, plain_parameters
+from mirrortune.errors import ConfigError
+from mirrortune.system.console import chatter_to_stderr
 
-Schedule = Literal["linear", "cosine", "constant"]
+OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw-8bit", "schedule-free", "muon"]
+Betas = tuple[float, float]
 
 
-def build_optimizer(model: nn.Module, *, lr: float, head_lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Build fused AdamW over the trained parameters of ``model``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """An optimizer and its numbers; None stands for its own default.
+
+    Attributes:
+        name: of the optimizer.
+        betas: decay rates of the averages of gradients and of their squares.
+        eps: what is added to the denominator.
+        momentum: of ``sgd``, and of the matrices of ``muon``.
+    """
+
+    name: OptimizerName = "adamw"
+    betas: Betas | None = None
+    eps: float | None = None
+    momentum: float | None = None
+
+
+_Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: _Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=settings.betas or (0.9, 0.999), eps=settings.eps or 1e-8, fused=True)
+
+
+def _sgd(groups: _Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9 if settings.momentum is None else settings.momentum)
+
+
+def _adafactor(groups: _Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    from transformers import Adafactor  # noqa: PLC0415
+
+    # With the learning rates of the recipe: by its own rule the step is relative to the size of a parameter, and an
+    # angle starts at 0.
+    make: Any = Adafactor
+    made: torch.optim.Optimizer = make(
+        groups, eps=(settings.eps or 1e-30, 1e-3), scale_parameter=False, relative_step=False, warmup_init=False
+    )
+    return made
+
+
+def _adamw_8bit(groups: _Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    with chatter_to_stderr():
+        from bitsandbytes.optim import AdamW8bit  # type: ignore[attr-defined]  # noqa: PLC0415
+    make: Any = AdamW8bit
+    made: torch.optim.Optimizer = make(groups, betas=settings.betas or (0.9, 0.999), eps=settings.eps or 1e-8)
+    return made
+
+
+def _schedule_free(groups: _Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree  # noqa: PLC0415
+
+    made: torch.optim.Optimizer = AdamWScheduleFree(
+        groups, betas=settings.betas or (0.9, 0.999), eps=settings.eps or 1e-8
+    )
+    made.train()  # type: ignore[attr-defined]
+    return made
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of the adapter and of hidden layers, AdamW for everything else.
+
+    Args:
+        groups: those with a true ``is_hidden_matrix`` are updated by Muon.
+        settings: numbers of both.
+    """
+
+    def __init__(self, groups: _Groups, settings: OptimizerSettings) -> None:
+        eps, momentum = settings.eps or 1e-8, 0.95 if settings.momentum is None else settings.momentum
+        hidden = [group for group in groups if group["is_hidden_matrix"]]
+        others = [group for group in groups if not group["is_hidden_matrix"]]
+        # Scaled so that its steps are as large as AdamW's, and the same learning rates serve both.
+        muon = torch.optim.Muon(hidden, lr=1.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self._parts: list[tuple[bool, torch.optim.Optimizer]] = [(True, muon)]
+        if others:
+            adamw = torch.optim.AdamW(others, lr=1.0, betas=settings.betas or (0.9, 0.999), eps=eps)
+            self._parts.append((False, adamw))
+        super().__init__([group for _, part in self._parts for group in part.param_groups], {})
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for is_hidden_matrix, part in self._parts:
+            # accelerate replaces groups and state when it prepares an optimizer.
+            part.param_groups = [g for g in self.param_groups if g["is_hidden_matrix"] is is_hidden_matrix]
+            part.state = self.state
+            part.step()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """How an optimizer is made.
+
+    Attributes:
+        make: from groups and settings.
+        takes: fields of the settings that it has.
+        needs: package, and what installs it; None for those of torch and transformers.
+        moments: numbers that it keeps for each trained one, at most.
+    """
+
+    make: Callable[[_Groups, OptimizerSettings], torch.optim.Optimizer]
+    takes: tuple[str, ...]
+    needs: tuple[str, str] | None = None
+    moments: float = 2
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "adamw": _Kind(make=_adamw, takes=("betas", "eps")),
+    "sgd": _Kind(make=_sgd, takes=("momentum",), moments=1),
+    "adafactor": _Kind(make=_adafactor, takes=("eps",), moments=1),
+    "adamw-8bit": _Kind(
+        make=_adamw_8bit, takes=("betas", "eps"), needs=("bitsandbytes", "mirrortune[quantised]"), moments=0.5
+    ),
+    "schedule-free": _Kind(
+        make=_schedule_free, takes=("betas", "eps"), needs=("schedulefree", "mirrortune[schedule-free]"), moments=3
+    ),
+    "muon": _Kind(make=MuonWithAdamW, takes=("betas", "eps", "momentum")),
+}
+
+
+def optimizer_problems(settings: OptimizerSettings, *, schedule: str, min_lr_ratio: float) -> list[ConfigError]:
+    """Find what is wrong with an optimizer before anything is loaded: a missing library, a setting without effect."""
+    name, kind = settings.name, _KINDS[settings.name]
+    errors = [
+        ConfigError(f"train.{key}", f"{name} has none, got {value}", fix="Remove it")
+        for key in ("betas", "eps", "momentum")
+        if key not in kind.takes and (value := getattr(settings, key)) is not None
+    ]
+    if kind.needs is not None and importlib.util.find_spec(kind.needs[0]) is None:
+        problem = f"{name} needs the package {kind.needs[0]}, which is not installed"
+        errors.append(ConfigError("train.optimizer", problem, fix=f"pip install '{kind.needs[1]}'"))
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        errors.append(
+            ConfigError("train.optimizer", f"torch {torch.__version__} has no Muon", fix="pip install 'torch>=2.9'")
+        )
+    if name == "schedule-free" and schedule != "constant":
+        problem = f"the averages of schedule-free stand for a decay, got {schedule}"
+        errors.append(ConfigError("train.schedule", problem, allowed="constant", fix="Set train.schedule=constant"))
+    elif schedule == "constant" and min_lr_ratio:
+        errors.append(ConfigError("train.min_lr_ratio", f"constant has none, got {min_lr_ratio}", fix="Remove it"))
+    return errors
+
+
+def moments_per_number(name: str, *, is_of_matrices: bool) -> float:
+    """Return the numbers that an optimizer keeps for each trained one, at most.
+
+    Args:
+        name: of the optimizer.
+        is_of_matrices: whether nearly all that is trained are matrices, of which adafactor keeps sums only.
+    """
+    return 0 if name == "adafactor" and is_of_matrices else _KINDS[name].moments
+
+
+def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters that Muon is for: matrices of the adapter and of hidden layers.
+
+    Its authors leave vectors, embeddings and the output layer to AdamW.
+    """
+    head = set(attachment(model).targets.head)
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    trained = {**adapter_parameters(model), **{n: p for n, p in plain_parameters(model).items() if n not in head}}
+    return {name: p for name, p in trained.items() if p.ndim == 2 and id(p) not in tables}
+
+
+def check_matrices(model: nn.Module, name: str) -> None:
+    """Refuse muon for a model, possibly without values, that trains no hidden matrix.
+
+    Raises:
+        ConfigError: with the other optimizers.
+    """
+    if name == "muon" and not hidden_matrices(model):
+        method = attachment(model).spec.method
+        raise ConfigError(
+            "train.optimizer", f"muon updates matrices, and '{method}' trains none in hidden layers",
+            allowed=", ".join(other for other in _KINDS if other != "muon"), fix="Leave it out",
+        )  # fmt: skip
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    head_lr: float,
+    weight_decay: float,
+    settings: OptimizerSettings | None = None,
+) -> torch.optim.Optimizer:
+    """Build the optimizer of the trained parameters of ``model``, fused AdamW by default.
 
     Groups have a ``peak_lr``: ``lr`` for cores (and for base parameters that are trained), ``head_lr`` for the head.
     Weight decay applies to matrices outside the cores only: an angle has no reason to go back to zero.
     """
+    settings = settings or OptimizerSettings()
     head_names = set(attachment(model).targets.head)
     plain = plain_parameters(model)
     wanted = [
@@ -34,25 +226,46 @@ def build_optimizer(model: nn.Module, *, lr: float, head_lr: float, weight_decay
         for params, peak, decay in wanted
         if params
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    if settings.name == "muon":
+        check_matrices(model, settings.name)
+        groups = _by_shape(groups, {id(p) for p in hidden_matrices(model).values()})
+    return _KINDS[settings.name].make(groups, settings)
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule) -> float:
-    """Return the share of the peak learning rate for optimizer step ``step`` (from 0), in [0, 1].
-
-    It rises linearly over ``warmup_steps`` (the first step is above 0), then decays to 0 at the step after the last.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return 1.0
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return max(0.0, 1.0 - done)
+def _by_shape(groups: _Groups, hidden: set[int]) -> _Groups:
+    """Split groups into hidden matrices and everything else."""
+    found = []
+    for group in groups:
+        for is_hidden in (True, False):
+            if params := [p for p in group["params"] if (id(p) in hidden) is is_hidden]:
+                found.append({**group, "params": params, "is_hidden_matrix": is_hidden})
+    return found
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set the learning rate of every group to ``factor`` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+@contextmanager
+def averaged_weights(optimizer: Any) -> Iterator[dict[int, Tensor]]:
+    """Give the trained parameters the average that schedule-free evaluates and saves, while the context is open.
+
+    Yields:
+        The numbers that training goes on with, by the id of their parameter; empty for other optimizers, which change
+        nothing.
+    """
+    if not hasattr(optimizer, "eval"):
+        yield {}
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    points = {id(p): p.detach().clone() for p in parameters}
+    optimizer.eval()
+    try:
+        yield points
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for p in parameters:  # computing them from the average would round
+                p.copy_(points[id(p)])

@@ -6,14 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mirrortune.training.optim import Schedule
+from mirrortune.training.optim import Betas, OptimizerName, OptimizerSettings
+from mirrortune.training.schedules import Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
     """Settings of the loop, with the meanings and units of the recipe's ``train`` and ``eval`` sections.
 
-    The last three depend on the data and the model, and are set once these are known.
+    The three of evaluations depend on the data and the model, and are set once these are known.
     """
 
     lr: float
@@ -36,6 +37,20 @@ class LoopSettings:
     eval_batch_size: int = 64
     eval_max_positions: int | None = None
     eval_before: bool = False
+    warmup_steps: int | None = None
+    min_lr_ratio: float = 0.0
+    num_cycles: int = 2
+    decay_ratio: float = 0.1
+    optimizer: OptimizerName = "adamw"
+    betas: Betas | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    neftune_alpha: float | None = None
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        """The optimizer and its numbers."""
+        return OptimizerSettings(name=self.optimizer, betas=self.betas, eps=self.eps, momentum=self.momentum)
 
 
 class Progress(Protocol):

@@ -19,7 +19,11 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.distributed import sharding, sync
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import LoopState, RunDirectory
+from mirrortune.training.optim import averaged_weights
 from mirrortune.training.step import Update
+
+_OF_GROUPS = ("k", "weight_sum", "lr_max")
+"""What schedule-free keeps for a group of parameters."""
 
 
 class Snapshots:
@@ -67,7 +71,8 @@ class Snapshots:
         tensors = optimizer_tensors(self.optimizer, self._trained) | dict(sync.gather_lists(self.accelerator, own))
         tensors |= self.update.tensors()
         state.is_interim = is_interim
-        with whole_parameters(self.model):
+        with averaged_weights(self.optimizer) as points, whole_parameters(self.model):
+            tensors |= {f"point.{n}": points[id(p)].cpu() for n, p in self._trained.items() if id(p) in points}
             sync.from_main(
                 self.accelerator,
                 lambda: self.run.save_checkpoint(state, tensors, self.write_adapter_files, keep=self.keep),
@@ -99,6 +104,10 @@ class Snapshots:
             restore_trained(self.model, read_adapter(folder))
         restore_optimizer(self.optimizer, self._trained, tensors)
         self.update.restore(tensors)
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                if (point := tensors.get(f"point.{name}")) is not None:
+                    parameter.copy_(point)
         prefix = f"random.{self.accelerator.process_index}."
         restore_random({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.last_step = state.global_step
@@ -110,7 +119,12 @@ class Snapshots:
 def optimizer_tensors(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return the optimizer state of ``trained`` (parameters by name) as ``optimizer.<parameter>.<entry>`` -> tensor."""
     states = sharding.optimizer_states(optimizer, trained)
-    return {f"optimizer.{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
+    found = {f"optimizer.{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
+    for index, group in enumerate(optimizer.param_groups):
+        found |= {
+            f"group.{index}.{key}": torch.tensor(group[key], dtype=torch.float64) for key in _OF_GROUPS if key in group
+        }
+    return found
 
 
 def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
@@ -121,6 +135,10 @@ def restore_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], tenso
         if entries := {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}:
             states[name] = entries
     sharding.restore_states(optimizer, trained, states)
+    for index, group in enumerate(optimizer.param_groups):
+        for key in _OF_GROUPS:
+            if (value := tensors.get(f"group.{index}.{key}")) is not None:
+                group[key] = type(group[key])(value.item())
 
 
 def random_tensors() -> dict[str, Tensor]:

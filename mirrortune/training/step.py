@@ -74,6 +74,7 @@ class PlainUpdate(Update):
     def __init__(self, optimizer: Any, accelerator: Any, tally: Tally, max_grad_norm: float) -> None:
         self.optimizer, self.accelerator = optimizer, accelerator
         self.tally, self.max_grad_norm = tally, max_grad_norm
+        self._is_fused = getattr(optimizer.optimizer, "_step_supports_amp_scaling", False)
 
     @override
     def backward(self, loss: Tensor, items: int | Tensor, *, is_last: bool) -> None:
@@ -82,8 +83,12 @@ class PlainUpdate(Update):
     @override
     def step(self, totals: Tensor, number: int) -> bool:
         norm = self._clip(self.accelerator.num_processes / totals[1])
-        self.optimizer.optimizer.found_inf = self.tally.add(totals, norm, number)  # what makes fused AdamW skip a step
-        self.optimizer.step()
+        is_broken = self.tally.add(totals, norm, number)
+        if self._is_fused:
+            self.optimizer.optimizer.found_inf = is_broken  # what makes fused AdamW skip a step
+            self.optimizer.step()
+        elif not is_broken:  # other optimizers wait for the device
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return True
 

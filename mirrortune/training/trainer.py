@@ -27,7 +27,9 @@ from mirrortune.tasks.metrics import METRICS
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import StepClock, Tally, Totals
 from mirrortune.training.evaluate import EvalResult, EvaluationStoppedError, evaluate_split
-from mirrortune.training.optim import build_optimizer, lr_factor
+from mirrortune.training.neftune import add_noise
+from mirrortune.training.optim import averaged_weights, build_optimizer
+from mirrortune.training.schedules import lr_factor
 from mirrortune.training.settings import FitResult, LoopSettings, Progress
 from mirrortune.training.snapshots import Snapshots, random_states_kept
 from mirrortune.training.step import Stepper, StepResult, make_update
@@ -90,7 +92,12 @@ class Trainer:
             planned = math.ceil(settings.epochs * self.steps_per_epoch)
             self.total_steps = min(planned, settings.max_steps or planned)
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
-        optimizer = build_optimizer(model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay)
+        optimizer = build_optimizer(
+            model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay,
+            settings=settings.optimizer_settings,
+        )  # fmt: skip
+        if settings.neftune_alpha is not None:
+            add_noise(model, settings.neftune_alpha)
         self.bare_model, self.has_head = model, bool(attachment(model).targets.head)
         self.model, self.optimizer, self.update = make_update(
             model, optimizer, accelerator, self.tally,
@@ -218,8 +225,13 @@ class Trainer:
         self._shown_at = time.monotonic()
 
     def _lr_factor(self, step: int) -> float:
-        warmup = math.ceil(self.settings.warmup_ratio * self.total_steps)
-        return lr_factor(step, total_steps=self.total_steps, warmup_steps=warmup, schedule=self.settings.schedule)
+        settings, warmup = self.settings, self.settings.warmup_steps
+        if warmup is None:
+            warmup = math.ceil(settings.warmup_ratio * self.total_steps)
+        return lr_factor(
+            step, total_steps=self.total_steps, warmup_steps=warmup, schedule=settings.schedule,
+            min_lr_ratio=settings.min_lr_ratio, num_cycles=settings.num_cycles, decay_ratio=settings.decay_ratio,
+        )  # fmt: skip
 
     def _finish_step(self) -> None:
         """Evaluate, save and stop where each is due. A run that was interrupted during an evaluation resumes here."""
@@ -286,28 +298,30 @@ class Trainer:
             self._stop()
 
     def _score_validation(self) -> EvalResult:
-        result = evaluate_split(
-            self.bare_model,
-            self.task,
-            self.validation,
-            self.accelerator,
-            batch_size=self.settings.eval_batch_size,
-            max_positions=self.settings.eval_max_positions,
-            source="validation",
-            num_workers=self.settings.num_workers,
-            on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
-            should_stop=self._vote.poll,
-        )
+        with averaged_weights(self.optimizer.optimizer):
+            result = evaluate_split(
+                self.bare_model,
+                self.task,
+                self.validation,
+                self.accelerator,
+                batch_size=self.settings.eval_batch_size,
+                max_positions=self.settings.eval_max_positions,
+                source="validation",
+                num_workers=self.settings.num_workers,
+                on_batch=self.progress.on_evaluate if self.accelerator.is_main_process else None,
+                should_stop=self._vote.poll,
+            )
         if not math.isfinite(result.metrics["loss"]):
             raise self._diverged(self.state.global_step, f"the validation loss is {result.metrics['loss']:g}")
         return result
 
     def _log_evaluation(self, result: EvalResult) -> None:
-        if self.sample is not None:
-            with random_states_kept():
-                self.sample(self.state.global_step)
-        with whole_parameters(self.bare_model):  # observers read the angles of the cores
-            self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
+        with averaged_weights(self.optimizer.optimizer):
+            if self.sample is not None:
+                with random_states_kept():
+                    self.sample(self.state.global_step)
+            with whole_parameters(self.bare_model):  # observers read the angles of the cores
+                self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
 
     def _metrics_before(self) -> dict[str, float] | None:
         """Read the metrics before training from the log: an earlier process of a resumed run may have scored them."""

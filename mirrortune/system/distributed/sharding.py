@@ -160,9 +160,24 @@ def optimizer_states(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dic
     else:
         states = {name: optimizer.state.get(parameter, {}) for name, parameter in trained.items()}
     return {
-        name: {entry: whole(value.detach()).cpu().contiguous() for entry, value in state.items()}
+        name: {entry: _on_cpu(value) for entry, value in state.items() if value is not None}
         for name, state in states.items()
     }
+
+
+def _on_cpu(value: Any) -> Tensor:
+    """Return an entry of an optimizer's state as a tensor of its own; numbers of Python have 64 bits."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    return whole(value.detach()).cpu().contiguous()
+
+
+def _as_kept(value: Tensor, like: Tensor) -> Tensor | float | int:
+    """Inverse of :func:`_on_cpu`, on the device of ``like`` and sharded as that is."""
+    if not value.ndim and value.dtype in (torch.float64, torch.int64):
+        number: float | int = value.item()
+        return number
+    return shared_like(value, like)
 
 
 def restore_states(
@@ -174,7 +189,7 @@ def restore_states(
         return
     for name, entries in states.items():
         for entry, value in entries.items():
-            optimizer.state[trained[name]][entry] = shared_like(value, trained[name])
+            optimizer.state[trained[name]][entry] = _as_kept(value, trained[name])
 
 
 @contextmanager
