@@ -20,7 +20,7 @@ from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.runs.rows import with_validation
 from mirrortune.system.console import Reporter
-from mirrortune.system.paths import hub_address, shipped_folder
+from mirrortune.system.paths import DataPlace, shipped_folder
 from tests.cli.console import mirrortune
 from tests.hub_rows import data_set, described
 from tests.tiny_models import (
@@ -99,7 +99,7 @@ def test_glue_recipes_follow_the_benchmark(task: str) -> None:
 
 
 def test_shipped_data_is_there_and_has_no_row_in_two_splits() -> None:
-    data = load_data("shipped:data/movie-sentences")
+    data = load_data(DataPlace.parse("shipped:data/movie-sentences"))
 
     texts = {name: set(split.table.column("sentence").to_pylist()) for name, split in data.splits.items()}
     assert set(texts) == {"train", "validation", "test"}
@@ -138,8 +138,8 @@ def test_a_recipe_fits_the_data_set_that_it_names(name: str, tiny: dict[str, Pat
     loaded = loaded.model_copy(update={"model": model, "data": loaded.data.model_copy(update=data)})
     rows, settings = data_set(loaded.data.path, loaded.data.config), unpack(loaded)
     if loaded.data.validation_path is not None:
-        repository, config, split = hub_address(loaded.data.validation_path, None)
-        other = data_set(repository, config).splits[str(split)]
+        place = DataPlace.parse(loaded.data.validation_path)
+        other = data_set(place.name, place.config).splits[str(place.split)]
         rows = with_validation(rows, DataSet(splits={"train": other}), settings.data)
 
     job = assemble(settings, Reporter(verbosity=-1), rows)

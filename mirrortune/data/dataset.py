@@ -26,9 +26,7 @@ from mirrortune.data.row_stream import RowStream
 from mirrortune.errors import ConfigError, DataError, HubError, did_you_mean, first_line
 from mirrortune.system.hub import hub_errors, resolve_commit
 from mirrortune.system.paths import (
-    HUB_SCHEME,
     DataPlace,
-    hub_address,
     is_system,
 )
 
@@ -98,13 +96,15 @@ class DataSet:
         return found
 
 
-def load_data(path: str, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8") -> DataSet:
+def load_data(
+    place: DataPlace, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8"
+) -> DataSet:
     """Read a data set.
 
     Args:
-        path: a file; a pattern for several; a folder with train/validation/test files, or with a folder of images for
-            each class; ``shipped:NAME`` for data inside this package; a Hub id, or ``hf://ID:CONFIG:SPLIT``. A suffix
-            ``#500`` takes 500 of the training rows.
+        place: a file; a pattern for several; a folder with train/validation/test files, or with a folder of images for
+            each class; ``shipped:NAME`` for data inside this package; a Hub id, or ``hf://ID:CONFIG:SPLIT``. With a
+            number of rows, that many of the training rows are taken.
         config: configuration of a Hub data set (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
         encoding: of local text files.
@@ -114,9 +114,8 @@ def load_data(path: str, *, config: str | None = None, revision: str | None = No
         ConfigError: if local data is given a configuration or revision.
         HubError: if the Hub refuses.
     """
-    place = DataPlace.parse(path)
     if not place.is_local:
-        return _sampled(_load_from_hub(place.name, config, revision), place.rows)
+        return _sampled(_load_from_hub(place, config, revision), place.rows)
     refuse_hub_settings(config, revision)
     local = place.path()
     if place.kind == "pattern":
@@ -266,17 +265,18 @@ def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
     return splits, tuple(remarks)
 
 
-def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataSet:
-    loaded, path, split, origin = open_hub(path, config, revision)
+def _load_from_hub(place: DataPlace, config: str | None, revision: str | None) -> DataSet:
+    loaded, origin = open_hub(place, config, revision)
+    name, split = place.name, place.split
     commit, used = origin["commit"], _cached_commit(loaded)
     if used is not None and used != commit:
         # Offline, the library falls back to whatever it has cached, whichever revision was asked for.
         raise HubError(
-            f"data set '{path}'",
+            f"data set '{name}'",
             f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})",
             fix="Run prepare online",
         )
-    splits = {n: Split(table=_arrow(loaded[n]), source=f"{path} {n}") for n in loaded}
+    splits = {n: Split(table=_arrow(loaded[n]), source=f"{name} {n}") for n in loaded}
     found = DataSet(splits=splits, origin=origin)
     if not split:
         return found
@@ -284,30 +284,34 @@ def _load_from_hub(path: str, config: str | None, revision: str | None) -> DataS
 
 
 def open_hub(
-    path: str, config: str | None, revision: str | None, *, streaming: bool = False
-) -> tuple[Any, str, str | None, dict[str, Any]]:
+    place: DataPlace, config: str | None, revision: str | None, *, streaming: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Load a Hub data set by the datasets library.
 
     Args:
-        path: an id, or ``hf://owner/name:config:split``, whose last two parts may be missing.
-        config: the configuration.
+        place: an id or address.
+        config: the configuration, unless the address names one.
         revision: branch, tag or commit.
         streaming: open the data set without downloading it.
 
     Returns:
-        Its splits by name, its id, the split named by ``path``, and its origin.
+        Its splits by name, and its origin.
+
+    Raises:
+        ConfigError: ``config`` is not the configuration of the address.
     """
-    split = None
-    if path.startswith(HUB_SCHEME):
-        path, config, split = hub_address(path, config)
-    commit = resolve_commit(path, path, revision, "dataset", "--data")
-    with hub_errors(f"data set '{path}'", flag="--data"):
+    name, own = place.name, place.config
+    if own is not None and config not in (None, own):
+        raise ConfigError("data.config", f"got '{config}', and {place.text}", fix="Give one of the two")
+    config = own or config
+    commit = resolve_commit(name, name, revision, "dataset", "--data")
+    with hub_errors(f"data set '{name}'", flag="--data"):
         import datasets  # noqa: PLC0415  (takes a second)
 
         datasets.disable_progress_bars()
-        with _hub_data_errors(path):
-            loaded = datasets.load_dataset(path, config, revision=commit, streaming=streaming)
-    return loaded, path, split, {"repository": path, "config": config, "commit": commit}
+        with _hub_data_errors(name):
+            loaded = datasets.load_dataset(name, config, revision=commit, streaming=streaming)
+    return loaded, {"repository": name, "config": config, "commit": commit}
 
 
 @contextmanager

@@ -33,9 +33,8 @@ _PIECE = 1 << 20  # bytes
 _LINES = 65_536
 
 
-def read_loose_files(path: str) -> DataSet | None:
+def read_loose_files(place: DataPlace) -> DataSet | None:
     """Read a folder of images or recordings that lie in no folders of classes; None for any other data."""
-    place = DataPlace.parse(path)
     if not place.is_local or place.kind == "pattern" or not place.path().is_dir() or files_by_split(place.path()):
         return None
     folder = place.path()

@@ -30,12 +30,18 @@ _BUILDERS = {
 
 
 def stream_data(
-    path: str, *, config: str | None, revision: str | None, encoding: str, train_split: str, max_eval_rows: int | None
+    place: DataPlace,
+    *,
+    config: str | None,
+    revision: str | None,
+    encoding: str,
+    train_split: str,
+    max_eval_rows: int | None,
 ) -> DataSet:
     """Open a data set whose training split is streamed.
 
     Args:
-        path: a file, a pattern or a folder of tables, ``shipped:NAME``, or a Hub id; see
+        place: a file, a pattern or a folder of tables, ``shipped:NAME``, or a Hub id; see
             :func:`mirrortune.data.dataset.load_data`.
         config: configuration of a Hub data set.
         revision: branch, tag or commit of a Hub data set.
@@ -48,13 +54,12 @@ def stream_data(
         DataError: if files are missing, cannot be read, or are not tables.
         HubError: if the Hub refuses.
     """
-    place = DataPlace.parse(path)
     if place.rows is not None:
         raise ConfigError("--data", f"got #{place.rows}, and a stream is not sampled", fix="Use --max-steps")
     remarks: tuple[str, ...] = ()
     local = place.path() if place.is_local else None
     if local is None:
-        streams, origin = _open_hub(place.name, config, revision, train_split)
+        streams, origin = _open_hub(place, config, revision, train_split)
     else:
         refuse_hub_settings(config, revision)
         streams, origin, remarks = _open_files(place, local, encoding, train_split)
@@ -139,9 +144,10 @@ def _open_tables(files: list[Path], name: str, path: str, encoding: str) -> RowS
 
 
 def _open_hub(
-    path: str, config: str | None, revision: str | None, train_split: str
+    place: DataPlace, config: str | None, revision: str | None, train_split: str
 ) -> tuple[dict[str, RowStream], dict[str, Any]]:
-    loaded, name, split, origin = open_hub(path, config, revision, streaming=True)
+    loaded, origin = open_hub(place, config, revision, streaming=True)
+    name, split = place.name, place.split
     guard: Callable[[], AbstractContextManager[object]] = partial(hub_errors, f"data set '{name}'", flag="--data")
     wanted = {train_split: loaded[split]} if split in loaded else dict(loaded)
     streams = {n: RowStream(rows=r, flatten=flat, guard=guard, source=f"{name} {n}") for n, r in wanted.items()}

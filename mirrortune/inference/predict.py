@@ -17,6 +17,7 @@ import pyarrow as pa
 from mirrortune import __version__
 from mirrortune.data.dataset import Split
 from mirrortune.data.files.arrow import is_unreadable
+from mirrortune.data.loose import STDIN
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, counted
 from mirrortune.inference.block_answers import ERROR, BlockAnswers
 from mirrortune.inference.prediction_file import (
@@ -166,7 +167,8 @@ def _open(settings: EvaluationSettings, row: RowRequest | None, split: str | Non
         return rows_of_request(row)
     read = functools.partial(rows_of_data, settings.data, split)
     # Standard input belongs to the main process alone.
-    return sync.from_main(accelerator, read) if settings.data.path == "-" else read()
+    place = settings.data.place
+    return sync.from_main(accelerator, read) if place is not None and place.name == STDIN else read()
 
 
 def _for_rows(settings: EvaluationSettings, rows: PredictionRows, named: Collection[str]) -> EvaluationSettings:

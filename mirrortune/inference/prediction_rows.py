@@ -169,14 +169,15 @@ def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
     Raises:
         DataError: it cannot be read, or has no such split.
     """
-    assert settings.path is not None
-    if settings.path == STDIN:
+    place = settings.place
+    assert place is not None
+    if place.name == STDIN:
         if split is not None:
             raise ConfigError("--split", "standard input has no splits", fix="Remove it")
         given, is_bare = read_stdin(settings.encoding)
         return PredictionRows(data=given, is_bare=is_bare)
     settings = replace(settings, missing_label=None)  # labels are not read
-    loose = None if settings.streaming else read_loose_files(settings.path or STDIN)
+    loose = None if settings.streaming else read_loose_files(place)
     data = loose or read_data(settings)
     if split is not None:
         found = data.find(split) or data.require(split, "--split")

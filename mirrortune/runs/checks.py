@@ -57,14 +57,14 @@ class ModelRequest:
 class DataSettings:
     """Where rows come from and which of them are used; ``seed`` draws subsets and validation rows."""
 
-    path: str | None
+    place: DataPlace | None
     config: str | None
     revision: str | None
     encoding: str
     train_split: str
     validation_split: str
     test_split: str
-    validation_path: str | None
+    validation_place: DataPlace | None
     validation_column_names: dict[str, str]
     validation_fraction: float
     label_column: str | None
@@ -186,7 +186,7 @@ def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
     train, task = recipe.train, recipe.task
     return EvaluationSettings(
         model=ModelRequest(**_common(ModelRequest, recipe.model), precision=train.precision),
-        data=DataSettings(**_common(DataSettings, recipe.data), seed=train.seed),
+        data=DataSettings(**_common(DataSettings, recipe.data), **data_places(recipe), seed=train.seed),
         task=TaskRequest(
             kind=task.kind, labels=task.labels, given={**dict(recipe.data), **dict(recipe.eval), **dict(task)},
             scores=Scores(metrics=task.metrics, selection_metric=task.selection_metric),
@@ -195,6 +195,12 @@ def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
             **_common(EvalSettings, recipe.eval), train_rows=train.batch_size, num_workers=train.num_workers
         ),
     )  # fmt: skip
+
+
+def data_places(recipe: Recipe) -> dict[str, Any]:
+    """Return ``data.path`` and ``data.validation_path``, parsed, by the fields of :class:`DataSettings`."""
+    paths = {"place": recipe.data.path, "validation_place": recipe.data.validation_path}
+    return {name: None if path is None else DataPlace.parse(path) for name, path in paths.items()}
 
 
 def _common(settings: type[Any], section: Any) -> dict[str, Any]:
@@ -335,8 +341,7 @@ def inputs_of(resolved: Resolved) -> list[Input]:
     found = [Input("recipe", file) for file in resolved.files]
     found += [Input("pairs", resolved.pairs)] if resolved.pairs else []
     found += model_inputs(recipe.model.name)
-    for path in filter(None, (recipe.data.path, recipe.data.validation_path)):
-        data = DataPlace.parse(path)
+    for data in filter(None, data_places(recipe).values()):
         if data.kind in ("address", "shipped"):
             continue
         # A folder here could be taken for a Hub id later.

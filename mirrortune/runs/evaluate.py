@@ -140,7 +140,7 @@ def find_target(target: str, settings: EvaluationSettings, *, force_base: bool, 
     adapter_folder = adapter_to_score(target)
     if force_base and adapter_folder is None:
         raise ConfigError("--force-base", f"'{target}' holds no adapter that could have another base", fix="Remove it")
-    needed = {"--data": settings.data.path if needs_data else "", "--task": settings.task.kind or adapter_folder}
+    needed = {"--data": settings.data.place if needs_data else "", "--task": settings.task.kind or adapter_folder}
     if missing := " and ".join(flag for flag, value in needed.items() if value is None):
         raise ConfigError(
             target, f"it is no run here, and {missing} not given", fix=f"Check the path, or give {missing}"

@@ -145,7 +145,8 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:
     """Return ``TASK-MODEL-METHOD``: the last parts of the names of recipe (or data) and model, and the method."""
-    task = recipe_name or Path(settings.data.path or "run").stem
+    place = settings.data.place
+    task = recipe_name or Path(place.text if place else "run").stem
     model = ModelPlace.parse(settings.model.name or "model")
     parts = model.name.removeprefix(PACKAGE_SCHEME).rstrip("/").split("/")
     model_name = parts[0 if model.kind == "package" else -1]

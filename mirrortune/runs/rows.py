@@ -64,10 +64,10 @@ def read_data(settings: DataSettings) -> DataSet:
 
 
 def _read(settings: DataSettings) -> DataSet:
-    found = _read_path(settings)
-    if settings.validation_path is None:
+    found = _read_place(settings)
+    if settings.validation_place is None:
         return found
-    return with_validation(found, load_data(settings.validation_path, encoding=settings.encoding), settings)
+    return with_validation(found, load_data(settings.validation_place, encoding=settings.encoding), settings)
 
 
 def with_validation(data: DataSet, other: DataSet, settings: DataSettings) -> DataSet:
@@ -93,14 +93,14 @@ def with_validation(data: DataSet, other: DataSet, settings: DataSettings) -> Da
     )
 
 
-def _read_path(settings: DataSettings) -> DataSet:
-    assert settings.path is not None
+def _read_place(settings: DataSettings) -> DataSet:
+    assert settings.place is not None
     if settings.streaming:
         return stream_data(
-            settings.path, config=settings.config, revision=settings.revision, encoding=settings.encoding,
+            settings.place, config=settings.config, revision=settings.revision, encoding=settings.encoding,
             train_split=settings.train_split, max_eval_rows=settings.max_eval_rows,
         )  # fmt: skip
-    return load_data(settings.path, config=settings.config, revision=settings.revision, encoding=settings.encoding)
+    return load_data(settings.place, config=settings.config, revision=settings.revision, encoding=settings.encoding)
 
 
 def choose_rows(settings: RunSettings, data: DataSet, reporter: Reporter) -> RunRows:
@@ -114,7 +114,7 @@ def choose_rows(settings: RunSettings, data: DataSet, reporter: Reporter) -> Run
         reporter.note(f"  {text}")
     whole = train
     train, validation = _validation(section, data, train, task, reporter)
-    if section.validation_path is not None:
+    if section.validation_place is not None:
         reporter.note(f"  validation rows: {validation.source}, {counted(validation.table.num_rows, 'row')}")
     validation, reported = _reported(settings.eval, data, validation, task)
     train = take_subset(train, section.max_train_rows, section.seed)

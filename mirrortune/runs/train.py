@@ -20,7 +20,7 @@ from mirrortune.adapters.peft_bridge.tuners import remarks
 from mirrortune.config.recipe import Resolved, flatten
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import checkpoint_activations
-from mirrortune.runs.checks import RunSettings, inputs_of, unpack
+from mirrortune.runs.checks import RunSettings, data_places, inputs_of, unpack
 from mirrortune.runs.job import Job, assemble
 from mirrortune.runs.load import (
     adapt_model,
@@ -81,8 +81,7 @@ def train(
     recipe = pin_paths(recipe, run)
     settings = replace(
         settings, model=replace(settings.model, name=recipe.model.name),
-        data=replace(settings.data, path=recipe.data.path, validation_path=recipe.data.validation_path),
-        output_dir=recipe.output_dir,
+        data=replace(settings.data, **data_places(recipe)), output_dir=recipe.output_dir,
     )  # fmt: skip
     accelerator = _meet(settings, reporter)
     inputs = inputs_of(resolved)

@@ -163,21 +163,6 @@ def is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[") and not local_path(name).exists()
 
 
-def hub_address(address: str, config: str | None) -> tuple[str, str | None, str]:
-    """Split ``hf://owner/name:config:split`` into Hub id, configuration and split; the latter two may be missing.
-
-    Raises:
-        ConfigError: ``config`` names another configuration.
-    """
-    name, *parts = address.removeprefix(HUB_SCHEME).removeprefix("datasets/").split(":")
-    if len(parts) > 2 or not name:
-        raise ConfigError("--data", f"got '{address}'", allowed="hf://owner/name, :config and :split behind it")
-    own, split = [*parts, "", ""][:2]
-    if own and config not in (None, own):
-        raise ConfigError("data.config", f"got '{config}', and {address}", fix="Give one of the two")
-    return name, own or config, split
-
-
 def split_sample(name: str) -> tuple[str, int | None]:
     """Split ``rows.csv#500`` (500 rows of rows.csv) into name and number."""
     place, sign, number = name.rpartition("#")
@@ -220,33 +205,43 @@ class DataPlace:
     """Where a data set is, parsed from ``data.path``.
 
     Attributes:
-        name: as given, without the number of rows.
+        text: as given.
+        name: the same without the number of rows; of an address, the id alone.
         kind: ``address`` for ``hf://ID:CONFIG:SPLIT``, ``hub`` for a Hub id, ``shipped`` for ``shipped:NAME``,
             ``pattern`` or ``path``.
         rows: number of rows after ``#``, or None.
+        config: configuration that an address names, or None.
+        split: split that an address names, or None.
     """
 
+    text: str
     name: str
     kind: Literal["address", "hub", "shipped", "pattern", "path"]
     rows: int | None
+    config: str | None = None
+    split: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> DataPlace:
         """Tell ids, addresses, patterns and paths apart; what exists here is a path.
 
         Raises:
-            ConfigError: ``shipped:NAME`` leads out of the shipped data.
+            ConfigError: ``shipped:NAME`` leads out of the shipped data, or an address has other parts.
         """
         name, rows = split_sample(text)
         if name.startswith(HUB_SCHEME):
-            return cls(name, "address", rows)
+            owner_and_name, *parts = name.removeprefix(HUB_SCHEME).removeprefix("datasets/").split(":")
+            if len(parts) > 2 or not owner_and_name:
+                raise ConfigError("--data", f"got '{name}'", allowed="hf://owner/name, :config and :split behind it")
+            config, split = [*parts, "", ""][:2]
+            return cls(text, owner_and_name, "address", rows, config or None, split or None)
         is_shipped = name.startswith(SHIPPED_SCHEME)
         if is_shipped and not is_inside(name.removeprefix(SHIPPED_SCHEME)):
             raise ConfigError("data.path", f"'{name}' leads out of the shipped data", fix="Give the path itself")
-        place = cls(name, "shipped" if is_shipped else "path", rows)
+        place = cls(text, name, "shipped" if is_shipped else "path", rows)
         if not (place.path().exists() or looks_like_path(name)):
-            return cls(name, "hub", rows)
-        return cls(name, "pattern", rows) if is_pattern(name) else place
+            return cls(text, name, "hub", rows)
+        return cls(text, name, "pattern", rows) if is_pattern(name) else place
 
     @property
     def is_local(self) -> bool:

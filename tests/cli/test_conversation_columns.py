@@ -13,6 +13,7 @@ import pytest
 
 from mirrortune.data.dataset import load_data
 from mirrortune.data.files.arrow import cells
+from mirrortune.system.paths import DataPlace
 from mirrortune.tasks.kinds.causal_lm import Task, _weighted_loss
 from tests.cli.console import Outcome, mirrortune
 from tests.tiny_models import CHATML, TOOL_CHATML, write_tiny_causal
@@ -54,7 +55,7 @@ def prepare(model: Path, data: object, *words: object) -> Outcome:
 def test_nested_values_are_those_of_the_file(desk: Path, name: str) -> None:
     """Not a union of keys with nulls, and not only values of one type."""
     write(desk / name, [{"messages": talk, "meta": {"n": i}, "mixed": [i, "a"]} for i, talk in enumerate(TALKS)])
-    table = load_data(name).splits["train"].table
+    table = load_data(DataPlace.parse(name)).splits["train"].table
     assert list(cells(table, "messages")) == TALKS
     assert list(cells(table, "meta")) == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert list(cells(table, "mixed")) == [[0, "a"], [1, "a"], [2, "a"]]
@@ -65,21 +66,21 @@ def test_nested_values_of_files_that_differ_are_joined(desk: Path) -> None:
     parts: list[list[Any]] = [[{"a": "x"}, None], [{"a": [1]}], [None]]
     for number, values in enumerate(parts):
         write(desk / f"part{number}.jsonl", [{"v": value, "text": "t"} for value in values])
-    table = load_data("part*.jsonl").splits["train"].table
+    table = load_data(DataPlace.parse("part*.jsonl")).splits["train"].table
     assert list(cells(table, "v")) == [{"a": "x"}, None, {"a": [1]}, None]
 
 
 def test_in_parquet_a_null_in_a_struct_is_a_key_that_the_row_lacks(desk: Path) -> None:
     rows = [{"messages": talk} for talk in ([{"role": "user", "content": "a", "name": "x"}], [{"role": "user"}])]
     pq.write_table(pa.Table.from_pylist(rows), desk / "rows.parquet")
-    table = load_data("rows.parquet").splits["train"].table
+    table = load_data(DataPlace.parse("rows.parquet")).splits["train"].table
     assert list(cells(table, "messages")) == [row["messages"] for row in rows]
 
 
 def test_answers_and_translations_stay_what_they_were(desk: Path) -> None:
     answers = [{"text": ["a"], "answer_start": [0]}, {"text": [], "answer_start": []}]
     write(desk / "qa.jsonl", [{"answers": a, "translation": {"en": "x", "ro": "y"}} for a in answers])
-    table = load_data("qa.jsonl").splits["train"].table
+    table = load_data(DataPlace.parse("qa.jsonl")).splits["train"].table
     assert list(cells(table, "answers")) == answers
     assert {"translation.en", "translation.ro"} <= set(table.column_names)
 

@@ -16,6 +16,7 @@ from mirrortune.data.dataset import Split, load_data
 from mirrortune.data.files.audio import AudioExamples, AudioReader, encode_audio, resample
 from mirrortune.errors import DataError
 from mirrortune.models.load import find_model
+from mirrortune.system.paths import DataPlace
 from tests.tiny_models import write_tiny_audio
 
 
@@ -89,5 +90,5 @@ def test_class_folders_of_recordings_are_tables_of_audio(tmp_path: Path) -> None
     for label in ("low", "high"):
         (tmp_path / label).mkdir()
         (tmp_path / label / "1.wav").write_bytes(tone(300))
-    train = load_data(str(tmp_path)).require("train", "here")
+    train = load_data(DataPlace.parse(str(tmp_path))).require("train", "here")
     assert train.table.to_pydict() == {"audio": ["high/1.wav", "low/1.wav"], "label": ["high", "low"]}

@@ -16,6 +16,7 @@ from mirrortune.data.files.class_folders import AUDIO_SUFFIXES, IMAGE_FORMATS, c
 from mirrortune.data.files.images import _formats
 from mirrortune.data.files.media import FileCells, remarks_on
 from mirrortune.errors import DataError
+from mirrortune.system.paths import DataPlace
 
 SYSTEM = (
     ".ipynb_checkpoints/1-checkpoint.png", ".git/1.png", "__MACOSX/1.png", "__MACOSX/._1.png", "._1.png", ".DS_Store",
@@ -63,8 +64,8 @@ def test_what_systems_and_notebooks_leave_is_skipped_at_every_depth(tmp_path: Pa
     touch(tmp_path / "tables", "train.csv", "._train.csv", "__MACOSX/._train.csv", "sub/__MACOSX/a.csv", "sub/b.csv")
     for file in (tmp_path / "tables").rglob("*.csv"):
         file.write_text("text,label\na,b\n")
-    assert load_data(str(tmp_path / "tables")).splits["train"].table.num_rows == 1
-    assert load_data(str(tmp_path / "tables" / "**" / "*.csv")).splits["train"].table.num_rows == 2
+    assert load_data(DataPlace.parse(str(tmp_path / "tables"))).splits["train"].table.num_rows == 1
+    assert load_data(DataPlace.parse(str(tmp_path / "tables" / "**" / "*.csv"))).splits["train"].table.num_rows == 2
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
         "folders without a file: empty",
         "left out, beside the class folders: 0.png, meta.csv",
     )
-    assert load_data(str(tmp_path)).splits["train"].remarks == class_folder(tmp_path).remarks
+    assert load_data(DataPlace.parse(str(tmp_path))).splits["train"].remarks == class_folder(tmp_path).remarks
 
 
 def test_a_class_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
@@ -85,12 +86,12 @@ def test_a_class_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file of class 'dog' \(2 \.heic\), class 'fox' \(1 \.wav\) can be read"):
         class_folder(tmp_path)
     with pytest.raises(DataError, match=r"it holds cat; left out, as they are not images of a known suffix: 1 \.heic"):
-        load_data(str(touch(tmp_path / "all", "cat/1.heic")))
+        load_data(DataPlace.parse(str(touch(tmp_path / "all", "cat/1.heic"))))
 
 
 def test_splits_of_class_folders_do_not_vanish_in_silence(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/1.png", "val/readme.md", "dev/cat/1.png", "extra/cat/1.png")
-    assert load_data(str(tmp_path)).splits["train"].remarks == (
+    assert load_data(DataPlace.parse(str(tmp_path))).splits["train"].remarks == (
         f"validation: nothing in {tmp_path / 'val'} is an image or a recording",
         "left out, as they are not splits: dev, extra",
     )
@@ -99,11 +100,11 @@ def test_splits_of_class_folders_do_not_vanish_in_silence(tmp_path: Path) -> Non
 def test_tables_of_a_folder_do_not_vanish_in_silence(tmp_path: Path) -> None:
     touch(tmp_path, "train.csv", "train.xlsx", "more.csv", "notes.md", "train.py")
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
-    data = load_data(str(tmp_path))
+    data = load_data(DataPlace.parse(str(tmp_path)))
     assert remarks_on(data, []) == ["left out, as they are not of a split: more.csv, train.xlsx"]
     touch(tmp_path, "validation.xlsx", "test.jsonl.zst")
     with pytest.raises(DataError, match=r"of unknown file type: test\.jsonl\.zst, validation\.xlsx"):
-        load_data(str(tmp_path))
+        load_data(DataPlace.parse(str(tmp_path)))
 
 
 def test_names_that_are_not_utf_8_are_named(tmp_path: Path) -> None:

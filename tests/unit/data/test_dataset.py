@@ -23,6 +23,7 @@ from mirrortune.data.files.splits import matching_files
 from mirrortune.data.labels import feature_names
 from mirrortune.data.stream import stream_data
 from mirrortune.errors import ConfigError, DataError
+from mirrortune.system.paths import DataPlace
 
 CSV = "text,label\na,x\nb,y\n"
 
@@ -37,7 +38,7 @@ def write(path: Path, text: str = CSV) -> Path:
 def test_a_file_is_a_training_split_with_its_hash(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv")
 
-    data = load_data(str(path))
+    data = load_data(DataPlace.parse(str(path)))
 
     assert list(data.splits) == ["train"]
     assert data.splits["train"].source == str(path)
@@ -67,7 +68,7 @@ def test_a_folder_has_the_splits_that_its_files_are_named_after(
             rows = {".tsv": CSV.replace(",", "\t"), ".jsonl": '{"text": "a", "label": "x"}\n' * 2}.get(kind, CSV)
             write(tmp_path / name, rows)
 
-    data = load_data(str(tmp_path))
+    data = load_data(DataPlace.parse(str(tmp_path)))
 
     assert {name: split.table.num_rows for name, split in data.splits.items()} == splits
     assert len(data.origin["sha256"]) == len([n for n in files.split() if n != "notes.csv"])
@@ -76,7 +77,7 @@ def test_a_folder_has_the_splits_that_its_files_are_named_after(
 def test_splits_answer_to_their_usual_other_names(tmp_path: Path) -> None:
     write(tmp_path / "train.csv")
     write(tmp_path / "dev.csv")
-    data = load_data(str(tmp_path))
+    data = load_data(DataPlace.parse(str(tmp_path)))
 
     assert data.find("validation") is data.splits["validation"]
     assert data.find("test") is None
@@ -91,7 +92,7 @@ def test_a_folder_without_any_split_says_what_it_holds(tmp_path: Path) -> None:
     write(tmp_path / "rows.csv")
 
     with pytest.raises(DataError, match=r"no train, validation or test file; it holds rows\.csv.*Rename the files"):
-        load_data(str(tmp_path))
+        load_data(DataPlace.parse(str(tmp_path)))
 
 
 def saved(folder: Path, **splits: dict[str, list[Any]]) -> None:
@@ -108,7 +109,7 @@ def test_what_the_datasets_library_saved_is_read(tmp_path: Path) -> None:
     saved(tmp_path / "one", train=rows)
     saved(tmp_path / "two", train=rows, test={"text": ["d"], "label": [1]})
 
-    one, two = load_data(str(tmp_path / "one")), load_data(str(tmp_path / "two"))
+    one, two = load_data(DataPlace.parse(str(tmp_path / "one"))), load_data(DataPlace.parse(str(tmp_path / "two")))
 
     assert one.splits["train"].table.to_pydict() == rows
     assert feature_names(one.splits["train"].table, "label") == ("no", "yes")
@@ -121,17 +122,17 @@ def test_what_was_saved_and_damaged_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "one", train={"text": ["a"], "label": [0]})
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(DataError, match=r"one: data-00000-of-00001\.arrow is missing\. Copy the whole folder"):
-        load_data(str(tmp_path / "one"))
+        load_data(DataPlace.parse(str(tmp_path / "one")))
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state\.json: it cannot be read"):
-        load_data(str(tmp_path / "one"))
+        load_data(DataPlace.parse(str(tmp_path / "one")))
 
 
 def test_files_of_one_split_must_go_together(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "train-0.parquet")
     pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), tmp_path / "train-1.parquet")
 
-    table = load_data(str(tmp_path)).splits["train"].table
+    table = load_data(DataPlace.parse(str(tmp_path))).splits["train"].table
 
     assert table.column("text").to_pylist() == ["a", "a"]
     with pytest.raises(DataError, match=r"train: column 'label' mixes types \(int64 and string\)"):
@@ -141,13 +142,13 @@ def test_files_of_one_split_must_go_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["config", "revision"])
 def test_local_data_has_no_settings_of_the_hub(tmp_path: Path, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"^data.{setting}: local data has none, got 'x'. Remove it"):
-        load_data(str(write(tmp_path / "rows.csv")), **{setting: "x"})
+        load_data(DataPlace.parse(str(write(tmp_path / "rows.csv"))), **{setting: "x"})
 
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "./nowhere", "/nowhere/at/all", "~/no-such-folder-of-mine"])
 def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(DataError, match="no such file"):
-        load_data(name)
+        load_data(DataPlace.parse(name))
 
 
 def rows_of(split: Split) -> list[int]:
@@ -245,14 +246,14 @@ def test_a_saved_data_set_with_an_odd_list_of_files_is_refused(tmp_path: Path, e
     write(tmp_path / "dataset_info.json", "{}")
 
     with pytest.raises(DataError, match="not a list of files"):
-        load_data(str(tmp_path))
+        load_data(DataPlace.parse(str(tmp_path)))
 
 
 def test_a_header_of_thousands_of_columns_is_read(tmp_path: Path) -> None:
     names = [f"column{i}" for i in range(20_000)]
     path = write(tmp_path / "wide.csv", ",".join(names) + "\n" + ",".join(["a"] * 20_000) + "\n")
 
-    assert load_data(str(path)).splits["train"].table.column_names == names
+    assert load_data(DataPlace.parse(str(path))).splits["train"].table.column_names == names
 
 
 @pytest.mark.parametrize("pattern", ["/**/*.csv", "/*/**", "/*/*/*/*.csv"])

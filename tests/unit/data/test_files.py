@@ -22,7 +22,7 @@ from mirrortune.data.files.audio import AudioReader, encode_audio, read_part, re
 from mirrortune.data.files.readers import read_table
 from mirrortune.errors import DataError, ResourceError
 from mirrortune.models.load import find_model
-from mirrortune.system.paths import split_sample
+from mirrortune.system.paths import DataPlace, split_sample
 from tests.tiny_models import write_tiny_audio
 
 TABLE = pa.table({"text": ["a good film", "a bad plot"], "label": ["up", "down"]})
@@ -74,14 +74,14 @@ def test_a_folder_of_compressed_parts_has_its_splits(tmp_path: Path) -> None:
     for part in range(2):
         (tmp_path / f"train-0000{part}-of-00002.csv.gz").write_bytes(gzip.compress(CSV.encode()))
     (tmp_path / "dev.jsonl.gz").write_bytes(gzip.compress(JSONL.encode()))
-    data = load_data(str(tmp_path))
+    data = load_data(DataPlace.parse(str(tmp_path)))
     assert {name: split.table.num_rows for name, split in data.splits.items()} == {"train": 4, "validation": 2}
 
 
 def test_a_pattern_is_all_its_files_in_order(tmp_path: Path) -> None:
     for name, word in (("b", "second"), ("a", "first")):
         (tmp_path / f"rows-{name}.csv").write_text(f"text,label\n{word},up\n", encoding="utf-8")
-    data = load_data(str(tmp_path / "rows-*.csv"))
+    data = load_data(DataPlace.parse(str(tmp_path / "rows-*.csv")))
     train = data.require("train", "test")
     assert train.table.column("text").to_pylist() == ["first", "second"]
     assert len(data.origin["sha256"]) == 2
@@ -93,7 +93,7 @@ def test_a_number_behind_it_takes_that_many_training_rows(tmp_path: Path) -> Non
         (tmp_path / name).write_text(f"text,label\n{lines}", encoding="utf-8")
 
     def rows(number: Any) -> list[str]:
-        data = load_data(f"{tmp_path}#{number}")
+        data = load_data(DataPlace.parse(f"{tmp_path}#{number}"))
         assert data.require("validation", "test").table.num_rows == 50
         return list(data.require("train", "test").table.column("text").to_pylist())
 

@@ -18,6 +18,7 @@ from mirrortune.data.dataset import Split, load_data
 from mirrortune.data.files.images import AUGMENTATIONS, ImageExamples, ImageReader, encode_images, to_rgb
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import find_model
+from mirrortune.system.paths import DataPlace
 from tests.tiny_models import write_tiny_vision
 
 SIDE = 16
@@ -255,12 +256,12 @@ def test_class_folders_are_splits_of_paths_and_labels(tmp_path: Path) -> None:
             (tmp_path / split / label).mkdir(parents=True)
             gradient().save(tmp_path / split / label / "1.png")
             (tmp_path / split / label / "notes.txt").write_text("x")
-    data = load_data(str(tmp_path))
+    data = load_data(DataPlace.parse(str(tmp_path)))
     train = data.require("train", "here")
     assert set(data.splits) == {"train", "val"} or set(data.splits) == {"train", "validation"}
     assert train.table.to_pydict() == {"image": ["cat/1.png", "dog/1.png"], "label": ["cat", "dog"]}
     assert train.folder == tmp_path / "train"
-    assert load_data(str(tmp_path / "train")).require("train", "here").table.equals(train.table)
+    assert load_data(DataPlace.parse(str(tmp_path / "train"))).require("train", "here").table.equals(train.table)
     assert len(data.origin["sha256"]["train"]) == 64
 
 
@@ -269,4 +270,4 @@ def test_a_folder_of_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"no train, validation or test file; it holds cat.*folder of images for each class"
     ):
-        load_data(str(tmp_path))
+        load_data(DataPlace.parse(str(tmp_path)))

@@ -15,6 +15,7 @@ import pytest
 from mirrortune.data.dataset import Split, load_data, set_aside, take_subset
 from mirrortune.data.files.row_places import FileRows, RowPlaces
 from mirrortune.errors import DataError
+from mirrortune.system.paths import DataPlace
 from mirrortune.tasks.base import task_class
 
 NAMES = ("a.csv", "a.jsonl", "a.json", "a.txt", "a.parquet")
@@ -46,19 +47,19 @@ def write(folder: Path, name: str, texts: list[str]) -> Path:
 def test_a_row_has_the_number_that_its_file_gives_it(tmp_path: Path, name: str, places: tuple[str, str]) -> None:
     path = write(tmp_path, name, list("abcde"))
 
-    split = load_data(str(path)).splits["train"]
+    split = load_data(DataPlace.parse(str(path))).splits["train"]
 
     assert [split.places.where(row) for row in (0, 4)] == [f"{path}{place}" for place in places]
 
 
 def test_the_number_stays_when_rows_are_set_aside_and_left_out(tmp_path: Path) -> None:
     texts = [f"text {i}" for i in range(50)]
-    split = load_data(str(write(tmp_path, "a.jsonl", texts))).splits["train"]
+    split = load_data(DataPlace.parse(str(write(tmp_path, "a.jsonl", texts)))).splits["train"]
 
     for part in (*set_aside(split, 0.3, 1, None), take_subset(set_aside(split, 0.3, 1, None)[0], 7, 0)):
         for row, text in enumerate(part.table.column("text").to_pylist()):
             assert part.places.where(row) == f"{tmp_path}/a.jsonl:{2 * texts.index(text) + 1}"
-    sampled = load_data(f"{tmp_path}/a.jsonl#9").splits["train"]
+    sampled = load_data(DataPlace.parse(f"{tmp_path}/a.jsonl#9")).splits["train"]
     assert [sampled.places.where(i).rpartition(":")[2] for i in range(9)] == [
         str(2 * texts.index(text) + 1) for text in sampled.table.column("text").to_pylist()
     ]
@@ -68,7 +69,7 @@ def test_rows_of_several_files_name_theirs(tmp_path: Path) -> None:
     for name in ("a.csv", "b.parquet", "c.jsonl"):
         write(tmp_path, name, ["x", "y"])
 
-    split = load_data(f"{tmp_path}/?.*").splits["train"]
+    split = load_data(DataPlace.parse(f"{tmp_path}/?.*")).splits["train"]
 
     assert [split.places.where(row).removeprefix(f"{tmp_path}/") for row in range(6)] == [
         "a.csv:3", "a.csv:5", "b.parquet row 1", "b.parquet row 2", "c.jsonl:1", "c.jsonl:3",
@@ -134,7 +135,7 @@ def test_every_kind_names_the_line_behind_rows_that_were_set_aside(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n\n" for row in rows(kind, bad)))
-    split = load_data(str(path)).splits["train"]
+    split = load_data(DataPlace.parse(str(path))).splits["train"]
     task = task_class(kind).from_rows(split.table, split.source)[0]
     keep = np.arange(20) > 4
 
@@ -147,7 +148,7 @@ def test_what_a_column_holds_is_checked_only_if_it_is_used(tmp_path: Path) -> No
     path = tmp_path / "a.jsonl"
     rows = [{"text": f"a {i}", "label": i % 2, "meta": {"id": i if i % 2 else "x"}, "n": 10**30} for i in range(6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    split = load_data(str(path)).splits["train"]
+    split = load_data(DataPlace.parse(str(path))).splits["train"]
 
     task = task_class("text-classification").from_rows(split.table, split.source)[0]
 

@@ -23,6 +23,7 @@ from mirrortune.data.loader import Feed, StreamedExamples
 from mirrortune.data.row_stream import Place, RowStream
 from mirrortune.data.stream import stream_data
 from mirrortune.errors import ConfigError, DataError, NoRowsError
+from mirrortune.system.paths import DataPlace
 from tests.tiny_models import tiny_tokenizer
 from tests.tiny_runs import as_examples
 
@@ -56,7 +57,7 @@ def write(folder: Path, ending: str, rows: list[dict[str, Any]], pieces: int = 1
 def opened(path: Path, **settings: Any) -> RowStream:
     """The training split of a folder or file as a stream."""
     given = {"config": None, "revision": None, "encoding": "utf-8", "train_split": "train", "max_eval_rows": None}
-    stream = stream_data(str(path), **{**given, **settings}).require("train", "test").stream
+    stream = stream_data(DataPlace.parse(str(path)), **{**given, **settings}).require("train", "test").stream
     assert stream is not None
     return stream
 
@@ -77,7 +78,7 @@ def epoch(stream: RowStream, number: int = 0, **settings: Any) -> list[str]:
 @pytest.mark.parametrize("ending", [".parquet", ".arrow", ".jsonl", ".csv", ".tsv", ".csv.gz", ".txt"])
 def test_a_stream_holds_the_rows_that_reading_gives(tmp_path: Path, ending: str) -> None:
     folder = write(tmp_path / "data", ending, ROWS, pieces=2)
-    whole = load_data(str(folder)).require("train", "test").table
+    whole = load_data(DataPlace.parse(str(folder))).require("train", "test").table
     assert opened(folder).head(100).to_pylist() == whole.to_pylist()
     assert opened(folder).head(11).to_pylist() == whole.slice(0, 11).to_pylist()
     assert sorted(epoch(opened(folder))) == sorted(row["text"] for row in ROWS)

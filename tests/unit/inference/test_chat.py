@@ -15,6 +15,7 @@ from mirrortune.data.dataset import load_data
 from mirrortune.errors import ConfigError, DataError, ResourceError
 from mirrortune.inference.chat import Chat, Form, Speaker
 from mirrortune.system.outputs import Input
+from mirrortune.system.paths import DataPlace
 from mirrortune.tasks.chat import alpaca_prompt, encode_continuation
 from mirrortune.tasks.predicting import PredictOptions
 from tests.tiny_models import CHATML, tiny_causal, tiny_chat_tokenizer
@@ -174,7 +175,7 @@ def test_a_saved_conversation_is_a_row_to_train_on(tmp_path: Path) -> None:
     talk.turns.append(("five", "six"))
     talk.save(file)
 
-    rows = load_data(str(file)).splits["train"].table.to_pylist()
+    rows = load_data(DataPlace.parse(str(file))).splits["train"].table.to_pylist()
     assert [[m["content"] for m in json.loads(row["messages"])] for row in rows] == [
         ["Be kind.", "één \x1b[2J", "two", "three", "four"], ["Be kind.", "five", "six"],
     ]  # fmt: skip

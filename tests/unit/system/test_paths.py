@@ -111,6 +111,29 @@ def test_shipped_data_does_not_lead_elsewhere(name: str) -> None:
         DataPlace.parse(f"shipped:{name}")
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "rows", "config", "split"),
+    [
+        ("hf://nyu-mll/glue:sst2:train#9", "nyu-mll/glue", 9, "sst2", "train"),
+        ("hf://datasets/imdb::test", "imdb", None, None, "test"),
+        ("hf://imdb", "imdb", None, None, None),
+        ("imdb#9", "imdb", 9, None, None),
+    ],
+)
+def test_an_address_of_the_hub_has_parts(
+    text: str, name: str, rows: int | None, config: str | None, split: str | None
+) -> None:
+    place = DataPlace.parse(text)
+    assert (place.text, place.name, place.rows, place.config, place.split) == (text, name, rows, config, split)
+    assert not place.is_local
+
+
+@pytest.mark.parametrize("text", ["hf://", "hf://a/b:c:d:e", "hf://:c"])
+def test_an_address_has_no_other_parts(text: str) -> None:
+    with pytest.raises(ConfigError, match="hf://owner/name, :config and :split"):
+        DataPlace.parse(text)
+
+
 def version(folder: Path, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
     """``python -m mirrortune --version`` in a folder, as compare and --num-processes start it."""
     env = {**os.environ, **child_environment(), **more}

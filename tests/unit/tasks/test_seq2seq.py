@@ -14,6 +14,7 @@ import torch
 from mirrortune.data.dataset import Split, load_data
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError
+from mirrortune.system.paths import DataPlace
 from mirrortune.tasks.base import task_class
 from mirrortune.tasks.kinds.seq2seq import PairReader
 from mirrortune.tasks.metrics import score
@@ -72,7 +73,7 @@ def test_texts_are_scored_as_the_libraries_do() -> None:
 def test_translations_in_structs_are_columns(tmp_path: Any) -> None:
     path = tmp_path / "wmt.jsonl"
     path.write_text('{"translation": {"en": "good", "ro": "bun"}}\n{"translation": {"en": "film", "ro": "film"}}\n')
-    table = load_data(str(path)).require("train", "here").table
+    table = load_data(DataPlace.parse(str(path))).require("train", "here").table
     assert table.column_names == ["translation.en", "translation.ro"]
     task, _ = PAIR.from_rows(table, "wmt", text_columns=("translation.en",), label_column="translation.ro")
     assert task.columns() == [("text", "translation.en"), ("target", "translation.ro")]
