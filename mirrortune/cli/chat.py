@@ -169,7 +169,9 @@ class _Session:
             )
         if not answer.text:
             remarks.append("the answer is empty: the message is not kept")
-        if answer.ended == "length":
+        if answer.ended == "stopped":
+            remarks.append("stopped")
+        elif answer.ended == "length":
             remarks.append(f"cut after {counted(answer.num_tokens, 'token')}")
         speed = f"{counted(answer.num_tokens, 'token')}, {significant(answer.tokens_per_second)} tokens/s"
         if is_typed or remarks:

@@ -135,15 +135,18 @@ class Chat:
     system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)
     _num_answers: int = 0
+    _num_left_out: int = 0  # what has not fitted before the turns there are will not fit before more
     _saved: dict[Path, bytes] = field(default_factory=dict)
 
     def reset(self) -> None:
         """Forget all turns; the system prompt stays."""
         self.turns.clear()
         self._saved.clear()
+        self._num_left_out = 0
 
     def undo(self) -> tuple[str, str] | None:
         """Forget the last message and its answer; returns them, or None if there are none."""
+        self._num_left_out = 0
         return self.turns.pop() if self.turns else None
 
     @torch.no_grad()
@@ -178,6 +181,7 @@ class Chat:
             )  # fmt: skip
         if stream.shown:
             self.turns.append((text, stream.shown))
+            self._num_left_out = num_left_out
         ended: Literal["end", "length"] = "end" if stream.ids and stream.ids[-1] in stops else "length"
         return Answer(
             text=stream.shown, num_tokens=len(stream.ids), seconds=time.perf_counter() - started,
@@ -189,7 +193,7 @@ class Chat:
         and the longest answer in tokens.
         """
         limit, wanted = self.speaker.positions(), self.options.max_new_tokens or LONGEST_ANSWER
-        for num_left_out in range(len(self.turns) + 1):
+        for num_left_out in range(self._num_left_out, len(self.turns) + 1):
             ids = self.speaker.encode(self.system, self.turns[num_left_out:], text)
             if limit is None or len(ids) + min(wanted, limit // 2) <= limit:
                 return ids, num_left_out, wanted

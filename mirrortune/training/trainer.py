@@ -76,14 +76,9 @@ class Trainer:
         objective = objective or Objective(task)
         self.accelerator, self.sample = accelerator, sample
         self.feed = Feed(
-            train,
-            accelerator,
-            batch_size=settings.batch_size,
-            num_micro=settings.gradient_accumulation_steps,
-            num_workers=settings.num_workers,
-            seed=settings.seed,
-            classes=objective.classes,
-        )
+            train, accelerator, batch_size=settings.batch_size, num_micro=settings.gradient_accumulation_steps,
+            num_workers=settings.num_workers, seed=settings.seed, classes=objective.classes,
+        )  # fmt: skip
         if self.feed.steps_per_epoch is None:  # the end of a stream is not known: all its steps are one epoch
             assert settings.max_steps is not None
             self.steps_per_epoch = self.total_steps = settings.max_steps

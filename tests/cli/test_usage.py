@@ -120,12 +120,12 @@ def test_all_mistakes_are_told_at_once(desk: Path, words: str, says: list[str]) 
     assert len(lines) == len(says), outcome.stderr
 
 
-@pytest.mark.parametrize("command", ["chat runs/x", "generate", "serve runs/x --port 8000"])
+@pytest.mark.parametrize("command", ["generate", "serve runs/x --port 8000"])
 def test_a_command_of_other_tools_says_what_to_use(command: str) -> None:
     outcome = mirrortune(*command.split())
 
     assert outcome.exit_code == 2
-    assert "mirrortune has no such command. Score a run with mirrortune eval; to talk to it, merge it" in outcome.said
+    assert "mirrortune has no such command. Talk to a run with mirrortune chat; to serve it, merge it" in outcome.said
 
 
 @pytest.mark.parametrize("words", ["--method dpo", "--method orpo -t causal-lm", "-t kto", "-t GRPO"])
