@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -33,6 +34,7 @@ Form = Literal["chat", "prompt", "alpaca", "text"]
 Stanford Alpaca; or as one text that the model continues."""
 LONGEST_ANSWER = 256
 """Longest answer in tokens, unless it is set."""
+_CONTROL = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # besides those that JSON escapes
 _UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a character
 
 
@@ -226,7 +228,8 @@ class Chat:
         check_file(path, inputs, "/save")
         with claimed(path):
             before = _rows(path)
-            row = json.dumps({"messages": self.messages()}, ensure_ascii=False).encode() + b"\n"
+            text = json.dumps({"messages": self.messages()}, ensure_ascii=False)
+            row = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
             own = self._saved.get(path.absolute())
             if own is not None and before.endswith(own):
                 before = before.removesuffix(own)

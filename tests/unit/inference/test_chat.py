@@ -167,7 +167,7 @@ def test_a_saved_conversation_is_a_row_to_train_on(tmp_path: Path) -> None:
     talk, file = chat(system="Be kind."), tmp_path / "new" / "talks.jsonl"
     with pytest.raises(ConfigError, match="the conversation has no answer yet"):
         talk.save(file)
-    talk.turns.append(("één \x1b[2J", "two"))
+    talk.turns.append(("één \x1b[2J\x9b2J\u202e", "two"))
     talk.save(file)
     talk.turns.append(("three", "four"))
     talk.save(file)
@@ -177,9 +177,10 @@ def test_a_saved_conversation_is_a_row_to_train_on(tmp_path: Path) -> None:
 
     rows = load_data(DataPlace.parse(str(file))).splits["train"].table.to_pylist()
     assert [[m["content"] for m in json.loads(row["messages"])] for row in rows] == [
-        ["Be kind.", "één \x1b[2J", "two", "three", "four"], ["Be kind.", "five", "six"],
+        ["Be kind.", "één \x1b[2J\x9b2J\u202e", "two", "three", "four"], ["Be kind.", "five", "six"],
     ]  # fmt: skip
-    assert b"\x1b" not in file.read_bytes()
+    assert not {"\x1b", "\x9b", "\u202e"} & set(file.read_text(encoding="utf-8"))
+    assert "één" in file.read_text(encoding="utf-8")
 
 
 def test_saving_replaces_no_row_of_another(tmp_path: Path) -> None:
