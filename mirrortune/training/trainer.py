@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from mirrortune.adapters.inject import attachment
 from mirrortune.data.examples import Examples
@@ -38,6 +39,13 @@ _SHOW_AFTER_SECONDS = 10.0
 """Seconds without a line of the log after which the latest step is shown."""
 _MOST_SKIPPED = 20
 """Steps in a row with overflowing gradients after which no scale helps: they divide it by a million."""
+
+
+def _optimizer_of(model: nn.Module, settings: LoopSettings) -> Optimizer:
+    return build_optimizer(
+        model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay,
+        settings=settings.optimizer_settings,
+    )  # fmt: skip
 
 
 class Trainer:
@@ -87,10 +95,7 @@ class Trainer:
             planned = math.ceil(settings.epochs * self.steps_per_epoch)
             self.total_steps = min(planned, settings.max_steps or planned)
         self.tally, self.clock = Tally(accelerator.device), StepClock(accelerator.device)
-        optimizer = build_optimizer(
-            model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay,
-            settings=settings.optimizer_settings,
-        )  # fmt: skip
+        optimizer = _optimizer_of(model, settings)
         if settings.neftune_alpha is not None:
             add_noise(model, settings.neftune_alpha)
         self.bare_model, self.has_head = model, bool(attachment(model).targets.head)
