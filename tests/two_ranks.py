@@ -14,26 +14,43 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
+import numpy as np
+import pyarrow as pa
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.cli import app
+from mirrortune.data.dataset import Split
+from mirrortune.data.loader import MicroBatch
+from mirrortune.data.tokenize import Reading
 from mirrortune.errors import InterruptedRun, MirrortuneError, PeerError, ResourceError
+from mirrortune.models.pooling import SentenceModules
 from mirrortune.runs import train
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import whole
 from mirrortune.system.signals import StopSignals
+from mirrortune.tasks.kinds.sentence_similarity import Task, TextReader
+from mirrortune.tasks.objective import Objective
+from mirrortune.training.accumulator import Tally
+from mirrortune.training.step import Stepper, Update
 from tests import tiny_runs
 from tests.spectral import Problem
-from tests.tiny_models import tiny_bert
+from tests.tiny_models import tiny_bert, tiny_tokenizer
 
+PARTS: list[list[list[int]]] = [[[0, 1, 2], [3, 4]], [[0, 1, 2, 3, 4], []]]
+"""Rows of two processes that are compared with each other."""
+MEAN = SentenceModules(
+    modes=("mean",), is_normalised=False, max_length=None, lowercase=False, prompt="", files={}, notes=()
+)
 STEPS = {"max_steps": 8, "save_every_steps": 3, "batch_size": 4}  # two processes: batches of 8, as of one
 
 
@@ -136,6 +153,65 @@ def sharded_runs(folder: Path) -> dict[str, Any]:
     }
 
 
+class Recorder(Update):
+    """Adds gradients up, and keeps them and the totals of every step instead of making it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.steps = model, list[list[float]]()
+
+    @override
+    def backward(self, loss: torch.Tensor, items: int | torch.Tensor, *, is_last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    @override
+    def step(self, totals: torch.Tensor, number: int) -> bool:
+        gradients = [value for p in self.model.parameters() if p.grad is not None for value in p.grad.flatten()]
+        self.steps.append([*totals.tolist(), *map(float, gradients)])
+        self.model.zero_grad()
+        return True
+
+
+class Vectors(torch.nn.Module):
+    """A model whose token vectors are its embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding.from_pretrained(
+            torch.randn(128, 4, generator=torch.Generator().manual_seed(0)), freeze=False
+        )
+
+    @override
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.table(input_ids))
+
+
+def compared_rows(accelerator: Any, parts: list[list[int]]) -> list[list[float]]:
+    """Totals and gradients of a step by sentence-similarity without scores, and of one with them.
+
+    Args:
+        accelerator: of this process.
+        parts: rows of each process's micro-batch; one without any gets the first row of all, as a stand-in.
+    """
+    texts = {"a": ["good", "bad film", "dull", "good", "long plot"], "b": ["fun", "bad", "dull film", "lovely", "long"]}
+    model, found, own = Vectors(), list[list[float]](), parts[accelerator.process_index]
+    for label in (None, "score"):
+        table = pa.table({**texts, "score": [0.5, 0.25, 1.0, 0.0, 0.75]})
+        task = Task(text_columns=("a", "b"), label_column=label, metric_names=(), selection_metric="")
+        reader = TextReader(tokenizer=tiny_tokenizer(), modules=MEAN)
+        examples = task.encode(Split(table=table, source="rows"), reader, Reading(max_length=16))
+        batch = examples.batch(np.array(own or [0]))
+        part = MicroBatch(batch=batch, is_empty=not own, num_rows_of_step=5, num_tokens_of_step=None)
+        update = Recorder(model)
+        stepper = Stepper(
+            model, torch.optim.SGD(model.parameters()), update, accelerator, objective=Objective(task),
+            tally=Tally(torch.device("cpu")), num_micro=1, batch_size=6,
+        )  # fmt: skip
+        stepper.optimizer.param_groups[0]["peak_lr"] = 1.0
+        stepper.step(1, iter([part]), 1.0)
+        found += update.steps
+    return found
+
+
 def warn(number: int) -> None:
     """SIGTERM to this process after step 6."""
     if number == 6:
@@ -176,6 +252,7 @@ def main(folder: Path) -> None:
         "meetings": lambda: meetings(accelerator),
         "votes": lambda: votes(accelerator),
         "factors": lambda: factors(accelerator, folder / "factors"),
+        "compared": lambda: [compared_rows(accelerator, parts) for parts in PARTS],
         "runs": lambda: sharded_runs(folder),
     })  # fmt: skip
 

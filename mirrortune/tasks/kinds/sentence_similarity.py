@@ -458,7 +458,8 @@ def _ranks(vectors: npt.NDArray[np.float32], digests: Targets) -> tuple[Targets,
         for row, anchor in enumerate(anchors[rows].tolist()):
             cosines[row, belonging[anchor]] = -np.inf
         ranks[rows] = 1 + (~(cosines < own[:, None])).sum(axis=1)  # NaN is the worst
-        losses[rows] = np.logaddexp(0.0, np.logaddexp.reduce(_SCALE * (cosines - own[:, None]), axis=1))
+        with np.errstate(invalid="ignore"):
+            losses[rows] = np.logaddexp(0.0, np.logaddexp.reduce(_SCALE * (cosines - own[:, None]), axis=1))
     return ranks, losses
 
 

@@ -22,6 +22,7 @@ from tests.cli.console import mirrortune, reviews, write_table
 from tests.laws.test_training_laws import differences
 from tests.tiny_models import WORDS, tiny_causal, write_tiny_model, write_tiny_seq2seq
 from tests.tiny_runs import make_accelerator, make_trainer
+from tests.two_ranks import PARTS, compared_rows
 
 # As accelerate launch sets it for the profile fsdp2.
 FSDP = {
@@ -87,6 +88,14 @@ def test_nothing_is_factorised_twice_and_the_faster_one_helps(pair: Pair) -> Non
     assert one["misses"] + other["misses"] == 12
     assert one["hits"] + other["hits"] == 12 + other["shared"] + one["shared"]
     assert one["shared"] > 6 > other["shared"] > 0
+
+
+@pytest.mark.parametrize("case", range(len(PARTS)))
+def test_rows_are_compared_with_those_of_all_processes(pair: Pair, case: int) -> None:
+    expected = torch.tensor(compared_rows(make_accelerator(), [[0, 1, 2, 3, 4]]))
+    one, other = (torch.tensor(found["compared"][case]) for found in pair[1])
+    torch.testing.assert_close(one[:, :2], expected[:, :2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one[:, 2:] + other[:, 2:], expected[:, 2:], rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_weights_and_factors_are_cut_and_nothing_else_is_copied(pair: Pair) -> None:
