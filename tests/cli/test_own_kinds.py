@@ -50,6 +50,32 @@ def test_token_classification(desk: Path, tiny_model_dir: Path) -> None:
     assert metrics["tag_accuracy"] >= 0.9
 
 
+def test_anchors_and_their_texts(desk: Path, tiny_model_dir: Path) -> None:
+    draw, rows = random.Random(0), list[dict[str, Any]]()
+    for i in range(120):
+        one, other = (("good", "great"), ("bad", "awful"))[i % 2]
+        rows.append({"anchor": f"the {draw.choice(_PLAIN)} film is {one}", "positive": f"{other} {i % 20}"})
+    metrics = learn(tiny_model_dir, "sentence-similarity", rows, "--epochs", 3)
+    assert set(metrics) == {"ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "loss"}
+    merged = {path.relative_to("merged").as_posix() for path in Path("merged").rglob("*") if path.is_file()}
+    assert {"modules.json", "1_Pooling/config.json"} <= merged
+    assert merged - {".mirrortune.json"} == set(json.loads(Path("merged/merge.json").read_text())["files"])
+
+
+def test_scored_pairs_and_their_cosines(desk: Path, tiny_model_dir: Path) -> None:
+    draw, rows = random.Random(0), list[dict[str, Any]]()
+    for _ in range(120):
+        one, other = draw.choice(("good", "bad")), draw.choice(("good", "bad"))
+        texts = {"sentence1": f"the {draw.choice(_PLAIN)} film is {one}", "sentence2": f"{other} {draw.choice(_PLAIN)}"}
+        rows.append({**texts, "score": float(one == other)})
+    metrics = learn(tiny_model_dir, "sentence-similarity", rows, "--epochs", 4)
+    assert metrics["spearmanr"] > 0.5
+    mirrortune("eval", "run", "--predictions", "p.tsv")
+    cosines = [float(line.split("\t")[1]) for line in Path("p.tsv").read_text().splitlines()[1:]]
+    assert len(cosines) == 12
+    assert all(-1 <= cosine <= 1 for cosine in cosines)
+
+
 def test_question_answering(desk: Path, tiny_model_dir: Path) -> None:
     draw = random.Random(0)
     rows: Rows = []
