@@ -237,7 +237,7 @@ def test_what_a_data_set_of_the_hub_does_wrong_is_said(
     load_it = partial(stream_data, **settings, **streaming) if is_streamed else partial(load_data, **settings)
 
     with pytest.raises(DataError, match=said):
-        load_it("evil/rows")
+        load_it(DataPlace.parse("evil/rows"))
 
 
 @pytest.mark.parametrize("entries", ["5", "[5]", '{"filename": "x"}'])
