@@ -165,6 +165,7 @@ def train(
     words: Words = None, *, task: TaskName = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False, overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; fetch no weights, train nothing.")] = False,
+    find_lr: Annotated[bool, typer.Option("--find-lr", help="Sweep learning rates for a minute and propose one; train nothing.")] = False,
     num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Processes on this machine: one for each GPU, or sharing the cores.")] = None,
     accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, zero2, zero3, cpu-2, or a config file of accelerate's.")] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
@@ -177,6 +178,9 @@ def train(
     resolved, name = _resolve(words, task, given, reporter)
     if not dry_run:
         _launch_if_asked(num_processes, accelerate_config)
+    if find_lr:
+        _find_lr(resolved, name, reporter, {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run})
+        return
     from mirrortune.runs import prepare as preparing  # noqa: PLC0415
     from mirrortune.runs import train as training  # noqa: PLC0415
 
@@ -190,6 +194,16 @@ def train(
         return
     result = training.train(resolved, reporter, recipe_name=name, resume=resume, overwrite=overwrite)
     reporter.result(result.summary(), train_lines(result))
+
+
+def _find_lr(resolved: Resolved, name: str | None, reporter: Reporter, excluded: dict[str, bool]) -> None:
+    """Sweep learning rates instead of training; refuses flags of ``excluded`` that were given."""
+    if given := [flag for flag, is_given in excluded.items() if is_given]:
+        raise ConfigError("--find-lr", f"it trains nothing and excludes {', '.join(given)}", fix="Give one of them")
+    from mirrortune.runs import find_lr as sweeping  # noqa: PLC0415
+
+    result, lines = sweeping.find_lr(resolved, reporter, recipe_name=name)
+    reporter.result(asdict(result), lines)
 
 
 @app.command("eval", cls=OnceEach)

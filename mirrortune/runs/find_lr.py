@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train --find-lr: sweep the learning rate for a minute and propose one; nothing is trained and no run is written."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mirrortune.adapters.factor_cache import FactorCache
+from mirrortune.config.recipe import Resolved
+from mirrortune.errors import ConfigError
+from mirrortune.models.load import checkpoint_activations
+from mirrortune.reports import html
+from mirrortune.reports.lr_page import sweep_drawing, sweep_lines, sweep_page
+from mirrortune.runs.checks import RunSettings, inputs_of, unpack
+from mirrortune.runs.job import Job, assemble
+from mirrortune.runs.load import adapt_model, choose_pairs, choose_strategies, load_base, share_factors
+from mirrortune.runs.results import run_name
+from mirrortune.system.console import Reporter
+from mirrortune.system.devices import factorising_device
+from mirrortune.system.distributed.processes import make_accelerator, seed_everything
+from mirrortune.system.distributed.sharding import Sharding
+from mirrortune.system.paths import local_path
+from mirrortune.system.run_directory import RunDirectory
+from mirrortune.training.lr_sweep import Proposal, Sweep, propose, sweep_rates
+from mirrortune.training.trainer import Trainer
+
+_STEPS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindLrResult:
+    """The ``--json`` object of ``train --find-lr``.
+
+    Attributes:
+        lr: the proposal, None if the loss never fell.
+        sureness, reason: of the proposal.
+        steepest: rate at which the loss falls fastest.
+        tenth_of_lowest: a tenth of the rate at which it is lowest.
+        rates, losses: the sweep.
+        report: its page.
+    """
+
+    lr: float | None
+    sureness: str
+    reason: str
+    steepest: float | None
+    tenth_of_lowest: float | None
+    rates: list[float]
+    losses: list[float]
+    report: str
+
+
+def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) -> tuple[FindLrResult, list[str]]:
+    """Sweep the learning rate of a run, and return the proposal with the lines that show it.
+
+    The page is written beside the run directory, as ``NAME-lr.html``.
+
+    Args:
+        resolved: recipe.
+        reporter: prints notes and progress.
+        recipe_name: name of the recipe, for the page.
+
+    Raises:
+        ConfigError: nothing is adapted, or the run is sharded.
+        DivergedError: the first loss is not finite.
+    """
+    settings = unpack(resolved.recipe)
+    folder = local_path(settings.output_dir or f"runs/{run_name(settings, recipe_name)}")
+    page = folder.with_name(f"{folder.name}-lr.html")
+    accelerator = make_accelerator(
+        settings.model.precision, has_idle_parameters=settings.adapter.preset.plain != "none"
+    )
+    reporter.is_main = accelerator.is_main_process
+    if Sharding.of(accelerator).library or accelerator.num_processes > 1:
+        raise ConfigError("--find-lr", "it runs in one process", fix="Leave --num-processes out")
+    with ExitStack() as held:
+        put = held.enter_context(html.page_output(page, inputs_of(resolved), "--output-dir"))
+        job = assemble(settings, reporter)
+        sweep = _sweep(job, RunDirectory(folder), accelerator, reporter)
+        found = propose(sweep)
+        lines = _lines(found, settings)
+        marks = {
+            "falls fastest": found.steepest, "a tenth of the lowest": found.tenth_of_lowest, "proposed": found.lr
+        }  # fmt: skip
+        drawing = sweep_drawing(
+            sweep.rates, sweep.losses, sweep.smoothed, {name: rate for name, rate in marks.items() if rate is not None}
+        )
+        put(sweep_page(f"{folder.name}: learning rate", lines, drawing, shlex.join(["mirrortune", *sys.argv[1:]])))
+    result = FindLrResult(
+        lr=found.lr, sureness=found.sureness, reason=found.reason, steepest=found.steepest,
+        tenth_of_lowest=found.tenth_of_lowest, rates=sweep.rates, losses=sweep.losses, report=str(page),
+    )  # fmt: skip
+    return result, [*sweep_lines(sweep.rates, sweep.smoothed, found.lr), "", *lines, f"page: {page}"]
+
+
+def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) -> Sweep:
+    """Attach an adapter to the base model as training would, and sweep. Nothing is written to ``run``."""
+    loop = job.settings.loop
+    seed_everything(loop.seed)
+    loaded = load_base(job)
+    cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
+    share_factors(job, loaded, cache, accelerator, reporter.bar)
+    pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=False)
+    strategies = choose_strategies(job, loaded.targets, run, accelerator, resume=False)
+    adapt_model(loaded, job.spec, cache, pairs, strategies)
+    if job.settings.gradient_checkpointing:
+        checkpoint_activations(loaded.model)
+    seed_everything(loop.seed + 1)
+    unit = 1.0 if loop.head_lr != 1.0 else 2.0  # by which groups of the adapter differ from those of the head
+    trainer = Trainer(
+        loaded.model, job.task, train=job.stream or job.train, validation=job.validation,
+        settings=replace(loop, lr=unit), run=run, write_adapter_files=_write_nothing, accelerator=accelerator,
+        progress=reporter.training(), objective=job.objective,
+    )  # fmt: skip
+    with reporter.bar("learning rates", _STEPS) as bar:
+        return sweep_rates(trainer, lr=loop.lr, num_steps=_STEPS, on_step=bar.advance)
+
+
+def _write_nothing(folder: Path) -> None:
+    """Stand for the function that writes an adapter: a sweep keeps none."""
+
+
+def _lines(found: Proposal, settings: RunSettings) -> list[str]:
+    if found.lr is None:
+        return [f"no learning rate to propose: {found.reason}; the method's own is {settings.loop.lr:g}"]
+    return [
+        f"proposed: --lr {found.lr:g} ({found.sureness}; now {settings.loop.lr:g})",
+        f"{found.reason[0].upper()}{found.reason[1:]}.",
+    ]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sweep the learning rate of the adapter over a few decades, a step at each rate, and propose one from the losses.
+
+The range test of Smith (2017, "Cyclical learning rates for training neural networks"), with the two proposals that
+fastai and Lightning read from it: the rate at which the loss falls fastest, and a tenth of the one where it is lowest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mirrortune.errors import DivergedError
+from mirrortune.training.trainer import Trainer
+
+_BELOW, _ABOVE = 1e-3, 1e2
+"""Lowest and highest rate of a sweep, as factors of the method's own."""
+_STOPS_AT = 4.0
+"""A sweep ends when the loss is this many times the lowest so far."""
+_WINDOW = 0.12
+"""Share of a sweep's steps whose losses are averaged around each."""
+_AGREES, _DIFFERS = 4.0, 16.0
+"""Ratios of the two proposals up to which they agree, and from which on they contradict each other."""
+_CLEAR, _FAINT = 10.0, 5.0
+"""Falls of the loss, in standard errors of its noise, that are clear, and that could be noise: the range of the eight
+or so independent means of a sweep without any fall is about 3, and rarely 5.
+"""
+
+_LEAST = 0.2
+"""Share of a sweep's steps, at least, whose noise is measured."""
+
+Sureness = Literal["sure", "fairly sure", "unsure"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Losses at rising learning rates.
+
+    Attributes:
+        rates: of the adapter, one a step.
+        losses: mean loss of each step's rows, before the step.
+        smoothed: losses averaged over neighbouring steps.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """A learning rate read from a sweep.
+
+    Attributes:
+        lr: the proposal, None if the loss never fell.
+        steepest: the rate at which the loss falls fastest.
+        tenth_of_lowest: a tenth of the rate at which it is lowest.
+        sureness: whether the two agree and the fall is clear against the noise.
+        reason: of the sureness, in words.
+    """
+
+    lr: float | None
+    steepest: float | None
+    tenth_of_lowest: float | None
+    sureness: Sureness
+    reason: str
+
+
+def sweep_rates(trainer: Trainer, *, lr: float, num_steps: int, on_step: Callable[[], object]) -> Sweep:
+    """Make steps at rising rates, from a thousandth of ``lr`` to a hundred times as much.
+
+    The head keeps its own rate. The sweep ends early where the loss explodes.
+
+    Args:
+        trainer: built with a learning rate of 1; its model is changed and must be thrown away.
+        lr: the method's own rate.
+        num_steps: number of steps and rates.
+        on_step: called after each.
+
+    Raises:
+        DivergedError: the first loss is not finite.
+    """
+    rates = np.geomspace(lr * _BELOW, lr * _ABOVE, num_steps).tolist()
+    groups = trainer.optimizer.param_groups
+    heads = [(group, group["peak_lr"]) for group in groups if group["peak_lr"] != trainer.settings.lr]
+    losses: list[float] = []
+    trainer.model.train()
+    with closing(trainer.feed.micro_batches(0, 0, num_steps)) as micro_batches:
+        for number, rate in enumerate(rates, start=1):
+            factor = rate / trainer.settings.lr
+            for group, peak in heads:
+                group["peak_lr"] = peak / factor
+            trainer.stepper.step(number, micro_batches, factor)
+            reading = trainer.tally.read()
+            on_step()
+            if not reading.is_finite or not math.isfinite(reading.loss):
+                break
+            losses.append(reading.loss)
+            if losses[-1] > _STOPS_AT * min(losses) and len(losses) > num_steps // 10:
+                break
+    if not losses:
+        raise DivergedError(1, "the first loss is not finite", fix="Look at the rows for broken values")
+    return Sweep(rates=rates[: len(losses)], losses=losses, smoothed=_smooth(losses, num_steps).tolist())
+
+
+def propose(sweep: Sweep) -> Proposal:
+    """Propose a learning rate: between the steepest and a tenth of the lowest, where the loss fell at all.
+
+    The first is often a little high and the second a little low, so that the proposal is their geometric mean.
+    """
+    smoothed, logs = np.array(sweep.smoothed), np.log10(sweep.rates)
+    lowest = int(smoothed.argmin())
+    fall = float(smoothed[: lowest + 1].max() - smoothed[lowest])
+    noise = _noise(sweep)
+    if lowest < 3 or fall <= _FAINT * noise:
+        return Proposal(lr=None, steepest=None, tenth_of_lowest=None, sureness="unsure",
+                        reason="the loss did not fall by more than its noise")  # fmt: skip
+    slopes = np.gradient(smoothed[: lowest + 1], logs[: lowest + 1])
+    steepest, tenth = sweep.rates[int(slopes.argmin())], sweep.rates[lowest] / 10
+    apart = max(steepest / tenth, tenth / steepest)
+    sureness: Sureness = "fairly sure"
+    if apart > _DIFFERS or fall <= _CLEAR * noise:
+        sureness = "unsure"
+    elif apart <= _AGREES:
+        sureness = "sure"
+    return Proposal(
+        lr=float(f"{math.sqrt(steepest * tenth):.1g}"), steepest=steepest, tenth_of_lowest=tenth, sureness=sureness,
+        reason=f"the loss falls fastest at {steepest:.2g} and is lowest at {sweep.rates[lowest]:.2g}; it falls by "
+        f"{fall:.3g}, its noise is {noise:.1g}",
+    )  # fmt: skip
+
+
+def _smooth(losses: list[float], num_steps: int) -> npt.NDArray[np.float64]:
+    """Return the mean of each loss and its neighbours, fewer at the ends; a centred mean does not lag behind."""
+    reach = max(1, round(_WINDOW * num_steps / 2))
+    return np.array([np.mean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))])
+
+
+def _noise(sweep: Sweep) -> float:
+    """Return the standard error of a smoothed loss: of single losses around it, over the root of their number."""
+    before = max(int(np.argmin(sweep.smoothed)) + 1, round(_LEAST * len(sweep.losses)))
+    rest = np.array(sweep.losses[:before]) - np.array(sweep.smoothed[:before])
+    return float(rest.std() / math.sqrt(max(3, round(_WINDOW * len(sweep.losses)))))
