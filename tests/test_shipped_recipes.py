@@ -62,7 +62,8 @@ def test_a_recipe_passes_every_check(name: str) -> None:
     assert loaded.task.metrics
     read = (*(loaded.data.text_columns or ()), loaded.data.image_column, loaded.data.audio_column)
     assert 1 <= sum(column is not None for column in read) <= 2, "what is read is named, not detected"
-    assert loaded.data.label_column or loaded.data.text_columns == ("messages",)
+    is_whole = loaded.data.text_columns == ("messages",) or loaded.task.kind == "sentence-similarity"
+    assert loaded.data.label_column or is_whole
     assert loaded.output_dir is None, "a shipped recipe does not choose where its runs go"
     assert not loaded.model.trust_remote_code
 
