@@ -88,7 +88,7 @@ class DataSection(_Section):
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows set aside when there is no validation split."""
     text_columns: tuple[str, ...] | None = None
-    """One or two columns of text; detected by default."""
+    """One or two columns of text, or several for sentence similarity; detected by default."""
     choice_columns: tuple[str, ...] | None = None
     """Multiple choice: a column for each ending, or one that holds them all; detected by default."""
     label_column: str | None = None
