@@ -216,7 +216,7 @@ def test_a_text_is_ranked_among_all_of_the_split(tokenizer: Any, monkeypatch: py
 def test_equal_and_broken_embeddings_rank_last(tokenizer: Any) -> None:
     task, examples = made(tokenizer, {"anchor": list("abc"), "positive": list("xyz")})
     assert task.answers([np.ones((2, 4), np.float32)] * 3, examples)[1].tolist() == [3, 3, 3]
-    assert task.answers([np.full((2, 4), np.nan, np.float32)] * 3, examples)[1].min() == 3
+    assert task.answers([np.full((2, 4), np.nan, np.float32)] * 3, examples)[1].min() >= 3
 
 
 def test_predictions_are_embeddings(tokenizer: Any) -> None:
