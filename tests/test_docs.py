@@ -83,6 +83,20 @@ def test_the_architecture_names_modules_that_are_there() -> None:
     assert [n for n in names if not found[n] and not (package / n).is_dir()] == []
 
 
+def test_the_answers_of_the_architecture_name_what_is_there() -> None:
+    answers = re.findall(
+        r"\]\(\.\./(mirrortune/[\w/]+\.py)\)(?:: ((?:`[\w.]+`(?:, )?)+))?", DOCS["docs/architecture.md"]
+    )
+    assert len(answers) > 10
+    named = [(file, name) for file, names in answers for name in re.findall(r"[\w.]+", names)]
+    missing = []
+    for file, name in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        words = [rf"^\s*(?:def |class |)({re.escape(word)})\b(?:[(:\[]| =)" for word in name.split(".")]
+        missing += [f"{file}: {name}" for word in words if not re.search(word, source, re.MULTILINE)]
+    assert missing == []
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_command_parses(name: str) -> None:
     for _, code, language, block in _FENCE.findall(TEXTS[name]):
