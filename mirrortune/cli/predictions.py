@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -98,7 +99,10 @@ def _rows(
 
     settings = unpack_for_eval(resolved.recipe)
     columns = [key.partition(".")[2] for key in resolved.origins if key.endswith(("_column", "_columns"))]
+    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), settings.data.place
+    is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
     return {
+        "is_own_data": is_own_data,
         "settings": replace(settings, data=_data_settings(settings.data, resolved, own)),
         "row": None if text is None and image is None else RowRequest(texts=tuple(text or ()), image=image),
         "named": [n for n in columns if _is_named(resolved, own, f"data.{n}") and n != "label_column"],

@@ -272,14 +272,19 @@ def refuse_preferences(table: pa.Table, source: str) -> None:
     )  # fmt: skip
 
 
-def check_is_text(table: pa.Table, column: str, source: str) -> None:
-    """Raise a DataError if a column does not hold text, or nothing at all."""
+def check_text_type(table: pa.Table, column: str, source: str) -> None:
+    """Raise a DataError if a column holds anything but text and nulls."""
     kind = table.schema.field(column).type
     if not (is_string(kind) or pa.types.is_null(kind)):
         raise DataError(
             source, f"text column '{column}' holds {kind}, not text", allowed="a column of strings",
             fix="Name another with --text-column",
         )  # fmt: skip
+
+
+def check_is_text(table: pa.Table, column: str, source: str) -> None:
+    """Raise a DataError if a column does not hold text, or nothing at all."""
+    check_text_type(table, column, source)
     if table.num_rows and table.column(column).null_count == table.num_rows:
         raise DataError(
             source, f"text column '{column}' is empty in all {counted(table.num_rows, 'row')}",

@@ -87,6 +87,10 @@ class DataSet:
                 return self.splits[name]
         return None
 
+    def name_of(self, split: Split) -> str:
+        """Return the data set's own name for one of its splits."""
+        return next(name for name, own in self.splits.items() if own is split)
+
     def require(self, wanted: str, where: str) -> Split:
         """Return the split called ``wanted``, see :meth:`find`; DataError with the existing splits if there is none."""
         found = self.find(wanted)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mirrortune.data.columns import check_text_type
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.data.files.arrow import Columns, row_chunks
@@ -185,9 +186,12 @@ def encode_texts(
         The examples, and which rows of the split they hold, shape (N,).
 
     Raises:
+        DataError: if a column holds something else than text.
         NoRowsError: if no row is left.
     """
     max_length = reading.num_tokens
+    for column in columns:
+        check_text_type(split.table, column, split.source)
 
     def make(texts: Columns, numbers: Rows) -> Tokens:
         first, *others = ([text or "" for text in column] for column in texts)

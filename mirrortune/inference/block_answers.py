@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from mirrortune.data.dataset import Split
+from mirrortune.data.examples import Examples
 from mirrortune.data.token_cache import uncached
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError, VerificationError
@@ -60,6 +61,7 @@ class BlockAnswers:
         self._found, self._options = found, options
         self._target, self._skips_errors, self._has_splits = target, skips_errors, has_splits
         self.own = own
+        self._checked = (-1, -1)
         self._batch = {**eval_batch(found, settings.eval), "num_workers": settings.eval.num_workers}
         self._reading = Reading(max_length=found.max_length, allow_missing=True)
 
@@ -98,7 +100,7 @@ class BlockAnswers:
             if not self._skips_errors:
                 raise
             if count == 1:
-                return {}, [str(error)]
+                return {}, [f"{error.where}: {error.problem}"]
         middle = count // 2
         halves = [
             self._columns(part_of(rows, start, stop), first + start, on_batch)
@@ -115,6 +117,14 @@ class BlockAnswers:
         found, options = self._found, replace(self._options, first_row=first)
         task = found.task
         examples = task.encode_to_predict(rows, found.processor, self._reading, options)
-        check_indices(found, examples, self._target, rows.source)
+        self._check(examples, rows.source)
         judged = judge_split(found.model, task, examples, _Alone(self.accelerator), **self._batch, on_batch=on_batch)
         return task.prediction_columns(judged, examples, rows, options)
+
+    def _check(self, examples: Examples, source: str) -> None:
+        """Check the indices of a block unless longer rows and larger ids were checked before: it takes a while."""
+        largest = max((int(ids.max()) for ids in examples.token_ids() if len(ids)), default=0)
+        reach = (int(examples.lengths.max()), largest)
+        if any(now > before for now, before in zip(reach, self._checked, strict=True)):
+            check_indices(self._found, examples, self._target, source)
+            self._checked = (max(reach[0], self._checked[0]), max(largest, self._checked[1]))

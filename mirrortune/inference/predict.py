@@ -16,9 +16,9 @@ import pyarrow as pa
 
 from mirrortune import __version__
 from mirrortune.data.dataset import Split
-from mirrortune.data.files.arrow import is_unreadable
+from mirrortune.data.files.arrow import is_unreadable, refuse_unreadable
 from mirrortune.data.loose import STDIN
-from mirrortune.errors import ConfigError, MirrortuneError, PeerError, counted
+from mirrortune.errors import ConfigError, DataError, MirrortuneError, PeerError, counted
 from mirrortune.inference.block_answers import ERROR, BlockAnswers
 from mirrortune.inference.prediction_file import (
     Parts,
@@ -78,6 +78,10 @@ class Output:
     resume: bool = False
     overwrite: bool = False
 
+    def parts(self) -> Parts | None:
+        """Return the parts of the file; None for standard output."""
+        return None if self.file is None else Parts(self.file)
+
     def check(self) -> None:
         """Refuse flags that contradict each other."""
         if self.resume and self.overwrite:
@@ -101,14 +105,14 @@ def predict(
     options: PredictOptions,
     row: RowRequest | None = None,
     split: str | None = None,
+    is_own_data: bool = False,
     named: Collection[str] = (),
     inputs: Sequence[Input] = (),
     force_base: bool = False,
 ) -> PredictResult:
     """Predict rows with a run directory, an adapter folder, a merged folder or any plain model.
 
-    Rows keep their order and their columns. Labels among these are not read. Memory is bounded: rows are predicted in
-    blocks, and each block is written when it is done.
+    Rows keep their order and their columns. Labels among these are not read.
 
     Args:
         target: folder, or ``owner/name@revision:subfolder`` on the Hub.
@@ -118,23 +122,23 @@ def predict(
         options: what is asked of the answers.
         row: one row in place of the data of ``settings``.
         split: of the data; None for all of them.
-        named: settings of columns, such as ``text_columns``, that the user has made; others come from a recipe inside
-            the target, and are looked for by their contents where the data lacks them.
+        is_own_data: whether the data is that of the target's own recipe.
+        named: settings of columns, such as ``text_columns``, that the user has made; others are looked for by their
+            contents where the data lacks them.
         inputs: files that are read, which the output must not replace.
         force_base: use an adapter on a base with other weights, and print what does not fit.
 
     Raises:
         ConfigError: a flag or a setting that does not fit, or an output that may not be written.
         DataError: a row or a column that cannot be used.
-        VerificationError: an adapter that does not fit its base, or outputs that are not numbers.
+        VerificationError: an adapter of another base, or outputs that are not numbers.
     """
     output.check()
     accelerator = make_accelerator(settings.model.precision)
     reporter.is_main = accelerator.is_main_process
     adapter_folder = find_target(target, settings, force_base=force_base, needs_data=row is None)
-    parts = None if output.file is None else Parts(output.file)
     with ExitStack() as held:
-        if parts is not None:
+        if (parts := output.parts()) is not None:
             sync.from_main(accelerator, functools.partial(_claim, held, parts, output, inputs))
         rows = _open(settings, row, split, accelerator)
         settings = _for_rows(settings, rows, named)
@@ -142,6 +146,7 @@ def predict(
             target, adapter_folder, settings, rows.data, reporter, force_base=force_base, is_labelled=False
         )
         rows, task = rows.fitted(found.task, reporter, are_named=bool(named))
+        rows = rows.of_split(split, settings.data, task, is_own_data=is_own_data)
         found = replace(found, task=task)
         options.check(task.kind, task.prediction_options())
         found.model.to(accelerator.device)
@@ -186,13 +191,23 @@ def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]
     """Return the rows' own columns that the output can hold; say which it cannot."""
     schemas = [split.table.schema for split in rows.data.splits.values()]
     kind = output.format if output.file is None else format_of(output.file)
-    unread = {field.name for schema in schemas for field in schema if is_unreadable(field)}
-    files = {field.name for schema in schemas for field in schema} - {n for s in schemas for n in storable(s, kind)}
-    for names, why in ((unread, "cannot be read"), (files - unread, f"holds files, which {kind} cannot")):
-        for name in sorted(names):
-            reporter.note(f"warning: column '{name}' {why}; it is left out of the output")
+    left_out: dict[str, str] = {}
+    for schema in schemas:
+        kept = {*storable(schema, kind)}
+        left_out |= {name: f"{kind} holds no files" for name in schema.names if name not in kept}
+        left_out |= {field.name: _why_unread(schema, field) for field in schema if is_unreadable(field)}
+    for name, why in left_out.items():
+        reporter.note(f"warning: column '{name}' is left out of the output: {why}")
     known = dict.fromkeys(name for schema in schemas for name in schema.names)
-    return [name for name in known if name not in unread | files]
+    return [name for name in known if name not in left_out]
+
+
+def _why_unread(schema: pa.Schema, field: pa.Field) -> str:
+    try:
+        refuse_unreadable(schema.empty_table(), [field.name])
+    except DataError as error:
+        return f"{error.where}: {error.problem}"
+    return "it cannot be read"
 
 
 def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: PredictOptions) -> dict[str, Any]:

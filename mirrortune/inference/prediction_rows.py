@@ -14,11 +14,12 @@ import pyarrow as pa
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.examples import OPTIONAL_ROLE
 from mirrortune.data.files.arrow import is_string, json_array, refuse_unreadable, text_array
+from mirrortune.data.files.media import FILE_ROLES, remarks_on
 from mirrortune.data.loose import STDIN, read_loose_files, read_stdin
 from mirrortune.errors import ConfigError, DataError, counted, did_you_mean
 from mirrortune.runs.checks import DataSettings
 from mirrortune.runs.load import detect_columns
-from mirrortune.runs.rows import read_data
+from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.system.console import Reporter
 from mirrortune.system.paths import local_path
 from mirrortune.tasks.base import TARGET_ROLES, Task
@@ -71,6 +72,8 @@ class PredictionRows:
             DataError: a split lacks a column, or it could not be read.
         """
         rows = self._renamed(task) if self.is_bare else self
+        for note in () if self.is_bare else remarks_on(self.data, task.columns()):
+            reporter.note(note)
         split = next(iter(rows.data.splits.values()))
         if not are_named and (absent := _absent(split, task)):
             with suppress(DataError, ConfigError):
@@ -91,6 +94,10 @@ class PredictionRows:
     def _renamed(self, task: Task) -> PredictionRows:
         (name, split), *_ = self.data.splits.items()
         needed = needed_columns(task)
+        are_files = [role in FILE_ROLES for role, _ in needed]
+        if are_files != [split.source == _IMAGE] * len(are_files):
+            listed = ", ".join(role for role, _ in needed)
+            raise ConfigError(split.source, f"the task {task.kind} reads {listed}", fix=_HOW_TO_GIVE[any(are_files)])
         given, layout = split.table.num_columns, getattr(task, "layout", None)
         if given != len(needed) and not (layout == "alpaca" and given < len(needed)):  # an instruction needs no input
             listed = ", ".join(f"{role} '{column}'" for role, column in needed)
@@ -106,6 +113,20 @@ class PredictionRows:
             table = table.set_column(0, table.column_names[0], json_array(said))
         return replace(self, data=replace(self.data, splits={name: replace(split, table=table)}))
 
+    def of_split(self, split: str | None, settings: DataSettings, task: Task, *, is_own_data: bool) -> PredictionRows:
+        """Return the rows of one split, as ``eval`` chooses them; all for None.
+
+        Args:
+            split: name.
+            settings: of the data.
+            task: with columns that the data has.
+            is_own_data: whether the model was trained on this data, from which validation rows may have been cut.
+        """
+        if split is None or self.count is None:
+            return self
+        chosen, _ = evaluation_rows(settings, self.data, split, task, is_own_data=is_own_data)
+        return replace(self, data=replace(self.data, splits={split: chosen}))
+
     def blocks(self, size: int) -> Iterator[tuple[str, Split]]:
         """Yield all rows in order, at most ``size`` at a time, with the name of their split."""
         for name, split in self.data.splits.items():
@@ -120,6 +141,8 @@ class PredictionRows:
                 first += table.num_rows
 
 
+_IMAGE = "--image"
+_HOW_TO_GIVE = {True: "Give the file to --image, or a folder of files to --data", False: "Use --text, or --data"}
 _FLAGS = {"text": "text-column", "word": "text-column", "image": "image-column", "audio": "audio-column"}
 
 
@@ -147,7 +170,7 @@ def with_words(split: Split, task: Task) -> Split:
 def rows_of_request(request: RowRequest) -> PredictionRows:
     """Return the row that was given on the command line."""
     cells = [request.image] if request.image is not None else list(request.texts)
-    source = "--image" if request.image is not None else "--text"
+    source = _IMAGE if request.image is not None else "--text"
     names = ["image"] if request.image is not None else _bare_names(len(cells))
     table = pa.table([text_array([cell]) for cell in cells], names=names)
     origin: dict[str, Any] = {"given": cells}
@@ -164,10 +187,14 @@ def _bare_names(count: int) -> list[str]:
 
 
 def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
-    """Open the data set of a recipe: all of its splits, or one.
+    """Open the data set of a recipe.
+
+    Args:
+        settings: of the data.
+        split: name of one of its splits, or a part of one that :meth:`PredictionRows.of_split` cuts; None for all.
 
     Raises:
-        DataError: it cannot be read, or has no such split.
+        DataError: it cannot be read.
     """
     place = settings.place
     assert place is not None
@@ -179,11 +206,9 @@ def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
     settings = replace(settings, missing_label=None)  # labels are not read
     loose = None if settings.streaming else read_loose_files(place)
     data = loose or read_data(settings)
-    if split is not None:
-        found = data.find(split) or data.require(split, "--split")
-        data = replace(data, splits={next(name for name, own in data.splits.items() if own is found): found})
     if settings.streaming:  # only one split of a data set is streamed, and of the others the first rows are read
-        opened = {n: read_data(replace(settings, train_split=n, test_split=n)).splits[n] for n in data.splits}
+        names = data.splits if split is None else [data.name_of(data.require(split, "--split"))]
+        opened = {n: read_data(replace(settings, train_split=n, test_split=n)).splits[n] for n in names}
         data = replace(data, splits=opened)
     return PredictionRows(data=replace(data, origin={**data.origin, "split": split}))
 

@@ -112,6 +112,8 @@ def _evaluate(
     adapter_folder = find_target(target, settings, force_base=force_base)
     data = read_data(settings.data)
     found = load_target(target, adapter_folder, settings, data, reporter, force_base=force_base)
+    for note in remarks_on(data, found.task.columns()):
+        reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
     if predictions is not None:
         own = next((key for key, known in data.splits.items() if known is rows), name)  # its name in the data set
@@ -158,7 +160,7 @@ def load_target(
     force_base: bool,
     is_labelled: bool = True,
 ) -> Evaluable:
-    """Load a target with its task, and print notes on it and on the data.
+    """Load a target with its task, and print notes on it.
 
     Args:
         target: folder or Hub id.
@@ -172,7 +174,7 @@ def load_target(
     remarks: list[str] | None = [] if force_base else None
     found = load_evaluable(target, adapter_folder, settings, data, remarks=remarks, is_labelled=is_labelled)
     by_force = (f"by force: {remark}" for remark in remarks or ())
-    for note in (*by_force, *filter(None, [found.note]), *remarks_on(data, found.task.columns())):
+    for note in (*by_force, *filter(None, [found.note])):
         reporter.note(note)
     return found
 

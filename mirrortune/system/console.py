@@ -77,6 +77,11 @@ def _discard_stdout() -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+def _check_stdout() -> None:
+    if sys.stdout is None:  # closed before Python started
+        raise ResourceError("standard output", "it is closed, so the result cannot be written", fix="Leave it open")
+
+
 def _no_output(error: OSError) -> ResourceError:
     _discard_stdout()
     problem = f"the result cannot be written ({error.strerror})"
@@ -100,6 +105,7 @@ class Reporter:
         """Print the result of the command: ``data`` with --json, ``lines`` otherwise."""
         if not self.is_main:
             return
+        _check_stdout()
         try:
             if self.as_json:
                 sys.stdout.write(json.dumps(data) + "\n")
@@ -113,6 +119,7 @@ class Reporter:
 
     def data(self, content: bytes) -> None:
         """Write UTF-8 text to stdout as it is; on a terminal, with control characters escaped."""
+        _check_stdout()
         if sys.stdout.isatty():
             content = printable(content.decode()).encode()
         try:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of predictions: their formats, what may be replaced, and the parts of one that is not whole."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mirrortune.data.files.arrow import json_array
+from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.inference.prediction_file import (
+    Parts,
+    TableWriter,
+    append_columns,
+    format_of,
+    holds_predictions,
+    new_names,
+    refuse_replacing,
+    storable,
+)
+from mirrortune.system.atomic import MARKER
+
+CELLS = ["plain", 'a "quoted", cell', "two\nlines", "semi;colon\ttab", "", None, "\u2028 é 🙂"]
+
+
+def written(kind: str, table: pa.Table) -> str:
+    found: list[bytes] = []
+    writer = TableWriter(found.append, kind, table.column_names)
+    for start in range(0, table.num_rows, 3):
+        writer.write(table.slice(start, 3))
+    return b"".join(found).decode()
+
+
+@pytest.mark.parametrize(("kind", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_any_text_can_be_read_back_from_a_table(kind: str, delimiter: str) -> None:
+    text = written(kind, pa.table({"text": CELLS, "n": list(range(len(CELLS)))}))
+    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    assert rows == [["text", "n"], *([cell or "", str(n)] for n, cell in enumerate(CELLS))]
+
+
+def test_values_are_written_as_json_has_them() -> None:
+    table = pa.table({
+        "flag": [True], "number": [0.1], "nan": [float("nan")], "day": [datetime.date(2026, 11, 29)],
+        "price": [Decimal("1.50")], "tags": [["a", "é"]], "none": pa.nulls(1), "big": [2**60],
+    })  # fmt: skip
+    table = table.append_column("more", json_array([{"k": [1, None]}]))
+    assert json.loads(written("jsonl", table)) == {
+        "flag": True, "number": 0.1, "nan": None, "day": "2026-11-29", "price": "1.50", "tags": ["a", "é"],
+        "none": None, "big": 2**60, "more": {"k": [1, None]},
+    }  # fmt: skip
+    cells = written("csv", table).splitlines()[1]
+    assert cells == 'true,0.1,nan,2026-11-29,1.50,"[""a"", ""é""]",,1152921504606846976,"{""k"": [1, null]}"'
+
+
+def parts_of(output: Path, tables: list[pa.Table]) -> Parts:
+    parts, first = Parts(output), 0
+    parts.begin({"rows": 3}, overwrite=False)
+    for table in tables:
+        parts.add(first, table)
+        first += table.num_rows
+    return parts
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_parts_whose_columns_differ_are_joined(tmp_path: Path, name: str) -> None:
+    """A part has what another lacks, and types that the first rows did not show."""
+    tables = [
+        pa.table({"text": ["a"], "prediction": pa.nulls(1), "error": ["bad"]}),
+        pa.table({"text": ["b"], "prediction": ["yes"], "score": [1], "spans": [[{"word": "b", "tag": "X"}]]}),
+        pa.table({"text": ["c"], "own": ["d"], "prediction": ["no"], "score": [0.5], "error": pa.nulls(1)}),
+    ]
+    parts = parts_of(tmp_path / name, tables)
+    assert parts.join(own=["text", "own"], last="error") == 1
+    assert not parts.folder.exists()
+    path = tmp_path / name
+    rows: list[dict[str, object]]
+    if name.endswith("parquet"):
+        rows = pq.read_table(path).to_pylist()
+    elif name.endswith("jsonl"):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    else:
+        rows = [*csv.DictReader(path.read_text(encoding="utf-8").splitlines())]
+    assert list(rows[0]) == ["text", "own", "prediction", "score", "spans", "error"]
+    empty = "" if name.endswith("csv") else None
+    assert [row["prediction"] for row in rows] == [empty, "yes", "no"]
+    assert [row["own"] for row in rows] == [empty, empty, "d"]
+    assert float(str(rows[2]["score"])) == 0.5
+
+
+def test_only_what_predict_wrote_is_replaced(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "prediction": ["b"]})
+    others = {"csv": b"text,predictions\n", "tsv": b"", "jsonl": b'["prediction"', "parquet": b"PAR1"}
+    for kind, content in others.items():
+        mine, other = tmp_path / f"mine.{kind}", tmp_path / f"other.{kind}"
+        parts_of(mine, [table]).join(own=["text"], last="error")
+        other.write_bytes(content)
+        assert holds_predictions(mine, kind)
+        assert not holds_predictions(other, kind)
+        refuse_replacing(mine, kind, overwrite=True)
+        for path, overwrite in ((mine, False), (other, True), (other, False)):
+            with pytest.raises(ConfigError):
+                refuse_replacing(path, kind, overwrite=overwrite)
+    assert format_of(Path("A.CSV")) == "csv"
+
+
+def test_the_folder_of_parts_is_ours_or_left_alone(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path / "a.csv", [pa.table({"prediction": ["a", "b"]})])
+    assert parts.rows() == 2
+    assert {path.name for path in parts.folder.iterdir()} == {
+        MARKER, "state.json", "rows-000000000000-000002.arrow",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="holds 2 predicted rows"):
+        parts.begin({}, overwrite=False)
+    with pytest.raises(ConfigError, match=r"rows \(3 before, 4 now\)"):
+        parts.resume({"rows": 4})
+    assert parts.resume({"rows": 3}) == 2
+    (parts.folder / "notes.txt").write_text("mine")
+    parts.discard()
+    assert {path.name for path in parts.folder.iterdir()} == {MARKER, "notes.txt"}, "somebody's own file stays"
+    (parts.folder / MARKER).unlink()
+    with pytest.raises(ConfigError, match="is in the way"):
+        parts.begin({}, overwrite=True)
+
+
+def test_rows_after_a_missing_part_do_not_count(tmp_path: Path) -> None:
+    table = pa.table({"prediction": ["a", "b"]})
+    parts = parts_of(tmp_path / "a.csv", [table, table, table])
+    (parts.folder / "rows-000000000002-000002.arrow").unlink()
+    assert parts.resume({"rows": 3}) == 2
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"prediction": ["a"]})
+    parts = parts_of(tmp_path / "a.csv", [table])
+
+    def full(*args: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("pyarrow.OSFile", full)
+        with pytest.raises(ResourceError, match=r"the disk is full.*continue with --resume") as failure:
+            parts.add(1, table)
+    assert failure.value.where == str(tmp_path / "a.csv")
+    assert parts.resume({"rows": 3}) == 1
+    assert sorted(path.name for path in parts.folder.iterdir())[1:] == ["rows-000000000000-000001.arrow", "state.json"]
+
+
+def test_new_columns_beside_own_ones() -> None:
+    assert new_names(["prediction", "score"], ["text", "prediction", "new_prediction"]) == {
+        "prediction": "new_new_prediction", "score": "score",
+    }  # fmt: skip
+    table = append_columns(pa.table({"a": [1, 2]}), {"b": [None, "x"], "c": [[{"k": 1}], []], "d": [None, None]})
+    assert table.to_pylist() == [
+        {"a": 1, "b": None, "c": [{"k": 1}], "d": None},
+        {"a": 2, "b": "x", "c": [], "d": None},
+    ]
+    schema = pa.schema([("a", pa.binary()), ("b", pa.struct([("bytes", pa.binary())])), ("c", pa.list_(pa.string()))])
+    assert storable(schema, "csv") == ["c"]
+    assert storable(schema, "parquet") == ["a", "b", "c"]
