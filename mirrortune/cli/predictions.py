@@ -99,7 +99,7 @@ def _rows(
 
     settings = unpack_for_eval(resolved.recipe)
     columns = [key.partition(".")[2] for key in resolved.origins if key.endswith(("_column", "_columns"))]
-    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), settings.data.place
+    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
     is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
     return {
         "is_own_data": is_own_data,
