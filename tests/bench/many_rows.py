@@ -53,11 +53,16 @@ def write_long(path: Path, megabytes: int) -> None:
 
 def prepare(model: Path, data: Path, cache: Path) -> dict[str, float]:
     """Seconds of the processor, and the peak of anonymous memory in MB, of one ``prepare``."""
-    words = ["-m", "mirrortune", "prepare", "-m", model, "-t", "text-classification", "-d", data, "--dry-run", "--json"]
+    words = ["prepare", "-m", model, "-t", "text-classification", "-d", data, "--dry-run", "--json"]
+    return measured(list(map(str, words)), {**os.environ, "MIRRORTUNE_CACHE": str(cache)})
+
+
+def measured(words: Sequence[str], env: dict[str, str]) -> dict[str, float]:
+    """Seconds of the processor, and the peak of anonymous memory in MB, of one command in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(
-        [sys.executable, *map(str, words)], env={**os.environ, "MIRRORTUNE_CACHE": str(cache)},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "mirrortune", *words], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
     ) as process:  # fmt: skip
         peak = max(_anonymous(process), default=0)
         assert process.stderr is not None
