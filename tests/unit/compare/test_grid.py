@@ -30,6 +30,7 @@ from mirrortune.compare.grid import (
     step_from,
 )
 from mirrortune.compare.run import Comparison
+from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError
 from mirrortune.system.console import Reporter
@@ -181,3 +182,12 @@ def test_every_cell_has_a_folder_of_its_own() -> None:
     cells = [Cell("glue/rte", label, lr, seed) for label in ("a:b=1", "a") for lr in (1e-3, 3e-3) for seed in (0, 1)]
     assert len({cell.folder(Path()) for cell in cells}) == len(cells)
     assert slug("lora:rank=8") == "lora-rank-8"
+
+
+def test_the_runs_of_a_comparison_answer_no_samples_unless_the_recipe_asks(tmp_path: Path) -> None:
+    def samples(*words: str) -> int | None:
+        made = Comparison(tmp_path, grid(), {"t": resolve([override_layer(list(words))]).recipe}, Reporter())
+        return made.cell_recipe(Cell("t", "a", 1e-3, 0)).eval.samples
+
+    assert samples() == 0
+    assert samples("eval.samples=2") == 2
