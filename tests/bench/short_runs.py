@@ -165,11 +165,12 @@ def step_seconds(runs: dict[str, list[dict[str, Any]]]) -> float | None:
 def table(found: dict[str, Any]) -> str:
     """Return the results in Markdown."""
     methods = found["methods"]
-    lines = [f"| method | trained numbers | {' | '.join(f'{n} steps' for n in sorted(STEPS))} | step |",
-             "|---|---|" + "---|" * (len(STEPS) + 1)]  # fmt: skip
+    columns = [steps for steps in sorted(STEPS) if any(str(steps) in methods.get(name, {}) for name in METHODS)]
+    lines = [f"| method | trained numbers | {' | '.join(f'{n} steps' for n in columns)} | step |",
+             "|---|---|" + "---|" * (len(columns) + 1)]  # fmt: skip
     for name in (n for n in METHODS if n in methods):
         runs = methods[name]
-        scores = [_score(runs.get(str(steps), []), found["seeds"]) for steps in sorted(STEPS)]
+        scores = [_score(runs.get(str(steps), []), found["seeds"]) for steps in columns]
         seconds = step_seconds(runs)
         trained = next(iter(runs.values()))[0]["trained_numbers"]
         step = "" if seconds is None else f"{seconds * 1e3:.0f} ms"

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The poster's comparisons on real data: tasks by methods by seeds, all through ``mirrortune compare``.
+
+    python -m tests.bench.real FOLDER                        the next missing run of the plan, again and again
+    python -m tests.bench.real FOLDER --device cuda          the same on a GPU, with the recipes' own epochs
+    python -m tests.bench.real FOLDER --only rte trec        some tasks
+    python -m tests.bench.real FOLDER --list                 the plan: commands in order; ? is a rate yet to be chosen
+    python -m tests.bench.real FOLDER --report -o OUTPUT     tables and figures of the finished runs
+
+FOLDER gets a comparison for each task, whose finished runs are kept: the same command continues. Methods of the first
+wave run on every task before those of the second, so that a table of few methods is whole first; inside a task the
+methods follow each other. The learning rate of a method is chosen by the loss on one task of each kind (TREC, Flowers)
+and kept for the others. The data is that of ``tests/bench/real_hub.py``; MiniLM-L6 comes from a package, DINOv2-small
+from ``tests/bench/assets.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.bench.assets import build
+from tests.bench.end_to_end import MODEL
+from tests.bench.real_hub import FOLDER_VARIABLE, data_folder, real_hub
+from tests.bench.real_report import write_report
+from tests.hub_fixtures import client_env
+
+ROOT = Path(__file__).parents[2]
+VISION = "dinov2-small"
+WAVES: tuple[tuple[str, ...], ...] = (
+    ("mirror", "mirror:scale_top_k=all", "svft", "lora:rank=8", "none"),
+    ("adaptive", "adaptive:scale_top_k=all", "scale", "lora:rank=1", "neighbor", "random", "road", "psoft", "lora-xs",
+     "full"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A task of the table.
+
+    Attributes:
+        recipe: shipped.
+        tuned_on: the task whose learning rates it takes; its own name for one that searches them.
+        words: settings on every device.
+        cpu: settings that make it fit two slow cores, in place of the recipe's epochs.
+    """
+
+    recipe: str
+    tuned_on: str
+    words: tuple[str, ...] = ()
+    cpu: tuple[str, ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its model is MiniLM-L6."""
+        return not self.recipe.startswith("vision/")
+
+
+TASKS = {
+    "trec": Task(recipe="trec", tuned_on="trec", cpu=("train.epochs=2",)),
+    "rte": Task(recipe="glue/rte", tuned_on="trec", cpu=("train.epochs=3", "data.max_length=128")),
+    "mrpc": Task(recipe="glue/mrpc", tuned_on="trec", cpu=("train.epochs=2",)),
+    "cola": Task(recipe="glue/cola", tuned_on="trec", cpu=("train.epochs=2",)),
+    "stsb": Task(recipe="glue/stsb", tuned_on="trec", cpu=("train.epochs=2",)),
+    "sst2": Task(recipe="glue/sst2", tuned_on="trec", words=("data.max_train_rows=6000",), cpu=("train.epochs=1",)),
+    "flowers": Task(
+        recipe="vision/flowers102", tuned_on="flowers", words=("data.image_size=98",), cpu=("train.epochs=5",),
+    ),
+    "dtd": Task(recipe="vision/dtd", tuned_on="flowers", words=("data.image_size=98",), cpu=("train.epochs=5",)),
+    "cifar100": Task(
+        recipe="vision/cifar100", tuned_on="flowers", words=("data.image_size=56", "data.max_train_rows=1000"),
+        cpu=("train.epochs=5",),
+    ),
+}  # fmt: skip
+"""Smallest first, of each kind; the one that searches learning rates before those that take them."""
+
+
+def plan(only: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (task, methods) of every comparison in its order, with the tasks that the chosen ones are tuned on."""
+    wanted = set(only or TASKS)
+    wanted |= {TASKS[name].tuned_on for name in wanted}
+    methods: tuple[str, ...] = ()
+    for wave in WAVES:
+        methods += wave
+        yield from ((name, methods) for name in TASKS if name in wanted)
+
+
+def rates(folder: Path, task: str) -> dict[str, float]:
+    """Return the learning rate that each method has chosen on a task so far."""
+    file = folder / task / "results.json"
+    if not file.is_file():
+        return {}
+    methods = json.loads(file.read_text(encoding="utf-8"))["tasks"][TASKS[task].recipe]["methods"]
+    return {name: found["lr"] for name, found in methods.items() if found["lr"] is not None}
+
+
+def command(name: str, methods: Sequence[str], folder: Path, options: argparse.Namespace) -> list[str]:
+    """Return the words of a comparison after ``mirrortune``."""
+    task = TASKS[name]
+    is_searched = task.tuned_on == name
+    if not is_searched:
+        chosen = rates(folder, task.tuned_on)
+        methods = [f"{method}:lr={f'{chosen[method]:g}' if method in chosen else '?'}" for method in methods]
+    model = MODEL if task.is_text else str((options.assets or folder / "assets") / VISION)
+    words = [*task.words, *(task.cpu if options.device == "cpu" else ())]
+    return ["compare", task.recipe, *words, "-m", model, "--methods", ",".join(methods), "--seeds", str(options.seeds),
+            "--choose-by", "loss", "--extensions", "2" if is_searched else "0", "-o", str(folder / name)]  # fmt: skip
+
+
+def environment(endpoint: str, folder: Path, device: str) -> dict[str, str]:
+    """Return the environment of a comparison: the Hub of the rows, caches in the folder, this checkout's code."""
+    env = {**client_env(endpoint, folder / "hub-cache"), "MIRRORTUNE_CACHE": str(folder / "cache")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
+    return env | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+
+
+def run(options: argparse.Namespace, source: Path) -> None:
+    """Run every comparison of the plan; stop at the first that fails or is interrupted."""
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with real_hub(source) as hub:
+        for name, methods in plan(options.only):
+            if not TASKS[name].is_text and options.assets is None:
+                build(folder / "assets", [VISION])
+            words = command(name, methods, folder, options)
+            env = environment(hub.endpoint, folder, options.device)
+            python = [sys.executable, "-m", "mirrortune"]
+            done = subprocess.run([*python, *words], check=False, env=env, cwd=folder, stdout=subprocess.DEVNULL)
+            if done.returncode:
+                raise SystemExit(done.returncode)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, help="the rows, see tests/bench/real_hub.py")
+    parser.add_argument("--assets", type=Path, help="folder of tests/bench/assets.py; FOLDER/assets by default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=(), metavar="TASK")
+    parser.add_argument("--list", action="store_true", help="print the plan")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("-o", "--output", type=Path, help="folder of the tables and figures; FOLDER/report by default")
+    options = parser.parse_args(words)
+    options.folder = options.folder.absolute()
+    return options
+
+
+def main() -> None:
+    """Run what is missing; write tables and figures, also when it is interrupted."""
+    options = parse()
+    folder: Path = options.folder
+    if options.list:
+        for name, methods in plan(options.only):
+            sys.stdout.write(f"mirrortune {' '.join(command(name, methods, folder, options))}\n")
+        return
+    output = options.output or folder / "report"
+    files = {name: folder / name / "results.json" for name in TASKS}
+    if options.report:
+        write_report(read(files), folder, output)
+        return
+    source = data_folder(options.data)
+    if source is None:
+        raise SystemExit(f"no rows: name their folder with --data, or set {FOLDER_VARIABLE}")
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise SystemExit("torch sees no GPU here")
+    try:
+        run(options, source)
+    finally:
+        write_report(read(files), folder, output)
+
+
+def read(files: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Return the finished comparisons by task, without the rates in the names of methods."""
+    found = {}
+    for name, file in files.items():
+        if not file.is_file():
+            continue
+        results = json.loads(file.read_text(encoding="utf-8"))
+        own = results["tasks"][TASKS[name].recipe]
+        if not own["splits"]:
+            continue
+        methods = {_plain(label): {**m, "label": label} for label, m in own["methods"].items() if m["seeds"]}
+        tests = {split: [{**t, "label": _plain(t["label"])} for t in ts] for split, ts in own["tests"].items()}
+        found[name] = {
+            **own, "methods": methods, "tests": tests, "model": "text" if TASKS[name].is_text else "images",
+            "environment": results["environment"], "command": results["command"].replace(f"{file.parents[1]}/", ""),
+        }  # fmt: skip
+    return found
+
+
+def _plain(label: str) -> str:
+    return ":".join(part for part in label.split(":") if not part.startswith("lr="))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and figures of ``tests/bench/real.py``, from the results of its comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mirrortune.compare.grid import slug
+from mirrortune.reports.drawing import COLOURS, DASHES, MARKERS, Drawing, legend_beside, svg_for_page, tidy
+from mirrortune.system.run_directory import RunDirectory
+
+Found = dict[str, dict[str, Any]]
+"""By task: metric, splits, methods and tests as in a comparison's ``results.json``."""
+_THEMES = {"light": ("#1a1a1a", "#d9d9d9"), "dark": ("#e6e6e6", "#4d4d4d")}
+PAIRINGS = ("mirror", "neighbor", "random", "adaptive")
+
+
+def write_report(found: Found, folder: Path, output: Path) -> None:
+    """Write ``results.json``, ``table.md`` and the figures; nothing if no run has finished.
+
+    Args:
+        found: finished comparisons.
+        folder: of the comparisons, for the curves of their runs.
+        output: folder.
+    """
+    if not found:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (output / "table.md").write_text(table(found), encoding="utf-8")
+    for drawing in drawings(found, folder):
+        text = svg_for_page(drawing)
+        for theme, (ink, faint) in _THEMES.items():
+            coloured = text.replace("var(--ink)", ink).replace("var(--faint)", faint)
+            (output / f"{drawing.name}-{theme}.svg").write_text(coloured, encoding="utf-8")
+
+
+def methods_of(found: Found) -> list[str]:
+    """Return the methods in the order of the comparisons."""
+    return list(dict.fromkeys(label for task in found.values() for label in task["methods"]))
+
+
+def score(task: dict[str, Any], method: str) -> dict[str, Any] | None:
+    """Return mean, deviation and values of a method on the rows that are reported; test rows where they have labels."""
+    own = task["methods"].get(method)
+    return None if own is None else own["reported"][task["splits"][-1]]
+
+
+def averages(found: Found, model: str) -> dict[str, tuple[int, float]]:
+    """Return (trained numbers, mean score) of the methods that have finished every task of a model."""
+    tasks = [task for task in found.values() if task["model"] == model]
+    made = {}
+    for method in methods_of(found):
+        scores = [score(task, method) for task in tasks]
+        if tasks and all(scores):
+            numbers = tasks[0]["methods"][method]["trainable_parameters"]
+            made[method] = (numbers, fmean(own["mean"] for own in scores if own))
+    return made
+
+
+def front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return the points that no other one beats with as few numbers, by numbers."""
+    kept: list[tuple[int, float]] = []
+    for numbers, mean in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not kept or mean > kept[-1][1]:
+            kept.append((numbers, mean))
+    return kept
+
+
+def table(found: Found) -> str:
+    """Return the table of all tasks in Markdown, and what it was measured by."""
+    heads = [f"{name}, {task['metric']}" for name, task in found.items()]
+    means = {model: averages(found, model) for model in ("text", "images")}
+    shown = [model for model, own in means.items() if own]
+    lines = [f"| method | {' | '.join([*heads, *(f'mean, {model}' for model in shown)])} |",
+             "|" + "---|" * (1 + len(heads) + len(shown))]  # fmt: skip
+    for method in methods_of(found):
+        cells = [_cell(task, method) for task in found.values()]
+        cells += [f"{100 * means[m][method][1]:.1f}" if method in means[m] else "" for m in shown]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    lines += ["", "Mean and standard deviation over seeds, times 100; (n) where fewer than the others have finished. "
+              "+ or -: better or worse than the first method by a paired t-test over seeds (Holm, p < 0.05) and by a "
+              "bootstrap interval over seeds and rows; no mark: within the noise, or not tested."]  # fmt: skip
+    for name, task in found.items():
+        rows = ", ".join(f"{count:,} of {split}" for split, count in task["rows"].items())
+        env = task["environment"]
+        lines += ["", f"{name}: scored on {rows}; {env.get('device')}, torch {env.get('torch')}. `{task['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(task: dict[str, Any], method: str) -> str:
+    own = score(task, method)
+    if own is None:
+        return ""
+    tests = task["tests"].get(task["splits"][-1], [])
+    verdict = next((test["verdict"] for test in tests if test["label"] == method), "")
+    mark = {"better": " +", "worse": " -"}.get(verdict, "")
+    count = len(own["values"])
+    few = f" ({count})" if count < max(len(m["seeds"]) for m in task["methods"].values()) else ""
+    return f"{100 * own['mean']:.1f} ± {100 * own['std']:.1f}{mark}{few}"
+
+
+def drawings(found: Found, folder: Path) -> list[Drawing]:
+    """Return the figures that the finished runs allow."""
+    made = [_by_task(found)]
+    made += [_by_size(model, own) for model in ("text", "images") if (own := averages(found, model))]
+    for task, event, key in (("rte", "train", "loss"), ("dtd", "evaluate", "accuracy")):
+        curves = pairing_curves(found, folder, task, event, key)
+        made += [_curves(task, key, curves)] if curves else []
+    return made
+
+
+def _by_task(found: Found) -> Drawing:
+    methods = methods_of(found)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for index, method in enumerate(methods):
+            shift = 0.7 * ((index + 0.5) / len(methods) - 0.5)
+            points = [(place + shift, own) for place, task in enumerate(found.values()) if (own := score(task, method))]
+            places, scores = [place for place, _ in points], [own for _, own in points]
+            axes.errorbar(
+                places, [100 * own["mean"] for own in scores], yerr=[100 * own["std"] for own in scores], capsize=2,
+                linestyle="", markersize=4, label=method, **_style(index),
+            )  # fmt: skip
+        axes.set(xticks=range(len(found)), xticklabels=list(found), ylabel="score, times 100")
+        legend_beside(axes)
+        tidy(axes, grid="y")
+
+    caption = "Score of every method on every task: mean and standard deviation over seeds."
+    return Drawing(name="score-by-task", caption=caption, size=(3 + 1.1 * len(found), 4), draw=draw)
+
+
+def _by_size(model: str, means: dict[str, tuple[int, float]]) -> Drawing:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for index, (method, (numbers, mean)) in enumerate(means.items()):
+            if numbers:
+                axes.plot(numbers, 100 * mean, linestyle="", label=method, **_style(index))
+            else:
+                axes.axhline(100 * mean, linestyle="--", color=_style(index)["color"], label=method)
+        best = front([point for point in means.values() if point[0]])
+        axes.step([n for n, _ in best], [100 * mean for _, mean in best], where="post", color="#999999", zorder=0)
+        axes.set(xscale="log", xlabel="trained numbers besides the head", ylabel="mean score, times 100")
+        legend_beside(axes)
+        tidy(axes)
+
+    caption = "Mean score over the tasks against trained numbers; the line is the best that so few numbers reach."
+    return Drawing(name=f"score-by-size-{model}", caption=caption, size=(7, 4), draw=draw)
+
+
+def pairing_curves(found: Found, folder: Path, task: str, event: str, key: str) -> dict[str, list[tuple[float, float]]]:
+    """Return (epoch, mean over seeds) of a number in the logs of the pairings' runs."""
+    made = {}
+    for method in PAIRINGS:
+        own = found.get(task, {}).get("methods", {}).get(method)
+        if own is None:
+            continue
+        by_epoch: dict[float, list[float]] = {}
+        for run in sorted((folder / task / "cells").glob(f"*/{slug(own['label'])}/lr-{own['lr']:.0e}/seed-*")):
+            for entry in RunDirectory(run).events():
+                if entry["event"] == event and key in entry:
+                    by_epoch.setdefault(entry["epoch"], []).append(entry[key])
+        made[method] = [(epoch, fmean(values)) for epoch, values in sorted(by_epoch.items())]
+    return made
+
+
+def _curves(task: str, key: str, curves: dict[str, list[tuple[float, float]]]) -> Drawing:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for index, (method, points) in enumerate(curves.items()):
+            axes.plot([e for e, _ in points], [value for _, value in points], DASHES[index], label=method,
+                      color=COLOURS[index])  # fmt: skip
+        axes.set(xlabel="epoch", ylabel=f"{'training' if key == 'loss' else 'validation'} {key}", title=task)
+        legend_beside(axes)
+        tidy(axes)
+
+    caption = f"{key.capitalize()} on {task} by epoch for each pairing, the mean over seeds."
+    return Drawing(name=f"pairings-{task}", caption=caption, size=(6, 4), draw=draw)
+
+
+def _style(index: int) -> dict[str, str]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
