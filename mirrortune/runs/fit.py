@@ -283,12 +283,13 @@ def _has_weights(source: ModelSource) -> bool:
 def _longest(train: Examples, rows: int, length: int | None) -> Batch:
     """Make a batch of ``rows`` times the longest row, cut to ``length``, without copying values."""
     lengths = train.lengths
-    longest = int(lengths.max())
     one = train.batch(np.array([int(lengths.argmax())]))
+    # A row of several texts, or of two, takes more positions than its longest text.
+    width = one["input_ids"].shape[-1] if "input_ids" in one else int(lengths.max())
     batch: Batch = {}
     for name, value in one.items():
         if isinstance(value, Tensor):
-            shape = [length if length is not None and size == longest else size for size in value.shape[1:]]
+            shape = [min(length, size) if length is not None and size == width else size for size in value.shape[1:]]
             batch[name] = torch.empty((), dtype=value.dtype).expand(rows * value.shape[0], *shape)
         else:
             batch[name] = value

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from tests.cli.console import mirrortune
-from tests.tiny_models import write_tiny_audio, write_tiny_seq2seq
+from tests.tiny_models import tiny_tokenizer, write_tiny_audio, write_tiny_model, write_tiny_seq2seq
 
 Rows = list[dict[str, Any]]
 _PLAIN = ("the", "a", "plot", "is", "was", "very")
@@ -76,6 +76,25 @@ def test_scored_pairs_and_their_cosines(desk: Path, tiny_model_dir: Path) -> Non
     cosines = [float(line.split("\t")[1]) for line in Path("p.tsv").read_text().splitlines()[1:]]
     assert len(cosines) == 12
     assert all(-1 <= cosine <= 1 for cosine in cosines)
+
+
+@pytest.mark.parametrize("kind", ["sentence-similarity", "multiple-choice"])
+def test_a_shorter_length_is_among_the_ways_to_fit(
+    desk: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_tiny_model(tmp_path / "long", max_position_embeddings=2048)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(model)
+    text = "film good " * 700
+    rows = [{"anchor": f"{text} {i}", "positive": f"a {i}"} for i in range(20)]
+    if kind == "multiple-choice":
+        rows = [{"question": f"{text} {i}", "choices": ["a", "the"], "label": 0} for i in range(20)]
+    monkeypatch.setenv("MIRRORTUNE_DEVICE_MEMORY", "0.05")
+    flags = ["-m", model, "-t", kind, "-d", write(Path("rows.jsonl"), rows), "--max-length", 2000, "--batch-size", 1]
+    outcome = mirrortune("prepare", *flags, "--dry-run")
+    assert outcome.exit_code == 4
+    assert "--max-length" in outcome.stderr
 
 
 def test_question_answering(desk: Path, tiny_model_dir: Path) -> None:
