@@ -321,7 +321,7 @@ class Stepper:
 
     def _loss_among_ranks(
         self, task: ComparesRows, vectors: Tensor, targets: Tensor, part: MicroBatch
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, int | Tensor]:
         """Return the loss of this rank's rows, compared with those of all ranks; gradients reach the rows of all ranks.
 
         Every rank sends ``batch_size`` rows, the last ones fillers: nobody waits to learn how many the others have.
