@@ -71,6 +71,8 @@ class PredictionRows:
             ConfigError: columns without names are more or fewer than those the task reads.
             DataError: a split lacks a column, or it could not be read.
         """
+        known, given = [column for _, column in needed_columns(task)], next(iter(self.data.splits.values())).table
+        task = task.narrowed(known[: given.num_columns] if self.is_bare else given.column_names)
         rows = self._renamed(task) if self.is_bare else self
         for note in () if self.is_bare else remarks_on(self.data, task.columns()):
             reporter.note(note)

@@ -27,7 +27,7 @@ from mirrortune.system.console import Reporter, digits
 from mirrortune.system.devices import memory_bytes
 from mirrortune.system.distributed.sharding import whole_parameters
 from mirrortune.system.run_directory import RunDirectory
-from mirrortune.tasks.base import labels_of
+from mirrortune.tasks.base import ComparesRows, labels_of
 from mirrortune.tasks.classes import class_scores
 from mirrortune.training.evaluate import EvalResult, evaluate_split
 from mirrortune.training.settings import Progress
@@ -184,7 +184,11 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
             confusion = np.bincount(references * size + predictions, minlength=size * size).reshape(size, size)
             found["confusion"] = confusion.tolist()
     else:
-        losses = np.square(predictions.astype(np.float64) - references)
+        losses = (
+            job.task.difficulty(predictions, references)
+            if isinstance(job.task, ComparesRows)
+            else np.square(predictions.astype(np.float64) - references)
+        )
         pairs = list(zip(references.tolist(), predictions.tolist(), strict=True))
         answers = [(f"{r:.4g}", f"{p:.4g}") for r, p in pairs]
         found["pairs"] = pairs[:: -(-len(pairs) // _MOST_POINTS)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, get_type_hints
 
@@ -142,6 +142,10 @@ class Task(ABC):
         """Return the columns that hold what the model learns to predict, which rows to predict may lack."""
         return [column for role, column in self.columns() if role in TARGET_ROLES]
 
+    def narrowed(self, columns: Collection[str]) -> Task:
+        """Return the task for rows to predict that have these columns, where it can do without some of its own."""
+        return self
+
     def prediction_options(self) -> tuple[str, ...]:
         """Return the names of the fields of :class:`PredictOptions` that the task uses, besides ``seed``."""
         return ()
@@ -256,6 +260,10 @@ class ComparesRows(ABC):
     @abstractmethod
     def loss_of_split(self, judged: Sequence[Any], examples: Any) -> float:
         """Return the mean loss of the judged rows of a split, each compared with all of them."""
+
+    @abstractmethod
+    def difficulty(self, predictions: Any, references: Any) -> npt.NDArray[np.float64]:
+        """Return how far each row is from where it should be among the others, (N,), from :meth:`Task.answers`."""
 
 
 class TextTask(Task):

@@ -72,6 +72,12 @@ def test_scored_pairs_and_their_cosines(desk: Path, tiny_model_dir: Path) -> Non
     assert metrics["spearmanr"] > 0.5
     results = json.loads(Path("run/results.json").read_text())
     assert results["metrics"]["loss"] < results["metrics_before"]["loss"]
+    one = mirrortune("predict", "run", "--text", "the film", "--format", "jsonl").data["prediction"]
+    corpus = write(Path("corpus.jsonl"), [{"sentence1": "the film"}, {"sentence1": "a movie"}])
+    mirrortune("predict", "run", "-d", corpus, "-o", "embedded.jsonl")
+    embedded = [json.loads(line)["prediction"] for line in Path("embedded.jsonl").read_text().splitlines()]
+    assert [len(vector) for vector in embedded] == [32, 32]
+    assert embedded[0] == pytest.approx(one, abs=1e-5)
     mirrortune("eval", "run", "--predictions", "p.tsv")
     cosines = [float(line.split("\t")[1]) for line in Path("p.tsv").read_text().splitlines()[1:]]
     assert len(cosines) == 12
@@ -90,7 +96,7 @@ def test_a_shorter_length_is_among_the_ways_to_fit(
     rows = [{"anchor": f"{text} {i}", "positive": f"a {i}"} for i in range(20)]
     if kind == "multiple-choice":
         rows = [{"question": f"{text} {i}", "choices": ["a", "the"], "label": 0} for i in range(20)]
-    monkeypatch.setenv("MIRRORTUNE_DEVICE_MEMORY", "0.05")
+    monkeypatch.setenv("MIRRORTUNE_DEVICE_MEMORY", "0.04")
     flags = ["-m", model, "-t", kind, "-d", write(Path("rows.jsonl"), rows), "--max-length", 2000, "--batch-size", 1]
     outcome = mirrortune("prepare", *flags, "--dry-run")
     assert outcome.exit_code == 4

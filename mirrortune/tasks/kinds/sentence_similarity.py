@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,12 @@ class EmbeddedExamples(Examples):
     @override
     def token_ids(self) -> list[IntArray]:
         return self.texts.token_ids()
+
+    @override
+    def input_ids(self, row: int) -> IntArray:
+        """Return the token ids of the row's first two texts."""
+        first = row * self.num_texts
+        return np.concatenate([self.texts.input_ids(text) for text in range(first, first + min(2, self.num_texts))])
 
     @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
@@ -284,8 +290,8 @@ class Task(TextTask, ComparesRows):
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> npt.NDArray[np.float32]:
         """Return the embeddings of each row, (B, T, D)."""
-        found = self.embeddings(inputs, outputs)  # T may be less than in training, where rows are to be predicted
-        return np.asarray(found.reshape(len(targets), -1, found.shape[-1]).cpu().numpy())
+        found = self.embeddings(inputs, outputs)
+        return np.asarray(found.reshape(-1, len(self.text_columns), found.shape[-1]).cpu().numpy())
 
     @override
     def answers(self, judged: Sequence[Any], examples: EmbeddedExamples) -> tuple[Targets, Targets]:
@@ -295,13 +301,19 @@ class Task(TextTask, ComparesRows):
         return _cosines(vectors), ranked
 
     @override
-    def encode_to_predict(
-        self, split: Split, processor: TextReader, reading: Reading, options: PredictOptions
-    ) -> Examples:
-        """Convert the texts of the columns that there are: rows to be embedded may hold one text alone."""
-        there = tuple(name for name in self.text_columns if name in split.table.column_names)
-        task = replace(self, text_columns=there or self.text_columns)
-        return TextTask.encode_to_predict(task, split, processor, reading, options)
+    def difficulty(self, predictions: Targets, references: Targets) -> npt.NDArray[np.float64]:
+        """Return the rank of the right text, or the distance between a pair's places by score and by cosine."""
+        from scipy.stats import rankdata  # noqa: PLC0415
+
+        if self.label_column is None:
+            return references.astype(np.float64)
+        return np.abs(rankdata(predictions) - rankdata(references)) / len(predictions)
+
+    @override
+    def narrowed(self, columns: Collection[str]) -> Task:
+        """Return the task for rows that hold some of its texts, such as those of a corpus to embed."""
+        there = tuple(name for name in self.text_columns if name in columns)
+        return replace(self, text_columns=there) if there else self
 
     @override
     def prediction_columns(

@@ -220,10 +220,10 @@ def test_equal_and_broken_embeddings_rank_last(tokenizer: Any) -> None:
 
 
 def test_predictions_are_embeddings(tokenizer: Any) -> None:
-    task, _ = KIND.from_rows(pa.table({**PAIRS, "score": [0.5, 1.0, 0.0]}), "rows")
+    whole, _ = KIND.from_rows(pa.table({**PAIRS, "score": [0.5, 1.0, 0.0]}), "rows")
     reader = TextReader(tokenizer=tokenizer, modules=MEAN)
     for columns, num_texts in ((PAIRS, 2), ({"sentence1": ["good", "a"]}, 1), ({"sentence2": ["good"]}, 1)):
-        split = Split(table=pa.table(columns), source="rows")
+        split, task = Split(table=pa.table(columns), source="rows"), whole.narrowed(columns)
         examples = task.encode_to_predict(split, reader, Reading(max_length=16), PredictOptions())
         batch = examples.batch(np.arange(len(examples)))
         vectors = torch.randn(*batch["input_ids"].shape, 4)
@@ -244,3 +244,13 @@ def test_rows_without_a_score_are_answered(tokenizer: Any) -> None:
     hidden = with_label_columns(Split(table=pa.table(PAIRS), source="hidden"), task)
     reader = TextReader(tokenizer=tokenizer, modules=MEAN)
     assert task.encode(hidden, reader, Reading(max_length=16, allow_missing=True)).num_unlabelled == 3
+
+
+def test_the_hardest_rows_stand_where_they_should_not(tokenizer: Any) -> None:
+    ranking, _ = KIND.from_rows(pa.table(PAIRS), "rows")
+    assert ranking.difficulty(np.array([0.9, 0.1]), np.array([3, 1])).tolist() == [3.0, 1.0]
+    scored, examples = made(tokenizer, {**PAIRS, "score": [5.0, 1.0, 0.0]})
+    assert scored.difficulty(np.array([0.9, 0.2, 0.1]), examples.targets).tolist() == [0.0, 0.0, 0.0]
+    assert scored.difficulty(np.array([0.1, 0.2, 0.9]), examples.targets).argmin() == 1
+    text = tokenizer.decode(examples.input_ids(1), skip_special_tokens=True)
+    assert text == "a film the movie"
