@@ -19,7 +19,7 @@ from mirrortune.runs.job import assemble
 from mirrortune.runs.load import factorise
 from mirrortune.system.console import Reporter
 from mirrortune.system.devices import default_device, factorising_device
-from mirrortune.tasks.base import Task, labels_of
+from mirrortune.tasks.base import ComparesRows, Task, labels_of
 from mirrortune.tasks.classes import OneOfClasses, WeighsClasses
 
 _NUMBERS, _CLASSES, _BINS = 48, 8, 24
@@ -120,8 +120,9 @@ def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Ite
     for row in range(min(count, len(examples))):
         yield f"example {row + 1} of {len(examples):,}"
         for name, values in examples.batch(np.array([row]), 0).items():
-            if isinstance(values, Tensor):
-                yield from _shown(name, values[0], tokenizer, task)
+            is_digest = name == "targets" and isinstance(task, ComparesRows) and not values.is_floating_point()
+            if isinstance(values, Tensor) and not is_digest:
+                yield from _shown(name, values[0] if len(values) == 1 else values, tokenizer, task)
 
 
 def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[str]:
@@ -134,9 +135,10 @@ def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[st
         yield f"  {name}: {size}, {low:.3g} to {high:.3g}, mean {mean:.3g}"
     elif name == "targets" and values.ndim > 1 and not values.is_floating_point() and not labels and can_read:
         yield from _shown(name, values[0], tokenizer, task)  # weights of tokens follow in the next row
-    elif values.ndim > 1:  # the endings of a choice, each a row of tokens
+    elif values.ndim > 1:  # the endings of a choice or the texts of a row, each a row of tokens
+        word = "text" if isinstance(task, ComparesRows) else "choice"
         for number, part in enumerate(values):
-            yield from (f"  {line.strip()} (choice {number + 1})" for line in _shown(name, part, tokenizer, task))
+            yield from (f"  {line.strip()} ({word} {number + 1})" for line in _shown(name, part, tokenizer, task))
     elif name == "targets" and values.ndim == 0:
         index = values.item()
         is_class = isinstance(index, int) and 0 <= index < len(labels)

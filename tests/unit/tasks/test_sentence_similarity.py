@@ -19,6 +19,7 @@ from mirrortune.data.dataset import Split
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.pooling import SentenceModules
+from mirrortune.runs.prepare import show_rows
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict, with_label_columns
 from mirrortune.tasks.kinds.sentence_similarity import TextReader
 from mirrortune.tasks.metrics import Scores, score
@@ -254,3 +255,13 @@ def test_the_hardest_rows_stand_where_they_should_not(tokenizer: Any) -> None:
     assert scored.difficulty(np.array([0.1, 0.2, 0.9]), examples.targets).argmin() == 1
     text = tokenizer.decode(examples.input_ids(1), skip_special_tokens=True)
     assert text == "a film the movie"
+
+
+def test_all_texts_of_a_row_are_shown(tokenizer: Any) -> None:
+    task, examples = made(tokenizer, {"anchor": ["good"], "positive": ["fun"], "negative": ["dull film"]})
+    lines = list(show_rows(examples, task, tokenizer, 1))
+    assert [line.strip() for line in lines if "text:" in line] == [
+        "text: [CLS] good [SEP] [PAD] (text 1)", "text: [CLS] fun [SEP] [PAD] (text 2)",
+        "text: [CLS] dull film [SEP] (text 3)",
+    ]  # fmt: skip
+    assert not any("learned" in line or "labels" in line for line in lines)
