@@ -29,6 +29,7 @@ _OF_A_MODEL = re.compile(
     r"|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.tiktoken|normalizer\.json"
     r"|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json|\d+_\w+/config\.json"
 )
+_MODULES = "modules.json"  # of sentence-transformers: names of classes, and of folders beside it
 _LARGEST_TEXT = 16 * 2**20  # bytes; larger JSON files are vocabularies
 
 
@@ -116,8 +117,9 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     for name in sorted(names, key=lambda n: (n == CARD, n)):  # the card last: it repeats paths of the others
         _check_name(folder, name)
         is_setting = (
-            name.endswith(".json") and (folder / name).is_file() and (folder / name).stat().st_size < _LARGEST_TEXT
-        )
+            name.endswith(".json") and name != _MODULES
+            and (folder / name).is_file() and (folder / name).stat().st_size < _LARGEST_TEXT
+        )  # fmt: skip
         parcel.add(folder, name, texts.get(name) or (redaction.settings if is_setting else None))
     return parcel
 

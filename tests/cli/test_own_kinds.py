@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from mirrortune.merging.parcel import merged_parcel, read_report
 from tests.cli.console import mirrortune
 from tests.tiny_models import tiny_tokenizer, write_tiny_audio, write_tiny_model, write_tiny_seq2seq
 
@@ -59,7 +60,11 @@ def test_anchors_and_their_texts(desk: Path, tiny_model_dir: Path) -> None:
     assert set(metrics) == {"ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10", "loss"}
     merged = {path.relative_to("merged").as_posix() for path in Path("merged").rglob("*") if path.is_file()}
     assert {"modules.json", "1_Pooling/config.json"} <= merged
-    assert merged - {".mirrortune.json"} == set(json.loads(Path("merged/merge.json").read_text())["files"])
+    report = read_report(Path("merged"))
+    assert merged - {".mirrortune.json"} == set(report["files"])
+    sent = merged_parcel(Path("merged"), report, Path("staged")).files
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert json.loads(sent[name].read_text()) == json.loads(Path("merged", name).read_text())
 
 
 def test_scored_pairs_and_their_cosines(desk: Path, tiny_model_dir: Path) -> None:
