@@ -292,14 +292,12 @@ def check_is_text(table: pa.Table, column: str, source: str) -> None:
         )  # fmt: skip
 
 
-def check_type(table: pa.Table, column: str, source: str, *, words: bool) -> None:
-    """Raise a DataError if a column does not hold text, or lists where ``words`` is set; one without a value does."""
+def check_words_type(table: pa.Table, column: str, source: str) -> None:
+    """Raise a DataError if a column holds anything but lists, perhaps as JSON, and nulls."""
     kind = table.schema.field(column).type
-    fits = is_list(kind) or is_json(kind) if words else is_string(kind)
-    if not (fits or pa.types.is_null(kind)):
-        wanted, allowed = ("words", "lists of strings") if words else ("text", "strings")
+    if not (is_list(kind) or is_json(kind) or pa.types.is_null(kind)):
         raise DataError(
-            source, f"column '{column}' holds {kind}, not {wanted}", allowed=allowed,
+            source, f"column '{column}' holds {kind}, not words", allowed="lists of strings",
             fix="Write its values so, or name another column with --text-column",
         )  # fmt: skip
 

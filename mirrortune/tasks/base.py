@@ -22,7 +22,7 @@ import pyarrow as pa
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mirrortune.data.columns import check_type
+from mirrortune.data.columns import check_text_type, check_words_type
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
 from mirrortune.data.files.arrow import refuse_unreadable
@@ -399,4 +399,5 @@ def check_columns(split: Split, task: Task) -> None:
     refuse_unreadable(split.table, [column for _, column in task.columns()])
     # Rows of a language model, which may be conversations, are read one by one.
     for column in task.text_columns if isinstance(task, TextTask) and not isinstance(task, Answers) else ():
-        check_type(split.table, column, split.source, words=("word", column) in task.columns())
+        check = check_words_type if ("word", column) in task.columns() else check_text_type
+        check(split.table, column, split.source)

@@ -307,7 +307,7 @@ class Task(TextTask, ComparesRows):
 
         if self.label_column is None:
             return references.astype(np.float64)
-        return np.abs(rankdata(predictions) - rankdata(references)) / len(predictions)
+        return np.asarray(np.abs(rankdata(predictions) - rankdata(references)) / len(predictions))
 
     @override
     def narrowed(self, columns: Collection[str]) -> Task:
