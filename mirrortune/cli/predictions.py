@@ -17,6 +17,7 @@ from mirrortune.system.paths import local_path
 
 if TYPE_CHECKING:
     from mirrortune.config.recipe import Layer, Resolved
+    from mirrortune.inference.bank_answers import BankRequest
     from mirrortune.runs.checks import DataSettings
 
 _STDIN = "-"
@@ -31,6 +32,8 @@ def predict(
     task: Annotated[str | None, typer.Option("-t", "--task", metavar="TEXT", help="For a plain model: a shipped task (glue/sst2) or a kind (text-classification, ...).", rich_help_panel="Model and data", show_default=False)] = None,
     text: Annotated[list[str] | None, typer.Option("--text", metavar="TEXT", help="One row in place of --data; twice for a pair.", show_default=False)] = None,
     image: Annotated[str | None, typer.Option("--image", metavar="FILE", help="One image (or recording) in place of --data.", show_default=False)] = None,
+    bank: Annotated[str | None, typer.Option("--bank", metavar="PATH", show_default=False, help="Adapters for the rows, with TARGET as their base: a saved bank, or a folder of adapters.")] = None,
+    adapter_column: Annotated[str | None, typer.Option("--adapter-column", metavar="TEXT", show_default=False, help="Column with the name of each row's adapter in the bank.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="One split of the data, by the data set's own name or train, validation, test; all by default.")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", show_default=False, help="File to make: .csv, .tsv, .jsonl or .parquet; standard output by default.")] = None,
     format: Annotated[Literal["csv", "tsv", "jsonl"], typer.Option("--format", help="Format of standard output.")] = "csv",
@@ -75,7 +78,8 @@ def predict(
         options=PredictOptions(
             top=top, threshold=threshold, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
         ),
-        split=split, force_base=force_base, **_rows(target, resolved, own, text, image),
+        split=split, force_base=force_base, bank=_bank(bank, adapter_column, has_data=text is None and image is None),
+        **_rows(target, resolved, own, text, image),
     )  # fmt: skip
     _print(result, reporter, has_file=file is not None)
 
@@ -108,6 +112,20 @@ def _rows(
         "named": [n for n in columns if _is_named(resolved, own, f"data.{n}") and n != "label_column"],
         "inputs": [*inputs_of(resolved), *bases.inputs_of_targets(target)],
     }
+
+
+def _bank(path: str | None, column: str | None, *, has_data: bool) -> BankRequest | None:
+    """Return the bank that is asked for, if any; ConfigError for one flag without the other, or without a table."""
+    from mirrortune.inference.bank_answers import BankRequest  # noqa: PLC0415
+
+    if path is None and column is None:
+        return None
+    if path is None or column is None:
+        given, missing = ("--bank", "--adapter-column")[:: 1 if column is None else -1]
+        raise ConfigError(given, f"it needs {missing}", fix=f"Give {missing}, or remove {given}")
+    if not has_data:
+        raise ConfigError("--bank", "a row of the command line has no column of adapters", fix="Give rows with --data")
+    return BankRequest(path=local_path(path), column=column)
 
 
 def _check_rows(

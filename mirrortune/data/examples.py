@@ -57,6 +57,11 @@ class Examples(ABC):
     def describe(self) -> str:
         """Return a line on the number of rows, their lengths, and what was cut or left out."""
 
+    @property
+    def row_numbers(self) -> Rows:
+        """Row of the split, among those that were kept, that each of these rows is a part of, shape (N,)."""
+        return np.arange(len(self))
+
     def extremes(self) -> Rows:
         """Return a few rows that include the longest, and those with the largest index of each kind."""
         return np.array([int(self.lengths.argmax())])

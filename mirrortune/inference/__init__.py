@@ -3,6 +3,7 @@
 
 __all__ = [
     "bank",
+    "bank_answers",
     "chat",
     "predict",
     "prediction_rows",

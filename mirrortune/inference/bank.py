@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,6 +146,10 @@ class AdapterBank:
         infinity in the columns that a row does not have: ``logits[i, : bank.num_labels(name)]`` are its own.
         """
         return self._entry(name).structure.num_labels
+
+    def recorded(self, name: str) -> dict[str, Any]:
+        """Return what the file of an adapter says of its training: ``base``, ``task`` and ``max_length``."""
+        return dict(json.loads(self._entry(name).own))
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:

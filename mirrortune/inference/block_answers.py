@@ -19,7 +19,9 @@ from mirrortune.inference.prediction_rows import part_of, with_words
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.evaluate import check_indices, eval_batch
 from mirrortune.runs.load import Evaluable
+from mirrortune.tasks.base import Task
 from mirrortune.tasks.predicting import Predictions, PredictOptions
+from mirrortune.tasks.prompts import Around, unchanged
 from mirrortune.training.evaluate import judge_split
 
 ERROR = "error"
@@ -58,7 +60,7 @@ class BlockAnswers:
         *, own: list[str], has_splits: bool, skips_errors: bool,
     ) -> None:  # fmt: skip
         self.accelerator = accelerator
-        self._found, self._options = found, options
+        self.found, self.options = found, options
         self._target, self._skips_errors, self._has_splits = target, skips_errors, has_splits
         self.own = own
         self._checked = (-1, -1)
@@ -75,7 +77,7 @@ class BlockAnswers:
             on_batch: called with the number of rows after each batch.
         """
         with uncached():
-            columns, errors = self._columns(with_words(rows, self._found.task), first, on_batch)
+            columns, errors = self._columns(with_words(rows, self.found.task), first, on_batch)
         columns = columns or {PREDICTION: [None] * len(errors)}
         if self._has_splits:
             columns[_SPLIT] = [name] * len(errors)
@@ -114,17 +116,24 @@ class BlockAnswers:
         return joined, [error for _, errors in halves for error in errors]
 
     def _answers(self, rows: Split, first: int, on_batch: Callable[[int], None]) -> Predictions:
-        found, options = self._found, replace(self._options, first_row=first)
-        task = found.task
-        examples = task.encode_to_predict(rows, found.processor, self._reading, options)
-        self._check(examples, rows.source)
-        judged = judge_split(found.model, task, examples, _Alone(self.accelerator), **self._batch, on_batch=on_batch)
+        task, options = self.found.task, replace(self.options, first_row=first)
+        examples = task.encode_to_predict(rows, self.found.processor, self._reading, options)
+        judged = self.judge(task, examples, rows, on_batch, unchanged)
         return task.prediction_columns(judged, examples, rows, options)
+
+    def judge(
+        self, task: Task, examples: Examples, rows: Split, on_batch: Callable[[int], None], around: Around
+    ) -> list[Any]:
+        """Run the model on encoded rows; see :func:`judge_split`."""
+        self._check(examples, rows.source)
+        return judge_split(
+            self.found.model, task, examples, _Alone(self.accelerator), **self._batch, on_batch=on_batch, around=around
+        )
 
     def _check(self, examples: Examples, source: str) -> None:
         """Check the indices of a block unless longer rows and larger ids were checked before: it takes a while."""
         largest = max((int(ids.max()) for ids in examples.token_ids() if len(ids)), default=0)
         reach = (int(examples.lengths.max()), largest)
         if any(now > before for now, before in zip(reach, self._checked, strict=True)):
-            check_indices(self._found, examples, self._target, source)
+            check_indices(self.found, examples, self._target, source)
             self._checked = (max(reach[0], self._checked[0]), max(largest, self._checked[1]))

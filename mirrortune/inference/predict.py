@@ -19,6 +19,7 @@ from mirrortune.data.dataset import Split
 from mirrortune.data.files.arrow import is_unreadable, refuse_unreadable
 from mirrortune.data.loose import STDIN
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, PeerError, counted
+from mirrortune.inference.bank_answers import BankAnswers, BankRequest, load_row_adapters
 from mirrortune.inference.block_answers import ERROR, BlockAnswers
 from mirrortune.inference.prediction_file import (
     Parts,
@@ -104,6 +105,7 @@ def predict(
     output: Output,
     options: PredictOptions,
     row: RowRequest | None = None,
+    bank: BankRequest | None = None,
     split: str | None = None,
     is_own_data: bool = False,
     named: Collection[str] = (),
@@ -121,6 +123,7 @@ def predict(
         output: where the answers go.
         options: what is asked of the answers.
         row: one row in place of the data of ``settings``.
+        bank: adapters for the rows; the target is their base.
         split: of the data; None for all of them.
         is_own_data: whether the data is that of the target's own recipe.
         named: settings of columns, such as ``text_columns``, that the user has made; others are looked for by their
@@ -136,26 +139,41 @@ def predict(
     output.check()
     accelerator = make_accelerator(settings.model.precision)
     reporter.is_main = accelerator.is_main_process
-    adapter_folder = find_target(target, settings, force_base=force_base, needs_data=row is None)
+    adapter_folder = _adapter_of(target, settings, bank, force_base=force_base, needs_data=row is None)
     with ExitStack() as held:
         if (parts := output.parts()) is not None:
-            sync.from_main(accelerator, functools.partial(_claim, held, parts, output, inputs))
+            read = [*inputs, *([] if bank is None else [Input("adapter", bank.path)])]
+            sync.from_main(accelerator, functools.partial(_claim, held, parts, output, read))
         rows = _open(settings, row, split, accelerator)
         settings = _for_rows(settings, rows, named)
-        found = load_target(
+        adapters = None if bank is None else load_row_adapters(target, settings, bank, accelerator.device)
+        found = adapters.base if adapters is not None else load_target(
             target, adapter_folder, settings, rows.data, reporter, force_base=force_base, is_labelled=False
-        )
+        )  # fmt: skip
         rows, task = rows.fitted(found.task, reporter, are_named=bool(named))
         rows = rows.of_split(split, settings.data, task, is_own_data=is_own_data)
         found = replace(found, task=task)
         options.check(task.kind, task.prediction_options())
         found.model.to(accelerator.device)
-        answers = BlockAnswers(
+        if adapters is not None:
+            adapters.prepare(task, None if output.skips_errors else rows.data)
+        answers = (BlockAnswers if adapters is None else functools.partial(BankAnswers, adapters=adapters))(
             target, found, settings, options, accelerator, own=_kept(rows, output, reporter),
             has_splits=len(rows.data.splits) > 1, skips_errors=output.skips_errors,
         )  # fmt: skip
-        facts = _facts(target, adapter_folder, found, options) | {"data": rows.data.origin}
+        facts = _facts(target, adapter_folder, found, options) | {"data": rows.data.origin} | _facts_of_bank(bank)
         return _PredictionLoop(answers, rows, reporter, output, parts).run(facts)
+
+
+def _adapter_of(
+    target: str, settings: EvaluationSettings, bank: BankRequest | None, *, force_base: bool, needs_data: bool
+) -> Path | None:
+    """Return the adapter folder of a target, None for a model; see :func:`find_target`."""
+    if bank is None:
+        return find_target(target, settings, force_base=force_base, needs_data=needs_data)
+    if force_base:
+        raise ConfigError("--force-base", "a bank takes adapters of its base alone", fix="Remove it")
+    return None
 
 
 def _claim(held: ExitStack, parts: Parts, output: Output, inputs: Sequence[Input]) -> None:
@@ -225,6 +243,16 @@ def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: 
         "length": found.max_length,
         "options": asdict(options),
     }
+
+
+def _facts_of_bank(bank: BankRequest | None) -> dict[str, Any]:
+    """Return what tells the adapters of a bank from others; empty without one."""
+    if bank is None:
+        return {}
+    path = bank.path
+    files = [path] if path.is_file() else sorted((*path.rglob("adapter.json"), *path.rglob("adapter.safetensors")))
+    found = {str(file.relative_to(path)): _fingerprint(file) for file in files}
+    return {"bank": found, "column of adapters": bank.column}
 
 
 def _fingerprint(file: Path) -> list[Any]:

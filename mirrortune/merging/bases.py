@@ -128,6 +128,15 @@ def load_adapted(
     return model.eval()
 
 
+def load_unadapted(adapter: AdapterFile, source: ModelSource, task: Task | None, pad_token_id: int | None) -> nn.Module:
+    """Load the base model of ``adapter`` as it was trained on, for adapters that are attached later."""
+    check_class(adapter)
+    arguments = adapter.base["auto_class"], config_fields(adapter, task), DTYPES[adapter.base["dtype"]], pad_token_id
+    model = load_model(source, *arguments).model
+    widen(model, adapter.head)
+    return model
+
+
 def load_plain(source: ModelSource, *arguments: Any) -> nn.Module:
     """Load a model as :func:`mirrortune.models.load.load_model` does, and dequantise it."""
     model = load_model(source, *arguments).model

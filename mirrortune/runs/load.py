@@ -16,14 +16,14 @@ import pyarrow as pa
 from torch import Tensor, nn
 
 from mirrortune.adapters.factor_cache import FactorCache
-from mirrortune.adapters.files.adapter_file import read_adapter
+from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_pairs
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.targets import Target, Targets, complete_targets
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.errors import ConfigError
-from mirrortune.merging.bases import load_adapted
+from mirrortune.merging.bases import load_adapted, load_unadapted
 from mirrortune.models.load import (
     DTYPES,
     LoadedModel,
@@ -304,7 +304,7 @@ def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[
         raise ConfigError(
             str(adapter_folder), "the adapter was saved outside a task", fix="Merge it and evaluate the merged model"
         )
-    task = _run_task(adapter.task, settings.task)
+    task = task_of_run(adapter.task, settings.task)
     name = settings.model.name or adapter.base.get("name")
     if name is None:
         raise ConfigError(str(adapter_folder), "the adapter does not say what its base is", fix="Name it with --model")
@@ -326,7 +326,34 @@ def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[
     return Evaluable(model=model, task=task, processor=processor, max_length=max_length, note=note)
 
 
-def _run_task(stored: dict[str, Any], request: TaskRequest) -> Task:
+def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings) -> Evaluable:
+    """Load the model ``target`` as the base of an adapter, which is not attached, with the adapter's task.
+
+    Args:
+        adapter: gives dtype, class and task.
+        target: folder or Hub id of the base.
+        settings: columns and length, where they are named.
+
+    Raises:
+        ConfigError: the adapter was saved outside a task.
+    """
+    if adapter.task is None:
+        raise ConfigError(str(adapter.folder), "the adapter was saved outside a task", fix="Use it in Python")
+    task, place = task_of_run(adapter.task, settings.task), hub_place(target)
+    source = find_model(
+        place.repository, revision=place.revision or settings.model.revision,
+        trust_remote_code=settings.model.trust_remote_code, load_in=adapter.base.get("load_in"),
+    )  # fmt: skip
+    processor = task.load_processor(source)
+    model = load_unadapted(adapter, source, task, pad_token_id(processor))
+    if is_slow(DTYPES[adapter.base["dtype"]], default_device()) and not source.is_quantised:
+        model = model.float()
+    asked = settings.data.max_length or adapter.extra.get("max_length")
+    max_length = task.resolve_length(asked, processor, source.config)
+    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length)
+
+
+def task_of_run(stored: dict[str, Any], request: TaskRequest) -> Task:
     """Return the task that an adapter was trained for, with the columns that are named now."""
     if request.kind not in (None, stored["kind"]):
         raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {request.kind}")

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,14 @@ from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.token_cache import ragged
 from mirrortune.errors import DataError
 from mirrortune.tasks.predicting import Predictions, PredictOptions
+
+Around = Callable[[Rows, int], AbstractContextManager[None]]
+"""(rows of the examples, number of rows of the model's batch) -> what is entered while the model computes them."""
+
+
+def unchanged(rows: Rows, count: int) -> AbstractContextManager[None]:
+    """Enter nothing: the model computes all rows as it is."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +47,7 @@ class PromptExamples(TokenExamples):
         max_new_tokens: longest text that is generated, in tokens.
         stops: tokens that end a text; empty for those of the model.
         is_continued: whether the model continues the prompt, rather than reads it by an encoder.
+        numbers: number of each row in sampling, (N,); None to count from ``options.first_row``.
     """
 
     tokenizer: Any
@@ -45,6 +55,7 @@ class PromptExamples(TokenExamples):
     max_new_tokens: int
     stops: tuple[int, ...] = ()
     is_continued: bool
+    numbers: Rows | None = None
 
     @property
     @override
@@ -59,23 +70,25 @@ class PromptExamples(TokenExamples):
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
-    def generate(self, model: Any, rows: Rows) -> list[Written]:
+    def generate(self, model: Any, rows: Rows, around: Around = unchanged) -> list[Written]:
         """Generate a text for each of the given rows; a text does not depend on the rows beside it."""
         room = self._room(model, rows)
         found: dict[int, Written] = {}
         for most in np.unique(room):  # one value, unless prompts reach the end of the model's positions
             here = rows[room == most]
-            found |= dict(zip(here.tolist(), self._generate(model, here, int(most)), strict=True))
+            with around(here, len(here)):
+                found |= dict(zip(here.tolist(), self._generate(model, here, int(most)), strict=True))
         return [found[row] for row in rows.tolist()]
 
     def _generate(self, model: Any, rows: Rows, max_new_tokens: int) -> list[Written]:
         device = next(model.parameters()).device
         batch = {name: values.to(device) for name, values in self.batch(rows).items()}
         stops = self.stops or _own_stops(model)
+        numbers = self.options.first_row + rows if self.numbers is None else self.numbers[rows]
         made = model.generate(
             **batch, max_new_tokens=max_new_tokens, num_beams=1, do_sample=False, use_cache=True,
             eos_token_id=list(stops) or None, pad_token_id=self.padding.fill["input_ids"],
-            logits_processor=[RowSampler(self.options, rows)] if self.options.is_sampled else None,
+            logits_processor=[RowSampler(self.options, numbers)] if self.options.is_sampled else None,
         )  # fmt: skip
         begin = batch["input_ids"].shape[1] if self.is_continued else 1
         return [_until(ids, stops) for ids in made[:, begin:].tolist()]
@@ -103,14 +116,14 @@ class RowSampler(LogitsProcessor):
     transformers draws for a whole batch at once, so that a row's text would depend on the rows beside it.
 
     Args:
-        options: temperature, top_p, seed, and number of the first row.
-        rows: number of each row of the batch, (B,).
+        options: temperature, top_p and seed.
+        numbers: of the rows of the batch among all rows, (B,).
     """
 
-    def __init__(self, options: PredictOptions, rows: Rows) -> None:
+    def __init__(self, options: PredictOptions, numbers: Rows) -> None:
         self._temperature = 1.0 if options.temperature is None else options.temperature
         self._top_p = 1.0 if options.top_p is None else options.top_p
-        self._draws = [np.random.default_rng([options.seed, options.first_row + row]) for row in rows.tolist()]
+        self._draws = [np.random.default_rng([options.seed, number]) for number in numbers.tolist()]
 
     @override
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mirrortune.data.examples import Batch, Examples, Rows
 from mirrortune.data.loader import forward, made_ahead, pinned
@@ -22,7 +22,7 @@ from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.answered_rows import AnsweredExamples
 from mirrortune.tasks.base import ComparesRows, Task, scores_vocabulary
 from mirrortune.tasks.metrics import score
-from mirrortune.tasks.prompts import PromptExamples
+from mirrortune.tasks.prompts import Around, PromptExamples, unchanged
 
 _Scored = tuple[Rows, list[Any], float, int]
 """Rows, what the task kept of each, their summed loss, and its number of items."""
@@ -107,18 +107,19 @@ def judge_split(
     num_workers: int = 0,
     on_batch: Callable[[int], None] | None = None,
     should_stop: Callable[[], object] | None = None,
+    around: Around = unchanged,
 ) -> list[Any]:
     """Return what the task keeps of the model's outputs for every row, in the order of ``examples``.
 
-    The arguments are those of :func:`evaluate_split`; ``examples`` are those of ``Task.encode_to_predict``. The result
-    is the same on all ranks.
+    The arguments are those of :func:`evaluate_split`; ``examples`` are those of ``Task.encode_to_predict``, and
+    ``around`` is entered while the model computes a batch. The result is the same on all ranks.
 
     Raises:
         EvaluationStoppedError: ``should_stop`` returns true.
     """
     found = _scored(
         model, task, examples, accelerator, batch_size=batch_size, max_positions=max_positions,
-        num_workers=num_workers, on_batch=on_batch, should_stop=should_stop,
+        num_workers=num_workers, on_batch=on_batch, should_stop=should_stop, around=around,
     )  # fmt: skip
     return _in_order(found, examples)
 
@@ -127,6 +128,7 @@ def judge_split(
 def _scored(
     model: nn.Module, task: Task, examples: Examples, accelerator: Any, *, batch_size: int, max_positions: int | None,
     num_workers: int, on_batch: Callable[[int], None] | None, should_stop: Callable[[], object] | None,
+    around: Around = unchanged,
 ) -> list[_Scored]:  # fmt: skip
     """Run the model on all rows, and gather what the ranks found."""
     was_training = model.training
@@ -138,7 +140,7 @@ def _scored(
             for rows, batch in batches:
                 if should_stop is not None and should_stop():
                     raise EvaluationStoppedError
-                scored = _score(model, task, examples, rows, batch, accelerator)
+                scored = _score(model, task, examples, rows, batch, accelerator, around)
                 if len(rows):
                     found.append((rows, *scored))
                 if on_batch:
@@ -175,14 +177,15 @@ def _batches(
 
 
 def _score(
-    model: nn.Module, task: Task, examples: Examples, rows: Rows, batch: Batch, accelerator: Any
+    model: nn.Module, task: Task, examples: Examples, rows: Rows, batch: Batch, accelerator: Any, around: Around
 ) -> tuple[list[Any], float, int]:
     # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
     unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
     with unconverted, Sharding.of(accelerator).autocast():
         if isinstance(examples, PromptExamples):
-            return examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64)), 0.0, 0
-        inputs, outputs, targets = forward(model, batch, accelerator.device)
+            return examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64), around), 0.0, 0
+        with around(rows, next(len(v) for k, v in batch.items() if isinstance(v, Tensor) and k != "targets")):
+            inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = list(task.judge(model, inputs, outputs, targets))
         if isinstance(examples, AnsweredExamples):
             # The ranks of a sharded model generate together, those without rows too.

@@ -41,6 +41,17 @@ Answer = tuple[str, int]  # text, and its first character in the context (-1 if 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowExamples(TokenExamples):
+    """Windows of questions; ``references`` says which belong together."""
+
+    @property
+    @override
+    def row_numbers(self) -> Rows:
+        counts = self.references.counts
+        return np.repeat(np.arange(len(counts)), counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task(TextTask):
     """Extraction of an answer from a context.
 
@@ -143,7 +154,7 @@ class Task(TextTask):
             split=split, columns=(self.text_columns[1], self.label_column), counts=counts,
             starts=arrays.pop("starts"), ends=arrays.pop("ends"), offsets=offsets,
         )  # fmt: skip
-        return TokenExamples(
+        return WindowExamples(
             features=arrays,
             offsets=offsets,
             targets=np.stack([arrays.pop("first"), arrays.pop("last")], axis=1).astype(np.int64),

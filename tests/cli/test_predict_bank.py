@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""predict --bank: each row is answered by its own adapter, as that adapter answers it alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirrortune.inference.bank import AdapterBank
+from tests.cli.console import mirrortune
+from tests.tiny_models import WORDS, write_tiny_causal
+
+Rows = list[dict[str, Any]]
+SHOPS = {"4": ("bad", "good"), "17": ("cheap", "dear", "fair"), "23": ("bad", "good")}
+FLAGS = ("--adapter-column", "shop", "--format", "jsonl", "-q")
+
+
+def write(path: Path, rows: Rows) -> Path:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def told(*words: object) -> Rows:
+    """The rows that predict writes to standard output."""
+    outcome = mirrortune("predict", *words)
+    assert outcome.exit_code == 0, outcome.stderr
+    return [json.loads(line) for line in outcome.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder of a run for each shop, two of which have the same classes."""
+    folder, draw = tmp_path_factory.mktemp("shops"), random.Random(0)
+    cache = tmp_path_factory.mktemp("cache")
+    for number, (shop, labels) in enumerate(SHOPS.items()):
+        texts = [f"the film was {draw.choice(WORDS)} and {draw.choice(WORDS)}" for _ in range(24)]
+        rows = [{"text": text, "label": labels[i % len(labels)]} for i, text in enumerate(texts)]
+        data = write(folder.parent / f"{folder.name}-{shop}.jsonl", rows)
+        flags = ["-m", tiny_model_dir, "-t", "text-classification", "-d", data, "--epochs", 1, "--batch-size", 8]
+        flags += ["--head-lr", "1e-1", "--seed", number, "--method", ("mirror", "psoft", "mirror")[number]]
+        trained = mirrortune("train", *flags, "-o", folder / "run" / shop, "-q", cache=cache)
+        assert trained.exit_code == 0, trained.stderr
+    return folder / "run"
+
+
+def rows_of_shops(count: int = 17) -> Rows:
+    """Rows of all shops."""
+    draw = random.Random(1)
+    return [{"text": f"it was {draw.choice(WORDS)} {draw.choice(WORDS)}", "shop": int(draw.choice([*SHOPS]))}
+            for _ in range(count)]  # fmt: skip
+
+
+def test_rows_are_answered_as_by_their_adapters_alone(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
+    rows = rows_of_shops()
+    data = write(desk / "rows.jsonl", rows)
+    found = told(tiny_model_dir, "--bank", shops, "-d", data, "--top", 3, *FLAGS)
+    assert [row["shop"] for row in found] == [row["shop"] for row in rows]
+    assert len({row["prediction"] for row in found}) > 2
+    for shop, labels in SHOPS.items():
+        own = [row for row in found if str(row["shop"]) == shop]
+        asked = write(desk / f"{shop}.jsonl", [row for row in rows if str(row["shop"]) == shop])
+        alone = told(shops / shop, "-d", asked, "--top", 3, "--format", "jsonl", "-q")
+        for one, other in zip(own, alone, strict=True):
+            assert one["prediction"] in labels
+            assert one["prediction"] == other["prediction"]
+            assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+            assert one.get("prediction_3") == other.get("prediction_3")
+
+
+def test_a_saved_bank_answers_as_its_folder(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    bank = AdapterBank.load(AutoModelForSequenceClassification.from_pretrained(tiny_model_dir), shops)
+    bank.save(desk / "bank.safetensors")
+    data = write(desk / "rows.jsonl", rows_of_shops(5))
+    of_file, of_folder = (told(tiny_model_dir, "--bank", place, "-d", data, *FLAGS)
+                          for place in (desk / "bank.safetensors", shops))  # fmt: skip
+    assert of_file == of_folder
+
+
+def test_all_rows_without_an_adapter_are_named_before_anything_is_answered(
+    shops: Path, tiny_model_dir: Path, desk: Path
+) -> None:
+    rows = rows_of_shops(6)
+    for row, shop in ((1, "9"), (3, ""), (4, "x"), (5, "9")):
+        rows[row]["shop"] = shop
+    data = write(desk / "rows.jsonl", [{**row, "shop": str(row["shop"])} for row in rows])
+    words = ("predict", tiny_model_dir, "--bank", shops, "-d", data, *FLAGS)
+    refused = mirrortune(*words)
+    assert refused.exit_code == 3
+    assert refused.stdout == ""
+    assert "the bank has no adapter '9' (lines 2, 6), 'x' (line 5)" in refused.said
+    assert "no adapter is named in line 4, and the base has no head for this task" in refused.said
+    assert "Allowed: 17, 23, 4" in refused.said
+    skipped = told(*words[1:], "--on-error", "skip")
+    assert [row["prediction"] is None for row in skipped] == [False, True, False, True, True, True]
+    assert "no adapter 'x'" in skipped[4]["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--bank", "BANK", "-d", "rows.jsonl"], 2, "--bank: it needs --adapter-column"),
+        (["--adapter-column", "shop", "-d", "rows.jsonl"], 2, "--adapter-column: it needs --bank"),
+        (["--bank", "BANK", "--adapter-column", "shop", "--text", "a"], 2, "no column of adapters"),
+        (["--bank", "BANK", "--adapter-column", "shp", "-d", "rows.jsonl"], 3, "Did you mean 'shop'?"),
+        (["--bank", "BANK", "--adapter-column", "shop", "-d", "rows.jsonl", "--force-base"], 2, "--force-base"),
+        (["--bank", "nowhere", "--adapter-column", "shop", "-d", "rows.jsonl"], 2, "no adapters are there"),
+        (["--bank", "BANK", "--adapter-column", "shop", "-d", "rows.jsonl", "--threshold", 0.5], 2, "--threshold"),
+        (["-t", "regression", "--bank", "BANK", "--adapter-column", "shop", "-d", "rows.jsonl"], 2, "--task"),
+    ],
+)
+def test_what_a_bank_cannot_answer_is_refused(
+    shops: Path, tiny_model_dir: Path, desk: Path, words: list[object], code: int, said: str
+) -> None:
+    write(desk / "rows.jsonl", rows_of_shops(2))
+    refused = mirrortune("predict", tiny_model_dir, *[shops if word == "BANK" else word for word in words])
+    assert (refused.exit_code, refused.stdout) == (code, "")
+    assert said in refused.said
+
+
+def test_an_adapter_is_no_base_of_a_bank(shops: Path, desk: Path) -> None:
+    data = write(desk / "rows.jsonl", rows_of_shops(2))
+    refused = mirrortune("predict", shops / "4", "--bank", shops, "-d", data, *FLAGS)
+    assert refused.exit_code == 2
+    assert "holds an adapter of its own" in refused.said
+
+
+def test_the_bank_is_never_the_output(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
+    data = write(desk / "rows.jsonl", rows_of_shops(2))
+    inside = shops / "4" / "adapter" / "answers.csv"
+    refused = mirrortune(
+        "predict", tiny_model_dir, "--bank", shops, "-d", data, "--adapter-column", "shop", "-o", inside
+    )
+    assert refused.exit_code == 2
+    assert not inside.exists()
+
+
+@pytest.mark.slow
+def test_prompts_are_answered_by_the_base_where_no_adapter_is_named(
+    desk: Path, make_poets: Callable[[Path], Path]
+) -> None:
+    model = make_poets(desk)
+    rows: Rows = [
+        {"prompt": text, "poet": poet} for text, poet in (("a", "b"), ("the film", None), ("so", "a"), ("a", "a"))
+    ]
+    flags = ("--format", "jsonl", "-q", "--max-new-tokens", 6)
+    found = told(
+        model, "--bank", desk / "poets", "-d", write(desk / "rows.jsonl", rows), "--adapter-column", "poet", *flags
+    )
+    sampled = told(model, "--bank", desk / "poets", "-d", desk / "rows.jsonl", "--adapter-column", "poet", *flags,
+                   "--temperature", 1.0, "--batch-size", 1)  # fmt: skip
+    for poet in ("a", "b"):
+        own = write(desk / f"{poet}.jsonl", [{"prompt": row["prompt"]} for row in rows])
+        alone = told(desk / "poets" / poet, "-d", own, *flags)
+        drawn = told(desk / "poets" / poet, "-d", own, *flags, "--temperature", 1.0)
+        for number, row in enumerate(rows):
+            if row["poet"] == poet:
+                assert found[number]["prediction"] == alone[number]["prediction"]
+                assert sampled[number]["prediction"] == drawn[number]["prediction"]
+    assert isinstance(found[1]["prediction"], str)
+
+
+@pytest.fixture
+def make_poets() -> Callable[[Path], Path]:
+    """Trains two adapters of a language model into ``poets``, and returns the model."""
+
+    def made(desk: Path) -> Path:
+        model = write_tiny_causal(desk / "lm", template=None)
+        for poet in ("a", "b"):
+            rows = [{"prompt": word, "completion": poet * 3} for word in WORDS[:16]]
+            flags = [
+                "-m",
+                model,
+                "-t",
+                "causal-lm",
+                "-d",
+                write(desk / f"{poet}.jsonl", rows),
+                "--epochs",
+                2,
+                "--lr",
+                "3e-2",
+            ]
+            assert mirrortune("train", *flags, "-o", desk / "runs" / poet, "-q").exit_code == 0
+            shutil.copytree(desk / "runs" / poet / "adapter", desk / "poets" / poet)
+        return model
+
+    return made
