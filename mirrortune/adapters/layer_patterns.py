@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import regex
 
@@ -47,6 +47,36 @@ def fits(expression: str, name: str, where: str) -> bool:
             where, f"'{expression[:200]}' takes over {_SECONDS:g} s on '{name}'",
             fix="Write it without nested repetitions",
         ) from error  # fmt: skip
+
+
+def in_blocks(names: Collection[str], blocks: Mapping[str, int], wanted: Sequence[int | str]) -> set[str]:
+    """Return the layers that lie in the wanted blocks of a model, such as its transformer layers.
+
+    Args:
+        names: of layers.
+        blocks: name of a list of blocks -> their number; a layer belongs to the outermost list that holds it.
+        wanted: numbers of blocks from 0, and ``last N``; in an encoder-decoder, of both.
+
+    Raises:
+        ConfigError: no list has a wanted block.
+    """
+    of_lists: dict[str, dict[str, int]] = {}
+    for name in names:
+        outer = next((n for n in sorted(blocks, key=len) if name.startswith(f"{n}.")), None)
+        if outer is not None and (index := name.removeprefix(f"{outer}.").partition(".")[0]).isdecimal():
+            of_lists.setdefault(outer, {})[name] = int(index)
+    found: set[str] = set()
+    most = max((blocks[outer] for outer in of_lists), default=0)
+    for entry in wanted:
+        number = int(str(entry).removeprefix("last "))
+        if number >= most + isinstance(entry, str):
+            allowed = f"0 to {most - 1}, or up to last {most}" if most else None
+            raise ConfigError("adapter.layers", f"got {entry!r}, the model has {most} blocks", allowed=allowed)
+        for outer, layers in of_lists.items():
+            first = blocks[outer] - number if isinstance(entry, str) else number
+            last = blocks[outer] - 1 if isinstance(entry, str) else number
+            found |= {name for name, index in layers.items() if first <= index <= last}
+    return found
 
 
 def alternatives(pattern: str) -> list[str]:

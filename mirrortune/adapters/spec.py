@@ -38,6 +38,7 @@ class AdapterSpec:
     strategy: Strategy | None = None
     options: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[int | str, ...] | None = None
 
     @property
     def preset(self) -> Preset:
@@ -79,8 +80,12 @@ class AdapterSpec:
         return replace(self, pairing=pairing, options=own | self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settled fields as JSON data; of listed pairs, which adapters store as tensors, only the name."""
+        """Return the settled fields as JSON data; of listed pairs, which adapters store as tensors, only the name.
+
+        Without ``layers``: adapters list the names of theirs.
+        """
         found = asdict(self.settled())
+        del found["layers"]
         return found if self.pair_lists is None else {**found, "pairing": self.resolved_pairing}
 
 
@@ -126,7 +131,9 @@ def check_spec(spec: AdapterSpec) -> None:
     if chosen.peft is not None:  # its options are checked against PEFT's by peft_bridge.options.check_options
         errors += _peft_errors(spec, chosen.peft)
     elif chosen.core is None:
-        ignored = {"rank": spec.rank, "pairing": spec.pairing, "options": spec.options or None}
+        ignored = {
+            "rank": spec.rank, "pairing": spec.pairing, "options": spec.options or None, "layers": spec.layers,
+        }  # fmt: skip
         errors += [
             ConfigError(f"adapter.{key}", f"method '{spec.method}' has no {key}, got {value!r}", fix="Remove it")
             for key, value in ignored.items()

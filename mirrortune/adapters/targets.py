@@ -29,7 +29,7 @@ from mirrortune.adapters.kinds import (
     is_plain,
     plain_dtype,
 )
-from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, matches, no_match
+from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, in_blocks, matches, no_match
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.pairings.listed import check_fit
 from mirrortune.adapters.spec import AdapterSpec
@@ -247,9 +247,7 @@ def find_targets(
         }
         candidates = {name: c for name, c in candidates.items() if c.is_peft}
     if stored is None:
-        wanted = _choose(candidates, spec.target_modules)
-        if not wanted:
-            raise _nothing(spec.target_modules, candidates, skipped)
+        wanted = _wanted(model, spec, candidates, skipped)
     else:
         wanted = {name for name in stored if name in candidates}
     ranks, clipped = _ranks(spec, {n: candidates[n].layout.matrix_shape for n in candidates if n in wanted})
@@ -267,6 +265,23 @@ def find_targets(
     }
     skipped |= {name: _why_not(c) for name, c in candidates.items() if name not in wanted and not _is_default(c)}
     return Targets(layers=layers, head=head, plain=plain, skipped=skipped, clipped=clipped)
+
+
+def _wanted(model: nn.Module, spec: AdapterSpec, candidates: dict[str, Candidate], skipped: dict[str, str]) -> set[str]:
+    """Return the names of the layers that the settings choose; those of other blocks are added to ``skipped``."""
+    wanted = _choose(candidates, spec.target_modules)
+    if not wanted:
+        raise _nothing(spec.target_modules, candidates, skipped)
+    if spec.layers is None:
+        return wanted
+    lists = nn.ModuleList | nn.Sequential
+    blocks = {name: len(module) for name, module in model.named_modules() if isinstance(module, lists)}
+    chosen = wanted & in_blocks(list(candidates), blocks, spec.layers)
+    if not chosen:
+        problem = f"no layer of '{spec.target_modules}' lies in blocks {list(spec.layers)}"
+        raise ConfigError("adapter.layers", problem, fix="Choose other blocks, or leave it out")
+    skipped |= dict.fromkeys((name for name in candidates if name in wanted - chosen), "outside adapter.layers")
+    return chosen
 
 
 def complete_targets(targets: Targets, model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str]) -> Targets:

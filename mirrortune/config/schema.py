@@ -39,6 +39,8 @@ class ModelSection(_Section):
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = None
     """How attention is computed, by transformers' name; the model's own choice (mostly sdpa) by default. The same but
     for rounding."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Probability of every dropout of the base model in training; the model's own by default."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Dangerous: it runs with your rights. Only the command line permits
     it, by --trust-remote-code or model.trust_remote_code=true; true in a recipe file is refused."""
@@ -135,6 +137,9 @@ Parts = typing.Annotated[int, Field(ge=2)]
 Sizes = typing.Annotated[tuple[typing.Annotated[int, Field(ge=1)], ...], Field(min_length=2)]
 
 
+Block = typing.Annotated[int, Field(ge=0)] | typing.Annotated[str, Field(pattern=r"^last [1-9][0-9]*$")]
+
+
 class Interleaved(_Section):
     """A fused layer whose parts follow each other again and again."""
 
@@ -164,6 +169,9 @@ class AdapterSection(_Section):
     """Adaptive pairing: steps of the head alone before gradients are measured; the head is then put back."""
     target_modules: str = "all-linear"
     """Regular expression for the names of the layers to adapt, from any dot on; all-linear for all."""
+    layers: tuple[Block, ...] | None = Field(default=None, min_length=1)
+    """Blocks of the model whose layers are adapted, by number from 0 or as "last N": [0, 1, last 4]; all by default,
+    with the layers outside of any block."""
     split: dict[str, Parts | Sizes | Interleaved] = Field(default_factory=dict)
     """Fused layers whose parts get bases of their own, by a regular expression for their names: {c_attn: 3},
     {qkv_proj: [4, 1, 1]}, or {query_key_value: {parts: 3, repeat: 12}} where each of 12 heads has its own three."""

@@ -17,6 +17,7 @@ from mirrortune.config.schema import Recipe
 from mirrortune.data.dataset import Split
 from mirrortune.data.stream import stream_problems
 from mirrortune.errors import ConfigError, unknown_name
+from mirrortune.models.dropout import with_dropout
 from mirrortune.models.load import ModelSource, find_model
 from mirrortune.registry import task_kinds
 from mirrortune.system.compiler import check_compiler
@@ -42,6 +43,7 @@ class ModelRequest:
     load_in: str | None
     attention: str | None
     trust_remote_code: bool
+    dropout: float | None
     precision: str
 
     def find(self) -> ModelSource:
@@ -50,7 +52,8 @@ class ModelRequest:
         found = find_model(
             self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, load_in=self.load_in
         )
-        return replace(found, attention=self.attention)
+        found = replace(found, attention=self.attention)
+        return found if self.dropout is None else with_dropout(found, self.dropout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +223,7 @@ def _adapter_spec(recipe: Recipe) -> AdapterSpec:
         strategy=None if section.strategy == "auto" else section.strategy,
         options=dict(section.options),
         split=section.model_dump(mode="json")["split"],
+        layers=section.layers,
     )
     return as_asked(spec)
 

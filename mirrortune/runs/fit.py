@@ -142,6 +142,7 @@ class Stage:
             step.spec.to_dict(),
             shapes,
         ]
+        known += [list(step.spec.layers)] if step.spec.layers is not None else []
         known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
         known.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
         known.append(getattr(getattr(self.model, "config", None), "_attn_implementation", None))

@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""layer_patterns: patterns that would take years."""
+"""layer_patterns: patterns that would take years, and blocks of a model."""
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from mirrortune.adapters.layer_patterns import fits, matches
+import pytest
+import torch
+
+from mirrortune.adapters.files.adapter_file import read_adapter
+from mirrortune.adapters.files.load import load_into
+from mirrortune.adapters.layer_patterns import fits, in_blocks, matches
 from mirrortune.adapters.peft_bridge.options import spelt_out
+from mirrortune.adapters.spec import AdapterSpec, check_spec
+from mirrortune.adapters.svd import factorize
 from mirrortune.errors import ConfigError
+from tests import tiny_runs
+from tests.tiny_models import tiny_bert
 
 NAME = "bert.encoder.layer.0.attention.self.query.weight"
 ENDLESS = "".join(f"(?P<g{i}>.*)" for i in range(8)) + "".join(f"(?P=g{i})" for i in range(7)) + "[0-9]"
@@ -40,3 +50,42 @@ def test_other_patterns_match_as_before() -> None:
     assert not matches(NAME, NESTED, "x")
     with pytest.raises(ConfigError, match="not a regular expression"):
         matches(NAME, "(", "x")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ((0,), {"enc.layer.0.q", "dec.layer.0.q"}),
+        (("last 1",), {"enc.layer.2.q", "dec.layer.1.q"}),
+        ((0, "last 1"), {"enc.layer.0.q", "enc.layer.2.q", "dec.layer.0.q", "dec.layer.1.q"}),
+        ((2,), {"enc.layer.2.q"}),
+        (("last 3",), {f"{part}.layer.{i}.q" for part, count in (("enc", 3), ("dec", 2)) for i in range(count)}),
+    ],
+)
+def test_layers_are_chosen_by_their_blocks(wanted: tuple[int | str, ...], expected: set[str]) -> None:
+    blocks = {"enc.layer": 3, "dec.layer": 2, "enc.layer.0.experts": 9}
+    names = [f"enc.layer.{i}.q" for i in range(3)] + [f"dec.layer.{i}.q" for i in range(2)] + ["pooler.dense"]
+    assert in_blocks(names, blocks, wanted) == expected
+
+
+@pytest.mark.parametrize("wanted", [3, "last 4"])
+def test_a_block_that_no_list_has_is_refused(wanted: int | str) -> None:
+    with pytest.raises(ConfigError, match=r"got .*the model has 3 blocks. Allowed: 0 to 2, or up to last 3"):
+        in_blocks(["a.layer.0.q"], {"a.layer": 3}, (wanted,))
+
+
+def test_an_adapter_of_some_blocks_is_saved_by_their_names(tmp_path: Path) -> None:
+    adapted = tiny_runs.adapt(AdapterSpec(layers=("last 1",)))
+    names = list(adapted.book.entries)
+    assert names
+    assert all(name.startswith("bert.encoder.layer.1.") for name in names)
+    read = read_adapter(adapted.save(tmp_path / "a"))
+    assert "layers" not in json.loads((tmp_path / "a/adapter.json").read_text())["adapter"]
+    model = tiny_bert()
+    load_into(model, read, lambda name, matrix, rank: factorize(matrix, rank, name=name))
+    assert torch.equal(tiny_runs.logits(model), adapted.logits())
+
+
+def test_blocks_are_refused_where_nothing_is_adapted() -> None:
+    with pytest.raises(ConfigError, match="method 'full' has no layers"):
+        check_spec(AdapterSpec(method="full", layers=(0,)))

@@ -54,6 +54,7 @@ FIXED = {
     "train.gradient_checkpointing": "true", "train.seed": "9", "train.eval_every_steps": "9", "train.patience": "9",
     "train.class_weights": "balanced", "train.label_smoothing": "0.1", "train.balance": "true",
     "eval.protocol": "split-dev", "eval.max_new_tokens": "9", "eval.max_rows": "9",
+    "model.dropout": "0.2", "adapter.layers": "[0, last 2]",
     "train.warmup_steps": "3", "train.min_lr_ratio": "0.1", "train.num_cycles": "3", "train.decay_ratio": "0.5",
     "train.optimizer": "sgd", "train.betas": "[0.8, 0.9]", "train.eps": "1e-6", "train.momentum": "0.8",
     "train.neftune_alpha": "5",
