@@ -188,7 +188,9 @@ def _saved_recipe(layer: Layer) -> Recipe:
         layer.values[section].pop(key, None)
     if str(_setting(layer.values, "adapter", "pairing")).endswith(".json"):
         where = layer.place(("adapter", "pairing"))
-        raise ConfigError(where, "a run's recipe holds pairs themselves, and no name of a file", fix="Restore the file")
+        raise ConfigError(
+            where, "the recipe of a run lists the pairs, it does not name a file of them", fix="Restore the file"
+        )
     return resolve([layer]).recipe
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows to predict that are no data set: standard input, and folders of images or recordings without classes."""
+"""Rows to predict that do not form a data set: standard input, and folders of images or recordings without classes."""
 
 from __future__ import annotations
 

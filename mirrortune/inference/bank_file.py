@@ -122,10 +122,10 @@ def open_bank(path: Path) -> Mapping[str, StoredAdapter]:
 def save_bank(path: Path, entries: Mapping[str, Entry]) -> None:
     """Write adapters into one file; see :meth:`mirrortune.AdapterBank.save`."""
     if path.suffix != _SUFFIX:
-        raise ConfigError("save", f"'{path}' is no name of such a file", allowed=f"a name that ends in {_SUFFIX}")
+        raise ConfigError("save", f"'{path}' is not the name of a bank", allowed=f"a name that ends in {_SUFFIX}")
     check_file(path, [], "save")
     if path.exists() and not _is_bank(path):
-        raise ConfigError("save", f"{path} is no file that AdapterBank.save wrote", fix="Give another name")
+        raise ConfigError("save", f"{path} was not written by AdapterBank.save", fix="Give another name")
     tensors: dict[str, Tensor] = {}
     digests: dict[str, str] = {}  # SHA-256 -> name in the file
     descriptions: dict[str, int] = {}
@@ -173,7 +173,7 @@ def _is_bank(path: Path) -> bool:
 
 
 def _checked(content: Any) -> dict[str, Any]:
-    """The file's own description; ValueError, KeyError or TypeError if it cannot be meant."""
+    """The file's own description; ValueError, KeyError or TypeError if it is invalid."""
     recorded = content.pop("sha256")
     if content["version"] != _VERSION:
         raise ValueError(f"version {content['version']!r}, upgrade mirrortune")

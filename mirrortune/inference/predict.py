@@ -92,7 +92,7 @@ class Output:
                 if given:
                     raise ConfigError(flag, "answers go to standard output", fix="Name a file with -o, or remove it")
             if self.format == "parquet":
-                raise ConfigError("--format", "parquet is no format of standard output", fix="Name a file with -o")
+                raise ConfigError("--format", "parquet cannot be written to standard output", fix="Name a file with -o")
         else:
             format_of(self.file)
 

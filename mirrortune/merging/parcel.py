@@ -153,7 +153,7 @@ def _check_name(folder: Path, name: str) -> None:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or any(part.startswith(".") for part in pure.parts) or "\\" in name:
         raise VerificationError(
-            str(folder / REPORT), f"it lists '{name}', which is no file of a model", fix="Merge again"
+            str(folder / REPORT), f"it lists '{name}', which is not a file of a model", fix="Merge again"
         )
 
 

@@ -68,14 +68,14 @@ def alone_with(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Keep other processes, of this run or of any other, from making the cache entry ``path`` at the same time.
 
     The lock is the operating system's: it ends with the process that holds it, and waiting for it has no deadline.
-    Where a file system has no locks, or the cache cannot be written, nobody is kept away.
+    Where a file system has no locks, or the cache cannot be written, no process is kept out.
 
     Args:
         path: of the entry; its folder is one of those into which a cache spreads its entries.
         wait: for a process that is making the entry.
 
     Yields:
-        False if another process is making the entry and nobody waited for it.
+        False if another process is making the entry and this one did not wait for it.
     """
     # A lock file cannot be removed without a race, so entries share 4096 of them, by the first digits of their names.
     place = path.parent.parent / ".locks" / f"{path.name[:3]}.lock"
@@ -153,7 +153,7 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
     Raises:
         OSError: the new folder cannot be stored or renamed, or ``folder`` is a link; ``folder`` is as it was.
     """
-    if folder.is_symlink():  # what it leads to is somebody's, and is not ours to empty
+    if folder.is_symlink():  # what it leads to may belong to the user
         raise OSError(errno.ELOOP, "it is a symbolic link", str(folder))
     for file in new.rglob("*"):
         if file.is_file():
@@ -190,7 +190,7 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
                 with suppress(OSError):
                     path.unlink()
             elif into is not None and not os.path.lexists(into / below) and not _leads_away(into, below):
-                with suppress(OSError):  # a file of ours stands where its folder should be: it stays here
+                with suppress(OSError):  # one of our files has the name of its folder: it stays here
                     (into / below).parent.mkdir(parents=True, exist_ok=True)
                     path.rename(into / below)
         for path in (Path(place, name) for name in folders if name not in links):
@@ -209,7 +209,7 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
 
 def _retire(old: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
     """Discard a folder whose successor has the name ``folder``. What can neither be deleted nor moved there stays
-    beside it, under a name that nobody takes for a leftover.
+    beside it, under a name that is not one of a leftover.
     """
     discard(old, is_ours=is_ours, into=folder)
     if not old.is_dir() or old.is_symlink():
@@ -229,7 +229,7 @@ def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
     """Put right what a process that was killed while writing into ``folder`` left: half-written files and folders are
     removed, and a folder that was set aside for its successor is put back if that one never came.
 
-    Only for a place that nobody else is writing into.
+    Only for a place that no other process writes into.
 
     Args:
         folder: where to look.

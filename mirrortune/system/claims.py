@@ -119,7 +119,7 @@ else:
 
         while True:
             handle = _open(place)
-            if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe, which nobody would ever write into
+            if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe, from which a read would never return
                 os.close(handle)
                 raise _not_a_claim(place)
             try:
@@ -131,7 +131,7 @@ else:
                     return None
                 if not is_ours:
                     raise _not_a_claim(place) from error
-                place.unlink(missing_ok=True)  # no locks on this file system, so it is nobody's
+                place.unlink(missing_ok=True)  # no locks on this file system, so no process holds it
                 return _soft_lock(place)
             if _is_at(handle, place):
                 break

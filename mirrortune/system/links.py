@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares places in the file system, whatever names and links they are reached by."""
+"""Compare places in the file system, whatever names and links lead to them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides whether an output may be written or replaced, and replaces it: the one place that deletes what a command did
+"""Decide whether an output may be written or replaced, and replace it: the only module that deletes what a command did
 not make itself.
 
 Every folder that a command writes holds a marker, ``.mirrortune.json``, with its kind and the files in it. A folder
@@ -322,7 +322,7 @@ def model_inputs(name: str | None) -> list[Input]:
 
 
 def adapter_inputs(folders: Iterable[Path]) -> list[Input]:
-    """Adapter folders, and the runs of ours that they belong to."""
+    """Return adapter folders, and the run directories that they belong to."""
     found = []
     for folder in folders:
         found.append(Input("adapter", folder))

@@ -358,7 +358,7 @@ class RunDirectory:
 
     def _remove_checkpoint(self, step: int) -> None:
         folder = self.checkpoint(step)
-        if folder.is_symlink() or self.checkpoints.is_symlink():  # made meanwhile, and whose it is nobody knows
+        if folder.is_symlink() or self.checkpoints.is_symlink():  # made meanwhile, by an unknown process
             return
         (folder / _STATE).unlink(missing_ok=True)  # first: a checkpoint that is half removed does not count
         discard(folder, is_ours=_is_in_checkpoint)

@@ -399,7 +399,7 @@ def flip(adapter: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a flipped bit": (flip, "damaged: its hash is not the one in adapter.json. Restore the adapter folder"),
+    "a flipped bit": (flip, "damaged: its hash differs from the one in adapter.json. Restore the adapter folder"),
     "no tensors": (lambda a: (a / "adapter.safetensors").unlink(), "adapter.safetensors: missing or unreadable"),
     "no description": (lambda a: (a / "adapter.json").unlink(), "adapter.json: missing or damaged"),
     "half a description": (lambda a: (a / "adapter.json").write_text("{"), "adapter.json: missing or damaged"),
@@ -409,7 +409,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an edited description": (
         edit("adapter.json", lambda d: d["layers"].popitem()),
-        "adapter.json: damaged or edited: its own hash is another one. Restore the adapter folder",
+        "adapter.json: damaged or edited: its content does not match its own hash. Restore the adapter folder",
     ),
 }
 

@@ -254,15 +254,15 @@ ATTACKS: list[tuple[Callable[[Path, Path, Path], Outcome], int, str]] = [
     (control_characters, 0, r"a\x1b]0;owned\x07\x1b[2Jb.csv"),
     (control_characters_in_an_error, 3, "rows.csv:3: 1 cell in a row of a table with 2 columns"),
     (path_that_is_not_utf_8, 2, r"command line: 'caf\xe9.csv' is not UTF-8. Rename the file or folder"),
-    (name_that_is_not_utf_8, 3, r"not UTF-8 in 1 file name: left/caf\xe9.png. Rename them"),
+    (name_that_is_not_utf_8, 3, r"1 file name not in UTF-8: left/caf\xe9.png. Rename them"),
     (class_that_vanishes, 3, "no file of class 'left' (2 .heic) can be read"),
-    (split_that_vanishes, 3, "data: of unknown file type: validation.xlsx"),
+    (split_that_vanishes, 3, "data: unknown file type: validation.xlsx"),
     (predictions_on_a_pipe, 2, "--predictions: pipe is no regular file. Give another name"),
     (pairs_on_a_pipe, 2, "pairs.json is a pipe. Allowed: a file"),
     (label_that_is_a_formula, 0, ""),
     (settings_of_figures, 0, ""),
     (push_of_a_link, 5, "tokenizer.json: it is a link or no regular file, and is not sent"),
-    (push_of_what_a_report_lists, 5, "it lists '../../bystander/.ssh/id_ed25519', which is no file of a model"),
+    (push_of_what_a_report_lists, 5, "it lists '../../bystander/.ssh/id_ed25519', which is not a file of a model"),
 ]
 
 

@@ -277,7 +277,7 @@ CASES = {
     "a list for a recipe": Case(file("run/recipe.yaml", "- a\n"), "eval /run", 2, "a recipe is a mapping"),
     "a file of pairs in a run's recipe": Case(
         all_of(file("secret.json", "[[0, 1]]"), recipe(adapter={"pairing": "../secret.json"})), "report /run -o out", 2,
-        "a run's recipe holds pairs themselves",
+        "the recipe of a run lists the pairs",
     ),
     "a log of lists, report": Case(
         file("run/metrics.jsonl", "[]\n5\n"), "report /run -o out", 5, "is damaged (TypeError"

@@ -189,7 +189,7 @@ def test_a_report_that_lists_what_is_no_file_of_a_model_is_refused(desk: Path, t
     (tmp_path / "merged" / "merge.json").write_text(json.dumps(report))
     done = mirrortune("push", tmp_path / "merged", "me/x", cache=desk / "cache")
     assert done.exit_code == 5
-    assert f"it lists '{name}', which is no file of a model" in done.said
+    assert f"it lists '{name}', which is not a file of a model" in done.said
 
 
 @pytest.mark.parametrize("source", ["merged/tokenizer.json", "run/curves.png", "run/adapter/adapter.safetensors"])

@@ -448,6 +448,6 @@ def _read_file(path: Path, description: dict[str, Any]) -> bytes:
     data = read_file(path)
     if hashlib.sha256(data).hexdigest() != description.get(_HASHES[path.name]):
         raise VerificationError(
-            str(path), "damaged: its hash is not the one in adapter.json", fix="Restore the adapter folder"
+            str(path), "damaged: its hash differs from the one in adapter.json", fix="Restore the adapter folder"
         )
     return data

@@ -96,12 +96,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     if recorded != _digest(description):
         raise VerificationError(
             str(path),
-            "damaged or edited: its own hash is another one",
+            "damaged or edited: its content does not match its own hash",
             fix="Restore the adapter folder; a base that has moved is named with --model",
         )
     shared, layers = description.pop("layers_share", {}), description.get("layers")
     if not (isinstance(layers, dict) and all(isinstance(part, dict) for part in (shared, *layers.values()))):
-        raise VerificationError(str(path), "damaged (its layers are no objects)", fix="Restore the adapter folder")
+        raise VerificationError(str(path), "damaged (its layers are not objects)", fix="Restore the adapter folder")
     return {**description, "layers": {name: {**shared, **own} for name, own in layers.items()}}
 
 

@@ -260,7 +260,7 @@ def _as_held(factors: Factors, dtype: torch.dtype) -> Factors:
 def _other_effect(name: str, error: float) -> VerificationError:
     return VerificationError(
         name,
-        f"the adapter does not do to this weight what it did when it was saved: its effect differs by {error:.1e}",
+        f"the adapter changes this weight differently than when it was saved: its effect differs by {error:.1e}",
         allowed=f"at most {EFFECT_TOLERANCE:.0e} of itself",
         fix="Its basis cannot be found again here (singular values too close to each other), or the file is damaged; "
         "load it where it was trained and save it again with form='portable', or merge it there",

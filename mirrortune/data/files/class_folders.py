@@ -134,7 +134,7 @@ def _check_names(folder: Path, paths: Iterable[str]) -> None:
     if odd:
         raise DataError(
             str(folder),
-            f"not UTF-8 in {counted(len(odd), 'file name')}: {_listed(map(shown_path, odd))}",
+            f"{counted(len(odd), 'file name')} not in UTF-8: {_listed(map(shown_path, odd))}",
             fix="Rename them",
         )
 

@@ -40,7 +40,7 @@ def matching_files(pattern: str) -> list[Path]:
     wild = [any(sign in part for sign in "*?[") for part in place.parts[1:]]
     if place.is_absolute() and wild and wild[0] and ("**" in place.parts or sum(wild) > 3):
         raise DataError(
-            pattern, "the pattern leads through every folder of this machine", fix="Name the folder that holds the data"
+            pattern, "the pattern searches every folder of this machine", fix="Name the folder that holds the data"
         )
     named = [part for part in place.parts if is_system(part)]
     found = [Path(name) for name in sorted(glob.glob(str(place), recursive=True))]  # noqa: PTH207
@@ -119,7 +119,7 @@ def files_left_out(folder: Path) -> tuple[str, ...]:
             beside.append(path.name)
     if lost:
         raise DataError(
-            str(folder), f"of unknown file type: {', '.join(lost)}", allowed=", ".join(TABLE_SUFFIXES),
+            str(folder), f"unknown file type: {', '.join(lost)}", allowed=", ".join(TABLE_SUFFIXES),
             fix="Convert the files, or move them away",
         )  # fmt: skip
     shown = ", ".join(beside[:12]) + (f" and {len(beside) - 12} more" if len(beside) > 12 else "")

@@ -292,7 +292,7 @@ def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
     if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
         return ord(text.upper()) - ord("A")
     raise DataError(
-        where, f"label {value!r} is none of its {count} endings",
+        where, f"label {value!r} is not one of its {count} endings",
         allowed=f"0 to {count - 1}, or A to {chr(ord('A') + count - 1)}",
     )  # fmt: skip
 

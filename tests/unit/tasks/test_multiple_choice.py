@@ -69,7 +69,7 @@ def test_rows_may_have_different_numbers_of_endings(tokenizer: Any) -> None:
 
 
 def test_choices_that_do_not_fit_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"row 2: label 7 is none of its 2 endings\. Allowed: 0 to 1, or A to B"):
+    with pytest.raises(DataError, match=r"row 2: label 7 is not one of its 2 endings\. Allowed: 0 to 1, or A to B"):
         choices(tokenizer, SWAG.set_column(4, "label", [[0, 7]]))
     with pytest.raises(DataError, match=r"1 of 2 rows have no label in column 'label' \(row 2\)"):
         choices(tokenizer, SWAG.set_column(4, "label", [[0, -1]]))
