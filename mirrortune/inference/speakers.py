@@ -35,7 +35,7 @@ _SAID = {
     "chat": "turns are written by the model's chat template",
     "prompt": "turns are written as prompts and completions, as in training",
     "alpaca": "turns are written in the format of Stanford Alpaca, as in training",
-    "text": "there is no chat template: the model continues your text",
+    "text": "turns are not marked: the model continues your text",
 }
 _FORMATS = ("auto", "chat", "text")
 
@@ -105,6 +105,8 @@ def _plain(target: str, recipe: Recipe, settings: EvaluationSettings, reporter: 
         raise ConfigError(target, "it fills masked words, and writes no text", allowed="a causal language model")
     tokenizer = load_tokenizer(source)
     form = _form(recipe, has_template=tokenizer.chat_template is not None)
+    if form == "chat" and recipe.task.format is None and recipe.data.path is not None:
+        reporter.note(f"{_SAID['chat']}; if it was trained on prompts as plain text, set task.format=text")
     device = default_device()
     loaded = load_model(source, "AutoModelForCausalLM", {}, resolve_dtype(request.dtype, source.config, device),
                         pad_token_id(tokenizer))  # fmt: skip
@@ -123,4 +125,7 @@ def _form(recipe: Recipe, *, has_template: bool) -> Form:
     texts = () if recipe.data.label_column is None else recipe.data.text_columns or ()
     if wanted == "chat" or (wanted == "auto" and has_template and len(texts) != 1):
         return "chat"
-    return "prompt" if len(texts) == 1 else "alpaca" if len(texts) == 2 else "text"
+    if len(texts) == 2:
+        return "alpaca"
+    # The columns that a run detected are not in its recipe; most rows of text have a prompt.
+    return "prompt" if texts or recipe.data.path is not None else "text"

@@ -94,7 +94,7 @@ def test_settings_are_checked(chatty: Path, words: list[str], says: str) -> None
 def test_a_plain_model_says_that_it_continues_text(plain: Path) -> None:
     outcome = mirrortune("chat", plain, "--max-new-tokens", 2, stdin="hello")
     assert outcome.exit_code == 0
-    assert "there is no chat template: the model continues your text" in outcome.stderr
+    assert "turns are not marked: the model continues your text" in outcome.stderr
     refused = mirrortune("chat", plain, "task.format=chat", stdin="hello")
     assert (refused.exit_code, "the tokenizer has no chat template" in refused.said) == (2, True)
 
