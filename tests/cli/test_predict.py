@@ -280,7 +280,7 @@ def test_streamed_rows_are_answered_in_their_order(run: Path, place: Path) -> No
         (("-d", "rows.csv", "-o", "a.csv", "--resume"), 2, "no unfinished predictions"),
         (("-d", "rows.csv", "-o", "a.csv", "--resume", "--overwrite"), 2, "it excludes --overwrite"),
         (("-d", "rows.csv", "--text-column", "txt"), 3, "Did you mean 'text'?"),
-        (("-d", "lists.jsonl"), 3, "text column 'text' holds list"),
+        (("-d", "lists.jsonl"), 3, "column 'text' holds list"),
         (("-d", "empty.csv"), 3, "the file is empty"),
         (("-d", "rows.csv", "--split", "test"), 3, "no split 'test'"),
     ],
