@@ -79,7 +79,7 @@ def predict(
             top=top, threshold=threshold, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
         ),
         split=split, force_base=force_base, bank=_bank(bank, adapter_column, has_data=text is None and image is None),
-        **_rows(target, resolved, own, text, image),
+        **_rows([target, *([] if bank is None else [bank])], resolved, own, text, image),
     )  # fmt: skip
     _print(result, reporter, has_file=file is not None)
 
@@ -94,7 +94,7 @@ def _print(result: Any, reporter: Reporter, *, has_file: bool) -> None:
 
 
 def _rows(
-    target: str, resolved: Resolved, own: Layer | None, text: list[str] | None, image: str | None
+    targets: list[str], resolved: Resolved, own: Layer | None, text: list[str] | None, image: str | None
 ) -> dict[str, Any]:
     """Return the arguments of predict that say which rows are read, and from where."""
     from mirrortune.inference.prediction_rows import RowRequest  # noqa: PLC0415
@@ -110,7 +110,7 @@ def _rows(
         "settings": replace(settings, data=_data_settings(settings.data, resolved, own)),
         "row": None if text is None and image is None else RowRequest(texts=tuple(text or ()), image=image),
         "named": [n for n in columns if _is_named(resolved, own, f"data.{n}") and n != "label_column"],
-        "inputs": [*inputs_of(resolved), *bases.inputs_of_targets(target)],
+        "inputs": [*inputs_of(resolved), *bases.inputs_of_targets(*targets)],
     }
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 
 from mirrortune import __version__
-from mirrortune.data.dataset import Split
+from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.arrow import is_unreadable, refuse_unreadable
 from mirrortune.data.loose import STDIN
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, PeerError, counted
-from mirrortune.inference.bank_answers import BankAnswers, BankRequest, load_row_adapters
+from mirrortune.inference.bank_answers import BankAnswers, BankRequest, RowAdapters, load_row_adapters
 from mirrortune.inference.block_answers import ERROR, BlockAnswers
 from mirrortune.inference.prediction_file import (
     Parts,
@@ -43,7 +43,7 @@ from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import ModelPlace
-from mirrortune.tasks.base import task_to_dict
+from mirrortune.tasks.base import Task, task_to_dict
 from mirrortune.tasks.predicting import PredictOptions
 
 _SMALLEST, _LARGEST = 64, 4096  # rows of a block
@@ -98,23 +98,13 @@ class Output:
 
 
 def predict(
-    target: str,
-    settings: EvaluationSettings,
-    reporter: Reporter,
-    *,
-    output: Output,
-    options: PredictOptions,
-    row: RowRequest | None = None,
-    bank: BankRequest | None = None,
-    split: str | None = None,
-    is_own_data: bool = False,
-    named: Collection[str] = (),
-    inputs: Sequence[Input] = (),
-    force_base: bool = False,
-) -> PredictResult:
+    target: str, settings: EvaluationSettings, reporter: Reporter, *, output: Output, options: PredictOptions,
+    row: RowRequest | None = None, bank: BankRequest | None = None, split: str | None = None,
+    is_own_data: bool = False, named: Collection[str] = (), inputs: Sequence[Input] = (), force_base: bool = False,
+) -> PredictResult:  # fmt: skip
     """Predict rows with a run directory, an adapter folder, a merged folder or any plain model.
 
-    Rows keep their order and their columns. Labels among these are not read.
+    Rows keep their order and columns; labels are not read. Memory is bounded: each block is written when it is done.
 
     Args:
         target: folder, or ``owner/name@revision:subfolder`` on the Hub.
@@ -126,8 +116,7 @@ def predict(
         bank: adapters for the rows; the target is their base.
         split: of the data; None for all of them.
         is_own_data: whether the data is that of the target's own recipe.
-        named: settings of columns, such as ``text_columns``, that the user has made; others are looked for by their
-            contents where the data lacks them.
+        named: settings of columns that the user has made; others are detected where the data lacks them.
         inputs: files that are read, which the output must not replace.
         force_base: use an adapter on a base with other weights, and print what does not fit.
 
@@ -142,8 +131,7 @@ def predict(
     adapter_folder = _adapter_of(target, settings, bank, force_base=force_base, needs_data=row is None)
     with ExitStack() as held:
         if (parts := output.parts()) is not None:
-            read = [*inputs, *([] if bank is None else [Input("adapter", bank.path)])]
-            sync.from_main(accelerator, functools.partial(_claim, held, parts, output, read))
+            sync.from_main(accelerator, functools.partial(_claim, held, parts, output, inputs))
         rows = _open(settings, row, split, accelerator)
         settings = _for_rows(settings, rows, named)
         adapters = None if bank is None else load_row_adapters(target, settings, bank, accelerator.device)
@@ -155,9 +143,7 @@ def predict(
         found = replace(found, task=task)
         options.check(task.kind, task.prediction_options())
         found.model.to(accelerator.device)
-        if adapters is not None:
-            adapters.prepare(task, None if output.skips_errors else rows.data)
-        answers = (BlockAnswers if adapters is None else functools.partial(BankAnswers, adapters=adapters))(
+        answers = _answers_with(adapters, task, None if output.skips_errors else rows.data)(
             target, found, settings, options, accelerator, own=_kept(rows, output, reporter),
             has_splits=len(rows.data.splits) > 1, skips_errors=output.skips_errors,
         )  # fmt: skip
@@ -174,6 +160,14 @@ def _adapter_of(
     if force_base:
         raise ConfigError("--force-base", "a bank takes adapters of its base alone", fix="Remove it")
     return None
+
+
+def _answers_with(adapters: RowAdapters | None, task: Task, data: DataSet | None) -> Callable[..., BlockAnswers]:
+    """Return what makes the answers of blocks; the adapters that ``data`` names are checked, if it is given."""
+    if adapters is None:
+        return BlockAnswers
+    adapters.prepare(task, data)
+    return functools.partial(BankAnswers, adapters=adapters)
 
 
 def _claim(held: ExitStack, parts: Parts, output: Output, inputs: Sequence[Input]) -> None:
