@@ -127,7 +127,7 @@ def _write_nothing(folder: Path) -> None:
 
 def _lines(found: Proposal, settings: RunSettings) -> list[str]:
     if found.lr is None:
-        return [f"no learning rate to propose: {found.reason}; the method's own is {settings.loop.lr:g}"]
+        return [f"no learning rate to propose: {found.reason}; it is {settings.loop.lr:g} now"]
     return [
         f"proposed: --lr {found.lr:g} ({found.sureness}; now {settings.loop.lr:g})",
         f"{found.reason[0].upper()}{found.reason[1:]}.",
