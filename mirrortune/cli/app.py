@@ -213,7 +213,7 @@ def evaluate(
     target: Target, words: Words = None, *, task: TaskName = None,
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="train, validation (default), test, or the data set's own name.")] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", metavar="N", show_default=False, help="Rows per device.")] = None,
-    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format, to a file or into a folder; unlabelled rows too.")] = None,
+    predictions: Annotated[str | None, typer.Option("--predictions", metavar="FILE", show_default=False, help="Write every row's answer, in GLUE's submission format, to a file or into a folder (FOLDER/ makes it); unlabelled rows too.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions in that file.")] = False,
     force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Score an adapter on a base (--model) with other weights than it was trained on.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
@@ -237,7 +237,8 @@ def evaluate(
     inputs = [*inputs_of(resolved), *bases.inputs_of_targets(target)] if file else []
     result = evaluation.evaluate(
         target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
-        overwrite=overwrite, force_base=force_base,
+        makes_folder=bool(predictions) and str(predictions).endswith(("/", os.sep)), overwrite=overwrite,
+        force_base=force_base,
     )  # fmt: skip
     said = describe_metrics(result.metrics) or "no labels, nothing scored"
     lines = [f"{result.split}: {said}  ({counted(result.rows, 'row')})"]

@@ -160,7 +160,9 @@ class _Session:
         self._answers.append(answer)
         if not reporter.as_json:
             reporter.piece("\n")
-        if signals.number and (signals.number != signal.SIGINT or not is_typed):
+        if signals.number == signal.SIGINT and not is_typed:
+            raise KeyboardInterrupt  # the shell lets background jobs ignore the signal itself
+        if signals.number not in (0, signal.SIGINT):
             signal.raise_signal(signals.number)
         remarks = []
         if answer.num_left_out:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def evaluate(
     is_own_data: bool = True,
     predictions: Path | None = None,
     inputs: Sequence[Input] = (),
+    makes_folder: bool = False,
     overwrite: bool = False,
     force_base: bool = False,
 ) -> EvaluateResult:
@@ -78,6 +79,7 @@ def evaluate(
         predictions: file of predictions, or folder in which the recipe names the file of the split; rows without a
             label are predicted too, and nothing is scored then.
         inputs: files that are read, which predictions must not replace.
+        makes_folder: make the folder ``predictions`` if it is missing; it is removed again if nothing is written.
         overwrite: replace earlier predictions.
         force_base: score an adapter on a base with other weights, and print what does not fit.
     """
@@ -88,11 +90,20 @@ def evaluate(
 
         if predictions is not None and not predictions.is_dir():
             check_file(predictions, inputs, "--predictions")
-            prediction_file(predictions, "", {})
+            if makes_folder and not predictions.exists():
+                predictions.mkdir(parents=True, exist_ok=True)  # the other processes of a run make it too
+                held.callback(_remove_if_empty, predictions)
+            else:
+                prediction_file(predictions, "", {})
         return _evaluate(
             target, unpack_for_eval(recipe), reporter, claim, split=split, is_own_data=is_own_data,
             predictions=predictions, overwrite=overwrite, force_base=force_base,
         )  # fmt: skip
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _evaluate(
@@ -211,7 +222,8 @@ def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSe
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:
     """Return the rows, which need no targets, and the file of predictions; raises ConfigError before scoring."""
     if isinstance(task, Answers):
-        raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row")
+        raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row",
+                          fix="Write its answers with mirrortune predict")  # fmt: skip
     check_labels(_answer_names(task, settings) or ())
     return with_label_columns(rows, task), prediction_file(place, name, settings.prediction_files)
 

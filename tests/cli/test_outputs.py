@@ -649,3 +649,13 @@ def test_figures_that_cannot_be_written_leave_no_folder(desk: Path, monkeypatch:
     before = tree(desk)
     outcome = mirrortune("analyze", "run", "--figures", "figures")
     assert (outcome.exit_code, tree(desk)) == (4, before), outcome.stderr
+
+
+def test_a_folder_for_predictions_is_made_where_a_slash_asks_for_it(desk: Path) -> None:
+    before = tree(desk)
+    assert mirrortune(*f"{EVAL} --split nothing --predictions answers/of/".split()).exit_code == 3
+    assert not (desk / "answers" / "of").exists()
+    outcome = mirrortune(*f"{EVAL} --predictions answers/of/".split())
+    assert outcome.exit_code == 0, outcome.stderr
+    assert [path.name for path in (desk / "answers" / "of").iterdir()] == ["train.tsv"]
+    assert before.keys() <= tree(desk).keys()
