@@ -125,7 +125,7 @@ def rows(kind: str, bad: Any) -> list[dict[str, Any]]:
         ("regression", None, r"\(line 19\)"),
         ("regression", 1e300, r"a\.jsonl:19: label 1e\+300"),
         ("token-classification", None, r"\(line 19\)"),
-        ("multiple-choice", 7, r"a\.jsonl:19: label 7 is none"),
+        ("multiple-choice", 7, r"a\.jsonl:19: label 7 is not one"),
         ("question-answering", None, r"\(line 19\)"),
         ("seq2seq", None, r"\(line 19\)"),
     ],
