@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mirrortune.system.outputs import Input
 
 _READ = ("model.name", "model.revision", "train.precision", "model.trust_remote_code")
-_COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", flags=re.DOTALL)
+_COMMAND = re.compile(r"/([A-Za-z]\w*)(?:\s+(.*))?", flags=re.DOTALL)
 _HELP = (
     ("/reset", "forget the conversation; the system prompt stays"),
     ("/undo", "forget the last message and its answer"),

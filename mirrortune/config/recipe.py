@@ -48,7 +48,7 @@ class Layer:
 
     def place(self, path: tuple[str, ...]) -> str:
         """Return where ``path`` was set, for messages: ``recipe.yaml:4: train.lr`` or ``--lr``."""
-        key = ".".join(path)
+        key = ".".join(part if part.isprintable() else repr(part) for part in path)
         for known, flag in self.flags.items():
             if known[: len(path)] == path:
                 return flag
@@ -120,6 +120,10 @@ def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ..
 _LARGEST_FILE = 16 * 2**20  # bytes; the pairs of every layer of a large model are half of that
 _MOST_PROBLEMS = 100  # of a recipe; an untrusted file may have a million
 _SHOWN = 200  # characters of a value that is wrong
+_FORMS: dict[tuple[str, ...], str] = {
+    ("adapter", "layers"): 'a list of numbers of blocks, from 0 on, and of "last N": [0, 1, last 4]',
+    ("train", "class_weights"): "balanced, or {NAME: WEIGHT} with weights above 0, at most 1e6",
+}
 # Settings that a recipe inside a target may make: which rows are scored, and how. Never the model, its code, an output
 # path, or anything else that has an effect beyond the score.
 _OF_TARGET = (
@@ -370,9 +374,11 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, where: str) 
 def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[str, Any]) -> ConfigError:
     path = _known_path(tuple(str(part) for part in problem["loc"]), merged)
     layer = owners.get(path) or next((o for p, o in owners.items() if p[: len(path)] == path), None)
+    if path[:2] in _FORMS:  # of several types: what pydantic says of each is no help
+        where = layer.place(path[:2]) if layer else ".".join(path[:2])
+        return ConfigError(where, f"got {_shortened(merged[path[0]][path[1]])}", allowed=_FORMS[path[:2]])
     where = layer.place(path) if layer else ".".join(path)
-    got = repr(problem.get("input"))
-    got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
+    got = _shortened(problem.get("input"))
     if problem["type"] == "extra_forbidden":
         names = list(_section_fields(path[:-1]))
         return ConfigError(where, f"unknown key '{path[-1]}'.{did_you_mean(path[-1], names)}", allowed=", ".join(names))
@@ -383,6 +389,11 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
         choices = [c.strip("' ") for c in message.replace(" or ", ", ").split(",")]
         near = did_you_mean(problem["input"], choices)
     return ConfigError(where, f"got {got}.{near}" if near else f"got {got}", allowed=message)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _valid_part(merged: dict[str, Any]) -> Recipe:

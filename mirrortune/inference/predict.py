@@ -147,7 +147,8 @@ def predict(
             target, found, settings, options, accelerator, own=_kept(rows, output, reporter),
             has_splits=len(rows.data.splits) > 1, skips_errors=output.skips_errors,
         )  # fmt: skip
-        facts = _facts(target, adapter_folder, found, options) | {"data": rows.data.origin} | _facts_of_bank(bank)
+        facts = _facts(target, adapter_folder, found, options) | _facts_of_settings(settings) | _facts_of_bank(bank)
+        facts |= {"data": rows.data.origin}
         return _PredictionLoop(answers, rows, reporter, output, parts).run(facts)
 
 
@@ -174,9 +175,9 @@ def _claim(held: ExitStack, parts: Parts, output: Output, inputs: Sequence[Input
     """Claim the output for as long as the command runs, and refuse it if it may not be written."""
     check_file(parts.output, inputs, "-o")
     held.enter_context(claimed(parts.output))
-    if output.resume and (parts.is_joined() or (parts.state() or {}).get("overwrite")):
+    if output.resume and parts.is_joined():
         return
-    refuse_replacing(parts.output, format_of(parts.output), overwrite=output.overwrite)
+    refuse_replacing(parts.output, format_of(parts.output), overwrite=output.overwrite or parts.replaces)
 
 
 def _open(settings: EvaluationSettings, row: RowRequest | None, split: str | None, accelerator: Any) -> PredictionRows:
@@ -237,6 +238,15 @@ def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: 
         "length": found.max_length,
         "options": asdict(options),
     }
+
+
+def _facts_of_settings(settings: EvaluationSettings) -> dict[str, Any]:
+    """Return the settings by which the same files, or the same weights, give other answers."""
+    model = settings.model
+    return {
+        "encoding": settings.data.encoding, "precision": model.precision, "dtype": model.dtype,
+        "quantisation": model.load_in, "attention": model.attention,
+    }  # fmt: skip
 
 
 def _facts_of_bank(bank: BankRequest | None) -> dict[str, Any]:

@@ -136,6 +136,11 @@ class Parts:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the command that began the parts was allowed to replace earlier predictions."""
+        return bool((self.state() or {}).get("overwrite"))
+
     def is_joined(self) -> bool:
         """Return whether ``output`` is what the parts were joined to, by a process that was killed just afterwards."""
         digest = (self.state() or {}).get("joined")
@@ -176,6 +181,8 @@ class Parts:
                     add(table)
             self._write_state({**(self.state() or {}), "joined": _sha256(file)})
 
+        if not self.is_joined():  # again: predicting may have taken hours
+            refuse_replacing(self.output, kind, overwrite=self.replaces)
         write_atomically(self.output, write)
         self.discard()
         return errors

@@ -70,6 +70,8 @@ def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) 
         DivergedError: the first loss is not finite.
     """
     settings = unpack(resolved.recipe)
+    if not settings.loop.lr > 0:
+        raise ConfigError("train.lr", f"got {settings.loop.lr:g}", allowed="a rate above 0, to sweep around")
     folder = local_path(settings.output_dir or f"runs/{run_name(settings, recipe_name)}")
     page = folder.with_name(f"{folder.name}-lr.html")
     accelerator = make_accelerator(
@@ -81,6 +83,9 @@ def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) 
     with ExitStack() as held:
         put = held.enter_context(html.page_output(page, inputs_of(resolved), "--output-dir"))
         job = assemble(settings, reporter)
+        if not job.plan.trainable_parameters:
+            problem = f"method '{settings.adapter.method}' trains the head alone, at train.head_lr"
+            raise ConfigError("--find-lr", problem, fix="Choose a method that adapts layers")
         sweep = _sweep(job, RunDirectory(folder), accelerator, reporter)
         found = propose(sweep)
         lines = _lines(found, settings)

@@ -14,7 +14,8 @@ import pytest
 from mirrortune.data.dataset import load_data
 from mirrortune.data.files.arrow import cells
 from mirrortune.system.paths import DataPlace
-from mirrortune.tasks.kinds.causal_lm import Task, _weighted_loss
+from mirrortune.tasks.kinds.causal_lm import Task
+from mirrortune.tasks.token_scores import weighted_loss
 from tests.cli.console import Outcome, mirrortune
 from tests.tiny_models import CHATML, TOOL_CHATML, write_tiny_causal
 
@@ -150,7 +151,7 @@ def test_the_loss_is_the_mean_by_weight() -> None:
 
     logits, ids = torch.randn(2, 4, 7), torch.randint(0, 7, (2, 4))
     weights = torch.tensor([[2_000_000] * 4, [500_000] * 4])
-    loss, items = _weighted_loss(logits, torch.stack([ids, weights], dim=1))
+    loss, items = weighted_loss(logits, torch.stack([ids, weights], dim=1))
     task = Task(text_columns=("text",), label_column=None, layout="text", loss_on="all", format="auto", packing=False,
                 metric_names=("perplexity",), selection_metric="perplexity")  # fmt: skip
     output = type("Output", (), {"logits": logits})

@@ -203,8 +203,8 @@ THETA, LAYER, PARTNERS = f"core.{QUERY}.theta", ("layers", QUERY), f"partners.{Q
 # Run, damage, what is said; and where, if an adapter without a base and a task is still a right one.
 CASES: dict[str, tuple[str, Damage, str] | tuple[str, Damage, str, tuple[str, ...]]] = {
     "tensors cut short": ("compact", text(lambda t: t[:-3]), "damaged"),
-    "another run's tensors": ("compact", lambda a, b: shutil.copy(b / "adapter.safetensors", a), "its hash is not"),
-    "another run's description": ("compact", lambda a, b: shutil.copy(b / "adapter.json", a), "its hash is not"),
+    "another run's tensors": ("compact", lambda a, b: shutil.copy(b / "adapter.safetensors", a), "its hash differs"),
+    "another run's description": ("compact", lambda a, b: shutil.copy(b / "adapter.json", a), "its hash differs"),
     "renamed": ("compact", lambda a, b: (a / "adapter.safetensors").rename(a / "model.safetensors"), "missing"),
     "a pipe": ("compact", in_place_of("adapter.safetensors", os.mkfifo), "missing or unreadable"),
     "a device": ("compact", in_place_of("adapter.safetensors", lambda p: p.symlink_to("/dev/zero")), "unreadable"),

@@ -133,7 +133,10 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     again = mirrortune(*words)
     assert again.exit_code == 2
     assert "holds 128 predicted rows" in again.said
-    for more, told in ((("--top", 2), "options"), (("--max-length", 8), "length (64 before, 8 now)")):
+    for more, told in (
+        (("--top", 2), "options"), (("--max-length", 8), "length (64 before, 8 now)"),
+        (("--precision", "bf16"), "precision"), (("data.encoding=latin-1",), "encoding"),
+    ):  # fmt: skip
         changed = mirrortune(*words, *more, "--resume")
         assert changed.exit_code == 2
         assert told in changed.said
@@ -158,6 +161,26 @@ def test_changed_rows_are_not_continued(run: Path, place: Path, monkeypatch: pyt
     assert "data" in changed.said
     assert mirrortune(*words, "--overwrite").exit_code == 0
     assert len(table_of((place / "a.csv").read_text())) == 201
+
+
+def test_another_file_is_not_replaced_by_what_is_continued(
+    run: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(place / "rows.csv", [[text] for text in texts(200)], ("text",))
+    words = ("predict", run, "-d", "rows.csv", "-o", "a.csv")
+    (place / "a.csv").write_text("text,prediction\n", encoding="utf-8")
+    with monkeypatch.context() as broken:
+        fail_at(2, broken, KeyboardInterrupt())
+        mirrortune(*words, "--overwrite")
+    (place / "a.csv").write_text("thesis\n", encoding="utf-8")
+    refused = mirrortune(*words, "--resume")
+    assert (refused.exit_code, "has no column 'prediction'" in refused.said) == (2, True), refused.stderr
+    assert (place / "a.csv").read_text(encoding="utf-8") == "thesis\n"
+    with monkeypatch.context() as late:  # saved while the rows are predicted
+        (place / "a.csv").unlink()
+        late.setattr(Parts, "is_joined", lambda self: (self.output.write_text("thesis\n"), False)[1])
+        assert mirrortune(*words, "--resume").exit_code == 2
+    assert (place / "a.csv").read_text(encoding="utf-8") == "thesis\n"
 
 
 def test_a_command_killed_after_its_output_was_renamed_is_done(

@@ -254,3 +254,18 @@ def test_no_recipe_file_raises_anything_but_a_config_error(data: Any) -> None:
 
 def test_shipped_recipes_have_names_without_an_ending() -> None:
     assert {"quickstart", "glue/sst2"} <= set(shipped_recipes())
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("adapter.layers=[-1]", 'got [-1]. Allowed: a list of numbers of blocks, from 0 on, and of "last N"'),
+        ("adapter.layers=[]", 'got []. Allowed: a list of numbers of blocks, from 0 on, and of "last N"'),
+        ("train.class_weights={up: -2, down: 0}", "got {'up': -2, 'down': 0}. Allowed: balanced, or {NAME: WEIGHT}"),
+    ],
+)
+def test_a_value_of_several_types_is_refused_once_with_its_form(word: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve([override_layer([word])])
+    assert str(caught.value).startswith(f"'{word}': {says}")
+    assert len(str(caught.value).splitlines()) == 1
