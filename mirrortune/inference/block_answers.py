@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Examples
+from mirrortune.data.files.arrow import is_string
 from mirrortune.data.token_cache import uncached
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import DataError, VerificationError
@@ -19,7 +21,7 @@ from mirrortune.inference.prediction_rows import part_of, with_words
 from mirrortune.runs.checks import EvaluationSettings
 from mirrortune.runs.evaluate import check_indices, eval_batch
 from mirrortune.runs.load import Evaluable
-from mirrortune.tasks.base import Task
+from mirrortune.tasks.base import Task, TextTask
 from mirrortune.tasks.predicting import Predictions, PredictOptions
 from mirrortune.tasks.prompts import Around, unchanged
 from mirrortune.training.evaluate import judge_split
@@ -66,6 +68,16 @@ class BlockAnswers:
         self._checked = (-1, -1)
         self._batch = {**eval_batch(found, settings.eval), "num_workers": settings.eval.num_workers}
         self._reading = Reading(max_length=found.max_length, allow_missing=True)
+
+    def rows_without_text(self, table: pa.Table) -> int:
+        """Return how many rows of a table from :meth:`table` lack a text that the model reads, or have a blank one."""
+        task = self.found.task
+        names = [n for n in (task.text_columns if isinstance(task, TextTask) else ()) if n in table.column_names]
+        lacking: Any = pa.scalar(value=False)
+        for column in map(table.column, names):
+            blank = pc.equal(pc.utf8_trim_whitespace(column), "") if is_string(column.type) else pc.is_null(column)
+            lacking = pc.or_(lacking, pc.fill_null(blank, fill_value=True))
+        return int(pc.sum(lacking).as_py() or 0)
 
     def table(self, name: str, rows: Split, first: int, on_batch: Callable[[int], None]) -> pa.Table:
         """Return a block of rows with their own columns, and those of their answers.

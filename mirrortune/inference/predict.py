@@ -287,6 +287,7 @@ class _PredictionLoop:
         self._accelerator = answers.accelerator
         self._writer: TableWriter | None = None
         self._is_whole = False
+        self._without_text = 0
 
     def run(self, facts: dict[str, Any]) -> PredictResult:
         """Predict all rows that are not done, and return what was written."""
@@ -302,6 +303,9 @@ class _PredictionLoop:
             except (KeyboardInterrupt, MirrortuneError):
                 self._keep()
                 raise
+        if self._without_text:
+            count = counted(self._without_text, "row")
+            self._reporter.note(f"warning: {count} without a text got the answer of an empty one")
         if self._parts is not None:
             errors = sync.from_main(self._accelerator, self._join)
         return PredictResult(
@@ -372,6 +376,8 @@ class _PredictionLoop:
         """Write a block, if this is the main process; return the number of its rows that have an error."""
         name = self._answers.names([ERROR])[ERROR]
         errors = table.num_rows - table.column(name).null_count if name in table.column_names else 0
+        answered = table.filter(table.column(name).is_null()) if errors else table
+        self._without_text += self._answers.rows_without_text(answered)
         if not self._accelerator.is_main_process:
             return errors
         if self._parts is not None:

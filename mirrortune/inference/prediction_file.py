@@ -371,9 +371,17 @@ def _as_stored(facts: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+_MOST_NAMED = 3  # differences in one value
+
+
 def _difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, str | int | float | None) and isinstance(now, str | int | float | None):
         return f"{name} ({before} before, {now} now)"
+    if isinstance(before, dict) and isinstance(now, dict):
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        more = ", ..." if len(changed) > _MOST_NAMED else ""
+        parts = ", ".join(_difference(key, before.get(key), now.get(key)) for key in changed[:_MOST_NAMED])
+        return f"{name}: {parts}{more}"
     return name
 
 

@@ -89,6 +89,7 @@ def test_one_row_and_standard_input_go_to_standard_output(run: Path, place: Path
     lines = predict_with_input(run, b"the movie was good\n\nthe plot is bad\n", "-d", "-")
     assert [found["text"] for found in table_of(lines.stdout)] == ["the movie was good", "", "the plot is bad"]
     assert table_of(lines.stdout)[0]["prediction"] == row["prediction"]
+    assert "warning: 1 row without a text got the answer of an empty one" in lines.said
 
     objects = b'{"id": 7, "text": "the movie was good", "more": {"a": [1]}}\n'
     parsed = predict_with_input(run, objects, "-d", "-", "--format", "jsonl", "--top", 2)
@@ -134,7 +135,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     assert again.exit_code == 2
     assert "holds 128 predicted rows" in again.said
     for more, told in (
-        (("--top", 2), "options"), (("--max-length", 8), "length (64 before, 8 now)"),
+        (("--top", 2), "options: top (None before, 2 now)"), (("--max-length", 8), "length (64 before, 8 now)"),
         (("--precision", "bf16"), "precision"), (("data.encoding=latin-1",), "encoding"),
     ):  # fmt: skip
         changed = mirrortune(*words, *more, "--resume")
