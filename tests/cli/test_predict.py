@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -340,3 +341,20 @@ def test_several_processes_write_the_file_of_one(run: Path, place: Path) -> None
     (place / "rows.csv").write_text("text,n\n" + "good,1\n" * 100 + "bad\n", encoding="utf-8")
     broken = finish(start("predict", run, "-d", "rows.csv", "--num-processes", 2))
     assert broken.exit_code == 3, broken.stderr
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_goes_on_to_the_same_bytes(run: Path, place: Path) -> None:
+    write_table(place / "rows.csv", [[text] for text in texts(40_000)], ("text",))
+    assert mirrortune("predict", run, "-d", "rows.csv", "-o", "whole.csv").exit_code == 0
+    killed = start("predict", run, "-d", "rows.csv", "-o", "a.csv")
+    while killed.poll() is None and len([*place.glob(".a.csv.parts/rows-*")]) < 2:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not (place / "a.csv").exists()
+    resumed = mirrortune("predict", run, "-d", "rows.csv", "-o", "a.csv", "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "continuing after" in resumed.said
+    assert (place / "a.csv").read_bytes() == (place / "whole.csv").read_bytes()
+    assert not list(place.glob(".*"))
