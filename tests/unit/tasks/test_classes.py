@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.metrics import precision_recall_fscore_support
 
 from mirrortune.tasks.base import task_class
 from mirrortune.tasks.classes import class_scores
@@ -33,6 +34,19 @@ def test_each_label() -> None:
     found = class_scores(task, np.array([[1, 0], [1, 1]]), np.array([[1, 1], [0, 1]]))
 
     assert [(s["precision"], s["recall"], s["count"]) for s in found] == [(0.5, 1.0, 1), (1.0, 0.5, 2)]
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_they_are_those_of_scikit_learn(*, multi_label: bool) -> None:
+    task = classification(labels=("a", "b", "c", "d"), multi_label=multi_label)
+    draw = np.random.default_rng(0)
+    said, right = draw.integers(0, 2, (2, 50, 4)) if multi_label else draw.integers(0, 3, (2, 50))
+
+    found = class_scores(task, said, right)
+
+    expected = precision_recall_fscore_support(right, said, labels=range(4), average=None, zero_division=0.0)
+    for name, values in zip(("precision", "recall", "f1", "count"), expected, strict=True):
+        np.testing.assert_allclose([scores[name] for scores in found], values, rtol=1e-12)
 
 
 def test_each_type_of_entity_and_each_tag() -> None:
