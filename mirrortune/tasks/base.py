@@ -13,7 +13,8 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -264,6 +265,29 @@ class ComparesRows(ABC):
     @abstractmethod
     def difficulty(self, predictions: Any, references: Any) -> npt.NDArray[np.float64]:
         """Return how far each row is from where it should be among the others, (N,), from :meth:`Task.answers`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerReader:
+    """A tokenizer, as part of the processor of a kind of task that needs more than it.
+
+    Attributes:
+        tokenizer: of transformers.
+        switches: additional arguments of the model's forward.
+    """
+
+    tokenizer: Any
+    switches: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Id of the tokenizer's padding token."""
+        found: int | None = self.tokenizer.pad_token_id
+        return found
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
 
 
 class TextTask(Task):

@@ -211,11 +211,17 @@ def test_a_run_is_scored_and_merged_and_the_merged_model_is_published(root: Path
     published = root / "models" / "me" / "sst2"
     (ours.folder / "merged").rename(published)
     scores.append(ours.mirrortune("eval", "me/sst2", "--task", "glue/sst2", "--json").data)
+    rows = ["-d", "nyu-mll/glue", "data.config=sst2", "--split", "validation", "--format", "jsonl"]
+    answered = ours.mirrortune("predict", "me/sst2", "-t", "text-classification", *rows)
+    answers = [json.loads(line) for line in answered.stdout.splitlines()]
     spectra = [ours.mirrortune("analyze", "roberta-base", tuned, "--json").data for tuned in (RUN, "me/sst2")]
 
     assert verification["passed"]
     assert spectra[0]["overall"]["changed"] == spectra[1]["overall"]["changed"] > 0
     assert spectra[0]["overall"]["shares"] == pytest.approx(spectra[1]["overall"]["shares"], abs=1e-4)
+    assert len(answers) == 40
+    right = [["negative", "positive"][row["label"]] == row["prediction"] for row in answers]
+    assert sum(right) / 40 == pytest.approx(expected["accuracy"])
     for score in scores:
         assert score["rows"] == 40
         assert score["metrics"] == pytest.approx(expected, abs=1e-4)

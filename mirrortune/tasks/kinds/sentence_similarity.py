@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from mirrortune.data.tokenize import Reading, is_blank_text, pieces, resolve_max
 from mirrortune.errors import DataError, counted
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer
 from mirrortune.models.pooling import SentenceModules, pool, read_modules, without_pooler
-from mirrortune.tasks.base import ComparesRows, TextTask
+from mirrortune.tasks.base import ComparesRows, TextTask, TokenizerReader
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, check_numbers, plain_numbers
 from mirrortune.tasks.probes import text_probe
@@ -53,27 +53,19 @@ _ABSENT = 0  # digest of a text that a row does not have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextReader:
+class EmbeddingReader(TokenizerReader):
     """A tokenizer, and what a model's sentence-transformers folder says about its texts.
 
     Attributes:
-        tokenizer: of transformers.
         modules: read from the folder.
-        switches: additional arguments of the model's forward.
     """
 
-    tokenizer: Any
     modules: SentenceModules
-    switches: dict[str, bool] = field(default_factory=dict)
 
-    @property
-    def pad_token_id(self) -> int | None:
-        """Id of the tokenizer's padding token."""
-        return int(self.tokenizer.pad_token_id)
-
+    @override
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files, and those that sentence-transformers reads."""
-        self.tokenizer.save_pretrained(folder)
+        TokenizerReader.save_pretrained(self, folder)
         self.modules.write(Path(folder))
 
     def prepared(self, text: str | None) -> str:
@@ -214,19 +206,19 @@ class Task(TextTask, ComparesRows):
         return without_pooler(model)
 
     @override
-    def load_processor(self, source: ModelSource) -> TextReader:
+    def load_processor(self, source: ModelSource) -> EmbeddingReader:
         has_cache = "use_cache" in forward_parameters(self.auto_class, source.config)
         switches = {"use_cache": False} if has_cache else {}
-        return TextReader(tokenizer=load_tokenizer(source), modules=read_modules(source), switches=switches)
+        return EmbeddingReader(tokenizer=load_tokenizer(source), modules=read_modules(source), switches=switches)
 
     @override
-    def resolve_length(self, asked: int | None, processor: TextReader, config: Any) -> int:
+    def resolve_length(self, asked: int | None, processor: EmbeddingReader, config: Any) -> int:
         stated = processor.modules.max_length
         own = {} if stated is None else {"default": stated}
         return resolve_max_length(asked, processor.tokenizer, config, **own)
 
     @override
-    def encode(self, split: Split, processor: TextReader, reading: Reading) -> EmbeddedExamples:
+    def encode(self, split: Split, processor: EmbeddingReader, reading: Reading) -> EmbeddedExamples:
         max_length, count, modules = reading.num_tokens, len(self.text_columns), processor.modules
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
@@ -329,7 +321,7 @@ class Task(TextTask, ComparesRows):
         return {"prediction": cosines, **{f"embedding_{i}": column for i, column in enumerate(found, start=1)}}
 
     @override
-    def probe(self, processor: TextReader, config: Any) -> Batch:
+    def probe(self, processor: EmbeddingReader, config: Any) -> Batch:
         return {**text_probe(processor.tokenizer, config), **processor.switches}
 
     @override

@@ -6,8 +6,7 @@ ROUGE of text that the model generates by greedy search, by default.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from mirrortune.data.token_cache import Tokens, ragged
 from mirrortune.data.tokenize import Reading, encode_texts, resolve_max_length, tokenise_rows
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
-from mirrortune.tasks.base import Generates, TextTask, WritesText
+from mirrortune.tasks.base import Generates, TextTask, TokenizerReader, WritesText
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions, refuse_no_tokens
 from mirrortune.tasks.probes import text_probe
@@ -40,27 +39,14 @@ _LONGEST_TARGET = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairReader:
+class PairReader(TokenizerReader):
     """A tokenizer, and the token that the decoder begins with.
 
     Attributes:
-        tokenizer: of transformers.
         start_id: the decoder's first token.
-        switches: additional arguments of the model's forward.
     """
 
-    tokenizer: Any
     start_id: int
-    switches: dict[str, bool] = field(default_factory=dict)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """Id of the tokenizer's padding token."""
-        return int(self.tokenizer.pad_token_id)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files."""
-        self.tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from mirrortune.errors import ConfigError, DataError
 from mirrortune.models.pooling import SentenceModules
 from mirrortune.runs.prepare import show_rows
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict, with_label_columns
-from mirrortune.tasks.kinds.sentence_similarity import TextReader
+from mirrortune.tasks.kinds.sentence_similarity import EmbeddingReader
 from mirrortune.tasks.metrics import Scores, score
 from mirrortune.tasks.predicting import PredictOptions
 
@@ -36,7 +36,7 @@ def made(tokenizer: Any, columns: dict[str, Any], modules: SentenceModules = MEA
     """The task of some columns and its examples."""
     table = pa.table(columns)
     task, _ = KIND.from_rows(table, "rows")
-    reader = TextReader(tokenizer=tokenizer, modules=modules)
+    reader = EmbeddingReader(tokenizer=tokenizer, modules=modules)
     return task, task.encode(Split(table=table, source="rows"), reader, Reading(max_length=16, **reading))
 
 
@@ -105,7 +105,7 @@ def test_texts_are_prepared_as_the_folder_says(tokenizer: Any) -> None:
     modules = SentenceModules(
         modes=("mean",), is_normalised=False, max_length=7, lowercase=True, prompt="The ", files={}, notes=()
     )
-    reader = TextReader(tokenizer=tokenizer, modules=modules)
+    reader = EmbeddingReader(tokenizer=tokenizer, modules=modules)
     assert reader.prepared("Film") == "the film"
     task, examples = made(tokenizer, PAIRS, modules)
     assert tokenizer.decode(examples.batch(np.array([0]))["input_ids"][0], skip_special_tokens=True) == "the good"
@@ -222,7 +222,7 @@ def test_equal_and_broken_embeddings_rank_last(tokenizer: Any) -> None:
 
 def test_predictions_are_embeddings(tokenizer: Any) -> None:
     whole, _ = KIND.from_rows(pa.table({**PAIRS, "score": [0.5, 1.0, 0.0]}), "rows")
-    reader = TextReader(tokenizer=tokenizer, modules=MEAN)
+    reader = EmbeddingReader(tokenizer=tokenizer, modules=MEAN)
     for columns, num_texts in ((PAIRS, 2), ({"sentence1": ["good", "a"]}, 1), ({"sentence2": ["good"]}, 1)):
         split, task = Split(table=pa.table(columns), source="rows"), whole.narrowed(columns)
         examples = task.encode_to_predict(split, reader, Reading(max_length=16), PredictOptions())
@@ -243,7 +243,7 @@ def test_predictions_are_embeddings(tokenizer: Any) -> None:
 def test_rows_without_a_score_are_answered(tokenizer: Any) -> None:
     task, _ = KIND.from_rows(pa.table({**PAIRS, "score": [0.5, 1.0, 0.0]}), "rows")
     hidden = with_label_columns(Split(table=pa.table(PAIRS), source="hidden"), task)
-    reader = TextReader(tokenizer=tokenizer, modules=MEAN)
+    reader = EmbeddingReader(tokenizer=tokenizer, modules=MEAN)
     assert task.encode(hidden, reader, Reading(max_length=16, allow_missing=True)).num_unlabelled == 3
 
 
