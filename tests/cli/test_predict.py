@@ -175,12 +175,20 @@ def test_another_file_is_not_replaced_by_what_is_continued(
         fail_at(2, broken, KeyboardInterrupt())
         mirrortune(*words, "--overwrite")
     (place / "a.csv").write_text("thesis\n", encoding="utf-8")
-    refused = mirrortune(*words, "--resume")
+    with monkeypatch.context() as early:
+        early.setattr("mirrortune.inference.predict.load_target", None)  # nothing is loaded before it is refused
+        refused = mirrortune(*words, "--resume")
     assert (refused.exit_code, "has no column 'prediction'" in refused.said) == (2, True), refused.stderr
     assert (place / "a.csv").read_text(encoding="utf-8") == "thesis\n"
+    (place / "a.csv").unlink()
+    add = Parts.add
+
+    def add_and_save(self: Parts, first: int, table: pa.Table) -> None:
+        add(self, first, table)
+        self.output.write_text("thesis\n", encoding="utf-8")
+
     with monkeypatch.context() as late:  # saved while the rows are predicted
-        (place / "a.csv").unlink()
-        late.setattr(Parts, "is_joined", lambda self: (self.output.write_text("thesis\n"), False)[1])
+        late.setattr(Parts, "add", add_and_save)
         assert mirrortune(*words, "--resume").exit_code == 2
     assert (place / "a.csv").read_text(encoding="utf-8") == "thesis\n"
 
