@@ -38,7 +38,7 @@ from mirrortune.runs import train
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import whole
 from mirrortune.system.signals import StopSignals
-from mirrortune.tasks.kinds.sentence_similarity import Task, TextReader
+from mirrortune.tasks.kinds.sentence_similarity import EmbeddingReader, Task
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import Tally
 from mirrortune.training.step import Stepper, Update
@@ -197,7 +197,7 @@ def compared_rows(accelerator: Any, parts: list[list[int]]) -> list[list[float]]
     for label in (None, "score"):
         table = pa.table({**texts, "score": [0.5, 0.25, 1.0, 0.0, 0.75]})
         task = Task(text_columns=("a", "b"), label_column=label, metric_names=(), selection_metric="")
-        reader = TextReader(tokenizer=tiny_tokenizer(), modules=MEAN)
+        reader = EmbeddingReader(tokenizer=tiny_tokenizer(), modules=MEAN)
         examples = task.encode(Split(table=table, source="rows"), reader, Reading(max_length=16))
         batch = examples.batch(np.array(own or [0]))
         part = MicroBatch(batch=batch, is_empty=not own, num_rows_of_step=5, num_tokens_of_step=None)

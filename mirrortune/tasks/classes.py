@@ -175,7 +175,8 @@ def _counted_scores(predictions: Any, references: Any, count: int) -> tuple[npt.
     0 and 1 for each of several (N, C).
     """
     if references.ndim == 2:
-        found = tuple(rows.sum(axis=0) for rows in (predictions & references, predictions, references))
+        said_rows, right_rows = predictions.astype(bool), references.astype(bool)  # a file may hold 0.0 and 1.0
+        found = tuple(rows.sum(axis=0) for rows in (said_rows & right_rows, said_rows, right_rows))
     else:
         classes = (references[references == predictions], predictions, references)
         found = tuple(np.bincount(own, minlength=count)[:count] for own in classes)

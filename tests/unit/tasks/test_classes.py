@@ -42,7 +42,9 @@ def test_they_are_those_of_scikit_learn(*, multi_label: bool) -> None:
     draw = np.random.default_rng(0)
     said, right = draw.integers(0, 2, (2, 50, 4)) if multi_label else draw.integers(0, 3, (2, 50))
 
-    found = class_scores(task, said, right)
+    given = right.astype(np.float32) if multi_label else right  # as the labels of a batch are
+
+    found = class_scores(task, said, given)
 
     expected = precision_recall_fscore_support(right, said, labels=range(4), average=None, zero_division=0.0)
     for name, values in zip(("precision", "recall", "f1", "count"), expected, strict=True):
