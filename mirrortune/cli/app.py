@@ -224,7 +224,7 @@ def evaluate(
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
     own = _recipe_of(target, reporter)
-    resolved, _ = _resolve(words, task, {**given, "eval__batch_size": batch_size}, reporter, beneath=own)
+    resolved, _ = _resolve(words, task, {**given, "eval__batch_size": batch_size}, reporter, beneath=own, has_target=True)
     if own and (named := _describe_data(resolved, own)):
         reporter.note(named)
     trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
@@ -350,9 +350,18 @@ def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:
 
 
 def _resolve(
-    words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None
+    words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None,
+    *, has_target: bool = False,
 ) -> tuple[Resolved, str | None]:
     """Resolve the recipe from all layers; returns it with the name of the recipe or task that was given.
+
+    Args:
+        words: recipe and ``key=value`` settings.
+        task: value of ``--task``.
+        given: values of the flags.
+        reporter: prints the settings.
+        beneath: the lowest layer.
+        has_target: leave the model of the task's recipe out, since the command names the one that it uses.
 
     Raises:
         ConfigError: all problems of all layers at once.
@@ -376,7 +385,7 @@ def _resolve(
         problem = f"one recipe at most, got {', '.join(names)}"
         errors.append(ConfigError("arguments", problem, fix="Settings are written key.sub=value"))
     elif task is not None and task not in kinds:
-        add(lambda: recipe.task_layer(task, kinds))
+        add(lambda: recipe.task_layer(task, kinds, has_model=not has_target))
     if names:
         add(lambda: recipe.read_recipe(names[0]))
     flags = given_flags(given, errors)

@@ -62,7 +62,7 @@ def predict(
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     own = _recipe_of(target, reporter)
     asked = {**given, "eval__batch_size": batch_size}
-    resolved, _ = _resolve(words, task, asked, reporter, beneath=own)
+    resolved, _ = _resolve(words, task, asked, reporter, beneath=own, has_target=True)
     _check_rows(resolved, own, text, image, split)
     _launch_if_asked(num_processes, None)
     from mirrortune.inference import predict as predicting  # noqa: PLC0415

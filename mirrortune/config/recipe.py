@@ -234,15 +234,18 @@ def flag_layer(given: dict[str, tuple[str, Any]]) -> Layer:
     return Layer(values=values, origin="flags", flags={tuple(k.split(".")): f for k, (f, _) in given.items()})
 
 
-def task_layer(name: str, kinds: list[str]) -> Layer:
-    """Make the layer of ``--task NAME``: a shipped recipe without its model, or a kind of task."""
+def task_layer(name: str, kinds: list[str], *, has_model: bool = True) -> Layer:
+    """Make the layer of ``--task NAME``: a shipped recipe, without its model unless ``has_model``, or a kind of task."""
     if name in kinds:
         return Layer(values={"task": {"kind": name}}, origin="--task", flags={("task", "kind"): "--task"})
     if name.lower() in PREFERENCES:
         raise no_preferences("--task", name, allowed=", ".join(kinds))
     if name not in shipped_recipes():
         raise unknown_name("--task", "task", name, [*kinds, *shipped_recipes()])
-    return read_recipe(name, "--task")
+    layer = read_recipe(name, "--task")
+    if not has_model:
+        layer.values.get("model", {}).pop("name", None)
+    return layer
 
 
 def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | None = None) -> Resolved:

@@ -67,6 +67,12 @@ def test_other_data_is_scored_whole(run: Path, desk: Path) -> None:
     assert "there is no split 'validation'" in outcome.said
 
 
+def test_the_model_of_a_tasks_recipe_is_not_that_of_a_run(run: Path) -> None:
+    scored = mirrortune("eval", run, "-t", "imdb", "-d", run.parent / "reviews.csv", "data.max_length=32")
+
+    assert scored.exit_code == 0, scored.stderr  # and not: roberta-base cannot be reached
+
+
 def test_other_columns_are_read_when_named(run: Path, desk: Path) -> None:
     rows = [(i, text, label) for i, (text, label) in enumerate(reviews(12))]
     write_table(desk / "renamed.csv", rows, header=("id", "body", "verdict"))
