@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw figures in one style, as PNG and SVG files or inside a page that may be light or dark.
+"""Draw figures in one style, as PNG and SVG files or inside a page with a light or dark theme.
 
-matplotlib draws by its own defaults, without pyplot and its global state; it is imported for the first figure. Colours
-are Tol's "bright" scheme, distinct with any colour vision and on white and black; lines also differ in dash or marker.
+Figures start from matplotlib's default settings and do without pyplot and its global state; matplotlib is imported when
+the first figure is drawn. Colours are Paul Tol's "bright" scheme (SRON/EPS/TN/09-002), which can be
+told apart with colour-blindness and on white or black; lines also differ in dash pattern or marker.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mirrortune.system.atomic import write_atomically
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-# Two placeholder colours; in a page they become CSS variables, which change with light and dark.
+# Placeholder colours. In a page they become CSS variables, which follow the reader's theme.
 _INK, _FAINT = "#010203", "#040506"
 _ON_PAPER = {_INK: "#1a1a1a", _FAINT: "#d9d9d9"}
 _ON_PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)"}
@@ -33,7 +34,7 @@ _ON_PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)"}
 _RAISED = str.maketrans("-\N{MINUS SIGN}0123456789", "⁻⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")  # characters that XML cannot hold
 
-# Settings of matplotlib that are not of a figure.
+# matplotlib settings that belong to the process, not to a figure.
 _OF_PROCESS = ("backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.open_in_browser")
 
 Draw = Callable[[Any], None]
@@ -45,10 +46,10 @@ class Drawing:
     """A figure to draw.
 
     Attributes:
-        name: of its file; unique in a page.
-        caption: what it shows and how to read it.
+        name: file name without its suffix; unique within a page.
+        caption: what the figure shows and how to read it.
         size: width and height in inches.
-        draw: draws into an empty matplotlib figure.
+        draw: function that draws into an empty matplotlib figure.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Drawing:
 
 
 def svg_for_page(drawing: Drawing) -> str:
-    """Render as an SVG element in the page's colours, with ids prefixed by the drawing's name."""
+    """Render a drawing as an SVG element in the page's colours, with ids prefixed by the drawing's name."""
     found = _coloured(_render(drawing, "svg").decode(), _ON_PAGE)
     found = found[found.index("<svg") :]
     found = re.sub(r"<metadata>.*?</metadata>", "", found, flags=re.DOTALL)
@@ -67,7 +68,7 @@ def svg_for_page(drawing: Drawing) -> str:
 
 
 def write_figure(drawing: Drawing, path: Path) -> None:
-    """Write a figure in the format of ``path``, .png or .svg."""
+    """Write a figure to ``path`` in the format of its suffix, ``.png`` or ``.svg``."""
     kind = path.suffix.removeprefix(".")
     data = _render(drawing, kind)
     if kind == "svg":
@@ -76,7 +77,7 @@ def write_figure(drawing: Drawing, path: Path) -> None:
 
 
 def write_figures(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
-    """Write every figure as PNG and SVG under its own name; return the paths."""
+    """Write each figure to ``folder`` as PNG and as SVG and return the paths of the files."""
     paths = [(drawing, folder / f"{drawing.name}.{kind}") for drawing in drawings for kind in ("png", "svg")]
     for drawing, path in paths:
         write_figure(drawing, path)
@@ -98,14 +99,14 @@ def legend_beside(axes: Any) -> None:
 def heat_map(
     figure: Any, axes: Any, values: Sequence[Sequence[float]], *, label: str, zero_centred: bool = False
 ) -> None:
-    """Draw cells coloured by ``values`` (rows from the top; NaN stays empty), with numbers if there are few.
+    """Draw a matrix as coloured cells, with the values written into them if there are at most 160.
 
     Args:
-        figure: that gets the colour bar.
-        axes: to draw into.
-        values: rows of equal length.
-        label: of the colour bar, with the unit.
-        zero_centred: whether to use a diverging scale around zero.
+        figure: figure that gets the colour bar.
+        axes: axes to draw into.
+        values: rows of equal length, drawn from the top; NaN leaves a cell empty.
+        label: label of the colour bar, with the unit.
+        zero_centred: use a diverging colour scale around zero.
     """
     import numpy as np  # noqa: PLC0415
 
@@ -161,16 +162,16 @@ def _render(drawing: Drawing, kind: str) -> bytes:
 def _matplotlib() -> Any:
     """Import matplotlib without the ``matplotlibrc`` of the working directory.
 
-    It would read that file first of all, and the working directory is where data of others lies.
+    matplotlib reads that file before any other, and the working directory may hold files from other people.
     """
     if "matplotlib" not in sys.modules:
         spec = importlib.util.find_spec("matplotlib")
         own = Path(spec.origin or "").parent / "mpl-data" if spec else Path()
         try:
             before = Path.cwd()
-        except FileNotFoundError:  # deleted meanwhile: it holds no file
+        except FileNotFoundError:  # the working directory was deleted, so it holds no matplotlibrc
             return importlib.import_module("matplotlib")
-        os.chdir(own)  # it has no option for this: only the working directory comes before MATPLOTLIBRC
+        os.chdir(own)  # no setting prevents it: the working directory comes before even MATPLOTLIBRC
         try:
             importlib.import_module("matplotlib")
         finally:
@@ -179,7 +180,7 @@ def _matplotlib() -> Any:
 
 
 def _write_powers_plainly(figure: Any) -> None:
-    """Label logarithmic axes with ``10²`` instead of matplotlib's formulas, which are not drawn."""
+    """Label logarithmic axes with ``10²`` instead of mathtext, which is switched off."""
     from matplotlib.ticker import LogFormatterSciNotation  # noqa: PLC0415
 
     class Plain(LogFormatterSciNotation):

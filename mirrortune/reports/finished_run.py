@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a finished run's directory: the one source of its page, its curves and its model card.
+"""Read the directory of a finished run, the only source of its page, its curves and its model card.
 
-Pages and cards are shared, so only regular files are read: a link could lead to any file of the user.
+Pages and cards are meant to be shared, so only regular files are read: a symbolic link could expose any file of the
+user.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from mirrortune.system.run_status import describe_status
 
 
 class FinishedRun:
-    """A finished run.
+    """The files of a finished run, each read when it is first used.
 
     Args:
-        run: its directory.
+        run: run directory.
 
     Attributes:
-        name: of the directory.
+        name: name of the directory.
         results: content of ``results.json``.
-        environment: content of ``environment.json``; empty if there is none.
+        environment: content of ``environment.json``; empty if the file is missing.
 
     Raises:
-        ConfigError: the directory holds no finished run, or a damaged file.
-        VerificationError: a file is a link.
+        ConfigError: the directory holds no finished run, or a file is damaged.
+        VerificationError: A file is a symbolic link.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -49,17 +50,17 @@ class FinishedRun:
 
     @cached_property
     def validation(self) -> dict[str, Any]:
-        """Content of ``validation.json``: answers, lengths, classes, angles."""
+        """Content of ``validation.json``: predictions, row lengths, class counts and plane angles."""
         return read_json(self.directory.validation)
 
     @cached_property
     def merge(self) -> dict[str, Any]:
-        """Report of the run's last merge; empty if there is none."""
+        """Report of the run's last merge; empty if it was never merged."""
         return read_json(self.directory.path / "reports" / "merge.json")
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Every setting of the recipe, by dotted key."""
+        """Every setting of the recipe by its dotted key, such as ``train.epochs``."""
         return flatten(read_saved_recipe(regular_file(self.directory.path, self.directory.recipe.name)))
 
     @cached_property
@@ -83,12 +84,12 @@ class FinishedRun:
         return str(self.results["selection_metric"])
 
     def series(self, event: str, key: str) -> tuple[list[float], list[float]]:
-        """Return the steps and values of a number in the log."""
+        """Return the steps and the values at which ``event`` logged ``key``."""
         found = [(e["step"], e[key]) for e in self.events if e["event"] == event and key in e]
         return [s for s, _ in found], [v for _, v in found]
 
     def summary(self) -> dict[str, str]:
-        """Return the results as texts, by name."""
+        """Return the results as formatted text, by name."""
         r = self.results
         per_second = r.get("tokens_per_second")
         tokens = "" if per_second is None else f", {significant(per_second)} tokens per second"
@@ -113,10 +114,12 @@ class FinishedRun:
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """Return the path of a regular file of a folder; follow links only in the Hub's cache, which consists of them.
+    """Return the path of ``name`` in ``folder`` after checking that it is a regular file.
+
+    Symbolic links are followed only within the Hub's cache, which is built from them.
 
     Raises:
-        VerificationError: it is missing, a link, or not a regular file.
+        VerificationError: the path is missing, a symbolic link, or not a regular file.
     """
     from huggingface_hub import constants  # noqa: PLC0415
 
@@ -133,13 +136,13 @@ def regular_file(folder: Path, name: str) -> Path:
 
 
 def is_there(path: Path) -> bool:
-    """Return whether there is a file, a folder or a link, which may lead nowhere."""
+    """Return whether ``path`` exists, be it only as a broken symbolic link."""
     return path.is_symlink() or path.exists()
 
 
 @contextmanager
 def damage(where: str) -> Iterator[None]:
-    """Turn the errors of code that reads a run's files, which have no schema, into one that says that one is damaged.
+    """Report errors of the block that come from malformed content as a damaged file: a run's files have no schema.
 
     Raises:
         VerificationError: the block raised such an error.
@@ -152,11 +155,11 @@ def damage(where: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a run's file; empty if there is none.
+    """Read the JSON object in ``path``, or return an empty dict if the file is missing.
 
     Raises:
         ConfigError: the file is damaged.
-        VerificationError: it is a link or no regular file.
+        VerificationError: the path is a symbolic link or not a regular file.
     """
     if not is_there(path):
         return {}

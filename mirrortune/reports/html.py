@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-contained HTML pages: one file, no script, nothing fetched; light or dark as the reader's system, and printable.
+"""Build self-contained HTML pages: one file without scripts or external resources, in the reader's light or dark theme.
 
-:func:`escape` is the only way for a text into a page; markup has the type :class:`Html`.
+Text enters a page only through :func:`escape`; markup has the type :class:`Html`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mirrortune.system.console import printable
 from mirrortune.system.outputs import Input, check_file
 
 Html = NewType("Html", str)
-"""Markup, as opposed to text."""
+"""Markup, as opposed to text that must still be escaped."""
 
 _GENERATOR = '<meta name="generator" content="mirrortune'
 _STYLE = """
@@ -53,12 +53,12 @@ details { margin: .75rem 0; } summary { cursor: pointer; color: var(--mark); }
 
 
 def escape(text: object) -> Html:
-    """Escape ``text``; control characters, which act when a page is shown in a terminal, become visible."""
+    """Escape ``text`` for HTML and make control characters visible, so that a terminal does not obey them."""
     return Html(html.escape(printable(str(text))))
 
 
 def page(title: str, subtitle: str, *parts: Html) -> str:
-    """Build a whole document."""
+    """Build an HTML document."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -99,24 +99,24 @@ def command(text: str) -> Html:
 
 
 def figure(drawing: Drawing) -> Html:
-    """Build a figure with its caption, at most as wide as the drawing."""
+    """Build a figure with its caption, no wider than the drawing."""
     svg, width = svg_for_page(drawing), drawing.size[0] * 96
     caption = escape(drawing.caption)
     return Html(f'<figure style="--width: {width:.0f}px">{svg}<figcaption>{caption}</figcaption></figure>')
 
 
 def details(summary: str, *parts: Html) -> Html:
-    """Build a section that is folded until the reader opens it."""
+    """Build a section that is collapsed until the reader opens it."""
     return Html(f"<details><summary>{escape(summary)}</summary>{''.join(parts)}</details>")
 
 
 @contextmanager
 def page_output(path: Path, inputs: Sequence[Input], where: str = "-o") -> Iterator[Callable[[str], None]]:
-    """Claim the file of a page while the block runs, and yield the function that writes its text.
+    """Claim the output file of a page while the block runs, and yield the function that writes the page.
 
     Raises:
-        ConfigError: the path cannot hold a file (:func:`mirrortune.system.outputs.check_file`), holds a file that
-            mirrortune did not write, or another process writes there.
+        ConfigError: the path cannot be written (:func:`mirrortune.system.outputs.check_file`), holds a file that
+            mirrortune did not write, or is claimed by another process.
     """
 
     def check() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep of learning rates as lines for a terminal and as a page."""
+"""Show a learning-rate sweep as lines for a terminal and as a page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LINES, _WIDTH = 24, 40
 
 
 def sweep_lines(rates: Sequence[float], losses: Sequence[float], proposed: float | None) -> list[str]:
-    """Return a bar for each of a few rates: its length is the loss, from the lowest to the highest of them.
+    """Return one line with a bar for each of a few rates; the bar's length is the loss, scaled between the extremes.
 
     Args:
-        rates: rising.
-        losses: smoothed, one a rate.
-        proposed: marked among them; None for none.
+        rates: learning rates in ascending order.
+        losses: smoothed loss at each rate.
+        proposed: rate to mark, or None.
     """
     step = -(-len(rates) // _LINES)
     places = range(0, len(rates), step)
@@ -36,7 +36,7 @@ def sweep_lines(rates: Sequence[float], losses: Sequence[float], proposed: float
 def sweep_drawing(
     rates: Sequence[float], losses: Sequence[float], smoothed: Sequence[float], marks: dict[str, float]
 ) -> Drawing:
-    """Return the losses over the rates, with vertical lines at the rates of ``marks``, by their label."""
+    """Plot the losses over the rates, with a labelled vertical line at each rate of ``marks`` (label -> rate)."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -53,5 +53,5 @@ def sweep_drawing(
 
 
 def sweep_page(title: str, lines: Sequence[str], drawing: Drawing, command: str) -> str:
-    """Build the page of a sweep: its proposal, its figure, and the command that made it."""
+    """Build the page of a sweep: the proposed rate, the figure, and the command that made it."""
     return html.page(title, f"mirrortune {__version__}", html.box(lines), html.figure(drawing), html.command(command))

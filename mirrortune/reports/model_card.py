@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards (``README.md``) of run directories, adapters and merged folders: the Hub's metadata, results, recipe."""
+"""Write model cards (``README.md``) with the Hub's metadata, the results and the recipe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mirrortune.reports.finished_run import FinishedRun, damage, is_there, regul
 from mirrortune.reports.tables import Table
 from mirrortune.system.run_directory import RunDirectory, run_of
 
-_LONG_RECIPE = 200  # lines; one that lists pairs may have thousands
+_LONG_RECIPE = 200  # lines; a recipe that lists pairs may have thousands
 _PIPELINES = {"regression": "text-classification", "causal-lm": "text-generation", "seq2seq": "summarization"}
-"""The Hub's names of kinds of task, where they differ from mirrortune's."""
+"""The Hub's pipeline tag of a kind of task, where it differs from mirrortune's name."""
 _EMBEDDING = "sentence-similarity"
 _USE_MERGED = """```python
 from transformers import pipeline
@@ -48,7 +48,7 @@ mirrortune.load_adapter(model, "THIS_REPOSITORY")
 def run_card(
     title: str, base: dict[str, Any], method: str, task: dict[str, Any], result: dict[str, Any], recipe_yaml: str
 ) -> str:
-    """Return the card of a run: metrics of the kept checkpoint, sizes, and the recipe that repeats it."""
+    """Return the card of a run: metrics of the kept checkpoint, sizes, and the recipe that reproduces it."""
     return f"""{_front_matter(base, [method, task["kind"]])}
 # {title}
 
@@ -97,18 +97,18 @@ def card_of_run(
     recipe: Path | None = None,
     has_curves: bool = False,
 ) -> str | None:
-    """Return the Hub's card of a run's adapter or merged model; None for an adapter that no finished run holds.
+    """Return the card of a run's adapter or merged model, or None if the adapter belongs to no finished run.
 
     Args:
-        adapter: from :func:`read_adapter`.
+        adapter: adapter from :func:`read_adapter`.
         title: name of the repository or the run.
-        is_merged: whether the card is of plain weights.
-        base: the base's description, if not the adapter's own.
-        recipe: file of the recipe to show, if not the run's own.
-        has_curves: whether ``curves.png`` lies beside the card.
+        is_merged: the card describes merged weights, not an adapter.
+        base: description of the base model; that of the adapter by default.
+        recipe: recipe file to show; that of the run by default.
+        has_curves: ``curves.png`` is stored beside the card and can be shown.
 
     Raises:
-        VerificationError: a file of the run is damaged or a link.
+        VerificationError: A file of the run is damaged or a symbolic link.
     """
     directory = run_of(adapter.folder)
     if adapter.task is None or directory is None or not (is_there(directory.results) and is_there(directory.recipe)):
@@ -125,7 +125,7 @@ def card_of_run(
         numbers = f"{run.results['trainable_parameters']:,} trained numbers"
         numbers += _head(" besides a task head of {:,}", run.results)
         front = _front_matter(base, [method, kind], fields)
-        f"{front}{data}".encode()  # half of a surrogate pair cannot be written
+        f"{front}{data}".encode()  # lone surrogates cannot be encoded
     return f"""{front}
 # {title}
 
@@ -147,19 +147,19 @@ mirrortune train recipe.yaml
 
 
 def recipe_text(run: RunDirectory) -> str:
-    """Read a run's recipe and check that it is one.
+    """Read the text of a run's recipe and check that it is a valid recipe.
 
     Raises:
-        ConfigError: it is no recipe.
-        VerificationError: it is missing, a link, or not text.
+        ConfigError: the file is not a valid recipe.
+        VerificationError: the file is missing, a symbolic link, or not UTF-8 text.
     """
     path = regular_file(run.path, run.recipe.name)
     read_saved_recipe(path)
-    return path.read_text(encoding="utf-8")  # as it was written, with its comments
+    return path.read_text(encoding="utf-8")  # not rendered from the parsed recipe: comments are kept
 
 
 def _hub_fields(run: FinishedRun, title: str, kind: str, *, is_merged: bool) -> dict[str, Any]:
-    # Not by huggingface_hub's ModelCardData, which has an order of its own: cards stay the same, byte by byte.
+    # huggingface_hub's ModelCardData sorts the fields differently; without it, cards stay identical byte for byte.
     pipeline, dataset = _PIPELINES.get(kind, kind), _dataset(run)
     described = {"type": dataset, "name": dataset, "split": "validation"}
     metrics = [{"type": name, "name": name, "value": value} for name, value in run.results["metrics"].items()]
@@ -201,5 +201,5 @@ def _recipe_block(recipe_yaml: str) -> str:
 
 
 def _head(words: str, results: dict[str, Any]) -> str:
-    """Put the number of the task head's parameters into ``words``; an empty string for a model without one."""
+    """Format ``words`` with the number of parameters of the task head; empty for a model without a head."""
     return words.format(results["head_parameters"]) if results["head_parameters"] else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of one or several runs: learning curves, answers, data, angles."""
+"""Draw figures of one or several runs: learning curves, predictions, data and plane angles."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MOST_CLASSES = 40
 
 
 def angle_drawing(angles: dict[str, list[float]]) -> Drawing:
-    """Return histograms of an adapter's plane angles in degrees: of all together, and a row for each layer.
+    """Plot histograms of an adapter's plane angles: one of all angles, and a heat map with one row per layer.
 
     Args:
-        angles: by layer or weight, at least one angle in all.
+        angles: angles in degrees by layer or weight; at least one in total.
     """
 
     def draw(figure: Any) -> None:
@@ -50,7 +50,7 @@ def angle_drawing(angles: dict[str, list[float]]) -> Drawing:
 
 
 def run_drawings(runs: Sequence[FinishedRun]) -> list[Drawing]:
-    """Return the learning curves of all runs, and for a single run its other figures."""
+    """Return the learning curves of all runs; for a single run, its other figures as well."""
     found = [learning_curves(runs)] if any(r.events for r in runs) else []
     if len(runs) > 1:
         return found
@@ -60,7 +60,7 @@ def run_drawings(runs: Sequence[FinishedRun]) -> list[Drawing]:
 
 
 def learning_curves(runs: Sequence[FinishedRun]) -> Drawing:
-    """Return curves of loss, metric, learning rate, gradient norm and speed over optimizer steps."""
+    """Plot loss, metric, learning rate, gradient norm and speed over optimizer steps."""
     metric = runs[0].metric
 
     def draw(figure: Any) -> None:

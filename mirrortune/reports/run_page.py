@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a run, or of several side by side; read from their directories alone, so that it can be made again."""
+"""Build the page of a run, or of several runs side by side, from their directories alone.
+
+A page can therefore be rebuilt at any time.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ from mirrortune.reports.tables import Table
 from mirrortune.system.run_directory import RunDirectory
 
 _MOST_CLASSES = 200
-"""Classes in a table; those with the fewest rows are left out."""
-_MOST_EVALUATIONS = 12  # in a table of samples
+"""Most classes shown in a table; those with the fewest rows are left out."""
+_MOST_EVALUATIONS = 12
+"""Most evaluations shown in a table of samples."""
 
 
 def write_run_page(run: RunDirectory) -> Path:
@@ -105,7 +109,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str =
 
 
 def _class_table(scores: Sequence[dict[str, Any]]) -> Html:
-    """Build the table of the classes, those with most rows first."""
+    """Build the table of scores per class, the most frequent classes first."""
     ordered = sorted(scores, key=lambda s: -s["count"])[:_MOST_CLASSES]
     rows = [
         (s["class"], *(f"{s[key]:.3f}" for key in ("precision", "recall", "f1")), f"{s['count']:,}") for s in ordered
@@ -117,7 +121,7 @@ def _class_table(scores: Sequence[dict[str, Any]]) -> Html:
 
 
 def _samples(run: FinishedRun) -> list[Html]:
-    """Build a table for each prompt of ``samples.jsonl``: what was expected, and what the model wrote by evaluation."""
+    """Build a table for each prompt in ``samples.jsonl``: the reference, then the model's answer at each evaluation."""
     steps = sorted({entry["step"] for entry in run.samples})
     shown = {steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, _MOST_EVALUATIONS).astype(int))}
     tables: list[Html] = []

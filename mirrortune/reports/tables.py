@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables for a terminal, for Markdown and for a page, and sparklines."""
+"""Render tables for a terminal, Markdown or a page, and draw sparklines."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Table:
     """A table whose first column holds names.
 
     Attributes:
-        head: headings of the columns.
-        rows: their cells.
-        caption: shown in a page only.
-        is_text: align the other columns to the left in a page; numbers are aligned to the right.
+        head: column headings.
+        rows: cells of each row.
+        caption: caption; shown in a page only.
+        is_text: the other columns hold text, which a page aligns left; numbers are aligned right.
     """
 
     head: Sequence[str]
@@ -33,9 +33,7 @@ class Table:
     is_text: bool = False
 
     def lines(self) -> list[str]:
-        """Render aligned columns without borders as lines of text, the same for a terminal and a log. Headings break at
-        spaces.
-        """
+        """Render the table as lines of plain text in aligned columns without borders; headings break at spaces."""
         table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
         for place, name in enumerate(self.head):
             table.add_column(name.replace(" ", "\n"), justify="left" if place == 0 else "right", no_wrap=True)
@@ -46,13 +44,13 @@ class Table:
         return [line.rstrip() for line in written.getvalue().splitlines()]
 
     def markdown(self, *, has_code: bool = False) -> str:
-        """Render as Markdown, with the first column as code if ``has_code``."""
+        """Render the table as Markdown, with the first column as code if ``has_code``."""
         rows = [[f"`{row[0]}`", *row[1:]] if has_code else row for row in self.rows]
         lines = ["| " + " | ".join(map(str, row)) + " |" for row in (self.head, *rows)]
         return "\n".join([lines[0], "|" + "---|" * len(self.head), *lines[1:]])
 
     def html(self) -> Html:
-        """Render as a part of a page."""
+        """Render the table as HTML."""
         shown = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
         top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.head)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
@@ -63,7 +61,7 @@ class Table:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Draw one bar a value, from zero (or the smallest, if that is negative) to the largest."""
+    """Draw one bar per value, scaled from zero (or the smallest value, if negative) to the largest."""
     low = min(0.0, *values) if values else 0.0
     span = (max(values, default=0.0) - low) or 1.0
     return "".join(_BARS[min(len(_BARS) - 1, int((v - low) / span * len(_BARS)))] for v in values)
