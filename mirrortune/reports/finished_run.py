@@ -35,7 +35,7 @@ class FinishedRun:
 
     Raises:
         ConfigError: the directory holds no finished run, or a file is damaged.
-        VerificationError: A file is a symbolic link.
+        VerificationError: a file is a symbolic link.
     """
 
     def __init__(self, run: RunDirectory) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine and the Hub give: whole files, caches, devices, processes, the console."""
+"""Access to the machine and the Hub: atomic files, caches, devices, processes, the console."""
 
 __all__ = [
     "atomic",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are there whole or not at all: written under a temporary name, renamed last; and made by one
-process, while others that want them wait.
+"""Write files and folders atomically: under a temporary name first, renamed when complete.
+
+Throughout this module, ``is_ours(path)`` says whether mirrortune wrote the file or folder at ``path``, a path relative
+to the folder in question that ends in ``/`` for a folder. Only such files are ever deleted.
 """
 
 from __future__ import annotations
@@ -22,28 +24,28 @@ from safetensors import SafetensorError
 
 from mirrortune.errors import ResourceError
 
-# What a killed process leaves behind is hidden and ends like this, so that it can be told from anything else.
+# Suffixes of the hidden temporary names, by which leftovers of a killed process are recognised.
 PARTIAL, _REPLACED = ".partial", ".replaced"
 MARKER = ".mirrortune.json"
-"""Lies in every folder that a command writes, and says which files are ours."""
+"""Name of the file that marks a folder written by a command and lists the files that mirrortune wrote there."""
 _LEFTOVER = re.compile(rf"\.(.+?)(?:\.mt-[a-z0-9_]{{8}}{re.escape(PARTIAL)}|{re.escape(_REPLACED)})")
 
 
 def temporary_name(name: str) -> tuple[str, str]:
-    """Return the end and the beginning, as tempfile takes them, of a name by which a leftover is known."""
+    """Return the suffix and prefix, for :mod:`tempfile`, of a temporary name for ``name``."""
     return PARTIAL, f".{name}.mt-"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, optional: bool = False) -> None:
-    """Call ``write`` with a temporary file's path beside ``path`` and rename it to ``path``.
+    """Call ``write`` with the path of a temporary file beside ``path``, then rename that file to ``path``.
 
     Args:
-        path: the file to make or replace; its folder is made.
-        write: writes the whole content.
-        optional: a cache entry: when it cannot be written, go on without it.
+        path: file to create or replace; missing parent folders are created.
+        write: writes the complete content to the path it is called with.
+        optional: ignore a failure to write, as for a cache entry.
 
     Raises:
-        ResourceError: if it cannot be written (disk full, no permission); ``path`` is as it was.
+        ResourceError: the file cannot be written (disk full, no permission); ``path`` is unchanged.
     """
     temporary = None
     try:
@@ -53,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, optional: b
         temporary = Path(name)
         write(temporary)
         _sync(temporary)
-        temporary.chmod(_mode(path, 0o666))  # mkstemp makes files that only the owner reads
+        temporary.chmod(_mode(path, 0o666))  # mkstemp creates files that only their owner can read
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         if not optional:
@@ -65,19 +67,19 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, optional: b
 
 @contextmanager
 def alone_with(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Keep other processes, of this run or of any other, from making the cache entry ``path`` at the same time.
+    """Hold a lock on the cache entry ``path`` while the block creates it.
 
-    The lock is the operating system's: it ends with the process that holds it, and waiting for it has no deadline.
-    Where a file system has no locks, or the cache cannot be written, no process is kept out.
+    The lock belongs to the operating system, so it is released when its process ends; waiting has no timeout. If the
+    file system has no locks or the cache is not writable, the block runs without a lock.
 
     Args:
-        path: of the entry; its folder is one of those into which a cache spreads its entries.
-        wait: for a process that is making the entry.
+        path: cache entry, in one of the subfolders over which the cache distributes its entries.
+        wait: wait for a process that holds the lock.
 
     Yields:
-        False if another process is making the entry and this one did not wait for it.
+        False if another process holds the lock and ``wait`` is False, else True.
     """
-    # A lock file cannot be removed without a race, so entries share 4096 of them, by the first digits of their names.
+    # A lock file cannot be removed without a race, so entries share 4096 of them by the first three hex digits.
     place = path.parent.parent / ".locks" / f"{path.name[:3]}.lock"
     with ExitStack() as held:
         is_ours = True
@@ -92,12 +94,12 @@ def alone_with(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def write_files_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write small files into a folder, which is made, and leave everything else in it alone.
+    """Write small files into a folder, which is created if missing; other files in it are not touched.
 
-    All are written under temporary names first and then renamed one after the other, in order.
+    All files are written under temporary names, then renamed one by one in the order of ``files``.
 
     Raises:
-        ResourceError: if one cannot be written.
+        ResourceError: a file cannot be written.
     """
     temporary: dict[str, Path] = {}
     try:
@@ -120,17 +122,17 @@ def write_files_atomically(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_folder_atomically(folder: Path, write: Callable[[Path], None], *, is_ours: Callable[[str], bool]) -> None:
-    """Call ``write`` with a temporary folder beside ``folder`` and rename it to ``folder``, replacing one that is
-    there: at every moment the name stands for the old one or the new one, where the file system can exchange names.
+    """Call ``write`` with a temporary folder beside ``folder``, then give it the name ``folder``.
+
+    If the file system can exchange two names, ``folder`` exists at every moment, either as the old or as the new one.
 
     Args:
-        folder: the folder to make or replace.
-        write: writes the whole content.
-        is_ours: whether a path below ``folder`` (a folder's ends in ``/``) may be deleted with an old ``folder``; what
-            may not is moved to the new one.
+        folder: folder to create or replace.
+        write: writes the complete content.
+        is_ours: paths below an old ``folder`` that are deleted with it; all others are moved to the new one.
 
     Raises:
-        ResourceError: if it cannot be written; an old ``folder`` is as it was.
+        ResourceError: the folder cannot be written; an old ``folder`` is unchanged.
     """
     temporary = None
     try:
@@ -143,17 +145,18 @@ def write_folder_atomically(folder: Path, write: Callable[[Path], None], *, is_o
     except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
-        if temporary is not None:  # the old folder, perhaps, if a signal came just after the exchange
+        if temporary is not None:  # may be the old folder, if a signal arrived right after the exchange
             discard(temporary, is_ours=is_ours)
 
 
 def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
-    """Give a whole new folder the name ``folder``, and remove what was there by :func:`discard`.
+    """Rename the complete folder ``new`` to ``folder`` and :func:`discard` the folder that had this name.
 
     Raises:
-        OSError: the new folder cannot be stored or renamed, or ``folder`` is a link; ``folder`` is as it was.
+        OSError: the new folder cannot be flushed to disk or renamed, or ``folder`` is a symbolic link; ``folder`` is
+            unchanged.
     """
-    if folder.is_symlink():  # what it leads to may belong to the user
+    if folder.is_symlink():  # its target may belong to the user
         raise OSError(errno.ELOOP, "it is a symbolic link", str(folder))
     for file in new.rglob("*"):
         if file.is_file():
@@ -169,14 +172,16 @@ def swap(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
 
 
 def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None = None) -> None:
-    """Delete the files of a folder that are ours, and the folder if nothing else is in it. Its marker goes last:
-    without one, what is left could not be told from what was being written. What cannot be deleted stays.
+    """Delete the files that mirrortune wrote in a folder, and the folder itself if that leaves it empty.
+
+    The marker is deleted last: without it, the remaining files could not be told from an unfinished output. Files that
+    cannot be deleted stay.
 
     Args:
-        folder: is not followed where it holds links, and left alone where it is one.
-        is_ours: told a path below it, with ``/`` at the end of a folder's.
-        into: where anything else is moved, to the same place below it, unless something is there already or a link
-            leads elsewhere; not yet a folder, perhaps.
+        folder: folder to discard. Symbolic links in it are not followed; if it is one itself, nothing happens.
+        is_ours: paths that may be deleted.
+        into: folder to which all other files are moved, under the same relative paths; it need not exist. A file stays
+            if its new path is taken or lies behind a symbolic link.
     """
     if folder.is_symlink():
         return
@@ -190,12 +195,12 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
                 with suppress(OSError):
                     path.unlink()
             elif into is not None and not os.path.lexists(into / below) and not _leads_away(into, below):
-                with suppress(OSError):  # one of our files has the name of its folder: it stays here
+                with suppress(OSError):  # a file in `into` has the name of this folder: the path stays here
                     (into / below).parent.mkdir(parents=True, exist_ok=True)
                     path.rename(into / below)
         for path in (Path(place, name) for name in folders if name not in links):
             below = path.relative_to(folder)
-            with suppress(OSError):  # what could not be moved is still in it
+            with suppress(OSError):  # not empty, because something could not be moved
                 if is_ours(f"{below.as_posix()}/"):
                     path.rmdir()
                 elif into is not None and not _leads_away(into, below):
@@ -208,8 +213,8 @@ def discard(folder: Path, *, is_ours: Callable[[str], bool], into: Path | None =
 
 
 def _retire(old: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
-    """Discard a folder whose successor has the name ``folder``. What can neither be deleted nor moved there stays
-    beside it, under a name that is not one of a leftover.
+    """Discard ``old``, which ``folder`` has replaced. Files that can neither be deleted nor moved to ``folder`` stay
+    beside it, under a name that is not taken for a leftover.
     """
     discard(old, is_ours=is_ours, into=folder)
     if not old.is_dir() or old.is_symlink():
@@ -221,19 +226,19 @@ def _retire(old: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
 
 
 def _leads_away(folder: Path, below: Path) -> bool:
-    """Whether a link lies on the way from a folder to a path below it."""
+    """Return whether ``folder / below`` is a symbolic link or is reached through one in ``folder``."""
     return any((folder / part).is_symlink() for part in (below, *below.parents))
 
 
 def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
-    """Put right what a process that was killed while writing into ``folder`` left: half-written files and folders are
-    removed, and a folder that was set aside for its successor is put back if that one never came.
+    """Clean up after a process that was killed while writing into ``folder``.
 
-    Only for a place that no other process writes into.
+    Incomplete files and folders are removed, and a folder that was set aside is restored if its replacement is missing.
+    No other process may be writing into ``folder``.
 
     Args:
-        folder: where to look.
-        is_ours: whether we write a file or folder (whose name ends in ``/``) of that name there.
+        folder: folder to clean up.
+        is_ours: names in ``folder`` that mirrortune writes.
     """
     found = {path: name for path in folder.glob(".*") if (name := leftover_of(path.name)) is not None}
     for path, name in found.items():
@@ -255,15 +260,15 @@ def clear_leftovers(folder: Path, is_ours: Callable[[str], bool]) -> None:
 
 
 def leftover_of(name: str) -> str | None:
-    """The name that was being written when a file or folder called ``name`` was left behind; None for any other."""
+    """Return the final name of a leftover called ``name``, or None if ``name`` is not that of a leftover."""
     found = _LEFTOVER.fullmatch(name)
     return found[1] if found else None
 
 
 def cannot_write(path: Path, error: Exception) -> ResourceError:
-    """The error for a file that could not be written; says so when the disk is full."""
+    """Return the error for a file that could not be written, with advice that depends on whether the disk is full."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # safetensors keeps the number in its text only.
+    # An exception of safetensors has the error number only in its text.
     is_full = getattr(error, "errno", None) in full or any(f"(os error {n})" in str(error) for n in full)
     return ResourceError(
         str(path),
@@ -273,51 +278,53 @@ def cannot_write(path: Path, error: Exception) -> ResourceError:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap the names of two folders at one stroke; False where the system or the file system cannot."""
+    """Exchange the names of two folders atomically; return False if the system or the file system cannot."""
     if not sys.platform.startswith(("linux", "darwin")):
         return False
     names, library = (os.fsencode(one), os.fsencode(other)), ctypes.CDLL(None)
     try:
         if sys.platform == "darwin":
             return bool(library.renamex_np(*names, ctypes.c_uint(2)) == 0)  # RENAME_SWAP
-        here = ctypes.c_int(-100)  # AT_FDCWD: relative names are of the working directory
+        here = ctypes.c_int(-100)  # AT_FDCWD: resolve relative names against the working directory
         return bool(library.renameat2(here, names[0], here, names[1], ctypes.c_uint(2)) == 0)  # RENAME_EXCHANGE
     except AttributeError:  # an older C library
         return False
 
 
 def replace_in_two_steps(new: Path, folder: Path, *, is_ours: Callable[[str], bool]) -> None:
-    """Rename ``new`` to ``folder``, where no file system renames one folder onto another: the old one is set aside, and
-    put back if the second step fails, by :func:`restore_missing` if the process ends between them.
+    """Rename ``new`` to ``folder`` where names cannot be exchanged: set the old folder aside, then rename.
+
+    If the second step fails, the old folder is put back; if the process ends between the steps,
+    :func:`restore_missing` does so later.
     """
     old = place_of_replaced(folder)
-    discard(old, is_ours=is_ours, into=folder)  # of an earlier replacement that was cut short
+    discard(old, is_ours=is_ours, into=folder)  # left by an earlier replacement that was interrupted
     if folder.exists():
         folder.rename(old)
     try:
         new.rename(folder)
-    except BaseException:  # also when a second Ctrl-C ends the process just here
+    except BaseException:  # includes a second Ctrl-C
         restore_missing(folder)
         raise
     _retire(old, folder, is_ours=is_ours)
 
 
 def place_of_replaced(folder: Path) -> Path:
-    """Where a folder waits while its successor takes its name."""
+    """Return the path under which ``folder`` is set aside while it is replaced."""
     return folder.with_name(f".{folder.name}{_REPLACED}")
 
 
 def restore_missing(folder: Path) -> Path:
-    """Put a folder back that a killed process had set aside and not replaced; returns ``folder``, there or not."""
+    """Restore ``folder`` if a killed process set it aside without replacing it; return ``folder`` in any case."""
     old = place_of_replaced(folder) if folder.name else folder
     if old.is_dir() and not folder.exists():
-        with suppress(OSError):  # a place that may only be read, or another process was faster
+        with suppress(OSError):  # a read-only place, or another process was faster
             old.rename(folder)
     return folder
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write alone
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only writable handles
     try:
         os.fsync(handle)
     finally:
@@ -325,8 +332,9 @@ def _sync(path: Path) -> None:
 
 
 def _mode(path: Path, default: int) -> int:
-    """Permissions of a new file or folder: what it replaces may be more private, and what is more public is not kept,
-    since in a shared cache anybody may have put it there.
+    """Return the permissions of a new file or folder: ``default``, or those of the old one if they are stricter.
+
+    Looser permissions are not inherited, because in a shared cache anyone may have created the old file.
     """
     allowed = default & ~_umask()
     try:

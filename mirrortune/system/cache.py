@@ -16,10 +16,10 @@ def check_disk(needs: dict[Path, dict[str, int]]) -> None:
     """Check the free space of disks.
 
     Args:
-        needs: folder (which need not exist) -> number of bytes by purpose.
+        needs: for each folder, which need not exist, the bytes needed by purpose.
 
     Raises:
-        ResourceError: the first disk with too little room.
+        ResourceError: a disk has too little free space; the first one is reported.
     """
     by_disk: dict[int, tuple[Path, dict[str, int]]] = {}
     for folder, wanted in needs.items():
@@ -36,10 +36,10 @@ def check_disk(needs: dict[Path, dict[str, int]]) -> None:
 
 
 def leave_room(folder: Path, what: str) -> None:
-    """Keep room on a disk while data of unknown size is written, such as an archive that may unpack to terabytes.
+    """Check that a disk stays usable while data of unknown size is written, such as an archive that is unpacked.
 
     Raises:
-        ResourceError: less than 5% of the disk, or less than a GiB, is free.
+        ResourceError: less than 1 GiB is free, or less than 5% on a disk of under 20 GiB.
     """
     found = shutil.disk_usage(folder)
     if found.free < min(_LEAST_FREE, found.total // 20):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exclusive claims on outputs: one process at a time writes a run, a merge, a comparison, figures or predictions.
+"""Claim outputs, so that only one process at a time writes a run, a merge, a comparison, figures or predictions.
 
-A claim on ``runs/x`` is an operating system's lock on the file ``runs/.x.claim``, beside the output so that it works
-between machines that share a file system, and so that an empty output stays empty. The lock ends with the process that
-holds it, however that ends; the file is removed with the claim, and one that a killed process left is taken over. On a
-file system without locks the file itself is the claim, with the process that made it, as ``filelock`` does it.
+A claim on ``runs/x`` is an operating-system lock on the file ``runs/.x.claim``. The file lies beside the output so that
+machines that share the file system see it and an empty output stays empty. The lock is released when its process ends,
+for whatever reason; the file is deleted with the claim, and the file of a killed process is reused. On a file system
+without locks the file itself is the claim and records the process that holds it, as in ``filelock.SoftFileLock``.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from mirrortune.system.atomic import cannot_write
 SUFFIX = ".claim"
 _SECONDS_BETWEEN_TRIES = 0.05
 _TRIES = 1000
-_LARGEST = 4096  # bytes of a claim
+_LARGEST = 4096  # bytes of a claim file
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 
 
 @contextmanager
 def claimed(output: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the claim on an output while the block runs. Folders above it are made, and removed again if they stay
-    empty.
+    """Hold the claim on an output while the block runs.
+
+    Missing parent folders are created, and removed again if they stay empty.
 
     Args:
         output: file or folder; need not exist.
-        wait: until another process gives up its claim, instead of refusing.
+        wait: wait for another process to release its claim instead of raising.
 
     Raises:
         ConfigError: another process holds the claim.
-        ResourceError: the folder of the output cannot be made or written.
+        ResourceError: the folder of the output cannot be created or is not writable.
     """
     place = place_of_claim(output)
     made: list[Path] = []
@@ -68,8 +69,8 @@ def claimed(output: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def place_of_claim(output: Path) -> Path:
-    """Return the file that is locked: beside the output, or in it where it is a mount point, whose surroundings belong
-    to another disk and perhaps to another user.
+    """Return the path of the lock file: beside the output, or in it if the output is a mount point, whose parent is on
+    another disk and may belong to another user.
     """
     target = Path(os.path.realpath(output))
     name = f".{target.name[:200]}{SUFFIX}"
@@ -77,12 +78,12 @@ def place_of_claim(output: Path) -> Path:
 
 
 def is_claim(name: str) -> bool:
-    """Return whether claims have names like ``name``."""
+    """Return whether ``name`` has the form of a claim's file name."""
     return name.startswith(".") and name.endswith(SUFFIX)
 
 
 def clear_claims(folder: Path) -> None:
-    """Remove the claims that killed processes left in a folder; those that are held, and other files, stay."""
+    """Delete the claims that killed processes left in a folder; claims that are held stay."""
     for place in folder.glob(f".*{SUFFIX}"):
         with suppress(OSError):
             if release := _lock(place):
@@ -90,14 +91,14 @@ def clear_claims(folder: Path) -> None:
 
 
 def _acquire(place: Path, made: list[Path]) -> Callable[[], None] | None:
-    """Take the lock and append the folders made for it to ``made``; returns what releases it, or None if another
-    process holds it.
+    """Take the lock and append the folders created for it to ``made``; return a function that releases the lock, or
+    None if another process holds it.
     """
     for _ in range(_TRIES):
         try:
             _make_folders(place.parent, made)
             return _lock(place)
-        except FileNotFoundError:  # another claim has just removed a folder that it had made
+        except FileNotFoundError:  # another claim has just removed a folder that it had created
             continue
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place.parent))
 
@@ -119,7 +120,7 @@ else:
 
         while True:
             handle = _open(place)
-            if not stat.S_ISREG(os.fstat(handle).st_mode):  # a pipe, from which a read would never return
+            if not stat.S_ISREG(os.fstat(handle).st_mode):  # reading from a pipe would block
                 os.close(handle)
                 raise _not_a_claim(place)
             try:
@@ -135,7 +136,7 @@ else:
                 return _soft_lock(place)
             if _is_at(handle, place):
                 break
-            os.close(handle)  # its holder removed it between our opening and locking it
+            os.close(handle)  # its holder deleted it between our open and lock
         if not _is_claim(handle):
             os.close(handle)
             raise _not_a_claim(place)
@@ -144,7 +145,7 @@ else:
             os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
 
         def release() -> None:
-            place.unlink(missing_ok=True)  # while it is locked: whoever opened it finds that it has gone
+            place.unlink(missing_ok=True)  # before the lock is released: a process that opened it sees that it is gone
             os.close(handle)
 
         return release
@@ -153,7 +154,7 @@ else:
         common = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             return os.open(place, common | os.O_CREAT | os.O_RDWR, 0o666)
-        except PermissionError:  # another user's file, which may be read
+        except PermissionError:  # another user's file, which can still be locked for reading
             return os.open(place, common | os.O_RDONLY)
 
 
@@ -175,7 +176,7 @@ def _is_at(handle: int, place: Path) -> bool:
 
 
 def _is_claim(handle: int) -> bool:
-    """Return whether a file holds what is written into a claim, or nothing yet, and has no other name."""
+    """Return whether an open file is a claim: it is empty or has a claim's content, and it has no second hard link."""
     content = os.pread(handle, _LARGEST + 1, 0)
     if len(content) > _LARGEST or os.fstat(handle).st_nlink > 1:
         return False

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--compile``: torch.compile for a training run, refused before anything is downloaded where it could not work."""
+"""Compile the model of a training run with torch.compile (``--compile``).
+
+A machine that cannot compile is refused before anything is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def check_compiler(device: torch.device) -> None:
     """Check that torch.compile has a compiler for ``device``.
 
     Raises:
-        ResourceError: there is none.
+        ResourceError: no compiler was found.
     """
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -33,7 +36,9 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_model(model: nn.Module, accelerator: Any) -> None:
-    """Compile forward and backward of ``model`` at their first call, in place: names and files stay the same.
+    """Make ``model`` compile its forward and backward passes at their first call.
+
+    The model is changed in place, so parameter names and files stay the same.
 
     Raises:
         ConfigError: the parameters of the model are sharded.

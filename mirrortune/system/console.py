@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only module that prints: results to stdout, progress and notes to stderr; plain lines without a terminal."""
+"""Print results to stdout, and progress and notes to stderr. No other module prints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rich.text import Text
 from mirrortune.errors import DataError, ResourceError
 from mirrortune.system.signals import describe_stop
 
-# Levels of verbosity: -q, neither, -v.
+# Verbosity with -q, by default, and with -v.
 _QUIET, _NORMAL, _VERBOSE = -1, 0, 1
 
 
@@ -49,14 +49,14 @@ def printable(text: str) -> str:
 
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that it could not decode
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that Python could not decode (surrogateescape)
         return f"\\x{code & 0xFF:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def _console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
-    if console.width < 1:  # COLUMNS=0, by which nothing would be shown
+    if console.width < 1:  # with COLUMNS=0 nothing would be shown
         console.width = 80
     return console
 
@@ -67,12 +67,12 @@ def _say(console: Console, text: str) -> None:
 
 
 def chatter_to_stderr() -> AbstractContextManager[Any]:
-    """Redirect what libraries print to stderr: stdout belongs to the result of the command."""
+    """Redirect stdout to stderr while libraries run: stdout is reserved for the result of the command."""
     return redirect_stdout(sys.stderr)
 
 
 def _discard_stdout() -> None:
-    """Let what standard output still holds go nowhere: Python writes it again at exit, and fails again."""
+    """Discard the unwritten content of stdout, which Python would otherwise try to write, and fail, again at exit."""
     with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -89,12 +89,12 @@ def _no_output(error: OSError) -> ResourceError:
 
 
 class Reporter:
-    """Print results, notes and progress of a command.
+    """Prints the results, notes and progress of a command.
 
     Args:
-        verbosity: -1 for results only, 0 normal, 1 for details.
-        as_json: print results as one JSON object.
-        is_main: whether this process prints; one rank does.
+        verbosity: -1 for results only, 0 for notes as well, 1 for details as well.
+        as_json: print the result as one JSON object.
+        is_main: print at all; only one rank does.
     """
 
     def __init__(self, *, verbosity: int = 0, as_json: bool = False, is_main: bool = True) -> None:
@@ -102,7 +102,7 @@ class Reporter:
         self._out, self._err = _console(), _console(stderr=True)
 
     def result(self, data: dict[str, Any], lines: Sequence[str]) -> None:
-        """Print the result of the command: ``data`` with --json, ``lines`` otherwise."""
+        """Print the result of the command: ``data`` with ``--json``, else ``lines``."""
         if not self.is_main:
             return
         _check_stdout()
@@ -118,7 +118,7 @@ class Reporter:
             raise _no_output(error) from error
 
     def data(self, content: bytes) -> None:
-        """Write UTF-8 text to stdout as it is; on a terminal, with control characters escaped."""
+        """Write UTF-8 text to stdout unchanged; control characters are escaped on a terminal only."""
         _check_stdout()
         if sys.stdout.isatty():
             content = printable(content.decode()).encode()
@@ -144,7 +144,7 @@ class Reporter:
         self._err.print(Text("error: ", style="bold red") + Text(printable(text)))
 
     def piece(self, text: str) -> None:
-        """Print a piece of a result at once, with control characters escaped and without a line break after it."""
+        """Print part of a result immediately, with control characters escaped and no newline added."""
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         try:
             sys.stdout.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
@@ -158,15 +158,15 @@ class Reporter:
         """Return a progress bar over ``total`` units; without a terminal it prints one line at the end.
 
         Args:
-            label: what is done.
-            total: None if it is not known.
-            done: units that were done before.
-            unit: name of a unit, to show how many are done in a second.
+            label: description of the work.
+            total: number of units, or None if unknown.
+            done: units already done.
+            unit: name of a unit; if given, units per second are shown.
         """
         return Bar(self._err, label, total, done=done, unit=unit, is_shown=self.is_main and self.verbosity > _QUIET)
 
     def training(self, unit: str = "rows") -> TrainingProgress:
-        """Return the display of a training loop over rows, which it calls ``unit``."""
+        """Return the progress display of a training loop; ``unit`` is the word it uses for rows."""
         return TrainingProgress(self._err, is_shown=self.is_main and self.verbosity > _QUIET, unit=unit)
 
 
@@ -176,7 +176,7 @@ def announce(text: str) -> None:
 
 
 class Bar:
-    """Progress bar over a number of units; a context manager."""
+    """A progress bar over a number of units, used as a context manager."""
 
     def __init__(
         self, console: Console, label: str, total: int | None, *, is_shown: bool, done: int = 0,
@@ -213,7 +213,7 @@ class Bar:
             self._say_done()
 
     def advance_to(self, done: int) -> None:
-        """Advance to ``done`` units in all."""
+        """Set the number of units done to ``done``."""
         self.advance_by(done - self._done)
 
     def _say_done(self) -> None:
@@ -234,10 +234,10 @@ class _SpeedColumn(ProgressColumn):
 
 
 class TrainingProgress:
-    """Display of a training loop, a ``training.settings.Progress``.
+    """The progress display of a training loop; implements ``training.settings.Progress``.
 
-    It is a live bar on a terminal, and elsewhere a line for each event of the log and for some steps where they are
-    slow.
+    On a terminal it is a live bar. Elsewhere it prints a line for each logged event, and for some steps in between if
+    steps are slow.
     """
 
     def __init__(self, console: Console, *, is_shown: bool, unit: str = "rows") -> None:
@@ -270,7 +270,7 @@ class TrainingProgress:
         self._mark = time.perf_counter()
 
     def on_step(self, step: int, rows: int, tokens: int | None) -> None:
-        """Count a step, and show the speed."""
+        """Advance by one step and update the speed."""
         now = time.perf_counter()
         self._seconds, self._mark = self._seconds + now - self._mark, now
         self._steps, self._rows = self._steps + 1, self._rows + rows
@@ -279,7 +279,7 @@ class TrainingProgress:
             self._progress.update(self._task, completed=step, speed=self._speed())
 
     def on_show(self, step: int, epoch: float, loss: float) -> None:
-        """Show a step between two lines of the log."""
+        """Show a step that is not logged."""
         if self._live and self._task is not None:
             self._progress.update(self._task, loss=_format(loss))
         elif self._is_shown:
@@ -287,7 +287,7 @@ class TrainingProgress:
             self._console.print(f"{line}  {self._pace(step)}", markup=False)
 
     def on_log(self, event: dict[str, Any]) -> None:
-        """Show an event of the log."""
+        """Show a logged event."""
         is_evaluation = event["event"] == "evaluate"
         numbers = {k: v for k, v in event.items() if k not in ("event", "split", "step", "epoch")}
         text = "  ".join(f"{k} {_format(v)}" for k, v in numbers.items())
@@ -303,19 +303,19 @@ class TrainingProgress:
             self._progress.update(self._task, loss=f"{event['loss']:.4f}")
         elif self._is_shown:
             _say(self._console, f"{line}{text}  {self._pace(event['step'])}")
-        self._mark = time.perf_counter()  # handling an event does not count as training time
+        self._mark = time.perf_counter()  # excludes the time spent on evaluation and logging
 
     def on_evaluate(self, rows: int) -> None:
         """Show nothing: evaluations are short compared to epochs."""
 
     def on_signal(self, number: int) -> None:
-        """Say that the run will stop."""
+        """Announce that the run will stop."""
         if self._is_shown:
-            with suppress(OSError):  # the terminal may have gone
+            with suppress(OSError):  # the terminal may have been closed
                 self._progress.console.print(describe_stop(number), markup=False)
 
     def _speed(self) -> str:
-        """Format rows per second since the loop began, and tokens per second of text."""
+        """Format rows per second since the loop began and, for text, tokens per second."""
         seconds = self._seconds or 1e-9
         tokens = "" if self._tokens is None else f"  {significant(self._tokens / seconds)} tokens/s"
         return f"{significant(self._rows / seconds)} {self._unit}/s{tokens}"
@@ -329,16 +329,16 @@ class TrainingProgress:
 
 
 def is_interactive() -> bool:
-    """Return whether a person types the input of the command."""
+    """Return whether standard input is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def typed_lines(prompt: str) -> Iterator[str]:
-    """Yield the lines that a person types, edited by readline where Python has it, until Ctrl-D or Ctrl-C."""
+    """Yield lines typed at ``prompt`` until Ctrl-D or Ctrl-C, with readline's editing if Python has it."""
     with suppress(ImportError):
         import readline  # noqa: F401, PLC0415  (input() uses it once it is imported)
     while True:
-        if not sys.stdout.isatty():  # a file, which gets the results alone
+        if not sys.stdout.isatty():  # stdout is redirected and must hold the results only
             sys.stderr.write(prompt)
             sys.stderr.flush()
         try:
@@ -352,7 +352,7 @@ def typed_lines(prompt: str) -> Iterator[str]:
 
 
 def piped_lines() -> Iterator[str]:
-    """Yield the lines of standard input, each as soon as it is there.
+    """Yield the lines of standard input as they arrive.
 
     Raises:
         DataError: a line is not UTF-8.
@@ -366,12 +366,12 @@ def piped_lines() -> Iterator[str]:
 
 
 def digits(value: float) -> float:
-    """Round a measured number to four significant digits, to be stored."""
+    """Round a measured value to four significant digits for storage."""
     return float(f"{value:.4g}")
 
 
 def significant(value: float) -> str:
-    """Format a number with three significant digits, or all digits of a larger integer part: 1,234; 12.3; 0.0123."""
+    """Format a number with three significant digits, but never round its integer part: 1,234; 12.3; 0.0123."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device and precision of a run, with the environment variables that affect them."""
+"""Choose the device and precision of a run and measure its memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def resolve_precision(asked: str) -> str:
     ``auto`` is bf16 on GPUs that compute in it, fp16 on other GPUs (V100, T4), and fp32 elsewhere.
 
     Raises:
-        ResourceError: the device has no such arithmetic, or the launcher shards the model and fp16 was asked for.
+        ResourceError: the device does not support the precision, or fp16 was requested for a sharded model.
     """
     has_gpu = default_device().type == "cuda"
     if asked == "auto":
@@ -56,14 +56,14 @@ def resolve_precision(asked: str) -> str:
 
 
 def check_attention(asked: str | None, device: torch.device) -> None:
-    """Refuse flash attention where it cannot run.
+    """Check that ``device`` can run the requested attention implementation.
 
     Args:
-        asked: one of transformers' names, or None for the model's own choice.
-        device: to train on.
+        asked: transformers' ``attn_implementation``, or None for the model's default.
+        device: device to train on.
 
     Raises:
-        ResourceError: the device is no CUDA device, or the package flash_attn is missing.
+        ResourceError: flash attention without a CUDA device or without the package ``flash_attn``.
     """
     if asked != "flash_attention_2":
         return
@@ -74,7 +74,7 @@ def check_attention(asked: str | None, device: torch.device) -> None:
 
 
 def has_bf16() -> bool:
-    """Return whether the GPU computes in bfloat16 itself; torch emulates it, slowly, on those before Ampere."""
+    """Return whether the GPU computes in bfloat16 natively; torch emulates it slowly on GPUs before Ampere."""
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
@@ -94,8 +94,8 @@ def factorising_device(device: torch.device) -> torch.device | None:
 
 
 _SLOW = 1.5
-"""Slowdown of bfloat16 against float32 above which a CPU counts as slow: measured were 3 to 45 on CPUs without bfloat16
-units, and 0.4 to 0.8 on those with them.
+"""Time in bfloat16 relative to float32 above which a CPU counts as slow: we measured 3 to 45 on CPUs without bfloat16
+instructions, and 0.4 to 0.8 on CPUs with them.
 """
 
 
@@ -110,14 +110,14 @@ def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
 def bfloat16_slowdown() -> float:
     """Measure the time of a linear layer, forward and backward, in bfloat16 on this CPU relative to float32.
 
-    It is measured once per process: the instructions that make a CPU fast differ between vendors, and the libraries
-    below torch can be configured not to use them.
+    The ratio is measured (once per process) because it cannot be looked up: the relevant instructions differ between
+    vendors, and the libraries that torch calls can be configured not to use them.
     """
     return _linear_seconds(torch.bfloat16) / _linear_seconds(torch.float32)
 
 
 def _linear_seconds(dtype: torch.dtype) -> float:
-    """Return the best of six times: the first includes the set-up of libraries, and others may be disturbed."""
+    """Return the best of six timings; the first includes library initialisation, and others may be disturbed."""
     x, weight = (torch.ones(64, 512, dtype=dtype, requires_grad=True), torch.ones(512, 512, dtype=dtype))
     found = []
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
@@ -129,7 +129,7 @@ def _linear_seconds(dtype: torch.dtype) -> float:
 
 
 def is_set(variable: str) -> bool:
-    """Return whether an environment variable is true by accelerate's rules."""
+    """Return whether accelerate would read an environment variable as true."""
     return os.environ.get(variable, "").lower() in ("y", "yes", "t", "true", "on", "1")
 
 
@@ -143,11 +143,11 @@ def peak_resident_bytes() -> int:
         memory: Any = psutil.Process().memory_info()
         return int(memory.peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
 
 
 def memory_bytes() -> dict[str, int]:
-    """Return the memory of the GPU's tensors and what its allocator has reserved, in bytes; empty without a GPU."""
+    """Return the bytes allocated to tensors and reserved by the allocator on the GPU; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
     return {
@@ -162,7 +162,7 @@ _HALF = (torch.bfloat16, torch.float16)
 def widen(model: nn.Module, names: Iterable[str]) -> None:
     """Convert the named 16-bit parameters to float32, in place.
 
-    A head in bfloat16 stops learning early: small steps of AdamW are rounded away by its 8 bits of precision.
+    A head in bfloat16 stops learning early: AdamW's small updates are lost to rounding with 8 bits of precision.
     """
     wanted = set(names)
     for name, parameter in model.named_parameters():
@@ -174,7 +174,7 @@ def autocast(model: nn.Module) -> AbstractContextManager[object]:
     """Return bfloat16 autocast if any weight of ``model`` is in 16 bits and no autocast is on, else a null context."""
     if holds_half(model):
         device = next(model.parameters()).device.type
-        if not torch.is_autocast_enabled(device):  # another may be float16
+        if not torch.is_autocast_enabled(device):  # an outer autocast, such as float16, takes precedence
             return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -186,10 +186,10 @@ def holds_half(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def as_computed(model: nn.Module) -> Iterator[None]:
-    """Return outputs in the dtype in which ``model`` computes them while the context is open.
+    """Make ``model`` return its outputs in the dtype of its computation while the block runs.
 
-    With mixed precision accelerate converts all outputs of a prepared model to float32. A compiled model is left as it
-    is.
+    With mixed precision, accelerate converts all outputs of a prepared model to float32. A compiled model is not
+    changed.
     """
     own = vars(model)
     if "_original_forward" not in own or own.get("_compiled_call_impl") is not None:

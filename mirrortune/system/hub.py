@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hub: errors of its clients as :class:`HubError`, commits, adapters and uploads."""
+"""Access the Hugging Face Hub: resolve commits, download adapters, upload files, and translate errors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mirrortune.system.outputs import restore
 from mirrortune.system.paths import hub_place, local_path, looks_like_path
 
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors", "adapter_config.json", "adapter_model.safetensors")
-"""All files that an adapter may have: mirrortune's own, or PEFT's beside mirrortune's description."""
-# By class name along the chain of causes: transformers and datasets wrap the exceptions of the client in OSError,
-# ConnectionError and classes of their own, and keep the original as the cause.
+"""All files that an adapter may consist of: mirrortune's format, or PEFT's with mirrortune's ``adapter.json``."""
+# Looked up by class name along the chain of causes: transformers and datasets wrap exceptions of the Hub's client in
+# OSError, ConnectionError or their own classes, and keep the original as the cause.
 _CAUSES: dict[str, tuple[str, str]] = {
     "GatedRepoError": (
         "the repository is gated and this account has no access",
@@ -56,15 +56,15 @@ _NETWORK = frozenset((
 
 @contextmanager
 def hub_errors(where: str, *, flag: str) -> Iterator[None]:
-    """Raise failures of the Hub and the network inside the context as HubError at ``where``.
+    """Turn errors of the Hub and the network that the block raises into errors of mirrortune.
 
     Args:
-        where: what is fetched, such as ``"model 'roberta-base'"``.
-        flag: the flag that named it, for the advice.
+        where: description of the download, such as ``"model 'roberta-base'"``.
+        flag: command-line flag that named it; used in the advice.
 
     Raises:
         ConfigError: the name is not a valid repository id.
-        HubError: everything else.
+        HubError: any other failure.
     """
     try:
         yield
@@ -82,9 +82,10 @@ def hub_errors(where: str, *, flag: str) -> Iterator[None]:
 
 
 def resolve_commit(where: str, repository: str, revision: str | None, kind: str, flag: str) -> str:
-    """Resolve a revision of a Hub repository to its commit, by the Hub or, if it cannot be reached, the local cache.
+    """Resolve a revision of a Hub repository to its commit; if the Hub cannot be reached, from the local cache.
 
-    Later calls use the commit, so that a run never mixes two states of a repository, and cached files need no request.
+    All later calls use the commit, so that a run never mixes two states of a repository and cached files need no
+    request.
     """
     import huggingface_hub  # noqa: PLC0415
 
@@ -93,7 +94,7 @@ def resolve_commit(where: str, repository: str, revision: str | None, kind: str,
 
 
 def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Return the local folder of an adapter; one on the Hub is downloaded.
+    """Return the local folder of an adapter, downloading it if it is on the Hub.
 
     Args:
         name: folder of the adapter or of a run, or ``owner/name@revision:subfolder`` on the Hub.
@@ -101,8 +102,8 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
         subfolder: subfolder of the folder or the repository.
 
     Raises:
-        ConfigError: a revision for a folder, or a subfolder that leads out of it.
-        HubError: the Hub refused.
+        ConfigError: ``revision`` was given for a local folder, or ``subfolder`` leads out of its parent.
+        HubError: the download failed.
     """
     folder = restore(local_path(name))
     repository, own_revision, own_subfolder = hub_place(str(name))
@@ -125,7 +126,7 @@ def local_adapter(name: str | Path, *, revision: str | None = None, subfolder: s
 
 
 def holds_adapter(place: str) -> bool:
-    """Return whether there is an adapter at ``owner/name@revision:subfolder`` on the Hub."""
+    """Return whether the Hub has an adapter at ``owner/name@revision:subfolder``."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     repository, revision, subfolder = hub_place(place)
@@ -157,7 +158,7 @@ def upload(
     subfolder: str | None = None,
     private: bool = False,
 ) -> tuple[str, str]:
-    """Upload files to a model repository of the Hub, which is created if it does not exist.
+    """Upload files to a model repository on the Hub, which is created if it does not exist.
 
     Args:
         files: path in the repository -> local file.
@@ -170,8 +171,9 @@ def upload(
         The full id of the repository, and the URL of the commit.
 
     Raises:
-        ConfigError: an invalid id, a subfolder that leads out of the repository, or ``private`` for a public one.
-        HubError: the Hub refused.
+        ConfigError: the id is not valid, the subfolder leads out of the repository, or ``private`` was given for a
+            repository that is public.
+        HubError: the upload failed.
     """
     import huggingface_hub  # noqa: PLC0415
 
@@ -197,7 +199,11 @@ def upload(
 
 
 def path_inside(subfolder: str | None) -> PurePosixPath:
-    """Return a subfolder as a relative path; raises ConfigError if it leads out of its parent."""
+    """Return a subfolder as a relative path.
+
+    Raises:
+        ConfigError: it leads out of its parent.
+    """
     inside = PurePosixPath(subfolder or ".")
     if inside.is_absolute() or ".." in inside.parts:
         raise ConfigError("subfolder", f"got '{subfolder}'", allowed="a folder inside the repository")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare places in the file system, whatever names and links lead to them."""
+"""Compare locations in the file system, independent of the names and symbolic links by which they are reached."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mirrortune.system.paths import table_suffix
 
 
 def real(path: Path) -> Path:
-    """Return a path without links; unlike ``Path.resolve``, also where links lead in a circle."""
+    """Resolve all symbolic links in a path; unlike ``Path.resolve``, never fail on a cycle of links."""
     return Path(os.path.realpath(path))
 
 
 def is_same(one: Path, other: Path) -> bool:
-    """Return whether two paths are the same file or folder."""
+    """Return whether two paths lead to the same file or folder."""
     if one == other:
         return True
     try:
@@ -27,24 +27,25 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 def contains(folder: Path, path: Path) -> bool:
-    """Return whether a path is a folder or lies in it."""
+    """Return whether ``path`` is ``folder`` or lies in it."""
     return any(is_same(folder, part) for part in (real(path), *real(path).parents))
 
 
 def holds_tables(folder: Path) -> bool:
-    """Return whether a folder is read as tables: its own files, without its sub-folders."""
+    """Return whether a folder directly holds table files, so that only these are read and its subfolders are not."""
     return folder.is_dir() and any(table_suffix(path) is not None for path in folder.iterdir())
 
 
 def link_into(folder: Path, output: Path, *, only_tables: bool) -> Path | None:
-    """Find a link at any depth of a folder that is read which leads to a file or folder, or into it.
+    """Find a symbolic link, at any depth of an input folder, that leads to or into an output.
 
-    Links to other folders are not followed, and ``output`` itself is not searched. Without an output there is none.
+    Links to other folders are not followed, and ``output`` itself is not searched. If it does not exist, the result is
+    None.
 
     Args:
-        folder: that is read.
+        folder: input folder.
         output: file or folder to be replaced.
-        only_tables: whether, of a folder that holds tables, other files and sub-folders are not read.
+        only_tables: if a folder holds tables, search only these and not its other files and subfolders.
     """
     if not output.exists() or not folder.is_dir():
         return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Describe this machine for a bug report: versions, devices, caches, and which features run here.
 
-The description names neither the user nor the host, and holds no token: it is made to be pasted in public.
+The description contains no user name, host name or token, so that it can be posted in public.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ _VARIABLES = (
     "OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED",
     "TOKENIZERS_PARALLELISM",
 )  # fmt: skip
-"""Environment variables that change results or speed; none of them holds a secret."""
+"""Environment variables that affect results or speed; none of them holds a secret."""
 
 
 def describe_machine() -> dict[str, Any]:
     """Return versions, devices, caches and abilities as JSON data.
 
     Returns:
-        ``mirrortune``, ``python`` and ``platform``; ``packages`` by name, None for those that are not installed;
-        ``devices``; ``precision``, what auto chooses; ``abilities``: "yes", or why not; ``caches`` with their free
-        space in bytes; ``hub_token``: whether one is stored; ``environment``: variables that are set.
+        ``mirrortune``, ``python`` and ``platform`` (versions); ``packages`` (version by name, None if not installed);
+        ``devices``; ``precision`` (the choice of ``auto``); ``abilities`` (see :func:`abilities`); ``caches`` (with
+        free space in bytes); ``hub_token`` (whether one is stored); ``environment`` (variables that are set).
     """
     return {
         "mirrortune": __version__,
@@ -91,7 +91,7 @@ def abilities() -> dict[str, str]:
 
 
 def without_names(text: str) -> str:
-    """Return the text with ``~`` for the home folder, and without the names of the user and the host."""
+    """Replace the home folder in a text by ``~``, and the names of the user and the host by ``USER`` and ``HOST``."""
     home = str(Path.home())
     if len(home) > 1:
         text = re.sub(rf"{re.escape(home)}(?![^/\\:;,])", "~", text)
@@ -104,7 +104,7 @@ def without_names(text: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container may run under a number without a name
+    except (OSError, KeyError, ImportError):  # in a container, the user id may have no name
         return ""
 
 

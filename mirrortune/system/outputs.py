@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decide whether an output may be written or replaced, and replace it: the only module that deletes what a command did
-not make itself.
+"""Decide whether an output may be written or replaced, and replace it.
 
-Every folder that a command writes holds a marker, ``.mirrortune.json``, with its kind and the files in it. A folder
-without a marker is never replaced, and of a folder with one only the listed files are ever deleted. While a run
-replaces another, the old one waits beside it (``.NAME.replaced``) until the first checkpoint of the new one is saved;
-all other folders are written under a temporary name (``.NAME.mt-XXXXXXXX.partial``) and exchanged once they are whole.
+This is the only module that deletes files of an earlier command. Every folder that a command writes holds a marker,
+``.mirrortune.json``, with the kind of the folder and a list of its files. A folder without a marker is never replaced;
+in a folder with one, only listed files are ever deleted. While a run replaces another, the old run is kept beside it
+(``.NAME.replaced``) until the first checkpoint of the new run is saved. All other folders are written under a temporary
+name (``.NAME.mt-XXXXXXXX.partial``) and exchanged with the old folder when they are complete.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mirrortune.system.paths import ModelPlace, cache_folder, is_debris, local_p
 _VERSION = 1
 _SHOWN = 5
 Write = Callable[[Path], None]
-"""Writes the whole content of the folder that it is called with."""
+"""Function that writes the complete content of the folder it is called with."""
 What = Literal["model", "data", "recipe", "adapter", "run", "pairs"]
 
 
@@ -61,11 +61,11 @@ class OutputKind:
     """A kind of folder that mirrortune writes.
 
     Attributes:
-        name: as the marker has it.
-        ways_out: what to do about an output that is not empty.
-        reserved: pattern of the paths below the folder that are ours without being listed, folders with ``/`` at the
-            end.
-        is_exchanged: whether such a folder is written under a temporary name, and not where it is to lie.
+        name: name of the kind in the marker.
+        ways_out: advice for the user if the output is not empty.
+        reserved: regular expression for relative paths that belong to mirrortune without being listed in the marker; a
+            folder's path ends in ``/``.
+        is_exchanged: the folder is written under a temporary name and exchanged, not written in place.
     """
 
     name: str
@@ -74,12 +74,12 @@ class OutputKind:
     is_exchanged: bool = False
 
     def reserves(self, below: str) -> bool:
-        """Whether files of this kind may have the path ``below``, relative to the folder."""
+        """Return whether the relative path ``below`` is reserved for this kind of folder."""
         return re.fullmatch(self.reserved, _named(below)) is not None
 
 
 def _named(below: str) -> str:
-    """Return what a path was about to become where a part of it is a leftover's name, and any other path as it is."""
+    """Replace the parts of a path that are temporary names by the final names they stand for."""
     parts = below.split("/")
     for place, part in enumerate(parts):
         is_folder = place < len(parts) - 1
@@ -90,7 +90,7 @@ def _named(below: str) -> str:
 
 _ADAPTER = r"(adapter\.(json|safetensors)|adapter_(config\.json|model\.safetensors))"
 _TENSORBOARD = r"tensorboard/(mirrortune/(\d+(\.\d+)?/)?(hparams\.yml|events\.out\.tfevents\.[^/]+)?)?"
-_WANDB = (  # what a marker lies beside was written by another command
+_WANDB = (  # a folder that holds a marker was written by another command
     r"wandb/((offline-)?run-\d{8}_\d{6}-[^/]+/((files|logs|tmp)/(?!(.*/)?\.mirrortune\.json$).*|run-[^/]+\.wandb[^/]*)?"
     r"|latest-run|settings|debug(-[a-z-]+)?\.log)?"
 )
@@ -118,12 +118,12 @@ _SCRATCH = "unfinished"
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """What the marker of a folder says.
+    """The content of a folder's marker.
 
     Attributes:
-        kind: of the folder.
-        files: paths below it, with ``/`` between their parts.
-        is_pending: whether the folder that it replaces is still kept beside it.
+        kind: name of the folder's :class:`OutputKind`.
+        files: paths of its files, relative to the folder and with ``/`` as separator.
+        is_pending: the folder that it replaces is still kept beside it.
     """
 
     kind: str
@@ -131,8 +131,9 @@ class Marker:
     is_pending: bool = False
 
     def owns(self, below: str) -> bool:
-        """Whether a path below the folder is ours; that of a folder ends in ``/``. What file managers leave goes with
-        the folder.
+        """Return whether mirrortune may delete the relative path ``below``, which ends in ``/`` for a folder.
+
+        It may delete its own files, and the files that file managers leave in any folder.
         """
         if is_debris(below):
             return True
@@ -146,7 +147,7 @@ _NOTHING = Marker("", frozenset())
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """The marker of a folder, or None for one that we did not write."""
+    """Read the marker of a folder, or return None if mirrortune did not write the folder."""
     path = folder / MARKER
     try:
         if path.is_symlink() or not path.is_file():
@@ -162,7 +163,7 @@ def write_marker(folder: Path, marker: Marker) -> None:
     """Write the marker of a folder.
 
     Raises:
-        ResourceError: if it cannot be written.
+        ResourceError: the marker cannot be written.
     """
     data: dict[str, Any] = {"version": _VERSION, "kind": marker.kind, "files": sorted(marker.files)}
     data |= {"pending": True} if marker.is_pending else {}
@@ -170,20 +171,20 @@ def write_marker(folder: Path, marker: Marker) -> None:
 
 
 def may_replace(output: Path, inputs: Iterable[Input], kind: OutputKind, *, overwrite: bool = False) -> None:
-    """Refuse an output folder that must not be written, or replaced with ``overwrite``; changes nothing.
+    """Check that an output folder may be written, or replaced with ``overwrite``. Nothing is changed.
 
     Args:
-        output: the folder to make.
-        inputs: everything that the command reads.
-        kind: what is written there.
+        output: folder to create.
+        inputs: all files and folders that the command reads.
+        kind: kind of the output.
         overwrite: replace a folder of the same kind.
 
     Raises:
-        ConfigError: the place is refused whatever is there (:func:`check_place`), it holds something and ``overwrite``
-            was not given, or it holds what we did not write.
+        ConfigError: the path can never be an output (:func:`check_place`), the folder is not empty and ``overwrite``
+            was not given, or it holds files that mirrortune did not write.
     """
     check_place(output, inputs, kind)
-    if os.path.lexists(old := place_of_replaced(output)):  # an old output of ours has been dealt with by `settle`
+    if os.path.lexists(old := place_of_replaced(output)):  # not mirrortune's: `settle` would have handled it
         raise ConfigError(str(output), f"{old} is in the way", fix="Move it elsewhere, or choose another with -o")
     marker = read_marker(output)
     if holds_nothing(output, kind):
@@ -209,16 +210,16 @@ def _is_mount_point(output: Path) -> ConfigError:
 
 
 def check_place(output: Path, inputs: Iterable[Input], kind: OutputKind | None = None) -> None:
-    """Refuse a place where no folder is written, whatever it holds.
+    """Check that a path can be an output folder, regardless of its content.
 
     Args:
-        output: the folder to make.
-        inputs: everything that the command reads.
-        kind: of what is written there; one that is exchanged cannot be a mount point.
+        output: folder to create.
+        inputs: all files and folders that the command reads.
+        kind: kind of the output; a folder that is exchanged cannot be a mount point.
 
     Raises:
-        ConfigError: the working directory, the home directory, the cache or a folder above them; a link or a file; or a
-            place that is, contains or lies in something that is read.
+        ConfigError: the path is the working directory, the home directory, the cache or a parent of one of them; it is
+            a symbolic link or a file; or it is, contains or lies in an input.
     """
     where, fix = str(output), "Choose another with -o"
     local_path(output)
@@ -226,7 +227,7 @@ def check_place(output: Path, inputs: Iterable[Input], kind: OutputKind | None =
         raise ConfigError(where, f"it is a symbolic link to {output.readlink()}", fix="Give the folder itself with -o")
     target = real(output)
     kept = {"the working directory": Path.cwd(), "the cache (MIRRORTUNE_CACHE)": cache_folder()}
-    with suppress(RuntimeError):  # a user without one
+    with suppress(RuntimeError):  # the user has no home directory
         kept["your home directory"] = Path.home()
     for what, place in kept.items():
         if contains(target, place):
@@ -245,10 +246,10 @@ def check_place(output: Path, inputs: Iterable[Input], kind: OutputKind | None =
 
 
 def check_names(path: Path, where: str) -> None:
-    """Refuse names that the next command may take for what a killed process left.
+    """Check that no part of a path has the form of a temporary name, which a later command could take for a leftover.
 
     Raises:
-        ConfigError: the last name of ``path``, or one above it, is such a name.
+        ConfigError: a part of ``path`` has this form.
     """
     for name in (path.name, *(above.name for above in real(path).parents)):
         if leftover_of(name) is not None or is_claim(name):
@@ -256,19 +257,19 @@ def check_names(path: Path, where: str) -> None:
 
 
 def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None, *, is_file: bool = False) -> None:
-    """Refuse an output that is, contains or lies in something that is read.
+    """Check that an output is not an input, does not contain one, and does not lie in one.
 
-    A new folder may lie in a run, beside what the run itself writes, and in a folder of tables, which is read without
-    its sub-folders; a file in a run only.
+    There are two exceptions: a new file or folder may lie in a run directory, beside the run's own files; and a new
+    folder may lie in a folder of tables, whose subfolders are not read.
 
     Args:
-        output: file or folder.
-        inputs: everything that the command reads.
-        where: the flag or the place at fault; ``output`` by default.
-        is_file: whether a file is to be written.
+        output: file or folder to write.
+        inputs: all files and folders that the command reads.
+        where: flag or path to name in the error; ``output`` by default.
+        is_file: the output is a file.
 
     Raises:
-        ConfigError: with the input.
+        ConfigError: the output overlaps with an input, which the error names.
     """
     target = real(output)
     for given in inputs:
@@ -291,10 +292,10 @@ def check_apart(output: Path, inputs: Iterable[Input], where: str | None = None,
 
 
 def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
-    """Refuse a place where no file is written, whatever it holds; the callers know what they may write over.
+    """Check that a path can be an output file. Whether an existing file may be replaced is left to the caller.
 
     Raises:
-        ConfigError: a folder, a link or anything else that is no regular file, or something that is read.
+        ConfigError: the path is a folder, a symbolic link or another non-regular file, or it is an input.
     """
     fix = "Give another name"
     local_path(path)
@@ -316,13 +317,13 @@ def check_file(path: Path, inputs: Iterable[Input], where: str) -> None:
 
 
 def model_inputs(name: str | None) -> list[Input]:
-    """The folder or file of a model, if it is local."""
+    """Return the folder or file of a local model; empty for a model that is not local."""
     place = None if name is None else ModelPlace.parse(name)
     return [Input("model", place.path())] if place is not None and place.is_local else []
 
 
 def adapter_inputs(folders: Iterable[Path]) -> list[Input]:
-    """Return adapter folders, and the run directories that they belong to."""
+    """Return adapter folders and the run directories they belong to."""
     found = []
     for folder in folders:
         found.append(Input("adapter", folder))
@@ -333,7 +334,10 @@ def adapter_inputs(folders: Iterable[Path]) -> list[Input]:
 
 
 def strangers(folder: Path, marker: Marker) -> list[str]:
-    """Paths below a folder that are not ours, in order; an empty sub-folder counts, links are not followed."""
+    """Return the sorted paths below a folder that mirrortune did not write.
+
+    Empty subfolders are included; symbolic links are not followed.
+    """
     found = []
     for place, folders, files in os.walk(folder):
         names = [*files, *(name for name in folders if Path(place, name).is_symlink())]
@@ -345,7 +349,7 @@ def strangers(folder: Path, marker: Marker) -> list[str]:
 
 
 def holds_nothing(folder: Path, kind: OutputKind) -> bool:
-    """Whether a folder is missing, empty, or was left before anything but its marker was written."""
+    """Return whether a folder is missing or empty, or holds only a marker from a process that ended too early."""
     if not folder.is_dir():
         return not folder.exists()
     if _is_unbegun(folder):
@@ -361,21 +365,21 @@ def holds_nothing(folder: Path, kind: OutputKind) -> bool:
 def output_folder(
     output: Path, inputs: Sequence[Input], kind: OutputKind, *, overwrite: bool = False
 ) -> Iterator[Callable[[Write], None]]:
-    """Claim an output, refuse what may not be replaced, and yield the function that writes it.
+    """Claim an output folder, check that it may be written, and yield the function that writes it.
 
     Args:
-        output: the folder to make.
-        inputs: everything that the command reads.
-        kind: of what is written.
+        output: folder to create.
+        inputs: all files and folders that the command reads.
+        kind: kind of the output.
         overwrite: replace a folder of the same kind.
 
     Yields:
-        A function that calls its argument with a temporary folder, asks again and gives that folder the name
+        A function that calls its argument with a temporary folder, repeats the checks, and renames that folder to
         ``output``.
 
     Raises:
-        ConfigError: see :func:`may_replace`; or another process writes there.
-        ResourceError: it cannot be written; what was there is as it was.
+        ConfigError: the output may not be written (:func:`may_replace`), or another process writes it.
+        ResourceError: the output cannot be written; an old folder is unchanged.
     """
 
     def replace(write: Write) -> None:
@@ -389,12 +393,13 @@ def output_folder(
 
 
 def settle(output: Path) -> None:
-    """Put right what a killed process left of an output, whose claim is held: an old folder whose successor never
-    became whole is put back, and temporary folders and claims in it are removed.
+    """Clean up after a process that was killed while writing ``output``, whose claim the caller holds.
+
+    An old folder whose replacement was not completed is restored; temporary folders and claims are removed.
     """
     old = place_of_replaced(output)
     replaced = None if old.is_symlink() else read_marker(old)
-    if replaced is not None or (old / "adapter.json").is_file():  # that of a run has no marker
+    if replaced is not None or (old / "adapter.json").is_file():  # the adapter folder of a run has no marker
         restore_missing(output)
     marker = read_marker(output)
     if replaced is None and not old.is_symlink() and _is_unbegun(old):
@@ -417,7 +422,7 @@ def settle(output: Path) -> None:
 
 
 def put_back(output: Path) -> None:
-    """Give an output that was set aside, if any, its name again, in place of a successor that never became whole."""
+    """Restore an output that was set aside, if there is one, in place of a replacement that was not completed."""
     old = place_of_replaced(output)
     if not old.is_dir() or old.is_symlink():
         return
@@ -427,18 +432,16 @@ def put_back(output: Path) -> None:
 
 
 def restore(folder: Path) -> Path:
-    """Put a folder back that a killed process had set aside and not replaced; returns ``folder``, there or not."""
+    """Restore ``folder`` if a killed process set it aside without replacing it; return ``folder`` in any case."""
     if folder.name and place_of_replaced(folder).is_dir():
-        # A place that may only be read, or one that is being written: whoever writes it puts it right.
+        # Nothing to do if the place is read-only, or if another process is writing there: that process cleans up.
         with suppress(MirrortuneError, OSError), claimed(folder):
             settle(folder)
     return folder
 
 
 def _is_unbegun(folder: Path) -> bool:
-    """Whether a folder is empty, or its marker was being written when the process ended; a mount point may hold the
-    claim on it.
-    """
+    """Return whether a folder is empty, apart from an unfinished marker and, in a mount point, the claim on it."""
     if not folder.is_dir():
         return False
     names = {f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir()}
@@ -469,8 +472,10 @@ def _replace(output: Path, kind: OutputKind, write: Write, ask: Callable[[], Non
 
 
 def _drop_scratch(scratch: Path, output: Path) -> None:
-    """Remove a temporary folder. What was exchanged for it has a marker: only the files listed there are removed, and
-    anything else is moved to the new folder.
+    """Delete a temporary folder.
+
+    After an exchange this is the old folder, which has a marker: only its listed files are deleted, and all others are
+    moved to the new folder.
     """
     content = scratch / output.name
     marker = read_marker(content)
@@ -484,7 +489,7 @@ def _drop_scratch(scratch: Path, output: Path) -> None:
 
 
 def _is_beside_content(target: Path, read: Path, what: What, *, is_file: bool) -> bool:
-    """Whether something new at ``target`` is no part of what is read in the folder ``read``."""
+    """Return whether a new output at ``target`` in the input folder ``read`` would not become part of the input."""
     parts = [part for part in (target, *target.parents) if not is_same(part, read) and contains(read, part)]
     below = PurePosixPath(*(part.name for part in reversed(parts)))
     if what == "run":

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths: the cache, recipes inside the package, weights inside installed packages, and the grammar of Hub ids, patterns
-and paths that users write.
-"""
+"""Parse the paths, glob patterns and Hub ids that users write, and locate the cache and files inside packages."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ SHIPPED_SCHEME = "shipped:"
 _HUB_PLACE = re.compile(r"((?:\w[\w.-]*/)?\w[\w.-]*)(?:@([^:]+))?(?::([\w.][\w./-]*))?")
 PLAIN_NAME = "a plain file name: no folder in it, no dot in front, no control characters"
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".txt")
-# Names that no file can have, and folders that cannot be entered. Missing files are checked elsewhere.
+# Errors for impossible file names and inaccessible folders. Missing files are reported elsewhere.
 _NO_PATH = frozenset((errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES))
-_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # surrogates, by which Python represents bytes that it cannot decode
-# Files that Windows, macOS, NAS systems and Python leave in folders, besides those that begin with a dot.
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # surrogates, with which Python represents bytes it cannot decode
+# Files that Windows, macOS, NAS systems and Python leave in folders, apart from names that begin with a dot.
 _SYSTEM_NAMES = frozenset((
     "$recycle.bin", "#recycle", "@eadir", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "icon\r",
     "lost+found", "system volume information", "thumbs.db",
@@ -34,10 +32,10 @@ _SYSTEM_NAMES = frozenset((
 
 
 def local_path(name: str | Path) -> Path:
-    """Return the path of a name, with ``~`` expanded; it need not exist.
+    """Convert a name to a path with ``~`` expanded; the path need not exist.
 
     Raises:
-        ConfigError: no file can have that name, the user after ``~`` is unknown, or a parent folder cannot be entered.
+        ConfigError: no file can have this name, the user after ``~`` is unknown, or a parent folder is not accessible.
     """
     where = shown_path(str(name)[:200]).replace("\0", "\\0")
     try:
@@ -56,7 +54,7 @@ def local_path(name: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the absolute path of the cache: ``MIRRORTUNE_CACHE``, else ``mirrortune`` in the user's cache folder
+    """Return the absolute path of the cache: ``MIRRORTUNE_CACHE``, or else ``mirrortune`` in the user's cache folder
     (``XDG_CACHE_HOME`` or ``~/.cache``).
     """
     chosen = os.environ.get("MIRRORTUNE_CACHE")
@@ -66,16 +64,16 @@ def cache_folder() -> Path:
 
 
 def shipped_folder() -> Path:
-    """Return the folder of shipped recipes and data: inside the package when installed, beside it in a checkout."""
+    """Return the folder of the shipped recipes and data: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def is_safe_entry(path: Path) -> bool:
-    """Return whether a cache entry is a regular file that this user owns, or that only its owner may write.
+    """Return whether a cache entry is a regular file that this user owns or that only its owner can write.
 
-    In a cache on a shared disk another user could have replaced it. An entry that is missing is safe.
+    In a shared cache, another user could have replaced any other file. A missing entry is safe.
     """
     try:
         found = path.lstat()
@@ -87,10 +85,10 @@ def is_safe_entry(path: Path) -> bool:
 
 
 def child_environment() -> dict[str, str]:
-    """Return variables for a child process ``python -m mirrortune`` that imports nothing from the working directory.
+    """Return environment variables that keep a child Python process from importing from the working directory.
 
-    An untrusted ``torch.py`` may lie there beside the data. The directory stays on the path only if this process found
-    the package there.
+    That directory may hold an untrusted ``torch.py`` beside the data. It stays on the import path only if this process
+    imported mirrortune from it.
     """
     home = Path(__file__).resolve().parents[1]
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", ".")]
@@ -108,17 +106,17 @@ def looks_like_path(name: str) -> bool:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether ``name`` is a valid name of a visible file on every system, without a folder."""
+    """Return whether ``name`` is a file name that is valid and visible on every system, without a folder."""
     return bool(name) and not name.startswith(".") and name.isprintable() and not any(sign in name for sign in "/\\:")
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a relative path stays in its folder: it is not absolute and has no ``..``."""
+    """Return whether a path stays in its folder: it is not absolute and contains no ``..``."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 class HubPlace(NamedTuple):
-    """A repository of the Hub, or a name that is none, with revision and subfolder."""
+    """A parsed ``owner/name@revision:subfolder``; any other name is stored as ``repository`` unchanged."""
 
     repository: str
     revision: str | None
@@ -126,26 +124,27 @@ class HubPlace(NamedTuple):
 
 
 def hub_place(name: str) -> HubPlace:
-    """Parse ``owner/name@revision:subfolder``; paths and other names are left whole."""
+    """Parse ``owner/name@revision:subfolder``; paths and other names are not split."""
     is_here = name.startswith(PACKAGE_SCHEME) or local_path(name).exists()
     found = None if is_here else _HUB_PLACE.fullmatch(name)
     return HubPlace(found[1], found[2], found[3]) if found else HubPlace(name, None, None)
 
 
 def table_suffix(path: Path) -> str | None:
-    """Return the suffix of a table file, without the ``.gz`` of a compressed one; None for other files."""
+    """Return the suffix of a table file without a trailing ``.gz``, or None for any other file."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     return suffix if suffix in TABLE_SUFFIXES else None
 
 
 def is_system(name: str) -> bool:
-    """Return whether a file or folder of that name is hidden, or made by an operating system or an editor: not data."""
+    """Return whether a file or folder of this name is not data: hidden, or left by an operating system or an editor."""
     return name.startswith((".", "~$")) or name.lower() in _SYSTEM_NAMES
 
 
 def is_debris(below: str) -> bool:
-    """Return whether file managers leave such a file in folders, or such a folder, whose path ends in ``/``; it may be
-    deleted.
+    """Return whether a file manager leaves files or folders of this name, so that they may be deleted.
+
+    The path of a folder ends in ``/``.
     """
     *folders, name = below.lower().split("/")
     return "@eadir" in folders or name.startswith("._") or name in (
@@ -154,7 +153,7 @@ def is_debris(below: str) -> bool:
 
 
 def shown_path(path: str) -> str:
-    r"""Return a path as valid UTF-8 text: other bytes become ``\xff``."""
+    r"""Return a path as valid UTF-8 text; undecodable bytes are shown as ``\xff``."""
     return _NOT_UTF8.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", path)
 
 
@@ -164,7 +163,7 @@ def is_pattern(name: str) -> bool:
 
 
 def split_sample(name: str) -> tuple[str, int | None]:
-    """Split ``rows.csv#500`` (500 rows of rows.csv) into name and number."""
+    """Split ``rows.csv#500`` (500 rows of ``rows.csv``) into the name and the number of rows, or None without one."""
     place, sign, number = name.rpartition("#")
     if not sign or not number.isdecimal() or local_path(name).exists():
         return name, None
@@ -173,10 +172,10 @@ def split_sample(name: str) -> tuple[str, int | None]:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlace:
-    """Where a model is, parsed from its name.
+    """The location of a model, parsed from its name.
 
     Attributes:
-        name: as given.
+        name: name as given.
         kind: ``hub``, ``path``, or ``package`` for ``package:MODULE/SUBFOLDER``.
     """
 
@@ -185,7 +184,7 @@ class ModelPlace:
 
     @classmethod
     def parse(cls, name: str) -> ModelPlace:
-        """Tell ids, paths and packages apart; what exists here is a path."""
+        """Parse a name as a Hub id, a path or a package; the name of an existing file or folder is a path."""
         if name.startswith(PACKAGE_SCHEME):
             return cls(name, "package")
         return cls(name, "path" if looks_like_path(name) else "hub")
@@ -202,16 +201,16 @@ class ModelPlace:
 
 @dataclass(frozen=True, slots=True)
 class DataPlace:
-    """Where a data set is, parsed from ``data.path``.
+    """The location of a data set, parsed from ``data.path``.
 
     Attributes:
-        text: as given.
-        name: the same without the number of rows; of an address, the id alone.
+        text: text as given.
+        name: ``text`` without the number of rows; for an address, only the Hub id.
         kind: ``address`` for ``hf://ID:CONFIG:SPLIT``, ``hub`` for a Hub id, ``shipped`` for ``shipped:NAME``,
             ``pattern`` or ``path``.
         rows: number of rows after ``#``, or None.
-        config: configuration that an address names, or None.
-        split: split that an address names, or None.
+        config: configuration in an address, or None.
+        split: split in an address, or None.
     """
 
     text: str
@@ -223,10 +222,10 @@ class DataPlace:
 
     @classmethod
     def parse(cls, text: str) -> DataPlace:
-        """Tell ids, addresses, patterns and paths apart; what exists here is a path.
+        """Parse a text as a Hub id, address, pattern or path; the name of an existing file or folder is a path.
 
         Raises:
-            ConfigError: ``shipped:NAME`` leads out of the shipped data, or an address has other parts.
+            ConfigError: ``shipped:NAME`` leads out of the shipped data, or an address is malformed.
         """
         name, rows = split_sample(text)
         if name.startswith(HUB_SCHEME):
@@ -256,7 +255,7 @@ class DataPlace:
 
 
 def package_folder(name: str) -> Path:
-    """Return the folder of ``package:MODULE/SUBFOLDER``, without running code of the package.
+    """Return the folder of ``package:MODULE/SUBFOLDER`` without running the package's code.
 
     Raises:
         ConfigError: the package is not installed or has no such folder.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run directory: names of its files, the append-only event log, and checkpoints from which a run continues exactly.
+"""Read and write a run directory: its files, the append-only event log, and checkpoints for exact continuation.
 
-A checkpoint is a folder ``checkpoints/step-000500`` with the adapter, ``training.safetensors`` (optimizer moments and
-random states), ``state.json``, and ``SHA256SUMS`` of them all (``sha256sum -c`` reads it); it is written under a
-temporary name and renamed last. No pickle anywhere.
+A checkpoint is a folder such as ``checkpoints/step-000500`` with the adapter, ``training.safetensors`` (optimizer
+moments and random states), ``state.json``, and ``SHA256SUMS`` of all of them (readable by ``sha256sum -c``). It is
+written under a temporary name and renamed when complete. Pickle is never used.
 """
 
 from __future__ import annotations
@@ -55,23 +55,24 @@ _TRAINING, _STATE, _SUMS = "training.safetensors", "state.json", "SHA256SUMS"
 
 @dataclass(slots=True, kw_only=True)
 class LoopState:
-    """Where the loop is; everything besides tensors that an exact continuation needs.
+    """The state of the training loop: everything except tensors that an exact continuation needs.
 
     Attributes:
         global_step: optimizer steps done.
-        epoch: epochs done.
+        epoch: epochs completed.
         step_in_epoch: optimizer steps done in the current epoch.
         best_metric: best value of the selection metric so far, or None.
-        best_step: its step.
+        best_step: step of that value.
         best_metrics: all metrics of that evaluation.
-        evaluations_since_best: evaluations in a row that were no better.
-        owes_evaluation: whether the evaluation that is due after ``global_step`` was cut short by a signal.
-        is_interim: whether the checkpoint was saved for a signal alone; the next one replaces it.
-        window_loss, window_items: loss summed since the last log line, and over how many items.
-        num_processes: ranks that took part.
-        places: where each of them was in its share of streamed rows; None for rows that are not.
-        skipped_steps: steps so far that were left out because gradients overflowed in float16.
-        skipped_in_a_row: the latest of them, without a step that was made after them.
+        evaluations_since_best: evaluations since then.
+        owes_evaluation: the evaluation due after ``global_step`` was interrupted by a signal.
+        is_interim: the checkpoint was saved only because of a signal; the next one replaces it.
+        window_loss: loss summed since the last log line.
+        window_items: number of items in that sum.
+        num_processes: number of ranks.
+        places: position of each rank in its share of streamed rows; None if rows are not streamed.
+        skipped_steps: steps skipped so far because float16 gradients overflowed.
+        skipped_in_a_row: steps skipped since the last step that was not.
     """
 
     global_step: int = 0
@@ -92,10 +93,10 @@ class LoopState:
 
 
 class RunDirectory:
-    """Paths and files of one run.
+    """The directory of one run, with the paths of its files.
 
     Args:
-        path: the folder; made by :meth:`create` once :meth:`check` allows it.
+        path: folder; :meth:`create` makes it after :meth:`check`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,19 +113,19 @@ class RunDirectory:
 
     @property
     def is_run(self) -> bool:
-        """Whether the folder is a run that :meth:`create` made, and holds an adapter."""
+        """Whether :meth:`create` made the folder and it holds an adapter."""
         return self.is_marked and (self.adapter / "adapter.json").is_file()
 
     def check(self, inputs: Sequence[Input] = (), *, overwrite: bool, resume: bool) -> None:
-        """Refuse a folder that holds anything, unless it is a run to be resumed or overwritten; changes nothing.
+        """Check that the folder is empty, or a run that may be resumed or overwritten. Nothing is changed.
 
         Args:
-            inputs: what the run reads; a run that is resumed may be started by its own recipe.
-            overwrite: replace the run that is there.
-            resume: continue the run that is there.
+            inputs: all files and folders that the run reads; a resumed run may read the recipe in its own folder.
+            overwrite: replace an existing run.
+            resume: continue an existing run.
 
         Raises:
-            ConfigError: with the ways out.
+            ConfigError: the folder may not be used; the error says what to do instead.
         """
         if not resume:
             may_replace(self.path, inputs, RUN, overwrite=overwrite)
@@ -137,17 +138,18 @@ class RunDirectory:
             raise ConfigError(
                 "--resume", f"{self.path} holds no run{problem}", fix=fix if lost else "Start it without --resume"
             )
-        if linked := next(self._linked(), None):  # what it leads to would be replaced or deleted
+        if linked := next(self._linked(), None):  # its target would be replaced or deleted
             problem = f"{linked} is a symbolic link to {linked.readlink()}"
             raise ConfigError("--resume", problem, fix="Put the folder itself there")
 
     @contextmanager
     def held(self, inputs: Sequence[Input], *, overwrite: bool, resume: bool) -> Iterator[None]:
-        """Claim the folder and refuse what :meth:`check` refuses. A run that is to be replaced is put back if the block
-        ends before the new one has a checkpoint.
+        """Claim the folder while the block runs, after :meth:`check`.
+
+        If the block ends before the new run has a checkpoint, a run that it replaces is restored.
 
         Raises:
-            ConfigError: what :meth:`check` raises, or another process writes there.
+            ConfigError: :meth:`check` fails, or another process writes the run.
         """
         self._check_place(inputs, resume=resume)
         with claimed(self.path):
@@ -159,12 +161,13 @@ class RunDirectory:
                 self.give_way()
 
     def create(self, inputs: Sequence[Input] = (), *, overwrite: bool = False) -> None:
-        """Make the folder, after another :meth:`check`: loading may have taken hours. A run that is overwritten is set
-        aside until the first checkpoint of the new one is saved.
+        """Create the folder after a second :meth:`check`, since loading may have taken hours.
+
+        A run that is overwritten is set aside until the first checkpoint of the new run is saved.
 
         Raises:
-            ConfigError: what :meth:`check` raises.
-            ResourceError: the folder cannot be made.
+            ConfigError: :meth:`check` fails.
+            ResourceError: the folder cannot be created.
         """
         self.check(inputs, overwrite=overwrite, resume=False)
         try:
@@ -173,7 +176,7 @@ class RunDirectory:
             if replaces:
                 self.path.rename(place_of_replaced(self.path))
             self.path.mkdir(parents=True, exist_ok=True)
-            if mode is not None:  # which may be private
+            if mode is not None:  # keep the old run's permissions, which may be private
                 self.path.chmod(self.path.stat().st_mode & stat.S_IMODE(mode))
             self.clear_leftovers()
             write_marker(self.path, Marker(RUN.name, frozenset(), is_pending=replaces))
@@ -183,12 +186,12 @@ class RunDirectory:
 
     @property
     def is_marked(self) -> bool:
-        """Whether the folder is a run that :meth:`create` made."""
+        """Whether :meth:`create` made the folder."""
         marker = read_marker(self.path)
         return marker is not None and marker.kind == RUN.name
 
     def take_place(self) -> None:
-        """Delete the run that this one replaces, now that this one can be continued by itself."""
+        """Delete the run that this run replaces, once this run can be continued."""
         marker = read_marker(self.path)
         if marker is None or not marker.is_pending:
             return
@@ -199,24 +202,24 @@ class RunDirectory:
             discard(old, is_ours=replaced.owns, into=self.path)
 
     def give_way(self) -> None:
-        """Put the run back that this one was to replace, if this one ends before :meth:`take_place`."""
+        """Restore the run that this run replaces, if :meth:`take_place` was not called."""
         marker = read_marker(self.path)
         if marker is not None and marker.is_pending:
             put_back(self.path)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file whole or not at all."""
+        """Write a small text file atomically."""
         self.write_file(name, lambda p: _write_text(p, text))
 
     def write_file(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write a file whole or not at all, and list it among the run's own.
+        """Write a file atomically and list it in the run's marker.
 
         Args:
-            name: path below the run's folder.
-            write: given a temporary path, writes the content.
+            name: path relative to the run directory.
+            write: writes the content to the temporary path it is called with.
 
         Raises:
-            ResourceError: it cannot be written, or its folder is a link to another.
+            ResourceError: the file cannot be written, or its folder is a symbolic link.
         """
         folder = (self.path / name).parent
         if folder != self.path and folder.is_symlink():
@@ -227,7 +230,7 @@ class RunDirectory:
         write_atomically(self.path / name, write)
 
     def write_json(self, name: str, data: Any) -> None:
-        """Write ``data`` as indented JSON."""
+        """Write ``data`` atomically as indented JSON."""
         self.write_text(name, json.dumps(data, indent=2) + "\n")
 
     def log(self, event: dict[str, Any]) -> None:
@@ -239,21 +242,21 @@ class RunDirectory:
         _append(self.progress_log, entry)
 
     def events(self) -> list[dict[str, Any]]:
-        """All events so far; a last line cut short by a crash is dropped."""
+        """Read all events so far; a last line that a crash has truncated is dropped."""
         return _lines(self.metrics)
 
     def progress(self) -> list[dict[str, Any]]:
-        """All entries of ``progress.jsonl`` so far, in the same way."""
+        """Read all entries of ``progress.jsonl`` so far, like :meth:`events`."""
         return _lines(self.progress_log)
 
     def sampled(self) -> list[dict[str, Any]]:
-        """All entries of ``samples.jsonl`` so far."""
+        """Read all entries of ``samples.jsonl`` so far, like :meth:`events`."""
         return _lines(self.samples)
 
     def rewind_log(self, global_step: int, *, owes_evaluation: bool = False) -> None:
-        """Drop what the continued run writes again: events after ``global_step``, and the evaluation that it owes.
+        """Remove the events that a continued run will write again: those after ``global_step`` and an owed evaluation.
 
-        A run that is continued from step 0 begins anew, with its evaluation before the first step.
+        A run that continues from step 0 starts over, including its evaluation before the first step.
         """
         kept = [
             e
@@ -264,17 +267,17 @@ class RunDirectory:
         self.write_text(self.metrics.name, "".join(json.dumps(e) + "\n" for e in kept))
 
     def clear_leftovers(self) -> None:
-        """Remove what a save that was killed has left, and put back what it had set aside."""
+        """Clean up after a save that was killed (see :func:`mirrortune.system.atomic.clear_leftovers`)."""
         marker = read_marker(self.path) or Marker(RUN.name, frozenset())
         for below in ("", "checkpoints/", "reports/"):
             clear_leftovers(self.path / below, lambda name, below=below: marker.owns(below + name))  # type: ignore[misc]
 
     def checkpoint(self, global_step: int) -> Path:
-        """Folder of the checkpoint after ``global_step`` optimizer steps."""
+        """Return the folder of the checkpoint after ``global_step`` optimizer steps."""
         return self.checkpoints / f"step-{global_step:06d}"
 
     def saved_steps(self) -> list[int]:
-        """Steps of the checkpoints that are whole, ascending (as numbers: step-1000000 comes after step-999999)."""
+        """Return the steps of all complete checkpoints in ascending numeric order."""
         folders = self.checkpoints.glob("step-*") if self.checkpoints.is_dir() else []
         return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdigit() and (f / _STATE).is_file())
 
@@ -286,10 +289,10 @@ class RunDirectory:
         *,
         keep: int = 1,
     ) -> None:
-        """Write a checkpoint, then remove all but the best and the last ``keep``.
+        """Write a checkpoint, then delete all checkpoints but the best and the last ``keep``.
 
         Raises:
-            ResourceError: if it cannot be written; says which earlier checkpoint is intact.
+            ResourceError: the checkpoint cannot be written; the error names the last intact one.
         """
 
         def write(folder: Path) -> None:
@@ -305,7 +308,7 @@ class RunDirectory:
         except ResourceError as error:
             raise self._with_last_intact(error) from error
         self.take_place()
-        # What was saved for a signal alone does not count: with it or without, the same steps are kept in the end.
+        # Interim checkpoints do not count, so that a run keeps the same steps in the end, interrupted or not.
         others = [s for s in self.saved_steps() if s != state.global_step]
         regular = [s for s in others if not self._is_interim(s)]
         kept = {state.best_step, *(regular[-(keep - 1) :] if keep > 1 else [])}
@@ -314,17 +317,17 @@ class RunDirectory:
                 self._remove_checkpoint(step)
 
     def remove_checkpoints(self) -> None:
-        """Delete all checkpoints of a finished run, and nothing else that lies among them."""
+        """Delete all checkpoints of a finished run; other files in the folder stay."""
         if self.is_marked and not self.checkpoints.is_symlink():
             for step in self.saved_steps():
                 self._remove_checkpoint(step)
             discard(self.checkpoints, is_ours=lambda below: RUN.reserves(f"checkpoints/{below}"))
 
     def load_checkpoint(self, global_step: int) -> tuple[LoopState, dict[str, Tensor]]:
-        """State and tensors of a checkpoint; sets Python's own random state.
+        """Load the state and tensors of a checkpoint, and restore Python's random state.
 
         Raises:
-            VerificationError: if a file is missing or not the one that was saved; names the checkpoint before it.
+            VerificationError: a file is missing or has changed; the error names the previous checkpoint.
         """
         folder = self.checkpoint(global_step)
         try:
@@ -347,24 +350,24 @@ class RunDirectory:
             ) from error
 
     def publish_adapter(self, step: int) -> None:
-        """Copy the adapter of a checkpoint to ``adapter/``, where eval and merge look for it."""
+        """Copy the adapter of a checkpoint to ``adapter/``, from which ``eval`` and ``merge`` read it."""
 
         def write(folder: Path) -> None:
             for file in self.checkpoint(step).iterdir():
-                if file.name not in (_TRAINING, _STATE, _SUMS):  # all else is the adapter's, whose format is its own
+                if file.name not in (_TRAINING, _STATE, _SUMS):  # all others belong to the adapter, in either format
                     shutil.copyfile(file, folder / file.name)
 
         write_folder_atomically(self.adapter, write, is_ours=lambda below: RUN.reserves(f"adapter/{below}"))
 
     def _remove_checkpoint(self, step: int) -> None:
         folder = self.checkpoint(step)
-        if folder.is_symlink() or self.checkpoints.is_symlink():  # made meanwhile, by an unknown process
+        if folder.is_symlink() or self.checkpoints.is_symlink():  # created by another process in the meantime
             return
-        (folder / _STATE).unlink(missing_ok=True)  # first: a checkpoint that is half removed does not count
+        (folder / _STATE).unlink(missing_ok=True)  # first, so that a partly deleted checkpoint is not taken for intact
         discard(folder, is_ours=_is_in_checkpoint)
 
     def _with_last_intact(self, error: ResourceError) -> ResourceError:
-        """The error, with the newest checkpoint that is whole."""
+        """Add the newest intact checkpoint to the error."""
         for step in reversed(self.saved_steps()):
             folder = self.checkpoint(step)
             with suppress(OSError, ValueError):
@@ -373,7 +376,7 @@ class RunDirectory:
         return error
 
     def _linked(self) -> Iterator[Path]:
-        """Yield links in the place of folders and databases into which a run writes."""
+        """Yield folders and databases into which the run writes but which are symbolic links."""
         for path in sorted([*self.path.glob("*"), *self.checkpoints.glob("*")]):
             below = path.relative_to(self.path).as_posix()
             if path.is_symlink() and (RUN.reserves(f"{below}/") or below.startswith("mlflow.db")):
@@ -387,7 +390,7 @@ class RunDirectory:
         try:
             return bool(json.loads(read_text(self.checkpoint(step) / _STATE))["is_interim"])
         except (OSError, ValueError, KeyError, TypeError):
-            return False  # damaged, which whoever loads it will say
+            return False  # damaged; reported when it is loaded
 
 
 def _is_in_checkpoint(below: str) -> bool:
@@ -395,8 +398,10 @@ def _is_in_checkpoint(below: str) -> bool:
 
 
 def run_of(adapter: Path) -> RunDirectory | None:
-    """The run that an adapter folder is the result of: the folder around it, if that is a run and calls it so. A file
-    that merely lies beside an adapter says nothing about it.
+    """Return the run that an adapter folder belongs to, or None.
+
+    It belongs to the run in its parent folder if it has the name of the run's adapter folder. Other files beside an
+    adapter prove nothing about it.
     """
     folder = adapter.resolve()
     run = RunDirectory(folder.parent)
@@ -404,11 +409,11 @@ def run_of(adapter: Path) -> RunDirectory | None:
 
 
 def read_text(path: Path) -> str:
-    """Read a file of a run, where a pipe would never end.
+    """Read a text file of a run; it must be a regular file, because reading a pipe could block forever.
 
     Raises:
-        OSError: there is no regular file.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: there is no regular file at ``path``.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -417,7 +422,7 @@ def read_text(path: Path) -> str:
 
 def _append(path: Path, entry: dict[str, Any]) -> None:
     try:
-        if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):  # a backup shares the file
+        if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):  # a backup may share the file
             write_atomically(path, lambda copy: _write_text(copy, path.read_text(encoding="utf-8")))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -445,10 +450,14 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _check_sums(folder: Path) -> None:
-    """OSError or ValueError unless every file of a checkpoint is there as it was saved, and is listed."""
+    """Check that a checkpoint holds exactly the listed files with their recorded SHA-256 sums.
+
+    Raises:
+        OSError, ValueError: it does not.
+    """
     text = read_text(folder / _SUMS)
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-    if pipe := next((name for name in listed if not (folder / name).is_file()), None):  # reading it would hang
+    if pipe := next((name for name in listed if not (folder / name).is_file()), None):  # reading a pipe would block
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / pipe))
     found = {name: _sha256(folder / name) for name in listed}
     for name, digest in found.items():
@@ -468,6 +477,9 @@ def _sha256(path: Path) -> str:
 
 
 def record_merge(run: RunDirectory, output_dir: str, report: dict[str, Any]) -> None:
-    """Note in a run's directory where it was merged to, and how that was verified; other folders are left alone."""
+    """Record in a run directory where the run was merged to and how the merge was verified.
+
+    A folder that is not a run directory is not changed.
+    """
     if run.is_marked and run.results.is_file():
         run.write_json("reports/merge.json", {"output_dir": output_dir, **report})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``status.json`` of a run directory: how the run ended, for programs that start runs and for later readers."""
+"""Record how a run ended in ``status.json``, for programs that start runs and for later inspection."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Status = Literal["running", "finished", "diverged", "interrupted", "failed"]
 def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
     """Write ``status.json`` when training begins and when it ends.
 
-    The file holds ``status``; ``step``, at which a run diverged or after which it was interrupted, or null; ``message``
-    of the error, or null; and ``exit_code`` of the command, or null while it runs. A process that was killed leaves
-    ``running`` behind.
+    The file holds ``status``; ``step``, at which the run diverged or after which it was interrupted, or null;
+    ``message``, the text of the error, or null; and ``exit_code`` of the command, or null while it runs. If the process
+    is killed, ``status`` stays ``running``.
 
     Args:
         run: existing run directory.
-        is_main: whether this process writes the file.
+        is_main: write the file; only one rank does.
     """
 
     def write(status: Status, *, step: int | None = None, message: str | None = None, code: int | None = None) -> None:
@@ -36,7 +36,7 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(MirrortuneError):  # a full disk may be the error that is being raised
+        with suppress(MirrortuneError):  # the original error may be a full disk
             if isinstance(error, DivergedError):
                 write("diverged", step=error.step, message=str(error), code=error.exit_code)
             elif isinstance(error, InterruptedRun):
@@ -51,7 +51,7 @@ def recorded_status(run: RunDirectory, *, is_main: bool) -> Iterator[None]:
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
-    """Return the content of ``status.json``, or an empty dict if it is missing or damaged."""
+    """Return the content of ``status.json``, or an empty dict if the file is missing or damaged."""
     with suppress(OSError, ValueError):
         found = json.loads(read_text(run.status))
         return found if isinstance(found, dict) else {}
@@ -59,7 +59,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
 
 
 def describe_status(run: RunDirectory) -> str:
-    """Describe how an unfinished run ended; empty if that is unknown."""
+    """Describe how an unfinished run ended, or return an empty string if that is unknown."""
     found = read_status(run)
     words = {
         "running": "it is running, or was killed",

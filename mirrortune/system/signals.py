@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handle SIGINT, SIGTERM and SIGUSR1 when a run can stop safely.
+"""Defer SIGINT, SIGTERM and SIGUSR1 until a run can stop safely.
 
-Schedulers warn a job before they end it: Slurm with the signal of ``--signal=USR1@300``, most others with SIGTERM.
+Schedulers send a signal before they kill a job: Slurm sends the one requested with ``--signal=USR1@300``, most others
+send SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-# A launcher forwards signals that its processes also get from the terminal: one key press arrives twice within a
-# moment. A later one is a second key press.
+# One Ctrl-C reaches a process twice in quick succession: from the terminal and forwarded by the launcher. Only a SIGINT
+# that arrives later than this is a second Ctrl-C.
 IMPATIENT_AFTER_SECONDS = 2.0
 _WARNINGS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopSignals:
-    """Context in which a signal to stop is only recorded in ``number`` (the first one; 0 for none).
+    """A context manager that records the first stop signal in ``number`` (0 for none) instead of ending the process.
 
-    A SIGINT some seconds later raises KeyboardInterrupt.
+    A SIGINT more than ``IMPATIENT_AFTER_SECONDS`` later raises KeyboardInterrupt.
 
     Args:
         on_first: called in a separate thread with the number of the first signal as soon as it arrives.
@@ -40,7 +41,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         try:
             self._previous = {s: signal.signal(s, self._note) for s in _WARNINGS}
-        except ValueError:  # not in the main thread: the embedding program handles signals
+        except ValueError:  # not in the main thread: signals are left to the embedding program
             self._previous = {}
         else:
             self._listen()
@@ -59,8 +60,8 @@ class StopSignals:
     def _listen(self) -> None:
         """Start the thread that calls ``on_first``.
 
-        Python runs a signal handler only when the main thread returns from native code, such as a backward pass of a
-        minute; the wake-up descriptor is written to immediately.
+        Python runs a signal handler only after the main thread returns from native code, which may take a minute in a
+        backward pass; the wake-up file descriptor is written to immediately.
         """
         if self._on_first is None:
             return
@@ -79,7 +80,7 @@ class StopSignals:
 
 
 def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
-    """Call ``tell`` with the first signal that arrives, and read on until the other end is closed."""
+    """Call ``tell`` with the number of the first signal, then keep reading until the other end is closed."""
     has_told = False
     with arrived:
         while numbers := arrived.recv(64):
@@ -90,18 +91,18 @@ def _tell_first(arrived: socket.socket, tell: Callable[[int], None]) -> None:
 
 
 def describe_stop(number: int) -> str:
-    """Return the message that a run shows as soon as a signal asks it to stop."""
+    """Return the message that a run shows when a signal asks it to stop."""
     more = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
     return f"{signal.Signals(number).name}: stopping after this step, with a checkpoint{more}"
 
 
 def ends_as(number: int) -> int:
-    """Return the signal whose exit code (128 + its number) a stopped run has: SIGUSR1, a warning, counts as SIGTERM."""
+    """Return the signal that determines the exit code (128 + its number); SIGUSR1, a warning, counts as SIGTERM."""
     return signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
 
 
 def how_to_go_on(number: int) -> str:
-    """Return the advice after a run was stopped by signal ``number``."""
+    """Return the advice to show after signal ``number`` has stopped a run."""
     if number in (signal.SIGINT, signal.SIGTERM):
         return "Continue with the same command and --resume"
     job = os.environ.get("SLURM_JOB_ID")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read and write checkpoints in safetensors files one tensor at a time.
 
-The library writes a file from all of its tensors at once, and reads through memory maps whose pages count as memory for
-as long as they are open. Here a tensor is read by its offset, and unchanged tensors are copied as bytes: a checkpoint
-of any size needs the memory of its largest changed tensor.
+The safetensors library needs all tensors of a file in memory to write it, and reads through memory maps, whose pages
+count as used memory while they are open. Here tensors are read by offset and unchanged tensors are copied as bytes, so
+that a checkpoint of any size needs only as much memory as its largest changed tensor.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header, the header (JSON: dtype,
-shape and offsets of every tensor), the bytes of the tensors without gaps.
+The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header; the header, JSON with
+dtype, shape and offsets of every tensor; the bytes of the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ DTYPE_CODES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-_LONGEST_HEADER = 100_000_000  # the format's own limit
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
 _CHUNK = 1 << 24  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file.
+    """A tensor in a safetensors file.
 
     Attributes:
-        code: name of its dtype in the format, such as ``BF16``.
-        shape: shape.
-        path: file.
+        code: the format's name of its dtype, such as ``BF16``.
+        shape: shape of the tensor.
+        path: path of the file.
         start: offset of its first byte in the file.
-        nbytes: number of bytes.
+        nbytes: size in bytes.
     """
 
     code: str
@@ -58,10 +58,15 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTensor:
-    """A tensor to be written: a copy of the bytes of ``source``, or one that is computed when it is written.
+    """A tensor to be written: copied from ``source`` byte by byte, or computed when it is written.
 
-    ``place`` is the input file that it comes from, None for a new tensor; ``stands_for`` are the tensors of the model
-    that it is made of, where the files have others.
+    Attributes:
+        name: name in the output.
+        code: the format's name of its dtype.
+        shape: shape of the tensor.
+        source: tensor whose bytes are copied; None for a tensor that is computed.
+        place: input file that the tensor comes from; None for a new tensor.
+        stands_for: names of the model's tensors that are combined in this one, if files and model differ.
     """
 
     name: str
@@ -73,15 +78,15 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
+        """Size in bytes."""
         return math.prod(self.shape) * _DTYPES[self.code].itemsize if self.source is None else self.source.nbytes
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Read the headers of files and return their tensors by name, in the order of the files.
+    """Read the headers of safetensors files and return their tensors by name, in the order of the files.
 
     Raises:
-        ConfigError: a file is missing or damaged, or two have a tensor of the same name.
+        ConfigError: a file is missing or damaged, or two files hold a tensor of the same name.
     """
     found: dict[str, StoredTensor] = {}
     for path in paths:
@@ -119,7 +124,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """Read a tensor in its stored dtype, into memory of its own."""
+    """Read a tensor into new memory, in its stored dtype."""
     dtype = _DTYPES.get(stored.code)
     if dtype is None:
         raise ConfigError(str(stored.path), f"dtype {stored.code}", allowed=", ".join(_DTYPES))
@@ -133,13 +138,13 @@ def read_tensor(stored: StoredTensor) -> Tensor:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system.
+    """Return freed memory to the operating system.
 
-    The C library keeps freed memory below a small block that is in use; when a checkpoint is converted tensor by
-    tensor, that grows to the size of the checkpoint.
+    The C library keeps freed memory as long as a later block of its heap is in use. While a checkpoint is converted
+    tensor by tensor, the kept memory would grow to the size of the checkpoint.
     """
     if sys.platform.startswith("linux"):
-        with contextlib.suppress(AttributeError):  # another C library
+        with contextlib.suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -166,9 +171,12 @@ def shard_like(
 
     Args:
         planned: tensors in order.
-        input_files: files of the input checkpoint; without ``max_bytes`` the output has as many, and new tensors are
-            put into the last.
-        max_bytes: largest size of a file; a larger tensor has a file of its own.
+        input_files: files of the input checkpoint. Without ``max_bytes``, each tensor goes to the file of its ``place``
+            and new tensors to the last file.
+        max_bytes: maximum size of a file; a tensor that is larger gets a file to itself.
+
+    Returns:
+        The tensors of each file.
     """
     if max_bytes is None:
         places = {path: index for index, path in enumerate(input_files)}
@@ -188,12 +196,12 @@ def shard_like(
 def write_shards(
     folder: Path, shards: Sequence[Sequence[PlannedTensor]], make: Callable[[PlannedTensor], Tensor]
 ) -> None:
-    """Write a checkpoint: one file, or several with their index.
+    """Write a checkpoint as one file, or as several files with an index.
 
     Args:
         folder: existing folder.
         shards: tensors of each file.
-        make: computes a tensor that has no source, in the planned dtype and shape.
+        make: computes a tensor without a source, in the planned dtype and shape.
     """
     count = len(shards)
     names = [WHOLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -207,7 +215,7 @@ def write_shards(
 
 
 def write_file(path: Path, tensors: Sequence[PlannedTensor], make: Callable[[PlannedTensor], Tensor]) -> None:
-    """Write one file; ``make`` computes the tensors that have no source."""
+    """Write one file; ``make`` computes the tensors without a source."""
     # Wide dtypes first, as in the safetensors library: every tensor then starts at a multiple of its item size.
     ordered = sorted(tensors, key=lambda t: (-(_DTYPES[t.code].itemsize if t.code in _DTYPES else 1), t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -250,7 +258,11 @@ def _copy(stored: StoredTensor, target: IO[bytes]) -> None:
 
 
 def index_of(path: Path, suffix: str = ".safetensors") -> list[str]:
-    """Return the file names of an index, sorted; raises ConfigError if it is damaged or one is not a plain name."""
+    """Return the sorted file names of a checkpoint's index.
+
+    Raises:
+        ConfigError: the index is damaged, or a file name contains a folder.
+    """
     try:
         names = sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
         is_plain = all(isinstance(n, str) and Path(n).name == n and n.endswith(suffix) for n in names)

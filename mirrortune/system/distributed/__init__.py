@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch, synchronise and shard over several processes."""
+"""Launch and synchronise several processes, and shard a model over them."""
 
 __all__ = ["launch", "processes", "sharding", "sync"]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's ZeRO-2 and ZeRO-3: configuration, engine, and optimizer state by parameter.
+"""Train under DeepSpeed's ZeRO-2 and ZeRO-3: configuration, engine, and optimizer state by parameter.
 
-ZeRO-2 shards gradients and moments over the processes, ZeRO-3 weights and factors too. The engine sums micro-batches as
-the training loop does (its own accumulation is 1, its boundary is set), and divides by the items of the global batch
-when it steps, as by a loss scale: before it measures and clips the gradient. What is float32 without DeepSpeed stays
-float32; bfloat16 is autocast, as elsewhere, and not a copy of the model.
+ZeRO-2 shards gradients and optimizer moments over the processes; ZeRO-3 also shards weights and factors. The training
+loop decides how many micro-batches are accumulated: DeepSpeed's own accumulation is 1, and its boundary is set by hand.
+The number of items in the global batch is passed to DeepSpeed as a loss scale, so that gradients are divided by it
+before their norm is computed and clipped. Parameters that are float32 without DeepSpeed stay float32; bfloat16 means
+autocast, as elsewhere, not a bfloat16 copy of the model.
 
 DeepSpeed is imported only in a run that uses it.
 """
@@ -26,7 +27,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.devices import holds_half
 
 _STAGES = (2, 3)
-# Keys that a DeepSpeed config may set: those that the recipe overrides, and sizes of buckets.
+# Keys that a DeepSpeed config may set: keys that the recipe overrides, and bucket sizes.
 _DECIDED = {
     "bf16", "fp16", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print", "train_batch_size",
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "zero_allow_untested_optimizer",
@@ -54,16 +55,16 @@ def make_plugin(*, is_bf16: bool) -> Any:
         is_bf16: compute under bfloat16 autocast.
 
     Raises:
-        ConfigError: DeepSpeed is not installed, or its config has settings that were not shown to be exact here.
+        ConfigError: DeepSpeed is not installed, or its config has settings that are not supported here.
     """
     check_installed()
     from accelerate.utils import DeepSpeedPlugin  # noqa: PLC0415
 
-    # The recipe decides these numbers; if the config has none, the launcher sets them to "none".
+    # Set by the recipe; the launcher passes "none" for keys that are missing in the config.
     plugin = DeepSpeedPlugin(zero3_init_flag=False, gradient_accumulation_steps=1, gradient_clipping=1.0)
     config = plugin.deepspeed_config
     _check(config)
-    # Autocast as without DeepSpeed: its bf16 mode would round trained parameters and gradients to 16 bits.
+    # Precision is left to autocast: DeepSpeed's bf16 mode would round trained parameters and gradients to 16 bits.
     config["bf16"], config["fp16"] = {"enabled": False}, {"enabled": False}
     config["torch_autocast"] = {"enabled": is_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     config["gradient_accumulation_steps"] = 1  # the loop accumulates
@@ -92,31 +93,31 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def load_whole() -> None:
-    """Make transformers load whole weights, as without DeepSpeed: every process needs them for their singular basis."""
+    """Make transformers load unsharded weights: every process needs them to compute their singular basis."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: PLC0415
 
     unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
 
 
 def stage_of(accelerator: Any) -> int:
-    """Return the ZeRO stage, 2 or 3; 0 without DeepSpeed."""
+    """Return the ZeRO stage, 2 or 3, or 0 without DeepSpeed."""
     plugin = getattr(getattr(accelerator, "state", None), "deepspeed_plugin", None)
     return 0 if plugin is None else int(plugin.deepspeed_config["zero_optimization"]["stage"])
 
 
 def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, *, max_grad_norm: float) -> Any:
-    """Return DeepSpeed's engine around ``model`` and accelerate's optimizer around DeepSpeed's.
+    """Wrap ``model`` in DeepSpeed's engine and ``optimizer`` in DeepSpeed's and accelerate's wrappers.
 
-    ZeRO-3 moves parameters to the device one by one and keeps a shard of each there, so that a device need not hold the
-    whole model; host memory does until then.
+    ZeRO-3 moves parameters to the device one by one and keeps only a shard of each, so the unsharded model must fit
+    into host memory but not on the device.
     """
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["gradient_clipping"] = max_grad_norm
-    # For DeepSpeed's checks only: batches come from the loop.
+    # DeepSpeed requires these keys; batches come from the training loop.
     config["train_micro_batch_size_per_gpu"], config["train_batch_size"] = 1, accelerator.num_processes
     config["torch_autocast"]["enabled"] |= holds_half(model)
     trained = [p.numel() for group in optimizer.param_groups for p in group["params"]]
-    # Buckets of its default size would take 2 GB for what is often kilobytes.
+    # Buckets of the default size would take 2 GB for gradients of often only kilobytes.
     config["zero_optimization"].setdefault("reduce_bucket_size", max(*trained, min(sum(trained), 50_000_000), 1))
     with _without_prints():
         if stage_of(accelerator) == 3:
@@ -131,7 +132,7 @@ def make_engine(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator:
 
 
 def _set_empty_aside(model: nn.Module) -> None:
-    """Turn empty parameters (scales of a core that has none) into buffers: ZeRO-3 cannot gather them."""
+    """Turn empty parameters, such as the scales of a core without scales, into buffers: ZeRO-3 cannot gather them."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.numel():
@@ -141,9 +142,9 @@ def _set_empty_aside(model: nn.Module) -> None:
 
 @contextmanager
 def _without_prints() -> Iterator[None]:
-    """Keep DeepSpeed from printing to stdout while the context is open.
+    """Keep DeepSpeed from printing to stdout while the block runs.
 
-    From then on its warnings go to stderr, and torch's warnings about deprecated names that it calls are ignored.
+    The permanent effects: DeepSpeed logs to stderr, and torch's deprecation warnings about its calls are ignored.
     """
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -156,11 +157,11 @@ def _without_prints() -> Iterator[None]:
 
 @contextmanager
 def gathered_parameters(model: nn.Module, *, write_back: bool) -> Iterator[None]:
-    """Gather the trained parameters that ZeRO-3 has sharded while the context is open, on the device. Collective.
+    """Gather trained parameters that ZeRO-3 has sharded on the device while the block runs. Collective.
 
     Args:
-        model: model whose frozen parameters stay sharded.
-        write_back: shard what the main process wrote into them when the context ends.
+        model: model; its frozen parameters stay sharded.
+        write_back: at the end of the block, shard the values that the main process has written into the parameters.
     """
     cut = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not cut:
@@ -173,17 +174,20 @@ def gathered_parameters(model: nn.Module, *, write_back: bool) -> Iterator[None]
 
 
 def is_gathered(tensor: Any) -> bool:
-    """Return whether this process holds the whole tensor: it is not sharded, or gathered."""
+    """Return whether this process holds all of the tensor, because it is gathered or was never sharded."""
     return not hasattr(tensor, "ds_id") or bool(tensor.numel() == tensor.ds_numel)
 
 
 def is_zero_optimizer(optimizer: Any) -> bool:
-    """Return whether an optimizer is DeepSpeed's, which has moments of flat shards and not of parameters."""
+    """Return whether an optimizer is DeepSpeed's, whose moments belong to flat shards instead of parameters."""
     return hasattr(optimizer, "override_loss_scale")
 
 
 def zero_states(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """Return whole moments and step count of every parameter by name; empty before the first step. Collective."""
+    """Return the unsharded moments and step count of each parameter by name; empty before the first step.
+
+    Collective.
+    """
     from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415
 
     states = [state for state in optimizer.optimizer.state.values() if state]
@@ -200,7 +204,7 @@ def zero_states(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[
 def restore_zero_states(
     optimizer: Any, parameters: Mapping[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Restore what :func:`zero_states` returned, and the parameters, which were written before."""
+    """Restore states from :func:`zero_states`, and DeepSpeed's master copy from the parameters, already restored."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state  # noqa: PLC0415
 
     optimizer.refresh_fp32_params()
@@ -216,7 +220,7 @@ def restore_zero_states(
     for name, parameter in parameters.items():
         for key in _MOMENTS:
             value = states[name][key]
-            if is_cut:  # its setter of whole states cannot shard what has to be padded
+            if is_cut:  # DeepSpeed's setter for unsharded states cannot handle padding
                 safe_set_local_optimizer_state(parameter, _share(value, parameter), key)
             else:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
@@ -227,8 +231,9 @@ def _cuts_weights(optimizer: Any) -> bool:
 
 
 def _link_states(optimizer: Any) -> None:
-    """Link ZeRO-2's parameters to their moments. DeepSpeed does so itself once the first group has stepped, when the
-    others have none yet.
+    """Link ZeRO-2's parameters to their moments.
+
+    DeepSpeed links them after the first parameter group has stepped, when the other groups have no moments yet.
     """
     if _cuts_weights(optimizer):
         return
@@ -240,7 +245,7 @@ def _link_states(optimizer: Any) -> None:
 
 
 def _share(value: Tensor, parameter: Any) -> Tensor:
-    """Return this process's shard of a whole tensor, flat, padded as DeepSpeed pads ``parameter``."""
+    """Return this process's shard of an unsharded tensor, flattened and padded as DeepSpeed pads ``parameter``."""
     size, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank(parameter.ds_process_group)
     share = value.flatten()[size * rank : size * (rank + 1)]
     return torch.nn.functional.pad(share, (0, size - share.numel())).to(parameter.ds_tensor.device)

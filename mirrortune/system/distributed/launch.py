@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``train --num-processes``: run the same command in several processes on this machine, by accelerate's launcher.
+"""Run a command in several processes on this machine with accelerate's launcher (``train --num-processes``).
 
-On a CPU accelerate starts one process whatever ``--num_processes`` says, unless it gets ``--multi_gpu``, too; each
-process checks the number.
+On a CPU, accelerate ignores ``--num_processes`` and starts one process unless ``--multi_gpu`` is also given; every
+process therefore checks how many were started.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mirrortune.system.signals import ends_as
 
 _FOLDER = Path(__file__).parent / "profiles"
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-# Seconds for the last checkpoint before the launcher kills processes; torch's default is half a minute.
+# Time to save the last checkpoint before the launcher kills its processes; torch's default is 30 seconds.
 _SECONDS_TO_SAVE = "600"
 
 
@@ -30,15 +30,16 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
     """Run ``mirrortune WORDS`` in several processes and wait for them.
 
     Args:
-        words: command line.
-        num_processes: number of processes; that of the profile or of the GPUs by default.
-        profile: name of a shipped profile, or an accelerate config file; ``ddp`` by default.
+        words: command-line arguments.
+        num_processes: number of processes; by default that of the profile, or the number of GPUs.
+        profile: name of a shipped profile or path of an accelerate config file; ``ddp`` by default.
 
     Returns:
         The exit code of the processes.
 
     Raises:
-        ConfigError, ResourceError: nothing was started.
+        ConfigError: the profile is unknown or not valid, or DeepSpeed is not installed; nothing was started.
+        ResourceError: this machine has too few GPUs; nothing was started.
     """
     import torch  # noqa: PLC0415
 
@@ -70,7 +71,11 @@ def launch(words: Sequence[str], *, num_processes: int | None, profile: str | No
 
 
 def find_profile(name: str) -> Path:
-    """Return the file of a shipped profile, or ``name`` if it is a file; raises ConfigError with the nearest name."""
+    """Return the path of a shipped profile, or ``name`` if it is a file.
+
+    Raises:
+        ConfigError: there is neither; suggests the nearest name.
+    """
     shipped = {path.stem: path for path in _FOLDER.glob("*.yaml")}
     path = shipped.get(name, local_path(name))
     if not path.is_file():
@@ -82,7 +87,7 @@ def is_launched() -> bool:
     """Return whether this process was started by :func:`launch`.
 
     Raises:
-        ConfigError: another launcher started it, which has chosen the number.
+        ConfigError: another launcher started it and has chosen the number of processes.
     """
     if ASKED_VARIABLE in os.environ:
         return True
@@ -99,8 +104,8 @@ def _run_launcher(arguments: list[str], count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
 
     given = launch_command_parser().parse_args(arguments)
-    given.signals_to_handle = _SIGNALS  # passed on to torchrun
-    logging.disable(logging.CRITICAL)  # the processes report what went wrong
+    given.signals_to_handle = _SIGNALS  # forwarded to torchrun
+    logging.disable(logging.CRITICAL)  # the processes report their errors themselves
     try:
         launch_command(given)
     except ChildFailedError as error:
@@ -114,7 +119,7 @@ def _exit_code(error: Any, count: int) -> int:
     """Return the exit code of the first process that failed.
 
     Raises:
-        MirrortuneError: a signal ended it, so that it could not report why.
+        MirrortuneError: the process was killed by a signal and could not report why.
     """
     rank, failure = error.get_first_failure()
     if failure.exitcode >= 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: accelerate's ``Accelerator``, seeds, and notes on how they were launched."""
+"""Set up the processes of a run: accelerate's ``Accelerator``, seeds, and notes on how they were launched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mirrortune.system.distributed import deepspeed
 from mirrortune.system.distributed.sharding import Sharding
 
 ASKED_VARIABLE = "MIRRORTUNE_NUM_PROCESSES"
-"""Number of processes that ``--num-processes`` has launched; set in each of them."""
+"""Environment variable with the number of processes launched by ``--num-processes``; set in each of them."""
 
 
 def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> Any:
@@ -28,7 +28,7 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
 
     Args:
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        has_idle_parameters: whether some trained parameters may not contribute to a loss.
+        has_idle_parameters: some trained parameters may receive no gradient in a step.
 
     Raises:
         ConfigError: launch settings that the training loop does not support.
@@ -42,14 +42,14 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
         raise ResourceError("accelerate launch", "DeepSpeed needs GPUs: accelerate starts it on accelerators only")
     accelerator = Accelerator(
         mixed_precision="no" if has_zero or resolved == "fp32" else resolved,
-        # Without this, accelerate treats each of torchrun's processes on a CPU as a run of its own.
+        # Without it, accelerate treats each of torchrun's processes on a CPU as a separate run.
         cpu=is_cpu,
         deepspeed_plugin=deepspeed.make_plugin(is_bf16=resolved == "bf16") if has_zero else None,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=has_idle_parameters)],
-        # The loop accumulates; accelerate would take another number from its config file and divide by it.
+        # The training loop accumulates; accelerate would read a value from its config file and divide by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-    if is_cpu and resolved == "fp16":  # accelerate leaves both out on a CPU; torch has them
+    if is_cpu and resolved == "fp16":  # on a CPU accelerate provides neither autocast nor a scaler, but torch does
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     if has_zero:
         deepspeed.load_whole()
@@ -71,7 +71,7 @@ def make_accelerator(precision: str, *, has_idle_parameters: bool = False) -> An
 def read_accelerate_config(path: Path) -> dict[str, Any]:
     """Read an accelerate config file as accelerate does.
 
-    That is JSON for ``.json`` and YAML 1.1 for anything else: an unquoted ``no`` is False, unlike in a recipe.
+    A ``.json`` file is JSON and any other file YAML 1.1, in which an unquoted ``no`` is False, unlike in a recipe.
 
     Raises:
         ConfigError: accelerate would refuse the file.
@@ -88,7 +88,7 @@ def read_accelerate_config(path: Path) -> dict[str, Any]:
             f"accelerate cannot read it ({first_line(error)})",
             allowed="a file that `accelerate config` wrote",
         ) from error
-    assert isinstance(found, dict)  # accelerate refuses others
+    assert isinstance(found, dict)  # accelerate accepts nothing else
     return found
 
 
@@ -110,7 +110,7 @@ def describe_processes(accelerator: Any, reporter: Reporter, run: Path) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every random generator that a model may use."""
+    """Seed every random number generator that a model may use."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (some models draw from the global generator)
     torch.manual_seed(seed)
@@ -132,11 +132,11 @@ def _warn_of_default_config(reporter: Reporter) -> None:
 
 
 def _was_given_config() -> bool:
-    """Return whether the launcher of this process was given a config file, by its command line."""
+    """Return whether the command line of this process's launcher names a config file."""
     import psutil  # noqa: PLC0415
 
     try:
         words = [word for parent in psutil.Process().parents() for word in parent.cmdline()]
-    except psutil.Error:  # a parent has ended, or may not be inspected
+    except psutil.Error:  # a parent process has ended or may not be inspected
         return False
     return any(word.replace("-", "_").split("=")[0] == "__config_file" for word in words)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the processes of a run share its model (DDP, FSDP2, ZeRO), and parameters made whole where files need them whole.
+"""Share a model between processes (DDP, FSDP2, ZeRO), and gather sharded parameters to write them to files.
 
-Everything here is collective unless it says otherwise: all processes of a run call it together, in the same order.
+Unless stated otherwise, functions are collective: all processes of a run call them together, in the same order.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _EMBEDDINGS = ("get_input_embeddings", "get_output_embeddings")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharding:
-    """How the processes of an accelerator share a model. Not collective, but for :meth:`prepare`.
+    """How the processes of an accelerator share a model. Only :meth:`prepare` is collective.
 
     Attributes:
         accelerator: accelerate's ``Accelerator``.
-        library: what shards the model; "" for one process and for DDP, where each process holds all of it.
-        stage: of ZeRO: 2 shards gradients and moments, 3 the weights too; 0 without DeepSpeed.
+        library: library that shards the model; "" for one process and for DDP, where each process holds all of it.
+        stage: ZeRO stage: 2 shards gradients and moments, 3 also the weights; 0 without DeepSpeed.
     """
 
     accelerator: Any
@@ -38,7 +38,7 @@ class Sharding:
 
     @classmethod
     def of(cls, accelerator: Any) -> Sharding:
-        """Return how ``accelerator`` was launched to share a model."""
+        """Determine from ``accelerator`` how a model will be shared."""
         stage = deepspeed.stage_of(accelerator)
         library: Literal["", "FSDP2", "DeepSpeed"] = "DeepSpeed" if stage else ""
         if not stage and getattr(accelerator, "is_fsdp2", False):
@@ -47,7 +47,7 @@ class Sharding:
 
     @property
     def shards_weights(self) -> bool:
-        """Whether no process holds all of the weights."""
+        """Whether the weights are sharded, so that no process holds all of them."""
         return self.library == "FSDP2" or self.stage == 3
 
     @property
@@ -56,25 +56,25 @@ class Sharding:
         return f"ZeRO-{self.stage}" if self.stage else self.library
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context to run a model in that is called without the wrapper of :meth:`prepare`."""
+        """Return the autocast context for a model that is called without the wrapper of :meth:`prepare`."""
         if not self.stage:
             context: AbstractContextManager[object] = self.accelerator.autocast()
             return context
-        # accelerate leaves autocast to DeepSpeed, which has it in its own wrapper.
+        # Under DeepSpeed, accelerate leaves autocast to the engine, the wrapper that is bypassed here.
         enabled = self.accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> tuple[Any, Any]:
-        """Move a model to the device and wrap or shard it; returns it with accelerate's optimizer.
+        """Move a model to the device and wrap or shard it; return it with accelerate's optimizer.
 
         Args:
-            model: bare.
-            optimizer: of what it trains.
-            max_grad_norm: the norm that DeepSpeed clips gradients to.
+            model: unwrapped model.
+            optimizer: optimizer of its trained parameters.
+            max_grad_norm: gradient norm at which DeepSpeed clips.
         """
         if self.shards_weights:
-            # transformers then generates on each process until all are done: those that stop earlier would be waited
-            # for.
+            # Makes transformers' generate() run on every process until all are done; otherwise a process that stops
+            # early would leave the others waiting in a collective operation.
             vars(model)["_is_fsdp_managed_module"] = True
         prepared: tuple[Any, Any]
         if self.stage:
@@ -82,16 +82,16 @@ class Sharding:
             return prepared
         if self.library:
             _choose_units(model, self.accelerator.state.fsdp_plugin)
-        with ties_in_one_unit(model), chatter_to_stderr():  # for FSDP2 accelerate imports DeepSpeed, which prints
+        with ties_in_one_unit(model), chatter_to_stderr():  # for FSDP2, accelerate imports DeepSpeed, which prints
             prepared = self.accelerator.prepare(model, optimizer)
         return prepared
 
 
 def _choose_units(model: nn.Module, plugin: Any) -> None:
-    """Tell accelerate's FSDP2 which modules of ``model`` are gathered as one: its blocks.
+    """Make the transformer blocks of ``model`` the units that accelerate's FSDP2 gathers.
 
-    accelerate 1.15 takes what transformers lists as not to be split, in encoders the embeddings too, and then fails to
-    make a unit of the token embedding, which is in one already.
+    By default accelerate 1.15 uses transformers' ``_no_split_modules``. In encoders these include the embeddings, and
+    accelerate then fails to wrap the token embedding, which already belongs to a unit.
     """
     if plugin.transformer_cls_names_to_wrap:
         return
@@ -102,17 +102,20 @@ def _choose_units(model: nn.Module, plugin: Any) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the whole tensor of which this process may hold a shard."""
+    """Return the full tensor; this process may hold only a shard of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """Return a view of this process's shard; the tensor itself if it is not sharded. Not collective."""
+    """Return a view of this process's shard, or the tensor itself if it is not sharded. Not collective."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shared_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return ``value``, which every process has, on the device of ``like`` and sharded as that is. Not collective."""
+    """Return the full tensor ``value``, which every process holds, on the device and in the sharding of ``like``.
+
+    Not collective.
+    """
     value = value.to(like.device)
     if not isinstance(like, DTensor) or value.shape != like.shape:  # a step count is not sharded
         return value
@@ -121,11 +124,11 @@ def shared_like(value: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def ties_in_one_unit(model: nn.Module) -> Iterator[None]:
-    """Keep a shared embedding in the FSDP2 unit of the whole model while the context is open.
+    """Keep a shared embedding in the root FSDP2 unit of the model while the block runs.
 
-    An embedding may be shared by other modules than the output (encoder and decoder of a T5). accelerate 1.15 makes a
-    unit of it, or of it and the output; the others are then in a second unit, and torch from 2.13 on refuses a
-    parameter in two.
+    An embedding may be shared by more modules than the output layer, as by the encoder and decoder of a T5. accelerate
+    1.15 wraps it, alone or with the output layer, in a unit of its own. The other modules then belong to another unit,
+    and torch refuses a parameter in two units from version 2.13 on.
     """
     embeddings = [_embedding(model, name) for name in _EMBEDDINGS]
     first, second = (None if module is None else _own_weight(module) for module in embeddings)
@@ -144,7 +147,7 @@ def ties_in_one_unit(model: nn.Module) -> Iterator[None]:
 def _embedding(model: nn.Module, name: str) -> nn.Module | None:
     try:
         found: nn.Module | None = getattr(model, name, lambda: None)()
-    except NotImplementedError:  # transformers does not know it for this family, such as audio models
+    except NotImplementedError:  # transformers has no such accessor for this family, such as audio models
         return None
     return found
 
@@ -154,7 +157,7 @@ def _own_weight(module: nn.Module) -> Tensor | None:
 
 
 def optimizer_states(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """Return the state of an optimizer by the names of its parameters, whole, on the CPU."""
+    """Return the unsharded state of an optimizer on the CPU, by parameter name."""
     if deepspeed.is_zero_optimizer(optimizer):
         states = deepspeed.zero_states(optimizer, trained)
     else:
@@ -166,14 +169,14 @@ def optimizer_states(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dic
 
 
 def _on_cpu(value: Any) -> Tensor:
-    """Return an entry of an optimizer's state as a tensor of its own; numbers of Python have 64 bits."""
+    """Return a copy of an optimizer-state entry as a CPU tensor; Python numbers become 64-bit tensors."""
     if not isinstance(value, Tensor):
         return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
     return whole(value.detach()).cpu().contiguous()
 
 
 def _as_kept(value: Tensor, like: Tensor) -> Tensor | float | int:
-    """Inverse of :func:`_on_cpu`, on the device of ``like`` and sharded as that is."""
+    """Invert :func:`_on_cpu`, on the device and in the sharding of ``like``."""
     if not value.ndim and value.dtype in (torch.float64, torch.int64):
         number: float | int = value.item()
         return number
@@ -183,7 +186,7 @@ def _as_kept(value: Tensor, like: Tensor) -> Tensor | float | int:
 def restore_states(
     optimizer: Any, trained: Mapping[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Inverse of :func:`optimizer_states`, on each parameter's device, and sharded as that is."""
+    """Restore states from :func:`optimizer_states`, on the device and in the sharding of each parameter."""
     if deepspeed.is_zero_optimizer(optimizer):
         deepspeed.restore_zero_states(optimizer, trained, states)
         return
@@ -194,11 +197,11 @@ def restore_states(
 
 @contextmanager
 def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[None]:
-    """Gather the trained parameters of ``model`` while the context is open, under FSDP2 on the CPU.
+    """Gather the trained parameters of ``model`` while the block runs; under FSDP2, on the CPU.
 
     Args:
-        model: model whose frozen parameters, the bulk of it, stay sharded.
-        write_back: shard what was written into them when the context ends.
+        model: model; its frozen parameters, which are most of it, stay sharded.
+        write_back: at the end of the block, shard the values that were written into the parameters.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -224,10 +227,10 @@ def whole_parameters(model: nn.Module, *, write_back: bool = False) -> Iterator[
 
 
 def is_in_shards(model: nn.Module) -> bool:
-    """Return whether FSDP2 has sharded ``model`` or a part of it. Not collective."""
+    """Return whether FSDP2 has sharded any part of ``model``. Not collective."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Return whether this process holds the whole tensor. Not collective."""
+    """Return whether this process holds all of ``tensor``. Not collective."""
     return type(tensor.data) is Tensor and deepspeed.is_gathered(tensor)

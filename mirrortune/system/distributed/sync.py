@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Communication between the processes of a run besides gradients: results of the main process, errors, stop votes.
+"""Exchange results of the main process, errors and stop votes between the processes of a run.
 
-It uses a process group of its own (gloo, on the CPU) without a timeout: a matrix may take hours to factorise, a disk
-minutes to write. A process that has died is still noticed, because its connection closes.
+Messages go through a separate process group (gloo, on the CPU) without a timeout, because factorisation may take hours
+and writing to disk minutes. A process that dies is still noticed, because its connection closes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def from_main(accelerator: Any, make: Callable[[], T]) -> T:
     """Call ``make`` on the main process and return its result on every process.
 
     Raises:
-        MirrortuneError: raised by ``make``, on the main process.
-        PeerError: on the other processes in that case.
+        MirrortuneError: on the main process, if ``make`` raised it.
+        PeerError: on the other processes, if ``make`` raised an error.
     """
     if accelerator.num_processes == 1:
         return make()
@@ -48,7 +48,7 @@ def from_main(accelerator: Any, make: Callable[[], T]) -> T:
 
 
 def gather_lists(accelerator: Any, own: list[T]) -> list[T]:
-    """Return the concatenated lists of all processes, on every process."""
+    """Concatenate the lists of all processes, in rank order, and return the result on every process."""
     if accelerator.num_processes == 1:
         return own
     found: list[Any] = [None] * accelerator.num_processes
@@ -57,18 +57,18 @@ def gather_lists(accelerator: Any, own: list[T]) -> list[T]:
 
 
 def told_once(accelerator: Any, error: MirrortuneError) -> MirrortuneError:
-    """Return an error that all processes raise: itself on the main one, a silent PeerError on the others."""
+    """Return the error to raise on this process: ``error`` on the main one, a silent PeerError on the others."""
     return error if accelerator.is_main_process else PeerError(error.exit_code)
 
 
 class StopVote:
-    """Agree with the other processes to stop after the same step.
+    """A vote by which all processes stop after the same step.
 
-    All processes call :meth:`poll` equally often. With several, it returns the result of the previous poll: votes are
-    reduced while the next step is computed, so that no process waits.
+    All processes call :meth:`poll` equally often. With several processes it returns the result of the previous poll:
+    votes are reduced while the next step is computed, so that no process waits.
 
     Attributes:
-        number: signal that was agreed on, or 0.
+        number: number of the signal that was agreed on, or 0.
     """
 
     def __init__(self, accelerator: Any, signals: StopSignals) -> None:
