@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base plus adapter as plain weights, LoRA or GGUF, verified; and pushed to the Hub."""
+"""Merge adapters into plain weights or export them as LoRA or GGUF, verify the result, and push it to the Hub."""
 
 __all__ = ["bases", "gguf", "lora", "push", "verify", "write"]

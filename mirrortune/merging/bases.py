@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find and load the base model that an adapter is merged into: its own, another copy of it, or, for an adapter trained
-on a quantised base, the dequantised or the full-precision weights.
+"""Find and load the base model that an adapter is merged into.
+
+This is the base that the adapter names, another copy of it, or, for an adapter trained on a quantised base, the
+dequantised or the full-precision weights.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ class OpenedAdapter:
     """An adapter and its base in memory.
 
     Attributes:
-        adapter: as read from its file.
-        source: of the base.
-        adapted: the base with the adapter, in the dtype it was trained in; in evaluation mode.
-        pad_token_id: of the base's tokenizer, if it has one.
-        probes: inputs of the model's forward pass for comparisons, or candidates for them.
+        adapter: the adapter as read from its file.
+        source: source of the base.
+        adapted: base with the adapter attached, in the dtype of training and in evaluation mode.
+        pad_token_id: id of the base tokenizer's padding token, or None.
+        probes: inputs of the forward pass for comparisons, or candidates for them.
     """
 
     adapter: AdapterFile
@@ -46,13 +48,13 @@ class OpenedAdapter:
 
     @property
     def compared(self) -> Compared:
-        """What is compared of the model's outputs."""
+        """Function that selects which of the model's outputs are compared."""
         task = _task_of(self.adapter)
         return None if task is None else task.compared
 
     def load_plain(self, *, as_trained: bool = False) -> nn.Module:
-        """Load the base without the adapter, in its stored dtype or in the one that the adapter was trained in."""
-        # The stored dtype may be float16, in which no CPU trains.
+        """Load the base without the adapter, in its stored dtype or, if ``as_trained``, in the dtype of training."""
+        # On the meta device, "auto" always gives the stored dtype; on a slow CPU it would give float32.
         stored = resolve_dtype("auto", self.source.config, torch.device("meta"))
         dtype = DTYPES[self.adapter.base["dtype"]] if as_trained else stored
         fields = config_fields(self.adapter, _task_of(self.adapter))
@@ -70,15 +72,15 @@ def open_adapter(
     """Load an adapter's base with the adapter attached.
 
     Args:
-        adapter: from :func:`read_adapter`.
+        adapter: adapter from :func:`read_adapter`.
         factor_source: computes or caches factors.
-        base: another place of the same base model.
+        base: another location of the same base model.
         trust_remote_code: run code from the base's repository.
         remarks: see :func:`load_adapted`.
 
     Raises:
         ConfigError: the base cannot be found.
-        VerificationError: another base or basis.
+        VerificationError: the base or its singular basis is not the one that the adapter was trained on.
     """
     source = find_base(adapter, base, trust_remote_code=trust_remote_code)
     packed = trained_on(adapter, source, base)
@@ -104,17 +106,20 @@ def load_adapted(
     is_plain: bool = False,
     turned: ModelSource | None = None,
 ) -> nn.Module:
-    """Load a base model in the dtype that ``adapter`` was trained in and attach the adapter; in evaluation mode.
+    """Load a base model in the dtype that ``adapter`` was trained in, attach the adapter, and set evaluation mode.
 
     Args:
-        adapter: from :func:`read_adapter`.
-        source: of the base.
-        task: that the adapter was trained for, if any.
-        pad_token_id: of the base's tokenizer, if it has one.
+        adapter: adapter from :func:`read_adapter`.
+        source: source of the base.
+        task: task that the adapter was trained for, or None.
+        pad_token_id: id of the base tokenizer's padding token, or None.
         factor_source: computes or caches factors.
-        remarks: collects what does not fit the base; None to refuse it.
+        remarks: list to which mismatches between adapter and base are appended; None to raise for them.
         is_plain: dequantise a quantised base.
-        turned: the quantised base that the adapter was trained on, if ``source`` holds the full-precision weights.
+        turned: quantised base that the adapter was trained on, if ``source`` holds the full-precision weights.
+
+    Raises:
+        VerificationError: the adapter does not match the base, and ``remarks`` is None.
     """
     check_class(adapter)
     dtype = DTYPES[adapter.base["dtype"]]
@@ -129,7 +134,7 @@ def load_adapted(
 
 
 def load_unadapted(adapter: AdapterFile, source: ModelSource, task: Task | None, pad_token_id: int | None) -> nn.Module:
-    """Load the base model of ``adapter`` as it was trained on, for adapters that are attached later."""
+    """Load the base model in the form that ``adapter`` was trained on, without attaching the adapter."""
     check_class(adapter)
     arguments = adapter.base["auto_class"], config_fields(adapter, task), DTYPES[adapter.base["dtype"]], pad_token_id
     model = load_model(source, *arguments).model
@@ -138,14 +143,14 @@ def load_unadapted(adapter: AdapterFile, source: ModelSource, task: Task | None,
 
 
 def load_plain(source: ModelSource, *arguments: Any) -> nn.Module:
-    """Load a model as :func:`mirrortune.models.load.load_model` does, and dequantise it."""
+    """Load a model with :func:`mirrortune.models.load.load_model` and dequantise it."""
     model = load_model(source, *arguments).model
-    # A model that was dequantised while loading has plain weights, and is still marked as quantised.
+    # A model that was dequantised while loading has plain weights, but is still marked as quantised.
     return dequantise(model) if source.is_stored_packed else model
 
 
 def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool) -> ModelSource:
-    """Find the base that ``adapter`` names, or ``base``."""
+    """Find the base model at ``base``, or else where ``adapter`` says it is."""
     if adapter.base.get("name") is None and base is None:
         raise ConfigError("merge", "the adapter does not say what its base model is", fix="Name it with --model")
     check_class(adapter)
@@ -158,12 +163,12 @@ def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool
 
 
 def trained_on(adapter: AdapterFile, source: ModelSource, base: str | None) -> ModelSource | None:
-    """Find the quantised base of an adapter that is merged into full-precision weights elsewhere; None for any other.
+    """Find the quantised base that an adapter was trained on, if it is merged into full-precision weights; else None.
 
     Args:
-        adapter: to be merged.
-        source: of ``base``, or of the adapter's own base.
-        base: the place that the user named, if any.
+        adapter: adapter to merge.
+        source: source of the weights to merge into.
+        base: location of these weights as named by the user, or None.
     """
     if base is None or source.load_in is not None:
         return None if base is None else source
@@ -175,7 +180,7 @@ def trained_on(adapter: AdapterFile, source: ModelSource, base: str | None) -> M
 
 
 def describe_base(adapter: AdapterFile, base: str | None) -> str:
-    """Name what an adapter is merged into, and say what happens to a quantised base."""
+    """Describe the base that an adapter is merged into, and what happens to it if it is quantised."""
     name = base or str(adapter.base.get("name"))
     if base is not None or not adapter.base.get("quantised") or name.endswith(".gguf"):
         return name
@@ -183,7 +188,7 @@ def describe_base(adapter: AdapterFile, base: str | None) -> str:
 
 
 def inputs_of_targets(*targets: str | None) -> list[Input]:
-    """List the local files and folders that are read for models, runs and adapters, and the adapters' bases."""
+    """List the local files and folders that belong to models, runs, adapters, and the adapters' base models."""
     found: list[Input] = []
     for target in targets:
         place = model_inputs(target)
@@ -209,7 +214,7 @@ def config_fields(adapter: AdapterFile, task: Task | None) -> dict[str, Any]:
 
 
 def check_class(adapter: AdapterFile) -> None:
-    """Refuse an adapter whose base is not a transformers model, or was not loaded as one."""
+    """Raise ConfigError for an adapter whose base is not a transformers model or was not loaded as one."""
     name, dtype = str(adapter.base.get("auto_class")), adapter.base.get("dtype")
     if not is_model_class(name) or dtype not in DTYPES:
         problem = f"its base is a '{name}' in {dtype}, which is not a model that transformers loads here"
@@ -217,7 +222,7 @@ def check_class(adapter: AdapterFile) -> None:
 
 
 def is_model_class(name: str) -> bool:
-    """Return whether transformers has a model, or an Auto class of models, of that name."""
+    """Return whether transformers has a model class or Auto class of this name."""
     import transformers  # noqa: PLC0415
 
     found = getattr(transformers, name, None)

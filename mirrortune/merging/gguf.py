@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export an adapter of a language model as a LoRA in GGUF, the format of llama.cpp, by the ``gguf`` library (extra
+"""Export an adapter of a language model as a LoRA in GGUF, the format of llama.cpp, with the ``gguf`` library (extra
 ``[gguf]``).
 
-The factors are those of ``lora.py``; names are llama.cpp's for each architecture, by the map that the library
-publishes. Where llama.cpp keeps the two numbers of a rotary pair side by side, its checkpoints have the rows of query
-and key weights in that order, and so must B (A stays as it is): see :data:`ARCHITECTURES`.
+The factors are those of ``lora.py``. Tensor names follow the map of names that the library publishes for each
+architecture. For some architectures llama.cpp stores the two dimensions of a rotary pair next to each other, which
+permutes the rows of query and key weights; the rows of B must be permuted alike, while A is unchanged. See
+:data:`ARCHITECTURES`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mirrortune.merging.bases import OpenedAdapter
 from mirrortune.merging.lora import ExportOptions, GgufExport, LowRankAdapter, WriteLora, export
 
 FILE = "adapter.gguf"
-# transformers' model_type -> (llama.cpp's architecture, whether query and key rows have another order there). Models
-# that are not listed may need more than names (fused weights, other orders); a file with a wrong order would load.
+# transformers' model_type -> (llama.cpp's architecture, whether it permutes query and key rows). Models that are not
+# listed may need more than other names, such as fused weights; a file with wrongly ordered rows would load silently.
 ARCHITECTURES = {
     "llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False),
     "gemma": ("gemma", False), "gemma2": ("gemma2", False), "gemma3_text": ("gemma3", False),
@@ -34,14 +35,14 @@ ARCHITECTURES = {
 
 
 def export_gguf(target: str, output_dir: Path, **options: Unpack[ExportOptions]) -> GgufExport:
-    """Write a run's (or an adapter folder's) adapter as ``adapter.gguf``, read it back and compare.
+    """Export an adapter as ``adapter.gguf``, read the file back, and compare.
 
-    Args: see :func:`mirrortune.merging.lora.export`.
+    For the arguments, see :func:`mirrortune.merging.lora.export`.
 
     Raises:
-        ConfigError: not a language model, or one whose weights llama.cpp has in another form; see also
-            :func:`mirrortune.merging.lora.export`.
-        VerificationError: the file does not hold the adapter (it is removed).
+        ConfigError: the model is not a language model, or llama.cpp stores its weights in a form that is not supported;
+            see also :func:`mirrortune.merging.lora.export`.
+        VerificationError: the file does not reproduce the adapter; it is removed.
     """
     gguf = _library()
 
@@ -97,7 +98,7 @@ def _write(gguf: Any, path: Path, low_rank: LowRankAdapter) -> GgufExport:
 
 
 def _gguf_names(gguf: Any, architecture: str, num_layers: int, layers: list[str]) -> dict[str, str]:
-    """Map every layer to llama.cpp's name of its weight."""
+    """Map the name of every layer to llama.cpp's name of its weight."""
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(kind, num_layers)
     found = {name: known.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in layers}
@@ -109,9 +110,9 @@ def _gguf_names(gguf: Any, architecture: str, num_layers: int, layers: list[str]
 
 
 def _row_order(config: Any, name: str, rows: int) -> Tensor:
-    """Return, for each row of llama.cpp's weight, transformers' row that it is, shape (rows,).
+    """Return the index of the transformers row for each row of llama.cpp's weight, shape (rows,).
 
-    Where rotary pairs lie side by side: (head, half, pair) -> (head, pair, half).
+    Where rotary pairs are stored next to each other, the order (head, half, pair) becomes (head, pair, half).
     """
     order = torch.arange(rows)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -125,7 +126,7 @@ def _write_tensors(gguf: Any, path: Path, architecture: str, rank: int, tensors:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # over the rank: a scale of 1
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))  # scale = alpha / rank = 1
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
@@ -135,6 +136,6 @@ def _write_tensors(gguf: Any, path: Path, architecture: str, rank: int, tensors:
 
 
 def _read_tensors(gguf: Any, path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a file, in float64."""
+    """Read all tensors of a file in float64."""
     found: dict[str, npt.NDArray[Any]] = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     return {name: torch.from_numpy(np.array(data, dtype=np.float64)) for name, data in found.items()}

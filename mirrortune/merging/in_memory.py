@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merge an adapter into a whole model in memory, where its files do not hold the model's tensors one by one."""
+"""Merge an adapter into a model in memory, for files that do not store the model's tensors one by one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mirrortune.merging.verify import Compared, Probes, TensorLedger, Verificati
 
 @torch.no_grad()
 def merged_state(plain: nn.Module, adapted: nn.Module, ledger: TensorLedger | None = None) -> dict[str, Tensor]:
-    """Return the state of ``plain`` with the adapter's changes and the trained parameters of ``adapted`` in it.
+    """Return the state dict of ``plain`` with the adapter's changes and the trained parameters of ``adapted``.
 
-    Sums are made in float64 and rounded once to the dtype of ``plain``'s tensor.
+    Sums are computed in float64 and rounded once to the dtype of the tensor in ``plain``.
 
     Args:
-        plain: the base model.
-        adapted: the same with an adapter.
+        plain: base model.
+        adapted: base model with an adapter.
         ledger: records the adapted tensors for :func:`verify`.
     """
     ledger = TensorLedger() if ledger is None else ledger
@@ -33,13 +33,13 @@ def merged_state(plain: nn.Module, adapted: nn.Module, ledger: TensorLedger | No
         state[name] = parameter.detach().cpu().to(state[name].dtype)
     for names, merged in adapted_tensors(adapted, before):
         own = before[names[0]]
-        # One tensor under all of its names, so that tied weights stay tied.
+        # The same tensor under all of its names, so that tied weights stay tied.
         state |= dict.fromkeys(names, ledger.round(names, merged, own.dtype, own.cpu))
     return state
 
 
 def _trained_tensors(adapted: nn.Module, plain: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that were trained whole, by every name that ``plain`` has for them."""
+    """Return the parameters that were trained directly, without an adapter, under each of their names in ``plain``."""
     names: dict[int, list[str]] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -51,11 +51,11 @@ def _trained_tensors(adapted: nn.Module, plain: nn.Module) -> dict[str, nn.Param
 
 
 def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    """Yield every tensor of the base model that the adapter changes: its names there, and its merged value in float64.
+    """Yield each tensor of the base model that the adapter changes: its names and its merged value in float64.
 
     Args:
-        adapted: the base model with an adapter.
-        before: tensors of the base model, read one layer at a time.
+        adapted: base model with an adapter.
+        before: tensors of the base model; read one layer at a time.
     """
     attached = attachment(adapted)
     targets = attached.targets.layers
@@ -64,7 +64,7 @@ def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterato
         names = {"weight": weights, "bias": biases}
         own = {key: before[found[0]] for key, found in names.items() if found and found[0] in before}
         changed: dict[str, Tensor] = {}
-        for _, layer in parts:  # several where a fused weight is split
+        for _, layer in parts:  # several for a fused weight that is split
             changed |= layer.merged(own | changed)
         for key, merged in changed.items():
             yield names[key], merged
@@ -82,16 +82,16 @@ def verify(
     compared: Compared = None,
     trust_remote_code: bool = False,
 ) -> Verification:
-    """Reopen a merged checkpoint with transformers alone and compare its tensors and its outputs.
+    """Reopen a merged checkpoint with transformers alone and compare its tensors and outputs.
 
     Args:
-        folder: of the checkpoint, written from :func:`merged_state`.
-        plain: the base model.
-        adapted: the same with the adapter.
-        auto_class: name of the transformers class that loads it.
-        probes: inputs of the model's forward pass, or candidates for them.
-        ledger: of :func:`merged_state`.
-        compared: what is compared of the outputs.
+        folder: folder of the checkpoint, which was written from :func:`merged_state`.
+        plain: base model.
+        adapted: base model with the adapter.
+        auto_class: name of the transformers class that loads the checkpoint.
+        probes: inputs of the forward pass, or candidates for them.
+        ledger: ledger that :func:`merged_state` has filled.
+        compared: selects which outputs are compared.
         trust_remote_code: run code that the configuration names.
     """
     import transformers  # noqa: PLC0415

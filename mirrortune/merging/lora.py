@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export an adapter as a LoRA adapter: in PEFT's format here, in llama.cpp's by ``gguf.py``.
+"""Export an adapter as a LoRA adapter: in PEFT's format here, in llama.cpp's in ``gguf.py``.
 
-A core in the basis of R singular directions is a LoRA of rank at most R in closed form: with the singular value
-decomposition K - diag(S) = P T Q' (R x R), B = U P T and A = Q' Vh. Since U and Vh are orthonormal, its leading part is
-the best LoRA of a smaller rank (Eckart and Young). All sums are made in float64 and rounded once.
+A core K in the basis of R singular directions equals a LoRA of rank at most R in closed form: with the singular value
+decomposition K - diag(S) = P T Q' (R x R), B = U P T and A = Q' Vh. Since U and Vh are orthonormal, truncating this
+decomposition gives the best LoRA of a smaller rank (Eckart and Young, 1936). Sums are computed in float64 and rounded
+once.
 
 Shapes: O out_features, I in_features, r rank of the LoRA.
 """
@@ -35,15 +36,15 @@ from mirrortune.system.outputs import LORA, adapter_inputs, model_inputs, output
 from mirrortune.tasks.model_outputs import compared_outputs
 
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""LoRA ranks that vLLM serves; every layer has the same one."""
+"""LoRA ranks that vLLM supports; all layers have the same rank."""
 
-_NEGLIGIBLE = 1e-9  # relative to a change's largest singular value: smaller ones are rounding errors
-_ROUNDING = 1e-6  # allowed relative error of a layer's change beyond what a smaller rank leaves out
+_NEGLIGIBLE = 1e-9  # relative to the largest singular value of a change; smaller ones are rounding errors
+_ROUNDING = 1e-6  # allowed relative error of a layer's change in addition to the truncation error
 _PREFIX = "base_model.model."
 
 
 class ExportOptions(TypedDict, total=False):
-    """Options of :func:`export`."""
+    """Options of :func:`export`, which describes them."""
 
     rank: int | None
     base: str | None
@@ -57,18 +58,18 @@ class LoraExport:
     """The result of exporting and verifying a LoRA adapter in PEFT's format.
 
     Attributes:
-        rank: of every layer's matrices, as stored.
-        kept_rank: directions of each layer's change that they hold; the rest is zeros.
-        needed_rank: the smallest rank that holds every layer's change exactly.
-        max_rel_delta_error: largest ||B A - delta|| / ||delta|| over the layers, of the files as reopened: what a
-            smaller rank than needed leaves out, or rounding.
-        max_rel_weight_error: the same relative to the layer's new weight.
-        max_abs_logit_error: largest difference of an output on the probes between base + LoRA and base + adapter, both
-            in the dtype that the adapter was trained in; None if no inputs are known that the model accepts.
-        tolerance: allowed output error if the rank suffices.
-        has_head: whether a task head is included, which PEFT loads and LoRA servers do not.
-        passed: whether it is exact if the rank suffices, and otherwise as close as that rank can be.
-        not_compared: why no outputs were compared; empty if they were.
+        rank: rank of the stored matrices of every layer.
+        kept_rank: directions of each layer's change that the matrices hold; they are padded with zeros up to ``rank``.
+        needed_rank: smallest rank that represents every layer's change exactly.
+        max_rel_delta_error: largest ||B A - delta|| / ||delta|| over the layers, computed from the reopened files;
+            consists of the truncation error, if ``kept_rank`` is less than ``needed_rank``, and rounding.
+        max_rel_weight_error: the same error relative to the norm of the merged weight.
+        max_abs_logit_error: largest absolute difference of an output on the probes between base + LoRA and base +
+            adapter, both in the dtype of training; None if no inputs are known that the model accepts.
+        tolerance: allowed ``max_abs_logit_error`` if nothing is truncated.
+        has_head: a task head is included, which PEFT loads but LoRA servers do not.
+        passed: the LoRA is exact within rounding or, if truncated, the best approximation of its rank.
+        not_compared: reason why no outputs were compared; empty if they were.
     """
 
     rank: int
@@ -101,10 +102,10 @@ class GgufExport:
     Attributes:
         architecture: llama.cpp's name of the model's architecture.
         rank, kept_rank, needed_rank: see :class:`LoraExport`.
-        max_rel_delta_error: largest ||B A - delta|| / ||delta|| over the layers, of the file as reopened, rows in
-            transformers' order.
-        tolerance: allowed error beyond what the rank leaves out.
-        passed: whether it is within the tolerance.
+        max_rel_delta_error: largest ||B A - delta|| / ||delta|| over the layers, computed from the reopened file with
+            rows in transformers' order.
+        tolerance: allowed error in addition to the truncation error.
+        passed: the error is within the tolerance.
     """
 
     architecture: str
@@ -126,7 +127,7 @@ class GgufExport:
 
 @dataclass(frozen=True, slots=True)
 class LowRankChange:
-    """A layer's change of weight in singular form: left (O, k) @ diag(values) @ right (k, I), float64."""
+    """The change of a layer's weight as an SVD: left (O, k) @ diag(values) @ right (k, I), in float64."""
 
     left: Tensor
     values: Tensor
@@ -134,17 +135,17 @@ class LowRankChange:
 
     @property
     def rank(self) -> int:
-        """Number of directions, without rounding errors."""
+        """Number of singular values above the rounding error."""
         return int((self.values > _NEGLIGIBLE * self.values.max()).sum()) if self.values.max() > 0 else 0
 
     def left_out(self, rank: int) -> float:
-        """Return the share of the change, by norm, beyond the leading ``rank`` directions."""
+        """Return the relative Frobenius-norm error of truncating the change to its leading ``rank`` directions."""
         return float(self.values[rank:].norm() / (self.values.norm() or 1.0))
 
     def factors(self, rank: int, stored: int) -> tuple[Tensor, Tensor]:
-        """Return A (stored, I) and B (O, stored) in float32, of the leading ``rank`` directions, padded with zeros."""
+        """Return A (stored, I) and B (O, stored) in float32: the leading ``rank`` directions, padded with zeros."""
         kept = min(rank, len(self.values))
-        scale = self.values[:kept].sqrt()  # shared evenly, so that 16-bit servers round both alike
+        scale = self.values[:kept].sqrt()  # split evenly, so that 16-bit servers round A and B alike
         A, B = scale[:, None] * self.right[:kept], self.left[:, :kept] * scale
         pad = stored - kept
         return nn.functional.pad(A, (0, 0, 0, pad)).float(), nn.functional.pad(B, (0, pad)).float()
@@ -152,12 +153,12 @@ class LowRankChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankAdapter:
-    """An adapter as a LoRA, not written yet.
+    """An adapter in LoRA form, before it is written.
 
     Attributes:
-        opened: the adapter on its base.
-        layers: the adapted layers by name.
-        changes: what the adapter adds to each.
+        opened: adapter attached to its base.
+        layers: adapted layers by name.
+        changes: change of each layer's weight.
         needed_rank, kept_rank, rank: see :class:`LoraExport`.
     """
 
@@ -170,7 +171,7 @@ class LowRankAdapter:
 
     @classmethod
     def of(cls, opened: OpenedAdapter, rank: int | None) -> LowRankAdapter:
-        """Decompose every layer's change and choose the rank to store."""
+        """Decompose the change of every layer and choose the rank to store."""
         layers = spectral_only(opened.adapted)
         changes = {name: change_of(layer) for name, layer in layers.items()}
         needed = max(change.rank for change in changes.values())
@@ -178,30 +179,30 @@ class LowRankAdapter:
         return cls(opened=opened, layers=layers, changes=changes, needed_rank=needed, kept_rank=kept, rank=stored)
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield every layer's name, A and B."""
+        """Yield the name, A and B of every layer."""
         for name, change in self.changes.items():
             yield name, *change.factors(self.kept_rank, self.rank)
 
     def compare(self, product: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-        """Compare every layer's B A, as written, with its change: yield name, change, B A and their relative error."""
+        """Compare the written B A of every layer with its change; yield name, change, B A and the relative error."""
         for name, layer in self.layers.items():
             exact, written = layer.delta_weight(), product(name)
             yield name, exact, written, float((written - exact).norm()) / (float(exact.norm()) or 1.0)
 
     def is_best(self, name: str, error: float) -> bool:
-        """Return whether a layer's error is the smallest that the rank allows."""
+        """Return whether a layer's error is, within rounding, the smallest possible for the rank."""
         return error <= self.changes[name].left_out(self.kept_rank) + _ROUNDING
 
 
 Result = TypeVar("Result", bound=LoraExport | GgufExport)
 WriteLora = Callable[[Path, LowRankAdapter], Result]
-"""Writes a LoRA adapter into an existing folder, reads it back and compares it."""
+"""Function that writes a LoRA adapter into an existing folder, reads it back, and compares."""
 
 
 def export_lora(target: str, output_dir: Path, **options: Unpack[ExportOptions]) -> LoraExport:
-    """Write a run's (or an adapter folder's) adapter as a LoRA adapter in PEFT's format, reopen it and compare.
+    """Export an adapter as a LoRA adapter in PEFT's format, reopen it, and compare.
 
-    Args: see :func:`export`.
+    For the arguments and errors, see :func:`export`.
     """
     return export(target, output_dir, lambda _: _write_peft, "the LoRA differs from base + adapter", **options)
 
@@ -218,22 +219,22 @@ def export(
     trust_remote_code: bool = False,
     remarks: list[str] | None = None,
 ) -> Result:
-    """Write an adapter as a LoRA adapter in some format, and verify it.
+    """Export an adapter as a LoRA adapter in some format, and verify it.
 
     Args:
         target: run directory or adapter folder.
-        output_dir: a new or empty folder, or an earlier export with ``overwrite``.
-        prepare: checks that the format can hold the adapter and returns what writes it.
-        failure: message for a result that does not pass.
-        rank: directions to keep of each layer's change; None for all of them.
-        base: another place of the same base model.
+        output_dir: new or empty folder; with ``overwrite`` also an earlier export.
+        prepare: checks that the format can represent the adapter, and returns the function that writes it.
+        failure: error message for a result that does not pass.
+        rank: number of directions to keep of each layer's change; None for all of them.
+        base: another location of the same base model.
         overwrite: replace ``output_dir``.
         trust_remote_code: run code from the base's repository.
-        remarks: collects what does not fit the base; None to refuse it.
+        remarks: list to which mismatches between adapter and base are appended; None to raise for them.
 
     Raises:
-        ConfigError: the adapter is not a low-rank change of linear layers, or needs a rank that no server takes.
-        VerificationError: the files do not hold the adapter (they are removed).
+        ConfigError: the adapter is not a low-rank change of linear layers, or needs a rank that no server supports.
+        VerificationError: the files do not reproduce the adapter; they are removed.
     """
     adapter = read_adapter(require_adapter(target))
     _check_exportable(adapter)
@@ -258,7 +259,7 @@ def export(
 
 
 def _check_exportable(adapter: AdapterFile) -> None:
-    """Refuse an adapter that is not a low-rank change of weights."""
+    """Raise ConfigError for an adapter that is not a low-rank change of weights."""
     if adapter.peft_config is not None:
         fix = f"Use {adapter.folder}, or mirrortune merge for plain weights"
         raise ConfigError("--format", f"'{adapter.spec.method}' is saved in PEFT's own format already", fix=fix)
@@ -268,10 +269,10 @@ def _check_exportable(adapter: AdapterFile) -> None:
 
 
 def spectral_only(adapted: nn.Module) -> dict[str, SpectralLinear]:
-    """Return the adapted layers by name.
+    """Return the adapted linear layers by name.
 
     Raises:
-        ConfigError: one of them is not a linear layer.
+        ConfigError: an adapted layer is not linear.
     """
     found = {}
     for name, layer in attachment(adapted).layers.items():
@@ -283,7 +284,7 @@ def spectral_only(adapted: nn.Module) -> dict[str, SpectralLinear]:
 
 @torch.no_grad()
 def change_of(layer: SpectralLinear) -> LowRankChange:
-    """Compute what a layer's adapter adds to its weight, in singular form."""
+    """Compute the SVD of the change that a layer's adapter makes to its weight."""
     if layer.core.beside_weight() is not None:  # partly outside the singular basis, so decompose the dense change
         return LowRankChange(*torch.linalg.svd(layer.delta_weight(), full_matrices=False))
     P, values, Q = torch.linalg.svd(layer.core.delta_matrix())
@@ -291,10 +292,10 @@ def change_of(layer: SpectralLinear) -> LowRankChange:
 
 
 def choose_ranks(asked: int | None, needed: int, changes: dict[str, LowRankChange]) -> tuple[int, int]:
-    """Choose how many directions to keep of each layer, and the served rank to store them in.
+    """Choose how many directions to keep of each layer, and the rank at which to store them.
 
     Raises:
-        ConfigError: no served rank is large enough, or ``asked`` is out of range.
+        ConfigError: no supported rank is large enough, or ``asked`` is out of range.
     """
     largest = SERVED_RANKS[-1]
     if asked is None and needed > largest:
@@ -334,10 +335,10 @@ def _write_peft(folder: Path, low_rank: LowRankAdapter) -> LoraExport:
 
 
 def _target_modules(adapted: nn.Module, names: list[str]) -> list[str]:
-    """Return the last parts of the names, as servers expect them, unless other linear layers have the same."""
+    """Return the last parts of the layer names, as servers expect, or full names if other linear layers share them."""
     endings = {name.rpartition(".")[2] for name in names}
     others = {n for n, m in adapted.named_modules() if isinstance(m, nn.Linear) and n not in names}
-    # The frozen layer inside each adapted one is called base_layer.
+    # An adapted layer holds the frozen one as `base_layer`.
     taken = {n for n in others if n.rpartition(".")[2] in endings and n.removesuffix(".base_layer") not in names}
     return sorted(endings) if not taken else names
 
@@ -347,7 +348,7 @@ def _verify_peft(written: dict[str, Tensor], low_rank: LowRankAdapter) -> LoraEx
         A, B = (written[f"{_PREFIX}{name}.lora_{letter}.weight"].double() for letter in "AB")
         return B @ A
 
-    # Both sides compute in the dtype that the adapter was trained in, whatever dtype the base is stored in.
+    # Both models compute in the dtype of training, independent of the dtype in which the base is stored.
     adapted, plain = low_rank.opened.adapted, low_rank.opened.load_plain(as_trained=True)
     state = dict(plain.state_dict())
     delta_error = weight_error = 0.0
@@ -379,7 +380,7 @@ def _verify_peft(written: dict[str, Tensor], low_rank: LowRankAdapter) -> LoraEx
 
 def _compare_outputs(merged: nn.Module, opened: OpenedAdapter) -> OutputError:
     coarsest = max(torch.finfo(p.dtype).eps for p in opened.adapted.parameters())
-    merged.float()  # the error of 16-bit arithmetic is not one of the weights
+    merged.float()  # rounding of 16-bit arithmetic is not an error of the weights
     return compare_outputs(
         lambda probe: compared_outputs(merged, probe, compared=opened.compared),
         lambda probe: compared_outputs(opened.adapted, probe, compared=opened.compared), opened.probes,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose the files of an adapter or a merged model to push, and copy those that hold local paths without them."""
+"""Choose the files of an adapter or a merged model to push, and remove local paths from copies of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mirrortune.system.hub import ADAPTER_FILES
 
 CARD, RECIPE, RESULTS, REPORT, CURVES = "README.md", "recipe.yaml", "results.json", "merge.json", "curves.png"
 _PNG = b"\x89PNG\r\n\x1a\n"
-# Files of merged folders whose merge.json does not list them yet: weights, configuration, processors.
+# Files to push from merged folders whose merge.json lists no files: weights, configuration, processors.
 _OF_A_MODEL = re.compile(
     r"README\.md|recipe\.yaml|merge\.json|config\.json|(model|pytorch_model)[\w.-]*\.safetensors(\.index\.json)?"
     r"|(generation|tokenizer|preprocessor|processor|feature_extractor|image_processor|video_preprocessor)_config\.json"
@@ -29,7 +29,7 @@ _OF_A_MODEL = re.compile(
     r"|additional_chat_templates/[\w.-]+\.jinja|[\w.-]+\.tiktoken|normalizer\.json"
     r"|modules\.json|config_sentence_transformers\.json|sentence_[\w-]+_config\.json|\d+_\w+/config\.json"
 )
-_MODULES = "modules.json"  # of sentence-transformers: names of classes, and of folders beside it
+_MODULES = "modules.json"  # sentence-transformers' list of classes and subfolders
 _LARGEST_TEXT = 16 * 2**20  # bytes; larger JSON files are vocabularies
 
 
@@ -38,10 +38,10 @@ class Parcel:
     """The files of one push.
 
     Attributes:
-        staged: an empty folder for copies.
-        files: path in the repository -> file.
-        left_out: files of the folder that are not sent.
-        redaction: of the copies.
+        staged: empty folder for copies.
+        files: local file by path in the repository.
+        left_out: files of the folder that are not uploaded.
+        redaction: removes local paths from the copies.
     """
 
     staged: Path
@@ -57,10 +57,10 @@ class Parcel:
         self.files[name] = path
 
     def add(self, folder: Path, name: str, redact: Callable[[str, str], str] | None = None) -> None:
-        """Add a file of a folder, unchanged or as ``redact(text, name)`` returns it.
+        """Add a file of a folder, unchanged or with the content ``redact(text, name)``.
 
         Raises:
-            VerificationError: it is missing, damaged, a link, or not a regular file.
+            VerificationError: the file is missing, damaged, a symbolic link, or not a regular file.
         """
         path = regular_file(folder, name)
         if redact is None:
@@ -72,7 +72,7 @@ class Parcel:
             raise VerificationError(str(path), f"damaged ({type(error).__name__})", fix="Restore it") from error
 
     def describe(self) -> list[str]:
-        """Return a line for each file with its size, for each cut, and for the files that are left out."""
+        """Return one line for each file with its size, each redaction, and the files that are left out."""
         width = max(map(len, self.files))
         lines = [f"  {name:{width}}  {path.stat().st_size:>15,} bytes" for name, path in sorted(self.files.items())]
         lines += [f"  {line}" for line in self.redaction.describe()]
@@ -103,7 +103,7 @@ def adapter_parcel(folder: Path, staged: Path, *, is_of_run: bool) -> Parcel:
 
 
 def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
-    """Collect the files of a merged model that its report lists (known names, if it lists none), and its card."""
+    """Collect the model card of a merged model and the files in its report, or files of known names without a list."""
     parcel = Parcel(staged)
     redaction = parcel.redaction
     known = {
@@ -114,7 +114,7 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
     names |= known & {CARD}
     parcel.left_out = sorted(known - names - {MARKER})
     texts = {RECIPE: redaction.recipe, REPORT: redaction.merge_report, CARD: redaction.card}
-    for name in sorted(names, key=lambda n: (n == CARD, n)):  # the card last: it repeats paths of the others
+    for name in sorted(names, key=lambda n: (n == CARD, n)):  # card last: paths found in other files are cut from it
         _check_name(folder, name)
         is_setting = (
             name.endswith(".json") and name != _MODULES
@@ -125,18 +125,18 @@ def merged_parcel(folder: Path, report: dict[str, Any], staged: Path) -> Parcel:
 
 
 def check_texts(base: Path) -> None:
-    """Refuse links among the files of a base that a merged model gets copies of: templates, vocabularies, settings.
+    """Check for symbolic links among the files of a base that are copied into a merged model, such as templates.
 
-    They may lead out of the folder of a stranger's model to any file of the user, and the copy is what push sends.
-    Links inside the folder or the Hub's cache are followed.
+    A link in an untrusted model could point to any file of the user, whose copy ``push`` would then upload. Links that
+    stay inside the folder or the Hub's cache are allowed.
 
     Raises:
-        VerificationError: with the link.
+        VerificationError: a link leads out of the folder; the error names it.
     """
     from huggingface_hub import constants  # noqa: PLC0415
 
     folder = Path(os.path.realpath(base))
-    # A repository in any cache is a folder of links: models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH.
+    # The Hub's cache stores a repository as links: models--OWNER--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH.
     is_cached = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
     roots = [folder.parents[1] if is_cached else folder, Path(os.path.realpath(constants.HF_HUB_CACHE))]
     for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*"), *folder.glob("*/config.json")):
@@ -158,10 +158,10 @@ def _check_name(folder: Path, name: str) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """Read ``merge.json`` of a merged folder.
+    """Read the report ``merge.json`` of a merged folder.
 
     Raises:
-        VerificationError: it is damaged.
+        VerificationError: the report is damaged.
     """
     try:
         found = json.loads(regular_file(folder, REPORT).read_text(encoding="utf-8"))

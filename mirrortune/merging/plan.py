@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan a merged checkpoint: each tensor is a copy of the base's bytes, a trained parameter, or a base weight with the
-changes of one or more adapters, in float64.
+"""Plan a merged checkpoint tensor by tensor.
 
-Several adapters are merged in the given order, each into the result of those before it. Since an adapter only fits the
-weight that it was trained on, adapters of the same base must change different weights, and an adapter that was trained
-on a merged model must follow the adapter that was merged into it.
+Each tensor is a copy of the base's bytes, a trained parameter, or a base weight to which the changes of one or more
+adapters are added in float64. Several adapters are merged in the given order, each into the result of the previous
+ones. Since an adapter only fits the weight that it was trained on, adapters of the same base must change different
+weights, and an adapter that was trained on a merged model must follow the adapter that was merged into that model.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from mirrortune.models.tensors import aliases, checkpoint_files, part_loader, st
 from mirrortune.system.tensor_files import DTYPE_CODES, PlannedTensor, StoredTensor
 
 Stored = dict[str, StoredTensor | LoadedTensor]
-"""Tensors by the model's names."""
+"""Stored tensors by name in the model."""
 
 
 Round = Callable[[Sequence[str], Tensor, torch.dtype, Callable[[], Tensor] | None], Tensor]
-"""(names, value, dtype, reader of the base's tensor) -> the value in that dtype."""
+"""Function that rounds a value: (names, value, dtype, function that reads the base's tensor) -> value in ``dtype``."""
 
 
-class NotTensorByTensor(Exception):  # noqa: N818  (a way to go on, not an error)
-    """Raised if a checkpoint cannot be merged by its files alone; the message says why."""
+class NotTensorByTensor(Exception):  # noqa: N818  (a fallback, not an error)
+    """Raised if a checkpoint cannot be merged from its files alone; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,20 +54,20 @@ class MergePlan:
     """The plan of a merged checkpoint.
 
     Attributes:
-        files: of the base.
-        stored: every tensor of the base that the model has, by the model's name.
-        planned: every tensor of the output.
-        auto_class: of the model.
-        trained_in: the dtype that the last adapter was trained in.
-        trained: parameters that were trained whole, by name; of several adapters the last one's.
-        adapted: names of changed weights -> (adapter, its layers there), in the order of merging.
+        files: files of the base.
+        stored: tensors of the base that the model uses, by name in the model.
+        planned: tensors of the output.
+        auto_class: name of the transformers class of the model.
+        trained_in: dtype in which the last adapter was trained.
+        trained: parameters that were trained directly, by name; if several adapters have one, that of the last.
+        adapted: for each changed weight, the adapters and their layers in it, in the order of merging.
         source_of_factors: computes or caches factors.
         loader: converts between the tensors of the files and of the model; None if they are the same.
-        turned: the quantised base that the adapter was trained on, by the model's names, if it is merged into
-            full-precision weights.
-        is_of_lone_layers: whether no layers of a PEFT tuner share parameters.
-        shared: returns the layers of a PEFT tuner that share parameters, or draw them one after another.
-        remarks: collects what does not fit a base that is used by force; None to refuse it.
+        turned: tensors of the quantised base that the adapter was trained on, by name in the model, if it is merged
+            into full-precision weights; else None.
+        is_of_lone_layers: no two layers of a PEFT tuner share parameters.
+        shared: returns the layers of a PEFT tuner that share parameters or draw them from one random generator.
+        remarks: list to which mismatches with a base used by force are appended; None to raise for them.
     """
 
     files: list[Path]
@@ -86,8 +86,9 @@ class MergePlan:
 
     @torch.no_grad()
     def reference(self, name: str) -> Tensor:
-        """Compute the value of an adapted weight in float64; with several adapters, the results of all but the last are
-        rounded.
+        """Compute an adapted weight in float64.
+
+        With several adapters, the result of each but the last is rounded to the stored dtype.
         """
         *before, last = self.adapted[name]
         if last[0].peft_config is not None:
@@ -99,7 +100,7 @@ class MergePlan:
 
     @torch.no_grad()
     def made(self, planned: PlannedTensor, round_tensor: Round) -> Tensor:
-        """Return a tensor to be written; ``round_tensor`` rounds each of the model's tensors in it once."""
+        """Compute a tensor to be written; ``round_tensor`` rounds each of the model's tensors in it once."""
         dtype = next(dtype for dtype, code in DTYPE_CODES.items() if code == planned.code)
 
         def rounded(name: str) -> Tensor:
@@ -110,17 +111,17 @@ class MergePlan:
         return rounded(planned.name)
 
     def stored_value(self, name: str) -> Callable[[], Tensor] | None:
-        """Return what reads the base's tensor ``name``; None for a tensor that no adapter changes."""
+        """Return a function that reads the base's tensor ``name``, or None if no adapter changes it."""
         return functools.partial(value_of, self.stored[name]) if name in self.adapted else None
 
     def value(self, name: str) -> Tensor:
-        """Compute a tensor of the merged model, in float64 if an adapter changes it."""
+        """Compute a tensor of the merged model, in float64 if an adapter changes it, else in its stored dtype."""
         if name in self.trained:
             return self.trained[name]
         return self.reference(name) if name in self.adapted else value_of(self.stored[name])
 
     def tuned_layer(self, name: str, adapter: AdapterFile, layer: str) -> tuple[PeftLayer, dict[str, Tensor]]:
-        """Build PEFT's layer around the weight ``name``; return it and the base's weight and bias as stored."""
+        """Build PEFT's layer around the weight ``name``; return it with the stored weight and bias of the base."""
         names = {"weight": name, "bias": name.removesuffix("weight") + "bias"}
         before = {key: value_of(self.stored[own]) for key, own in names.items() if own in self.stored}
         trained_in = getattr(torch, str(adapter.base["dtype"]))
@@ -155,12 +156,12 @@ class MergePlan:
         return changed
 
     def turned_weight(self, name: str, adapter: AdapterFile) -> Tensor:
-        """Read the weight that the first adapter of ``name`` was trained on."""
+        """Read the weight that the first adapter of the weight ``name`` was trained on."""
         held = self.stored[name] if self.turned is None else self.turned[name]
         return value_of(held, getattr(torch, str(adapter.base["dtype"])))
 
     def factors(self, weight: Tensor, adapter: AdapterFile, layer: str) -> Any:
-        """Return the factors of a layer's matrix in ``weight``, as the adapter was trained in them."""
+        """Return the factors of a layer's matrix in ``weight``, in the basis that the adapter was trained in."""
         trained_in = getattr(torch, adapter.dtypes[layer])
         matrix = adapter.layouts[layer].matrix(weight.to(trained_in)).contiguous()
         return trained_factors(adapter, layer, matrix, self.source_of_factors, remarks=self.remarks)
@@ -174,20 +175,22 @@ def plan_merge(
     remarks: list[str] | None = None,
     packed: ModelSource | None = None,
 ) -> MergePlan:
-    """Plan how to merge ``adapters`` into the base at ``source``, from its files' headers.
+    """Plan how to merge ``adapters`` into the base at ``source``, reading only the headers of its files.
 
     Args:
-        source: of the base.
-        model: the model to be saved, without weights.
-        adapters: in the order of merging.
+        source: source of the base.
+        model: model to be saved, on the meta device.
+        adapters: adapters in the order of merging.
         factors: computes or caches factors.
         remarks: see :class:`MergePlan`.
-        packed: the quantised base that the adapter was trained on, if ``source`` holds the full-precision weights.
+        packed: quantised base that the adapter was trained on, if ``source`` holds the full-precision weights.
 
     Raises:
-        NotTensorByTensor: the files do not hold the model's tensors one by one, or PEFT can only merge the whole model.
+        NotTensorByTensor: the files do not store the model's tensors one by one, or PEFT can only merge the model in
+            memory.
         ConfigError: two adapters of one base train the same parameter.
-        VerificationError: a trained tensor is not the model's, is not finite, or is changed by another adapter.
+        VerificationError: a trained tensor does not belong to the model, is not finite, or is also changed by another
+            adapter.
     """
     tuned = [adapter for adapter in adapters if adapter.peft_config is not None]
     if not all(map(is_of_linear_layers, tuned)):
@@ -226,7 +229,7 @@ def _planned(
     adapted: Container[str],
     code: str,
 ) -> dict[str, PlannedTensor]:
-    """Plan every tensor of the merged model; ``code`` is the dtype of those that the files do not hold."""
+    """Plan every tensor of the merged model; tensors that the files lack get the dtype ``code``."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     planned: dict[str, PlannedTensor] = {}
     for name, shape in shapes.items():
@@ -237,7 +240,7 @@ def _planned(
         if name in trained or name in adapted:
             if not is_right and name in adapted:
                 raise NotTensorByTensor(f"the files hold '{name}' otherwise than the model")
-            # Eight bits cannot hold an adapted weight.
+            # The change of an adapter would be lost in 8 bits.
             own = found.code if found and is_right and not found.code.startswith("F8") else code
             planned[name] = PlannedTensor(name=name, code=own, shape=shape, place=found.path if found else None)
         elif found is not None and is_right:
@@ -251,7 +254,7 @@ def _planned(
 def _stored(
     source: ModelSource, auto_class: str, model: nn.Module, dtype: torch.dtype, files: list[Path]
 ) -> tuple[PartLoader | None, Stored]:
-    """Return the tensors that the files hold, and the loader of those that transformers converts."""
+    """Return the loader that converts tensors as transformers does, or None, and the tensors that the files hold."""
     try:
         fields = {"num_labels": model.config.num_labels} if hasattr(model.config, "num_labels") else {}
         loader = part_loader(source, auto_class, fields, dtype, files)
@@ -265,7 +268,7 @@ def _stored(
 def _without_twins(
     planned: dict[str, PlannedTensor], names: dict[str, tuple[str, ...]], stored: Stored
 ) -> list[PlannedTensor]:
-    """Keep one of tied tensors, under its name in the files, as transformers saves them; in the files' order."""
+    """Keep one of each group of tied tensors, under its name in the files, as transformers does; in file order."""
     kept = []
     for name, tensor in planned.items():
         twins = [twin for twin in names[name] if twin in planned]

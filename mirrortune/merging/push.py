@@ -26,10 +26,10 @@ class PushResult:
     """The ``--json`` object of ``push``.
 
     Attributes:
-        repository: its id.
-        url: of the commit.
+        repository: id of the repository.
+        url: URL of the commit.
         kind: ``adapter`` or ``merged``.
-        files: paths of the files that were sent.
+        files: paths in the repository of the uploaded files.
     """
 
     repository: str
@@ -41,22 +41,22 @@ class PushResult:
 def push(
     target: str, repository: str, reporter: Reporter, *, revision: str | None = None, private: bool = False
 ) -> PushResult:
-    """Send a run's adapter, an adapter folder or a merged folder to a repository of the Hub; create it if need be.
+    """Upload a run's adapter, an adapter folder or a merged model to a Hub repository, which is created if missing.
 
-    Everything is checked before anything is sent. Only regular files of the adapter or the merged model are sent, each
-    printed with its size; local paths are cut out of copies of them.
+    Everything is checked before the first upload. Only regular files of the adapter or the merged model are uploaded,
+    and each is listed with its size; local paths are removed from the uploaded copies.
 
     Args:
-        target: run directory, adapter folder, or a folder that merge wrote.
+        target: run directory, adapter folder, or folder written by ``merge``.
         repository: ``name`` or ``owner/name``.
         reporter: prints notes.
-        revision: existing branch to send to.
+        revision: existing branch to upload to.
         private: create a private repository; an existing public one is refused.
 
     Raises:
         ConfigError: ``target`` cannot be pushed, or ``repository`` is not a valid id.
-        VerificationError: a damaged adapter, a merged folder that is not verified, or a link among the files.
-        HubError: the Hub refused something.
+        VerificationError: the adapter is damaged, the merged model was not verified, or a file is a symbolic link.
+        HubError: the upload failed.
     """
     check_repository(repository)
     folder = local_path(target)
@@ -78,8 +78,9 @@ def push(
 
 
 def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
-    """Collect and check an adapter's files, with its run's card, recipe, results and curves; copies without local paths
-    go into ``staged``.
+    """Collect and check an adapter's files with the card, recipe, results and curves of its run.
+
+    Files that contain local paths are replaced by copies without them in ``staged``.
     """
     adapter = read_adapter(folder)
     parcel = adapter_parcel(folder, staged, is_of_run=run_of(folder) is not None)
@@ -91,10 +92,10 @@ def pack_adapter(folder: Path, staged: Path, title: str) -> Parcel:
 
 
 def _checked_report(folder: Path) -> dict[str, Any]:
-    """Read the report of a merged folder.
+    """Read the report of a merged folder and check that its weights are still the verified ones.
 
     Raises:
-        VerificationError: its verification has not passed, or its weights are damaged.
+        VerificationError: the merge did not pass its verification, or the weights are damaged.
     """
     report = read_report(folder)
     if report["verification"].get("passed") is not True or not (folder / "config.json").is_file():
@@ -104,7 +105,7 @@ def _checked_report(folder: Path) -> dict[str, Any]:
 
 
 def _check_card(path: Path | None, folder: Path) -> None:
-    """Refuse a model card that huggingface_hub cannot read."""
+    """Raise an error for a model card that huggingface_hub cannot parse."""
     from huggingface_hub import ModelCard  # noqa: PLC0415
 
     if path is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut local paths out of copies of files that are pushed: each path becomes its last name, in settings and in prose.
+"""Remove local paths from the copies of files that are pushed, in settings and in prose.
 
-Hub ids stay whole, and so do the local files.
+Each path is replaced by its last component. Hub ids are kept, and the local files are not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mirrortune.system.paths import HUB_SCHEME, PACKAGE_SCHEME, is_inside, looks
 _SHIPPED = "shipped:"
 _PLACES = {"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_file", "vocab_file", "merges_file"}
 _NAMES_A_PLACE = re.compile(r"(^|_)(path|paths|dir|directory|folder|file|files|filename|root|home)$")
-# What classes and templates say is the model's own, and may begin with a slash.
+# Class names, templates and vocabulary belong to the model and may legitimately begin with a slash.
 _OF_THE_MODEL = {"id2label", "label2id", "labels", "chat_template", "vocab", "merges"}
 _LOCAL_ROOTS = re.compile(
     r"(?<![\w/.:<\\~-])(~[\w.-]*/|/(home|Users|root|tmp|var|mnt|media|data|scratch|work|workspace|opt|srv)/)"
@@ -29,7 +29,7 @@ _LOCAL_ROOTS = re.compile(
 )
 _COMMAND = re.compile(r"(?<=```sh\n)(mirrortune .*)(?=\n```)")
 _REPEAT = "mirrortune train recipe.yaml"
-# An absolute path in prose, POSIX (also below ~) or Windows; not a part of a URL, of an id or of markup.
+# An absolute POSIX path (or one below ~) or Windows path in prose, but not part of a URL, an id or markup.
 _PATHS = re.compile(
     r"(?<![\w/.:<\\~-])(?:~[\w.-]*|\.{1,2})?(?:/[^\s/'\"`,;:()\[\]{}<>|]+){2,}/?"
     r"|(?<![\w])[A-Za-z]:\\[^\s'\"`,;()<>|]+"
@@ -38,10 +38,10 @@ _PATHS = re.compile(
 
 @dataclass(slots=True)
 class Redaction:
-    """Cuts local paths out of texts and records the cuts.
+    """Removes local paths from texts and records each replacement.
 
     Attributes:
-        cuts: ``(place, before, after)`` of each cut.
+        cuts: ``(place, before, after)`` of each replacement.
     """
 
     cuts: list[tuple[str, str, str]] = field(default_factory=list)
@@ -50,9 +50,9 @@ class Redaction:
         """Redact a setting that names a model, data or a file: a local path becomes ``./NAME``, which is no Hub id.
 
         Args:
-            value: of the setting.
-            place: of the setting, for :attr:`cuts`.
-            is_known_local: whether it is local even if it looks like an id.
+            value: value of the setting.
+            place: location of the setting, for :attr:`cuts`.
+            is_known_local: the value is local even if it looks like a Hub id.
         """
         is_shipped = value.startswith(_SHIPPED) and is_inside(value.removeprefix(_SHIPPED))
         if value.startswith((HUB_SCHEME, PACKAGE_SCHEME)) or is_shipped or not value:
@@ -65,14 +65,14 @@ class Redaction:
         return self._cut(place, value, found)
 
     def prose(self, text: str, place: str) -> str:
-        """Replace every absolute path in a text by its last name."""
+        """Replace every absolute path in a text by its last component."""
         return _PATHS.sub(lambda found: self._cut(place, found[0], _last_name(found[0])), text)
 
     def recipe(self, text: str, place: str) -> str:
-        """Redact a recipe (YAML): local paths and the output folder.
+        """Redact the local paths and the output folder in a recipe (YAML).
 
         Raises:
-            ConfigError: it is no recipe; any other file is not sent.
+            ConfigError: the text is not a recipe, and is therefore not uploaded.
         """
         data = check_saved_recipe(text, place)
         known = len(self.cuts)
@@ -85,12 +85,12 @@ class Redaction:
         return text if len(self.cuts) == known else str(strict_yaml.dump(data))
 
     def adapter(self, text: str, place: str, config_sha256: str | None = None) -> str:
-        """Redact the base's path in ``adapter.json``, the only one there, and update its hash.
+        """Redact the path of the base, the only path in ``adapter.json``, and update the file's hash.
 
         Args:
-            text: of the file.
-            place: its name.
-            config_sha256: of PEFT's configuration beside it, as it will be sent; None if there is none.
+            text: content of the file.
+            place: name of the file.
+            config_sha256: hash of the redacted PEFT configuration beside it, or None if there is none.
         """
 
         def cut(description: dict[str, Any]) -> None:
@@ -101,10 +101,10 @@ class Redaction:
         return edited_text(text, cut)
 
     def settings(self, text: str, place: str) -> str:
-        """Redact the local paths in a configuration (JSON) of transformers or PEFT, however deep they stand.
+        """Redact local paths at any depth of a transformers or PEFT configuration (JSON).
 
-        Some versions write where they found the model, and its parts, into it. Names of classes and templates are the
-        model's own and stay.
+        Some versions record the paths from which the model and its parts were loaded. Class names and templates are
+        kept.
         """
 
         def cut(data: dict[str, Any]) -> None:
@@ -131,8 +131,9 @@ class Redaction:
         return self.prose(value, place) if _LOCAL_ROOTS.search(value) else value
 
     def card(self, text: str, place: str) -> str:
-        """Redact a model card: command lines, paths that were cut in other files (which may contain spaces, at which
-        :meth:`prose` ends a path), and other absolute paths.
+        """Redact a model card: command lines, paths that were replaced in other files, and other absolute paths.
+
+        The second step handles paths with spaces, at which :meth:`prose` would end a path.
         """
         text = _COMMAND.sub(lambda found: self._cut(f"{place}: the command line", found[1], _REPEAT), text)
         for _, before, _ in sorted(self.cuts, key=lambda cut: -len(cut[1])):
@@ -155,7 +156,7 @@ class Redaction:
         return self._json(text, place, cut)
 
     def results(self, text: str, place: str) -> str:
-        """Redact the run's folder in ``results.json``, and paths in fields that this version does not know."""
+        """Redact the run directory in ``results.json``, and paths in fields that this version does not know."""
 
         def cut(data: dict[str, Any]) -> None:
             if isinstance(data["run_dir"], str):
@@ -166,7 +167,7 @@ class Redaction:
         return self._json(text, place, cut)
 
     def _values(self, value: Any, place: str) -> Any:
-        """Every text in a JSON value as prose."""
+        """Apply :meth:`prose` to every string in a JSON value."""
         if isinstance(value, str):
             return self.prose(value, place)
         if isinstance(value, list):
@@ -176,7 +177,7 @@ class Redaction:
         return value
 
     def describe(self) -> list[str]:
-        """Return a line for each cut."""
+        """Return one line for each replacement."""
         return list(dict.fromkeys(f"cut from {place}: '{before}' -> {after}" for place, before, after in self.cuts))
 
     def _base(self, base: Any, place: str) -> None:
@@ -197,7 +198,7 @@ class Redaction:
 
 
 def _is_here(value: str) -> bool:
-    """Return whether a text is the absolute path of a file or folder of this machine."""
+    """Return whether a text is the absolute path of an existing file or folder."""
     try:
         return value.startswith("/") and len(PurePosixPath(value).parts) > 2 and Path(value).exists()
     except (OSError, ValueError):

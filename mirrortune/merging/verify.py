@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verify a merged checkpoint: its tensors against float64 references, its outputs against base + adapter, and the files
-beside the weights against those of the base.
+"""Verify a merged checkpoint.
 
-Both ways of merging, tensor by tensor (``plan.py``) and in memory (``in_memory.py``), use the classes and functions of
-this module. A tensor's error is measured when it is rounded, while its reference is in memory; reading the file back
-then has to show that the file holds exactly that tensor.
+Tensors are compared with float64 references, outputs with those of base + adapter, and the files beside the weights
+with those of the base. Both merging tensor by tensor (``plan.py``) and merging in memory (``in_memory.py``) use this
+module. The error of a tensor is measured when it is rounded, while its reference is in memory; reading the file back
+then only has to confirm that it holds exactly that tensor.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from mirrortune.tasks.drawn_inputs import first_that_runs
 from mirrortune.tasks.model_outputs import compared_outputs, largest_difference
 
 Probes = Batch | Iterable[Batch]
-"""Inputs of a model's forward pass, or candidates for them, the likeliest first."""
+"""Inputs of a model's forward pass, or candidates for them, the most likely first."""
 
 Compared = Callable[[Batch, Any], Any] | None
-"""Inputs and outputs -> what is compared of them, for :func:`compared_outputs`; None to compare the outputs."""
+"""Function of inputs and outputs that returns what is compared, for :func:`compared_outputs`; None for the outputs."""
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Floating-point dtypes by their codes in safetensors files."""
 
 _FIX = "The merged folder was not written; please report this with the model's name"
-_HELD = ("tokenizer", "processor", "extractor")  # attributes of mirrortune's readers that hold a processor
+_HELD = ("tokenizer", "processor", "extractor")  # attributes in which mirrortune's wrappers hold a processor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +53,14 @@ class Verification:
     Attributes:
         max_abs_logit_error: largest absolute difference of an output between the reopened model and base + adapter on
             the probes; None if no inputs are known that the model accepts.
-        max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, reference in float64.
-        tolerance: allowed output error: 1e-4 of the largest output (of 1 if all are smaller) in float32; 8 roundings
-            if the base was trained on, or is stored, in 16 bits.
-        weight_tolerance: allowed weight error: one rounding in the stored dtype.
-        changed_tensors: number of tensors that are not adapted and yet differ from the base.
-        passed: whether every error is within its tolerance and no other tensor changed.
-        not_compared: why no outputs were compared; empty if they were.
+        max_rel_weight_error: largest ||W - reference|| / ||reference|| over the adapted tensors, with the reference in
+            float64.
+        tolerance: allowed output error: 1e-4 times the larger of 1 and the largest absolute output in float32; 8
+            rounding units instead of 1e-4 if the base was trained or is stored in 16 bits.
+        weight_tolerance: allowed weight error: one rounding unit of the stored dtype.
+        changed_tensors: number of tensors that differ from the base without being adapted.
+        passed: every error is within its tolerance and ``changed_tensors`` is 0.
+        not_compared: reason why no outputs were compared; empty if they were.
     """
 
     max_abs_logit_error: float | None
@@ -83,12 +84,12 @@ class Verification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputError:
-    """The difference between two models' outputs.
+    """The difference between the outputs of two models.
 
     Attributes:
         error: largest absolute difference; None if the outputs could not be compared.
         tolerance: largest allowed difference.
-        reason: why they could not be compared.
+        reason: reason why the outputs could not be compared; empty if they were.
     """
 
     error: float | None
@@ -98,11 +99,11 @@ class OutputError:
 
 @dataclass(slots=True)
 class TensorLedger:
-    """The tensors of a merged checkpoint: recorded as they are rounded, compared as they are read back.
+    """A record of the tensors of a merged checkpoint, made when they are rounded and compared when they are read back.
 
     Attributes:
-        errors: for every adapted tensor what ``merge.json`` reports of it.
-        changed: number of other tensors that are not what they should be.
+        errors: entry of ``merge.json`` for each adapted tensor.
+        changed: number of other tensors that differ from their expected value.
     """
 
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -115,10 +116,10 @@ class TensorLedger:
         """Round a tensor to ``dtype`` and record it.
 
         Args:
-            names: of the tensor in the model; tied tensors have several.
-            value: the tensor, in float64 if it is adapted.
-            dtype: of the checkpoint.
-            stored: reads the base's tensor; None for a tensor that no adapter changes.
+            names: names of the tensor in the model; tied tensors have several.
+            value: tensor, in float64 if it is adapted.
+            dtype: dtype of the checkpoint.
+            stored: reads the base's tensor; None if no adapter changes it.
         """
         rounded = value.to(dtype)
         digest = weight_digest(rounded)
@@ -131,13 +132,13 @@ class TensorLedger:
     def check(
         self, name: str, written: Tensor, value: Callable[[], Tensor], stored: Callable[[], Tensor] | None = None
     ) -> None:
-        """Compare a tensor as it was read back with what was rounded, or else with ``value``.
+        """Compare a tensor that was read back with the recorded one or, if it was not recorded, with ``value``.
 
         Args:
-            name: of the tensor in the model.
-            written: the tensor as it was read back.
-            value: computes the tensor as for :meth:`round`.
-            stored: as for :meth:`round`.
+            name: name of the tensor in the model.
+            written: tensor as read back.
+            value: computes the tensor; see :meth:`round`.
+            stored: see :meth:`round`.
         """
         if self._digests.get(name) == weight_digest(written):
             return
@@ -147,7 +148,7 @@ class TensorLedger:
             self.errors[name] = _tensor_error(written, value(), stored)
 
     def verification(self, outputs: OutputError, dtype: torch.dtype = torch.float32) -> Verification:
-        """Combine the errors of tensors and outputs; ``dtype`` gives the tolerance if no tensor is adapted."""
+        """Combine the errors of tensors and outputs; ``dtype`` sets the weight tolerance if no tensor is adapted."""
         is_same = outputs.error is None or outputs.error <= outputs.tolerance
         errors = self.errors.values()
         return Verification(
@@ -167,17 +168,17 @@ def _tensor_error(written: Tensor, reference: Tensor, stored: Callable[[], Tenso
     found["weight_tolerance"] = torch.finfo(written.dtype).eps
     if written.dtype in (torch.bfloat16, torch.float16):
         change = float((reference - stored()).norm())
-        found["rounding_loss"] = error / change if change else 0.0  # the part of the change that 16 bits cannot hold
+        found["rounding_loss"] = error / change if change else 0.0  # share of the change that is lost to rounding
     return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenTensors:
-    """A checkpoint's tensors as they were written, by their files' headers.
+    """The tensors of a written checkpoint, located by the headers of its files.
 
     Attributes:
-        headers: by the names in the files.
-        tensors: by the names in the model.
+        headers: tensors by name in the files.
+        tensors: tensors by name in the model.
     """
 
     headers: dict[str, StoredTensor]
@@ -185,7 +186,7 @@ class WrittenTensors:
 
     @classmethod
     def in_folder(cls, folder: Path, plan: MergePlan) -> WrittenTensors:
-        """Open the files of ``folder``, with transformers' conversions if the base needs them."""
+        """Open the files of ``folder``, with transformers' weight conversions if the base needs them."""
         files = sorted(folder.glob("*.safetensors"))
         headers = read_headers(files)
         if plan.loader is None or not plan.loader.parts:
@@ -198,10 +199,10 @@ class WrittenTensors:
 
 @torch.no_grad()
 def check_written(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger) -> None:
-    """Read back every tensor of a checkpoint that was merged tensor by tensor; the result is in ``ledger``.
+    """Read back every tensor of a checkpoint that was merged tensor by tensor, and record the result in ``ledger``.
 
     Raises:
-        VerificationError: the files hold other tensors than planned.
+        VerificationError: the files do not hold exactly the planned tensors.
     """
     if odd := written.headers.keys() ^ {tensor.name for tensor in plan.planned}:
         problem = f"'{min(odd)}' and {len(odd) - 1} other tensors are missing, or unexpected, in the written files"
@@ -215,7 +216,7 @@ def check_written(plan: MergePlan, written: WrittenTensors, ledger: TensorLedger
             if name not in checked:
                 checked[name] = None
                 ledger.check(name, value_of(written.tensors[name]), partial(plan.value, name), plan.stored_value(name))
-    ledger.errors = {name: ledger.errors[name] for name in checked if name in ledger.errors}  # in the files' order
+    ledger.errors = {name: ledger.errors[name] for name in checked if name in ledger.errors}  # in file order
 
 
 def compare_models(
@@ -225,7 +226,7 @@ def compare_models(
     coarsest = max(torch.finfo(p.dtype).eps for p in (*adapted.parameters(), *reopened.parameters()))
     computed_in, stored_in = (next(iter(model.parameters())).dtype for model in (adapted, reopened))
     if stored_in == torch.float16 or computed_in == torch.float32:
-        reopened.float()  # CPUs lack float16 kernels, and the error of 16-bit arithmetic is not one of the weights
+        reopened.float()  # CPUs lack float16 kernels, and rounding of 16-bit arithmetic is not an error of the weights
     return compare_outputs(
         lambda probe: compared_outputs(reopened, probe, compared=compared),
         lambda probe: compared_outputs(adapted, probe, compared=compared), probes, tolerance=max(1e-4, 8 * coarsest),
@@ -238,11 +239,11 @@ def compare_outputs(
     """Compare the outputs of two models on the same inputs.
 
     Args:
-        merged: computes the outputs (N,) of a plain transformers model, which therefore decides which of several
-            candidates are valid inputs.
-        adapted: computes those of base + adapter.
+        merged: computes the outputs (N,) of the merged model. As a plain transformers model, it decides which of
+            several candidates are valid inputs.
+        adapted: computes the outputs (N,) of base + adapter.
         probes: inputs, or candidates for them.
-        tolerance: allowed error, relative to the largest output (to 1 if all are smaller).
+        tolerance: allowed error, relative to the larger of 1 and the largest absolute output.
     """
     found = (probes, merged(probes)) if isinstance(probes, dict) else first_that_runs(probes, merged)
     if isinstance(found, str):
@@ -257,22 +258,21 @@ def compare_outputs(
 def compare_lazily(
     make: Callable[[], nn.Module], probes: Probes, plan: MergePlan, written: WrittenTensors, compared: Compared = None
 ) -> OutputError:
-    """Compare the outputs of the merged model with those of base + adapter, with one module's weights in memory at a
-    time.
+    """Compare the outputs of the merged model and of base + adapter, holding the weights of one module at a time.
 
     Args:
         make: builds the model without weights.
         probes: inputs, or candidates for them.
-        plan: of the merge.
-        written: tensors of the merged model. The adapter runs beside its layers, as it was trained.
-        compared: what is compared of the outputs.
+        plan: plan of the merge; in base + adapter, the adapter's branch runs beside its layers, as in training.
+        written: tensors of the merged model.
+        compared: selects which outputs are compared.
     """
     model = make()
     names = aliases(model)
     held = written.tensors.values()
     stored_in = max((FLOATS[t.code] for t in held if t.code in FLOATS), key=lambda d: torch.finfo(d).eps)
     trained_in = plan.trained_in
-    # CPUs lack float16 kernels for some layers, and the error of 16-bit arithmetic is not one of the weights.
+    # CPUs lack float16 kernels for some layers, and rounding of 16-bit arithmetic is not an error of the weights.
     computed_in = (
         torch.float32 if torch.float16 in (stored_in, trained_in) or trained_in == torch.float32 else stored_in
     )
@@ -303,7 +303,7 @@ def _base_with_adapters(model: nn.Module, plan: MergePlan, dtype: torch.dtype) -
                 module.register_forward_hook(_peft_hook(plan, name, adapter, layers[0]))
             continue
         if others or len(layers) > 1 or type(module) is not nn.Linear or adapter.layouts[layers[0]].rows:
-            continue  # read in its merged form
+            continue  # no branch: `read` returns the merged weight
         beside.add(name)
         module.register_forward_hook(_branch_hook(plan, name, adapter, layers[0]))
 
@@ -319,7 +319,7 @@ def _base_with_adapters(model: nn.Module, plan: MergePlan, dtype: torch.dtype) -
 
 
 def _peft_hook(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -> Any:
-    """Return a forward hook that replaces a linear layer's output by that of PEFT's layer."""
+    """Return a forward hook that replaces the output of a linear layer by that of PEFT's layer."""
 
     def answer(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Any:
         return plan.tuned_layer(name, adapter, layer)[0].module(*given)
@@ -343,10 +343,10 @@ def _branch_hook(plan: MergePlan, name: str, adapter: AdapterFile, layer: str) -
 
 
 def check_ties(reopened: nn.Module, model: nn.Module) -> None:
-    """Check that the same names share a tensor in a reopened model as in ``model``.
+    """Check that the same names share tensors in a reopened model as in ``model``.
 
     Raises:
-        VerificationError: with the first name that does not.
+        VerificationError: they do not; the error names the first that differs.
     """
     found, expected = aliases(reopened), aliases(model)
     for name, own in expected.items():
@@ -359,16 +359,16 @@ def check_ties(reopened: nn.Module, model: nn.Module) -> None:
 def check_contents(
     folder: Path, model: nn.Module, processors: Sequence[Any], *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Reopen with transformers the files beside the weights in ``folder`` and compare them with the model's own.
+    """Reopen the files beside the weights in ``folder`` with transformers and compare them with those of the base.
 
     Args:
-        folder: the merged checkpoint.
-        model: the merged model, or one of its configuration.
-        processors: tokenizer, image processor or feature extractor of the base, or mirrortune's readers around them.
-        trust_remote_code: run code that the configuration names, as the user allowed for the base.
+        folder: folder of the merged checkpoint.
+        model: merged model, or one with the same configuration.
+        processors: tokenizer, image processor or feature extractor of the base, or mirrortune's wrappers of them.
+        trust_remote_code: run code that the configuration names, as allowed for the base.
 
     Returns:
-        The ``contents`` of ``merge.json``.
+        The entry ``contents`` of ``merge.json``.
 
     Raises:
         VerificationError: a file is missing or differs.
@@ -399,7 +399,7 @@ def check_contents(
 
 
 def _labels(config: Any) -> dict[int, str] | None:
-    """Return the labels of a configuration; None for default names, whose number some model classes change."""
+    """Return the labels of a configuration, or None for default names, whose number some model classes change."""
     labels = getattr(config, "id2label", None) or {}
     is_default = all(name == f"LABEL_{index}" for index, name in labels.items())
     return None if is_default else labels

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge adapters into their base and write a verified checkpoint of plain weights.
 
-A merge runs tensor by tensor where the base's files allow it: it needs the memory of the largest tensor (of the largest
-layer of experts, where transformers stacks them) and copies what no adapter changes byte by byte. Otherwise (GGUF,
-pickles, remote code, PEFT tuners of layers other than linear ones) it loads the whole model. Either way the folder has
-a temporary name until it is verified.
+If the files of the base allow it, a merge runs tensor by tensor. It then needs only the memory of the largest tensor,
+or of the largest layer of experts if transformers stacks them, and copies unchanged tensors byte by byte. Otherwise
+(GGUF, pickle files, remote code, PEFT tuners of non-linear layers) the model is merged in memory. In both cases the
+folder has a temporary name until it is verified.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ from mirrortune.tasks.base import Task, task_from_dict
 from mirrortune.tasks.probes import find_processors, probes
 
 LARGE = 2**30
-"""Bytes of weights above which the compared models read theirs module by module."""
+"""Size of the weights in bytes above which outputs are compared with one module in memory at a time."""
 
 
 def merge(
@@ -80,17 +80,20 @@ def merge(
     force_base: bool = False,
     trust_remote_code: bool = False,
 ) -> Verification:
-    """Merge the adapters of runs (or adapter folders) into their base, with a model card and the recipe.
+    """Merge adapters into their base and write the merged model with a model card and the recipe.
 
     Args:
-        targets: run directories or adapter folders, merged in this order.
+        targets: run directories or adapter folders, in the order of merging.
         reporter: prints notes.
-        output_dir: folder to make.
-        base: another place of the same base.
-        max_shard_bytes: size of the files; as in the base by default.
-        overwrite: replace an earlier merge there.
-        force_base: accept a base with other weights.
+        output_dir: folder to create.
+        base: another location of the same base model.
+        max_shard_bytes: maximum size of a weights file; by default, files are split as in the base.
+        overwrite: replace an earlier merge in ``output_dir``.
+        force_base: accept a base with different weights.
         trust_remote_code: run code from the base's repository.
+
+    Raises:
+        ConfigError, VerificationError: see :func:`merge_folder`.
     """
     adapters = [read_adapter(require_adapter(target)) for target in targets]
     folders, last = [adapter.folder for adapter in adapters], adapters[-1]
@@ -112,7 +115,7 @@ def merge(
     for merged in filter(None, map(run_of, folders)):
         try:
             record_merge(merged, output_dir, report)
-        except ResourceError as error:  # a run on a read-only disk
+        except ResourceError as error:  # the run is on a read-only disk
             reporter.note(f"warning: this merge is not recorded: {error.where} {error.problem}")
     return verdict
 
@@ -133,21 +136,21 @@ def merge_folder(
     """Merge adapters into their base and write a complete checkpoint to ``output_dir``.
 
     Args:
-        adapters: from :func:`read_adapter`; several are merged in order (``plan.py``).
-        output_dir: a new or empty folder, or any earlier merge with ``overwrite``.
+        adapters: adapters from :func:`read_adapter`, in the order of merging (``plan.py``).
+        output_dir: new or empty folder; with ``overwrite`` also an earlier merge.
         factor_source: computes or caches factors.
-        base: another place of the (first) adapter's base model; its weights are compared all the same.
-        extra_files: texts to put beside the weights, by file name.
-        max_shard_bytes: size of the files; as in the base by default.
+        base: another location of the first adapter's base model, whose weights are still compared.
+        extra_files: text files to add, content by file name.
+        max_shard_bytes: maximum size of a weights file; by default, files are split as in the base.
         overwrite: replace ``output_dir``.
-        remarks: collects what does not fit the base, for ``merge.json`` too; None to refuse it.
+        remarks: list to which mismatches with the base are appended, also recorded in ``merge.json``; None to raise.
         trust_remote_code: run code from the base's repository.
-        on_note: called with what the user should know: files that the base lacks, a merge of the whole model in memory.
+        on_note: called with notes for the user, such as files that the base lacks or a merge in memory.
 
     Raises:
-        ConfigError: ``output_dir`` is not empty, the base cannot be found, or the adapters contradict each other.
-        VerificationError: another base or basis, a link out of the base's folder among the files to copy, or a result
-            out of tolerance (which is removed).
+        ConfigError: ``output_dir`` is not empty, the base cannot be found, or two adapters change the same parameter.
+        VerificationError: the base or its singular basis is not that of training, a file to copy is a link out of the
+            base's folder, or the result is out of tolerance (and removed).
     """
     first, last = adapters[0], adapters[-1]
     inputs = [*adapter_inputs([a.folder for a in adapters]), *model_inputs(base or first.base.get("name"))]
@@ -179,7 +182,7 @@ def _write_merged(
         for name, text in extra_files.items():
             (folder / name).write_text(text, encoding="utf-8")
         found.append(verdict)
-        if merge.remarks is not None:  # weights are read, and remarked on, several times
+        if merge.remarks is not None:  # weights are read several times, each time with the same remarks
             merge.remarks[:] = dict.fromkeys(merge.remarks)
         report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
         made = [p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_file()]
@@ -194,7 +197,7 @@ def _write_merged(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Merge:
-    """A merge: what to merge into what."""
+    """The inputs and options of a merge."""
 
     adapters: Sequence[AdapterFile]
     source: ModelSource
@@ -206,7 +209,7 @@ class _Merge:
     remarks: list[str] | None
     on_note: Callable[[str], None]
     is_trimmed: bool = False
-    """Whether the model is without the modules that its task does not use."""
+    """The modules that the task does not use are removed from the model."""
 
     @property
     def auto_class(self) -> str:
@@ -223,7 +226,7 @@ class _Merge:
         return self.task.trim(model) if self.task is not None and self.is_trimmed else model
 
     def probes(self) -> Probes:
-        """Return the inputs on which the merged model is compared."""
+        """Return the inputs on which outputs are compared."""
         return probes(self.task, self.processors, self.source, self.auto_class)
 
 
@@ -237,7 +240,7 @@ def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
     except (NotTensorByTensor, CannotLoadParts) as reason:
         if len(merge.adapters) > 1:
             raise ConfigError("merge", f"several adapters cannot be merged here: {reason}") from reason
-        for path in folder.iterdir():  # what the merge by tensors wrote before it gave up
+        for path in folder.iterdir():  # files from the merge tensor by tensor, which was abandoned
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         report["in_memory"] = str(reason)
         merge.on_note(f"merging with the whole model in memory ({_size(merge)}), not tensor by tensor: {reason}")
@@ -245,7 +248,7 @@ def _merge(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:
 
 
 def _size(merge: _Merge) -> str:
-    """Describe the memory of a merge in memory: the base with and without the adapter, and the reopened model."""
+    """Describe the memory of a merge in memory, which holds the base twice and the reopened model."""
     numbers = sum(p.numel() for p in merge.outline().parameters())
     stored = resolve_dtype("auto", merge.source.config, torch.device("meta"))
     trained_in = DTYPES[merge.adapters[0].base["dtype"]]
@@ -307,10 +310,10 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
 
 
 def _plan(merge: _Merge, packed: ModelSource | None) -> tuple[_Merge, nn.Module, MergePlan]:
-    """Plan a merge tensor by tensor, without the modules that the task does not use where the files lack their tensors.
+    """Plan a merge tensor by tensor; modules that the task does not use are removed if the files lack their tensors.
 
     Returns:
-        The merge as it was planned, its model, and the plan.
+        The merge as planned, its model, and the plan.
     """
     into = merge.source if packed is None else replace(merge.source, load_in=None)
     model, trimmed = merge.outline(), replace(merge, is_trimmed=True)
@@ -325,7 +328,7 @@ def _plan(merge: _Merge, packed: ModelSource | None) -> tuple[_Merge, nn.Module,
 
 
 def _save_configuration(folder: Path, model: nn.Module, source: ModelSource, plan: MergePlan) -> None:
-    """Save ``config.json``, and ``generation_config.json`` for a generative model, as transformers saves them."""
+    """Save ``config.json`` and, for a generative model, ``generation_config.json``, as transformers does."""
     from transformers import GenerationConfig  # noqa: PLC0415
 
     config: Any = model.config
@@ -350,6 +353,6 @@ def _compare_loaded(merge: _Merge, folder: Path) -> OutputError:
     adapter, pad = merge.adapters[0], padding_id(merge.processors)
     adapted = load_adapted(adapter, merge.source, merge.task, pad, merge.factors, remarks=merge.remarks)
     load: Any = getattr(transformers, merge.auto_class).from_pretrained
-    with quiet():  # it may report a pooler that the base lacks too
+    with quiet():  # transformers may warn of a pooler that the base lacks as well
         reopened = load(folder, dtype="auto", trust_remote_code=False).eval()
     return compare_models(reopened, adapted, merge.probes(), merge.compared)
