@@ -105,7 +105,7 @@ def _checked_report(folder: Path) -> dict[str, Any]:
 
 
 def _check_card(path: Path | None, folder: Path) -> None:
-    """Raise an error for a model card that huggingface_hub cannot parse."""
+    """Raise VerificationError for a model card that is missing or that huggingface_hub cannot parse."""
     from huggingface_hub import ModelCard  # noqa: PLC0415
 
     if path is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a run as typed values: a recipe is checked and unpacked here, once."""
+"""Check a recipe and convert it to the typed settings of a run; this happens once, here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mirrortune.training.tracking import check_tracker
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRequest:
-    """The base model of a run and how it is loaded: the recipe's ``model`` section and ``train.precision``."""
+    """The base model of a run and how to load it: the recipe's ``model`` section and ``train.precision``."""
 
     name: str | None
     revision: str | None
@@ -47,7 +47,7 @@ class ModelRequest:
     precision: str
 
     def find(self) -> ModelSource:
-        """Read the configuration of the model that is named."""
+        """Find the named model and read its configuration."""
         assert self.name is not None
         found = find_model(
             self.name, revision=self.revision, trust_remote_code=self.trust_remote_code, load_in=self.load_in
@@ -58,7 +58,7 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    """Where rows come from and which of them are used; ``seed`` draws subsets and validation rows."""
+    """The recipe's ``data`` section; ``seed`` determines random subsets and the validation rows set aside."""
 
     place: DataPlace | None
     config: str | None
@@ -88,10 +88,10 @@ class TaskRequest:
     """The kind of task and its settings.
 
     Attributes:
-        kind: of the task, or None where an adapter names its own.
+        kind: kind of task, or None if the adapter to be evaluated determines it.
         labels: class names in the order of the model's outputs, or None to read them from the data.
-        scores: metrics.
-        given: all settings that kinds may have, by name; None where they are not set.
+        scores: metrics to compute.
+        given: settings of all kinds of task by name; None for those that are not set.
     """
 
     kind: str | None
@@ -101,11 +101,11 @@ class TaskRequest:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The columns that are named, by the names of their settings."""
+        """Column names that are set, by the names of their settings."""
         return {name: value for name, value in self.given.items() if name.endswith(("_column", "_columns"))}
 
     def make(self, rows: Split) -> tuple[Task, list[str]]:
-        """Make the task with its columns and labels; returns it with notes on what was detected."""
+        """Create the task with its columns and labels; return it with notes on what was detected in ``rows``."""
         assert self.kind is not None
         own = {name: self.given[name] for name in settings_of(self.kind)}
         return task_class(self.kind).from_rows(rows.table, rows.source, self.scores, **own)
@@ -113,7 +113,7 @@ class TaskRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSettings:
-    """The recipe's ``eval`` section; ``train_rows`` is ``train.batch_size``."""
+    """The recipe's ``eval`` section, with ``train.batch_size`` as ``train_rows``."""
 
     batch_size: int | None
     before: bool | Literal["auto"]
@@ -143,15 +143,15 @@ class RunSettings(EvaluationSettings):
     """Everything that a training run depends on.
 
     Attributes:
-        adapter: method, rank, pairing and layers.
-        form: of the adapter file.
+        adapter: method, rank, pairing and layers of the adapter.
+        form: form of the adapter file.
         calibration: how saliency is measured; None for a pairing that needs none.
-        loop: the training loop.
-        compile: compile the model.
-        gradient_checkpointing: compute activations again in the backward pass.
-        track: experiment tracker.
-        output_dir: where the run is written; None for the default.
-        classes: how training treats unequal classes.
+        loop: settings of the training loop.
+        compile: compile the model with torch.compile.
+        gradient_checkpointing: recompute activations in the backward pass.
+        track: name of the experiment tracker, or None.
+        output_dir: run directory, or None for the default.
+        classes: treatment of imbalanced classes in training.
     """
 
     adapter: AdapterSpec
@@ -169,7 +169,8 @@ def unpack(recipe: Recipe) -> RunSettings:
     """Check a recipe and return its settings as typed values.
 
     Raises:
-        ConfigError: required settings that are missing, and names that nothing has; all at once.
+        ConfigError: required settings are missing, names are unknown, or settings contradict each other; all problems
+            are reported together.
     """
     spec, section = _adapter_spec(recipe), recipe.train
     _check(recipe, spec)
@@ -185,7 +186,7 @@ def unpack(recipe: Recipe) -> RunSettings:
 
 
 def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
-    """Return the settings that ``eval`` reads; a target may bring its own model and task, so none is required."""
+    """Return the settings that ``eval`` reads; none is required, since a target may determine its model and task."""
     train, task = recipe.train, recipe.task
     return EvaluationSettings(
         model=ModelRequest(**_common(ModelRequest, recipe.model), precision=train.precision),
@@ -201,13 +202,13 @@ def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
 
 
 def data_places(recipe: Recipe) -> dict[str, Any]:
-    """Return ``data.path`` and ``data.validation_path``, parsed, by the fields of :class:`DataSettings`."""
+    """Parse ``data.path`` and ``data.validation_path``; return the places by field name of :class:`DataSettings`."""
     paths = {"place": recipe.data.path, "validation_place": recipe.data.validation_path}
     return {name: None if path is None else DataPlace.parse(path) for name, path in paths.items()}
 
 
 def _common(settings: type[Any], section: Any) -> dict[str, Any]:
-    """Return the values of a recipe section for the fields of ``settings`` that it has."""
+    """Return the values of a recipe section that are fields of the dataclass ``settings``."""
     own = {field.name for field in fields(settings)}
     return {name: value for name, value in section if name in own}
 
@@ -240,7 +241,7 @@ def _calibration(recipe: Recipe, spec: AdapterSpec) -> CalibrationSettings | Non
 
 
 def _check(recipe: Recipe, spec: AdapterSpec) -> None:
-    """Check what the recipe's types cannot say; raises all problems at once."""
+    """Check what the types of the recipe cannot express, and raise all problems together."""
     errors = []
     required = {
         "model.name": (recipe.model.name, "Give --model"),
@@ -274,9 +275,10 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
 
 
 def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[ConfigError]:
-    """Find names that no registry has, and settings that other kinds of task have.
+    """Find names that are in no registry, and settings of other kinds of task.
 
-    These are problems whatever else is wrong, so a recipe without its invalid values can be searched for them, too.
+    These problems do not depend on other settings, so they can also be found in a recipe whose invalid values were
+    removed.
     """
     spec = spec or _adapter_spec(recipe)
     errors = []
@@ -312,10 +314,10 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
 
 
 def check_noise(recipe: Recipe) -> None:
-    """Refuse noise on embeddings where there are none, or where it was not tried.
+    """Check that noise can be added to the embeddings of this kind of model and task.
 
     Raises:
-        ConfigError: see above.
+        ConfigError: the task is not one of language models, or ``train.compile`` is set, which is untested.
     """
     kind, alpha = recipe.task.kind, recipe.train.neftune_alpha
     if alpha is None:
@@ -327,7 +329,7 @@ def check_noise(recipe: Recipe) -> None:
 
 
 def _unused_settings(recipe: Recipe) -> list[ConfigError]:
-    """Errors for settings of other kinds of task, which would change nothing."""
+    """Return errors for settings of other kinds of task, which would have no effect."""
     assert recipe.task.kind is not None
     of_kinds = {name for kind in task_kinds() for name in settings_of(kind)}
     taken = set(settings_of(recipe.task.kind))
@@ -348,7 +350,7 @@ def inputs_of(resolved: Resolved) -> list[Input]:
     for data in filter(None, data_places(recipe).values()):
         if data.kind in ("address", "shipped"):
             continue
-        # A folder here could be taken for a Hub id later.
+        # Hub ids are included: a local folder of that name would later be read in its place.
         files = glob.glob(str(data.path()), recursive=True) if data.kind == "pattern" else [data.name]  # noqa: PTH207
         found += [Input("data", local_path(file)) for file in files]
     return found

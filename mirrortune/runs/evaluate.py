@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""eval: score a model on a split, and write its answers as a file in the format of GLUE's server."""
+"""Score a model on a split, and write its predictions in the format of the GLUE server (the ``eval`` command)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateResult:
-    """The ``--json`` object of eval; ``predictions`` is None unless they were written."""
+    """The ``--json`` object of ``eval``; ``predictions`` is the path of the predictions, or None."""
 
     metrics: dict[str, float]
     split: str
@@ -70,18 +70,18 @@ def evaluate(
 
     Args:
         target: folder, or ``owner/name@revision:subfolder`` on the Hub.
-        recipe: data and batch size (for a run or a merged folder, its own recipe with the flags over it); for a plain
-            model the task too.
+        recipe: data and batch size and, for a plain model, the task. For a run or a merged folder, this is its saved
+            recipe with command-line flags applied.
         reporter: prints notes and progress.
-        split: ``train``, ``validation``, ``test``, or a data set's own name for a split; None for the validation rows,
-            or for all rows of other data that has none.
-        is_own_data: whether the data is that of the target's own recipe.
-        predictions: file of predictions, or folder in which the recipe names the file of the split; rows without a
-            label are predicted too, and nothing is scored then.
-        inputs: files that are read, which predictions must not replace.
-        makes_folder: make the folder ``predictions`` if it is missing; it is removed again if nothing is written.
+        split: ``train``, ``validation``, ``test``, or the data set's name of a split. By default the validation rows,
+            or all rows if other data than that of the recipe has no validation split.
+        is_own_data: the data is that of the target's saved recipe.
+        predictions: file to which predictions are written, or folder in which the recipe names the file of the split.
+            Rows without a label are predicted as well; then nothing is scored.
+        inputs: files that are read and that predictions must not replace.
+        makes_folder: create the folder ``predictions`` if missing; it is removed again if nothing is written.
         overwrite: replace earlier predictions.
-        force_base: score an adapter on a base with other weights, and print what does not fit.
+        force_base: score an adapter on a base with different weights, and print the mismatches.
     """
     with ExitStack() as held:
 
@@ -91,7 +91,7 @@ def evaluate(
         if predictions is not None and not predictions.is_dir():
             check_file(predictions, inputs, "--predictions")
             if makes_folder and not predictions.exists():
-                predictions.mkdir(parents=True, exist_ok=True)  # the other processes of a run make it too
+                predictions.mkdir(parents=True, exist_ok=True)  # other processes of the run create it as well
                 held.callback(_remove_if_empty, predictions)
             else:
                 prediction_file(predictions, "", {})
@@ -127,7 +127,7 @@ def _evaluate(
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)
     if predictions is not None:
-        own = next((key for key, known in data.splits.items() if known is rows), name)  # its name in the data set
+        own = next((key for key, known in data.splits.items() if known is rows), name)  # name in the data set
         rows, predictions = _to_be_answered(rows, own, found.task, settings.eval, predictions)
         sync.from_main(accelerator, functools.partial(claim, predictions))
     examples = _encoded(found, rows, target, name)
@@ -140,15 +140,17 @@ def _evaluate(
             num_workers=settings.eval.num_workers, on_batch=bar.advance_by, allow_missing=predictions is not None,
         )  # fmt: skip
     if predictions is not None and accelerator.is_main_process:
-        check_replaceable(predictions, overwrite=overwrite)  # again: scoring may have taken hours
+        check_replaceable(predictions, overwrite=overwrite)  # again, since scoring may have taken hours
         _write_answers(predictions, outcome, found.task, settings.eval)
     written = None if predictions is None else str(predictions)
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
 
 
 def find_target(target: str, settings: EvaluationSettings, *, force_base: bool, needs_data: bool = True) -> Path | None:
-    """Return the adapter folder of a target, None for a plain model; ConfigError if a setting that it needs is missing,
-    or it has no base to force.
+    """Return the adapter folder of a target, or None for a plain model.
+
+    Raises:
+        ConfigError: a required setting is missing, or ``force_base`` was given for a target without a base.
     """
     adapter_folder = adapter_to_score(target)
     if force_base and adapter_folder is None:
@@ -175,12 +177,12 @@ def load_target(
 
     Args:
         target: folder or Hub id.
-        adapter_folder: from :func:`find_target`.
-        settings: base, task and data.
-        data: for a plain model: columns and labels.
-        reporter: prints.
-        force_base: accept a base with other weights.
-        is_labelled: whether the rows have targets; those of a plain model are then read from them.
+        adapter_folder: result of :func:`find_target`.
+        settings: settings of base, task and data.
+        data: data set from which columns and labels are read for a plain model.
+        reporter: prints notes.
+        force_base: accept a base with different weights.
+        is_labelled: the rows have targets, from which the labels of a plain model are read.
     """
     remarks: list[str] | None = [] if force_base else None
     found = load_evaluable(target, adapter_folder, settings, data, remarks=remarks, is_labelled=is_labelled)
@@ -191,7 +193,7 @@ def load_target(
 
 
 def eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
-    """Return the arguments of :func:`evaluate_split` that bound batches of rows that are not trained on."""
+    """Return the batch-size arguments of :func:`evaluate_split` for a model that is not being trained."""
     if settings.batch_size is not None:
         return {"batch_size": settings.batch_size}
     size = getattr(getattr(found.model, "config", None), "vocab_size", None)
@@ -200,7 +202,7 @@ def eval_batch(found: Evaluable, settings: EvalSettings) -> dict[str, Any]:
 
 
 def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples:
-    """Encode the rows, and check their indices against the tables of the model."""
+    """Encode the rows and check their indices against the model's embedding tables."""
     check_columns(rows, found.task)
     examples = found.task.encode(rows, found.processor, Reading(max_length=found.max_length, allow_missing=True))
     check_indices(found, examples, target, f"the {split} rows")
@@ -208,7 +210,7 @@ def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples
 
 
 def check_indices(found: Evaluable, examples: Examples, target: str, source: str) -> None:
-    """Check the indices of encoded rows against the tables of a model; ``source`` names the rows."""
+    """Check the indices of encoded rows against a model's embedding tables; ``source`` names the rows in errors."""
     check_rows(
         found.model, examples, getattr(found.processor, "tokenizer", found.processor), where=f"model '{target}'",
         source=source, is_text=found.max_length is not None,
@@ -220,7 +222,11 @@ def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSe
 
 
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:
-    """Return the rows, which need no targets, and the file of predictions; raises ConfigError before scoring."""
+    """Return the rows to predict, which need no targets, and the file of predictions.
+
+    Raises:
+        ConfigError: the predictions cannot be written; raised before anything is scored.
+    """
     if isinstance(task, Answers):
         raise ConfigError("--predictions", f"{task.kind} scores tokens, and has no answer for a row",
                           fix="Write its answers with mirrortune predict")  # fmt: skip
@@ -229,20 +235,20 @@ def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, 
 
 
 def _answer_names(task: Task, settings: EvalSettings) -> tuple[str, ...] | None:
-    """Return the class names to write, or None for indices."""
+    """Return the class names to write, or None to write indices."""
     return labels_of(task) or None if settings.prediction_labels == "names" else None
 
 
 def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
-    """Return the file of predictions of a split: ``path``, or the one that ``names`` has for it if that is a folder.
+    """Return the file of predictions of a split: ``path`` itself or, if it is a folder, the file that ``names`` gives.
 
     Raises:
-        ConfigError: the file exists and holds no predictions, or its name is not a plain one.
+        ConfigError: the file exists and holds no predictions, or ``names`` gives a name with a folder in it.
     """
     if not path.is_dir():
         return _checked(path)
     name = names.get(split, f"{split}.tsv")
-    if not is_plain_name(name):  # it may come from an untrusted recipe inside the target
+    if not is_plain_name(name):  # may come from an untrusted recipe in the target
         raise ConfigError(
             "eval.prediction_files", f"got {name!r} for split '{split}'", allowed=PLAIN_NAME,
             fix="Give a file to --predictions",
@@ -251,10 +257,10 @@ def prediction_file(path: Path, split: str, names: dict[str, str]) -> Path:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Refuse class names with control characters, which would break lines of the file or affect a terminal.
+    """Check that class names have no control characters, which would break lines of the file or affect a terminal.
 
     Raises:
-        ConfigError: with the name.
+        ConfigError: a name has one.
     """
     if broken := next((label for label in labels if _CONTROL.search(label)), None):
         raise ConfigError(
@@ -266,7 +272,7 @@ def check_labels(labels: Sequence[str]) -> None:
 def _checked(path: Path) -> Path:
     if path.is_dir():
         raise ConfigError("--predictions", f"{path} is a folder", fix="Give another name")
-    if path.exists() and not path.is_file():  # such as a pipe or a device
+    if path.exists() and not path.is_file():  # a pipe, a device, ...
         raise ConfigError("--predictions", f"{path} is no regular file", fix="Give another name")
     if path.exists() and not _holds_predictions(path):
         raise ConfigError("--predictions", f"{path} is there and holds no predictions", fix="Give another name")
@@ -278,8 +284,8 @@ def predictions_output(path: Path, inputs: Sequence[Input], *, overwrite: bool) 
     """Claim the file of predictions while the block runs.
 
     Raises:
-        ConfigError: an invalid path (:func:`mirrortune.system.outputs.check_file`), a file that may not be replaced, or
-            another process writes there.
+        ConfigError: the path cannot be written (:func:`mirrortune.system.outputs.check_file`), the file may not be
+            replaced, or another process writes it.
     """
     check_file(path, inputs, "--predictions")
     with claimed(path):
@@ -288,7 +294,7 @@ def predictions_output(path: Path, inputs: Sequence[Input], *, overwrite: bool) 
 
 
 def check_replaceable(path: Path, *, overwrite: bool) -> None:
-    """Refuse to replace a file unless it holds predictions and ``overwrite`` is set."""
+    """Raise ConfigError if a file exists, unless it holds predictions and ``overwrite`` is set."""
     _checked(path)
     if path.exists() and not overwrite:
         fix = "Give another name, or replace it with --overwrite"
@@ -303,16 +309,16 @@ def _holds_predictions(path: Path) -> bool:
 def write_predictions(
     path: Path, predictions: Any, labels: tuple[str, ...] | None, bounds: tuple[float, float] | None
 ) -> None:
-    """Write one line for each row.
+    """Write predictions, one line per row.
 
     Args:
-        path: is replaced.
-        predictions: class indices (N,), numbers (N,), 0 and 1 for each of several classes (N, C), or texts.
-        labels: names to write in place of class indices, or None.
-        bounds: numbers are brought between these.
+        path: file to create or replace.
+        predictions: class indices (N,), numbers (N,), 0 or 1 for each of C classes (N, C), or N texts.
+        labels: class names to write instead of indices, or None.
+        bounds: interval to which numbers are clipped, or None.
 
     Raises:
-        ConfigError: several real numbers a row, or names that the format cannot hold.
+        ConfigError: there are several real numbers per row, or the format cannot represent a class name.
     """
     check_labels(labels or ())
     is_array = isinstance(predictions, np.ndarray)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train --find-lr: sweep the learning rate for a minute and propose one; nothing is trained and no run is written."""
+"""Sweep the learning rate for about a minute and propose one (``train --find-lr``); no run is written."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class FindLrResult:
     """The ``--json`` object of ``train --find-lr``.
 
     Attributes:
-        lr: the proposal, None if the loss never fell.
-        sureness, reason: of the proposal.
+        lr: proposed learning rate; None if the loss never fell.
+        sureness, reason: how reliable the proposal is, and why.
         steepest: rate at which the loss falls fastest.
-        tenth_of_lowest: a tenth of the rate at which it is lowest.
-        rates, losses: the sweep.
-        report: its page.
+        tenth_of_lowest: a tenth of the rate at which the loss is lowest.
+        rates, losses: points of the sweep.
+        report: path of the page.
     """
 
     lr: float | None
@@ -56,17 +56,17 @@ class FindLrResult:
 
 
 def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) -> tuple[FindLrResult, list[str]]:
-    """Sweep the learning rate of a run, and return the proposal with the lines that show it.
+    """Sweep the learning rate of a run; return the proposal and the lines that describe it.
 
-    The page is written beside the run directory, as ``NAME-lr.html``.
+    The page is written beside the run directory as ``NAME-lr.html``.
 
     Args:
-        resolved: recipe.
+        resolved: recipe with the origins of its values.
         reporter: prints notes and progress.
-        recipe_name: name of the recipe, for the page.
+        recipe_name: name of the recipe, shown on the page.
 
     Raises:
-        ConfigError: nothing is adapted, or the run is sharded.
+        ConfigError: the method adapts nothing, or the run is sharded.
         DivergedError: the first loss is not finite.
     """
     settings = unpack(resolved.recipe)
@@ -104,7 +104,7 @@ def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) 
 
 
 def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) -> Sweep:
-    """Attach an adapter to the base model as training would, and sweep. Nothing is written to ``run``."""
+    """Attach an adapter to the base model as in training, and sweep; nothing is written to ``run``."""
     loop = job.settings.loop
     seed_everything(loop.seed)
     loaded = load_base(job)
@@ -116,7 +116,7 @@ def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) ->
     if job.settings.gradient_checkpointing:
         checkpoint_activations(loaded.model)
     seed_everything(loop.seed + 1)
-    unit = 1.0 if loop.head_lr != 1.0 else 2.0  # by which groups of the adapter differ from those of the head
+    unit = 1.0 if loop.head_lr != 1.0 else 2.0  # distinguishes parameter groups of the adapter from those of the head
     trainer = Trainer(
         loaded.model, job.task, train=job.stream or job.train, validation=job.validation,
         settings=replace(loop, lr=unit), run=run, write_adapter_files=_write_nothing, accelerator=accelerator,
@@ -127,7 +127,7 @@ def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) ->
 
 
 def _write_nothing(folder: Path) -> None:
-    """Stand for the function that writes an adapter: a sweep keeps none."""
+    """Replace the function that writes an adapter: a sweep keeps none."""
 
 
 def _lines(found: Proposal, settings: RunSettings) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a run fits in memory and on disk before weights are downloaded, and suggest settings that make it fit."""
+"""Check that a run fits into memory and on disk before weights are downloaded; if not, suggest settings that do."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from mirrortune.tasks.base import Task
 LIMIT_VARIABLE = "MIRRORTUNE_DEVICE_MEMORY"
 _GIB = 2**30
 _SMALL_EVALUATION = 2**28
-"""Bytes up to which an evaluation is not made smaller, however little memory a training step takes."""
+"""Memory of an evaluation, in bytes, below which its batch is not reduced even if a training step takes less."""
 _VERSION = 3
-"""Part of the cache key of a footprint: increment it when the count of a step changes."""
+"""Part of the cache key of a footprint; increment it when the estimate of a step changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The settings that decide how much memory a training step and an evaluation take.
+    """The settings that determine the memory of a training step and of an evaluation.
 
     Attributes:
         spec: adapter.
         dtype: dtype of the base weights.
-        rows: rows of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        length: longest row in positions, or None for that of the data.
-        scored: rows of a batch in an evaluation, or None for as many as fit.
+        rows: rows per micro-batch.
+        accumulation: micro-batches per optimizer step.
+        length: maximum row length in positions, or None for that of the data.
+        scored: rows per batch in an evaluation, or None for as many as fit.
         is_16bit_compute: compute under bfloat16 autocast.
     """
 
@@ -65,18 +65,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What steps of a run have in common: a model without weights, rows, a device.
+    """The parts of a run that all its candidate steps share: a model without weights, rows, and a device.
 
     Attributes:
-        model: on the meta device.
-        config: configuration of the model, as a dict.
-        task: loss.
+        model: model on the meta device.
+        config: configuration of the model as a dict.
+        task: task, which defines the loss.
         train: training rows.
         scored: rows of every split that is scored.
-        has_length: whether this kind of task has a maximum length.
-        spec: adapter of the run; steps may have others.
-        targets: its layers.
-        device: type of the device.
+        has_length: this kind of task has a maximum length.
+        spec: adapter of the run; a candidate step may have another.
+        targets: layers that ``spec`` adapts.
+        device: device type.
     """
 
     model: nn.Module
@@ -91,18 +91,18 @@ class Stage:
 
     @property
     def smallest_rank(self) -> int:
-        """Directions of the narrowest layer that is adapted."""
+        """Number of singular directions of the narrowest adapted layer."""
         return min((min(target.shape) for target in self.targets.layers.values()), default=0)
 
     def footprint(self, step: Step) -> Footprint:
-        """Return the memory of ``step``."""
+        """Estimate the memory of ``step``."""
         return self.sized(step)[0]
 
     def sized(self, step: Step) -> tuple[Footprint, int, int | None]:
-        """Return the memory of ``step``, and the largest rows and positions of a batch in an evaluation.
+        """Estimate the memory of ``step``, and choose the maximum rows and positions of a batch in an evaluation.
 
-        They default to :func:`~mirrortune.runs.size.default_eval_batch`, or less if an evaluation would take more
-        memory than a training step.
+        The defaults are those of :func:`~mirrortune.runs.size.default_eval_batch`; they are reduced if an evaluation
+        would take more memory than a training step.
         """
         most = max(len(examples) for examples in self.scored)
         if step.scored is not None:
@@ -113,7 +113,7 @@ class Stage:
         own = max(self._cut(examples, step.length) for examples in self.scored)
         fitting = max(1, min(rows, positions // own, most))
         found = self._count(step, fitting)
-        if not found.is_counted:  # all that is known is that an evaluation takes less than a step of the same size
+        if not found.is_counted:  # it is only known that an evaluation takes less than a training step of the same size
             return found, min(rows, step.rows), step.rows * longest
         room = max(found.step, _SMALL_EVALUATION)
         if found.evaluation > room and fitting > 1:
@@ -123,7 +123,7 @@ class Stage:
         return found, rows, positions
 
     def _cut(self, examples: Examples, length: int | None) -> int:
-        """Return the positions of the longest row."""
+        """Return the number of positions of the longest row, at most ``length``."""
         longest = max(1, int(examples.lengths.max()))
         return longest if length is None else min(longest, length)
 
@@ -157,17 +157,17 @@ class Stage:
         return _remembered(key, lambda: footprint(self.model, step.spec, load, targets))
 
     def positions(self) -> int:
-        """Return the positions of the longest training row."""
+        """Return the number of positions of the longest training row."""
         return int(self.train.lengths.max())
 
 
 def typical_tokens(train: Examples, rows: int, length: int | None = None) -> int | None:
-    """Return the tokens of a typical micro-batch, as a power of two; None for rows without tokens.
+    """Return the number of tokens in a typical micro-batch as a power of two, or None for rows without tokens.
 
     Args:
         train: training rows.
-        rows: rows of a micro-batch.
-        length: length to which longer rows are cut.
+        rows: rows per micro-batch.
+        length: length to which longer rows are truncated.
     """
     if "input_ids" not in train.batch(np.array([0])):
         return None
@@ -176,9 +176,9 @@ def typical_tokens(train: Examples, rows: int, length: int | None = None) -> int
 
 
 def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
-    """Return the cached result of ``count`` for ``key``, or call it, which takes about a second."""
+    """Return the cached result for ``key``, or call ``count``, which takes about a second, and cache its result."""
     path = cache_folder() / "footprints" / key[:2] / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError, TypeError):  # absent or damaged
+    with contextlib.suppress(OSError, ValueError, TypeError):  # the cache entry is missing or damaged
         return Footprint(**json.loads(path.read_text(encoding="utf-8")))
     found = count()
     text = json.dumps(asdict(found)) + "\n"
@@ -191,7 +191,7 @@ def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
 
 
 def quantised(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dtype) -> Footprint:
-    """Return ``found`` with the weights of adapted layers in ``8bit`` or ``4bit``."""
+    """Return ``found`` with the weights of adapted layers quantised to ``8bit`` or ``4bit``."""
     if load_in is None:
         return found
     numbers = sum(math.prod(target.layout.shape) for target in plan.targets.layers.values())
@@ -200,12 +200,12 @@ def quantised(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dt
 
 
 def with_moments(found: Footprint, moments: float) -> Footprint:
-    """Return ``found`` with ``moments`` numbers of the optimizer for each trained one, in place of AdamW's two."""
+    """Return ``found`` with ``moments`` optimizer values per trained parameter instead of AdamW's two."""
     return replace(found, optimizer=int(moments * found.gradients))
 
 
 def describe_memory(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:
-    """Describe the estimate on one line."""
+    """Describe the estimate in one line."""
     sizes = {name: size for name, size in found.parts().items() if size or name != "evaluation"}
     parts = ", ".join(f"{name} {mebibytes(size)}" for name, size in sizes.items())
     chosen = strategies_of(plan.targets, step.spec, step.dtype, typical_tokens(stage.train, step.rows, step.length))
@@ -221,7 +221,7 @@ def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
     """Check that a training step and an evaluation fit on the device.
 
     Raises:
-        ResourceError: with settings that would make it fit.
+        ResourceError: they do not; the error suggests settings that would.
     """
     limit, name = device_memory(stage.device)
     if found.total <= limit:
@@ -237,8 +237,9 @@ def check_memory(found: Footprint, step: Step, stage: Stage) -> None:
 
 
 def device_memory(device: str) -> tuple[int, str]:
-    """Return the bytes that a step may take, and their source in words: the variable, the GPU, or the machine less the
-    memory of this process.
+    """Return the number of bytes that a step may take, and a description of where the limit comes from.
+
+    It comes from the environment variable, the GPU, or the machine's memory less that of this process.
     """
     asked = os.environ.get(LIMIT_VARIABLE)
     if asked:
@@ -251,7 +252,7 @@ def device_memory(device: str) -> tuple[int, str]:
     import psutil  # noqa: PLC0415
 
     total = int(psutil.virtual_memory().total)
-    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+    with contextlib.suppress(OSError, ValueError):  # no cgroup limit, or "max"
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return total - peak_resident_bytes(), "this machine, beside what the program itself takes,"
 
@@ -259,7 +260,7 @@ def device_memory(device: str) -> tuple[int, str]:
 def disk_needs(
     source: ModelSource, plan: Plan, *, output_dir: Path, keep: int, moments: float
 ) -> dict[Path, dict[str, int]]:
-    """Return the bytes that the run will write, by folder: weights to be downloaded, factors, checkpoints."""
+    """Return the bytes that the run will write, by folder and purpose: downloaded weights, factors, checkpoints."""
     needs = {cache_folder(): {"factors": 4 * plan.factor_numbers}}
     stored = str(getattr(source.config, "dtype", None) or "float32").removeprefix("torch.")
     width = 2 if "16" in stored else 4
@@ -268,7 +269,7 @@ def disk_needs(
 
         needs[Path(HF_HUB_CACHE)] = {"the model's weights": plan.total_parameters * width}
     trained = 4 * (plan.trainable_parameters + plan.head_parameters)
-    # A checkpoint has parameters and moments. One is being written while the others still exist.
+    # A checkpoint holds parameters and moments, and is written before an older one is deleted.
     needs[output_dir] = {"checkpoints": math.ceil((1 + moments) * trained) * (keep + 2) + trained}
     return needs
 
@@ -282,10 +283,10 @@ def _has_weights(source: ModelSource) -> bool:
 
 
 def _longest(train: Examples, rows: int, length: int | None) -> Batch:
-    """Make a batch of ``rows`` times the longest row, cut to ``length``, without copying values."""
+    """Return a batch of ``rows`` views of the longest row, truncated to ``length``, without copying values."""
     lengths = train.lengths
     one = train.batch(np.array([int(lengths.argmax())]))
-    # A row of several texts, or of two, takes more positions than its longest text.
+    # A row of several texts takes more positions than its longest text.
     width = one["input_ids"].shape[-1] if "input_ids" in one else int(lengths.max())
     batch: Batch = {}
     for name, value in one.items():
@@ -298,19 +299,19 @@ def _longest(train: Examples, rows: int, length: int | None) -> Batch:
 
 
 def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
-    """Yield flags that bring a step below ``limit`` bytes, each alone or else all together, with its memory."""
+    """Yield flags that bring a step below ``limit`` bytes (each alone, or else all together) and its memory then."""
     found: list[tuple[str, Step]] = []
     changes = [
         _fewer_scored(step, stage), _fewer_rows(step), _shorter(step, stage), _half(step, stage),
         _half_compute(step, stage), _lower_rank(step, stage),
     ]  # fmt: skip
     for options in filter(None, changes):
-        if stage.footprint(options[-1][1]).total > limit:  # the smallest value of this setting
+        if stage.footprint(options[-1][1]).total > limit:  # even the smallest value of this setting
             found.append(options[-1])
             continue
         words, changed = next((w, c) for w, c in options if stage.footprint(c).total <= limit)
         yield f"{words} ({stage.footprint(changed).total / _GIB:,.2f} GiB)"
-    if found and len(found) == sum(map(bool, changes)):  # no setting suffices alone
+    if found and len(found) == sum(map(bool, changes)):  # no single setting suffices
         words, together = " ".join(w for w, _ in found), step
         for _, changed in found:
             own = {f: getattr(changed, f) for f in Step.__slots__ if getattr(changed, f) != getattr(step, f)}
@@ -321,7 +322,7 @@ def _ways_to_fit(step: Step, stage: Stage, limit: int) -> Iterator[str]:
 
 
 def _fewer_scored(step: Step, stage: Stage) -> list[tuple[str, Step]]:
-    """Return smaller batches of an evaluation, where it takes more memory than a training step."""
+    """Return smaller evaluation batches if an evaluation takes more memory than a training step."""
     found = stage.footprint(step)
     if step.scored is None or found.evaluation <= found.step:
         return []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check every index that a model looks up against the size of its table, before weights are loaded.
+"""Check every index that a model looks up against the size of its embedding table, before weights are loaded.
 
-The model is on the meta device, its inputs are not: what depends on integers alone (token ids, token types, positions
-and the masks from which some models count them) is computed, everything else has a shape only. Lookups out of range are
-thus found for any architecture, with the values that a training step would use.
+The model is on the meta device, but its inputs have values. Tensors that depend on integers alone (token ids, token
+types, positions, and the masks from which some models derive positions) are computed; all others only have shapes.
+Lookups out of range are thus found for any architecture, with the values that a training step would use.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from mirrortune.errors import ConfigError
 from mirrortune.runs.memory import ASK_NUMBERS, all_rows, answered, without_numbers
 
 _ATEN = torch.ops.aten
-_LARGEST = 1 << 22  # elements of a tensor that is computed: an attention mask of long rows is not
+_LARGEST = 1 << 22  # elements of the largest tensor that is computed; attention masks of long rows are not
 _META = torch.device("meta")
-_MOST_NAMED = 8  # tokens in a message
+_MOST_NAMED = 8  # tokens listed in a message
 
 
 class BeyondTableError(Exception):
-    """A lookup out of the range of a table.
+    """A lookup beyond the end of a table.
 
     Attributes:
-        name: name of the table in the model; "" for one that is not a parameter.
-        rows: number of rows of the table.
-        largest: largest index that is looked up.
+        name: parameter name of the table; "" if it is not a parameter.
+        rows: number of rows in the table.
+        largest: largest index looked up.
     """
 
     def __init__(self, name: str, rows: int, largest: int) -> None:
@@ -46,11 +46,11 @@ class BeyondTableError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Longest inputs of a kind of task, in tokens.
+    """Maximum input lengths in tokens.
 
     Attributes:
-        tokens: tokens of a row.
-        targets: tokens of the decoder's input; None for a model without a decoder.
+        tokens: maximum length of a row.
+        targets: maximum length of the decoder's input; None for a model without a decoder.
     """
 
     tokens: int
@@ -58,11 +58,11 @@ class Lengths:
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Compute what depends on integers alone, and shapes of the rest; raise for lookups out of range."""
+    """Compute values that depend on integers alone and only shapes of all others; raise for lookups out of range."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {id(tensor): name for name, tensor in model.named_parameters()}  # the first name of tied ones
+        self.names = {id(tensor): name for name, tensor in model.named_parameters()}  # first name of tied parameters
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -75,7 +75,7 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs["device"] = torch.device("cpu")
         if tensors and (any(on_meta) or _size(tensors) > _LARGEST):
             args, kwargs = tree_map(_without_numbers, (args, kwargs))
-            if "device" in kwargs:  # a copy to the device of integers
+            if "device" in kwargs:  # a copy to the device of the integers
                 kwargs["device"] = _META
             return func(*all_rows(func, args), **kwargs)
         return func(*args, **kwargs)
@@ -99,18 +99,18 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def check_rows(model: nn.Module, examples: Examples, tokenizer: Any, *, where: str, source: str, is_text: bool) -> None:
-    """Check that the indices of rows are in the range of the tables of a model.
+    """Check that the indices in rows are within the embedding tables of a model.
 
     Args:
-        model: on the meta device or loaded; not changed.
+        model: model on the meta device or loaded; not changed.
         examples: rows of a split.
-        tokenizer: tokenizer of the rows, or another processor.
-        where: the model, for messages.
-        source: the rows, for messages.
-        is_text: whether rows are tokens; for other inputs the model's own error is reported.
+        tokenizer: tokenizer or other processor of the rows.
+        where: name of the model in errors.
+        source: name of the rows in errors.
+        is_text: rows consist of tokens; for other inputs, the error of the model is reported.
 
     Raises:
-        ConfigError: with the size of the table, and the tokens or the index out of range.
+        ConfigError: an index is out of range; the error names the size of the table and the tokens or the index.
     """
     batch = examples.batch(examples.extremes())
     try:
@@ -123,16 +123,16 @@ def check_rows(model: nn.Module, examples: Examples, tokenizer: Any, *, where: s
         if not is_text:
             raise ConfigError(where, f"it refuses the inputs of {source} ({str(error).splitlines()[0][:200]})",
                               fix="Use the processor that belongs to the model") from error  # fmt: skip
-    except Exception:  # noqa: BLE001  (a model that needs values of weights cannot be checked)
+    except Exception:  # noqa: BLE001  (a model that needs the values of weights cannot be checked)
         return
 
 
 def longest(model: nn.Module, probe: Batch, lengths: Lengths) -> Lengths:
-    """Find the longest inputs that a model takes, at most ``lengths``.
+    """Find the longest inputs that a model accepts, up to ``lengths``.
 
     Args:
-        model: on the meta device.
-        probe: a few inputs, from ``Task.probe``.
+        model: model on the meta device.
+        probe: a few inputs from ``Task.probe``.
         lengths: upper bounds.
     """
     tokens = _most(lambda n: _takes(model, _stretched(probe, n, 1)), lengths.tokens)
@@ -143,7 +143,10 @@ def longest(model: nn.Module, probe: Batch, lengths: Lengths) -> Lengths:
 
 
 def _most(fits: Callable[[int], bool], most: int) -> int:
-    """Return the largest number up to ``most`` that fits; ``most`` if even 1 does not: length is no cause."""
+    """Return the largest number up to ``most`` that fits.
+
+    If even 1 does not fit, length is not the problem, and ``most`` is returned.
+    """
     if most <= 1 or fits(most) or not fits(1):
         return most
     low, high = 1, most
@@ -156,7 +159,7 @@ def _most(fits: Callable[[int], bool], most: int) -> int:
 def _takes(model: nn.Module, batch: Batch) -> bool:
     try:
         _run(model, batch)
-    except Exception:  # noqa: BLE001  (whatever a model raises for inputs that are too long)
+    except Exception:  # noqa: BLE001  (models raise various errors for inputs that are too long)
         return False
     return True
 
@@ -178,7 +181,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _stretched(probe: Batch, tokens: int, targets: int) -> Batch:
-    """Return the longest row of a probe, cut to a length or extended by its last token."""
+    """Return the longest row of a probe, truncated to a length or extended by repeating its last token."""
     mask = probe["attention_mask"]
     row = int(mask.flatten(1).sum(dim=1).argmax())
     made: Batch = {}
@@ -219,7 +222,7 @@ def _without_numbers(value: Any) -> Any:
 
 
 def _size(tensors: list[Tensor]) -> int:
-    """Return the number of elements of the broadcast of some tensors, or of the largest one."""
+    """Return the number of elements of the broadcast shape of tensors, or of the largest if they do not broadcast."""
     largest = max(t.numel() for t in tensors)
     try:
         return max(largest, math.prod(np.broadcast_shapes(*(tuple(t.shape) for t in tensors))))
@@ -228,7 +231,7 @@ def _size(tensors: list[Tensor]) -> int:
 
 
 def _is_whole(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether an operation creates a small tensor of integers or booleans."""
+    """Return whether an operation creates a small integer or boolean tensor."""
     dtype = kwargs.get("dtype")
     if func.overloadpacket is _ATEN.arange:
         return (dtype is None and all(isinstance(a, int) for a in args)) or _is_whole_dtype(dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the settings of a run to its parts: model source, task, encoded splits, size and memory."""
+"""Assemble the parts of a run from its settings: model source, task, encoded splits, size and memory."""
 
 from __future__ import annotations
 
@@ -45,25 +45,29 @@ from mirrortune.training.optim import check_matrices, moments_per_number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Everything that is known of a run before its weights are loaded.
+    """Everything that is known about a run before its weights are loaded.
 
     Attributes:
-        settings: of the run; ``spec`` is its adapter, completed by what the base allows.
-        source, dtype, processor: the base model, the precision of its weights, its tokenizer or feature extractor.
-        task: with its columns and labels.
-        max_length: longest row in tokens; None for rows that are not text.
-        train: training rows; the first ones of a stream.
-        stream: all of them, where they are streamed.
-        validation: rows that choose the checkpoint.
-        reported: rows that score the kept checkpoint and choose nothing, by name: :data:`HELD_OUT`, or a split.
-        test_rows: number of rows of the test split, or None; they are checked, and not used in training.
-        data_origin: where the data came from.
-        plan: layers and numbers of parameters.
-        footprint: memory.
-        eval_batch_size, eval_max_positions: largest number of rows and positions of a batch in an evaluation.
-        duplicated_rows: validation rows whose texts or files are also in the training rows.
+        settings: settings of the run.
+        spec: adapter, adjusted to what the base supports.
+        source: source of the base model.
+        dtype: dtype of the base weights.
+        processor: tokenizer, image processor or feature extractor.
+        task: task with its columns and labels.
+        max_length: maximum row length in tokens; None for rows that are not text.
+        train: training rows; for streamed rows, only the first ones.
+        stream: all training rows if they are streamed, else None.
+        validation: rows by which the checkpoint is selected.
+        reported: rows on which the kept checkpoint is only scored, by name: :data:`HELD_OUT` or the name of a split.
+        test_rows: number of rows in the test split, or None; they are checked, but not used in training.
+        data_origin: origin of the data, for ``environment.json``.
+        plan: adapted layers and numbers of parameters.
+        footprint: estimated memory.
+        eval_batch_size: maximum number of rows per batch in an evaluation.
+        eval_max_positions: maximum number of positions per batch in an evaluation, or None.
+        duplicated_rows: number of validation rows whose texts or files are also in the training rows.
         objective: training loss.
-        samples: prompts that are answered at each evaluation.
+        samples: prompts that are answered at each evaluation, or None.
     """
 
     settings: RunSettings
@@ -90,7 +94,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Base:
-    """The base model without weights, and what reads rows for it."""
+    """The base model without weights, and the processor of its rows."""
 
     source: ModelSource
     dtype: torch.dtype
@@ -103,7 +107,7 @@ class _Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Encoded:
-    """The splits of a run as the model takes them."""
+    """The encoded splits of a run."""
 
     train: Examples
     stream: StreamedExamples | None
@@ -112,23 +116,26 @@ class _Encoded:
 
     @property
     def by_name(self) -> dict[str, Examples]:
-        """All splits that training and evaluation use."""
+        """All splits that training and evaluation use, by name."""
         return {"train": self.train, "validation": self.validation, **self.reported}
 
 
 def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = None) -> Job:
-    """Check the settings of a run against its data and model, tokenise, and estimate its size.
+    """Check the settings of a run against its data and model, tokenise the data, and estimate the size of the run.
 
-    No weights are read. All problems of the data and of the model are found before rows are tokenised, and raised
+    No weights are read. Problems of the data and of the model are found before rows are tokenised and are reported
     together.
 
     Args:
-        settings: from :func:`mirrortune.runs.checks.unpack`.
+        settings: result of :func:`mirrortune.runs.checks.unpack`.
         reporter: prints notes.
-        data: the data set; read from ``settings.data`` by default.
+        data: data set; read from ``settings.data`` by default.
 
     Raises:
-        ConfigError, DataError, HubError, ResourceError: see the parts.
+        ConfigError: settings, model and data do not fit together.
+        DataError: the data is damaged or lacks required columns or labels.
+        HubError: the model or the data cannot be downloaded.
+        ResourceError: the run does not fit into memory or on disk.
     """
     rows, source = all_of(
         lambda: choose_rows(settings, data or read_data(settings.data), reporter), settings.model.find
@@ -158,10 +165,10 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
 
 
 def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: Reporter) -> _Base:
-    """Make the model on the meta device, count what is trained, and load the processor."""
+    """Build the model on the meta device, count its trained parameters, and load the processor."""
     task, spec = rows.task, settings.adapter
     if source.is_quantised and spec.preset.core is not None and spec.strategy is None:
-        spec = replace(spec, strategy="branch")  # the only one that leaves packed weights as they are
+        spec = replace(spec, strategy="branch")  # the only strategy that does not change packed weights
     dtype = resolve_dtype(settings.model.dtype, source.config, default_device())
     if said := describe_widening(settings.model.dtype, source.config, default_device()):
         reporter.note(said)
@@ -198,10 +205,10 @@ def _fitting_length(
     asked: int | None, task: Task, model: nn.Module, processor: Any, source: ModelSource, max_length: int | None,
     reporter: Reporter,
 ) -> int | None:  # fmt: skip
-    """``max_length``, or the number of positions that the model has if that is less and ``asked`` is None.
+    """Return ``max_length``, reduced to the model's number of positions if ``asked`` is None.
 
     Raises:
-        ConfigError: rows or target texts were asked for that are longer than the model's tables of positions.
+        ConfigError: the requested length of rows or target texts exceeds the model's position table.
     """
     if max_length is None:
         return None
@@ -219,7 +226,7 @@ def _fitting_length(
 
 
 def _encode(settings: RunSettings, rows: RunRows, base: _Base, reporter: Reporter) -> _Encoded:
-    """Encode all splits, and check their indices against the tables of the model."""
+    """Encode all splits and check their indices against the model's embedding tables."""
     task, processor = rows.task, base.processor
     scored = Reading(
         max_length=base.max_length, seed=settings.data.seed, tell=lambda text: reporter.detail(f"  {text}")
@@ -247,13 +254,13 @@ def _encode(settings: RunSettings, rows: RunRows, base: _Base, reporter: Reporte
 def _streamed(
     block_rows: int, rows: Split, task: Task, processor: Any, reading: Reading
 ) -> StreamedExamples | None:  # fmt: skip
-    """All rows of a streamed split; they are made into examples in a thread of their own, with its own processor."""
+    """Return the rows of a streamed split, or None; they are encoded in a separate thread with its own processor."""
     if rows.stream is None:
         return None
     own = copy.deepcopy(processor)
 
     def encode(table: pa.Table, seed: int) -> Examples:
-        # Files are read in another order each epoch, so that the rows of a block are numbered within it.
+        # The order of the files changes every epoch, so rows are numbered within their block.
         source = f"{rows.source} (a block of the stream)"
         block = replace(rows, table=table, stream=None, source=source, files=(), kept=None)
         with uncached():
@@ -263,7 +270,7 @@ def _streamed(
 
 
 def _check_test(test: Split, task: Task, processor: Any, reading: Reading, reporter: Reporter) -> None:
-    """Read the test rows as ``eval`` will, so that a label which is no class is found before training."""
+    """Read the test rows as ``eval`` will, so that an unknown label is found before training."""
     examples = task.encode(test, processor, replace(reading, allow_missing=True))
     count = examples.num_unlabelled
     without = f"; {count:,} without a label, which can be answered and not scored" if count else ""
@@ -271,7 +278,7 @@ def _check_test(test: Split, task: Task, processor: Any, reading: Reading, repor
 
 
 def _count_duplicates(rows: RunRows, reporter: Reporter) -> int:
-    """Return how many validation rows are among the training rows; print that, and the same of all scored splits."""
+    """Return how many validation rows are also training rows; print this number for every scored split."""
     splits = {"validation": rows.validation, **rows.reported, **({} if rows.test is None else {"test": rows.test})}
     found = {}
     for name, split in splits.items():
@@ -288,7 +295,7 @@ def _count_duplicates(rows: RunRows, reporter: Reporter) -> int:
 def _fit(
     settings: RunSettings, task: Task, encoded: _Encoded, base: _Base, reporter: Reporter
 ) -> tuple[Footprint, int, int | None]:
-    """Estimate the memory of the run and choose the rows and positions of a batch in an evaluation.
+    """Estimate the memory of the run, and choose the maximum rows and positions of a batch in an evaluation.
 
     Raises:
         ResourceError: the run does not fit on the device or on the disks.
@@ -318,7 +325,7 @@ def _fit(
     needs = disk_needs(
         base.source, plan, output_dir=Path(settings.output_dir or "runs"), keep=loop.keep, moments=moments
     )
-    # FSDP and DeepSpeed cut what they hold into shares, by how many the processes know only when they have met.
+    # FSDP and DeepSpeed divide memory by the number of processes, which is not known before they have connected.
     is_cut = is_set("ACCELERATE_USE_FSDP") or is_set("ACCELERATE_USE_DEEPSPEED")
     checks = [] if is_cut else [lambda: check_memory(found, step, stage)]
     all_of(*checks, lambda: check_disk(needs))

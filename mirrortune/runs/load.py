@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load models: a base with a new adapter for training, or the target of ``eval``."""
+"""Load a base with a new adapter for training, or the target of ``eval`` or ``predict``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from mirrortune.training.calibration import measure_saliency
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluable:
-    """A model with its task; ``note`` says if it computes in another precision than it is stored in."""
+    """A model with its task; ``note`` tells the user if it computes in another precision than it is stored in."""
 
     model: nn.Module
     task: Task
@@ -73,7 +73,7 @@ class Evaluable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """A job's base model with a new head, and the weights in it that the job's adapter takes."""
+    """A job's base model with a new head, and the layers that the job's adapter will change."""
 
     model: nn.Module
     targets: Targets
@@ -89,7 +89,7 @@ def load_base(job: Job) -> Base:
 
 
 def _trimmed(task: Task, loaded: LoadedModel) -> tuple[nn.Module, list[str]]:
-    """Return a model without what its task does not use, and those of its parameters that the checkpoint lacks."""
+    """Remove modules that the task does not use; return the model and the names of parameters the checkpoint lacks."""
     model = task.trim(loaded.model)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return model, [name for name in loaded.new_parameters if name in names]
@@ -105,11 +105,11 @@ def adapt_model(
     """Attach a new adapter to a loaded base model.
 
     Args:
-        loaded: from :func:`load_base`.
-        spec: the adapter.
-        cache: factors.
-        pairs: measured or stored pairs by layer.
-        strategies: how layers compute, by layer.
+        loaded: base from :func:`load_base`.
+        spec: adapter.
+        cache: cache of factors.
+        pairs: measured or stored pairs by layer, or None.
+        strategies: strategy of each layer, or None.
     """
     widen(loaded.model, loaded.targets.head)
     return adapt(loaded.model, spec, targets=loaded.targets, factor_source=cache, pairs=pairs, strategies=strategies)
@@ -118,8 +118,8 @@ def adapt_model(
 def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
     """Fill the cache with the factors of every adapted layer of a job.
 
-    Weights are read one at a time from the files, without loading the model, unless only the loaded model can be
-    verified or has the weights.
+    Weights are read from the files one at a time. The model is loaded only if its weights cannot be read or verified
+    that way.
     """
     layers = None
     if job.spec.preset.core is not None and not job.settings.data.packing:
@@ -129,7 +129,7 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
         layers = _layers(job, load_base(job))
     if layers:
         _share(job, layers, cache, show_bar, 0, 1)
-        for name, matrix, rank in layers:  # from the cache, verified
+        for name, matrix, rank in layers:  # reads and verifies cached factors
             cache(name, matrix(), rank)
         cache.hits = len(layers) - cache.misses
 
@@ -137,7 +137,7 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
 def share_factors(
     job: Job, loaded: Base, cache: FactorCache, accelerator: Any, show_bar: Callable[[str, int], Any]
 ) -> None:
-    """Factorise together with the other processes of the run; no process waits for another here."""
+    """Distribute the factorisation over the processes of the run; no process waits for another here."""
     layers = _layers(job, loaded)
     if layers:
         _share(job, layers, cache, show_bar, accelerator.process_index, accelerator.num_processes)
@@ -154,7 +154,7 @@ def _share(
     largest = max(math.prod(target.shape) * target.count for target in job.plan.targets.layers.values())
     with show_bar("singular value decompositions", len(layers)) as bar:
         cache.on_layer = bar.advance
-        # At most the size of the model, which need not be in memory.
+        # Keep at most the size of the model, which need not be in memory itself.
         cache.share(layers, index, count, largest=largest, room=job.plan.total_parameters * job.dtype.itemsize)
     cache.on_layer = None
 
@@ -180,7 +180,10 @@ def choose_pairs(
     *,
     resume: bool,
 ) -> dict[str, Tensor] | None:
-    """Return pairs by layer, equal on all ranks: those of a resumed run, measured ones, or None without saliency."""
+    """Return the pairs of each layer, equal on all ranks: stored ones of a resumed run, or measured ones.
+
+    Returns None for a pairing that does not use saliency.
+    """
     if not needs_saliency(job.spec):
         return None
     steps = run.saved_steps()
@@ -210,32 +213,32 @@ def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any
 def choose_strategies(
     job: Job, targets: Targets, run: RunDirectory, accelerator: Any, *, resume: bool
 ) -> dict[str, Strategy]:
-    """Return the strategy of every layer of ``targets``, by name; a resumed run keeps the strategies it began with.
+    """Return the strategy of each layer of ``targets`` by name; a resumed run keeps its strategies.
 
-    Strategies give the same output up to rounding, so that the choice, by counting products, is one of time.
+    Strategies give the same output up to rounding. The one with the fewest multiplications is chosen for speed.
 
     Args:
-        job: assembled.
-        targets: of its loaded model.
-        run: the run.
-        accelerator: of this process.
-        resume: whether the run continues.
+        job: assembled job.
+        targets: layers of the loaded model.
+        run: run directory.
+        accelerator: accelerate's ``Accelerator``.
+        resume: continue the run.
     """
     if resume:
         return sync.from_main(accelerator, lambda: _stored_strategies(run))
-    # Weights that are made dense are replaced where they are read, which has not been tried where they are sharded.
+    # The dense strategy replaces weights where they are read, which is untested for sharded weights.
     is_sharded = Sharding.of(accelerator).shards_weights
     tokens = None if is_sharded else typical_tokens(job.train, job.settings.loop.batch_size)
     return strategies_of(targets, job.spec, job.dtype, tokens)
 
 
 def by_strategy(strategies: Mapping[str, Strategy]) -> dict[str, list[str]]:
-    """Group layer names by strategy, as ``environment.json`` stores them."""
+    """Group layer names by strategy, the form in which ``environment.json`` stores them."""
     return {s: [name for name, own in strategies.items() if own == s] for s in sorted({*strategies.values()})}
 
 
 def _stored_strategies(run: RunDirectory) -> dict[str, Strategy]:
-    """Return the strategies that the run began with; empty if ``environment.json`` is missing or damaged."""
+    """Return the strategies that the run started with; empty if ``environment.json`` is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, RecursionError):
         kept: dict[Strategy, list[str]] = json.loads(read_text(run.path / "environment.json")).get("strategies", {})
         return {name: strategy for strategy, names in kept.items() for name in names}
@@ -268,11 +271,11 @@ def load_evaluable(
 
     Args:
         target: folder or Hub id of a plain model; ignored if there is an adapter.
-        adapter_folder: from :func:`adapter_to_score`.
-        settings: the base, if it was named; for a plain model the task.
-        data: for a plain model: columns and labels.
-        remarks: list to which misfits of an adapter and its base are appended; None to refuse them.
-        is_labelled: whether the rows have targets. If not, the labels of a plain model are those of its configuration.
+        adapter_folder: adapter folder from :func:`adapter_to_score`, or None for a plain model.
+        settings: settings of the base, if the user named one, and of the task of a plain model.
+        data: data set from which columns and labels are read for a plain model.
+        remarks: list to which mismatches between adapter and base are appended; None to raise for them.
+        is_labelled: the rows have targets. If not, the labels of a plain model are those of its configuration.
     """
     if adapter_folder is not None:
         return _load_run(adapter_folder, settings, remarks)
@@ -308,7 +311,7 @@ def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[
     name = settings.model.name or adapter.base.get("name")
     if name is None:
         raise ConfigError(str(adapter_folder), "the adapter does not say what its base is", fix="Name it with --model")
-    is_named = name == adapter.base.get("name")  # another source of the base has other commits
+    is_named = name == adapter.base.get("name")  # the recorded commit is not valid for another source of the base
     source = find_model(
         name,
         revision=adapter.base.get("commit") or adapter.base.get("revision") if is_named else settings.model.revision,
@@ -327,15 +330,15 @@ def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[
 
 
 def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings) -> Evaluable:
-    """Load the model ``target`` as the base of an adapter, which is not attached, with the adapter's task.
+    """Load the model ``target`` as the base of an adapter, without attaching it, with the adapter's task.
 
     Args:
-        adapter: gives dtype, class and task.
+        adapter: adapter that determines dtype, model class and task.
         target: folder or Hub id of the base.
-        settings: columns and length, where they are named.
+        settings: settings that override columns and maximum length.
 
     Raises:
-        ConfigError: the adapter was saved outside a task.
+        ConfigError: the adapter was saved without a task.
     """
     if adapter.task is None:
         raise ConfigError(str(adapter.folder), "the adapter was saved outside a task", fix="Use it in Python")
@@ -354,20 +357,20 @@ def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings
 
 
 def task_of_run(stored: dict[str, Any], request: TaskRequest) -> Task:
-    """Return the task that an adapter was trained for, with the columns that are named now."""
+    """Return the task that an adapter was trained for, with columns replaced by those in ``request``."""
     if request.kind not in (None, stored["kind"]):
         raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {request.kind}")
     return with_columns(task_from_dict(stored), request.columns)
 
 
 def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
-    """Make the task of a plain model, with the model's own class names and their order where it has them."""
+    """Create the task of a plain model, with class names in the order of the model's configuration if it has any."""
     task, _ = settings.task.make(any_split(settings.data, data))
     id2label = getattr(config, "id2label", None) or {}
     names = tuple(str(id2label[i]) for i in sorted(id2label))
     is_named = names and not all(n.upper().startswith("LABEL_") for n in names)
     found = labels_of(task)
-    # Only if the data has the same names: a model may say "positive" where the data says "1".
+    # Only if the data has the same names: the model may call "positive" what the data calls "1".
     if settings.task.labels is None and is_named and found and set(found) <= set(names):
         task = replace(task, labels=names)  # type: ignore[type-var]
     outputs, wanted = getattr(config, "num_labels", None), task.config_fields().get("num_labels")
@@ -381,11 +384,12 @@ def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Tas
 
 
 def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:
-    """Return the task with the columns of ``rows`` that look like those it reads, and a note for each. Rows may lack
-    targets.
+    """Detect the columns of the task in ``rows``; return the task with these columns and a note for each.
+
+    Rows may lack targets.
 
     Raises:
-        DataError: no column looks like one of them, or several do.
+        DataError: no column of ``rows`` matches a column of the task, or several do.
     """
     request = TaskRequest(
         kind=task.kind, labels=labels_of(task) or None, scores=KINDS_OWN, given=dict.fromkeys(settings_of(task.kind))
@@ -400,7 +404,7 @@ def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:
 
 
 def _unlabelled_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
-    """Make the task of a plain model for rows without targets: classes are those of the model's configuration."""
+    """Create the task of a plain model for rows without targets, with the classes of the model's configuration."""
     id2label = getattr(config, "id2label", None) or {}
     labels = settings.task.labels or tuple(str(id2label[i]) for i in sorted(id2label))
     has_several = getattr(config, "problem_type", None) == "multi_label_classification"
@@ -409,7 +413,7 @@ def _unlabelled_task(settings: EvaluationSettings, data: DataSet, config: Any) -
 
 
 def _make_unlabelled(request: TaskRequest, rows: Split, *, has_several: bool) -> tuple[Task, list[str]]:
-    """Make a task from rows whose targets are not read; returns it with notes on what was detected."""
+    """Create a task from rows whose targets are not read; return it with notes on what was detected."""
     assert request.kind is not None
     kind = task_class(request.kind)
     if issubclass(kind, Answers):  # rows need no answer

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the memory of a training step on fake tensors: forward and backward run on shapes, and every allocation is
-counted. It works for any architecture, before any weight is loaded.
+"""Measure the memory of a training step on fake tensors.
+
+Forward and backward passes run on shapes alone and every allocation is counted. This works for any architecture before
+any weight is loaded.
 """
 
 from __future__ import annotations
@@ -26,15 +28,16 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Peak memory of a run on the device, in bytes.
+    """Estimated peak memory of a run on the device, in bytes.
 
     Attributes:
         weights: weights of the base model and its head.
         factors: singular vectors and other tensors of the adapter.
-        gradients, optimizer: gradients and two moments of the trained parameters.
+        gradients: gradients of the trained parameters.
+        optimizer: optimizer state, two moments per trained parameter.
         activations: activations saved for the backward pass, and the largest temporary tensors.
-        evaluation: a batch of an evaluation, without weights, factors and optimizer.
-        is_counted: whether allocations were counted; otherwise activations are estimated from the widths of layers.
+        evaluation: one batch of an evaluation, without weights, factors and optimizer state.
+        is_counted: allocations were counted; otherwise activations are estimated from the widths of layers.
     """
 
     weights: int
@@ -47,23 +50,24 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Sum of all parts."""
+        """Peak memory in bytes."""
         return sum(self.parts().values())
 
     @property
     def step(self) -> int:
-        """Memory of a training step without weights, factors and optimizer."""
+        """Memory of a training step without weights, factors and optimizer state."""
         return self.gradients + self.activations
 
     def parts(self) -> dict[str, int]:
-        """Return bytes by name; ``evaluation`` is what it takes beyond a step, whose gradients are freed by then."""
+        """Return bytes by name; ``evaluation`` is what it takes beyond a step, whose gradients have been freed."""
         names = ("weights", "factors", "gradients", "optimizer", "activations")
         return {**{name: getattr(self, name) for name in names}, "evaluation": max(0, self.evaluation - self.step)}
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of storages that are allocated and freed. Operations that need values (the rows of a mask, a
-    scalar) get the most expensive result.
+    """Count the bytes of storages as they are allocated and freed.
+
+    Operations whose result depends on values, such as the rows that a mask selects, return the most expensive result.
     """
 
     def __init__(self) -> None:
@@ -72,7 +76,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def know(self, tensor: Tensor) -> None:
-        """Exclude a tensor that existed before from the count."""
+        """Exclude a tensor that exists already from the count."""
         self._known[tensor.untyped_storage()] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,16 +113,16 @@ def rehearse(
     """Measure the memory of one training step and of one batch of an evaluation.
 
     Args:
-        model: adapted model, frozen and in its dtypes, on the meta device or loaded; not changed.
-        batch: from ``Examples.batch``, with targets; only dtypes and shapes matter.
-        scored: batch of rows that are scored.
+        model: adapted model with final dtypes and ``requires_grad`` flags, on the meta device or loaded; not changed.
+        batch: training batch with targets from ``Examples.batch``; only dtypes and shapes matter.
+        scored: batch of an evaluation.
         loss: loss of the task.
-        is_base: whether a tensor of ``model``, by its name, belongs to the base model.
+        is_base: returns whether the tensor of ``model`` with a given name belongs to the base model.
         device: type of the device to train on.
         is_16bit_compute: compute under bfloat16 autocast.
 
     Raises:
-        Exception: whatever a model raises that needs values.
+        Exception: any error of a model that needs the values of tensors.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -162,12 +166,12 @@ def _empty_batch(batch: Batch, device: str) -> Batch:
 
 
 def without_numbers(model: nn.Module, device: str) -> nn.Module:
-    """Return a copy of a model whose tensors have dtypes and shapes and no memory."""
+    """Return a copy of a model whose tensors have dtypes and shapes but no memory."""
     return copy.deepcopy(model, _memo(model, device))
 
 
 def _memo(model: nn.Module, device: str) -> dict[int, Any]:
-    """Return a memo for ``copy.deepcopy`` that replaces every tensor by an empty one of the same dtype and shape."""
+    """Return a memo for ``copy.deepcopy`` that replaces each tensor by an empty one of the same dtype and shape."""
     memo: dict[int, Any] = {}
     for _, tensor in _tensors(model):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -177,7 +181,7 @@ def _memo(model: nn.Module, device: str) -> dict[int, Any]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters, buffers and tensor attributes, each once, by the first of its names."""
+    """Yield parameters, buffers and tensor attributes, each once under its first name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         own = {**module._parameters, **module._buffers}  # noqa: SLF001
@@ -193,7 +197,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def all_rows(func: Any, args: Any) -> Any:
-    """Replace masks (which select an unknown number of rows) in arguments by indices of all rows."""
+    """Replace boolean masks in arguments, which select an unknown number of rows, by the indices of all rows."""
     if func not in (
         _ATEN.index.Tensor,
         _ATEN.index_put.default,
@@ -212,7 +216,7 @@ def all_rows(func: Any, args: Any) -> Any:
 
 
 def answered(func: Any, args: Any) -> Any:
-    """Return the result of an operation that needs values: 1 for a scalar, and all elements for a selection."""
+    """Return a result for an operation that depends on values: 1 for a scalar, all elements for a selection."""
     tensor = args[0]
     if func is _SCALAR:
         return True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1

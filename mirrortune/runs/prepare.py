@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""prepare: check, show and cache everything that train needs."""
+"""Check, show and cache everything that ``train`` needs (the ``prepare`` command)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from mirrortune.tasks.classes import OneOfClasses, WeighsClasses
 
 _NUMBERS, _CLASSES, _BINS = 48, 8, 24
 _FEW, _MOST = 10, 0.9
-"""Examples of a class that is called rare, and share of the rows from which on accuracy says little."""
+"""Number of examples below which a class is called rare, and share of one class above which accuracy means little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareResult:
-    """The ``--json`` object of prepare. Sizes are in bytes, times in seconds."""
+    """The ``--json`` object of ``prepare``; sizes are in bytes, times in seconds."""
 
     targets: int
     trainable_parameters: int
@@ -44,13 +44,13 @@ class PrepareResult:
 
 
 def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, show: int = 0) -> PrepareResult:
-    """Check a run, download, tokenise and factorise; a later train starts from the caches.
+    """Check a run, and fill the caches that ``train`` will use: downloads, tokenised rows and factors.
 
     Args:
-        resolved: recipe.
+        resolved: recipe with the origins of its values.
         reporter: prints notes and progress.
-        dry_run: stop before the weights: only configuration files and data are downloaded.
-        show: number of training rows to print as the model sees them.
+        dry_run: download only configuration files and data, not weights, and compute no factors.
+        show: number of training rows to print as the model receives them.
     """
     job = assemble(unpack(resolved.recipe), reporter)
     for name, examples in {"train": job.train, "validation": job.validation}.items():
@@ -82,7 +82,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
 
 
 def split_summary(examples: Examples, task: Task) -> Iterator[str]:
-    """Yield lines on the classes and lengths of a split, where it has any."""
+    """Yield lines that describe the classes and row lengths of a split, if it has any."""
     targets = getattr(examples, "targets", None)
     labels = labels_of(task)
     if labels and isinstance(targets, np.ndarray) and targets.ndim == 1 and targets.dtype.kind == "i":
@@ -94,7 +94,7 @@ def split_summary(examples: Examples, task: Task) -> Iterator[str]:
 
 
 def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterator[str]:
-    """Yield lines on classes with few training rows, and on one that is most of the validation rows."""
+    """Yield warnings about classes with few training rows and about a class that dominates the validation rows."""
     has_class_of_row = isinstance(task, OneOfClasses)
     if not isinstance(task, WeighsClasses):
         return
@@ -115,7 +115,7 @@ def class_warnings(task: Task, train: Examples, validation: Examples) -> Iterato
 
 
 def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Iterator[str]:
-    """Yield lines on the first ``count`` examples as the model gets them in training."""
+    """Yield lines that show the first ``count`` examples as the model receives them in training."""
     tokenizer = getattr(processor, "tokenizer", processor)
     for row in range(min(count, len(examples))):
         yield f"example {row + 1} of {len(examples):,}"
@@ -126,7 +126,7 @@ def show_rows(examples: Examples, task: Task, processor: Any, count: int) -> Ite
 
 
 def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[str]:
-    """Yield lines on a tensor of a row, with the text of token ids and of token labels."""
+    """Yield lines that show a tensor of a row, with token ids and token labels as text."""
     labels = labels_of(task)
     can_read = hasattr(tokenizer, "decode")
     if values.is_floating_point() and values.ndim > 1:
@@ -134,8 +134,8 @@ def _shown(name: str, values: Tensor, tokenizer: Any, task: Task) -> Iterator[st
         low, high, mean = float(values.min()), float(values.max()), float(values.mean())
         yield f"  {name}: {size}, {low:.3g} to {high:.3g}, mean {mean:.3g}"
     elif name == "targets" and values.ndim > 1 and not values.is_floating_point() and not labels and can_read:
-        yield from _shown(name, values[0], tokenizer, task)  # weights of tokens follow in the next row
-    elif values.ndim > 1:  # the endings of a choice or the texts of a row, each a row of tokens
+        yield from _shown(name, values[0], tokenizer, task)  # the next row holds token weights
+    elif values.ndim > 1:  # one row of tokens for each choice or text
         word = "text" if isinstance(task, ComparesRows) else "choice"
         for number, part in enumerate(values):
             yield from (f"  {line.strip()} ({word} {number + 1})" for line in _shown(name, part, tokenizer, task))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record what the page of a run shows besides the log: speed and angles, and predictions of the kept checkpoint.
+"""Record what the page of a run shows besides the log: speed, plane angles, and predictions of the kept checkpoint.
 
-``progress.jsonl`` depends on time and ``validation.json`` has texts of rows; the bytes of ``metrics.jsonl`` are a
-function of seed and settings.
+These go to separate files, ``progress.jsonl`` and ``validation.json``, because they contain times and texts of rows,
+while ``metrics.jsonl`` is determined, byte for byte, by the seed and the settings.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from mirrortune.training.tracking import Track, tracker
 
 _UNITS = {"image-classification": "images", "audio-classification": "recordings"}
 _HARDEST = 12
-_MOST_CLASSES = 4096  # of which every pair is counted: 16 million numbers
+_MOST_CLASSES = 4096  # the confusion matrix has 16 million entries
 _LONGEST_TEXT = 400
 _MOST_POINTS = 2000
 _LENGTH_BINS = 30
 
 
 class RunRecorder(Progress):
-    """Observer of the training loop that writes ``progress.jsonl`` and sends numbers to a tracker.
+    """An observer of the training loop that writes ``progress.jsonl`` and sends metrics to a tracker.
 
     Args:
-        shown: display, which is called with everything.
+        shown: display to which all calls are forwarded.
         run: run directory.
-        model: adapted model, whose angles are recorded after every evaluation.
+        model: adapted model, whose plane angles are recorded after every evaluation.
         track: called with every number of the log, or None.
     """
 
@@ -60,7 +60,7 @@ class RunRecorder(Progress):
     @override
     def on_start(self, total_steps: int, done_steps: int) -> None:
         self._total_steps = total_steps
-        # Entries after ``done_steps`` will be written again, and all of a run that starts anew.
+        # Entries after ``done_steps`` will be written again; if it is 0, the run starts over.
         kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps and done_steps]
         self._run.write_text(self._run.progress_log.name, "".join(json.dumps(e) + "\n" for e in kept))
         self._shown.on_start(total_steps, done_steps)
@@ -97,7 +97,7 @@ class RunRecorder(Progress):
             numbers = {k: v for k, v in event.items() if isinstance(v, (int, float)) and k not in ("step", "epoch")}
             self._track({f"{prefix}/{k}": v for k, v in numbers.items()}, event["step"])
         self._shown.on_log(event)
-        self._mark = time.perf_counter()  # evaluation does not count as training time
+        self._mark = time.perf_counter()  # excludes the time spent on evaluation
 
     @override
     def on_evaluate(self, rows: int) -> None:
@@ -117,15 +117,15 @@ def recording(
     accelerator: Any,
     reporter: Reporter,
 ) -> Iterator[RunRecorder]:
-    """Open the observer of a run's training loop: display, files of the run, and a tracker if there is one.
+    """Yield the observer of a run's training loop: display, files of the run, and tracker.
 
     Args:
         track: name of a tracker, or None.
-        settings: of the run by dotted key, for the tracker.
+        settings: settings of the run by dotted key, for the tracker.
         model: adapted model.
         run: run directory.
         accelerator: accelerate's ``Accelerator``.
-        reporter: makes the display.
+        reporter: creates the display.
     """
     tracked = tracker(track, run.path, settings, is_main=accelerator.is_main_process)
     unit = _UNITS.get(str(settings.get("task.kind")), "rows")
@@ -134,7 +134,7 @@ def recording(
 
 
 def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the angles in degrees of the planes that the cores of a model rotate, by layer; empty without any."""
+    """Return the rotation angles in degrees of the planes of each layer's core; empty if no core has planes."""
     found = {name: layer.core.angles() for name, layer in spectral_layers(model).items()}
     return {n: a.detach().double().rad2deg() for n, a in found.items() if a is not None and a.numel()}
 
@@ -146,10 +146,10 @@ def record_validation(
 
     Args:
         job: job of the run.
-        model: adapted model, with the numbers of the kept checkpoint.
+        model: adapted model with the parameters of the kept checkpoint.
         run: run directory.
         accelerator: accelerate's ``Accelerator``.
-        outcome: evaluation of that checkpoint, or None to repeat it.
+        outcome: evaluation of that checkpoint, or None to evaluate it again.
     """
     with whole_parameters(model):
         angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
@@ -164,8 +164,10 @@ def record_validation(
 
 
 def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
-    """Return confusion matrix or pairs of numbers, scores of each class, the hardest rows, and lengths and classes of
-    both splits.
+    """Return the content of ``validation.json`` as JSON data.
+
+    It holds the confusion matrix or pairs of true and predicted values, the scores of each class, the hardest rows, and
+    the lengths and class counts of both splits.
     """
     references, predictions = outcome.references, outcome.predictions
     labels = labels_of(job.task)
@@ -202,7 +204,7 @@ def validation_details(job: Job, outcome: EvalResult) -> dict[str, Any]:
 
 
 def _surprise(judged: list[Any], references: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the cross-entropy of each row, from logits (N, C)."""
+    """Return the cross-entropy of each row, shape (N,), from logits (N, C)."""
     logits = torch.from_numpy(np.stack(judged)).double()
     losses = nn.functional.cross_entropy(logits, torch.from_numpy(references), reduction="none")
     return np.asarray(losses.numpy())
@@ -214,19 +216,19 @@ def _counts(examples: Examples, size: int) -> list[int] | None:
 
 
 def _lengths(job: Job) -> dict[str, Any]:
-    """Return histograms of row lengths with common bins; empty if all rows have the same length."""
+    """Return histograms of row lengths with common bins, or an empty dict if all rows have the same length."""
     splits = {"train": job.train.lengths, "validation": job.validation.lengths}
     longest, shortest = (f(f(v) for v in splits.values()) for f in (max, min))
     if longest == shortest:
         return {}
-    width = -(-int(longest - shortest + 1) // _LENGTH_BINS)  # of whole numbers: bins of one width hold the same lengths
+    width = -(-int(longest - shortest + 1) // _LENGTH_BINS)  # an integer, so that every bin covers as many lengths
     edges = np.arange(shortest, longest + width + 1, width)
     shares = {name: (np.histogram(v, edges)[0] / len(v)).tolist() for name, v in splits.items()}
     return {"edges": edges.tolist(), **shares}
 
 
 def _text(job: Job, row: int) -> str:
-    """Return a validation row as text without special tokens; empty for rows that are not text."""
+    """Return a validation row as text without special tokens, or an empty string for rows that are not text."""
     ids = job.validation.input_ids(row)
     if ids is None:
         return ""

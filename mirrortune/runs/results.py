@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run directory besides checkpoints: recipe, environment, results, curves, model card and page."""
+"""Write the files of a run directory besides checkpoints: recipe, environment, results, curves, model card and page."""
 
 from __future__ import annotations
 
@@ -40,20 +40,19 @@ from mirrortune.training.settings import FitResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult(FitResult):
-    """The result of a run, as ``results.json`` holds it.
+    """The result of a run, the content of ``results.json``.
 
     Attributes:
         run_dir: run directory.
-        trainable_parameters: trained numbers besides the head.
-        head_parameters: trained numbers of the head.
+        trainable_parameters: number of trained parameters besides the head.
+        head_parameters: number of trained parameters of the head.
         adapter_bytes: size of the adapter's files.
-        peak_memory_bytes: largest memory of the GPU, or of the process without one.
-        peak_reserved_bytes: largest memory that the GPU's allocator has reserved, with what it keeps for later; None
-            without a GPU.
+        peak_memory_bytes: peak memory allocated on the GPU, or of the process without a GPU.
+        peak_reserved_bytes: peak memory reserved by the GPU's allocator, including its cache; None without a GPU.
         reported: metrics of the kept checkpoint on further splits, by name.
-        pairing_seconds: time in which pairs were measured; 0 if they were not.
+        pairing_seconds: time spent on measuring pairs; 0 if they were not measured.
         protocol: ``eval.protocol`` of the recipe.
-        selection_metric: the metric that chose the checkpoint.
+        selection_metric: name of the metric by which the checkpoint was selected.
     """
 
     SUMMARY: ClassVar = (
@@ -61,7 +60,7 @@ class RunResult(FitResult):
         "samples_per_second", "tokens_per_second", "metrics_before", "peak_memory_bytes", "peak_reserved_bytes",
         "padding_share",
     )  # fmt: skip
-    """Fields of the ``--json`` object of train."""
+    """Fields of the ``--json`` object of ``train``."""
 
     run_dir: str
     trainable_parameters: int
@@ -75,19 +74,19 @@ class RunResult(FitResult):
     peak_reserved_bytes: int | None = None
 
     def summary(self) -> dict[str, Any]:
-        """Return the ``--json`` object of train."""
+        """Return the ``--json`` object of ``train``."""
         return {name: getattr(self, name) for name in self.SUMMARY}
 
 
 def pin_paths(recipe: Recipe, run: RunDirectory) -> Recipe:
-    """Return the recipe with absolute paths, so that it repeats the run from any folder."""
+    """Return the recipe with absolute paths, so that it reproduces the run from any working directory."""
     return with_absolute_paths(recipe).model_copy(update={"output_dir": str(run.path)})
 
 
-# Settings that a resumed run may change: no trained parameter and no choice of a checkpoint depends on them. They are
-# about permission to run code, output, logging, loading and batching of rows, and what is scored after training.
-# Settings that change results by rounding alone (train.compile, adapter.strategy, model.attention) are not among them:
-# a resumed run ends with the numbers of an uninterrupted one.
+# Settings that a resumed run may change, because no trained parameter and no checkpoint selection depends on them. They
+# concern permission to run code, output, logging, loading and batching of rows, and scoring after training. Settings
+# that only affect rounding (train.compile, adapter.strategy, model.attention) are not included, so that a resumed run
+# ends with exactly the parameters of an uninterrupted one.
 _FREE = (
     "output_dir", "model.trust_remote_code", "data.contained", "data.test_split", "adapter.form", "train.keep",
     "train.save_every_steps", "train.log_every_steps", "train.track", "train.num_workers", "eval.batch_size",
@@ -97,10 +96,14 @@ _FREE = (
 
 
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
-    """Refuse to resume a run with another recipe; the error names every setting that differs."""
+    """Check that a run is resumed with the same recipe.
+
+    Raises:
+        ConfigError: settings differ that a resumed run may not change; the error names all of them.
+    """
     if not run.recipe.is_file():
         raise ConfigError("--resume", f"{run.path} holds no run", fix="Start it without --resume")
-    regular_file(run.path, run.recipe.name)  # else the page and the card could not be made at the end
+    regular_file(run.path, run.recipe.name)  # otherwise the page and the card could not be written at the end
     before, now = flatten(read_saved_recipe(run.recipe)), flatten(recipe)
     differing = [
         ConfigError(
@@ -116,11 +119,11 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
 
 
 def _brief(value: Any) -> str:
-    return textwrap.shorten(repr(value), 200, placeholder=" ...")  # pairs come by the thousand
+    return textwrap.shorten(repr(value), 200, placeholder=" ...")  # there may be thousands of pairs
 
 
 def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult) -> None:
-    """Write the files of a finished run: results, history in the Trainer's form, curves, model card and page."""
+    """Write the files of a finished run: results, ``trainer_state.json``, curves, model card and page."""
     events = run.events()
     if not events:
         fix = "Restore the file from a copy, or start again with --overwrite"
@@ -144,7 +147,7 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
 
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:
-    """Return ``TASK-MODEL-METHOD``: the last parts of the names of recipe (or data) and model, and the method."""
+    """Return ``TASK-MODEL-METHOD``: the last parts of the names of the recipe (or data) and model, and the method."""
     place = settings.data.place
     task = recipe_name or Path(place.text if place else "run").stem
     model = ModelPlace.parse(settings.model.name or "model")
@@ -155,7 +158,7 @@ def run_name(settings: RunSettings, recipe_name: str | None) -> str:
 
 
 def restore_kept(model: nn.Module, run: RunDirectory) -> None:
-    """Give a trained model the numbers of the checkpoint that the run has kept."""
+    """Load the parameters of the run's kept checkpoint into a trained model."""
     with whole_parameters(model, write_back=True):
         restore_trained(model, read_adapter(run.adapter))
 
@@ -163,16 +166,16 @@ def restore_kept(model: nn.Module, run: RunDirectory) -> None:
 def score_reported(
     job: Job, model: nn.Module, run: RunDirectory, accelerator: Any, reporter: Reporter
 ) -> dict[str, dict[str, float]]:
-    """Score the kept checkpoint on every split of ``job.reported``; returns metrics by the split's name.
+    """Score the kept checkpoint on every split of ``job.reported``; return metrics by the name of the split.
 
-    Predictions and references that are numbers go to ``predictions.safetensors`` (``<split>.predictions`` and
-    ``<split>.references``, one row each in the split's order), so that runs can be compared row by row.
+    Numeric predictions and references are written to ``predictions.safetensors`` as ``<split>.predictions`` and
+    ``<split>.references``, in the order of the split's rows, so that runs can be compared row by row.
 
     Args:
-        job: what to score on.
-        model: with the numbers of the kept checkpoint.
-        run: its directory.
-        accelerator: of this process.
+        job: job of the run.
+        model: adapted model with the parameters of the kept checkpoint.
+        run: run directory.
+        accelerator: accelerate's ``Accelerator``.
         reporter: prints the metrics.
     """
     if not job.reported:
@@ -200,13 +203,13 @@ def score_reported(
 
 
 def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict[str, list[str]]) -> dict[str, Any]:
-    """Describe the environment of a run, for ``environment.json``: what is needed to repeat it besides the recipe.
+    """Return the content of ``environment.json``: everything besides the recipe that is needed to repeat a run.
 
     Args:
         job: assembled job.
-        resolved: its recipe.
-        accelerator: of this process.
-        strategies: layers by strategy.
+        resolved: recipe with the origins of its values.
+        accelerator: accelerate's ``Accelerator``.
+        strategies: layer names by strategy.
     """
     precision = resolve_precision(job.settings.model.precision)
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
@@ -230,12 +233,12 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest memory in use so far: of the GPU's allocator if there is one, else of this process."""
+    """Return the peak memory in bytes so far: allocated on the GPU, or of this process without a GPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return peak_resident_bytes()
 
 
 def peak_reserved_bytes() -> int | None:
-    """Return the largest memory that the GPU's allocator has reserved so far; None without a GPU."""
+    """Return the peak memory in bytes that the GPU's allocator has reserved so far, or None without a GPU."""
     return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of a data set train the model, choose the checkpoint, and score it."""
+"""Choose the rows of a data set that train the model, select the checkpoint, and score it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mirrortune.system.console import Reporter
 from mirrortune.tasks.base import TARGET_ROLES, Task, check_columns, unused_columns, with_label_columns
 
 HELD_OUT = "held-out half"
-"""The half of the validation rows that chooses nothing, under protocol split-dev."""
-# The halves of a data set must be the same for every run on it, whatever its seed.
+"""Name of the half of the validation rows that is only scored, under the protocol ``split-dev``."""
+# The halves of a data set must be the same for every run, regardless of its seed.
 _HALVES_SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRows:
-    """The splits of a run, and the task that was read from them.
+    """The splits of a run, and the task that was derived from them.
 
     Attributes:
-        task: with its columns and labels.
+        task: task with its columns and labels.
         train: training rows.
-        validation: rows that choose the checkpoint.
-        reported: rows that score the kept checkpoint and choose nothing, by name.
-        test: rows of the test split, if there is one that is not used otherwise.
-        origin: where the data came from, for ``environment.json``.
+        validation: rows by which the checkpoint is selected.
+        reported: rows on which the kept checkpoint is only scored, by name.
+        test: rows of the test split, or None if there is none or it is used otherwise.
+        origin: origin of the data, for ``environment.json``.
     """
 
     task: Task
@@ -44,7 +44,7 @@ class RunRows:
 
 
 def read_data(settings: DataSettings) -> DataSet:
-    """Read the data set; labels that stand for a missing one become null."""
+    """Read the data set and replace the value for missing labels (``data.missing_label``) by null."""
     found = _read(settings)
     if settings.contained:
         found = replace(found, splits={n: replace(split, is_contained=True) for n, split in found.splits.items()})
@@ -71,10 +71,10 @@ def _read(settings: DataSettings) -> DataSet:
 
 
 def with_validation(data: DataSet, other: DataSet, settings: DataSettings) -> DataSet:
-    """Return a data set with the validation rows of another one, whose columns get the names of the training rows'.
+    """Return a data set with the validation rows of another, whose columns are renamed to those of the training rows.
 
     Raises:
-        DataError: the other one has several splits, none of them for validation, or lacks a column.
+        DataError: the other data set has several splits but none for validation, or it lacks a column.
     """
     only = list(other.splits.values())
     rows = only[0] if len(only) == 1 else other.require(settings.validation_split, "data.validation_split")
@@ -104,7 +104,7 @@ def _read_place(settings: DataSettings) -> DataSet:
 
 
 def choose_rows(settings: RunSettings, data: DataSet, reporter: Reporter) -> RunRows:
-    """Choose the rows of a training run and make its task."""
+    """Choose the rows of a training run and create its task."""
     section = settings.data
     train = data.require(section.train_split, "data.train_split")
     task, notes = settings.task.make(train)
@@ -149,22 +149,22 @@ def _validation(
 
 
 def _reported(settings: EvalSettings, data: DataSet, validation: Split, task: Task) -> tuple[Split, dict[str, Split]]:
-    """Return the rows that choose the checkpoint, and those that only score it."""
+    """Return the rows by which the checkpoint is selected, and those on which it is only scored."""
     reported: dict[str, Split] = {}
     if settings.protocol == "split-dev":
         validation, reported[HELD_OUT] = set_aside(validation, 0.5, _HALVES_SEED, task.strata(validation))
     for name in settings.report_splits:
         reported[name] = data.require(name, "eval.report_splits")
         check_columns(reported[name], task)
-        task.strata(reported[name])  # refuses rows without a label, before anything is trained
+        task.strata(reported[name])  # raises for rows without a label before anything is trained
     return validation, reported
 
 
 def _test_rows(test: Split | None, used: Sequence[Split | None], task: Task, known: Split) -> Split | None:
-    """Return the test split with null labels if it has none, or None if it is among the splits that are ``used``.
+    """Return the test split, with null labels if it has none, or None if the split is among those ``used``.
 
-    Rows to be predicted have no label column. A column of a similar name that the training rows ``known`` lack is a
-    mistake, which :func:`check_columns` will refuse.
+    Rows to be predicted have no label column. However, a column with a similar name that the training rows ``known``
+    lack is a mistake, which :func:`check_columns` will report.
     """
     if test is None or any(test is split for split in used):
         return None
@@ -177,10 +177,10 @@ def _test_rows(test: Split | None, used: Sequence[Split | None], task: Task, kno
 def evaluation_rows(
     settings: DataSettings, data: DataSet, split: str | None, task: Task, *, is_own_data: bool
 ) -> tuple[Split, str]:
-    """Choose the rows that ``eval`` scores; returns them with the name of their split.
+    """Choose the rows that ``eval`` scores; return them with the name of their split.
 
-    Training sets validation rows aside where its data has none besides the split that it trains on; on that data they
-    are cut again, the same for the same seed. Other data without a validation split is scored whole.
+    If the training data has no validation split, training sets validation rows aside; on the same data they are drawn
+    again, identically for the same seed. Of other data without a validation split, all rows are scored.
     """
     names = {"train": settings.train_split, "validation": settings.validation_split, "test": settings.test_split}
     validation = data.find(settings.validation_split)
@@ -196,12 +196,12 @@ def evaluation_rows(
         parts = set_aside(rows, settings.validation_fraction, settings.seed, task.strata(rows))
         return parts[0] if split == "train" else parts[1], split
     named = names.get(split, split)
-    # Other data may call its splits otherwise: GLUE's diagnostic set has a test split, MNLI two of other names.
+    # Other data may have other split names: GLUE's diagnostic set has only a test split, MNLI two validation splits.
     return data.require(named if data.find(named) else split, "--split"), split
 
 
 def any_split(settings: DataSettings, data: DataSet) -> Split:
-    """Return a split to read columns and classes from: the first there is of training, validation and test rows."""
+    """Return a split to read columns and classes from: the first existing one of training, validation and test."""
     for name in (settings.train_split, settings.validation_split, settings.test_split):
         found = data.find(name)
         if found is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples: a few validation prompts that the model answers at every evaluation, so that people see what it learns."""
+"""Let the model answer a few validation prompts at every evaluation, so that users can see what it learns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mirrortune.training.evaluate import judge_split
 
 DEFAULT_COUNT = 3
 _LONGEST = 128  # tokens of an answer
-_MOST_TRIES = 20  # rows that are tried in the place of one whose prompt is too long
+_MOST_TRIES = 20  # rows tried instead of one whose prompt is too long
 _LONGEST_TEXT = 1000  # characters
 
 
@@ -33,11 +33,12 @@ class Samples:
     """Prompts to answer.
 
     Attributes:
-        rows: their numbers among the validation rows, from 1.
-        prompts, expected: texts.
-        split: the rows.
-        examples: the rows as the model takes them.
-        options: greedy, and bounded in length.
+        rows: row numbers in the validation split, starting at 1.
+        prompts: texts of the prompts.
+        expected: texts of the reference answers.
+        split: rows of the prompts.
+        examples: encoded prompts.
+        options: options of generation: greedy, with a maximum length.
     """
 
     rows: tuple[int, ...]
@@ -48,11 +49,11 @@ class Samples:
     options: PredictOptions
 
     def answer(self, model: nn.Module, task: Task, run: RunDirectory, accelerator: Any, step: int) -> None:
-        """Answer the prompts, greedily and in one batch, and write them to ``samples.jsonl``; on all ranks.
+        """Answer the prompts greedily in one batch and write the answers to ``samples.jsonl``; called on all ranks.
 
-        What the file has of this step and of later ones is replaced: a continued run makes it again.
+        Entries of this step and later ones are replaced, because a continued run generates them again.
         """
-        # A compiled model would be compiled again for prompts and answers of every length.
+        # A compiled model would be recompiled for every length of prompt and answer.
         is_compiled = getattr(model, "_compiled_call_impl", None) is not None
         with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
             judged = judge_split(model, task, self.examples, accelerator, batch_size=len(self.rows))
@@ -71,17 +72,17 @@ class Samples:
 def choose_samples(
     task: Task, validation: Split, processor: Any, reading: Reading, count: int | None
 ) -> Samples | None:  # fmt: skip
-    """Choose validation rows from all over the split: the same for the same rows, whatever the seed.
+    """Choose validation rows that are spread over the split, independent of the seed.
 
     Args:
-        task: of the run.
+        task: task of the run.
         validation: validation rows.
-        processor: of the task.
-        reading: of validation rows.
-        count: how many, or None for the default of the task.
+        processor: processor of the task.
+        reading: how validation rows are read.
+        count: number of prompts, or None for the default of the task.
 
     Returns:
-        The prompts; None if there are to be none, or none that leaves room for an answer.
+        The prompts, or None if there are none or none leaves room for an answer.
     """
     if count == 0 or not isinstance(task, WritesText):
         return None
@@ -121,7 +122,7 @@ def _row(split: Split, rows: list[int]) -> Split:
 
 
 def _encoded(task: Task, split: Split, processor: Any, reading: Reading, options: PredictOptions) -> Examples | None:
-    """Return rows as the model takes them; None if a prompt is empty or too long."""
+    """Encode rows, or return None if a prompt is empty or too long."""
     assert isinstance(task, WritesText)
     with uncached():
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Size of a run from names and shapes alone, on the meta device: adapted layers, trained parameters, memory."""
+"""Determine the size of a run on the meta device: adapted layers, trained parameters, memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mirrortune.runs.memory import Footprint, rehearse
 from mirrortune.system.devices import widen
 from mirrortune.tasks.base import Task, scores_vocabulary
 
-# Bytes of adapter.json and of the header of the tensors: in all, and for a layer besides its name.
+# Bytes of adapter.json and of the header of the tensors: fixed, and per layer in addition to its name.
 _FILE_BYTES, _LAYER_BYTES = 1400, 100
 _SCORED_ROWS = 64
 _SCORED_LOGITS = 2**28
@@ -37,15 +37,15 @@ _SCORED_LOGITS = 2**28
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Size of a run.
+    """The size of a run.
 
     Attributes:
         targets: adapted layers, head and skipped layers.
         trainable_parameters: number of trained parameters besides the head.
         head_parameters: number of trained parameters of the head.
         total_parameters: number of parameters of the model.
-        rank: largest number of directions kept; 0 without a core.
-        factor_numbers: number of elements of all singular vectors and values.
+        rank: largest number of singular directions used in a layer; 0 without a core.
+        factor_numbers: total number of elements of the singular vectors and values.
     """
 
     targets: Targets
@@ -56,7 +56,7 @@ class Plan:
     factor_numbers: int
 
     def lines(self) -> list[str]:
-        """Describe the plan."""
+        """Describe the plan in lines of text."""
         kinds = Counter(target.kind.name for target in self.targets.layers.values())
         adapted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
         head = f", and {self.head_parameters:,} of the task head" if self.head_parameters else ""
@@ -68,7 +68,7 @@ class Plan:
         ]
 
     def stored_as(self, form: Form, dtype: torch.dtype) -> str | None:
-        """Describe form and size of the adapter file, and the size of the other form; None without a core.
+        """Describe the form and size of the adapter file, and the size in the other form; None without a core.
 
         Args:
             form: ``adapter.form`` of the recipe.
@@ -89,7 +89,7 @@ class Plan:
         return f"adapter file: about {size}, {chosen} form ({other})"
 
     def as_lora(self) -> str | None:
-        """Describe the rank of an export as a LoRA; None where it is not known."""
+        """Describe the rank of a LoRA export, or return None if it is not known."""
         kinds = {target.kind.name for target in self.targets.layers.values()}
         if not self.rank or not kinds <= {"linear", "conv1d-linear"}:
             return None
@@ -100,7 +100,7 @@ class Plan:
 
 
 def percent(share: float) -> str:
-    """Format a share in percent with three decimals, or more to show two significant digits."""
+    """Format a share in percent with three decimals, or with more if needed for two significant digits."""
     decimals = 3 if share <= 0 else max(3, 1 - math.floor(math.log10(100 * share)))
     return f"{100 * share:.{decimals}f}%"
 
@@ -125,16 +125,16 @@ def _clipped(names: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What the memory of a step depends on besides the model and its adapter.
+    """Everything besides the model and its adapter that determines the memory of a step.
 
     Attributes:
-        batch: micro-batch of the longest rows; only dtypes and shapes matter.
-        scored: batch of the longest rows that are scored.
+        batch: micro-batch of the longest training rows; only dtypes and shapes matter.
+        scored: batch of the longest rows of an evaluation.
         loss: loss of the task.
         dtype: dtype of the base weights.
-        is_16bit_compute: whether activations are in 16 bits.
-        device: type of the device.
-        tokens: tokens of a typical micro-batch, by which strategies are chosen; None if unknown.
+        is_16bit_compute: activations are in 16 bits.
+        device: device type.
+        tokens: tokens in a typical micro-batch, by which strategies are chosen; None if unknown.
     """
 
     batch: Batch
@@ -149,14 +149,14 @@ class Load:
 def default_eval_batch(
     task: Task, train_rows: int, longest: int | None, vocabulary: int | None = None
 ) -> tuple[int, int | None]:
-    """Return the default rows and positions of a batch in an evaluation.
+    """Return the default numbers of rows and positions of a batch in an evaluation.
 
     Args:
-        task: logits over a vocabulary are as large as everything else together; the batch then has no more rows than in
-            training.
-        train_rows: rows of a micro-batch in training.
+        task: task. If it computes logits over a vocabulary, which take as much memory as everything else, a batch has
+            no more rows than in training.
+        train_rows: rows per micro-batch in training.
         longest: positions of the longest training row; None if all rows have the same size.
-        vocabulary: logits per position, if no training step was checked to fit; bounds their number.
+        vocabulary: number of logits per position; limits their total if no training step was checked to fit.
     """
     if not scores_vocabulary(task):
         return _SCORED_ROWS, None if longest is None else _SCORED_ROWS * longest
@@ -170,13 +170,13 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
     """Make the plan of a run.
 
     Args:
-        model: on the meta device or loaded; not changed.
-        spec: adapter, checked.
+        model: model on the meta device or loaded; not changed.
+        spec: validated adapter.
         dtype: dtype of the base weights.
-        new_parameters: names of parameters that no checkpoint has, if known.
+        new_parameters: names of parameters that the checkpoint lacks, if known.
 
     Raises:
-        ConfigError: nothing to adapt, or a rank that does not fit.
+        ConfigError: there is no layer to adapt, or the rank does not fit.
     """
     targets = find_targets(model, spec, new_parameters)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -190,7 +190,7 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
         rank, shape = target.rank, target.shape
         pairs = planned_pairs(spec, rank, name)
         kind = (rank, shape, 0 if pairs is None else len(pairs))
-        if kind not in counts:  # the size of a core depends on nothing else
+        if kind not in counts:  # the size of a core depends only on these values
             core = build_core(spec, torch.zeros(rank), name, shape, pairs)
             counts[kind] = sum(p.numel() for p in core.parameters())
         trained += target.count * counts[kind]
@@ -211,10 +211,10 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets 
     """Estimate the memory of a training step and of an evaluation.
 
     Args:
-        model: without an adapter, on the meta device; not changed.
+        model: model without an adapter on the meta device; not changed.
         spec: adapter that fits the model.
-        load: everything else.
-        targets: layers of ``model`` for ``spec``; found by default.
+        load: batches, dtypes and device.
+        targets: layers of ``model`` that ``spec`` adapts; determined by default.
     """
     targets = targets or find_targets(model, spec)
     adapted = copy.deepcopy(model)
@@ -230,13 +230,14 @@ def footprint(model: nn.Module, spec: AdapterSpec, load: Load, targets: Targets 
         )  # fmt: skip
     except MirrortuneError:
         raise
-    except Exception:  # noqa: BLE001  (custom model code that needs values: estimate from widths)
+    except Exception:  # noqa: BLE001  (model code that needs values: estimate from widths)
         return _guess(model, spec, load)
 
 
 def _base_names(names: set[str]) -> Callable[[str], bool]:
-    """Return a predicate for tensors of the base in the adapted model: by their own name, as the ``base_layer`` of a
-    layer, or as the original of a parametrization.
+    """Return a predicate for names of tensors in the adapted model that belong to the base.
+
+    Such a tensor has its original name, or that of a ``base_layer`` or of the original of a parametrization.
     """
 
     def is_base(name: str) -> bool:
@@ -252,11 +253,11 @@ def attach_empty(
     """Attach the adapter to a model on the meta device, without values.
 
     Args:
-        model: changed in place.
+        model: model; changed in place.
         spec: adapter.
-        targets: layers.
+        targets: layers to adapt.
         dtype: dtype of the base weights.
-        tokens: tokens of a micro-batch, by which strategies are chosen; None if unknown.
+        tokens: tokens per micro-batch, by which strategies are chosen; None if unknown.
     """
     if spec.preset.peft is not None:
         with torch.device("meta"):
@@ -279,13 +280,13 @@ def _no_factors(name: str, matrix: Tensor, rank: int) -> Factors:
 
 
 def strategies_of(targets: Targets, spec: AdapterSpec, dtype: torch.dtype, tokens: int | None) -> dict[str, Strategy]:
-    """Choose the strategy of each layer: that of the spec, or the cheapest by counting products.
+    """Choose the strategy of each layer: that of the spec, or the one with the fewest multiplications.
 
     Args:
         targets: layers.
         spec: adapter.
         dtype: dtype of the base weights.
-        tokens: tokens of a micro-batch; None if unknown.
+        tokens: tokens per micro-batch; None if unknown.
     """
 
     def of(target: Target) -> Strategy:
@@ -297,7 +298,7 @@ def strategies_of(targets: Targets, spec: AdapterSpec, dtype: torch.dtype, token
 
 
 def planned_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
-    """Return as many pairs as the core will have, or None for a core without pairs."""
+    """Return pairs of the number that the core will have, or None for a core without pairs."""
     if spec.resolved_pairing is None:
         return None
     # Measured pairings have as many pairs as mirror.
@@ -305,8 +306,8 @@ def planned_pairs(spec: AdapterSpec, rank: int, name: str) -> Tensor | None:
 
 
 def _guess(model: nn.Module, spec: AdapterSpec, load: Load) -> Footprint:
-    """Estimate memory from the widths of layers: the output of every linear layer, and as much again for norms, softmax
-    and dropout.
+    """Estimate memory from the widths of layers: the outputs of all linear layers, doubled for norms, softmax and
+    dropout.
     """
     plan = make_plan(model, spec, dtype=load.dtype)
     width = torch.finfo(load.dtype).bits // 8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train: fine-tune by a recipe and write a run directory."""
+"""Fine-tune a model as a recipe describes and write a run directory (the ``train`` command)."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ from mirrortune.training.trainer import Trainer
 def train(
     resolved: Resolved, reporter: Reporter, *, recipe_name: str | None, resume: bool = False, overwrite: bool = False
 ) -> RunResult:
-    """Fine-tune by a recipe and write a run directory.
+    """Fine-tune a model as a recipe describes and write a run directory.
 
     Args:
         resolved: recipe with the origins of its values.
         reporter: prints notes and progress.
-        recipe_name: name of the recipe, for the default run directory.
+        recipe_name: name of the recipe, used in the default name of the run directory.
         resume: continue the run in the directory.
         overwrite: replace the run in the directory.
     """
@@ -101,13 +101,13 @@ def train(
 
 
 def check_output(resolved: Resolved, *, recipe_name: str | None, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse what :func:`train` would refuse to write to; writes nothing.
+    """Check that :func:`train` may write its run directory. Nothing is written.
 
     Raises:
-        ConfigError: with the ways out.
+        ConfigError: it may not; the error says what to do instead.
     """
     run = _run_to_write(resolved, unpack(resolved.recipe), recipe_name, resume=resume)
-    restore(run.path)  # what a killed process left is no reason to refuse
+    restore(run.path)  # leftovers of a killed process are cleaned up, not refused
     run.check(inputs_of(resolved), overwrite=overwrite, resume=resume)
 
 
@@ -119,7 +119,10 @@ def _run_to_write(
 
 
 def _run_beside(resolved: Resolved) -> RunDirectory | None:
-    """Return the run whose recipe was given, if that sets the output directory: the run may have been moved since."""
+    """Return the run whose saved recipe was given, if that recipe sets the output directory.
+
+    The run may have been moved since, so its folder takes precedence over the recorded path.
+    """
     for file in resolved.files:
         run = RunDirectory(file.parent)
         says_where = resolved.origins.get("output_dir", "").startswith(f"{file}:")
@@ -136,7 +139,7 @@ def _train(
     reporter: Reporter,
     create: Callable[[], None] | None,
 ) -> RunResult:
-    """Train in a run directory that is claimed; ``create`` makes it, and is None for a run that is resumed."""
+    """Train in a claimed run directory; ``create`` creates it and is None if the run is resumed."""
     recipe, resume = resolved.recipe, create is None
     job = assemble(settings, reporter)
     if Sharding.of(accelerator).stage and job.source.is_quantised:
@@ -159,12 +162,12 @@ def _train(
         if create is not None:
             create()
             run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
-        run.write_text(run.recipe.name, recipe.to_yaml())  # a resumed run may have other free settings
+        run.write_text(run.recipe.name, recipe.to_yaml())  # a resumed run may have changed settings
 
-    # An earlier run is replaced only now, when everything that can fail is loaded.
+    # An earlier run is replaced only now that everything that could fail has been loaded.
     sync.from_main(accelerator, record)
     with recorded_status(run, is_main=accelerator.is_main_process):
-        # Dropout: the same with a cold and a warm cache, and different on each rank.
+        # Seeds dropout: independent of whether caches were filled, and different on each rank.
         seed_everything(settings.loop.seed + 1 + accelerator.process_index)
         num_trained, num_head = trainable_parameters(model), head_parameters(model)  # before they are sharded
         fitted, best = _fit(job, model, book, run, accelerator, reporter, flatten(recipe), resume=resume)
@@ -186,7 +189,7 @@ def _train(
 
 
 def _rounded(fitted: FitResult) -> dict[str, Any]:
-    """Return the fields of a result with measured times rounded."""
+    """Return the fields of a result, with measured times rounded."""
     tokens, padding = fitted.tokens_per_second, fitted.padding_share
     return {
         **asdict(fitted),
@@ -198,7 +201,7 @@ def _rounded(fitted: FitResult) -> dict[str, Any]:
 
 
 def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
-    """Yield remarks on how training ended."""
+    """Yield remarks on the outcome of training."""
     if result.stopped_early:
         count = job.settings.loop.patience
         yield f"stopped early: {count} evaluation{'s' * (count != 1)} in a row without a better one"
@@ -212,8 +215,7 @@ def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
 
 
 def _meet(settings: RunSettings, reporter: Reporter) -> Any:
-    """Make the object that owns this process and its peers."""
-    # Cores and heads contribute to every loss; a base model that is trained itself may have weights that do not.
+    """Make accelerate's ``Accelerator`` and check that the settings suit the way it shards the model."""
     has_idle = settings.adapter.preset.plain != "none"
     accelerator = make_accelerator(settings.model.precision, has_idle_parameters=has_idle)
     reporter.is_main = accelerator.is_main_process
@@ -288,16 +290,16 @@ def _settings(job: Job, accelerator: Any) -> LoopSettings:
 
 
 def _costs_little(job: Job, num_processes: int) -> bool:
-    """Return whether scoring the validation rows takes under a tenth of the run, by the number of forward passes."""
+    """Return whether scoring the validation rows takes less than a tenth of the run, counted in forward passes."""
     loop = job.settings.loop
-    if job.settings.compile:  # evaluation would compile another graph before the first step
+    if job.settings.compile:  # evaluation would compile a second graph before the first step
         return False
     rows = loop.epochs * len(job.train)
     if loop.max_steps is not None:
         steps = loop.max_steps * loop.batch_size * loop.gradient_accumulation_steps * num_processes
         rows = steps if job.stream else min(rows, steps)
-    trained = 3 * rows * float(job.train.lengths.mean())  # backward costs two forward passes
-    # Kinds whose answers are written call the decoder once for each token.
+    trained = 3 * rows * float(job.train.lengths.mean())  # the backward pass costs as much as two forward passes
+    # Tasks that generate answers call the decoder once per token.
     passes = 1 + generated_tokens(job.task)
     scored = passes * float(job.validation.lengths.sum())
     return scored < 0.1 * (scored + trained)
