@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a comparison: scores by task, scores by number of trained parameters, curves by method."""
+"""Draw the figures of a comparison: scores by task and by number of trained parameters, and curves by method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from mirrortune.compare.grid import slug
 from mirrortune.reports.drawing import MARKERS, Drawing, legend_beside, tidy
 
-# More colours than a run's figures need; from Tol's schemes, distinct with any colour vision, and by markers in grey.
+# More colours than the figures of a run need, from Paul Tol's schemes, which can be told apart with colour-blindness. In
+# greyscale, markers distinguish the methods.
 _COLOURS = (
     "#4477aa", "#cc6677", "#117733", "#ccbb44", "#66ccee", "#aa3377", "#44aa99", "#999933", "#aa4499", "#888888",
 )  # fmt: skip
@@ -20,11 +21,11 @@ _COLOURS = (
 def comparison_drawings(
     results: dict[str, Any], histories: dict[str, dict[str, list[list[dict[str, Any]]]]]
 ) -> list[Drawing]:
-    """Return the figures of all tasks with finished runs.
+    """Return the figures of all tasks that have finished runs.
 
     Args:
         results: content of ``results.json``.
-        histories: by task and method, the events of each seed's run.
+        histories: logged events of the run of each seed, by task and method.
     """
     tasks = {task: found for task, found in results["tasks"].items() if _finished(found)}
     found = [_per_task(tasks), _by_size(tasks)] if tasks else []
@@ -83,7 +84,7 @@ def _by_size(tasks: dict[str, Any]) -> Drawing:
 
 
 def _by_decades(axis: Any) -> None:
-    """Make the x axis logarithmic, in whole decades: within less than one, matplotlib's labels overlap."""
+    """Make the x axis logarithmic with limits at powers of ten; on a shorter axis, matplotlib's labels overlap."""
     axis.set(xscale="log")
     low, high = axis.get_xlim()
     axis.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grid of a comparison (tasks, methods, learning rates, seeds), and which of its cells to run next.
+"""Define the grid of a comparison (tasks, methods, learning rates, seeds) and choose which cells to run next.
 
-The next cells are a function of the grid and the finished cells alone, so that a comparison can be interrupted and
-continued anywhere. Imports no torch.
+The next cells depend only on the grid and the finished cells, so a comparison can be interrupted at any time and
+continued later. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mirrortune.config.schema import AdapterSection, Recipe
 from mirrortune.errors import ConfigError
 
 Score = tuple[float, float]
-"""Quality of a run, larger is better: its selection metric and its negated validation loss, in the order of
-``ChooseBy``; the second breaks ties."""
+"""Quality of a run, larger is better: the selection metric and the negated validation loss. ``ChooseBy`` decides which
+comes first; the other breaks ties."""
 ChooseBy = Literal["score", "loss"]
 
 _WHERE = "--methods"
@@ -32,10 +32,10 @@ class Contender:
     """A method of a comparison, with its settings.
 
     Attributes:
-        label: as given by the user, such as ``lora:rank=8``.
-        settings: recipe settings over the task's recipe, by dotted key.
-        lr_key: the learning rate to tune: the adapter's, or the head's if nothing else is trained.
-        lrs: learning rates to try first, ascending.
+        label: method as given by the user, such as ``lora:rank=8``.
+        settings: settings by dotted key that override the task's recipe.
+        lr_key: dotted key of the learning rate to tune: that of the adapter, or of the head if only it is trained.
+        lrs: learning rates to try first, in ascending order.
     """
 
     label: str
@@ -46,7 +46,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
-    """A run of the grid."""
+    """One run of the grid."""
 
     task: str
     label: str
@@ -54,21 +54,22 @@ class Cell:
     seed: int
 
     def folder(self, root: Path) -> Path:
-        """Return the run's directory."""
+        """Return the run directory of the cell."""
         return root / "cells" / slug(self.task) / slug(self.label) / f"lr-{self.lr:.0e}" / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """The runs of a comparison.
+    """All runs of a comparison.
 
     Attributes:
         tasks: names of the tasks (recipes), in order.
-        contenders: methods, in order; the others are tested against the first.
-        seeds: of the reported runs.
-        tune_seeds: of the runs that choose a learning rate; the first ones of ``seeds``.
-        extensions: how many learning rates may be added while the best one lies at the edge of the grid.
-        choose_by: what ranks learning rates, the task's metric or the validation loss; the other breaks ties.
+        contenders: methods, in order; the first is the reference against which the others are tested.
+        seeds: seeds of the reported runs.
+        tune_seeds: seeds of the runs by which a learning rate is chosen; the first ones of ``seeds``.
+        extensions: number of learning rates that may be added while the best one is at the edge of the grid.
+        choose_by: criterion for the best learning rate: the task's metric or the validation loss; the other breaks
+            ties.
     """
 
     tasks: tuple[str, ...]
@@ -84,10 +85,10 @@ class Chosen:
     """The state of one method on one task.
 
     Attributes:
-        lr: the best learning rate so far; None while tuning runs are missing.
-        scores: mean score of each learning rate whose tuning runs have finished; -inf for one that diverged.
+        lr: best learning rate so far; None while tuning runs are missing.
+        scores: mean score of each learning rate whose tuning runs have finished; -inf if one of them diverged.
         missing: cells to run next, in order.
-        is_at_edge: whether the best one is the lowest or highest that was tried.
+        is_at_edge: ``lr`` is the lowest or highest learning rate that was tried.
     """
 
     lr: float | None
@@ -99,16 +100,16 @@ class Chosen:
 def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) -> Contender:
     """Parse a method from the command line: ``NAME`` or ``NAME:key=value:...``.
 
-    A key is a field of the recipe's adapter section (``rank``), a dotted recipe key (``train.epochs``), ``lr`` (rates
-    to try, ``1e-3/3e-3``), or an option of the method (``scale_top_k``).
+    A key is a field of the recipe's adapter section (``rank``), a dotted key of the recipe (``train.epochs``), ``lr``
+    (learning rates to try, ``1e-3/3e-3``), or an option of the method (``scale_top_k``).
 
     Args:
-        word: one of ``--methods``.
-        base_head_lr: the recipe's learning rate of the head, the default for methods that train nothing else.
-        lr_grid: learning rates for methods that name none; None for those around each method's default.
+        word: one item of ``--methods``.
+        base_head_lr: learning rate of the head in the recipe, the default for methods that train only the head.
+        lr_grid: learning rates for methods without ``lr``; by default, rates around the default of each method.
 
     Raises:
-        ConfigError: an unknown method, or a part that is not ``key=value``.
+        ConfigError: the method is unknown, or a part is not ``key=value``.
     """
     name, *parts = word.split(":")
     chosen = preset(name, _WHERE)
@@ -132,10 +133,10 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
 
 
 def parse_lrs(text: str, where: str = "--lr-grid") -> tuple[float, ...]:
-    """Parse learning rates such as ``1e-3/3e-3`` or ``1e-3,3e-3``; return them ascending.
+    """Parse learning rates such as ``1e-3/3e-3`` or ``1e-3,3e-3`` and return them in ascending order.
 
     Raises:
-        ConfigError: not numbers, or not above 0.
+        ConfigError: a rate is not a positive number.
     """
     try:
         found = sorted({float(word) for word in re.split(r"[/,]", text)})
@@ -147,12 +148,12 @@ def parse_lrs(text: str, where: str = "--lr-grid") -> tuple[float, ...]:
 
 
 def around(lr: float) -> tuple[float, float, float]:
-    """Return ``lr``, rounded to the ladder 1, 3, 10, 30, ..., between its neighbours there."""
+    """Return three neighbouring rates of the ladder ..., 1e-3, 3e-3, 1e-2, ...; the middle one is nearest to ``lr``."""
     return step_from(lr, -1), step_from(lr, 0), step_from(lr, 1)
 
 
 def step_from(lr: float, steps: int) -> float:
-    """Return the rate ``steps`` rungs from the one nearest to ``lr`` on the ladder ..., 1e-3, 3e-3, 1e-2, ..."""
+    """Return the rate ``steps`` rungs away from the rate nearest to ``lr`` on the ladder ..., 1e-3, 3e-3, 1e-2, ..."""
     rung = round(2 * math.log10(lr)) + steps
     return float(f"{'1' if rung % 2 == 0 else '3'}e{math.floor(rung / 2)}")
 
@@ -161,10 +162,10 @@ def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], 
     """Choose the learning rate of a method on a task, as far as the finished cells allow.
 
     Args:
-        grid: of the comparison.
-        task: one of its tasks.
-        contender: one of its methods.
-        score: returns the score of a cell; None if it has not finished.
+        grid: grid of the comparison.
+        task: task of the grid.
+        contender: method of the grid.
+        score: returns the score of a cell, or None if it has not finished.
     """
     lrs = list(contender.lrs)
     for added in range(grid.extensions + 1):
@@ -173,7 +174,7 @@ def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], 
         if missing:
             return Chosen(lr=None, scores=_known(scores), missing=tuple(missing), is_at_edge=False)
         known = _known(scores)
-        # Of two rates with equal scores the lower: it changed the model less.
+        # If scores are equal, the lower rate wins, because it changes the model less.
         best = max(sorted(known), key=lambda lr: known[lr])
         is_at_edge = best in (min(lrs), max(lrs))
         if not is_at_edge or added == grid.extensions:
@@ -184,7 +185,7 @@ def choose(grid: Grid, task: str, contender: Contender, score: Callable[[Cell], 
 
 
 def next_cells(grid: Grid, score: Callable[[Cell], Score | None]) -> list[Cell]:
-    """Return every cell that can run now, in order; empty if the comparison is complete."""
+    """Return all cells that can run now, in order; empty if the comparison is complete."""
     return [c for task in grid.tasks for who in grid.contenders for c in choose(grid, task, who, score).missing]
 
 
@@ -201,7 +202,7 @@ def make_grid(
     """Build the grid from the options of ``mirrortune compare``.
 
     Raises:
-        ConfigError: all problems at once.
+        ConfigError: options are not valid; all problems are reported together.
     """
     head_lr = next(iter(recipes.values())).train.head_lr
     contenders, errors = [], []
@@ -228,7 +229,7 @@ def make_grid(
 
 
 def slug(name: str) -> str:
-    """Return a name for a folder: ``lora:rank=8`` becomes ``lora-rank-8``."""
+    """Convert a label to a folder name: ``lora:rank=8`` becomes ``lora-rank-8``."""
     return re.sub(r"[^A-Za-z0-9.+_]+", "-", name).strip("-")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report a comparison: ``results.json``, tables in Markdown, figures and a page, all from the run directories."""
+"""Report a comparison from its run directories: ``results.json``, Markdown tables, figures and a page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mirrortune.system.outputs import Input
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.metrics import METRICS
 
-# Taken from the first reported run: nearly the same for all seeds.
+# Taken from the first reported run, since they are nearly the same for all seeds.
 _SIZES = ("trainable_parameters", "head_parameters", "adapter_bytes")
 _COSTS = ("median_step_seconds", "peak_memory_bytes", "train_seconds", "pairing_seconds")
 
@@ -45,17 +45,17 @@ def compare(
     report_only: bool,
     command: str,
 ) -> dict[str, Any]:
-    """Run the missing cells of a comparison and report it; return the content of ``results.json``.
+    """Run the missing cells of a comparison, write the report, and return the content of ``results.json``.
 
     Args:
         root: folder of the comparison; finished runs in it are kept.
-        grid: its runs.
-        recipes: of each task.
+        grid: grid of the comparison.
+        recipes: recipe of each task.
         reporter: prints progress.
-        inputs: everything that the recipes read.
-        jobs: runs at a time; None for one on each GPU.
-        report_only: train nothing.
-        command: the command line, for the report.
+        inputs: all files and folders that the recipes read.
+        jobs: number of runs at a time; None for one per GPU.
+        report_only: write the report without training.
+        command: command line to show in the report.
     """
     shared = {name: comparable(recipe) for name, recipe in recipes.items()}
     comparison = Comparison(root=root, grid=grid, recipes=shared, reporter=reporter)
@@ -64,7 +64,7 @@ def compare(
         try:
             if not report_only:
                 comparison.run(jobs or default_jobs())
-        finally:  # an interrupted comparison reports its finished runs
+        finally:  # also report the finished runs of an interrupted comparison
             results = write_report(comparison, command)
     return results
 
@@ -72,7 +72,7 @@ def compare(
 def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
     """Write ``results.json``, ``table.md``, the figures and ``report.html``; return the results.
 
-    Methods with missing runs are reported with the seeds that have finished, and are not tested.
+    Methods with missing runs are reported for the seeds that have finished, but are not tested.
     """
     tasks = {task: _task(comparison, task) for task in comparison.grid.tasks}
     results = {
@@ -95,7 +95,7 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Render the tables of every task as Markdown."""
+    """Render the tables of all tasks as Markdown."""
     parts = []
     for task, found in _finished(results):
         scores, rates = _scores_table(found).markdown(has_code=True), _rates_table(found).markdown(has_code=True)
@@ -106,7 +106,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def comparison_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str:
-    """Render the tables of every task and the figures as a page."""
+    """Build the page with the tables of all tasks and the figures."""
     parts = []
     for task, found in _finished(results):
         caption = _caption(results, found).replace("`", "")
@@ -117,7 +117,7 @@ def comparison_page(results: dict[str, Any], drawings: Sequence[Drawing]) -> str
 
 
 def _finished(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the tasks in which a run has finished."""
+    """Return the tasks that have finished runs."""
     return [(task, found) for task, found in results["tasks"].items() if found["splits"]]
 
 
@@ -178,7 +178,7 @@ def _rates_caption(results: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def _score(value: float, found: dict[str, Any], *, signed: bool = False) -> str:
-    """Format a score: shares times 100, others (an error, a perplexity) unchanged."""
+    """Format a score: proportions in percent, other metrics (an error, a perplexity) unchanged."""
     sign = "+" if signed else ""
     return f"{100 * value:{sign}.1f}" if METRICS[found["metric"]].is_share else f"{value:{sign}.4g}"
 
@@ -239,7 +239,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
         return found
     first = next(iter(results.values()))
     metric = first["selection_metric"]
-    # The protocol dev-best has no other rows to report on than those that select.
+    # Under the protocol dev-best, the rows that select the checkpoint are the only ones to report on.
     per_split = {name: [r["reported"][name][metric] for r in results.values()] for name in first["reported"]}
     per_split = per_split or {"validation (chosen on it)": [r["metrics"][metric] for r in results.values()]}
     return {
@@ -254,7 +254,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
 
 
 def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Score) -> dict[str, float] | None:
-    """Average metric and loss over a learning rate's tuning runs; None if one diverged."""
+    """Return the mean metric and loss of a learning rate's tuning runs, or None if one diverged."""
     found = [comparison.result(Cell(task, label, lr, seed)) for seed in comparison.grid.tune_seeds]
     results = [r for r in found if r is not None]
     if not all(map(math.isfinite, score)):
@@ -298,7 +298,7 @@ def _histories(comparison: Comparison, task: str, label: str) -> list[list[dict[
 
 
 def _environment(comparison: Comparison) -> dict[str, Any]:
-    for path in filter(Path.is_file, sorted(comparison.root.glob("cells/**/environment.json"))):  # a pipe would hang
+    for path in filter(Path.is_file, sorted(comparison.root.glob("cells/**/environment.json"))):  # a pipe would block
         found = read_json(path)
         kept = {key: found.get(key) for key in ("mirrortune", "python", "platform", "device", "mixed_precision")}
         return {**kept, "torch": found.get("packages", {}).get("torch"), "packages": found.get("packages")}

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a comparison: each cell of the grid is a ``mirrortune train`` process; finished runs are kept, and the report is
-built from the run directories.
-"""
+"""Run a comparison: each cell of the grid is a ``mirrortune train`` process, and finished runs are kept."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import read_status
 from mirrortune.tasks.metrics import METRICS
 
-# Settings that no result depends on: which process prepares batches, and the permission to run a model's code.
+# Settings that do not affect results: where batches are prepared, and the permission to run a model's code.
 _FREE = ("train.num_workers", "model.trust_remote_code")
 
 
@@ -55,9 +53,9 @@ class Comparison:
     """A comparison on disk.
 
     Args:
-        root: its folder.
-        grid: its runs.
-        recipes: the recipe of each task.
+        root: folder of the comparison.
+        grid: grid of the comparison.
+        recipes: recipe of each task.
         reporter: prints progress.
     """
 
@@ -69,15 +67,16 @@ class Comparison:
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def contender(self, label: str) -> Contender:
-        """Return the method with that label."""
+        """Return the method with the given label."""
         return next(c for c in self.grid.contenders if c.label == label)
 
     def prepare(self) -> None:
         """Check every method on every task, read the data once, and write the recipes.
 
         Raises:
-            ConfigError: all problems of all methods at once; or the folder holds another comparison.
-            DataError, HubError, ResourceError: from the data and the model.
+            ConfigError: settings of methods are not valid, all reported together; or the folder holds another
+                comparison.
+            DataError, HubError, ResourceError: the data or the model cannot be used.
         """
         errors = []
         for task in self.grid.tasks:
@@ -113,15 +112,15 @@ class Comparison:
         return resolve([base, Layer(values=values, origin=f"--methods {cell.label}")]).recipe
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """Read ``results.json`` of a cell; None if it has not finished."""
+        """Read ``results.json`` of a cell, or return None if the cell has not finished."""
         return read_json(cell.folder(self.root) / "results.json") or None
 
     def has_diverged(self, cell: Cell) -> bool:
-        """Return whether the cell's training diverged."""
+        """Return whether the training of a cell diverged."""
         return read_status(RunDirectory(cell.folder(self.root))).get("status") == "diverged"
 
     def score(self, cell: Cell) -> Score | None:
-        """Return the score of a cell's run; -inf if it diverged, None if it has not finished."""
+        """Return the score of a cell: -inf if it diverged, None if it has not finished."""
         found = self.result(cell)
         if found is None:
             return (-math.inf, -math.inf) if self.has_diverged(cell) else None
@@ -131,11 +130,11 @@ class Comparison:
         return (score, loss) if self.grid.choose_by == "score" else (loss, score)
 
     def run(self, jobs: int) -> None:
-        """Run every cell that has not finished, ``jobs`` at a time.
+        """Run all cells that have not finished, ``jobs`` at a time.
 
         Raises:
-            MirrortuneError: a cell failed, other than by divergence.
-            InterruptedRun: on SIGINT or SIGTERM; cells that were running continue from their checkpoints next time.
+            MirrortuneError: a cell failed for another reason than divergence.
+            InterruptedRun: SIGINT or SIGTERM arrived; the next call continues running cells from their checkpoints.
         """
         waiting: dict[Future[None], Cell] = {}
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -169,7 +168,7 @@ class Comparison:
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
         who = self.contender(cell.label)
-        # Samples take seconds of a run, and are read in the page of one.
+        # Samples cost seconds per run, and are only shown on the page of a single run.
         silent = {"eval.samples": 0} if self.recipes[cell.task].eval.samples is None else {}
         return {**silent, **who.settings, who.lr_key: cell.lr, "train.seed": cell.seed}
 
@@ -180,17 +179,17 @@ class Comparison:
         _write_recipe(file, recipe)
         has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
         words = ["train", str(file), "-o", str(folder), "-q"]
-        if self.recipes[cell.task].model.trust_remote_code:  # never from a recipe, so on the command line
+        if self.recipes[cell.task].model.trust_remote_code:  # must be a flag, because recipes cannot permit it
             words.append("--trust-remote-code")
         words.append("--resume" if has_begun else "--overwrite")
         code, said = self._command(words, slot, jobs)
         is_retried = code and has_begun and not self.has_diverged(cell)
-        if is_retried and not self._stopped.is_set():  # its checkpoint is damaged, or of an older version
+        if is_retried and not self._stopped.is_set():  # the checkpoint is damaged or from an older version
             code, said = self._command([*words[:-1], "--overwrite"], slot, jobs)
         if self._stopped.is_set():
             return
         if code and not self.has_diverged(cell):
-            # Libraries may have printed warnings before.
+            # Warnings of libraries may precede the error.
             problem = re.split(r"^error: ", said, flags=re.MULTILINE)[-1]
             error = MirrortuneError(f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}", problem)
             error.exit_code = code
@@ -204,7 +203,7 @@ class Comparison:
             stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self._running.append(process)
-        if self._stopped.is_set():  # a signal came after the last check and before the start
+        if self._stopped.is_set():  # a signal arrived between the last check and the start
             process.send_signal(signal.SIGTERM)
         _, said = process.communicate()
         self._running.remove(process)
@@ -247,7 +246,7 @@ def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
     """Claim the folder of a new or continued comparison while the block runs.
 
     Raises:
-        ConfigError: it holds something else, or another process writes there.
+        ConfigError: the folder holds something else, or another process writes it.
     """
     check_place(root, inputs)
     with claimed(root):
@@ -262,7 +261,7 @@ def comparison_folder(root: Path, inputs: Sequence[Input]) -> Iterator[None]:
 
 
 def _refuse_links(root: Path, pattern: str) -> None:
-    """Refuse links in the place of folders, into which cells would be trained; linked files are replaced."""
+    """Raise ConfigError for symbolic links to folders, into which cells would be trained; linked files are replaced."""
     for path in sorted(root.glob(pattern)):
         if path.is_symlink() and not path.is_file():
             problem = f"{path} is a symbolic link to {path.readlink()}"
@@ -277,7 +276,7 @@ def _write_recipe(path: Path, recipe: Recipe) -> None:
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:
-    """Describe every changed setting that results depend on: ``train.epochs was 1, is 2``."""
+    """Describe all changed settings that affect results, such as ``train.epochs was 1, is 2``."""
     found = []
     for key, value in now.items():
         name, old = where + key, before.get(key)
@@ -289,13 +288,16 @@ def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> li
 
 
 def comparable(recipe: Recipe) -> Recipe:
-    """Return the part of a task's recipe that all cells share: absolute paths, no output folder, no learning rate."""
+    """Return the part of a task's recipe that all cells share, without output folder and learning rate.
+
+    Paths are absolute.
+    """
     train = recipe.train.model_copy(update={"lr": None})
     return with_absolute_paths(recipe).model_copy(update={"output_dir": None, "train": train})
 
 
 def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """Check a recipe and its data, and report the test split too, if the data has one with labels."""
+    """Check a recipe and its data; if the data has a labelled test split, add it to the reported splits."""
     settings = unpack(recipe)
     job = assemble(settings, reporter)
     data, name = read_data(settings.data), recipe.data.test_split
@@ -303,7 +305,7 @@ def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
     if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):
         return recipe
     try:
-        job.task.strata(rows)  # raises for rows without labels
+        job.task.strata(rows)  # raises if rows lack labels
     except DataError:
         return recipe
     update = recipe.eval.model_copy(update={"report_splits": (*recipe.eval.report_splits, name)})
@@ -311,14 +313,14 @@ def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
 
 
 def default_jobs() -> int:
-    """Return one job for each GPU; one without any."""
+    """Return the number of GPUs, or 1 without a GPU."""
     import torch  # noqa: PLC0415
 
     return max(1, torch.cuda.device_count())
 
 
 def _device(slot: int, jobs: int) -> dict[str, str]:
-    """Return a cell's environment variables: its GPU, or its share of the cores."""
+    """Return environment variables that give a cell its GPU or its share of the CPU cores."""
     import torch  # noqa: PLC0415
 
     if torch.cuda.device_count() > 1:

@@ -17,15 +17,16 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """A method compared with the reference, on the same seeds and rows.
+    """A method compared with the reference method on the same seeds and rows.
 
     Attributes:
-        label: the method.
-        difference: of the mean scores, method minus reference.
-        p_value: two-sided paired t-test over seeds; None with fewer than two.
-        p_adjusted: after Holm's correction for the number of methods tested.
-        low, high: 95% bootstrap interval of the difference over seeds and rows; None without row predictions.
-        verdict: ``better``, ``worse`` or ``within the noise``; ``not tested`` with fewer than two seeds.
+        label: label of the method.
+        difference: difference of the mean scores, method minus reference.
+        p_value: p-value of a two-sided paired t-test over seeds; None for fewer than two seeds.
+        p_adjusted: p-value after Holm's correction for the number of methods tested.
+        low, high: limits of the 95% bootstrap interval of the difference over seeds and rows; None without predictions
+            of rows.
+        verdict: ``better``, ``worse`` or ``within the noise``; ``not tested`` for fewer than two seeds.
     """
 
     label: str
@@ -39,11 +40,12 @@ class Paired:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """The scores of a method, one for each seed, in the same order for every method.
+    """The scores of a method, one per seed, in the same order of seeds for every method.
 
     Attributes:
-        values: shape (seeds,).
-        predictions, references: of every seed's rows, each of shape (rows,); None if they were not kept.
+        values: scores, shape (seeds,).
+        predictions: predictions of each seed's rows, each of shape (rows,); None if they were not kept.
+        references: references of each seed's rows, likewise.
     """
 
     values: tuple[float, ...]
@@ -61,15 +63,15 @@ def compare_with_reference(
 ) -> list[Paired]:
     """Test every method of ``samples`` against ``reference``.
 
-    A difference counts as real only if the t-test over seeds (after Holm, p < 0.05) and the bootstrap interval over
-    seeds and rows agree: a test over seeds ignores that the rows are a sample too.
+    A difference counts as real only if the t-test over seeds is significant (p < 0.05 after Holm's correction) and the
+    bootstrap interval over seeds and rows excludes zero. The t-test alone ignores that the rows, too, are a sample.
 
     Args:
-        samples: by method; all with the same seeds.
-        reference: one of them.
-        metric: (predictions, references) -> score.
-        higher_is_better: whether a larger score is better.
-        seed: of the bootstrap.
+        samples: scores by method, all with the same seeds.
+        reference: name of the reference method in ``samples``.
+        metric: function (predictions, references) -> score.
+        higher_is_better: a larger score is better.
+        seed: seed of the bootstrap.
     """
     base = samples[reference]
     others = [label for label in samples if label != reference]
@@ -90,7 +92,7 @@ def compare_with_reference(
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct p-values by Holm's step-down method, in the given order; None stays None."""
+    """Correct p-values for multiple tests by Holm's step-down method; the order is kept, and None stays None."""
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -103,9 +105,9 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 def bootstrap_interval(
     sample: Sample, base: Sample, metric: Callable[[Array, Array], float], *, seed: int
 ) -> tuple[float, float] | None:
-    """Estimate the 95% interval of the difference of mean scores, resampling seeds and rows with replacement.
+    """Estimate the 95% interval of the difference of mean scores by resampling seeds and rows with replacement.
 
-    Rows are drawn once for all seeds if all seeds were scored on the same rows, otherwise for each seed.
+    If all seeds were scored on the same rows, rows are resampled once for all seeds, otherwise for each seed.
     """
     if sample.predictions is None or base.predictions is None or base.references is None or len(sample.values) < 2:
         return None
@@ -131,7 +133,7 @@ def _t_test(values: Sequence[float], base: Sequence[float]) -> float | None:
     gaps = np.asarray(values) - np.asarray(base)
     if len(gaps) < 2:
         return None
-    if np.ptp(gaps) == 0:  # the statistic is 0/0 or infinite: no difference at all, or a constant one
+    if np.ptp(gaps) == 0:  # all differences are equal, so the statistic would be 0/0 or infinite
         return 1.0 if gaps[0] == 0 else 0.0
     return float(scipy.stats.ttest_rel(values, base).pvalue)
 
