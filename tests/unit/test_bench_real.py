@@ -24,9 +24,7 @@ def test_a_method_runs_on_every_task_before_the_next_wave_does() -> None:
     assert [name for name, _ in planned] == [*real.TASKS] * len(real.WAVES)
     assert planned[0][1] == real.WAVES[0]
     assert planned[-1][1] == tuple(method for wave in real.WAVES for method in wave)
-    assert [name for name, _ in real.plan(["rte"])] == ["trec", "rte"] * len(real.WAVES), "rates are chosen on trec"
-    for name, task in real.TASKS.items():
-        assert [*real.TASKS].index(task.tuned_on) <= [*real.TASKS].index(name)
+    assert [name for name, _ in real.plan(["rte"])] == ["rte"] * len(real.WAVES)
 
 
 @pytest.mark.parametrize("name", real.TASKS)
@@ -38,15 +36,17 @@ def test_the_settings_of_a_task_are_those_of_its_recipe(name: str) -> None:
             assert parse_contender(f"{method}:lr=1e-2", recipe.train.head_lr).lrs == (0.01,)
 
 
-def test_a_task_takes_the_rates_that_another_has_chosen(tmp_path: Path) -> None:
-    comparison(tmp_path / "trec", "trec", {"mirror": {"lr": 0.03}, "svft": {"lr": None}})
+def test_every_method_has_a_rate_that_a_kept_comparison_has_chosen(tmp_path: Path) -> None:
     options = real.parse([str(tmp_path), "--device", "cuda"])
 
-    words = real.command("rte", ("mirror", "svft"), tmp_path, options)
+    rates = {name: real.kept_rates(real.TASKS[name]) for name in ("rte", "dtd")}
+    words = real.command("rte", ("mirror", "lora:rank=8"), tmp_path, options)
 
-    assert words[words.index("--methods") + 1] == "mirror:lr=0.03,svft:lr=?"
-    assert "train.epochs=3" not in words, "a GPU takes the recipe's own epochs"
-    assert "--extensions 2" in " ".join(real.command("trec", ("mirror",), tmp_path, options))
+    for kept in rates.values():
+        assert {method for wave in real.WAVES for method in wave} <= set(kept)
+    assert (rates["rte"]["lora:rank=8"], rates["dtd"]["lora:rank=8"]) == (0.001, 0.003), "each model has its own"
+    assert words[words.index("--methods") + 1] == "mirror:lr=0.03,lora:rank=8:lr=0.001"
+    assert "train.max_steps=160" not in words, "a GPU takes the recipe's own epochs"
 
 
 def comparison(folder: Path, recipe: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
