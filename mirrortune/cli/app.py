@@ -224,7 +224,9 @@ def evaluate(
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
     own = _recipe_of(target, reporter)
-    resolved, _ = _resolve(words, task, {**given, "eval__batch_size": batch_size}, reporter, beneath=own, has_target=True)
+    resolved, _ = _resolve(
+        words, task, {**given, "eval__batch_size": batch_size}, reporter, beneath=own, has_target=True
+    )
     if own and (named := _describe_data(resolved, own)):
         reporter.note(named)
     trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
@@ -350,8 +352,13 @@ def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:
 
 
 def _resolve(
-    words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None,
-    *, has_target: bool = False,
+    words: list[str] | None,
+    task: str | None,
+    given: dict[str, Any],
+    reporter: Reporter,
+    beneath: Layer | None = None,
+    *,
+    has_target: bool = False,
 ) -> tuple[Resolved, str | None]:
     """Resolve the recipe from all layers; returns it with the name of the recipe or task that was given.
 

@@ -11,8 +11,8 @@ from typing import Any
 from mirrortune.compare.grid import slug
 from mirrortune.reports.drawing import MARKERS, Drawing, legend_beside, tidy
 
-# More colours than the figures of a run need, from Paul Tol's schemes, which can be told apart with colour-blindness. In
-# greyscale, markers distinguish the methods.
+# More colours than the figures of a run need, from Paul Tol's schemes, which can be told apart with colour-blindness.
+# In greyscale, markers distinguish the methods.
 _COLOURS = (
     "#4477aa", "#cc6677", "#117733", "#ccbb44", "#66ccee", "#aa3377", "#44aa99", "#999933", "#aa4499", "#888888",
 )  # fmt: skip

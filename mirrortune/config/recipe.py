@@ -235,7 +235,7 @@ def flag_layer(given: dict[str, tuple[str, Any]]) -> Layer:
 
 
 def task_layer(name: str, kinds: list[str], *, has_model: bool = True) -> Layer:
-    """Make the layer of ``--task NAME``: a shipped recipe, without its model unless ``has_model``, or a kind of task."""
+    """Make the layer of ``--task NAME``: a kind of task, or a shipped recipe, with its model or without it."""
     if name in kinds:
         return Layer(values={"task": {"kind": name}}, origin="--task", flags={("task", "kind"): "--task"})
     if name.lower() in PREFERENCES:

@@ -84,7 +84,7 @@ def choose_columns(
         label, note = _detect_label(table, text, source, numbers=numbers)
         notes.append(note)
     if not text:
-        text, note = _detect_text(table, label, source)
+        text, note = detect_text(table, label, source)
         notes.append(note)
     if len(text) > 2:
         raise DataError(source, f"{len(text)} text columns, got {', '.join(text)}", allowed="one or two")
@@ -209,8 +209,12 @@ def _is_no_label(column: Contents, *, numbers: bool) -> bool:
     return column.may_be_text or is_measure
 
 
-def _detect_text(table: pa.Table, label: str, source: str) -> tuple[tuple[str, ...], str]:
-    """Return the text columns and the note on them."""
+def detect_text(table: pa.Table, label: str | None, source: str) -> tuple[tuple[str, ...], str]:
+    """Return the text columns, none of which is ``label``, and the note on them.
+
+    Raises:
+        DataError: no column, or several, could be meant.
+    """
     lowered = {n.lower(): n for n in table.column_names if n != label}
     for first, second in _PAIR_NAMES:
         if first in lowered and second in lowered:

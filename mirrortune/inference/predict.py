@@ -286,6 +286,7 @@ class _PredictionLoop:
         self._output, self._parts = output, parts
         self._accelerator = answers.accelerator
         self._writer: TableWriter | None = None
+        self._held: list[pa.Table] = []
         self._is_whole = False
         self._without_text = 0
 
@@ -300,14 +301,15 @@ class _PredictionLoop:
         with self._reporter.bar("predict", total, done=done, unit="rows") as bar:
             try:
                 done, errors = self._predict(size, done, bar)
+                self._release()
+                if self._parts is not None:
+                    errors = sync.from_main(self._accelerator, self._join)
             except (KeyboardInterrupt, MirrortuneError):
                 self._keep()
                 raise
         if self._without_text:
             count = counted(self._without_text, "row")
             self._reporter.note(f"warning: {count} without a text got the answer of an empty one")
-        if self._parts is not None:
-            errors = sync.from_main(self._accelerator, self._join)
         return PredictResult(
             output="-" if self._output.file is None else str(self._output.file), rows=done, errors=errors
         )
@@ -383,11 +385,21 @@ class _PredictionLoop:
         if self._parts is not None:
             self._parts.add(first, table)
             return errors
-        if self._writer is None:
-            names = dict.fromkeys([*self._answers.own, *table.column_names])
-            self._writer = TableWriter(self._reporter.data, self._output.format, list(names))
-        self._writer.write(table)
+        self._held.append(table)
+        if errors < table.num_rows:
+            self._release()
         return errors
+
+    def _release(self) -> None:
+        """Print the tables that wait for the names of all columns: rows with errors alone do not have them."""
+        if self._held and self._writer is None:
+            names = dict.fromkeys([*self._answers.own, *(n for table in self._held for n in table.column_names)])
+            last = self._answers.names([ERROR])[ERROR]
+            self._writer = TableWriter(self._reporter.data, self._output.format, sorted(names, key=last.__eq__))
+        for table in self._held:
+            assert self._writer is not None
+            self._writer.write(table)
+        self._held.clear()
 
     def _join(self) -> int:
         """Make the output of its parts; return the number of rows that have an error."""

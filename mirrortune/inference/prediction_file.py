@@ -183,7 +183,7 @@ class Parts:
 
         if not self.is_joined():  # again: predicting may have taken hours
             refuse_replacing(self.output, kind, overwrite=self.replaces)
-        write_atomically(self.output, write)
+        self._write(self.output, write)
         self.discard()
         return errors
 
@@ -249,9 +249,21 @@ class TableWriter:
                 self._lines([[_cell(value) for value in row] for row in rows])
 
     def _lines(self, rows: Iterable[Iterable[Any]]) -> None:
-        text = io.StringIO(newline="")
-        csv.writer(text, delimiter=_delimiter(self._kind), lineterminator="\n").writerows(rows)
-        self._sink(text.getvalue().encode())
+        lines = _Lines()
+        csv.writer(lines, delimiter=_delimiter(self._kind), lineterminator="\r\n").writerows(rows)
+        self._sink("".join(lines).encode())
+
+
+class _Lines(list[str]):
+    """Collects what :func:`csv.writer` writes, each line ended by a line feed.
+
+    Before Python 3.13 the writer quotes a carriage return only where it is part of the line's end, and readers take an
+    unquoted one for the end of a row.
+    """
+
+    def write(self, line: str) -> None:
+        """Append a line."""
+        self.append(line.removesuffix("\r\n") + "\n")
 
 
 @contextmanager

@@ -47,6 +47,7 @@ from mirrortune.system.paths import hub_place
 from mirrortune.system.run_directory import RunDirectory, read_text
 from mirrortune.tasks.base import (
     Answers,
+    ComparesRows,
     HasLabels,
     Task,
     labels_of,
@@ -278,7 +279,7 @@ def load_evaluable(
         is_labelled: the rows have targets. If not, the labels of a plain model are those of its configuration.
     """
     if adapter_folder is not None:
-        return _load_run(adapter_folder, settings, remarks)
+        return _load_run(adapter_folder, settings, remarks, to_predict=not is_labelled)
     place = hub_place(target)
     request = settings.model
     source = find_model(
@@ -301,13 +302,15 @@ def load_evaluable(
     return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, note=note)
 
 
-def _load_run(adapter_folder: Path, settings: EvaluationSettings, remarks: list[str] | None) -> Evaluable:
+def _load_run(
+    adapter_folder: Path, settings: EvaluationSettings, remarks: list[str] | None, *, to_predict: bool
+) -> Evaluable:
     adapter = read_adapter(adapter_folder)
     if adapter.task is None:
         raise ConfigError(
             str(adapter_folder), "the adapter was saved outside a task", fix="Merge it and evaluate the merged model"
         )
-    task = task_of_run(adapter.task, settings.task)
+    task = task_of_run(adapter.task, settings.task, to_predict=to_predict)
     name = settings.model.name or adapter.base.get("name")
     if name is None:
         raise ConfigError(str(adapter_folder), "the adapter does not say what its base is", fix="Name it with --model")
@@ -356,11 +359,13 @@ def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings
     return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length)
 
 
-def task_of_run(stored: dict[str, Any], request: TaskRequest) -> Task:
-    """Return the task that an adapter was trained for, with columns replaced by those in ``request``."""
+def task_of_run(stored: dict[str, Any], request: TaskRequest, *, to_predict: bool = False) -> Task:
+    """Return the task that an adapter was trained for, with columns replaced by those in ``request``; see
+    :func:`~mirrortune.tasks.base.with_columns`.
+    """
     if request.kind not in (None, stored["kind"]):
         raise ConfigError("--task", f"the run was trained for {stored['kind']}, got {request.kind}")
-    return with_columns(task_from_dict(stored), request.columns)
+    return with_columns(task_from_dict(stored), request.columns, to_predict=to_predict)
 
 
 def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
@@ -400,7 +405,7 @@ def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:
         for name in settings_of(task.kind)
         if name.endswith(("_column", "_columns")) and name != "label_column"
     }
-    return with_columns(task, named), notes
+    return with_columns(task, named, to_predict=True), notes
 
 
 def _unlabelled_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
@@ -418,6 +423,8 @@ def _make_unlabelled(request: TaskRequest, rows: Split, *, has_several: bool) ->
     kind = task_class(request.kind)
     if issubclass(kind, Answers):  # rows need no answer
         return request.make(rows)
+    if issubclass(kind, ComparesRows):
+        return kind.to_predict(rows.table, rows.source, request.given.get("text_columns"))
     column = request.given.get("label_column") or "label"
     has_tags = issubclass(kind, HasLabels) and not issubclass(kind, OneOfClasses)
     empty = pa.nulls(rows.table.num_rows, pa.list_(pa.string()) if has_tags or has_several else pa.string())

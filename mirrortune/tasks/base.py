@@ -243,6 +243,25 @@ class ComparesRows(ABC):
 
     __slots__ = ()
 
+    @classmethod
+    @abstractmethod
+    def to_predict(
+        cls, table: pa.Table, source: str, text_columns: tuple[str, ...] | None = None
+    ) -> tuple[Task, list[str]]:
+        """Create the task for rows without anything to be compared with, such as a corpus to embed.
+
+        Args:
+            table: the rows.
+            source: name of the table in messages.
+            text_columns: columns of text; None to detect them.
+
+        Returns:
+            The task, and notes on what was detected.
+
+        Raises:
+            DataError: no column, or several, could be meant.
+        """
+
     @abstractmethod
     def vectors(self, inputs: Batch, outputs: Any) -> Tensor:
         """Return what rows are compared by, shape (B, ...), float32."""
@@ -373,8 +392,13 @@ def task_from_dict(data: dict[str, Any]) -> Task:
     return task
 
 
-def with_columns(task: Task, named: dict[str, Any]) -> Task:
-    """Return the task with other columns: ``named`` maps settings that name columns to new values (None: unchanged).
+def with_columns(task: Task, named: dict[str, Any], *, to_predict: bool = False) -> Task:
+    """Return the task with other columns.
+
+    Args:
+        task: as trained.
+        named: new values of settings that name columns; None leaves one unchanged.
+        to_predict: accept fewer texts where the task can do without some, as for a corpus to embed.
 
     Raises:
         ConfigError: if the kind does not read such a column, or reads another number of them.
@@ -384,7 +408,8 @@ def with_columns(task: Task, named: dict[str, Any]) -> Task:
         flag, now = "--" + key.replace("_", "-").removesuffix("s"), getattr(task, key, None)
         if now is None:
             raise ConfigError(flag, f"{task.kind} has none")
-        if isinstance(now, tuple) and len(now) != len(value):
+        can_be_fewer = to_predict and isinstance(task, ComparesRows)
+        if isinstance(now, tuple) and len(now) != len(value) and not (can_be_fewer and len(value) < len(now)):
             raise ConfigError(flag, f"the run reads {len(now)} {key.split('_')[0]}s, got {len(value)}")
     return replace(task, **given)  # type: ignore[type-var]
 

@@ -83,6 +83,15 @@ def test_scored_pairs_and_their_cosines(desk: Path, tiny_model_dir: Path) -> Non
     embedded = [json.loads(line)["prediction"] for line in Path("embedded.jsonl").read_text().splitlines()]
     assert [len(vector) for vector in embedded] == [32, 32]
     assert embedded[0] == pytest.approx(one, abs=1e-5)
+    other = write(Path("other.jsonl"), [{"id": 7, "body": "the film"}])
+    for target in ("run", "merged"):  # whatever the column is called, and by a model that has no run
+        words = ("-t", "sentence-similarity") if target == "merged" else ()
+        named = mirrortune("predict", target, *words, "-d", other, "--format", "jsonl")
+        assert named.data["prediction"] == pytest.approx(one, abs=1e-4)
+        with_flag = mirrortune("predict", target, *words, "-d", other, "--text-column", "body", "--format", "jsonl")
+        assert with_flag.data["prediction"] == named.data["prediction"]
+        alone = mirrortune("predict", target, *words, "--text", "the film", "--format", "jsonl")
+        assert alone.data["prediction"] == pytest.approx(one, abs=1e-4)
     mirrortune("eval", "run", "--predictions", "p.tsv")
     cosines = [float(line.split("\t")[1]) for line in Path("p.tsv").read_text().splitlines()[1:]]
     assert len(cosines) == 12

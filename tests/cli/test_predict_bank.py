@@ -104,6 +104,18 @@ def test_all_rows_without_an_adapter_are_named_before_anything_is_answered(
     assert "no adapter 'x'" in skipped[4]["error"]
 
 
+def test_bad_rows_at_the_start_do_not_fix_the_columns(shops: Path, tiny_model_dir: Path, desk: Path) -> None:
+    rows = rows_of_shops(66)
+    for row in rows[:64]:  # the first block
+        row["shop"] = "x"
+    data = write(desk / "rows.jsonl", [{**row, "shop": str(row["shop"])} for row in rows])
+
+    skipped = told(tiny_model_dir, "--bank", shops, "-d", data, *FLAGS, "--on-error", "skip")
+
+    assert [row["score"] is None for row in skipped] == [True] * 64 + [False] * 2
+    assert all(list(row) == ["text", "shop", "prediction", "score", "error"] for row in skipped)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

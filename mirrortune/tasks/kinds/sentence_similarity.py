@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mirrortune.data.columns import check_is_text, check_named, contents, detected, number_of
+from mirrortune.data.columns import check_is_text, check_named, contents, detect_text, detected, number_of
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Examples, IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.data.files.arrow import Columns, cells, refuse_unreadable
@@ -185,6 +185,20 @@ class Task(TextTask, ComparesRows):
             notes.append(f"no score: learning which '{text[1]}' belongs to each '{text[0]}', among those of its batch")
         own, target = _RANKING if label is None else _CORRELATION
         return cls(text_columns=text, label_column=label, **scores.fields(own, target)), notes
+
+    @override
+    @classmethod
+    def to_predict(
+        cls, table: pa.Table, source: str, text_columns: tuple[str, ...] | None = None
+    ) -> tuple[Task, list[str]]:
+        check_named(table, source, {"--text-column": text_columns})
+        text, notes = text_columns or _find_texts(table, has_score=False), list[str]()
+        if not text:
+            text, note = detect_text(table, None, source)
+            notes.append(note)
+        for column in text:
+            check_is_text(table, column, source)
+        return cls(text_columns=tuple(text), label_column=None, **KINDS_OWN.fields(*_RANKING)), notes
 
     @override
     def columns(self) -> list[tuple[str, str]]:

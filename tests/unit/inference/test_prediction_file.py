@@ -28,7 +28,17 @@ from mirrortune.inference.prediction_file import (
 )
 from mirrortune.system.atomic import MARKER
 
-CELLS = ["plain", 'a "quoted", cell', "two\nlines", "semi;colon\ttab", "", None, "\u2028 é 🙂"]
+CELLS = [
+    "plain",
+    'a "quoted", cell',
+    "two\nlines",
+    "car\rriage",
+    "both\r\nof them",
+    "semi;colon\ttab",
+    "",
+    None,
+    "\u2028 é 🙂",
+]
 
 
 def written(kind: str, table: pa.Table) -> str:
