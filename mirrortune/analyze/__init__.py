@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two checkpoints compared, before and after fine-tuning."""
+"""Compare two checkpoints, before and after fine-tuning."""
 
 __all__ = ["analyze", "checkpoints", "report"]

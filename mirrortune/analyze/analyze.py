@@ -21,9 +21,9 @@ from mirrortune.analyze.spectra.verdict import Claim, claims, verdict
 from mirrortune.analyze.weights import Weights
 from mirrortune.errors import ResourceError
 
-# Peak number of float64 copies of a matrix, including LAPACK's workspace; measured on square matrices.
+# Peak memory in float64 copies of a matrix, including LAPACK's workspace; measured on square matrices.
 _COPIES = 16
-# Most names listed of tensors that were not compared.
+# Maximum number of names in a list of tensors that were not compared.
 _LISTED_NAMES = 20
 
 
@@ -32,17 +32,19 @@ class Analysis:
     """The differences between two checkpoints.
 
     Attributes:
-        base, tuned: as named by the user.
-        matrices: every matrix, in the base's order.
-        overall: summary of all matrices; ``by_kind`` and ``by_depth`` of groups.
-        curves: what each method could have captured.
-        claims: published findings, tested.
-        verdict: sentences.
+        base, tuned: names of the checkpoints as given by the user.
+        matrices: all matrices, in the order of the base.
+        overall: summary of all matrices.
+        by_kind, by_depth: summaries of groups of matrices.
+        curves: share of the change that each method could have captured.
+        claims: published findings, tested on these checkpoints.
+        verdict: conclusions as sentences.
         num_weights: number of weights in the matrices that changed.
-        base_only, tuned_only, resized: names of tensors that were not compared.
-        seconds: in all; ``matrix_seconds`` of each matrix, by name, on its thread.
+        base_only, tuned_only, resized: names of tensors that were not compared; see :class:`Pairing`.
+        seconds: total time.
+        matrix_seconds: time for each matrix on its thread, by name.
         threads: number of threads.
-        top_k: largest number of directions that count as the top.
+        top_k: maximum number of leading directions that count as the top.
     """
 
     base: str
@@ -64,7 +66,7 @@ class Analysis:
     top_k: int
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to JSON data: numbers to six digits, None for NaN and infinities."""
+        """Convert to JSON data, with numbers rounded to six digits and None for NaN and infinities."""
         found = _plain(asdict(self))
         assert isinstance(found, dict)
         return found
@@ -85,12 +87,12 @@ def analyse(
     """Compare every matrix that two checkpoints share.
 
     Args:
-        base: the weights before fine-tuning.
-        tuned: the weights after it.
-        pattern: chooses layers, as for ``--target-modules``.
-        top_k: how many leading directions count as the top, at most a quarter of a matrix's.
-        threads: matrices at a time; None for one for each core, as far as memory allows.
-        show_bar: (label, total) -> a context manager with ``advance``, for a progress bar.
+        base: weights before fine-tuning.
+        tuned: weights after fine-tuning.
+        pattern: regular expression that selects layers, as in ``--target-modules``.
+        top_k: number of leading directions that count as the top, limited to a quarter of each matrix's directions.
+        threads: number of matrices at a time; None for one per core, as far as memory allows.
+        show_bar: function (label, total) that returns a progress bar: a context manager with ``advance``.
 
     Raises:
         ConfigError: the checkpoints are of different architectures.
@@ -164,7 +166,7 @@ def _collect(
 
 
 def _in_threads(work: Callable[[Matrix], _Result], items: list[Matrix], count: int) -> Iterator[_Result]:
-    """Yield results in order; each thread uses one core, since decompositions of one matrix scale badly over cores."""
+    """Yield results in order; each thread uses one core, because decomposing a matrix scales badly over cores."""
     if count == 1:
         yield from map(work, items)
         return
@@ -190,7 +192,7 @@ def _threads_that_fit(matrices: list[Matrix]) -> int:
     largest = max(math.prod(m.shape) for m in matrices) * 8 * _COPIES
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # macOS and Windows do not tell
+    except (ValueError, OSError, AttributeError):  # not available on macOS and Windows
         free = 4 * 2**30
     return max(1, min(cores, len(matrices), int(0.8 * free) // largest))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open the checkpoints to compare: a folder, a Hub id, a file, a run, an adapter of mirrortune or PEFT."""
+"""Open the checkpoints to compare, each a folder, a Hub id, a file, a run, or an adapter of mirrortune or PEFT."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from mirrortune.system.tensor_files import INDEX, WHOLE, index_of
 def open_pair(
     base: str, tuned: str | None, base_revision: str | None, tuned_revision: str | None
 ) -> tuple[Weights, Weights]:
-    """Open both sides of a comparison; reads nothing but headers and small files.
+    """Open both sides of a comparison, reading only headers and small files.
 
     Args:
-        base: the checkpoint before fine-tuning; or an adapter, if ``tuned`` is None.
-        tuned: the checkpoint after fine-tuning; None for an adapter, which names its base.
-        base_revision: of a Hub repository.
-        tuned_revision: of a Hub repository.
+        base: checkpoint before fine-tuning or, if ``tuned`` is None, an adapter.
+        tuned: checkpoint after fine-tuning; None to compare the adapter ``base`` with the base that it names.
+        base_revision: revision of ``base`` on the Hub, or None.
+        tuned_revision: revision of ``tuned`` on the Hub, or None.
 
     Raises:
-        ConfigError: no such place, or nothing in it that can be compared.
-        HubError: the Hub refused something.
-        VerificationError: a damaged adapter.
+        ConfigError: a place does not exist or holds nothing that can be compared.
+        HubError: a download failed.
+        VerificationError: an adapter is damaged.
     """
     if tuned is not None:
         before = open_weights(base, base_revision)
-        # The named base is put under the adapter, unless it is an adapter itself.
+        # An adapter is applied to the base named by the user, unless that is an adapter itself.
         return before, open_weights(tuned, tuned_revision, before if before.base is None else None)
     after = open_weights(base, base_revision)
     if after.base is None:
@@ -48,7 +48,7 @@ def open_pair(
 
 
 def open_weights(name: str, revision: str | None, beneath: Weights | None = None) -> Weights:
-    """Open the weights at ``name``; an adapter is put on ``beneath``, or on the base that it names itself."""
+    """Open the weights at ``name``; an adapter is applied to ``beneath`` or, if None, to the base that it names."""
     restore(local_path(name))
     place = ModelPlace.parse(name)
     if place.is_local:
@@ -86,7 +86,7 @@ def _finder(folder: Path) -> Callable[[str], Path | None]:
 
 
 def _hub_finder(name: str, revision: str | None) -> Callable[[str], Path | None]:
-    """Return what downloads a file of a repository; it returns None for a file that is not there."""
+    """Return a function that downloads a file of a repository, and returns None if the file does not exist."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     commit = resolve_commit(name, name, revision, "model", "the model")

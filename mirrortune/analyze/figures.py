@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of an analysis; each is a function from an :class:`Analysis` to a drawing, or None without numbers for it."""
+"""Draw the figures of an analysis.
+
+Each figure is a function that returns a drawing for an :class:`Analysis`, or None if the analysis lacks its data.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ NAMES = (
 
 
 def drawings(analysis: Analysis) -> list[Drawing]:
-    """Return every figure that the analysis has numbers for, in the order of the page."""
+    """Return all figures for which the analysis has data, in the order of the page."""
     makers = (_shares, _heat_maps, _spectra, _value_change, _captured, _subspaces, _overlaps, _angles)
     if not any(m.comparison for m in analysis.matrices):
         return []

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the tensors of a checkpoint that are matrices acting on features, and read each as (out, in).
+"""Find the tensors of a checkpoint that are matrices acting on features, and read each with shape (out, in).
 
-The model's modules, built without weights, tell how: GPT-2's Conv1D stores its weight as (in, out), convolutions act on
-patches, a stack of experts is as many matrices. Embeddings are lookup tables and left out.
+The layout of a tensor follows from the model's modules, which are built without weights: GPT-2's Conv1D stores its
+weight as (in, out), a convolution acts on patches, and a stack of experts holds several matrices. Embeddings are lookup
+tables and are left out.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Matrix:
     """A weight to compare.
 
     Attributes:
-        name: to show; the tensor's name, with the index of the matrix in a stack.
-        base, tuned: the tensor's name in either checkpoint.
-        layout: how the tensor holds the matrix, or the stack.
+        name: name to show: that of the tensor, with the index of the matrix in a stack.
+        base, tuned: name of the tensor in each checkpoint.
+        layout: how the tensor stores the matrix or the stack.
         part: index in the stack, or None.
     """
 
@@ -42,11 +43,11 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I)."""
+        """Shape of the matrix, (O, I)."""
         return self.layout.matrix_shape
 
     def read(self, weights: Weights, name: str) -> Tensor:
-        """Read the matrix (O, I) from one checkpoint, where its tensor has the given name."""
+        """Read the matrix (O, I) from the tensor called ``name`` in one checkpoint."""
         if self.part is None:
             return self.layout.matrix(weights.read(name))
         if self.layout.shape[0] != self.layout.count:  # groups of a convolution
@@ -60,9 +61,9 @@ class Pairing:
     """The matrices that two checkpoints share, and the tensors that they do not.
 
     Attributes:
-        matrices: in the base's order.
+        matrices: shared matrices, in the order of the base.
         base_only, tuned_only: names of tensors that the other checkpoint lacks.
-        resized: names of tensors whose shapes differ (a head for other labels, an embedding for other tokens).
+        resized: names of tensors whose shapes differ, such as a head for other labels.
     """
 
     matrices: list[Matrix]
@@ -75,12 +76,12 @@ def pair_matrices(base: Weights, tuned: Weights, pattern: str) -> Pairing:
     """Match the matrices of two checkpoints.
 
     Args:
-        base: weights of the first.
-        tuned: weights of the second.
-        pattern: chooses layers, as for ``--target-modules``.
+        base: weights of the first checkpoint.
+        tuned: weights of the second checkpoint.
+        pattern: regular expression that selects layers, as in ``--target-modules``.
 
     Raises:
-        ConfigError: they are of different architectures, or no matrix matches ``pattern``.
+        ConfigError: the checkpoints are of different architectures, or no matrix matches ``pattern``.
     """
     names = match_names(base.shapes, tuned.shapes)
     resized = [n for n, other in names.items() if base.shapes[n] != tuned.shapes[other]]
@@ -104,7 +105,7 @@ def pair_matrices(base: Weights, tuned: Weights, pattern: str) -> Pairing:
 
 def _as_matrices(name: str, tuned: str, shape: tuple[int, ...], held: tuple[Kind, Layout] | None) -> list[Matrix]:
     kind, layout = held or (None, Layout(shape=shape, out_features=shape[0] if shape else 1))
-    # Position embeddings are often parameters with a batch dimension of one.
+    # Position embeddings are often parameters with a batch dimension of 1.
     is_table = isinstance(kind, Embedding) or (isinstance(kind, Parameter) and shape[0] == 1)
     if len(shape) < 2 or is_table or min(layout.matrix_shape) < 2:
         return []
@@ -115,7 +116,7 @@ def _as_matrices(name: str, tuned: str, shape: tuple[int, ...], held: tuple[Kind
 
 
 def _kinds(source: ModelSource | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Kind, Layout]]:
-    """Find the kind of module that holds each tensor, and its layout; empty without a configuration."""
+    """Find the kind and layout of the module that holds each tensor; empty without a configuration."""
     if source is None:
         return {}
     try:

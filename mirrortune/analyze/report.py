@@ -48,7 +48,7 @@ def terminal_lines(analysis: Analysis) -> list[str]:
 
 def write_drawings(analysis: Analysis, folder: Path) -> list[Path]:
     """Write all figures as PNG and SVG files, and list them in the folder's marker."""
-    _check_figures(folder)  # again, since the analysis may have taken long
+    _check_figures(folder)  # again, since the analysis may have taken hours
     found = drawings(analysis)
     before = read_marker(folder)
     names = frozenset(f"{drawing.name}.{suffix}" for drawing in found for suffix in ("png", "svg"))
@@ -62,8 +62,8 @@ def figures_folder(folder: Path, inputs: Sequence[Input]) -> Iterator[None]:
     """Claim a folder for figures while the block runs; it may hold other files under other names.
 
     Raises:
-        ConfigError: a file with a figure's name was not written by an earlier analysis, mirrortune wrote the folder for
-            something else, or another process writes there.
+        ConfigError: a file with the name of a figure was not written by an earlier analysis, the folder is another
+            output of mirrortune, or another process writes it.
     """
     check_place(folder, inputs)
     with claimed(folder):
@@ -90,7 +90,7 @@ def _check_figures(folder: Path) -> None:
 
 
 def analysis_page(analysis: Analysis, command: str) -> str:
-    """Build the page."""
+    """Build the page of an analysis, which ends with the command line ``command``."""
     parts = [html.box(analysis.verdict)]
     if analysis.claims:
         parts += [
@@ -161,7 +161,7 @@ def _depth_lines(depths: dict[str, MatrixGroup]) -> list[str]:
 
 
 def _method_table(analysis: Analysis) -> Table:
-    """Build the table of methods: what each captures at each budget, in percent, and the size that captures 90%."""
+    """Build the table of methods: the percentage that each captures at each budget, and the size that captures 90%."""
     budgets = [share * analysis.num_weights for share in BUDGETS]
     sizes = [f"{b:,.0f} ({100 * s:g}%)" for b, s in zip(budgets, BUDGETS, strict=True)]
     head = ["method", *sizes, "its most", "90% at"]
@@ -233,7 +233,7 @@ def _percent(share: float | None) -> str:
 
 
 def _number(value: float | None, *, signed: bool = False) -> str:
-    """Format a number with about three digits."""
+    """Format a number with about three significant digits."""
     if value is None or not math.isfinite(value):
         return "-"
     sign = "+" if signed else ""

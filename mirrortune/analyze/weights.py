@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a checkpoint's weights one matrix at a time: plain files, or a base with an adapter of mirrortune or PEFT."""
+"""Read the weights of a checkpoint one matrix at a time, from plain files or from a base with an adapter."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Weights(ABC):
     """One side of a comparison.
 
     Attributes:
-        label: as the user named it.
-        shapes: of every floating-point tensor, by name.
-        source: the model that the weights belong to, if there is a configuration.
-        base: the weights under an adapter; None for a plain checkpoint.
+        label: name given by the user.
+        shapes: shape of each floating-point tensor by name.
+        source: model that the weights belong to; None without a configuration.
+        base: weights to which an adapter is applied; None for a plain checkpoint.
     """
 
     label: str
@@ -48,10 +48,10 @@ class Weights(ABC):
 
     @abstractmethod
     def read(self, name: str, part: int | None = None) -> Tensor:
-        """Read a tensor, or one entry of its first dimension, in its stored dtype or a wider one."""
+        """Read a tensor, or entry ``part`` of its first dimension, in its stored dtype or a wider one."""
 
     def angles(self, name: str) -> list[float] | None:
-        """Return the plane angles at a weight in degrees; None for weights that no adapter rotates in planes."""
+        """Return the plane angles of a weight's adapter in degrees, or None if no adapter rotates planes of it."""
         return None
 
 
@@ -60,14 +60,14 @@ class StoredWeights(Weights):
     """Weights in plain safetensors files.
 
     Attributes:
-        tensors: every floating-point tensor, by name.
+        tensors: floating-point tensors by name.
     """
 
     tensors: dict[str, StoredTensor]
 
     @classmethod
     def of_files(cls, label: str, paths: Iterable[Path], source: ModelSource | None = None) -> StoredWeights:
-        """Open files by their headers.
+        """Open safetensors files, reading only their headers.
 
         Raises:
             ConfigError: a file is missing or damaged, or holds nothing that can be compared.
@@ -94,13 +94,13 @@ class StoredWeights(Weights):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptedWeights(Weights):
-    """Weights of a base with one of mirrortune's adapters merged into it, matrix by matrix, in float64.
+    """Weights of a base into which a mirrortune adapter is merged, matrix by matrix, in float64.
 
     Attributes:
-        base: what the adapter was trained on; every adapted weight is checked against the adapter's hash of it.
-        adapter: the adapter.
+        base: weights that the adapter was trained on; each adapted weight is checked against the hash in the adapter.
+        adapter: adapter.
         factors: computes or caches the factors of the base.
-        names: name in the base -> name in the adapter's model, for what the adapter changes.
+        names: for each weight that the adapter changes, its name in the adapter's model by its name in the base.
     """
 
     base: Weights
@@ -110,7 +110,7 @@ class AdaptedWeights(Weights):
 
     @classmethod
     def of_adapter(cls, label: str, base: Weights, adapter: AdapterFile, factors: FactorSource) -> AdaptedWeights:
-        """Put ``adapter`` on ``base``.
+        """Apply ``adapter`` to ``base``.
 
         Raises:
             ConfigError: the base lacks adapted weights.
@@ -156,7 +156,7 @@ class AdaptedWeights(Weights):
         return changed
 
     def _layers(self, own: str) -> list[str]:
-        """Return the adapted layers whose weight, or a part of it, has the name ``own`` in the adapter's model."""
+        """Return the adapted layers whose weight is ``own`` in the adapter's model, or a part of it."""
         return [layer for layer, tensors in self.adapter.weights.items() if own in tensors]
 
     @override
@@ -165,7 +165,7 @@ class AdaptedWeights(Weights):
         for layer in self._layers(self.names.get(name, "")):
             stored, layout = self.adapter.fingerprints[layer], self.adapter.layouts[layer]
             stack = (layout.count,) if layout.count > 1 else ()
-            unknown = torch.ones(*stack, stored.rank)  # angles do not depend on singular values
+            unknown = torch.ones(*stack, stored.rank)  # placeholder: angles do not depend on singular values
             angles = stored_core(self.adapter, layer, unknown).angles()
             if angles is not None:
                 found.append(angles.detach().double().rad2deg().flatten())
@@ -180,18 +180,18 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_SMALLEST_LIMIT = 1024  # a small adapter may use numbers up to this
-# What PEFT raises for values that it does not expect in a file.
+_SMALLEST_LIMIT = 1024  # even a small adapter may use numbers up to this
+# Exceptions that PEFT raises for unexpected values in a file.
 _UNFORESEEN = (ValueError, TypeError, RuntimeError, OSError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftWeights(Weights):
-    """Weights of a base with an adapter of PEFT merged into it by PEFT, in float32.
+    """Weights of a base into which PEFT merges a PEFT adapter, in float32.
 
     Attributes:
-        base: the base's weights, also those of layers without a tuner.
-        layers: the tuner layer of every base tensor that has one.
+        base: weights of the base, including layers without a tuner.
+        layers: tuner layer of each base tensor that has one.
     """
 
     base: Weights
@@ -209,15 +209,15 @@ class PeftWeights(Weights):
 
 
 def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
-    """Load an adapter that PEFT wrote, onto its base.
+    """Load an adapter written by PEFT and apply it to its base.
 
     Args:
-        label: how the user named it.
-        folder: where ``adapter_config.json`` is.
-        base: its base model's weights.
+        label: name given by the user.
+        folder: folder with ``adapter_config.json``.
+        base: weights of the base model.
 
     Raises:
-        ConfigError: PEFT is not installed, or the adapter is not for this base.
+        ConfigError: PEFT is not installed, or the adapter does not belong to this base.
     """
     try:
         peft = importlib.import_module("peft")
@@ -234,7 +234,7 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
     model = load_model(base.source, name, {}, dtype, None).model
     try:
         _name_layers(config, model, lambda: peft.utils.load_peft_weights(folder, device="cpu"))
-        with warnings.catch_warnings():  # PEFT's own, about transformers
+        with warnings.catch_warnings():  # PEFT warns about transformers
             warnings.simplefilter("ignore")
             adapted = peft.PeftModel.from_pretrained(model, folder, config=config, ignore_mismatched_sizes=True)
     except _UNFORESEEN as error:
@@ -253,10 +253,10 @@ def load_peft(label: str, folder: str, base: Weights) -> PeftWeights:
 
 
 def read_config(label: str, folder: Path) -> dict[str, Any]:
-    """Read ``adapter_config.json`` of an adapter that PEFT wrote.
+    """Read ``adapter_config.json`` of an adapter written by PEFT.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is damaged.
     """
     path = folder / "adapter_config.json"
     try:
@@ -270,13 +270,13 @@ def read_config(label: str, folder: Path) -> dict[str, Any]:
 
 
 def _checked_config(label: str, folder: Path, base: Weights, peft: Any) -> Any:
-    """Load PEFT's configuration of an adapter, and refuse what is more, or other, than a change of weights."""
+    """Load PEFT's configuration of an adapter; raise ConfigError for adapters that do more than change weights."""
     stored = sum(path.stat().st_size for path in folder.glob("adapter_model.*"))
     largest = max([_SMALLEST_LIMIT, stored, *(size for shape in base.shapes.values() for size in shape)])
     try:
         if problem := objection(read_config(label, folder), largest):
             raise ConfigError(label, problem, fix="Save the adapter again without it")
-        with warnings.catch_warnings():  # of fields that this version of PEFT does not have
+        with warnings.catch_warnings():  # about fields that this version of PEFT does not have
             warnings.simplefilter("ignore")
             config = peft.PeftConfig.from_pretrained(str(folder))
         changes_weights = hasattr(config, "target_modules") and not config.is_prompt_learning
@@ -288,7 +288,7 @@ def _checked_config(label: str, folder: Path, base: Weights, peft: Any) -> Any:
 
 
 def _name_layers(config: Any, model: nn.Module, load: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Replace patterns that choose layers by the names of the layers that the adapter has tensors for."""
+    """Replace the patterns that select layers by the names of the layers for which the adapter has tensors."""
     if not (isinstance(config.target_modules, str) or any(getattr(config, key, None) for key in CHOOSE_LAYERS)):
         return
     modules = dict(model.named_modules())
@@ -298,7 +298,7 @@ def _name_layers(config: Any, model: nn.Module, load: Callable[[], Mapping[str, 
         parts = (".".join(words[:end]) for end in range(len(words) - 1, 0, -1))
         name = next((part for part in parts if part in modules), None)
         if name is not None and ".".join(words)[len(name) + 1 :] not in dict(modules[name].named_parameters()):
-            names.add(name)  # otherwise a module that was saved whole
+            names.add(name)  # other modules were saved completely, without a tuner
     config.target_modules = names
     for key in CHOOSE_LAYERS:
         if hasattr(config, key):

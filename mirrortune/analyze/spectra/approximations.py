@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compute how much of a given change each method could have made: the best approximation of Delta at each size.
+"""Compute how much of a given change Delta each method could represent: the best approximation at each size.
 
-Everything inside the base's singular basis is read from M = U^T Delta V (D, D). No core reaches the energy outside it:
-||Delta - U X V^T||^2 = ||Delta||^2 - ||M||^2 + ||M - X||^2. Each function in ``APPROXIMATIONS`` yields the sizes of one
-family of matrices X with their parameter counts and captured energies: what can be reached, not what training would
-find, nor what the task needs.
+The part of Delta inside the base's singular basis is M = U^T Delta V (D, D). No core can represent the energy outside
+it: ||Delta - U X V^T||^2 = ||Delta||^2 - ||M||^2 + ||M - X||^2. Each function in ``APPROXIMATIONS`` takes one family of
+matrices X and yields its sizes with parameter counts and captured energies. These are upper limits of what a method can
+represent; training need not find them, and the task may not need them.
 
 Shapes: O out_features, I in_features, D = min(O, I), r rank, P pairs.
 """
@@ -21,10 +21,10 @@ from mirrortune.adapters.pairings.matching import match
 from mirrortune.adapters.pairings.rules import PAIRINGS
 from mirrortune.registry import Registry
 
-# PSOFT needs dozens of r x r decompositions, and larger free matrices are no small adapters.
+# PSOFT needs dozens of r x r decompositions, and larger free matrices would not be small adapters.
 _LARGEST_DENSE_RANK = 128
 _PSOFT_SWEEPS = 12
-# Pairs matched to the change, unlike mirror, neighbor and random pairs.
+# Name of pairs that are matched to the change, unlike mirror, neighbor and random pairs.
 _BEST_PAIRS = "best pairs"
 
 
@@ -35,8 +35,8 @@ class Change:
     Attributes:
         M: U^T Delta V, shape (D, D).
         S: singular values of the base, shape (D,).
-        energies: squared singular values of Delta, descending, shape (D,).
-        shape: (O, I).
+        energies: squared singular values of Delta in descending order, shape (D,).
+        shape: shape of Delta, (O, I).
     """
 
     M: Tensor
@@ -46,12 +46,12 @@ class Change:
 
     @property
     def rank(self) -> int:
-        """D, all directions."""
+        """Number of directions, D."""
         return self.S.shape[0]
 
     @property
     def is_alive(self) -> Tensor:
-        """Which singular values are not zero up to rounding, shape (D,); S (1 + lambda) changes no others."""
+        """Mask of singular values above rounding error, shape (D,); scaling S (1 + lambda) cannot change the others."""
         return self.S.gt(torch.finfo(self.S.dtype).eps * self.rank * self.S[0])
 
 
@@ -60,10 +60,10 @@ class Approximation:
     """The best approximation of a change by a method at one size.
 
     Attributes:
-        method: its name.
-        size: rank, number of directions, or bands.
-        parameters: number of trained parameters of this matrix.
-        captured: ||Delta||^2 less the squared error of the approximation.
+        method: name of the method.
+        size: rank, number of directions, or number of bands.
+        parameters: number of trained parameters for this matrix.
+        captured: captured energy: ||Delta||^2 minus the squared error of the approximation.
     """
 
     method: str
@@ -73,7 +73,7 @@ class Approximation:
 
 
 Sized = Iterator[tuple[int, int, float]]
-"""(size, parameters, captured energy) with growing sizes."""
+"""Iterator over (size, parameters, captured energy) in order of increasing size."""
 
 APPROXIMATIONS: Registry[Callable[[Change], Sized]] = Registry("approximation")
 
@@ -88,7 +88,7 @@ def approximate(change: Change) -> list[Approximation]:
 
 
 def sizes(limit: int, largest: int | None = None) -> list[int]:
-    """Return 1, 2, 4, ... and ``limit``, all at most ``largest``."""
+    """Return the powers of two below ``limit``, and ``limit``; a smaller ``largest`` takes the place of ``limit``."""
     stop = limit if largest is None else min(limit, largest)
     found = [2**n for n in range(stop.bit_length()) if 2**n < stop]
     return [*found, stop]
@@ -96,14 +96,14 @@ def sizes(limit: int, largest: int | None = None) -> list[int]:
 
 @APPROXIMATIONS.register("scale")
 def scale(change: Change) -> Sized:
-    """Change the singular values of the top k directions: the diagonal of M, k numbers. k = D is plain SVFT."""
+    """Change the singular values of the top k directions, the diagonal of M: k parameters. k = D is plain SVFT."""
     captured = (change.M.diagonal() * change.is_alive).square().cumsum(0)
     yield from ((k, k, float(captured[k - 1])) for k in sizes(change.rank))
 
 
 @APPROXIMATIONS.register("svft banded")
 def svft_banded(change: Change) -> Sized:
-    """Change the diagonal of M and d diagonals on each side of it, D(2d+1) - d(d+1) numbers."""
+    """Change the diagonal of M and d diagonals on each side of it: D(2d+1) - d(d+1) parameters."""
     rank = change.rank
     for bands in [d for d in (1, 2, 4, 8, 16) if d < rank]:
         captured = sum(float(change.M.diagonal(d).square().sum()) for d in range(-bands, bands + 1))
@@ -112,21 +112,21 @@ def svft_banded(change: Change) -> Sized:
 
 @APPROXIMATIONS.register("lora-xs")
 def lora_xs(change: Change) -> Sized:
-    """Put a free matrix between the r leading directions of both sides: the leading block of M, r^2 numbers."""
+    """Insert a free matrix between the r leading directions of both sides, the leading block of M: r^2 parameters."""
     for r in sizes(change.rank, _LARGEST_DENSE_RANK):
         yield r, r * r, float((change.is_alive[:r, None] * change.M[:r, :r]).square().sum())
 
 
 @APPROXIMATIONS.register("lora")
 def lora(change: Change) -> Sized:
-    """Add any matrix of rank r: the r leading singular values of Delta (Eckart & Young), r (O + I) numbers."""
+    """Add a matrix of rank r, at best the r leading singular triplets of Delta (Eckart-Young): r (O + I) parameters."""
     captured = change.energies.cumsum(0)
     yield from ((r, r * sum(change.shape), float(captured[r - 1])) for r in sizes(change.rank))
 
 
 @APPROXIMATIONS.register("full")
 def every_weight(change: Change) -> Sized:
-    """Change every weight, O I numbers."""
+    """Change every weight: O I parameters."""
     yield change.rank, change.shape[0] * change.shape[1], float(change.energies.sum())
 
 
@@ -138,12 +138,12 @@ def plane_gains(M: Tensor, S: Tensor) -> Tensor:
     hypot(a, b) - a, and the squared error falls by twice that.
 
     Args:
-        M: the change in the singular basis, shape (r, r); its transpose gives the input side.
+        M: change in the singular basis, shape (r, r); pass its transpose for rotations on the input side.
         S: singular values, shape (r,).
     """
     strength, turned = (S + M.diagonal()) * S, M.T * S[:, None]
     a, b = strength[:, None] + strength, turned - turned.T
-    # hypot(a, b) - a without its cancellation for small angles.
+    # hypot(a, b) - a, without cancellation for small angles.
     length = torch.hypot(a, b)
     gain = torch.where(a > 0, b.square() / (length + a).clamp(min=torch.finfo(a.dtype).tiny), length - a)
     return (2 * gain).fill_diagonal_(0)
@@ -162,7 +162,7 @@ def _rotated(pairing: str, *, transposed: bool = False) -> Callable[[Change], Si
 
 def _pairs(pairing: str, rank: int, gains: Tensor) -> Tensor:
     if pairing == _BEST_PAIRS:
-        return match(gains, exact_limit=0)  # greedy: at least half of the best, for thousands of directions
+        return match(gains, exact_limit=0)  # greedy, at least half of the optimum; exact matching would be too slow
     return PAIRINGS.get(pairing, "approximation")(rank, torch.Generator().manual_seed(0))
 
 
@@ -173,10 +173,11 @@ APPROXIMATIONS.register("mirror, input side")(_rotated("mirror", transposed=True
 
 @APPROXIMATIONS.register("mirror + scale")
 def mirror_and_scale(change: Change) -> Sized:
-    """Rotate mirror pairs and change every singular value: floor(r / 2) + r numbers.
+    """Rotate mirror pairs and change every singular value: floor(r / 2) + r parameters.
 
-    In a plane, R(theta) diag(t) has the free columns t_i (c, s) and t_j (-s, c): at the best t it captures
-    (c, s) (T_i T_i^T + J T_j T_j^T J^T) (c, s)^T, whose maximum is the larger eigenvalue of that 2 x 2 matrix.
+    In a plane, R(theta) diag(t) has the columns t_i (c, s) and t_j (-s, c), with c = cos(theta), s = sin(theta). With
+    the best t it captures (c, s) (T_i T_i^T + J T_j T_j^T J^T) (c, s)^T, where T_i is column i of T = diag(S) + M and J
+    a rotation by 90 degrees. The maximum over theta is the larger eigenvalue of that 2 x 2 matrix.
     """
     for r in sizes(change.rank)[1:] or [1]:
         M, S = change.M[:r, :r], change.S[:r]
@@ -196,10 +197,10 @@ def mirror_and_scale(change: Change) -> Sized:
 
 @APPROXIMATIONS.register("psoft")
 def psoft(change: Change) -> Sized:
-    """diag(S) diag(beta) Q diag(alpha) in the r leading directions, Q a rotation: r(r-1)/2 + 2r numbers.
+    """Use diag(S) diag(beta) Q diag(alpha) in the r leading directions, Q a rotation: r(r-1)/2 + 2r parameters.
 
-    A lower bound: Q alone solves an orthogonal Procrustes problem; alternating least squares, whose error never grows,
-    adds alpha and beta.
+    The captured energy is a lower bound. Q alone solves an orthogonal Procrustes problem; alpha and beta are added by
+    alternating least squares, whose error never increases.
     """
     for r in sizes(change.rank, _LARGEST_DENSE_RANK)[1:]:
         M, S = change.M[:r, :r], change.S[:r]
@@ -208,7 +209,7 @@ def psoft(change: Change) -> Sized:
 
 
 def psoft_error(T: Tensor, S: Tensor) -> float:
-    """Bound the smallest ||T - diag(S beta) Q diag(alpha)||^2 over rotations Q and vectors from above; T (r, r)."""
+    """Return an upper bound of the minimum of ||T - diag(S beta) Q diag(alpha)||^2 over Q, alpha and beta; T (r, r)."""
     left, alpha = S.clone(), torch.ones_like(S)
     Q = _nearest_rotation(left[:, None] * T)
     for _ in range(_PSOFT_SWEEPS):
@@ -216,7 +217,7 @@ def psoft_error(T: Tensor, S: Tensor) -> float:
         alpha = _fit(mapped, T, alpha, dim=0)
         mapped = Q * alpha
         left = _fit(mapped, T, left, dim=1)
-        # An upper bound of the curvature of ||T - L Q A||^2 in Q: a projected gradient step of 1/bound never ascends.
+        # Bounds the curvature of ||T - L Q A||^2 in Q, so that a projected gradient step of 1/bound never increases it.
         bound = float(left.abs().max() * alpha.abs().max()) ** 2
         if bound == 0:
             break
@@ -227,7 +228,7 @@ def psoft_error(T: Tensor, S: Tensor) -> float:
 
 
 def _fit(basis: Tensor, target: Tensor, before: Tensor, dim: int) -> Tensor:
-    """Fit a factor to each column (dim 0) or row (dim 1) of ``basis`` by least squares; ``before`` for zeros."""
+    """Fit a factor to each column (dim 0) or row (dim 1) of ``basis`` by least squares; keep ``before`` for zeros."""
     weight = basis.square().sum(dim)
     return torch.where(weight > 0, (basis * target).sum(dim) / weight.clamp(min=torch.finfo(weight.dtype).tiny), before)
 
@@ -236,6 +237,6 @@ def _nearest_rotation(matrix: Tensor) -> Tensor:
     """Return the rotation Q (determinant 1) that maximises trace(Q^T matrix)."""
     U, _, Vh = torch.linalg.svd(matrix)
     nearest: Tensor = U @ Vh
-    if torch.linalg.det(nearest) < 0:  # flip the weakest direction
+    if torch.linalg.det(nearest) < 0:  # a reflection: flip the direction of the smallest singular value
         nearest = nearest - 2 * U[:, -1:] @ Vh[-1:]
     return nearest

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare two singular bases: overlaps, principal angles, matched directions, and the parts that a change consists of.
+"""Compare two singular bases: overlaps, principal angles, matched directions, and the parts of a change.
 
-Shapes: O out_features, I in_features, D = min(O, I) directions, k leading ones. All float64; nothing depends on the
-signs of singular vectors.
+Shapes: O out_features, I in_features, D = min(O, I) directions, k leading directions. Everything is computed in float64
+and does not depend on the signs of singular vectors.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ def full_factors(matrix: Tensor, name: str = "weight") -> Factors:
     """Compute all min(O, I) singular triplets of ``matrix`` (O, I) in float64.
 
     Raises:
-        DataError: it holds NaN or infinities.
+        DataError: the matrix contains NaN or infinities.
     """
     if matrix.shape[0] >= matrix.shape[1]:
         return factorize(matrix, name=name)
-    turned = factorize(matrix.T, name=name)  # LAPACK decomposes tall matrices faster
+    turned = factorize(matrix.T, name=name)  # LAPACK is faster on tall matrices
     return Factors(U=turned.Vh.T, S=turned.S, Vh=turned.U.T)
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Compute the angles between the spans of two orthonormal bases (N, k), in radians, ascending; shape (k,).
+    """Compute the principal angles between the spans of two orthonormal bases of shape (N, k).
 
-    Reference: Björck & Golub 1973; cosines give large angles to full precision, sines small ones.
+    Large angles are computed from cosines and small ones from sines, for full precision (Björck & Golub, 1973).
+
+    Returns:
+        The angles in radians in ascending order, shape (k,).
     """
     inner = first.T @ second
     cosines = torch.linalg.svdvals(inner).clamp(max=1)
@@ -44,8 +47,8 @@ class Matching:
     """An assignment of tuned directions to base directions.
 
     Attributes:
-        tuned: position of each base direction's counterpart, shape (D,), a permutation.
-        overlap: |<u_i, u'_j> <v_i, v'_j>| of each pair, shape (D,), 0 to 1.
+        tuned: position of the counterpart of each base direction, a permutation of shape (D,).
+        overlap: |<u_i, u'_j> <v_i, v'_j>| of each pair, from 0 to 1, shape (D,).
     """
 
     tuned: Tensor
@@ -54,34 +57,34 @@ class Matching:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlaps:
-    """Inner products of base direction i with tuned direction j, each of shape (D, D).
+    """The inner products of base direction i with tuned direction j.
 
     Attributes:
-        left: <u_i, u'_j>.
-        right: <v_i, v'_j>.
+        left: <u_i, u'_j>, shape (D, D).
+        right: <v_i, v'_j>, shape (D, D).
     """
 
     left: Tensor
     right: Tensor
 
     def product(self) -> Tensor:
-        """Return <u_i, u'_j> <v_i, v'_j>: the coordinates of u'_j v'_j^T on u_i v_i^T, in which signs cancel."""
+        """Return <u_i, u'_j> <v_i, v'_j>, the coordinates of u'_j v'_j^T on u_i v_i^T; the signs of vectors cancel."""
         return self.left * self.right
 
 
 def overlaps(base: Factors, tuned: Factors) -> Overlaps:
-    """Compute the overlaps of all directions of two decompositions."""
+    """Compute the overlaps between all directions of two decompositions."""
     return Overlaps(left=base.U.T @ tuned.U, right=base.Vh @ tuned.Vh.T)
 
 
 def match_directions(product: Tensor) -> Matching:
-    """Match base and tuned directions by overlap rather than position, which follows crossing singular values.
+    """Match base and tuned directions by overlap instead of position, which follows singular values that cross.
 
     Args:
-        product: from :meth:`Overlaps.product`, shape (D, D).
+        product: result of :meth:`Overlaps.product`, shape (D, D).
 
     Returns:
-        The assignment of largest total overlap (exact).
+        The assignment with the largest total overlap, computed exactly.
     """
     found = product.abs()
     rows, columns = linear_sum_assignment(found.cpu().numpy(), maximize=True)
@@ -91,10 +94,10 @@ def match_directions(product: Tensor) -> Matching:
 
 
 def delta_energies(delta: Tensor) -> Tensor:
-    """Compute the squared singular values of ``delta`` (O, I), descending, shape (min(O, I),).
+    """Compute the squared singular values of ``delta`` (O, I) in descending order, shape (min(O, I),).
 
-    They are the eigenvalues of the smaller Gram matrix, which takes a fifth of the time of a singular value
-    decomposition; squares are wanted, so squaring loses nothing.
+    They are the eigenvalues of the smaller Gram matrix, which take a fifth of the time of a singular value
+    decomposition. No precision is lost, since the squares themselves are needed.
     """
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     energies: Tensor = torch.linalg.eigvalsh(tall.T @ tall)
@@ -102,10 +105,10 @@ def delta_energies(delta: Tensor) -> Tensor:
 
 
 def delta_ranks(energies: Tensor) -> dict[str, float]:
-    """Compute stable rank, effective rank (Roy & Vetterli 2007) and 90% rank from squared singular values, descending.
+    """Compute the stable rank, the effective rank (Roy & Vetterli, 2007) and the 90% rank of a change.
 
     Args:
-        energies: not all zero.
+        energies: squared singular values in descending order, not all zero.
     """
     values = energies.sqrt()
     chance = values / values.sum()
@@ -123,14 +126,14 @@ NEW_BELOW = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Energies of the three parts of a change, in squared units of the weight; they sum to ||Delta||^2.
+    """The energies of the three parts of a change, in squared units of the weight; their sum is ||Delta||^2.
 
     Attributes:
-        amplification: by base direction, shape (D,), >= 0.
-        new: by tuned direction, shape (D,); 0 for directions that are not new.
-        reorientation: the rest, >= 0 up to rounding.
-        familiarity: u'_j^T W v'_j / sigma'_j by tuned direction, shape (D,); 1 for an unchanged direction.
-        is_new: which tuned directions are new, shape (D,).
+        amplification: energy of changed strengths by base direction, >= 0, shape (D,).
+        new: energy of new directions by tuned direction, 0 for directions that are not new, shape (D,).
+        reorientation: the remaining energy, >= 0 up to rounding.
+        familiarity: u'_j^T W v'_j / sigma'_j by tuned direction, 1 for an unchanged direction, shape (D,).
+        is_new: mask of tuned directions that are new, shape (D,).
     """
 
     amplification: Tensor
@@ -141,13 +144,13 @@ class Shares:
 
 
 def split_change(base: Tensor, tuned: Tensor, overlaps: Overlaps, matching: Matching, energy: float) -> Shares:
-    """Split a change into its three parts.
+    """Split a change into amplification, reorientation and new directions.
 
     Args:
         base: singular values of W, shape (D,).
         tuned: singular values of W', shape (D,).
-        overlaps: of base and tuned directions.
-        matching: of base and tuned directions.
+        overlaps: overlaps of base and tuned directions.
+        matching: matching of base and tuned directions.
         energy: ||Delta||^2, > 0.
     """
     product = overlaps.product()
@@ -156,11 +159,11 @@ def split_change(base: Tensor, tuned: Tensor, overlaps: Overlaps, matching: Matc
     exists = tuned > floor
     familiarity = torch.where(exists, was_there / tuned.clamp(min=floor), 1.0)
     reach = (overlaps.left.square().T @ base.square()) * (overlaps.right.square().T @ base.square())
-    # |W^T u'_j| |W v'_j|, by the geometric mean of which u'_j^T W v'_j becomes a cosine.
+    # |W^T u'_j| |W v'_j|; divided by the geometric mean of both factors, u'_j^T W v'_j becomes a cosine.
     aligned = was_there / reach.pow(0.25).clamp(min=floor)
     is_new = (familiarity < NEW_BELOW) & (aligned < NEW_BELOW)
     written = torch.where(is_new, tuned - was_there, 0.0)
-    # Diagonal of U^T (Delta - new part) V, the most that changed strengths could explain.
+    # Diagonal of U^T (Delta - new part) V, the most that amplification can explain.
     diagonal = product @ tuned - base - product @ written
     strength = torch.where(is_new[matching.tuned], 0.0, tuned[matching.tuned] - base)
     amplification = (2 * strength * diagonal - strength.square()).clamp(min=0)

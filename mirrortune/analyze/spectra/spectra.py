@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare one weight before and after fine-tuning: every number that ``analyze`` reports of it.
+"""Compare one weight before and after fine-tuning: compute every value that ``analyze`` reports about it.
 
 Shapes: O out_features, I in_features, D = min(O, I), k leading directions.
 """
@@ -27,47 +27,49 @@ from mirrortune.analyze.spectra.overlaps import (
     split_change,
 )
 
-# Sizes of leading subspaces whose angles and energies are reported, up to half of the directions.
+# Sizes of the leading subspaces whose angles and energies are reported, up to half of the directions.
 SUBSPACES = (1, 4, 16, 64, 256)
-# Points kept of a spectrum, enough for a curve.
+# Number of points of a spectrum that are kept, enough for a curve.
 _CURVE_POINTS = 96
 _LISTED_NEW = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixComparison:
-    """A weight W (O, I) and W' = W + Delta compared. Angles in degrees; shares of ||Delta||^2 from 0 to 1.
+    """The comparison of a weight W (O, I) with W' = W + Delta.
+
+    Angles are in degrees. Shares are of the energy ||Delta||^2 of the change, from 0 to 1.
 
     Attributes:
-        shape: (O, I).
-        top_k: how many leading directions count as the top.
+        shape: shape of W, (O, I).
+        top_k: number of leading directions that count as the top.
         norms: Frobenius and spectral norms of W, W' and Delta, and ||Delta|| / ||W||.
-        positions: 1-based rank positions of the spectra's points.
-        base_spectrum, tuned_spectrum: singular values there, each by its own rank.
-        delta_spectrum: singular values of Delta there.
-        value_change: relative change of the sum of singular values, by rank, of the ``top`` k, the ``middle`` and the
-            ``tail`` half. A mean of relative changes would be dominated by the last values, which are near zero.
-        value_change_size: sum of the absolute changes relative to the sum, in the same parts.
-        top_change: the same for each of the top k base directions and its counterpart.
-        counterparts: 1-based tuned position of each of the top k base directions, by overlap.
-        overlaps: |<u, u'> <v, v'>| of each with its counterpart, 0 to 1.
-        crossings: number of pairs of the top k whose counterparts have the opposite order.
+        positions: 1-based positions at which the spectra are sampled.
+        base_spectrum, tuned_spectrum, delta_spectrum: singular values of W, W' and Delta at these positions.
+        value_change: relative change of the sum of singular values in the ``top`` k, the ``middle`` and the ``tail``
+            half, matched by position. A mean of relative changes would be dominated by the last values, near zero.
+        value_change_size: sum of the absolute changes relative to the sum of the singular values, in the same parts.
+        top_change: relative change of each of the top k singular values, matched by overlap.
+        counterparts: 1-based position in W' of the direction that matches each of the top k base directions by overlap.
+        overlaps: |<u, u'> <v, v'>| of each top direction with its counterpart, from 0 to 1.
+        crossings: number of pairs among the top k whose counterparts are in the opposite order.
         turned: angle between each of the top k left (``output``) and right (``input``) vectors and its counterpart.
-        principal_angles: by k, mean and largest angle between leading subspaces, ``output`` and ``input``.
-        kept: share of a tuned subspace that lies in the base's, for the ``top`` k and the ``tail`` half; mean of
-            both sides.
-        subspace_energy: by k, share of the change in the base's leading k output directions, input directions, both;
-            and the share of a change without preferred directions.
-        overlap_output, overlap_input: |U_k' U'_k| and |V_k' V'_k|, shape (k, k) for the top k.
+        principal_angles: mean and largest angle between the leading subspaces of W and W', ``output`` and ``input``, by
+            their size k.
+        kept: share of a subspace of W' that lies in that of W, for the ``top`` k and the ``tail`` half; mean over both
+            sides.
+        subspace_energy: share of the change in the leading k output directions of W, input directions, and both; and
+            the expected share of a change without preferred directions; by k.
+        overlap_output, overlap_input: |U_k' U'_k| and |V_k' V'_k| for the top k, shape (k, k).
         block_change: relative size of the change, ||U_a' Delta V_a|| / ||S_a||, in the ``top`` k directions and in the
             ``rest``.
-        delta: stable rank, effective rank (exponential of the entropy of the singular values) and the number of
-            directions that hold 90% of the energy.
+        delta: stable rank, effective rank (exponential of the entropy of the singular values), and number of directions
+            that hold 90% of the energy.
         shares: amplification, reorientation and new; see :mod:`mirrortune.analyze.spectra.overlaps`.
-        amplification_by_rank: the first of them by ``top``, ``middle`` and ``tail``.
-        outside: share of the change outside the base's column or row space, which no spectral core reaches.
-        num_new, new_directions: number of new directions, and the strongest: 1-based position, singular value,
-            familiarity.
+        amplification_by_rank: amplification in the ``top``, ``middle`` and ``tail``.
+        outside: share of the change outside the column or row space of W, which no spectral core can represent.
+        num_new: number of new directions.
+        new_directions: the strongest new directions: 1-based position, singular value, familiarity.
         approximations: see :mod:`mirrortune.analyze.spectra.approximations`.
     """
 
@@ -101,13 +103,13 @@ class MatrixComparison:
 
     @property
     def energy(self) -> float:
-        """||Delta||^2, the weight of this matrix in means of shares."""
+        """Energy ||Delta||^2, by which this matrix is weighted in means of shares."""
         return self.norms["delta"] ** 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pair:
-    """Both decompositions of a weight and their matching, float64."""
+    """The decompositions of W and W' and their matching, in float64."""
 
     base: Factors
     tuned: Factors
@@ -116,21 +118,24 @@ class _Pair:
 
 
 def top_directions(rank: int, top_k: int) -> int:
-    """Return how many of ``rank`` directions count as the top: ``top_k``, at most a quarter of them, at least 1."""
+    """Return how many of ``rank`` directions count as the top: ``top_k``, limited to 1 to a quarter of them."""
     return max(1, min(top_k, rank // 4))
 
 
 def compare_matrices(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str = "weight") -> MatrixComparison | None:
-    """Compare a weight before and after; None if it did not change.
+    """Compare a weight before and after fine-tuning.
 
     Args:
-        base: W, shape (O, I), any floating dtype.
-        tuned: W', the same shape.
-        top_k: how many leading directions count as the top, at most a quarter of them.
-        name: for messages.
+        base: w, shape (O, I), any floating-point dtype.
+        tuned: W', same shape.
+        top_k: number of leading directions that count as the top, limited to a quarter of all directions.
+        name: name of the weight in errors.
+
+    Returns:
+        The comparison, or None if the weight did not change.
 
     Raises:
-        DataError: either weight holds NaN or infinities.
+        DataError: a weight contains NaN or infinities.
     """
     before = base.detach().to(torch.float64)
     after = tuned.detach().to(torch.float64)
@@ -146,7 +151,7 @@ def compare_matrices(base: Tensor, tuned: Tensor, *, top_k: int = 16, name: str 
     k = top_directions(factors.rank, top_k)
     shape = (delta.shape[0], delta.shape[1])
     seen = _beside(factors, tuned_factors, energies, total, k)
-    del tuned_factors  # to free memory: only the base's directions are needed from here on
+    del tuned_factors  # free memory; from here on, only directions of the base are needed
     left, M, right = _coordinates(delta, factors)
     del delta
     S = factors.S
@@ -183,13 +188,15 @@ def _beside(base: Factors, tuned: Factors, energies: Tensor, total: float, k: in
 
 
 def curve_positions(rank: int) -> list[int]:
-    """Choose at most ``_CURVE_POINTS`` of ``rank`` 1-based positions, dense at the top, and the last one."""
+    """Choose at most ``_CURVE_POINTS`` positions from 1 to ``rank``, dense at the top and including the last."""
     spread = torch.logspace(0, float(torch.log10(torch.tensor(float(rank)))), _CURVE_POINTS, dtype=torch.float64)
     return sorted({*spread.round().long().clamp(1, rank).tolist(), 1, rank})
 
 
 def _coordinates(delta: Tensor, base: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """Return energies of rows of U^T Delta (D,), M = U^T Delta V (D, D), and energies of columns of Delta V (D,)."""
+    """Return the energies of the rows of U^T Delta (D,), M = U^T Delta V (D, D), and those of the columns of Delta V
+    (D,).
+    """
     rows = base.U.T @ delta
     left = rows.square().sum(1)
     M = rows @ base.Vh.T
@@ -312,7 +319,7 @@ def _relative_values(after: Tensor, before: Tensor) -> Tensor:
 
 
 def _groups(values: Tensor, k: int) -> dict[str, Tensor]:
-    """Split values into the top k, the tail half and the middle between them, without empty groups."""
+    """Split values into the top k, the tail half, and the middle between them; leave out empty groups."""
     half = max(k, (len(values) + 1) // 2)
     parts = {"top": values[:k], "middle": values[k:half], "tail": values[half:]}
     return {name: part for name, part in parts.items() if len(part)}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summarise the comparisons of many matrices: by kind, by depth, and by what each method could have captured.
+"""Summarise the comparisons of many matrices by kind, by depth, and by what each method could have captured.
 
-Shares are means weighted by the energy ||Delta||^2 of each matrix's change; other numbers are medians over matrices.
+Shares are averaged with the energy ||Delta||^2 of each matrix's change as weight; other values are medians over
+matrices.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ GROUPS = ("top", "middle", "tail")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysed:
-    """A matrix of two checkpoints.
+    """A matrix that two checkpoints share.
 
     Attributes:
-        name: of the weight in the base checkpoint.
-        kind: its name within a layer (``attention.self.query``), the same at every depth.
+        name: name of the weight in the base checkpoint.
+        kind: name within a layer, such as ``attention.self.query``; the same at every depth.
         depth: index of its layer, or None outside the layers.
-        shape: (O, I).
-        comparison: None if it did not change.
-        angles: plane angles in degrees, if the tuned side is an adapter of plane rotations.
+        shape: shape of the matrix, (O, I).
+        comparison: comparison of both versions, or None if the matrix did not change.
+        angles: plane angles in degrees if the tuned side is an adapter that rotates planes, else None.
     """
 
     name: str
@@ -43,15 +44,18 @@ class Analysed:
 class MatrixGroup:
     """The summary of all matrices, or of those of one kind or depth.
 
+    If no matrix changed, ``shares``, ``value_change``, ``turned``, ``stable_rank`` and ``top_energy`` are None.
+
     Attributes:
-        matrices, changed: their number, and the number that changed.
-        relative: ||Delta|| / ||W|| over all of them.
-        shares: amplification, reorientation and new, of the change. None without a change, like the following.
+        matrices: number of matrices.
+        changed: number of matrices that changed.
+        relative: ||Delta|| / ||W|| over all matrices.
+        shares: shares of amplification, reorientation and new directions in the change.
         value_change: median relative change of singular values in the top, middle and tail.
-        turned: median angle of the top directions in degrees, both sides averaged.
-        stable_rank: of the change, median.
-        top_energy: the change's energy in the base's top output and input directions as a multiple of chance, medians
-            of the two averaged.
+        turned: median angle of the top directions in degrees, averaged over both sides.
+        stable_rank: median stable rank of the change.
+        top_energy: median energy of the change in the top directions of the base as a multiple of chance, averaged over
+            output and input directions.
         num_new: number of new directions.
     """
 
@@ -68,12 +72,12 @@ class MatrixGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """A method's captured energy over its sizes, all matrices together.
+    """The energy that a method captures at each size, over all matrices.
 
     Attributes:
-        sizes: rank, number of directions, or bands.
-        parameters: number of trained parameters.
-        captured: share of the change's energy, 0 to 1.
+        sizes: ranks, numbers of directions, or numbers of bands.
+        parameters: number of trained parameters at each size.
+        captured: captured share of the change's energy at each size, from 0 to 1.
     """
 
     sizes: list[int]
@@ -81,7 +85,7 @@ class Curve:
     captured: list[float]
 
     def at(self, budget: float) -> tuple[int, float] | None:
-        """Return (parameters, captured) of the best size of at most ``budget`` parameters; None if all are larger."""
+        """Return (parameters, captured) of the best size within ``budget`` parameters, or None if all are larger."""
         fitting = [(c, -p) for p, c in zip(self.parameters, self.captured, strict=True) if p <= budget]
         best = max(fitting, default=None)
         return None if best is None else (-best[1], best[0])
@@ -96,8 +100,8 @@ def summarise(matrices: Sequence[Analysed], base_energy: dict[str, float]) -> Ma
     """Summarise a group of matrices.
 
     Args:
-        matrices: of the group.
-        base_energy: ||W||^2 of every matrix, by name.
+        matrices: matrices of the group.
+        base_energy: ||W||^2 of each matrix by name.
     """
     found = changed(matrices)
     total = sum(c.energy for c in found)
@@ -131,19 +135,20 @@ def by(matrices: Sequence[Analysed], key: Callable[[Analysed], str]) -> dict[str
 
 
 def middle(found: Sequence[MatrixComparison], value: Callable[[MatrixComparison], float | None]) -> float:
-    """Return the median of a number over the comparisons that have it."""
+    """Return the median of ``value`` over the comparisons for which it is not None."""
     return median(v for c in found if (v := value(c)) is not None)
 
 
 def mean_turn(comparison: MatrixComparison) -> float:
-    """Return the mean angle of the top directions in degrees, over both sides."""
+    """Return the mean angle of the top directions over both sides, in degrees."""
     angles = [*comparison.turned["output"], *comparison.turned["input"]]
     return sum(angles) / len(angles)
 
 
 def top_energy(comparison: MatrixComparison) -> float:
-    """Return the change's energy in the base's leading subspace as a multiple of chance, averaged over both sides, for
-    the largest subspace size up to the top k.
+    """Return the energy of the change in the leading subspace of the base as a multiple of chance.
+
+    It is averaged over both sides, for the largest reported subspace size up to the top k.
     """
     size = max((k for k in comparison.subspace_energy if k <= comparison.top_k), default=1)
     share = comparison.subspace_energy[size]
@@ -151,7 +156,7 @@ def top_energy(comparison: MatrixComparison) -> float:
 
 
 def curves(found: Sequence[MatrixComparison]) -> dict[str, Curve]:
-    """Sum every method's curve over all matrices; a matrix counts with its largest size where it lacks a larger one."""
+    """Sum the curve of each method over all matrices; beyond its largest size, a matrix counts with that size."""
     total = sum(c.energy for c in found)
     by_method: dict[str, list[dict[int, Approximation]]] = {}
     for comparison in found:
@@ -162,7 +167,7 @@ def curves(found: Sequence[MatrixComparison]) -> dict[str, Curve]:
             by_method.setdefault(method, []).append(sized)
     result = {}
     for method, entries in by_method.items():
-        # "full" has one size, a different one for each matrix.
+        # "full" has a single size, which differs between matrices.
         wanted = [max(max(e) for e in entries)] if method == "full" else sorted({s for e in entries for s in e})
         points = [_sum_at(entries, size) for size in wanted]
         result[method] = Curve(
@@ -179,8 +184,8 @@ def _sum_at(entries: list[dict[int, Approximation]], size: int) -> tuple[int, fl
 def name_kinds(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
     """Derive the kind and depth of each weight from the numbers in its name, without knowledge of model families.
 
-    The first number is the depth; the kind is what follows it (the whole name without numbers), with further numbers as
-    ``*``, shortened from the left as long as no other kind has the same ending.
+    The first number is the depth and the part after it the kind; a name without a number is a kind as it stands. In a
+    kind, further numbers become ``*``, and leading parts are dropped as long as no other kind has the same ending.
     """
     parsed = {}
     for name in names:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Summarise an analysis in sentences: what the change mostly is, whether published findings for full fine-tuning hold,
-and which method could have made it. Criteria are stated with their results.
+"""Summarise an analysis in sentences.
 
-The four claims are the findings of "Weight Spectra Induced Efficient Model Adaptation" (arXiv 2505.23099). Only the
-paper's summary is public, so the measures and thresholds are mirrortune's.
+They say what the change mostly consists of, whether published findings for full fine-tuning hold, and which method
+could have made the change. Criteria are stated with their results.
+
+The four claims are findings of "Weight Spectra Induced Efficient Model Adaptation" (arXiv 2505.23099), operationalised
+with mirrortune's own measures and thresholds, because only the paper's summary is public.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from mirrortune.analyze.spectra.spectra import MatrixComparison
 from mirrortune.analyze.spectra.summary import SHARES, Curve, MatrixGroup, mean_turn, middle
 
-# Sizes at which methods are compared, as shares of all weights of the analysed matrices.
+# Sizes at which methods are compared, as shares of the number of weights in the analysed matrices.
 BUDGETS = (0.0003, 0.001, 0.01, 0.1)
 _WORDS = {"amplification": "amplification", "reorientation": "re-orientation", "new": "new directions"}
 _AGREE = 0.75
@@ -22,14 +24,14 @@ _AGREE = 0.75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A published finding, tested.
+    """A published finding, tested on two checkpoints.
 
     Attributes:
-        text: the finding.
-        criterion: when it counts as true of a matrix.
-        evidence: the numbers.
-        agreeing: share of the changed matrices of which it is true.
-        holds: whether that share is at least 3/4; None if nothing can be measured.
+        text: text of the finding.
+        criterion: condition under which the finding holds for a matrix.
+        evidence: measured values as text.
+        agreeing: share of the changed matrices for which it holds, or None.
+        holds: whether ``agreeing`` is at least 3/4; None if nothing can be measured.
     """
 
     text: str
@@ -41,7 +43,7 @@ class Claim:
 
 def claims(found: Sequence[MatrixComparison]) -> list[Claim]:
     """Test the four claims on the matrices that changed."""
-    # Smaller matrices have no middle and tail.
+    # Very small matrices have no middle and tail.
     usable = [c for c in found if {"top", "middle", "tail"} <= set(c.value_change) and "tail" in c.kept]
     if not usable:
         return []
@@ -102,12 +104,12 @@ def _claim(
 def verdict(
     group: MatrixGroup, found: Sequence[MatrixComparison], curves: dict[str, Curve], num_weights: int
 ) -> list[str]:
-    """Return the verdict in sentences.
+    """Return the verdict as sentences.
 
     Args:
         group: summary of all matrices.
-        found: comparisons of those that changed.
-        curves: what each method captures.
+        found: comparisons of the matrices that changed.
+        curves: captured energy of each method.
         num_weights: number of weights in the matrices that changed.
     """
     if group.shares is None:
