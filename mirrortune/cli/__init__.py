@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: parse, call one function, print."""
+"""The command-line interface: each command parses, calls one function, and prints."""
 
 __all__ = ["app"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: parse, call one function, print. Imports nothing heavy until a command runs."""
+"""Define the commands and parse the command line. Nothing heavy is imported until a command runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mirrortune.config.recipe import Layer, Resolved
     from mirrortune.config.schema import Recipe
 
-# Commands of other tools, with what to use here.
+# Commands of other tools, and what to use instead.
 _ELSEWHERE = dict.fromkeys(
     ("generate", "serve"),
     "Talk to a run with mirrortune chat; to serve it, merge it (mirrortune merge RUN -o merged; --format gguf for "
@@ -43,7 +43,7 @@ _ELSEWHERE = dict.fromkeys(
 
 
 class _Commands(TyperGroup):
-    """The commands; names of commands of other tools lead to an error that says what to use."""
+    """The commands; the name of another tool's command gives an error that says what to use instead."""
 
     @override
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -62,7 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # --batch_size is --batch-size, as in other tools.
+        # Accept --batch_size for --batch-size, as other tools do.
         "token_normalize_func": lambda token: token.replace("_", "-"),
     },
 )
@@ -92,7 +92,7 @@ TaskName = Annotated[
 
 
 def _guard(command: Callable[..., None]) -> Callable[..., None]:
-    """Print errors that a user can act on to stderr and exit with their code; a traceback only with --debug."""
+    """Print errors that a user can act on to stderr and exit with their code; show a traceback only with --debug."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -102,7 +102,7 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
         except MirrortuneError as error:
             if kwargs.get("debug"):
                 traceback.print_exc()
-            if not isinstance(error, PeerError):  # the process that failed reports it
+            if not isinstance(error, PeerError):  # reported by the process that failed
                 Reporter().error(str(error))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
@@ -113,8 +113,9 @@ def _guard(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_words(given: dict[str, Any]) -> None:
-    """Refuse words that are not UTF-8, such as the path of a file from a system with another encoding: the files of a
-    run (recipe, card, log) are UTF-8.
+    """Raise an error for arguments that are not UTF-8, such as a path from a system with another encoding.
+
+    The files of a run (recipe, model card, log) are UTF-8 and could not hold them.
     """
     words = [word for value in given.values() for word in (value if isinstance(value, list) else [value])]
     odd = [word for word in words if isinstance(word, str) and shown_path(word) != word]
@@ -197,7 +198,7 @@ def train(
 
 
 def _find_lr(resolved: Resolved, name: str | None, reporter: Reporter, excluded: dict[str, bool]) -> None:
-    """Sweep learning rates instead of training; refuses flags of ``excluded`` that were given."""
+    """Sweep learning rates instead of training; raise an error for flags of ``excluded`` that were given."""
     if given := [flag for flag, is_given in excluded.items() if is_given]:
         raise ConfigError("--find-lr", f"it trains nothing and excludes {', '.join(given)}", fix="Give one of them")
     from mirrortune.runs import find_lr as sweeping  # noqa: PLC0415
@@ -271,7 +272,7 @@ def compare(
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
     names = [w for w in words or [] if not _OVERRIDE.match(w)]
     overrides = [w for w in words or [] if _OVERRIDE.match(w)]
-    # Halves of the validation rows by default: the rows that choose a learning rate must not report its score.
+    # Split the validation rows by default: rows that choose a learning rate must not be used to report its score.
     if not any(w.startswith("eval.protocol=") for w in overrides):
         overrides = ["eval.protocol=split-dev", *overrides]
     asked = [[n, *overrides] for n in names] or [overrides]
@@ -323,23 +324,23 @@ app.add_typer(recipes, name="recipes")
 
 
 def main() -> None:
-    """Entry point of ``mirrortune`` and ``python -m mirrortune``."""
+    """Run ``mirrortune`` or ``python -m mirrortune``."""
     try:
         app()
-    except SystemExit:  # also on success; after other exceptions the peers may still wait for this process
+    except SystemExit:  # raised on success, too; after other exceptions, peers may still wait for this process
         _leave_peers()
         raise
 
 
 def _leave_peers() -> None:
-    """Close the connections to the other processes of a run; torch warns at exit if they are open."""
-    torch: Any = sys.modules.get("torch")  # nothing to close if torch was not imported
+    """Close the connections to the other processes of a run; torch warns at exit if they are still open."""
+    torch: Any = sys.modules.get("torch")  # if torch was not imported, there is nothing to close
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _launch_if_asked(num_processes: int | None, profile: str | None) -> None:
-    """Run this command in several processes and exit with their code; does nothing in one of them."""
+    """Run this command in several processes and exit with their code; do nothing in a process so launched."""
     if profile is not None or (num_processes or 1) > 1:
         from mirrortune.system.distributed import launch  # noqa: PLC0415
 
@@ -360,7 +361,7 @@ def _resolve(
     *,
     has_target: bool = False,
 ) -> tuple[Resolved, str | None]:
-    """Resolve the recipe from all layers; returns it with the name of the recipe or task that was given.
+    """Resolve the recipe from all layers; return it with the name of the recipe or task that was given.
 
     Args:
         words: recipe and ``key=value`` settings.
@@ -371,7 +372,7 @@ def _resolve(
         has_target: leave the model of the task's recipe out, since the command names the one that it uses.
 
     Raises:
-        ConfigError: all problems of all layers at once.
+        ConfigError: settings are unknown or invalid; the problems of all layers are reported together.
     """
     from mirrortune.config import recipe  # noqa: PLC0415
     from mirrortune.registry import task_kinds  # noqa: PLC0415
@@ -419,15 +420,16 @@ def _problems_of_names(recipe: Recipe) -> list[ConfigError]:
 
     plain = Defaults()
     if (recipe.adapter, recipe.task, recipe.model.attention) == (plain.adapter, plain.task, None):
-        return []  # no names: an error elsewhere is reported at once
-    from mirrortune.runs.checks import problems_of_names  # noqa: PLC0415  (seconds, and only where there are errors)
+        return []  # no names to check: avoid the slow import below
+    from mirrortune.runs.checks import problems_of_names  # noqa: PLC0415  (takes seconds; only needed after errors)
 
     return problems_of_names(recipe)
 
 
 def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
-    """Read the recipe inside a run directory, a merged folder or an adapter folder (or the run it belongs to), as far as
-    it is followed.
+    """Read the accepted settings of the recipe inside a run directory, a merged folder or an adapter folder.
+
+    An adapter folder without a recipe has that of the run it belongs to.
     """
     from mirrortune.config.recipe import read_target_recipe  # noqa: PLC0415
     from mirrortune.system.outputs import restore  # noqa: PLC0415
@@ -448,7 +450,7 @@ def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
 
 
 def _describe_data(resolved: Resolved, beneath: Layer) -> str | None:
-    """Describe the data set that the recipe of a target names; None if the user named another one."""
+    """Describe the data set that the recipe of a target names, or return None if the user named another one."""
     from mirrortune.config.schema import DataSection  # noqa: PLC0415
 
     named = {key: where for key, where in resolved.origins.items() if where.startswith(f"{beneath.origin}:")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command chat: a conversation with a language model, in a terminal or by pipes."""
+"""Define the command ``chat``: a conversation with a language model, in a terminal or through pipes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def chat(
 
 
 def _recipe(target: str, words: list[str], given: dict[str, Any], reporter: Reporter) -> Recipe:
-    """Return the settings of the target's own recipe with those of the command line over them."""
+    """Return the settings of the target's recipe, overridden by those of the command line."""
     from mirrortune.cli.app import _recipe_of  # noqa: PLC0415  (which imports this module)
     from mirrortune.config import recipe  # noqa: PLC0415
 
@@ -86,12 +86,12 @@ def _recipe(target: str, words: list[str], given: dict[str, Any], reporter: Repo
 
 @dataclass(slots=True, kw_only=True)
 class _Session:
-    """Takes lines, commands and messages, and prints the answers.
+    """A session that reads lines, which are commands or messages, and prints the answers.
 
     Attributes:
-        chat: the conversation.
-        reporter: prints.
-        inputs: files that are read, which /save must not write to.
+        chat: conversation.
+        reporter: prints answers and notes.
+        inputs: files that are read and that ``/save`` must not write to.
     """
 
     chat: Chat
@@ -100,7 +100,7 @@ class _Session:
     _answers: list[Answer] = field(default_factory=list)
 
     def run(self) -> None:
-        """Take lines until there are no more, or one is /quit."""
+        """Process lines until the input ends or a line is ``/quit``."""
         is_typed = is_interactive() and not self.reporter.as_json
         if is_typed:
             self.reporter.note("/help lists the commands; Ctrl-D leaves")
@@ -151,7 +151,7 @@ class _Session:
             note(f"saved {counted(len(self.chat.turns), 'turn')} in {argument}")
 
     def _reply(self, text: str, *, is_typed: bool) -> None:
-        """Answer a message, and say what is worth knowing of the answer."""
+        """Answer a message, and print notes on the answer."""
         reporter = self.reporter
         with StopSignals() as signals:
             answer = self.chat.answer(
@@ -161,7 +161,7 @@ class _Session:
         if not reporter.as_json:
             reporter.piece("\n")
         if signals.number == signal.SIGINT and not is_typed:
-            raise KeyboardInterrupt  # the shell lets background jobs ignore the signal itself
+            raise KeyboardInterrupt  # the signal itself is ignored by background jobs of a shell
         if signals.number not in (0, signal.SIGINT):
             signal.raise_signal(signals.number)
         remarks = []
@@ -180,7 +180,7 @@ class _Session:
             reporter.note(f"({'; '.join([speed, *remarks])})")
 
     def _close(self, *, is_typed: bool) -> None:
-        """Print the whole conversation with --json, and the speed over all answers of piped messages."""
+        """Print the conversation with ``--json``, and the speed over all answers if messages were piped."""
         tokens, seconds = sum(a.num_tokens for a in self._answers), sum(a.seconds for a in self._answers)
         per_second = tokens / seconds if seconds else 0.0
         if self.reporter.as_json:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command doctor: describe this machine in text that can be pasted into an issue."""
+"""Define the command ``doctor``, which describes this machine in text that can be pasted into an issue."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe as a JSON schema, by which editors complete and check YAML while it is written.
+"""Describe recipes as a JSON schema, with which editors complete and check YAML as it is written.
 
-A copy lies beside the shipped recipes, made by ``python -m mirrortune.cli.editor_schema``; a test keeps it equal to
-what :func:`editor_schema` returns.
+``python -m mirrortune.cli.editor_schema`` writes a copy beside the shipped recipes; a test checks that it is up to
+date.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mirrortune.tasks.metrics import METRICS
 
 
 def editor_schema() -> dict[str, Any]:
-    """Return the JSON schema (draft 2020-12) of a recipe, with the names of the registries as suggestions."""
+    """Return the JSON schema (draft 2020-12) of a recipe, with registered names as suggestions."""
     schema = Recipe.model_json_schema()
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mirrortune recipe"}
     sections = schema["$defs"]
@@ -31,13 +31,13 @@ def editor_schema() -> dict[str, Any]:
         if choice["type"] == "array":
             choice["items"] = {"enum": sorted(METRICS)}
     for name, field in schema["properties"].items():
-        if name != "output_dir":  # a section whose settings are all commented out is empty
+        if name != "output_dir":  # allow null: the value of a section whose settings are all commented out
             schema["properties"][name] = {"anyOf": [{"$ref": field["$ref"]}, {"type": "null"}]}
     return schema
 
 
 def _suggest(section: dict[str, Any], key: str, names: list[str]) -> None:
-    """Restrict a setting to ``names``; other text is allowed only where the setting may be more than a name."""
+    """Restrict a setting to ``names``, or suggest them if the setting may be more than a name."""
     field = section["properties"][key]
     choices = field.pop("anyOf", None) or [{"type": field.pop("type")}]
     is_name_only = key != "pairing"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that export a run, merge and push: parse, call, print."""
+"""Define the commands that export a run, ``merge`` and ``push``."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def push(
 
 
 def parse_size(text: str, where: str) -> int:
-    """Parse ``500MB``, ``2GiB`` or ``1000000`` to a number of bytes; raises ConfigError at ``where`` for anything else."""
+    """Parse ``500MB``, ``2GiB`` or ``1000000`` to a number of bytes; raise ConfigError at ``where`` for other text."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS or not float(found[1]) * _UNITS[found[2].upper()] >= 1:
         raise ConfigError(where, f"got '{text}'", allowed="a size such as 500MB, 2GB or 4GiB")

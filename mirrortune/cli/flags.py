@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that set values of the recipe, in one table that makes the signatures of commands and the top layer of the
-recipe; and flags that every command has.
+"""Define the flags that set values of the recipe, and the flags that every command has.
+
+The former are one table, from which the signatures of commands and the top layer of the recipe are made.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 class OnceEach(TyperCommand):
-    """A command that refuses a repeated flag that takes one value; click would silently take the last one."""
+    """A command that rejects a repeated flag that takes one value; click would silently use the last one."""
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
@@ -52,10 +53,10 @@ class Flag:
     """A command-line flag for a key of the recipe.
 
     Attributes:
-        names: spellings; the first one is shown in messages.
+        names: spellings, of which the first is shown in messages.
         key: dotted key of the recipe.
-        kind: Python type of the value; ``"yaml"`` for a value of several types.
-        help: one line.
+        kind: Python type of the value, or ``"yaml"`` for a value of several types.
+        help: help text of one line.
         panel: heading in ``--help``.
     """
 
@@ -67,7 +68,7 @@ class Flag:
 
     @property
     def parameter(self) -> str:
-        """Name of the parameter of the command's function."""
+        """Name of the parameter of the function that implements a command."""
         return self.key.replace(".", "__")
 
 
@@ -111,14 +112,14 @@ FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 
-# Training is over when a model is scored; flags without an effect would mislead.
+# Flags of training that also affect scoring; offering the others there would mislead.
 _KEPT = ("train.seed", "train.precision")
 _EVAL_BATCH = _flag(_LOOP, "--batch-size", "eval.batch_size", int, "Rows per device.")
 NOT_FOR_EVAL = tuple(f.key for f in FLAGS if f.key.startswith(("adapter.", "train.")) and f.key not in _KEPT)
 
 
 def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that replaces ``**given`` of a command by parameters for all flags except those of ``left_out``."""
+    """Return a decorator that replaces ``**given`` of a command by parameters for all flags but those in ``left_out``."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command)
@@ -137,7 +138,7 @@ def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callabl
 
 
 def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, tuple[str, Any]]:
-    """Return dotted key -> (flag, value) of the flags that were given; errors for invalid YAML go to ``errors``."""
+    """Return (flag, value) by dotted key for the flags that were given; append errors for invalid YAML to ``errors``."""
     found: dict[str, tuple[str, Any]] = {}
     for flag in (*FLAGS, _EVAL_BATCH):
         value = values.get(flag.parameter)
@@ -152,7 +153,7 @@ def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, 
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:
-    # Numbers are parsed by the rules of the recipe, so that --lr and train.lr= accept the same.
+    # Numbers are parsed as in a recipe, so that --lr and train.lr= accept the same values.
     kind = str if flag.kind in ("yaml", int, float) else flag.kind
     several = "full|out|N" if flag.key == "adapter.rank" else "VALUE"
     metavar = {"yaml": several, str: "TEXT", list[str]: "TEXT", int: "N", float: "X"}.get(flag.kind)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that answers rows, predict: parse, call, print."""
+"""Define the command ``predict``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _STDIN = "-"
 _OF_DATA = ("config", "revision", "streaming", "max_eval_rows", "contained", "missing_label")
-"""Settings that a recipe makes for its own data, and that do not hold for other data."""
+"""Settings that a recipe makes for its own data and that are not valid for other data."""
 
 
 @with_recipe_flags("output_dir", "train.seed", *NOT_FOR_EVAL)
@@ -96,7 +96,7 @@ def _print(result: Any, reporter: Reporter, *, has_file: bool) -> None:
 def _rows(
     targets: list[str], resolved: Resolved, own: Layer | None, text: list[str] | None, image: str | None
 ) -> dict[str, Any]:
-    """Return the arguments of predict that say which rows are read, and from where."""
+    """Return the arguments of ``predict`` that determine which rows are read."""
     from mirrortune.inference.prediction_rows import RowRequest  # noqa: PLC0415
     from mirrortune.merging import bases  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of, unpack_for_eval  # noqa: PLC0415
@@ -115,7 +115,7 @@ def _rows(
 
 
 def _bank(path: str | None, column: str | None, *, has_data: bool) -> BankRequest | None:
-    """Return the bank that is asked for, if any; ConfigError for one flag without the other, or without a table."""
+    """Return the requested bank, or None; raise ConfigError for one of the two flags alone, or without a table."""
     from mirrortune.inference.bank_answers import BankRequest  # noqa: PLC0415
 
     if path is None and column is None:
@@ -131,7 +131,7 @@ def _bank(path: str | None, column: str | None, *, has_data: bool) -> BankReques
 def _check_rows(
     resolved: Resolved, own: Layer | None, text: list[str] | None, image: str | None, split: str | None
 ) -> None:
-    """Refuse a command that names no rows, or names them twice."""
+    """Raise ConfigError for a command that names no rows, or names them twice."""
     named = _is_named(resolved, own, "data.path")
     places = {"--data": named or None, "--text": text or None, "--image": image, "--split": split}
     given = [flag for flag, value in places.items() if value is not None]
@@ -148,7 +148,7 @@ def _check_rows(
 
 
 def _data_settings(settings: DataSettings, resolved: Resolved, own: Layer | None) -> DataSettings:
-    """Return the settings of the data without those that the target's recipe makes for data of its own."""
+    """Return the data settings without those that the target's recipe makes for its own data."""
     if not _is_named(resolved, own, "data.path"):
         return settings
     from mirrortune.config.schema import DataSection  # noqa: PLC0415

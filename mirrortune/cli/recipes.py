@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mirrortune recipes``: find, read and copy the recipes inside the package, and the schema for editors."""
+"""Define the commands ``recipes ls``, ``cat``, ``cp`` and ``schema``, which list, print and copy shipped recipes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Listed:
     summary: str
 
     def matches(self, words: list[str]) -> bool:
-        """Return whether every word occurs in it."""
+        """Return whether every word occurs in one of the fields."""
         text = f"{self.name} {self.kind} {self.model} {self.summary}".lower()
         return all(word.lower() in text for word in words)
 
@@ -85,7 +85,7 @@ def cp(
     if path.exists() and not overwrite:
         raise ConfigError(str(path), "it is there already", fix="Give another name, or --overwrite")
 
-    # The copy may be moved to another machine: it names a schema beside it, or none.
+    # The copy may be moved to another machine, so it refers to a schema beside it or to none.
     has_schema = (path.parent / _schema_file().name).is_file()
     text = _with_modeline(source.read_text(encoding="utf-8"), _schema_file().name if has_schema else None)
 
@@ -120,7 +120,7 @@ def _schema_file() -> Path:
 
 
 def _with_modeline(text: str, schema: str | None) -> str:
-    """Return the text of a recipe with ``schema`` for editors in its second line, or without."""
+    """Return the text of a recipe with ``schema`` for editors in its second line, or without such a line for None."""
     lines = [line for line in text.splitlines() if not line.startswith(_MODELINE)]
     return "\n".join([*lines[:1], *([_MODELINE + schema] if schema else []), *lines[1:]]) + "\n"
 
@@ -136,7 +136,7 @@ def _listed(name: str) -> Listed:
 
 
 def _summary(text: str) -> str:
-    """Return the first sentence of a recipe's header below its command, on one line."""
+    """Return the first sentence below the command in a recipe's header, on one line."""
     header = [line[1:].strip() for line in text.split("\nmodel:", 1)[0].splitlines() if not line.startswith(_MODELINE)]
     paragraph = " ".join(header).split("  ", 1)[1].split("  ", 1)[0]
     return paragraph.split(". ", 1)[0].rstrip(".")

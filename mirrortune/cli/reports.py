@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that read runs and checkpoints, report and analyze: parse, call, print."""
+"""Define the commands that read runs and checkpoints, ``report`` and ``analyze``."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def analyze(
 
 
 def train_lines(result: Any) -> list[str]:
-    """Return the lines that train prints of a finished run."""
+    """Return the lines that ``train`` prints about a finished run."""
     run = result.run_dir
     merged = f"{run.rstrip('/')}-merged"
     head = f" and a head of {result.head_parameters:,}" if result.head_parameters else ""
@@ -116,12 +116,12 @@ def train_lines(result: Any) -> list[str]:
 
 
 def besides_head(result: Any) -> str:
-    """Describe the parameters of the task head; empty for a model without one."""
+    """Describe the number of parameters of the task head; empty for a model without a head."""
     return f" besides the head's {result.head_parameters:,}" if result.head_parameters else ""
 
 
 def _form(run: str) -> str:
-    """Describe the form in which the adapter of a run was saved; empty for tuners of PEFT, which have only one."""
+    """Describe the form in which the adapter of a run was saved; empty for PEFT's tuners, which have only one."""
     folder = Path(run) / "adapter"
     if not (folder / "adapter.safetensors").is_file():
         return ""

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every setting of a run: its schema, the layers it is merged from, and where each value came from."""
+"""Define the settings of a run, merge them from layers, and track the origin of each value."""
 
 __all__ = ["recipe", "schema", "strict_yaml"]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resolve the recipe of a run from its layers, with the origin of each value.
 
-Layers are merged by presence (a flag over ``key=value`` over the recipe over the task's shipped recipe over the
-defaults) and checked once; all errors are reported together, each with its file and line or its flag. Imports no torch.
+Layers are merged key by key, in descending priority: flags, ``key=value`` arguments, the recipe, the shipped recipe of
+the task, defaults. The result is checked once, and all errors are reported together, each with its file and line or its
+flag. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Layer:
     """Settings from one origin.
 
     Attributes:
-        values: nested like a recipe; only the keys that were given.
-        origin: file, ``key=value`` or flag.
-        lines: line of each key, for files.
-        flags: flag of each key, for the command line.
-        file: file that was read, for a recipe.
+        values: the settings that were given, nested like a recipe.
+        origin: description of the origin: file, ``key=value`` or flag.
+        lines: line number of each key, for files.
+        flags: flag that set each key, for the command line.
+        file: recipe file that was read, or None.
     """
 
     values: dict[str, Any]
@@ -63,8 +64,8 @@ class Resolved:
     """A recipe with the origin of every value that is not a default.
 
     Attributes:
-        recipe: checked recipe.
-        origins: origin by dotted key.
+        recipe: validated recipe.
+        origins: origin of each value by dotted key.
         files: recipe files that were read.
         pairs: file of pairs that was read, or None.
     """
@@ -76,7 +77,7 @@ class Resolved:
 
 
 def shipped_recipes() -> list[str]:
-    """Return the names of the recipes inside the package: their paths without suffix."""
+    """Return the names of the shipped recipes, which are their paths without suffix."""
     root = shipped_folder()
     return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
 
@@ -85,7 +86,7 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
     """Read a shipped recipe (``glue/sst2``) or a YAML file as a layer.
 
     Raises:
-        ConfigError: no such recipe or file (with the nearest name), or invalid YAML.
+        ConfigError: there is no such recipe or file (the error suggests the nearest name), or its YAML is invalid.
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
@@ -102,8 +103,8 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
 
 
 def _text_of(path: Path, where: str, what: str) -> str:
-    """Return the text of a file of settings; ConfigError if it is not a regular file, or too large."""
-    if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device may never end
+    """Return the text of a settings file; raise ConfigError if it is too large or not a regular file."""
+    if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device, whose content may never end
         raise ConfigError(where, f"{path} is a pipe" if path.is_fifo() else f"{path} is a device", allowed="a file")
     if (size := path.stat().st_size) > _LARGEST_FILE:
         raise ConfigError(str(path), f"{what} of {size:,} bytes", allowed=f"{_LARGEST_FILE:,}")
@@ -117,15 +118,15 @@ def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ..
     return data, lines
 
 
-_LARGEST_FILE = 16 * 2**20  # bytes; the pairs of every layer of a large model are half of that
-_MOST_PROBLEMS = 100  # of a recipe; an untrusted file may have a million
-_SHOWN = 200  # characters of a value that is wrong
+_LARGEST_FILE = 16 * 2**20  # bytes; pairs for every layer of a large model take half of that
+_MOST_PROBLEMS = 100  # problems reported for a recipe; an untrusted file may have a million
+_SHOWN = 200  # characters shown of an invalid value
 _FORMS: dict[tuple[str, ...], str] = {
     ("adapter", "layers"): 'a list of numbers of blocks, from 0 on, and of "last N": [0, 1, last 4]',
     ("train", "class_weights"): "balanced, or {NAME: WEIGHT} with weights above 0, at most 1e6",
 }
-# Settings that a recipe inside a target may make: which rows are scored, and how. Never the model, its code, an output
-# path, or anything else that has an effect beyond the score.
+# Settings that are accepted from the recipe inside a target: which rows are scored, and how. Never the model, its code,
+# an output path, or anything else whose effect goes beyond the score.
 _OF_TARGET = (
     "data", "task", "train.seed", "train.precision", "eval.batch_size", "eval.prediction_labels",
     "eval.prediction_bounds", "eval.prediction_files",
@@ -135,10 +136,10 @@ _DATA_PATHS = ("path", "validation_path")
 
 
 def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
-    """Read the recipe inside a run, an adapter or a merged folder, as far as an untrusted file is followed.
+    """Read the recipe inside a run, an adapter or a merged folder, accepting only settings that are safe if untrusted.
 
     Returns:
-        The layer of the settings that are followed, and the dotted keys of the others.
+        The layer of accepted settings, and the dotted keys of the others.
     """
     whole = read_recipe(str(path))
     kept: dict[str, Any] = {}
@@ -160,23 +161,23 @@ def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
 
 
 def _walks_far(path: Any) -> bool:
-    """Return whether a pattern may search more than the folders of one: ``/**/*.csv`` walks every disk."""
+    """Return whether a glob pattern may search large parts of the file system, as ``/**/*.csv`` does."""
     if not isinstance(path, str) or not is_pattern(path):
         return False
     return sum(any(sign in part for sign in "*?[") for part in Path(path).parts) > 2 or "**" in path
 
 
 def read_saved_recipe(path: Path) -> Recipe:
-    """Read the recipe of an earlier run to show or compare it: it permits no code and reads no other files.
+    """Read the recipe of an earlier run in order to show or compare it, without permitting code or reading other files.
 
     Raises:
-        ConfigError: see :func:`resolve`; also for the name of a file in place of pairs.
+        ConfigError: see :func:`resolve`; also if pairs are given as the name of a file.
     """
     return _saved_recipe(read_recipe(str(path)))
 
 
 def check_saved_recipe(text: str, source: str) -> dict[str, Any]:
-    """Return the values of an earlier run's recipe as they stand in its text.
+    """Check the recipe of an earlier run and return its values as written, without defaults.
 
     Raises:
         ConfigError: see :func:`read_saved_recipe`.
@@ -199,14 +200,15 @@ def _saved_recipe(layer: Layer) -> Recipe:
 
 
 def override_layer(assignments: list[str], errors: list[ConfigError] | None = None) -> Layer:
-    """Parse ``key.sub=value`` words of the command line into a layer, values by the rules of YAML.
+    """Parse ``key.sub=value`` arguments of the command line into a layer; values are parsed as YAML.
 
     Args:
-        assignments: words.
+        assignments: arguments.
         errors: list to which errors are appended; None to raise them.
 
     Raises:
-        ConfigError: invalid YAML, a key that is set twice, or one that is both a value and a section; all at once.
+        ConfigError: a value is invalid YAML, a key is set twice, or a key is both a value and a section; all errors are
+            reported together.
     """
     values: dict[str, Any] = {}
     flags: dict[tuple[str, ...], str] = {}
@@ -227,7 +229,7 @@ def override_layer(assignments: list[str], errors: list[ConfigError] | None = No
 
 
 def flag_layer(given: dict[str, tuple[str, Any]]) -> Layer:
-    """Make the layer of the flags that were given: dotted key -> (flag, value)."""
+    """Make the layer of the flags that were given, passed as dotted key -> (flag, value)."""
     values: dict[str, Any] = {}
     for key, (flag, value) in given.items():
         _set(values, tuple(key.split(".")), value, flag)
@@ -252,17 +254,18 @@ def resolve(layers: list[Layer], more: Callable[[Recipe], list[ConfigError]] | N
     """Merge layers, later over earlier ones, and check the result.
 
     Args:
-        layers: from the lowest to the highest priority.
-        more: finds further problems of a recipe; called only if there are problems, with the valid rest.
+        layers: layers in order of increasing priority.
+        more: function that finds further problems; called only if there are problems, with a recipe in which defaults
+            replace the invalid values.
 
     Raises:
-        ConfigError: all problems at once.
+        ConfigError: settings are unknown or invalid; all problems are reported together.
     """
     merged: dict[str, Any] = {}
     owners: dict[tuple[str, ...], Layer] = {}
     for layer in layers:
         _leave_data(merged, owners, layer)
-        # A section whose settings are all commented out is None in YAML.
+        # In YAML, a section whose settings are all commented out is null.
         _merge(merged, {k: v for k, v in layer.values.items() if v is not None}, (), layer, owners)
     found, pairs = _unpermitted_code(merged, owners), None
     try:
@@ -307,7 +310,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _unpermitted_code(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> list[ConfigError]:
-    """Return the error for a file that sets ``trust_remote_code``, which only the command line may."""
+    """Return the error for a file that sets ``trust_remote_code``, which only the command line may set."""
     owner, (section, key) = owners.get(_TRUST), _TRUST
     if owner is None or owner.is_typed or merged[section][key] is not True:
         return []
@@ -342,14 +345,15 @@ def _merge(
 
 
 def _leave_data(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer], layer: Layer) -> None:
-    """Remove what files have set of a data set, if ``layer`` names another one: configuration and revision on the Hub,
-    and validation rows that lie elsewhere.
+    """If ``layer`` names another data set, remove settings from files that describe the previous one.
+
+    These are the configuration and revision on the Hub, and the validation rows in another place.
     """
     before, now = (_setting(values, "data", "path") for values in (merged, layer.values))
     if not isinstance(before, str) or not isinstance(now, str):
         return
     names = [split_sample(path)[0].removeprefix(HUB_SCHEME).removeprefix("datasets/") for path in (before, now)]
-    is_same = names[0].split(":")[0] == names[1].split(":")[0]  # possibly with another configuration
+    is_same = names[0].split(":")[0] == names[1].split(":")[0]  # the configuration may differ
     kept = {
         "config": names[0] == names[1],
         "revision": is_same,
@@ -377,7 +381,7 @@ def _set(values: dict[str, Any], path: tuple[str, ...], value: Any, where: str) 
 def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[str, Any]) -> ConfigError:
     path = _known_path(tuple(str(part) for part in problem["loc"]), merged)
     layer = owners.get(path) or next((o for p, o in owners.items() if p[: len(path)] == path), None)
-    if path[:2] in _FORMS:  # of several types: what pydantic says of each is no help
+    if path[:2] in _FORMS:  # a union: pydantic's errors about each member are no help
         where = layer.place(path[:2]) if layer else ".".join(path[:2])
         return ConfigError(where, f"got {_shortened(merged[path[0]][path[1]])}", allowed=_FORMS[path[:2]])
     where = layer.place(path) if layer else ".".join(path)
@@ -415,7 +419,7 @@ def _valid_part(merged: dict[str, Any]) -> Recipe:
 
 
 def _one_each(errors: list[ConfigError]) -> list[ConfigError]:
-    # pydantic reports a value once for every member of a union.
+    # pydantic reports an error for every member of a union.
     allowed: dict[tuple[str, str], list[str]] = {}
     for error in errors:
         allowed.setdefault((error.where, error.problem), []).append(error.allowed or "")
@@ -423,7 +427,7 @@ def _one_each(errors: list[ConfigError]) -> list[ConfigError]:
 
 
 def _known_path(loc: tuple[str, ...], merged: dict[str, Any]) -> tuple[str, ...]:
-    # pydantic appends the member of a union or a constraint's name to the location; keep what is really in the recipe.
+    # pydantic appends the union member or the name of the constraint to the location; keep only keys of the recipe.
     path: list[str] = []
     current: Any = merged
     for part in loc:
@@ -446,7 +450,7 @@ def _section_fields(path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make paths of data and pairs that are relative to the folder of the recipe absolute."""
+    """Make paths of data and pairs absolute; relative ones refer to the folder of the recipe."""
     for key in _DATA_PATHS:
         given = _setting(data, "data", key)
         if isinstance(given, str) and not given.startswith("shipped:"):
@@ -466,7 +470,7 @@ def _setting(data: dict[str, Any], section: str, key: str) -> Any:
 
 
 def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) -> Path | None:
-    """Replace the name of a .json file of pairs by its content, so that the recipe repeats the run without the file.
+    """Replace the name of a .json file of pairs by its content, so that the recipe reproduces the run without the file.
 
     Returns:
         The file, or None.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict YAML for recipes: YAML-1.2 scalars, no duplicate keys, and the line of every key.
+"""Parse recipes as strict YAML: YAML 1.2 scalars, no duplicate keys, and the line number of every key.
 
-PyYAML follows YAML 1.1, where ``lr: 2e-4`` is a string, ``no`` is False and ``12:30`` is 750, and it silently keeps the
-last of two equal keys. Each of these can ruin a training run.
+PyYAML follows YAML 1.1, in which ``lr: 2e-4`` is a string, ``no`` is False and ``12:30`` is 750, and of two equal keys
+it silently keeps the last. Each of these can ruin a training run.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from mirrortune.errors import ConfigError
 KeyPath = tuple[str, ...]
 
 
-_MOST_NODES = 3_000_000  # values and keys; lists of the pairs of every layer of a large model are as many
+_MOST_NODES = 3_000_000  # values and keys; pairs for every layer of a large model come close to this
 
 
 class _Limits(Composer):
-    """The part of a loader that refuses anchors, aliases and endless documents."""
+    """A composer that rejects anchors, aliases and excessively large documents."""
 
     source = "text"
     num_nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse anchors and aliases, by which ten lines can expand to gigabytes, and more values than a recipe has."""
+        """Compose a node; reject aliases, with which ten lines can expand to gigabytes, and too many nodes."""
         self.num_nodes += 1
         if self.num_nodes > _MOST_NODES:
             raise ConfigError(self.source, f"more than {_MOST_NODES:,} values", fix="Shorten the file")
-        events: Any = self  # of a parser, to which a composer belongs
+        events: any = self  # a composer is mixed into a parser, which has the events
         event = events.peek_event()
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
@@ -48,7 +48,7 @@ class _Limits(Composer):
 
 
 class _StrictLoader(_Limits, yaml.SafeLoader):
-    """SafeLoader with YAML-1.2 core scalars; no tags beyond the plain data types, no anchors and no aliases."""
+    """A SafeLoader with YAML 1.2 core scalars, and without anchors, aliases and tags of other than plain data types."""
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -72,13 +72,13 @@ for _found in _StrictLoader.yaml_implicit_resolvers.values():
 # PyYAML's own constructor reads 010 as octal.
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
-_LONG = 2**16  # characters; what people write is shorter, and keeps PyYAML's own messages
+_LONG = 2**16  # characters; hand-written files are shorter and are parsed by PyYAML, whose messages are better
 _FastLoader: Any = _StrictLoader
 if yaml.__with_libyaml__:
     from yaml._yaml import CParser
 
     class _CLoader(_Limits, SafeConstructor, Resolver, CParser):
-        """The same rules on the events of libyaml, which reads long lists of pairs several times faster."""
+        """The same rules on top of libyaml, which reads long lists of pairs several times faster."""
 
         yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
         yaml_constructors = _StrictLoader.yaml_constructors
@@ -96,14 +96,15 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse one YAML document.
 
     Args:
-        text: the document.
-        source: its name in messages, usually the path of the file.
+        text: text of the document.
+        source: name of the document in errors, usually the path of the file.
 
     Returns:
-        The data, and the 1-based line of every mapping key by its path.
+        The data, and the 1-based line number of every mapping key by its path.
 
     Raises:
-        ConfigError: a syntax error, an anchor or alias, a duplicate key, or a key that is not a string; with the line.
+        ConfigError: the document has a syntax error, an anchor or alias, a duplicate key, or a key that is not a
+            string; the error names the line.
     """
     lines: dict[KeyPath, int] = {}
     loader = None
@@ -124,7 +125,7 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         raise ConfigError(place, f"not valid YAML: character {error.character!r}", fix="Remove it") from error
     except RecursionError as error:
         raise ConfigError(source, "not valid YAML: nested without end", fix="Correct the file") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number with thousands of digits
         raise ConfigError(source, f"not valid YAML: {error}", fix="Correct the file") from error
     finally:
         if loader is not None:
@@ -132,20 +133,20 @@ def load(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def parse_scalar(text: str, source: str) -> Any:
-    """Parse a value by the rules of a recipe: ``2e-4`` is a number, ``no`` a string, ``[a, b]`` a list."""
+    """Parse a value as in a recipe: ``2e-4`` is a number, ``no`` a string, ``[a, b]`` a list."""
     return load(text, source)[0]
 
 
 def dump(data: Any) -> str:
-    """Return YAML that :func:`load` reads back to equal data, with keys in their order."""
+    """Return YAML that :func:`load` reads back as equal data, with keys in the same order."""
     return yaml.dump(data, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes by the rules of the loader, so that values are read back the same."""
+    """A SafeDumper that quotes as the loader requires, so that values are read back unchanged."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Return True: a list that occurs twice is written twice."""
+        """Return True, so that a list that occurs twice is written twice."""
         return True
 
 
@@ -153,14 +154,14 @@ _StrictDumper.yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    # repr is the shortest text that gives the same double; PyYAML would write 2e-05 as a form of its own (2.0e-05).
+    # repr is the shortest text that parses to the same double; PyYAML would write 2e-05 as 2.0e-05.
     special = {float("inf"): ".inf", float("-inf"): "-.inf"}
     text = ".nan" if value != value else special.get(value, repr(value))  # noqa: PLR0124  (NaN is the one value unlike itself)
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
 def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.SequenceNode:
-    # Pairs of directions come by the thousand: one line each.
+    # One line per pair of directions, since there may be thousands.
     is_short = len(value) <= 4 and all(type(item) is int for item in value)
     return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True if is_short else None)
 
@@ -192,7 +193,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], so
 
 
 def _check_tag(node: yaml.Node, source: str) -> None:
-    """Refuse ``!!tags`` of types that JSON does not have, and of scalars that do not match their tag."""
+    """Raise an error for ``!!tags`` of types that JSON does not have, and for scalars that do not match their tag."""
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     is_plain = kind in ("map", "seq", "str") or any(p.match(node.value) for p in _PATTERNS.get(node.tag, ()))
     if not is_plain:
