@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained adapters in use: rows answered by one, and many of them on one base model."""
+"""Use trained adapters: predict rows, hold conversations, and serve many adapters on one base model."""
 
 __all__ = [
     "bank",

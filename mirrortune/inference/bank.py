@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many adapters on one base model, mixed in one batch."""
+"""Serve many adapters on one base model, mixed in one batch."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", 
 
 
 class AdapterBank:
-    """Many trained adapters on one base model; every row of a batch is computed with its own.
+    """Many trained adapters on one base model; each row of a batch is computed with its own adapter.
 
-    All adapters of a base share its singular factors, which are held once. An adapter itself is its trained numbers:
-    angles, scales, small matrices, and a head. Within :meth:`rows` the model computes each row as it would with that
-    row's adapter alone; outside it is the base model. The model's weights are not changed, and must not be while the
-    bank is in use.
+    All adapters of a base share its singular factors, which are held once; an adapter adds only its trained parameters:
+    angles, scales, small matrices, and a head. Inside :meth:`rows`, the model computes each row as it would with the
+    adapter of that row alone; outside, it is the base model. The bank does not change the model's weights, and they
+    must not be changed while it is in use.
 
-    Adding and removing adapters is safe while other threads serve: rows that are being served keep the adapters they
-    began with. Threads may serve different rows of one model at the same time.
+    The bank is thread-safe. Adapters may be added and removed while other threads serve rows, which keep the adapters
+    they started with, and several threads may serve different rows of one model at the same time.
 
     Args:
-        model: the base model, without an adapter.
-        on_layer: called with a layer's name whenever its weight has been factorised, for progress.
+        model: base model without an adapter.
+        on_layer: called with the name of each layer whose weight has been factorised, to show progress.
 
     Raises:
-        ConfigError: the model has an adapter, or is in another bank.
+        ConfigError: the model has an adapter or is in another bank.
 
     Example:
         >>> bank = mirrortune.AdapterBank(model)  # doctest: +SKIP
@@ -70,15 +70,15 @@ class AdapterBank:
 
     @classmethod
     def load(cls, model: nn.Module, path: str | Path, *, on_layer: Callable[[str], None] | None = None) -> AdapterBank:
-        """Make a bank of the adapters at ``path``; each is read and checked when it is first used.
+        """Create a bank with the adapters at ``path``; each is read and checked when it is first used.
 
         Args:
-            model: the base model.
-            path: a file of :meth:`save`, or a folder that holds a folder, named like the adapter, for each.
-            on_layer: see the class.
+            model: base model without an adapter.
+            path: file written by :meth:`save`, or a folder with one subfolder per adapter, whose name is the adapter's.
+            on_layer: see :class:`AdapterBank`.
 
         Raises:
-            VerificationError: the file is damaged or of a newer format.
+            VerificationError: the file is damaged or has a newer format.
             ConfigError: there is no adapter at ``path``.
         """
         stored = open_bank(Path(path))
@@ -88,7 +88,7 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """Names of the adapters, in the order in which they were added."""
+        """Names of the adapters, in the order of addition."""
         return list(self._entries)
 
     def __len__(self) -> int:
@@ -106,18 +106,19 @@ class AdapterBank:
         subfolder: str | None = None,
         replace: bool = False,
     ) -> None:
-        """Add an adapter, with the checks of :func:`mirrortune.load_adapter`.
+        """Add an adapter after the checks of :func:`mirrortune.load_adapter`.
 
         Args:
-            name: what :meth:`rows` will call it.
-            adapter: its folder, that of its run, a Hub id, or the file read.
+            name: name of the adapter in :meth:`rows`.
+            adapter: adapter folder, run directory, Hub id, or an adapter that was read already.
             revision: branch, tag or commit of a Hub repository.
-            subfolder: of the folder or the repository.
-            replace: take the place of an adapter of that name; otherwise there must be none.
+            subfolder: subfolder of the folder or the repository.
+            replace: replace an existing adapter of this name.
 
         Raises:
-            ConfigError: a name that is taken, an adapter of PEFT, or a layer of which rows cannot have their own.
-            VerificationError: another base, a basis that cannot be aligned, or a damaged file.
+            ConfigError: the name is taken, the adapter is one of PEFT's, or an adapted layer does not process a batch
+                row by row.
+            VerificationError: the adapter belongs to another base, its basis cannot be aligned, or a file is damaged.
         """
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ConfigError("name", f"got {name!r}", allowed="printable text")
@@ -127,42 +128,43 @@ class AdapterBank:
         entry = self._admitted(adapter)
         with self._lock:
             self._check_name(name, replace=replace)
-            self._entries = {**self._entries, name: entry}  # never changed: others may be looking
+            self._entries = {**self._entries, name: entry}  # a new dict, because other threads may be reading the old
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; rows that are being served with it are finished.
+        """Remove an adapter; rows that are being served keep it until they are done.
 
         Raises:
-            ConfigError: there is no adapter of that name.
+            ConfigError: there is no adapter of this name.
         """
         with self._lock:
             self._find(name)
             self._entries = {own: entry for own, entry in self._entries.items() if own != name}
 
     def num_labels(self, name: str) -> int | None:
-        """Return how many outputs the head of an adapter has; None without a head.
+        """Return the number of outputs of an adapter's head, or None without a head.
 
-        Where rows of a batch have different numbers of classes, logits are as wide as the widest row's, and minus
-        infinity in the columns that a row does not have: ``logits[i, : bank.num_labels(name)]`` are its own.
+        If rows of a batch have different numbers of classes, the logits have the largest of these widths and are minus
+        infinity in the columns that a row does not have. ``logits[i, : bank.num_labels(name)]`` are those of row i.
         """
         return self._entry(name).structure.num_labels
 
     def recorded(self, name: str) -> dict[str, Any]:
-        """Return what the file of an adapter says of its training: ``base``, ``task`` and ``max_length``."""
+        """Return the fields ``base``, ``task`` and ``max_length`` that an adapter's file records about its training."""
         return dict(json.loads(self._entry(name).own))
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within, the model computes row i of every batch with the adapter ``names[i]``, or plainly for None.
+        """Compute row i of every batch with the adapter ``names[i]``, or with the base model for None, in this context.
 
-        ``generate`` may make several sequences of a row (beams, ``num_return_sequences``); they have the row's adapter.
-        A row that holds several packed sequences has one adapter for all.
+        The sequences that ``generate`` makes of a row (beams, ``num_return_sequences``) have the adapter of the row. A
+        row that holds several packed sequences has one adapter for all of them.
 
         Args:
-            names: one for each row of the batch.
+            names: one name or None for each row of the batch.
 
         Raises:
-            ConfigError: an unknown name, or no names. Inside: a batch with another number of rows.
+            ConfigError: a name is unknown, or there are none. Raised by the model inside the context if a batch has
+                another number of rows.
         """
         if isinstance(names, str) or not names:
             raise ConfigError("rows", f"got {names!r}", allowed="a list with a name, or None, for each row")
@@ -181,20 +183,20 @@ class AdapterBank:
     def save(self, path: str | Path) -> None:
         """Write all adapters into one safetensors file, which :meth:`load` reads lazily.
 
-        A file that an earlier ``save`` wrote is replaced, whole or not at all; any other file is refused.
+        A file that an earlier ``save`` wrote is replaced atomically; any other file is refused.
 
         Args:
-            path: of the file; its name ends in ``.safetensors``.
+            path: path of the file, which ends in ``.safetensors``.
 
         Raises:
             ConfigError: ``path`` holds something else.
-            ResourceError: it cannot be written.
+            ResourceError: the file cannot be written.
         """
         entries = {name: self._entry(name) for name in self.names}
         save_bank(Path(path), entries)
 
     def close(self) -> None:
-        """Give the model back as it was; the bank cannot be used any more.
+        """Restore the model to its original state; the bank cannot be used afterwards.
 
         Raises:
             ConfigError: rows are being served.
@@ -210,7 +212,7 @@ class AdapterBank:
             self.model.__dict__.pop("_mirrortune_bank", None)
 
     def adapter_nbytes(self, name: str) -> int:
-        """Return the memory that an adapter takes by itself, in bytes."""
+        """Return the memory of an adapter's own tensors in bytes."""
         return self._entry(name).nbytes
 
     def shared_nbytes(self) -> int:
@@ -228,7 +230,7 @@ class AdapterBank:
         return found
 
     def _entry(self, name: str) -> Entry:
-        """Return the adapter called ``name``, read and checked if it was not yet."""
+        """Return the adapter called ``name``, reading and checking it at its first use."""
         found = self._find(name)
         if isinstance(found, Entry):
             return found
@@ -240,7 +242,7 @@ class AdapterBank:
 
     def _admitted(self, adapter: AdapterFile) -> Entry:
         outside = _SERVING.set({key: own for key, own in _SERVING.get({}).items() if key != id(self)})
-        try:  # of rows, if this thread is in some: the base's own weights are read
+        try:  # leave any rows that this thread serves, so that the weights of the base are read
             entry = self._admission.admit(adapter)
         finally:
             _SERVING.reset(outside)
@@ -264,11 +266,11 @@ class AdapterBank:
         )
 
     def _peek(self) -> Serving | None:
-        """Return what the calling thread serves."""
+        """Return the rows that the calling thread serves, or None."""
         return _SERVING.get({}).get(id(self))
 
     def _serving(self) -> Serving | None:
-        """Return what the calling thread serves; refuse to compute the base where rows were probably meant."""
+        """Return the rows that the calling thread serves, or None; raise if the base was probably not intended."""
         found = self._peek()
         if found is None and self._num_serving:
             raise ConfigError(
@@ -278,7 +280,7 @@ class AdapterBank:
         return found
 
     def _check_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse a batch that has not as many rows as were named."""
+        """Check that a batch has as many rows as adapters were named."""
         serving = self._serving()
         if serving is None:
             return
@@ -295,7 +297,7 @@ class AdapterBank:
 
 
 def _own_folder(folder: Path) -> Path:
-    """Refuse a folder that PEFT wrote, by what it says of itself."""
+    """Return the adapter folder; raise an error if PEFT wrote it."""
     if (folder / "adapter_config.json").is_file() and not (folder / "adapter.json").is_file():
         raise ConfigError(
             str(folder), "it holds an adapter of PEFT, which a bank does not mix", allowed="adapters of mirrortune",
@@ -305,7 +307,7 @@ def _own_folder(folder: Path) -> Path:
 
 
 def _replace_generate(model: nn.Module, find: Callable[[], Serving | None]) -> Callable[[], None]:
-    """Let the model's ``generate`` say that its rows may be repeated; returns what undoes this."""
+    """Make the model's ``generate`` announce that rows may be repeated; return a function that undoes this."""
     generate = getattr(model, "generate", None)
     if generate is None:
         return lambda: None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer rows with adapters of their own, which a bank mixes in the batches of one base model."""
+"""Predict each row with its own adapter; a bank mixes the adapters in the batches of one base model."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _COLUMNS = ("_column", "_columns")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BankRequest:
-    """Adapters for the rows of a data set.
+    """The adapters for the rows of a data set.
 
     Attributes:
-        path: a saved bank, or a folder of adapters.
-        column: holds the name of each row's adapter.
+        path: saved bank, or folder of adapters.
+        column: column with the name of each row's adapter.
     """
 
     path: Path
@@ -46,20 +46,20 @@ class BankRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """How the rows of an adapter are read: its task, and its longest row in tokens."""
+    """How the rows of an adapter are read: its task, and its maximum row length in tokens."""
 
     task: Task
     max_length: int | None
 
 
 class RowAdapters:
-    """The bank that answers rows, on its base model.
+    """A bank with the rules by which rows choose their adapters.
 
     Args:
-        bank: on the base model.
-        base: the model, with the task of the first adapter.
-        settings: columns that the user has named.
-        column: holds the name of each row's adapter.
+        bank: bank on the base model.
+        base: base model, with the task of the first adapter.
+        settings: settings with the columns that the user has named.
+        column: column with the name of each row's adapter.
     """
 
     def __init__(self, bank: AdapterBank, base: Evaluable, settings: EvaluationSettings, column: str) -> None:
@@ -69,8 +69,9 @@ class RowAdapters:
         self._readers: dict[str | None, Reader] = {None: Reader(task=base.task, max_length=base.max_length)}
 
     def prepare(self, task: Task, data: DataSet | None) -> None:
-        """Read the rows by the columns of ``task``, which are those of the first adapter or what the rows have for
-        them, and check the names in ``data``, unless it is None.
+        """Read rows with the columns of ``task``, and check the adapter names in ``data`` unless it is None.
+
+        The columns are those of the first adapter, or the columns that were detected in their place.
         """
         known = {f.name: getattr(task, f.name) for f in fields(task)}  # type: ignore[arg-type]
         self._columns = {k: (getattr(self.base.task, k), v) for k, v in known.items() if k.endswith(_COLUMNS)}
@@ -83,8 +84,8 @@ class RowAdapters:
         """Read the adapters that the rows of ``data`` name.
 
         Raises:
-            DataError: for all names that the bank does not hold, and rows without a name that need one.
-            ConfigError, VerificationError: an adapter that cannot be used.
+            DataError: the bank lacks named adapters, or rows that need an adapter name none; all are reported together.
+            ConfigError, VerificationError: an adapter cannot be used.
         """
         used: dict[str, None] = {}
         for split in data.splits.values():
@@ -94,10 +95,10 @@ class RowAdapters:
             self.reader(name)
 
     def names_of(self, rows: Split) -> list[str | None]:
-        """Return the name of each row's adapter, None for the base model itself.
+        """Return the name of each row's adapter, or None for the base model.
 
         Raises:
-            DataError: as of :meth:`check`.
+            DataError: see :meth:`check`.
         """
         table = rows.table
         if self._column not in table.column_names:
@@ -115,7 +116,7 @@ class RowAdapters:
         return names
 
     def _answers_alone(self) -> bool:
-        """Return whether the base model answers without an adapter: the heads of other tasks are trained with one."""
+        """Return whether the base model can answer without an adapter; the heads of most tasks come with an adapter."""
         return scores_vocabulary(self.base.task) or isinstance(self.base.task, Generates)
 
     def _refuse(self, rows: Split, strange: Mapping[str | None, list[int]]) -> None:
@@ -151,12 +152,12 @@ class RowAdapters:
         return self._readers[name]
 
     def serving(self, names: Sequence[str | None]) -> Callable[[np.ndarray[Any, Any], int], Any]:
-        """Return what :func:`judge_split` enters around a batch: the adapters of its rows, by those of all rows."""
+        """Return the context manager that :func:`judge_split` enters around each batch to choose the rows' adapters."""
 
         @contextmanager
         def around(rows: np.ndarray[Any, Any], count: int) -> Iterator[None]:
             own = [names[row] for row in rows.tolist()]
-            copies = count // len(own)  # a row of several texts is several rows of the model
+            copies = count // len(own)  # a row with several texts becomes several rows of the model
             with self.bank.rows([name for name in own for _ in range(copies)]):
                 yield
 
@@ -164,10 +165,10 @@ class RowAdapters:
 
 
 def load_row_adapters(target: str, settings: EvaluationSettings, request: BankRequest, device: Any) -> RowAdapters:
-    """Load a base model, and open the bank on it.
+    """Load a base model and open the bank on it.
 
     Raises:
-        ConfigError: the target holds an adapter itself, or there is no bank.
+        ConfigError: the target is an adapter itself, or there is no bank.
     """
     if adapter_to_score(target) is not None:
         raise ConfigError("--bank", f"'{target}' holds an adapter of its own", fix="Name the base model of the bank")
@@ -179,11 +180,11 @@ def load_row_adapters(target: str, settings: EvaluationSettings, request: BankRe
 
 
 class BankAnswers(BlockAnswers):
-    """Turns a block of rows into a table with the answers of each row's own adapter.
+    """Turns a block of rows into a table with predictions, each by the adapter of the row.
 
     Args:
-        arguments, options: those of the class.
-        adapters: of the rows.
+        arguments, options: arguments of :class:`BlockAnswers`.
+        adapters: adapters of the rows.
     """
 
     def __init__(self, *arguments: Any, adapters: RowAdapters, **options: Any) -> None:
@@ -209,7 +210,7 @@ class BankAnswers(BlockAnswers):
         self, reader: Reader, rows: Split, names: Sequence[str | None], numbers: np.ndarray[Any, Any], first: int,
         on_batch: Callable[[int], None],
     ) -> Predictions:  # fmt: skip
-        """Return the answers of the rows ``numbers`` of a block, whose adapters read them in the same way."""
+        """Predict the rows ``numbers`` of a block, whose adapters read rows in the same way."""
         keep = np.zeros(len(names), dtype=bool)
         keep[numbers] = True
         own, options, task = rows.take(keep), replace(self.options, first_row=first), reader.task

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The factors of a base weight, held once for all adapters of a bank.
+"""Hold the factors of a base weight once for all adapters of a bank.
 
-Two adapters of one weight were trained in the same singular basis up to signs, and one that keeps fewer directions in
-the first of them. A basis is therefore shared wherever the vectors agree, signs aside, and an adapter remembers which
-of them to flip. Only a basis that is really another one (near-equal singular values that another driver mixed
-otherwise, factors rounded to another dtype) is held beside the first.
+The adapters of a weight were trained in the same singular basis up to signs; an adapter of lower rank uses its first
+directions. A basis is therefore shared if its vectors agree up to signs, and each adapter stores which vectors to flip.
+A second basis is held only if it really differs: another driver may mix directions of nearly equal singular values
+differently, or factors may have been rounded to another dtype.
 
 Shapes: O out_features, I in_features, R rank.
 """
@@ -33,9 +33,9 @@ from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Target
 
-# Largest difference of an entry of two unit vectors that are taken for one: a few roundings of float32.
+# Two unit vectors whose entries differ by at most this, a few float32 rounding errors, count as equal.
 _SAME = 5e-7
-_KEPT_CORES = 128  # of each weight
+_KEPT_CORES = 128  # per weight
 _LARGEST_SHORT = 2**15
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,11 +45,11 @@ class CoreDesign:
     """What a layer's core is built from, besides singular values and pairs.
 
     Attributes:
-        spec: names the core and its options.
-        layer: its name.
-        shape: (O, I) of the weight.
-        rank: directions of the core.
-        design: equal for cores that differ in their numbers and pairs alone.
+        spec: adapter specification with the name and options of the core.
+        layer: name of the layer.
+        shape: shape of the weight, (O, I).
+        rank: number of directions of the core.
+        design: key that is equal for cores that differ only in parameter values and pairs.
     """
 
     spec: AdapterSpec
@@ -60,11 +60,11 @@ class CoreDesign:
 
 
 class Held:
-    """Factors as layers compute with them, and what is made from them once. The factors never change.
+    """Immutable factors in the form that layers compute with, and objects that are derived from them once.
 
     Args:
-        factors: U and Vh on the device and in the dtype of the model, S in float32 on the device.
-        S: float64, on the CPU.
+        factors: u and Vh on the device and in the dtype of the model, S on the device in float32.
+        S: singular values in float64 on the CPU.
     """
 
     def __init__(self, factors: Factors, S: Tensor) -> None:
@@ -75,22 +75,23 @@ class Held:
 
     @property
     def rank(self) -> int:
-        """R, the number of directions held."""
+        """Number of directions held, R."""
         return self.factors.rank
 
     def leading(self, rank: int) -> Factors:
-        """Return the first ``rank`` directions; views."""
+        """Return views of the first ``rank`` directions."""
         held = self.factors
         return Factors(U=held.U[:, :rank], S=held.S[:rank], Vh=held.Vh[:rank])
 
     def core(self, design: CoreDesign, pairs: Tensor | None) -> Core:
         """Return the untrained core of a layer, on the device of the factors.
 
-        The last ones are kept: those with pairs of their own take several times the memory of their trained numbers.
+        Only the most recent cores are cached, because a core with its own pairs takes several times the memory of its
+        trained parameters.
 
         Args:
-            design: of the core.
-            pairs: :func:`encoded`, where they do not follow from the rank.
+            design: design of the core.
+            pairs: pairs from :func:`encoded`, or None if they follow from the rank.
         """
         key = design.design, None if pairs is None else pairs.numpy().tobytes()
         with self._lock:
@@ -108,7 +109,7 @@ class Held:
         return core
 
     def probes(self, rank: int, signs: Tensor | None) -> Probed:
-        """Return products of the first ``rank`` directions, flipped by ``signs``, with the probes of an effect."""
+        """Return the products of the first ``rank`` directions, flipped by ``signs``, with the probes of an effect."""
         if self._probes is None:
             self._probes = probed(Factors(U=self.factors.U, S=self.S, Vh=self.factors.Vh))
         whole = self._probes
@@ -119,11 +120,11 @@ class Held:
 
 @dataclass(slots=True, eq=False)
 class Basis:
-    """One basis of a weight. ``held`` is replaced, whole, when an adapter needs more directions.
+    """One basis of a weight.
 
     Attributes:
-        dtype: to which the factors were rounded where the adapters were trained.
-        held: the factors.
+        dtype: dtype to which the factors were rounded when the adapters were trained.
+        held: factors; replaced as one object when an adapter needs more directions.
     """
 
     dtype: str
@@ -134,8 +135,8 @@ class LayerBases:
     """The bases of one weight.
 
     Args:
-        model: the base.
-        target: where the weight is, of the largest rank asked for so far.
+        model: base model.
+        target: location of the weight, with the largest rank requested so far.
     """
 
     def __init__(self, model: nn.Module, target: Target) -> None:
@@ -146,20 +147,21 @@ class LayerBases:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the factors take."""
+        """Memory of the factors in bytes."""
         parts = [t for b in self.bases for t in (b.held.factors.U, b.held.factors.S, b.held.factors.Vh)]
         return sum(t.numel() * t.element_size() for t in parts)
 
     def match(
         self, adapter: AdapterFile, design: CoreDesign, pairs: Tensor | None, source: FactorSource
     ) -> tuple[Basis, Tensor | None]:
-        """Find, or add, the basis that a layer of ``adapter`` was trained in, with every check of ``load_adapter``.
+        """Find or add the basis that a layer of ``adapter`` was trained in, with all checks of ``load_adapter``.
 
         Returns:
-            The basis, and the signs (R,) by which its vectors differ from the trained ones, or None for no difference.
+            The basis, and the signs (R,) by which its vectors differ from the trained ones, or None if they are equal.
 
         Raises:
-            VerificationError: another weight, a basis that cannot be aligned, or another effect than the trained one's.
+            VerificationError: the weight is not the trained one, the basis cannot be aligned, or the layer's effect
+                differs from that in training.
         """
         name = design.layer
         key = _fingerprint_key(adapter, name)
@@ -174,7 +176,7 @@ class LayerBases:
         return found
 
     def _place(self, adapter: AdapterFile, name: str, factors: Factors, weight: Tensor) -> tuple[Basis, Tensor | None]:
-        """Share a basis that agrees with ``factors``, growing it if it is shorter; add one if none agrees."""
+        """Return a basis that agrees with ``factors``, extended if it has fewer directions, or else add a new one."""
         dtype = adapter.dtypes[name]
         like = weight if self.target.kind.is_quantised else self.target.weight(self.model)
         cast = factors.to(device=like.device, dtype=like.dtype)
@@ -199,14 +201,16 @@ def _held(factors: Factors, like: Tensor) -> Held:
 
 
 def _signs_between(held: Held, factors: Factors, cast: Factors, tolerance: float) -> Tensor | None:
-    """Return signs (R,), float64, by which ``factors`` and a basis differ in their common directions, ones beyond them;
-    None where they differ in more.
+    """Return the signs by which ``factors`` and a basis differ in their common directions, or None if they differ more.
 
     Args:
-        held: the basis.
-        factors: of another adapter, float64.
-        cast: the same in the dtype and on the device of the basis.
-        tolerance: largest difference of an entry.
+        held: factors of the basis.
+        factors: factors of another adapter in float64.
+        cast: these factors in the dtype and on the device of the basis.
+        tolerance: largest allowed difference of an entry.
+
+    Returns:
+        Signs of shape (R,) in float64, with ones for directions that the two do not have in common.
     """
     common = min(held.rank, factors.rank)
     own = held.leading(common)
@@ -226,7 +230,7 @@ def _signs_between(held: Held, factors: Factors, cast: Factors, tolerance: float
 def _has_its_effect(
     adapter: AdapterFile, design: CoreDesign, pairs: Tensor | None, basis: Basis, signs: Tensor | None
 ) -> bool:
-    """Whether a layer of ``adapter`` does in a shared basis what it did where it was trained."""
+    """Return whether a layer of ``adapter`` has the same effect in a shared basis as in training."""
     name = design.layer
     core = basis.held.core(design, pairs)
     numbers = {
@@ -235,7 +239,7 @@ def _has_its_effect(
         if parameter.numel()
     }
     expected = adapter.effects.get(name)
-    if expected is None:  # trained in shards: the sketch, which is part of the key, says that the basis is right
+    if expected is None:  # trained in shards: the sketch, which is part of the key, identifies the basis
         return True
     exact = stand_in(core.in_float64(), numbers)
     limit = EXACT_EFFECT_TOLERANCE if adapter.form == "portable" else EFFECT_TOLERANCE
@@ -243,7 +247,7 @@ def _has_its_effect(
 
 
 def _fingerprint_key(adapter: AdapterFile, name: str) -> Hashable:
-    """What decides which basis a layer was trained in: two adapters with the same key share one."""
+    """Return a key of the basis that a layer was trained in; adapters with the same key share a basis."""
     stored = adapter.fingerprints[name]
     tensors = [stored.sketch, *stored.cluster_sketches]
     if adapter.form == "portable":
@@ -256,26 +260,26 @@ def _fingerprint_key(adapter: AdapterFile, name: str) -> Hashable:
 
 
 def encoded(pairs: Tensor, rank: int) -> Tensor:
-    """Return ``pairs`` (T, 2) in the least memory: partners where there are some, (P,), in 16 bits if they fit."""
+    """Encode ``pairs`` (T, 2) compactly, as partners (P,) if possible, and in 16 bits if the indices fit."""
     partners = partners_of(pairs, rank)
     found = pairs if partners is None else partners
     return found.to(torch.int16 if rank <= _LARGEST_SHORT else torch.int32).contiguous()
 
 
 def decoded(stored: Tensor, rank: int) -> Tensor:
-    """Return the pairs (T, 2), int64, of :func:`encoded`."""
+    """Decode pairs from :func:`encoded` to shape (T, 2), int64."""
     return pairs_of(stored, rank) if stored.dim() == 1 else stored.long()
 
 
 def stand_in(module: M, tensors: Mapping[str, Tensor], plain: type[M] | None = None) -> M:
-    """Return a shallow copy of ``module`` with ``tensors`` in place of its parameters and buffers of these names.
+    """Return a shallow copy of ``module`` in which ``tensors`` replace the parameters and buffers of the same names.
 
-    The module itself is not touched, so that other threads may use it meanwhile.
+    The module is not changed, so other threads may use it at the same time.
 
     Args:
-        module: to copy.
-        tensors: by name.
-        plain: the class of the copy; by default the module's own.
+        module: module to copy.
+        tensors: replacements by name.
+        plain: class of the copy; that of the module by default.
     """
     kind = plain or type(module)
     copied = kind.__new__(kind)

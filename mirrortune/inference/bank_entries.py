@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters of a bank: checked against the base model once, then kept as little more than their trained numbers.
+"""Check the adapters of a bank against the base model once, and keep little more than their trained parameters.
 
-What adapters have in common (which layers, cores and options, where a number stands in the packed tensors) is a
-:class:`Structure`, of which there is one object for all adapters that were trained in the same way.
+What adapters have in common (layers, cores, options, and the position of each parameter in the packed tensors) is a
+:class:`Structure`. All adapters that were trained in the same way share one such object.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Part(CoreDesign):
     """One adapted weight of a structure.
 
     Attributes:
-        layout: how its numbers stand for one matrix.
-        kind: how the module applies it.
-        basis: its factors.
-        signs: (R,), flips the basis's vectors to the trained ones; None where they are the same.
-        strategy: how the layer computes when its adapter is alone.
+        layout: how the weight's tensor stores the matrix.
+        kind: how the module applies the weight.
+        basis: basis of the weight.
+        signs: signs (R,) that flip the vectors of the basis to the trained ones; None if they are equal.
+        strategy: how the layer computes if all rows have the same adapter.
     """
 
     layout: Layout
@@ -57,7 +57,7 @@ class Part(CoreDesign):
 
 
 Places = Mapping[str, Mapping[str, tuple[str, int, tuple[int, ...]]]]
-"""Layer -> parameter of its core -> the packed tensor that holds it, the first number there, and its shape."""
+"""For each layer and each parameter of its core: name of the packed tensor, offset in it, and shape."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True, weakref_slot=True)
@@ -65,12 +65,12 @@ class Structure:
     """What adapters that were trained in the same way have in common.
 
     Attributes:
-        parts: by layer, in module order.
-        by_module: parts by the module that applies them; several for a fused layer.
-        places: of each layer's trained numbers in the packed tensors; one object for all that are equal.
-        saved: by module, its parameters that the adapter has its own of, and the tensors that hold them.
-        description: what ``adapter.json`` says of all of it.
-        num_labels: outputs of the head, or None without a head.
+        parts: parts by layer, in module order.
+        by_module: parts by the module that applies them; a fused layer has several.
+        places: positions of each layer's parameters in the packed tensors; one object for all equal ones.
+        saved: for each module with parameters that the adapter replaces, the tensor of each parameter.
+        description: fields of ``adapter.json`` that all of these adapters share.
+        num_labels: number of outputs of the head, or None without a head.
     """
 
     parts: Mapping[str, Part]
@@ -83,14 +83,14 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Entry:
-    """One adapter of a bank, found to belong to its base.
+    """One adapter of a bank, checked against the base.
 
     Attributes:
-        structure: what it shares with others.
-        tensors: as ``adapter.safetensors`` has them, packed, without factors.
-        pairs: encoded pairs by layer, of layers whose pairs do not follow from their rank.
-        portable: whether its file carries its factors.
-        own: what ``adapter.json`` says of this adapter alone, as JSON.
+        structure: structure shared with similar adapters.
+        tensors: packed tensors of ``adapter.safetensors``, without factors.
+        pairs: encoded pairs of layers whose pairs do not follow from their rank, by layer.
+        portable: the adapter's file contains its factors.
+        own: fields of ``adapter.json`` that only this adapter has, as JSON text.
     """
 
     structure: Structure
@@ -100,26 +100,23 @@ class Entry:
     own: str
 
     def parameters(self, module: str) -> dict[str, Tensor]:
-        """Return the adapter's own parameters of a module, such as its classifier."""
+        """Return the parameters of a module that the adapter replaces, such as those of a classifier."""
         return {name: self.tensors[key] for name, key in self.structure.saved.get(module, {}).items()}
 
     @property
     def nbytes(self) -> int:
-        """Memory of the adapter's tensors, also of what it shares with others of its training."""
+        """Memory of the adapter's tensors in bytes, including tensors shared with similar adapters."""
         return sum(t.numel() * t.element_size() for t in (*self.tensors.values(), *self.pairs.values()))
 
 
 class Stacks:
-    """Trained numbers of several adapters, one behind the other; made once for all layers.
-
-    For the time that some rows are served.
-    """
+    """The stacked parameters of several adapters, made once for all layers and kept while some rows are served."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[str, tuple[Entry, ...]], Tensor] = {}
 
     def numbers(self, entries: Sequence[Entry], layer: str) -> dict[str, Tensor]:
-        """Return the numbers of a layer's cores, of one design, with a leading dimension for the adapters."""
+        """Return the stacked parameters of a layer's cores, all of one design; the first dimension is the adapters."""
         places = entries[0].structure.places
         if all(entry.structure.places is places for entry in entries):
             return {name: self._of(tuple(entries), *place) for name, place in places[layer].items()}
@@ -134,24 +131,24 @@ class Stacks:
 
 
 def _taken(tensor: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-    """Return a part of the last dimension, as ``shape``; a view."""
+    """Return a view of part of the last dimension, reshaped to ``shape``."""
     return tensor[..., start : start + math.prod(shape)].reshape(*tensor.shape[:-1], *shape)
 
 
 class Admission:
-    """Checks adapters against one base model and makes entries of them.
+    """Checks adapters against a base model and turns them into entries.
 
     Args:
-        model: the base.
-        source: of factors.
-        without_rows: modules whose input does not begin with the rows of the batch.
+        model: base model.
+        source: computes or caches factors.
+        without_rows: names of modules for which the first dimension of the input is not the batch.
     """
 
     def __init__(self, model: nn.Module, source: FactorSource, without_rows: Container[str] = ()) -> None:
         self.model, self.source, self.without_rows = model, source, without_rows
         self.layers: dict[str, LayerBases] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        # Asked now, while modules are of their own classes.
+        # Determined now, while modules still have their original classes.
         self._plain = {name for name, module in self._modules.items() if _is_plain(module)}
         self._structures: WeakValueDictionary[Hashable, Structure] = WeakValueDictionary()
         self._targets: dict[str, Targets] = {}
@@ -163,8 +160,8 @@ class Admission:
         """Check ``adapter`` as ``load_adapter`` does and return it as an entry.
 
         Raises:
-            ConfigError: an adapter, or a layer, that cannot be mixed with others in a batch.
-            VerificationError: another base, a damaged file, or tensors that do not fit.
+            ConfigError: the adapter or one of its layers cannot be mixed with others in a batch.
+            VerificationError: the adapter belongs to another base, a file is damaged, or tensors do not fit.
         """
         _check_method(adapter)
         targets = self._targets_of(adapter)
@@ -200,7 +197,7 @@ class Admission:
         return found
 
     def _check_layer(self, name: str, target: Target) -> None:
-        """Refuse a weight that is not applied by a module of its own, row by row."""
+        """Raise ConfigError for a weight that is not applied row by row by exactly one module."""
         kind, problem = target.kind, None
         for path, parameter in target.places:
             module = self._modules[path]
@@ -241,7 +238,7 @@ class Admission:
         holds: dict[str, dict[str, list[int]]],
         pairs: Mapping[str, Tensor],
     ) -> Structure:
-        """Return the structure of an adapter, the same object for all that have it."""
+        """Return the structure of an adapter, the same object for all adapters with an equal structure."""
         description = _description(adapter, targets, holds)
         shapes = sorted((key, list(t.shape)) for key, t in adapter.tensors.items() if key.startswith("param."))
         placed = [(id(p.basis), p.signs is not None and p.signs.numpy().tobytes()) for p in parts.values()]
@@ -266,12 +263,12 @@ class Admission:
             return found
 
     def _once_a_module(self, by_module: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
-        """Leave out further names of a module that has several."""
+        """Keep one name of each module that has several."""
         first = {id(self._modules[path]): path for path in reversed(by_module)}
         return {path: parts for path, parts in by_module.items() if first[id(self._modules[path])] == path}
 
     def _interned(self, tensor: Tensor) -> Tensor:
-        """Return one tensor for all that are equal to it."""
+        """Return the same tensor object for all equal tensors."""
         key = weight_digest(tensor)
         with self._lock:
             return self._shared.setdefault(key, tensor)
@@ -292,13 +289,13 @@ def _check_method(adapter: AdapterFile) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module does nothing but apply its weight."""
+    """Return whether a module does nothing but apply its weight."""
     kind, layouts = kind_of(module)
     return bool(layouts) and isinstance(kind, CallableKind) and kind.is_callable(module)
 
 
 def _check_tensors(model: nn.Module, adapter: AdapterFile, targets: Targets) -> None:
-    """Refuse tensors that the model has no place for, or of shapes that do not fit; heads may have other widths."""
+    """Check that each tensor belongs to a parameter of the model and has its shape; only heads may differ in width."""
     where = str(adapter.folder)
     stored = {key.removeprefix("param.") for key in adapter.tensors if key.startswith("param.")}
     wanted = {*targets.head, *targets.plain}
@@ -322,7 +319,7 @@ def _check_cores(
     places: Places,
     pairs: Mapping[str, Tensor],
 ) -> None:
-    """Refuse trained numbers that no core has."""
+    """Check that all trained parameters belong to a core."""
     for name, part in parts.items():
         core = part.basis.held.core(part, pairs.get(name))
         known = {key for key, parameter in core.named_parameters() if parameter.numel()}
@@ -332,7 +329,7 @@ def _check_cores(
 
 
 def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> Strategy:
-    """Return how a layer of the adapter computes when it is alone; branch in place of a dense weight."""
+    """Return how a layer computes if all rows have this adapter; ``branch`` replaces ``dense``."""
     is_whole = target.layout.rows is None and len(target.places) == 1 and target.rank >= min(target.shape)
     if not is_whole or spec.strategy == "dense":
         return "branch"
@@ -340,8 +337,9 @@ def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> Strategy
 
 
 def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, dict[str, list[int]]]]:
-    """Return the tensors of an adapter without its factors and pairs, and what each layer holds of them; see
-    :func:`mirrortune.adapters.files.tensors.pack_tensors`.
+    """Return the packed tensors of an adapter without factors and pairs, and the entries of each layer in them.
+
+    See :func:`mirrortune.adapters.files.tensors.pack_tensors`.
     """
     own = {
         key: tensor for key, tensor in adapter.tensors.items()
@@ -357,7 +355,7 @@ def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, dict[str
 
 
 def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
-    """Return what ``adapter.json`` says of all adapters of a structure."""
+    """Return the fields of ``adapter.json`` that all adapters of a structure share."""
     layers = {
         name: {
             **describe_target(name, targets.layers[name]),
@@ -365,7 +363,7 @@ def _description(adapter: AdapterFile, targets: Targets, holds: dict[str, dict[s
             "dtype": adapter.dtypes[name],
             "holds": holds[name],
         }
-        for name in adapter.layouts  # the order in which packed tensors have them
+        for name in adapter.layouts  # in the order of the packed tensors
     }
     return {
         "format_version": FORMAT_VERSION,
@@ -403,6 +401,6 @@ def _saved(adapter: AdapterFile) -> dict[str, dict[str, str]]:
 
 
 def _num_labels(adapter: AdapterFile) -> int | None:
-    """Outputs of the last matrix of the head."""
+    """Return the number of outputs of the last matrix of the head."""
     matrices = [t for name in adapter.head if (t := adapter.tensors[f"param.{name}"]).dim() >= 2]
     return matrices[-1].shape[0] if matrices else None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many adapters in one safetensors file, or a folder for each; read one by one, when each is needed.
+"""Store many adapters in one safetensors file, or in a folder each, and read each when it is needed.
 
-The file holds the tensors of every adapter's ``adapter.safetensors``, each distinct one once (``t0``, ``t1``, ...), and
-in its metadata under ``mirrortune_bank`` JSON: ``version``; ``tensors``, the SHA-256 of each; ``descriptions``, the
-distinct contents of ``adapter.json``; ``adapters``, by name the number of its ``description``, its ``own`` fields and
-its ``tensors``; ``sha256`` of all of this. An adapter that is read is checked like one from a folder.
+The file holds the tensors of all ``adapter.safetensors``, each distinct tensor once (``t0``, ``t1``, ...). Its metadata
+holds JSON under ``mirrortune_bank``: ``version``; ``tensors``, the SHA-256 of each; ``descriptions``, the distinct
+contents of ``adapter.json``; ``adapters``, with the index of the ``description``, the ``own`` fields and the
+``tensors`` of each by name; and ``sha256`` of all of this. Adapters are checked like those from a folder.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class StoredAdapter(Protocol):
     """An adapter of a bank that has not been read yet."""
 
     def read(self) -> AdapterFile:
-        """Read it and check that it is undamaged.
+        """Read the adapter and check its integrity.
 
         Raises:
-            VerificationError: it is missing or damaged.
+            VerificationError: the adapter is missing or damaged.
         """
 
 
@@ -62,7 +62,7 @@ class _InFile:
 
 
 class _BankFile:
-    """An open file of adapters; a file that takes its place later is not seen."""
+    """An open file of adapters; replacing the file later has no effect."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -99,11 +99,11 @@ class _BankFile:
 
 
 def open_bank(path: Path) -> Mapping[str, StoredAdapter]:
-    """Return the adapters of a file, or of a folder of adapter folders or runs, by name; none is read yet.
+    """Return the adapters of a file, or of a folder of adapter folders or runs, by name, without reading them.
 
     Raises:
-        ConfigError: there is none.
-        VerificationError: the file is damaged or of a newer version.
+        ConfigError: there is no adapter.
+        VerificationError: the file is damaged or has a newer version.
     """
     if path.is_dir():
         folders = {own.name: _holder(own) for own in sorted(path.iterdir()) if own.is_dir()}
@@ -140,7 +140,7 @@ def save_bank(path: Path, entries: Mapping[str, Entry]) -> None:
         return digests[digest]
 
     for name, entry in entries.items():
-        text = json.dumps({**entry.structure.description, "layers": _layers(entry)})  # in the order of the layers
+        text = json.dumps({**entry.structure.description, "layers": _layers(entry)})  # keeps the order of the layers
         names = {key: put(tensor) for key, tensor in _contents(entry).items()}
         if entry.portable:
             key = entry.structure
@@ -160,7 +160,7 @@ def save_bank(path: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def _holder(folder: Path) -> Path | None:
-    """The adapter folder that a folder is, or holds."""
+    """Return the adapter folder that a folder is or contains, or None."""
     return next((own for own in (folder, folder / "adapter") if (own / "adapter.json").is_file()), None)
 
 
@@ -173,7 +173,7 @@ def _is_bank(path: Path) -> bool:
 
 
 def _checked(content: Any) -> dict[str, Any]:
-    """The file's own description; ValueError, KeyError or TypeError if it is invalid."""
+    """Return the file's description; raise ValueError, KeyError or TypeError if it is invalid."""
     recorded = content.pop("sha256")
     if content["version"] != _VERSION:
         raise ValueError(f"version {content['version']!r}, upgrade mirrortune")
@@ -196,7 +196,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _layers(entry: Entry) -> dict[str, Any]:
-    """The description of the layers, with what each holds of the packed pairs."""
+    """Return the description of the layers, with the entries of each in the packed pairs."""
     found = {}
     for name, layer in entry.structure.description["layers"].items():
         pairs = entry.pairs.get(name)
@@ -206,19 +206,19 @@ def _layers(entry: Entry) -> dict[str, Any]:
 
 
 def _contents(entry: Entry) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, without factors."""
+    """Return the tensors of an adapter's file without factors."""
     packed: dict[str, list[Tensor]] = {}
     for name in entry.structure.parts:
         pairs = entry.pairs.get(name)
         if pairs is not None:
             packed.setdefault("partners" if pairs.dim() == 1 else "pairs", []).append(pairs.reshape(-1))
-    # A layer of many directions has its numbers in 32 bits, and then so have all.
+    # If one layer has so many directions that its pairs need 32 bits, those of all layers are stored in 32 bits.
     widest = {key: max((t.dtype for t in own), key=lambda d: d.itemsize) for key, own in packed.items()}
     return {**entry.tensors, **{key: torch.cat([t.to(widest[key]) for t in own]) for key, own in packed.items()}}
 
 
 def _factors(entry: Entry) -> dict[str, Tensor]:
-    """The factors of a portable adapter, as it was trained in them."""
+    """Return the factors of a portable adapter in the basis it was trained in."""
     found: dict[str, Tensor] = {}
     for name, part in entry.structure.parts.items():
         held = part.basis.held.leading(part.rank)

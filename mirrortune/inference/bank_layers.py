@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of a base model that compute each row of a batch with the adapter of that row.
+"""Make modules of a base model compute each row of a batch with the adapter of that row.
 
-A module keeps its place, name and weights: only its class is exchanged for a subclass of it, whose forward looks up
-which rows are being served in the calling thread. Rows are grouped by what is computed for them: the plain layer, the
-layer with factors beside it or in its place, or the layer with parameters of the adapter's own (a classifier). Within a
-group the large products U and Vh are made for all rows at once, and only what lies between them, the core, differs by
-row: a vector or a small matrix.
+A module keeps its place, name and weights; only its class is replaced by a subclass whose forward looks up which rows
+the calling thread serves. Rows are grouped by what is computed for them: the plain layer, the layer with factors beside
+it or instead of it, or the layer with parameters of the adapter, such as a classifier. Within a group, the large
+products with U and Vh are computed for all rows at once; only the core between them, a vector or a small matrix,
+differs by row.
 
 Shapes: B rows of the batch, N rows of a group, T positions of a row, O out_features, I in_features, R rank, A adapters.
 """
@@ -33,11 +33,11 @@ class Seat:
 
     Attributes:
         path: name of the module.
-        module: the module.
-        plain: its own class.
-        serving: gives the rows that the calling thread serves, or None; raises where it should be serving some.
-        peek: the same, and never raises.
-        guarded: parameters that an adapter has of its own, or turns.
+        module: module.
+        plain: original class of the module.
+        serving: returns the rows that the calling thread serves, or None; raises if it should be serving some.
+        peek: like ``serving``, but never raises.
+        guarded: names of parameters that adapters replace or change.
     """
 
     path: str
@@ -51,7 +51,7 @@ class Seat:
     def take(
         cls, path: str, module: nn.Module, serving: Callable[[], Serving | None], peek: Callable[[], Serving | None]
     ) -> Seat:
-        """Exchange the class of ``module``; its forward serves rows from now on.
+        """Replace the class of ``module``, so that its forward serves rows.
 
         Raises:
             ConfigError: another library has replaced the module's forward.
@@ -64,13 +64,13 @@ class Seat:
             if not hasattr(module, "_old_forward"):
                 raise ConfigError(path, "its forward has been replaced by another library",
                                   fix="Make the bank before that")  # fmt: skip
-            # accelerate, which moves inputs to the module's device, calls what it found there
+            # accelerate, which moves inputs to the module's device, calls the forward stored under this name
             module.__dict__["_old_forward"] = served.forward.__get__(module)  # type: ignore[attr-defined]
         module.__class__ = served
         return seat
 
     def give_back(self) -> None:
-        """Let the module be of its own class again."""
+        """Restore the original class of the module."""
         if "forward" in vars(self.module):
             self.module.__dict__["_old_forward"] = self.plain.forward.__get__(self.module)
         self.module.__class__ = self.plain
@@ -78,11 +78,11 @@ class Seat:
 
 
 class Serving:
-    """The rows that a thread serves: an adapter, or None, for each row of the batch.
+    """The rows that a thread serves: an adapter or None for each row of the batch.
 
     Args:
-        names: of the adapters, for messages.
-        entries: of the adapters.
+        names: name of each row's adapter, for messages.
+        entries: each row's adapter.
     """
 
     def __init__(self, names: Sequence[str | None], entries: Sequence[Entry | None]) -> None:
@@ -93,7 +93,7 @@ class Serving:
         self._stacks = Stacks()
 
     def groups(self, seat: Seat) -> list[Group]:
-        """Return the rows by what the module computes for them; made at the first call."""
+        """Return the groups of rows for which the module computes the same; cached after the first call."""
         found = self._groups.get(seat.path)
         if found is None:
             by_way: dict[Any, list[int]] = {}
@@ -118,10 +118,10 @@ class Serving:
         return SpectralGroup(seat, index, len(rows), parts)
 
     def copies(self, seat: Seat, x: Tensor) -> int:
-        """Return how many consecutive rows of ``x`` belong to one row of the batch.
+        """Return how many consecutive rows of ``x`` belong to each row of the batch.
 
         Raises:
-            ConfigError: the first dimension of ``x`` is no multiple of the number of rows.
+            ConfigError: the first dimension of ``x`` is not a multiple of the number of rows.
         """
         copies, rest = divmod(x.shape[0] if x.dim() else 0, len(self.entries))
         if rest or not copies:
@@ -135,7 +135,7 @@ class Serving:
 
 
 def _way(path: str, entry: Entry | None) -> Any:
-    """What the module computes for the rows of an adapter: equal for rows that go together."""
+    """Return a key of what the module computes for the rows of an adapter; rows with equal keys form a group."""
     if entry is None:
         return None
     if path in entry.structure.saved:
@@ -145,19 +145,19 @@ def _way(path: str, entry: Entry | None) -> Any:
 
 
 class Group:
-    """Rows for which a module computes what it always does.
+    """A group of rows for which a module computes the same as without a bank.
 
     Args:
-        seat: the module.
-        index: the rows, (N,), or None for all.
-        count: N.
+        seat: module.
+        index: row indices, shape (N,), or None for all rows.
+        count: number of rows, N.
     """
 
     def __init__(self, seat: Seat, index: Tensor | None, count: int) -> None:
         self.seat, self.index, self.count = seat, index, count
 
     def take(self, x: Tensor, copies: int) -> Tensor:
-        """Return this group's rows of ``x`` (B * copies, ...)."""
+        """Return the rows of this group from ``x`` (B * copies, ...), as (N * copies, ...)."""
         if self.index is None:
             return x
         return split(x, x.shape[0] // copies).index_select(0, self.index.to(x.device)).flatten(0, 1)
@@ -173,9 +173,9 @@ class Group:
 
 
 class SavedGroup(Group):
-    """Rows whose adapters have parameters of their own for a module, such as a classifier; one adapter after another.
+    """A group of rows whose adapters replace parameters of a module, such as a classifier; computed adapter by adapter.
 
-    Outputs of different widths are padded with minus infinity, which no softmax and no argmax chooses.
+    Outputs of different widths are padded with minus infinity, which softmax and argmax ignore.
     """
 
     def __init__(self, seat: Seat, index: Tensor | None, count: int, entries: Sequence[Entry]) -> None:
@@ -205,7 +205,7 @@ class SavedGroup(Group):
 
 
 class SpectralGroup(Group):
-    """Rows whose adapters turn the weight of a module in the same basis, with as many directions."""
+    """A group of rows whose adapters change the weight of a module in the same basis, with the same rank."""
 
     def __init__(self, seat: Seat, index: Tensor | None, count: int, parts: list[PartOfRows]) -> None:
         super().__init__(seat, index, count)
@@ -232,10 +232,10 @@ class SpectralGroup(Group):
 
 
 class _Served(nn.Module):
-    """Stands before a module's own class: its forward computes each row of the batch with the adapter of that row."""
+    """The first base class of a served module's class; its forward computes each row with the adapter of that row."""
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """Return the module's output, each row as with its adapter alone."""
+        """Compute the output of the module, each row as with its adapter alone."""
         seat: Seat = self.__dict__["_mirrortune_seat"]
         serving = seat.serving()
         groups = [] if serving is None else serving.groups(seat)
@@ -243,7 +243,7 @@ class _Served(nn.Module):
             return seat.plain.forward(self, *args, **options)
         x, *args = args if args else [options.pop(next(iter(options)))]  # type: ignore[assignment]
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == 1 < len(serving.entries):
-            x = x.expand(len(serving.entries), *x.shape[1:])  # positions, which all rows have in common
+            x = x.expand(len(serving.entries), *x.shape[1:])  # positions, which all rows share
         copies = serving.copies(seat, x)
         before, serving.inside = serving.inside, self
         try:
@@ -269,20 +269,23 @@ class _Served(nn.Module):
 
 
 class _Unread(Tensor):
-    """A parameter outside its layer, where rows would need different ones: shape, dtype and device, no numbers."""
+    """A stand-in for a parameter that is read outside its layer, where rows would need different values.
+
+    It has shape, dtype and device, but no values.
+    """
 
     place: str
 
     @classmethod
     def of(cls, parameter: Tensor, place: str) -> _Unread:
-        """Stand for ``parameter``, called ``place``."""
+        """Create a stand-in for ``parameter``, which is called ``place`` in errors."""
         found = parameter.detach().new_empty(1).expand(parameter.shape).as_subclass(cls)
         found.place = place
         return found
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what needs no numbers, refuse the rest."""
+        """Run operations that need no values, and raise an error for all others."""
         if func in _OUTLINE:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         place = next((a.place for a in args if isinstance(a, _Unread)), "a parameter")
@@ -299,11 +302,11 @@ _OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
 
 
 def _in_order(outputs: Sequence[Tensor], order: Sequence[int]) -> Tensor:
-    """Put the outputs of groups together as rows of one batch.
+    """Combine the outputs of groups into one batch.
 
     Args:
-        outputs: of each group, (N * copies, ...), the last dimension possibly of different widths.
-        order: the row of the batch of each of their rows.
+        outputs: output of each group, (N * copies, ...); the last dimension may differ.
+        order: batch row of each row of the concatenated outputs.
     """
     width = max(output.shape[-1] for output in outputs)
     wide = [F.pad(o, (0, width - o.shape[-1]), value=-torch.inf) if o.shape[-1] < width else o for o in outputs]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cores of different adapters make of the rows of one batch, between the products with U and Vh that all of
-them share.
+"""Apply the cores of different adapters to the rows of one batch, between the shared products with Vh and U.
 
 Shapes: N rows of the batch, T positions of a row, R rank, A adapters.
 """
@@ -19,17 +18,17 @@ from mirrortune.adapters.kinds import CallableKind, Linear
 from mirrortune.inference.bank_bases import Held, stand_in
 from mirrortune.inference.bank_entries import Entry, Part, Stacks
 
-_LARGE = 64  # coefficients a direction, from which on a product for each adapter beats a copy for each row
+_LARGE = 64  # coefficients per direction from which one product per adapter is faster than one copy per row
 
 
 class PartOfRows:
     """One adapted weight for the rows of a group.
 
     Args:
-        layer: its name.
-        entries: the adapter of each row.
-        module: applies the weight.
-        stacks: of trained numbers.
+        layer: name of the layer.
+        entries: adapter of each row.
+        module: module that applies the weight.
+        stacks: stacked parameters of the adapters.
     """
 
     def __init__(self, layer: str, entries: Sequence[Entry], module: nn.Module, stacks: Stacks) -> None:
@@ -55,7 +54,7 @@ class PartOfRows:
         """Return K z of every row for z = Vh x, (N * copies, ..., R), in the dtype of ``x`` or of the factors."""
         dtype = self._dtype(x)
         projected = self.part.kind.project(self.module, x, self.Vh.to(dtype))
-        # As in SpectralLinear, cores work in float32 even where the model runs in 16 bits.
+        # As in SpectralLinear, cores compute in float32 even if the model runs in 16 bits.
         z = projected.reshape(count, -1, projected.shape[-1]).to(torch.promote_types(dtype, torch.float32))
         z = z if self.signs is None else z * self.signs
         if len(self.mixers) == 1:
@@ -88,7 +87,7 @@ class PartOfRows:
         return x.dtype if x.is_floating_point() else self.U.dtype
 
     def with_branch(self, x: Tensor, product: Tensor, count: int) -> Tensor:
-        """Return ``product`` with what the cores add beside the singular basis."""
+        """Return ``product`` plus the part of the change that lies outside the singular basis."""
         for mixer in self.mixers:
             if not mixer.has_branch:
                 continue
@@ -103,14 +102,14 @@ class PartOfRows:
 
 
 class Mixer:
-    """Cores of one design, with the numbers of as many adapters as there are among some rows.
+    """Cores of one design with the parameters of all adapters that occur in some rows.
 
     Args:
-        layer: their layer.
-        entries: the adapter of each row.
-        rows: which rows of the group these are; None for all.
-        held: the factors.
-        stacks: of trained numbers.
+        layer: name of the layer.
+        entries: adapter of each row.
+        rows: indices of these rows in the group; None for all.
+        held: factors.
+        stacks: stacked parameters of the adapters.
     """
 
     def __init__(
@@ -125,20 +124,20 @@ class Mixer:
         self._numbers = {name: t.to(device) for name, t in stacks.numbers(self._of_row, layer).items()}
         cores = [held.core(part, entry.pairs.get(layer)) for entry in self._of_row]
         self.core = cores[0]
-        if any(core is not self.core for core in cores):  # each with pairs of its own
+        if any(core is not self.core for core in cores):  # cores with different pairs
             self.core = stand_in(self.core, {})
             self.core.forget_own_pairs()
             buffers = [dict(core.named_buffers()) for core in cores]
             self._numbers |= {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
         self.has_branch = type(self.core).beside is not Core.beside
         found, dims = self._all_coefficients(is_delta=part.strategy == "branch")
-        dtype = torch.promote_types(held.factors.U.dtype, torch.float32)  # of a float64 model they are cast, as alone
+        dtype = torch.promote_types(held.factors.U.dtype, torch.float32)  # float64 for a float64 model, as in a layer
         self._coefficients = tuple(c.to(dtype) if c.is_floating_point() else c for c in found), dims
         self._of_rows: Coefficients | None = None
 
     @torch.no_grad()
     def _all_coefficients(self, *, is_delta: bool) -> tuple[Coefficients, list[int | None]]:
-        """Return the coefficients of every row, and which of them differ by row (as dimensions for ``vmap``)."""
+        """Return the coefficients of every row, and which of them differ by row (as ``in_dims`` of ``vmap``)."""
         count = len(self._of_row)
 
         def of_one(numbers: dict[str, Tensor]) -> Coefficients:
@@ -150,12 +149,12 @@ class Mixer:
                 return each[0], [None] * len(each[0])
             return tuple(map(torch.stack, zip(*each, strict=True))), [0] * len(each[0])
         found: Coefficients = torch.vmap(of_one)(self._numbers)
-        is_shared = [c.stride(0) == 0 for c in found]  # that depends on no trained number: pairs, singular values
+        is_shared = [c.stride(0) == 0 for c in found]  # independent of trained parameters: pairs, singular values
         dims = [None if shared else 0 for shared in is_shared]
         return tuple(c[0] if shared else c for c, shared in zip(found, is_shared, strict=True)), dims
 
     def mix(self, z: Tensor) -> Tensor:
-        """Return K z by row, for ``z`` (N, T, R)."""
+        """Return K z with the core of each row, for ``z`` (N, T, R)."""
         coefficients, dims = self._coefficients
         if len(self._of_row) == 1:
             return self.core.mix(z.flatten(0, 1), *coefficients).view_as(z)
@@ -167,7 +166,7 @@ class Mixer:
         return self.core.mix_rows(z, dims, *self._of_rows)
 
     def _one_by_one(self, z: Tensor) -> Tensor:
-        """The same, adapter by adapter, without a copy of its matrices for each row."""
+        """Compute :meth:`mix` adapter by adapter, without copying its matrices for each row."""
         coefficients, dims = self._coefficients
         mixed = torch.empty_like(z)
         for place in range(len(self._of_row)):
@@ -178,7 +177,7 @@ class Mixer:
         return mixed
 
     def beside(self, module: nn.Module, kind: CallableKind, x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """Return what the cores add beside the singular basis for the rows ``x`` (N * copies, ...)."""
+        """Return the part of the output outside the singular basis for the rows ``x`` (N * copies, ...)."""
 
         def of_one(x: Tensor, numbers: dict[str, Tensor]) -> Tensor:
             found = stand_in(self.core, numbers).beside(lambda A: kind.project(module, x, A.to(dtype)))
@@ -193,5 +192,5 @@ class Mixer:
 
 
 def split(x: Tensor, count: int) -> Tensor:
-    """Return ``x`` (count * copies, ...) as (count, copies, ...)."""
+    """Reshape ``x`` from (count * copies, ...) to (count, copies, ...)."""
     return x.reshape(count, x.shape[0] // count, *x.shape[1:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dimension of a layer's input is the batch: found by running the model on two rows, and on the first of them."""
+"""Find layers for which the first dimension of the input is not the batch, by running the model on two rows and one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mirrortune.tasks.drawn_inputs import drawn_inputs, first_that_runs
 
 @torch.no_grad()
 def layers_without_rows(model: nn.Module) -> frozenset[str]:
-    """Return names of modules whose input does not begin with the rows of the batch.
+    """Return the names of modules for which the first dimension of the input is not the batch.
 
-    Such are layers of models that put time first, and experts that are given some of the tokens. Of a model whose
-    inputs are not known nothing is said.
+    Examples are layers of models with time as the first dimension, and experts that receive only some of the tokens.
+    For a model whose inputs are unknown, the result is empty.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -43,7 +43,7 @@ def layers_without_rows(model: nn.Module) -> frozenset[str]:
 
 
 def _first_dimensions(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, int]:
-    """Run the model; the size of the first dimension of every module's input."""
+    """Run the model and return the size of the first dimension of every module's input."""
     sizes: dict[str, int] = {}
 
     def note(name: str) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answer a block of rows with a model: a table of the rows with their own columns and those of their answers."""
+"""Predict a block of rows with a model, and return a table of the rows' columns and those of the predictions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SPLIT = "split"
 
 
 class _Alone:
-    """An accelerator seen by one process that works by itself: its blocks of rows are its own."""
+    """A view of an accelerator with a single process, for processes that predict different blocks independently."""
 
     num_processes, process_index = 1, 0
 
@@ -44,17 +44,17 @@ class _Alone:
 
 
 class BlockAnswers:
-    """Turns a block of rows into a table with their answers.
+    """Turns a block of rows into a table with their predictions.
 
     Args:
         target: name of the model in messages.
-        found: the model with its task.
-        settings: batch size and threads.
-        options: what is asked of the answers.
+        found: model with its task.
+        settings: batch size and number of threads.
+        options: options of prediction.
         accelerator: accelerate's ``Accelerator``.
-        own: names of the rows' own columns that are kept, in all splits.
-        has_splits: whether rows get a column that says which split they are from.
-        skips_errors: whether rows that cannot be predicted get the reason.
+        own: names of the rows' columns to keep, in all splits.
+        has_splits: add a column with the name of the row's split.
+        skips_errors: for rows that cannot be predicted, store the reason instead of raising.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class BlockAnswers:
         self._reading = Reading(max_length=found.max_length, allow_missing=True)
 
     def rows_without_text(self, table: pa.Table) -> int:
-        """Return how many rows of a table from :meth:`table` lack a text that the model reads, or have a blank one."""
+        """Count the rows of a table from :meth:`table` in which a text that the model reads is missing or blank."""
         task = self.found.task
         names = [n for n in (task.text_columns if isinstance(task, TextTask) else ()) if n in table.column_names]
         lacking: Any = pa.scalar(value=False)
@@ -80,12 +80,12 @@ class BlockAnswers:
         return int(pc.sum(lacking).as_py() or 0)
 
     def table(self, name: str, rows: Split, first: int, on_batch: Callable[[int], None]) -> pa.Table:
-        """Return a block of rows with their own columns, and those of their answers.
+        """Return a block of rows with their columns and those of the predictions.
 
         Args:
-            name: of their split.
-            rows: the block.
-            first: number of its first row among all rows.
+            name: name of the split.
+            rows: rows of the block.
+            first: index of the first row among all rows.
             on_batch: called with the number of rows after each batch.
         """
         with uncached():
@@ -100,13 +100,13 @@ class BlockAnswers:
         return append_columns(own, {names[name]: values for name, values in columns.items()})
 
     def names(self, columns: Iterable[str]) -> dict[str, str]:
-        """Return the names of new columns beside the rows' own."""
+        """Return names for new columns that do not clash with columns of the rows."""
         return new_names(columns, self.own)
 
     def _columns(
         self, rows: Split, first: int, on_batch: Callable[[int], None]
     ) -> tuple[Predictions, list[str | None]]:
-        """Return the columns of answers, and for each row why it has none; bad rows are found by halving."""
+        """Return the columns of predictions, and for each row the error or None; bad rows are found by bisection."""
         count = rows.table.num_rows
         try:
             return self._answers(rows, first, on_batch), [None] * count
@@ -143,7 +143,10 @@ class BlockAnswers:
         )
 
     def _check(self, examples: Examples, source: str) -> None:
-        """Check the indices of a block unless longer rows and larger ids were checked before: it takes a while."""
+        """Check the indices of a block, unless a block with longer rows and larger ids was checked before.
+
+        Repeating this slow check would find nothing new.
+        """
         largest = max((int(ids.max()) for ids in examples.token_ids() if len(ids)), default=0)
         reach = (int(examples.lengths.max()), largest)
         if any(now > before for now, before in zip(reach, self._checked, strict=True)):

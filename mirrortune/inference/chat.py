@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation with a language model: what it is sent, what it answers, and the conversation as a row to train on."""
+"""Hold a conversation with a language model, and save it as a row to train on."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from mirrortune.tasks.predicting import PredictOptions
 from mirrortune.tasks.prompts import RowSampler
 
 Form = Literal["chat", "prompt", "alpaca", "text"]
-"""How turns are written: by the tokenizer's chat template; as prompts and completions; as prompts in the format of
+"""How turns are formatted: with the tokenizer's chat template; as prompts and completions; as prompts in the format of
 Stanford Alpaca; or as one text that the model continues."""
 LONGEST_ANSWER = 256
-"""Longest answer in tokens, unless it is set."""
+"""Default maximum length of an answer in tokens."""
 _CONTROL = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # besides those that JSON escapes
-_UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a character
+_UNFINISHED = "\ufffd"  # the decoder's output for an incomplete character
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speaker:
-    """A language model that can be talked to.
+    """A language model for conversations.
 
     Attributes:
-        model: on its device, in evaluation mode.
-        tokenizer: of transformers.
-        form: how turns are written.
-        context: makes the context that the model runs in.
+        model: model on its device, in evaluation mode.
+        tokenizer: tokenizer of transformers.
+        form: how turns are formatted.
+        context: creates the context in which the model runs, such as autocast.
     """
 
     model: nn.Module
@@ -55,14 +55,14 @@ class Speaker:
     context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
     def positions(self) -> int | None:
-        """Return how many tokens the model takes, question and answer together; None without a known limit."""
+        """Return the maximum number of tokens of prompt and answer together, or None if no limit is known."""
         stated: Any = getattr(self.tokenizer, "model_max_length", None)
         config: Any = self.model.config
         limits = (getattr(config.get_text_config(), "max_position_embeddings", None), stated)
         return min((n for n in limits if isinstance(n, int) and 0 < n < 1_000_000_000), default=None)
 
     def stops(self) -> list[int]:
-        """Return the tokens that end an answer."""
+        """Return the ids of the tokens that end an answer."""
         own = turn_end_ids(self.tokenizer) if self.form == "chat" else [self.tokenizer.eos_token_id]
         generation: Any = getattr(self.model, "generation_config", None)
         named = getattr(generation, "eos_token_id", None)
@@ -70,15 +70,15 @@ class Speaker:
         return list(dict.fromkeys(i for i in (*own, *named) if isinstance(i, int)))
 
     def encode(self, system: str, turns: Sequence[tuple[str, str]], text: str) -> list[int]:
-        """Tokenise a message after the turns before it, up to where its answer begins.
+        """Tokenise the earlier turns and a message, up to the point where the answer begins.
 
         Args:
-            system: system prompt; "" for none.
-            turns: earlier messages with their answers.
-            text: the message.
+            system: system prompt, or "" for none.
+            turns: earlier messages and their answers.
+            text: message.
 
         Raises:
-            DataError: if the chat template refuses the turns.
+            DataError: the chat template rejects the turns.
         """
         if self.form == "text":
             whole = "\n".join(filter(None, [system, *(part for turn in turns for part in turn), text]))
@@ -92,21 +92,22 @@ class Speaker:
         if self.form == "chat":
             talk = Conversation(messages=[*before, {"role": "user", "content": asked[-1]}])
             return encode_prompt(self.tokenizer, talk, "the conversation")
-        # As in training, an answer begins on a line of its own.
+        # As in training, an answer starts on a new line.
         prompt = asked[-1] if asked[-1][-1:].isspace() else f"{asked[-1]}\n"
         return encode_continuation(self.tokenizer, prompt, "", before)[0][:-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answer.
+    """An answer of the model.
 
     Attributes:
-        text: without white space around it.
-        num_tokens: that the model generated, the one that ends the answer included.
-        seconds: from the message to the end of the answer.
-        ended: ``end``, the model ended it; ``length``, it is as long as allowed; ``stopped``, the user stopped it.
-        num_left_out: earlier turns that the model was not shown, because they did not fit.
+        text: text without surrounding white space.
+        num_tokens: number of generated tokens, including the token that ends the answer.
+        seconds: time from the message to the end of the answer.
+        ended: ``end`` if the model ended it, ``length`` if it reached the maximum length, ``stopped`` if the user
+            stopped it.
+        num_left_out: number of earlier turns that were left out of the prompt because they did not fit.
     """
 
     text: str
@@ -117,7 +118,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second, the time to read the prompt included."""
+        """Tokens per second, including the time to process the prompt."""
         return self.num_tokens / (self.seconds or 1e-9)
 
 
@@ -126,10 +127,10 @@ class Chat:
     """A conversation.
 
     Attributes:
-        speaker: the model.
-        options: of generation; greedy by default.
-        system: system prompt; "" for none.
-        turns: messages with their answers, so far.
+        speaker: language model.
+        options: options of generation; greedy by default.
+        system: system prompt, or "" for none.
+        turns: messages and their answers so far.
     """
 
     speaker: Speaker
@@ -137,17 +138,17 @@ class Chat:
     system: str = ""
     turns: list[tuple[str, str]] = field(default_factory=list)
     _num_answers: int = 0
-    _num_left_out: int = 0  # what has not fitted before the turns there are will not fit before more
+    _num_left_out: int = 0  # turns that once did not fit will not fit into a longer conversation either
     _saved: dict[Path, bytes] = field(default_factory=dict)
 
     def reset(self) -> None:
-        """Forget all turns; the system prompt stays."""
+        """Remove all turns; the system prompt stays."""
         self.turns.clear()
         self._saved.clear()
         self._num_left_out = 0
 
     def undo(self) -> tuple[str, str] | None:
-        """Forget the last message and its answer; returns them, or None if there are none."""
+        """Remove the last message and its answer; return them, or None if there are none."""
         self._num_left_out = 0
         return self.turns.pop() if self.turns else None
 
@@ -155,22 +156,22 @@ class Chat:
     def answer(
         self, text: str, say: Callable[[str], object], should_stop: Callable[[], object] = lambda: False
     ) -> Answer:
-        """Answer a message. It becomes a turn of the conversation, unless the answer is empty.
+        """Answer a message. Message and answer become a turn of the conversation, unless the answer is empty.
 
         Args:
-            text: the message.
-            say: called with each piece of the answer; together they are its text.
-            should_stop: called before each token; a true value ends the answer.
+            text: message.
+            say: called with each piece of the answer as it is generated; the pieces add up to its text.
+            should_stop: called before each token; a true result ends the answer.
 
         Raises:
-            DataError: if the message does not fit into the model, or the chat template refuses the turns.
+            DataError: the message does not fit into the model, or the chat template rejects the turns.
         """
         started = time.perf_counter()
         ids, num_left_out, room = self._prompt(text)
         speaker, stops = self.speaker, self.speaker.stops()
         stream = _Stream(speaker.tokenizer, say, stops)
         given = torch.tensor([ids], device=next(speaker.model.parameters()).device)
-        # Every answer has random numbers of its own, so that the same message can be asked again.
+        # Each answer is sampled with new random numbers, so that asking again can give another answer.
         sampler = RowSampler(self.options, np.array([self._num_answers])) if self.options.is_sampled else None
         self._num_answers += 1
         model: Any = speaker.model
@@ -191,8 +192,10 @@ class Chat:
         )  # fmt: skip
 
     def _prompt(self, text: str) -> tuple[list[int], int, int]:
-        """Return the tokens of a message and as many of the last turns before it as fit, the number of turns left out,
-        and the longest answer in tokens.
+        """Build the prompt of a message, with as many of the latest turns as fit.
+
+        Returns:
+            The token ids, the number of turns left out, and the maximum length of the answer in tokens.
         """
         limit, wanted = self.speaker.positions(), self.options.max_new_tokens or LONGEST_ANSWER
         for num_left_out in range(self._num_left_out, len(self.turns) + 1):
@@ -209,17 +212,17 @@ class Chat:
         return ids, num_left_out, min(wanted, limit - len(ids))
 
     def messages(self) -> list[Message]:
-        """Return the conversation as a row of ``messages`` has it."""
+        """Return the conversation in the form of a ``messages`` column."""
         return messages_of(self.system, self.turns)
 
     def save(self, path: Path, inputs: Sequence[Input] = ()) -> None:
-        """Append the conversation to a file of JSON lines, as a row ``{"messages": [...]}`` that ``train`` reads.
+        """Append the conversation to a JSON Lines file, as a row ``{"messages": [...]}`` that ``train`` can read.
 
-        A conversation that is saved again, with more turns, takes the place of its own row if that is the last one.
+        Saving the conversation again with more turns replaces its earlier row if that is the last one of the file.
 
         Raises:
-            ConfigError: there is nothing to save; the file has another suffix, or holds anything but such rows.
-            ResourceError: it cannot be written.
+            ConfigError: there is nothing to save, or the file has another suffix or holds anything but such rows.
+            ResourceError: the file cannot be written.
         """
         if not self.turns:
             raise ConfigError("/save", "the conversation has no answer yet", fix="Save it after one")
@@ -246,7 +249,7 @@ def messages_of(system: str, turns: Sequence[tuple[str, str]]) -> list[Message]:
 
 
 def _rows(path: Path) -> bytes:
-    """Return the content of a file of ``messages`` rows, ended by a line break; empty if there is none."""
+    """Return the content of a file of ``messages`` rows, ending in a newline; empty if the file is missing."""
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -261,7 +264,7 @@ def _rows(path: Path) -> bytes:
 
 
 class _Stop(StoppingCriteria):
-    """Ends generation as soon as a function says so."""
+    """Stops generation when a function returns a true value."""
 
     def __init__(self, should_stop: Callable[[], object]) -> None:
         self._should_stop = should_stop
@@ -272,14 +275,14 @@ class _Stop(StoppingCriteria):
 
 
 class _Stream(BaseStreamer):
-    """Decodes the tokens of one answer as they come.
+    """Decodes the tokens of one answer as they are generated.
 
-    All tokens are decoded each time: the text of a token may depend on those before it. White space at the end waits
-    for what follows, as do the first bytes of a character.
+    All tokens are decoded each time, because the text of a token may depend on earlier ones. Trailing white space and
+    incomplete characters are held back until more text follows.
 
     Attributes:
-        ids: tokens so far.
-        shown: text so far.
+        ids: token ids so far.
+        shown: text passed to ``say`` so far.
     """
 
     def __init__(self, tokenizer: Any, say: Callable[[str], object], stops: Sequence[int]) -> None:
@@ -290,7 +293,7 @@ class _Stream(BaseStreamer):
 
     @override
     def put(self, value: Tensor) -> None:
-        if self._is_prompt:  # generate sends the prompt first
+        if self._is_prompt:  # generate passes the prompt first
             self._is_prompt = False
             return
         self.ids += value.flatten().tolist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""predict: answer the rows of a data set with a trained model, block by block, and write each with its answer."""
+"""Predict the rows of a data set with a trained model, block by block (the ``predict`` command)."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from mirrortune.tasks.base import Task, task_to_dict
 from mirrortune.tasks.predicting import PredictOptions
 
 _SMALLEST, _LARGEST = 64, 4096  # rows of a block
-_BLOCKS = 64  # blocks of rows that are fewer than 64 of the largest
-_HASHED = 1 << 26  # bytes of a file up to which its content identifies it
+_BLOCKS = 64  # number of blocks, unless blocks would become smaller or larger than that
+_HASHED = 1 << 26  # bytes; larger files are identified by size and modification time instead of content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictResult:
-    """The ``--json`` object of predict; ``errors`` counts rows without a prediction."""
+    """The ``--json`` object of ``predict``; ``errors`` is the number of rows without a prediction."""
 
     output: str
     rows: int
@@ -62,14 +62,13 @@ class PredictResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """Where answers go, and what is done about rows that have none.
+    """Where predictions are written, and how rows that cannot be predicted are handled.
 
     Attributes:
-        file: its suffix gives the format; None for standard output.
-        format: of standard output.
-        skips_errors: whether a row that cannot be predicted gets the reason in a column ``error``, instead of ending
-            the command.
-        resume: continue what an earlier command left.
+        file: output file, whose suffix determines the format; None for standard output.
+        format: format of standard output.
+        skips_errors: for a row that cannot be predicted, write the reason to a column ``error`` instead of failing.
+        resume: continue the unfinished output of an earlier command.
         overwrite: replace earlier predictions.
     """
 
@@ -80,11 +79,11 @@ class Output:
     overwrite: bool = False
 
     def parts(self) -> Parts | None:
-        """Return the parts of the file; None for standard output."""
+        """Return the parts of the output file, or None for standard output."""
         return None if self.file is None else Parts(self.file)
 
     def check(self) -> None:
-        """Refuse flags that contradict each other."""
+        """Raise ConfigError for flags that contradict each other."""
         if self.resume and self.overwrite:
             raise ConfigError("--resume", "it excludes --overwrite", fix="Give one of the two")
         if self.file is None:
@@ -104,26 +103,27 @@ def predict(
 ) -> PredictResult:  # fmt: skip
     """Predict rows with a run directory, an adapter folder, a merged folder or any plain model.
 
-    Rows keep their order and columns; labels are not read. Memory is bounded: each block is written when it is done.
+    Rows keep their order and columns; labels are not read. Memory is bounded, since each block is written when it is
+    done.
 
     Args:
         target: folder, or ``owner/name@revision:subfolder`` on the Hub.
-        settings: data and batch size; for a plain model the task too.
-        reporter: prints notes, progress and, without a file, the answers.
-        output: where the answers go.
-        options: what is asked of the answers.
-        row: one row in place of the data of ``settings``.
-        bank: adapters for the rows; the target is their base.
-        split: of the data; None for all of them.
-        is_own_data: whether the data is that of the target's own recipe.
-        named: settings of columns that the user has made; others are detected where the data lacks them.
-        inputs: files that are read, which the output must not replace.
-        force_base: use an adapter on a base with other weights, and print what does not fit.
+        settings: data, batch size and, for a plain model, the task.
+        reporter: prints notes, progress and, without an output file, the predictions.
+        output: where predictions are written.
+        options: options of prediction.
+        row: a single row that replaces the data of ``settings``, or None.
+        bank: adapters of the rows, for which the target is the base; or None.
+        split: split of the data; None for all splits.
+        is_own_data: the data is that of the target's recipe.
+        named: names of the column settings that the user has set; other columns are detected if the data lacks them.
+        inputs: files that are read and that the output must not replace.
+        force_base: use an adapter on a base with different weights, and print the mismatches.
 
     Raises:
-        ConfigError: a flag or a setting that does not fit, or an output that may not be written.
-        DataError: a row or a column that cannot be used.
-        VerificationError: an adapter of another base, or outputs that are not numbers.
+        ConfigError: a flag or setting does not fit, or the output may not be written.
+        DataError: a row or column cannot be used.
+        VerificationError: the adapter belongs to another base, or outputs of the model are NaN.
     """
     output.check()
     accelerator = make_accelerator(settings.model.precision)
@@ -155,7 +155,7 @@ def predict(
 def _adapter_of(
     target: str, settings: EvaluationSettings, bank: BankRequest | None, *, force_base: bool, needs_data: bool
 ) -> Path | None:
-    """Return the adapter folder of a target, None for a model; see :func:`find_target`."""
+    """Return the adapter folder of a target, or None for a plain model; see :func:`find_target`."""
     if bank is None:
         return find_target(target, settings, force_base=force_base, needs_data=needs_data)
     if force_base:
@@ -164,7 +164,7 @@ def _adapter_of(
 
 
 def _answers_with(adapters: RowAdapters | None, task: Task, data: DataSet | None) -> Callable[..., BlockAnswers]:
-    """Return what makes the answers of blocks; the adapters that ``data`` names are checked, if it is given."""
+    """Return the function that creates the predictor of blocks; check the adapters named in ``data``, if given."""
     if adapters is None:
         return BlockAnswers
     adapters.prepare(task, data)
@@ -172,7 +172,7 @@ def _answers_with(adapters: RowAdapters | None, task: Task, data: DataSet | None
 
 
 def _claim(held: ExitStack, parts: Parts, output: Output, inputs: Sequence[Input]) -> None:
-    """Claim the output for as long as the command runs, and refuse it if it may not be written."""
+    """Claim the output while the command runs, and check that it may be written."""
     check_file(parts.output, inputs, "-o")
     held.enter_context(claimed(parts.output))
     if output.resume and parts.is_joined():
@@ -184,13 +184,13 @@ def _open(settings: EvaluationSettings, row: RowRequest | None, split: str | Non
     if row is not None:
         return rows_of_request(row)
     read = functools.partial(rows_of_data, settings.data, split)
-    # Standard input belongs to the main process alone.
+    # Only the main process reads standard input.
     place = settings.data.place
     return sync.from_main(accelerator, read) if place is not None and place.name == STDIN else read()
 
 
 def _for_rows(settings: EvaluationSettings, rows: PredictionRows, named: Collection[str]) -> EvaluationSettings:
-    """Return the settings without columns that the rows lack, but for those that the user has named."""
+    """Return the settings without columns that the rows lack, except those that the user has named."""
     there = next(iter(rows.data.splits.values())).table.column_names
     given = dict(settings.task.given)
     for name, value in settings.task.columns.items():
@@ -201,7 +201,7 @@ def _for_rows(settings: EvaluationSettings, rows: PredictionRows, named: Collect
 
 
 def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]:
-    """Return the rows' own columns that the output can hold; say which it cannot."""
+    """Return the columns of the rows that the output format can store, and print a note on the others."""
     schemas = [split.table.schema for split in rows.data.splits.values()]
     kind = output.format if output.file is None else format_of(output.file)
     left_out: dict[str, str] = {}
@@ -224,7 +224,7 @@ def _why_unread(schema: pa.Schema, field: pa.Field) -> str:
 
 
 def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: PredictOptions) -> dict[str, Any]:
-    """Return what answers depend on besides the rows: another target, or one that was trained further, differs."""
+    """Return facts about the target and the options that must be the same to continue an unfinished output."""
     place = adapter_folder
     if place is None and (known := ModelPlace.parse(target)).is_local:
         place = known.path()
@@ -241,7 +241,7 @@ def _facts(target: str, adapter_folder: Path | None, found: Evaluable, options: 
 
 
 def _facts_of_settings(settings: EvaluationSettings) -> dict[str, Any]:
-    """Return the settings by which the same files, or the same weights, give other answers."""
+    """Return the settings that affect predictions."""
     model = settings.model
     return {
         "encoding": settings.data.encoding, "precision": model.precision, "dtype": model.dtype,
@@ -250,7 +250,7 @@ def _facts_of_settings(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def _facts_of_bank(bank: BankRequest | None) -> dict[str, Any]:
-    """Return what tells the adapters of a bank from others; empty without one."""
+    """Return facts that identify the adapters of a bank; empty without a bank."""
     if bank is None:
         return {}
     path = bank.path
@@ -260,7 +260,7 @@ def _facts_of_bank(bank: BankRequest | None) -> dict[str, Any]:
 
 
 def _fingerprint(file: Path) -> list[Any]:
-    """Return the digest of a file, or size and time of change of one that may have gigabytes."""
+    """Return the digest of a file or, for a large file, its size and modification time."""
     known = file.stat()
     if known.st_size > _HASHED:
         return [known.st_size, known.st_mtime_ns]
@@ -269,14 +269,14 @@ def _fingerprint(file: Path) -> list[Any]:
 
 
 class _PredictionLoop:
-    """The loop over blocks of rows: each process predicts every n-th, and the main one writes them in order.
+    """The loop over blocks of rows: each of n processes predicts every n-th block, and the main one writes in order.
 
     Args:
         answers: predicts a block.
         rows: all rows.
-        reporter: shows the progress, and the answers where they have no file.
-        output: where they go.
-        parts: the finished blocks of a file; None for standard output.
+        reporter: shows progress and, without an output file, the predictions.
+        output: where predictions are written.
+        parts: finished blocks of the output file; None for standard output.
     """
 
     def __init__(
@@ -291,7 +291,7 @@ class _PredictionLoop:
         self._without_text = 0
 
     def run(self, facts: dict[str, Any]) -> PredictResult:
-        """Predict all rows that are not done, and return what was written."""
+        """Predict all rows that are not done, and return the result."""
         total = self._rows.count
         size = _LARGEST if total is None else min(_LARGEST, max(_SMALLEST, -(-total // _BLOCKS)))
         facts = {**facts, "rows": total, "block": size}
@@ -315,7 +315,7 @@ class _PredictionLoop:
         )
 
     def _begin(self, facts: dict[str, Any]) -> int:
-        """Prepare the output; return the number of rows that are done."""
+        """Prepare the output, and return the number of rows that are done already."""
         if self._parts is None:
             return 0
         if not self._output.resume:
@@ -326,7 +326,7 @@ class _PredictionLoop:
         return done
 
     def _predict(self, size: int, done: int, bar: Bar) -> tuple[int, int]:
-        """Predict the rows after the first ``done``; return the number of all rows, and of those with an error."""
+        """Predict the rows after the first ``done``; return the number of all rows and of those with an error."""
         blocks = self._numbered(size, done)
         number, rank = self._accelerator.num_processes, self._accelerator.process_index
         errors = 0
@@ -341,7 +341,7 @@ class _PredictionLoop:
         return done, errors
 
     def _numbered(self, size: int, done: int) -> Iterator[tuple[int, str, Split]]:
-        """Yield the blocks that are not done: the number of the first row, the name of the split, and the rows."""
+        """Yield the blocks that are not done, each as index of the first row, name of the split, and rows."""
         first = 0
         for name, rows in self._rows.blocks(size):
             if first >= done:
@@ -354,7 +354,7 @@ class _PredictionLoop:
         left = rows.table.num_rows
 
         def show(count: int) -> None:
-            nonlocal left  # rows among bad ones are predicted more than once
+            nonlocal left  # rows near a bad one are predicted more than once
             bar.advance_by(min(count, left))
             left -= min(count, left)
 
@@ -364,8 +364,9 @@ class _PredictionLoop:
             return None, error
 
     def _gathered(self, made: pa.Table | None, failure: MirrortuneError | None) -> list[pa.Table | int]:
-        """Return what the processes made of their blocks: a table, or an exit code; on the main one alone, if
-        none failed.
+        """Gather the results of all processes, each a table or an exit code; tables only on the main process.
+
+        Tables are gathered only if no process failed.
         """
         own = made if failure is None else failure.exit_code
         if self._accelerator.num_processes == 1:
@@ -375,7 +376,7 @@ class _PredictionLoop:
         return [_unpacked(one) if isinstance(one, bytes) else one for one in found]
 
     def _write(self, first: int, table: pa.Table) -> int:
-        """Write a block, if this is the main process; return the number of its rows that have an error."""
+        """Write a block on the main process; return the number of its rows with an error."""
         name = self._answers.names([ERROR])[ERROR]
         errors = table.num_rows - table.column(name).null_count if name in table.column_names else 0
         answered = table.filter(table.column(name).is_null()) if errors else table
@@ -402,7 +403,7 @@ class _PredictionLoop:
         self._held.clear()
 
     def _join(self) -> int:
-        """Make the output of its parts; return the number of rows that have an error."""
+        """Join the parts to the output file; return the number of rows with an error."""
         assert self._parts is not None
         if self._is_whole:
             self._parts.discard()
@@ -411,7 +412,7 @@ class _PredictionLoop:
         return self._parts.join(own=self._answers.own, last=last)
 
     def _keep(self) -> None:
-        """Say what is kept of an output that was not finished."""
+        """Print a note on what is kept of an unfinished output."""
         if self._parts is None or not self._accelerator.is_main_process:
             return
         if rows := self._parts.rows():
@@ -423,7 +424,7 @@ class _PredictionLoop:
 
 
 def _packed(table: pa.Table) -> bytes:
-    """Return a table as bytes; pickle would write the whole table that it is a slice of."""
+    """Serialise a table; pickle would include the whole table of which it is a slice."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

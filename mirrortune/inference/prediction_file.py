@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of predictions as csv, tsv, jsonl or parquet: written part by part, and joined to one file at the end.
+"""Write tables of predictions as csv, tsv, jsonl or parquet, part by part, and join the parts at the end.
 
-While ``answers.csv`` is being made, its rows are kept in the folder ``.answers.csv.parts`` beside it, a file for each
-block of rows, so that a process that was killed loses one block. The folder holds a marker by which it is known as
-ours, and the rows in Arrow's format whatever the output's is.
+While ``answers.csv`` is being written, its rows are kept in the folder ``.answers.csv.parts`` beside it, one file per
+block of rows, so that a process that is killed loses at most one block. The folder holds a marker, and the parts are in
+Arrow's format whatever the format of the output.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from mirrortune.system.outputs import PARTS, Marker, read_marker, write_marker
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 PREDICTION = "prediction"
-"""Name of the first new column."""
+"""Name of the first column that is added."""
 _STATE = "state.json"
 _NAME = re.compile(r"rows-(\d+)-(\d+)\.arrow")
 _PARSED = 1000  # rows converted to Python objects at a time
-_HEAD = 1 << 20  # bytes of a file in which its first row ends
+_HEAD = 1 << 20  # bytes in which the first row of a file must end
 _BLOCK = 1 << 20  # bytes
 _RESERVED = Marker(PARTS.name, frozenset())
 
 
 def format_of(path: Path) -> str:
-    """Return the format of an output by its suffix; ConfigError for any other."""
+    """Return the format of an output by its suffix; raise ConfigError for an unknown one."""
     found = path.suffix.lower().removeprefix(".")
     if found not in FORMATS:
         raise ConfigError("-o", f"got '{path.name}'", allowed=f"a name that ends in .{', .'.join(FORMATS)}")
@@ -49,7 +49,7 @@ def format_of(path: Path) -> str:
 
 
 def holds_predictions(path: Path, kind: str) -> bool:
-    """Return whether a file is a table of the format ``kind`` with a column ``prediction``."""
+    """Return whether a file is a table in the format ``kind`` with a column ``prediction``."""
     try:
         if kind == "parquet":
             return PREDICTION in pq.read_schema(path).names
@@ -63,7 +63,7 @@ def holds_predictions(path: Path, kind: str) -> bool:
 
 
 def refuse_replacing(path: Path, kind: str, *, overwrite: bool) -> None:
-    """Refuse to replace a file unless it holds predictions and ``overwrite`` is set."""
+    """Raise ConfigError if a file exists, unless it holds predictions and ``overwrite`` is set."""
     if not path.exists():
         return
     if not overwrite:
@@ -75,24 +75,24 @@ def refuse_replacing(path: Path, kind: str, *, overwrite: bool) -> None:
 
 
 class Parts:
-    """The finished blocks of an output that is not yet whole.
+    """The finished blocks of an incomplete output.
 
     Args:
-        output: file that they will be joined to; a claim on it is held.
+        output: file to which the blocks will be joined; the caller holds a claim on it.
     """
 
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, output.with_name(f".{output.name}.parts")
 
     def begin(self, facts: dict[str, Any], *, overwrite: bool) -> None:
-        """Make the folder, in place of one that an earlier command left if ``overwrite`` is set.
+        """Create the folder; with ``overwrite``, discard the unfinished predictions of an earlier command.
 
         Args:
-            facts: what the rows depend on, as JSON data.
-            overwrite: give up what an earlier command left.
+            facts: everything that the predictions depend on, as JSON data.
+            overwrite: discard unfinished predictions.
 
         Raises:
-            ConfigError: something is there that is not ours, or unfinished predictions without ``overwrite``.
+            ConfigError: the path holds something else, or unfinished predictions and ``overwrite`` is not set.
             ResourceError: the folder cannot be written.
         """
         self._check_ours()
@@ -108,10 +108,10 @@ class Parts:
         self._write_state({"facts": facts, "overwrite": overwrite})
 
     def resume(self, facts: dict[str, Any]) -> int:
-        """Return the number of rows that are finished.
+        """Continue unfinished predictions and return the number of finished rows.
 
         Raises:
-            ConfigError: nothing is there to be continued, or it was made from something else; says what differs.
+            ConfigError: there is nothing to continue, or it depends on other facts; the error names the differences.
         """
         self._check_ours()
         state, facts = self.state(), _as_stored(facts)
@@ -129,7 +129,7 @@ class Parts:
         return self.rows()
 
     def state(self) -> dict[str, Any] | None:
-        """Return what the folder says of itself; None if there is none, or it is damaged."""
+        """Return the recorded state of the folder, or None if it is missing or damaged."""
         try:
             found = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
             return found if isinstance(found["facts"], dict) else None
@@ -138,16 +138,16 @@ class Parts:
 
     @property
     def replaces(self) -> bool:
-        """Whether the command that began the parts was allowed to replace earlier predictions."""
+        """Whether the command that started the parts had ``--overwrite``."""
         return bool((self.state() or {}).get("overwrite"))
 
     def is_joined(self) -> bool:
-        """Return whether ``output`` is what the parts were joined to, by a process that was killed just afterwards."""
+        """Return whether the parts were joined to ``output`` already, by a process that was killed just afterwards."""
         digest = (self.state() or {}).get("joined")
         return digest is not None and self.output.is_file() and digest == _sha256(self.output)
 
     def add(self, first: int, table: pa.Table) -> None:
-        """Write the rows from number ``first`` on."""
+        """Write a block whose first row has the index ``first``."""
 
         def write(file: Path) -> None:
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -163,11 +163,11 @@ class Parts:
         """Write all rows to the output and remove the folder.
 
         Args:
-            own: the rows' own columns, which come first.
-            last: name of the column of errors, which comes behind all others.
+            own: names of the rows' columns, which come first.
+            last: name of the column of errors, which comes last.
 
         Returns:
-            The number of rows that have an error.
+            The number of rows with an error.
         """
         paths, errors, kind = [path for _, _, path in self._found()], 0, format_of(self.output)
         schema = _united([_schema(path) for path in paths], own, last)
@@ -181,14 +181,14 @@ class Parts:
                     add(table)
             self._write_state({**(self.state() or {}), "joined": _sha256(file)})
 
-        if not self.is_joined():  # again: predicting may have taken hours
+        if not self.is_joined():  # check again, since predicting may have taken hours
             refuse_replacing(self.output, kind, overwrite=self.replaces)
         self._write(self.output, write)
         self.discard()
         return errors
 
     def discard(self) -> None:
-        """Remove the folder, but for what is not ours in it."""
+        """Delete mirrortune's files in the folder, and the folder if it is then empty."""
         discard(self.folder, is_ours=_RESERVED.owns)
 
     def _check_ours(self) -> None:
@@ -199,7 +199,7 @@ class Parts:
             raise ConfigError("-o", f"{self.folder} is in the way", fix="Move it elsewhere, or choose another name")
 
     def _found(self) -> list[tuple[int, int, Path]]:
-        """Return the first row, the number of rows and the file of each part, up to the first one that is missing."""
+        """Return the first row, number of rows and file of each part, up to the first gap."""
         named = sorted((int(m[1]), int(m[2]), p) for p in self.folder.glob("rows-*") if (m := _NAME.fullmatch(p.name)))
         found, done = [], 0
         for first, count, path in named:
@@ -221,12 +221,12 @@ class Parts:
 
 
 class TableWriter:
-    """Writes tables, one after the other, as one file of text.
+    """Writes a sequence of tables as one text file.
 
     Args:
-        write: takes the bytes.
+        write: function that writes bytes.
         kind: ``csv``, ``tsv`` or ``jsonl``.
-        names: the columns; where a table lacks one, it is empty.
+        names: names of the columns; a column that a table lacks stays empty.
     """
 
     def __init__(self, write: Callable[[bytes], object], kind: str, names: Sequence[str]) -> None:
@@ -268,7 +268,7 @@ class _Lines(list[str]):
 
 @contextmanager
 def _writer(file: Path, kind: str, schema: pa.Schema) -> Iterator[Callable[[pa.Table], object]]:
-    """Open a new file of tables; yields what writes a table."""
+    """Open a new file, and yield a function that appends a table to it."""
     if kind == "parquet":
         with pq.ParquetWriter(file, schema) as writer:
             yield lambda table: writer.write_table(_conformed(table, schema))
@@ -285,9 +285,7 @@ def append_columns(table: pa.Table, columns: dict[str, list[Any]]) -> pa.Table:
 
 
 def new_names(names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
-    """Return a name for each new column that none of the row's own columns has: ``prediction``, else
-    ``new_prediction``, ``new_new_prediction``, ...
-    """
+    """Return a name for each new column that no existing column has, prefixed with ``new_`` as often as necessary."""
     used, found = set(taken), {}
     for name in names:
         free = name
@@ -299,7 +297,7 @@ def new_names(names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
 
 
 def storable(schema: pa.Schema, kind: str) -> list[str]:
-    """Return the columns that a format can hold: text formats hold no encoded images or recordings."""
+    """Return the columns that a format can store; text formats cannot store encoded images or recordings."""
     return [field.name for field in schema if kind == "parquet" or not _has_bytes(field.type)]
 
 
@@ -318,7 +316,7 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 def _united(schemas: list[pa.Schema], own: Sequence[str], last: str) -> pa.Schema:
-    """Return the columns of all schemas: ``own`` first, and ``last`` behind all others."""
+    """Return the union of all schemas, with the columns ``own`` first and ``last`` at the end."""
     schema = pa.unify_schemas(schemas, promote_options="permissive")
     places = {name: place for place, name in enumerate(own)} | {last: len(own) + 1}
     return pa.schema(sorted(schema, key=lambda field: places.get(field.name, len(own))))
@@ -354,7 +352,7 @@ def _delimiter(kind: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    """Return a value as the text of a cell: nothing for null, JSON for lists, objects and booleans."""
+    """Format a value as the text of a cell: empty for null, JSON for lists, objects and booleans."""
     if value is None:
         return ""
     if isinstance(value, bool | list | dict):
@@ -363,7 +361,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON data: dates and decimals as text, numbers that are not finite as null."""
+    """Convert a value to JSON data, with dates and decimals as text and non-finite numbers as null."""
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -378,12 +376,12 @@ def _plain(value: Any) -> Any:
 
 
 def _as_stored(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return JSON data as it is when it is read back."""
+    """Return JSON data as it will be when it is read back."""
     found: dict[str, Any] = json.loads(json.dumps(facts))
     return found
 
 
-_MOST_NAMED = 3  # differences in one value
+_MOST_NAMED = 3  # differences listed for one value
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

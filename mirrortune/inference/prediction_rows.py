@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that ``predict`` answers, in order: a data set, standard input, or one row from the command line."""
+"""Read the rows that ``predict`` answers, in order: a data set, standard input, or one row from the command line."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from mirrortune.system.console import Reporter
 from mirrortune.system.paths import local_path
 from mirrortune.tasks.base import TARGET_ROLES, Task
 
-_WORDS = "word"  # role of a column of lists of words
+_WORDS = "word"  # role of a column that holds lists of words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowRequest:
-    """One row from the command line, in place of a data set.
+    """One row from the command line, instead of a data set.
 
     Attributes:
-        texts: the texts of the row, in the order in which the task reads them.
+        texts: texts of the row, in the order in which the task reads them.
         image: path of an image or a recording.
     """
 
@@ -45,8 +45,8 @@ class PredictionRows:
     """Rows to predict.
 
     Attributes:
-        data: the splits, all of which are predicted, one after the other.
-        is_bare: whether the columns have no names of their own: lines of text, or a row from the command line.
+        data: data set, whose splits are all predicted, one after the other.
+        is_bare: the columns have no names, as in lines of text or a row from the command line.
     """
 
     data: DataSet
@@ -54,22 +54,24 @@ class PredictionRows:
 
     @property
     def count(self) -> int | None:
-        """Number of rows; None if they are streamed."""
+        """Number of rows, or None if they are streamed."""
         splits = self.data.splits.values()
         return None if any(split.stream for split in splits) else sum(split.table.num_rows for split in splits)
 
     def fitted(self, task: Task, reporter: Reporter, *, are_named: bool) -> tuple[PredictionRows, Task]:
-        """Return the rows and the task with columns that fit each other: those of the task's training, else those that
-        look like them, which are noted. Columns without names get those that the task reads.
+        """Return the rows and the task with matching columns.
+
+        The columns are those of the task's training or, if the rows lack them, similar ones, which are noted. Columns
+        without names get the names that the task reads.
 
         Args:
-            task: of the model.
-            reporter: prints the notes.
-            are_named: whether the user has named columns, so that others are not looked for.
+            task: task of the model.
+            reporter: prints notes.
+            are_named: the user has named columns, so that no others are detected.
 
         Raises:
-            ConfigError: columns without names are more or fewer than those the task reads.
-            DataError: a split lacks a column, or it could not be read.
+            ConfigError: the number of columns without names is not the number that the task reads.
+            DataError: a split lacks a column, or the column cannot be read.
         """
         known, given = [column for _, column in needed_columns(task)], next(iter(self.data.splits.values())).table
         task = task.narrowed(known[: given.num_columns] if self.is_bare else given.column_names)
@@ -101,7 +103,7 @@ class PredictionRows:
             listed = ", ".join(role for role, _ in needed)
             raise ConfigError(split.source, f"the task {task.kind} reads {listed}", fix=_HOW_TO_GIVE[any(are_files)])
         given, layout = split.table.num_columns, getattr(task, "layout", None)
-        if given != len(needed) and not (layout == "alpaca" and given < len(needed)):  # an instruction needs no input
+        if given != len(needed) and not (layout == "alpaca" and given < len(needed)):  # Alpaca's input is optional
             listed = ", ".join(f"{role} '{column}'" for role, column in needed)
             raise ConfigError(
                 split.source, f"{counted(split.table.num_columns, 'value')} a row, and the task reads {listed}",
@@ -116,13 +118,13 @@ class PredictionRows:
         return replace(self, data=replace(self.data, splits={name: replace(split, table=table)}))
 
     def of_split(self, split: str | None, settings: DataSettings, task: Task, *, is_own_data: bool) -> PredictionRows:
-        """Return the rows of one split, as ``eval`` chooses them; all for None.
+        """Return the rows of one split, chosen as by ``eval``, or all rows for None.
 
         Args:
-            split: name.
-            settings: of the data.
-            task: with columns that the data has.
-            is_own_data: whether the model was trained on this data, from which validation rows may have been cut.
+            split: name of the split, or None.
+            settings: data settings.
+            task: task with columns that the data has.
+            is_own_data: the model was trained on this data, from which validation rows may have been set aside.
         """
         if split is None or self.count is None:
             return self
@@ -149,7 +151,7 @@ _FLAGS = {"text": "text-column", "word": "text-column", "image": "image-column",
 
 
 def needed_columns(task: Task) -> list[tuple[str, str]]:
-    """Return (role, column) for the columns without which a row cannot be predicted."""
+    """Return (role, column) of each column that is required to predict a row."""
     target = getattr(task, "label_column", None)
     return [(role, c) for role, c in task.columns() if role not in (*TARGET_ROLES, OPTIONAL_ROLE) and c != target]
 
@@ -159,7 +161,7 @@ def _absent(split: Split, task: Task) -> list[tuple[str, str]]:
 
 
 def with_words(split: Split, task: Task) -> Split:
-    """Return the split with texts cut into words at white space where the task reads lists of words."""
+    """Split texts into words at white space if the task reads lists of words."""
     table = split.table
     for role, column in task.columns():
         if role == _WORDS and column in table.column_names and is_string(table.schema.field(column).type):
@@ -170,7 +172,7 @@ def with_words(split: Split, task: Task) -> Split:
 
 
 def rows_of_request(request: RowRequest) -> PredictionRows:
-    """Return the row that was given on the command line."""
+    """Return the row that was given on the command line as a data set."""
     cells = [request.image] if request.image is not None else list(request.texts)
     source = _IMAGE if request.image is not None else "--text"
     names = ["image"] if request.image is not None else _bare_names(len(cells))
@@ -184,7 +186,7 @@ def rows_of_request(request: RowRequest) -> PredictionRows:
 
 
 def _bare_names(count: int) -> list[str]:
-    """Return names by which columns of text are detected, until the task is known."""
+    """Return provisional column names, under which text columns are detected until the task is known."""
     return ["text"] if count == 1 else [f"text{place}" for place in range(1, count + 1)]
 
 
@@ -192,8 +194,8 @@ def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
     """Open the data set of a recipe.
 
     Args:
-        settings: of the data.
-        split: name of one of its splits, or a part of one that :meth:`PredictionRows.of_split` cuts; None for all.
+        settings: data settings.
+        split: name of a split, or of the part of one that :meth:`PredictionRows.of_split` sets aside; None for all.
 
     Raises:
         DataError: it cannot be read.
@@ -208,7 +210,7 @@ def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
     settings = replace(settings, missing_label=None)  # labels are not read
     loose = None if settings.streaming else read_loose_files(place)
     data = loose or read_data(settings)
-    if settings.streaming:  # only one split of a data set is streamed, and of the others the first rows are read
+    if settings.streaming:  # a data set streams one split only, and reads just the first rows of the others
         names = data.splits if split is None else [data.name_of(data.require(split, "--split"))]
         opened = {n: read_data(replace(settings, train_split=n, test_split=n)).splits[n] for n in names}
         data = replace(data, splits=opened)
@@ -216,11 +218,11 @@ def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
 
 
 def _rows(split: Split, first: int, size: int) -> Split:
-    """Return some rows of a split that is not streamed."""
+    """Return ``size`` rows of a split that is not streamed, from ``first`` on."""
     kept = np.arange(split.table.num_rows) if split.kept is None else split.kept
     return replace(split, table=split.table.slice(first, size), kept=kept[first : first + size])
 
 
 def part_of(split: Split, first: int, stop: int) -> Split:
-    """Return rows ``first`` to ``stop`` (excluded) of a block."""
+    """Return the rows of a block from ``first`` up to, but not including, ``stop``."""
     return _rows(split, first, stop - first)

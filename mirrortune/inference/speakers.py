@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a language model to talk to: a run, an adapter, a merged folder or a plain model, as it writes its turns."""
+"""Load a language model for a conversation: a run, an adapter, a merged folder or a plain model."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ def load_speaker(target: str, recipe: Recipe, reporter: Reporter) -> Speaker:
 
     Args:
         target: folder, or ``owner/name@revision:subfolder`` on the Hub.
-        recipe: the target's own with the flags over it; settings of data give the form of turns of a merged folder.
+        recipe: recipe of the target, overridden by flags; for a merged folder, its data settings determine the format
+            of turns.
         reporter: prints notes.
 
     Raises:
-        ConfigError: it is no causal language model.
+        ConfigError: the target is not a causal language model.
     """
     settings = unpack_for_eval(recipe)
     accelerator = make_accelerator(settings.model.precision)
@@ -64,7 +65,7 @@ def load_speaker(target: str, recipe: Recipe, reporter: Reporter) -> Speaker:
 
 
 def _trained(target: str, folder: Path, settings: EvaluationSettings, reporter: Reporter) -> Speaker:
-    """Load a run or an adapter; turns are written as they were when it was trained."""
+    """Load a run or an adapter; turns are formatted as in its training."""
     task = read_adapter(folder).task
     if task is not None and task.get("kind") != _KIND:
         raise _no_language_model(target, str(task.get("kind")))
@@ -85,7 +86,7 @@ def _no_language_model(target: str, kind: str) -> ConfigError:
 
 
 def _wanted(format: str | None, *, has_template: bool) -> str:
-    """Return ``task.format``, checked; ``auto`` by default."""
+    """Check ``task.format`` and return it, or ``auto`` by default."""
     if format not in (None, *_FORMATS):
         raise unknown_name("task.format", "value", format, _FORMATS)
     if format == "chat" and not has_template:
@@ -120,12 +121,12 @@ def _plain(target: str, recipe: Recipe, settings: EvaluationSettings, reporter: 
 
 
 def _form(recipe: Recipe, *, has_template: bool) -> Form:
-    """Return the form of turns of a model that does not say what it was trained on: by its recipe, if it has one."""
+    """Choose the format of turns for a model that does not record it, by its recipe if it has one."""
     wanted = _wanted(recipe.task.format, has_template=has_template)
     texts = () if recipe.data.label_column is None else recipe.data.text_columns or ()
     if wanted == "chat" or (wanted == "auto" and has_template and len(texts) != 1):
         return "chat"
     if len(texts) == 2:
         return "alpaca"
-    # The columns that a run detected are not in its recipe; most rows of text have a prompt.
+    # Columns that were detected are not in the recipe; most text data has prompts.
     return "prompt" if texts or recipe.data.path is not None else "text"
