@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: step, evaluate, save, stop."""
+"""Run the training loop: step, evaluate, save, stop."""
 
 __all__ = ["calibration", "evaluate", "lr_sweep", "optim", "settings", "tracking", "trainer"]

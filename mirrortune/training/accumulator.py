@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of loss and gradient norm, and durations of steps, kept on the device until read: no step waits for it."""
+"""Accumulate loss, gradient norm and step durations on the device, so that no step waits for the device."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Values of a :class:`Tally`.
+    """The values of a :class:`Tally`.
 
     Attributes:
-        loss_sum, num_items: sums over the finite steps since the window was opened.
-        step: the latest step, or the first one that was not finite.
-        loss, grad_norm: mean loss of that step, and norm of its mean gradient before clipping.
-        is_finite: whether all steps were finite; none is made from the first on that is not. Steps that
-            :meth:`Tally.skip` has recorded do not count.
+        loss_sum: sum of the loss over the finite steps since the window was opened.
+        num_items: number of items in these steps.
+        step: latest step, or the first one that was not finite.
+        loss: mean loss of that step.
+        grad_norm: norm of its mean gradient before clipping.
+        is_finite: all steps were finite, not counting those recorded by :meth:`Tally.skip`. From the first non-finite
+            step on, no parameter is updated.
     """
 
     loss_sum: float
@@ -32,29 +34,29 @@ class Totals:
 
 
 class Tally:
-    """Accumulate loss, items and gradient norm of steps on a device.
+    """Accumulates loss, items and gradient norm of steps on a device.
 
     Args:
         device: device of the loss and the gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # In float64 a sum over steps does not depend on where a resumed run was cut; MPS has none.
+        # In float64, a sum over steps does not depend on where a resumed run was interrupted; MPS has no float64.
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._device = device
         self._window, self._latest = self._numbers(0.0, 0.0), self._numbers(0.0, 0.0, 0.0)
         self._broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def add(self, totals: Tensor, grad_norm: Tensor, step: int) -> Tensor:
-        """Add a step before it is made.
+        """Add a step before its update is applied.
 
         Args:
             totals: loss sum and number of items of the global batch, shape (2,).
             grad_norm: norm of the mean gradient, shape ().
-            step: number of the step, from 1.
+            step: number of the step, starting at 1.
 
         Returns:
-            1 if the step must not be made, because it or an earlier one is not finite, else 0: float32, shape ().
+            1 if the update must be skipped because this or an earlier step is not finite, else 0; float32, shape ().
         """
         norm = grad_norm.to(self._dtype)
         latest = torch.stack([torch.full_like(norm, step), totals[0] / totals[1], norm])
@@ -64,7 +66,7 @@ class Tally:
         return self._broken.float()
 
     def skip(self, totals: Tensor) -> None:
-        """Add the loss of a step that is not made because a gradient overflowed, where that loss is finite.
+        """Add the loss, if finite, of a step whose update is skipped because a gradient overflowed.
 
         Args:
             totals: loss sum and number of items of the global batch, shape (2,).
@@ -75,11 +77,11 @@ class Tally:
         self._latest = torch.where(is_finite, latest, self._latest)
 
     def open_window(self, loss_sum: float = 0.0, num_items: int = 0) -> None:
-        """Start a window of the log, or restore one that was interrupted."""
+        """Start a logging window, or restore one that was interrupted."""
         self._window = self._numbers(loss_sum, num_items)
 
     def read(self) -> Totals:
-        """Return the sums so far; waits for the device."""
+        """Return the sums so far, waiting for the device."""
         numbers = torch.cat([self._window, self._latest, self._broken.to(self._dtype).reshape(1)]).tolist()
         loss_sum, num_items, step, loss, grad_norm, is_broken = numbers
         return Totals(
@@ -92,7 +94,7 @@ class Tally:
         )
 
     def zeros(self) -> Tensor:
-        """Return a zero loss sum and number of items, shape (2,)."""
+        """Return a zero loss sum and a zero number of items, shape (2,)."""
         return torch.zeros(2, dtype=self._dtype, device=self._device)
 
     def _numbers(self, *values: float) -> Tensor:
@@ -100,10 +102,10 @@ class Tally:
 
 
 class StepClock:
-    """Measure durations of steps in seconds, on the device.
+    """Measures durations of steps on the device, in seconds.
 
     Args:
-        device: device of the model; a GPU runs asynchronously, so events are queued and read later.
+        device: device of the model. A GPU runs asynchronously, so events are queued and read later.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -117,13 +119,13 @@ class StepClock:
         self._start = self._mark()
 
     def stop(self) -> None:
-        """Mark the end of a step, which is done or queued on the device."""
+        """Mark the end of a step that is done, or queued on the device."""
         self._marks.append((self._start, self._mark()))
 
     def drain(self) -> None:
-        """Convert the marks so far to seconds and release them; waits for the device.
+        """Convert the marks so far to seconds and release them, waiting for the device.
 
-        A CUDA event is a resource of the driver: a long run must not hold two for each of its steps.
+        A CUDA event is a driver resource, so a long run must not hold two events per step.
         """
         if self._is_cuda and self._marks:
             self._marks[-1][1].synchronize()
@@ -131,7 +133,7 @@ class StepClock:
         self._marks.clear()
 
     def seconds(self) -> list[float]:
-        """Return the duration of every step so far; waits for the device."""
+        """Return the duration of every step so far, waiting for the device."""
         self.drain()
         return self._seconds
 

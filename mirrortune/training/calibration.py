@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the saliency of pairs of singular directions: the gradients of their rotations at angle zero.
+"""Measure the saliency of pairs of singular directions: the gradient of the loss by their rotation angle at zero.
 
-The head is warmed up first, since gradients behind an untrained head carry no information; then gradients of the frozen
-weights are accumulated over a few batches and projected onto the rotation of each pair of singular directions. The head
-is restored afterwards, so that a run with measured pairs starts like any other.
+The head is warmed up first, because gradients behind an untrained head carry no information. Then the gradients of the
+frozen weights are accumulated over a few batches and projected onto the rotation of each pair. The head is restored
+afterwards, so that a run with measured pairs starts like any other.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.objective import Objective
 
-# Distinct batches of the warm-up, over which its steps go round. With MiniLM-L6 on the movie sentences, pairs matched
-# after 60 steps over 40 batches carried 2.1 times the gradient of mirror pairs on other rows; over 16 batches, 1.8.
+# Number of distinct batches through which the warm-up cycles. With MiniLM-L6 on the movie sentences, pairs matched
+# after 60 steps over 40 batches had 2.1 times the gradient of mirror pairs on other rows; over 16 batches, 1.8 times.
 _WARMUP_BATCHES = 32
 
 
@@ -37,15 +37,15 @@ class CalibrationSettings:
     """How saliency is measured.
 
     Attributes:
-        saliency: ``mean``, the gradient of the mean loss of all calibration rows; ``rms``, the root mean square over
-            batches, which also counts what different batches pull in opposite directions.
+        saliency: ``mean``, the gradient of the mean loss over all calibration rows; or ``rms``, the root mean square of
+            the gradients of batches, in which opposite gradients do not cancel.
         num_batches: number of calibration batches.
-        warmup_steps: optimizer steps of the head before them.
-        batch_size: rows of a batch.
+        warmup_steps: optimizer steps of the head before calibration.
+        batch_size: rows per batch.
         head_lr: learning rate of the warm-up.
         side: side of the weight that the core rotates.
-        unit: unit of the trained numbers, ``movement`` or ``angle``.
-        seed: seed of the rows that are drawn.
+        unit: unit of the trained parameters, ``movement`` or ``angle``.
+        seed: seed of the choice of rows.
     """
 
     saliency: Literal["mean", "rms"]
@@ -75,13 +75,13 @@ def measure_saliency(
         targets: layers and head.
         objective: training loss.
         examples: training rows.
-        factor_source: factors of each layer.
+        factor_source: computes or caches the factors of each layer.
         settings: how saliency is measured.
-        accelerator: accelerate's ``Accelerator``: device and precision.
+        accelerator: accelerate's ``Accelerator``, which provides device and precision.
 
     Returns:
-        Layer name -> (R, R), or (E, R, R) of a stack, float64 on the CPU, antisymmetric for ``mean``, symmetric for
-        ``rms``.
+        The saliency of each layer by name, shape (R, R), or (E, R, R) for a stack of E matrices; float64 on the CPU,
+        antisymmetric for ``mean`` and symmetric for ``rms``.
     """
     if packed := next((n for n, target in targets.layers.items() if target.kind.is_quantised), None):
         raise ConfigError(
@@ -116,7 +116,7 @@ def measure_saliency(
 
 
 def _autocast(accelerator: Any) -> AbstractContextManager[object]:
-    """The arithmetic of the run; float32 instead of float16, in which gradients that are not scaled round to zero."""
+    """Return the autocast context of the run, or float32 for a float16 run, in which unscaled gradients underflow."""
     return nullcontext() if accelerator.scaler is not None else Sharding.of(accelerator).autocast()
 
 
@@ -129,7 +129,7 @@ def _warm_up(
     settings: CalibrationSettings,
     device: torch.device,
 ) -> None:
-    """Train the head alone; the frozen base computes each batch once, whatever the number of steps."""
+    """Train only the head; the frozen base computes each batch once, regardless of the number of steps."""
     if not head or not settings.warmup_steps:
         return
     batches = list(itertools.islice(rows, min(settings.warmup_steps, _WARMUP_BATCHES)))
@@ -144,9 +144,9 @@ def _warm_up(
 
 @contextmanager
 def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
-    """Cache the output of a transformers model's base for each batch while the context is open.
+    """Cache the output of a transformers model's base for each batch while the block runs.
 
-    Yields a function that sets the number of the batch that is next. Without a base of its own, nothing is cached.
+    Yields a function that sets the index of the next batch. If the model has no separate base, nothing is cached.
     """
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
     if not isinstance(base, nn.Module):
@@ -159,7 +159,7 @@ def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
             with torch.no_grad():
                 found = compute(*args, **kwargs)
             if getattr(found, "past_key_values", None) is not None:
-                found.past_key_values = None  # not needed, and as large as the activations of the model
+                found.past_key_values = None  # not needed, and as large as the activations
             outputs[current[0]] = found
         return outputs[current[0]]
 
@@ -183,7 +183,7 @@ def _add(
     factor_source: FactorSource,
     settings: CalibrationSettings,
 ) -> None:
-    """Project the accumulated gradients onto the angles, add them (squared for rms), and clear them."""
+    """Project the accumulated gradients onto the angles, add them to ``found`` (squared for rms), and clear them."""
     for name, target in targets.layers.items():
         weight = target.weight(model)
         assert weight.grad is not None
@@ -195,7 +195,7 @@ def _add(
             S = factors.S.double().cpu()
             gradient *= even_steps(plane_strengths(S), S)
         found[name] = found.get(name, 0) + (gradient.square() if settings.saliency == "rms" else gradient)
-    for target in targets.layers.values():  # only now: parts of a fused weight share its gradient
+    for target in targets.layers.values():  # only after all layers: parts of a fused weight share its gradient
         target.weight(model).grad = None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Score a split: every row once, on any number of processes."""
+"""Score every row of a split once, on any number of processes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from mirrortune.tasks.metrics import score
 from mirrortune.tasks.prompts import Around, PromptExamples, unchanged
 
 _Scored = tuple[Rows, list[Any], float, int]
-"""Rows, what the task kept of each, their summed loss, and its number of items."""
+"""Row indices, the result of ``Task.judge`` for each row, the summed loss, and its number of items."""
 
 
 class EvaluationStoppedError(Exception):
-    """Raised when ``should_stop`` asks to stop; nothing is scored."""
+    """Raised if ``should_stop`` returns a true value; nothing is scored then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """Scores of a split.
+    """The scores of a split.
 
     Attributes:
-        metrics: metrics of the task, and ``loss``, its mean over items; empty where rows have no target.
+        metrics: metrics of the task and ``loss``, the mean over items; empty if rows lack targets.
         rows: number of rows.
-        judged: what the task kept of the model's outputs for each row, in the order of the split.
+        judged: result of ``Task.judge`` for each row, in the order of the split.
         predictions, references: inputs of the metrics.
     """
 
@@ -71,17 +71,17 @@ def evaluate_split(
         task: metrics, loss and predictions.
         examples: encoded rows.
         accelerator: accelerate's ``Accelerator``.
-        batch_size: largest number of rows per process and batch.
-        max_positions: largest number of positions (tokens with padding) of a batch; a single row may be longer.
-        source: name of the split, for messages.
-        num_workers: threads that make batches ahead.
+        batch_size: maximum number of rows per process and batch.
+        max_positions: maximum number of positions (tokens including padding) per batch; a single row may be longer.
+        source: name of the split in errors.
+        num_workers: number of threads that prepare batches in advance.
         on_batch: called with the number of rows after each batch.
-        should_stop: called before each batch, with the same result on all ranks.
-        allow_missing: predict rows without a target too; nothing is scored then.
+        should_stop: called before each batch; must return the same on all ranks.
+        allow_missing: also predict rows without a target; nothing is scored then.
 
     Raises:
         DataError: a row has no target, and ``allow_missing`` is False.
-        EvaluationStoppedError: ``should_stop`` returns true.
+        EvaluationStoppedError: ``should_stop`` returned a true value.
     """
     if examples.num_unlabelled and not allow_missing:
         raise DataError(
@@ -109,13 +109,13 @@ def judge_split(
     should_stop: Callable[[], object] | None = None,
     around: Around = unchanged,
 ) -> list[Any]:
-    """Return what the task keeps of the model's outputs for every row, in the order of ``examples``.
+    """Return the result of ``Task.judge`` for every row, in the order of ``examples``; the same on all ranks.
 
-    The arguments are those of :func:`evaluate_split`; ``examples`` are those of ``Task.encode_to_predict``, and
-    ``around`` is entered while the model computes a batch. The result is the same on all ranks.
+    The arguments are those of :func:`evaluate_split`, except that ``examples`` come from ``Task.encode_to_predict`` and
+    ``around`` is a context manager that is entered while the model computes a batch.
 
     Raises:
-        EvaluationStoppedError: ``should_stop`` returns true.
+        EvaluationStoppedError: ``should_stop`` returned a true value.
     """
     found = _scored(
         model, task, examples, accelerator, batch_size=batch_size, max_positions=max_positions,
@@ -130,7 +130,7 @@ def _scored(
     num_workers: int, on_batch: Callable[[int], None] | None, should_stop: Callable[[], object] | None,
     around: Around = unchanged,
 ) -> list[_Scored]:  # fmt: skip
-    """Run the model on all rows, and gather what the ranks found."""
+    """Run the model on all rows and gather the results of all ranks."""
     was_training = model.training
     model.eval()
     found: list[_Scored] = []
@@ -153,7 +153,7 @@ def _scored(
 def _slices(
     lengths: npt.NDArray[Any], num_processes: int, batch_size: int, max_positions: int | None
 ) -> Iterator[Rows]:
-    """Yield the rows that all ranks score at a time, longest first: a batch too large for memory comes first."""
+    """Yield the rows that all ranks score together, longest first, so that a lack of memory shows at once."""
     order, start = np.argsort(-lengths, kind="stable"), 0
     while start < len(order):
         longest = max(1, int(lengths[order[start]]))
@@ -165,8 +165,9 @@ def _slices(
 def _batches(
     examples: Examples, accelerator: Any, slices: Iterator[Rows], num_workers: int
 ) -> Generator[tuple[Rows, Batch], None, None]:
-    """Yield this rank's rows of each slice with their batch. A rank without rows gets a batch of any row, because the
-    ranks of a sharded model wait for each other.
+    """Yield this rank's rows of each slice and their batch.
+
+    A rank without rows gets a batch of an arbitrary row, because the ranks of a sharded model wait for each other.
     """
 
     def make(rows: Rows) -> tuple[Rows, Batch]:
@@ -179,7 +180,7 @@ def _batches(
 def _score(
     model: nn.Module, task: Task, examples: Examples, rows: Rows, batch: Batch, accelerator: Any, around: Around
 ) -> tuple[list[Any], float, int]:
-    # Logits over a vocabulary are converted to float32 by the task, a piece at a time.
+    # The task converts logits over a vocabulary to float32 piece by piece, to save memory.
     unconverted = as_computed(model) if scores_vocabulary(task) else nullcontext()
     with unconverted, Sharding.of(accelerator).autocast():
         if isinstance(examples, PromptExamples):
@@ -188,7 +189,7 @@ def _score(
             inputs, outputs, targets = forward(model, batch, accelerator.device)
         judged = list(task.judge(model, inputs, outputs, targets))
         if isinstance(examples, AnsweredExamples):
-            # The ranks of a sharded model generate together, those without rows too.
+            # The ranks of a sharded model must generate together, even those without rows.
             written = examples.generate(model, rows if len(rows) else np.zeros(1, dtype=np.int64))
             judged = list(zip(judged, written, strict=True))
     if examples.num_unlabelled or isinstance(task, ComparesRows):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sweep the learning rate of the adapter over a few decades, a step at each rate, and propose one from the losses.
+"""Sweep the learning rate of the adapter over a few decades, one step per rate, and propose a rate from the losses.
 
-The range test of Smith (2017, "Cyclical learning rates for training neural networks"), with the two proposals that
-fastai and Lightning read from it: the rate at which the loss falls fastest, and a tenth of the one where it is lowest.
+This is the range test of Smith (2017, "Cyclical learning rates for training neural networks"), with the proposals of
+fastai and Lightning: the rate at which the loss falls fastest, and a tenth of the rate at which it is lowest.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from mirrortune.errors import DivergedError
 from mirrortune.training.trainer import Trainer
 
 _BELOW, _ABOVE = 1e-3, 1e2
-"""Lowest and highest rate of a sweep, as factors of the method's own."""
+"""Lowest and highest rate of a sweep, relative to the method's default."""
 _STOPS_AT = 4.0
-"""A sweep ends when the loss is this many times the lowest so far."""
+"""A sweep ends when the loss exceeds the lowest loss so far by this factor."""
 _WINDOW = 0.12
-"""Share of a sweep's steps whose losses are averaged around each."""
+"""Width of the moving average of the losses, as a share of the sweep's steps."""
 _AGREES, _DIFFERS = 4.0, 16.0
-"""Ratios of the two proposals up to which they agree, and from which on they contradict each other."""
+"""Ratio of the two proposals up to which they agree, and ratio from which they contradict each other."""
 _CLEAR, _FAINT = 10.0, 5.0
-"""Falls of the loss, in standard errors of its noise, that are clear, and that could be noise: the range of the eight
-or so independent means of a sweep without any fall is about 3, and rarely 5.
+"""Decrease of the loss, in standard errors of its noise, that is clear, and decrease that could be noise. A sweep has
+about eight independent means; if the loss does not decrease, their range is about 3 standard errors and rarely 5.
 """
 
 _LEAST = 0.2
-"""Share of a sweep's steps, at least, whose noise is measured."""
+"""Minimum share of a sweep's steps from which the noise is estimated."""
 
 Sureness = Literal["sure", "fairly sure", "unsure"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """Losses at rising learning rates.
+    """The losses at increasing learning rates.
 
     Attributes:
-        rates: of the adapter, one a step.
-        losses: mean loss of each step's rows, before the step.
+        rates: learning rate of the adapter in each step.
+        losses: mean loss of the rows of each step, before the update.
         smoothed: losses averaged over neighbouring steps.
     """
 
@@ -58,11 +58,11 @@ class Proposal:
     """A learning rate read from a sweep.
 
     Attributes:
-        lr: the proposal, None if the loss never fell.
-        steepest: the rate at which the loss falls fastest.
-        tenth_of_lowest: a tenth of the rate at which it is lowest.
-        sureness: whether the two agree and the fall is clear against the noise.
-        reason: of the sureness, in words.
+        lr: proposed learning rate; None if the loss never fell.
+        steepest: rate at which the loss falls fastest.
+        tenth_of_lowest: a tenth of the rate at which the loss is lowest.
+        sureness: how reliable the proposal is: whether the two rates agree and the decrease exceeds the noise.
+        reason: reason for the sureness, as text.
     """
 
     lr: float | None
@@ -73,15 +73,15 @@ class Proposal:
 
 
 def sweep_rates(trainer: Trainer, *, lr: float, num_steps: int, on_step: Callable[[], object]) -> Sweep:
-    """Make steps at rising rates, from a thousandth of ``lr`` to a hundred times as much.
+    """Make one step at each of several increasing rates, from ``lr`` / 1000 to 100 ``lr``.
 
-    The head keeps its own rate. The sweep ends early where the loss explodes.
+    The head keeps its own rate. The sweep ends early if the loss explodes.
 
     Args:
-        trainer: built with a learning rate of 1; its model is changed and must be thrown away.
-        lr: the method's own rate.
+        trainer: trainer with a learning rate of 1; its model is changed and must not be used afterwards.
+        lr: default learning rate of the method.
         num_steps: number of steps and rates.
-        on_step: called after each.
+        on_step: called after each step.
 
     Raises:
         DivergedError: the first loss is not finite.
@@ -110,9 +110,9 @@ def sweep_rates(trainer: Trainer, *, lr: float, num_steps: int, on_step: Callabl
 
 
 def propose(sweep: Sweep) -> Proposal:
-    """Propose a learning rate: between the steepest and a tenth of the lowest, where the loss fell at all.
+    """Propose the geometric mean of the steepest rate and a tenth of the lowest, if the loss fell at all.
 
-    The first is often a little high and the second a little low, so that the proposal is their geometric mean.
+    The former is often a little too high and the latter a little too low.
     """
     smoothed, logs = np.array(sweep.smoothed), np.log10(sweep.rates)
     lowest = int(smoothed.argmin())
@@ -137,13 +137,13 @@ def propose(sweep: Sweep) -> Proposal:
 
 
 def _smooth(losses: list[float], num_steps: int) -> npt.NDArray[np.float64]:
-    """Return the mean of each loss and its neighbours, fewer at the ends; a centred mean does not lag behind."""
+    """Return a centred moving average, which does not lag behind; the window is truncated at the ends."""
     reach = max(1, round(_WINDOW * num_steps / 2))
     return np.array([np.mean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))])
 
 
 def _noise(sweep: Sweep) -> float:
-    """Return the standard error of a smoothed loss: of single losses around it, over the root of their number."""
+    """Return the standard error of a smoothed loss: the residual deviation over the root of the window size."""
     before = max(int(np.argmin(sweep.smoothed)) + 1, round(_LEAST * len(sweep.losses)))
     rest = np.array(sweep.losses[:before]) - np.array(sweep.smoothed[:before])
     return float(rest.std() / math.sqrt(max(3, round(_WINDOW * len(sweep.losses)))))

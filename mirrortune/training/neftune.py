@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NEFTune: uniform noise on the embeddings of a language model while it is trained.
+"""Add uniform noise to the embeddings of a language model in training (NEFTune).
 
 Reference: Jain et al. 2023, "NEFTune: Noisy Embeddings Improve Instruction Finetuning".
 """
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 def add_noise(model: nn.Module, alpha: float) -> None:
-    """Add noise to the output of the token embedding of ``model`` in training mode; no file and no evaluation has it.
+    """Add noise to the output of the token embedding of ``model`` in training mode; evaluation and files have none.
 
-    Each number of a sequence of L tokens and width d gets alpha / sqrt(L d) times a number that is uniform in [-1, 1].
-    Padding does not count as a token and gets no noise.
+    Each element of a sequence of L tokens and width d gets noise that is uniform in [-1, 1] times alpha / sqrt(L d).
+    Padding tokens do not count and get no noise.
 
     Args:
         model: adapted model.
@@ -32,7 +32,7 @@ def add_noise(model: nn.Module, alpha: float) -> None:
         if not module.training:
             return output
         mask = masks[0]
-        if mask is None or mask.shape != output.shape[:2]:  # packed rows have another mask
+        if mask is None or mask.shape != output.shape[:2]:  # the mask of packed rows has another shape
             mask = torch.ones(output.shape[:2], device=output.device)
         mask = mask.to(torch.float32).unsqueeze(-1)  # (B, L, 1)
         size = alpha * torch.rsqrt(mask.sum(dim=1, keepdim=True).clamp(min=1) * output.shape[-1])  # (B, 1, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers, each from its library, with a group for the adapter and groups for the head."""
+"""Build optimizers from their libraries, with separate parameter groups for adapter and head."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Betas = tuple[float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """An optimizer and its numbers; None stands for its own default.
+    """An optimizer and its hyperparameters; None stands for the optimizer's default.
 
     Attributes:
-        name: of the optimizer.
-        betas: decay rates of the averages of gradients and of their squares.
-        eps: what is added to the denominator.
-        momentum: of ``sgd``, and of the matrices of ``muon``.
+        name: name of the optimizer.
+        betas: decay rates of the running averages of gradients and of squared gradients.
+        eps: term added to the denominator.
+        momentum: momentum of ``sgd``, or of the matrices in ``muon``.
     """
 
     name: OptimizerName = "adamw"
@@ -52,8 +52,7 @@ def _sgd(groups: _Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
 def _adafactor(groups: _Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     from transformers import Adafactor  # noqa: PLC0415
 
-    # With the learning rates of the recipe: by its own rule the step is relative to the size of a parameter, and an
-    # angle starts at 0.
+    # Uses the recipe's learning rates: Adafactor's own are relative to the size of a parameter, and angles start at 0.
     make: Any = Adafactor
     made: torch.optim.Optimizer = make(
         groups, eps=(settings.eps or 1e-30, 1e-3), scale_parameter=False, relative_step=False, warmup_init=False
@@ -80,18 +79,18 @@ def _schedule_free(groups: _Groups, settings: OptimizerSettings) -> torch.optim.
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of the adapter and of hidden layers, AdamW for everything else.
+    """Muon for the matrices of the adapter and of hidden layers, and AdamW for everything else.
 
     Args:
-        groups: those with a true ``is_hidden_matrix`` are updated by Muon.
-        settings: numbers of both.
+        groups: parameter groups; those with a true ``is_hidden_matrix`` are updated by Muon.
+        settings: hyperparameters of both.
     """
 
     def __init__(self, groups: _Groups, settings: OptimizerSettings) -> None:
         eps, momentum = settings.eps or 1e-8, 0.95 if settings.momentum is None else settings.momentum
         hidden = [group for group in groups if group["is_hidden_matrix"]]
         others = [group for group in groups if not group["is_hidden_matrix"]]
-        # Scaled so that its steps are as large as AdamW's, and the same learning rates serve both.
+        # Updates are scaled to the size of AdamW's, so that both can use the same learning rates.
         muon = torch.optim.Muon(hidden, lr=1.0, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self._parts: list[tuple[bool, torch.optim.Optimizer]] = [(True, muon)]
         if others:
@@ -103,7 +102,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for is_hidden_matrix, part in self._parts:
-            # accelerate replaces groups and state when it prepares an optimizer.
+            # Set in every step, because accelerate replaces groups and state when it prepares an optimizer.
             part.param_groups = [g for g in self.param_groups if g["is_hidden_matrix"] is is_hidden_matrix]
             part.state = self.state
             part.step()
@@ -111,13 +110,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    """How an optimizer is made.
+    """A kind of optimizer.
 
     Attributes:
-        make: from groups and settings.
-        takes: fields of the settings that it has.
-        needs: package, and what installs it; None for those of torch and transformers.
-        moments: numbers that it keeps for each trained one, at most.
+        make: creates the optimizer from groups and settings.
+        takes: fields of the settings that the optimizer uses.
+        needs: required package and the extra that installs it; None for optimizers of torch and transformers.
+        moments: maximum number of values that it keeps per trained parameter.
     """
 
     make: Callable[[_Groups, OptimizerSettings], torch.optim.Optimizer]
@@ -141,7 +140,7 @@ _KINDS: Mapping[str, _Kind] = {
 
 
 def optimizer_problems(settings: OptimizerSettings, *, schedule: str, min_lr_ratio: float) -> list[ConfigError]:
-    """Find what is wrong with an optimizer before anything is loaded: a missing library, a setting without effect."""
+    """Return errors for a missing library and for settings without effect, before anything is loaded."""
     name, kind = settings.name, _KINDS[settings.name]
     errors = [
         ConfigError(f"train.{key}", f"{name} has none, got {value}", fix="Remove it")
@@ -164,19 +163,20 @@ def optimizer_problems(settings: OptimizerSettings, *, schedule: str, min_lr_rat
 
 
 def moments_per_number(name: str, *, is_of_matrices: bool) -> float:
-    """Return the numbers that an optimizer keeps for each trained one, at most.
+    """Return the maximum number of values that an optimizer keeps per trained parameter.
 
     Args:
-        name: of the optimizer.
-        is_of_matrices: whether nearly all that is trained are matrices, of which adafactor keeps sums only.
+        name: name of the optimizer.
+        is_of_matrices: nearly all trained parameters are in matrices, for which adafactor keeps only row and column
+            sums.
     """
     return 0 if name == "adafactor" and is_of_matrices else _KINDS[name].moments
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters that Muon is for: matrices of the adapter and of hidden layers.
+    """Return the trained parameters that Muon updates: matrices of the adapter and of hidden layers.
 
-    Its authors leave vectors, embeddings and the output layer to AdamW.
+    Vectors, embeddings and the output layer are left to AdamW, as Muon's authors recommend.
     """
     head = set(attachment(model).targets.head)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
@@ -185,10 +185,10 @@ def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_matrices(model: nn.Module, name: str) -> None:
-    """Refuse muon for a model, possibly without values, that trains no hidden matrix.
+    """Check that a model, which may be on the meta device, trains a hidden matrix if the optimizer is muon.
 
     Raises:
-        ConfigError: with the other optimizers.
+        ConfigError: it trains none; the error names the other optimizers.
     """
     if name == "muon" and not hidden_matrices(model):
         method = attachment(model).spec.method
@@ -206,10 +206,10 @@ def build_optimizer(
     weight_decay: float,
     settings: OptimizerSettings | None = None,
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of the trained parameters of ``model``, fused AdamW by default.
+    """Build the optimizer of the trained parameters of ``model``; fused AdamW by default.
 
-    Groups have a ``peak_lr``: ``lr`` for cores (and for base parameters that are trained), ``head_lr`` for the head.
-    Weight decay applies to matrices outside the cores only: an angle has no reason to go back to zero.
+    Each group has a ``peak_lr``: ``lr`` for cores and trained parameters of the base, ``head_lr`` for the head. Weight
+    decay applies only to matrices outside the cores, since there is no reason to pull angles towards zero.
     """
     settings = settings or OptimizerSettings()
     head_names = set(attachment(model).targets.head)
@@ -250,11 +250,11 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 @contextmanager
 def averaged_weights(optimizer: Any) -> Iterator[dict[int, Tensor]]:
-    """Give the trained parameters the average that schedule-free evaluates and saves, while the context is open.
+    """Replace the trained parameters by the average that schedule-free evaluates and saves, while the block runs.
 
     Yields:
-        The numbers that training goes on with, by the id of their parameter; empty for other optimizers, which change
-        nothing.
+        The values with which training continues, by the id of their parameter; empty for other optimizers, for which
+        nothing is replaced.
     """
     if not hasattr(optimizer, "eval"):
         yield {}
@@ -267,5 +267,5 @@ def averaged_weights(optimizer: Any) -> Iterator[dict[int, Tensor]]:
     finally:
         optimizer.train()
         with torch.no_grad():
-            for p in parameters:  # computing them from the average would round
+            for p in parameters:  # restored from copies: computing them from the average would add rounding errors
                 p.copy_(points[id(p)])

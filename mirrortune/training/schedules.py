@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate as a pure function of the step: a linear warm-up, then a decay, by transformers where it has it."""
+"""Compute the learning rate as a pure function of the step: a linear warm-up, then a decay as in transformers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def lr_factor(
     num_cycles: int = 2,
     decay_ratio: float = 0.1,
 ) -> float:
-    """Return the share of the peak learning rate for optimizer step ``step`` (from 0), in [0, 1].
+    """Return the learning rate of an optimizer step as a share of the peak, in [0, 1].
 
-    It rises linearly over ``warmup_steps`` (the first step is above 0), then decays to ``min_lr_ratio`` at the step
-    after the last; ``inverse-sqrt`` decays more slowly, and towards it.
+    It rises linearly over ``warmup_steps``, starting above 0, then decays and would reach ``min_lr_ratio`` in the step
+    after the last; ``inverse-sqrt`` decays more slowly and only approaches it.
 
     Args:
-        step: from 0.
-        total_steps: steps of the run.
-        warmup_steps: those of them over which it rises.
+        step: index of the step, starting at 0.
+        total_steps: number of steps of the run.
+        warmup_steps: number of steps of the warm-up.
         schedule: shape of the decay.
         min_lr_ratio: share of the peak at the end.
-        num_cycles: of ``cosine-restarts``.
+        num_cycles: number of cycles of ``cosine-restarts``.
         decay_ratio: share of ``total_steps`` in which ``wsd`` decays.
     """
     if step < warmup_steps:
@@ -58,10 +58,10 @@ def lr_factor(
 
 @functools.cache
 def _decay(name: str, warmup_steps: int, total_steps: int | None, **options: int) -> Callable[[int], float]:
-    """Return a decay by transformers' scheduler of that name, as a function of the step."""
+    """Return the decay of transformers' scheduler of this name, as a function of the step."""
     from transformers import get_scheduler  # noqa: PLC0415
 
-    unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)  # a scheduler sets the rates of an optimizer
+    unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)  # schedulers require an optimizer
     scheduler: Any = get_scheduler(
         name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps, scheduler_specific_kwargs=options
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of the training loop: its settings, the observer of its progress, and its result."""
+"""Define the interface of the training loop: its settings, its observer, and its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mirrortune.training.schedules import Schedule
 class LoopSettings:
     """Settings of the loop, with the meanings and units of the recipe's ``train`` and ``eval`` sections.
 
-    The three of evaluations depend on the data and the model, and are set once these are known.
+    ``eval_batch_size``, ``eval_max_positions`` and ``eval_before`` depend on the data and the model and are set when
+    these are known.
     """
 
     lr: float
@@ -49,33 +50,33 @@ class LoopSettings:
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:
-        """The optimizer and its numbers."""
+        """The optimizer and its hyperparameters."""
         return OptimizerSettings(name=self.optimizer, betas=self.betas, eps=self.eps, momentum=self.momentum)
 
 
 class Progress(Protocol):
-    """Observer of a training loop; called on the main process only."""
+    """An observer of a training loop, called only on the main process."""
 
     def on_start(self, total_steps: int, done_steps: int) -> None:
         """Called before the first step."""
 
     def on_step(self, step: int, rows: int, tokens: int | None) -> None:
-        """Called when an optimizer step is done or queued on the device; ``tokens`` is None unless rows are text."""
+        """Called when an optimizer step is done, or queued on the device; ``tokens`` is None unless rows are text."""
 
     def on_show(self, step: int, epoch: float, loss: float) -> None:
-        """Called for a step to be shown between lines of the log: the first one, and others where steps are slow.
+        """Called for a step that is not logged but worth showing: the first one, and others if steps are slow.
 
-        ``loss`` is the mean loss of that step.
+        ``loss`` is the mean loss of the step.
         """
 
     def on_log(self, event: dict[str, Any]) -> None:
-        """Called when an event was added to the log."""
+        """Called after an event was added to the log."""
 
     def on_evaluate(self, rows: int) -> None:
-        """Called when ``rows`` more validation rows were scored."""
+        """Called after ``rows`` further validation rows were scored."""
 
     def on_signal(self, number: int) -> None:
-        """Called in a separate thread as soon as a signal asks the loop to stop."""
+        """Called in a separate thread when a signal asks the loop to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,16 +85,17 @@ class FitResult:
 
     Attributes:
         metrics: metrics of the kept checkpoint on the validation split.
-        metrics_before: the same metrics before the first step; None if the model was not scored then.
-        best_step, global_step: step of the kept checkpoint, and number of steps in all.
-        stopped_early: whether patience ended the loop.
-        train_seconds: time of this process (or its GPU) in optimizer steps, without evaluation and saving.
+        metrics_before: these metrics before the first step; None if the model was not scored then.
+        best_step: step of the kept checkpoint.
+        global_step: total number of steps.
+        stopped_early: patience ended the loop.
+        train_seconds: time that this process or its GPU spent on optimizer steps, excluding evaluation and saving.
         samples_per_second: training rows per second of ``train_seconds``, over all ranks.
-        tokens_per_second: tokens per second without padding, over all ranks; None for rows that are not text.
-        median_step_seconds: median time of an optimizer step of this process; a busy machine disturbs it less than
-            the mean.
-        padding_share: share of the input positions of this process that were padding; None for rows that are not text.
-        skipped_steps: steps that were left out because gradients overflowed in float16.
+        tokens_per_second: tokens per second, excluding padding, over all ranks; None for rows that are not text.
+        median_step_seconds: median time of this process's optimizer steps; less sensitive to a busy machine than the
+            mean.
+        padding_share: share of padding in this process's input positions; None for rows that are not text.
+        skipped_steps: number of steps skipped because gradients overflowed in float16.
     """
 
     metrics: dict[str, float]

@@ -23,20 +23,20 @@ from mirrortune.training.optim import averaged_weights
 from mirrortune.training.step import Update
 
 _OF_GROUPS = ("k", "weight_sum", "lr_max")
-"""What schedule-free keeps for a group of parameters."""
+"""Entries that schedule-free keeps in a parameter group."""
 
 
 class Snapshots:
-    """Save and restore checkpoints of a loop.
+    """Saves and restores the checkpoints of a loop.
 
     Args:
         model: adapted model, not wrapped for distribution.
-        optimizer: of the trained parameters of ``model``; DeepSpeed's own under DeepSpeed.
+        optimizer: optimizer of the trained parameters of ``model``; under DeepSpeed, that of DeepSpeed.
         accelerator: accelerate's ``Accelerator``.
         run: directory of the checkpoints.
         write_adapter_files: writes the adapter into a folder.
-        keep: number of last checkpoints kept, besides the best.
-        update: makes the steps; it may have a state of its own.
+        keep: number of latest checkpoints to keep in addition to the best.
+        update: applies the steps; its state, if any, is saved as well.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Snapshots:
         self._trained = {**adapter_parameters(model), **plain_parameters(model)}
 
     def save(self, state: LoopState, *, is_interim: bool = False) -> None:
-        """Write a checkpoint; all processes call it.
+        """Write a checkpoint. Collective.
 
         Args:
             state: state of the loop.
-            is_interim: whether it is saved only because a signal asks to stop.
+            is_interim: the checkpoint is saved only because a signal asks to stop.
 
         Raises:
             ResourceError: the checkpoint cannot be written.
@@ -80,10 +80,10 @@ class Snapshots:
         self.last_step = state.global_step
 
     def restore(self) -> LoopState | None:
-        """Restore the newest checkpoint and rewind the log; returns its state, or None without a checkpoint.
+        """Restore the newest checkpoint and rewind the log; return its state, or None without a checkpoint.
 
         Raises:
-            ConfigError: the checkpoint was written by another number of processes.
+            ConfigError: the checkpoint was written by a different number of processes.
             VerificationError: the checkpoint is damaged.
         """
         sync.from_main(self.accelerator, self.run.clear_leftovers)
@@ -117,7 +117,7 @@ class Snapshots:
 
 
 def optimizer_tensors(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the optimizer state of ``trained`` (parameters by name) as ``optimizer.<parameter>.<entry>`` -> tensor."""
+    """Return the optimizer state of ``trained`` (parameters by name) as tensors ``optimizer.<parameter>.<entry>``."""
     states = sharding.optimizer_states(optimizer, trained)
     found = {f"optimizer.{name}.{entry}": value for name, state in states.items() for entry, value in state.items()}
     for index, group in enumerate(optimizer.param_groups):
@@ -156,7 +156,7 @@ def random_tensors() -> dict[str, Tensor]:
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Restore all random states after the block: some models draw from them even in evaluation mode."""
+    """Restore all random states after the block, because some models draw random numbers even in evaluation mode."""
     drawn, python_drawn = random_tensors(), random.getstate()
     try:
         yield

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One optimizer step on one global batch.
+"""Make one optimizer step on one global batch.
 
 Micro-batches are summed, not averaged, and the gradient is divided by the number of items in the global batch over all
-ranks, so that a step does not depend on how the batch is split. But in float16, nothing here waits for the device:
-loss, norm and whether they are finite stay there (``accumulator.py``), and a step that is not finite is skipped there.
+ranks, so that a step does not depend on how the batch is split. Except in float16, nothing here waits for the device:
+loss, norm and the test for finite values stay on the device (``accumulator.py``), which also skips non-finite steps.
 """
 
 from __future__ import annotations
@@ -30,45 +30,48 @@ _OF_SCALER = ("scale", "_growth_tracker")
 
 
 class Update(ABC):
-    """How gradients are added up and steps are made on the processes of a run."""
+    """How gradients are accumulated and steps are applied on the processes of a run."""
 
     @abstractmethod
     def backward(self, loss: Tensor, items: int | Tensor, *, is_last: bool) -> None:
-        """Add the gradients of the loss of a micro-batch, summed over ``items``; ``is_last`` of its step."""
+        """Accumulate the gradients of a micro-batch's loss, which is summed over ``items``.
+
+        ``is_last`` marks the last micro-batch of a step.
+        """
 
     @abstractmethod
     def step(self, totals: Tensor, number: int) -> bool:
-        """Divide the gradients by the items, clip and step, unless these or earlier ones were not finite.
+        """Divide the gradients by the number of items, clip them, and step, unless a gradient so far was not finite.
 
         Args:
             totals: loss sum and number of items of the global batch, shape (2,).
-            number: of the step, from 1.
+            number: number of the step, starting at 1.
 
         Returns:
-            False if gradients overflowed in float16: the step is left out, and the next one may be made.
+            False if gradients overflowed in float16, so that this step was skipped but training may continue.
         """
 
     @property
     def scale(self) -> float | None:
-        """Factor of the loss in the backward pass; None where it has none."""
+        """Loss scale in the backward pass, or None without scaling."""
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state that a checkpoint keeps besides the optimizer's, by name."""
+        """Return the state that a checkpoint stores in addition to the optimizer's, by name."""
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027  (most have nothing to restore)
-        """Restore what :meth:`tensors` returned; other tensors may be among them."""
+        """Restore the state from :meth:`tensors`; ``tensors`` may contain others."""
 
 
 class PlainUpdate(Update):
     """Gradients and steps on one process, or on several under DistributedDataParallel or FSDP2.
 
     Args:
-        optimizer: prepared by ``accelerator``.
+        optimizer: optimizer prepared by ``accelerator``.
         accelerator: accelerate's ``Accelerator``.
-        tally: sums of the steps.
-        max_grad_norm: gradients are scaled down to this norm.
+        tally: accumulates loss and gradient norm.
+        max_grad_norm: norm at which gradients are clipped.
     """
 
     def __init__(self, optimizer: Any, accelerator: Any, tally: Tally, max_grad_norm: float) -> None:
@@ -85,33 +88,33 @@ class PlainUpdate(Update):
         norm = self._clip(self.accelerator.num_processes / totals[1])
         is_broken = self.tally.add(totals, norm, number)
         if self._is_fused:
-            self.optimizer.optimizer.found_inf = is_broken  # what makes fused AdamW skip a step
+            self.optimizer.optimizer.found_inf = is_broken  # makes fused AdamW skip the step on the device
             self.optimizer.step()
-        elif not is_broken:  # other optimizers wait for the device
+        elif not is_broken:  # for other optimizers, this waits for the device
             self.optimizer.step()
         self.optimizer.zero_grad()
         return True
 
     def _clip(self, factor: Tensor) -> Tensor:
-        """Multiply the gradients by ``factor``, clip them, and return their norm before that, shape ()."""
+        """Multiply the gradients by ``factor``, clip them, and return their norm before clipping, shape ()."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [own_share(p.grad) for p in parameters if p.grad is not None]
-        # DistributedDataParallel has averaged over ranks; the mean is over the items of all of them.
+        # DistributedDataParallel averages over ranks, but the mean must be over the items of all ranks.
         torch._foreach_mul_(gradients, factor)
         return whole(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm))
 
 
 class ScaledUpdate(PlainUpdate):
-    """Gradients and steps in float16: losses are scaled up, since small gradients would round to zero.
+    """Gradients and steps in float16, with loss scaling, since small gradients would underflow.
 
-    A step whose gradients overflow is left out, and the scale halves. Each step waits for the device to know that.
+    A step whose gradients overflow is skipped, and the scale is halved. To detect this, each step waits for the device.
 
     Args:
-        optimizer: prepared by ``accelerator``.
+        optimizer: optimizer prepared by ``accelerator``.
         accelerator: accelerate's ``Accelerator``, with a scaler.
-        tally: sums of the steps.
-        max_grad_norm: gradients are scaled down to this norm, once they have their own scale again.
-        num_micro: micro-batches per rank and step.
+        tally: accumulates loss and gradient norm.
+        max_grad_norm: norm at which unscaled gradients are clipped.
+        num_micro: number of micro-batches per rank and step.
     """
 
     def __init__(self, optimizer: Any, accelerator: Any, tally: Tally, max_grad_norm: float, *, num_micro: int) -> None:
@@ -125,7 +128,7 @@ class ScaledUpdate(PlainUpdate):
         self.accelerator.backward(loss)
 
     def _choose_scale(self, items: int | Tensor) -> None:
-        """Divide torch's initial scale, which is for mean losses, by about the ``items`` of a global batch."""
+        """Divide torch's initial scale, meant for mean losses, by roughly the number of ``items`` in a global batch."""
         own = torch.as_tensor(items, dtype=torch.float32, device=self.accelerator.device)
         count = float(self.accelerator.reduce(own, reduction="sum")) * self.num_micro
         state = self.accelerator.scaler.state_dict()
@@ -134,7 +137,7 @@ class ScaledUpdate(PlainUpdate):
         self._is_fresh = False
 
     def _back_off(self) -> None:
-        """Halve the scale and let it stay for the usual number of steps, as the scaler does after an overflow."""
+        """Halve the scale and keep it for the usual number of steps, as the scaler does after an overflow."""
         scaler = self.accelerator.scaler
         scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
         scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 0})
@@ -161,7 +164,7 @@ class ScaledUpdate(PlainUpdate):
 
     @override
     def step(self, totals: Tensor, number: int) -> bool:
-        # The last term makes the norm of a step with a loss that is not finite NaN.
+        # The last term makes the norm NaN if the loss is not finite.
         norm = self._clip(self.accelerator.num_processes / totals[1] + 0 * totals[0])
         is_made = bool(torch.isfinite(norm))
         if is_made:
@@ -179,8 +182,8 @@ class ZeroUpdate(Update):
 
     Args:
         engine: DeepSpeed's engine.
-        num_processes: number of processes over which it averages gradients.
-        tally: sums of the steps.
+        num_processes: number of processes over which the engine averages gradients.
+        tally: accumulates loss and gradient norm.
     """
 
     def __init__(self, engine: Any, num_processes: int, tally: Tally) -> None:
@@ -195,7 +198,7 @@ class ZeroUpdate(Update):
     @override
     def step(self, totals: Tensor, number: int) -> bool:
         optimizer, norm = self.engine.optimizer, math.nan
-        loss, items = totals.tolist()  # DeepSpeed waits for the device in every step anyway
+        loss, items = totals.tolist()  # waits for the device, as DeepSpeed does in every step anyway
         if math.isfinite(loss) and items and not self._is_broken:
             optimizer.override_loss_scale(items / self.num_processes)
             self.engine.step()
@@ -215,15 +218,15 @@ def make_update(
     max_grad_norm: float,
     num_micro: int,
 ) -> tuple[Any, Any, Update]:
-    """Prepare a model and its optimizer for the processes of a run; returns both with the update that makes steps.
+    """Prepare a model and its optimizer for the processes of a run; return both and the update that applies steps.
 
     Args:
-        model: bare; ``accelerator`` moves it, and wraps or shards it.
-        optimizer: of the trained parameters.
+        model: unwrapped model; ``accelerator`` moves it to the device and wraps or shards it.
+        optimizer: optimizer of the trained parameters.
         accelerator: accelerate's ``Accelerator``.
-        tally: sums of the steps.
-        max_grad_norm: gradients are scaled down to this norm.
-        num_micro: micro-batches per rank and step.
+        tally: accumulates loss and gradient norm.
+        max_grad_norm: norm at which gradients are clipped.
+        num_micro: number of micro-batches per rank and step.
     """
     sharding = Sharding.of(accelerator)
     prepared, wrapped = sharding.prepare(model, optimizer, max_grad_norm=max_grad_norm)
@@ -237,12 +240,12 @@ def make_update(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step consumed.
+    """The result of a step.
 
     Attributes:
-        rows: of the global batch.
-        tokens: of the global batch without padding; None for rows that are not text.
-        is_made: False if gradients overflowed in float16 and the step was left out.
+        rows: number of rows in the global batch.
+        tokens: number of tokens in the global batch, excluding padding; None for rows that are not text.
+        is_made: False if the step was skipped because gradients overflowed in float16.
     """
 
     rows: int
@@ -251,15 +254,15 @@ class StepResult:
 
 
 class Stepper:
-    """Make optimizer steps.
+    """Makes optimizer steps.
 
     Args:
-        model, optimizer, update: from :func:`make_update`; the groups of the optimizer have ``peak_lr``.
+        model, optimizer, update: results of :func:`make_update`; the parameter groups have a ``peak_lr``.
         accelerator: accelerate's ``Accelerator``.
         objective: training loss.
-        tally: sums of the steps.
-        num_micro: micro-batches per rank and step.
-        batch_size: largest number of rows of a micro-batch.
+        tally: accumulates loss and gradient norm.
+        num_micro: number of micro-batches per rank and step.
+        batch_size: maximum number of rows per micro-batch.
     """
 
     def __init__(
@@ -278,15 +281,15 @@ class Stepper:
         self.objective, self.tally, self.num_micro, self.batch_size = objective, tally, num_micro, batch_size
 
     def step(self, number: int, micro_batches: Iterator[MicroBatch], lr_factor: float) -> StepResult:
-        """Make the step of the next global batch, at ``lr_factor`` times the peak learning rates.
+        """Make a step on the next global batch.
 
-        From the first step on whose loss or gradient is not finite, parameters and moments stay as they are; the tally
-        records it.
+        From the first step whose loss or gradient is not finite, parameters and moments are no longer updated, and the
+        tally records that step.
 
         Args:
-            number: of the step, from 1.
-            micro_batches: those of this rank; ``num_micro`` are consumed.
-            lr_factor: share of the peak learning rates.
+            number: number of the step, starting at 1.
+            micro_batches: micro-batches of this rank, of which ``num_micro`` are consumed.
+            lr_factor: learning rates as a share of their peak.
 
         """
         totals, last = self._accumulate(micro_batches)
@@ -297,7 +300,7 @@ class Stepper:
         return StepResult(rows=last.num_rows_of_step, tokens=last.num_tokens_of_step, is_made=is_made)
 
     def _accumulate(self, micro_batches: Iterator[MicroBatch]) -> tuple[Tensor, MicroBatch]:
-        """Accumulate gradients of this rank; returns loss sum and number of items, (2,), and the last micro-batch."""
+        """Accumulate gradients of this rank; return loss sum and number of items, (2,), and the last micro-batch."""
         totals = self.tally.zeros()
         for left in reversed(range(self.num_micro)):
             part = next(micro_batches)
@@ -322,9 +325,10 @@ class Stepper:
     def _loss_among_ranks(
         self, task: ComparesRows, vectors: Tensor, targets: Tensor, part: MicroBatch
     ) -> tuple[Tensor, int | Tensor]:
-        """Return the loss of this rank's rows, compared with those of all ranks; gradients reach the rows of all ranks.
+        """Return the loss of this rank's rows, compared with the rows of all ranks, to which gradients flow as well.
 
-        Every rank sends ``batch_size`` rows, the last ones fillers: nobody waits to learn how many the others have.
+        Every rank sends ``batch_size`` rows, padded with dummy rows, so that no rank has to wait for the row counts of
+        the others.
         """
         count, first = len(targets), self.accelerator.process_index * self.batch_size
         is_row = torch.arange(self.batch_size, device=targets.device) < (0 if part.is_empty else count)
@@ -332,16 +336,16 @@ class Stepper:
         return task.loss_of_rows(all_vectors, all_targets, all_are_rows.bool(), slice(first, first + count))
 
     def _of_all_ranks(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of ``batch_size`` rows from each rank, one after the other; zeros where it has fewer."""
+        """Concatenate ``batch_size`` rows from each rank, padded with zeros."""
         missing = tensor.new_zeros(self.batch_size - len(tensor), *tensor.shape[1:])
         found: Tensor = _Gather.apply(torch.cat([tensor, missing]))  # type: ignore[no-untyped-call]
         return found
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate tensors of one shape from all ranks; each rank gets the sum of all ranks' gradients of its own.
+    """Concatenate tensors of equal shape from all ranks; in backward, each rank gets the summed gradient of its tensor.
 
-    ``torch.distributed.nn.functional.all_gather`` does the same, and is deprecated.
+    ``torch.distributed.nn.functional.all_gather`` does the same, but is deprecated.
     """
 
     @staticmethod

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiment trackers, by accelerate's classes: off by default, without a login prompt and without telemetry."""
+"""Send metrics to experiment trackers through accelerate's classes, without login prompt and telemetry.
+
+Trackers are off by default.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.console import chatter_to_stderr
 
 PROJECT = "mirrortune"
-# The package of each tracker, and the settings that turn its telemetry off.
+# The package of each tracker, and environment variables that disable its telemetry.
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 _QUIET = {
     "wandb": {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"},
@@ -24,11 +27,11 @@ _QUIET = {
 }
 
 Track = Callable[[dict[str, float], int], None]
-"""(values, step) -> None; sends numbers to a tracker."""
+"""Function (values, step) that sends values to a tracker."""
 
 
 def check_tracker(name: str | None) -> None:
-    """Refuse a tracker whose package is not installed."""
+    """Raise an error for a tracker whose package is not installed."""
     if name is not None and importlib.util.find_spec(_PACKAGES[name]) is None:
         raise ConfigError(
             "--track",
@@ -39,16 +42,16 @@ def check_tracker(name: str | None) -> None:
 
 @contextmanager
 def tracker(name: str | None, folder: Path, settings: dict[str, Any], *, is_main: bool) -> Iterator[Track | None]:
-    """Start a tracker on the main process and close it at the end; yields None where there is none.
+    """Run a tracker on the main process while the block runs; yield None without a tracker.
 
     Args:
-        name: name of the tracker; None for none.
-        folder: run directory, where local trackers write.
-        settings: dotted key -> value, which the tracker shows as the configuration of the run.
-        is_main: whether this is the main process.
+        name: name of the tracker, or None.
+        folder: run directory, to which local trackers write.
+        settings: settings by dotted key, shown by the tracker as the configuration of the run.
+        is_main: this is the main process.
 
     Raises:
-        ConfigError: the tracker does not start; the message has its own words.
+        ConfigError: the tracker does not start; the error quotes its message.
     """
     if name is None or not is_main:
         yield None
@@ -87,18 +90,18 @@ def tracker(name: str | None, folder: Path, settings: dict[str, Any], *, is_main
 
 
 def _finish(name: str, made: Any) -> None:
-    if name == "trackio":  # its run's own method, which accelerate calls, leaves it to be finished again at exit
+    if name == "trackio":  # the method that accelerate calls would leave the run to be finished again at exit
         importlib.import_module("trackio").finish()
     else:
         made.finish()
 
 
 def _local(name: str, folder: Path) -> dict[str, str]:
-    """Return variables that keep a tracker on this machine unless the user has configured another place."""
+    """Return environment variables that keep a tracker local unless the user has configured a server."""
     if name == "mlflow":
         return {"MLFLOW_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').resolve()}"}
     if name == "wandb" and not _has_wandb_login():
-        return {"WANDB_MODE": "offline"}  # online it would prompt for a login; `wandb sync` uploads later
+        return {"WANDB_MODE": "offline"}  # online mode would prompt for a login; `wandb sync` can upload later
     return {}
 
 

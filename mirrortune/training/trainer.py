@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: when to step, evaluate, save and stop. All of it is a function of the seed and the step."""
+"""Run the training loop: decide when to step, evaluate, save and stop, by the seed and the step alone."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from mirrortune.training.snapshots import Snapshots, random_states_kept
 from mirrortune.training.step import Stepper, StepResult, make_update
 
 _SHOW_AFTER_SECONDS = 10.0
-"""Seconds without a line of the log after which the latest step is shown."""
+"""Seconds without a logged event after which the latest step is shown."""
 _MOST_SKIPPED = 20
-"""Steps in a row with overflowing gradients after which no scale helps: they divide it by a million."""
+"""Consecutive steps with overflowing gradients after which training stops; they divide the loss scale by a million."""
 
 
 def _optimizer_of(model: nn.Module, settings: LoopSettings) -> Optimizer:
@@ -53,15 +53,16 @@ class Trainer:
 
     Args:
         model: adapted model on any device; ``accelerator`` moves and wraps it.
-        task: loss and metrics.
-        train, validation: examples.
+        task: task, which defines loss and metrics.
+        train: training rows.
+        validation: validation rows.
         settings: settings of the loop.
         run: directory of events and checkpoints.
         write_adapter_files: writes the adapter into a folder.
-        accelerator: accelerate's ``Accelerator``, which owns device, precision and processes.
+        accelerator: accelerate's ``Accelerator``, which determines device, precision and processes.
         progress: observer.
-        objective: training loss; the task's own by default.
-        sample: called with the step at each evaluation, on all ranks; shows what the model writes.
+        objective: training loss; that of the task by default.
+        sample: called on all ranks with the step at each evaluation, to record what the model generates.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Trainer:
             train, accelerator, batch_size=settings.batch_size, num_micro=settings.gradient_accumulation_steps,
             num_workers=settings.num_workers, seed=settings.seed, classes=objective.classes,
         )  # fmt: skip
-        if self.feed.steps_per_epoch is None:  # the end of a stream is not known: all its steps are one epoch
+        if self.feed.steps_per_epoch is None:  # the length of a stream is unknown, so all its steps are one epoch
             assert settings.max_steps is not None
             self.steps_per_epoch = self.total_steps = settings.max_steps
         else:
@@ -112,7 +113,7 @@ class Trainer:
             num_micro=settings.gradient_accumulation_steps, batch_size=settings.batch_size,
         )  # fmt: skip
         self.state = LoopState(num_processes=accelerator.num_processes)
-        self.best_result: EvalResult | None = None  # of this process: the best of a resumed run may lie before it
+        self.best_result: EvalResult | None = None  # None also if the best evaluation precedes the resumption
         self._rows, self._tokens = 0, 0
         self._is_text = False
         self._shown_at = -math.inf
@@ -120,10 +121,10 @@ class Trainer:
         self._vote = sync.StopVote(accelerator, self._signals)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint of the run; from the beginning if there is none.
+        """Continue from the newest checkpoint of the run, or start from the beginning if there is none.
 
         Raises:
-            ConfigError: the checkpoint was written by another number of processes.
+            ConfigError: the checkpoint was written by a different number of processes.
             VerificationError: the checkpoint is damaged.
         """
         self.state = self.snapshots.restore() or self.state
@@ -132,11 +133,11 @@ class Trainer:
             self.feed.place = self.state.places[self.accelerator.process_index]
 
     def fit(self) -> FitResult:
-        """Train to the last step or until patience ends, and publish the adapter of the best checkpoint.
+        """Train to the last step or until patience is exhausted, and publish the adapter of the best checkpoint.
 
         Raises:
-            DivergedError: a loss or gradient is not finite; the step is not made.
-            InterruptedRun: a signal asked to stop; a checkpoint is saved first.
+            DivergedError: a loss or gradient was not finite; that step was not applied.
+            InterruptedRun: a signal asked to stop; a checkpoint was saved.
             ResourceError: a checkpoint cannot be written.
         """
         state = self.state
@@ -183,7 +184,7 @@ class Trainer:
         with closing(self.feed.micro_batches(state.epoch, state.step_in_epoch, left)) as micro_batches:
             while not self._is_done():
                 self.clock.start()
-                # A step that was left out does not count for the schedule.
+                # Skipped steps do not advance the schedule.
                 factor = self._lr_factor(state.global_step - state.skipped_steps)
                 done = self.stepper.step(state.global_step + 1, micro_batches, factor)
                 self.clock.stop()
@@ -199,10 +200,10 @@ class Trainer:
                 self._finish_step()
 
     def _count(self, done: StepResult) -> None:
-        """Count rows and tokens of a step, and whether it was made.
+        """Count the rows and tokens of a step, and whether it was skipped.
 
         Raises:
-            DivergedError: gradients overflow at any scale.
+            DivergedError: gradients overflow at every loss scale.
         """
         state = self.state
         self._rows += done.rows
@@ -216,11 +217,11 @@ class Trainer:
             raise self._diverged(state.global_step, f"{problem} {self.update.scale:g}")
 
     def _show_if_due(self) -> None:
-        """Show a step between two lines of the log, whose own lines depend on seed and settings and not on time."""
+        """Show the latest step if nothing was logged for a while; the log itself must not depend on time."""
         if time.monotonic() - self._shown_at < _SHOW_AFTER_SECONDS:
             return
         reading = self.tally.read()
-        if reading.is_finite:  # otherwise the next line of the log raises, on all processes
+        if reading.is_finite:  # otherwise the next logged event raises on all processes
             self.progress.on_show(self.state.global_step, self._position()["epoch"], reading.loss)
         self._shown_at = time.monotonic()
 
@@ -234,7 +235,7 @@ class Trainer:
         )  # fmt: skip
 
     def _finish_step(self) -> None:
-        """Evaluate, save and stop where each is due. A run that was interrupted during an evaluation resumes here."""
+        """Evaluate, save and stop if due. A run that was interrupted during an evaluation resumes here."""
         settings, state = self.settings, self.state
         is_last = state.global_step >= self.total_steps
         is_best = False
@@ -269,10 +270,10 @@ class Trainer:
         raise sync.told_once(self.accelerator, error)
 
     def _evaluate(self) -> bool:
-        """Score the validation split, and return whether it is the best result so far.
+        """Score the validation split, and return whether the result is the best so far.
 
         Raises:
-            EvaluationStoppedError: a signal asks to stop.
+            EvaluationStoppedError: a signal asked to stop.
         """
         state = self.state
         self._read_tally()
@@ -290,7 +291,7 @@ class Trainer:
         return is_best
 
     def _evaluate_before(self) -> None:
-        """Score the model before its first step, which must not change the training that follows."""
+        """Score the model before its first step, without changing the training that follows."""
         try:
             with random_states_kept():
                 self._log_evaluation(self._score_validation())
@@ -320,11 +321,11 @@ class Trainer:
             if self.sample is not None:
                 with random_states_kept():
                     self.sample(self.state.global_step)
-            with whole_parameters(self.bare_model):  # observers read the angles of the cores
+            with whole_parameters(self.bare_model):  # for observers that read the angles of the cores
                 self._log({"event": "evaluate", "split": "validation", **self._position(), **result.metrics})
 
     def _metrics_before(self) -> dict[str, float] | None:
-        """Read the metrics before training from the log: an earlier process of a resumed run may have scored them."""
+        """Read the metrics before training from the log, since a resumed run may have measured them earlier."""
         found = next((e for e in self.run.events() if e["event"] == "evaluate"), None)
         if found is None or found["step"] > 0:
             return None
@@ -332,7 +333,7 @@ class Trainer:
 
     def _log_training(self) -> None:
         reading = self._read_tally()
-        if not reading.num_items and self.update.scale is not None:  # in float16, no loss of the window was finite
+        if not reading.num_items and self.update.scale is not None:  # float16, and no loss in the window was finite
             return
         loss = reading.loss_sum / max(1, reading.num_items)
         group = max(self.optimizer.param_groups, key=lambda g: float(g["peak_lr"]))  # a peak may be 0
@@ -350,7 +351,7 @@ class Trainer:
         self._shown_at = time.monotonic()
 
     def _read_tally(self) -> Totals:
-        """Return the sums of the steps so far; raises DivergedError if one of them was not finite."""
+        """Return the sums of the steps so far; raise DivergedError if a step was not finite."""
         reading = self.tally.read()
         self.clock.drain()
         if not reading.is_finite:
