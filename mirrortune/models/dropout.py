@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Change the dropout of a base model through its configuration; only training has dropout, so no file depends on it."""
+"""Change the dropout of a base model through its configuration; it affects training only, so no file records it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAMES = re.compile(r"(?:.*_)?(?:dropout|dropout_prob|dropout_rate|dropout_p|pdr
 
 
 def with_dropout(source: ModelSource, probability: float) -> ModelSource:
-    """Return ``source`` with every dropout of its configuration, and of its parts, at ``probability``.
+    """Return ``source`` with every dropout probability of its configuration and sub-configurations set.
 
     Raises:
-        ConfigError: the configuration has none.
+        ConfigError: the configuration has no dropout.
     """
     described = source.config.to_dict()
     if not _set(described, probability):
@@ -29,7 +29,10 @@ def with_dropout(source: ModelSource, probability: float) -> ModelSource:
 
 
 def _set(described: dict[str, Any], probability: float) -> int:
-    """Set the dropouts of a configuration in place, and return their number; None (classifier_dropout) follows one."""
+    """Set the dropout probabilities of a configuration in place and return how many were set.
+
+    A value of None, as in ``classifier_dropout``, is kept, since it follows another dropout.
+    """
     count = 0
     for key, value in described.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load configuration, processor and model by transformers' Auto classes, from the Hub, a folder or a package.
+"""Load configuration, processor and model through transformers' Auto classes, from the Hub, a folder or a package.
 
-No model family is named here. Parameters that the checkpoint does not hold (``new_parameters``) are the task head.
+The code knows no model families. Parameters that the checkpoint lacks (``new_parameters``) are taken as the task head.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from mirrortune.system.outputs import restore
 from mirrortune.system.paths import ModelPlace
 from mirrortune.system.tensor_files import INDEX, WHOLE, index_of
 
-_LARGEST_DEFAULT = 1000  # tokens of a tokenizer without files: special ones, and T5's sentinels
+_LARGEST_DEFAULT = 1000  # tokens; a tokenizer without files has fewer: special tokens, and T5's sentinels
 _TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "special_tokens_map.json",
 )  # fmt: skip
 _PICKLED = "pytorch_model.bin.index.json"
-_COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # endings of configuration keys that count modules
+_COUNT = re.compile(r"(layers?|blocks?|depths?|experts|stages)$")  # suffixes of configuration keys that count modules
 _MOST_LAYERS = 10_000
 _SIZE = re.compile(r"(hidden_size|intermediate_size|ffn_dim|d_model|d_ff|n_embd|n_inner)$")
-_LARGEST_SIZE = 2**20  # of a layer's inputs or outputs; the largest known model has 53,248
+_LARGEST_SIZE = 2**20  # inputs or outputs of a layer; the largest known model has 53,248
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,20 +46,20 @@ class NoProcessorError(ConfigError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """A base model: its name, where from_pretrained finds it, and the revision and configuration that were read.
+    """The source of a base model, with its configuration.
 
     Attributes:
-        name: as the user gave it (Hub id, folder, ``package:...``).
-        location: argument of from_pretrained.
-        revision: of a Hub repository, or None.
-        commit: the commit of ``revision``, or None for local folders.
-        trust_remote_code: run the repository's own code.
+        name: name as given by the user: Hub id, folder, or ``package:...``.
+        location: argument of ``from_pretrained``.
+        revision: revision of a Hub repository, or None.
+        commit: commit of ``revision``, or None for local folders.
+        trust_remote_code: run code from the repository.
+        config: transformers' configuration.
         code_revision: commit of another repository that holds the model's code, or None.
-        load_in: quantise the weights on loading, to ``8bit`` or ``4bit``.
-        gguf_file: the file of a GGUF model, dequantised on loading.
-        attention: transformers' name of an implementation, or None for the model's own choice.
-        config: the transformers configuration.
-        is_local: whether ``name`` is not a Hub id.
+        load_in: quantise the weights while loading, to ``8bit`` or ``4bit``; or None.
+        gguf_file: name of the file of a GGUF model, which is dequantised while loading; or None.
+        attention: transformers' ``attn_implementation``, or None for the model's default.
+        is_local: ``name`` is not a Hub id.
     """
 
     name: str
@@ -81,11 +81,13 @@ class ModelSource:
 
     @property
     def is_stored_packed(self) -> bool:
-        """Whether the files or the loaded model have quantised weights, so that files and adapted weights differ."""
+        """Whether the files or the loaded model have quantised weights, so that the files differ from the adapted
+        weights.
+        """
         return self.is_quantised or self.gguf_file is not None or is_quantised(self.config)
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments of every ``from_pretrained``, pinned to the commit once it is known."""
+        """Return the keyword arguments for ``from_pretrained``, pinned to the commit if it is known."""
         revision = self.commit or self.revision
         pinned = {"revision": revision} if revision else {}
         if self.gguf_file:
@@ -95,7 +97,7 @@ class ModelSource:
         return {**pinned, "trust_remote_code": self.trust_remote_code}
 
     def file(self, name: str) -> Path | None:
-        """Return one of the model's files, downloaded if necessary; None if there is none of this name."""
+        """Return the path of a file of the model, downloaded if necessary, or None if it does not exist."""
         from transformers.utils.hub import cached_file  # noqa: PLC0415
 
         with hub_errors(f"model '{self.name}'", flag="--model"):
@@ -105,7 +107,7 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model and the names of the parameters that the checkpoint does not hold."""
+    """A model and the names of the parameters that its checkpoint lacks."""
 
     model: nn.Module
     new_parameters: tuple[str, ...]
@@ -114,22 +116,22 @@ class LoadedModel:
 def find_model(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, load_in: str | None = None
 ) -> ModelSource:
-    """Read a model's configuration (a small file; no weights).
+    """Find a model and read its configuration, without weights.
 
     Args:
-        name: a Hub id, a folder, or ``package:...``; may end in the name of a GGUF file.
-        revision: of a Hub repository.
-        trust_remote_code: run the repository's own code.
+        name: Hub id, folder, or ``package:...``; may end in the name of a GGUF file.
+        revision: revision of a Hub repository.
+        trust_remote_code: run code from the repository.
         load_in: see :class:`ModelSource`.
 
     Raises:
-        ConfigError: the folder does not exist or holds no model.
-        HubError: the Hub refused.
+        ConfigError: the folder does not exist or holds no usable model.
+        HubError: the download failed.
     """
     place, gguf_file = _split_gguf(name)
     location = str(ModelPlace.parse(place).path())
     restore(Path(location))
-    is_local = ModelPlace.parse(name).is_local  # now that a folder of that name is restored
+    is_local = ModelPlace.parse(name).is_local  # only now, since a folder of that name may have been restored
     is_folder = is_local and (gguf_file is None or ModelPlace.parse(place).is_local or Path(location).is_dir())
     if is_folder:
         folder = Path(location)
@@ -142,7 +144,7 @@ def find_model(
         if not gguf_file and not (folder / "config.json").is_file():
             raise ConfigError("model.name", f"{location} holds no config.json", allowed="a folder in the Hub's layout")
         if (folder / INDEX).is_file() and not (folder / WHOLE).is_file():
-            index_of(folder / INDEX)  # transformers follows it out of the folder
+            index_of(folder / INDEX)  # checked, because transformers would follow file names out of the folder
         if (folder / _PICKLED).is_file():
             index_of(folder / _PICKLED, ".bin")
     commit = None if is_folder else resolve_commit(name, location, revision, "model", "--model")
@@ -192,7 +194,7 @@ def _read_config(
 
 
 def _check_values(name: str, config: Any) -> None:
-    """Refuse configuration values that make transformers fail, or build an absurd number of layers."""
+    """Raise ConfigError for configuration values with which transformers fails or builds an absurd number of layers."""
     if not isinstance(getattr(config, "dtype", None), torch.dtype | str | None):
         raise _unusable(name, f"(dtype is {config.dtype!r})")
     sections = [config.__dict__]
@@ -221,11 +223,12 @@ def _split_gguf(name: str) -> tuple[str, str | None]:
 
 
 def load_tokenizer(source: ModelSource, **options: Any) -> Any:
-    """Load the model's tokenizer, with a padding token for which the model has an embedding (the end token if needed).
+    """Load the tokenizer of a model, with a padding token that has an embedding (the end token if necessary).
 
     Raises:
         NoProcessorError: the model has no tokenizer files.
-        ConfigError, HubError: they cannot be read or fetched.
+        ConfigError: the files cannot be read.
+        HubError: the files cannot be downloaded.
     """
     from transformers import AutoTokenizer  # noqa: PLC0415
 
@@ -238,7 +241,7 @@ def load_tokenizer(source: ModelSource, **options: Any) -> Any:
             if _has_tokenizer_files(source):
                 raise
             raise no_files from error
-        # Transformers builds a default one if the files are missing.
+        # If the files are missing, transformers builds a default tokenizer.
         if len(tokenizer) < _LARGEST_DEFAULT and not _has_tokenizer_files(source):
             raise no_files
     return _with_padding(tokenizer, source)
@@ -266,10 +269,10 @@ def _with_padding(tokenizer: Any, source: ModelSource) -> Any:
 
 
 def with_end_token(tokenizer: Any, source: ModelSource) -> Any:
-    """Return the tokenizer with an end token: its own, or that of the model's configuration or generation settings.
+    """Return the tokenizer with an end token, which may come from the model's configuration or generation settings.
 
     Raises:
-        ConfigError: none of them has one.
+        ConfigError: neither of them has an end token.
     """
     if tokenizer.eos_token_id is None:
         found = next((i for i in _end_ids(source) if i < len(tokenizer)), None)
@@ -289,7 +292,7 @@ def _end_ids(source: ModelSource) -> list[int]:
     config = source.config
     found = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
     if all(value is None for value in found):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # most models have none
+        with contextlib.suppress(OSError, ValueError, TypeError):  # most models have no generation configuration
             revision = source.commit or source.revision
             pinned: dict[str, Any] = {"revision": revision} if revision else {}
             found.append(GenerationConfig.from_pretrained(source.location, **pinned).eos_token_id)
@@ -297,7 +300,7 @@ def _end_ids(source: ModelSource) -> list[int]:
 
 
 def pad_token_id(processor: Any) -> int | None:
-    """Return the id that pads texts; None for a processor of images or audio."""
+    """Return the id of the padding token, or None for a processor of images or audio."""
     found = getattr(processor, "pad_token_id", None)
     return found if isinstance(found, int) else None
 
@@ -325,7 +328,7 @@ def _no_processor(source: ModelSource, what: str, kind: str) -> NoProcessorError
 
 
 def load_image_processor(source: ModelSource) -> Any:
-    """Load the model's image processor in its Pillow version: the same pixels with and without torchvision."""
+    """Load the model's image processor in its Pillow version, so that pixels do not depend on torchvision."""
     from transformers import AutoImageProcessor  # noqa: PLC0415
 
     load: Any = AutoImageProcessor.from_pretrained
@@ -339,13 +342,14 @@ def load_image_processor(source: ModelSource) -> Any:
 
 
 def model_class(auto_class: str, config: Any) -> Any:
-    """Return the model class that an Auto class selects for a configuration; None if transformers knows none. A model
-    class is returned as it is.
+    """Return the model class that an Auto class selects for a configuration, or None if there is none.
+
+    The name of a model class selects that class.
     """
     import transformers  # noqa: PLC0415
 
     found = getattr(transformers, auto_class)
-    if hasattr(found, "_model_mapping"):  # there is no public way from a configuration to its class
+    if hasattr(found, "_model_mapping"):  # transformers has no public way from a configuration to its class
         found = found._model_mapping.get(type(config), None)  # noqa: SLF001
     if isinstance(found, (list, tuple)):
         named = getattr(config, "architectures", None) or ()
@@ -354,14 +358,16 @@ def model_class(auto_class: str, config: Any) -> Any:
 
 
 def forward_parameters(auto_class: str, config: Any) -> set[str]:
-    """Return the argument names of a model's forward; empty for a class that transformers does not know."""
+    """Return the parameter names of a model's ``forward``; empty for a class that transformers does not know."""
     found = model_class(auto_class, config)
     return set(inspect.signature(found.forward).parameters) if found is not None else set()
 
 
 def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
-    """Return the dtype of the base weights: the requested one; for ``"auto"`` the stored one, or float32 in place of a
-    16-bit one in which ``device`` is slow.
+    """Return the dtype of the base weights.
+
+    This is the requested dtype or, for ``"auto"``, the stored dtype; but float32 if that is a 16-bit dtype in which
+    ``device`` is slow.
     """
     if asked != "auto":
         return DTYPES[asked]
@@ -370,7 +376,7 @@ def resolve_dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def describe_widening(asked: str, config: Any, device: torch.device) -> str | None:
-    """Return a line saying that weights are widened to float32, and how to prevent it; None if they are not."""
+    """Return a note that weights are widened to float32 and how to prevent it, or None if they are not."""
     stored = _stored_dtype(config)
     if asked != "auto" or not is_slow(stored, device):
         return None
@@ -391,12 +397,19 @@ def _stored_dtype(config: Any) -> torch.dtype:
 def load_model(
     source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, pad_token_id: int | None
 ) -> LoadedModel:
-    """Load the weights, with a head for the task; a head of another size in the checkpoint is replaced.
+    """Load a model with a head for the task; a head of another size in the checkpoint is replaced by a new one.
+
+    Args:
+        source: source of the model.
+        auto_class: name of a transformers Auto class, or of a model class.
+        config_fields: fields of the configuration that the task determines, such as labels.
+        dtype: dtype of the weights.
+        pad_token_id: id of the tokenizer's padding token, or None.
 
     Raises:
         ConfigError: the model has no class for this kind of task.
-        HubError: it cannot be downloaded.
-        ResourceError: it does not fit into memory.
+        HubError: the model cannot be downloaded.
+        ResourceError: the model does not fit into memory.
     """
     import transformers  # noqa: PLC0415
 
@@ -421,7 +434,7 @@ def load_model(
 
 
 def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
-    """Return the largest size in bytes for shards of a copy: that of the source's largest shard, if it has several."""
+    """Return the maximum shard size in bytes for a copy: the size of the source's largest shard if it has several."""
     index = source.file(INDEX)
     if index is None:
         return default
@@ -430,7 +443,7 @@ def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
 
 
 def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, Any]) -> nn.Module:
-    """Build the model on the meta device: names and shapes, before weights are downloaded."""
+    """Build the model on the meta device, with names and shapes but without weights."""
     import transformers  # noqa: PLC0415
 
     config = task_config(source, config_fields, None)
@@ -443,13 +456,15 @@ def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, A
 
 
 def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id: int | None) -> Any:
-    """Copy the source's configuration with the task's fields, a padding id if it has none, and quantised weights to be
-    dequantised on loading where transformers can.
+    """Copy the configuration of a model and adapt it to a task.
+
+    The copy has the fields of the task, a padding id if the original has none, and requests that quantised weights are
+    dequantised while loading if transformers can do so.
 
     Args:
-        source: of the model.
-        config_fields: of the task, such as its labels.
-        pad_token_id: of the tokenizer, or None.
+        source: source of the model.
+        config_fields: fields that the task determines, such as labels.
+        pad_token_id: id of the tokenizer's padding token, or None.
     """
     config = type(source.config).from_dict(source.config.to_dict())
     if can_be_dequantised(config):
@@ -458,11 +473,11 @@ def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id
         setattr(config, key, value)
     own, rows = getattr(config, "pad_token_id", None), getattr(config.get_text_config(), "vocab_size", None)
     if own is not None and isinstance(rows, int) and own >= rows:
-        own = config.pad_token_id = None  # added to the tokenizer, but not to the model
+        own = config.pad_token_id = None  # the token was added to the tokenizer only, and has no embedding
     if own is None and pad_token_id is not None:
         config.pad_token_id = pad_token_id
     if source.attention is not None:
-        config._attn_implementation = source.attention  # noqa: SLF001  (as from_pretrained's argument does)
+        config._attn_implementation = source.attention  # noqa: SLF001  (as from_pretrained does)
     return config
 
 
@@ -470,7 +485,7 @@ def checkpoint_activations(model: nn.Module) -> nn.Module:
     """Enable gradient checkpointing of ``model``, in place.
 
     Raises:
-        ConfigError: transformers has no gradient checkpointing for it.
+        ConfigError: transformers does not support gradient checkpointing for this model.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError("train.gradient_checkpointing", f"{type(model).__name__} has none", fix="Remove it")

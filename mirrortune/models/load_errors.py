@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn transformers' exceptions on loading a configuration, processor or model into mirrortune's."""
+"""Translate exceptions that transformers raises while loading into mirrortune's errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.system.paths import ModelPlace
 
-# What code raises about sizes that are negative, do not divide or are of another type, and about missing keys.
+# Exceptions caused by missing keys and by sizes that are negative, not divisible or of the wrong type.
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError, ValueError)
 
 
@@ -26,7 +26,7 @@ def load_errors(name: str) -> Iterator[None]:
 
     Raises:
         ConfigError: the checkpoint cannot be read, or needs a package that is not installed.
-        ResourceError: it does not fit into memory.
+        ResourceError: the model does not fit into memory.
     """
     try:
         with quiet():
@@ -57,11 +57,11 @@ def load_errors(name: str) -> Iterator[None]:
         if "model type" in text or "model_type" in text:
             raise ConfigError(f"model '{name}'", text[:300]) from error
         raise
-    except ImportError as error:  # of the package that reads a quantised format
+    except ImportError as error:  # a package that reads a quantised format is missing
         raise ConfigError(f"model '{name}'", str(error).strip().split("\n")[0][:300], fix="Install it") from error
     except OSError as error:
         text = str(error).strip().split("\n")[0]
-        # A local folder that is incomplete: transformers names the missing file. (Hub causes are explained by
+        # An incomplete local folder; transformers names the missing file. (Causes on the Hub are explained by
         # hub_errors.)
         if ModelPlace.parse(name).is_local and error.__cause__ is None:
             raise ConfigError(f"model '{name}'", text[:300]) from error
@@ -72,11 +72,12 @@ def load_errors(name: str) -> Iterator[None]:
 def damage_errors(
     name: str, what: str = "its configuration cannot be used", *, trust_remote_code: bool
 ) -> Iterator[None]:
-    """Report what transformers raises about impossible values in a model's files, unless the model's own code may have
-    raised it.
+    """Report exceptions about impossible values in a model's files as ConfigError.
+
+    Exceptions that the model's remote code may have raised are passed on.
 
     Raises:
-        ConfigError: naming the model.
+        ConfigError: the block raised such an exception; the error names the model.
     """
     try:
         yield
@@ -91,7 +92,7 @@ def damage_errors(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Disable transformers' progress bars and warnings; mirrortune's plan has their content (such as a new head)."""
+    """Disable transformers' progress bars and warnings; mirrortune reports their content, such as a new head."""
     from transformers.utils import logging  # noqa: PLC0415
 
     level = logging.get_verbosity()

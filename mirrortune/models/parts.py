@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model part by part with transformers' own loader: weights that it renames, stacks, splits, quantises or
-dequantises on loading are read as it would have loaded them, in the memory of one part.
+"""Load a model part by part with transformers' loader, holding only one part in memory.
 
-A part is the smallest unit of the loader: a tensor, the matrices split from a fused one, a layer of experts, a
-quantised layer with its scales. Quantised layers are dequantised.
+Weights that transformers renames, stacks, splits, quantises or dequantises while loading get the same values as if the
+model were loaded. A part is the smallest unit of the loader: a tensor, the matrices split from a fused tensor, a layer
+of experts, or a quantised layer with its scales. Quantised layers are dequantised.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from mirrortune.system.tensor_files import (
 )
 
 _QUANTISED = QuantisedLinear()
-# Exceptions from the internals of transformers and quantisers when used in an unexpected way, or in another version.
-# Only calls into them are guarded (see _ask): the same exceptions from mirrortune's own lines are bugs.
+# Exceptions that internals of transformers and quantisers may raise in unexpected uses or other versions. Only calls
+# into these libraries are guarded (see _ask); the same exceptions from mirrortune's lines are bugs.
 _FOREIGN = (
     ImportError, AttributeError, TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AssertionError,
 )  # fmt: skip
@@ -44,19 +44,19 @@ T = TypeVar("T")
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
-class CannotLoadParts(Exception):  # noqa: N818  (a way to go on, not an error)
-    """Transformers cannot load this checkpoint in parts; the message says why."""
+class CannotLoadParts(Exception):  # noqa: N818  (a fallback, not an error)
+    """Raised if transformers cannot load a checkpoint in parts; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTensor:
-    """A tensor of the model that its files store differently; like :class:`StoredTensor`, but read by ``load``.
+    """A tensor of the model that its files store in another form; unlike a :class:`StoredTensor`, read by ``load``.
 
     Attributes:
-        code: safetensors' name of the dtype that the model is loaded in.
-        shape: in the model.
-        path: a file that holds a part of it.
-        load: reads it, for a model in a dtype.
+        code: safetensors' name of the dtype in which the model is loaded.
+        shape: shape in the model.
+        path: a file that holds part of the tensor.
+        load: reads the tensor for a model in a given dtype.
     """
 
     code: str
@@ -66,7 +66,7 @@ class LoadedTensor:
 
 
 def value_of(tensor: StoredTensor | LoadedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Read a tensor of the model; a converted one as of a model loaded in ``dtype`` (its own by default)."""
+    """Read a tensor of the model; a converted tensor as if the model were loaded in ``dtype`` (its own by default)."""
     if isinstance(tensor, StoredTensor):
         return read_tensor(tensor)
     return tensor.load(dtype or _DTYPES[tensor.code])
@@ -77,9 +77,9 @@ class CheckpointPart:
     """The smallest unit of loading.
 
     Attributes:
-        keys: names in the files.
-        names: in the model.
-        converter: transformers' own, or None for a tensor that is only renamed.
+        keys: names of its tensors in the files.
+        names: names of its tensors in the model.
+        converter: transformers' weight converter, or None for a tensor that is only renamed.
     """
 
     keys: tuple[str, ...]
@@ -88,17 +88,17 @@ class CheckpointPart:
 
 
 class PartLoader:
-    """The parts of a checkpoint.
+    """Loads the parts of a checkpoint.
 
     Args:
-        source: of the model.
-        auto_class: name of an Auto class, or of a model's own.
+        source: source of the model.
+        auto_class: name of an Auto class, or of a model class.
         config_fields: see :func:`mirrortune.models.load.task_config`.
-        dtype: that the model would be loaded in.
-        files: its safetensors files.
+        dtype: dtype in which the model would be loaded.
+        files: safetensors files of the model.
 
     Raises:
-        CannotLoadParts: transformers cannot load such a checkpoint in parts, or has another version of its loader.
+        CannotLoadParts: transformers cannot load such a checkpoint in parts, or its loader has another version.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class PartLoader:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every tensor is stored as it is, under its own name, with or without a prefix."""
+        """Whether every tensor is stored unconverted, under its name in the model except for a prefix."""
         prefix: Any = self._model.base_model_prefix
 
         def is_same(key: str, name: str) -> bool:
@@ -129,11 +129,11 @@ class PartLoader:
 
     @property
     def parts(self) -> list[CheckpointPart]:
-        """All parts; none of a quantised model, which is written as a plain one."""
+        """All parts; empty for a quantised model, which is written as a plain one."""
         return [] if self._quantizer is not None else self._parts
 
     def tensors(self) -> dict[str, StoredTensor | LoadedTensor]:
-        """Return every tensor of the (dequantised) model that the files hold."""
+        """Return all tensors of the (dequantised) model that the files hold, by name."""
         found: dict[str, StoredTensor | LoadedTensor] = {}
         for name, tensor in self._plain.state_dict().items():
             part = self._part_of.get(name)
@@ -158,7 +158,7 @@ class PartLoader:
 
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
-        """Read a tensor of the model, dequantised, in the dtype that it is loaded in."""
+        """Read a tensor of the model, dequantised, in the dtype in which the model would be loaded."""
         path, _, last = name.rpartition(".")
         if not self._is_quantised(name):
             module, parts = None, [self._part_of[name]]
@@ -183,7 +183,7 @@ class PartLoader:
             give_back_memory()
 
     def _fill(self, parts: list[CheckpointPart]) -> None:
-        """Let transformers load ``parts`` into the skeleton."""
+        """Load ``parts`` into the skeleton with transformers."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model  # noqa: PLC0415
         from transformers.modeling_utils import LoadStateDictConfig  # noqa: PLC0415
 
@@ -199,11 +199,11 @@ class PartLoader:
             raise CannotLoadParts(str(info.conversion_errors or info.error_msgs)[:200])
 
     def as_stored(self, planned: Sequence[PlannedTensor], changed: Container[str]) -> list[PlannedTensor]:
-        """Plan the tensors of a model to be written under the names, and in the shapes, of the files.
+        """Plan to write the tensors of a model under the names and in the shapes of the files.
 
         Args:
-            planned: by the model's names.
-            changed: names of those that differ from the files'.
+            planned: tensors with their names in the model.
+            changed: names of tensors whose values differ from the files.
         """
         left = {tensor.name: tensor for tensor in planned}
         found = []
@@ -224,21 +224,21 @@ class PartLoader:
         )
 
     def made(self, planned: PlannedTensor, read: Callable[[str], Tensor]) -> Tensor:
-        """Return the value of one of :meth:`as_stored`; ``read`` returns the model's own tensors by name."""
+        """Compute a tensor of :meth:`as_stored`; ``read`` returns the tensors of the model by name."""
         if len(planned.stands_for) == 1 and self._part_of[planned.stands_for[0]].converter is None:
             return read(planned.stands_for[0])
         names = planned.stands_for
         if names not in self._recent:
-            while len(self._recent) > 1:  # the files interleave the matrices of two such parts
+            while len(self._recent) > 1:  # two, because files interleave the matrices of two such parts
                 del self._recent[next(iter(self._recent))]
             self._recent[names] = self._stored(self._part_of[names[0]], {name: read(name) for name in names})
         return self._recent[names][planned.name]
 
     def _stored(self, part: CheckpointPart, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the model's ``values`` of a part back to the tensors of the files.
+        """Convert the ``values`` of a part in the model back to the tensors of the files.
 
         Raises:
-            CannotLoadParts: transformers cannot reverse the conversion, or gives other tensors.
+            CannotLoadParts: transformers cannot reverse the conversion, or returns different tensors.
         """
         made = _ask(self._converted_back, part, values)
         flat = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -261,7 +261,7 @@ class PartLoader:
         return dict(back.convert(first, model=self._model, config=self._plain.config))
 
     def _is_quantised(self, name: str) -> bool:
-        """Whether a name belongs to a quantised layer."""
+        """Return whether a name belongs to a quantised layer."""
         path = name.rpartition(".")[0]
         return self._quantizer is not None and type(self._model.get_submodule(path)) is not type(
             self._plain.get_submodule(path)
@@ -285,7 +285,7 @@ class PartLoader:
         groups: dict[str, list[tuple[str, str | None]]] = {}
         for key in sorted(self._headers, key=dot_natural_key):
             name, pattern = rename_source_key(key, self._renamings, converters, prefix, state)
-            if name not in state and key in state:  # needs no renaming
+            if name not in state and key in state:  # the stored name is that of the model already
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             if name in state:
                 groups.setdefault(name, []).append((key, pattern))
@@ -298,7 +298,7 @@ class PartLoader:
         return parts
 
     def _made_by(self, converter: Any, name: str, members: list[tuple[str, str | None]]) -> tuple[str, ...]:
-        """Return the names in the model that a converter makes of stored tensors, tried on the meta device."""
+        """Return the model's names of the tensors that a converter makes from stored ones, tried on the meta device."""
         if self._quantizer is not None:
             return (name,)
         trial = copy.deepcopy(converter)
@@ -310,8 +310,10 @@ class PartLoader:
 
 @functools.cache
 def _check_loader() -> None:
-    """Raise CannotLoadParts if the functions of transformers used here, which are not public, are missing or take other
-    arguments.
+    """Check that the non-public functions of transformers that are used here exist and take the expected arguments.
+
+    Raises:
+        CannotLoadParts: they do not.
     """
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
@@ -337,8 +339,8 @@ def _ask(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function that uses internals of transformers.
 
     Raises:
-        CannotLoadParts: another library raised an exception, or lacks an attribute in this version. Exceptions that
-            mirrortune's own lines raise are passed on.
+        CannotLoadParts: another library raised an exception, or lacks an attribute in this version. Exceptions from
+            mirrortune's own lines are passed on.
     """
     try:
         return function(*arguments)
@@ -350,13 +352,13 @@ def _ask(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _is_ours(value: object) -> bool:
-    """Whether an object or its class is defined in this package."""
+    """Return whether an object or its class is defined in this package."""
     kind = value if isinstance(value, type) else type(value)
     return kind.__module__.split(".")[0] == "mirrortune"
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Copy a module to be filled and thrown away; its meta tensors, some of which cannot be copied, are shared."""
+    """Copy a module for temporary use, sharing its meta tensors, some of which cannot be copied."""
     twin: Any = copy.copy(module)
     twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)  # noqa: SLF001
     return twin  # type: ignore[no-any-return]
@@ -369,7 +371,7 @@ def _renamed(key: str, renamings: list[Any]) -> str:
 
 
 def _owner(model: nn.Module, name: str) -> dict[str, Any]:
-    """Return the dictionary of a module that holds its parameter or buffer of this name."""
+    """Return the dictionary in which a module stores the parameter or buffer of this name."""
     path, _, last = name.rpartition(".")
     module: Any = model.get_submodule(path)
     return module._parameters if last in module._parameters else module._buffers  # type: ignore[no-any-return]  # noqa: SLF001
@@ -378,7 +380,7 @@ def _owner(model: nn.Module, name: str) -> dict[str, Any]:
 def _skeleton(
     source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, files: list[Path]
 ) -> tuple[nn.Module, Any]:
-    """Build the model as transformers does before loading weights, on the meta device, and its quantiser if any."""
+    """Build the model on the meta device as transformers does before loading weights; return it and its quantiser."""
     import transformers  # noqa: PLC0415
     from transformers.quantizers.auto import get_hf_quantizer  # noqa: PLC0415
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentence embeddings as a model's sentence-transformers folder defines them: how token vectors are pooled into one,
-whether it is normalised, and what is done to texts before. The package sentence-transformers is not needed.
+"""Compute sentence embeddings as the sentence-transformers files of a model define them.
+
+The files define how texts are prepared, how token vectors are pooled, and whether the result is normalised. The package
+sentence-transformers is not needed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _LEGACY_MODES = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }  # fmt: skip
-"""Flags of older configurations, in the order in which several poolings are concatenated."""
+"""Flags of older configurations, in the order in which pooled vectors are concatenated."""
 MODES = tuple(_LEGACY_MODES.values())
 _MODULES, _MODEL_CONFIG = "modules.json", "config_sentence_transformers.json"
 _TRANSFORMER_CONFIGS = tuple(
@@ -34,17 +36,16 @@ _TRANSFORMER_CONFIGS = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentenceModules:
-    """How a model's sentence-transformers folder turns a text into an embedding.
+    """How a model turns a text into an embedding, as its sentence-transformers files define it.
 
     Attributes:
-        modes: poolings, whose results are concatenated; some of :data:`MODES`.
-        is_normalised: whether embeddings have unit length.
-        max_length: longest text in tokens; None for the model's own limit.
-        lowercase: whether texts are lowercased before they are tokenised.
-        prompt: prepended to every text.
-        files: contents of the JSON files that say so, by path in the folder; those of sentence-transformers' default
-            where the folder has none.
-        notes: what the user should know of them.
+        modes: pooling modes from :data:`MODES`, whose results are concatenated.
+        is_normalised: embeddings are scaled to unit length.
+        max_length: maximum length of a text in tokens; None for the model's limit.
+        lowercase: texts are lowercased before tokenisation.
+        prompt: text prepended to every text.
+        files: contents of the JSON files by relative path; those of sentence-transformers' default if there are none.
+        notes: notes for the user about the files.
     """
 
     modes: tuple[str, ...]
@@ -66,11 +67,11 @@ class SentenceModules:
 def read_modules(source: ModelSource) -> SentenceModules:
     """Read how a model turns texts into embeddings.
 
-    A folder without ``modules.json`` gets what sentence-transformers gives it: the mean of the token vectors, or the
-    last one of a causal language model.
+    Without ``modules.json``, sentence-transformers' default applies: the mean of the token vectors, or the last token
+    vector for a causal language model.
 
     Raises:
-        ConfigError: the files are damaged, or name a module or an option that is not implemented here.
+        ConfigError: the files are damaged, or require a module or an option that is not implemented here.
     """
     where = f"model '{source.name}'"
     if source.config.is_encoder_decoder:
@@ -133,7 +134,7 @@ def _default(source: ModelSource) -> SentenceModules:
 
 
 def _json(source: ModelSource, name: str, where: str, kind: type) -> Any:
-    """Return the contents of one of the model's files; None if there is none."""
+    """Return the content of a JSON file of the model, or None if it does not exist."""
     path = source.file(name)
     if path is None:
         return None
@@ -147,7 +148,7 @@ def _json(source: ModelSource, name: str, where: str, kind: type) -> Any:
 
 
 def _kind(module: Any, where: str) -> str:
-    """Return the class of a module if it is one of sentence-transformers' own, else the whole name."""
+    """Return the class name of a module of sentence-transformers, or the full name of any other module."""
     name = module.get("type") if isinstance(module, dict) else None
     if not isinstance(name, str):
         raise ConfigError(f"{where}: {_MODULES}", "damaged (a module without a type)", fix="Restore the file")
@@ -198,7 +199,7 @@ def _length(options: dict[str, Any], where: str) -> int | None:
 
 
 def _prompt(source: ModelSource, files: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
-    """Return the default prompt, and notes on the other ones and on a similarity other than the cosine."""
+    """Return the default prompt, and notes about other prompts and about a similarity other than cosine."""
     found = _json(source, _MODEL_CONFIG, where, dict)
     if found is None:
         return "", ()
@@ -217,16 +218,16 @@ def _prompt(source: ModelSource, files: dict[str, Any], where: str) -> tuple[str
 
 
 def pool(vectors: Tensor, mask: Tensor, modes: Sequence[str], *, is_normalised: bool) -> Tensor:
-    """Return an embedding for each text, as sentence-transformers' Pooling and Normalize do.
+    """Pool token vectors into one embedding per text, like sentence-transformers' Pooling and Normalize.
 
     Args:
-        vectors: of tokens, shape (B, L, H).
-        mask: 1 for tokens and 0 for padding, on either side, shape (B, L).
-        modes: poolings.
+        vectors: token vectors, shape (B, L, H).
+        mask: 1 for tokens and 0 for padding, which may be on either side, shape (B, L).
+        modes: pooling modes, M of them.
         is_normalised: scale embeddings to unit length.
 
     Returns:
-        Shape (B, H times the number of modes), float32.
+        Embeddings in float32, shape (B, M H).
     """
     values, weights = vectors.float(), mask.unsqueeze(-1).float()
     found = torch.cat([_pooled(values, mask, weights, mode) for mode in modes], dim=-1)
@@ -249,7 +250,7 @@ def _pooled(values: Tensor, mask: Tensor, weights: Tensor, mode: str) -> Tensor:
 
 
 def without_pooler(model: nn.Module) -> nn.Module:
-    """Replace the ``pooler`` of a transformers model, which token vectors do not depend on, by the identity."""
+    """Replace the ``pooler`` of a transformers model by the identity; token vectors do not depend on it."""
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = nn.Identity()
     return model

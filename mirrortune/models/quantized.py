@@ -16,8 +16,8 @@ from mirrortune.adapters.kinds import QuantisedLinear, plain_dtype
 from mirrortune.errors import ConfigError
 
 _QUANTISED = QuantisedLinear()
-# Attributes that transformers and its quantisers set on a model, to be removed from a dequantised one. Saving reverses
-# the weight conversions that are recorded; without the attribute only those of the architecture.
+# Attributes that transformers and its quantisers set on a model and that must be removed from a dequantised one. Saving
+# reverses the recorded weight conversions or, without a record, only those of the architecture.
 _NOTES = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method",
           "_weight_conversions")  # fmt: skip
 
@@ -32,7 +32,7 @@ def loading_config(load_in: str, dtype: torch.dtype) -> Any:
         raise ConfigError("model.load_in", f"{load_in} needs bitsandbytes", fix="pip install 'mirrortune[quantised]'")
     from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
-    # It logs in every pass of every 8-bit layer that it computes in float16.
+    # Without it, bitsandbytes logs in every pass of every 8-bit layer that it computes in float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config: Any = BitsAndBytesConfig
     if load_in == "8bit":
@@ -41,15 +41,15 @@ def loading_config(load_in: str, dtype: torch.dtype) -> Any:
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether a checkpoint's configuration has a quantisation section."""
+    """Return whether the configuration of a checkpoint has a quantisation section."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def can_be_dequantised(config: Any) -> bool:
-    """Whether transformers can dequantise a checkpoint's weights on loading.
+    """Return whether transformers can dequantise the weights of a checkpoint while loading.
 
-    It can for formats whose layers propagate no gradient, or only exist after the first forward pass: float8 with
-    scales, MXFP4, compressed-tensors.
+    It can for float8 with scales, MXFP4 and compressed-tensors. The quantised layers of these formats either propagate
+    no gradients or only exist after the first forward pass.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING  # noqa: PLC0415
 
@@ -61,11 +61,11 @@ def can_be_dequantised(config: Any) -> bool:
 
 
 def keep_trainable(model: nn.Module) -> nn.Module:
-    """Return ``model`` with quantised layers that propagate gradients also after a forward pass without them."""
+    """Make the quantised layers of ``model`` propagate gradients even after a forward pass without gradients."""
     module: Any
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks a 4-bit weight in the first forward without gradients, for a
-        # kernel without a backward pass: after the first evaluation, lower layers would get no gradients.
+        # On CPUs with AVX512-BF16, the first forward pass without gradients makes bitsandbytes repack a 4-bit weight
+        # for a kernel that has no backward pass: after the first evaluation, lower layers would get no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -73,7 +73,10 @@ def keep_trainable(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def dequantise(model: nn.Module) -> nn.Module:
-    """Replace quantised layers of ``model``, in place, by linear ones with the weights that adapters are trained on."""
+    """Replace the quantised layers of ``model``, in place, by linear layers with the dequantised weights.
+
+    These are the weights on which adapters are trained.
+    """
     dtype = plain_dtype(model)
     quantised = [name for name, module in model.named_modules() if _QUANTISED.layouts(module)]
     for name in quantised:

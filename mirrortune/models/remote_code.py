@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code in model repositories: announced whenever it is allowed to run, and refused where transformers would run some
-without asking.
-"""
+"""Announce code from model repositories that is about to run, and refuse code that transformers runs without asking."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.system.console import announce
 from mirrortune.system.hub import hub_errors, resolve_commit
 
-# Files in which a repository names its own classes, and the one that replaces generate().
+# Files in which a repository names its classes, and the file that replaces generate().
 _DESCRIPTIONS = (
     "config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
@@ -22,19 +20,19 @@ _GENERATE = "custom_generate/generate.py"
 
 
 def announce_code(name: str, location: str, commit: str | None) -> str | None:
-    """Announce the repositories whose code is about to run, and their commits: one line each, none without code.
+    """Announce each repository whose code is about to run, with its commit, in one line.
 
     Args:
-        name: of the model, as the user gave it.
-        location: argument of from_pretrained.
-        commit: of a Hub repository, or None for a folder.
+        name: name of the model as given by the user.
+        location: argument of ``from_pretrained``.
+        commit: commit of a Hub repository, or None for a folder.
 
     Returns:
-        The commit of another repository that holds the model's code, to which every ``from_pretrained`` is to be
-        pinned; None if there is no other.
+        The commit of another repository that holds the model's code, to which every ``from_pretrained`` must be pinned;
+        None if there is no other repository.
 
     Raises:
-        ConfigError: classes lie in several repositories, of which transformers can pin one.
+        ConfigError: classes come from several other repositories, of which transformers can pin only one.
     """
     found, code_revision = _code_of(name, location, commit), None
     pinned = [place for place, classes in found.items() if place or (commit and set(classes) != {_GENERATE})]
@@ -55,10 +53,10 @@ def announce_code(name: str, location: str, commit: str | None) -> str | None:
 
 
 def refuse_kernels(name: str, config: Any) -> None:
-    """Refuse a configuration that makes transformers download compiled kernels from another repository and run them.
+    """Check that a configuration does not make transformers download and run compiled kernels of another repository.
 
     Raises:
-        ConfigError: naming that repository.
+        ConfigError: it does; the error names the repository.
     """
     for key in ("_attn_implementation", "_experts_implementation"):
         asked = getattr(config, key, None)
@@ -71,7 +69,7 @@ def refuse_kernels(name: str, config: Any) -> None:
 
 
 def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, list[str]]:
-    """Return class names by the repository that holds their code; None for the model's own."""
+    """Return the class names by the repository that holds their code, with None for the model's repository."""
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
     def find(file: str) -> Path | None:
@@ -91,7 +89,7 @@ def _code_of(name: str, location: str, commit: str | None) -> dict[str | None, l
 
 
 def _references(path: Path) -> list[str]:
-    """Return the references in the ``auto_map`` of a file; none in a damaged one, which transformers refuses."""
+    """Return the references in the ``auto_map`` of a file; empty for a damaged file, which transformers rejects."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model without weights, which can read them just before a module runs and free them after it: a forward pass in the
-memory of the largest module.
+"""Build a model without weights that reads the weights of each module just before it runs and frees them afterwards.
+
+A forward pass then needs only the memory of the largest module.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 from mirrortune.models.load import ModelSource, task_config
 
 Read = Callable[[str], Tensor]
-"""(name of a parameter or buffer in the model) -> its value."""
+"""Function that returns the value of the parameter or buffer with the given name."""
 
 
 def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any], pad_token_id: int | None) -> nn.Module:
-    """Build a model without weights, in evaluation mode; its buffers are real, since they are computed, not loaded.
+    """Build a model without weights in evaluation mode; its buffers have values, since they are computed, not loaded.
 
     Args:
-        source: its configuration.
-        auto_class: name of an Auto class, or of a model's own.
+        source: source of the model.
+        auto_class: name of an Auto class, or of a model class.
         config_fields: see :func:`mirrortune.models.load.task_config`.
         pad_token_id: see :func:`mirrortune.models.load.task_config`.
     """
@@ -37,13 +38,14 @@ def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any],
             else model_class(config)
         )
     tie: Any = getattr(model, "tie_weights", lambda: None)
-    tie()  # init_empty_weights has untied them
+    tie()  # init_empty_weights unties weights
     return model.eval()
 
 
 def read_lazily(model: nn.Module, read: Read) -> nn.Module:
-    """Make an :func:`outline` read its weights: ``read`` is called for every parameter and persistent buffer of a
-    module each time before it runs.
+    """Make an :func:`outline` read its weights lazily.
+
+    Each time before a module runs, ``read`` is called for each of its parameters and persistent buffers.
     """
     saved = set(model.state_dict())
     for prefix, module in model.named_modules():

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a model's tensors from its safetensors files, by the model's own names and one at a time, without loading the
-model.
-"""
+"""Read tensors from a model's safetensors files one at a time, by their names in the model, without loading it."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from mirrortune.models.skeleton import outline
 from mirrortune.system.tensor_files import DTYPE_CODES, INDEX, WHOLE, StoredTensor, index_of, read_headers
 
 Layer = tuple[str, Callable[[], Tensor], int]
-"""Name, function that reads the matrix, and rank of a layer to factor."""
+"""Name of a layer to factorise, function that reads its matrix, and rank."""
 _FLOATS = tuple(DTYPE_CODES[dtype] for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -31,18 +29,18 @@ def stored_layers(
     targets: Mapping[str, Target],
     dtype: torch.dtype,
 ) -> list[Layer] | None:
-    """Return the layers of an adapter with a core, each read from the files when its turn comes.
+    """Return the layers to which an adapter attaches cores, with functions that read their weights from the files.
 
     Args:
-        source: of the model; its files are fetched.
+        source: source of the model; its files are downloaded.
         auto_class: name of an Auto class.
         config_fields: see :func:`mirrortune.models.load.task_config`.
-        targets: the layers by name.
-        dtype: that the model would be loaded in.
+        targets: layers by name.
+        dtype: dtype in which the model would be loaded.
 
     Returns:
-        None if the files do not hold the model's weights: layers that the checkpoint lacks, pickles, GGUF, a model
-        that keeps some weights in another dtype, or one that transformers cannot load in parts.
+        The layers, or None if the weights cannot be read from the files: the checkpoint lacks a layer, is in pickle or
+        GGUF format, keeps some weights in another dtype, or cannot be loaded in parts.
     """
     if source.gguf_file or source.trust_remote_code:
         return None
@@ -67,7 +65,7 @@ def stored_layers(
         layers.append((name, _reader(target, stored[own], dtype), target.rank))
     try:
         for _, read, _ in layers[:1] if loader is not None else []:
-            read()  # only loading a part shows whether transformers can
+            read()  # only trying shows whether transformers can load a part
     except CannotLoadParts:
         return None
     return layers
@@ -80,7 +78,7 @@ def _reader(target: Target, stored: StoredTensor | LoadedTensor, dtype: torch.dt
 def part_loader(
     source: ModelSource, auto_class: str, config_fields: dict[str, Any], dtype: torch.dtype, files: list[Path]
 ) -> PartLoader | None:
-    """Return the loader of weights that the files store differently from the model; None if they hold the model's own.
+    """Return the loader of weights that the files store differently from the model, or None if they do not.
 
     Raises:
         CannotLoadParts: see :class:`PartLoader`.
@@ -90,14 +88,14 @@ def part_loader(
 
 
 def stored_tensors(files: Iterable[Path], names: Iterable[str]) -> dict[str, StoredTensor]:
-    """Return the tensors of ``files`` by the model's ``names`` for them; those that the model lacks are left out."""
+    """Return the tensors of ``files`` by their ``names`` in the model; tensors that the model lacks are left out."""
     headers = read_headers(files)
     return {mine: headers[theirs] for theirs, mine in match_names(headers, names).items()}
 
 
 def checkpoint_files(source: ModelSource) -> list[Path]:
     """Return the safetensors files of a model, downloaded if necessary; empty if it has none."""
-    source.file("generation_config.json")  # is needed later, possibly without network
+    source.file("generation_config.json")  # downloaded now, since it is needed later, possibly offline
     index = source.file(INDEX)
     if index is not None:
         found = {name: source.file(name) for name in index_of(index)}
@@ -109,7 +107,7 @@ def checkpoint_files(source: ModelSource) -> list[Path]:
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return all names of every parameter and persistent buffer by each of its names: tied ones have several."""
+    """Map each name of a parameter or persistent buffer to all of its names; tied tensors have several."""
     names: dict[int, list[str]] = {}
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
@@ -118,12 +116,12 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
-    """Match two sets of names: equal ones, or equal except for a prefix that most have in common.
+    """Match two sets of names that are equal, or equal except for a common prefix.
 
-    A bare encoder has ``encoder.layer.0...`` where a classifier built on it has ``bert.encoder.layer.0...``.
+    For example, ``encoder.layer.0...`` in an encoder is ``bert.encoder.layer.0...`` in a classifier built on it.
 
     Returns:
-        ours -> theirs, for the names in both.
+        The name in ``theirs`` for each name in ``ours`` that has a match.
     """
     here, there = list(ours), list(theirs)
     common = {*here} & {*there}
@@ -135,7 +133,7 @@ def match_names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
 
 
 def _behind_prefixes(names: Iterable[str], known: set[str]) -> dict[str, dict[str, str]]:
-    """Return, for every prefix of ``names``, the names whose rest is ``known``, with that rest."""
+    """Return, for each prefix of ``names``, the names whose remainder is in ``known``, with that remainder."""
     found: dict[str, dict[str, str]] = {}
     for name in names:
         words = name.split(".")
