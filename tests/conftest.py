@@ -12,8 +12,10 @@ import os
 # Hub run clients in subprocesses, whose environment they make themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import io
 import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 from tests.tiny_models import tiny_tokenizer, write_tiny_model
 
@@ -72,3 +75,22 @@ def tokenizer() -> Any:
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny BERT with its tokenizer; read only."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="module")
+def quick_figures() -> Iterator[None]:
+    """Save figures empty in this process: matplotlib's layout and rendering take longer than a tiny training.
+
+    Everything before that is done, and so is the page with its text. Commands in a process of their own draw as users'.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mirrortune.reports.drawing._saved", _empty)
+        yield
+
+
+def _empty(_: Any, kind: str) -> bytes:
+    if kind == "svg":
+        return b'<svg xmlns="http://www.w3.org/2000/svg"></svg>'
+    png = io.BytesIO()
+    Image.new("1", (1, 1)).save(png, "PNG")
+    return png.getvalue()

@@ -153,10 +153,15 @@ def _render(drawing: Drawing, kind: str) -> bytes:
         figure = Figure(figsize=drawing.size, layout="constrained")
         drawing.draw(figure)
         _write_powers_plainly(figure)
-        buffer = io.BytesIO()
-        options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 130, "facecolor": "white"}
-        figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue() if kind == "png" else _NO_XML.sub("", buffer.getvalue().decode()).encode()
+        data = _saved(figure, kind)
+    return data if kind == "png" else _NO_XML.sub("", data.decode()).encode()
+
+
+def _saved(figure: Any, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    options = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 130, "facecolor": "white"}
+    figure.savefig(buffer, format=kind, **options)
+    return buffer.getvalue()
 
 
 def _matplotlib() -> Any:

@@ -10,6 +10,13 @@ import pytest
 from tests.cli.console import reviews, write_table
 
 
+@pytest.fixture(scope="module", autouse=True)
+def undrawn(request: pytest.FixtureRequest) -> None:
+    """Leave figures undrawn, but in modules that are marked ``figures``."""
+    if request.node.get_closest_marker("figures") is None:
+        request.getfixturevalue("quick_figures")
+
+
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder of the test: it holds ``reviews.csv``, 60 rows, and nothing else."""

@@ -19,6 +19,7 @@ from tests.cli.console import Outcome, mirrortune
 from tests.tiny_models import write_tiny_model
 from tests.tiny_runs import adapt
 
+pytestmark = pytest.mark.figures
 QUERY = "encoder.layer.1.attention.self.query.weight"
 
 

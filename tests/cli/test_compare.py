@@ -25,6 +25,7 @@ from mirrortune.system.run_status import recorded_status
 from tests.cli.console import Outcome, changed, finish, mirrortune, reviews, start, write_table
 from tests.trees import tree
 
+pytestmark = pytest.mark.figures
 GRID = ["--seeds", 2, "--lr-grid", "1e-1", "--extensions", 0, "--epochs", 2, "--batch-size", 16, "--jobs", 2]
 
 

@@ -21,6 +21,7 @@ from tests.cli.console import REPOSITORY, Outcome, finish, mirrortune, reviews, 
 from tests.cli.test_own_images import write_folders
 from tests.tiny_models import write_tiny_model, write_tiny_vision
 
+pytestmark = pytest.mark.figures
 EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 %%BoundingBox: 0 0 20 20
 %%EndComments

@@ -15,6 +15,7 @@ import pytest
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.cli.test_analyze import Reader, assert_axes_are_labelled
 
+pytestmark = pytest.mark.figures
 KIND = ["-t", "text-classification"]
 
 

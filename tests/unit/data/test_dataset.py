@@ -250,8 +250,8 @@ def test_a_saved_data_set_with_an_odd_list_of_files_is_refused(tmp_path: Path, e
 
 
 def test_a_header_of_thousands_of_columns_is_read(tmp_path: Path) -> None:
-    names = [f"column{i}" for i in range(20_000)]
-    path = write(tmp_path / "wide.csv", ",".join(names) + "\n" + ",".join(["a"] * 20_000) + "\n")
+    names = [f"column{i}" for i in range(12_500)]
+    path = write(tmp_path / "wide.csv", ",".join(names) + "\n" + ",".join(["a"] * 12_500) + "\n")
 
     assert load_data(DataPlace.parse(str(path))).splits["train"].table.column_names == names
 

@@ -106,6 +106,7 @@ def test_targets_are_found_again_where_loading_changes_the_model(tmp_path: Path)
     assert found.layers["bert.pooler.dense"].kind.is_quantised
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_first_run_finds_its_targets_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
@@ -122,6 +123,7 @@ def test_a_first_run_finds_its_targets_once(tmp_path: Path, monkeypatch: pytest.
     assert len(calls) == 1
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_training_factorises_nothing_that_was_prepared(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
