@@ -78,7 +78,7 @@ def cp(
     path = path / source.name if path.is_dir() or str(target).endswith("/") else path
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(str(path), "the copy would not be found as a recipe", allowed="a name that ends in .yaml")
-    from mirrortune.system.atomic import write_atomically  # noqa: PLC0415
+    from mirrortune.system.atomic import write_text_atomically  # noqa: PLC0415
     from mirrortune.system.outputs import Input, check_file  # noqa: PLC0415
 
     check_file(path, [Input("recipe", source)], "FILE")
@@ -89,10 +89,7 @@ def cp(
     has_schema = (path.parent / _schema_file().name).is_file()
     text = _with_modeline(source.read_text(encoding="utf-8"), _schema_file().name if has_schema else None)
 
-    def write(file: Path) -> None:
-        file.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text_atomically(path, text)
     lines = [f"{name} copied to {path}", f"run it: mirrortune train {path}"]
     if not has_schema:
         beside = path.parent / _schema_file().name

@@ -26,7 +26,7 @@ from mirrortune.reports.finished_run import read_json
 from mirrortune.runs.checks import unpack
 from mirrortune.runs.job import assemble
 from mirrortune.runs.rows import read_data
-from mirrortune.system.atomic import write_atomically
+from mirrortune.system.atomic import write_text_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Reporter
 from mirrortune.system.outputs import (
@@ -95,8 +95,7 @@ class Comparison:
             self.root.mkdir(parents=True, exist_ok=True)
             write_marker(self.root, Marker(COMPARISON.name, frozenset()))
         for task, recipe in self.recipes.items():
-            path = self.root / "recipes" / f"{slug(task)}.yaml"
-            _write_recipe(path, recipe)
+            write_text_atomically(self.root / "recipes" / f"{slug(task)}.yaml", recipe.to_yaml())
 
     def cell_recipe(self, cell: Cell) -> Recipe:
         """Return the complete recipe of a cell."""
@@ -174,9 +173,8 @@ class Comparison:
 
     def _run_cell(self, cell: Cell, slot: int, jobs: int) -> None:
         folder = cell.folder(self.root)
-        recipe = self.cell_recipe(cell)
         file = folder.parent / f"{folder.name}.yaml"
-        _write_recipe(file, recipe)
+        write_text_atomically(file, self.cell_recipe(cell).to_yaml())
         has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
         words = ["train", str(file), "-o", str(folder), "-q"]
         if self.recipes[cell.task].model.trust_remote_code:  # must be a flag, because recipes cannot permit it
@@ -266,13 +264,6 @@ def _refuse_links(root: Path, pattern: str) -> None:
         if path.is_symlink() and not path.is_file():
             problem = f"{path} is a symbolic link to {path.readlink()}"
             raise ConfigError(str(root), problem, fix="Put the folder itself there, or choose another with -o")
-
-
-def _write_recipe(path: Path, recipe: Recipe) -> None:
-    def write(file: Path) -> None:
-        file.write_text(recipe.to_yaml(), encoding="utf-8")
-
-    write_atomically(path, write)
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> list[str]:

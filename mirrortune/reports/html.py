@@ -15,7 +15,7 @@ from typing import NewType
 from mirrortune import __version__
 from mirrortune.errors import ConfigError
 from mirrortune.reports.drawing import Drawing, svg_for_page
-from mirrortune.system.atomic import write_atomically
+from mirrortune.system.atomic import write_text_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import printable
 from mirrortune.system.outputs import Input, check_file
@@ -138,4 +138,4 @@ def page_output(path: Path, inputs: Sequence[Input], where: str = "-o") -> Itera
 
 def write_page(path: Path, text: str) -> None:
     """Write a page atomically."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text_atomically(path, text)

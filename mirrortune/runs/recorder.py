@@ -7,7 +7,6 @@ while ``metrics.jsonl`` is determined, byte for byte, by the seed and the settin
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -62,7 +61,7 @@ class RunRecorder(Progress):
         self._total_steps = total_steps
         # Entries after ``done_steps`` will be written again; if it is 0, the run starts over.
         kept = [entry for entry in self._run.progress() if entry["step"] <= done_steps and done_steps]
-        self._run.write_text(self._run.progress_log.name, "".join(json.dumps(e) + "\n" for e in kept))
+        self._run.write_lines(self._run.progress_log.name, kept)
         self._shown.on_start(total_steps, done_steps)
         self._mark = time.perf_counter()
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,7 +65,7 @@ class Samples:
             prompt, expected, answer = map(_shortened, texts)
             entries.append({"step": step, "row": row, "prompt": prompt, "expected": expected, "answer": answer,
                             "finished": is_finished})  # fmt: skip
-        run.write_text(run.samples.name, "".join(json.dumps(entry) + "\n" for entry in entries))
+        run.write_lines(run.samples.name, entries)
 
 
 def choose_samples(

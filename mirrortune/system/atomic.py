@@ -65,6 +65,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, optional: b
             temporary.unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str, *, optional: bool = False) -> None:
+    """Write a text file as :func:`write_atomically` does."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"), optional=optional)
+
+
 @contextmanager
 def alone_with(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a lock on the cache entry ``path`` while the block creates it.

@@ -34,6 +34,7 @@ from mirrortune.system.atomic import (
     place_of_replaced,
     write_atomically,
     write_folder_atomically,
+    write_text_atomically,
 )
 from mirrortune.system.claims import claimed
 from mirrortune.system.outputs import (
@@ -209,9 +210,9 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small text file atomically."""
-        self.write_file(name, lambda p: _write_text(p, text))
+        self.write_file(name, lambda file: file.write_text(text, encoding="utf-8"))
 
-    def write_file(self, name: str, write: Callable[[Path], None]) -> None:
+    def write_file(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file atomically and list it in the run's marker.
 
         Args:
@@ -232,6 +233,10 @@ class RunDirectory:
     def write_json(self, name: str, data: Any) -> None:
         """Write ``data`` atomically as indented JSON."""
         self.write_text(name, json.dumps(data, indent=2) + "\n")
+
+    def write_lines(self, name: str, entries: Sequence[dict[str, Any]]) -> None:
+        """Write ``entries`` as JSON lines."""
+        self.write_text(name, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def log(self, event: dict[str, Any]) -> None:
         """Append one event to ``metrics.jsonl``."""
@@ -258,13 +263,13 @@ class RunDirectory:
 
         A run that continues from step 0 starts over, including its evaluation before the first step.
         """
-        kept = [
-            e
-            for e in self.events()
-            if e["step"] < global_step
-            or (e["step"] == global_step > 0 and not (owes_evaluation and e["event"] == "evaluate"))
-        ]
-        self.write_text(self.metrics.name, "".join(json.dumps(e) + "\n" for e in kept))
+
+        def is_kept(event: dict[str, Any]) -> bool:
+            is_owed = owes_evaluation and event["event"] == "evaluate"
+            return event["step"] < global_step or (event["step"] == global_step > 0 and not is_owed)
+
+        kept = list(filter(is_kept, self.events()))
+        self.write_lines(self.metrics.name, kept)
 
     def clear_leftovers(self) -> None:
         """Clean up after a save that was killed (see :func:`mirrortune.system.atomic.clear_leftovers`)."""
@@ -299,9 +304,9 @@ class RunDirectory:
             write_adapter_files(folder)
             save_file(tensors, folder / _TRAINING)
             described = {"format_version": STATE_VERSION, **asdict(state), "python_random": random.getstate()}
-            _write_text(folder / _STATE, json.dumps(described) + "\n")
+            (folder / _STATE).write_text(json.dumps(described) + "\n", encoding="utf-8")
             digests = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-            _write_text(folder / _SUMS, _sums(digests))
+            (folder / _SUMS).write_text(_sums(digests), encoding="utf-8")
 
         try:
             write_folder_atomically(self.checkpoint(state.global_step), write, is_ours=_is_in_checkpoint)
@@ -423,7 +428,7 @@ def read_text(path: Path) -> str:
 def _append(path: Path, entry: dict[str, Any]) -> None:
     try:
         if path.is_symlink() or (path.exists() and path.stat().st_nlink > 1):  # a backup may share the file
-            write_atomically(path, lambda copy: _write_text(copy, path.read_text(encoding="utf-8")))
+            write_text_atomically(path, path.read_text(encoding="utf-8"))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
@@ -440,13 +445,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return found
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_sums(folder: Path) -> None:
