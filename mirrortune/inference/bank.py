@@ -19,7 +19,7 @@ from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import Attachment
 from mirrortune.errors import ConfigError, did_you_mean
 from mirrortune.inference.bank_entries import Admission, Entry
-from mirrortune.inference.bank_file import StoredAdapter, open_bank, save_bank
+from mirrortune.inference.bank_file import ReadAdapter, open_bank, save_bank
 from mirrortune.inference.bank_layers import Seat, Serving
 from mirrortune.inference.batch_axes import layers_without_rows
 from mirrortune.system.hub import local_adapter
@@ -59,7 +59,7 @@ class AdapterBank:
         if "_mirrortune_bank" in vars(model):
             raise ConfigError("AdapterBank", "the model is in another bank", fix="Use that one, or close() it first")
         self.model = model
-        self._entries: dict[str, Entry | StoredAdapter] = {}
+        self._entries: dict[str, Entry | ReadAdapter] = {}
         self._seats: dict[str, Seat] = {}
         self._admission = Admission(model, FactorCache(on_layer=on_layer), layers_without_rows(model))
         self._lock = threading.RLock()
@@ -83,7 +83,7 @@ class AdapterBank:
         """
         stored = open_bank(Path(path))
         bank = cls(model, on_layer=on_layer)
-        bank._entries = dict(stored)
+        bank._entries.update(stored)
         return bank
 
     @property
@@ -219,7 +219,7 @@ class AdapterBank:
         """Return the memory of the factors, which all adapters share, in bytes."""
         return sum(layer.nbytes for layer in self._admission.layers.values())
 
-    def _find(self, name: str) -> Entry | StoredAdapter:
+    def _find(self, name: str) -> Entry | ReadAdapter:
         found = self._entries.get(name)
         if found is None:
             names = list(self._entries)
@@ -234,7 +234,7 @@ class AdapterBank:
         found = self._find(name)
         if isinstance(found, Entry):
             return found
-        entry = self._admitted(found.read())
+        entry = self._admitted(found())
         with self._lock:
             if self._entries.get(name) is found:
                 self._entries = {**self._entries, name: entry}
@@ -284,16 +284,18 @@ class AdapterBank:
         serving = self._serving()
         if serving is None:
             return
-        main = getattr(model, "main_input_name", None)
-        named = [kwargs.get(name) for name in (main, *_MAIN_INPUTS) if name is not None]
-        batch = next((t for t in (*named, *args) if isinstance(t, Tensor) and t.dim()), None)
-        if batch is None:
-            return
-        count, rows = len(serving.names), batch.shape[0]
-        if rows != count and not (serving.is_generating and rows % count == 0):
-            raise ConfigError(
-                "rows", f"the batch has {rows} rows, and {count} were named", fix="Name an adapter, or None, for each"
-            )
+        named = [kwargs.get(str(name)) for name in (getattr(model, "main_input_name", None), *_MAIN_INPUTS)]
+        _check_rows(serving, *named, *args)
+
+
+def _check_rows(serving: Serving, *inputs: Any) -> None:
+    """Refuse inputs whose first tensor has not as many rows as were named."""
+    batch = next((t for t in inputs if isinstance(t, Tensor) and t.dim()), None)
+    count, rows = len(serving.names), 0 if batch is None else batch.shape[0]
+    if batch is not None and rows != count and not (serving.is_generating and rows % count == 0):
+        raise ConfigError(
+            "rows", f"the batch has {rows} rows, and {count} were named", fix="Name an adapter, or None, for each"
+        )
 
 
 def _own_folder(folder: Path) -> Path:
@@ -317,11 +319,7 @@ def _replace_generate(model: nn.Module, find: Callable[[], Serving | None]) -> C
         serving = find()
         if serving is None:
             return generate(*args, **kwargs)
-        inputs = [*args, *(kwargs.get(n) for n in ("inputs", *_MAIN_INPUTS))]
-        batch = next((t for t in inputs if isinstance(t, Tensor) and t.dim()), None)
-        if batch is not None and batch.shape[0] != len(serving.names):
-            problem = f"the batch has {batch.shape[0]} rows, and {len(serving.names)} were named"
-            raise ConfigError("rows", problem, fix="Name an adapter, or None, for each")
+        _check_rows(serving, *args, *(kwargs.get(n) for n in ("inputs", *_MAIN_INPUTS)))
         serving.is_generating = True
         try:
             return generate(*args, **kwargs)

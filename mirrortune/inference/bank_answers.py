@@ -172,7 +172,7 @@ def load_row_adapters(target: str, settings: EvaluationSettings, request: BankRe
     """
     if adapter_to_score(target) is not None:
         raise ConfigError("--bank", f"'{target}' holds an adapter of its own", fix="Name the base model of the bank")
-    first = next(iter(open_bank(request.path).values())).read()
+    first = next(iter(open_bank(request.path).values()))()
     base = load_base_of(first, target, settings)
     base.model.to(device)
     bank = AdapterBank.load(base.model, request.path)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,32 +33,8 @@ from mirrortune.system.outputs import check_file
 _KEY, _VERSION, _SUFFIX = "mirrortune_bank", 1, ".safetensors"
 
 
-class StoredAdapter(Protocol):
-    """An adapter of a bank that has not been read yet."""
-
-    def read(self) -> AdapterFile:
-        """Read the adapter and check its integrity.
-
-        Raises:
-            VerificationError: the adapter is missing or damaged.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class _InFolder:
-    folder: Path
-
-    def read(self) -> AdapterFile:
-        return read_adapter(self.folder)
-
-
-@dataclass(frozen=True, slots=True)
-class _InFile:
-    name: str
-    file: _BankFile
-
-    def read(self) -> AdapterFile:
-        return self.file.read(self.name)
+ReadAdapter = Callable[[], AdapterFile]
+"""Reads an adapter of a bank and checks its integrity; raises VerificationError if it is missing or damaged."""
 
 
 class _BankFile:
@@ -98,8 +74,8 @@ class _BankFile:
         return VerificationError(str(self.path), f"damaged ({problem})", fix="Save the bank again")
 
 
-def open_bank(path: Path) -> Mapping[str, StoredAdapter]:
-    """Return the adapters of a file, or of a folder of adapter folders or runs, by name, without reading them.
+def open_bank(path: Path) -> Mapping[str, ReadAdapter]:
+    """Return the functions that read the adapters of a file, or of a folder of adapter folders or runs, by name.
 
     Raises:
         ConfigError: there is no adapter.
@@ -107,10 +83,10 @@ def open_bank(path: Path) -> Mapping[str, StoredAdapter]:
     """
     if path.is_dir():
         folders = {own.name: _holder(own) for own in sorted(path.iterdir()) if own.is_dir()}
-        found: dict[str, StoredAdapter] = {name: _InFolder(own) for name, own in folders.items() if own is not None}
+        found = {name: partial(read_adapter, own) for name, own in folders.items() if own is not None}
     elif path.is_file():
         file = _BankFile(path)
-        found = {name: _InFile(name, file) for name in file.content["adapters"]}
+        found = {name: partial(file.read, name) for name in file.content["adapters"]}
     else:
         found = {}
     if not found:

@@ -155,28 +155,15 @@ def find_model(
     if load_in is not None and is_quantised(config):
         raise ConfigError("model.load_in", f"the checkpoint is quantised already, got {load_in}", fix="Remove it")
     return ModelSource(
-        name=name,
-        location=location,
-        revision=revision,
-        commit=commit,
-        trust_remote_code=trust_remote_code,
-        code_revision=code_revision,
-        config=config,
-        load_in=load_in,
-        gguf_file=gguf_file,
-        is_local=is_local,
-    )
+        name=name, location=location, revision=revision, commit=commit, trust_remote_code=trust_remote_code,
+        code_revision=code_revision, config=config, load_in=load_in, gguf_file=gguf_file, is_local=is_local,
+    )  # fmt: skip
 
 
 def _read_config(
-    name: str,
-    location: str,
-    revision: str | None,
-    gguf_file: str | None,
-    *,
-    trust_remote_code: bool,
+    name: str, location: str, revision: str | None, gguf_file: str | None, *, trust_remote_code: bool,
     code_revision: str | None,
-) -> Any:
+) -> Any:  # fmt: skip
     from transformers import AutoConfig  # noqa: PLC0415  (a second to import)
 
     more = {"gguf_file": gguf_file} if gguf_file else {}
@@ -309,35 +296,31 @@ def load_feature_extractor(source: ModelSource) -> Any:
     """Load the feature extractor of an audio model."""
     from transformers import AutoFeatureExtractor  # noqa: PLC0415
 
-    load: Any = AutoFeatureExtractor.from_pretrained
-    with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
-        try:
-            found = load(source.location, **source.arguments())
-        except OSError as error:
-            if "preprocessor_config.json" in str(error) and (source.is_local or error.__cause__ is None):
-                raise _no_processor(source, "feature extractor", "model of recordings") from error
-            raise
+    where, allowed = f"model '{source.name}'", "a model of recordings with a preprocessor_config.json"
+    absent = NoProcessorError(where, "it has no feature extractor", allowed=allowed, fix="Put one beside it")
+    found = _load_processor(AutoFeatureExtractor, source, absent)
     if not hasattr(found, "sampling_rate"):
-        raise _no_processor(source, "feature extractor", "model of recordings")
+        raise absent
     return found
-
-
-def _no_processor(source: ModelSource, what: str, kind: str) -> NoProcessorError:
-    allowed = f"a {kind} with a preprocessor_config.json"
-    return NoProcessorError(f"model '{source.name}'", f"it has no {what}", allowed=allowed, fix="Put one beside it")
 
 
 def load_image_processor(source: ModelSource) -> Any:
     """Load the model's image processor in its Pillow version, so that pixels do not depend on torchvision."""
     from transformers import AutoImageProcessor  # noqa: PLC0415
 
-    load: Any = AutoImageProcessor.from_pretrained
+    where, allowed = f"model '{source.name}'", "a vision model with a preprocessor_config.json"
+    absent = NoProcessorError(where, "it has no image processor", allowed=allowed, fix="Put one beside it")
+    return _load_processor(AutoImageProcessor, source, absent, backend="pil")
+
+
+def _load_processor(auto_class: Any, source: ModelSource, absent: NoProcessorError, **options: Any) -> Any:
+    """Load a processor; raises ``absent`` if the model has none."""
     with hub_errors(f"model '{source.name}'", flag="--model"), load_errors(source.name):
         try:
-            return load(source.location, backend="pil", **source.arguments())
+            return auto_class.from_pretrained(source.location, **options, **source.arguments())
         except OSError as error:
             if "preprocessor_config.json" in str(error) and (source.is_local or error.__cause__ is None):
-                raise _no_processor(source, "image processor", "vision model") from error
+                raise absent from error
             raise
 
 
@@ -433,13 +416,11 @@ def load_model(
     return LoadedModel(model=keep_trainable(model), new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
 
 
-def shard_bytes(source: ModelSource, default: int = 50 * 2**30) -> int:
+def shard_bytes(source: ModelSource) -> int:
     """Return the maximum shard size in bytes for a copy: the size of the source's largest shard if it has several."""
     index = source.file(INDEX)
-    if index is None:
-        return default
-    sizes = [f.stat().st_size for f in index.parent.glob("model-*.safetensors")]
-    return max(sizes, default=default)
+    sizes = [] if index is None else [f.stat().st_size for f in index.parent.glob("model-*.safetensors")]
+    return max(sizes, default=50 * 2**30)
 
 
 def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, Any]) -> nn.Module:

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from types import TracebackType
 from typing import Any
 
@@ -71,21 +71,27 @@ def chatter_to_stderr() -> AbstractContextManager[Any]:
     return redirect_stdout(sys.stderr)
 
 
-def _discard_stdout() -> None:
-    """Discard the unwritten content of stdout, which Python would otherwise try to write, and fail, again at exit."""
-    with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """Flush standard output when the block ends.
 
-
-def _check_stdout() -> None:
+    Raises:
+        ResourceError: it is closed, or cannot be written.
+    """
     if sys.stdout is None:  # closed before Python started
         raise ResourceError("standard output", "it is closed, so the result cannot be written", fix="Leave it open")
-
-
-def _no_output(error: OSError) -> ResourceError:
-    _discard_stdout()
-    problem = f"the result cannot be written ({error.strerror})"
-    return ResourceError("standard output", problem, fix="Free space on its disk, or send it elsewhere")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Discard what is unwritten: Python would try to write it, and fail, again at exit.
+        with suppress(OSError, ValueError), open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        problem = f"the result cannot be written ({error.strerror})"
+        fix = "Free space on its disk, or send it elsewhere"
+        raise ResourceError("standard output", problem, fix=fix) from error
 
 
 class Reporter:
@@ -105,30 +111,18 @@ class Reporter:
         """Print the result of the command: ``data`` with ``--json``, else ``lines``."""
         if not self.is_main:
             return
-        _check_stdout()
-        try:
+        with _written_out():
             if self.as_json:
                 sys.stdout.write(json.dumps(data) + "\n")
             else:
                 _say(self._out, "\n".join(lines))
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise _no_output(error) from error
 
     def data(self, content: bytes) -> None:
         """Write UTF-8 text to stdout unchanged; control characters are escaped on a terminal only."""
-        _check_stdout()
-        if sys.stdout.isatty():
-            content = printable(content.decode()).encode()
-        try:
+        with _written_out():
+            if sys.stdout.isatty():
+                content = printable(content.decode()).encode()
             sys.stdout.buffer.write(content)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise _no_output(error) from error
 
     def note(self, text: str, *, level: int = _NORMAL) -> None:
         """Print a line to stderr if ``level`` is at most the verbosity."""
@@ -146,13 +140,8 @@ class Reporter:
     def piece(self, text: str) -> None:
         """Print part of a result immediately, with control characters escaped and no newline added."""
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        try:
+        with _written_out():
             sys.stdout.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise _no_output(error) from error
 
     def bar(self, label: str, total: int | None, *, done: int = 0, unit: str | None = None) -> Bar:
         """Return a progress bar over ``total`` units; without a terminal it prints one line at the end.
