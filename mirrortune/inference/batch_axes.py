@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mirrortune.system.devices import evaluating
 from mirrortune.tasks.drawn_inputs import drawn_inputs, first_that_runs
 
 
@@ -22,18 +23,14 @@ def layers_without_rows(model: nn.Module) -> frozenset[str]:
     if config is None:
         return frozenset()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = model.training
-    model.eval()
-    try:
 
-        def run(batch: Any) -> tuple[dict[str, int], dict[str, int]]:
-            two = {key: t.to(device) for key, t in batch.items()}
-            one = {key: t[:1] if t.dim() and t.shape[0] == 2 else t for key, t in two.items()}
-            return _first_dimensions(model, two), _first_dimensions(model, one)
+    def run(batch: Any) -> tuple[dict[str, int], dict[str, int]]:
+        two = {key: t.to(device) for key, t in batch.items()}
+        one = {key: t[:1] if t.dim() and t.shape[0] == 2 else t for key, t in two.items()}
+        return _first_dimensions(model, two), _first_dimensions(model, one)
 
+    with evaluating(model):
         found = first_that_runs(drawn_inputs(type(model), config), run)
-    finally:
-        model.train(was_training)
     if isinstance(found, str) or not any(t.dim() and t.shape[0] == 2 for t in found[0].values()):
         return frozenset()
     of_two, of_one = found[1]

@@ -117,7 +117,7 @@ class BlockAnswers:
                 return {}, [f"{error.where}: {error.problem}"]
         middle = count // 2
         halves = [
-            self._columns(part_of(rows, start, stop), first + start, on_batch)
+            self._columns(part_of(rows, start, stop - start), first + start, on_batch)
             for start, stop in ((0, middle), (middle, count))
         ]
         names = dict.fromkeys(name for columns, _ in halves for name in columns)

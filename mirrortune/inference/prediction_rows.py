@@ -136,7 +136,7 @@ class PredictionRows:
         for name, split in self.data.splits.items():
             if split.stream is None:
                 for first in range(0, split.table.num_rows, size):
-                    yield name, _rows(split, first, size)
+                    yield name, part_of(split, first, size)
                 continue
             first = 0
             for table in split.stream.in_order(size):
@@ -217,12 +217,7 @@ def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
     return PredictionRows(data=replace(data, origin={**data.origin, "split": split}))
 
 
-def _rows(split: Split, first: int, size: int) -> Split:
+def part_of(split: Split, first: int, size: int) -> Split:
     """Return ``size`` rows of a split that is not streamed, from ``first`` on."""
     kept = np.arange(split.table.num_rows) if split.kept is None else split.kept
     return replace(split, table=split.table.slice(first, size), kept=kept[first : first + size])
-
-
-def part_of(split: Split, first: int, stop: int) -> Split:
-    """Return the rows of a block from ``first`` up to, but not including, ``stop``."""
-    return _rows(split, first, stop - first)

@@ -22,13 +22,10 @@ from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError
 from mirrortune.runs.checks import EvalSettings, EvaluationSettings, unpack_for_eval
 from mirrortune.runs.index_checks import check_rows
-from mirrortune.runs.load import (
-    Evaluable,
-    load_evaluable,
-)
+from mirrortune.runs.load import Evaluable, load_evaluable
 from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.runs.size import default_eval_batch
-from mirrortune.system.atomic import write_atomically
+from mirrortune.system.atomic import write_text_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Reporter
 from mirrortune.system.distributed import sync
@@ -36,7 +33,7 @@ from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import PLAIN_NAME, is_plain_name
 from mirrortune.tasks.base import Answers, Task, check_columns, labels_of, with_label_columns
-from mirrortune.training.evaluate import EvalResult, evaluate_split
+from mirrortune.training.evaluate import evaluate_split
 
 _HEADER = "index\tprediction"
 # Control characters, line and paragraph separators, and surrogates, which UTF-8 cannot encode.
@@ -141,7 +138,8 @@ def _evaluate(
         )  # fmt: skip
     if predictions is not None and accelerator.is_main_process:
         check_replaceable(predictions, overwrite=overwrite)  # again, since scoring may have taken hours
-        _write_answers(predictions, outcome, found.task, settings.eval)
+        names, bounds = _answer_names(found.task, settings.eval), settings.eval.prediction_bounds
+        write_predictions(predictions, outcome.predictions, names, bounds)
     written = None if predictions is None else str(predictions)
     return EvaluateResult(metrics=outcome.metrics, split=name, rows=outcome.rows, predictions=written)
 
@@ -211,14 +209,8 @@ def _encoded(found: Evaluable, rows: Split, target: str, split: str) -> Examples
 
 def check_indices(found: Evaluable, examples: Examples, target: str, source: str) -> None:
     """Check the indices of encoded rows against a model's embedding tables; ``source`` names the rows in errors."""
-    check_rows(
-        found.model, examples, getattr(found.processor, "tokenizer", found.processor), where=f"model '{target}'",
-        source=source, is_text=found.max_length is not None,
-    )  # fmt: skip
-
-
-def _write_answers(file: Path, outcome: EvalResult, task: Task, settings: EvalSettings) -> None:
-    write_predictions(file, outcome.predictions, _answer_names(task, settings), settings.prediction_bounds)
+    where, is_text = f"model '{target}'", found.max_length is not None
+    check_rows(found.model, examples, found.processor, where=where, source=source, is_text=is_text)
 
 
 def _to_be_answered(rows: Split, name: str, task: Task, settings: EvalSettings, place: Path) -> tuple[Split, Path]:
@@ -335,11 +327,7 @@ def write_predictions(
     else:
         answers = [_one_line(answer) for answer in predictions]
     lines = [_HEADER, *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
-
-    def write(file: Path) -> None:
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text_atomically(path, "\n".join(lines) + "\n")
 
 
 def _one_line(answer: Any) -> str:

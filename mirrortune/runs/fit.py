@@ -26,7 +26,7 @@ from mirrortune.errors import ConfigError, ResourceError
 from mirrortune.models.load import ModelSource
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.size import Load, Plan, default_eval_batch, footprint, strategies_of
-from mirrortune.system.atomic import write_atomically
+from mirrortune.system.atomic import write_text_atomically
 from mirrortune.system.cache import mebibytes
 from mirrortune.system.devices import has_bf16, is_slow, peak_resident_bytes
 from mirrortune.system.paths import cache_folder
@@ -135,13 +135,8 @@ class Stage:
             {k: (list(v.shape), str(v.dtype)) if isinstance(v, Tensor) else v for k, v in given.items()}
             for given in (batch, scored)
         ]
-        known: list[Any] = [
-            self.config,
-            type(self.task).__module__,
-            self.task.config_fields(),
-            step.spec.to_dict(),
-            shapes,
-        ]
+        kind = type(self.task).__module__
+        known: list[Any] = [self.config, kind, self.task.config_fields(), step.spec.to_dict(), shapes]
         known += [list(step.spec.layers)] if step.spec.layers is not None else []
         known += [str(step.dtype), step.is_16bit_compute, self.device, step.spec.strategy]
         known.append(any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()))
@@ -181,12 +176,7 @@ def _remembered(key: str, count: Callable[[], Footprint]) -> Footprint:
     with contextlib.suppress(OSError, ValueError, TypeError):  # the cache entry is missing or damaged
         return Footprint(**json.loads(path.read_text(encoding="utf-8")))
     found = count()
-    text = json.dumps(asdict(found)) + "\n"
-
-    def write(file: Path) -> None:
-        file.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write, optional=True)
+    write_text_atomically(path, json.dumps(asdict(found)) + "\n", optional=True)
     return found
 
 
@@ -197,11 +187,6 @@ def quantised(found: Footprint, load_in: str | None, plan: Plan, dtype: torch.dt
     numbers = sum(math.prod(target.layout.shape) for target in plan.targets.layers.values())
     stored = numbers // (2 if load_in == "4bit" else 1)
     return replace(found, weights=max(0, found.weights - numbers * dtype.itemsize) + stored)
-
-
-def with_moments(found: Footprint, moments: float) -> Footprint:
-    """Return ``found`` with ``moments`` optimizer values per trained parameter instead of AdamW's two."""
-    return replace(found, optimizer=int(moments * found.gradients))
 
 
 def describe_memory(found: Footprint, step: Step, stage: Stage, plan: Plan) -> str:

@@ -9,8 +9,7 @@ Lookups out of range are thus found for any architecture, with the values that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mirrortune.data.examples import Batch, Examples
 from mirrortune.errors import ConfigError
 from mirrortune.runs.memory import ASK_NUMBERS, all_rows, answered, without_numbers
+from mirrortune.system.devices import evaluating
 
 _ATEN = torch.ops.aten
 _LARGEST = 1 << 22  # elements of the largest tensor that is computed; attention masks of long rows are not
@@ -98,13 +98,13 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise BeyondTableError(self.names.get(id(table), ""), rows, high if high >= rows else low)
 
 
-def check_rows(model: nn.Module, examples: Examples, tokenizer: Any, *, where: str, source: str, is_text: bool) -> None:
+def check_rows(model: nn.Module, examples: Examples, processor: Any, *, where: str, source: str, is_text: bool) -> None:
     """Check that the indices in rows are within the embedding tables of a model.
 
     Args:
         model: model on the meta device or loaded; not changed.
         examples: rows of a split.
-        tokenizer: tokenizer or other processor of the rows.
+        processor: tokenizer of the rows, an object that holds one, or another processor.
         where: name of the model in errors.
         source: name of the rows in errors.
         is_text: rows consist of tokens; for other inputs, the error of the model is reported.
@@ -118,7 +118,7 @@ def check_rows(model: nn.Module, examples: Examples, tokenizer: Any, *, where: s
             model = without_numbers(model, "meta")
         _run(model, batch)
     except BeyondTableError as error:
-        raise _beyond(error, model, examples, tokenizer, where, source) from error
+        raise _beyond(error, model, examples, getattr(processor, "tokenizer", processor), where, source) from error
     except ValueError as error:
         if not is_text:
             raise ConfigError(where, f"it refuses the inputs of {source} ({str(error).splitlines()[0][:200]})",
@@ -166,18 +166,8 @@ def _takes(model: nn.Module, batch: Batch) -> bool:
 
 def _run(model: nn.Module, batch: Batch) -> None:
     inputs = {key: value for key, value in batch.items() if key != "targets"}
-    with _evaluating(model), torch.no_grad(), _Lookups(model):
+    with evaluating(model), torch.no_grad(), _Lookups(model):
         model(**inputs)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _stretched(probe: Batch, tokens: int, targets: int) -> Batch:

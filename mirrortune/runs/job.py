@@ -29,7 +29,7 @@ from mirrortune.models.load import (
     resolve_dtype,
 )
 from mirrortune.runs.checks import RunSettings
-from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised, with_moments
+from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised
 from mirrortune.runs.index_checks import Lengths, check_rows, longest
 from mirrortune.runs.memory import Footprint
 from mirrortune.runs.rows import RunRows, choose_rows, read_data
@@ -242,11 +242,8 @@ def _encode(settings: RunSettings, rows: RunRows, base: _Base, reporter: Reporte
         reporter.note(f"  {name}: {examples.describe()}")
     if rows.test is not None:
         _check_test(rows.test, task, processor, scored, reporter)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    check = partial(
-        check_rows, base.model, tokenizer=tokenizer, where=f"model '{base.source.name}'",
-        is_text=base.max_length is not None,
-    )  # fmt: skip
+    where, is_text = f"model '{base.source.name}'", base.max_length is not None
+    check = partial(check_rows, base.model, processor=processor, where=where, is_text=is_text)
     all_of(*(partial(check, examples, source=f"the {name} rows") for name, examples in encoded.by_name.items()))
     return encoded
 
@@ -320,7 +317,8 @@ def _fit(
     )  # fmt: skip
     estimate, scored_rows, scored_positions = stage.sized(step)
     moments = moments_per_number(loop.optimizer, is_of_matrices=base.spec.preset.plain == "all")
-    found = with_moments(quantised(estimate, base.source.load_in, plan, base.dtype), moments)
+    found = quantised(estimate, base.source.load_in, plan, base.dtype)
+    found = replace(found, optimizer=int(moments * found.gradients))  # in place of AdamW's two moments
     reporter.note(describe_memory(found, step, stage, plan))
     needs = disk_needs(
         base.source, plan, output_dir=Path(settings.output_dir or "runs"), keep=loop.keep, moments=moments

@@ -185,6 +185,17 @@ def holds_half(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode while the context is open."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
 def as_computed(model: nn.Module) -> Iterator[None]:
     """Make ``model`` return its outputs in the dtype of its computation while the block runs.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mirrortune.data.examples import Batch, Examples, Rows
 from mirrortune.data.loader import forward, made_ahead, pinned
 from mirrortune.errors import DataError
-from mirrortune.system.devices import as_computed
+from mirrortune.system.devices import as_computed, evaluating
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.answered_rows import AnsweredExamples
@@ -50,19 +50,35 @@ class EvalResult:
     references: Any
 
 
+class Scoring(TypedDict, total=False):
+    """How the rows of a split are run through a model.
+
+    Attributes:
+        batch_size: maximum number of rows per process and batch; required.
+        max_positions: maximum number of positions (tokens including padding) per batch; a single row may be longer.
+        num_workers: number of threads that prepare batches in advance.
+        on_batch: called with the number of rows after each batch.
+        should_stop: called before each batch; must return the same on all ranks.
+        around: makes a context manager that is entered while the model computes a batch.
+    """
+
+    batch_size: Required[int]
+    max_positions: int | None
+    num_workers: int
+    on_batch: Callable[[int], None] | None
+    should_stop: Callable[[], object] | None
+    around: Around
+
+
 def evaluate_split(
     model: nn.Module,
     task: Task,
     examples: Examples,
     accelerator: Any,
     *,
-    batch_size: int,
-    max_positions: int | None = None,
     source: str,
-    num_workers: int = 0,
-    on_batch: Callable[[int], None] | None = None,
-    should_stop: Callable[[], object] | None = None,
     allow_missing: bool = False,
+    **how: Unpack[Scoring],
 ) -> EvalResult:
     """Score every row of ``examples``.
 
@@ -71,13 +87,9 @@ def evaluate_split(
         task: metrics, loss and predictions.
         examples: encoded rows.
         accelerator: accelerate's ``Accelerator``.
-        batch_size: maximum number of rows per process and batch.
-        max_positions: maximum number of positions (tokens including padding) per batch; a single row may be longer.
         source: name of the split in errors.
-        num_workers: number of threads that prepare batches in advance.
-        on_batch: called with the number of rows after each batch.
-        should_stop: called before each batch; must return the same on all ranks.
         allow_missing: also predict rows without a target; nothing is scored then.
+        how: see :class:`Scoring`.
 
     Raises:
         DataError: a row has no target, and ``allow_missing`` is False.
@@ -89,54 +101,32 @@ def evaluate_split(
             f"{examples.num_unlabelled} of {len(examples)} rows have no label, so there is nothing to score",
             fix="Name a labelled split with --split, or give --predictions FILE for the answers alone",
         )
-    found = _scored(
-        model, task, examples, accelerator, batch_size=batch_size, max_positions=max_positions,
-        num_workers=num_workers, on_batch=on_batch, should_stop=should_stop,
-    )  # fmt: skip
-    return _collect(found, task, examples)
+    return _collect(_scored(model, task, examples, accelerator, **how), task, examples)
 
 
 def judge_split(
-    model: nn.Module,
-    task: Task,
-    examples: Examples,
-    accelerator: Any,
-    *,
-    batch_size: int,
-    max_positions: int | None = None,
-    num_workers: int = 0,
-    on_batch: Callable[[int], None] | None = None,
-    should_stop: Callable[[], object] | None = None,
-    around: Around = unchanged,
+    model: nn.Module, task: Task, examples: Examples, accelerator: Any, **how: Unpack[Scoring]
 ) -> list[Any]:
     """Return the result of ``Task.judge`` for every row, in the order of ``examples``; the same on all ranks.
 
-    The arguments are those of :func:`evaluate_split`, except that ``examples`` come from ``Task.encode_to_predict`` and
-    ``around`` is a context manager that is entered while the model computes a batch.
+    The arguments are those of :func:`evaluate_split`, except that ``examples`` come from ``Task.encode_to_predict``.
 
     Raises:
         EvaluationStoppedError: ``should_stop`` returned a true value.
     """
-    found = _scored(
-        model, task, examples, accelerator, batch_size=batch_size, max_positions=max_positions,
-        num_workers=num_workers, on_batch=on_batch, should_stop=should_stop, around=around,
-    )  # fmt: skip
-    return _in_order(found, examples)
+    return _in_order(_scored(model, task, examples, accelerator, **how), examples)
 
 
 @torch.no_grad()
 def _scored(
-    model: nn.Module, task: Task, examples: Examples, accelerator: Any, *, batch_size: int, max_positions: int | None,
-    num_workers: int, on_batch: Callable[[int], None] | None, should_stop: Callable[[], object] | None,
-    around: Around = unchanged,
-) -> list[_Scored]:  # fmt: skip
+    model: nn.Module, task: Task, examples: Examples, accelerator: Any, **how: Unpack[Scoring]
+) -> list[_Scored]:
     """Run the model on all rows and gather the results of all ranks."""
-    was_training = model.training
-    model.eval()
+    on_batch, should_stop, around = how.get("on_batch"), how.get("should_stop"), how.get("around", unchanged)
     found: list[_Scored] = []
-    try:
-        slices = _slices(examples.lengths, accelerator.num_processes, batch_size, max_positions)
-        with closing(_batches(examples, accelerator, slices, num_workers)) as batches:
+    with evaluating(model):
+        slices = _slices(examples.lengths, accelerator.num_processes, how["batch_size"], how.get("max_positions"))
+        with closing(_batches(examples, accelerator, slices, how.get("num_workers", 0))) as batches:
             for rows, batch in batches:
                 if should_stop is not None and should_stop():
                     raise EvaluationStoppedError
@@ -145,8 +135,6 @@ def _scored(
                     found.append((rows, *scored))
                 if on_batch:
                     on_batch(len(rows))
-    finally:
-        model.train(was_training)
     return sync.gather_lists(accelerator, found)
 
 
@@ -213,10 +201,5 @@ def _collect(found: list[_Scored], task: Task, examples: Examples) -> EvalResult
         loss = task.loss_of_split(in_order, examples) if isinstance(task, ComparesRows) else loss
         found_scores = score(task.metric_names, predictions, references, lambda: task.probabilities(in_order))
         metrics = {**found_scores, "loss": loss}
-    return EvalResult(
-        metrics=metrics,
-        rows=len(predictions),
-        judged=in_order,
-        predictions=predictions,
-        references=references,
-    )
+    rows = len(predictions)
+    return EvalResult(metrics=metrics, rows=rows, judged=in_order, predictions=predictions, references=references)
