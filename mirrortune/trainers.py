@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
+from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.api import save_adapter
 from mirrortune.system.hub import local_adapter
 
@@ -51,4 +51,4 @@ def _bare(trainer: Any) -> nn.Module:
 
 
 def _restore(trainer: Any, checkpoint: str) -> None:
-    restore_trained(_bare(trainer), read_adapter(local_adapter(checkpoint)))
+    read_adapter(local_adapter(checkpoint)).restore(_bare(trainer))

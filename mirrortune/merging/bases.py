@@ -121,25 +121,27 @@ def load_adapted(
     Raises:
         VerificationError: the adapter does not match the base, and ``remarks`` is None.
     """
-    check_class(adapter)
-    dtype = DTYPES[adapter.base["dtype"]]
-    arguments = adapter.base["auto_class"], config_fields(adapter, task), dtype, pad_token_id
-    model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
-    widen(model, adapter.head)
-    original = None if turned is None else load_plain(turned, *arguments)
+    model = load_unadapted(adapter, source, task, pad_token_id, is_plain=is_plain)
+    original = None if turned is None else load_plain(turned, *_arguments(adapter, task, pad_token_id))
     book = load_into(model, adapter, factor_source, force_base=remarks is not None, trained_on=original)
     if remarks is not None:
         remarks += book.remarks
     return model.eval()
 
 
-def load_unadapted(adapter: AdapterFile, source: ModelSource, task: Task | None, pad_token_id: int | None) -> nn.Module:
+def load_unadapted(
+    adapter: AdapterFile, source: ModelSource, task: Task | None, pad_token_id: int | None, *, is_plain: bool = False
+) -> nn.Module:
     """Load the base model in the form that ``adapter`` was trained on, without attaching the adapter."""
     check_class(adapter)
-    arguments = adapter.base["auto_class"], config_fields(adapter, task), DTYPES[adapter.base["dtype"]], pad_token_id
-    model = load_model(source, *arguments).model
+    arguments = _arguments(adapter, task, pad_token_id)
+    model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
     widen(model, adapter.head)
     return model
+
+
+def _arguments(adapter: AdapterFile, task: Task | None, pad_token_id: int | None) -> tuple[Any, ...]:
+    return adapter.base["auto_class"], config_fields(adapter, task), DTYPES[adapter.base["dtype"]], pad_token_id
 
 
 def load_plain(source: ModelSource, *arguments: Any) -> nn.Module:

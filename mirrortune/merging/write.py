@@ -59,7 +59,7 @@ from mirrortune.models.skeleton import outline
 from mirrortune.reports import model_card
 from mirrortune.reports.finished_run import is_there
 from mirrortune.system.console import Reporter
-from mirrortune.system.outputs import MERGED, Write, adapter_inputs, model_inputs, output_folder
+from mirrortune.system.outputs import MERGED, adapter_inputs, model_inputs, output_folder
 from mirrortune.system.run_directory import record_merge, run_of
 from mirrortune.system.tensor_files import shard_like, write_shards
 from mirrortune.tasks.base import Task, task_from_dict
@@ -153,6 +153,7 @@ def merge_folder(
             base's folder, or the result is out of tolerance (and removed).
     """
     first, last = adapters[0], adapters[-1]
+    found: list[Verification] = []
     inputs = [*adapter_inputs([a.folder for a in adapters]), *model_inputs(base or first.base.get("name"))]
     with output_folder(output_dir, inputs, MERGED, overwrite=overwrite) as put:
         source = find_base(first, base, trust_remote_code=trust_remote_code)
@@ -162,37 +163,28 @@ def merge_folder(
         if missing:
             kinds = " and no ".join(missing)
             on_note(f"the base has no {kinds}, so none is written; add it to {output_dir} for whoever uses the model")
-        return _write_merged(
-            put, output_dir, extra_files or {},
-            _Merge(
-                adapters=adapters, source=source, base=base, task=task, processors=processors, factors=factor_source,
-                max_shard_bytes=max_shard_bytes, remarks=remarks, on_note=on_note,
-            ),
+        merge = _Merge(
+            adapters=adapters, source=source, base=base, task=task, processors=processors, factors=factor_source,
+            max_shard_bytes=max_shard_bytes, remarks=remarks, on_note=on_note,
         )  # fmt: skip
-
-
-def _write_merged(
-    put: Callable[[Write], None], output_dir: Path, extra_files: dict[str, str], merge: _Merge
-) -> Verification:
-    found: list[Verification] = []
-
-    def write(folder: Path) -> None:
-        report: dict[str, Any] = {"mirrortune_version": __version__, "base": merge.adapters[0].base}
-        verdict = _merge(merge, folder, report)
-        for name, text in extra_files.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        found.append(verdict)
-        if merge.remarks is not None:  # weights are read several times, each time with the same remarks
-            merge.remarks[:] = dict.fromkeys(merge.remarks)
-        report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
-        made = [p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_file()]
-        report["files"] = sorted([*made, "merge.json"])
-        (folder / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        if not verdict.passed:
-            raise not_as_meant(output_dir, f"the merged model differs from base + adapter: {verdict.describe()}")
-
-    put(write)
+        put(lambda folder: found.append(_write_merged(folder, output_dir, extra_files or {}, merge)))
     return found[0]
+
+
+def _write_merged(folder: Path, output_dir: Path, extra_files: dict[str, str], merge: _Merge) -> Verification:
+    report: dict[str, Any] = {"mirrortune_version": __version__, "base": merge.adapters[0].base}
+    verdict = _merge(merge, folder, report)
+    for name, text in extra_files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if merge.remarks is not None:  # weights are read, and remarked on, several times
+        merge.remarks[:] = dict.fromkeys(merge.remarks)
+    report |= {"verification": asdict(verdict), "remarks": merge.remarks or []}
+    made = [p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if p.is_file()]
+    report["files"] = sorted([*made, "merge.json"])
+    (folder / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not verdict.passed:
+        raise not_as_meant(output_dir, f"the merged model differs from base + adapter: {verdict.describe()}")
+    return verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,15 +261,9 @@ def _in_memory(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verificat
     report["contents"] = check_contents(folder, plain, merge.processors, trust_remote_code=trusted)
     report["tensors"] = ledger.errors
     return in_memory.verify(
-        folder,
-        plain,
-        opened.adapted,
-        merge.auto_class,
-        merge.probes(),
-        ledger,
-        compared=opened.compared,
+        folder, plain, opened.adapted, merge.auto_class, merge.probes(), ledger, compared=opened.compared,
         trust_remote_code=trusted,
-    )
+    )  # fmt: skip
 
 
 def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verification:

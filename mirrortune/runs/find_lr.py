@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.config.recipe import Resolved
 from mirrortune.errors import ConfigError
 from mirrortune.models.load import checkpoint_activations
@@ -18,10 +17,9 @@ from mirrortune.reports import html
 from mirrortune.reports.lr_page import sweep_drawing, sweep_lines, sweep_page
 from mirrortune.runs.checks import RunSettings, inputs_of, unpack
 from mirrortune.runs.job import Job, assemble
-from mirrortune.runs.load import adapt_model, choose_pairs, choose_strategies, load_base, share_factors
+from mirrortune.runs.load import load_adapted_base
 from mirrortune.runs.results import run_name
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import factorising_device
 from mirrortune.system.distributed.processes import make_accelerator, seed_everything
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import local_path
@@ -107,18 +105,13 @@ def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) ->
     """Attach an adapter to the base model as in training, and sweep; nothing is written to ``run``."""
     loop = job.settings.loop
     seed_everything(loop.seed)
-    loaded = load_base(job)
-    cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
-    share_factors(job, loaded, cache, accelerator, reporter.bar)
-    pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=False)
-    strategies = choose_strategies(job, loaded.targets, run, accelerator, resume=False)
-    adapt_model(loaded, job.spec, cache, pairs, strategies)
+    model = load_adapted_base(job, run, accelerator, reporter, resume=False).model
     if job.settings.gradient_checkpointing:
-        checkpoint_activations(loaded.model)
+        checkpoint_activations(model)
     seed_everything(loop.seed + 1)
     unit = 1.0 if loop.head_lr != 1.0 else 2.0  # distinguishes parameter groups of the adapter from those of the head
     trainer = Trainer(
-        loaded.model, job.task, train=job.stream or job.train, validation=job.validation,
+        model, job.task, train=job.stream or job.train, validation=job.validation,
         settings=replace(loop, lr=unit), run=run, write_adapter_files=_write_nothing, accelerator=accelerator,
         progress=reporter.training(), objective=job.objective,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_pairs
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy
-from mirrortune.adapters.targets import Target, Targets, complete_targets
+from mirrortune.adapters.targets import Targets, complete_targets
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.errors import ConfigError
 from mirrortune.merging.bases import load_adapted, load_unadapted
 from mirrortune.models.load import (
     DTYPES,
     LoadedModel,
+    ModelSource,
     describe_widening,
     find_model,
     load_model,
@@ -40,7 +42,7 @@ from mirrortune.runs.job import Job
 from mirrortune.runs.rows import any_split
 from mirrortune.runs.size import strategies_of
 from mirrortune.system.console import Reporter
-from mirrortune.system.devices import default_device, is_slow, widen
+from mirrortune.system.devices import default_device, factorising_device, is_slow, widen
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.system.paths import hub_place
@@ -96,6 +98,39 @@ def _trimmed(task: Task, loaded: LoadedModel) -> tuple[nn.Module, list[str]]:
     return model, [name for name in loaded.new_parameters if name in names]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptedBase:
+    """A job's base model with a new adapter.
+
+    Attributes:
+        model: the model.
+        book: fingerprints of its layers.
+        strategies: how layers compute, by layer.
+        pairing_seconds: time in which pairs were measured; 0 if they were not.
+    """
+
+    model: nn.Module
+    book: FingerprintBook
+    strategies: dict[str, Strategy]
+    pairing_seconds: float
+
+
+def load_adapted_base(
+    job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter, *, resume: bool
+) -> AdaptedBase:
+    """Load a job's base model and attach its adapter; pairs and strategies of a resumed run are those it began with."""
+    loaded = load_base(job)
+    cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
+    if layers := _layers(job, loaded):  # together with the other processes of the run; none waits for another here
+        _share(job, layers, cache, reporter.bar, accelerator.process_index, accelerator.num_processes)
+    started = time.perf_counter()
+    pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
+    pairing_seconds = time.perf_counter() - started if pairs else 0.0
+    strategies = choose_strategies(job, loaded.targets, run, accelerator, resume=resume)
+    book = adapt_model(loaded, job.spec, cache, pairs, strategies)
+    return AdaptedBase(model=loaded.model, book=book, strategies=strategies, pairing_seconds=pairing_seconds)
+
+
 def adapt_model(
     loaded: Base,
     spec: AdapterSpec,
@@ -135,22 +170,8 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
         cache.hits = len(layers) - cache.misses
 
 
-def share_factors(
-    job: Job, loaded: Base, cache: FactorCache, accelerator: Any, show_bar: Callable[[str, int], Any]
-) -> None:
-    """Distribute the factorisation over the processes of the run; no process waits for another here."""
-    layers = _layers(job, loaded)
-    if layers:
-        _share(job, layers, cache, show_bar, accelerator.process_index, accelerator.num_processes)
-
-
 def _share(
-    job: Job,
-    layers: list[Layer],
-    cache: FactorCache,
-    show_bar: Callable[[str, int], Any],
-    index: int,
-    count: int,
+    job: Job, layers: list[Layer], cache: FactorCache, show_bar: Callable[[str, int], Any], index: int, count: int
 ) -> None:
     largest = max(math.prod(target.shape) * target.count for target in job.plan.targets.layers.values())
     with show_bar("singular value decompositions", len(layers)) as bar:
@@ -164,11 +185,7 @@ def _layers(job: Job, loaded: Base) -> list[Layer]:
     """Return the layers that the job factorises."""
     if job.spec.preset.core is None:
         return []
-
-    def reader(target: Target) -> Callable[[], Tensor]:
-        return lambda: target.read(loaded.model)
-
-    return [(name, reader(target), target.rank) for name, target in loaded.targets.layers.items()]
+    return [(name, partial(target.read, loaded.model), target.rank) for name, target in loaded.targets.layers.items()]
 
 
 def choose_pairs(
@@ -200,13 +217,7 @@ def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any
     spec, settings, targets = job.spec, job.settings.calibration, loaded.targets
     assert settings is not None
     saliency = measure_saliency(
-        loaded.model,
-        targets,
-        job.objective,
-        job.train,
-        cache,
-        settings=settings,
-        accelerator=accelerator,
+        loaded.model, targets, job.objective, job.train, cache, settings=settings, accelerator=accelerator
     )
     return {name: make_pairs(spec, s.shape[-1], name, s, targets.layers[name].count) for name, s in saliency.items()}
 
@@ -321,15 +332,21 @@ def _load_run(
         trust_remote_code=settings.model.trust_remote_code,
         load_in=adapter.base.get("load_in"),
     )
-    processor = task.load_processor(source)
-    model = load_adapted(adapter, source, task, pad_token_id(processor), FactorCache(), remarks=remarks)
-    note = None
-    trained_in = DTYPES.get(str(adapter.base.get("dtype")))
-    if trained_in is not None and not source.is_quantised and is_slow(trained_in, default_device()):
+    load = partial(load_adapted, factor_source=FactorCache(), remarks=remarks)
+    return _of_adapter(adapter, source, task, settings, load)
+
+
+def _of_adapter(
+    adapter: AdapterFile, source: ModelSource, task: Task, settings: EvaluationSettings, load: Callable[..., nn.Module]
+) -> Evaluable:
+    """Load the base of an adapter, with or without it, and widen it to float32 if 16 bits are slow here."""
+    processor, note = task.load_processor(source), None
+    model = load(adapter, source, task, pad_token_id(processor))
+    if not source.is_quantised and is_slow(DTYPES[adapter.base["dtype"]], default_device()):
         model, note = model.float(), "computing in float32: the run was trained in 16 bits, in which this CPU is slow"
     asked = settings.data.max_length or adapter.extra.get("max_length")
     max_length = task.resolve_length(asked, processor, source.config)
-    return Evaluable(model=model, task=task, processor=processor, max_length=max_length, note=note)
+    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length, note=note)
 
 
 def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings) -> Evaluable:
@@ -350,13 +367,7 @@ def load_base_of(adapter: AdapterFile, target: str, settings: EvaluationSettings
         place.repository, revision=place.revision or settings.model.revision,
         trust_remote_code=settings.model.trust_remote_code, load_in=adapter.base.get("load_in"),
     )  # fmt: skip
-    processor = task.load_processor(source)
-    model = load_unadapted(adapter, source, task, pad_token_id(processor))
-    if is_slow(DTYPES[adapter.base["dtype"]], default_device()) and not source.is_quantised:
-        model = model.float()
-    asked = settings.data.max_length or adapter.extra.get("max_length")
-    max_length = task.resolve_length(asked, processor, source.config)
-    return Evaluable(model=model.eval(), task=task, processor=processor, max_length=max_length)
+    return _of_adapter(adapter, source, task, settings, load_unadapted)
 
 
 def task_of_run(stored: dict[str, Any], request: TaskRequest, *, to_predict: bool = False) -> Task:

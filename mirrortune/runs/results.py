@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from mirrortune import __version__
-from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
+from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, VerificationError, counted
@@ -160,7 +160,7 @@ def run_name(settings: RunSettings, recipe_name: str | None) -> str:
 def restore_kept(model: nn.Module, run: RunDirectory) -> None:
     """Load the parameters of the run's kept checkpoint into a trained model."""
     with whole_parameters(model, write_back=True):
-        restore_trained(model, read_adapter(run.adapter))
+        read_adapter(run.adapter).restore(model)
 
 
 def score_reported(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -12,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import write_adapter
 from mirrortune.adapters.files.load import FingerprintBook
 from mirrortune.adapters.inject import head_parameters, trainable_parameters
@@ -22,15 +20,7 @@ from mirrortune.errors import ConfigError
 from mirrortune.models.load import checkpoint_activations
 from mirrortune.runs.checks import RunSettings, data_places, inputs_of, unpack
 from mirrortune.runs.job import Job, assemble
-from mirrortune.runs.load import (
-    adapt_model,
-    base_identity,
-    by_strategy,
-    choose_pairs,
-    choose_strategies,
-    load_base,
-    share_factors,
-)
+from mirrortune.runs.load import base_identity, by_strategy, load_adapted_base
 from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,
@@ -46,7 +36,6 @@ from mirrortune.runs.results import (
 )
 from mirrortune.system.compiler import compile_model
 from mirrortune.system.console import Reporter, digits
-from mirrortune.system.devices import factorising_device
 from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import describe_processes, make_accelerator, seed_everything
 from mirrortune.system.distributed.sharding import Sharding
@@ -146,22 +135,15 @@ def _train(
         raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
     describe_processes(accelerator, reporter, run.path)
     seed_everything(settings.loop.seed)  # the head's initial weights
-    loaded = load_base(job)
-    cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
-    share_factors(job, loaded, cache, accelerator, reporter.bar)
-    started = time.perf_counter()
-    pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
-    pairing_seconds = time.perf_counter() - started if pairs else 0.0
-    strategies = choose_strategies(job, loaded.targets, run, accelerator, resume=resume)
-    book = adapt_model(loaded, job.spec, cache, pairs, strategies)
-    model = loaded.model
+    adapted = load_adapted_base(job, run, accelerator, reporter, resume=resume)
+    model = adapted.model
     for text in remarks(model):
         reporter.note(text)
 
     def record() -> None:
         if create is not None:
             create()
-            run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(strategies)))
+            run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(adapted.strategies)))
         run.write_text(run.recipe.name, recipe.to_yaml())  # a resumed run may have changed settings
 
     # An earlier run is replaced only now that everything that could fail has been loaded.
@@ -170,7 +152,7 @@ def _train(
         # Seeds dropout: independent of whether caches were filled, and different on each rank.
         seed_everything(settings.loop.seed + 1 + accelerator.process_index)
         num_trained, num_head = trainable_parameters(model), head_parameters(model)  # before they are sharded
-        fitted, best = _fit(job, model, book, run, accelerator, reporter, flatten(recipe), resume=resume)
+        fitted, best = _fit(job, model, adapted.book, run, accelerator, reporter, flatten(recipe), resume=resume)
         for text in _remarks_on(fitted, job):
             reporter.note(text)
         restore_kept(model, run)
@@ -180,7 +162,7 @@ def _train(
             **_rounded(fitted), run_dir=str(run.path), trainable_parameters=num_trained, head_parameters=num_head,
             adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()), peak_memory_bytes=peak_memory_bytes(),
             peak_reserved_bytes=peak_reserved_bytes(),
-            reported=reported, pairing_seconds=pairing_seconds, protocol=settings.eval.protocol,
+            reported=reported, pairing_seconds=adapted.pairing_seconds, protocol=settings.eval.protocol,
             selection_metric=job.task.selection_metric,
         )  # fmt: skip
         if accelerator.is_main_process:

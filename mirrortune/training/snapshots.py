@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained
+from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
 from mirrortune.errors import ConfigError
 from mirrortune.system.distributed import sharding, sync
@@ -101,7 +101,7 @@ class Snapshots:
             )
         folder = self.run.checkpoint(steps[-1])
         with whole_parameters(self.model, write_back=True):
-            restore_trained(self.model, read_adapter(folder))
+            read_adapter(folder).restore(self.model)
         restore_optimizer(self.optimizer, self._trained, tensors)
         self.update.restore(tensors)
         with torch.no_grad():

@@ -423,11 +423,6 @@ def _damaged(path: Path, error: Exception) -> VerificationError:
     return VerificationError(str(path), f"damaged ({type(error).__name__}: {error})", fix="Restore the adapter folder")
 
 
-def restore_trained(model: nn.Module, adapter: AdapterFile, *, remarks: list[str] | None = None) -> None:
-    """Copy the stored numbers into an adapted model; see :meth:`AdapterFile.restore`."""
-    adapter.restore(model, remarks=remarks)
-
-
 def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Tensor:
     """Return a tensor of the file.
 

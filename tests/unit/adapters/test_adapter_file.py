@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import mirrortune
-from mirrortune.adapters.files.adapter_file import read_adapter, restore_trained, write_adapter
+from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
 from mirrortune.adapters.files.description import FORMAT_VERSION
 from mirrortune.adapters.files.load import load_into, stored_targets
 from mirrortune.adapters.files.tensors import pack_tensors, to_bits, unpack_tensors
@@ -360,7 +360,7 @@ def test_another_model_is_refused_by_layer(folder: Path) -> None:
 def test_refusing_trained_tensors_names_the_place(folder: Path) -> None:
     model = adapt(SMALL).model
     with pytest.raises(VerificationError, match=rf"^{folder}: tensor .* is missing"):
-        restore_trained(model, replace(read_adapter(folder), tensors={}))
+        replace(read_adapter(folder), tensors={}).restore(model)
 
 
 def test_an_adapter_without_a_core_holds_parameters_alone(tmp_path: Path) -> None:

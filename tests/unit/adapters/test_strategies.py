@@ -89,6 +89,7 @@ def test_strategies_that_are_chosen_by_layer_compute_the_same() -> None:
         torch.testing.assert_close(found, outputs["branch", "branch"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_resumed_run_keeps_its_strategies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if the smallest layers were worth a choice, and dense the cheapest.
     monkeypatch.setattr("mirrortune.adapters.strategies.SMALLEST_WORK", 0)
@@ -102,7 +103,7 @@ def test_a_resumed_run_keeps_its_strategies(tmp_path: Path, monkeypatch: pytest.
     assert list(kept) == ["dense"]
     assert len(kept["dense"]) == 13
     seen: list[Any] = []
-    monkeypatch.setattr("mirrortune.runs.train.adapt_model", spied(seen))
+    monkeypatch.setattr("mirrortune.runs.load.adapt_model", spied(seen))
     monkeypatch.setattr("mirrortune.runs.load.strategies_of", None)  # counting again would fail
     again = mirrortune(*words, "--resume")
     assert again.data["metrics"] == first.data["metrics"]
