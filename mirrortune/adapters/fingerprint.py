@@ -169,9 +169,7 @@ def try_align(factors: Factors, stored: Fingerprint, name: str) -> tuple[Factors
             doubts.append(_misaligned(place, found, distance))
     if not factors.is_stack:
         return repaired[0], doubts[0] if doubts else None
-    parts = zip(*((f.U, f.S, f.Vh) for f in repaired), strict=True)
-    U, S, Vh = (torch.stack(part) for part in parts)
-    return Factors(U=U, S=S, Vh=Vh), doubts[0] if doubts else None
+    return Factors.stacked(repaired), doubts[0] if doubts else None
 
 
 def _misaligned(place: str, factors: Factors, distance: Tensor) -> VerificationError:
@@ -200,8 +198,7 @@ def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int
     for start, stop in clusters:
         signs[start:stop] = 1.0  # rotated back, signs included
     distance = (sketch * signs - reference).abs().max(dim=0).values if stored.has_sizes else torch.zeros_like(signs)
-    sign = signs.to(factors.U)
-    repaired = Factors(U=factors.U * sign, S=factors.S, Vh=factors.Vh * sign[:, None])
+    repaired = factors.flipped(signs.to(factors.U))
     used = repaired.U if stored.side == "output" else repaired.Vh if stored.side == "input" else repaired.U + 0
     if not torch.isfinite(used).all():
         distance = torch.full_like(distance, torch.nan)

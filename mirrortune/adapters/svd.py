@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -237,6 +238,16 @@ class Factors:
         parts = zip(self.U, self.S, self.Vh, strict=True)
         return [Factors(U=U, S=S, Vh=Vh) for U, S, Vh in parts]
 
+    @classmethod
+    def stacked(cls, each: Sequence[Factors]) -> Factors:
+        """Return the factors of a stack of the matrices that ``each`` decomposes."""
+        U, S, Vh = (torch.stack(part) for part in zip(*((f.U, f.S, f.Vh) for f in each), strict=True))
+        return cls(U=U, S=S, Vh=Vh)
+
+    def flipped(self, signs: Tensor) -> Factors:
+        """Return the factors of one matrix with the vectors of each direction times its sign, shape (R,)."""
+        return Factors(U=self.U * signs, S=self.S, Vh=self.Vh * signs[:, None])
+
     def to(self, *, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return the factors on ``device`` in ``dtype``."""
         return Factors(U=self.U.to(device, dtype), S=self.S.to(device, dtype), Vh=self.Vh.to(device, dtype))
@@ -287,9 +298,7 @@ def factorize(
     """
     if weight.ndim == 3:
         each = [factorize(matrix, rank, name=f"{name}.{index}", device=device) for index, matrix in enumerate(weight)]
-        return Factors(
-            U=torch.stack([f.U for f in each]), S=torch.stack([f.S for f in each]), Vh=torch.stack([f.Vh for f in each])
-        )
+        return Factors.stacked(each)
     shape = (weight.shape[0], weight.shape[1])
     kept = resolve_rank("out" if rank == shape[0] else rank, shape, name)
     matrix = weight.detach().to(torch.float64)

@@ -188,13 +188,11 @@ def _one_core_each() -> Iterator[None]:
 
 
 def _threads_that_fit(matrices: list[Matrix]) -> int:
+    import psutil  # noqa: PLC0415
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     largest = max(math.prod(m.shape) for m in matrices) * 8 * _COPIES
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not available on macOS and Windows
-        free = 4 * 2**30
-    return max(1, min(cores, len(matrices), int(0.8 * free) // largest))
+    return max(1, min(cores, len(matrices), int(0.8 * psutil.virtual_memory().available) // largest))
 
 
 def _plain(value: Any) -> Any:

@@ -282,32 +282,19 @@ def compare(
 
     recipes = {name: resolved.recipe for name, (resolved, _) in zip(labels, found, strict=True)}
     grid = make_grid(
-        recipes,
-        methods,
-        seeds=seeds,
-        tune_seeds=tune_seeds,
-        choose_by=choose_by,
-        lr_grid=lr_grid,
+        recipes, methods, seeds=seeds, tune_seeds=tune_seeds, choose_by=choose_by, lr_grid=lr_grid,
         extensions=extensions,
-    )
+    )  # fmt: skip
     from mirrortune.compare import report as comparison_report  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
 
     root = local_path(output_dir)
     results = comparison_report.compare(
-        root,
-        grid,
-        recipes,
-        reporter,
-        inputs=[given for resolved, _ in found for given in inputs_of(resolved)],
-        jobs=jobs,
-        report_only=report_only,
-        command=shlex.join(["mirrortune", *sys.argv[1:]]),
-    )
-    reporter.result(
-        results,
-        [(root / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"],
-    )
+        root, grid, recipes, reporter, inputs=[given for resolved, _ in found for given in inputs_of(resolved)],
+        jobs=jobs, report_only=report_only, command=shlex.join(["mirrortune", *sys.argv[1:]]),
+    )  # fmt: skip
+    lines = [(root / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"]
+    reporter.result(results, lines)
 
 
 app.command(cls=OnceEach)(_guard(predict))

@@ -86,7 +86,10 @@ def write_report(comparison: Comparison, command: str) -> dict[str, Any]:
     root = comparison.root
     texts = {"results.json": json.dumps(results, indent=2) + "\n", "table.md": markdown(results)}
     write_files_atomically(root, {name: text.encode() for name, text in texts.items()})
-    histories = {task: {m: _histories(comparison, task, m) for m in found["methods"]} for task, found in tasks.items()}
+    histories = {
+        task: {label: _histories(comparison, task, label, method) for label, method in found["methods"].items()}
+        for task, found in tasks.items()
+    }
     drawings = comparison_drawings(results, histories)
     for drawing in drawings:
         write_figure(drawing, root / f"{drawing.name}.png")
@@ -211,7 +214,7 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
     rows: dict[str, int] = {}
     for split in splits:
         samples = {label: _sample(comparison, task, label, methods[label], split) for label in complete}
-        rows[split] = _num_rows(samples)
+        rows[split] = next((len(s.references[0]) for s in samples.values() if s.references), 0)
         if reference in complete:
             paired = compare_with_reference(
                 samples, reference, METRICS[metric].compute, higher_is_better=METRICS[metric].higher_is_better
@@ -285,16 +288,9 @@ def _sample(comparison: Comparison, task: str, label: str, method: dict[str, Any
     return Sample(values=values, predictions=tuple(predictions), references=tuple(references))
 
 
-def _num_rows(samples: dict[str, Sample]) -> int:
-    return next((len(s.references[0]) for s in samples.values() if s.references), 0)
-
-
-def _histories(comparison: Comparison, task: str, label: str) -> list[list[dict[str, Any]]]:
-    who = comparison.contender(label)
-    state = choose(comparison.grid, task, who, comparison.score)
-    cells = [] if state.lr is None else [Cell(task, label, state.lr, seed) for seed in comparison.grid.seeds]
-    finished = [cell for cell in cells if comparison.result(cell) is not None]
-    return [RunDirectory(cell.folder(comparison.root)).events() for cell in finished]
+def _histories(comparison: Comparison, task: str, label: str, method: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    cells = [Cell(task, label, method["lr"], seed) for seed in method["seeds"]]
+    return [RunDirectory(cell.folder(comparison.root)).events() for cell in cells]
 
 
 def _environment(comparison: Comparison) -> dict[str, Any]:

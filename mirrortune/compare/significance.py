@@ -59,7 +59,6 @@ def compare_with_reference(
     metric: Callable[[Array, Array], float],
     *,
     higher_is_better: bool,
-    seed: int = 0,
 ) -> list[Paired]:
     """Test every method of ``samples`` against ``reference``.
 
@@ -71,7 +70,6 @@ def compare_with_reference(
         reference: name of the reference method in ``samples``.
         metric: function (predictions, references) -> score.
         higher_is_better: a larger score is better.
-        seed: seed of the bootstrap.
     """
     base = samples[reference]
     others = [label for label in samples if label != reference]
@@ -80,7 +78,7 @@ def compare_with_reference(
     found = []
     for label, p, p_adjusted in zip(others, p_values, adjusted, strict=True):
         difference = float(np.mean(samples[label].values) - np.mean(base.values))
-        interval = bootstrap_interval(samples[label], base, metric, seed=seed)
+        interval = bootstrap_interval(samples[label], base, metric, seed=0)
         found.append(
             Paired(
                 label=label, difference=difference, p_value=p, p_adjusted=p_adjusted,

@@ -186,8 +186,7 @@ class LayerBases:
             if signs is None:
                 continue
             if factors.rank > basis.held.rank:
-                grown = Factors(U=factors.U * signs, S=factors.S, Vh=factors.Vh * signs[:, None])
-                basis.held = _held(grown, like)
+                basis.held = _held(factors.flipped(signs), like)
             return basis, None if bool((signs > 0).all()) else signs.float().cpu()
         basis = Basis(dtype=dtype, held=_held(factors, like))
         self.bases.append(basis)

@@ -220,11 +220,7 @@ def _can_be_found_again(layer: SpectralLayer) -> bool:
     if all(other is None for _, other in found):
         return True
     each = [(other or matrix).to(device=torch.device("cpu"), dtype=torch.float64) for matrix, other in found]
-    mixed = each[0]
-    if factors.is_stack:
-        parts = zip(*((f.U, f.S, f.Vh) for f in each), strict=True)
-        U, S, Vh = (torch.stack(part) for part in parts)
-        mixed = Factors(U=U, S=S, Vh=Vh)
+    mixed = Factors.stacked(each) if factors.is_stack else each[0]
     return effect_error(effect(mixed, layer.core), effect(factors, layer.core)) <= EFFECT_TOLERANCE
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,6 @@ def attach_tuner(
     spec: AdapterSpec,
     *,
     targets: Targets | None = None,
-    new_parameters: Iterable[str] = (),
     config: dict[str, Any] | None = None,
     on_layer: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
@@ -113,7 +112,6 @@ def attach_tuner(
         model: loaded model, or one on the meta device.
         spec: what to build; its seed seeds the tuner's random numbers.
         targets: of ``model`` and ``spec``; None finds them.
-        new_parameters: see :func:`mirrortune.adapters.targets.find_targets`.
         config: PEFT's own configuration, of an adapter that is being loaded.
         on_layer: called with (name, weight) of every layer before it is replaced.
 
@@ -121,7 +119,7 @@ def attach_tuner(
         ConfigError: a missing package, a wrong option, or a layer that the tuner cannot take.
     """
     peft = import_peft(spec.method)
-    targets = checked_targets(model, spec, targets, new_parameters)
+    targets = checked_targets(model, spec, targets)
     check_options(spec)
     chosen = list(targets.layers)
     with recorded_warnings() as warned:

@@ -182,7 +182,7 @@ def _beside(base: Factors, tuned: Factors, energies: Tensor, total: float, k: in
         "overlap_output": _rounded(found.left[:k, :k]),
         "overlap_input": _rounded(found.right[:k, :k]),
         "shares": _relative(shares, total),
-        "amplification_by_rank": _by_rank(shares.amplification / total, k),
+        "amplification_by_rank": {n: float(p.sum()) for n, p in _groups(shares.amplification / total, k).items()},
         **_new(shares, tuned.S),
     }
 
@@ -323,10 +323,6 @@ def _groups(values: Tensor, k: int) -> dict[str, Tensor]:
     half = max(k, (len(values) + 1) // 2)
     parts = {"top": values[:k], "middle": values[k:half], "tail": values[half:]}
     return {name: part for name, part in parts.items() if len(part)}
-
-
-def _by_rank(shares: Tensor, k: int) -> dict[str, float]:
-    return {name: float(part.sum()) for name, part in _groups(shares, k).items()}
 
 
 def _rounded(overlap: Tensor) -> list[list[float]]:
