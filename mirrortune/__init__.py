@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tune any transformers model by turning the singular directions of its pretrained weights.
 
-Importing this package loads no torch; the names below are loaded on first use.
+Importing this package does not import torch; the names below are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m mirrortune``, which is also what ``accelerate launch -m mirrortune`` runs."""
+"""Run the command line by ``python -m mirrortune`` or ``accelerate launch -m mirrortune``."""
 
 from mirrortune.cli.app import main
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python interface, for a notebook, the transformers Trainer, TRL or any torch loop. Functions change the model in
-place.
+"""The Python API, for notebooks, the transformers Trainer, TRL or any torch training loop.
+
+Functions change the model in place.
 """
 
 from __future__ import annotations
@@ -48,28 +49,29 @@ def attach(
     split: dict[str, Any] | None = None,
     **core_options: Any,
 ) -> M:
-    """Attach an adapter to ``model``: cores in its linear layers, everything else frozen but the task head.
+    """Attach an adapter to ``model``: add cores to its linear layers and freeze everything else except the task head.
 
     Args:
-        model: a transformers model, or any torch module.
-        method: a name in ``mirrortune.adapters.methods.method_names()``, such as ``mirror``.
-        rank: leading singular directions kept: a number, ``"full"`` for min(out, in), or ``"out"`` for as many as there
-            are outputs; r of a tuner of PEFT, and of the LoRA branch of ``speclora``; None for the method's own.
-        pairing: which directions turn together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
-            (for several rounds a list of such lists), or lists by layer name or pattern; None for the method's own.
-        target_modules: ``all-linear``, ``all-layers`` (convolutions too), or a regular expression for layer names (from
-            any dot on).
-        seed: for random pairs.
-        split: fused layers whose parts get bases of their own, by a regular expression for their names: ``{"c_attn":
-            3}``, ``{"qkv_proj": [4, 1, 1]}``, or ``{"query_key_value": {"parts": 3, "repeat": 12}}`` where each of 12
-            heads has its own q, k and v.
+        model: transformers model, or any torch module.
+        method: name of a method from ``mirrortune.adapters.methods.method_names()``, such as ``mirror``.
+        rank: number of leading singular directions, ``"full"`` for min(out, in), or ``"out"`` for the number of
+            outputs. For a PEFT tuner and the LoRA branch of ``speclora``, their r. None for the method's default.
+        pairing: which directions rotate together: the name of a pairing, a list of pairs such as ``[[0, 5], [1, 7]]``
+            (for several rounds, a list of such lists), or a dict of lists by layer name or pattern. None for the
+            method's default.
+        target_modules: ``all-linear``, ``all-layers`` (includes convolutions), or a regular expression for layer names,
+            which may match from any dot on.
+        seed: seed of random pairs.
+        split: fused layers whose parts get separate bases, by a regular expression for their names: ``{"c_attn": 3}``,
+            ``{"qkv_proj": [4, 1, 1]}``, or ``{"query_key_value": {"parts": 3, "repeat": 12}}`` if each of 12 heads has
+            its own q, k and v.
         **core_options: options of the method's core, such as ``scale_top_k=8``.
 
     Returns:
-        The same model, with gradients enabled for what is trained and for nothing else.
+        ``model``, in which only trained parameters require gradients.
 
     Raises:
-        ConfigError: an unknown name, a rank or pairs that do not fit, or no matching layer.
+        ConfigError: a name is unknown, the rank or pairs do not fit, or no layer matches.
     """
     asked = AdapterSpec(
         method=method,
@@ -95,31 +97,31 @@ def save_adapter(
     revision: str | None = None,
     subfolder: str | None = None,
 ) -> None:
-    """Write the adapter and head of an adapted model to ``directory``, and upload it if a repository is named.
+    """Write the adapter and head of an adapted model to ``directory``, and optionally upload them to the Hub.
 
-    Files of the same names are replaced, each atomically; other files in ``directory`` are kept, and not uploaded. If
+    Files of the same names are replaced, each atomically; other files in ``directory`` are kept and not uploaded. If
     the process ends between two files, loading refuses the folder.
 
     Args:
-        model: adapted by :func:`attach` or :func:`load_adapter`.
+        model: model adapted by :func:`attach` or :func:`load_adapter`.
         directory: folder to write to.
-        form: ``compact``: kilobytes, the basis is computed again and aligned when it is loaded; ``portable``: carries
-            the factors, about the size of a LoRA of the same rank, and loads at once; ``auto``: compact, but portable
-            where the basis cannot be computed again exactly, or where that takes minutes (large matrices) and no layer
-            keeps more than an eighth of its directions.
-        repository: Hub id, ``name`` or ``owner/name``; created if it does not exist.
+        form: ``compact`` writes kilobytes, and loading recomputes and aligns the basis. ``portable`` also writes the
+            factors, about the size of a LoRA of the same rank, and loads without a decomposition. ``auto`` is compact,
+            unless the basis cannot be recomputed exactly, or recomputing takes minutes (large matrices) and no layer
+            uses more than an eighth of its directions.
+        repository: Hub id, ``name`` or ``owner/name``; the repository is created if it does not exist.
         revision: existing branch of the repository.
-        subfolder: subfolder of ``directory`` and of the repository; give it to :func:`load_adapter` too.
+        subfolder: subfolder of ``directory`` and of the repository; pass it to :func:`load_adapter` as well.
 
     Raises:
         ConfigError: the model has no adapter, ``directory`` is a file, or the id is invalid.
-        HubError: the Hub refused.
+        HubError: the upload failed.
     """
     if repository is not None:
         check_repository(repository)
     elif revision is not None:
         raise ConfigError("revision", f"'{directory}' is a folder and has none", fix="Name a repository, or remove it")
-    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    model = getattr(model, "_orig_mod", model)  # unwrap a compiled model
     attachment(model)
     book = model._mirrortune_fingerprints  # noqa: SLF001  (set by mirrortune)
     assert isinstance(book, FingerprintBook)
@@ -133,12 +135,12 @@ def save_adapter(
 
 
 def _save_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files of an adapter to a folder, and remove files of an earlier adapter that have other names."""
+    """Write the files of an adapter to a folder, and remove files of an earlier adapter with other names."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(str(folder), "it is a file", fix="Name a folder")
     check_names(folder, str(folder))
     with ExitStack() as held:
-        with suppress(ResourceError):  # the folder may be writable in one that is not
+        with suppress(ResourceError):  # the folder may be writable even if its parent is not
             held.enter_context(claimed(folder, wait=True))
         clear_leftovers(folder, lambda name: name in ADAPTER_FILES)
         outdated = outdated_files(folder, files)
@@ -158,14 +160,17 @@ def load_adapter(
     """Attach the adapter in ``directory`` to its base ``model``.
 
     Args:
-        model: the base, identified by its weights, from any source.
-        directory: folder, run directory, or Hub id.
+        model: base model from any source; it is identified by the values of its weights.
+        directory: adapter folder, run directory, or Hub id.
         revision: branch, tag or commit of a Hub repository.
         subfolder: subfolder of the folder or the repository.
-        force_base: dangerous: accept a base with other weights, with a warning.
+        force_base: dangerous: accept a base with different weights, with a warning.
+
+    Returns:
+        ``model``, with the adapter attached.
 
     Raises:
-        VerificationError: another base, a basis that cannot be aligned, or a damaged file.
+        VerificationError: the base is not that of the adapter, a basis cannot be aligned, or a file is damaged.
     """
     folder = local_adapter(directory, revision=revision, subfolder=subfolder)
     book = load_into(model, read_adapter(folder), FactorCache(), force_base=force_base)
@@ -186,25 +191,27 @@ def merge_adapter(
     subfolder: str | None = None,
     force_base: bool = False,
 ) -> dict[str, Any]:
-    """Merge an adapter into its base, or export it as a LoRA adapter, to ``output_dir``, and verify the result.
+    """Merge an adapter into its base, or export it as a LoRA adapter, and verify the result.
+
+    A warning is issued if the base lacks files, or if the model must be merged in memory.
 
     Args:
-        base: folder or Hub id of the base; None for the one named by the adapter.
-        adapter: adapter folder, run directory, or a Hub id.
-        output_dir: a new or empty folder.
-        format: ``"hf"``, the transformers layout; ``"lora"``, PEFT's; ``"gguf"``, llama.cpp's.
-        rank: number of directions kept, with ``lora`` and ``gguf``; None for all.
+        base: folder or Hub id of the base; None for the base that the adapter names.
+        adapter: adapter folder, run directory, or Hub id.
+        output_dir: new or empty folder to write to.
+        format: ``"hf"`` for plain weights in transformers' layout, ``"lora"`` for a LoRA in PEFT's format, ``"gguf"``
+            for a LoRA in llama.cpp's format.
+        rank: number of directions to keep with ``"lora"`` and ``"gguf"``; None for all.
         revision: branch, tag or commit of the adapter's Hub repository.
         subfolder: subfolder of the adapter's folder or repository.
-        force_base: dangerous: accept a base with other weights, with a warning.
+        force_base: dangerous: accept a base with different weights, with a warning.
 
     Returns:
-        The verification: ``max_abs_logit_error`` (of logits or other outputs of the model; None if no inputs for it are
-        known), ``max_rel_weight_error``, ``tolerance``, ``passed`` and more. Files that the base lacks and a merge of
-        the whole model in memory cause a warning.
+        The verification: ``max_abs_logit_error`` (over logits or other outputs of the model; None if no valid inputs
+        are known), ``max_rel_weight_error``, ``tolerance``, ``passed`` and more.
 
     Raises:
-        VerificationError: the result is out of tolerance (nothing is written), or base and adapter do not match.
+        VerificationError: the result is out of tolerance, and nothing is written; or base and adapter do not match.
     """
     folder, target = local_adapter(adapter, revision=revision, subfolder=subfolder), local_path(output_dir)
     if format not in ("hf", "lora", "gguf"):
@@ -225,14 +232,14 @@ def merge_adapter(
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Return the number of trained parameters of an adapted ``model`` without the task head, as papers count them."""
+    """Return the number of trained parameters of an adapted ``model``, without the task head, as papers count them."""
     return inject.trainable_parameters(getattr(model, "_orig_mod", model))
 
 
 def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None) -> None:
     with tempfile.TemporaryDirectory() as staged:
         parcel = pack_adapter(folder, Path(staged), repository)
-        if subfolder is not None:  # the card belongs to the whole repository
+        if subfolder is not None:  # the model card describes the repository, not a subfolder
             del parcel.files["README.md"]
         for line in parcel.redaction.describe():
             warnings.warn(line, stacklevel=3)
@@ -248,7 +255,7 @@ def _describe_base(model: nn.Module) -> dict[str, Any]:
         "commit": getattr(config, "_commit_hash", None),
         "dtype": str(getattr(model, "dtype", "torch.float32")).removeprefix("torch."),
         "auto_class": type(model).__name__,
-        "id2label": getattr(config, "id2label", None),  # the size of the head, which the base may lack
+        "id2label": getattr(config, "id2label", None),  # gives the size of the head, which the base may lack
     }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors that a user can act on, each with the exit code of the command-line contract.
 
-    MirrortuneError              1  (never raised itself; anything else that escapes is a bug)
+    MirrortuneError              1  (only subclasses are raised; any other exception is a bug)
     +-- ConfigError              2  usage, recipe, flags
     +-- DivergedError            2  the loss became NaN or infinite
     +-- DataError                3  files, columns, labels; NoRowsError is one
@@ -9,10 +9,10 @@
     +-- VerificationError        5  a merge or an adapter's basis failed its check
     +-- HubError                 6  network, Hub, authentication
     +-- InterruptedRun     130/143  stopped by a signal after a safe checkpoint
-    +-- PeerError         another's  another process of the run has failed, and reports it
+    +-- PeerError        of the peer  another process of the run has failed and reports the error
 
-Every message says where, what is wrong (got what), what is allowed and what to do. This module imports no other module
-of mirrortune.
+Every message says where the problem is, what was got, what is allowed and what to do. This module imports no other
+module of mirrortune.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class MirrortuneError(Exception):
     """A failure with a message for the user.
 
     Args:
-        where: the place of the problem: ``file:line: key``, a flag, a path or the name of a layer.
-        problem: what is wrong, with the value that was given.
+        where: location of the problem: ``file:line: key``, a flag, a path or the name of a layer.
+        problem: what is wrong, including the value that was given.
         allowed: accepted values.
         fix: what to do next.
     """
@@ -51,13 +51,13 @@ class MirrortuneError(Exception):
 
 
 class ConfigError(MirrortuneError):
-    """A problem in the recipe or on the command line, or several found at once."""
+    """One or several problems in the recipe or on the command line."""
 
     exit_code = 2
 
     @classmethod
     def several(cls, errors: Sequence[ConfigError]) -> ConfigError:
-        """Combine errors (at least one) into one error with a line for each; equal lines are kept once."""
+        """Combine one or more errors into one error with a line for each; duplicate lines are dropped."""
         lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
         if len(errors) == 1 or len(lines) == 1:
             return errors[0]
@@ -67,10 +67,10 @@ class ConfigError(MirrortuneError):
 
 
 def all_of(*steps: Callable[[], Any]) -> list[Any]:
-    """Call every step and return the results; if any fail, raise one error for all of them.
+    """Call every step and return the results; if steps fail, raise one error for all failures.
 
     Raises:
-        MirrortuneError: the class of the first failure, with a line for each.
+        MirrortuneError: steps failed; the error has the class of the first failure and a line for each.
     """
     results, errors = [], []
     for step in steps:
@@ -103,7 +103,7 @@ class DataError(MirrortuneError):
 
 
 class NoRowsError(DataError):
-    """Data without a row to train on."""
+    """Data without rows to train on."""
 
 
 class ResourceError(MirrortuneError):
@@ -127,7 +127,7 @@ class HubError(MirrortuneError):
 class InterruptedRun(MirrortuneError):  # noqa: N818  (nothing went wrong)
     """A signal stopped the run after its checkpoint was written.
 
-    ``exit_code`` is 128 + the number of the signal, ``step`` the last optimizer step, where there are steps.
+    ``exit_code`` is 128 + the number of the signal, and ``step`` the last optimizer step, or None without steps.
     """
 
     def __init__(self, where: str, problem: str, *, signal_number: int, fix: str, step: int | None = None) -> None:
@@ -144,12 +144,12 @@ class PeerError(MirrortuneError):
 
 
 def not_as_meant(place: Path, problem: str) -> VerificationError:
-    """Return the error for output that failed its check when it was read back, and was therefore not written."""
+    """Return the error for an output that failed verification when it was read back and was therefore discarded."""
     return VerificationError(str(place), problem, fix="It was not written; please report this with the model's name")
 
 
 def raised_here(error: BaseException) -> bool:
-    """Return whether an exception was raised by a line of this package, not inside a library that it called."""
+    """Return whether an exception was raised by a line of this package, not in a library that it called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -157,8 +157,9 @@ def raised_here(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException | str, most: int = 300) -> str:
-    """Return the first line of an error without its full stop, at most ``most`` characters, or its class if it has no
-    text.
+    """Return the first line of an error's text without its full stop, cut to ``most`` characters.
+
+    Without a text, the name of the error's class is returned.
     """
     return str(error).strip().split("\n")[0].rstrip(".")[:most] or type(error).__name__
 
@@ -175,7 +176,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 
 def unknown_name(where: str, kind: str, name: str, candidates: Iterable[str]) -> ConfigError:
-    """Return the error for an unknown name: it suggests the nearest one and lists all."""
+    """Return the error for an unknown name, which suggests the nearest name and lists all names."""
     names = sorted(candidates)
     return ConfigError(where, f"unknown {kind} '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names))
 

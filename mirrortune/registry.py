@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A registry of named callables, whose keyword-only parameters are options of the recipe.
+"""Register callables by name; their keyword-only parameters become options of the recipe.
 
-This is the extension mechanism: ``@CORES.register("name")`` above a class or ``@PAIRINGS.register("name")`` above a
-function adds it to the schema of the recipe, to error messages and to the law tests. Imports nothing heavy.
+This is the extension mechanism: decorating a class with ``@CORES.register("name")`` or a function with
+``@PAIRINGS.register("name")`` adds it to the schema of the recipe, to error messages and to the law tests. Imports
+nothing heavy.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def task_kinds() -> list[str]:
-    """Return the names of the kinds of task, which are the modules of ``tasks/kinds``; imports none of them."""
+    """Return the names of the kinds of task, which are the modules of ``tasks/kinds``, without importing them."""
     return _module_names("mirrortune.tasks.kinds")
 
 
 def _module_names(package: str) -> list[str]:
-    """Return the names of a package's public modules, sorted, with hyphens as in recipes; imports none of them."""
+    """Return the sorted names of a package's public modules, with hyphens as in recipes, without importing them."""
     spec = importlib.util.find_spec(package)
     modules = pkgutil.iter_modules(spec.submodule_search_locations) if spec else ()
     return sorted(m.name.replace("_", "-") for m in modules if not m.name.startswith("_"))
 
 
 class Registry(Generic[T]):
-    """Named callables of one kind.
+    """A registry of callables of one kind.
 
     Args:
         kind: word for an item in messages, such as ``"pairing"``.
-        package: package that registers the items, imported at the first :meth:`get`. It has one module for each item,
-            named like it, so that names are known without importing. None where users import what registers.
+        package: package whose import registers the items, done at the first :meth:`get`. It has one module per item
+            with the name of the item, so that names are known without importing. None if callers import the items.
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
@@ -48,7 +49,7 @@ class Registry(Generic[T]):
         self._items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that registers its target under ``name``; a name may be used once."""
+        """Return a decorator that registers its target under ``name``, which must not be registered yet."""
         if name in self._items:
             raise ValueError(f"{self.kind} '{name}' is registered already")
 
@@ -59,7 +60,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str, where: str) -> T:
-        """Return the item called ``name``; raises ConfigError at ``where`` with the nearest name if there is none."""
+        """Return the item called ``name``; raise ConfigError at ``where`` with the nearest name if there is none."""
         if self.package:
             importlib.import_module(self.package)
         if name not in self._items:
@@ -67,7 +68,7 @@ class Registry(Generic[T]):
         return self._items[name]
 
     def names(self) -> list[str]:
-        """Return all names, sorted; imports nothing."""
+        """Return all names, sorted, without importing the items."""
         return sorted({*self._items, *(_module_names(self.package) if self.package else ())})
 
     def __iter__(self) -> Iterator[str]:
@@ -82,7 +83,8 @@ class Registry(Generic[T]):
         """Check the names and types of options of an item.
 
         Raises:
-            ConfigError: unknown options, with the nearest name, and values of another type; all at once.
+            ConfigError: options are unknown (the nearest name is suggested) or values have another type; all problems
+                are reported together.
         """
         hints = {key: parameter.annotation for key, parameter in self.options(name).items()}
         errors = option_errors(given, hints, owner=f"{self.kind} '{name}'", where=where)
@@ -91,7 +93,7 @@ class Registry(Generic[T]):
 
 
 def option_errors(given: Mapping[str, Any], hints: Mapping[str, Any], *, owner: str, where: str) -> list[ConfigError]:
-    """Return errors for the options ``given`` to ``owner``, which has those of ``hints`` (name -> type)."""
+    """Return errors for the options ``given`` to ``owner``, whose options and types are ``hints``."""
     errors = []
     for key, value in given.items():
         if key not in hints:
@@ -110,12 +112,12 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether ``value`` is of the type ``hint``; other hints than the plain ones, unions and Literal fit all."""
+    """Return whether ``value`` is of the type ``hint``; hints other than plain types, unions and Literal fit all."""
     if hint is NoneType or hint in (list, dict):
         return isinstance(value, hint)
     if get_origin(hint) in (list, dict):
         return isinstance(value, get_origin(hint))
-    if get_origin(hint) is tuple:  # of items of one type, a list in JSON and YAML
+    if get_origin(hint) is tuple:  # a homogeneous tuple, which is a list in JSON and YAML
         return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
     if get_origin(hint) is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
@@ -123,7 +125,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, choice) for choice in get_args(hint))
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
-    return hint not in _WORDS or type(value) is hint  # True does not count as an int
+    return hint not in _WORDS or type(value) is hint  # exact type, because True is an int
 
 
 def _describe(hint: Any) -> str:

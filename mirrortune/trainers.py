@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainer classes of transformers and TRL whose checkpoints hold the adapter and not the base."""
+"""Make Trainer classes of transformers and TRL whose checkpoints hold the adapter instead of the model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mirrortune.system.hub import local_adapter
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
-    """Return a Trainer class whose checkpoints hold the adapter of an attached model, in their folder ``adapter``.
+    """Return a Trainer class whose checkpoints hold the model's adapter in a subfolder ``adapter``.
 
-    It saves, resumes from and loads as the best model an adapter of a few kilobytes; everything else (optimizer,
-    schedule, random states) is the Trainer's own. The model given to it must be attached.
+    Saving, resuming and loading the best model then involve only an adapter of a few kilobytes; everything else
+    (optimizer, schedule, random states) is left to the Trainer. The model passed to it must have an adapter.
 
     Args:
         trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer``, or another subclass of the former.
@@ -26,7 +26,7 @@ def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
         >>> Trainer = mirrortune.adapter_trainer(transformers.Trainer)  # doctest: +SKIP
     """
 
-    class AdapterTrainer(trainer_class):  # type: ignore[misc]  # whatever class the caller gives
+    class AdapterTrainer(trainer_class):  # type: ignore[misc]  # a class chosen by the caller
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             if not self.args.should_save:
                 return
