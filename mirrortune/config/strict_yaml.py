@@ -34,7 +34,7 @@ class _Limits(Composer):
         self.num_nodes += 1
         if self.num_nodes > _MOST_NODES:
             raise ConfigError(self.source, f"more than {_MOST_NODES:,} values", fix="Shorten the file")
-        events: any = self  # a composer is mixed into a parser, which has the events
+        events: Any = self  # a composer is mixed into a parser, which has the events
         event = events.peek_event()
         anchor = getattr(event, "anchor", None)
         if anchor is not None:
