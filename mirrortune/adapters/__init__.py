@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: their mathematics, the layers they go into, and their files. Knows no task, data or command."""
+"""Implement adapters: their mathematics, the layers they change, and their files, independent of tasks and data."""
 
 __all__ = [
     "core",

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a core: the small trained matrix K (R, R) between the frozen factors, W' = W + U (K - diag(S)) Vh.
 
-A core is one class, registered under the name that ``--method`` takes. Its positional parameters are passed by name:
-``S`` (R,), and where it declares them ``pairs`` (T, 2), round after round for as many rounds as its option ``rounds``
-says, and ``shape`` (O, I). Its keyword-only parameters are its recipe options. A core computes *coefficients* from its
-parameters (a few small tensors, ordinary autograd) and defines how they act on z = Vh x. The layer's autograd function
-does the rest and saves z, never x.
+A core is a class, registered under the name that ``--method`` takes. Its positional parameters are ``S`` (R,) and, if
+it declares them, ``pairs`` (T, 2), the pairs of all ``rounds`` one round after the other, and ``shape`` (O, I). Its
+keyword-only parameters are its recipe options. A core computes *coefficients* (a few small tensors) from its parameters
+with ordinary autograd and defines how they act on z = Vh x. The layer's autograd function does the rest; it saves z for
+the backward pass instead of x.
 
 Shapes: N rows, R rank, T pairs, O out_features, I in_features.
 """
@@ -35,27 +35,28 @@ Coefficients = tuple[Tensor, ...]
 class Core(nn.Module, metaclass=abc.ABCMeta):
     """Base class of all cores.
 
-    Parameters are float32 and stay so when the model is cast to 16 bits: an angle of 1e-3 has two digits in bfloat16.
+    Parameters stay in float32 even if the model is cast to 16 bits, since bfloat16 has only two to three digits.
     """
 
     side: Literal["output", "input", "both"] = "both"
-    """Which singular vectors the core's effect depends on beyond their product with S: U, Vh, or both."""
+    """Which singular vectors the core's effect depends on apart from their product with S: U, Vh, or both."""
     branches: bool = False
-    """Whether control flow depends on the values of tensors, so that methods cannot be vectorised over cores."""
+    """Whether control flow depends on values of tensors, so that methods cannot be vectorised over cores."""
     default_lr: float = 3e-2
-    """Learning rate of the method that is this core alone; the default suits angles and relative scales."""
+    """Learning rate of the method that has the name of this core; the default suits angles and relative scales."""
     default_rank: int | Literal["full"] = "full"
-    """Number of leading directions kept by that method."""
+    """Number of leading directions that this method uses."""
     rank_option: str | None = None
-    """Option of that method that ``rank`` sets, where its papers use the word for something other than the number of
-    directions kept."""
+    """Option of this method that ``rank`` sets, if its paper calls something other than the number of directions the
+    rank."""
     default_pairing: str | None = None
-    """Pairing of that method, for a core that asks for ``pairs``."""
+    """Pairing of this method, for a core with a parameter ``pairs``."""
 
     @abc.abstractmethod
     def coefficients(self, *, delta: bool) -> Coefficients:
-        """Compute the tensors by which :meth:`mix` applies K, or K - diag(S) when ``delta`` (exactly zero for an
-        untrained core).
+        """Compute the tensors with which :meth:`mix` applies K or, if ``delta``, K - diag(S).
+
+        K - diag(S) is exactly zero for an untrained core.
         """
 
     @abc.abstractmethod
@@ -63,12 +64,12 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         """Return K z for every row of ``z`` (N, R), shape (N, R)."""
 
     def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
-        """Compute K z with other coefficients for each of some rows; shape (N, T, R).
+        """Compute K z with different coefficients for each of N rows, shape (N, T, R).
 
         Args:
-            z: (N, T, R), N rows of T positions.
-            dims: 0 for coefficients that have a leading dimension N, None for those that all rows share.
-            coefficients: as :meth:`coefficients` gives them for one core.
+            z: input of N rows with T positions, shape (N, T, R).
+            dims: for each coefficient, 0 if it has a leading dimension N, or None if all rows share it.
+            coefficients: coefficients as from :meth:`coefficients`.
         """
         mixed: Tensor = vmap(self.mix, in_dims=(0, *dims))(z, *coefficients)
         return mixed
@@ -76,7 +77,8 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """Compute the gradients of ``(grad * mix(z, *coefficients)).sum()`` for z and each coefficient.
 
-        This default recomputes ``mix`` under autograd, so that a new core needs no backward pass of its own.
+        The default implementation recomputes ``mix`` under autograd, so that a new core need not define a backward
+        pass.
         """
         with torch.enable_grad():
             inputs = [z.detach().requires_grad_()]
@@ -89,15 +91,15 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         return grad_z, tuple(grads[1:])
 
     def beside(self, project: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Return what the core adds to the layer's output outside the singular basis, (..., O), or None for nothing.
+        """Return the part of the core's output outside the singular basis, (..., O), or None if there is none.
 
         Args:
-            project: applies a matrix A (n, I) to the layer's input; returns (..., n).
+            project: applies a matrix A (n, I) to the layer's input and returns (..., n).
         """
         return None
 
     def beside_weight(self) -> Tensor | None:
-        """Return the weight (O, I) by which :meth:`beside` acts, or None."""
+        """Return the weight (O, I) that :meth:`beside` applies, or None."""
         return None
 
     def angles(self) -> Tensor | None:
@@ -105,9 +107,9 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         return None
 
     def forget_own_pairs(self) -> None:
-        """Stop relying on the pairs given at construction: :class:`CoreStack` calls this core with those of others.
+        """Stop relying on the pairs given at construction, because :class:`CoreStack` will pass those of other cores.
 
-        A core that takes a shortcut for certain pairs must not take it from now on.
+        A core with a shortcut for certain pairs must not use it afterwards.
         """
 
     @torch.no_grad()
@@ -133,18 +135,18 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
 
 
 def trained(S: Tensor, count: int) -> nn.Parameter:
-    """Return a parameter of ``count`` zeros in the dtype and on the device of ``S``; an empty one requires no gradient.
+    """Return a parameter of ``count`` zeros in the dtype and on the device of ``S``.
 
-    (DistributedDataParallel waits for the gradient of every parameter that requires one, even of an empty one.)
+    An empty parameter does not require a gradient, for which DistributedDataParallel would otherwise wait.
     """
     return nn.Parameter(S.new_zeros(count), requires_grad=count > 0)
 
 
 def checked_top_k(top_k: Any, rank: int, where: str) -> int:
-    """Return the number of leading directions that ``top_k`` (a number, or ``"all"``) selects.
+    """Return the number of leading directions that ``top_k`` (a number or ``"all"``) selects.
 
     Raises:
-        ConfigError: at ``where``, for anything else.
+        ConfigError: ``top_k`` is neither; the error names ``where``.
     """
     if top_k == "all":
         return rank
@@ -159,10 +161,10 @@ def zero_padded(values: Tensor, rank: int) -> Tensor:
 
 
 def plane_strengths(S: Tensor) -> Tensor:
-    """Compute the strength of the plane of each pair of directions, sqrt((S_i^2 + S_j^2) / 2), shape (..., R, R).
+    """Compute the strength sqrt((S_i^2 + S_j^2) / 2) of the plane of each pair of directions, shape (..., R, R).
 
-    For small angles, sqrt(2) times this is the Frobenius norm by which rotating the plane moves the weight, per radian.
-    Two directions of equal strength span a plane of that strength.
+    Rotating the plane by a small angle changes the weight by sqrt(2) times its strength per radian, in Frobenius norm.
+    The plane of two directions of equal strength has this strength.
 
     Args:
         S: singular values (..., R).
@@ -172,15 +174,15 @@ def plane_strengths(S: Tensor) -> Tensor:
 
 
 def even_steps(strength: Tensor, S: Tensor, *, largest: float = 10.0) -> Tensor:
-    """Compute factors by which parameters of different ``strength`` move the weight equally: rms(S) / strength.
+    """Compute factors rms(S) / strength, with which steps of all parameters change the weight by the same amount.
 
-    Directions of a strength near zero get at most ``largest`` times the step of an average one: an angle has no use for
-    more than half a turn, and next to nothing is lost there.
+    Factors are bounded for directions of strength near zero, where larger steps would gain next to nothing and could
+    turn an angle by more than half a turn.
 
     Args:
-        strength: of each parameter, (..., n) or (..., R, R) beside S (..., R).
-        S: singular values (..., R).
-        largest: bound of the factors.
+        strength: strength of each parameter, shape (..., n) or (..., R, R).
+        S: singular values, shape (..., R).
+        largest: upper bound of the factors.
     """
     average = S.square().mean(dim=-1).sqrt()
     average = average.reshape(*average.shape, *[1] * (strength.ndim - average.ndim))
@@ -192,7 +194,7 @@ class CoreStack(Core):
     """E cores of the same class and options with stacked parameters: a parameter (n,) of one core is (E, n) here.
 
     Every method takes and returns tensors with a leading dimension E. The methods of a single core are vectorised over
-    all of them (or called one after another for a core that ``branches``), so a core needs no code for stacks.
+    the stack, or called one after another for a core that ``branches``, so a core needs no code for stacks.
 
     Args:
         cores: E untrained cores.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes of an adapter's effect on a weight: a few numbers that identify W' - W, however it is represented.
+"""Probe an adapter's effect on a weight: compute a few numbers that identify W' - W, however it is represented.
 
-Gaussian bilinear probes p_k^T (W' - W) x_k: for any error E of the change their errors are p_k^T E x_k, of mean square
-||E||_F^2, so that sixteen of them measure the size of E. They are computed from factors and core alone and compared
-when an adapter is loaded, which detects another basis, other pairs, or a core that changed its meaning.
+The probes are bilinear forms p_k^T (W' - W) x_k with Gaussian p_k and x_k. If the change has an error E, the probes
+have errors p_k^T E x_k, whose mean square is ||E||_F^2, so sixteen probes measure the size of E. They are computed from
+factors and core alone and compared when an adapter is loaded, which detects another basis, other pairs, or a core whose
+definition has changed.
 
 Shapes: O out_features, I in_features, R rank, E matrices of a stack.
 """
@@ -21,22 +22,22 @@ from mirrortune.adapters.cores import Core
 from mirrortune.adapters.svd import Factors
 
 NUM_PROBES = 16
-# Relative to the norm of the change. The documented bound is 1e-4 (1e-6 for stored factors); a larger error would have
-# to be small in all sixteen probes at once to pass. Sums in float32 differ between machines by about 1e-7.
+# Relative to the norm of the change. The documented bound is 1e-4 (1e-6 for stored factors); to pass, a larger error
+# would have to be small in all sixteen probes at once. Sums in float32 differ between machines by about 1e-7.
 EFFECT_TOLERANCE = 2e-5
 EXACT_EFFECT_TOLERANCE = 5e-7
-_FEW = 256  # directions, for which float64 costs nothing
+_FEW = 256  # directions; for so few, computing in float64 costs nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """Products of a layer's factors with the probes, float64 on the CPU: all that :func:`effect` needs of a basis.
+    """The products of a layer's factors with the probes, in float64 on the CPU; :func:`effect` needs nothing else.
 
     Attributes:
-        left: p_k^T U, (16, R) or (E, 16, R).
-        right: x_k^T Vh^T, of the same shape.
-        shape: (O, I) of each matrix.
-        dtype: of the probes before they were multiplied.
+        left: p_k^T U, shape (16, R) or (E, 16, R).
+        right: x_k^T Vh^T, same shape.
+        shape: shape of each matrix, (O, I).
+        dtype: dtype of the probes in the products.
     """
 
     left: Tensor
@@ -46,18 +47,21 @@ class Probed:
 
 
 def effect(factors: Factors, core: Core) -> Tensor:
-    """The probes of U (K - diag(S)) Vh and what the core adds beside it, shape (E, 16), E = 1 for one matrix; float64.
+    """Compute the probes of a layer's change U (K - diag(S)) Vh, including the part outside the singular basis.
 
     Args:
-        factors: as the layer holds them; products with many of them are made in float32, the rest in float64.
-        core: the layer's core.
+        factors: factors as the layer holds them; products with many directions are computed in float32.
+        core: core of the layer.
+
+    Returns:
+        The probes in float64, shape (E, 16), with E = 1 for a single matrix.
     """
     return effect_of(probed(factors), core.in_float64())
 
 
 @torch.no_grad()
 def probed(factors: Factors) -> Probed:
-    """Compute the products of ``factors`` with the probes, the same for every core between them."""
+    """Compute the products of ``factors`` with the probes, which do not depend on the core."""
     if factors.rank <= _FEW:
         factors = factors.to(device=torch.device("cpu"), dtype=torch.float64)
     dtype = torch.promote_types(factors.U.dtype, torch.float32)
@@ -72,8 +76,8 @@ def effect_of(products: Probed, exact: Core) -> Tensor:
     """Compute the probes of a core's effect, (E, 16), from the products of its factors.
 
     Args:
-        products: of the factors.
-        exact: the core in float64 on the CPU.
+        products: products of the factors with the probes.
+        exact: core in float64 on the CPU.
     """
     mixed = exact.mix(products.right, *exact.coefficients(delta=True))
     found = (products.left * mixed).sum(dim=-1)
@@ -85,9 +89,9 @@ def effect_of(products: Probed, exact: Core) -> Tensor:
 
 
 def effect_error(found: Tensor, expected: Tensor) -> float:
-    """Return the distance of two effects (E, 16) relative to ``expected``, the largest over the matrices of a stack.
+    """Return the distance of two effects (E, 16) relative to ``expected``, maximised over the matrices of a stack.
 
-    0 if both are zero; infinite if only ``expected`` is, or if either is not finite.
+    The result is 0 if both are zero, and infinite if only ``expected`` is zero or if either is not finite.
     """
     found, expected = found.double(), expected.double()
     difference, size = (found - expected).norm(dim=-1), expected.norm(dim=-1)
@@ -98,5 +102,5 @@ def effect_error(found: Tensor, expected: Tensor) -> float:
 
 @functools.lru_cache(maxsize=32)
 def _probes(size: int, side: int) -> Tensor:
-    # NumPy's legacy generator is frozen by its maintainers: the same probes in every version.
+    # NumPy guarantees that its legacy generator never changes, so probes are the same in every version.
     return torch.from_numpy(np.random.RandomState(side).standard_normal((NUM_PROBES, size)))

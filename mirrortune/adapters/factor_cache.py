@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache of factors on disk, addressed by the content of the weight: a second run on a model factors nothing.
+"""Cache factors on disk by the content of the weight, so that a second run on a model computes no decomposition.
 
-One file per (weight bytes, dtype, rank, algorithm version), shared by all runs, recipes and models with that weight. U
-and Vh are stored in float32 (the precision in which cores are trained; float64 for float64 weights), S in float64.
+There is one file per combination of weight bytes, dtype, rank and algorithm version, shared by all runs, recipes and
+models with that weight. U and Vh are stored in float32, the precision in which cores are trained (or in float64 for
+float64 weights), and S in float64.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from mirrortune.adapters.svd import FACTORIZE_VERSION, Factors, are_leading_trip
 from mirrortune.system.atomic import alone_with, write_atomically
 from mirrortune.system.paths import cache_folder, is_safe_entry
 
-# Matrices whose smaller side is below this are factored on their own device: a GPU gains nothing.
+# Matrices whose smaller side is below this are factorised on their own device, since a GPU gains nothing.
 _SMALLEST_SIDE = 1024
-# Bytes for matrices that are factored in parallel, and the number of copies of a matrix that LAPACK needs in float64.
+# Bytes for matrices that are factorised in parallel, and number of float64 copies of a matrix that LAPACK needs.
 _MEMORY, _COPIES = 1 << 30, 6
 
 
@@ -39,11 +40,13 @@ class FactorCache:
     """A cached source of factors, for :func:`mirrortune.adapters.inject.attach`.
 
     Attributes:
-        on_layer: called with the layer's name after each matrix, for progress.
-        on_remark: called with a line for every matrix that needed another algorithm; None leaves it to warnings.
-        hits, misses: number of matrices read and factored.
+        on_layer: called with the name of the layer after each matrix, to show progress.
+        on_remark: called with a line for every matrix that needed a fallback algorithm; None to issue warnings.
+        hits: number of matrices read from the cache.
+        misses: number of matrices factorised.
         seconds: time spent on both.
-        device: for large matrices, such as a GPU (``devices.factorising_device``); None for that of the weight.
+        folder: folder of the cache.
+        device: device for large matrices, such as a GPU (``devices.factorising_device``); None for that of the weight.
     """
 
     on_layer: Callable[[str], None] | None = None
@@ -57,14 +60,14 @@ class FactorCache:
     _computing: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, name: str, weight: Tensor, rank: int) -> Factors:
-        """Return the factors of ``weight`` (O, I) with ``rank`` directions: S exact, U and Vh as stored, float64."""
+        """Return ``rank`` directions of the factors of ``weight`` (O, I), in float64 but U and Vh rounded as stored."""
         started = time.perf_counter()
         key, path = self._place(weight, rank)
         before, factors = self.misses, self._read(path, key, weight)
         if factors is None:
             if self.on_remark is not None and not is_safe_entry(path):
                 self.on_remark(f"{path} is not used: it is a link, or another user's that others may write")
-            with alone_with(path), self._reporting():  # another process may be computing them
+            with alone_with(path), self._reporting():  # another process may be computing the same factors
                 factors = self._read(path, key, weight) or self._make(name, weight, rank, key, path)
         self.hits += self.misses == before
         self.seconds += time.perf_counter() - started
@@ -81,18 +84,18 @@ class FactorCache:
         largest: int = 0,
         room: int = _MEMORY,
     ) -> None:
-        """Factor the missing ``layers`` (name, matrix, rank) together with the other processes of a run.
+        """Factorise missing ``layers``, given as (name, matrix, rank), together with the other processes of a run.
 
-        Each process starts at another layer and skips those that another one is computing. These may be missing at the
-        end; :meth:`__call__` waits for them. Matrices are factored in parallel, as far as cores and memory allow:
-        LAPACK's own threads gain little from a second core (``tests/bench/factorise.py``).
+        Each process starts at a different layer and skips layers that another process is computing. These may still be
+        missing at the end; :meth:`__call__` waits for them. Matrices are factorised in parallel as far as cores and
+        memory allow, since LAPACK's threads gain little from a second core (``tests/bench/factorise.py``).
 
         Args:
-            layers: the same on every process.
-            index: of this process.
-            count: of processes.
-            largest: numbers in the largest matrix, if known.
-            room: bytes for matrices in parallel; one at a time is always allowed.
+            layers: layers, the same on every process.
+            index: index of this process.
+            count: number of processes.
+            largest: number of elements of the largest matrix, if known.
+            room: memory in bytes for matrices in parallel; one matrix at a time is always allowed.
         """
         begin = index * len(layers) // count
         started = time.perf_counter()
@@ -107,12 +110,12 @@ class FactorCache:
         self.seconds += time.perf_counter() - started
 
     def _read(self, path: Path, key: str, weight: Tensor) -> Factors | None:
-        """Return the cached factors; None if there are none that belong to ``weight``."""
+        """Return the cached factors of ``weight``, or None if there are none."""
         found = _read(path, key) if is_safe_entry(path) else None
         return found if found is not None and are_leading_triplets(found, weight) else None
 
     def _fill(self, layer: tuple[str, Callable[[], Tensor], int]) -> str:
-        """Make one entry if it is missing and no other process is making it; return the layer's name."""
+        """Create an entry if it is missing and no other process is creating it; return the name of the layer."""
         name, matrix, rank = layer
         weight = matrix()
         key, path = self._place(weight, rank)
@@ -134,7 +137,7 @@ class FactorCache:
 
     @contextmanager
     def _place_to_compute(self, weight: Tensor) -> Iterator[torch.device | None]:
-        """Reserve the device for one weight; None for small ones, and where memory is short."""
+        """Reserve the device for one weight; yield None for a small weight or if memory is short."""
         device = self.device
         if device is None or device == weight.device or min(weight.shape[-2:]) < _SMALLEST_SIDE:
             yield None
@@ -158,14 +161,14 @@ class FactorCache:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def _place(self, weight: Tensor, rank: int) -> tuple[str, Path]:
-        """Return key and file of an entry."""
+        """Return the key and the file of an entry."""
         key = hashlib.sha256(f"{weight_digest(weight)}:{rank}:{FACTORIZE_VERSION}".encode()).hexdigest()
         return key, self.folder / key[:2] / f"{key}.safetensors"
 
 
 @contextmanager
 def _divided_cores(most: int) -> Iterator[int]:
-    """Return the number of worker threads, at most ``most``, and divide the cores among them for torch."""
+    """Yield the number of worker threads, at most ``most``, among which torch's cores are divided during the block."""
     cores = torch.get_num_threads()
     workers = max(1, min(cores, most))
     torch.set_num_threads(cores // workers)
@@ -181,7 +184,7 @@ def _rounded(factors: Factors, weight: Tensor) -> Factors:
 
 
 def _read(path: Path, key: str) -> Factors | None:
-    """Return the factors in a file; None if it is absent, damaged (a crash can leave zeros) or another entry."""
+    """Return the factors in a file, or None if it is missing, damaged (a crash can leave zeros) or another entry."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

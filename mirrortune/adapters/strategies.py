@@ -16,9 +16,9 @@ from mirrortune.adapters.kinds import Kind, Linear, TransposedLinear
 Strategy = Literal["branch", "factored", "dense"]
 
 _LINEAR = Linear()
-# The cost of everything that is no product, in products: passes over W' (adding, casting, its gradient) per entry, and
-# passes over a core's input per number of N R. Fitted to timings on one core of a CPU (python -m
-# tests.bench.strategies), where the resulting choice takes 1.02 times as long as the best on average, and 1.23 at most.
+# The cost of everything other than matrix products, in multiplications: of passes over W' (adding, casting, its
+# gradient) per entry, and of passes over a core's input per element of N R. Fitted to timings on a CPU (python -m
+# tests.bench.strategies), where the resulting choice takes 1.02 times as long as the best on average, and at most 1.53.
 _PASSES, _MIXING = 256, 600
 # Products of the layer itself, N O I, above which the number of rows is considered: below, a step takes a millisecond
 # or two with any strategy.

@@ -26,31 +26,32 @@ from mirrortune.errors import ConfigError
 
 @CORES.register("givens")
 class Givens(Core):
-    """Rotation by plane rotations, K = R(theta) diag(S) on the output side, diag(S) R(theta) on the input side.
+    """Plane rotations: K = R(theta) diag(S) on the output side, K = diag(S) R(theta) on the input side.
 
-    R = R_n ... R_1, n = ``rounds``, each round made of non-overlapping plane rotations: R_ii = R_jj = cos, R_ij = -sin,
-    R_ji = sin for each of its pairs i < j; unpaired axes stay. theta = 0 at the start. Trained numbers: one angle per
-    pair, P = floor(R / 2) a round (fewer where the pairing pairs fewer), plus k for ``scale_top_k``, which puts
-    S (1 + lambda) in place of S for the k leading directions.
+    R = R_n ... R_1 with n = ``rounds``. Each round consists of disjoint plane rotations: R_ii = R_jj = cos(theta),
+    R_ij = -sin(theta), R_ji = sin(theta) for each of its pairs i < j; unpaired axes are fixed. Initially theta = 0. The
+    trained parameters are one angle per pair, P = floor(R / 2) per round (fewer if the pairing leaves directions
+    unpaired), and k scales for ``scale_top_k``, which replaces S by S (1 + lambda) in the k leading directions.
 
-    At full rank the output side satisfies W' = (U R U^T) W: every singular value and the whole input-side geometry
-    (W'^T W' = W^T W) are kept, unless ``scale_top_k`` changes the singular values.
+    At full rank, the output side satisfies W' = (U R U^T) W: all singular values and the input-side geometry
+    (W'^T W' = W^T W) are preserved, unless ``scale_top_k`` changes the singular values.
 
-    One round reaches a torus of P dimensions inside the rotation group SO(R), which has R (R - 1) / 2. Rounds that
-    contain every pair of directions once (R - 1 rounds of mirror pairs, R for odd R) have as many angles as the group
-    has dimensions, and their derivatives at theta = 0 span its Lie algebra, so that they reach every rotation near the
-    identity; SO(R) is compact and connected, so that finitely many such cycles reach every rotation.
+    One round reaches a torus of P dimensions in the rotation group SO(R), which has R (R - 1) / 2 dimensions. Rounds
+    that contain every pair of directions once (R - 1 rounds of mirror pairs, or R for odd R) have as many angles as the
+    group has dimensions. Their derivatives at theta = 0 span its Lie algebra, so they reach every rotation near the
+    identity; since SO(R) is compact and connected, finitely many such cycles reach every rotation.
 
-    ``unit`` is the unit of the trained numbers. ``angle``: radians, and scales relative to their singular value.
-    ``movement``: each number is multiplied so that a step moves the weight as far as it would in a plane, or a
-    direction, of the layer's root mean square strength (:func:`~mirrortune.adapters.core.even_steps`). An optimizer
-    that makes equal steps in all parameters, as Adam does, otherwise moves the weight by sqrt(S_i^2 + S_j^2) per angle
-    and S_i per scale: far in the strong directions and hardly in the weak ones. Both units reach the same weights.
+    ``unit`` is the unit of the trained parameters. With ``angle``, angles are in radians and scales relative to their
+    singular value. An optimizer that makes equal steps in all parameters, like Adam, then moves the weight by
+    sqrt(S_i^2 + S_j^2) per angle and S_i per scale: far in strong directions and hardly at all in weak ones. With
+    ``movement``, parameters are multiplied by factors such that every step moves the weight as far as in a plane or
+    direction of the layer's root mean square strength (:func:`~mirrortune.adapters.core.even_steps`). Both units reach
+    the same weights.
 
-    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), one round. It states neither
-    where diag(S) goes nor the initial angles; R between U and diag(S) is the one place where axes are ordered by
+    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), with one round. It specifies
+    neither the position of diag(S) nor the initial angles; only between U and diag(S) are the axes of R ordered by
     strength. Several rounds and the unit ``movement`` are additions of mirrortune. The scale is the rescaling half of
-    SpecLoRA (arXiv 2505.23099), composed with the rotation here.
+    SpecLoRA (arXiv 2505.23099), combined with the rotation here.
     """
 
     S: Tensor
@@ -85,7 +86,7 @@ class Givens(Core):
         found = split_rounds(pairs)
         _check_pairs(pairs, len(found), rank, rounds)
         partner = torch.arange(rank).repeat(len(found), 1)
-        # The extra plane at the end is the zero angle of unpaired axes.
+        # Index of the extra plane at the end, which has angle zero, for unpaired axes.
         plane = torch.full((len(found), rank), pairs.shape[0])
         sign = torch.zeros(len(found), rank)
         done = 0
@@ -95,7 +96,7 @@ class Givens(Core):
             plane[index, lower] = plane[index, upper] = torch.arange(done, done + len(own))
             sign[index, lower], sign[index, upper] = -1.0, 1.0
             done += len(own)
-        # Mirror pairs are the reversed order, and reversing is several times as fast as gathering.
+        # Mirror pairs reverse the order of directions, and reversing is several times faster than gathering.
         self._reverses = tuple(torch.equal(own, torch.arange(rank).flip(0)) for own in partner)
         buffers = {"S": S, "pairs": pairs, "partner": partner, "plane": plane, "sign": sign}
         buffers |= _steps(S, pairs.to(S.device), num_scales, unit)
@@ -107,8 +108,8 @@ class Givens(Core):
     def coefficients(self, *, delta: bool) -> Coefficients:
         """Return (a, b, partner), each (n, R): (K z)_i = a_i z_i + b_i z_partner(i), applied n times, round 1 first.
 
-        diag(S) is a factor of the first round on the output side and of the last on the input side. When ``delta``, a
-        single round has a - S in place of a; several rounds have S as a fourth coefficient, subtracted at the end.
+        diag(S) is part of the first round on the output side and of the last round on the input side. If ``delta``, a
+        single round has a - S instead of a; several rounds have S as a fourth coefficient, subtracted at the end.
         """
         angle = torch.cat([self.angles(), self.theta.new_zeros(1)])[self.plane] * self.sign
         scaled = self.S
@@ -116,7 +117,7 @@ class Givens(Core):
             scaled = self.S * (1 + zero_padded(self.scale * self.scale_step, self.S.shape[0]))
         is_exact = delta and len(angle) == 1
         if is_exact:
-            # cos - 1 = -2 sin^2(angle / 2) without cancellation, so small angles keep all their digits.
+            # cos - 1 = -2 sin^2(angle / 2) avoids cancellation, so small angles keep all their digits.
             own = -2 * torch.sin(angle / 2).square() * scaled + (scaled - self.S)
         else:
             own = torch.cos(angle) * self._in_its_round(scaled)
@@ -130,19 +131,19 @@ class Givens(Core):
 
     @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        """Apply K by one exchange of partners and two products per round."""
+        """Apply K with one exchange of partners and two element-wise products per round."""
         own, cross, partner, *start = coefficients
         turned = z
         for t, (a, b) in enumerate(zip(own, cross, strict=True)):
             turned = a * turned + b * self._swapped(turned, partner, t)
-        # This cancels, but to no more than the rounding of the frozen layer's own output, to which it is added.
+        # The cancellation error is no larger than the rounding of the frozen layer's output, to which this is added.
         return turned - start[0] * z if start else turned
 
     @override
     def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
-        # Without vmap, which costs more than the products of a few positions.
+        # Avoids vmap, whose overhead exceeds the cost of the products for a few positions.
         own, cross, *rest = coefficients
-        if any(dim is not None for dim in dims[2:]):  # pairs of their own
+        if any(dim is not None for dim in dims[2:]):  # pairs differ by row
             return super().mix_rows(z, dims, *coefficients)
         # (n, N, 1, R): rounds first, as mix takes them.
         turns = [c if d is None else c.movedim(0, 1)[:, :, None] for c, d in zip((own, cross), dims[:2], strict=True)]
@@ -150,10 +151,10 @@ class Givens(Core):
 
     @override
     def mix_backward(self, z: Tensor, grad: Tensor, *coefficients: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Compute the gradients from z alone: the input of each round is recovered by inverting the round.
+        """Compute the gradients from z alone, recovering the input of each round by inverting the round.
 
-        Uses that ``partner`` is its own inverse, and that every round but the one that holds diag(S) is orthogonal, so
-        that its inverse has -b in place of b. The exception is the first round, whose input is z, or the last, whose
+        ``partner`` is its own inverse, and every round except the one with diag(S) is orthogonal, so its inverse has -b
+        instead of b. The round with diag(S) need not be inverted: it is the first, whose input is z, or the last, whose
         output is not needed.
         """
         own, cross, partner, *start = coefficients
@@ -162,7 +163,7 @@ class Givens(Core):
             entering = a * entering + b * self._swapped(entering, partner, t)
         grad_z, grad_own, grad_cross = grad, [], []
         for t in reversed(range(len(own))):
-            # Not einsum: it makes R products of length N of these column sums and takes a third of a CPU step for it.
+            # Not einsum, which computes these column sums as R products of length N and takes a third of a CPU step.
             grad_own.append((grad_z * entering).sum(dim=0))
             grad_cross.append((grad_z * self._swapped(entering, partner, t)).sum(dim=0))
             grad_z = own[t] * grad_z + self._swapped(cross[t] * grad_z, partner, t)
@@ -186,13 +187,13 @@ class Givens(Core):
         return z.flip(-1) if self._reverses[t] else z.index_select(-1, partner[t])
 
     def _in_its_round(self, scaled: Tensor) -> Tensor:
-        """Return ``scaled`` (R,) as the factor of the round that holds diag(S), ones for the others; (n, R)."""
+        """Return ``scaled`` (R,) as the factor of the round with diag(S), and ones for the other rounds, (n, R)."""
         others = scaled.new_ones(len(self.partner) - 1, len(scaled))
         return torch.cat([scaled[None], others] if self.side == "output" else [others, scaled[None]])
 
 
 def _steps(S: Tensor, pairs: Tensor, num_scales: int, unit: str) -> dict[str, Tensor]:
-    """Return the radians per unit of theta, and the share of the singular value per unit of scale."""
+    """Return the radians per unit of theta, and the relative change of the singular value per unit of scale."""
     if unit == "angle":
         return {"theta_step": S.new_ones(len(pairs)), "scale_step": S.new_ones(num_scales)}
     of_plane = plane_strengths(S)[pairs[:, 0], pairs[:, 1]]
