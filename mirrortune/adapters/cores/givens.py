@@ -135,7 +135,7 @@ class Givens(Core):
         own, cross, partner, *start = coefficients
         turned = z
         for t, (a, b) in enumerate(zip(own, cross, strict=True)):
-            turned = a * turned + b * self._swapped(turned, partner, t)
+            turned = self._turned(turned, a, b, partner, t)
         # The cancellation error is no larger than the rounding of the frozen layer's output, to which this is added.
         return turned - start[0] * z if start else turned
 
@@ -160,13 +160,18 @@ class Givens(Core):
         own, cross, partner, *start = coefficients
         entering = z
         for t, (a, b) in enumerate(zip(own[:-1], cross[:-1], strict=True)):
-            entering = a * entering + b * self._swapped(entering, partner, t)
+            entering = self._turned(entering, a, b, partner, t)
         grad_z, grad_own, grad_cross = grad, [], []
         for t in reversed(range(len(own))):
+            across = self._swapped(grad_z, partner, t)
             # Not einsum, which computes these column sums as R products of length N and takes a third of a CPU step.
-            grad_own.append((grad_z * entering).sum(dim=0))
-            grad_cross.append((grad_z * self._swapped(entering, partner, t)).sum(dim=0))
-            grad_z = own[t] * grad_z + self._swapped(cross[t] * grad_z, partner, t)
+            product = grad_z * entering
+            grad_own.append(product.sum(dim=0))
+            torch.mul(across, entering, out=product)
+            grad_cross.append(self._swapped(product.sum(dim=0), partner, t))
+            across *= self._swapped(cross[t], partner, t)
+            grad_z = torch.mul(own[t], grad_z, out=product)
+            grad_z += across
             if t > 1:
                 back = self._swapped(entering, partner, t - 1)
                 entering = own[t - 1] * entering - cross[t - 1] * back
@@ -181,6 +186,17 @@ class Givens(Core):
     @override
     def forget_own_pairs(self) -> None:
         self._reverses = (False,) * len(self._reverses)
+
+    def _turned(self, z: Tensor, a: Tensor, b: Tensor, partner: Tensor, t: int) -> Tensor:
+        """Return round ``t`` of ``z`` (..., R), a z_i + b z_partner(i).
+
+        In place where it can be: on a CPU, getting new memory for (N, R) numbers takes longer than multiplying them.
+        """
+        across = self._swapped(z, partner, t)  # a copy
+        across *= b
+        turned = a * z
+        turned += across
+        return turned
 
     def _swapped(self, z: Tensor, partner: Tensor, t: int) -> Tensor:
         """Return ``z`` (..., R) with the partners of round ``t`` exchanged."""
