@@ -59,6 +59,15 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         K - diag(S) is exactly zero for an untrained core.
         """
 
+    def relative_coefficients(self, side: Literal["output", "input"]) -> Coefficients | None:
+        """Compute the tensors by which :meth:`mix` applies (K - diag(S)) diag(S)^-1 for the output side, or
+        diag(S)^-1 (K - diag(S)) for the input side; None if the core does not provide them.
+
+        With these M, W' = (1 + U M U^T) W, or W (1 + V M V^T): the layer changes the output or the input of the frozen
+        weight, and needs one of the two factors.
+        """
+        return None
+
     @abc.abstractmethod
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         """Return K z for every row of ``z`` (N, R), shape (N, R)."""

@@ -9,6 +9,7 @@ frozen, so the core's gradient needs only z and U^T dy.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,9 @@ def delta_weight(factors: Factors, core: Core) -> Tensor:
 
 
 _LINEAR = Linear()
+_EXACT = (torch.float32, torch.float64)
+# Of singular values between which a core may act on one side of the weight: at most five bits are lost.
+_LARGEST_RATIO = 32
 
 
 class SpectralLinear(Spectral):
@@ -134,6 +138,7 @@ class SpectralLinear(Spectral):
                 allowed="branch",
                 fix="Use --rank full or adapter.strategy=branch",
             )
+        self.cheaper_side = self._find_cheaper_side(weight) if self.strategy == "branch" else None
         if self.strategy == "factored":
             # The factors replace the weight, which then need not follow the model to its device.
             del base_layer.weight
@@ -165,14 +170,20 @@ class SpectralLinear(Spectral):
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted layer's output for an input of the base layer; (..., O) for x (..., I) of a linear one."""
         is_branch = self.strategy == "branch"
-        coefficients = self.core.coefficients(delta=is_branch)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.U.dtype
         given = x.to(dtype) if x.is_floating_point() else x
         U, Vh, base = self.U.to(dtype), self.Vh.to(dtype), self.base_layer
         is_fused = is_branch and self._adds_in_place(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            if is_fused:
+        side = self.cheaper_side if is_fused and dtype in _EXACT else None
+        if side == "input" and torch.is_grad_enabled() and not x.requires_grad:
+            side = None  # it would compute the input's gradient to find the core's
+        relative = self.core.relative_coefficients(side) if side else None
+        coefficients = relative or self.core.coefficients(delta=is_branch)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            if side and relative:
+                product = one_sided_product(given, base, U if side == "output" else Vh, side, self.core, coefficients)
+            elif is_fused:
                 product = added_product(given, base, U, Vh, self.core, coefficients)
             else:
                 bias = None if is_branch or self.bias is None else self.bias.to(dtype)
@@ -185,15 +196,38 @@ class SpectralLinear(Spectral):
         output = self.kind.output(base, product)
         return base(x) + output if is_branch else output
 
+    @torch.no_grad()
+    def _find_cheaper_side(self, weight: Tensor) -> Literal["output", "input"] | None:
+        """Return the side with fewer features, where acting on that side alone gives the same to rounding; else None.
+
+        That takes factors of this very weight, not approximate ones, and singular values of similar size: relative to
+        weak directions, strong ones would be amplified.
+        """
+        S = self.core.get_buffer("S")
+        is_plain = type(self.kind) is Linear and weight.dtype in _EXACT and weight.shape == self.layout.matrix_shape
+        if not is_plain or weight.is_meta or S.is_meta or self.out_features == self.in_features:
+            return None
+        side: Literal["output", "input"] = "output" if self.out_features < self.in_features else "input"
+        if S.min() * _LARGEST_RATIO <= S.max() or self.core.relative_coefficients(side) is None:
+            return None
+        probes = torch.randn(self.rank, 8, generator=torch.Generator().manual_seed(0)).to(weight)
+        scaled = S.to(weight)[:, None] * probes
+        if side == "output":
+            difference = weight.mT @ (self.U @ probes) - self.Vh.mT @ scaled
+        else:
+            difference = weight @ (self.Vh.mT @ probes) - self.U @ scaled
+        allowed = 64 * torch.finfo(weight.dtype).eps * float(S.max()) * float(probes.norm())
+        return side if float(difference.norm()) <= allowed else None
+
     def _adds_in_place(self, dtype: torch.dtype) -> bool:
         """Whether the base layer is exactly y = W x + b in ``dtype``, so that the adapter can accumulate into y."""
         base = self.base_layer
+        if type(self.kind) is not Linear or not self.kind.is_callable(base) or torch.compiler.is_compiling():
+            return False
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)  # noqa: SLF001
-        is_plain = type(self.kind) is Linear and self.kind.is_callable(base) and not any(hooks)
-        is_frozen = not any(p.requires_grad for p in base.parameters())  # a caller may train its bias
-        return (
-            is_plain and is_frozen and base.get_parameter("weight").dtype == dtype and not torch.compiler.is_compiling()
-        )
+        weight, bias = base.weight, base.bias
+        is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)  # a caller may train its bias
+        return is_frozen and not any(hooks) and weight.dtype == dtype
 
     def adapted_weight(self) -> Tensor:
         """Compute W' in the layout and dtype of the base layer's weight, on the factors' device; differentiable."""
@@ -313,8 +347,7 @@ def spectral_product(
     if torch.compiler.is_compiling():
         # A compiler decides by itself what to save, and cannot look into a custom backward pass.
         z = kind.project(base, x, Vh)
-        mixed = core.mix(z.reshape(-1, z.shape[-1]).to(_mixing_dtype(z)), *matched(coefficients, z.dtype))
-        return F.linear(mixed.to(z.dtype), U, bias).reshape(*z.shape[:-1], -1)
+        return F.linear(_mixed(z.reshape(-1, z.shape[-1]), core, coefficients), U, bias).reshape(*z.shape[:-1], -1)
     product: Tensor = _SpectralProduct.apply(x, U, Vh, bias, kind, base, core, *coefficients)  # type: ignore[no-untyped-call]
     return product
 
@@ -329,6 +362,18 @@ def added_product(x: Tensor, base: nn.Module, U: Tensor, Vh: Tensor, core: Core,
     return added
 
 
+def one_sided_product(
+    x: Tensor, base: nn.Module, basis: Tensor, side: Literal["output", "input"], core: Core, coefficients: Coefficients
+) -> Tensor:
+    """Return (1 + U M U^T) W x + b, or W (1 + V M V^T) x + b, shape (..., O), for a frozen ``nn.Linear``.
+
+    M z is ``core.mix`` with its relative coefficients. Where O and I differ, both products with the factor of the
+    smaller side take less than one with that of the larger.
+    """
+    changed: Tensor = _OneSidedProduct.apply(x, base.weight, base.bias, basis, side, core, *coefficients)  # type: ignore[no-untyped-call]
+    return changed
+
+
 class _SpectralProduct(torch.autograd.Function):
     """x -> U mix(Vh x), with gradients for x, a bias and the core's coefficients; U and Vh are constants."""
 
@@ -341,9 +386,8 @@ class _SpectralProduct(torch.autograd.Function):
         z = projected.reshape(-1, projected.shape[-1])  # (N, R)
         ctx.kind, ctx.base, ctx.core, ctx.shapes = kind, base, core, (x.shape, projected.shape)
         ctx.save_for_backward(z, U, Vh, *coefficients)
-        mixed = core.mix(z.to(_mixing_dtype(z)), *matched(coefficients, z.dtype))
         # Reshaped before the product: model code may change the output in place, which autograd allows for no view.
-        return F.linear(mixed.to(z.dtype).reshape(projected.shape), U, bias)  # (..., O)
+        return F.linear(_mixed(z, core, coefficients).reshape(projected.shape), U, bias)  # (..., O)
 
     @staticmethod
     @once_differentiable
@@ -368,8 +412,7 @@ class _AddedProduct(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y = F.linear(x, weight, bias)  # (..., O)
         z = F.linear(x, Vh).reshape(-1, Vh.shape[0])  # (N, R)
-        mixed = core.mix(z.to(_mixing_dtype(z)), *matched(coefficients, z.dtype))
-        y.view(-1, U.shape[0]).addmm_(mixed.to(z.dtype), U.T)
+        y.view(-1, U.shape[0]).addmm_(_mixed(z, core, coefficients), U.T)
         ctx.core, ctx.shape = core, x.shape
         ctx.save_for_backward(z, weight, U, Vh, *coefficients)
         return y
@@ -384,6 +427,54 @@ class _AddedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (rows.to(weight.dtype) @ weight).addmm_(grad_z, Vh).reshape(ctx.shape)
         return (grad_x, None, None, None, None, None, *grad_coefficients)
+
+
+class _OneSidedProduct(torch.autograd.Function):
+    """x -> (1 + U M U^T) W x + b or W (1 + V M V^T) x + b, with gradients for x and the core's coefficients.
+
+    ``basis`` is U (O, R) for the output side, Vh (R, I) for the input side.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Tensor, side: str, core: Core,
+        *coefficients: Tensor,
+    ) -> Tensor:  # fmt: skip
+        if side == "output":
+            y = F.linear(x, weight, bias)  # (..., O)
+            rows = y.view(-1, y.shape[-1])
+            z = rows @ basis if bias is None else torch.addmm(bias @ basis, rows, basis, beta=-1)  # of W x alone
+            rows.addmm_(_mixed(z, core, coefficients), basis.T)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            z = rows @ basis.T
+            changed = torch.addmm(rows, _mixed(z, core, coefficients), basis)
+            y = F.linear(changed.reshape(x.shape), weight, bias)
+        ctx.core, ctx.side, ctx.shape = core, side, x.shape
+        ctx.save_for_backward(z, weight, basis, *coefficients)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, basis, *coefficients = ctx.saved_tensors
+        rows = grad_y.reshape(-1, weight.shape[0]).to(weight.dtype)
+        grad_x = None
+        if ctx.side == "output":
+            grad_z, grad_coefficients = _mixed_backward(rows, z, basis, ctx.core, coefficients)
+            if ctx.needs_input_grad[0]:
+                grad_x = (torch.addmm(rows, grad_z, basis.T) @ weight).reshape(ctx.shape)
+        else:
+            entering = rows @ weight  # (N, I)
+            grad_z, grad_coefficients = _mixed_backward(entering, z, basis.T, ctx.core, coefficients)
+            if ctx.needs_input_grad[0]:
+                grad_x = entering.addmm_(grad_z, basis).reshape(ctx.shape)
+        return (grad_x, None, None, None, None, None, *grad_coefficients)
+
+
+def _mixed(z: Tensor, core: Core, coefficients: Sequence[Tensor]) -> Tensor:
+    """Return the core's ``mix`` of z (N, R), in its dtype."""
+    return core.mix(z.to(_mixing_dtype(z)), *matched(coefficients, z.dtype)).to(z.dtype)
 
 
 def _mixed_backward(

@@ -86,8 +86,8 @@ class Givens(Core):
         found = split_rounds(pairs)
         _check_pairs(pairs, len(found), rank, rounds)
         partner = torch.arange(rank).repeat(len(found), 1)
-        # Index of the extra plane at the end, which has angle zero, for unpaired axes.
-        plane = torch.full((len(found), rank), pairs.shape[0])
+        # Unpaired axes have the first plane, with the sign 0.
+        plane = torch.zeros(len(found), rank, dtype=torch.long)
         sign = torch.zeros(len(found), rank)
         done = 0
         for index, own in enumerate(found):
@@ -111,14 +111,16 @@ class Givens(Core):
         diag(S) is part of the first round on the output side and of the last round on the input side. If ``delta``, a
         single round has a - S instead of a; several rounds have S as a fourth coefficient, subtracted at the end.
         """
-        angle = torch.cat([self.angles(), self.theta.new_zeros(1)])[self.plane] * self.sign
+        angle = self._signed_angles()
         scaled = self.S
         if self.scale.numel():
             scaled = self.S * (1 + zero_padded(self.scale * self.scale_step, self.S.shape[0]))
         is_exact = delta and len(angle) == 1
         if is_exact:
             # cos - 1 = -2 sin^2(angle / 2) avoids cancellation, so small angles keep all their digits.
-            own = -2 * torch.sin(angle / 2).square() * scaled + (scaled - self.S)
+            own = torch.sin(angle / 2).square() * (-2 * scaled)
+            if self.scale.numel():
+                own = own + (scaled - self.S)
         else:
             own = torch.cos(angle) * self._in_its_round(scaled)
         across = scaled[self.partner[0]] if self.side == "output" else scaled
@@ -126,16 +128,35 @@ class Givens(Core):
         return (own, cross, self.partner, self.S) if delta and not is_exact else (own, cross, self.partner)
 
     @override
+    def relative_coefficients(self, side: Literal["output", "input"]) -> Coefficients | None:
+        if len(self.partner) > 1:
+            return None
+        angle = self._signed_angles()
+        own, cross = -2 * torch.sin(angle / 2).square(), torch.sin(angle)
+        if self.scale.numel():
+            change = zero_padded(self.scale * self.scale_step, self.S.shape[0])
+            own = own * (1 + change) + change
+            cross = cross * (1 + (change[self.partner[0]] if self.side == "output" else change))
+        if side != self.side:
+            across = self.S[self.partner[0]]
+            cross = cross * (across / self.S if side == "input" else self.S / across)
+        return own, cross, self.partner
+
+    @override
     def angles(self) -> Tensor:
         return self.theta * self.theta_step
+
+    def _signed_angles(self) -> Tensor:
+        """Return the angle of each axis in each round, (n, R): negative for the lower of a pair, zero for unpaired."""
+        return self.angles()[self.plane] * self.sign if self.theta.numel() else self.sign
 
     @override
     def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
         """Apply K with one exchange of partners and two element-wise products per round."""
         own, cross, partner, *start = coefficients
         turned = z
-        for t, (a, b) in enumerate(zip(own, cross, strict=True)):
-            turned = self._turned(turned, a, b, partner, t)
+        for t in range(len(own)):
+            turned = self._turned(turned, own[t], cross[t], partner, t)
         # The cancellation error is no larger than the rounding of the frozen layer's output, to which this is added.
         return turned - start[0] * z if start else turned
 
@@ -159,8 +180,8 @@ class Givens(Core):
         """
         own, cross, partner, *start = coefficients
         entering = z
-        for t, (a, b) in enumerate(zip(own[:-1], cross[:-1], strict=True)):
-            entering = self._turned(entering, a, b, partner, t)
+        for t in range(len(own) - 1):
+            entering = self._turned(entering, own[t], cross[t], partner, t)
         grad_z, grad_own, grad_cross = grad, [], []
         for t in reversed(range(len(own))):
             across = self._swapped(grad_z, partner, t)
@@ -204,6 +225,8 @@ class Givens(Core):
 
     def _in_its_round(self, scaled: Tensor) -> Tensor:
         """Return ``scaled`` (R,) as the factor of the round with diag(S), and ones for the other rounds, (n, R)."""
+        if len(self.partner) == 1:
+            return scaled
         others = scaled.new_ones(len(self.partner) - 1, len(scaled))
         return torch.cat([scaled[None], others] if self.side == "output" else [others, scaled[None]])
 

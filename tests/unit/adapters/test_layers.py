@@ -11,9 +11,9 @@ from torch import nn
 
 from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.strategies import cheapest_strategy
-from mirrortune.adapters.svd import factorize
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.errors import ConfigError
-from tests.spectral import VARIANTS, Problem, build_layer
+from tests.spectral import VARIANTS, Problem, Variant, build_layer, dense_output, gradients
 
 FULL, PART = Problem(6, 4, 4, seed=1), Problem(6, 4, 2, seed=1)
 GIVENS = VARIANTS[0]
@@ -147,3 +147,44 @@ def test_hooks_on_a_frozen_layer_still_run() -> None:
     assert seen == [1]
     torch.testing.assert_close(fused, apart, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(fused_grad, grad, rtol=1e-12, atol=1e-12)
+
+
+WIDE, TALL = Problem(4, 9, 3, seed=1), Problem(9, 4, 3, seed=1)
+INPUT = next(v for v in VARIANTS if dict(v.options) == {"side": "input"})
+
+
+@pytest.mark.parametrize("variant", [GIVENS, INPUT, SCALED], ids=str)
+@pytest.mark.parametrize(("problem", "side"), [(WIDE, "output"), (TALL, "input"), (Problem(6, 6, 3, seed=1), None)])
+def test_a_branch_acts_on_the_smaller_side(problem: Problem, side: str | None, variant: Variant) -> None:
+    layer = build_layer(problem, variant, "branch", seed=2)
+    x = problem.rows(2, 3).requires_grad_()
+    assert layer.cheaper_side == side
+    output = layer(x)
+    found = {"y": output, **gradients(output, layer, x)}
+    expected = dense_output(layer, x)
+    for name, value in {"y": expected, **gradients(expected, layer, x)}.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11)
+
+
+def test_a_branch_takes_both_factors_where_one_would_not_do() -> None:
+    approximate = build_layer(TALL, GIVENS, "branch", dtype=torch.float32)
+    factors = approximate.factors
+    noisy = Factors(U=factors.U + 1e-4 * torch.randn_like(factors.U), S=factors.S, Vh=factors.Vh)
+    assert SpectralLinear(approximate.base_layer, factors, approximate.core).cheaper_side == "input"
+    assert SpectralLinear(approximate.base_layer, noisy, approximate.core).cheaper_side is None
+    assert build_layer(TALL, GIVENS, "branch", dtype=torch.bfloat16).cheaper_side is None
+    weak = nn.Linear(4, 9)
+    with torch.no_grad():
+        weak.weight.mul_(torch.tensor([1.0, 1e-3, 1.0, 1.0]))
+    factors = factorize(weak.weight, 4)
+    assert SpectralLinear(weak, factors, GIVENS.build(factors.S.float()), "branch").cheaper_side is None
+
+
+def test_an_input_without_a_gradient_needs_no_product_with_the_weight() -> None:
+    layer = build_layer(TALL, GIVENS, "branch", seed=2)
+    with torch.no_grad():
+        silent = layer(TALL.rows(3))
+    learning = layer(TALL.rows(3))
+    assert type(learning.grad_fn).__name__ == "_AddedProductBackward"
+    assert type(layer(TALL.rows(3).requires_grad_()).grad_fn).__name__ == "_OneSidedProductBackward"
+    torch.testing.assert_close(silent, learning.detach(), rtol=1e-12, atol=1e-12)
