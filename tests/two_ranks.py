@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.targets import find_targets
 from mirrortune.cli import app
 from mirrortune.data.dataset import Split
 from mirrortune.data.loader import MicroBatch
@@ -41,6 +42,7 @@ from mirrortune.system.signals import StopSignals
 from mirrortune.tasks.kinds.sentence_similarity import EmbeddingReader, Task
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import Tally
+from mirrortune.training.calibration import CalibrationSettings, measure_bases
 from mirrortune.training.step import Stepper, Update
 from tests import tiny_runs
 from tests.spectral import Problem
@@ -112,6 +114,19 @@ def factors(accelerator: Any, folder: Path) -> dict[str, Any]:
     for name, weight, rank in layers:
         cache(name, weight(), rank)
     return {"shared": made, "misses": cache.misses, "hits": cache.hits}
+
+
+def bases(accelerator: Any) -> list[float]:
+    """The first update of a weight by bases measured on four batches; nothing on the second process, which helps."""
+    model = tiny_bert().double()
+    spec, rows = AdapterSpec(method="lora-sb", rank=3), tiny_runs.sentences(12)
+    settings = CalibrationSettings(
+        saliency="mean", num_batches=4, warmup_steps=2, batch_size=3, head_lr=1e-2, side=None, unit=None, seed=0
+    )
+    targets = find_targets(model, spec, tiny_runs.HEAD)
+    objective = Objective(tiny_runs.classification())
+    found = measure_bases(model, targets, objective, rows, settings=settings, accelerator=accelerator)
+    return [float(value) for f in found.values() for value in (f.U * f.S @ f.Vh).flatten()]
 
 
 def sharded_runs(folder: Path) -> dict[str, Any]:
@@ -252,6 +267,7 @@ def main(folder: Path) -> None:
         "meetings": lambda: meetings(accelerator),
         "votes": lambda: votes(accelerator),
         "factors": lambda: factors(accelerator, folder / "factors"),
+        "bases": lambda: bases(accelerator),
         "compared": lambda: [compared_rows(accelerator, parts) for parts in PARTS],
         "runs": lambda: sharded_runs(folder),
     })  # fmt: skip

@@ -40,6 +40,9 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
 
     side: Literal["output", "input", "both"] = "both"
     """Which singular vectors the core's effect depends on apart from their product with S: U, Vh, or both."""
+    basis: Literal["weight", "gradient"] = "weight"
+    """Whose singular vectors U and Vh are: of the weight, or of gradients measured on the task, which the adapter file
+    then carries."""
     branches: bool = False
     """Whether control flow depends on values of tensors, so that methods cannot be vectorised over cores."""
     default_lr: float = 3e-2
@@ -110,6 +113,13 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
     def beside_weight(self) -> Tensor | None:
         """Return the weight (O, I) that :meth:`beside` applies, or None."""
         return None
+
+    def start(self) -> dict[str, Tensor]:
+        """Return the parameters, by name, with which training starts; the others start as they are built.
+
+        A core is built untrained, so that it changes nothing, and may start elsewhere.
+        """
+        return {}
 
     def angles(self) -> Tensor | None:
         """Return the angles in radians of the planes that the core rotates, shape (P,), or None if it rotates none."""
@@ -213,7 +223,7 @@ class CoreStack(Core):
 
     def __init__(self, cores: Sequence[Core]) -> None:
         super().__init__()
-        self.side, self.branches = cores[0].side, cores[0].branches
+        self.side, self.branches, self.basis = cores[0].side, cores[0].branches, cores[0].basis
         self._one = [_Calls(copy.deepcopy(cores[0]))]  # in a list, so that its parameters are not part of this module
         self._one[0].core.forget_own_pairs()
         with torch.no_grad():
@@ -241,6 +251,13 @@ class CoreStack(Core):
         if type(self._one[0].core).beside_weight is Core.beside_weight:
             return None
         found: Tensor = self._each("beside_weight")
+        return found
+
+    @override
+    def start(self) -> dict[str, Tensor]:
+        if type(self._one[0].core).start is Core.start:
+            return {}
+        found: dict[str, Tensor] = self._each("start")
         return found
 
     @override

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +67,12 @@ class AdapterSpec:
         """Number of rounds of pairs: the core's option of that name, 1 for a core without it."""
         return int(self.options.get("rounds", 1))
 
+    @property
+    def basis(self) -> Literal["weight", "gradient"] | None:
+        """Whose singular vectors the adapter uses, see ``Core.basis``; None without a core."""
+        core = self.preset.core
+        return None if core is None else CORES.get(core, "adapter.method").basis
+
     def settled(self) -> AdapterSpec:
         """Return this spec with the method's pairing and options filled in, so that it depends on no default.
 
@@ -90,11 +96,16 @@ class AdapterSpec:
 
 
 def as_asked(spec: AdapterSpec) -> AdapterSpec:
-    """Return the spec for a user's settings: ``rank`` sets the option that the method's papers call the rank.
+    """Return the spec for a user's settings: ``rank`` sets the option that the method's papers call the rank, and a
+    basis that is not the weight's is used beside the weight.
 
     Settings that :func:`check_asked` refuses are left as they are. Specs from files are not to be passed here.
     """
-    option = None if spec.method not in method_names() else spec.preset.rank_option
+    if spec.method not in method_names():
+        return spec
+    if spec.basis == "gradient" and spec.strategy is None:
+        spec = replace(spec, strategy="branch")  # the factors cannot replace the weight, and few directions cost little
+    option = spec.preset.rank_option
     if option is None or not isinstance(spec.rank, int) or option in spec.options:
         return spec
     return replace(spec, rank=None, options={**spec.options, option: spec.rank})
@@ -148,6 +159,9 @@ def check_spec(spec: AdapterSpec) -> None:
             checks.append(lambda: _check_pairing(spec))
         elif spec.pairing is not None:
             errors.append(ConfigError("adapter.pairing", f"method '{spec.method}' pairs nothing"))
+        if spec.strategy == "factored" and core.basis == "gradient":
+            problem = f"factored replaces the weight by its factors, and the basis of '{spec.method}' is another"
+            errors.append(ConfigError("adapter.strategy", problem, allowed="auto, branch or dense"))
         if spec.resolved_rank == "out" and spec.options.get("side", core.side) != "output":
             errors.append(_no_rank_out(spec))
         for check in checks:

@@ -125,6 +125,12 @@ def _form(run: str) -> str:
     folder = Path(run) / "adapter"
     if not (folder / "adapter.safetensors").is_file():
         return ""
-    form = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["form"]
-    leave_out = ", with its bases: adapter.form=compact leaves them out" if form == "portable" else ""
-    return f" ({form} form{leave_out})"
+    from mirrortune.adapters.spec import AdapterSpec  # noqa: PLC0415  (imports torch)
+
+    said = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+    if said["form"] != "portable":
+        return f" ({said['form']} form)"
+    leave_out = "adapter.form=compact leaves them out"
+    if AdapterSpec(**said["adapter"]).basis == "gradient":
+        leave_out = "they were measured on the task"
+    return f" (portable form, with its bases: {leave_out})"

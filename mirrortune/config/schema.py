@@ -164,9 +164,10 @@ class AdapterSection(_Section):
     saliency: Literal["mean", "rms"] = "mean"
     """Adaptive pairing: gradient of the mean loss, or its root mean square over the calibration batches."""
     calibration_batches: int = Field(default=8, gt=0)
-    """Adaptive pairing: batches over which gradients are measured."""
+    """Adaptive pairing and lora-sb: batches over which gradients are measured."""
     calibration_warmup_steps: int = Field(default=60, ge=0)
-    """Adaptive pairing: steps of the head alone before gradients are measured; the head is then put back."""
+    """Adaptive pairing and lora-sb: steps of the head alone before gradients are measured; the head is then put
+    back."""
     target_modules: str = "all-linear"
     """Regular expression for the names of the layers to adapt, from any dot on; all-linear for all."""
     layers: tuple[Block, ...] | None = Field(default=None, min_length=1)

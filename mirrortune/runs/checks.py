@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from mirrortune.adapters.files.adapter_file import no_compact_form
 from mirrortune.adapters.files.tensors import Form
-from mirrortune.adapters.methods import preset
+from mirrortune.adapters.methods import method_names, preset
 from mirrortune.adapters.peft_bridge.options import check_options
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked, check_spec, needs_saliency
 from mirrortune.config.recipe import Resolved
@@ -145,7 +146,7 @@ class RunSettings(EvaluationSettings):
     Attributes:
         adapter: method, rank, pairing and layers of the adapter.
         form: form of the adapter file.
-        calibration: how saliency is measured; None for a pairing that needs none.
+        calibration: how gradients are measured; None where nothing depends on them.
         loop: settings of the training loop.
         compile: compile the model with torch.compile.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -178,7 +179,7 @@ def unpack(recipe: Recipe) -> RunSettings:
     lr = preset(spec.method).lr if section.lr is None else section.lr
     return RunSettings(
         **{field.name: getattr(scored, field.name) for field in fields(scored)},
-        adapter=spec, form=recipe.adapter.form,
+        adapter=spec, form="portable" if spec.basis == "gradient" else recipe.adapter.form,
         calibration=_calibration(recipe, spec), loop=LoopSettings(**{**_common(LoopSettings, section), "lr": lr}),
         compile=section.compile, gradient_checkpointing=section.gradient_checkpointing, track=section.track,
         output_dir=recipe.output_dir, classes=ClassSettings(**_common(ClassSettings, section)),
@@ -230,13 +231,13 @@ def _adapter_spec(recipe: Recipe) -> AdapterSpec:
 
 
 def _calibration(recipe: Recipe, spec: AdapterSpec) -> CalibrationSettings | None:
-    if not needs_saliency(spec):
+    if not needs_saliency(spec) and spec.basis != "gradient":
         return None
     section, options = recipe.adapter, spec.settled().options
     return CalibrationSettings(
         saliency=section.saliency, num_batches=section.calibration_batches,
         warmup_steps=section.calibration_warmup_steps, batch_size=recipe.train.batch_size, head_lr=recipe.train.head_lr,
-        side=options["side"], unit=options["unit"], seed=spec.seed,
+        side=options.get("side"), unit=options.get("unit"), seed=spec.seed,
     )  # fmt: skip
 
 
@@ -261,6 +262,8 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
         fix = "Set data.validation_path, or remove it"
         errors.append(ConfigError("data.validation_column_names", "no other data set has the validation rows", fix=fix))
     errors += problems_of_names(recipe, spec)
+    if recipe.adapter.form == "compact" and spec.method in method_names() and spec.basis == "gradient":
+        errors.append(no_compact_form(spec.method))
     metrics, name = recipe.task.metrics, recipe.model.name
     if recipe.model.revision is not None and name is not None and ModelPlace.parse(name).is_local:
         errors.append(ConfigError("model.revision", f"{name} is local and has none", fix="Remove it"))

@@ -169,6 +169,8 @@ def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: R
     task, spec = rows.task, settings.adapter
     if source.is_quantised and spec.preset.core is not None and spec.strategy is None:
         spec = replace(spec, strategy="branch")  # the only strategy that does not change packed weights
+    if spec.basis == "gradient":
+        _check_measurable(spec, source)
     dtype = resolve_dtype(settings.model.dtype, source.config, default_device())
     if said := describe_widening(settings.model.dtype, source.config, default_device()):
         reporter.note(said)
@@ -189,6 +191,15 @@ def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: R
     return _Base(
         source=source, dtype=dtype, spec=spec, model=model, plan=plan, processor=processor, max_length=max_length
     )
+
+
+def _check_measurable(spec: AdapterSpec, source: ModelSource) -> None:
+    """Refuse weights that have no gradients."""
+    if source.is_quantised:
+        raise ConfigError(
+            "adapter.method", f"the bases of '{spec.method}' are gradients of weights, and {source.name} is quantised",
+            allowed="another method", fix="Use the model in full precision",
+        )  # fmt: skip
 
 
 def _processor(task: Task, source: ModelSource, asked: int | None) -> tuple[Any, int | None]:

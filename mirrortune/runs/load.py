@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
-from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_pairs
+from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_bases, stored_pairs
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy
+from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Targets, complete_targets
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.errors import ConfigError
@@ -60,7 +61,7 @@ from mirrortune.tasks.base import (
 )
 from mirrortune.tasks.classes import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN
-from mirrortune.training.calibration import measure_saliency
+from mirrortune.training.calibration import measure_bases, measure_saliency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,7 @@ class AdaptedBase:
         model: the model.
         book: fingerprints of its layers.
         strategies: how layers compute, by layer.
-        pairing_seconds: time in which pairs were measured; 0 if they were not.
+        pairing_seconds: time in which pairs or bases were measured; 0 if they were not.
     """
 
     model: nn.Module
@@ -125,9 +126,10 @@ def load_adapted_base(
         _share(job, layers, cache, reporter.bar, accelerator.process_index, accelerator.num_processes)
     started = time.perf_counter()
     pairs = choose_pairs(job, loaded, cache, run, accelerator, reporter, resume=resume)
-    pairing_seconds = time.perf_counter() - started if pairs else 0.0
+    bases = choose_bases(job, loaded, run, accelerator, reporter, resume=resume)
+    pairing_seconds = time.perf_counter() - started if pairs or bases else 0.0
     strategies = choose_strategies(job, loaded.targets, run, accelerator, resume=resume)
-    book = adapt_model(loaded, job.spec, cache, pairs, strategies)
+    book = adapt_model(loaded, job.spec, cache, pairs, strategies, bases)
     return AdaptedBase(model=loaded.model, book=book, strategies=strategies, pairing_seconds=pairing_seconds)
 
 
@@ -137,6 +139,7 @@ def adapt_model(
     cache: FactorCache,
     pairs: dict[str, Tensor] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
+    bases: Mapping[str, Factors] | None = None,
 ) -> FingerprintBook:
     """Attach a new adapter to a loaded base model.
 
@@ -146,9 +149,12 @@ def adapt_model(
         cache: cache of factors.
         pairs: measured or stored pairs by layer, or None.
         strategies: strategy of each layer, or None.
+        bases: measured or stored factors by layer, in place of those of the weights, or None.
     """
     widen(loaded.model, loaded.targets.head)
-    return adapt(loaded.model, spec, targets=loaded.targets, factor_source=cache, pairs=pairs, strategies=strategies)
+    return adapt(
+        loaded.model, spec, targets=loaded.targets, factor_source=cache, pairs=pairs, bases=bases, strategies=strategies
+    )
 
 
 def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any]) -> None:
@@ -158,7 +164,7 @@ def factorise(job: Job, cache: FactorCache, show_bar: Callable[[str, int], Any])
     that way.
     """
     layers = None
-    if job.spec.preset.core is not None and not job.settings.data.packing:
+    if job.spec.basis == "weight" and not job.settings.data.packing:
         targets = job.plan.targets.layers
         layers = stored_layers(job.source, job.task.auto_class, job.task.config_fields(), targets, job.dtype)
     if layers is None:
@@ -183,7 +189,7 @@ def _share(
 
 def _layers(job: Job, loaded: Base) -> list[Layer]:
     """Return the layers that the job factorises."""
-    if job.spec.preset.core is None:
+    if job.spec.basis != "weight":
         return []
     return [(name, partial(target.read, loaded.model), target.rank) for name, target in loaded.targets.layers.items()]
 
@@ -220,6 +226,28 @@ def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any
         loaded.model, targets, job.objective, job.train, cache, settings=settings, accelerator=accelerator
     )
     return {name: make_pairs(spec, s.shape[-1], name, s, targets.layers[name].count) for name, s in saliency.items()}
+
+
+def choose_bases(
+    job: Job, loaded: Base, run: RunDirectory, accelerator: Any, reporter: Reporter, *, resume: bool
+) -> dict[str, Factors] | None:
+    """Return factors by layer, equal on all ranks: those of a resumed run, or measured ones; None where they are those
+    of the weights.
+    """
+    if job.spec.basis != "gradient":
+        return None
+    steps = run.saved_steps()
+    if resume and steps:
+        return stored_bases(read_adapter(run.checkpoint(steps[-1])))
+    assert job.settings.calibration is not None
+    started = time.perf_counter()
+    measured = measure_bases(
+        loaded.model, loaded.targets, job.objective, job.train, settings=job.settings.calibration,
+        accelerator=accelerator,
+    )  # fmt: skip
+    bases = sync.from_main(accelerator, lambda: measured)
+    reporter.note(f"bases measured on the task in {time.perf_counter() - started:.1f} s")
+    return bases
 
 
 def choose_strategies(

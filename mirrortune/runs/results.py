@@ -50,7 +50,7 @@ class RunResult(FitResult):
         peak_memory_bytes: peak memory allocated on the GPU, or of the process without a GPU.
         peak_reserved_bytes: peak memory reserved by the GPU's allocator, including its cache; None without a GPU.
         reported: metrics of the kept checkpoint on further splits, by name.
-        pairing_seconds: time spent on measuring pairs; 0 if they were not measured.
+        pairing_seconds: time spent on measuring pairs or bases; 0 if none were measured.
         protocol: ``eval.protocol`` of the recipe.
         selection_metric: name of the metric by which the checkpoint was selected.
     """

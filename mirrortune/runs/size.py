@@ -46,6 +46,7 @@ class Plan:
         total_parameters: number of parameters of the model.
         rank: largest number of singular directions used in a layer; 0 without a core.
         factor_numbers: total number of elements of the singular vectors and values.
+        has_own_bases: whether the adapter file has to hold its bases.
     """
 
     targets: Targets
@@ -54,6 +55,7 @@ class Plan:
     total_parameters: int
     rank: int
     factor_numbers: int
+    has_own_bases: bool = False
 
     def lines(self) -> list[str]:
         """Describe the plan in lines of text."""
@@ -82,6 +84,8 @@ class Plan:
         kept = (len(n) + t.count * (4 * NUM_PROBES + t.rank // 8) for n, t in layers.items())
         compact = _FILE_BYTES + 4 * trained + _LAYER_BYTES * len(layers) + sum(kept)
         portable = compact + self.factor_numbers * dtype.itemsize
+        if self.has_own_bases:
+            return f"adapter file: about {_size(portable)}, with its bases, which are measured on the task"
         if chosen == "compact":
             size, other = _size(compact), f"adapter.form=portable, with its bases: {_size(portable)}"
         else:
@@ -204,6 +208,7 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
         total_parameters=sum(sizes.values()),
         rank=largest,
         factor_numbers=factors,
+        has_own_bases=spec.basis == "gradient",
     )
 
 

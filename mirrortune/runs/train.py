@@ -207,6 +207,9 @@ def _meet(settings: RunSettings, reporter: Reporter) -> Any:
     def check() -> None:
         if sharding.shards_weights and settings.form == "portable":
             problem = f"no process has whole factors under {sharding.name}"
+            if settings.adapter.basis == "gradient":
+                raise ConfigError("adapter.method", f"{problem}, and '{settings.adapter.method}' stores its own",
+                                  allowed="another method", fix="Use ddp")  # fmt: skip
             raise ConfigError("adapter.form", problem, allowed="auto or compact")
         if sharding.library and settings.loop.optimizer != "adamw":
             problem = f"{settings.loop.optimizer} was not tried under {sharding.name}"

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the saliency of pairs of singular directions: the gradient of the loss by their rotation angle at zero.
+"""Measure gradients of the frozen weights on the task: the saliency of pairs of singular directions (the gradients of
+their rotations at angle zero), and bases made of the gradients themselves.
 
-The head is warmed up first, because gradients behind an untrained head carry no information. Then the gradients of the
-frozen weights are accumulated over a few batches and projected onto the rotation of each pair. The head is restored
-afterwards, so that a run with measured pairs starts like any other.
+The head is warmed up first, since gradients behind an untrained head carry no information; then gradients are
+accumulated over a few batches. The head is restored afterwards, so that a run with measured pairs starts like any
+other.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from mirrortune.adapters.core import even_steps, plane_strengths
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.pairings.matching import rotation_gradient
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import Targets
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import epoch_batches, forward
-from mirrortune.errors import ConfigError
+from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.distributed.sharding import Sharding
 from mirrortune.tasks.objective import Objective
 
@@ -34,17 +36,17 @@ _WARMUP_BATCHES = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSettings:
-    """How saliency is measured.
+    """How gradients are measured.
 
     Attributes:
-        saliency: ``mean``, the gradient of the mean loss over all calibration rows; or ``rms``, the root mean square of
-            the gradients of batches, in which opposite gradients do not cancel.
+        saliency: of pairs: ``mean``, the gradient of the mean loss over all calibration rows; or ``rms``, the root mean
+            square of the gradients of batches, in which opposite gradients do not cancel.
         num_batches: number of calibration batches.
         warmup_steps: optimizer steps of the head before calibration.
         batch_size: rows per batch.
         head_lr: learning rate of the warm-up.
-        side: side of the weight that the core rotates.
-        unit: unit of the trained parameters, ``movement`` or ``angle``.
+        side: side of the weight that the core rotates; None for a core without pairs.
+        unit: unit of the trained parameters, ``movement`` or ``angle``; None for a core without pairs.
         seed: seed of the choice of rows.
     """
 
@@ -53,8 +55,8 @@ class CalibrationSettings:
     warmup_steps: int
     batch_size: int
     head_lr: float
-    side: str
-    unit: str
+    side: str | None
+    unit: str | None
     seed: int
 
 
@@ -88,6 +90,79 @@ def measure_saliency(
             "adapter.pairing", f"pairs are measured by gradients of weights, and {packed} is quantised",
             allowed="mirror, neighbor, random, or pairs that you list", fix="Measure on the model in full precision",
         )  # fmt: skip
+    found: dict[str, Tensor] = {}
+    with _gradients(model, targets, objective, examples, settings, accelerator) as batches:
+        for _ in batches:
+            if settings.saliency == "rms":
+                _add(found, model, targets, factor_source, settings)
+        if settings.saliency == "mean":
+            _add(found, model, targets, factor_source, settings)
+    return {name: s.sqrt() if settings.saliency == "rms" else s for name, s in found.items()}
+
+
+def measure_bases(
+    model: nn.Module,
+    targets: Targets,
+    objective: Objective,
+    examples: Examples,
+    *,
+    settings: CalibrationSettings,
+    accelerator: Any,
+) -> dict[str, Factors]:
+    """Compute the leading singular triplets of -sign(G) of every target layer, G the gradient of its weight.
+
+    Adam's first step is -lr sign(G): these triplets are its best approximation of their rank. Collective: each process
+    measures its share of the batches, and gradients are summed over all processes.
+
+    Args:
+        model: base model without an adapter; its parameters and mode are restored.
+        targets: layers and head.
+        objective: training loss.
+        examples: training rows.
+        settings: how gradients are measured.
+        accelerator: accelerate's ``Accelerator``: device and precision.
+
+    Returns:
+        Layer name -> factors, float64 on the CPU, on the main process; empty on the others.
+
+    Raises:
+        DataError: a gradient is not finite.
+    """
+    found: dict[str, Factors] = {}
+    with _gradients(model, targets, objective, examples, settings, accelerator, is_shared=True) as batches:
+        for _ in batches:
+            pass
+        weights = {id(weight): weight for target in targets.layers.values() for weight in [target.weight(model)]}
+        for weight in weights.values():
+            own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad = accelerator.reduce(own, reduction="sum")
+        for name, target in targets.layers.items() if accelerator.is_main_process else ():
+            slope = target.weight(model).grad
+            assert slope is not None
+            if not bool(torch.isfinite(slope).all()):
+                fix = "Use --precision fp32, or another base"
+                raise DataError(name, "the gradient of this weight is not finite", fix=fix)
+            found[name] = factorize(-target.matrix(slope).sign(), target.rank, name=name).to(
+                device=torch.device("cpu"), dtype=torch.float64
+            )
+    return found
+
+
+@contextmanager
+def _gradients(
+    model: nn.Module,
+    targets: Targets,
+    objective: Objective,
+    examples: Examples,
+    settings: CalibrationSettings,
+    accelerator: Any,
+    *,
+    is_shared: bool = False,
+) -> Iterator[Iterator[None]]:
+    """Yield an iterator that adds the gradient of one more batch to those of the target weights at each step.
+
+    The model is left as it was. With ``is_shared``, a process takes only its share of the batches.
+    """
     wanted = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
     model.to(accelerator.device).eval()  # without dropout: the gradient of the model that evaluation sees
@@ -98,21 +173,22 @@ def measure_saliency(
     with _autocast(accelerator):
         _warm_up(model, list(head.values()), objective, examples, rows, settings, accelerator.device)
     _only(model, [target.weight(model) for target in targets.layers.values()])
-    found: dict[str, Tensor] = {}
-    for batch in itertools.islice(rows, settings.num_batches):
-        with _autocast(accelerator):
-            _backward(model, objective, examples, batch, accelerator.device)
-        if settings.saliency == "rms":
-            _add(found, model, targets, factor_source, settings)
-    if settings.saliency == "mean":
-        _add(found, model, targets, factor_source, settings)
+    first, step = (accelerator.process_index, accelerator.num_processes) if is_shared else (0, 1)
+
+    def batches() -> Iterator[None]:
+        for batch in itertools.islice(rows, first, settings.num_batches, step):
+            with _autocast(accelerator):
+                _backward(model, objective, examples, batch, accelerator.device)
+            yield
+
+    yield batches()
+    _only(model, [])
     with torch.no_grad():
         for name, parameter in head.items():
             parameter.copy_(start[name])
     for parameter, wants_gradient in wanted.items():
         parameter.requires_grad_(wants_gradient)
     model.train(was_training)
-    return {name: s.sqrt() if settings.saliency == "rms" else s for name, s in found.items()}
 
 
 def _autocast(accelerator: Any) -> AbstractContextManager[object]:
@@ -190,6 +266,7 @@ def _add(
         factors = factor_source(name, target.matrix(weight), target.rank)
         exact = factors.to(device=weight.device, dtype=torch.float32)
         slope = target.matrix(weight.grad).float()
+        assert settings.side is not None
         gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, settings.side).double().cpu()
         if settings.unit == "movement":
             S = factors.S.double().cpu()

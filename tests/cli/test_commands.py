@@ -505,7 +505,8 @@ def test_a_damaged_checkpoint_is_not_continued_from(finished: Finished, copy: Pa
 
 
 # Of PEFT's tuners one: tests/unit/adapters/test_tuners.py has them all. Every run has one method of each sort: a core
-# with pairs and one without, measured pairs, a tuner, plain parameters, the head alone.
+# with pairs and one without, measured pairs, a tuner, plain parameters, the head alone. Measured bases are in
+# test_measured_bases.py.
 _OF_EACH_SORT = ("mirror", "psoft", "adaptive", "lora", "full", "none")
 _METHODS = [*method_names(with_peft=False), "lora"]
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
+from mirrortune.adapters.cores.lora_sb import LoraSb
 from mirrortune.adapters.cores.lora_xs import LoraXs
 from mirrortune.adapters.cores.psoft import Psoft
 from mirrortune.adapters.cores.scale import Scale
 from mirrortune.adapters.cores.svft import Svft
-from mirrortune.adapters.layers import SpectralLinear
+from mirrortune.adapters.layers import SpectralLinear, delta_weight
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Factors, Rank, factorize
 from mirrortune.errors import ConfigError
@@ -64,6 +65,8 @@ COUNTS = [
     (encoder, "psoft", 46, {}, "all-linear", 81_144),
     (encoder, "psoft", 32, {}, "all-linear", 40_320),
     (encoder, "lora-xs", 16, {}, "all-linear", 18_432),
+    (encoder, "lora-sb", None, {}, "all-linear", 72 * 20**2),
+    (encoder, "lora-sb", 24, {}, "all-linear", 41_472),
     (llama, "mirror", None, {}, QV, 57_344),
     (llama, "mirror", None, {}, "all-linear", 243_712),
     (llama, "mirror", "out", {}, QV, 57_344),
@@ -92,6 +95,34 @@ def test_banded_svft_has_the_papers_count(bands: int) -> None:
     expected = rank * (2 * bands + 1) - bands * (bands + 1)
     for pattern in ("banded", "random"):
         assert Svft(S, pattern=pattern, bands=bands).values.numel() == expected
+
+
+def test_lora_sb_starts_with_the_best_approximation_of_adams_first_step() -> None:
+    gradient = torch.randn(9, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = 1e-3 * -gradient.sign()
+    factors = factorize(-gradient.sign(), 3)
+    core = LoraSb(factors.S, first_step=1e-3)
+    for name, value in core.start().items():
+        core.get_parameter(name).data.copy_(value)
+    change = delta_weight(factors, core)
+    U, S, Vh = torch.linalg.svd(step)
+    torch.testing.assert_close(change, U[:, :3] * S[:3] @ Vh[:3], rtol=0, atol=1e-14)
+    assert float((step - change).norm()) == pytest.approx(float(S[3:].norm()))  # Eckart-Young: none of rank 3 is closer
+
+
+def test_lora_sb_is_trained_by_the_projected_gradient_without_a_scale() -> None:
+    generator = torch.Generator().manual_seed(1)
+    factors = factorize(torch.randn(9, 7, generator=generator, dtype=torch.float64), 3)
+    x, y, W = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((5, 7), (5, 9), (9, 7)))
+    linear = nn.Linear(7, 9, bias=False, dtype=torch.float64)
+    linear.weight.data.copy_(W)
+    core = train_a_little(LoraSb(factors.S), seed=2)
+    layer = SpectralLinear(linear, factors, core, "branch")
+    dense = (W + factors.U @ core.get_parameter("matrix").detach() @ factors.Vh).requires_grad_()
+    torch.testing.assert_close(layer(x), x @ dense.T)
+    ((layer(x) - y) ** 2).sum().backward()
+    ((x @ dense.T - y) ** 2).sum().backward()
+    torch.testing.assert_close(core.get_parameter("matrix").grad, factors.U.T @ dense.grad @ factors.Vh.T)
 
 
 def paper_cayley(core: Psoft) -> Tensor:

@@ -160,6 +160,8 @@ class AdapterFile:
         check_bases(description)
         tensors = unpack_tensors(tensors, layers)
         check_tensors(description, tensors)
+        if spec.basis == "gradient" and description["form"] != "portable":
+            raise ValueError(f"a basis of '{spec.method}' does not follow from a weight, and the file holds none")
         check_counts(spec.rank, spec.options, largest_count(layers, tensors))
         tensors = with_pairs(tensors, layers)
         fingerprints = {name: fingerprint_of(layer, name, tensors) for name, layer in layers.items()}
@@ -310,6 +312,8 @@ def adapter_contents(
     attached = attachment(model)
     if form == "auto":
         form = chosen_form(model)
+    if form == "compact" and attached.spec.basis == "gradient":
+        raise no_compact_form(attached.spec.method)
     files, layers = _class_of(attached.spec).contents(model, fingerprints, form, base)
     description = {
         "format_version": FORMAT_VERSION,
@@ -327,6 +331,12 @@ def adapter_contents(
     }
     files[DESCRIPTION] = description_text(description).encode()
     return files
+
+
+def no_compact_form(method: str) -> ConfigError:
+    """Return the error for an adapter without bases, of a ``method`` whose bases do not follow from the weights."""
+    problem = f"the bases of '{method}' are measured on the task, and have to be in the file"
+    return ConfigError("adapter.form", problem, allowed="auto or portable")
 
 
 _HASHES = {

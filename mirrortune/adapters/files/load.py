@@ -17,7 +17,7 @@ from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.files.adapter_file import AdapterFile, PeftAdapterFile, checked_tensor
 from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, try_align
-from mirrortune.adapters.inject import FactorSource, attach, checked_targets
+from mirrortune.adapters.inject import FactorSource, attach, checked_targets, spectral_layers
 from mirrortune.adapters.peft_bridge import tuners
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import Strategy
@@ -55,9 +55,18 @@ def adapt(
     targets: Targets | None = None,
     new_parameters: Iterable[str] = (),
     pairs: dict[str, Tensor] | None = None,
+    bases: Mapping[str, Factors] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> FingerprintBook:
-    """Attach a fresh adapter by ``spec``; see :func:`mirrortune.adapters.inject.attach`."""
+    """Attach a fresh adapter by ``spec``, where its training starts; see :func:`mirrortune.adapters.inject.attach`.
+
+    ``bases`` are factors by layer, of a method whose bases are measured on a task.
+
+    Raises:
+        ConfigError: see there; also if the bases have to be measured and are not given.
+    """
+    if spec.basis == "gradient":
+        factor_source = _measured_factors(spec, bases)
     book = FingerprintBook()
     targets = checked_targets(model, spec, targets, new_parameters)
     if spec.preset.peft is not None:
@@ -67,7 +76,25 @@ def adapt(
         attach(
             model, spec, targets=targets, factor_source=factor_source, pairs=pairs, on_layer=book, strategies=strategies
         )
+        _start(model)
     return book
+
+
+def _measured_factors(spec: AdapterSpec, bases: Mapping[str, Factors] | None) -> FactorSource:
+    if bases is None:
+        raise ConfigError(
+            "adapter.method", f"the bases of '{spec.method}' are measured on a task, and there is none here",
+            fix="Use mirrortune train, or another method",
+        )  # fmt: skip
+    return lambda name, matrix, rank: bases[name]
+
+
+@torch.no_grad()
+def _start(model: nn.Module) -> None:
+    """Set the parameters of every core to those with which training starts."""
+    for layer in spectral_layers(model).values():
+        for name, value in layer.core.start().items():
+            layer.core.get_parameter(name).copy_(value)
 
 
 def load_into(
@@ -284,6 +311,12 @@ def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
                 fix="Use its own base model",
             )
     return found
+
+
+def stored_bases(adapter: AdapterFile) -> dict[str, Factors]:
+    """Return the factors that the file holds, by layer, float64; empty for a compact one."""
+    found = {name: _stored_factors(adapter, name) for name in adapter.layouts}
+    return {name: factors for name, factors in found.items() if factors is not None}
 
 
 def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:

@@ -204,9 +204,11 @@ def usual_form(sizes: Iterable[tuple[tuple[int, int], int, int]]) -> Literal["co
 
 @torch.no_grad()
 def chosen_form(model: nn.Module) -> Literal["compact", "portable"]:
-    """Return the default form of an adapter: :func:`usual_form`, but portable where a basis cannot be computed again
-    and another basis would change the adapter's effect.
+    """Return the default form of an adapter: :func:`usual_form`, but portable where its bases are not those of the
+    weights, or where one cannot be computed again and another would change the adapter's effect.
     """
+    if attachment(model).spec.basis == "gradient":
+        return "portable"
     layers = spectral_layers(model).values()
     if not all(is_whole(layer.U) for layer in layers):  # no process has whole factors
         return "compact"

@@ -28,7 +28,9 @@ PAIRS = torch.tensor([[0, 4], [1, 3]])
 
 
 def test_the_registered_cores() -> None:
-    assert CORES.names() == sorted(CORES._items) == ["givens", "lora-xs", "psoft", "scale", "speclora", "svft"]
+    assert (
+        CORES.names() == sorted(CORES._items) == ["givens", "lora-sb", "lora-xs", "psoft", "scale", "speclora", "svft"]
+    )
     assert {p.core for p in PRESETS.values() if p.core} <= set(CORES.names())
     assert set(CORES.options("givens")) == {"side", "rounds", "scale_top_k", "unit"}
 

@@ -22,7 +22,7 @@ from tests.cli.console import mirrortune, reviews, write_table
 from tests.laws.test_training_laws import differences
 from tests.tiny_models import WORDS, tiny_causal, write_tiny_model, write_tiny_seq2seq
 from tests.tiny_runs import make_accelerator, make_trainer
-from tests.two_ranks import PARTS, compared_rows
+from tests.two_ranks import PARTS, bases, compared_rows
 
 # As accelerate launch sets it for the profile fsdp2.
 FSDP = {
@@ -88,6 +88,12 @@ def test_nothing_is_factorised_twice_and_the_faster_one_helps(pair: Pair) -> Non
     assert one["misses"] + other["misses"] == 12
     assert one["hits"] + other["hits"] == 12 + other["shared"] + one["shared"]
     assert one["shared"] > 6 > other["shared"] > 0
+
+
+def test_bases_are_measured_on_the_batches_of_all_processes(pair: Pair) -> None:
+    one, other = (found["bases"] for found in pair[1])
+    assert other == []
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(bases(make_accelerator())), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", range(len(PARTS)))

@@ -13,29 +13,31 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+import mirrortune
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.files.load import stored_pairs
 from mirrortune.adapters.inject import adapter_parameters, attach
 from mirrortune.adapters.spec import AdapterSpec, make_pairs
-from mirrortune.adapters.svd import factorize
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import find_targets
 from mirrortune.config import recipe
-from mirrortune.errors import ConfigError
+from mirrortune.data.loader import epoch_batches
+from mirrortune.errors import ConfigError, DataError
 from mirrortune.merging import write
 from mirrortune.runs.evaluate import evaluate
 from mirrortune.runs.train import train
 from mirrortune.system.console import Reporter
 from mirrortune.tasks.objective import Objective
-from mirrortune.training.calibration import CalibrationSettings, measure_saliency
+from mirrortune.training.calibration import CalibrationSettings, measure_bases, measure_saliency
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD, classification, sentences
 
 SPEC = AdapterSpec(method="adaptive")
 
 
-def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
-    """Saliency of the tiny model on 12 sentences, all of them in one batch unless changed."""
-    settings = {
+def settings(**changes: Any) -> CalibrationSettings:
+    """All of 12 sentences in one batch, without a warm-up, unless changed."""
+    fields = {
         "saliency": "mean",
         "num_batches": 1,
         "warmup_steps": 0,
@@ -44,15 +46,19 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
         "side": "output",
         "unit": "movement",
         "seed": 0,
-        **changes,
     }
+    return CalibrationSettings(**{**fields, **changes})
+
+
+def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
+    """Saliency of the tiny model on 12 sentences, all of them in one batch unless changed."""
     return measure_saliency(
         model,
         find_targets(model, SPEC, HEAD),
         Objective(classification()),
         sentences(12),
         lambda name, weight, rank: factorize(weight, rank),
-        settings=CalibrationSettings(**settings),
+        settings=settings(**changes),
         accelerator=Accelerator(cpu=True),
     )
 
@@ -94,6 +100,61 @@ def test_rms_counts_what_batches_pull_in_opposite_directions() -> None:
     for name, found in mean.items():
         assert (rms[name] >= found.abs() / 3**0.5 - 1e-9).all()  # |sum| <= sqrt(3) times the root of the sum of squares
         assert torch.equal(rms[name], rms[name].T)
+
+
+def bases_of(model: Any, **changes: Any) -> dict[str, Factors]:
+    """Bases of the tiny model's gradients, three directions of each weight."""
+    return measure_bases(
+        model, find_targets(model, AdapterSpec(method="lora-sb", rank=3), HEAD), Objective(classification()),
+        sentences(12), settings=settings(**changes), accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+
+
+def test_bases_are_those_of_adams_first_step() -> None:
+    exact = tiny_bert().eval().double()
+    found = bases_of(copy.deepcopy(exact), num_batches=3, batch_size=4)
+    order = epoch_batches(sentences(12).lengths, 4, 0, 0, None)
+    for rows in order:  # the mean of three batches of equal size, at once
+        batch = sentences(12).batch(rows)
+        targets = batch.pop("targets")
+        total, items = classification().loss(batch, exact(**batch), targets)
+        (total / items).backward()
+    assert len(found) == 13
+    for name, factors in found.items():
+        slope = exact.get_submodule(name).weight.grad
+        U, S, Vh = torch.linalg.svd(-slope.sign())
+        torch.testing.assert_close(factors.U * factors.S @ factors.Vh, U[:, :3] * S[:3] @ Vh[:3])
+        torch.testing.assert_close(factors.U.T @ factors.U, torch.eye(3, dtype=torch.float64))
+
+
+def test_measuring_bases_leaves_the_model_as_it_was() -> None:
+    model = tiny_bert().train()
+    before = copy.deepcopy(model.state_dict())
+    wanted = {n: p.requires_grad for n, p in model.named_parameters()}
+    first = bases_of(model, warmup_steps=3, num_batches=2, batch_size=4)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    again = bases_of(model, warmup_steps=3, num_batches=2, batch_size=4)
+    assert all(torch.equal(first[n].U, again[n].U) for n in first)
+
+
+def test_a_weight_without_a_gradient_has_a_basis_and_one_that_is_not_finite_is_named() -> None:
+    model = tiny_bert().eval()
+    with torch.no_grad():
+        model.classifier.weight.zero_()  # so that no gradient comes back
+    found = bases_of(model)
+    assert all(not factors.S.any() and torch.isfinite(factors.U).all() for factors in found.values())
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"pooler|encoder.*gradient of this weight is not finite"):
+        bases_of(model)
+
+
+def test_bases_need_a_task() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.method: the bases of 'lora-sb' are measured on a task.*train"):
+        mirrortune.attach(tiny_bert(), method="lora-sb", rank=3)
 
 
 def test_without_a_task_it_says_what_to_do() -> None:

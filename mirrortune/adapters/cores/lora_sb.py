@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA-SB: a free R x R matrix between the singular vectors of full fine-tuning's first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from mirrortune.adapters.core import CORES, Coefficients, Core
+from mirrortune.errors import ConfigError
+
+
+@CORES.register("lora-sb")
+class LoraSb(Core):
+    """K = diag(S) + M, M (R, R) free, between singular vectors of a gradient; R^2 trained numbers.
+
+    U, S and Vh are the leading singular triplets of -sign(G), the direction of Adam's first step in full fine-tuning,
+    where G is the gradient of the loss for the weight, measured on training rows. W' = W + U M Vh: singular values and
+    vectors of W have no part in it. Training starts at M = ``first_step`` diag(S), which makes W' - W the best
+    approximation of rank R of that step at the learning rate ``first_step``; 0 starts at the base model.
+
+    Reference: LoRA-SB (arXiv 2411.19557), with s = 1: for orthonormal U and Vh, the gradient of M is the projection of
+    the weight's without a scale. Differs: gradients are measured without dropout and behind a head that has been warmed
+    up (``adapter.calibration_warmup_steps=0`` turns this off); ``first_step`` is a setting, where the paper's code has
+    the learning rate of the first step of the warm-up, ``train.lr`` over its number of steps.
+    """
+
+    S: Tensor
+    basis = "gradient"
+    default_lr = 3e-3
+    default_rank = 20
+
+    def __init__(self, S: Tensor, *, first_step: float = 5e-5) -> None:
+        super().__init__()
+        if isinstance(first_step, bool) or not isinstance(first_step, int | float) or not 0 <= first_step < math.inf:
+            raise ConfigError("adapter.options.first_step", f"got {first_step!r}", allowed="0 or more")
+        self.first_step = first_step
+        self.register_buffer("S", S, persistent=False)
+        self.matrix = nn.Parameter(S.new_zeros(S.shape[0], S.shape[0]))
+
+    @override
+    def start(self) -> dict[str, Tensor]:
+        return {"matrix": self.first_step * self.S.diag()}
+
+    def coefficients(self, *, delta: bool) -> Coefficients:
+        """Return (K,) or (K - diag(S),), shape (R, R)."""
+        return (self.matrix if delta else self.matrix + self.S.diag(),)
+
+    @override
+    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
+        return z @ coefficients[0].T
+
+    @override
+    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
+        return z @ coefficients[0].mT
