@@ -9,6 +9,7 @@ a page differs from what this module makes of it. The README's figure is drawn a
 
 from __future__ import annotations
 
+import html
 import inspect
 import json
 import re
@@ -138,6 +139,20 @@ def results_summary(name: str, *methods_shown: str) -> str:
     return table(("method", "accuracy, test", "against mirror", "trained numbers", "adapter"), rows)
 
 
+def figures(name: str) -> str:
+    """The figures of a bench, for light and dark pages, with their captions."""
+    made = []
+    for light in sorted((RESULTS / name).glob("*-light.svg")):
+        folder = f"../{light.parent.relative_to(ROOT).as_posix()}"
+        caption = html.unescape(re.search('aria-label="(.*?)"', light.read_text(encoding="utf-8"))[1])  # type: ignore[index]
+        dark = light.name.replace("-light", "-dark")
+        made.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{dark}">'
+            f'<img alt="{html.escape(caption)}" src="{folder}/{light.name}"></picture>\n\n*{caption}*'
+        )
+    return "\n\n".join(made)
+
+
 def find_command(*names: str) -> Any:
     """The click command that ``mirrortune NAMES`` runs."""
     found: Any = typer.main.get_command(app)
@@ -186,6 +201,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "methods": methods,
     "method-options": method_options,
     "results": results,
+    "figures": figures,
     "results-summary": results_summary,
 }
 

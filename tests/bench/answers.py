@@ -28,7 +28,7 @@ from typing import Any
 from mirrortune.compare.grid import Cell
 from tests.bench.assets import build
 from tests.bench.output import write_and_print
-from tests.bench.real import environment
+from tests.bench.real import environment, refresh
 from tests.bench.real_hub import FOLDER_VARIABLE, data_folder, real_hub
 
 MODEL = "smollm2-135m-instruct"
@@ -134,8 +134,8 @@ def table(found: dict[str, Any]) -> str:
             scores = _scores(own["metrics"], task["rows"])
             minutes = f"{own['train_seconds'] / 60:.1f} min"
             lines.append(f"| {name} | `{method}` | {own['lr']:g} | {sizes} | {scores} | {minutes} |")
-    lines += ["", "Exact match, times 100, with its standard error for so many rows; perplexity of the answers' tokens. One "
-              "seed; the same rows, in the same order, for every method."]  # fmt: skip
+    lines += ["", "Exact match, times 100, with its standard error for so many rows; answers' perplexity; "
+              "one seed, the same rows in the same order for every method."]  # fmt: skip
     for name, task in found.items():
         env = task["environment"]
         lines += ["", f"{name}: {task['steps']} steps of 8 rows, {task['rows']} rows answered; {env.get('device')}, "
@@ -174,7 +174,10 @@ def main() -> None:
             sys.stdout.write(f"mirrortune {' '.join(command(name, options.folder, options))}\n")
         return
     try:
-        if not options.report:
+        if options.report:
+            for name, task in TASKS.items():
+                refresh(options.folder / name, task.recipe, command(name, options.folder, options))
+        else:
             source = data_folder(options.data)
             if source is None:
                 raise SystemExit(f"no rows: name their folder with --data, or set {FOLDER_VARIABLE}")

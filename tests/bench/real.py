@@ -4,15 +4,17 @@
     python -m tests.bench.real FOLDER                        the next missing run of the plan, again and again
     python -m tests.bench.real FOLDER --device cuda          the same on a GPU, with the recipes' own epochs
     python -m tests.bench.real FOLDER --only rte trec        some tasks
-    python -m tests.bench.real FOLDER --list                 the plan: commands in order
+    python -m tests.bench.real FOLDER --list                 the plan: commands in order; ? is a rate yet to be chosen
     python -m tests.bench.real FOLDER --report -o OUTPUT     tables and figures of the finished runs
+    python -m tests.bench.real FOLDER --report --spectra trec -o OUTPUT    with the spectra of one task's adapters
 
 FOLDER gets a comparison for each task, whose finished runs are kept: the same command continues. Methods of the first
 wave run on every task before those of the second, so that a table of few methods is whole first; inside a task the
-methods follow each other, each with all its seeds. The learning rate of a method is the one that its grid has chosen by
-the loss for the same model on one task of its kind, movie sentences or Fashion-MNIST (``tests/bench/results``): no row
-of these tasks chooses anything but, for some, the epoch of the checkpoint. The data is that of
-``tests/bench/real_hub.py``; MiniLM-L6 comes from a package, DINOv2-small from ``tests/bench/assets.py``.
+methods follow each other, each with all its seeds. One task of each kind, TREC and Flowers, chooses each method's
+learning rate by the loss of its first seed: the rate that a larger comparison has chosen for the same model
+(``tests/bench/results``), or three times it, since short runs want higher ones. The other tasks take that rate: their
+rows choose nothing but, for some, the epoch of the checkpoint. The data is that of ``tests/bench/real_hub.py``;
+MiniLM-L6 comes from a package, DINOv2-small from ``tests/bench/assets.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,8 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirrortune.compare.grid import make_grid, slug, step_from
+from mirrortune.compare.report import write_report as write_comparison
+from mirrortune.compare.run import Comparison
+from mirrortune.config.recipe import read_saved_recipe
+from mirrortune.system.console import Reporter
 from tests.bench.assets import build
 from tests.bench.end_to_end import MODEL
+from tests.bench.real_claims import contrasts, spectra
 from tests.bench.real_hub import FOLDER_VARIABLE, data_folder, real_hub
 from tests.bench.real_report import write_report
 from tests.hub_fixtures import client_env
@@ -66,6 +75,11 @@ class Task:
         """Whether its model is MiniLM-L6."""
         return not self.recipe.startswith("vision/")
 
+    @property
+    def tuned_on(self) -> str:
+        """The task whose learning rates it takes; its own name for one that chooses them."""
+        return "trec" if self.is_text else "flowers"
+
 
 TASKS = {
     "trec": Task(recipe="trec"),
@@ -83,11 +97,13 @@ standard error of 3 points, MRPC 1,725."""
 
 
 def plan(only: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield (task, methods) of every comparison in its order."""
+    """Yield (task, methods) of every comparison in its order, with the tasks that the chosen ones are tuned on."""
+    wanted = set(only or TASKS)
+    wanted |= {TASKS[name].tuned_on for name in wanted}
     methods: tuple[str, ...] = ()
     for wave in WAVES:
         methods += wave
-        yield from ((name, methods) for name in TASKS if not only or name in only)
+        yield from ((name, methods) for name in TASKS if name in wanted)
 
 
 def kept_rates(task: Task) -> dict[str, float]:
@@ -104,14 +120,26 @@ def kept_rates(task: Task) -> dict[str, float]:
     return {**found, "adaptive:scale_top_k=all": found["mirror:scale_top_k=all"]}
 
 
+def rates(name: str, methods: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return the learning rates that each method tries on a task: two on one that chooses, the chosen one on others."""
+    task = TASKS[name]
+    if name == task.tuned_on:
+        kept = kept_rates(task)
+        return {method: f"{kept[method]:g}/{step_from(kept[method], 1):g}" for method in methods}
+    file = folder / task.tuned_on / "results.json"
+    own = json.loads(file.read_text(encoding="utf-8"))["tasks"][TASKS[task.tuned_on].recipe] if file.is_file() else {}
+    chosen = {_plain(label): f"{found['lr']:g}" for label, found in own.get("methods", {}).items() if found["lr"]}
+    return {method: chosen.get(method, "?") for method in methods}
+
+
 def command(name: str, methods: Sequence[str], folder: Path, options: argparse.Namespace) -> list[str]:
     """Return the words of a comparison after ``mirrortune``."""
     task = TASKS[name]
-    rates = kept_rates(task)
+    tried = rates(name, methods, folder)
     model = MODEL if task.is_text else str((options.assets or folder / "assets") / VISION)
     words = [*task.words, *(task.cpu if options.device == "cpu" else ())]
     return ["compare", task.recipe, *words, "-m", model, "--seeds", str(options.seeds), "--choose-by", "loss",
-            "--methods", ",".join(f"{method}:lr={rates[method]:g}" for method in methods), "--extensions", "0",
+            "--methods", ",".join(f"{method}:lr={tried[method]}" for method in methods), "--extensions", "0",
             "-o", str(folder / name)]  # fmt: skip
 
 
@@ -149,6 +177,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=TASKS, default=(), metavar="TASK")
     parser.add_argument("--list", action="store_true", help="print the plan")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--spectra", choices=TASKS, metavar="TASK", help="with --report: analyze its adapters too")
     parser.add_argument("-o", "--output", type=Path, help="folder of the tables and figures; FOLDER/report by default")
     options = parser.parse_args(words)
     options.folder = options.folder.absolute()
@@ -166,7 +195,11 @@ def main() -> None:
     output = options.output or folder / "report"
     files = {name: folder / name / "results.json" for name in TASKS}
     if options.report:
-        write_report(read(files), folder, output)
+        for name, task in TASKS.items():
+            known = rates(name, [method for wave in WAVES for method in wave], folder)
+            methods = [method for method, tried in known.items() if tried != "?"]
+            refresh(folder / name, task.recipe, command(name, methods, folder, options))
+        report(files, folder, output, options.spectra)
         return
     source = data_folder(options.data)
     if source is None:
@@ -179,7 +212,48 @@ def main() -> None:
     try:
         run(options, source)
     finally:
-        write_report(read(files), folder, output)
+        report(files, folder, output)
+
+
+def refresh(root: Path, task: str, words: Sequence[str]) -> None:
+    """Report the finished runs of a comparison in its ``results.json``, which one that still runs has not written.
+
+    Args:
+        root: folder of the comparison.
+        task: the recipe's name.
+        words: of its command, after ``mirrortune``.
+    """
+    file = root / "recipes" / f"{slug(task)}.yaml"
+    if not file.is_file():
+        return
+    recipe = read_saved_recipe(file)
+    methods, seeds = (words[words.index(option) + 1] for option in ("--methods", "--seeds"))
+    grid = make_grid(
+        {task: recipe}, methods, seeds=int(seeds), tune_seeds=1, choose_by="loss", lr_grid=None, extensions=0
+    )
+    comparison = Comparison(root=root, grid=grid, recipes={task: recipe}, reporter=Reporter())
+    write_comparison(comparison, f"mirrortune {shlex.join(words)}")
+
+
+def report(files: dict[str, Path], folder: Path, output: Path, analysed: str | None = None) -> None:
+    """Write the tables and figures of what has finished, beside the kept comparisons of the same models."""
+    found = read(files)
+    if not found:
+        return
+    write_report(found, folder, output)
+    (output / "contrasts.md").write_text(contrasts({**found, **kept_comparisons()}), encoding="utf-8")
+    if analysed in found:
+        (output / "spectra.md").write_text(spectra(found, folder, analysed), encoding="utf-8")
+
+
+def kept_comparisons() -> dict[str, dict[str, Any]]:
+    """Return the comparisons that chose the learning rates, as further tasks for contrasts."""
+    found = {}
+    for name in ("movie-sentences", "fashion-mnist"):
+        results = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
+        (own,) = results["tasks"].values()
+        found[name] = {**own, "methods": {_plain(label): method for label, method in own["methods"].items()}}
+    return found
 
 
 def read(files: dict[str, Path]) -> dict[str, dict[str, Any]]:

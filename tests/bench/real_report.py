@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +17,8 @@ from mirrortune.system.run_directory import RunDirectory
 Found = dict[str, dict[str, Any]]
 """By task: metric, splits, methods and tests as in a comparison's ``results.json``."""
 _THEMES = {"light": ("#1a1a1a", "#d9d9d9"), "dark": ("#e6e6e6", "#4d4d4d")}
+_METRICS = {"matthews_correlation": "Matthews corr."}
+SEEDS = 3
 PAIRINGS = ("mirror", "neighbor", "random", "adaptive")
 
 
@@ -50,9 +53,16 @@ def score(task: dict[str, Any], method: str) -> dict[str, Any] | None:
     return None if own is None else own["reported"][task["splits"][-1]]
 
 
+def complete_tasks(found: Found, model: str) -> list[str]:
+    """Return the tasks of a model that the most methods have finished, one seed or more of each."""
+    counts = {name: sum(score(task, method) is not None for method in task["methods"])
+              for name, task in found.items() if task["model"] == model}  # fmt: skip
+    return [name for name, count in counts.items() if count == max(counts.values())]
+
+
 def averages(found: Found, model: str) -> dict[str, tuple[int, float]]:
-    """Return (trained numbers, mean score) of the methods that have finished every task of a model."""
-    tasks = [task for task in found.values() if task["model"] == model]
+    """Return (trained numbers, mean score) of the methods that have finished every complete task of a model."""
+    tasks = [found[name] for name in complete_tasks(found, model)]
     made = {}
     for method in methods_of(found):
         scores = [score(task, method) for task in tasks]
@@ -73,23 +83,30 @@ def front(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def table(found: Found) -> str:
     """Return the table of all tasks in Markdown, and what it was measured by."""
-    heads = [f"{name}, {task['metric']}" for name, task in found.items()]
+    heads = [f"{name}, {_METRICS.get(task['metric'], task['metric'])}" for name, task in found.items()]
     means = {model: averages(found, model) for model in ("text", "images")}
     shown = [model for model, own in means.items() if own]
-    lines = [f"| method | {' | '.join([*heads, *(f'mean, {model}' for model in shown)])} |",
-             "|" + "---|" * (1 + len(heads) + len(shown))]  # fmt: skip
+    lines = [f"| method | trained numbers | {' | '.join([*heads, *(f'mean, {model}' for model in shown)])} |",
+             "|" + "---|" * (2 + len(heads) + len(shown))]  # fmt: skip
     for method in methods_of(found):
         cells = [_cell(task, method) for task in found.values()]
         cells += [f"{100 * means[m][method][1]:.1f}" if method in means[m] else "" for m in shown]
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    lines += ["", "Mean and standard deviation over seeds, times 100; (n) where fewer than the others have finished. "
-              "+ or -: better or worse than the first method by a paired t-test over seeds (Holm, p < 0.05) and by a "
-              "bootstrap interval over seeds and rows; no mark: within the noise, or not tested."]  # fmt: skip
+        lines.append(f"| `{method}` | {_numbers(found, method)} | {' | '.join(cells)} |")
+    lines += ["", "Mean and standard deviation over 3 seeds, times 100; (n): seeds, where fewer. + or -: better or "
+              "worse than the first method by a paired t-test over seeds (Holm, p < 0.05) and by a bootstrap interval "
+              "over seeds and rows; no mark: within the noise, or not tested."]  # fmt: skip
+    lines += [f"Mean, {model}: over {', '.join(complete_tasks(found, model))}." for model in shown]
     for name, task in found.items():
         rows = ", ".join(f"{count:,} of {split}" for split, count in task["rows"].items())
         env = task["environment"]
         lines += ["", f"{name}: scored on {rows}; {env.get('device')}, torch {env.get('torch')}. `{task['command']}`"]
     return "\n".join(lines) + "\n"
+
+
+def _numbers(found: Found, method: str) -> str:
+    kinds = {task["model"]: task["methods"][method]["trainable_parameters"]
+             for task in found.values() if method in task["methods"]}  # fmt: skip
+    return ", ".join(f"{count:,}" for count in dict.fromkeys(kinds.values()))
 
 
 def _cell(task: dict[str, Any], method: str) -> str:
@@ -100,14 +117,16 @@ def _cell(task: dict[str, Any], method: str) -> str:
     verdict = next((test["verdict"] for test in tests if test["label"] == method), "")
     mark = {"better": " +", "worse": " -"}.get(verdict, "")
     count = len(own["values"])
-    few = f" ({count})" if count < max(len(m["seeds"]) for m in task["methods"].values()) else ""
-    return f"{100 * own['mean']:.1f} ± {100 * own['std']:.1f}{mark}{few}"
+    spread = f" ± {100 * own['std']:.1f}" if count > 1 else ""
+    return f"{100 * own['mean']:.1f}{spread}{mark}{f' ({count})' if count < SEEDS else ''}"
 
 
 def drawings(found: Found, folder: Path) -> list[Drawing]:
     """Return the figures that the finished runs allow."""
     made = [_by_task(found)]
-    made += [_by_size(model, own) for model in ("text", "images") if (own := averages(found, model))]
+    for model in ("text", "images"):
+        if means := averages(found, model):
+            made.append(_by_size(model, means, complete_tasks(found, model)))
     for task, event, key in (("rte", "train", "loss"), ("dtd", "evaluate", "accuracy")):
         curves = pairing_curves(found, folder, task, event, key)
         made += [_curves(task, key, curves)] if curves else []
@@ -116,36 +135,59 @@ def drawings(found: Found, folder: Path) -> list[Drawing]:
 
 def _by_task(found: Found) -> Drawing:
     methods = methods_of(found)
+    columns = min(3, len(found))
+    rows = math.ceil(len(found) / columns)
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for index, method in enumerate(methods):
-            shift = 0.7 * ((index + 0.5) / len(methods) - 0.5)
-            points = [(place + shift, own) for place, task in enumerate(found.values()) if (own := score(task, method))]
-            places, scores = [place for place, _ in points], [own for _, own in points]
-            axes.errorbar(
-                places, [100 * own["mean"] for own in scores], yerr=[100 * own["std"] for own in scores], capsize=2,
-                linestyle="", markersize=4, label=method, **_style(index),
-            )  # fmt: skip
-        axes.set(xticks=range(len(found)), xticklabels=list(found), ylabel="score, times 100")
-        legend_beside(axes)
-        tidy(axes, grid="y")
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes in panels.flat[len(found) :]:
+            axes.set_visible(False)
+        for axes, (name, task) in zip(panels.flat, found.items(), strict=False):
+            scores = [(place, own) for place, method in enumerate(methods) if (own := score(task, method))]
+            for place, own in scores:
+                style = _style(place)
+                axes.errorbar(100 * own["mean"], place, xerr=100 * own["std"], capsize=2, markersize=5, **style)
+                axes.plot([100 * v for v in own["values"]], [place] * len(own["values"]), "|", color=style["color"])
+            low = _lowest_shown([own for place, own in scores if methods[place] != "none"])
+            for place, own in scores:
+                if low is not None and 100 * own["mean"] < low:
+                    axes.annotate(f"\N{LEFTWARDS ARROW} {100 * own['mean']:.1f}", (low, place), fontsize=8, va="center")
+            axes.set(yticks=range(len(methods)), yticklabels=methods, title=name)
+            axes.set(xlabel=f"{_METRICS.get(task['metric'], task['metric'])}, times 100")
+            axes.set_xlim(left=low)
+            tidy(axes)
+        panels.flat[0].set_ylim(len(methods) - 0.4, -0.6)
 
-    caption = "Score of every method on every task: mean and standard deviation over seeds."
-    return Drawing(name="score-by-task", caption=caption, size=(3 + 1.1 * len(found), 4), draw=draw)
+    caption = "Score of every method on every task: mean, standard deviation and each seed; an arrow points to a score \
+left of the axis."
+    return Drawing(name="score-by-task", caption=caption, size=(2 + 2.8 * columns, rows * (1 + 0.2 * len(methods))),
+                   draw=draw)  # fmt: skip
 
 
-def _by_size(model: str, means: dict[str, tuple[int, float]]) -> Drawing:
+def _lowest_shown(scores: Sequence[dict[str, Any]]) -> float | None:
+    """Return where an axis starts that shows the differences between adapters; the head alone may lie far below."""
+    if not scores:
+        return None
+    values = [100 * value for own in scores for value in (*own["values"], own["mean"] - own["std"])]
+    return min(values) - 0.15 * (max(values) - min(values)) - 0.5
+
+
+def _by_size(model: str, means: dict[str, tuple[int, float]], tasks: Sequence[str]) -> Drawing:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for index, (method, (numbers, mean)) in enumerate(means.items()):
-            if numbers:
-                axes.plot(numbers, 100 * mean, linestyle="", label=method, **_style(index))
-            else:
-                axes.axhline(100 * mean, linestyle="--", color=_style(index)["color"], label=method)
         best = front([point for point in means.values() if point[0]])
         axes.step([n for n, _ in best], [100 * mean for _, mean in best], where="post", color="#999999", zorder=0)
         axes.set(xscale="log", xlabel="trained numbers besides the head", ylabel="mean score, times 100")
+        for index, (method, (numbers, mean)) in enumerate(means.items()):
+            if numbers:
+                axes.plot(numbers, 100 * mean, linestyle="", label=method, **_style(index))
+        low, high = axes.get_ylim()
+        for index, (method, (numbers, mean)) in enumerate(means.items()):
+            if not numbers and 100 * mean > low - (high - low):
+                axes.axhline(100 * mean, linestyle="--", color=_style(index)["color"], label=method)
+            elif not numbers:  # far below the others: a line there would leave no room for their differences
+                axes.plot([], [], linestyle="", label=f"{method}: {100 * mean:.1f}, below")
+        axes.set(title=", ".join(tasks))
         legend_beside(axes)
         tidy(axes)
 
@@ -184,4 +226,4 @@ def _curves(task: str, key: str, curves: dict[str, list[tuple[float, float]]]) -
 
 
 def _style(index: int) -> dict[str, str]:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // 7) % len(MARKERS)]}

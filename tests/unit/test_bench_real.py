@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from mirrortune.compare.grid import parse_contender
 from mirrortune.config.recipe import override_layer, read_recipe, resolve
-from tests.bench import real, short_runs
+from tests.bench import answers, real, real_claims, short_runs
 from tests.bench.real_hub import data_folder, publish
 from tests.bench.real_report import averages, front, table, write_report
 from tests.hub_server import LoopbackHub
@@ -24,7 +25,9 @@ def test_a_method_runs_on_every_task_before_the_next_wave_does() -> None:
     assert [name for name, _ in planned] == [*real.TASKS] * len(real.WAVES)
     assert planned[0][1] == real.WAVES[0]
     assert planned[-1][1] == tuple(method for wave in real.WAVES for method in wave)
-    assert [name for name, _ in real.plan(["rte"])] == ["rte"] * len(real.WAVES)
+    assert [name for name, _ in real.plan(["rte"])] == ["trec", "rte"] * len(real.WAVES), "rates are chosen on trec"
+    for name, task in real.TASKS.items():
+        assert [*real.TASKS].index(task.tuned_on) <= [*real.TASKS].index(name)
 
 
 @pytest.mark.parametrize("name", real.TASKS)
@@ -36,17 +39,24 @@ def test_the_settings_of_a_task_are_those_of_its_recipe(name: str) -> None:
             assert parse_contender(f"{method}:lr=1e-2", recipe.train.head_lr).lrs == (0.01,)
 
 
-def test_every_method_has_a_rate_that_a_kept_comparison_has_chosen(tmp_path: Path) -> None:
+def test_every_method_tries_the_rate_that_a_kept_comparison_has_chosen(tmp_path: Path) -> None:
+    for name in ("rte", "dtd"):
+        assert {method for wave in real.WAVES for method in wave} <= set(real.kept_rates(real.TASKS[name]))
     options = real.parse([str(tmp_path), "--device", "cuda"])
+    methods = ("mirror", "lora:rank=8")
 
-    rates = {name: real.kept_rates(real.TASKS[name]) for name in ("rte", "dtd")}
-    words = real.command("rte", ("mirror", "lora:rank=8"), tmp_path, options)
+    words = {name: real.command(name, methods, tmp_path, options) for name in ("trec", "flowers", "rte")}
+    tried = {name: own[own.index("--methods") + 1] for name, own in words.items()}
 
-    for kept in rates.values():
-        assert {method for wave in real.WAVES for method in wave} <= set(kept)
-    assert (rates["rte"]["lora:rank=8"], rates["dtd"]["lora:rank=8"]) == (0.001, 0.003), "each model has its own"
-    assert words[words.index("--methods") + 1] == "mirror:lr=0.03,lora:rank=8:lr=0.001"
-    assert "train.max_steps=160" not in words, "a GPU takes the recipe's own epochs"
+    assert tried["trec"] == "mirror:lr=0.03/0.1,lora:rank=8:lr=0.001/0.003"
+    assert tried["flowers"] == "mirror:lr=0.03/0.1,lora:rank=8:lr=0.003/0.01", "each model has its own"
+    assert tried["rte"] == "mirror:lr=?,lora:rank=8:lr=?"
+    assert "train.max_steps=160" not in words["trec"], "a GPU takes the recipe's own epochs"
+    comparison(
+        tmp_path / "trec", "trec", {"mirror:lr=0.03/0.1": {"lr": 0.1}, "lora:rank=8:lr=0.001/0.003": {"lr": None}}
+    )
+    words["rte"] = real.command("rte", methods, tmp_path, options)
+    assert words["rte"][words["rte"].index("--methods") + 1] == "mirror:lr=0.1,lora:rank=8:lr=?"
 
 
 def comparison(folder: Path, recipe: str, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -75,13 +85,76 @@ def test_the_table_and_the_figures_are_of_the_runs_that_have_finished(tmp_path: 
     write_report(found, tmp_path, tmp_path / "report")
 
     lines = (tmp_path / "report" / "table.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "| method | trec, accuracy | rte, accuracy | mean, text |"
-    assert lines[2] == "| `mirror` | 85.0 ± 1.0 | 55.0 ± 1.0 | 70.0 |"
-    assert lines[3] == "| `lora:rank=8` | 80.0 ± 1.0 (1) |  |  |", "it has no mean: a task is missing"
+    assert lines[0] == "| method | trained numbers | trec, accuracy | rte, accuracy | mean, text |"
+    assert lines[2] == "| `mirror` | 10 | 85.0 ± 1.0 (2) | 55.0 ± 1.0 (2) | 85.0 |"
+    assert lines[3] == "| `lora:rank=8` | 100 | 80.0 (1) |  | 80.0 |", "its mean leaves out the task without it"
+    assert "Mean, text: over trec." in lines
     assert str(tmp_path) not in table(found)
-    assert averages(found, "text") == {"mirror": (10, pytest.approx(0.7))}
+    assert averages(found, "text") == {"mirror": (10, pytest.approx(0.85)), "lora:rank=8": (100, pytest.approx(0.8))}
     figures = {path.name for path in (tmp_path / "report").glob("*.svg")}
     assert {"score-by-task-light.svg", "score-by-task-dark.svg", "score-by-size-text-light.svg"} <= figures
+
+
+def test_contrasts_pair_the_runs_of_equal_task_and_seed() -> None:
+    methods = {"mirror": scored("mirror", 10, 0.8, 0.9, 0.85), "svft": scored("svft", 20, 0.85, 0.92)}
+    task = {"splits": ["test"], "methods": methods}
+    alone = {"splits": ["test"], "methods": {"mirror": methods["mirror"]}}
+
+    assert real_claims.gaps(task, "mirror", "svft") == pytest.approx([-5, -2])
+    assert real_claims.gaps(alone, "mirror", "svft") == []
+    said = real_claims.contrasts({"one": task, "two": task, "three": alone})
+    assert "| `mirror` - `svft` | -3.5 (2) | -3.5 (2) |  | 0 of 2 | -3.5 [-6.3, -0.7] | 0.027 |" in said
+    assert "neighbor" not in said, "no task has it"
+
+
+def test_spectra_are_those_of_a_first_run_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "trec" / "cells" / "trec" / "mirror-lr-0.01" / "lr-1e-02" / "seed-0"
+    run.mkdir(parents=True)
+    overall = {"relative": 0.5, "shares": {"amplification": 0.25, "reorientation": 0.75, "new": 0.0},
+               "value_change": {"top": 0.02, "tail": -0.01}, "turned": 7.0}  # fmt: skip
+    asked = []
+
+    def analyze(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(words[-2])
+        return subprocess.CompletedProcess(words, 0, json.dumps({"overall": overall, "claims": [{"agreeing": 0.4}]}))
+
+    monkeypatch.setattr(subprocess, "run", analyze)
+    found = {"trec": {"methods": {"mirror": {**scored("mirror", 10, 0.8), "label": "mirror:lr=0.01"},
+                                  "none": {**scored("none", 0, 0.7), "label": "none:lr=0.3"}}}}  # fmt: skip
+
+    said = [real_claims.spectra(found, tmp_path, "trec") for _ in range(2)]
+
+    assert asked == [str(run)]
+    assert "| `mirror` | 50.0% | 25.0% | 75.0% | 0.0% | +2.00% | -1.00% | 7.0° | 40% |" in said[0]
+    assert said[0] == said[1]
+
+
+def test_runs_of_a_comparison_that_has_not_ended_are_reported(tmp_path: Path) -> None:
+    words = real.command("trec", ("mirror", "svft"), tmp_path, real.parse([str(tmp_path), "--seeds", "2"]))
+    root = tmp_path / "trec"
+    real.refresh(root, "trec", words)
+    assert not root.exists(), "nothing has run"
+    (root / "recipes").mkdir(parents=True)
+    (root / "recipes" / "trec.yaml").write_text(resolve([read_recipe("trec")]).recipe.to_yaml(), encoding="utf-8")
+    cells = [root / "cells" / "trec" / "mirror-lr-0.03-0.1" / f"lr-{lr}" / "seed-0" for lr in ("3e-02", "1e-01")]
+    sizes = ("trainable_parameters", "head_parameters", "adapter_bytes", "median_step_seconds", "peak_memory_bytes",
+             "train_seconds", "pairing_seconds")  # fmt: skip
+    metrics = {"accuracy": 0.9, "loss": 0.4}
+    done = {
+        **dict.fromkeys(sizes, 10),
+        "selection_metric": "accuracy",
+        "metrics": metrics,
+        "reported": {"test": metrics},
+    }
+    for cell in cells:
+        cell.mkdir(parents=True)
+        (cell / "results.json").write_text(json.dumps(done), encoding="utf-8")
+
+    real.refresh(root, "trec", words)
+
+    found = real.read({"trec": root / "results.json"})
+    assert "| `mirror` | 10 | 90.0 (1) | 90.0 |" in table(found)
+    assert "svft" not in found["trec"]["methods"]
 
 
 def test_the_front_is_what_so_few_numbers_reach() -> None:
@@ -125,3 +198,26 @@ def test_short_runs_come_by_columns_and_are_timed_by_their_differences(tmp_path:
 
     assert said.startswith("| method | trained numbers | 40 steps | 80 steps | step |")
     assert "| mirror | 10 | 75.0 | 75.0 | 500 ms |" in said
+
+
+def test_answers_are_tabled_beside_those_before_training(tmp_path: Path) -> None:
+    options = answers.parse([str(tmp_path), "--model", "weights", "--rows", "100"])
+    words = answers.command("gsm8k", tmp_path, options)
+    label, *others = words[words.index("--methods") + 1].split(",")
+    assert "eval.before=true" in label
+    assert all("eval.before=false" in other for other in others)
+    run = {"metrics": {"exact_match": 0.04, "perplexity": 3.0}, "metrics_before": {"exact_match": 0, "perplexity": 9.0},
+           "trainable_parameters": 1200, "adapter_bytes": 5000, "train_seconds": 90.0}  # fmt: skip
+    cell = answers.Cell("llm/gsm8k", label, 0.01, answers.SEED).folder(tmp_path / "gsm8k")
+    cell.mkdir(parents=True)
+    (cell / "results.json").write_text(json.dumps(run), encoding="utf-8")
+    tasks = {"llm/gsm8k": {"methods": {label: {"lr": 0.01, "seeds": [0]}, "svft:lr=1e-1": {"lr": None, "seeds": []}}}}
+    results = {"tasks": tasks, "environment": {"device": "cpu"}, "command": f"mirrortune {' '.join(words)}"}
+    (tmp_path / "gsm8k" / "results.json").write_text(json.dumps(results), encoding="utf-8")
+
+    said = answers.table(answers.read(tmp_path))
+
+    assert "| gsm8k | before training |  |  |  | 9.00 | 0.0 ± 0.5 |  |" in said
+    assert "| gsm8k | `mirror:scale_top_k=all` | 0.01 | 1,200 | 5 kB | 3.00 | 4.0 ± 2.0 | 1.5 min |" in said
+    assert "16 steps of 8 rows, 100 rows answered" in said
+    assert str(tmp_path) not in said

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runs of ``tests/bench/real.py`` say of published claims: contrasts of methods, and spectra of adapters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mirrortune.compare.grid import slug
+
+Found = dict[str, dict[str, Any]]
+CONTRASTS = (
+    ("mirror", "neighbor"), ("mirror", "random"), ("adaptive", "mirror"), ("mirror", "svft"), ("mirror", "lora:rank=1"),
+    ("mirror:scale_top_k=all", "mirror"), ("mirror:scale_top_k=all", "scale"), ("mirror:scale_top_k=all", "svft"),
+    ("adaptive:scale_top_k=all", "mirror:scale_top_k=all"), ("mirror:scale_top_k=all", "lora:rank=8"),
+    ("svft", "lora:rank=8"), ("psoft", "lora:rank=1"), ("psoft", "lora:rank=8"),
+)  # fmt: skip
+"""Pairs of methods that the claims compare: the first is said to be ahead."""
+
+
+def gaps(task: dict[str, Any], first: str, second: str) -> list[float]:
+    """Return the difference of two methods' scores, times 100, for every seed that both have finished."""
+    methods = task["methods"]
+    if first not in methods or second not in methods:
+        return []
+    split = task["splits"][-1]
+    own = [
+        dict(zip(methods[m]["seeds"], methods[m]["reported"][split]["values"], strict=True)) for m in (first, second)
+    ]
+    return [100 * (own[0][seed] - own[1][seed]) for seed in sorted(own[0].keys() & own[1].keys())]
+
+
+def contrasts(found: Found) -> str:
+    """Return a table in Markdown: the mean difference on every task, and over all tasks and seeds with its test."""
+    import scipy.stats
+
+    lines = [f"| first - second | {' | '.join(found)} | tasks ahead | all pairs | p |",
+             "|" + "---|" * (len(found) + 4)]  # fmt: skip
+    for first, second in CONTRASTS:
+        by_task = [gaps(task, first, second) for task in found.values()]
+        pooled = [gap for own in by_task for gap in own]
+        if not pooled:
+            continue
+        cells = [f"{fmean(own):+.1f} ({len(own)})" if own else "" for own in by_task]
+        ahead = f"{sum(fmean(own) > 0 for own in by_task if own)} of {sum(map(bool, by_task))}"
+        mean, p = f"{fmean(pooled):+.1f}", ""
+        if len(pooled) > 2 and len(set(pooled)) > 1:
+            tested = scipy.stats.ttest_1samp(pooled, 0.0)
+            low, high = tested.confidence_interval()
+            mean, p = f"{mean} [{low:+.1f}, {high:+.1f}]", f"{tested.pvalue:.2g}"
+        lines.append(f"| `{first}` - `{second}` | {' | '.join(cells)} | {ahead} | {mean} | {p} |")
+    lines += ["", "Differences of scores, times 100, between runs of equal task and seed; (n) seeds. All pairs: mean "
+              "over tasks and seeds, its 95% interval and a two-sided t-test, neither corrected for the number of "
+              "contrasts nor for the rows that the seeds of a task share."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def spectra(found: Found, folder: Path, task: str) -> str:
+    """Return a table in Markdown: what ``mirrortune analyze`` says of the first run of every method on a task.
+
+    Args:
+        found: finished comparisons.
+        folder: of the comparisons; gets what was analysed, in ``spectra``.
+        task: one of them.
+    """
+    lines = ["| method | change | amplified | re-oriented | new | top σ | tail σ | turned | top σ amplified |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for method, own in found[task]["methods"].items():
+        if not own["trainable_parameters"]:
+            continue
+        (run,) = (folder / task / "cells").glob(f"*/{slug(own['label'])}/lr-{own['lr']:.0e}/seed-{own['seeds'][0]}")
+        seen = analysed(run, folder / "spectra" / f"{task}-{slug(method)}.json")
+        overall, values = seen["overall"], seen["overall"]["value_change"]
+        shares = [f"{100 * overall['shares'][name]:.1f}%" for name in ("amplification", "reorientation", "new")]
+        lines.append(
+            f"| `{method}` | {100 * overall['relative']:.1f}% | {' | '.join(shares)} | {100 * values['top']:+.2f}% "
+            f"| {100 * values['tail']:+.2f}% | {overall['turned']:.1f}° | {100 * seen['amplified']:.0f}% |"
+        )
+    lines += ["", f"`mirrortune analyze` of the run with the first seed on {task}: size of the change by the norm of "
+              "the weights, and its parts; median change of the 16 largest and of the smaller half of singular values, "
+              "median angle of the leading subspace; matrices whose top singular values grow most."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def analysed(run: Path, file: Path) -> dict[str, Any]:
+    """Return what ``analyze`` finds over all matrices of a run, kept in ``file``."""
+    if not file.is_file():
+        words = [sys.executable, "-m", "mirrortune", "analyze", str(run), "--json"]
+        seen = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        file.parent.mkdir(exist_ok=True)
+        kept = {"overall": seen["overall"], "amplified": seen["claims"][0]["agreeing"]}
+        file.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
