@@ -201,7 +201,8 @@ class Chat:
         for num_left_out in range(self._num_left_out, len(self.turns) + 1):
             ids = self.speaker.encode(self.system, self.turns[num_left_out:], text)
             if limit is None or len(ids) + min(wanted, limit // 2) <= limit:
-                return ids, num_left_out, wanted
+                room = wanted if limit is None else min(wanted, limit - len(ids))
+                return ids, num_left_out, room
         assert limit is not None
         if len(ids) >= limit:
             with_system = " with the system prompt" if self.system else ""

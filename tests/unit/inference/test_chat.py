@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,18 @@ def test_a_message_that_does_not_fit_is_refused_and_an_answer_is_as_long_as_fits
     assert talk.turns == []
 
     assert talk.answer("x" * 200, lambda _: None).num_tokens <= 256 - 200
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_an_answer_ends_where_the_models_context_ends(family: str) -> None:
+    talk = chat(max_new_tokens=1000)
+    talk.speaker = replace(talk.speaker, model=tiny_causal(family))
+    limit = talk.speaker.positions()
+    assert limit is not None
+
+    answer = talk.answer("hello", lambda _: None)
+
+    assert answer.num_tokens <= limit - len(talk.speaker.encode("", [], "hello"))
 
 
 def test_samples_depend_on_the_seed_and_on_the_number_of_the_answer() -> None:
