@@ -28,6 +28,8 @@ FactorSource = Callable[[str, Tensor, int], Factors]
 a cache."""
 LayerHook = Callable[[str, Tensor, Factors, Core], None]
 """Called with (layer name, matrix or stack, factors, core) for every layer that attach replaces."""
+BANK = "_mirrortune_bank"
+"""Attribute of a model in an :class:`~mirrortune.AdapterBank`."""
 SpectralLayer = SpectralLinear | SpectralWeight
 """Adapts a weight: in place of the layer that applies it, or as a parametrisation of the weight."""
 
@@ -124,6 +126,9 @@ def checked_targets(
     """
     if isinstance(getattr(model, "mirrortune", None), Attachment):
         raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
+    if BANK in vars(model):
+        fix = "add() it to the bank, or close() the bank first"
+        raise ConfigError("attach", "the model is in an AdapterBank", fix=fix)
     if known is not None:
         return known
     check_spec(spec)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
-from mirrortune.adapters.inject import Attachment
+from mirrortune.adapters.inject import BANK, Attachment
 from mirrortune.errors import ConfigError, did_you_mean
 from mirrortune.inference.bank_entries import Admission, Entry
 from mirrortune.inference.bank_file import ReadAdapter, open_bank, save_bank
@@ -56,7 +56,7 @@ class AdapterBank:
     def __init__(self, model: nn.Module, *, on_layer: Callable[[str], None] | None = None) -> None:
         if isinstance(getattr(model, "mirrortune", None), Attachment):
             raise ConfigError("AdapterBank", "the model has an adapter already", fix="Load the base model anew")
-        if "_mirrortune_bank" in vars(model):
+        if BANK in vars(model):
             raise ConfigError("AdapterBank", "the model is in another bank", fix="Use that one, or close() it first")
         self.model = model
         self._entries: dict[str, Entry | ReadAdapter] = {}
@@ -64,7 +64,8 @@ class AdapterBank:
         self._admission = Admission(model, FactorCache(on_layer=on_layer), layers_without_rows(model))
         self._lock = threading.RLock()
         self._num_serving = 0
-        model.__dict__["_mirrortune_bank"] = self
+        self._is_open = True
+        model.__dict__[BANK] = self
         self._hook = model.register_forward_pre_hook(self._check_batch, with_kwargs=True)
         self._generate = _replace_generate(model, self._serving)
 
@@ -122,6 +123,7 @@ class AdapterBank:
         """
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ConfigError("name", f"got {name!r}", allowed="printable text")
+        self._check_open()
         self._check_name(name, replace=replace)
         if not isinstance(adapter, AdapterFile):
             adapter = read_adapter(_own_folder(local_adapter(adapter, revision=revision, subfolder=subfolder)))
@@ -153,7 +155,7 @@ class AdapterBank:
         return dict(json.loads(self._entry(name).own))
 
     @contextmanager
-    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+    def rows(self, names: Iterable[str | None]) -> Iterator[None]:
         """Compute row i of every batch with the adapter ``names[i]``, or with the base model for None, in this context.
 
         The sequences that ``generate`` makes of a row (beams, ``num_return_sequences``) have the adapter of the row. A
@@ -166,7 +168,8 @@ class AdapterBank:
             ConfigError: a name is unknown, or there are none. Raised by the model inside the context if a batch has
                 another number of rows.
         """
-        if isinstance(names, str) or not names:
+        self._check_open()
+        if isinstance(names, str) or not (names := list(names)):
             raise ConfigError("rows", f"got {names!r}", allowed="a list with a name, or None, for each row")
         found = {name: self._entry(name) for name in dict.fromkeys(names) if name is not None}
         serving = Serving(names, [None if name is None else found[name] for name in names])
@@ -192,6 +195,7 @@ class AdapterBank:
             ConfigError: ``path`` holds something else.
             ResourceError: the file cannot be written.
         """
+        self._check_open()
         entries = {name: self._entry(name) for name in self.names}
         save_bank(Path(path), entries)
 
@@ -202,14 +206,16 @@ class AdapterBank:
             ConfigError: rows are being served.
         """
         with self._lock:
+            if not self._is_open:
+                return
             if self._num_serving:
                 raise ConfigError("close", "rows are being served", fix="Leave every rows() first")
             for seat in self._seats.values():
                 seat.give_back()
-            self._seats, self._entries = {}, {}
+            self._seats, self._entries, self._is_open = {}, {}, False
             self._hook.remove()
             self._generate()
-            self.model.__dict__.pop("_mirrortune_bank", None)
+            self.model.__dict__.pop(BANK, None)
 
     def adapter_nbytes(self, name: str) -> int:
         """Return the memory of an adapter's own tensors in bytes."""
@@ -219,7 +225,12 @@ class AdapterBank:
         """Return the memory of the factors, which all adapters share, in bytes."""
         return sum(layer.nbytes for layer in self._admission.layers.values())
 
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise ConfigError("AdapterBank", "the bank is closed", fix="Create another one of the model")
+
     def _find(self, name: str) -> Entry | ReadAdapter:
+        self._check_open()
         found = self._entries.get(name)
         if found is None:
             names = list(self._entries)
@@ -286,6 +297,13 @@ class AdapterBank:
             return
         named = [kwargs.get(str(name)) for name in (getattr(model, "main_input_name", None), *_MAIN_INPUTS)]
         _check_rows(serving, *named, *args)
+        own = getattr(getattr(model, "config", None), "num_labels", None)
+        widths = {entry.structure.num_labels for entry in serving.entries if entry is not None}
+        if widths - {None, own} and kwargs.get("labels") is not None:
+            raise ConfigError(
+                "rows", f"the model computes a loss over its own {own} outputs, and a row's adapter has another number",
+                fix="Call it without labels",
+            )  # fmt: skip
 
 
 def _check_rows(serving: Serving, *inputs: Any) -> None:

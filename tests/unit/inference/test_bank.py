@@ -317,3 +317,29 @@ def test_a_closed_bank_leaves_the_model_as_it_was(llama: Cases) -> None:
     assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
     assert not {"generate", "_mirrortune_bank"} & vars(model).keys()
     assert mirrortune.load_adapter(model, llama.folder / "a") is model
+
+
+def test_a_closed_bank_refuses_and_an_open_one_keeps_its_model(llama: Cases, tmp_path: Path) -> None:
+    model = copy.deepcopy(llama.base)
+    bank = mirrortune.AdapterBank(model)
+    bank.add("a", llama.folder / "a")
+    for adapt in (mirrortune.attach, lambda model: mirrortune.load_adapter(model, llama.folder / "a")):
+        with pytest.raises(ConfigError, match=r"the model is in an AdapterBank.*close\(\)"):
+            adapt(model)
+    bank.close()
+    bank.close()
+    for use in (
+        lambda: bank.add("a", llama.folder / "a"), lambda: bank.remove("a"), lambda: bank.num_labels("a"),
+        lambda: bank.save(tmp_path / "bank.safetensors"), lambda: bank.rows(["a"]).__enter__(),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="the bank is closed"):
+            use()
+
+
+def test_a_head_of_another_width_has_no_loss(bert: Cases) -> None:
+    bank = bert.bank(["a", "three"])
+    inputs = {"input_ids": bert.batch["input_ids"][:2], "labels": torch.zeros(2, dtype=torch.long)}
+    with bank.rows(name for name in ("a", "three")), pytest.raises(ConfigError, match="Call it without labels"):
+        bank.model(**inputs)
+    with bank.rows(["a", None]):
+        assert bank.model(**inputs).loss.isfinite()
