@@ -26,6 +26,7 @@ from mirrortune.cli.exports import merge, push
 from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
 from mirrortune.cli.predictions import predict
 from mirrortune.cli.reports import analyze, besides_head, report, train_lines
+from mirrortune.config.data_paths import is_same_data, short_name
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
 from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.paths import local_path, shown_path
@@ -156,7 +157,7 @@ def prepare(
         *([factorised] if any(result.svd_cache.values()) else []),
         "  ".join(f"{name} {counted(count, 'row')}" for name, count in result.rows.items()),
     ]
-    reporter.result(asdict(result), lines)
+    reporter.result(result.summary(), lines)
 
 
 @app.command(cls=OnceEach)
@@ -189,7 +190,7 @@ def train(
         training.check_output(resolved, recipe_name=name, resume=resume, overwrite=overwrite)
         plan = preparing.prepare(resolved, reporter, dry_run=True)
         reporter.result(
-            asdict(plan),
+            plan.summary(),
             [f"would adapt {plan.targets} layers and train {plan.trainable_parameters:,} numbers{besides_head(plan)}"],
         )
         return
@@ -231,7 +232,7 @@ def evaluate(
     if own and (named := _describe_data(resolved, own)):
         reporter.note(named)
     trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
-    is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
+    is_own_data = is_same_data(trained_on, asked)
     from mirrortune.merging import bases  # noqa: PLC0415
     from mirrortune.runs import evaluate as evaluation  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
@@ -277,7 +278,7 @@ def compare(
         overrides = ["eval.protocol=split-dev", *overrides]
     asked = [[n, *overrides] for n in names] or [overrides]
     found = all_of(*(functools.partial(_resolve, own, task, given, reporter) for own in asked))
-    labels = names or [found[0][1] or Path(found[0][0].recipe.data.path or "task").stem]
+    labels = names or [found[0][1] or short_name(found[0][0].recipe.data.path) or "task"]
     from mirrortune.compare.grid import make_grid  # noqa: PLC0415
 
     recipes = {name: resolved.recipe for name, (resolved, _) in zip(labels, found, strict=True)}

@@ -37,15 +37,11 @@ class OnceEach(TyperCommand):
         for param in dict.fromkeys(one_value):
             if (count := one_value.count(param)) > 1:
                 names = ", ".join(param.opts)
-                fix = _ONE_OF.get(param.opts[0], "Keep one of them")
-                errors.append(ConfigError(names, f"given {count} times, and takes one value", fix=fix))
+                errors.append(ConfigError(names, f"given {count} times, and takes one value", fix="Keep one of them"))
         if errors:
             Reporter().error(str(ConfigError.several(errors)))
             raise typer.Exit(ConfigError.exit_code)
         return super().parse_args(ctx, args)
-
-
-_ONE_OF = {"--data": "For several files give a folder, or a pattern in quotes: --data 'rows/*.csv'"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +77,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--model -m", "model.name", str, "Hub id or local folder of the base model."),
     _flag(_DATA, "--revision", "model.revision", str, "Branch, tag or commit of a Hub model."),
     _flag(_DATA, "--load-in", "model.load_in", str, "Quantise the base weights while loading: 8bit or 4bit."),
-    _flag(_DATA, "--data -d", "data.path", str, "csv, tsv, json, jsonl or parquet file, folder with train/validation/test files or class folders of images or recordings, or Hub id."),
+    _flag(_DATA, "--data -d", "data.path", list[str], "csv, tsv, json, jsonl or parquet file, folder with train/validation/test files or class folders of images or recordings, or Hub id; repeat to mix several."),
     _flag(_DATA, "--text-column", "data.text_columns", list[str], "Text column; repeat for pairs. Detected by default."),
     _flag(_DATA, "--label-column", "data.label_column", str, "Label column. Detected by default."),
     _flag(_DATA, "--image-column", "data.image_column", str, "Column of images, encoded or as paths. Detected by default."),
@@ -145,6 +141,8 @@ def given_flags(values: dict[str, Any], errors: list[ConfigError]) -> dict[str, 
         if value is None or value == [] or value is False:
             continue
         is_text = flag.kind in (str, list[str], bool)
+        if flag.key == "data.path" and len(value) == 1:  # several are a mixture
+            value = value[0]
         try:
             found[flag.key] = (flag.names[0], value if is_text else strict_yaml.parse_scalar(value, flag.names[0]))
         except ConfigError as error:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, with_recipe_flags
+from mirrortune.config.data_paths import is_same_data
 from mirrortune.errors import ConfigError, counted
 from mirrortune.system.console import Reporter
 from mirrortune.system.paths import local_path
@@ -104,7 +104,7 @@ def _rows(
     settings = unpack_for_eval(resolved.recipe)
     columns = [key.partition(".")[2] for key in resolved.origins if key.endswith(("_column", "_columns"))]
     trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
-    is_own_data = bool(trained_on and asked) and os.path.realpath(str(trained_on)) == os.path.realpath(str(asked))
+    is_own_data = is_same_data(trained_on, asked)
     return {
         "is_own_data": is_own_data,
         "settings": replace(settings, data=_data_settings(settings.data, resolved, own)),

@@ -291,7 +291,7 @@ def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
     """Check a recipe and its data; if the data has a labelled test split, add it to the reported splits."""
     settings = unpack(recipe)
     job = assemble(settings, reporter)
-    data, name = read_data(settings.data), recipe.data.test_split
+    data, name = read_data(settings.data, settings.task), recipe.data.test_split
     rows = data.find(name)
     if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):
         return recipe

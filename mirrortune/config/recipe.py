@@ -19,9 +19,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from mirrortune.config import strict_yaml
-from mirrortune.config.schema import Recipe
+from mirrortune.config.data_paths import absolute_paths, anchored_paths, bare_names, walks_far
+from mirrortune.config.schema import Recipe, SourceSection
 from mirrortune.errors import PREFERENCES, ConfigError, did_you_mean, no_preferences, unknown_name
-from mirrortune.system.paths import HUB_SCHEME, is_pattern, local_path, shipped_folder, split_sample, table_suffix
+from mirrortune.system.paths import local_path, shipped_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,7 @@ _MOST_PROBLEMS = 100  # problems reported for a recipe; an untrusted file may ha
 _SHOWN = 200  # characters shown of an invalid value
 _FORMS: dict[tuple[str, ...], str] = {
     ("adapter", "layers"): 'a list of numbers of blocks, from 0 on, and of "last N": [0, 1, last 4]',
+    ("data", "path"): "a path or Hub id, or a list of these and of {path: PATH, weight: 2}",
     ("train", "class_weights"): "balanced, or {NAME: WEIGHT} with weights above 0, at most 1e6",
 }
 # Settings that are accepted from the recipe inside a target: which rows are scored, and how. Never the model, its code,
@@ -153,18 +155,11 @@ def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
         if own:
             kept[name] = own
         ignored += [key for key in settings or [name] if key not in _OF_TARGET]
-    far = [key for key in _DATA_PATHS if _walks_far(_setting(kept, "data", key))]
+    far = [key for key in _DATA_PATHS if walks_far(_setting(kept, "data", key))]
     if far:
         kept["data"] = {key: value for key, value in kept["data"].items() if key not in far}
         ignored += [f"data.{key}" for key in far]
     return Layer(values=kept, origin=whole.origin, lines=whole.lines), ignored
-
-
-def _walks_far(path: Any) -> bool:
-    """Return whether a glob pattern may search large parts of the file system, as ``/**/*.csv`` does."""
-    if not isinstance(path, str) or not is_pattern(path):
-        return False
-    return sum(any(sign in part for sign in "*?[") for part in Path(path).parts) > 2 or "**" in path
 
 
 def read_saved_recipe(path: Path) -> Recipe:
@@ -300,12 +295,11 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute local paths, so that it works from any folder."""
-    update: dict[str, Any] = {}
-    for section, key in (("model", "name"), *(("data", key) for key in _DATA_PATHS)):
-        given, number = split_sample(getattr(getattr(recipe, section), key) or "")
-        if given and local_path(given).exists():
-            absolute = str(local_path(given).resolve()) + (f"#{number}" if number is not None else "")
-            update[section] = update.get(section, getattr(recipe, section)).model_copy(update={key: absolute})
+    paths = {key: absolute_paths(getattr(recipe.data, key)) for key in _DATA_PATHS}
+    update = {
+        "model": recipe.model.model_copy(update={"name": absolute_paths(recipe.model.name)}),
+        "data": recipe.data.model_copy(update=paths),
+    }
     return recipe.model_copy(update=update)
 
 
@@ -350,10 +344,11 @@ def _leave_data(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer], la
     These are the configuration and revision on the Hub, and the validation rows in another place.
     """
     before, now = (_setting(values, "data", "path") for values in (merged, layer.values))
-    if not isinstance(before, str) or not isinstance(now, str):
+    names = [bare_names(value) for value in (before, now)]
+    if not all(names):
         return
-    names = [split_sample(path)[0].removeprefix(HUB_SCHEME).removeprefix("datasets/") for path in (before, now)]
-    is_same = names[0].split(":")[0] == names[1].split(":")[0]  # the configuration may differ
+    before, now = ([name.split(":")[0] for name in own] for own in names)
+    is_same = before == now  # the configuration may differ
     kept = {
         "config": names[0] == names[1],
         "revision": is_same,
@@ -382,8 +377,7 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
     path = _known_path(tuple(str(part) for part in problem["loc"]), merged)
     layer = owners.get(path) or next((o for p, o in owners.items() if p[: len(path)] == path), None)
     if path[:2] in _FORMS:  # a union: pydantic's errors about each member are no help
-        where = layer.place(path[:2]) if layer else ".".join(path[:2])
-        return ConfigError(where, f"got {_shortened(merged[path[0]][path[1]])}", allowed=_FORMS[path[:2]])
+        return _explain_form(path[:2], problem["loc"], layer, merged[path[0]][path[1]])
     where = layer.place(path) if layer else ".".join(path)
     got = _shortened(problem.get("input"))
     if problem["type"] == "extra_forbidden":
@@ -396,6 +390,19 @@ def _explain(problem: Any, owners: dict[tuple[str, ...], Layer], merged: dict[st
         choices = [c.strip("' ") for c in message.replace(" or ", ", ").split(",")]
         near = did_you_mean(problem["input"], choices)
     return ConfigError(where, f"got {got}.{near}" if near else f"got {got}", allowed=message)
+
+
+def _explain_form(path: tuple[str, ...], loc: tuple[Any, ...], layer: Layer | None, value: Any) -> ConfigError:
+    """Return the error for a value of several types, or for the item of a list that is wrong."""
+    item = next((part for part in loc if isinstance(part, int)), None)
+    if item is not None and isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        path, value = (*path, str(item)), value[item]
+    where = layer.place(path) if layer else ".".join(path)
+    known = list(SourceSection.model_fields)
+    if unknown := [key for key in value if key not in known] if isinstance(value, dict) and item is not None else []:
+        problem = f"unknown key '{unknown[0]}'.{did_you_mean(unknown[0], known)}"
+        return ConfigError(where, problem, allowed=", ".join(known))
+    return ConfigError(where, f"got {_shortened(value)}", allowed=_FORMS[path[:2]])
 
 
 def _shortened(value: Any) -> str:
@@ -452,13 +459,8 @@ def _section_fields(path: tuple[str, ...]) -> dict[str, Any]:
 def _anchor_paths(data: dict[str, Any], folder: Path) -> None:
     """Make paths of data and pairs absolute; relative ones refer to the folder of the recipe."""
     for key in _DATA_PATHS:
-        given = _setting(data, "data", key)
-        if isinstance(given, str) and not given.startswith("shipped:"):
-            given, number = split_sample(given)
-            beside = folder / given
-            is_file = table_suffix(Path(given)) is not None or given.startswith(".")
-            if beside.exists() and (is_file or beside.is_dir()) and not Path(given).is_absolute():
-                data["data"][key] = str(beside.resolve()) + (f"#{number}" if number is not None else "")
+        if _setting(data, "data", key) is not None:
+            data["data"][key] = anchored_paths(data["data"][key], folder)
     pairs = _setting(data, "adapter", "pairing")
     if isinstance(pairs, str) and pairs.endswith(".json") and (folder / pairs).is_file():
         data["adapter"]["pairing"] = str((folder / pairs).resolve())

@@ -66,11 +66,37 @@ class TaskSection(_Section):
     boxed, letter, option, exact, or "regex:PATTERN"."""
 
 
+class SourceSection(_Section):
+    """One of several data sets: an item of data.path."""
+
+    path: str
+    """As data.path of a single data set; hf://ID:CONFIG:SPLIT for a configuration or a split of a Hub data set."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """How often each of its rows is drawn in an epoch: 2 for twice, 0.5 for half of the rows, other ones in the next
+    epoch. Of a stream, whose size is not known: its share of the rows, relative to the other weights."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    text_columns: tuple[str, ...] | None = None
+    """Its columns of text; data.text_columns by default, and detected without."""
+    choice_columns: tuple[str, ...] | None = None
+    """Its columns of endings."""
+    label_column: str | None = None
+    """Its column of targets."""
+    image_column: str | None = None
+    """Its column of images."""
+    audio_column: str | None = None
+    """Its column of recordings."""
+
+    def __str__(self) -> str:
+        return self.path if self.weight == 1 else f"{self.path} (weight {self.weight:g})"
+
+
 class DataSection(_Section):
     """Rows to learn from."""
 
-    path: str | None = None
-    """File, folder, Hub id, or shipped:NAME for data inside this package."""
+    path: str | typing.Annotated[tuple[str | SourceSection, ...], Field(min_length=1)] | None = None
+    """File, folder, Hub id, or shipped:NAME for data inside this package; or a list of these to learn from together,
+    each perhaps with a weight: [a.csv, {path: b.jsonl, weight: 2}]."""
     config: str | None = None
     """Configuration of a Hub data set, such as sst2 of nyu-mll/glue."""
     revision: str | None = None
@@ -111,6 +137,8 @@ class DataSection(_Section):
     """Height and width of what the model gets, in pixels; the image processor's own by default."""
     augment: str | None = None
     """Augmentation of training images: none (default), flip or crop-flip."""
+    system: str | None = None
+    """Language models: the system turn of conversations that have none."""
     prefix: str | None = None
     """Text to text: put before every source text, such as "summarize: "."""
     max_target_length: int | None = Field(default=None, ge=2)

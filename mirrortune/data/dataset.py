@@ -75,10 +75,19 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """The splits of a data set by name, and their origin (for environment.json)."""
+    """The splits of a data set by name, and their origin (for environment.json).
+
+    Attributes:
+        splits: by name.
+        origin: where they came from.
+        task: the task that reads them, where joining several data sets had to find it; else None.
+        notes: what was found then.
+    """
 
     splits: dict[str, Split]
     origin: dict[str, Any] = field(default_factory=dict)
+    task: Any = None
+    notes: tuple[str, ...] = ()
 
     def find(self, wanted: str) -> Split | None:
         """Return the split called ``wanted``, or by another common name for it; None if there is none."""

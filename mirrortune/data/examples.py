@@ -62,6 +62,19 @@ class Examples(ABC):
         """Row of the split, among those that were kept, that each of these rows is a part of, shape (N,)."""
         return np.arange(len(self))
 
+    @property
+    def split_rows(self) -> Rows:
+        """Row of the split, counting those that were left out, that each of these rows is a part of, shape (N,); of
+        several that share a sequence, the first.
+        """
+        kept: Rows | None = getattr(self, "kept", None)
+        return self.row_numbers if kept is None else kept[self.row_numbers]
+
+    @property
+    def used_rows(self) -> Rows:
+        """Rows of the split that were not left out."""
+        return np.unique(self.split_rows)
+
     def extremes(self) -> Rows:
         """Return a few rows that include the longest, and those with the largest index of each kind."""
         return np.array([int(self.lengths.argmax())])
@@ -122,6 +135,7 @@ class TokenExamples(Examples):
         switches: additional arguments of the model's forward.
         notes: further remarks on the rows.
         references: what metrics compare with if not ``targets``; its type is up to the kind of task.
+        kept: which rows of the split these are, shape (N,); None for all of them.
     """
 
     features: dict[str, IntArray]
@@ -136,6 +150,7 @@ class TokenExamples(Examples):
     switches: dict[str, bool] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     references: Any = None
+    kept: Rows | None = None
 
     @override
     def __len__(self) -> int:

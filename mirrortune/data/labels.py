@@ -30,7 +30,7 @@ def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] 
     Raises:
         DataError: if the column does not hold classes, or only one.
     """
-    names = tuple(given or ()) or feature_names(table, column) or _names_in(table.column(column), source, column)
+    names = tuple(given or ()) or feature_names(table, column) or names_in(table.column(column), source, column)
     if len(names) < 2:
         raise DataError(
             source,
@@ -264,7 +264,8 @@ def in_order(names: set[str]) -> list[str]:
     return found
 
 
-def _names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...]:
+def names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...]:
+    """Return the class names in a column, sorted; DataError if it does not hold classes."""
     kind = column.type
     if pa.types.is_nested(kind):
         raise DataError(

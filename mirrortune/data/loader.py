@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from mirrortune.data.draws import SourceDraws
 from mirrortune.data.examples import Batch, Examples, Rows
 from mirrortune.data.row_stream import Place, RowStream
 from mirrortune.errors import DataError, NoRowsError
@@ -37,6 +38,7 @@ def epoch_batches(
     seed: int,
     epoch: int,
     classes: npt.NDArray[np.int64] | None = None,
+    drawn: Rows | None = None,
 ) -> list[Rows]:
     """Return the global batches of one epoch, in order: every row once, rows of similar length together.
 
@@ -46,9 +48,12 @@ def epoch_batches(
         seed: of the run.
         epoch: from 0; every epoch has its own order.
         classes: of each row, shape (N,), to draw as many rows, N, evenly from all classes instead of every row once.
+        drawn: the rows of the epoch, instead of every row once.
     """
     random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(lengths) if classes is None else _drawn_evenly(classes, random))
+    if drawn is None and classes is not None:
+        drawn = _drawn_evenly(classes, random)
+    order = random.permutation(len(lengths) if drawn is None else drawn)
     span = global_batch_size * _BUCKET
     batches: list[Rows] = []
     for start in range(0, len(order), span):
@@ -165,6 +170,7 @@ class Feed:
         num_workers: threads that make batches; 0 makes each when it is asked for. One more reads a stream.
         seed: of the order of rows.
         classes: of rows in memory, to draw them evenly; None to use each row once an epoch.
+        draws: what an epoch draws from each source of a mixture; None to use each row once an epoch.
 
     Attributes:
         num_tokens, num_positions: of all micro-batches so far, without and with padding; 0 for rows that are not text.
@@ -180,31 +186,33 @@ class Feed:
         num_workers: int,
         seed: int,
         classes: npt.NDArray[np.int64] | None = None,
+        draws: SourceDraws | None = None,
     ) -> None:
-        self.rows, self.accelerator, self.classes = rows, accelerator, classes
+        self.rows, self.accelerator, self.classes, self.draws = rows, accelerator, classes, draws
         self.num_micro, self.num_workers, self.seed = num_micro, num_workers, seed
         self.rows_per_step = batch_size * num_micro  # of this rank
         self._place = Place() if isinstance(rows, StreamedExamples) else None
         self.num_tokens = self.num_positions = 0
 
     @property
-    def place(self) -> dict[str, int] | None:
+    def place(self) -> dict[str, Any] | None:
         """Place in the stream after the step whose micro-batches were taken last; None for rows in memory, where epoch
         and step suffice to continue.
         """
-        return None if self._place is None else asdict(self._place)
+        return None if self._place is None else self._place.to_dict()
 
     @place.setter
-    def place(self, place: dict[str, int]) -> None:
-        self._place = Place(**place)
+    def place(self, place: dict[str, Any]) -> None:
+        self._place = Place.from_dict(place)
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Steps in which every row is used once; None for a stream, whose end is not known."""
+        """Steps of an epoch, mostly every row once; None for a stream, whose end is not known."""
         if isinstance(self.rows, StreamedExamples):
             return None
         ranks: int = self.accelerator.num_processes
-        return math.ceil(len(self.rows) / (self.rows_per_step * ranks))
+        size = len(self.rows) if self.draws is None else self.draws.size
+        return math.ceil(size / (self.rows_per_step * ranks))
 
     def micro_batches(self, epoch: int, step_in_epoch: int, num_steps: int) -> Generator[MicroBatch, None, None]:
         """Yield ``num_micro`` micro-batches for each of ``num_steps`` steps, beginning at a step of an epoch and going
@@ -224,7 +232,8 @@ class Feed:
     def _stored(self, rows: Examples, epoch: int, step_in_epoch: int) -> Generator[_Step, None, None]:
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         for number in itertools.count(epoch):
-            batches = epoch_batches(rows.lengths, self.rows_per_step * ranks, self.seed, number, self.classes)
+            drawn = None if self.draws is None else self.draws.rows(self.seed, number)
+            batches = epoch_batches(rows.lengths, self.rows_per_step * ranks, self.seed, number, self.classes, drawn)
             for batch in batches[step_in_epoch if number == epoch else 0 :]:
                 parts = micro_batches(batch, rows.lengths, num_micro=self.num_micro, num_ranks=ranks, rank=rank)
                 yield _Step(

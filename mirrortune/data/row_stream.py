@@ -9,7 +9,7 @@ without its content.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mirrortune.data.files.arrow import with_json_aligned
+from mirrortune.errors import DataError
 
 # Rows that are read at a time.
 _READ = 512
@@ -32,17 +33,30 @@ class Place:
         piece: pieces of this epoch completed before the block.
         row: rows of the piece read before the block.
         batch: completed batches of the block.
+        others: epoch, piece and row in each further source of a mixture.
     """
 
     epoch: int = 0
     piece: int = 0
     row: int = 0
     batch: int = 0
+    others: tuple[tuple[int, int, int], ...] = ()
 
     def seed(self, seed: int) -> int:
         """Return a seed for random draws in the block that begins here, derived from the seed of the run."""
-        words = np.random.SeedSequence([seed, self.epoch, self.piece, self.row]).generate_state(1)
-        return int(words[0])
+        words = [seed, self.epoch, self.piece, self.row, *itertools.chain.from_iterable(self.others)]
+        return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the place as JSON data."""
+        own = {"epoch": self.epoch, "piece": self.piece, "row": self.row, "batch": self.batch}
+        return {**own, "others": [list(other) for other in self.others]} if self.others else own
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Place:
+        """Return the place that :meth:`to_dict` described."""
+        others = tuple((int(epoch), int(piece), int(row)) for epoch, piece, row in data.get("others", ()))
+        return cls(**{**data, "others": others})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,14 +110,44 @@ class RowStream:
             seed: of the order of pieces.
             start: place of the first block.
         """
+        every = 1 if self.shares_pieces(num_ranks) else num_ranks
+        for tables in self._epochs(rank=rank, num_ranks=num_ranks, seed=seed, start=start):
+            for place, table in _blocks(tables, size * every):
+                yield place, self.flatten(_share(table, rank, every))
+
+    def whole_blocks(
+        self, *, rank: int, num_ranks: int, size: int, seed: int, start: Place
+    ) -> Iterator[tuple[Place, pa.Table]]:
+        """Yield what :meth:`blocks` does, with exactly ``size`` rows in each block: the next epoch fills it up.
+
+        Raises:
+            DataError: if an epoch has no rows.
+        """
+        every = 1 if self.shares_pieces(num_ranks) else num_ranks
+
+        def endless() -> Iterator[tuple[Place, pa.Table]]:
+            is_empty = False
+            for tables in self._epochs(rank=rank, num_ranks=num_ranks, seed=seed, start=start):
+                was_empty, is_empty = is_empty, True
+                for place, table in tables:
+                    is_empty &= not table.num_rows
+                    yield place, table
+                if was_empty and is_empty:  # the first one may begin at the end of its rows
+                    raise DataError(self.source, "it has no rows for a process", fix="Use fewer processes")
+
+        for place, table in _blocks(endless(), size * every):
+            yield place, self.flatten(_share(table, rank, every))
+
+    def _epochs(
+        self, *, rank: int, num_ranks: int, seed: int, start: Place
+    ) -> Iterator[Iterator[tuple[Place, pa.Table]]]:
+        """Yield the rows of each epoch from a place on, of a process that has its own pieces, or of all."""
         is_own = self.shares_pieces(num_ranks)
         pieces = np.arange(rank, self.rows.num_shards, num_ranks) if is_own else np.arange(self.rows.num_shards)
-        every, begin = (1, replace(start, batch=0)) if is_own else (num_ranks, replace(start, batch=0))
+        begin = replace(start, batch=0, others=())
         for epoch in itertools.count(start.epoch):
             order = np.random.default_rng([seed, epoch]).permutation(pieces)
-            for place, table in _blocks(self._from(order, replace(begin, epoch=epoch)), size * every):
-                own = table if every == 1 else table.take(pa.array(np.arange(rank, table.num_rows, every)))
-                yield place, self.flatten(own)
+            yield self._from(order, replace(begin, epoch=epoch))
             begin = Place()
 
     def _from(self, order: Iterable[int], begin: Place) -> Iterator[tuple[Place, pa.Table]]:
@@ -127,6 +171,11 @@ class RowStream:
             if table is None:
                 return
             yield table
+
+
+def _share(table: pa.Table, rank: int, every: int) -> pa.Table:
+    """Return every so many rows of a table, those of one process."""
+    return table if every == 1 else table.take(pa.array(np.arange(rank, table.num_rows, every)))
 
 
 def _blocks(tables: Iterable[tuple[Place, pa.Table]], size: int) -> Iterator[tuple[Place, pa.Table]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,11 @@ class TokenRows:
     def num_dropped(self) -> int:
         """Number of rows that were left out."""
         return int((~self.keep).sum())
+
+    @property
+    def kept_rows(self) -> Rows | None:
+        """The rows that were tokenised, shape (N,); None for all rows of the split."""
+        return np.flatnonzero(self.keep) if self.num_dropped else None
 
     def spread(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Return flags of the kept rows as flags of all rows of the split, False for the others."""
@@ -160,6 +166,19 @@ def _scan(
     return blank, kept, digest
 
 
+def joined_tokens(made: Sequence[Tokens]) -> Tokens:
+    """Join the tokens of several sources, one after the other."""
+    if len(made) == 1:  # large arrays stay memory-mapped
+        return dict(made[0][0]), made[0][1]
+    arrays = {name: np.concatenate([own[name] for own, _ in made]) for name in made[0][0] if name != "offsets"}
+    ends = np.cumsum([0, *(own["offsets"][-1] for own, _ in made)])
+    offsets = [own["offsets"][:-1] + end for (own, _), end in zip(made, ends, strict=False)]
+    counts: Counter[str] = Counter()
+    for _, own_counts in made:
+        counts.update(own_counts)
+    return {**arrays, "offsets": np.concatenate([*offsets, ends[-1:]])}, counts
+
+
 def encode_texts(
     split: Split,
     columns: Sequence[str],
@@ -210,6 +229,7 @@ def encode_texts(
         num_empty=made.num_blank,
         num_dropped=made.num_dropped,
         num_unlabelled=int(missing[keep].sum()),
+        kept=made.kept_rows,
     )
     return examples, keep
 

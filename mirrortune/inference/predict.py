@@ -18,6 +18,7 @@ from mirrortune import __version__
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.files.arrow import is_unreadable, refuse_unreadable
 from mirrortune.data.loose import STDIN
+from mirrortune.data.mixture import SOURCE_COLUMN
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, PeerError, counted
 from mirrortune.inference.bank_answers import BankAnswers, BankRequest, RowAdapters, load_row_adapters
 from mirrortune.inference.block_answers import ERROR, BlockAnswers
@@ -183,7 +184,7 @@ def _claim(held: ExitStack, parts: Parts, output: Output, inputs: Sequence[Input
 def _open(settings: EvaluationSettings, row: RowRequest | None, split: str | None, accelerator: Any) -> PredictionRows:
     if row is not None:
         return rows_of_request(row)
-    read = functools.partial(rows_of_data, settings.data, split)
+    read = functools.partial(rows_of_data, settings.data, settings.task, split)
     # Only the main process reads standard input.
     place = settings.data.place
     return sync.from_main(accelerator, read) if place is not None and place.name == STDIN else read()
@@ -212,7 +213,7 @@ def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]
     for name, why in left_out.items():
         reporter.note(f"warning: column '{name}' is left out of the output: {why}")
     known = dict.fromkeys(name for schema in schemas for name in schema.names)
-    return [name for name in known if name not in left_out]
+    return [name for name in known if name not in left_out and name != SOURCE_COLUMN]
 
 
 def _why_unread(schema: pa.Schema, field: pa.Field) -> str:

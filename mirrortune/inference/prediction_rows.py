@@ -17,7 +17,7 @@ from mirrortune.data.files.arrow import is_string, json_array, refuse_unreadable
 from mirrortune.data.files.media import FILE_ROLES, remarks_on
 from mirrortune.data.loose import STDIN, read_loose_files, read_stdin
 from mirrortune.errors import ConfigError, DataError, counted, did_you_mean
-from mirrortune.runs.checks import DataSettings
+from mirrortune.runs.checks import DataSettings, TaskRequest
 from mirrortune.runs.load import detect_columns
 from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.system.console import Reporter
@@ -190,29 +190,34 @@ def _bare_names(count: int) -> list[str]:
     return ["text"] if count == 1 else [f"text{place}" for place in range(1, count + 1)]
 
 
-def rows_of_data(settings: DataSettings, split: str | None) -> PredictionRows:
+def rows_of_data(settings: DataSettings, request: TaskRequest, split: str | None) -> PredictionRows:
     """Open the data set of a recipe.
 
     Args:
         settings: data settings.
+        request: the kind of task, by which several data sets are joined.
         split: name of a split, or of the part of one that :meth:`PredictionRows.of_split` sets aside; None for all.
 
     Raises:
+        ConfigError: all rows of several data sets are asked for.
         DataError: it cannot be read.
     """
     place = settings.place
     assert place is not None
-    if place.name == STDIN:
+    if settings.is_mixture and split is None:
+        fix = "Give them one after the other, or a pattern in quotes: --data 'rows/*.csv'"
+        raise ConfigError("--data", f"got {counted(len(settings.sources), 'data set')}, and predict reads one", fix=fix)
+    if place.name == STDIN and not settings.is_mixture:
         if split is not None:
             raise ConfigError("--split", "standard input has no splits", fix="Remove it")
         given, is_bare = read_stdin(settings.encoding)
         return PredictionRows(data=given, is_bare=is_bare)
     settings = replace(settings, missing_label=None)  # labels are not read
-    loose = None if settings.streaming else read_loose_files(place)
-    data = loose or read_data(settings)
+    loose = None if settings.streaming or settings.is_mixture else read_loose_files(place)
+    data = loose or read_data(settings, request)
     if settings.streaming:  # a data set streams one split only, and reads just the first rows of the others
         names = data.splits if split is None else [data.name_of(data.require(split, "--split"))]
-        opened = {n: read_data(replace(settings, train_split=n, test_split=n)).splits[n] for n in names}
+        opened = {n: read_data(replace(settings, train_split=n, test_split=n), request).splits[n] for n in names}
         data = replace(data, splits=opened)
     return PredictionRows(data=replace(data, origin={**data.origin, "split": split}))
 

@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mirrortune.adapters.files.description import edited_text
 from mirrortune.config import strict_yaml
+from mirrortune.config.data_paths import with_paths
 from mirrortune.config.recipe import check_saved_recipe
 from mirrortune.system.paths import HUB_SCHEME, PACKAGE_SCHEME, is_inside, looks_like_path, split_sample
 
@@ -78,8 +80,9 @@ class Redaction:
         known = len(self.cuts)
         for section, key in (("model", "name"), ("data", "path"), ("data", "validation_path"), ("adapter", "pairing")):
             found = data.get(section) or {}
-            if isinstance(found.get(key), str) and not (key == "pairing" and not found[key].endswith(".json")):
-                found[key] = self.path(found[key], f"{place}: {section}.{key}")
+            is_pairs = key == "pairing" and not str(found.get(key)).endswith(".json")
+            if found.get(key) is not None and not is_pairs:
+                found[key] = with_paths(found[key], partial(self.path, place=f"{place}: {section}.{key}"))
         if isinstance(data.get("output_dir"), str):
             self._cut(f"{place}: output_dir", data.pop("output_dir"), "nothing")
         return text if len(self.cuts) == known else str(strict_yaml.dump(data))

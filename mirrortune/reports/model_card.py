@@ -172,13 +172,19 @@ def _hub_fields(run: FinishedRun, title: str, kind: str, *, is_merged: bool) -> 
             {"name": title, "results": [{"task": {"type": pipeline}, "dataset": described, "metrics": metrics}]}
         ],
     }
-    repository = run.environment.get("data", {}).get("repository")
-    return {**fields, "datasets": [repository]} if repository else fields
+    repositories = [origin["repository"] for origin in _origins(run) if origin.get("repository")]
+    return {**fields, "datasets": list(dict.fromkeys(repositories))} if repositories else fields
 
 
 def _dataset(run: FinishedRun) -> str:
-    origin = run.environment.get("data", {})
-    return str(origin.get("repository") or Path(str(origin.get("path", "data"))).name)
+    origins = _origins(run)
+    return ", ".join(str(o.get("repository") or Path(str(o.get("path", "data"))).name) for o in origins)
+
+
+def _origins(run: FinishedRun) -> list[dict[str, Any]]:
+    """Return where the data sets of a run came from."""
+    origin: dict[str, Any] = run.environment.get("data", {})
+    return list(origin.get("sources") or [origin])
 
 
 def _front_matter(base: dict[str, Any], tags: list[str], more: dict[str, Any] | None = None) -> str:

@@ -57,6 +57,8 @@ def _one(run: FinishedRun) -> list[Html]:
     before = f"Before training: {summary['before training']}. " if "before training" in summary else ""
     parts = [html.box([f"{before}Validation: {summary['validation']}."])]
     parts.append(_table(("result", ""), list(summary.items())))
+    if run.results.get("sources"):
+        parts += [html.heading("Data sets"), _source_table(run.results["sources"])]
     parts += [html.heading("Training"), *map(html.figure, run_drawings([run]))]
     if run.validation.get("per_class"):
         parts += [html.heading("Each class"), _class_table(run.validation["per_class"])]
@@ -106,6 +108,17 @@ def _several(runs: Sequence[FinishedRun]) -> list[Html]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Html:
     return Table(head, rows, caption, is_text=True).html()
+
+
+def _source_table(sources: Sequence[dict[str, Any]]) -> Html:
+    """Build the table of the data sets that were learned from."""
+    if any("share" in source for source in sources):
+        rows = [(s["path"], f"{s['weight']:g}", f"{s['share']:.1%}") for s in sources]
+        return _table(("data set", "weight", "of the rows"), rows, "Streamed together.")
+    keys = ("rows", "used", "rows_per_epoch", "repeated")
+    lines = [(s["path"], f"{s['weight']:g}", *(f"{s[key]:,}" for key in keys)) for s in sources]
+    head = ("data set", "weight", "training rows", "used", "an epoch", "repeated")
+    return _table(head, lines, "Repeated rows are also in a data set before.")
 
 
 def _class_table(scores: Sequence[dict[str, Any]]) -> Html:

@@ -14,8 +14,9 @@ from mirrortune.adapters.methods import method_names, preset
 from mirrortune.adapters.peft_bridge.options import check_options
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked, check_spec, needs_saliency
 from mirrortune.config.recipe import Resolved
-from mirrortune.config.schema import Recipe
+from mirrortune.config.schema import Recipe, SourceSection
 from mirrortune.data.dataset import Split
+from mirrortune.data.mixture import DataSource, mixture_problems
 from mirrortune.data.stream import stream_problems
 from mirrortune.errors import ConfigError, unknown_name
 from mirrortune.models.dropout import with_dropout
@@ -32,6 +33,9 @@ from mirrortune.training.calibration import CalibrationSettings
 from mirrortune.training.optim import OptimizerSettings, optimizer_problems
 from mirrortune.training.settings import LoopSettings
 from mirrortune.training.tracking import check_tracker
+
+_COLUMNS = ("_column", "_columns")
+"""How the names of settings end that name columns of the data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +63,13 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    """The recipe's ``data`` section; ``seed`` determines random subsets and the validation rows set aside."""
+    """The recipe's ``data`` section; ``seed`` determines random subsets and the validation rows set aside.
 
-    place: DataPlace | None
+
+    ``sources`` is empty where no data set is named.
+    """
+
+    sources: tuple[DataSource, ...]
     config: str | None
     revision: str | None
     encoding: str
@@ -83,6 +91,16 @@ class DataSettings:
     max_eval_rows: int | None
     seed: int
 
+    @property
+    def place(self) -> DataPlace | None:
+        """The data set, or the first of several; None if none is named."""
+        return self.sources[0].place if self.sources else None
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether ``data.path`` is a list."""
+        return any(source.is_item for source in self.sources)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRequest:
@@ -103,12 +121,17 @@ class TaskRequest:
     @property
     def columns(self) -> dict[str, Any]:
         """Column names that are set, by the names of their settings."""
-        return {name: value for name, value in self.given.items() if name.endswith(("_column", "_columns"))}
+        return {name: value for name, value in self.given.items() if name.endswith(_COLUMNS)}
 
-    def make(self, rows: Split) -> tuple[Task, list[str]]:
-        """Create the task with its columns and labels; return it with notes on what was detected in ``rows``."""
+    def make(self, rows: Split, **settings: Any) -> tuple[Task, list[str]]:
+        """Create the task with its columns and labels; return it with notes on what was detected in ``rows``.
+
+        Args:
+            rows: training rows.
+            settings: in place of those in ``given``.
+        """
         assert self.kind is not None
-        own = {name: self.given[name] for name in settings_of(self.kind)}
+        own = {name: settings.get(name, self.given[name]) for name in settings_of(self.kind)}
         return task_class(self.kind).from_rows(rows.table, rows.source, self.scores, **own)
 
 
@@ -203,9 +226,21 @@ def unpack_for_eval(recipe: Recipe) -> EvaluationSettings:
 
 
 def data_places(recipe: Recipe) -> dict[str, Any]:
-    """Parse ``data.path`` and ``data.validation_path``; return the places by field name of :class:`DataSettings`."""
-    paths = {"place": recipe.data.path, "validation_place": recipe.data.validation_path}
-    return {name: None if path is None else DataPlace.parse(path) for name, path in paths.items()}
+    """Return ``data.path`` and ``data.validation_path``, parsed, by the fields of :class:`DataSettings`."""
+    paths, other = recipe.data.path, recipe.data.validation_path
+    items = paths if isinstance(paths, tuple) else [paths] if paths is not None else []
+    return {
+        "sources": tuple(_source(item, is_item=isinstance(paths, tuple)) for item in items),
+        "validation_place": None if other is None else DataPlace.parse(other),
+    }
+
+
+def _source(item: str | SourceSection, *, is_item: bool) -> DataSource:
+    if isinstance(item, str):
+        return DataSource(place=DataPlace.parse(item), is_item=is_item)
+    columns = {name: value for name, value in item if name.endswith(_COLUMNS) and value is not None}
+    place = DataPlace.parse(item.path)
+    return DataSource(place=place, weight=item.weight, revision=item.revision, columns=columns, is_item=True)
 
 
 def _common(settings: type[Any], section: Any) -> dict[str, Any]:
@@ -255,6 +290,12 @@ def _check(recipe: Recipe, spec: AdapterSpec) -> None:
     errors += stream_problems(
         is_streamed=recipe.data.streaming, max_steps=recipe.train.max_steps,
         max_train_rows=recipe.data.max_train_rows, max_eval_rows=recipe.data.max_eval_rows,
+    )  # fmt: skip
+    train = recipe.train
+    errors += mixture_problems(
+        data_places(recipe)["sources"],
+        of_hub={"data.config": recipe.data.config, "data.revision": recipe.data.revision},
+        of_classes={"train.class_weights": train.class_weights == "balanced", "train.balance": train.balance},
     )  # fmt: skip
     if recipe.data.missing_label is not None and recipe.data.label_column is None:
         errors.append(ConfigError("data.missing_label", "no label column is named", fix="Give --label-column"))
@@ -350,8 +391,9 @@ def inputs_of(resolved: Resolved) -> list[Input]:
     found = [Input("recipe", file) for file in resolved.files]
     found += [Input("pairs", resolved.pairs)] if resolved.pairs else []
     found += model_inputs(recipe.model.name)
-    for data in filter(None, data_places(recipe).values()):
-        if data.kind in ("address", "shipped"):
+    places = data_places(recipe)
+    for data in [source.place for source in places["sources"]] + [places["validation_place"]]:
+        if data is None or data.kind in ("address", "shipped"):
             continue
         # Hub ids are included: a local folder of that name would later be read in its place.
         files = glob.glob(str(data.path()), recursive=True) if data.kind == "pattern" else [data.name]  # noqa: PTH207

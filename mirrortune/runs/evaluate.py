@@ -7,7 +7,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mirrortune.system.distributed import sync
 from mirrortune.system.distributed.processes import make_accelerator
 from mirrortune.system.outputs import Input, check_file
 from mirrortune.system.paths import PLAIN_NAME, is_plain_name
-from mirrortune.tasks.base import Answers, Task, check_columns, labels_of, with_label_columns
+from mirrortune.tasks.base import Answers, Task, check_columns, labels_of, reading_like, with_label_columns
 from mirrortune.training.evaluate import evaluate_split
 
 _HEADER = "index\tprediction"
@@ -118,8 +118,10 @@ def _evaluate(
     accelerator = make_accelerator(settings.model.precision)
     reporter.is_main = accelerator.is_main_process
     adapter_folder = find_target(target, settings, force_base=force_base)
-    data = read_data(settings.data)
+    data = read_data(settings.data, settings.task)
     found = load_target(target, adapter_folder, settings, data, reporter, force_base=force_base)
+    if data.task is not None:
+        found = replace(found, task=reading_like(found.task, data.task))
     for note in remarks_on(data, found.task.columns()):
         reporter.note(note)
     rows, name = evaluation_rows(settings.data, data, split, found.task, is_own_data=is_own_data)

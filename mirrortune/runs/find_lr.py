@@ -113,7 +113,7 @@ def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) ->
     trainer = Trainer(
         model, job.task, train=job.stream or job.train, validation=job.validation,
         settings=replace(loop, lr=unit), run=run, write_adapter_files=_write_nothing, accelerator=accelerator,
-        progress=reporter.training(), objective=job.objective,
+        progress=reporter.training(), objective=job.objective, draws=job.draws,
     )  # fmt: skip
     with reporter.bar("learning rates", _STEPS) as bar:
         return sweep_rates(trainer, lr=loop.lr, num_steps=_STEPS, on_step=bar.advance)

@@ -15,9 +15,18 @@ from torch import nn
 
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.data.dataset import DataSet, Split
+from mirrortune.data.draws import (
+    SourceDraws,
+    describe_source,
+    make_draws,
+    repeated_rows,
+    source_counts,
+    stream_shares,
+)
 from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import StreamedExamples
+from mirrortune.data.mixture import source_numbers
 from mirrortune.data.token_cache import uncached
 from mirrortune.data.tokenize import Reading
 from mirrortune.errors import ConfigError, all_of, counted
@@ -68,6 +77,8 @@ class Job:
         duplicated_rows: number of validation rows whose texts or files are also in the training rows.
         objective: training loss.
         samples: prompts that are answered at each evaluation, or None.
+        draws: what an epoch draws from each source of a mixture; None where it is every row once.
+        sources: path, weight and rows of each source of a mixture; empty for a single data set.
     """
 
     settings: RunSettings
@@ -90,6 +101,8 @@ class Job:
     duplicated_rows: int
     objective: Objective
     samples: Samples | None
+    draws: SourceDraws | None
+    sources: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +151,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
         ResourceError: the run does not fit into memory or on disk.
     """
     rows, source = all_of(
-        lambda: choose_rows(settings, data or read_data(settings.data), reporter), settings.model.find
+        lambda: choose_rows(settings, data or read_data(settings.data, settings.task), reporter), settings.model.find
     )
     task, notes = rows.task.for_model(source)
     for text in notes:
@@ -150,6 +163,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     for text in objective.notes():
         reporter.note(text)
     duplicated = _count_duplicates(rows, reporter)
+    draws, sources = _mixture(settings, rows, encoded, reporter)
     samples = choose_samples(
         rows.task, rows.validation, base.processor, Reading(max_length=base.max_length), settings.eval.samples
     )  # fmt: skip
@@ -160,7 +174,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
         reported=encoded.reported, test_rows=None if rows.test is None else rows.test.table.num_rows,
         data_origin=rows.origin, plan=base.plan, footprint=footprint, eval_batch_size=eval_batch_size,
         eval_max_positions=eval_max_positions, duplicated_rows=duplicated, objective=objective,
-        samples=samples,
+        samples=samples, draws=draws, sources=sources,
     )  # fmt: skip
 
 
@@ -298,6 +312,27 @@ def _count_duplicates(rows: RunRows, reporter: Reporter) -> int:
             are = "is" if found[name] == 1 else "are"
             reporter.note(f"  {counted(found[name], f'{name} row')} {are} also among the training rows")
     return found["validation"]
+
+
+def _mixture(
+    settings: RunSettings, rows: RunRows, encoded: _Encoded, reporter: Reporter
+) -> tuple[SourceDraws | None, list[dict[str, Any]]]:
+    """Return what an epoch draws from each source of a mixture, and the counts of each, which are printed."""
+    sources, table = settings.data.sources, rows.train.table
+    if source_numbers(table) is None:
+        return None, []
+    if encoded.stream is not None:
+        shares = stream_shares(sources)
+        for found in shares:
+            reporter.note(f"  source {found['path']}: streamed, {found['share']:.1%} of the rows")
+        return None, shares
+    draws = make_draws(table, encoded.train, [source.weight for source in sources])
+    counts = source_counts(sources, table, encoded.train, draws)
+    inputs = [(role, column) for role, column in rows.task.columns() if role not in TARGET_ROLES]
+    for found, repeated in zip(counts, repeated_rows(rows.train, inputs, len(sources)), strict=True):
+        found["repeated"] = repeated
+        reporter.note(describe_source(found))
+    return draws, counts
 
 
 def _fit(

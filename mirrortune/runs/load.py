@@ -223,7 +223,14 @@ def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any
     spec, settings, targets = job.spec, job.settings.calibration, loaded.targets
     assert settings is not None
     saliency = measure_saliency(
-        loaded.model, targets, job.objective, job.train, cache, settings=settings, accelerator=accelerator
+        loaded.model,
+        targets,
+        job.objective,
+        job.train,
+        cache,
+        settings=settings,
+        accelerator=accelerator,
+        draws=job.draws,
     )
     return {name: make_pairs(spec, s.shape[-1], name, s, targets.layers[name].count) for name, s in saliency.items()}
 
@@ -243,7 +250,7 @@ def choose_bases(
     started = time.perf_counter()
     measured = measure_bases(
         loaded.model, loaded.targets, job.objective, job.train, settings=job.settings.calibration,
-        accelerator=accelerator,
+        accelerator=accelerator, draws=job.draws,
     )  # fmt: skip
     bases = sync.from_main(accelerator, lambda: measured)
     reporter.note(f"bases measured on the task in {time.perf_counter() - started:.1f} s")
@@ -409,7 +416,7 @@ def task_of_run(stored: dict[str, Any], request: TaskRequest, *, to_predict: boo
 
 def _plain_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:
     """Create the task of a plain model, with class names in the order of the model's configuration if it has any."""
-    task, _ = settings.task.make(any_split(settings.data, data))
+    task: Task = data.task or settings.task.make(any_split(settings.data, data))[0]
     id2label = getattr(config, "id2label", None) or {}
     names = tuple(str(id2label[i]) for i in sorted(id2label))
     is_named = names and not all(n.upper().startswith("LABEL_") for n in names)

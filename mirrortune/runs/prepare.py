@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,11 @@ class PrepareResult:
     duplicated_rows: int
     estimated_memory_bytes: int
     memory: dict[str, int]
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the ``--json`` object; ``sources`` is there for several data sets."""
+        return {name: value for name, value in asdict(self).items() if name != "sources" or value}
 
 
 def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, show: int = 0) -> PrepareResult:
@@ -78,6 +83,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
         duplicated_rows=job.duplicated_rows,
         estimated_memory_bytes=job.footprint.total,
         memory=job.footprint.parts(),
+        sources=job.sources,
     )
 
 

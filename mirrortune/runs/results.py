@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import sys
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch import nn
 
 from mirrortune import __version__
 from mirrortune.adapters.files.adapter_file import read_adapter
+from mirrortune.config.data_paths import short_name
 from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, VerificationError, counted
@@ -32,7 +34,7 @@ from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.devices import peak_resident_bytes, resolve_precision
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
-from mirrortune.system.run_directory import RunDirectory
+from mirrortune.system.run_directory import RunDirectory, read_text
 from mirrortune.tasks.base import task_to_dict
 from mirrortune.training.evaluate import evaluate_split
 from mirrortune.training.settings import FitResult
@@ -53,6 +55,7 @@ class RunResult(FitResult):
         pairing_seconds: time spent on measuring pairs or bases; 0 if none were measured.
         protocol: ``eval.protocol`` of the recipe.
         selection_metric: name of the metric by which the checkpoint was selected.
+        sources: path, weight and rows of each data set, where there are several.
     """
 
     SUMMARY: ClassVar = (
@@ -72,6 +75,7 @@ class RunResult(FitResult):
     protocol: str
     selection_metric: str
     peak_reserved_bytes: int | None = None
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Return the ``--json`` object of ``train``."""
@@ -118,6 +122,24 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
         raise ConfigError.several(differing)
 
 
+def changed_data(run: RunDirectory, origin: dict[str, Any]) -> list[str]:
+    """Return the data sets whose content differs from what a run recorded when it was started.
+
+    Args:
+        run: that is resumed.
+        origin: of the data now, as of :class:`mirrortune.data.dataset.DataSet`.
+    """
+    try:
+        before = json.loads(read_text(run.path / "environment.json"))["data"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []  # damaged or missing: nothing to compare with
+    now = json.loads(json.dumps(origin))
+    parts = [own.get("sources") or [own] for own in (before, now) if isinstance(own, dict)]
+    if len(parts) != 2 or len(parts[0]) != len(parts[1]):
+        return []
+    return [str(new.get("path") or new.get("repository")) for old, new in zip(*parts, strict=True) if old != new]
+
+
 def _brief(value: Any) -> str:
     return textwrap.shorten(repr(value), 200, placeholder=" ...")  # there may be thousands of pairs
 
@@ -128,7 +150,7 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
     if not events:
         fix = "Restore the file from a copy, or start again with --overwrite"
         raise VerificationError(str(run.metrics), "the events of the run are gone", fix=fix)
-    data = asdict(result)
+    data = {name: value for name, value in asdict(result).items() if name != "sources" or value}
     run.write_json(run.results.name, data)
     state = {
         "global_step": events[-1]["step"],
@@ -148,8 +170,7 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:
     """Return ``TASK-MODEL-METHOD``: the last parts of the names of the recipe (or data) and model, and the method."""
-    place = settings.data.place
-    task = recipe_name or Path(place.text if place else "run").stem
+    task = recipe_name or short_name([source.name for source in settings.data.sources]) or "run"
     model = ModelPlace.parse(settings.model.name or "model")
     parts = model.name.removeprefix(PACKAGE_SCHEME).rstrip("/").split("/")
     model_name = parts[0 if model.kind == "package" else -1]

@@ -24,6 +24,7 @@ from mirrortune.runs.load import base_identity, by_strategy, load_adapted_base
 from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,
+    changed_data,
     check_same_recipe,
     environment,
     peak_memory_bytes,
@@ -131,6 +132,8 @@ def _train(
     """Train in a claimed run directory; ``create`` creates it and is None if the run is resumed."""
     recipe, resume = resolved.recipe, create is None
     job = assemble(settings, reporter)
+    for name in changed_data(run, job.data_origin) if resume else ():
+        reporter.note(f"warning: {name} has changed since the run was started, which goes on with what it holds now")
     if Sharding.of(accelerator).stage and job.source.is_quantised:
         raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
     describe_processes(accelerator, reporter, run.path)
@@ -163,7 +166,7 @@ def _train(
             adapter_bytes=sum(f.stat().st_size for f in run.adapter.iterdir()), peak_memory_bytes=peak_memory_bytes(),
             peak_reserved_bytes=peak_reserved_bytes(),
             reported=reported, pairing_seconds=adapted.pairing_seconds, protocol=settings.eval.protocol,
-            selection_metric=job.task.selection_metric,
+            selection_metric=job.task.selection_metric, sources=job.sources,
         )  # fmt: skip
         if accelerator.is_main_process:
             write_results(run, job, recipe, result)
@@ -258,6 +261,7 @@ def _fit(
             progress=progress,
             objective=job.objective,
             sample=sample if job.samples is not None else None,
+            draws=job.draws,
         )
         if resume:
             trainer.resume()
@@ -279,7 +283,7 @@ def _costs_little(job: Job, num_processes: int) -> bool:
     loop = job.settings.loop
     if job.settings.compile:  # evaluation would compile a second graph before the first step
         return False
-    rows = loop.epochs * len(job.train)
+    rows = loop.epochs * (len(job.train) if job.draws is None else job.draws.size)
     if loop.max_steps is not None:
         steps = loop.max_steps * loop.batch_size * loop.gradient_accumulation_steps * num_processes
         rows = steps if job.stream else min(rows, steps)

@@ -88,7 +88,7 @@ class LoopState:
     window_loss: float = 0.0
     window_items: int = 0
     num_processes: int = 1
-    places: list[dict[str, int]] | None = None
+    places: list[dict[str, Any]] | None = None
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
 

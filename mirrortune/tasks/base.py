@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -27,6 +28,7 @@ from mirrortune.data.columns import check_text_type, check_words_type
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import OPTIONAL_ROLE, Batch, Examples, Targets
 from mirrortune.data.files.arrow import refuse_unreadable
+from mirrortune.data.mixture import SOURCE_COLUMN
 from mirrortune.data.tokenize import Reading, resolve_max_length
 from mirrortune.errors import ConfigError, DataError, VerificationError, did_you_mean, unknown_name
 from mirrortune.models.load import ModelSource, load_tokenizer
@@ -38,6 +40,8 @@ from mirrortune.tasks.probes import text_probe
 _VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 TARGET_ROLES = ("label", "tag", "answer", "target")
 """Roles of the columns, among those of :meth:`Task.columns`, that hold what the model learns to predict."""
+RARE = MappingProxyType({"rare": True})
+"""Metadata of a field that is stored only if it differs from its default."""
 _MOST_NAMED = 8  # columns in a note
 
 
@@ -95,6 +99,14 @@ class Task(ABC):
             ConfigError: if the model does not fit the kind.
         """
         return self, []
+
+    def united(self, others: Sequence[Task]) -> Task | None:
+        """Return a task that reads rows of several sources by the columns of each: those of this task, and of others.
+
+        Returns:
+            None where the columns of all sources must be called the same.
+        """
+        return None
 
     def trim(self, model: nn.Module) -> nn.Module:
         """Remove the modules that no output of the kind depends on, in place; they are neither trained nor run."""
@@ -371,8 +383,10 @@ def settings_of(kind: str) -> list[str]:
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:
-    """Return the task as JSON data, enough to evaluate again."""
-    return asdict(task)  # type: ignore[call-overload, no-any-return]
+    """Return the task as JSON data, enough to evaluate again; without fields of :data:`RARE` that are not set."""
+    unset = {f.name for f in fields(task) if f.metadata.get("rare") and getattr(task, f.name) == f.default}  # type: ignore[arg-type]
+    found: dict[str, Any] = asdict(task)  # type: ignore[call-overload]
+    return {name: value for name, value in found.items() if name not in unset}
 
 
 def task_from_dict(data: dict[str, Any]) -> Task:
@@ -414,6 +428,17 @@ def with_columns(task: Task, named: dict[str, Any], *, to_predict: bool = False)
     return replace(task, **given)  # type: ignore[type-var]
 
 
+_READING = (
+    "text_columns", "choice_columns", "label_column", "image_column", "audio_column", "added_columns", "layout",
+    "loss_on", "is_spaced", "formats",
+)  # fmt: skip
+
+
+def reading_like(task: Task, other: Task) -> Task:
+    """Return the task with the columns of another task of its kind, and what it says of how these are written."""
+    return replace(task, **{name: getattr(other, name) for name in _READING if hasattr(other, name)})  # type: ignore[type-var]
+
+
 def with_label_columns(split: Split, task: Task) -> Split:
     """Return the split with a column of nulls for each target column that it lacks: rows to predict often come without
     one.
@@ -428,9 +453,32 @@ def without_targets(split: Split, task: Task) -> Split:
     return replace(split, table=split.table.select(kept)).with_columns(targets)
 
 
+def check_alike(tasks: Sequence[Task], names: Sequence[str]) -> None:
+    """Refuse sources of rows, called ``names``, that have other columns than the first.
+
+    Raises:
+        DataError: names two such sources.
+    """
+    described = [_roles(task) for task in tasks]
+    for found, name in zip(described, names, strict=True):
+        if [role for role, _ in found] != [role for role, _ in described[0]]:
+            listed = [", ".join(f"{role} '{column}'" for role, column in own) for own in (described[0], found)]
+            raise DataError(
+                f"{names[0]} and {name}", f"their rows differ: one has {listed[0]}, the other {listed[1]}",
+                allowed="data sets of one kind, with as many columns of each role",
+                fix="Name the columns of each: data.path=[{path: ..., text_columns: [...]}, ...]",
+            )  # fmt: skip
+
+
+def _roles(task: Task) -> list[tuple[str, str]]:
+    roles = [(role, column) for role, column in task.columns() if role != OPTIONAL_ROLE]
+    return [(f"several {role}s" if role == "label" and getattr(task, "multi_label", False) else role, column)
+            for role, column in roles]  # fmt: skip
+
+
 def unused_columns(table: pa.Table, task: Task) -> str:
     """Return a note on the columns that a task does not read; "" if it reads all."""
-    read = {column for _, column in task.columns()}
+    read = {SOURCE_COLUMN, *(column for _, column in task.columns())}
     names = [name for name in table.column_names if name not in read]
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     plural = "s" if len(names) > 1 else ""

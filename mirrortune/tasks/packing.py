@@ -38,9 +38,12 @@ class PackedExamples(Examples):
     num_unlabelled: int = 0
 
     @classmethod
-    def of(cls, documents: TokenExamples) -> PackedExamples:
-        """Pack rows into sequences of at most their ``max_length``."""
-        bins = tuple(best_fit(documents.lengths, documents.max_length))
+    def of(cls, documents: TokenExamples, groups: IntArray | None = None) -> PackedExamples:
+        """Pack rows into sequences of at most their ``max_length``; rows of different ``groups`` (N,) share none."""
+        lengths, longest = documents.lengths, documents.max_length
+        found = np.zeros(len(documents)) if groups is None else groups
+        parts = [np.flatnonzero(found == group) for group in np.unique(found)]
+        bins = tuple(own[rows] for own in parts for rows in best_fit(lengths[own], longest))
         return cls(documents=documents, bins=bins, num_truncated=documents.num_truncated)
 
     @property
@@ -51,6 +54,17 @@ class PackedExamples(Examples):
     @override
     def __len__(self) -> int:
         return len(self.bins)
+
+    @property
+    @override
+    def split_rows(self) -> Rows:
+        rows = self.documents.split_rows
+        return np.array([rows[own[0]] for own in self.bins], dtype=np.int64)
+
+    @property
+    @override
+    def used_rows(self) -> Rows:
+        return self.documents.used_rows
 
     @override
     def extremes(self) -> Rows:

@@ -23,6 +23,7 @@ from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.pairings.matching import rotation_gradient
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import Targets
+from mirrortune.data.draws import SourceDraws
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import epoch_batches, forward
 from mirrortune.errors import ConfigError, DataError
@@ -69,6 +70,7 @@ def measure_saliency(
     *,
     settings: CalibrationSettings,
     accelerator: Any,
+    draws: SourceDraws | None = None,
 ) -> dict[str, Tensor]:
     """Measure the saliency of every pair of directions of every target layer.
 
@@ -80,6 +82,7 @@ def measure_saliency(
         factor_source: computes or caches the factors of each layer.
         settings: how saliency is measured.
         accelerator: accelerate's ``Accelerator``, which provides device and precision.
+        draws: what an epoch draws from each source of a mixture.
 
     Returns:
         The saliency of each layer by name, shape (R, R), or (E, R, R) for a stack of E matrices; float64 on the CPU,
@@ -91,7 +94,7 @@ def measure_saliency(
             allowed="mirror, neighbor, random, or pairs that you list", fix="Measure on the model in full precision",
         )  # fmt: skip
     found: dict[str, Tensor] = {}
-    with _gradients(model, targets, objective, examples, settings, accelerator) as batches:
+    with _gradients(model, targets, objective, examples, settings, accelerator, draws=draws) as batches:
         for _ in batches:
             if settings.saliency == "rms":
                 _add(found, model, targets, factor_source, settings)
@@ -108,6 +111,7 @@ def measure_bases(
     *,
     settings: CalibrationSettings,
     accelerator: Any,
+    draws: SourceDraws | None = None,
 ) -> dict[str, Factors]:
     """Compute the leading singular triplets of -sign(G) of every target layer, G the gradient of its weight.
 
@@ -121,6 +125,7 @@ def measure_bases(
         examples: training rows.
         settings: how gradients are measured.
         accelerator: accelerate's ``Accelerator``: device and precision.
+        draws: what an epoch draws from each source of a mixture.
 
     Returns:
         Layer name -> factors, float64 on the CPU, on the main process; empty on the others.
@@ -129,7 +134,9 @@ def measure_bases(
         DataError: a gradient is not finite.
     """
     found: dict[str, Factors] = {}
-    with _gradients(model, targets, objective, examples, settings, accelerator, is_shared=True) as batches:
+    with _gradients(
+        model, targets, objective, examples, settings, accelerator, draws=draws, is_shared=True
+    ) as batches:  # fmt: skip
         for _ in batches:
             pass
         weights = {id(weight): weight for target in targets.layers.values() for weight in [target.weight(model)]}
@@ -157,6 +164,7 @@ def _gradients(
     settings: CalibrationSettings,
     accelerator: Any,
     *,
+    draws: SourceDraws | None,
     is_shared: bool = False,
 ) -> Iterator[Iterator[None]]:
     """Yield an iterator that adds the gradient of one more batch to those of the target weights at each step.
@@ -166,7 +174,7 @@ def _gradients(
     wanted = {p: p.requires_grad for p in model.parameters()}
     was_training = model.training
     model.to(accelerator.device).eval()  # without dropout: the gradient of the model that evaluation sees
-    rows = _batches(examples, settings, objective)
+    rows = _batches(examples, settings, objective, draws)
     head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
     start = {n: p.detach().clone() for n, p in head.items()}
     _only(model, list(head.values()))
@@ -283,6 +291,9 @@ def _only(model: nn.Module, trained: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _batches(examples: Examples, settings: CalibrationSettings, objective: Objective) -> Iterator[Any]:
+def _batches(
+    examples: Examples, settings: CalibrationSettings, objective: Objective, draws: SourceDraws | None
+) -> Iterator[Any]:
     for epoch in itertools.count():
-        yield from epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch, objective.classes)
+        drawn = None if draws is None else draws.rows(settings.seed, epoch)
+        yield from epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch, objective.classes, drawn)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mirrortune.adapters.inject import attachment
+from mirrortune.data.draws import SourceDraws
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import Feed, StreamedExamples
 from mirrortune.errors import DivergedError, InterruptedRun, MirrortuneError
@@ -63,6 +64,7 @@ class Trainer:
         progress: observer.
         objective: training loss; that of the task by default.
         sample: called on all ranks with the step at each evaluation, to record what the model generates.
+        draws: what an epoch draws from each source of a mixture.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Trainer:
         progress: Progress,
         objective: Objective | None = None,
         sample: Callable[[int], object] | None = None,
+        draws: SourceDraws | None = None,
     ) -> None:
         self.task, self.train, self.validation = task, train, validation
         self.settings, self.run, self.progress = settings, run, progress
@@ -87,6 +90,7 @@ class Trainer:
         self.feed = Feed(
             train, accelerator, batch_size=settings.batch_size, num_micro=settings.gradient_accumulation_steps,
             num_workers=settings.num_workers, seed=settings.seed, classes=objective.classes,
+            draws=draws,
         )  # fmt: skip
         if self.feed.steps_per_epoch is None:  # the length of a stream is unknown, so all its steps are one epoch
             assert settings.max_steps is not None

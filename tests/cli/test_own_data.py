@@ -83,9 +83,10 @@ def test_the_validation_rows_are_drawn_by_the_seed_and_in_proportion(desk: Path,
     held = {}
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert train(tiny_model_dir, "rows.csv", "--seed", seed, out=out).exit_code == 0
-        settings = unpack_for_eval(resolve([read_recipe(f"{out}/recipe.yaml")]).recipe).data
+        unpacked = unpack_for_eval(resolve([read_recipe(f"{out}/recipe.yaml")]).recipe)
+        settings = unpacked.data
         task = task_from_dict(adapter(desk / out)["task"])
-        rows, _ = evaluation_rows(settings, read_data(settings), "validation", task, is_own_data=True)
+        rows, _ = evaluation_rows(settings, read_data(settings, unpacked.task), "validation", task, is_own_data=True)
         held[out] = rows.table.to_pydict()
         assert Counter(held[out]["label"]) == {"x": 6, "y": 3, "z": 1}
 

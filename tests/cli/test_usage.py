@@ -16,8 +16,6 @@ TASK = ["-t", "text-classification", "-d", "reviews.csv"]
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("train -d a.csv -d b.csv", "--data, -d: given 2 times, and takes one value. For several files give a folder"),
-        ("prepare --data a.csv -d b.csv --dry-run", "--data, -d: given 2 times"),
         (
             "train --lr 1 --learning-rate 2 --lr 3",
             "--lr, --learning-rate: given 3 times, and takes one value.",

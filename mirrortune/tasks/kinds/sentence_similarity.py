@@ -87,6 +87,7 @@ class EmbeddedExamples(Examples):
         num_unlabelled: pairs without a score.
         num_empty, num_dropped: rows with a blank text among their first two, and those of them that were left out.
         switches: additional arguments of the model's forward.
+        kept: which rows of the split these are, shape (N,); None for all of them.
     """
 
     texts: TokenExamples
@@ -97,6 +98,7 @@ class EmbeddedExamples(Examples):
     num_empty: int
     num_dropped: int
     switches: dict[str, bool]
+    kept: Rows | None = None
 
     @property
     @override
@@ -258,6 +260,7 @@ class Task(TextTask, ComparesRows):
             texts=texts, num_texts=count, targets=targets, num_truncated=texts.num_truncated,
             num_unlabelled=0 if scores is None else int(np.isnan(targets).sum()), num_empty=made.num_blank,
             num_dropped=made.num_dropped, switches=processor.switches,
+            kept=made.kept_rows,
         )  # fmt: skip
 
     def embeddings(self, inputs: Batch, outputs: Any) -> Tensor:

@@ -82,6 +82,11 @@ class PairExamples(Examples):
     def __len__(self) -> int:
         return len(self.sources)
 
+    @property
+    def kept(self) -> Rows | None:
+        """Which rows of the split these are, shape (N,); None for all of them."""
+        return self.sources.kept
+
     @override
     def extremes(self) -> Rows:
         lengths = np.diff(self.target_offsets)

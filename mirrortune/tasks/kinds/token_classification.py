@@ -120,6 +120,7 @@ class Task(TextTask, WeighsClasses):
             features=arrays, offsets=offsets, targets=None, padding=Padding.of(processor), max_length=max_length,
             num_truncated=made.counts["num_truncated"], num_empty=made.num_blank, num_dropped=made.num_dropped,
             num_unlabelled=int(missing.sum()), references=lambda: self._references(split, made.keep, firsts, offsets),
+            kept=made.kept_rows,
         )  # fmt: skip
 
     @override

@@ -10,7 +10,7 @@ import pytest
 from mirrortune.config.recipe import flatten, override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError
-from mirrortune.runs.results import check_same_recipe
+from mirrortune.runs.results import changed_data, check_same_recipe
 from mirrortune.system.run_directory import RunDirectory
 
 FREE = {
@@ -57,7 +57,7 @@ FIXED = {
     "model.dropout": "0.2", "adapter.layers": "[0, last 2]",
     "train.warmup_steps": "3", "train.min_lr_ratio": "0.1", "train.num_cycles": "3", "train.decay_ratio": "0.5",
     "train.optimizer": "sgd", "train.betas": "[0.8, 0.9]", "train.eps": "1e-6", "train.momentum": "0.8",
-    "train.neftune_alpha": "5",
+    "train.neftune_alpha": "5", "data.system": "x",
 }  # fmt: skip
 
 
@@ -89,6 +89,16 @@ def test_everything_else_is_refused_by_name(run: RunDirectory, key: str) -> None
 
     with pytest.raises(ConfigError, match=rf"--resume: {key}: the run was started with .*Use the same settings"):
         check_same_recipe(changed, run)
+
+
+def test_data_that_changed_since_a_run_began_is_named(run: RunDirectory) -> None:
+    one, two = {"path": "/a.csv", "sha256": {"a.csv": "1"}}, {"path": "/b.csv", "sha256": {"b.csv": "2"}}
+    assert changed_data(run, one) == []  # nothing is recorded
+    run.write_json("environment.json", {"data": {"sources": [one, two]}})
+    assert changed_data(run, {"sources": [one, two]}) == []
+    assert changed_data(run, {"sources": [one, {**two, "sha256": {"b.csv": "3"}}]}) == ["/b.csv"]
+    run.write_json("environment.json", {"data": one})
+    assert changed_data(run, {**one, "sha256": {"a.csv": "3"}}) == ["/a.csv"]
 
 
 def test_a_permission_in_a_saved_recipe_permits_nothing_and_is_no_difference(run: RunDirectory) -> None:
