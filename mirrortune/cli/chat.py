@@ -41,7 +41,7 @@ _HELP = (
 def chat(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Run directory, adapter folder, merged folder or any language model.", show_default=False)],
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings, such as task.format=text.", show_default=False)] = None, *,
-    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.", show_default=False)] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt; that of the training (data.system) by default.", show_default=False)] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Longest answer in tokens; 256 by default.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", metavar="X", show_default=False, help="Sample answers at this temperature; greedy by default.")] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", metavar="X", show_default=False, help="Sample from the most probable tokens that have this probability together.")] = None,
@@ -62,7 +62,7 @@ def chat(
     options = PredictOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options.check("chat", GENERATION)
     speaker = load_speaker(target, recipe, reporter)
-    talk = Chat(speaker=speaker, options=options, system=system or "")
+    talk = Chat(speaker=speaker, options=options, system=speaker.system if system is None else system)
     _Session(chat=talk, reporter=reporter, inputs=inputs_of_targets(target)).run()
 
 

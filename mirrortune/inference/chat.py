@@ -47,12 +47,14 @@ class Speaker:
         tokenizer: tokenizer of transformers.
         form: how turns are formatted.
         context: creates the context in which the model runs, such as autocast.
+        system: system prompt that it was trained with; "" for none.
     """
 
     model: nn.Module
     tokenizer: Any
     form: Form
     context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    system: str = ""
 
     def positions(self) -> int | None:
         """Return the maximum number of tokens of prompt and answer together, or None if no limit is known."""

@@ -77,7 +77,8 @@ def _trained(target: str, folder: Path, settings: EvaluationSettings, reporter: 
     wanted = _wanted(settings.task.given["format"], has_template=reader.tokenizer.chat_template is not None)
     is_chat = reader.is_chat if wanted in ("auto", told["format"]) else wanted == "chat"
     layout: Form = told["layout"] if told["layout"] in ("prompt", "alpaca") else "text"
-    return Speaker(model=found.model, tokenizer=reader.tokenizer, form="chat" if is_chat else layout)
+    system = str(told.get("system", "")) if is_chat else ""
+    return Speaker(model=found.model, tokenizer=reader.tokenizer, form="chat" if is_chat else layout, system=system)
 
 
 def _no_language_model(target: str, kind: str) -> ConfigError:
@@ -117,7 +118,8 @@ def _plain(target: str, recipe: Recipe, settings: EvaluationSettings, reporter: 
                           allowed="a causal language model")  # fmt: skip
     if said := describe_widening(request.dtype, source.config, device):
         reporter.note(said)
-    return Speaker(model=loaded.model, tokenizer=with_end_token(tokenizer, source), form=form)
+    return Speaker(model=loaded.model, tokenizer=with_end_token(tokenizer, source), form=form,
+                   system=recipe.data.system or "" if form == "chat" else "")  # fmt: skip
 
 
 def _form(recipe: Recipe, *, has_template: bool) -> Form:

@@ -14,15 +14,23 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from mirrortune.data.files.arrow import Columns
+from mirrortune.data.files.row_places import RowPlaces
+from mirrortune.data.labels import refuse_missing
 from mirrortune.errors import DataError, first_line
-from mirrortune.tasks.conversations import Conversation, Message
+from mirrortune.tasks.conversations import Conversation, Message, conversation, meaning_of, row_conversation
 
 Encoding = tuple[list[int], list[bool]]
 """Token ids of a row, and whether each is learned."""
+SILENT, CALLS, EMPTY = 1, 2, 3
+"""What is wrong with a row: no answer, tool calls that are not written, an empty answer."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The wording of Stanford Alpaca, which is common for models without a chat template.
 _ALPACA = (
@@ -48,6 +56,29 @@ class LostAnswerError(DataError):
         problem = {"calls": "the model's chat template does not write tool calls",
                    "empty": "an answer is empty, so that only its end would be learned"}[kind]  # fmt: skip
         super().__init__(where, problem)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextReader:
+    """A tokenizer, and what the model's forward takes besides tokens.
+
+    Attributes:
+        tokenizer: of transformers.
+        is_chat: whether rows are formatted by the tokenizer's chat template.
+        switches: additional arguments of the model's forward.
+        takes_positions: whether the forward takes ``position_ids``, so that rows can be packed.
+    """
+
+    tokenizer: Any
+    is_chat: bool
+    switches: dict[str, bool] = field(default_factory=dict)
+    takes_positions: bool
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files, and the tokens that end generation: the end of a turn was learned as one."""
+        self.tokenizer.save_pretrained(folder)
+        if self.is_chat:
+            save_turn_ends(self.tokenizer, Path(folder))
 
 
 def alpaca_prompt(instruction: str, context: str) -> str:
@@ -95,6 +126,68 @@ def encode_conversation(
     if last and not whole[: last[1]].endswith(special) and not any(token in whole[last[1] :] for token in special):
         return [*ids, tokenizer.eos_token_id], [*learned, True]  # the template does not end the answer
     return ids, learned
+
+
+def asked_text(
+    layout: str, texts: Sequence[str], added: dict[str, Any], where: str
+) -> tuple[str, list[Message]]:  # fmt: skip
+    """Return the prompt in the texts of a row that no chat template formats, and the turns before it."""
+    if layout == "text":
+        return texts[0], []
+    prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if layout == "alpaca" else texts[0]
+    before: list[Message] = []
+    if any(added.values()):
+        turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        before = conversation(turns, added, where).messages[:-2]
+    if layout == "alpaca":
+        before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
+    return prompt, before
+
+
+def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, column: str) -> None:
+    """Raise a DataError for rows from which nothing, or only the wrong thing, would be learned.
+
+    Args:
+        faults: of each row, shape (N,): 0, :data:`SILENT`, :data:`CALLS` or :data:`EMPTY`.
+        places: of the rows.
+        column: of answers, for messages.
+    """
+    refuse_missing(faults == SILENT, places, column, "answer to learn")
+    reasons = {
+        CALLS: ("tool calls, which the model's chat template does not write",
+                "Use a model whose chat template writes tool calls, or write the calls into the content"),
+        EMPTY: ("an empty answer, of which only its end would be learned", "Fill or remove these answers"),
+    }  # fmt: skip
+    for code, (what, fix) in reasons.items():
+        if count := int((faults == code).sum()):
+            rows = places.listed(np.flatnonzero(faults == code))
+            raise DataError(places.source, f"{count} of {len(faults)} rows have {what} ({rows})", fix=fix)
+
+
+def num_tools_lost(
+    columns: Columns, names: Sequence[str], reader: TextReader, layout: str, system: str, source: str
+) -> int:
+    """Return 1 if the chat template leaves out the tools of the first row that has any, else 0.
+
+    Args:
+        columns: cells; the last ones are those of ``names``.
+        names: of the columns that add to conversations.
+        reader: with the tokenizer.
+        layout: of the rows.
+        system: system turn of conversations that have none.
+        source: of the rows, for messages.
+    """
+    with_tools = [name for name in names if meaning_of(name) == "tools"]
+    count = len(columns) - len(names)
+    for row in zip(*columns, strict=True) if with_tools else ():
+        added = dict(zip(names, row[count:], strict=True))
+        if any(added[name] for name in with_tools):
+            if not reader.is_chat:
+                return 1
+            talk = row_conversation(layout, row[:count], added, source, system)
+            if talk.options.get("tools"):
+                return int(not writes_tools(reader.tokenizer, talk))
+    return 0
 
 
 def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Sequence[Message] = ()) -> Encoding:

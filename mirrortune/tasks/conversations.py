@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -140,20 +140,21 @@ def begins_with_space(table: pa.Table, column: str) -> bool:
     return next((str(value)[0].isspace() for value in cells(table, column) if value not in (None, "")), False)
 
 
-def conversation(messages: list[Message], added: dict[str, Any], where: str) -> Conversation:
+def conversation(messages: list[Message], added: dict[str, Any], where: str, default: str = "") -> Conversation:
     """Return the conversation of a row.
 
     Args:
         messages: its turns, as returned by :func:`as_messages`.
         added: cells of the columns of :func:`additions`, by name.
         where: the row, for messages.
+        default: system turn of conversations that have none; "" for none.
 
     Raises:
         DataError: if a cell does not hold what its column's name says.
     """
     options: dict[str, Any] = {}
     before: list[Message] = []
-    system = ""
+    system = default
     for name, value in added.items():
         meaning = meaning_of(name)
         if value is None or value == "" or meaning == "weight":
@@ -173,6 +174,35 @@ def conversation(messages: list[Message], added: dict[str, Any], where: str) -> 
     given = tuple(turn for turn, message in enumerate(messages) if message.get("weight", 1.0) == 0.0)
     messages = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     return Conversation(messages=messages, options=options, given=given)
+
+
+def row_conversation(layout: str, row: Sequence[Any], added: dict[str, Any], where: str, default: str) -> Conversation:
+    """Return the conversation in the cells of a row of a layout; see :func:`conversation`."""
+    if layout == "messages":
+        return conversation(as_messages(row[0], where), added, where, default)
+    if layout == "turns":
+        asked = [{**message, "weight": 0.0} for message in as_messages(row[0], where)]
+        return conversation([*asked, *as_messages(row[1], where)], added, where, default)
+    *texts, completion = ["" if value is None else str(value) for value in row]
+    prompt = "\n\n".join(text for text in texts if text.strip())
+    turns: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return conversation(turns, added, where, default)
+
+
+def asked_conversation(
+    layout: str, row: Sequence[Any], added: dict[str, Any], where: str, default: str
+) -> Conversation:  # fmt: skip
+    """Return the conversation in the cells of a row without its last answer; a text is what the user says."""
+    if layout not in ("messages", "turns"):
+        talk = row_conversation(layout, [*row, None], added, where, default)
+        return replace(talk, messages=talk.messages[:-1])
+    is_text = isinstance(row[0], str) and not row[0].lstrip().startswith("[")
+    messages = [{"role": "user", "content": row[0]}] if is_text else as_messages(row[0], where)
+    while layout == "messages" and messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise DataError(where, "the conversation has no turn to answer", fix="Add what the user says")
+    return conversation(messages, added, where, default)
 
 
 def row_weight(added: dict[str, Any], where: str) -> float:

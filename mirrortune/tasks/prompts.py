@@ -5,16 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 from typing_extensions import override
 
+from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, IntArray, Padding, Rows, TokenExamples
+from mirrortune.data.files.arrow import cells
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.token_cache import ragged
 from mirrortune.errors import DataError
@@ -139,6 +142,16 @@ class RowSampler(LogitsProcessor):
         chosen = torch.searchsorted(ends, drawn * ends[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         token = chosen if order is None else order.gather(1, chosen)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def halved_texts(split: Split, column: str) -> tuple[Split, list[str]]:
+    """Cut the texts of a column in half, at a space; returns the rows with the first halves, and the second ones."""
+    texts = [str(cell or "") for cell in cells(split.table, column)]
+    places = [text.rfind(" ", 1, len(text) // 2 + 1) for text in texts]
+    places = [len(text) // 2 if place < 0 else place for text, place in zip(texts, places, strict=True)]
+    begun = pa.array([text[:place] for text, place in zip(texts, places, strict=True)], pa.string())
+    table = split.table.set_column(split.table.column_names.index(column), column, begun)
+    return replace(split, table=table), [text[place:] for text, place in zip(texts, places, strict=True)]
 
 
 def prompt_examples(

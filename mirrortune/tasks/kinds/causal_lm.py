@@ -7,9 +7,8 @@ Cross-entropy of every learned token; perplexity and token accuracy. The end tok
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,73 +18,64 @@ from torch import Tensor
 from typing_extensions import override
 
 from mirrortune.data.dataset import Split
-from mirrortune.data.examples import IGNORE_INDEX, OPTIONAL_ROLE, Batch, Examples, Padding, Rows, Targets, TokenExamples
+from mirrortune.data.examples import (
+    IGNORE_INDEX,
+    OPTIONAL_ROLE,
+    Batch,
+    Examples,
+    Padding,
+    Rows,
+    Targets,
+    TokenExamples,
+)  # fmt: skip
 from mirrortune.data.files.arrow import Columns, cells, nulls, refuse_unreadable, rows_of
 from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.data.labels import refuse_missing
+from mirrortune.data.mixture import SOURCE_COLUMN, source_numbers
 from mirrortune.data.token_cache import Tokens, ragged
-from mirrortune.data.tokenize import Reading, is_blank_text, resolve_max_length, tokenise_rows
-from mirrortune.errors import ConfigError, DataError, unknown_name
+from mirrortune.data.tokenize import Reading, is_blank_text, joined_tokens, resolve_max_length, tokenise_rows
+from mirrortune.errors import ConfigError, DataError, NoRowsError, unknown_name
 from mirrortune.models.load import ModelSource, forward_parameters, load_tokenizer, with_end_token
+from mirrortune.tasks import base
 from mirrortune.tasks.answer_formats import answer_format
 from mirrortune.tasks.answered_rows import AnsweredExamples, expected_answers
-from mirrortune.tasks.base import Answers, TextTask, WritesText, check_columns, without_targets
+from mirrortune.tasks.base import RARE, Answers, TextTask, WritesText, check_columns, without_targets
 from mirrortune.tasks.chat import (
+    CALLS,
+    EMPTY,
+    SILENT,
     Encoding,
     LostAnswerError,
-    alpaca_prompt,
+    TextReader,
+    asked_text,
     encode_continuation,
     encode_conversation,
     encode_prompt,
-    save_turn_ends,
+    num_tools_lost,
+    refuse_faults,
     turn_end_ids,
-    writes_tools,
+    writes_system,
 )
 from mirrortune.tasks.conversations import (
-    Conversation,
-    Message,
     additions,
     as_messages,
+    asked_conversation,
     begins_with_space,
     choose_layout,
-    conversation,
-    meaning_of,
+    row_conversation,
     row_weight,
 )
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.packing import PackedExamples
 from mirrortune.tasks.predicting import GENERATION, Predictions, PredictOptions, refuse_no_tokens
 from mirrortune.tasks.probes import text_probe
-from mirrortune.tasks.prompts import PromptExamples, prompt_examples
+from mirrortune.tasks.prompts import PromptExamples, halved_texts, prompt_examples
 from mirrortune.tasks.token_scores import WEIGHT_UNIT, score_tokens, summed_loss, weighted_loss
 
 _LONGEST = 1024  # the default, where the model takes more
 _LONGEST_ANSWER = 256  # tokens
-_SILENT, _CALLS, _EMPTY = 1, 2, 3  # what is wrong with a row
+_OF_FORMAT = ("text_columns", "label_column", "added_columns", "layout", "loss_on", "is_spaced")
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextReader:
-    """A tokenizer, and what the model's forward takes besides tokens.
-
-    Attributes:
-        tokenizer: of transformers.
-        is_chat: whether rows are formatted by the tokenizer's chat template.
-        switches: additional arguments of the model's forward.
-        takes_positions: whether the forward takes ``position_ids``, so that rows can be packed.
-    """
-
-    tokenizer: Any
-    is_chat: bool
-    switches: dict[str, bool] = field(default_factory=dict)
-    takes_positions: bool
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files, and the tokens that end generation: the end of a turn was learned as one."""
-        self.tokenizer.save_pretrained(folder)
-        if self.is_chat:
-            save_turn_ends(self.tokenizer, Path(folder))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +95,8 @@ class Task(TextTask, WritesText, Answers):
             scored; None to score tokens alone.
         max_new_tokens: longest answer that is generated, in tokens.
         is_spaced: whether answers begin with white space of their own, so that no line break is put before them.
+        formats: the fields of :data:`_OF_FORMAT` of each source of a mixture whose rows are written in different ways.
+        system: system turn of conversations that have none.
     """
 
     text_columns: tuple[str, ...]
@@ -119,6 +111,8 @@ class Task(TextTask, WritesText, Answers):
     answer: str | None = None
     max_new_tokens: int = _LONGEST_ANSWER
     is_spaced: bool = False
+    formats: tuple[dict[str, Any], ...] = field(default=(), metadata=RARE)
+    system: str = field(default="", metadata=RARE)
     kind: str = "causal-lm"
     auto_class: str = "AutoModelForCausalLM"
     version: int = 2
@@ -129,7 +123,7 @@ class Task(TextTask, WritesText, Answers):
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         loss_on: str | None = None, format: str | None = None, packing: bool | None = None,
-        answer: str | None = None, max_new_tokens: int | None = None,
+        answer: str | None = None, max_new_tokens: int | None = None, system: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
         """Create the task; DataError if no column holds text."""
         for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
@@ -154,37 +148,84 @@ class Task(TextTask, WritesText, Answers):
             text_columns=text, label_column=label, layout=layout, loss_on=loss_on, format=format or "auto",
             packing=bool(packing), added_columns=added, answer=answer,
             max_new_tokens=max_new_tokens or _LONGEST_ANSWER,
-            is_spaced=layout == "prompt" and label is not None and begins_with_space(table, label), **chosen,
+            is_spaced=layout == "prompt" and label is not None and begins_with_space(table, label),
+            system=system or "", **chosen,
         )  # fmt: skip
         what = {"completions": "the answers (task.loss_on=all to change)", "all": "every token"}[loss_on]
         return task, [*notes, f"the loss is on {what}"]
 
     @override
+    def united(self, others: Sequence[base.Task]) -> base.Task:
+        """Return a task that reads each source by its own columns and in its own format."""
+        if all(other == self for other in others):
+            return self
+        return replace(self, formats=tuple({n: getattr(t, n) for n in _OF_FORMAT} for t in (self, *others)))
+
+    def _readers(self) -> list[Task]:
+        """Return a task for each format of rows."""
+        known: Any = ({n: tuple(v) if isinstance(v, list) else v for n, v in own.items()} for own in self.formats)
+        return [replace(self, formats=(), **own) for own in known] or [self]
+
+    def _parts(self, split: Split) -> list[tuple[Task, Split, Rows]]:
+        """Return the rows of each source, the task that reads them, and their numbers; in the order of the rows."""
+        numbers = source_numbers(split.table) if self.formats else None
+        if numbers is None:
+            reader = self.narrowed(split.table.column_names)
+            assert isinstance(reader, Task)
+            if self.formats:
+                check_columns(split, reader)
+            return [(reader, split, np.arange(split.table.num_rows))]
+        found = [(reader, numbers == number) for number, reader in enumerate(self._readers())]
+        return [(reader, split.take(own), np.flatnonzero(own)) for reader, own in found if own.any()]
+
+    @override
+    def narrowed(self, columns: Collection[str]) -> base.Task:
+        """Return the task of the format that these columns have, if rows come in several; else, of the first one."""
+        if not self.formats or SOURCE_COLUMN in columns:
+            return self
+        readers, known = self._readers(), set(columns)
+        whole = [r for r in readers if {*r.text_columns, *r.target_columns()} <= known]
+        return [*whole, *(r for r in readers if set(r.text_columns) <= known), *readers][0]
+
+    @override
     def columns(self) -> list[tuple[str, str]]:
+        if self.formats:  # another data set may have those of one format alone
+            return [(OPTIONAL_ROLE, c) for c in dict.fromkeys(c for r in self._readers() for _, c in r.columns())]
         own = [("text", c) for c in (*self.text_columns, self.label_column) if c is not None]
         return [*own, *((OPTIONAL_ROLE, c) for c in self.added_columns)]
+
+    def needs_template(self) -> bool:
+        """Return whether rows cannot be written without a chat template."""
+        return self.format == "chat" or self.layout in ("messages", "turns")
+
+    def writes_chat(self, tokenizer: Any) -> bool:
+        """Return whether the tokenizer's chat template formats the rows."""
+        may_be = self.format == "auto" and self.layout == "alpaca" and tokenizer.chat_template is not None
+        return self.needs_template() or may_be
 
     @override
     def load_processor(self, source: ModelSource) -> TextReader:
         """Load the tokenizer; ConfigError if rows need a chat template and it has none."""
         tokenizer = with_end_token(load_tokenizer(source), source)
-        has_template = tokenizer.chat_template is not None
-        wants_chat = self.format == "chat" or self.layout in ("messages", "turns")
-        if wants_chat and (not has_template or self.format == "text"):
+        has_template, readers = tokenizer.chat_template is not None, self._readers()
+        if any(r.needs_template() for r in readers) and (not has_template or self.format == "text"):
             raise ConfigError(
                 f"model '{source.name}'" if not has_template else "task.format",
                 "its tokenizer has no chat template, which these rows need"
                 if not has_template else "conversations cannot be written as plain text",
                 fix="Use a model tuned for chat, or columns of prompts and completions",
             )  # fmt: skip
+        is_chat = any(r.writes_chat(tokenizer) for r in readers)
+        if self.system and not (is_chat and writes_system(tokenizer, self.system)):
+            problem = "the model's chat template writes no system turn" if is_chat else "no rows are conversations"
+            raise ConfigError("data.system", problem, fix="Remove it, or use another model or task.format=chat")
         taken = forward_parameters(self.auto_class, source.config)
         return TextReader(
-            tokenizer=tokenizer,
-            is_chat=wants_chat or (self.format == "auto" and self.layout == "alpaca" and has_template),
+            tokenizer=tokenizer, is_chat=is_chat,
             # Training needs no cache, and even an empty one makes transformers' masks ignore packed rows.
             switches={"use_cache": False} if "use_cache" in taken else {},
             takes_positions="position_ids" in taken,
-        )
+        )  # fmt: skip
 
     @override
     def resolve_length(self, asked: int | None, processor: TextReader, config: Any) -> int:
@@ -195,17 +236,46 @@ class Task(TextTask, WritesText, Answers):
         if self.packing and not processor.takes_positions:
             raise ConfigError("data.packing", "this model takes no positions, so rows would see each other",
                               fix="Set data.packing=false")  # fmt: skip
+        found, lost = [], None
+        for part in self._parts(split):
+            try:
+                found.append((part, part[0].tokens_of(part[1], processor, reading)))
+            except NoRowsError as error:
+                lost = error  # of one source, perhaps of all
+        if lost is not None and not found:
+            raise lost
+        arrays, counts = joined_tokens([made for _, made in found])
+        if len(arrays["offsets"]) < 2:
+            problem = f"no answer begins within {reading.num_tokens} tokens"
+            raise DataError(split.source, problem, fix="Raise --max-length")
+        weights = arrays.pop("weights")
+        rows = np.concatenate([own[made[0]["numbers"]] for (_, _, own), made in found]).astype(np.int64)
+        del arrays["numbers"]
+        kept = None if len(rows) == split.table.num_rows else rows
+        examples = self._examples(arrays, counts, processor, reading.num_tokens, kept)
+        if reading.for_training and (weights != WEIGHT_UNIT).any():
+            examples.features["weights"] = np.repeat(weights, examples.lengths)
+        if self.answer is not None and not reading.for_training:
+            return self._answered(examples, found, processor)
+        if not (self.packing and reading.for_training):
+            return examples
+        groups = source_numbers(split.table)
+        return PackedExamples.of(examples, None if groups is None else groups[examples.split_rows])
+
+    def tokens_of(self, split: Split, processor: TextReader, reading: Reading) -> Tokens:
+        """Tokenise rows of one format; see :meth:`_tokenise`."""
         if self.label_column is not None and not reading.allow_missing:
             refuse_missing(nulls(split.table, self.label_column), split.places, self.label_column, "answer")
-        max_length, tokenizer, places = reading.num_tokens, processor.tokenizer, split.places
+        tokenizer, places = processor.tokenizer, split.places
+        own = replace(processor, is_chat=self.writes_chat(tokenizer))
 
         def make(columns: Columns, numbers: Rows) -> Tokens:
-            return self._tokenise(columns, numbers, processor, reading, places)
+            return self._tokenise(columns, numbers, own, reading, places)
 
-        facts = {
-            "chat_template": tokenizer.chat_template if processor.is_chat else None,
-            "end_token": tokenizer.eos_token_id, "length": max_length, "layout": self.layout, "loss_on": self.loss_on,
-            "missing": reading.allow_missing,
+        facts: dict[str, object] = {
+            "chat_template": tokenizer.chat_template if own.is_chat else None, "end_token": tokenizer.eos_token_id,
+            "length": reading.num_tokens, "layout": self.layout, "loss_on": self.loss_on,
+            "missing": reading.allow_missing, **({"system": self.system} if self.system else {}),
         }  # fmt: skip
         split = split.with_columns(self.added_columns)
         made = tokenise_rows(
@@ -215,38 +285,34 @@ class Task(TextTask, WritesText, Answers):
         )  # fmt: skip
         faults = np.zeros(len(made.keep), dtype=np.int32)
         faults[made.keep] = made.arrays.pop("faults")
-        self._refuse_faults(faults, places)
-        if len(made.arrays["offsets"]) < 2:
-            raise DataError(split.source, f"no answer begins within {max_length} tokens", fix="Raise --max-length")
-        weights, numbers = made.arrays.pop("weights"), made.arrays.pop("numbers")
-        examples = self._examples(made.arrays, made.counts, processor, max_length)
-        if reading.for_training and (weights != WEIGHT_UNIT).any():
-            examples.features["weights"] = np.repeat(weights, examples.lengths)
-        if self.answer is not None and not reading.for_training:
-            return self._answered(examples, split, numbers.astype(np.int64), processor)
-        return PackedExamples.of(examples) if self.packing and reading.for_training else examples
+        refuse_faults(faults, places, self.label_column or self.text_columns[0])
+        return made.arrays, made.counts
 
     def _answered(
-        self, examples: TokenExamples, split: Split, numbers: Rows, processor: TextReader
+        self, examples: TokenExamples, found: Sequence[tuple[tuple[Task, Split, Rows], Tokens]], processor: TextReader
     ) -> AnsweredExamples:
         """Return rows that are scored by generated answers; DataError for rows without a readable expected answer."""
         assert self.answer is not None
-        column, tokenizer = self.label_column or self.text_columns[0], processor.tokenizer
-        texts = [self._answer_text(cell) for cell in cells(split.table.take(numbers), column)]
-        expected = expected_answers(texts, self.answer, split, numbers, column)
+        expected: list[str] = []
+        for (reader, split, _), (arrays, _) in found:
+            column, numbers = reader.label_column or reader.text_columns[0], arrays["numbers"].astype(np.int64)
+            texts = [reader.answer_text(cell) for cell in cells(split.table.take(numbers), column)]
+            expected += expected_answers(texts, self.answer, split, numbers, column)
         shared = {f.name: getattr(examples, f.name) for f in fields(examples)}
         return AnsweredExamples(
-            **shared, expected=expected, format=answer_format(self.answer), tokenizer=tokenizer,
+            **shared, expected=tuple(expected), format=answer_format(self.answer), tokenizer=processor.tokenizer,
             stops=self._stops(processor), max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
 
     def _stops(self, processor: TextReader) -> tuple[int, ...]:
         """Return the tokens that end an answer."""
         tokenizer = processor.tokenizer
-        stops = turn_end_ids(tokenizer) if processor.is_chat else [tokenizer.eos_token_id]
+        stops = turn_end_ids(tokenizer) if processor.is_chat else []
+        if not all(r.writes_chat(tokenizer) for r in self._readers()):
+            stops = [*dict.fromkeys([*stops, tokenizer.eos_token_id])]
         return tuple(stop for stop in stops if stop is not None)
 
-    def _answer_text(self, cell: Any) -> str:
+    def answer_text(self, cell: Any) -> str:
         """Return the text of a row's answer: the cell itself, or the last message of the assistant in it."""
         if self.layout not in ("messages", "turns"):
             return str(cell or "")
@@ -282,7 +348,8 @@ class Task(TextTask, WritesText, Answers):
 
     @override
     def target_columns(self) -> list[str]:
-        return [] if self.label_column is None else [self.label_column]
+        columns = (reader.label_column for reader in self._readers())
+        return list(dict.fromkeys(column for column in columns if column is not None))
 
     @override
     def prediction_options(self) -> tuple[str, ...]:
@@ -297,13 +364,18 @@ class Task(TextTask, WritesText, Answers):
         tokenizer, places = processor.tokenizer, split.places
         split = without_targets(split, self)
         check_columns(split, self)
-        columns = [*self.text_columns, *self.added_columns]
-        rows = rows_of(split.with_columns(self.added_columns).table, columns)
-        prompts = [self._prompt(row, processor, places.where(number)) for number, row in enumerate(rows)]
-        refuse_no_tokens(np.array([*map(len, prompts)]), places)
+        prompts: dict[int, list[int]] = {}
+        for reader, own, numbers in self._parts(split):
+            columns = [*reader.text_columns, *reader.added_columns]
+            rows = rows_of(own.with_columns(reader.added_columns).table, columns)
+            speaker = replace(processor, is_chat=reader.writes_chat(tokenizer))
+            for number, row in zip(numbers.tolist(), rows, strict=True):
+                prompts[number] = reader.prompt_of(row, speaker, places.where(number))
+        found = [prompts[number] for number in range(split.table.num_rows)]
+        refuse_no_tokens(np.array([*map(len, found)]), places)
         return prompt_examples(
-            prompts, places, tokenizer, options, max_length=reading.num_tokens, max_new_tokens=self.max_new_tokens,
-            stops=self._stops(processor), cut=self.layout == "text",
+            found, places, tokenizer, options, max_length=reading.num_tokens, max_new_tokens=self.max_new_tokens,
+            stops=self._stops(processor), cut=any(reader.layout == "text" for reader in self._readers()),
         )  # fmt: skip
 
     @override
@@ -311,22 +383,23 @@ class Task(TextTask, WritesText, Answers):
         self, judged: Sequence[Any], examples: PromptExamples, split: Split, options: PredictOptions
     ) -> Predictions:
         """Return the generated answers, and whether each was finished rather than cut at its longest."""
-        return examples.columns(judged, strip=self.layout != "text")
+        return examples.columns(judged, strip=any(reader.layout != "text" for reader in self._readers()))
 
     @override
     def asked(self, split: Split) -> tuple[Split, list[str]]:
         """Return the rows and their answers; plain texts are cut in half."""
+        found = [reader.asked_of(own) for reader, own, _ in self._parts(split)]
+        if len(found) == 1:
+            return found[0]
+        table = pa.concat_tables([own.table for own, _ in found], promote_options="permissive")
+        return replace(split, table=table), [text for _, texts in found for text in texts]
+
+    def asked_of(self, split: Split) -> tuple[Split, list[str]]:
+        """Return what :meth:`asked` does, for rows of one format."""
         if self.layout != "text":
             column = self.label_column or self.text_columns[0]
-            return split, [self._answer_text(cell) for cell in cells(split.table, column)]
-        texts = [str(cell or "") for cell in cells(split.table, self.text_columns[0])]
-        places = [text.rfind(" ", 1, len(text) // 2 + 1) for text in texts]
-        places = [len(text) // 2 if place < 0 else place for text, place in zip(texts, places, strict=True)]
-        begun = pa.array([text[:place] for text, place in zip(texts, places, strict=True)], pa.string())
-        table = split.table.set_column(
-            split.table.column_names.index(self.text_columns[0]), self.text_columns[0], begun
-        )
-        return replace(split, table=table), [text[place:] for text, place in zip(texts, places, strict=True)]
+            return split, [self.answer_text(cell) for cell in cells(split.table, column)]
+        return halved_texts(split, self.text_columns[0])
 
     @override
     def probe(self, processor: TextReader, config: Any) -> Batch:
@@ -345,9 +418,9 @@ class Task(TextTask, WritesText, Answers):
             try:
                 row_ids, learned = self._encode_row(own, added, processor, reading, where)
             except LostAnswerError as lost:
-                faults[place] = _CALLS if lost.kind == "calls" else _EMPTY
+                faults[place] = CALLS if lost.kind == "calls" else EMPTY
                 continue
-            faults[place] = 0 if any(learned[1:]) else _SILENT  # the first token is not predicted
+            faults[place] = 0 if any(learned[1:]) else SILENT  # the first token is not predicted
             wanted = [token if use else IGNORE_INDEX for token, use in zip(row_ids, learned, strict=True)]
             wanted[:1] = [IGNORE_INDEX]
             counts["num_truncated"] += len(row_ids) > (max_length or 0)
@@ -362,18 +435,21 @@ class Task(TextTask, WritesText, Answers):
                 kept.append(number)
         (flat, offsets), (answers, _) = ragged(ids), ragged(targets)
         counts["num_learned"] = int((answers != IGNORE_INDEX).sum())
-        counts["num_tools_lost"] = self._tools_lost(columns, processor, places.source)
+        counts["num_tools_lost"] = num_tools_lost(
+            columns, self.added_columns, processor, self.layout, self.system, places.source
+        )
         arrays = {"input_ids": flat, "targets": answers, "offsets": offsets, "faults": faults}
         arrays |= {"weights": np.array(weights, dtype=np.int32), "numbers": np.array(kept, dtype=np.int64)}
         return arrays, dict(counts)
 
-    def _prompt(self, row: Sequence[Any], processor: TextReader, where: str) -> list[int]:
+    def prompt_of(self, row: Sequence[Any], processor: TextReader, where: str) -> list[int]:
         """Return the tokens of a row's prompt, from the cells of its text columns and of the added ones."""
         own = row[: len(self.text_columns)]
         added = dict(zip(self.added_columns, row[len(own) :], strict=True))
         if processor.is_chat:
-            return encode_prompt(processor.tokenizer, self._asked(own, added, where), where)
-        prompt, before = self._asked_text(["" if value is None else str(value) for value in own], added, where)
+            talk = asked_conversation(self.layout, own, added, where, self.system)
+            return encode_prompt(processor.tokenizer, talk, where)
+        prompt, before = asked_text(self.layout, ["" if value is None else str(value) for value in own], added, where)
         if self.layout == "text":
             return encode_continuation(processor.tokenizer, "", prompt)[0][:-1]
         if prompt and not (prompt[-1].isspace() or self.is_spaced):
@@ -386,7 +462,7 @@ class Task(TextTask, WritesText, Answers):
         tokenizer, learn_all = processor.tokenizer, self.loss_on == "all"
         if processor.is_chat:
             return encode_conversation(
-                tokenizer, self._conversation(row, added, where), where, learn_all=learn_all,
+                tokenizer, row_conversation(self.layout, row, added, where, self.system), where, learn_all=learn_all,
                 may_be_empty=reading.allow_missing,
             )  # fmt: skip
         texts = ["" if value is None else str(value) for value in row]
@@ -395,77 +471,12 @@ class Task(TextTask, WritesText, Answers):
         completion = texts.pop()
         if not (completion.strip() or learn_all or reading.allow_missing):
             raise LostAnswerError(where, "empty")
-        prompt, before = self._asked_text(texts, added, where)
+        prompt, before = asked_text(self.layout, texts, added, where)
         ids, learned = encode_continuation(tokenizer, prompt, completion, before)
         return ids, [True] * len(ids) if learn_all else learned
 
-    def _asked_text(self, texts: Sequence[str], added: dict[str, Any], where: str) -> tuple[str, list[Message]]:
-        """Return the prompt in a row that is not formatted by a chat template, and the turns before it."""
-        if self.layout == "text":
-            return texts[0], []
-        prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if self.layout == "alpaca" else texts[0]
-        before: list[Message] = []
-        if any(added.values()):
-            turns: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-            before = conversation(turns, added, where).messages[:-2]
-        if self.layout == "alpaca":
-            before = [{**m, "content": alpaca_prompt(m["content"], "")} if m["role"] == "user" else m for m in before]
-        return prompt, before
-
-    def _asked(self, row: Sequence[Any], added: dict[str, Any], where: str) -> Conversation:
-        """Return the conversation in a row without its last answer; a text is what the user says."""
-        if self.layout not in ("messages", "turns"):
-            talk = self._conversation([*row, None], added, where)
-            return replace(talk, messages=talk.messages[:-1])
-        is_text = isinstance(row[0], str) and not row[0].lstrip().startswith("[")
-        messages = [{"role": "user", "content": row[0]}] if is_text else as_messages(row[0], where)
-        while self.layout == "messages" and messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages:
-            raise DataError(where, "the conversation has no turn to answer", fix="Add what the user says")
-        return conversation(messages, added, where)
-
-    def _conversation(self, row: Sequence[Any], added: dict[str, Any], where: str) -> Conversation:
-        """Return the conversation in a row that is formatted by a chat template."""
-        if self.layout == "messages":
-            return conversation(as_messages(row[0], where), added, where)
-        if self.layout == "turns":
-            asked = [{**message, "weight": 0.0} for message in as_messages(row[0], where)]
-            return conversation([*asked, *as_messages(row[1], where)], added, where)
-        *texts, completion = ["" if value is None else str(value) for value in row]
-        prompt = "\n\n".join(text for text in texts if text.strip())
-        turns: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return conversation(turns, added, where)
-
-    def _tools_lost(self, columns: Columns, processor: TextReader, source: str) -> int:
-        """Return 1 if the chat template leaves out the tools of the first row that has any, else 0."""
-        names = [n for n in self.added_columns if meaning_of(n) == "tools"]
-        count = len(columns) - len(self.added_columns)
-        for row in zip(*columns, strict=True) if names else ():
-            added = dict(zip(self.added_columns, row[count:], strict=True))
-            if any(added[name] for name in names):
-                if not processor.is_chat:
-                    return 1
-                talk = self._conversation(row[:count], added, source)
-                if talk.options.get("tools"):
-                    return int(not writes_tools(processor.tokenizer, talk))
-        return 0
-
-    def _refuse_faults(self, faults: npt.NDArray[np.integer[Any]], places: RowPlaces) -> None:
-        """Raise a DataError for rows from which nothing, or only the wrong thing, would be learned."""
-        refuse_missing(faults == _SILENT, places, self.label_column or self.text_columns[0], "answer to learn")
-        reasons = {
-            _CALLS: ("tool calls, which the model's chat template does not write",
-                     "Use a model whose chat template writes tool calls, or write the calls into the content"),
-            _EMPTY: ("an empty answer, of which only its end would be learned", "Fill or remove these answers"),
-        }  # fmt: skip
-        for code, (what, fix) in reasons.items():
-            if count := int((faults == code).sum()):
-                rows = places.listed(np.flatnonzero(faults == code))
-                raise DataError(places.source, f"{count} of {len(faults)} rows have {what} ({rows})", fix=fix)
-
     def _examples(
-        self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int
+        self, arrays: dict[str, Any], counts: dict[str, int], processor: TextReader, max_length: int, kept: Rows | None
     ) -> TokenExamples:
         notes = [f"{counts['num_learned']:,} of {len(arrays['targets']):,} tokens learned"]
         if counts["num_weightless"]:
@@ -485,4 +496,5 @@ class Task(TextTask, WritesText, Answers):
             num_dropped=counts["num_answers_cut"] + counts["num_weightless"],
             switches=processor.switches,
             notes=tuple(notes),
+            kept=kept,
         )
