@@ -231,8 +231,6 @@ def evaluate(
     )
     if own and (named := _describe_data(resolved, own)):
         reporter.note(named)
-    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
-    is_own_data = is_same_data(trained_on, asked)
     from mirrortune.merging import bases  # noqa: PLC0415
     from mirrortune.runs import evaluate as evaluation  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
@@ -240,7 +238,7 @@ def evaluate(
     file = local_path(predictions) if predictions else None
     inputs = [*inputs_of(resolved), *bases.inputs_of_targets(target)] if file else []
     result = evaluation.evaluate(
-        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
+        target, resolved.recipe, reporter, split=split, is_own_data=_is_own_data(resolved, own), predictions=file, inputs=inputs,
         makes_folder=bool(predictions) and str(predictions).endswith(("/", os.sep)), overwrite=overwrite,
         force_base=force_base,
     )  # fmt: skip
@@ -435,6 +433,12 @@ def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
     if ignored:
         reporter.detail(f"of {path} not followed: {', '.join(ignored)}")
     return layer
+
+
+def _is_own_data(resolved: Resolved, own: Layer | None) -> bool:
+    """Return whether the recipe names the data set that the recipe of the target, if any, names."""
+    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
+    return is_same_data(trained_on, asked)
 
 
 def _describe_data(resolved: Resolved, beneath: Layer) -> str | None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, Quiet, Verbose, with_recipe_flags
-from mirrortune.config.data_paths import is_same_data
 from mirrortune.errors import ConfigError, counted
 from mirrortune.system.console import Reporter
 from mirrortune.system.paths import local_path
@@ -97,16 +96,15 @@ def _rows(
     targets: list[str], resolved: Resolved, own: Layer | None, text: list[str] | None, image: str | None
 ) -> dict[str, Any]:
     """Return the arguments of ``predict`` that determine which rows are read."""
+    from mirrortune.cli.app import _is_own_data  # noqa: PLC0415
     from mirrortune.inference.prediction_rows import RowRequest  # noqa: PLC0415
     from mirrortune.merging import bases  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of, unpack_for_eval  # noqa: PLC0415
 
     settings = unpack_for_eval(resolved.recipe)
     columns = [key.partition(".")[2] for key in resolved.origins if key.endswith(("_column", "_columns"))]
-    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
-    is_own_data = is_same_data(trained_on, asked)
     return {
-        "is_own_data": is_own_data,
+        "is_own_data": _is_own_data(resolved, own),
         "settings": replace(settings, data=_data_settings(settings.data, resolved, own)),
         "row": None if text is None and image is None else RowRequest(texts=tuple(text or ()), image=image),
         "named": [n for n in columns if _is_named(resolved, own, f"data.{n}") and n != "label_column"],

@@ -29,7 +29,7 @@ def report(
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     from mirrortune.reports import html  # noqa: PLC0415
-    from mirrortune.reports.finished_run import damage  # noqa: PLC0415
+    from mirrortune.reports.finished_run import FinishedRun, damage  # noqa: PLC0415
     from mirrortune.reports.run_page import run_page  # noqa: PLC0415
     from mirrortune.system.outputs import Input  # noqa: PLC0415
     from mirrortune.system.run_directory import RunDirectory  # noqa: PLC0415
@@ -39,7 +39,7 @@ def report(
     path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     with html.page_output(path, [Input("run", folder) for folder in folders]) as put:
         with damage(", ".join(runs)):
-            made = run_page([RunDirectory(folder) for folder in folders])
+            made = run_page([FinishedRun(RunDirectory(folder)) for folder in folders])
         put(made)
     reporter.result({"report": str(path), "runs": [str(f) for f in folders]}, [f"page: {path}"])
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mirrortune import __version__
 from mirrortune.reports import html
-from mirrortune.reports.drawing import write_figure
 from mirrortune.reports.finished_run import FinishedRun
 from mirrortune.reports.html import Html
-from mirrortune.reports.run_figures import learning_curves, run_drawings
+from mirrortune.reports.run_figures import run_drawings
 from mirrortune.reports.tables import Table
-from mirrortune.system.run_directory import RunDirectory
 
 _MOST_CLASSES = 200
 """Most classes shown in a table; those with the fewest rows are left out."""
@@ -28,27 +25,10 @@ _MOST_EVALUATIONS = 12
 """Most evaluations shown in a table of samples."""
 
 
-def write_run_page(run: RunDirectory) -> Path:
-    """Write ``report.html`` in the directory of a finished run."""
-    path = run.path / "report.html"
-    html.write_page(path, run_page([run]))
-    return path
-
-
-def write_curves(run: RunDirectory) -> None:
-    """Write ``curves.png`` in the directory of a finished run."""
-    write_figure(learning_curves([FinishedRun(run)]), run.path / "curves.png")
-
-
-def run_page(runs: Sequence[RunDirectory]) -> str:
-    """Build the page of one run, or of several side by side.
-
-    Raises:
-        ConfigError: a directory holds no finished run.
-    """
-    found = [FinishedRun(run) for run in runs]
-    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
-    parts = _one(found[0]) if len(found) == 1 else _several(found)
+def run_page(runs: Sequence[FinishedRun]) -> str:
+    """Build the page of one run, or of several side by side."""
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    parts = _one(runs[0]) if len(runs) == 1 else _several(runs)
     return html.page(title, f"mirrortune {__version__}", *parts)
 
 

@@ -24,9 +24,11 @@ from mirrortune.config.data_paths import short_name
 from mirrortune.config.recipe import Resolved, flatten, read_saved_recipe, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, VerificationError, counted
-from mirrortune.reports import model_card
-from mirrortune.reports.finished_run import regular_file
-from mirrortune.reports.run_page import write_curves, write_run_page
+from mirrortune.reports import html, model_card
+from mirrortune.reports.drawing import write_figure
+from mirrortune.reports.finished_run import FinishedRun, regular_file
+from mirrortune.reports.run_figures import learning_curves
+from mirrortune.reports.run_page import run_page
 from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.job import Job
 from mirrortune.runs.load import base_identity
@@ -160,12 +162,13 @@ def write_results(run: RunDirectory, job: Job, recipe: Recipe, result: RunResult
         "log_history": events,
     }
     run.write_json("trainer_state.json", state)
-    write_curves(run)
+    finished = FinishedRun(run)
+    write_figure(learning_curves([finished]), run.path / "curves.png")
     card = model_card.run_card(
         run.path.name, base_identity(job), job.spec.method, task_to_dict(job.task), data, recipe.to_yaml()
     )
     run.write_text("README.md", card)
-    write_run_page(run)
+    html.write_page(run.path / "report.html", run_page([finished]))
 
 
 def run_name(settings: RunSettings, recipe_name: str | None) -> str:
