@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of modules that hold matrices: how to recognise them, read their weight as a matrix, and apply one.
+"""Define the kinds of modules that hold matrices: how to recognise them, read their weight, and apply a matrix.
 
-A module is recognised by its own properties, never by its model. A new kind is one class, listed in ``targets.KINDS``.
+A module is recognised by its properties, never by its model. A new kind is one class, listed in ``targets.KINDS``.
 Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups), R rank.
 """
 
@@ -28,13 +28,13 @@ class Kind(ABC):
     name: str
     """Name in plans and adapter files."""
     is_default: bool = True
-    """Whether ``all-linear`` includes it; other kinds are adapted on request."""
+    """Whether ``all-linear`` includes this kind; other kinds are adapted on request."""
     is_quantised: bool = False
-    """Whether the weight is quantised: it can be read and the layer called, but the weight cannot be replaced."""
+    """Whether the weight is quantised, so that it can be read and the layer called, but the weight not replaced."""
 
     @abstractmethod
     def layouts(self, module: nn.Module) -> dict[str, Layout]:
-        """Return the layouts of the weights of ``module`` by parameter name; empty if it is of another kind."""
+        """Return the layouts of the weights of ``module`` by parameter name; empty for a module of another kind."""
 
     def read(self, module: nn.Module, parameter: str) -> Tensor:
         """Return the weight, in the shape of its layout."""
@@ -44,23 +44,23 @@ class Kind(ABC):
 class CallableKind(Kind):
     """A kind of module that is called to apply its matrix, so that an adapted layer can take its place.
 
-    Modules of other kinds have their weight replaced where it is read.
+    For all other kinds, the weight is replaced where it is read.
     """
 
     @abstractmethod
     def is_callable(self, module: nn.Module) -> bool:
-        """Whether ``module`` only does what :meth:`project` and the class of its kind do.
+        """Return whether ``module`` computes exactly what :meth:`project` reproduces.
 
-        The weight of any other module, with a forward method of its own, is replaced where it is read.
+        If not, because it overrides ``forward``, its weight is replaced where it is read.
         """
 
     @abstractmethod
     def project(self, module: nn.Module, x: Tensor, Vh: Tensor) -> Tensor:
-        """Apply the directions Vh (R, I) to the input in place of the weight: (..., R), features last."""
+        """Apply the directions Vh (R, I) to the input instead of the weight; shape (..., R), features last."""
 
     @abstractmethod
     def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Return the gradient of the input, of ``shape``, given that of :meth:`project`'s result; None if undefined."""
+        """Return the gradient of the input, of ``shape``, from that of :meth:`project`'s result; None if undefined."""
 
     def output(self, module: nn.Module, y: Tensor) -> Tensor:
         """Return ``y`` (..., O), features last, in the layout of the module's output."""
@@ -164,7 +164,7 @@ class Convolution(CallableKind):
 
 
 class Embedding(CallableKind):
-    """``nn.Embedding``: the map from one-hot rows to vectors, W (dimensions, vocabulary); on request only."""
+    """``nn.Embedding``: the map from one-hot rows to vectors, W (dimensions, vocabulary); adapted on request only."""
 
     name = "embedding"
     is_default = False
@@ -187,13 +187,13 @@ class Embedding(CallableKind):
 
     @override
     def project_backward(self, module: nn.Module, grad_z: Tensor, Vh: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        return None  # token ids have no gradient
+        return None  # the input consists of token ids
 
 
 class Attention(Kind):
-    """``nn.MultiheadAttention``: its input projections are its own parameters (3 D, D), read by its forward.
+    """``nn.MultiheadAttention``: its input projections are parameters (3 D, D) that its forward reads.
 
-    Its output projection is a linear layer, whose weight it reads instead of calling it; see ``SpectralLinear.weight``.
+    Its output projection is a linear layer that is never called; its weight is read, see ``SpectralLinear.weight``.
     """
 
     name = "attention-projection"
@@ -251,13 +251,15 @@ class Parameter(Kind):
 
 
 def own_matrix(module: nn.Module, ndim: int) -> nn.Parameter | None:
-    """Return ``module.weight`` if it is a floating parameter of ``ndim`` dimensions, not quantised or computed."""
+    """Return ``module.weight`` if it is a floating-point parameter of ``ndim`` dimensions, neither quantised nor
+    computed.
+    """
     weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
     return weight if weight is not None and weight.ndim == ndim and is_plain(weight) else None
 
 
 def is_plain(parameter: Tensor) -> bool:
-    """Whether the layer computes with its values as they are: not quantised, and not float8, which needs a scale."""
+    """Return whether a layer computes with the values as stored: neither quantised nor float8, which needs a scale."""
     is_wrapper = hasattr(type(parameter), "__tensor_flatten__")  # several plain tensors in one, such as torchao's
     return parameter.is_floating_point() and parameter.dtype.itemsize > 1 and not is_wrapper
 
@@ -272,13 +274,13 @@ def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _is_transposed(parameters: list[nn.Parameter]) -> bool:
-    # Without the attribute: the last map has as many outputs as the first one has inputs.
+    # Used without the attribute: the last map has as many outputs as the first one has inputs.
     first, last = parameters[0].shape, parameters[-1].shape
     return first[1] == last[2] and first[2] != last[1]
 
 
 def _is_transformers_conv1d(cls: type) -> bool:
-    # By name, so that this room need not import transformers.
+    # Compared by name, so that transformers need not be imported.
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in cls.__mro__)
 
 
@@ -286,7 +288,7 @@ def _kernel(conv: Any, Vh: Tensor) -> Tensor:
     return Vh.reshape(-1, conv.in_channels, *conv.kernel_size)
 
 
-_BLOCK = 1024  # rows of the identity that a layer is applied to at once
+_BLOCK = 1024  # rows of the identity matrix to which a layer is applied at once
 
 
 class QuantisedLinear(Linear):
@@ -311,7 +313,7 @@ class QuantisedLinear(Linear):
 
     @torch.no_grad()
     def read(self, module: nn.Module, parameter: str) -> Tensor:
-        """Return W (O, I), dequantised by its library, or else column by column from the layer's outputs."""
+        """Return W (O, I), dequantised by its library or else computed column by column from the layer's outputs."""
         held: Any = getattr(module, "weight", None)
         packer = type(held).__name__
         if packer == "Params4bit" and not getattr(held.quant_state, "packing_format_for_cpu", False):
@@ -319,7 +321,7 @@ class QuantisedLinear(Linear):
             return functional.dequantize_4bit(held.data, held.quant_state)  # type: ignore[no-any-return]
         if packer == "Int8Params":
             functional = importlib.import_module("bitsandbytes.functional")
-            # The first forward moves the scales from the weight to the layer's state.
+            # The first forward pass moves the scales from the weight to the state of the layer.
             state: Any = module.state
             scales = held.SCB if held.SCB is not None else state.SCB
             return functional.int8_vectorwise_dequant(held.data, scales)  # type: ignore[no-any-return]
@@ -329,7 +331,7 @@ class QuantisedLinear(Linear):
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of a model's first plain weight, to which quantised ones are dequantised."""
+    """Return the dtype of a model's first plain weight, to which quantised weights are dequantised."""
     return next((p.dtype for p in model.parameters() if is_plain(p)), torch.float32)
 
 
@@ -345,7 +347,7 @@ def _by_columns(module: Any) -> Tensor:
     dtype = min(floats, key=lambda d: d.itemsize, default=torch.float32)
     bias, columns = getattr(module, "bias", None), list[Tensor]()
     if bias is not None:
-        module.bias = None  # subtracting it from the result would leave its rounding
+        module.bias = None  # removed, because subtracting it from the result would leave its rounding error
     try:
         for start in range(0, module.in_features, _BLOCK):
             count = min(_BLOCK, module.in_features - start)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Match layer names with a user's pattern: ``all-linear``, ``all-layers``, or a regular expression for the name from
-any dot on.
+"""Match layer names with a user's pattern: ``all-linear``, ``all-layers``, or a regular expression.
+
+A regular expression may match from any dot of the name on.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import regex
 
 from mirrortune.errors import ConfigError
 
-_SECONDS = 2.0  # of one name; patterns that work take microseconds
+_SECONDS = 2.0  # time limit for one name; sensible patterns take microseconds
 ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
 
 def matches(name: str, pattern: str, where: str) -> bool:
-    """Whether ``pattern`` matches the layer ``name``; ConfigError at ``where`` if it is no regular expression."""
+    """Return whether ``pattern`` matches a layer name; raise ConfigError at ``where`` for an invalid expression."""
     if pattern in (ALL_LINEAR, ALL_LAYERS):
         return True
     try:
@@ -32,11 +33,11 @@ def matches(name: str, pattern: str, where: str) -> bool:
 
 
 def fits(expression: str, name: str, where: str) -> bool:
-    """Return whether a regular expression matches the whole of a layer's name.
+    """Return whether a regular expression matches a layer name completely.
 
     Raises:
-        ConfigError: it takes seconds: nested repetitions such as ``(a+)+`` may take years.
-        re.error: it is no regular expression.
+        ConfigError: matching takes longer than ``_SECONDS``; nested repetitions such as ``(a+)+`` could take years.
+        re.error: the expression is not valid.
     """
     try:
         return regex.fullmatch(expression, name, timeout=_SECONDS) is not None
@@ -53,12 +54,13 @@ def in_blocks(names: Collection[str], blocks: Mapping[str, int], wanted: Sequenc
     """Return the layers that lie in the wanted blocks of a model, such as its transformer layers.
 
     Args:
-        names: of layers.
-        blocks: name of a list of blocks -> their number; a layer belongs to the outermost list that holds it.
-        wanted: numbers of blocks from 0, and ``last N``; in an encoder-decoder, of both.
+        names: names of layers.
+        blocks: number of blocks in each list of blocks, by its name; a layer belongs to the outermost list that
+            contains it.
+        wanted: numbers of blocks from 0, and ``last N``; in an encoder-decoder, they apply to both parts.
 
     Raises:
-        ConfigError: no list has a wanted block.
+        ConfigError: no list of blocks has a wanted block.
     """
     of_lists: dict[str, dict[str, int]] = {}
     for name in names:
@@ -80,7 +82,7 @@ def in_blocks(names: Collection[str], blocks: Mapping[str, int], wanted: Sequenc
 
 
 def alternatives(pattern: str) -> list[str]:
-    """Return the alternatives of a pattern like ``query|value``; the pattern itself if they are in brackets."""
+    """Split a pattern such as ``query|value`` into its alternatives, unless they are in brackets."""
     parts = pattern.split("|")
     return parts if len(parts) > 1 and all(_is_regex(part) for part in parts) else [pattern]
 
@@ -91,11 +93,11 @@ def no_match(
     """Return the error for a pattern that matches no layer, with the nearest names.
 
     Args:
-        where: the setting.
-        pattern: that matches nothing.
-        names: of the layers that it most likely means.
-        others: of all other layers.
-        of: the whole pattern, if ``pattern`` is one of its alternatives.
+        where: setting to name in the error.
+        pattern: pattern that matches nothing.
+        names: names of the layers that the user most likely meant.
+        others: names of all other layers.
+        of: complete pattern, if ``pattern`` is one of its alternatives.
     """
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(pattern, [*endings, *names, *others], n=3, cutoff=0.5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of matrices in a weight tensor: orientation, stacks, parts of fused layers.
+"""Describe how a weight tensor stores matrices: orientation, stacks, parts of fused layers.
 
 Shapes: O out_features, I in_features, E stacked matrices (experts, convolution groups).
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Outputs of a fused layer that belong together: ``start`` to ``stop`` of each of ``repeat`` periods."""
+    """The rows of one part of a fused layer: rows ``start`` to ``stop`` of each of ``repeat`` periods."""
 
     repeat: int
     start: int
@@ -27,12 +27,12 @@ class Rows:
 
     @property
     def count(self) -> int:
-        """Number of these outputs."""
+        """Number of rows of this part."""
         return self.repeat * (self.stop - self.start)
 
     @property
     def total(self) -> int:
-        """Number of outputs of the whole layer."""
+        """Number of rows of the fused layer."""
         return self.repeat * self.period
 
     def take(self, whole: Tensor) -> Tensor:
@@ -40,21 +40,21 @@ class Rows:
         return whole.reshape(self.repeat, self.period, -1)[:, self.start : self.stop].flatten(0, 1)
 
     def put(self, part: Tensor) -> Tensor:
-        """Return ``part`` (count, I) in its place and zero elsewhere; (total, I)."""
+        """Return a matrix (total, I) with ``part`` (count, I) in these rows and zeros elsewhere."""
         rows = part.reshape(self.repeat, self.stop - self.start, -1)
         return F.pad(rows, (0, 0, self.start, self.period - self.stop)).flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a weight tensor holds one matrix W (O, I), or E of them.
+    """How a weight tensor stores one matrix W (O, I), or E of them.
 
     Attributes:
-        shape: the tensor's own shape.
-        count: E; 1 for one matrix.
+        shape: shape of the tensor.
         out_features: O of each matrix.
-        is_transposed: the tensor holds (..., I, O).
-        rows: the outputs of the tensor that belong to the matrix, or None for all.
+        count: number of matrices, E.
+        is_transposed: the tensor has shape (..., I, O).
+        rows: rows of the tensor that belong to the matrix; None for all.
     """
 
     shape: tuple[int, ...]
@@ -75,7 +75,7 @@ class Layout:
         return self.out_features, self.in_features
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` as (O, I), or as (E, O, I) for a stack; a view wherever one exists."""
+        """Return ``weight`` as (O, I), or as (E, O, I) for a stack; a view if possible."""
         stack = (self.count,) if self.count > 1 else ()
         out_features = self.rows.total if self.rows else self.out_features
         if self.is_transposed:
@@ -85,7 +85,7 @@ class Layout:
         return self.rows.take(whole) if self.rows else whole
 
     def tensor(self, matrix: Tensor) -> Tensor:
-        """Invert :meth:`matrix`; rows outside of the matrix are zero."""
+        """Invert :meth:`matrix`; rows that do not belong to the matrix are zero."""
         whole = self.rows.put(matrix) if self.rows else matrix
         return (whole.mT if self.is_transposed else whole).reshape(self.shape)
 
@@ -99,11 +99,11 @@ class Layout:
         """Return the layouts of the parts of one fused matrix.
 
         Args:
-            sizes: of the parts, relative to each other: [1, 1, 1] for thirds.
-            repeat: 1, or the number of heads if each head has parts of its own.
+            sizes: relative sizes of the parts, such as [1, 1, 1] for thirds.
+            repeat: number of times that the parts follow each other, such as the number of heads.
 
         Raises:
-            ValueError: the outputs cannot be divided like that.
+            ValueError: the number of outputs is not divisible accordingly.
         """
         unit, rest = divmod(self.out_features, repeat * sum(sizes))
         if rest or self.count > 1 or self.rows or min(sizes) < 1:

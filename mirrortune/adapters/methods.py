@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods, by the names that ``--method`` takes: a core with its rank and pairing, a PEFT tuner, or a set of
-parameters to train as they are. The name of a core is a method too, with the defaults of its class.
+"""Define the methods by the names that ``--method`` takes.
 
-Free of torch, so that ``--help`` lists every name without importing anything heavy.
+A method is a core with its rank and pairing, a PEFT tuner, or a set of existing parameters to train. The name of a core
+is also the name of a method, with the defaults of its class. Imports no torch, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CORES: Registry[type[Core]] = Registry("core", package="mirrortune.adapters.core
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftTuner:
-    """A tuner of the ``peft`` package, in PEFT's own names.
+    """A tuner of the ``peft`` package, in PEFT's terms.
 
     Attributes:
-        kind: its ``PeftType``, such as ``LORA``; names its configuration class too.
-        rank: the field of its configuration that ``rank`` sets; None for a tuner without a rank.
-        alpha: the field of its scale alpha / rank; set to the rank (scale 1) unless given as an option.
+        kind: PEFT's ``PeftType``, such as ``LORA``, which also determines the configuration class.
+        rank: field of the configuration that ``rank`` sets; None for a tuner without a rank.
+        alpha: field of alpha in the scale alpha / rank, or None; set to the rank (scale 1) unless given as an option.
         fixed: fields that define the method and cannot be set as options.
         defaults: fields whose default differs from PEFT's.
     """
@@ -46,14 +46,14 @@ class Preset:
 
     Attributes:
         core: name in ``CORES``, or None for a method without a core.
-        peft: the PEFT tuner used instead of a core, or None.
-        pairing: name in ``PAIRINGS``, or None where the core takes no pairs.
-        rank: number of leading singular directions kept, or ``"full"`` for all min(out, in); the tuner's own rank for
-            one of PEFT that has a rank.
-        rank_option: option of the core that the user's rank sets, instead of the number of directions kept.
-        lr: default learning rate of the adapter's parameters (of the trained base parameters without an adapter).
-        plain: which parameters of the base model are trained as they are, besides the task head.
-        summary: one line for help texts.
+        peft: PEFT tuner used instead of a core, or None.
+        pairing: name in ``PAIRINGS``, or None if the core takes no pairs.
+        rank: default number of leading singular directions, or ``"full"`` for min(out, in); for a PEFT tuner, its
+            default rank.
+        rank_option: option of the core that the user's rank sets, instead of the number of directions.
+        lr: default learning rate of the adapter or, without an adapter, of the trained base parameters.
+        plain: parameters of the base model that are trained directly, in addition to the task head.
+        summary: description of one line for help texts.
     """
 
     core: str | None = None
@@ -80,15 +80,15 @@ def _peft(
     kind: str, summary: str, *, lr: float, rank: int | None = None, alpha: str | None = None,
     fixed: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None,
 ) -> Preset:  # fmt: skip
-    """Build a row of the table of PEFT's tuners; ``rank`` is the default rank, or None for a tuner without one."""
+    """Build an entry for a PEFT tuner; ``rank`` is its default rank, or None for a tuner without a rank."""
     field_name = None if rank is None else "r"
     tuner = PeftTuner(kind=kind, rank=field_name, alpha=alpha, fixed=fixed or {}, defaults=defaults or {})
     return Preset(peft=tuner, rank="full" if rank is None else rank, lr=lr, summary=summary)
 
 
 _ALPHA = "lora_alpha"
-# Defaults are PEFT's except for the rank, a scale of 1 and what a comment explains. Learning rates: those of lora and
-# road were the best of three in a prototype, the others follow the most similar tuner.
+# Defaults are PEFT's, except for the rank, a scale of 1, and fields with a comment. The learning rates of lora and road
+# were the best of three in a prototype; each of the others follows the most similar tuner.
 # fmt: off
 _PEFT: dict[str, Preset] = {
     "lora": _peft("LORA", "B A beside each weight", lr=3e-3, rank=8, alpha=_ALPHA),
@@ -113,7 +113,7 @@ _PEFT: dict[str, Preset] = {
     "road": _peft("ROAD", "scaled plane rotations of the outputs", lr=1e-2),
     "psoft-peft": _peft("PSOFT", "rotation of the leading singular subspace", lr=1e-3, rank=46, alpha="psoft_alpha"),
     "vera": _peft("VERA", "two vectors around random matrices", lr=1e-2, rank=256),
-    # The random matrices follow from a seed. PEFT would save a copy of them for every layer: megabytes each.
+    # The random matrices follow from a seed; PEFT would save a copy of several megabytes for every layer.
     "randlora": _peft("RANDLORA", "vectors around random matrices of full rank", lr=1e-3, rank=32,
                       defaults={"save_projection": False}),
     "tinylora": _peft("TINYLORA", "a few numbers through the leading singular directions", lr=1e-2, rank=2),
@@ -126,7 +126,7 @@ _PEFT: dict[str, Preset] = {
     "waveft": _peft("WAVEFT", "a few wavelet coefficients of the change", lr=3e-2),
     "shira": _peft("SHIRA", "a few entries of the weight, drawn by the seed", lr=3e-3, rank=32),
     "supertuning": _peft("SUPERTUNING", "the hundredth of the entries that is largest", lr=3e-3),
-    # Shapes do not tell which layers are feed-forward: all are scaled at their outputs unless an option names some.
+    # Feed-forward layers cannot be recognised by shape, so all outputs are scaled unless an option names such layers.
     "ia3": _peft("IA3", "a scale for each output", lr=5e-3, defaults={"feedforward_modules": []}),
 }
 # fmt: on
@@ -164,7 +164,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def method_names(*, with_peft: bool = True) -> list[str]:
-    """Return every name that ``--method`` takes, sorted; optionally without PEFT's tuners."""
+    """Return the sorted names that ``--method`` takes, optionally without PEFT's tuners."""
     return sorted({*CORES.names(), *(name for name, found in PRESETS.items() if with_peft or found.peft is None)})
 
 
@@ -172,7 +172,7 @@ def preset(method: str, where: str = "adapter.method") -> Preset:
     """Return the preset called ``method``, or that of the core of this name.
 
     Raises:
-        ConfigError: at ``where``, with the nearest name, for an unknown one.
+        ConfigError: the name is unknown; the error names ``where`` and suggests the nearest name.
     """
     if method in PRESETS:
         return PRESETS[method]

@@ -23,7 +23,7 @@ _PASSES, _MIXING = 256, 600
 # Products of the layer itself, N O I, above which the number of rows is considered: below, a step takes a millisecond
 # or two with any strategy.
 SMALLEST_WORK = 1 << 26
-# Dense has to be cheaper by this factor: it holds W and W' beside the factors.
+# Dense must be cheaper by this factor, because it holds W and W' in addition to the factors.
 _GAIN = 1.1
 
 
@@ -32,10 +32,10 @@ def candidates(
 ) -> tuple[Strategy, ...]:
     """Return the strategies that reproduce the base layer for an untrained core, the simplest first.
 
-    In 16 bits factored would add one more rounding of the whole weight, and dense would round away small changes of it,
-    so only branch is left; likewise for quantised weights, which have to stay small, and for embeddings, whose own
-    forward costs nothing. Convolutions and others are made dense only on request: their number of rows in a step is
-    not known beforehand.
+    In 16 bits only ``branch`` is left: ``factored`` would round the weight once more, and ``dense`` would round away
+    small changes. The same holds for quantised weights, which must stay small, and for embeddings, whose forward pass
+    costs nothing. For convolutions and other kinds, ``dense`` is used only on request, because their number of rows per
+    step is not known in advance.
     """
     if dtype not in (torch.float32, torch.float64) or kind.is_quantised or kind.name == "embedding":
         return ("branch",)
@@ -48,11 +48,11 @@ def candidates(
 
 
 def cost(strategy: Strategy, out_features: int, in_features: int, rank: int, rows: int | None) -> float:
-    """Return the products of a step, forward and backward, in units of one product of the layer itself, N O I.
+    """Return the cost of a step, forward and backward, in units of one product with the weight, N O I multiplications.
 
-    branch costs 2 + 2 R (O + I) / (O I), factored 2 R (O + I) / (O I), both plus the mixing. dense costs 3 (the third
-    is the weight's gradient), R / N to compute W', and as much again to propagate its gradient to the core; without
-    ``rows``, or with few, its cost is infinite.
+    ``branch`` costs 2 + 2 R (O + I) / (O I) and ``factored`` 2 R (O + I) / (O I), both plus the mixing. ``dense`` costs
+    3 (two products and the weight's gradient), plus R / N to compute W', plus R / N to propagate its gradient to the
+    core. If ``rows`` is unknown or small, the cost of ``dense`` is infinite.
     """
     mixed = rank * (2 * (out_features + in_features) + _MIXING) / (out_features * in_features)
     if strategy == "factored":
@@ -72,7 +72,7 @@ def cheapest_strategy(
     kind: Kind = _LINEAR,
     rows: int | None = None,
 ) -> Strategy:
-    """Return the cheapest of the :func:`candidates`; dense only where it saves a tenth.
+    """Return the cheapest of the :func:`candidates`; ``dense`` only if it saves a tenth.
 
     Args:
         out_features: O.

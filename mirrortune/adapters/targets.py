@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the weights of a model to adapt, the parameters of its task head, and what is left frozen and why.
+"""Find the weights of a model to adapt, the parameters of its task head, and the weights that stay frozen, and why.
 
-Nothing here knows a model family. Inside ``model.base_model`` every matrix of a requested kind is a target; parameters
-outside it, and those that the checkpoint did not hold, are the task head, trained in full. Output embeddings stay
-frozen unless a pattern names them.
+The code knows no model families. Inside ``model.base_model``, every matrix of a requested kind is a target. Parameters
+outside it, and parameters that the checkpoint lacks, form the task head, which is trained in full. Output embeddings
+stay frozen unless a pattern names them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KINDS: tuple[Kind, ...] = (
     Experts(),
     Parameter(),
 )
-"""In order of precedence: a module is of the first kind that recognises it."""
+"""Kinds in order of precedence; a module is of the first kind that recognises it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,31 +58,31 @@ class Candidate:
     places: list[tuple[str, str]]
     is_output: bool
     is_read: bool
-    """Whether ``nn.MultiheadAttention`` reads its weight and never calls the layer."""
+    """Whether ``nn.MultiheadAttention`` reads the weight and never calls the layer."""
     whole: str = ""
-    """Name of the fused layer that this is a part of, if any."""
+    """Name of the fused layer of which this is a part; empty if there is none."""
 
     @property
     def is_peft(self) -> bool:
-        """Whether PEFT's tuners can adapt it: a linear layer that shares its weight with no other."""
+        """Whether PEFT's tuners can adapt the layer: it is linear and shares its weight with no other."""
         return isinstance(self.kind, Linear) and len(self.places) == 1 and not self.is_read
 
     @property
     def is_grouped(self) -> bool:
-        """Whether it is a grouped convolution: small matrices, of rank 1 in a depthwise one."""
+        """Whether it is a grouped convolution, whose matrices are small, and of rank 1 if it is depthwise."""
         return self.kind.name == "convolution" and self.layout.count > 1
 
 
 def find_candidates(
     model: nn.Module, prefix: str, new: set[str], output: set[int]
 ) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Return every weight of a known kind inside the base model by layer name, and the reason for all others.
+    """Return every weight of a known kind inside the base model by layer name, and for all other weights the reason.
 
     Args:
-        model: not adapted.
-        prefix: of the names of the base model's parameters.
-        new: names of parameters that the checkpoint did not hold.
-        output: identities of the output embedding's parameters.
+        model: model without an adapter.
+        prefix: prefix of the names of the base model's parameters.
+        new: names of parameters that the checkpoint lacks.
+        output: ids of the output embedding's parameters.
     """
     found: dict[int, Candidate] = {}
     skipped: dict[str, str] = {}
@@ -119,7 +119,7 @@ def kind_of(module: nn.Module) -> tuple[Kind, dict[str, Layout]]:
 
 
 def _opaque(module: nn.Module) -> str | None:
-    """Return why a module with a weight of its own is of no kind, or None for a module without such a weight."""
+    """Return the reason why a module with a weight is of no kind, or None for a module without a weight."""
     if parametrize.is_parametrized(module):
         return "its weight is computed from other parameters"
     weight = module._parameters.get("weight")  # noqa: SLF001  (getattr would compute a parametrised one)
@@ -140,14 +140,14 @@ _WHERE = "adapter.target_modules"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One weight to adapt, with all modules that hold it.
+    """A weight to adapt, with all modules that hold it.
 
     Attributes:
-        kind: of the module that holds it.
-        layout: how it holds one matrix (O, I), or several.
-        rank: singular directions kept of each matrix.
-        places: every name of the module that holds it (a module may have several parents), and the parameter's name in
-            it; more than one module where they share the weight.
+        kind: kind of the module that holds the weight.
+        layout: how the weight stores one matrix (O, I), or several.
+        rank: number of singular directions used of each matrix.
+        places: (module name, parameter name) of every place of the weight. There are several if modules share the
+            weight, or if a module has several parents.
     """
 
     kind: Kind
@@ -157,17 +157,17 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I) of each matrix."""
+        """Shape of each matrix, (O, I)."""
         return self.layout.matrix_shape
 
     @property
     def count(self) -> int:
-        """Number of matrices that the weight holds."""
+        """Number of matrices in the weight."""
         return self.layout.count
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Every name of the weight in the model's state."""
+        """All names of the weight in the model's state dict."""
         return tuple(".".join(filter(None, place)) for place in self.places)
 
     def weight(self, model: nn.Module) -> nn.Parameter:
@@ -180,27 +180,29 @@ class Target:
         return module.get_parameter(parameter)
 
     def read(self, model: nn.Module) -> Tensor:
-        """Return the matrix, or the stack, to factor; a quantised one is dequantised to the model's dtype."""
+        """Return the matrix or stack to factorise; a quantised weight is dequantised to the model's dtype."""
         if not self.kind.is_quantised:
             return self.matrix(self.weight(model).detach())
         found = self.kind.read(model.get_submodule(self.places[0][0]), self.places[0][1])
         return self.matrix(found.to(plain_dtype(model)))
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` (or its gradient) as the matrix, or the stack, to factor."""
+        """Return ``weight`` (or its gradient) as the matrix or stack to factorise."""
         return self.layout.matrix(weight).contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What an adapter takes of a model: names and shapes only, so that it can be found on the meta device.
+    """The weights and parameters of a model that an adapter trains, as names and shapes.
+
+    Since no values are needed, they can be found on the meta device.
 
     Attributes:
         layers: adapted weights by layer name, in module order.
-        head: names of the task head's parameters, trained in full.
-        plain: names of base parameters trained as they are (``bitfit``, ``full``).
-        skipped: weights left frozen, by layer name, with the reason.
-        clipped: layers whose min(O, I) is below the requested rank; they keep all their directions.
+        head: names of the task head's parameters, which are trained in full.
+        plain: names of base parameters that are trained directly (``bitfit``, ``full``).
+        skipped: reason for each weight that stays frozen, by layer name.
+        clipped: layers whose min(O, I) is below the requested rank, and which use all of their directions.
     """
 
     layers: dict[str, Target]
@@ -216,18 +218,18 @@ def find_targets(
     new_parameters: Iterable[str] = (),
     stored: Mapping[str, Layout] | None = None,
 ) -> Targets:
-    """Find the weights of ``model`` that an adapter by ``spec`` takes, and the parameters of its head.
+    """Find the weights of ``model`` that an adapter with ``spec`` changes, and the parameters of the task head.
 
     Args:
-        model: any module; of transformers models the part under ``base_model_prefix`` is adapted.
+        model: any module; in a transformers model, the part under ``base_model_prefix`` is adapted.
         spec: method, rank and target pattern.
-        new_parameters: names of parameters that the checkpoint did not hold; they belong to the head.
-        stored: layouts of an adapter file by layer name; exactly these layers are taken, and patterns of the file are
-            never matched. Layers that the model lacks are left out.
+        new_parameters: names of parameters that the checkpoint lacks; they belong to the head.
+        stored: layouts from an adapter file by layer name. Exactly these layers are selected, except those that the
+            model lacks, and no pattern is matched.
 
     Raises:
-        ConfigError: if no layer matches ``target_modules``, or one of its alternatives matches none (with the nearest
-            names), the rank is above min(O, I) of every layer, or a list of pairs does not fit.
+        ConfigError: ``target_modules`` or one of its alternatives matches no layer (the nearest names are suggested),
+            the rank is above min(O, I) of every layer, or a list of pairs does not fit.
     """
     new = set(new_parameters)
     prefix = _base_prefix(model)
@@ -268,7 +270,7 @@ def find_targets(
 
 
 def _wanted(model: nn.Module, spec: AdapterSpec, candidates: dict[str, Candidate], skipped: dict[str, str]) -> set[str]:
-    """Return the names of the layers that the settings choose; those of other blocks are added to ``skipped``."""
+    """Return the names of the layers that the settings select; add layers of other blocks to ``skipped``."""
     wanted = _choose(candidates, spec.target_modules)
     if not wanted:
         raise _nothing(spec.target_modules, candidates, skipped)
@@ -287,13 +289,13 @@ def _wanted(model: nn.Module, spec: AdapterSpec, candidates: dict[str, Candidate
 def complete_targets(targets: Targets, model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str]) -> Targets:
     """Return the targets of a loaded model, given those of the same model without weights.
 
-    Loading changes them where the checkpoint lacks a parameter, which then belongs to the head, and where it puts
-    quantised layers in the place of plain ones; only then are they searched again.
+    They are searched again only if loading has changed them: if the checkpoint lacks a parameter, which then belongs to
+    the head, or if quantised layers have replaced plain ones.
 
     Args:
-        targets: of the model without weights.
-        model: loaded.
-        spec: that ``targets`` were found for.
+        targets: targets of the model without weights.
+        model: loaded model.
+        spec: spec for which ``targets`` were found.
         new_parameters: see :func:`find_targets`.
     """
     modules, parameters = dict(model.named_modules(remove_duplicate=False)), dict(model.named_parameters())
@@ -341,7 +343,7 @@ def _choose(candidates: dict[str, Candidate], pattern: str) -> set[str]:
     if pattern in (ALL_LINEAR, ALL_LAYERS):
         layers = {name: c for name, c in candidates.items() if _is_layer(c)}
         linear = {name: c for name, c in layers.items() if _is_default(c)}
-        # A model with most of its parameters in convolutions is adapted there too.
+        # In a model with most of its parameters in convolutions, these are adapted as well.
         is_convolutional = 2 * sum(map(_size, linear.values())) < sum(map(_size, layers.values()))
         return set(layers if pattern == ALL_LAYERS or is_convolutional else linear)
     chosen = set()
@@ -368,12 +370,12 @@ def _nothing(pattern: str, candidates: dict[str, Candidate], skipped: dict[str, 
 
 
 def _usual(candidates: dict[str, Candidate]) -> list[str]:
-    """Return the names that a pattern most likely means: of layers adapted by default, if there are any."""
+    """Return the layer names that a user most likely meant: those adapted by default, if there are any."""
     return [name for name, c in candidates.items() if _is_default(c)] or list(candidates)
 
 
 def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dict[str, Candidate]:
-    """Replace every fused layer that a pattern names by its parts, ``<layer>.0`` and so on."""
+    """Replace each fused layer that a pattern matches by its parts, ``<layer>.0`` and so on."""
     chosen: dict[str, str] = {}
     for pattern in patterns:
         named = [name for name in candidates if matches(name, pattern, "adapter.split")]
@@ -398,8 +400,9 @@ def _split(candidates: dict[str, Candidate], patterns: Mapping[str, Any]) -> dic
 
 
 def _stored_parts(candidates: dict[str, Candidate], stored: Mapping[str, Layout]) -> dict[str, Candidate]:
-    """Replace every fused layer of which an adapter file has parts by these, ``<layer>.0`` and so on, where they are
-    parts of the model's layer.
+    """Replace each fused layer whose parts are in an adapter file by these parts, ``<layer>.0`` and so on.
+
+    Parts that do not fit the model's layer are left out.
     """
     parts: dict[str, dict[str, Candidate]] = {}
     for name, layout in stored.items():
@@ -419,7 +422,7 @@ def _stored_parts(candidates: dict[str, Candidate], stored: Mapping[str, Layout]
 
 
 def _parts(given: Any) -> tuple[list[int], int]:
-    """Return relative sizes and repeats of ``3``, ``[4, 1, 1]`` or ``{parts: 3, repeat: 12}``."""
+    """Return the relative sizes and the number of repeats of ``3``, ``[4, 1, 1]`` or ``{parts: 3, repeat: 12}``."""
     repeat = given.get("repeat", 1) if isinstance(given, Mapping) else 1
     parts = given.get("parts") if isinstance(given, Mapping) else given
     return ([1] * parts if isinstance(parts, int) else list(parts or ())), repeat

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cores, one file each, named like the core; importing this package registers all of them."""
+"""The cores, one per file of the same name. Importing this package registers all of them."""
 
 import importlib
 import pkgutil

@@ -17,12 +17,12 @@ from mirrortune.errors import ConfigError
 class Psoft(Core):
     """K = diag(S) diag(beta) R^T diag(alpha) with R = (I - Q)(I + Q)^-1, Q skew-symmetric; R(R-1)/2 + 2R numbers.
 
-    Q = 0 and alpha = beta = 1 initially. In the paper's convention h = W^T x, so a factor left of R there is right of
-    R^T here: it rotates the INPUT side, before diag(S).
+    Initially Q = 0 and alpha = beta = 1. The paper's convention is h = W^T x, so a factor on the left of R there is on
+    the right of R^T here: R rotates the INPUT side, before diag(S).
 
-    Options: ``neumann_terms`` > 0 replaces the inverse by I - Q + Q^2 - ... of that degree, as published (K = 5) but
-    with its degree stated plainly, and refuses ||Q|| >= 1, where the series diverges; 0, the default, solves exactly.
-    ``vectors: false`` leaves alpha and beta at 1.
+    Options: with ``neumann_terms`` > 0, the inverse is replaced by the series I - Q + Q^2 - ... of that degree, as
+    published (with K = 5); ||Q|| >= 1 is refused, because the series diverges. With 0, the default, the inverse is
+    exact. ``vectors: false`` fixes alpha and beta at 1.
 
     Reference: PSOFT (arXiv 2505.11235, ICLR 2026), eq. of section 3. Differs: exact Cayley by default (so does PEFT).
     """
@@ -40,7 +40,7 @@ class Psoft(Core):
             raise ConfigError("adapter.options.neumann_terms", f"got {neumann_terms!r}", allowed="0 (exact) or more")
         rank = S.shape[0]
         self.neumann_terms = neumann_terms
-        self.branches = neumann_terms > 0  # the series is refused for a norm that is too large
+        self.branches = neumann_terms > 0  # the norm is checked before the series is used
         upper, lower = torch.triu_indices(rank, rank, offset=1)
         for name, buffer in (("S", S), ("upper", upper.to(S.device)), ("lower", lower.to(S.device))):
             self.register_buffer(name, buffer, persistent=False)
@@ -49,7 +49,7 @@ class Psoft(Core):
         self.beta = nn.Parameter(S.new_ones(rank if vectors else 0))
 
     def turned(self) -> Tensor:
-        """Compute R - I, shape (R, R), without cancellation: exactly zero for Q = 0."""
+        """Compute R - I, shape (R, R), without cancellation, so that it is exactly zero for Q = 0."""
         rank = self.S.shape[0]
         Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew)
         Q = Q - Q.T

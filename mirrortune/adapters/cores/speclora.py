@@ -25,7 +25,8 @@ class SpecLora(Scale):
     method's rank is that of the branch, ``lora_rank``; ``lora_alpha`` equals it by default, a scale of 1.
 
     Reference: SpecLoRA (arXiv 2505.23099), of which only the abstract is public: LoRA with learnable rescaling of the
-    top singular directions. Differs, as far as that tells: the true singular directions instead of a mask on W.
+    top singular directions. As far as the abstract tells, one thing differs: true singular directions are used instead
+    of a mask on W.
     """
 
     default_lr = 3e-3

@@ -19,8 +19,8 @@ from mirrortune.errors import ConfigError
 class Svft(Core):
     """K = diag(S) + M, M zero outside a fixed pattern.
 
-    ``plain``: the diagonal, R numbers. ``banded``: also ``bands`` = d off-diagonals on each side, R(2d+1) - d(d+1)
-    numbers. ``random``: as many numbers as banded, on the diagonal and at positions drawn by ``pattern_seed``.
+    The pattern ``plain`` is the diagonal, R numbers. ``banded`` adds ``bands`` = d off-diagonals on each side, in total
+    R(2d+1) - d(d+1) numbers. ``random`` has as many: the diagonal and positions drawn with ``pattern_seed``.
 
     Reference: SVFT (arXiv 2405.19597, NeurIPS 2024). Differs: M is zero initially, so the model starts as the base;
     the paper's code draws M at random through a gate, and draws random positions with replacement from the global
@@ -85,7 +85,7 @@ def _positions(rank: int, pattern: str, bands: int, seed: int) -> tuple[Tensor, 
     else:
         count = rank * (2 * bands + 1) - bands * (bands + 1) - rank
         off = (row != column).nonzero()
-        # NumPy's legacy generator is frozen: the pattern of a seed never changes, so it need not be stored.
+        # NumPy guarantees that its legacy generator never changes, so the pattern follows from the seed.
         chosen = np.random.RandomState(seed).permutation(len(off))[:count]
         found = torch.cat([torch.stack([diagonal, diagonal], dim=1), off[torch.from_numpy(np.sort(chosen))]])
     return found[:, 0].contiguous(), found[:, 1].contiguous()

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter folders: writing, reading and checking their description and tensors."""
+"""Write, read and check adapter folders: their description and their tensors."""
 
 __all__ = ["adapter_file", "description", "find", "load", "tensors"]

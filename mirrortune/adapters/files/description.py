@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write and read the text of ``adapter.json``.
 
-``layers`` has one entry per adapted layer: ``kind`` and ``layout`` (how its weight holds matrices), ``tensors`` (the
-weight's names in the model, where they are not the layer's), ``weight`` (hash of the weight's values), ``dtype`` (of
+``layers`` has one entry per adapted layer: ``kind`` and ``layout`` (how its weight stores matrices), ``tensors`` (names
+of the weight in the model, if they differ from the layer's), ``weight`` (hash of the weight's values), ``dtype`` (of
 the factors), ``rank``, ``side``, ``probe_seeds`` and ``clusters`` (see ``Fingerprint``), and ``holds`` (shapes of its
-parts of the joined tensors, see ``tensors.py``). What most layers have in common is written once, in
-``layers_share``.
+parts of the joined tensors, see ``tensors.py``). Values that most layers share are written once, in ``layers_share``.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from mirrortune.errors import VerificationError
 
 FORMAT_VERSION = 1
 DESCRIPTION = "adapter.json"
-_LARGEST_DESCRIPTION = 64 * 2**20  # bytes; lists of pairs are tensors, so that nothing in it is long
+_LARGEST_DESCRIPTION = 64 * 2**20  # bytes; descriptions are short, since lists of pairs are stored as tensors
 
 
 def description_text(description: dict[str, Any]) -> str:
-    """Return the file's text, with a hash of its content: one key, or one layer, per line."""
+    """Return the text of the file with a hash of its content, one key or layer per line."""
     shared, layers = _split_shared(description["layers"])
     short = {**{k: v for k, v in description.items() if k != "layers"}, "layers_share": shared, "layers": layers}
     return _laid_out(short)
@@ -50,8 +49,12 @@ def _laid_out(description: dict[str, Any]) -> str:
 
 
 def _split_shared(layers: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the most common value of each key that all layers have, if several agree; and the rest of each layer."""
-    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(layers))  # tuples become lists, as a reader finds them
+    """Split off the values that several layers share, the most common one for each key that all layers have.
+
+    Returns:
+        The shared values, and the remaining values of each layer.
+    """
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(layers))  # tuples become lists, as they will be read
     shared: dict[str, Any] = {}
     for key in next(iter(plain.values()), {}):
         said = Counter(json.dumps(layer[key]) if key in layer else None for layer in plain.values())
@@ -71,7 +74,7 @@ def _layer_lines(layers: dict[str, Any]) -> str:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return what ``adapter.json`` in ``folder`` says.
+    """Read ``adapter.json`` in ``folder``.
 
     Raises:
         VerificationError: the file is missing, damaged, edited, or in another format.
@@ -109,7 +112,7 @@ def read_file(path: Path) -> bytes:
     """Return the content of one of an adapter's files.
 
     Raises:
-        VerificationError: the file is missing, no regular file (a pipe, a device), or too large for the memory.
+        VerificationError: the file is missing, not a regular file (a pipe, a device), or too large for memory.
     """
     try:
         if not path.is_file():
@@ -120,10 +123,10 @@ def read_file(path: Path) -> bytes:
 
 
 def strict_json(data: bytes) -> Any:
-    """Parse JSON in which no key is repeated and every number is finite.
+    """Parse JSON, rejecting repeated keys and non-finite numbers.
 
     Raises:
-        ValueError: any other text.
+        ValueError: the text is not such JSON.
     """
     try:
         return json.loads(
@@ -147,6 +150,6 @@ def _finite(text: str) -> float:
 
 
 def _digest(description: dict[str, Any]) -> str:
-    """SHA-256 of the file's content, whatever its layout."""
-    plain = json.loads(json.dumps(description))  # as a reader finds it: tuples become lists, keys text
+    """Return the SHA-256 of the content, independent of the layout of the text."""
+    plain = json.loads(json.dumps(description))  # as it will be read: tuples become lists, keys become text
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

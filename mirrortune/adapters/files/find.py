@@ -12,10 +12,10 @@ from mirrortune.system.paths import ModelPlace, hub_place, local_path
 
 
 def find_adapter(target: str) -> Path | None:
-    """Return the adapter folder of ``target`` (a run directory or the folder itself), or None for anything else.
+    """Return the adapter folder of ``target``, a run directory or the folder itself, or None for anything else.
 
     Raises:
-        ConfigError: a run directory whose training has not finished.
+        ConfigError: ``target`` is a run directory whose training has not finished.
     """
     path = restore(local_path(target))
     if (path / "adapter.json").is_file():
@@ -30,8 +30,12 @@ def find_adapter(target: str) -> Path | None:
 
 
 def require_adapter(target: str) -> Path:
-    """Return the adapter folder of :func:`find_adapter`, or that of ``owner/name@revision:subfolder`` on the Hub, where
-    revision and subfolder are optional; ConfigError if there is none.
+    """Return the folder of an adapter that is local (:func:`find_adapter`) or on the Hub.
+
+    On the Hub, ``target`` is ``owner/name@revision:subfolder`` with optional revision and subfolder.
+
+    Raises:
+        ConfigError: there is no adapter.
     """
     folder = find_adapter(target)
     if folder is None and _is_on_hub(target):
@@ -44,7 +48,7 @@ def require_adapter(target: str) -> Path:
 
 
 def adapter_to_score(target: str) -> Path | None:
-    """Do as :func:`require_adapter`, but return None for anything that may be a model."""
+    """Return the adapter folder of ``target`` as :func:`require_adapter` does, or None if it may be a model."""
     folder = find_adapter(target)
     if folder is not None or not _is_on_hub(target):
         return folder
@@ -56,7 +60,7 @@ def adapter_to_score(target: str) -> Path | None:
 
 
 def _is_on_hub(target: str) -> bool:
-    """Whether ``target`` is an ``owner/name`` id of a repository, and no local path."""
+    """Return whether ``target`` is an ``owner/name`` id of a repository and not a local path."""
     repository = hub_place(target).repository
     owner, _, name = repository.partition("/")
     return bool(name) and not ModelPlace.parse(repository).is_local and not Path(owner).exists()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encode pairs in half the space for an adapter's file: the first direction of a pair is always the lowest one left of
-its round, so that only its partner needs to be stored.
+"""Encode pairs in half the space for an adapter's file.
+
+The first direction of a pair is always the lowest remaining one of its round, so only its partner is stored.
 
 Shapes: R directions, T pairs in all rounds.
 """
@@ -12,9 +13,9 @@ from torch import Tensor
 
 
 def split_rounds(pairs: Tensor) -> list[Tensor]:
-    """Cut pairs (T, 2) into as few runs of disjoint pairs as possible, in order; one empty run for no pairs.
+    """Split pairs (T, 2) into as few consecutive rounds of disjoint pairs as possible; one empty round for no pairs.
 
-    A rotation depends only on the order of its pairs: rotations of disjoint planes, in one round, commute.
+    The rotations do not depend on how pairs are divided into rounds, because rotations of disjoint planes commute.
     """
     cuts: list[int] = []
     used: set[int] = set()
@@ -27,11 +28,13 @@ def split_rounds(pairs: Tensor) -> list[Tensor]:
 
 
 def partners_of(pairs: Tensor, rank: int) -> Tensor | None:
-    """Encode ``pairs`` (T, 2) as partners, int64: for each round, of every direction that is not a partner itself, in
-    order; a direction without a pair is its own partner.
+    """Encode ``pairs`` (T, 2) as the partners of directions.
+
+    For each round, the partner of every direction that is not a partner itself is stored, in order; a direction without
+    a pair is its own partner.
 
     Returns:
-        None if the pairs are in another order, or so few that they are shorter themselves.
+        The partners as int64, or None if the pairs are in another order or take less space unencoded.
     """
     found: list[int] = []
     for own in split_rounds(pairs):
@@ -44,7 +47,7 @@ def partners_of(pairs: Tensor, rank: int) -> Tensor | None:
 
 
 def pairs_of(partners: Tensor, rank: int) -> Tensor:
-    """Decode :func:`partners_of` into pairs (T, 2), int64; ValueError for no partners of ``rank`` directions."""
+    """Decode partners from :func:`partners_of` to pairs (T, 2), int64; raise ValueError if they are not valid."""
     pairs: list[tuple[int, int]] = []
     taken: set[int] = set()
     first = 0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check pairs listed by a user, and find the list of a layer.
 
-A list holds disjoint pairs of directions, ``[[0, 5], [1, 7]]``, or such a list for each of several rounds. It applies
-to every layer; a mapping gives layers lists of their own by whole name, or else by a pattern for names, or else, under
-``all-linear``, for all others.
+A list holds disjoint pairs of directions, ``[[0, 5], [1, 7]]``, or one such list per round, and applies to every layer.
+A mapping gives different lists to layers: by full name, or else by a pattern, or else, under ``all-linear``, for all
+other layers.
 
 Shapes: R directions, T pairs in all rounds.
 """
@@ -26,10 +26,10 @@ _EXAMPLE = "a list of pairs, such as [[0, 5], [1, 7]]"
 
 
 def check_lists(given: PairLists, rounds: int) -> None:
-    """Refuse anything but a list of disjoint pairs for each of ``rounds`` rounds, before a model is known.
+    """Check that lists contain disjoint pairs for each of ``rounds`` rounds, before a model is known.
 
     Raises:
-        ConfigError: the first problem of every list, with its key in a mapping; all at once.
+        ConfigError: lists are not valid; the first problem of each is reported, with its key in a mapping.
     """
     errors = []
     for key, listed in _by_key(given).items():
@@ -46,11 +46,11 @@ def check_lists(given: PairLists, rounds: int) -> None:
 
 
 def check_fit(given: PairLists, ranks: dict[str, int]) -> None:
-    """Refuse lists that do not fit the layers that are adapted, name -> R.
+    """Check that lists fit the adapted layers, whose ranks R are given by name.
 
     Raises:
-        ConfigError: keys that match no layer (with the nearest names), layers matched by none or by several keys, and
-            directions that are not kept; all at once.
+        ConfigError: a key matches no layer (the nearest names are suggested), a layer is matched by no key or by
+            several, or a direction exceeds the rank; all problems are reported together.
     """
     lists = _by_key(given)
     keys = {name: _keys(lists, name) for name in ranks}
@@ -81,7 +81,7 @@ def list_for(given: PairLists, name: str) -> PairList | None:
 
 
 def as_tensor(listed: PairList) -> Tensor:
-    """Return a checked list as pairs (T, 2), int64, i < j in every row, round after round in ascending order of i."""
+    """Return a checked list as pairs (T, 2), int64, with i < j, sorted by i within each round."""
     pairs = [pair for own in _rounds(listed) for pair in sorted(map(sorted, own))]
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
@@ -91,7 +91,7 @@ def _by_key(given: PairLists) -> dict[str, PairList]:
 
 
 def _keys(lists: dict[str, PairList], name: str) -> list[str]:
-    """Return the keys that match a layer: its whole name, or else patterns, or else all-linear."""
+    """Return the keys that match a layer: its full name, or else patterns, or else all-linear."""
     if name in lists:
         return [name]
     found = [key for key in lists if key != _ALL and matches(name, key, _WHERE)]

@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Edmonds' algorithm is cubic and runs in Python here: up to this many directions it takes about a second.
+# Edmonds' algorithm is cubic and implemented in Python; for this many directions it takes about a second.
 EXACT_LIMIT = 64
 _BLOCK = 1 << 16
 
 
 def match(weights: Tensor, *, exact_limit: int = EXACT_LIMIT) -> Tensor:
-    """Match directions into disjoint pairs of large total weight, leaving out at most one, whatever the weights' signs.
+    """Match directions into disjoint pairs of large total weight, leaving out at most one direction.
 
-    Exact (Edmonds' blossom algorithm) for up to ``exact_limit`` directions; greedy above, which repeatedly takes the
-    heaviest remaining pair and reaches at least half of the maximum for weights >= 0.
+    The matching is exact (Edmonds' blossom algorithm) for up to ``exact_limit`` directions. Above, it is greedy: it
+    repeatedly takes the heaviest remaining pair, which gives at least half of the maximum for weights >= 0.
 
     Args:
         weights: shape (R, R), symmetric, finite; its diagonal is ignored.
@@ -37,22 +37,21 @@ def _exact(weights: Tensor) -> list[tuple[int, int]]:
 
     graph = nx.Graph()
     rows = weights.tolist()
-    # maxcardinality pairs directions of weight zero too, so that there are always floor(R / 2) pairs.
+    # maxcardinality also pairs directions of weight zero, so that there are always floor(R / 2) pairs.
     graph.add_weighted_edges_from((i, j, rows[i][j]) for i in range(len(rows)) for j in range(i + 1, len(rows)))
     return [(min(pair), max(pair)) for pair in nx.max_weight_matching(graph, maxcardinality=True)]
 
 
 def _greedy(weights: Tensor) -> list[tuple[int, int]]:
-    """Repeatedly take the heaviest remaining pair; of equal pairs the one with lower numbers.
+    """Repeatedly take the heaviest remaining pair; of equal pairs, the one with lower indices.
 
-    Taking all pairs at once whose members are each other's heaviest is only fast on random weights: with singular
-    values every direction is heaviest with the strongest one, which costs a pass over the matrix per pair. A walk over
-    the sorted pairs takes the same time on all; it goes in blocks, since all pairs of 4,096 directions as Python
-    integers fill a gigabyte.
+    This walks over the sorted pairs, in blocks, because all pairs of 4,096 directions as Python integers fill a
+    gigabyte. Taking all mutually heaviest pairs at once would be fast only for random weights: weights from singular
+    values make every direction heaviest with the strongest one, which costs a pass over the matrix per pair.
     """
     rank = len(weights)
     upper = torch.triu_indices(rank, rank, offset=1)
-    # Stable, so that ties go to the pair of lower numbers whatever the sorting algorithm.
+    # Stable, so that ties go to the pair with lower indices.
     order = torch.argsort(weights[upper[0], upper[1]], descending=True, stable=True)
     is_free = [True] * rank
     chosen: list[tuple[int, int]] = []
@@ -72,10 +71,10 @@ def _greedy(weights: Tensor) -> list[tuple[int, int]]:
 def rotation_gradient(gradient: Tensor, U: Tensor, S: Tensor, Vh: Tensor, side: str) -> Tensor:
     """Compute dL/dtheta_ij at theta = 0 for every pair of directions.
 
-    On the output side S_i u_j' G v_i - S_j u_i' G v_j, on the input side S_j u_j' G v_i - S_i u_i' G v_j.
+    It is S_i u_j' G v_i - S_j u_i' G v_j on the output side and S_j u_j' G v_i - S_i u_i' G v_j on the input side.
 
     Args:
-        gradient: G = dL/dW, shape (O, I); a leading dimension counts the matrices of a stack, here and below.
+        gradient: G = dL/dW, shape (O, I). All tensors of a stack have a further leading dimension.
         U: left singular vectors, shape (O, R).
         S: singular values, shape (R,).
         Vh: right singular vectors, shape (R, I).

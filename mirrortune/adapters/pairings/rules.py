@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairing rules: functions from a rank to disjoint pairs of singular directions.
+"""Define pairings: functions from a rank to disjoint pairs of singular directions.
 
-A pairing is one function ``(rank, generator) -> pairs`` with pairs of shape (P, 2), int64, i < j in every row, each
-index at most once, P <= rank // 2. Directions are numbered by descending singular value, from 0. The generator is
-seeded from the run's seed and the layer's name; a pairing that ignores it is a function of the rank alone and needs no
-place in the adapter file.
+A pairing is a function ``(rank, generator) -> pairs`` that returns pairs of shape (P, 2), int64, with i < j in every
+row, each index at most once, and P <= rank // 2. Directions are numbered from 0 by descending singular value. The
+generator is seeded with the run's seed and the layer's name. Pairs that do not depend on it follow from the rank and
+are not stored in the adapter file.
 
-Further arguments are passed to a pairing that declares them by name: ``rounds``, the number of rounds of pairs to
-return one after the other (a pairing without it has one round); ``saliency``, gradients measured on the task;
-``listed``, the user's pairs.
+Further arguments are passed by name to pairings that declare them: ``rounds``, the number of rounds of pairs to return
+one after the other (without it, a pairing has one round); ``saliency``, gradients measured on the task; and ``listed``,
+the user's pairs.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PAIRINGS: Registry[Pairing] = Registry("pairing")
 
 @PAIRINGS.register("mirror")
 def mirror(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
-    """Pair k with rank-1-k, the strongest direction with the weakest kept; the middle one of an odd rank stays.
+    """Pair k with rank-1-k, so the strongest direction with the weakest; the middle one of an odd rank stays unpaired.
 
-    Each later round does the same after rotating the order by one place, with the strongest direction of an even rank
-    fixed: the circle method of round-robin tournaments, in which every pair occurs once in rank-1 rounds (rank for an
-    odd one) before they repeat.
+    Each later round rotates the order by one place first, keeping the strongest direction of an even rank in place.
+    This is the circle method of round-robin tournaments: every pair occurs once in rank-1 rounds (rank rounds for an
+    odd rank) before pairs repeat.
 
-    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), pairs (k, D-k+1) in 1-based
-    numbers; one round. Later rounds are an addition of mirrortune.
+    Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik): one round of pairs (k, D-k+1),
+    numbered from 1. Later rounds are an addition of mirrortune.
     """
     held = 1 - rank % 2
     directions = torch.arange(rank)
@@ -46,10 +46,10 @@ def mirror(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
 
 @PAIRINGS.register("neighbor")
 def neighbor(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
-    """Pair 2k with 2k+1, directions of nearly the same strength; the last one of an odd rank stays.
+    """Pair 2k with 2k+1, directions of nearly equal strength; the last one of an odd rank stays unpaired.
 
-    Every other round pairs 2k+1 with 2k+2, a brick-wall layout: rank rounds reach any rotation (Clements et al. 2016,
-    doi:10.1364/OPTICA.3.001460).
+    Every other round pairs 2k+1 with 2k+2. In this brick-wall layout, ``rank`` rounds reach any rotation (Clements et
+    al. 2016, doi:10.1364/OPTICA.3.001460).
     """
     starts = [index % 2 for index in range(rounds)]
     return torch.cat([torch.arange(start, rank - (rank - start) % 2).reshape(-1, 2) for start in starts])
@@ -57,7 +57,7 @@ def neighbor(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
 
 @PAIRINGS.register("random")
 def random(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
-    """Pair at random without replacement, each round anew; one direction of an odd rank stays."""
+    """Pair directions at random, with a new permutation in each round; one direction of an odd rank stays unpaired."""
     orders = [torch.randperm(rank, generator=generator)[: rank - rank % 2] for _ in range(rounds)]
     return torch.cat([_sorted(order.reshape(-1, 2)) for order in orders])
 
@@ -66,12 +66,12 @@ def random(rank: int, generator: Generator, rounds: int = 1) -> Tensor:
 def adaptive(rank: int, generator: Generator, saliency: Tensor, rounds: int = 1) -> Tensor:
     """Pair by a maximum-weight matching of |dL/dtheta| at theta = 0, measured on the task (``calibration.py``).
 
-    Each later round matches the remaining pairs: one that was taken is taken again only where no other is left.
+    Each later round matches the remaining pairs; a pair is used again only if no other is left.
 
     An addition of mirrortune; the mirror method's authors name task-adaptive pairing as future work.
     """
     weights = saliency.abs()
-    taken = float(weights.sum()) or 1.0  # more than any matching weighs
+    taken = float(weights.sum()) or 1.0  # penalty, larger than the weight of any matching
     found = []
     for _ in range(rounds):
         pairs = match(weights)
@@ -83,11 +83,11 @@ def adaptive(rank: int, generator: Generator, saliency: Tensor, rounds: int = 1)
 
 @PAIRINGS.register("explicit")
 def explicit(rank: int, generator: Generator, listed: PairList, rounds: int = 1) -> Tensor:
-    """The pairs that the user lists, a list for each round; directions that no pair names stay."""
+    """Return the pairs listed by the user, one list per round; directions that are not listed stay unpaired."""
     return as_tensor(listed)
 
 
 def _sorted(pairs: Tensor) -> Tensor:
-    """The pairs (P, 2) of a round with i < j in every row, rows in ascending order of i."""
+    """Sort the pairs (P, 2) of a round, so that i < j in every row and rows are in ascending order of i."""
     pairs = pairs.sort(dim=1).values
     return pairs[pairs[:, 0].argsort()]
