@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows to predict that do not form a data set: standard input, and folders of images or recordings without classes."""
+"""Read rows to predict that do not form a data set: standard input, and folders of images or audio without classes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def read_loose_files(place: DataPlace) -> DataSet | None:
 def read_stdin(encoding: str) -> tuple[DataSet, bool]:
     """Read standard input: a text on every line, or JSON lines if it begins with ``{``.
 
-    It is copied to a file first, so that it is read, and its errors are reported, like those of any other file.
+    The input is copied to a file first, so that it is read and its errors are reported as for any other file.
 
     Args:
         encoding: of its text.
@@ -94,7 +94,7 @@ def _lines(path: Path, encoding: str) -> tuple[Split, bool]:
     if start.startswith("{"):
         table, rows = read_rows(path, encoding)
         return Split(table=flat(table), source=_STDIN_NAME, files=(replace(rows, name=_STDIN_NAME),)), False
-    # Every line is a row, blank ones too, so that answers can be put beside the lines.
+    # Every line is a row, including blank ones, so that answers can be matched with the lines.
     lines = (line.removesuffix("\n") for line in lines_of(path, encoding, "\n"))
     parts = iter(lambda: list(itertools.islice(lines, _LINES)), [])
     table = join_parts((pa.table({"text": text_array(part)}) for part in parts), source=_STDIN_NAME)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``data.streaming``: files or a Hub data set are opened, and only the first rows of every split are read."""
+"""Open files or a Hub data set for streaming (``data.streaming``), reading only the first rows of every split."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of tokens, stored under a key of everything that they depend on.
+"""Cache tokens under a key of everything they depend on.
 
-They are written chunk by chunk, so that neither the rows nor their tokens need to fit into memory.
+Tokens are written chunk by chunk, so that neither the rows nor their tokens need to fit into memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _IS_USED = ContextVar("is_used", default=True)
 _COUNT, _DIGEST = "count.", "sha256"
 _UNSAFE = "made again: what the cache holds is another user's, and others may write it"
 _BLOCK = 1 << 20  # bytes
-_MAPPED = 1 << 26  # bytes from which an array is left on disk, and paged in as it is used
+_MAPPED = 1 << 26  # bytes; larger arrays stay on disk and are paged in as they are used
 _LONGEST_SHOWN = 24  # characters of a value; digests are longer
 
 Tokens = tuple[dict[str, IntArray], dict[str, int]]
@@ -112,13 +112,13 @@ def cached_tokens(
 ) -> Tokens:
     """Return the arrays and counts of all chunks, from the cache if it holds them.
 
-    One process makes them; others that need them wait.
+    Otherwise one process creates them, and other processes that need them wait.
 
     Args:
-        key: everything that they depend on.
+        key: everything that the tokens depend on.
         make: yields the chunks; called again if the cache cannot be written.
-        tell: called with a line on where they come from.
-        num_rows: of all chunks; with the size of the first chunk it gives the disk space needed.
+        tell: called with a line on where the tokens come from.
+        num_rows: total number of rows, used with the size of the first chunk to estimate the disk space needed.
         mapped_from: arrays of at least this number of bytes stay on disk and are memory-mapped.
 
     Raises:

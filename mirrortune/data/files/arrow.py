@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of Arrow tables: made from Python values, read back in chunks, and marked if they could not be read.
+"""Build columns of Arrow tables from Python values, read them in chunks, and mark columns that could not be read.
 
-- Nested values are stored as JSON text (Arrow's type ``arrow.json``) rather than structs: Arrow gives all structs of a
-  column the same keys, nulls where a row lacks one, and each key one type.
-- A column that could not be read is a column of nulls with the problem in the metadata of its field. It is refused only
-  when a task uses it: most tables have columns that training does not need.
+- Nested values are stored as JSON text (Arrow's type ``arrow.json``), not as structs, because all structs of an Arrow
+  column have the same keys, with nulls for missing ones, and each key has a single type.
+- A column that could not be read is stored as nulls, with the problem in the metadata of its field. It is refused only
+  if a task uses it, since most tables have columns that training does not need.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from mirrortune.errors import DataError
 
-# Of a chunk: rows, and bytes in the table, of which Python's values and tokens take many times more.
+# Maximum rows of a chunk, and maximum bytes in the table; as Python values and tokens, these take many times more.
 _ROWS, _SIZE = 1024, 1 << 22
 _PROBLEM = b"mirrortune.problem"
 
@@ -30,8 +30,8 @@ Columns = list[list[Any]]
 def text_array(cells: Sequence[str | None]) -> pa.Array:
     """Return an array of type string; None becomes null.
 
-    Not by ``pa.array``, which imports pandas (a third of a second at the start of a command), nor by Arrow's builder,
-    whose memory pool keeps what a table took after the table is gone.
+    ``pa.array`` is not used because it imports pandas, which takes a third of a second at the start of a command, and
+    Arrow's builder is not used because its memory pool keeps the memory of a table after the table is freed.
 
     Raises:
         UnicodeEncodeError: if a cell holds half a surrogate pair.
@@ -82,8 +82,9 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Return the values of an array as Python objects: JSON decoded, structs as dicts without the keys that are null
-    (Arrow has no other way to say that a row lacks a key).
+    """Return the values of an array as Python objects, with JSON decoded and structs as dicts.
+
+    Null keys of structs are dropped, because in Arrow a null is the only way to express that a row lacks a key.
     """
     decode = _decoder(array.type)
     values: list[Any] = array.to_pylist()
@@ -91,7 +92,7 @@ def python_values(array: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 
 def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """Return what decodes a value of ``to_pylist`` that is not None; None if nothing needs decoding."""
+    """Return the function that decodes a non-null value of ``to_pylist``, or None if no decoding is needed."""
     if is_json(kind):
         return json.loads
     if is_list(kind):
@@ -106,7 +107,7 @@ def _decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
 
 
 def with_json_aligned(tables: Sequence[pa.Table]) -> list[pa.Table]:
-    """Return the tables with JSON in every column that is JSON in one of them and something else in another."""
+    """Convert columns to JSON that are JSON in some of the tables and of another type in others."""
     as_json = {field.name for table in tables for field in table.schema if is_json(field.type)}
     return [_with_json(table, as_json) for table in tables] if as_json else list(tables)
 

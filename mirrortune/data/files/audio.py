@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Audio files -> waveforms at the model's sampling rate, decoded when their batch is made.
+"""Decode audio files to waveforms at the model's sampling rate when their batch is made.
 
-soundfile reads, SciPy's polyphase filter resamples, the model's feature extractor does the rest. A training row that is
-too long is cut at a place drawn from (seed, epoch, row); an evaluation row keeps its beginning.
+soundfile reads, SciPy's polyphase filter resamples, and the model's feature extractor does the rest. Of a training row
+that is too long, a part is chosen at random by (seed, epoch, row); an evaluation row keeps its beginning.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def encode_audio(
 def read_part(file: Any, first: int, count: int, wanted: int) -> Wave:
     """Read a part of a recording, resampled, channels averaged.
 
-    Only the frames that it depends on are decoded: a few bytes of zeros may encode hours. Up to rounding the result is
-    that of resampling the whole recording.
+    Only the frames that the part depends on are decoded, because a few bytes may encode hours of silence. Up to
+    rounding, the result equals that part of the resampled recording.
 
     Args:
         file: an open ``soundfile.SoundFile``.

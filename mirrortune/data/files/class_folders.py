@@ -23,8 +23,9 @@ IMAGE_FORMATS = {
     ".ppm": "PPM", ".psd": "PSD", ".qoi": "QOI", ".ras": "SUN", ".rgb": "SGI", ".rgba": "SGI", ".sgi": "SGI",
     ".tga": "TGA", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
 }  # fmt: skip
-"""Suffixes of images and Pillow's names of their formats: raster formats that Pillow decodes by itself, without those
-that start a program (PostScript) or of which Pillow reads only the header.
+"""Suffixes of images, and Pillow's names of their formats: the raster formats that Pillow decodes by itself.
+
+Formats that start a program (PostScript) or of which Pillow only reads the header are excluded.
 """
 AUDIO_SUFFIXES = (
     ".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".rf64", ".snd", ".sph", ".voc",
@@ -58,7 +59,7 @@ class _Class:
 
 
 def class_folder(folder: Path) -> ClassFolder:
-    """List the images or the audio files (whichever are more) in the subfolders of ``folder``.
+    """List the images or the audio files, whichever are more numerous, in the subfolders of ``folder``.
 
     Files and folders that operating systems and notebooks create (:func:`mirrortune.system.paths.is_system`) are
     skipped at every depth; other files that are not listed are counted in the remarks.

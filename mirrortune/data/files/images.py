@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of any mode -> pixels, decoded when their batch is made.
+"""Decode images of any mode to pixels when their batch is made.
 
 Only Pillow and the Pillow version of the model's image processor are used, so that results do not depend on whether
-torchvision is installed. Random augmentation depends on (seed, epoch, row) alone: it is the same on any number of
+torchvision is installed. Random augmentation depends only on (seed, epoch, row), so it is the same for any number of
 processes, in any order, and after a resume.
 """
 
@@ -182,8 +182,9 @@ class ImageExamples(Examples):
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Return the raster formats that this Pillow decodes by itself. Without a list it would also try formats that start
-    a program, such as PostScript, whatever the file is called.
+    """Return the raster formats that this Pillow decodes by itself.
+
+    Without such a list, Pillow would also try formats that start a program, such as PostScript, under any file name.
     """
     from PIL import Image as Pillow  # noqa: PLC0415
 
@@ -198,8 +199,10 @@ def _bomb_size(error: Exception) -> str:
 
 
 def to_rgb(image: Image, num_channels: int = 3) -> Image:
-    """Convert any image to 8-bit RGB (or grey, for one channel): turned upright, 16 bits scaled down, transparency on
-    white, the first frame of several.
+    """Convert any image to 8-bit RGB, or to grey for one channel.
+
+    The image is rotated upright, 16 bits are scaled down, and transparency is composited over white. Of an animation,
+    the first frame is used.
     """
     from PIL import Image as Pillow  # noqa: PLC0415
     from PIL import ImageOps  # noqa: PLC0415
@@ -215,8 +218,9 @@ def to_rgb(image: Image, num_channels: int = 3) -> Image:
 
 
 def _eight_bits(values: Any) -> Any:
-    """Scale 16-bit, 32-bit or floating-point grey values to 8 bits: by the range of their type, or by the smallest
-    common range that holds them if the type does not tell.
+    """Scale 16-bit, 32-bit or floating-point grey values to 8 bits.
+
+    The scale is the range of their type or, if the type does not determine it, the smallest common range that fits.
     """
     highest = float(values.max(initial=0))
     if values.dtype == np.uint16:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns whose cells are files (images, audio): their content, or paths to them."""
+"""Access the files (images, audio) in a column, whose cells hold their content or their paths."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class FileCells:
 
     Attributes:
         cells: bytes, paths, or the datasets library's structs of ``bytes`` and ``path``.
-        folder: what relative paths are relative to.
-        places: of the rows, for messages.
+        folder: base folder of relative paths.
+        places: locations of the rows, for messages.
         role: kind of file, for messages.
         readable: formats that can be read, for messages.
         is_contained: whether files outside ``folder`` are refused.
@@ -127,7 +127,7 @@ class FileCells:
 
 
 def remarks_on(data: DataSet, columns: Sequence[tuple[str, str]]) -> list[str]:
-    """Return remarks on the files of a data set that were left out, or that are outside its folder.
+    """Return remarks on files of a data set that were left out or are outside its folder.
 
     Args:
         data: the data set.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of tabular files (csv, tsv, json, jsonl, parquet, arrow, txt; gzipped or not) into Arrow tables.
+"""Read tabular files (csv, tsv, json, jsonl, parquet, arrow, txt; gzipped or not) into Arrow tables.
 
-csv and json are parsed by the standard library rather than Arrow: ``pyarrow.csv`` gives no line numbers of rows,
-accepts quotes that are never closed, and cannot drop the empty cells that spreadsheets append; ``pyarrow.json`` guesses
-types (dates in a column of text). Files are read part by part, except JSON arrays.
+csv and json are parsed by the standard library instead of Arrow: ``pyarrow.csv`` gives no line numbers of rows, accepts
+quotes that are never closed, and cannot drop the empty cells that spreadsheets append; ``pyarrow.json`` guesses types,
+such as dates in a column of text. Files are read part by part, except for JSON arrays.
 """
 
 from __future__ import annotations
@@ -170,8 +170,9 @@ def _repeated(where: str, name: str) -> pa.Field:
 def _whole_rows(
     path: Path, rows: Iterable[tuple[int, list[str]]], width: int
 ) -> Iterator[tuple[tuple[int, list[str]], int]]:
-    """Yield rows of ``width`` cells and their sizes, without what spreadsheets append: blank rows, and empty cells
-    after the last column.
+    """Yield rows of ``width`` cells and their sizes, dropping blank rows and empty cells after the last column.
+
+    Spreadsheets append both.
     """
     blank: list[tuple[tuple[int, list[str]], int]] = []
     for line, cells in rows:
@@ -214,8 +215,10 @@ def _parts(rows: Iterable[tuple[Any, int]]) -> Iterator[list[Any]]:
 
 
 def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
-    """Return the delimiter of a table, and the lines read to find it: the header, and blank lines and Excel's ``sep=;``
-    before it.
+    """Find the delimiter of a table.
+
+    Returns:
+        The delimiter, and the lines read to find it: the header, preceded by any blank lines and Excel's ``sep=;``.
     """
     begin: list[str] = []
     named = None
@@ -239,8 +242,12 @@ def _delimiter(path: Path, lines: Iterator[str]) -> tuple[str, list[str]]:
 
 
 def delimiter_of(path: Path, encoding: str) -> tuple[list[str], str, int]:
-    """Return the column names and delimiter of a csv or tsv file, and the number of lines before its header. Reads only
-    its first lines; DataError if there is no header.
+    """Return the column names and delimiter of a csv or tsv file, and the number of lines before its header.
+
+    Only the first lines are read.
+
+    Raises:
+        DataError: there is no header.
     """
     delimiter, begin = _delimiter(path, lines_of(path, encoding, "\n"))
     if not begin or not begin[-1].strip():
@@ -351,7 +358,7 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Tabl
 
 
 def _why_unreadable(values: list[Any], error: Exception) -> tuple[str, int]:
-    """Return what is wrong with the cells of a column that raised ``error``, and the index of the first such cell."""
+    """Describe the problem of a column whose cells raised ``error``; return it with the index of the first bad cell."""
     if isinstance(error, UnicodeEncodeError):
         place = next(i for i, v in enumerate(values) if isinstance(v, str) and not v.isascii() and _is_torn(v))
         return f"holds half a character ({first_line(error)})", place

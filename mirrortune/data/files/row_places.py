@@ -21,8 +21,7 @@ class FileRows:
     Attributes:
         name: of the file in messages.
         count: number of rows.
-        lines: line in which each row begins, from 1, shape (count,); None for files without lines, whose rows are
-            numbered from 1.
+        lines: line in which each row begins, numbered from 1, shape (count,); None for files without lines.
     """
 
     name: str

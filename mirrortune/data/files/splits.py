@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files belong to which split: by their names, or as the datasets library recorded them."""
+"""Assign files to splits, by their names or as recorded by the datasets library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-# Suffixes of tables and archives that cannot be read: a split must not be overlooked because it is in one of them.
+# Suffixes of tables and archives that cannot be read. They are reported, so that a split in one of them is not missed.
 _OTHER_TABLES = frozenset((
     ".7z", ".avro", ".bz2", ".db", ".dta", ".feather", ".h5", ".hdf5", ".ndjson", ".npy", ".npz", ".ods", ".orc",
     ".pickle", ".pkl", ".rar", ".rds", ".sav", ".sqlite", ".tab", ".tar", ".tgz", ".xls", ".xlsx", ".xml", ".xz",
@@ -52,8 +52,10 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Return the tables in a folder by split: by their names, or as ``save_to_disk`` of the datasets library recorded
-    them; DataError if such a folder is damaged.
+    """Return the tables in a folder by split, assigned by name or as recorded by ``save_to_disk`` of ``datasets``.
+
+    Raises:
+        DataError: a folder that ``save_to_disk`` wrote is damaged.
     """
     if (folder / _SAVED_SPLITS).is_file():
         names = _saved(folder / _SAVED_SPLITS).get("splits", [])

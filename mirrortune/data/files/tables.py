@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables larger than memory: joined from parts, and kept in a memory-mapped file beyond a size."""
+"""Join parts of tables that may be larger than memory; beyond a size, they are kept in a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def join_parts(parts: Iterable[pa.Table], limit: int = _LIMIT, source: str = "ro
     """Concatenate tables.
 
     Args:
-        parts: with the same columns, or columns of compatible types: integers and floats, null and anything, JSON and
-            any JSON value. A column of incompatible types is marked as unreadable
+        parts: tables with the same columns, of equal or compatible types: integers and floats, null and any type, JSON
+            and any JSON value. A column of incompatible types is marked as unreadable
             (:func:`mirrortune.data.files.arrow.problem_field`).
         limit: parts beyond this number of bytes go to an unnamed file in the cache folder, which ends with the process.
         source: the file, for messages.
@@ -60,8 +60,10 @@ def joined(tables: Sequence[pa.Table], source: str) -> pa.Table:
 def _conflict(
     tables: Sequence[pa.Table], known: Sequence[dict[str, pa.Field]], name: str, source: str
 ) -> pa.Field | None:
-    """Return the field of a column that was unreadable in one of ``tables`` (with the fields ``known``), or whose types
-    are incompatible; None for other columns.
+    """Return the field that marks a column as unreadable, or None if the column can be used.
+
+    A column is unreadable if it is so in one of ``tables``, whose fields are ``known``, or if its
+    types are incompatible.
     """
     having = [table for table, own in zip(tables, known, strict=True) if name in own]
     fields = [own[name] for own in known if name in own]
@@ -121,7 +123,7 @@ def on_disk(write: Callable[[IO[bytes]], object]) -> pa.Buffer:
             if error.errno is None:  # an error of the source, not of the disk
                 raise
             raise cannot_write(place, error) from error
-        # The mapping keeps the file alive: on POSIX it has no name any more, elsewhere it is deleted on close.
+        # The mapping keeps the file alive: on POSIX it has been unlinked, elsewhere it is deleted on close.
         return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b"")
 
 

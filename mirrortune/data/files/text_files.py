@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files of any encoding, gzipped or not, read by lines or blocks; errors name the line of a bad byte."""
+"""Read text files of any encoding, gzipped or not, by lines or blocks; errors name the line of a bad byte."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ _LONGEST = 1 << 28  # characters of a line
 def lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
     """Yield the lines of a file with their ends, CRLF as LF; ``newline`` as for :func:`open`.
 
-    Does not use str.splitlines, which also breaks at characters that occur in prose (U+2028, U+0085, form feed).
+    ``str.splitlines`` is not used, because it also splits at characters that occur in prose
+    (U+2028, U+0085, form feed).
 
     Raises:
         DataError: if the encoding is unknown, the file is not in it, or it is a damaged gzip file.
@@ -60,8 +61,9 @@ def blocks_of(path: Path, encoding: str, size: int = _BLOCK) -> Iterator[str]:
 
 
 def _refuse_controls(path: Path, encoding: str, text: str, line: int) -> None:
-    """Raise a DataError for control characters in Latin-1, which are punctuation in cp1252; ``line`` is where ``text``
-    begins.
+    """Raise a DataError for control characters in Latin-1, which are punctuation in cp1252.
+
+    ``line`` is the line at which ``text`` begins.
     """
     control = _CONTROLS.search(text)
     if control is not None:
@@ -120,7 +122,7 @@ def _unknown(encoding: str) -> DataError:
 
 
 def _refuse_wide(path: Path, encoding: str) -> None:
-    """Raise a DataError for a file of two or four bytes per character: its zero bytes are valid UTF-8 too."""
+    """Raise a DataError for UTF-16 or UTF-32, whose zero bytes are also valid in UTF-8."""
     with reading_errors(path), open_bytes(path) as file:
         wide = _wide_encoding(file.read(_SAMPLE))
     if wide is not None:
@@ -152,7 +154,7 @@ def _undecodable(path: Path, encoding: str, codec: str) -> DataError:
 def _encoding_advice(path: Path, codec: str, line: bytes) -> str:
     """Return advice for a file that ``codec`` cannot decode, based on its bytes; ``line`` is the first bad one.
 
-    An encoding that decodes to wrong characters is worse than an error, so the line is shown as it would be read.
+    Decoding to wrong characters is worse than an error, so the advice shows the line as the proposed encoding reads it.
     """
     with open_bytes(path) as file:
         begin = file.read(_BLOCK)
@@ -177,8 +179,9 @@ def _encoding_advice(path: Path, codec: str, line: bytes) -> str:
 
 
 def _wide_encoding(begin: bytes) -> str | None:
-    """Return the UTF-16 or UTF-32 variant of a file's first bytes, by a byte order mark or the zero bytes of ASCII
-    characters (which header lines consist of); None if it is neither.
+    """Return the UTF-16 or UTF-32 variant of a file's first bytes, or None if they are in neither encoding.
+
+    It is recognised by a byte order mark, or by the zero bytes of ASCII characters, of which header lines consist.
     """
     for mark, name in _MARKS:
         if begin.startswith(mark):
