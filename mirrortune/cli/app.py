@@ -339,14 +339,9 @@ def _reporter(*, json: bool, quiet: bool, verbose: bool) -> Reporter:
 
 
 def _resolve(
-    words: list[str] | None,
-    task: str | None,
-    given: dict[str, Any],
-    reporter: Reporter,
-    beneath: Layer | None = None,
-    *,
-    has_target: bool = False,
-) -> tuple[Resolved, str | None]:
+    words: list[str] | None, task: str | None, given: dict[str, Any], reporter: Reporter, beneath: Layer | None = None,
+    *, has_target: bool = False,
+) -> tuple[Resolved, str | None]:  # fmt: skip
     """Resolve the recipe from all layers; return it with the name of the recipe or task that was given.
 
     Args:

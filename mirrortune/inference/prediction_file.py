@@ -115,6 +115,11 @@ class Parts:
         """
         self._check_ours()
         state, facts = self.state(), _as_stored(facts)
+        if state is None and self._found():
+            raise ConfigError(
+                "--resume", f"the record of what the rows in {self.folder} were predicted with is damaged",
+                fix="Start again with --overwrite",
+            )  # fmt: skip
         if state is None:
             fix = "Start it without --resume"
             raise ConfigError("--resume", f"there are no unfinished predictions of {self.output}", fix=fix)
@@ -126,6 +131,9 @@ class Parts:
                 "--resume", f"the finished rows of {self.output} were made with another {told}",
                 fix="Give what the first command was given, or start again with --overwrite",
             )  # fmt: skip
+        for _, _, path in self._found():  # all of them now, not after hours of predicting
+            if not _is_readable(path):
+                path.unlink()  # its rows are predicted again
         return self.rows()
 
     def state(self) -> dict[str, Any] | None:
@@ -345,6 +353,14 @@ def _schema(path: Path) -> pa.Schema:
 def _table(path: Path) -> pa.Table:
     with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
         return reader.read_all()
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        _table(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 def _delimiter(kind: str) -> str:

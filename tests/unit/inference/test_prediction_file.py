@@ -147,6 +147,28 @@ def test_rows_after_a_missing_part_do_not_count(tmp_path: Path) -> None:
     assert parts.resume({"rows": 3}) == 2
 
 
+@pytest.mark.parametrize("kept", [0, 40, -20])
+def test_a_damaged_part_is_made_again(tmp_path: Path, kept: int) -> None:
+    table = pa.table({"prediction": ["a", "b"]})
+    parts = parts_of(tmp_path / "a.csv", [table, table])
+    damaged = parts.folder / "rows-000000000002-000002.arrow"
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+
+    assert parts.resume({"rows": 3}) == 2
+
+    parts.add(2, table)
+    parts.join(own=[], last="error")
+    assert (tmp_path / "a.csv").read_text() == "prediction\na\nb\na\nb\n"
+
+
+def test_a_damaged_record_of_the_parts_is_said(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path / "a.csv", [pa.table({"prediction": ["a"]})])
+    (parts.folder / "state.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"is damaged. Start again with --overwrite"):
+        parts.resume({"rows": 3})
+    parts.begin({"rows": 3}, overwrite=True)
+
+
 def test_a_full_disk_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.table({"prediction": ["a"]})
     parts = parts_of(tmp_path / "a.csv", [table])
