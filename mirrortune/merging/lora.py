@@ -29,6 +29,7 @@ from mirrortune.adapters.files.find import require_adapter
 from mirrortune.adapters.inject import attachment, plain_parameters
 from mirrortune.adapters.layers import SpectralLinear
 from mirrortune.adapters.peft_bridge.files import common_fields
+from mirrortune.adapters.targets import kind_of
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.merging.bases import OpenedAdapter, open_adapter
 from mirrortune.merging.verify import OutputError, compare_outputs
@@ -327,7 +328,7 @@ def _write_peft(folder: Path, low_rank: LowRankAdapter) -> LoraExport:
         "lora_alpha": low_rank.rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(layer.layout.is_transposed for layer in low_rank.layers.values()),
         "target_modules": _target_modules(adapted, list(low_rank.layers)),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -337,7 +338,8 @@ def _write_peft(folder: Path, low_rank: LowRankAdapter) -> LoraExport:
 def _target_modules(adapted: nn.Module, names: list[str]) -> list[str]:
     """Return the last parts of the layer names, as servers expect, or full names if other linear layers share them."""
     endings = {name.rpartition(".")[2] for name in names}
-    others = {n for n, m in adapted.named_modules() if isinstance(m, nn.Linear) and n not in names}
+    linear = ("linear", "conv1d-linear")
+    others = {n for n, m in adapted.named_modules() if n not in names and kind_of(m)[0].name in linear}
     # An adapted layer holds the frozen one as `base_layer`.
     taken = {n for n in others if n.rpartition(".")[2] in endings and n.removesuffix(".base_layer") not in names}
     return sorted(endings) if not taken else names
@@ -355,10 +357,11 @@ def _verify_peft(written: dict[str, Tensor], low_rank: LowRankAdapter) -> LoraEx
     is_best = True
     for name, exact, change, error in low_rank.compare(product):
         is_best &= low_rank.is_best(name, error)
-        before = state[f"{name}.weight"].double()
+        layout, weight = low_rank.layers[name].layout, state[f"{name}.weight"]
+        before = layout.matrix(weight).double()
         relative = float((change - exact).norm()) / float((before + exact).norm())
         delta_error, weight_error = max(delta_error, error), max(weight_error, relative)
-        state[f"{name}.weight"] = (before + change).to(state[f"{name}.weight"].dtype)
+        state[f"{name}.weight"] = layout.tensor(before + change).to(weight.dtype)
     for name in plain_parameters(adapted):
         state[name] = written[_PREFIX + name].to(state[name].dtype)
     plain.load_state_dict(state)

@@ -64,6 +64,23 @@ def test_peft_loads_it_and_computes_the_same(
     assert relative(logits(by_peft(tiny_model_dir, tmp_path / "lora")), logits(adapted)) <= 1e-5
 
 
+@pytest.mark.parametrize("target_modules", ["all-linear", r"h\.1\..*"])
+def test_layers_with_transposed_weights_travel_too(tmp_path: Path, target_modules: str) -> None:
+    """GPT-2's: PEFT loads them without a warning, and into these layers alone."""
+    tiny_causal("GPT2").save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    tiny_chat_tokenizer().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    mirrortune.attach(model, rank=4, target_modules=target_modules)
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, index)
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "lora").passed
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    assert relative(logits(loaded.eval()), logits(model)) <= 1e-5
+    adapted = {name for name, module in loaded.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == set(spectral_layers(model))
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8, 20])
 def test_a_smaller_rank_is_the_best_there_is(tiny_model_dir: Path, tmp_path: Path, rank: int) -> None:
     adapted = write_trained(tiny_model_dir, tmp_path / "adapter", AdapterSpec())
