@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from mirrortune.adapters.files.adapter_file import read_adapter
-from mirrortune.adapters.files.load import load_into
+import mirrortune
+from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
+from mirrortune.adapters.files.load import adapt, load_into
+from mirrortune.adapters.inject import attachment, spectral_layers
 from mirrortune.adapters.layer_patterns import fits, in_blocks, matches
 from mirrortune.adapters.peft_bridge.options import spelt_out
 from mirrortune.adapters.spec import AdapterSpec, check_spec
-from mirrortune.adapters.svd import factorize
+from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.errors import ConfigError
 from tests import tiny_runs
-from tests.tiny_models import tiny_bert
+from tests.spectral import train_a_little
+from tests.tiny_models import tiny_bert, tiny_causal
 
 NAME = "bert.encoder.layer.0.attention.self.query.weight"
 ENDLESS = "".join(f"(?P<g{i}>.*)" for i in range(8)) + "".join(f"(?P=g{i})" for i in range(7)) + "[0-9]"
@@ -89,3 +92,31 @@ def test_an_adapter_of_some_blocks_is_saved_by_their_names(tmp_path: Path) -> No
 def test_blocks_are_refused_where_nothing_is_adapted() -> None:
     with pytest.raises(ConfigError, match="method 'full' has no layers"):
         check_spec(AdapterSpec(method="full", layers=(0,)))
+
+
+def test_a_tuner_of_peft_takes_the_same_blocks() -> None:
+    pytest.importorskip("peft")
+    model = mirrortune.attach(tiny_bert(), method="lora")
+    adapted = adapt(tiny_bert(), AdapterSpec(method="lora", layers=("last 1",)), factor_source=none_needed)
+    everywhere = attachment(model).layers
+    here = [name for name in everywhere if name.startswith("bert.encoder.layer.1.")]
+    assert list(adapted.entries) == here
+    assert len(here) == 6 < len(everywhere)
+
+
+def none_needed(name: str, matrix: torch.Tensor, rank: int) -> Factors:
+    raise AssertionError(name)
+
+
+def test_blocks_are_chosen_of_split_layers_too(tmp_path: Path) -> None:
+    spec = AdapterSpec(layers=(1,), split={"c_attn": 3}, target_modules="c_attn|c_proj")
+    model = tiny_causal("GPT2")
+    book = adapt(model, spec, factor_source=lambda name, matrix, rank: factorize(matrix, rank, name=name))
+    block = "transformer.h.1"
+    parts = [f"{block}.attn.c_attn.{part}" for part in range(3)]
+    assert list(book.entries) == [*parts, f"{block}.attn.c_proj", f"{block}.mlp.c_proj"]
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, index)
+    write_adapter(tmp_path, model, book.entries, base={"dtype": "float32"}, task=None, extra={})
+    loaded = mirrortune.load_adapter(tiny_causal("GPT2"), tmp_path)
+    assert torch.equal(tiny_runs.logits(loaded), tiny_runs.logits(model))
