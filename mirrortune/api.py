@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into
 from mirrortune.adapters.files.tensors import Form
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.pairings.listed import PairLists
+from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
 from mirrortune.adapters.svd import Rank
 from mirrortune.errors import ConfigError, ResourceError
@@ -27,6 +29,7 @@ from mirrortune.merging.gguf import export_gguf
 from mirrortune.merging.lora import export_lora
 from mirrortune.merging.push import pack_adapter
 from mirrortune.merging.write import merge_folder
+from mirrortune.models.new_tokens import make_room
 from mirrortune.system.atomic import clear_leftovers, write_files_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.hub import ADAPTER_FILES, check_repository, local_adapter, path_inside, upload
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 M = TypeVar("M", bound="nn.Module")
+_NEW_TOKENS = "_mirrortune_new_tokens"  # attribute of a model with rows for them
 
 
 def attach(
@@ -47,6 +51,7 @@ def attach(
     target_modules: str = "all-linear",
     seed: int = 0,
     split: dict[str, Any] | None = None,
+    also_train: Sequence[str] = (),
     **core_options: Any,
 ) -> M:
     """Attach an adapter to ``model``: add cores to its linear layers and freeze everything else except the task head.
@@ -65,6 +70,8 @@ def attach(
         split: fused layers whose parts get separate bases, by a regular expression for their names: ``{"c_attn": 3}``,
             ``{"qkv_proj": [4, 1, 1]}``, or ``{"query_key_value": {"parts": 3, "repeat": 12}}`` if each of 12 heads has
             its own q, k and v.
+        also_train: parameters of the model that are trained as they are, beside the adapter: ``norms``, ``biases``,
+            ``embeddings``, or regular expressions for names of parameters or of modules.
         **core_options: options of the method's core, such as ``scale_top_k=8``.
 
     Returns:
@@ -81,6 +88,7 @@ def attach(
         seed=seed,
         options=core_options,
         split=split or {},
+        also_train=tuple(also_train),
     )
     spec = as_asked(asked)
     check_asked(spec)
@@ -160,7 +168,8 @@ def load_adapter(
     """Attach the adapter in ``directory`` to its base ``model``.
 
     Args:
-        model: base model from any source; it is identified by the values of its weights.
+        model: base model from any source; it is identified by the values of its weights. Its embeddings are made longer
+            for an adapter with new tokens.
         directory: adapter folder, run directory, or Hub id.
         revision: branch, tag or commit of a Hub repository.
         subfolder: subfolder of the folder or the repository.
@@ -173,7 +182,11 @@ def load_adapter(
         VerificationError: the base is not that of the adapter, a basis cannot be aligned, or a file is damaged.
     """
     folder = local_adapter(directory, revision=revision, subfolder=subfolder)
-    book = load_into(model, read_adapter(folder), FactorCache(), force_base=force_base)
+    adapter = read_adapter(folder)
+    for rows in filter(None, map(RowRange.parse, adapter.plain)):
+        make_room(model, rows.first, rows.stop)
+        vars(model)[_NEW_TOKENS] = adapter.base.get("new_tokens", [])
+    book = load_into(model, adapter, FactorCache(), force_base=force_base)
     for remark in book.remarks:
         warnings.warn(f"loaded by force: {remark}", stacklevel=2)
     _remember(model, book)
@@ -248,8 +261,9 @@ def _send(folder: Path, repository: str, revision: str | None, subfolder: str | 
 
 def _describe_base(model: nn.Module) -> dict[str, Any]:
     """Describe a base model that the caller loaded, for the adapter file: name, commit, dtype, class and labels."""
-    config = getattr(model, "config", None)
+    config, tokens = getattr(model, "config", None), vars(model).get(_NEW_TOKENS)
     return {
+        **({"new_tokens": tokens} if tokens else {}),
         "name": getattr(config, "_name_or_path", None) or None,
         "revision": None,
         "commit": getattr(config, "_commit_hash", None),

@@ -15,6 +15,7 @@ __all__ = [
     "methods",
     "pairings",
     "peft_bridge",
+    "plain",
     "spec",
     "strategies",
     "svd",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
+from mirrortune.adapters.plain import attach_rows, held_in
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
@@ -113,6 +114,7 @@ def attach(
         strategy = (strategies or {}).get(name, spec.strategy)
         layers[name] = _adapt(model, target, factors, core, strategy, listed)
     model.mirrortune = Attachment(spec=spec, targets=targets, layers=layers)  # type: ignore[assignment]
+    thaw(model)
     return model
 
 
@@ -142,6 +144,15 @@ def freeze(model: nn.Module, targets: Targets) -> None:
         parameter.requires_grad_(name in trained)
 
 
+def thaw(model: nn.Module) -> None:
+    """Make rows that are trained alone parameters, and require gradients for all that is trained as it is: adapted
+    layers have frozen all of their own.
+    """
+    attach_rows(model, attachment(model).targets.plain)
+    for parameter in plain_parameters(model).values():
+        parameter.requires_grad = True
+
+
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
     """Return the layers of ``model`` that have a core, by name, in module order."""
     found = getattr(model, "mirrortune", None)
@@ -168,9 +179,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters trained as they are: the head, and biases or all weights for ``bitfit`` and ``full``."""
+    """Return the parameters trained as they are, by their names without an adapter: the head, biases or all weights for
+    ``bitfit`` and ``full``, and what ``also_train`` has chosen.
+    """
     targets = attachment(model).targets
-    parameters = dict(model.named_parameters())
+    parameters = held_in(model)
     return {name: parameters[name] for name in (*targets.head, *targets.plain)}
 
 

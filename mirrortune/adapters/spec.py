@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ class AdapterSpec:
     options: dict[str, Any] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int | str, ...] | None = None
+    also_train: tuple[str, ...] = ()
+    new_rows: tuple[int, int] | None = None
 
     @property
     def preset(self) -> Preset:
@@ -73,6 +75,20 @@ class AdapterSpec:
         core = self.preset.core
         return None if core is None else CORES.get(core, "adapter.method").basis
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether parameters of the base are trained as they are, of which some may have no part in a loss."""
+        return self.preset.plain != "none" or bool(self.also_train)
+
+    def in_float32(self, head: Sequence[str], plain: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the trained parameters that are held in float32 whatever the dtype of the base.
+
+        Args:
+            head: names of the task head's parameters.
+            plain: names of the base's parameters that are trained as they are.
+        """
+        return (*head, *plain) if self.preset.plain == "none" else tuple(head)
+
     def settled(self) -> AdapterSpec:
         """Return this spec with the method's pairing and options filled in, so that it depends on no default.
 
@@ -88,10 +104,10 @@ class AdapterSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the settled fields as JSON data; of listed pairs, which adapters store as tensors, only the name.
 
-        Without ``layers``: adapters list the names of theirs.
+        Without ``layers``, ``also_train`` and ``new_rows``: adapters list the names of what these have chosen.
         """
         found = asdict(self.settled())
-        del found["layers"]
+        del found["layers"], found["also_train"], found["new_rows"]
         return found if self.pair_lists is None else {**found, "pairing": self.resolved_pairing}
 
 
@@ -139,6 +155,9 @@ def check_spec(spec: AdapterSpec) -> None:
     except ConfigError as error:  # other settings depend on the method, but names can be checked
         unknown = _unknown_pairing(spec.pairing)
         raise ConfigError.several([error, *([unknown] if unknown else [])]) from None
+    if chosen.plain != "none" and spec.also_train:
+        problem = f"method '{spec.method}' chooses itself what it trains of the base, got {list(spec.also_train)}"
+        errors.append(ConfigError("adapter.also_train", problem, fix="Remove it, or use --method none"))
     if chosen.peft is not None:  # its options are checked against PEFT's by peft_bridge.options.check_options
         errors += _peft_errors(spec, chosen.peft)
     elif chosen.core is None:

@@ -32,6 +32,8 @@ from mirrortune.adapters.kinds import (
 from mirrortune.adapters.layer_patterns import ALL_LAYERS, ALL_LINEAR, alternatives, in_blocks, matches, no_match
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.pairings.listed import check_fit
+from mirrortune.adapters.plain import ADD_TOKENS, choose_parameters, chosen_by_method, fit, rows_of_embeddings
+from mirrortune.adapters.plain import WHERE as ALSO_TRAIN
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Rank, resolve_rank
 from mirrortune.errors import ConfigError
@@ -200,7 +202,8 @@ class Targets:
     Attributes:
         layers: adapted weights by layer name, in module order.
         head: names of the task head's parameters, which are trained in full.
-        plain: names of base parameters that are trained directly (``bitfit``, ``full``).
+        plain: names of base parameters that are trained directly (``bitfit``, ``full``, ``also_train``), and of rows of
+            them.
         skipped: reason for each weight that stays frozen, by layer name.
         clipped: layers whose min(O, I) is below the requested rank, and which use all of their directions.
     """
@@ -217,6 +220,7 @@ def find_targets(
     spec: AdapterSpec,
     new_parameters: Iterable[str] = (),
     stored: Mapping[str, Layout] | None = None,
+    stored_plain: Iterable[str] = (),
 ) -> Targets:
     """Find the weights of ``model`` that an adapter with ``spec`` changes, and the parameters of the task head.
 
@@ -226,6 +230,7 @@ def find_targets(
         new_parameters: names of parameters that the checkpoint lacks; they belong to the head.
         stored: layouts from an adapter file by layer name. Exactly these layers are selected, except those that the
             model lacks, and no pattern is matched.
+        stored_plain: names of the parameters that the adapter of the file trains directly; as for ``stored``.
 
     Raises:
         ConfigError: ``target_modules`` or one of its alternatives matches no layer (the nearest names are suggested),
@@ -238,7 +243,7 @@ def find_targets(
     head = tuple(
         name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output
     )
-    plain = _plain_parameters(parameters, spec.preset.plain, set(head))
+    plain, beside = _trained_as_they_are(model, spec, head, None if stored is None else stored_plain)
     if not spec.preset.is_adapter:
         return Targets(layers={}, head=head, plain=plain, skipped={})
     candidates, skipped = find_candidates(model, prefix, new, output)
@@ -249,7 +254,7 @@ def find_targets(
         }
         candidates = {name: c for name, c in candidates.items() if c.is_peft}
     if stored is None:
-        wanted = _wanted(model, spec, candidates, skipped)
+        wanted = _without_plain(_wanted(model, spec, candidates, skipped), spec, candidates, skipped, beside)
     else:
         wanted = {name for name in stored if name in candidates}
     ranks, clipped = _ranks(spec, {n: candidates[n].layout.matrix_shape for n in candidates if n in wanted})
@@ -269,6 +274,21 @@ def find_targets(
     return Targets(layers=layers, head=head, plain=plain, skipped=skipped, clipped=clipped)
 
 
+def _trained_as_they_are(
+    model: nn.Module, spec: AdapterSpec, head: tuple[str, ...], stored: Iterable[str] | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the names of the base's parameters, or of rows of them, to train as they are; and by what settings the
+    user has chosen them, by the name of the whole parameter.
+    """
+    parameters = dict(model.named_parameters())
+    if stored is not None:
+        return tuple(name for name in stored if fit(name, parameters)), {}
+    beside = choose_parameters(model, spec.also_train, head)
+    plain = (*chosen_by_method(parameters, spec.preset.plain, set(head)), *beside)
+    rows = rows_of_embeddings(model, spec.new_rows, plain)
+    return (*plain, *map(str, rows)), beside | {found.weight: ADD_TOKENS for found in rows}
+
+
 def _wanted(model: nn.Module, spec: AdapterSpec, candidates: dict[str, Candidate], skipped: dict[str, str]) -> set[str]:
     """Return the names of the layers that the settings select; add layers of other blocks to ``skipped``."""
     wanted = _choose(candidates, spec.target_modules)
@@ -284,6 +304,40 @@ def _wanted(model: nn.Module, spec: AdapterSpec, candidates: dict[str, Candidate
         raise ConfigError("adapter.layers", problem, fix="Choose other blocks, or leave it out")
     skipped |= dict.fromkeys((name for name in candidates if name in wanted - chosen), "outside adapter.layers")
     return chosen
+
+
+def _without_plain(
+    wanted: set[str],
+    spec: AdapterSpec,
+    candidates: Mapping[str, Candidate],
+    skipped: dict[str, str],
+    beside: Mapping[str, str],
+) -> set[str]:
+    """Return ``wanted`` without the layers whose weight is trained as it is, which are added to ``skipped``.
+
+    Raises:
+        ConfigError: the user has named such a layer among those to adapt, or none is left.
+    """
+    taken = {}
+    for name in wanted:
+        for path, parameter in candidates[name].places:
+            if entry := beside.get(f"{path}.{parameter}"):
+                taken[name] = entry
+    if spec.preset.peft is not None and (
+        inside := [n for n in beside if n.rpartition(".")[0] in wanted - taken.keys()]
+    ):
+        problem = f"'{beside[inside[0]]}' chooses {inside[0]}, inside a layer that '{spec.method}' adapts"
+        raise ConfigError(ALSO_TRAIN, problem, fix="Leave it out, or use one of mirrortune's own methods")
+    if taken and spec.target_modules not in (ALL_LINEAR, ALL_LAYERS):
+        name = min(taken)
+        where = ADD_TOKENS if taken[name] == ADD_TOKENS else ALSO_TRAIN
+        problem = f"'{taken[name]}' chooses {name}, which adapter.target_modules adapts"
+        raise ConfigError(where, problem, fix="Leave it out of one of them")
+    if taken.keys() == wanted:
+        fix = "Choose fewer parameters, or --method none with them"
+        raise ConfigError(ALSO_TRAIN, "it leaves no layer to adapt", fix=fix)
+    skipped |= dict.fromkeys(taken, f"trained whole by {ALSO_TRAIN}")
+    return wanted - taken.keys()
 
 
 def complete_targets(targets: Targets, model: nn.Module, spec: AdapterSpec, new_parameters: Iterable[str]) -> Targets:
@@ -438,11 +492,3 @@ def _ranks(spec: AdapterSpec, shapes: dict[str, tuple[int, int]]) -> tuple[dict[
         largest = max(shapes, key=lambda name: min(shapes[name]))
         resolve_rank(asked, shapes[largest], largest)
     return {name: min(asked, *shape) for name, shape in shapes.items()}, clipped
-
-
-def _plain_parameters(parameters: dict[str, nn.Parameter], kind: str, head: set[str]) -> tuple[str, ...]:
-    ending = {"none": None, "bias": "bias", "all": ""}[kind]
-    if kind == "all" and (quantised := next((n for n, p in parameters.items() if not is_plain(p)), None)):
-        raise ConfigError("adapter.method", f"'full' trains every weight, and {quantised} is quantised",
-                          fix="Load the model in full precision, or choose an adapter")  # fmt: skip
-    return tuple(n for n in parameters if ending is not None and n not in head and n.endswith(ending))

@@ -159,6 +159,9 @@ class DataSection(_Section):
     """Streaming: rows of each process that are read, shuffled and sorted by length together."""
     max_eval_rows: int | None = Field(default=None, gt=0)
     """Streaming: rows of every split that is scored, its first ones; 10,000 by default."""
+    add_tokens: tuple[typing.Annotated[str, Field(min_length=1, pattern=r"^\S+$")], ...] = ()
+    """Texts that the tokenizer takes as one token each: ["<user>", GATA4]. Their embeddings alone are trained of the
+    model's, at train.head_lr, saved with the adapter and merged."""
 
 
 Parts = typing.Annotated[int, Field(ge=2)]
@@ -201,6 +204,9 @@ class AdapterSection(_Section):
     layers: tuple[Block, ...] | None = Field(default=None, min_length=1)
     """Blocks of the model whose layers are adapted, by number from 0 or as "last N": [0, 1, last 4]; all by default,
     with the layers outside of any block."""
+    also_train: tuple[typing.Annotated[str, Field(min_length=1)], ...] = ()
+    """Parameters of the base model that are trained as they are, beside the adapter: norms, biases, embeddings (every
+    table), or regular expressions for the names of parameters or of modules, from any dot on: [pooler, norms]."""
     split: dict[str, Parts | Sizes | Interleaved] = Field(default_factory=dict)
     """Fused layers whose parts get bases of their own, by a regular expression for their names: {c_attn: 3},
     {qkv_proj: [4, 1, 1]}, or {query_key_value: {parts: 3, repeat: 12}} where each of 12 heads has its own three."""
@@ -224,6 +230,8 @@ class TrainSection(_Section):
     """Peak learning rate of the adapter; the method's own by default."""
     head_lr: float = Field(default=1e-3, ge=0, lt=1e30)
     """Peak learning rate of the task head."""
+    also_train_lr: float = Field(default=1e-4, ge=0, lt=1e30)
+    """Peak learning rate of what adapter.also_train chooses, without weight decay."""
     batch_size: int = Field(default=32, gt=0)
     """Rows per device and micro-batch."""
     gradient_accumulation_steps: int = Field(default=1, gt=0, le=1_000_000)

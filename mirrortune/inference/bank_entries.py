@@ -28,6 +28,7 @@ from mirrortune.adapters.fingerprint import weight_digest
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layout import Layout
+from mirrortune.adapters.plain import modules_of
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.strategies import Strategy, cheapest_strategy
 from mirrortune.adapters.targets import Target, Targets, kind_of
@@ -183,7 +184,7 @@ class Admission:
 
     def _targets_of(self, adapter: AdapterFile) -> Targets:
         layouts = {name: asdict(layout) for name, layout in adapter.layouts.items()}
-        key = json.dumps([asdict(adapter.spec), layouts, adapter.head], sort_keys=True)
+        key = json.dumps([asdict(adapter.spec), layouts, adapter.head, adapter.plain], sort_keys=True)
         found = self._targets.get(key)
         if found is None:
             found = stored_targets(self.model, adapter)
@@ -193,8 +194,21 @@ class Admission:
                 if (module := name.rpartition(".")[0]) in self.without_rows:
                     problem = f"the input of '{module}' does not begin with the rows of the batch"
                     raise ConfigError(name, f"{problem}, so rows cannot have their own", fix="Merge the adapter")
+            self._check_plain(found)
             self._targets[key] = found
         return found
+
+    def _check_plain(self, targets: Targets) -> None:
+        """Refuse parameters trained as they are that belong to adapted layers, or to several modules."""
+        adapted = {path for target in targets.layers.values() for path, _ in target.places}
+        for name in targets.plain:
+            holders = modules_of(self.model, [name])
+            problem = "its layer is adapted" if adapted & holders.keys() else None
+            if len({id(module) for module in holders.values()}) > 1:
+                problem = f"{' and '.join(holders)} share it"
+            if problem is not None:
+                problem = f"it is trained whole, and {problem}, so rows of a batch cannot have their own"
+                raise ConfigError(name, problem, fix="Merge the adapter")
 
     def _check_layer(self, name: str, target: Target) -> None:
         """Raise ConfigError for a weight that is not applied row by row by exactly one module."""
@@ -281,6 +295,9 @@ def _check_method(adapter: AdapterFile) -> None:
             where, f"'{spec.method}' is a method of PEFT, which a bank does not mix", allowed="methods of mirrortune",
             fix="Load it with load_adapter into a model of its own, or merge it",
         )  # fmt: skip
+    if adapter.base.get("new_tokens"):
+        problem = "it has new tokens, and with them a vocabulary of its own"
+        raise ConfigError(where, problem, fix="Merge it, and load the merged model")
     if spec.preset.plain == "all":
         raise ConfigError(
             where, f"method '{spec.method}' trains every weight: it shares no base with others",

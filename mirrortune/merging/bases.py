@@ -136,7 +136,7 @@ def load_unadapted(
     check_class(adapter)
     arguments = _arguments(adapter, task, pad_token_id)
     model = load_plain(source, *arguments) if is_plain else load_model(source, *arguments).model
-    widen(model, adapter.head)
+    widen(model, adapter.spec.in_float32(adapter.head, adapter.plain))
     return model
 
 
@@ -161,6 +161,7 @@ def find_base(adapter: AdapterFile, base: str | None, *, trust_remote_code: bool
         revision=None if base else adapter.base.get("commit") or adapter.base.get("revision"),
         trust_remote_code=trust_remote_code,
         load_in=adapter.base.get("load_in"),
+        new_tokens=adapter.base.get("new_tokens", ()),
     )
 
 

@@ -67,8 +67,10 @@ def _check_model(opened: OpenedAdapter) -> None:
         raise ConfigError(
             "--format", problem, allowed=", ".join(ARCHITECTURES), fix="Merge plain weights, convert those"
         )
-    if attachment(opened.adapted).targets.head:
-        raise ConfigError("--format", "a GGUF LoRA cannot hold a task head", fix="Merge plain weights")
+    targets = attachment(opened.adapted).targets
+    if targets.head or targets.plain:
+        what = "a task head" if targets.head else f"parameters trained whole, such as {targets.plain[0]}"
+        raise ConfigError("--format", f"a GGUF LoRA cannot hold {what}", fix="Merge plain weights")
 
 
 def _write(gguf: Any, path: Path, low_rank: LowRankAdapter) -> GgufExport:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.inject import attachment, plain_parameters
+from mirrortune.adapters.plain import RowRange
 from mirrortune.merging.verify import Compared, Probes, TensorLedger, Verification, check_ties, compare_models
 
 
@@ -29,8 +30,7 @@ def merged_state(plain: nn.Module, adapted: nn.Module, ledger: TensorLedger | No
     """
     ledger = TensorLedger() if ledger is None else ledger
     before, state = plain.state_dict(), dict(plain.state_dict())
-    for name, parameter in _trained_tensors(adapted, plain).items():
-        state[name] = parameter.detach().cpu().to(state[name].dtype)
+    state |= _trained_tensors(adapted, plain)
     for names, merged in adapted_tensors(adapted, before):
         own = before[names[0]]
         # The same tensor under all of its names, so that tied weights stay tied.
@@ -38,16 +38,20 @@ def merged_state(plain: nn.Module, adapted: nn.Module, ledger: TensorLedger | No
     return state
 
 
-def _trained_tensors(adapted: nn.Module, plain: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that were trained directly, without an adapter, under each of their names in ``plain``."""
+def _trained_tensors(adapted: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that were trained directly, as a whole or in some rows, in the dtypes of ``plain`` and under
+    each of their names in it.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    return {
-        other: parameter
-        for name, parameter in plain_parameters(adapted).items()
-        for other in names[id(plain.get_parameter(name))]
-    }
+    found: dict[str, Tensor] = {}
+    for name, parameter in plain_parameters(adapted).items():
+        rows, trained = RowRange.parse(name), parameter.detach().cpu()
+        before = plain.get_parameter(name if rows is None else rows.weight)
+        value = trained.to(before.dtype) if rows is None else rows.put(trained, before.detach())
+        found |= dict.fromkeys(names[id(before)], value)
+    return found
 
 
 def adapted_tensors(adapted: nn.Module, before: Mapping[str, Tensor]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
@@ -105,7 +109,7 @@ def verify(
     def expected(name: str) -> Tensor:
         if name in ledger.errors:
             return next(merged for names, merged in adapted_tensors(adapted, before) if name in names)
-        return trained[name].detach().cpu().to(before[name].dtype) if name in trained else before[name]
+        return trained[name] if name in trained else before[name]
 
     for name, tensor in before.items():
         if name not in written:

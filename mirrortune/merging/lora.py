@@ -26,13 +26,15 @@ from mirrortune import __version__
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.find import require_adapter
-from mirrortune.adapters.inject import attachment, plain_parameters
+from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.layers import SpectralLinear
-from mirrortune.adapters.peft_bridge.files import common_fields
+from mirrortune.adapters.peft_bridge.files import common_fields, rows_key, saved_whole, token_indices
+from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.targets import kind_of
 from mirrortune.errors import ConfigError, not_as_meant
 from mirrortune.merging.bases import OpenedAdapter, open_adapter
 from mirrortune.merging.verify import OutputError, compare_outputs
+from mirrortune.models.load import load_tokenizer
 from mirrortune.system.outputs import LORA, adapter_inputs, model_inputs, output_folder
 from mirrortune.tasks.model_outputs import compared_outputs
 
@@ -267,6 +269,9 @@ def _check_exportable(adapter: AdapterFile) -> None:
     if not adapter.layouts:
         problem = f"method '{adapter.spec.method}' changes no layer by a low-rank matrix"
         raise ConfigError("--format", problem, allowed="hf")
+    if inside := [name for name in adapter.plain if name.rpartition(".")[0] in adapter.layouts]:
+        problem = f"a LoRA has no place for {inside[0]}, which was trained inside an adapted layer"
+        raise ConfigError("--format", problem, allowed="hf")
 
 
 def spectral_only(adapted: nn.Module) -> dict[str, SpectralLinear]:
@@ -318,8 +323,7 @@ def _write_peft(folder: Path, low_rank: LowRankAdapter) -> LoraExport:
     tensors: dict[str, Tensor] = {}
     for name, A, B in low_rank.factors():
         tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = A, B
-    for name, parameter in plain_parameters(adapted).items():
-        tensors[_PREFIX + name] = parameter.detach().cpu().float()
+    tensors |= {key: parameter.detach().cpu().float().clone() for key, parameter in saved_whole(adapted).items()}
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
@@ -331,6 +335,10 @@ def _write_peft(folder: Path, low_rank: LowRankAdapter) -> LoraExport:
         "fan_in_fan_out": any(layer.layout.is_transposed for layer in low_rank.layers.values()),
         "target_modules": _target_modules(adapted, list(low_rank.layers)),
     }
+    if indices := token_indices(attachment(adapted).targets.plain):
+        config["trainable_token_indices"] = indices
+    if low_rank.opened.source.new_tokens:
+        load_tokenizer(low_rank.opened.source).save_pretrained(folder)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return _verify_peft(load_file(folder / "adapter_model.safetensors"), low_rank)
 
@@ -362,8 +370,13 @@ def _verify_peft(written: dict[str, Tensor], low_rank: LowRankAdapter) -> LoraEx
         relative = float((change - exact).norm()) / float((before + exact).norm())
         delta_error, weight_error = max(delta_error, error), max(weight_error, relative)
         state[f"{name}.weight"] = layout.tensor(before + change).to(weight.dtype)
-    for name in plain_parameters(adapted):
-        state[name] = written[_PREFIX + name].to(state[name].dtype)
+    for key in saved_whole(adapted):
+        if (name := key.removeprefix(_PREFIX)) in state:
+            state[name] = written[key].to(state[name].dtype)
+    for where in filter(None, map(RowRange.parse, attachment(adapted).targets.plain)):
+        before = state[where.weight]
+        value = where.put(written[rows_key(str(where))], before)
+        state |= {name: value for name, tensor in state.items() if tensor.data_ptr() == before.data_ptr()}
     plain.load_state_dict(state)
     outputs = _compare_outputs(plain, low_rank.opened)
     is_exact = low_rank.kept_rank >= low_rank.needed_rank

@@ -51,11 +51,12 @@ from mirrortune.merging.verify import (
     compare_lazily,
     compare_models,
 )
-from mirrortune.models.load import DTYPES, ModelSource, find_model, resolve_dtype, shard_bytes
+from mirrortune.models.load import DTYPES, ModelSource, find_model, resolve_dtype
 from mirrortune.models.load_errors import quiet
 from mirrortune.models.parts import CannotLoadParts
 from mirrortune.models.quantized import is_quantised as has_quantised_weights
 from mirrortune.models.skeleton import outline
+from mirrortune.models.tensors import shard_bytes
 from mirrortune.reports import model_card
 from mirrortune.reports.finished_run import is_there
 from mirrortune.system.console import Reporter
@@ -273,6 +274,8 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     is_quantised = merge.source.is_stored_packed or any(a.base.get("quantised") for a in merge.adapters)
     if merge.source.gguf_file or (is_quantised and not is_single):
         raise NotTensorByTensor("the base is quantised")
+    if any(adapter.base.get("new_tokens") for adapter in merge.adapters):
+        raise NotTensorByTensor("its embeddings are made longer, for new tokens")
     ledger = TensorLedger()
     packed = trained_on(merge.adapters[0], merge.source, merge.base) if is_single else None
     merge, model, plan = _plan(merge, packed)

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 
 from mirrortune.errors import ConfigError
 from mirrortune.models.load_errors import damage_errors, load_errors
+from mirrortune.models.new_tokens import add_tokens, make_room, token_rows
 from mirrortune.models.quantized import can_be_dequantised, is_quantised, keep_trainable, loading_config
 from mirrortune.models.remote_code import announce_code, refuse_kernels
 from mirrortune.system.devices import is_slow
@@ -60,6 +62,7 @@ class ModelSource:
         gguf_file: name of the file of a GGUF model, which is dequantised while loading; or None.
         attention: transformers' ``attn_implementation``, or None for the model's default.
         is_local: ``name`` is not a Hub id.
+        new_tokens: added to its tokenizer, each with a row of the embeddings.
     """
 
     name: str
@@ -73,6 +76,7 @@ class ModelSource:
     gguf_file: str | None = None
     attention: str | None = None
     is_local: bool = False
+    new_tokens: tuple[str, ...] = ()
 
     @property
     def is_quantised(self) -> bool:
@@ -114,8 +118,9 @@ class LoadedModel:
 
 
 def find_model(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, load_in: str | None = None
-) -> ModelSource:
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, load_in: str | None = None,
+    new_tokens: Sequence[str] = (),
+) -> ModelSource:  # fmt: skip
     """Find a model and read its configuration, without weights.
 
     Args:
@@ -123,6 +128,7 @@ def find_model(
         revision: revision of a Hub repository.
         trust_remote_code: run code from the repository.
         load_in: see :class:`ModelSource`.
+        new_tokens: see :class:`ModelSource`.
 
     Raises:
         ConfigError: the folder does not exist or holds no usable model.
@@ -157,6 +163,7 @@ def find_model(
     return ModelSource(
         name=name, location=location, revision=revision, commit=commit, trust_remote_code=trust_remote_code,
         code_revision=code_revision, config=config, load_in=load_in, gguf_file=gguf_file, is_local=is_local,
+        new_tokens=tuple(new_tokens),
     )  # fmt: skip
 
 
@@ -231,7 +238,7 @@ def load_tokenizer(source: ModelSource, **options: Any) -> Any:
         # If the files are missing, transformers builds a default tokenizer.
         if len(tokenizer) < _LARGEST_DEFAULT and not _has_tokenizer_files(source):
             raise no_files
-    return _with_padding(tokenizer, source)
+    return _with_padding(add_tokens(tokenizer, source.new_tokens) if source.new_tokens else tokenizer, source)
 
 
 def _has_tokenizer_files(source: ModelSource) -> bool:
@@ -413,14 +420,13 @@ def load_model(
             **packing,
         )
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in info["mismatched_keys"]]
+    model = with_room(model, source)
     return LoadedModel(model=keep_trainable(model), new_parameters=tuple(sorted({*info["missing_keys"], *mismatched})))
 
 
-def shard_bytes(source: ModelSource) -> int:
-    """Return the maximum shard size in bytes for a copy: the size of the source's largest shard if it has several."""
-    index = source.file(INDEX)
-    sizes = [] if index is None else [f.stat().st_size for f in index.parent.glob("model-*.safetensors")]
-    return max(sizes, default=50 * 2**30)
+def with_room(model: nn.Module, source: ModelSource) -> nn.Module:
+    """Give a model of ``source`` embeddings for the source's new tokens, in place."""
+    return make_room(model, *token_rows(load_tokenizer(source), source.new_tokens)) if source.new_tokens else model
 
 
 def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, Any]) -> nn.Module:
@@ -433,7 +439,7 @@ def empty_model(source: ModelSource, auto_class: str, config_fields: dict[str, A
         pinned = {"code_revision": source.code_revision} if source.code_revision else {}
         model = getattr(transformers, auto_class).from_config(config, trust_remote_code=trusted, **pinned)
     assert isinstance(model, nn.Module)
-    return model
+    return with_room(model, source)
 
 
 def task_config(source: ModelSource, config_fields: dict[str, Any], pad_token_id: int | None) -> Any:

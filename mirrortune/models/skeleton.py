@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mirrortune.models.load import ModelSource, task_config
+from mirrortune.models.load import ModelSource, task_config, with_room
 
 Read = Callable[[str], Tensor]
 """Function that returns the value of the parameter or buffer with the given name."""
@@ -39,7 +39,7 @@ def outline(source: ModelSource, auto_class: str, config_fields: dict[str, Any],
         )
     tie: Any = getattr(model, "tie_weights", lambda: None)
     tie()  # init_empty_weights unties weights
-    return model.eval()
+    return with_room(model, source).eval()
 
 
 def read_lazily(model: nn.Module, read: Read) -> nn.Module:

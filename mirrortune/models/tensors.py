@@ -142,3 +142,10 @@ def _behind_prefixes(names: Iterable[str], known: set[str]) -> dict[str, dict[st
             if rest in known:
                 found.setdefault(".".join(words[:place]), {})[name] = rest
     return found
+
+
+def shard_bytes(source: ModelSource) -> int:
+    """Return the maximum shard size in bytes for a copy: the size of the source's largest shard if it has several."""
+    index = source.file(INDEX)
+    sizes = [] if index is None else [f.stat().st_size for f in index.parent.glob("model-*.safetensors")]
+    return max(sizes, default=50 * 2**30)

@@ -89,6 +89,7 @@ class DataSettings:
     streaming: bool
     shuffle_buffer: int
     max_eval_rows: int | None
+    add_tokens: tuple[str, ...]
     seed: int
 
     @property
@@ -261,6 +262,7 @@ def _adapter_spec(recipe: Recipe) -> AdapterSpec:
         options=dict(section.options),
         split=section.model_dump(mode="json")["split"],
         layers=section.layers,
+        also_train=section.also_train,
     )
     return as_asked(spec)
 
@@ -347,6 +349,7 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
         count = recipe.eval.samples
         if count and not issubclass(task_class(kind), WritesText):
             errors.append(ConfigError("eval.samples", f"{kind} writes no text, got {count}", fix="Remove it"))
+        errors += _token_problems(recipe, spec)
     classes = ClassSettings(**_common(ClassSettings, recipe.train))
     errors += setting_problems(classes, kind, is_streamed=recipe.data.streaming)
     train = recipe.train
@@ -370,6 +373,23 @@ def check_noise(recipe: Recipe) -> None:
         raise ConfigError("train.neftune_alpha", f"it is for language models, got {kind}", fix="Remove it")
     if recipe.train.compile:
         raise ConfigError("train.neftune_alpha", "it was not tried with --compile", fix="Leave one of them out")
+
+
+def _token_problems(recipe: Recipe, spec: AdapterSpec) -> list[ConfigError]:
+    """Errors for new tokens where there are no texts, and where they could not be stored."""
+    tokens, where = recipe.data.add_tokens, "data.add_tokens"
+    if not tokens:
+        return []
+    errors = []
+    if {"image_column", "audio_column"}.intersection(settings_of(str(recipe.task.kind))):
+        errors.append(ConfigError(where, f"{recipe.task.kind} reads no text", fix="Remove it"))
+    if twice := next((token for token in tokens if tokens.count(token) > 1), None):
+        errors.append(ConfigError(where, f"'{twice}' is given twice", fix="Name each token once"))
+    tuner = spec.preset.peft if spec.method in method_names() else None
+    if tuner is not None and tuner.kind != "LORA":
+        problem = f"PEFT's files of method '{spec.method}' have no place for them"
+        errors.append(ConfigError(where, problem, allowed="lora, or a method of mirrortune's own"))
+    return errors
 
 
 def _unused_settings(recipe: Recipe) -> list[ConfigError]:

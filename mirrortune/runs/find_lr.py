@@ -72,9 +72,7 @@ def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) 
         raise ConfigError("train.lr", f"got {settings.loop.lr:g}", allowed="a rate above 0, to sweep around")
     folder = local_path(settings.output_dir or f"runs/{run_name(settings, recipe_name)}")
     page = folder.with_name(f"{folder.name}-lr.html")
-    accelerator = make_accelerator(
-        settings.model.precision, has_idle_parameters=settings.adapter.preset.plain != "none"
-    )
+    accelerator = make_accelerator(settings.model.precision, has_idle_parameters=settings.adapter.trains_base)
     reporter.is_main = accelerator.is_main_process
     if Sharding.of(accelerator).library or accelerator.num_processes > 1:
         raise ConfigError("--find-lr", "it runs in one process", fix="Leave --num-processes out")
@@ -109,7 +107,8 @@ def _sweep(job: Job, run: RunDirectory, accelerator: Any, reporter: Reporter) ->
     if job.settings.gradient_checkpointing:
         checkpoint_activations(model)
     seed_everything(loop.seed + 1)
-    unit = 1.0 if loop.head_lr != 1.0 else 2.0  # distinguishes parameter groups of the adapter from those of the head
+    # By which groups of the adapter differ from all others.
+    unit = next(rate for rate in (1.0, 2.0, 3.0) if rate not in (loop.head_lr, loop.also_train_lr))
     trainer = Trainer(
         model, job.task, train=job.stream or job.train, validation=job.validation,
         settings=replace(loop, lr=unit), run=run, write_adapter_files=_write_nothing, accelerator=accelerator,

@@ -35,8 +35,10 @@ from mirrortune.models.load import (
     checkpoint_activations,
     describe_widening,
     empty_model,
+    load_tokenizer,
     resolve_dtype,
 )
+from mirrortune.models.new_tokens import known_tokens, token_rows
 from mirrortune.runs.checks import RunSettings
 from mirrortune.runs.fit import Stage, Step, check_memory, describe_memory, disk_needs, quantised
 from mirrortune.runs.index_checks import Lengths, check_rows, longest
@@ -153,6 +155,7 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     rows, source = all_of(
         lambda: choose_rows(settings, data or read_data(settings.data, settings.task), reporter), settings.model.find
     )
+    source = _with_new_tokens(settings.data.add_tokens, source, rows.task, reporter)
     task, notes = rows.task.for_model(source)
     for text in notes:
         reporter.note(text)
@@ -178,6 +181,19 @@ def assemble(settings: RunSettings, reporter: Reporter, data: DataSet | None = N
     )  # fmt: skip
 
 
+def _with_new_tokens(tokens: tuple[str, ...], source: ModelSource, task: Task, reporter: Reporter) -> ModelSource:
+    """Return the source with those of ``tokens`` that its tokenizer lacks; the others are noted."""
+    if not tokens:
+        return source
+    processor = task.load_processor(source)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ConfigError("data.add_tokens", f"{task.kind} reads no text", fix="Remove it")
+    if known := known_tokens(tokenizer, tokens):
+        reporter.note(f"in the vocabulary already, and not added: {', '.join(known)}")
+    return replace(source, new_tokens=tuple(token for token in tokens if token not in known))
+
+
 def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: Reporter) -> _Base:
     """Build the model on the meta device, count its trained parameters, and load the processor."""
     task, spec = rows.task, settings.adapter
@@ -185,6 +201,8 @@ def _size(settings: RunSettings, rows: RunRows, source: ModelSource, reporter: R
         spec = replace(spec, strategy="branch")  # the only strategy that does not change packed weights
     if spec.basis == "gradient":
         _check_measurable(spec, source)
+    if source.new_tokens:
+        spec = replace(spec, new_rows=token_rows(load_tokenizer(source), source.new_tokens))
     dtype = resolve_dtype(settings.model.dtype, source.config, default_device())
     if said := describe_widening(settings.model.dtype, source.config, default_device()):
         reporter.note(said)

@@ -151,7 +151,7 @@ def adapt_model(
         strategies: strategy of each layer, or None.
         bases: measured or stored factors by layer, in place of those of the weights, or None.
     """
-    widen(loaded.model, loaded.targets.head)
+    widen(loaded.model, spec.in_float32(loaded.targets.head, loaded.targets.plain))
     return adapt(
         loaded.model, spec, targets=loaded.targets, factor_source=cache, pairs=pairs, bases=bases, strategies=strategies
     )
@@ -302,6 +302,7 @@ def base_identity(job: Job) -> dict[str, Any]:
         "auto_class": job.task.auto_class,
         **({"load_in": job.source.load_in} if job.source.load_in else {}),
         **({"quantised": True} if job.source.is_stored_packed else {}),
+        **({"new_tokens": list(job.source.new_tokens)} if job.source.new_tokens else {}),
     }
 
 
@@ -366,6 +367,7 @@ def _load_run(
         revision=adapter.base.get("commit") or adapter.base.get("revision") if is_named else settings.model.revision,
         trust_remote_code=settings.model.trust_remote_code,
         load_in=adapter.base.get("load_in"),
+        new_tokens=adapter.base.get("new_tokens", ()),
     )
     load = partial(load_adapted, factor_source=FactorCache(), remarks=remarks)
     return _of_adapter(adapter, source, task, settings, load)

@@ -17,6 +17,7 @@ from mirrortune.adapters.effect import NUM_PROBES
 from mirrortune.adapters.files.tensors import Form, usual_form
 from mirrortune.adapters.inject import attach
 from mirrortune.adapters.peft_bridge import tuners
+from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, build_core, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy, cheapest_strategy
 from mirrortune.adapters.svd import Factors
@@ -47,6 +48,8 @@ class Plan:
         rank: largest number of singular directions used in a layer; 0 without a core.
         factor_numbers: total number of elements of the singular vectors and values.
         has_own_bases: whether the adapter file has to hold its bases.
+        beside_parameters: number of ``trainable_parameters`` that ``adapter.also_train`` chooses of the base.
+        row_parameters: number of ``trainable_parameters`` in the embeddings of new tokens.
     """
 
     targets: Targets
@@ -56,17 +59,21 @@ class Plan:
     rank: int
     factor_numbers: int
     has_own_bases: bool = False
+    beside_parameters: int = 0
+    row_parameters: int = 0
 
     def lines(self) -> list[str]:
         """Describe the plan in lines of text."""
         kinds = Counter(target.kind.name for target in self.targets.layers.values())
         adapted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none"
         head = f", and {self.head_parameters:,} of the task head" if self.head_parameters else ""
+        beside = f", {self.beside_parameters:,} of them chosen by adapter.also_train" if self.beside_parameters else ""
+        beside += f", {self.row_parameters:,} in rows of new tokens" if self.row_parameters else ""
         share = percent(self.trainable_parameters / max(1, self.total_parameters))
         return [
             f"layers adapted: {adapted}{_left_alone(self.targets.skipped)}",
             *_clipped(self.targets.clipped),
-            f"trained numbers: {self.trainable_parameters:,} ({share} of the model){head}",
+            f"trained numbers: {self.trainable_parameters:,} ({share} of the model){beside}{head}",
         ]
 
     def stored_as(self, form: Form, dtype: torch.dtype) -> str | None:
@@ -185,7 +192,10 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
     targets = find_targets(model, spec, new_parameters)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     head = sum(sizes[n] for n in targets.head)
-    trained = sum(sizes[n] for n in targets.plain)
+    whole = sum(sizes[n] for n in targets.plain if n in sizes)
+    widths = {name: p.shape[-1] for name, p in model.named_parameters() if p.ndim}
+    rows = sum((r.stop - r.first) * widths[r.weight] for r in filter(None, map(RowRange.parse, targets.plain)))
+    trained = whole + rows
     if spec.preset.peft is not None:
         trained += tuners.count_trained(model, spec, targets)[0]
     counts: dict[tuple[int, tuple[int, int], int], int] = {}
@@ -209,6 +219,8 @@ def make_plan(model: nn.Module, spec: AdapterSpec, *, dtype: torch.dtype, new_pa
         rank=largest,
         factor_numbers=factors,
         has_own_bases=spec.basis == "gradient",
+        beside_parameters=whole if spec.also_train else 0,
+        row_parameters=rows,
     )
 
 
@@ -272,7 +284,7 @@ def attach_empty(
         pairs = {name: found for name, rank in ranks.items() if (found := planned_pairs(spec, rank, name)) is not None}
         chosen = strategies_of(targets, spec, dtype, tokens)
         attach(model, spec, targets=targets, factor_source=_no_factors, pairs=pairs, strategies=chosen)
-    widen(model, targets.head)
+    widen(model, spec.in_float32(targets.head, targets.plain))
 
 
 def _no_factors(name: str, matrix: Tensor, rank: int) -> Factors:

@@ -201,7 +201,7 @@ def _remarks_on(result: FitResult, job: Job) -> Iterator[str]:
 
 def _meet(settings: RunSettings, reporter: Reporter) -> Any:
     """Make accelerate's ``Accelerator`` and check that the settings suit the way it shards the model."""
-    has_idle = settings.adapter.preset.plain != "none"
+    has_idle = settings.adapter.trains_base
     accelerator = make_accelerator(settings.model.precision, has_idle_parameters=has_idle)
     reporter.is_main = accelerator.is_main_process
 
@@ -219,6 +219,8 @@ def _meet(settings: RunSettings, reporter: Reporter) -> Any:
             raise ConfigError("train.optimizer", problem, allowed="adamw", fix="Use ddp")
         if sharding.library and settings.loop.neftune_alpha is not None:
             raise ConfigError("train.neftune_alpha", f"it was not tried under {sharding.name}", fix="Use ddp")
+        if sharding.library and settings.data.add_tokens:
+            raise ConfigError("data.add_tokens", f"it was not tried under {sharding.name}", fix="Use ddp")
 
     sync.from_main(accelerator, check)
     return accelerator

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from mirrortune.adapters.inject import adapter_parameters, attachment, plain_parameters
+from mirrortune.adapters.plain import RowRange
 from mirrortune.errors import ConfigError
 from mirrortune.system.console import chatter_to_stderr
 
@@ -180,8 +181,10 @@ def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     head = set(attachment(model).targets.head)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    trained = {**adapter_parameters(model), **{n: p for n, p in plain_parameters(model).items() if n not in head}}
-    return {name: p for name, p in trained.items() if p.ndim == 2 and id(p) not in tables}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    tables |= {id(p) for p in output.parameters(recurse=False)} if isinstance(output, nn.Module) else set()
+    plain = {n: p for n, p in plain_parameters(model).items() if n not in head and RowRange.parse(n) is None}
+    return {n: p for n, p in {**adapter_parameters(model), **plain}.items() if p.ndim == 2 and id(p) not in tables}
 
 
 def check_matrices(model: nn.Module, name: str) -> None:
@@ -205,19 +208,26 @@ def build_optimizer(
     head_lr: float,
     weight_decay: float,
     settings: OptimizerSettings | None = None,
+    also_train_lr: float | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the trained parameters of ``model``; fused AdamW by default.
 
-    Each group has a ``peak_lr``: ``lr`` for cores and trained parameters of the base, ``head_lr`` for the head. Weight
-    decay applies only to matrices outside the cores, since there is no reason to pull angles towards zero.
+    Each group has a ``peak_lr``: ``lr`` for cores and for what the method trains of the base, ``head_lr`` for the head
+    and the rows of new tokens, ``also_train_lr`` (``lr`` if None) for what else is trained beside an adapter. Weight
+    decay applies only to matrices of the head and to those that the method trains, since there is no reason to pull
+    angles towards zero, nor the embedding of a word that no row has.
     """
     settings = settings or OptimizerSettings()
     head_names = set(attachment(model).targets.head)
-    plain = plain_parameters(model)
+    plain, plain_lr, plain_decay = plain_parameters(model), lr, weight_decay
+    if attachment(model).spec.preset.plain == "none":  # chosen by the user, not by the method
+        plain_lr, plain_decay = lr if also_train_lr is None else also_train_lr, 0.0
+    whole = {n: p for n, p in plain.items() if n not in head_names and RowRange.parse(n) is None}
     wanted = [
         (list(adapter_parameters(model).values()), lr, 0.0),
-        ([p for n, p in plain.items() if n not in head_names and p.ndim < 2], lr, 0.0),
-        ([p for n, p in plain.items() if n not in head_names and p.ndim >= 2], lr, weight_decay),
+        ([p for n, p in whole.items() if p.ndim < 2], plain_lr, 0.0),
+        ([p for n, p in whole.items() if p.ndim >= 2], plain_lr, plain_decay),
+        ([p for n, p in plain.items() if RowRange.parse(n)], head_lr, 0.0),
         ([p for n, p in plain.items() if n in head_names and p.ndim < 2], head_lr, 0.0),
         ([p for n, p in plain.items() if n in head_names and p.ndim >= 2], head_lr, weight_decay),
     ]

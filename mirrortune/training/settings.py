@@ -47,6 +47,7 @@ class LoopSettings:
     eps: float | None = None
     momentum: float | None = None
     neftune_alpha: float | None = None
+    also_train_lr: float = 1e-4
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:

@@ -45,7 +45,7 @@ _MOST_SKIPPED = 20
 def _optimizer_of(model: nn.Module, settings: LoopSettings) -> Optimizer:
     return build_optimizer(
         model, lr=settings.lr, head_lr=settings.head_lr, weight_decay=settings.weight_decay,
-        settings=settings.optimizer_settings,
+        settings=settings.optimizer_settings, also_train_lr=settings.also_train_lr,
     )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ from mirrortune.adapters.files.validate import (
     check_bases,
     check_counts,
     check_description,
+    check_new_tokens,
     check_responses,
     check_tensors,
     largest_count,
@@ -86,6 +87,7 @@ class AdapterFile:
         base: name, revision, commit, dtype and auto_class of the base model.
         task: the task's own description, or None for an adapter trained outside mirrortune's loop.
         head: names of the head's parameters.
+        plain: names of base parameters that were trained as they are.
         extra: what else the writer recorded (max_length, ...).
         effects: probes of each layer's effect, (E, 16); none for an adapter trained in shards.
         peft_config: PEFT's own description of the adapter; None for mirrortune's own.
@@ -106,6 +108,7 @@ class AdapterFile:
     base: dict[str, Any]
     task: dict[str, Any] | None
     head: tuple[str, ...]
+    plain: tuple[str, ...]
     extra: dict[str, Any]
     effects: dict[str, Tensor] = field(default_factory=dict)
     peft_config: dict[str, Any] | None = None
@@ -247,7 +250,7 @@ class PeftAdapterFile(AdapterFile):
 
     @override
     def plain_tensors(self) -> dict[str, Tensor]:
-        keys = {name: peft_files.PREFIX + name for name in self.head}
+        keys = {name: peft_files.rows_key(name) for name in (*self.head, *self.plain)}
         return {name: self.tensors[key] for name, key in keys.items() if key in self.tensors}
 
     @override
@@ -406,6 +409,7 @@ def parse_adapter(
         spec = AdapterSpec(**description["adapter"])
         check_spec(spec)
         tensors, peft_config = tensors_of(spec)
+        check_new_tokens(description, tensors)
         layers = description["layers"]
         fields = {
             "folder": folder,
@@ -417,6 +421,7 @@ def parse_adapter(
             "base": description["base"],
             "task": description["task"],
             "head": tuple(description["head"]),
+            "plain": tuple(description["plain"]),
             "extra": {k: v for k, v in description.items() if k in ("max_length",)},
         }
         return _class_of(spec).parsed(fields, description, tensors, peft_config)

@@ -298,9 +298,15 @@ def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
     """Find the layers and the head of an adapter in its base ``model``.
 
     Raises:
-        VerificationError: the base lacks one of them, or has it in another shape.
+        VerificationError: the base lacks one of them, or has it in another shape; or the file trains a layer's weight
+            as a whole too.
     """
-    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts)
+    weights = {name for names in adapter.weights.values() for name in names}
+    if both := weights.intersection((*adapter.head, *adapter.plain)):
+        raise VerificationError(
+            min(both), "the adapter changes it, and holds it whole", fix="Restore the adapter folder"
+        )
+    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts, adapter.plain)
     for name, layout in adapter.layouts.items():
         own = found.layers[name].layout if name in found.layers else None
         if own != layout:

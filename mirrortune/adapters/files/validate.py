@@ -56,6 +56,7 @@ def check_description(description: Mapping[str, Any]) -> None:
     for key in {"dtype", "auto_class"} & base.keys():
         _require(isinstance(base[key], str) and base[key].isidentifier(), f"base.{key}")
     _require("dtype" not in base or _is_float(base["dtype"]), "base.dtype")
+    _require("new_tokens" not in base or _are_names(base["new_tokens"]), "base.new_tokens")
     labels = base.get("id2label") or {}
     _require(
         isinstance(labels, dict) and all(k.isdecimal() and isinstance(v, str) for k, v in labels.items()), "labels"
@@ -180,6 +181,13 @@ def _check_partners(name: str, partners: Tensor, rank: int) -> None:
         pairs_of(partners, rank)
     except ValueError as error:
         raise ValueError(f"'partners.{name}' is invalid: {error}") from error
+
+
+def check_new_tokens(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse more new tokens than any tensor has rows: the model is made longer by as many."""
+    most = max((len(tensor) for tensor in tensors.values() if tensor.dim() == 2), default=0)
+    tokens = description["base"].get("new_tokens", [])
+    _require(len(tokens) <= most and len({*tokens}) == len(tokens), "base.new_tokens")
 
 
 def largest_count(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:

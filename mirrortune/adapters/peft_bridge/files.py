@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import attachment
+from mirrortune.adapters.inject import attachment, plain_parameters
 from mirrortune.adapters.peft_bridge.options import import_peft, spelt_out
 from mirrortune.adapters.peft_bridge.tuners import ADAPTER_NAME, PeftAttachment
+from mirrortune.adapters.plain import RowRange, held_in, modules_of
 from mirrortune.errors import VerificationError
 from mirrortune.system.distributed.sharding import is_in_shards, is_whole
 from mirrortune.system.paths import ModelPlace
@@ -41,29 +42,59 @@ _TASK_TYPES = {
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of PEFT's own file of an adapted model, head included; the model's own, not copies."""
+    """Return the tensors of PEFT's own file of an adapted model, with those trained as they are; no copies."""
     found = _attached(model)
     peft = import_peft(found.spec.method)
     state: dict[str, Tensor] = peft.get_peft_model_state_dict(
         _Wrapped(found.tuner), adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
-    parameters = dict(model.named_parameters())
-    return state | {PREFIX + name: parameters[name].detach() for name in found.targets.head}
+    return state | {key: parameter.detach() for key, parameter in saved_whole(model).items()}
+
+
+def saved_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters trained as they are by PEFT's names, with what else their modules hold, because PEFT saves
+    modules; a tied one under each of its names.
+    """
+    targets, parameters = attachment(model).targets, held_in(model)
+    found = {PREFIX + name: parameters[name] for name in targets.head}
+    for path, module in modules_of(model, _without_rows(targets.plain)).items():
+        found |= {f"{PREFIX}{path}.{name}": p for name, p in module.named_parameters(recurse=False)}
+    return found | {rows_key(name): parameters[name] for name in targets.plain if RowRange.parse(name)}
+
+
+def rows_key(name: str) -> str:
+    """Return PEFT's name for the trained rows of embeddings that are called ``name`` here, or for a whole parameter."""
+    rows = RowRange.parse(name)
+    if rows is None:
+        return PREFIX + name
+    return f"{PREFIX}{rows.weight.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"
+
+
+def _without_rows(names: Iterable[str]) -> list[str]:
+    return [name for name in names if RowRange.parse(name) is None]
+
+
+def token_indices(names: Iterable[str]) -> dict[str, list[int]] | None:
+    """Return the ids of new tokens by the module that embeds them, as LoRA's configuration has them; None for none."""
+    found = [rows for name in names if (rows := RowRange.parse(name))]
+    return {rows.weight.removesuffix(".weight"): list(range(rows.first, rows.stop)) for rows in found} or None
 
 
 @torch.no_grad()
 def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy the tensors of :func:`adapter_tensors`, by the same names and shapes, back into an adapted model."""
     found = _attached(model)
-    head = {PREFIX + name for name in found.targets.head}
+    trained = {id(parameter) for parameter in plain_parameters(model).values()}
+    whole = saved_whole(model)
+    plain = {key for key, parameter in whole.items() if id(parameter) in trained}
     # PEFT calls load_state_dict, which would replace the parameters that FSDP2 has just gathered.
     is_sharded = is_in_shards(model)
     for key, tensor in adapter_tensors(model).items():
-        if is_sharded or key in head:
+        if key in plain or (is_sharded and key not in whole):
             tensor.copy_(tensors[key])
     if not is_sharded:
         import_peft(found.spec.method).set_peft_model_state_dict(
-            _Wrapped(found.tuner), {k: t for k, t in tensors.items() if k not in head}, adapter_name=ADAPTER_NAME
+            _Wrapped(found.tuner), {k: t for k, t in tensors.items() if k not in whole}, adapter_name=ADAPTER_NAME
         )
 
 
@@ -80,19 +111,22 @@ def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
         k: sorted(v) if isinstance(v, set) else v for k, v in configs[ADAPTER_NAME].to_dict().items()
     }
     described = spelt_out(described, attachment(model).layers) | common_fields(model, base)
+    if indices := token_indices(attachment(model).targets.plain):
+        described["trainable_token_indices"] = indices
     return dict(json.loads(json.dumps(described, sort_keys=True)))
 
 
 def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of PEFT's description that every adapter has: base model, task, head and inference mode."""
-    model_class, name = str(base.get("auto_class")), base.get("name")
+    model_class, name, targets = str(base.get("auto_class")), base.get("name"), attachment(model).targets
     # PEFT does not know models inside packages.
     place = None if not name else ModelPlace.parse(name)
     return {
         "task_type": next((kind for ending, kind in _TASK_TYPES.items() if model_class.endswith(ending)), None),
         "base_model_name_or_path": str(place.path()) if place and place.kind == "package" else name,
         "revision": base.get("commit") or base.get("revision"),
-        "modules_to_save": _modules_of(model, attachment(model).targets.head) or None,
+        "modules_to_save": [*_modules_of(model, targets.head), *modules_of(model, _without_rows(targets.plain))]
+        or None,
         "inference_mode": True,
     }
 

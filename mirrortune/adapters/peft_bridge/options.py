@@ -43,7 +43,7 @@ _NAME = re.compile(r"[\w.-]+")
 _NEED_MORE = ("eva", "corda", "loftq")  # initialisations of LoRA
 _ITERATIONS = re.compile(r"_niter_(\d+)$")  # in an initialisation's name; otherwise the field's name ends in "iter"
 _MOST_ITERATIONS = 128
-_NO_COUNTS = ("alpha", "prng", "seed")  # words in names of fields whose integers may be large
+_NO_COUNTS = ("alpha", "prng", "seed", "token_indices")  # words in names of fields whose integers may be large
 
 
 def import_peft(method: str) -> Any:

@@ -32,14 +32,17 @@ def is_of_linear_layers(adapter: AdapterFile) -> bool:
 
 
 def stands_alone(adapter: AdapterFile) -> bool:
-    """Whether every tensor of a PEFT adapter belongs to one layer, or to the head."""
-    owners = {*adapter.layouts, *(name.rpartition(".")[0] for name in adapter.head)}
-    return all(any(key.startswith(f"{files.PREFIX}{owner}.") for owner in owners) for key in adapter.tensors)
+    """Whether every tensor of a PEFT adapter belongs to one layer, or is of a parameter trained as it is."""
+    keys = adapter.tensors.keys() - whole_keys(adapter)
+    return all(any(key.startswith(f"{files.PREFIX}{owner}.") for owner in adapter.layouts) for key in keys)
 
 
-def head_keys(adapter: AdapterFile) -> set[str]:
-    """Return PEFT's names for the head's tensors."""
-    return {files.PREFIX + name for name in adapter.head}
+def whole_keys(adapter: AdapterFile) -> set[str]:
+    """Return PEFT's names for the tensors of the head and of modules with other parameters trained as they are."""
+    modules = (adapter.peft_config or {}).get("modules_to_save") or ()
+    owners = (*(name.rpartition(".")[0] for name in adapter.head), *modules)
+    rows = {files.rows_key(name) for name in adapter.plain}
+    return {k for k in adapter.tensors if k in rows or any(k.startswith(f"{files.PREFIX}{o}.") for o in owners)}
 
 
 def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | None) -> PeftLayer | None:
@@ -99,7 +102,7 @@ class SharedLayers:
         targets = find_targets(self._model, adapter.spec, stored=adapter.layouts)
         attach_tuner(self._model, adapter.spec, targets=targets, config=adapter.peft_config)
         wanted = files.adapter_tensors(self._model)
-        own = {key: tensor for key, tensor in adapter.tensors.items() if key not in head_keys(adapter)}
+        own = {key: tensor for key, tensor in adapter.tensors.items() if key not in whole_keys(adapter)}
         self._is_whole = own.keys() == wanted.keys()
         if self._is_whole:
             numbers = {key: checked_tensor(adapter, key, t.shape) for key, t in wanted.items()}

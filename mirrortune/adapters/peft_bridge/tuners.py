@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import Attachment, attachment, checked_targets, freeze
+from mirrortune.adapters.inject import Attachment, attachment, checked_targets, freeze, thaw
 from mirrortune.adapters.peft_bridge.options import (
     check_options,
     import_peft,
@@ -143,12 +143,11 @@ def attach_tuner(
     torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     layers = _tuned_layers(model, spec, targets, peft)
     _check_as_asked(model, spec)
-    for name in targets.head:
-        model.get_parameter(name).requires_grad = True
     said = [*(f"PEFT: {first_line(w.message)}" for w in (*warned, *more)), *_merge_remark(layers)]
     model.mirrortune = PeftAttachment(  # type: ignore[assignment]
         spec=spec, targets=targets, layers=layers, tuner=tuner, remarks=tuple(dict.fromkeys(said))
     )
+    thaw(model)
     return model
 
 

@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 import mirrortune
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
-from mirrortune.adapters.inject import AdapterSpec, spectral_layers
+from mirrortune.adapters.inject import AdapterSpec, attachment, spectral_layers
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.merging import plan
 from mirrortune.merging import write as module
 from mirrortune.merging.verify import Verification
 from mirrortune.models.parts import CannotLoadParts, PartLoader
+from tests.bank_cases import save_trained
 from tests.peft_methods import move, tiny_spec
 from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_causal, tiny_chat_tokenizer, write_tiny_model
@@ -394,3 +395,55 @@ def test_a_model_with_code_of_its_own_is_merged_whole_and_keeps_its_code(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
     assert type(merged).__name__ == "OwnForCausalLM"
     assert relative(answers(merged), answers(model.eval())) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Model has `tie_word")  # PEFT's
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Qwen2"])  # GPT2 ties its embeddings, Qwen2's layers have biases
+@pytest.mark.parametrize("how", ["hf", "lora"])
+def test_what_is_trained_beside_the_adapter_is_merged_and_nothing_else_changes(
+    tmp_path: Path, family: str, how: str
+) -> None:
+    if how == "lora":
+        pytest.importorskip("peft")
+    base = write_causal(tmp_path / "base", family=family)
+    also_train = ["norms", "embeddings"] + ([r"q_proj\.bias"] if family == "Qwen2" and how == "hf" else [])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    save_trained(model, tmp_path / "adapter", 5, also_train=also_train, rank=4)
+    adapted = mirrortune.load_adapter(model, tmp_path / "adapter")
+    verdict = mirrortune.merge_adapter(str(base), tmp_path / "adapter", tmp_path / "out", how)
+    assert verdict["passed"]
+    fresh = AutoModelForCausalLM.from_pretrained(base)
+    if how == "lora":
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / "out")
+        assert relative(answers(loaded.eval()), answers(adapted)) <= 1e-5
+        return
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative(answers(merged.eval()), answers(adapted)) <= 1e-5
+    targets = attachment(adapted).targets
+    before, after = dict(fresh.named_parameters()), dict(merged.named_parameters())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {*targets.plain, *(target.tensors[0] for target in targets.layers.values())}
+    stored = read_adapter(tmp_path / "adapter").plain_tensors()
+    assert all(torch.equal(after[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning", "ignore:Model has `tie_word")  # PEFT's
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_tuner_of_peft_with_parameters_beside_it_is_merged_and_loaded_by_peft(tmp_path: Path, is_tied: bool) -> None:
+    peft = pytest.importorskip("peft")
+    base = write_causal(tmp_path / "base", tie_word_embeddings=is_tied)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    mirrortune.attach(model, method="lora", also_train=["norms", "embeddings", "lm_head"])
+    move(model)
+    with torch.no_grad():
+        for name in attachment(model).targets.plain:
+            parameter = model.get_parameter(name)
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert relative(answers(loaded.eval()), answers(model.eval())) <= 1e-6
+    assert merge(tmp_path / "adapter", to=tmp_path / "merged", base=str(base)).passed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative(answers(merged.eval()), answers(model)) <= 1e-5

@@ -57,7 +57,8 @@ FIXED = {
     "model.dropout": "0.2", "adapter.layers": "[0, last 2]",
     "train.warmup_steps": "3", "train.min_lr_ratio": "0.1", "train.num_cycles": "3", "train.decay_ratio": "0.5",
     "train.optimizer": "sgd", "train.betas": "[0.8, 0.9]", "train.eps": "1e-6", "train.momentum": "0.8",
-    "train.neftune_alpha": "5", "data.system": "x",
+    "train.neftune_alpha": "5", "data.system": "x", "adapter.also_train": "[norms]", "train.also_train_lr": "0.5",
+    "data.add_tokens": "[a]",
 }  # fmt: skip
 
 
