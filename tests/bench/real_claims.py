@@ -76,9 +76,11 @@ def spectra(found: Found, folder: Path, task: str) -> str:
         seen = analysed(run, folder / "spectra" / f"{task}-{slug(method)}.json")
         overall, values = seen["overall"], seen["overall"]["value_change"]
         shares = [f"{100 * overall['shares'][name]:.1f}%" for name in ("amplification", "reorientation", "new")]
+        # A rotation alone changes no singular value but by rounding, which has no direction.
+        amplified = f"{100 * seen['amplified']:.0f}%" if abs(values["top"]) > 1e-6 else ""
         lines.append(
             f"| `{method}` | {100 * overall['relative']:.1f}% | {' | '.join(shares)} | {100 * values['top']:+.2f}% "
-            f"| {100 * values['tail']:+.2f}% | {overall['turned']:.1f}° | {100 * seen['amplified']:.0f}% |"
+            f"| {100 * values['tail']:+.2f}% | {overall['turned']:.1f}° | {amplified} |"
         )
     lines += ["", f"`mirrortune analyze` of the run with the first seed on {task}: size of the change by the norm of "
               "the weights, and its parts; median change of the 16 largest and of the smaller half of singular values, "
