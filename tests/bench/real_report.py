@@ -207,7 +207,8 @@ def pairing_curves(found: Found, folder: Path, task: str, event: str, key: str) 
             for entry in RunDirectory(run).events():
                 if entry["event"] == event and key in entry:
                     by_epoch.setdefault(entry["epoch"], []).append(entry[key])
-        made[method] = [(epoch, fmean(values)) for epoch, values in sorted(by_epoch.items())]
+        if by_epoch:
+            made[method] = [(epoch, fmean(values)) for epoch, values in sorted(by_epoch.items())]
     return made
 
 
