@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""multiple-choice: a context (and perhaps the beginning of what follows) with several endings -> which one is right.
+"""multiple-choice: a context, optionally with the start of the next sentence, and several endings -> the right ending.
 
 The model scores each ending after its context, as in SWAG (Zellers et al. 2018); cross-entropy over the endings of a
 row, accuracy by default.
@@ -43,14 +43,14 @@ _LABELS = ("label", "labels", "answer", "answerkey", "answer_index", "gold")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChoiceExamples(Examples):
-    """Rows of several endings, one of which is right.
+    """Examples with several endings each, one of which is right.
 
     Attributes:
-        endings: every ending of every row, each after its context.
+        endings: tokens of the endings of all rows, each after its context.
         firsts: shape (N + 1,); row i has the endings [firsts[i], firsts[i + 1]).
-        targets: the right ending of each row, -1 where there is none, shape (N,).
-        num_truncated: endings that were cut.
-        num_unlabelled: rows without a right ending.
+        targets: index of the right ending of each row, -1 if it is missing, shape (N,).
+        num_truncated: number of truncated endings.
+        num_unlabelled: number of rows without a label.
     """
 
     endings: TokenExamples
@@ -78,10 +78,10 @@ class ChoiceExamples(Examples):
 
     @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """Return tokens (B, C, L), where C is the largest number of endings, and targets (B, 2): the right ending and
-        the number of endings.
+        """Return tokens (B, C, L) and targets (B, 2): the index of the right ending, and the number of endings.
 
-        A row with fewer endings is filled up with copies of its last one, which the loss ignores.
+        C is the largest number of endings in the batch. A row with fewer is padded with copies of its last ending,
+        which the loss ignores.
         """
         counts = np.diff(self.firsts)[rows]
         width = int(counts.max())
@@ -98,12 +98,12 @@ class ChoiceExamples(Examples):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(TextTask, SmoothsLabels):
-    """Choice of an ending.
+    """Choice of the right ending.
 
     Attributes:
-        text_columns: the context, and optionally the beginning of every ending.
-        choice_columns: one for each ending, or one that holds them all (a list, or ``{text: [...], label: [...]}``).
-        label_column: number (from 0), letter or label of the right ending.
+        text_columns: the context, and optionally a text with which every ending starts.
+        choice_columns: one column per ending, or one for all (a list, or ``{text: [...], label: [...]}``).
+        label_column: index, letter or label of the right ending.
     """
 
     text_columns: tuple[str, ...]
@@ -122,7 +122,7 @@ class Task(TextTask, SmoothsLabels):
         text_columns: tuple[str, ...] | None = None, choice_columns: tuple[str, ...] | None = None,
         label_column: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; DataError if there are no columns of contexts, endings and labels."""
+        """Create the task; raise a DataError if columns of contexts, endings or labels are missing."""
         names = {n.lower(): n for n in table.column_names}
         named = {"--text-column": text_columns, "--label-column": label_column, "data.choice_columns": choice_columns}
         check_named(table, source, named)
@@ -198,15 +198,15 @@ class Task(TextTask, SmoothsLabels):
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Return the cross-entropy of logits (B, C) over the endings that each row has, summed over rows."""
+        """Return the cross-entropy of logits (B, C) over the endings of each row, summed over rows."""
         return F.cross_entropy(_masked(outputs, targets), targets[:, 0], reduction="sum"), targets.shape[0]
 
     @override
     def training_loss(
         self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """Return the loss with a share of each target spread over the endings that the row has. Endings have no classes
-        and no ``weights``.
+        """Return the loss with a share of each target spread over the endings of the row; ``weights`` is ignored,
+        because endings are not classes.
         """
         scores = _masked(outputs, targets).log_softmax(dim=-1)
         rights = scores.gather(1, targets[:, :1]).sum()
@@ -215,13 +215,13 @@ class Task(TextTask, SmoothsLabels):
 
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[npt.NDArray[np.float32]]:
-        """Return the logits of the endings that each row has."""
+        """Return the logits of the endings of each row."""
         logits = outputs.logits.float().cpu().numpy()
         return [row[:count] for row, count in zip(logits, targets[:, 1].tolist(), strict=True)]
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """Return the ending of the largest logit and the right one, each (N,)."""
+        """Return the index of the ending with the largest logit, and of the right one, each (N,)."""
         return np.array([logits.argmax() for logits in judged]), examples.targets
 
     @override
@@ -232,8 +232,9 @@ class Task(TextTask, SmoothsLabels):
     def prediction_columns(
         self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
     ) -> Predictions:
-        """Return the most probable endings, by their labels where the rows name these, else by their numbers from 0;
-        and the text of the best one.
+        """Return the most probable endings and the text of the best one.
+
+        Endings are given by their labels if the rows have some, else by their indices.
         """
         logits = np.full((len(judged), max(map(len, judged))), -np.inf, dtype=np.float32)
         for row, own in enumerate(judged):
@@ -254,12 +255,12 @@ class Task(TextTask, SmoothsLabels):
         return {name: values.unflatten(0, (2, 2)) for name, values in made.items()}
 
     def _read(self, columns: Columns, numbers: Rows, places: RowPlaces) -> tuple[list[list[str]], list[int]]:
-        """Return the endings of each of some rows, and which one is right (-1 where there is no label).
+        """Return the endings of some rows, and the index of the right one of each (-1 if the label is missing).
 
         Args:
             columns: cells of the choice columns, then of the label column.
-            numbers: numbers of the rows in the split.
-            places: of the split's rows, for messages.
+            numbers: indices of the rows in the split.
+            places: places of the split's rows, for messages.
         """
         *choices, labels = columns
         rows, right = [], []
@@ -272,7 +273,7 @@ class Task(TextTask, SmoothsLabels):
 
 
 def _endings(row_cells: Sequence[Any], where: str) -> tuple[list[str], list[str] | None]:
-    """Return the endings in the choice columns of a row, and their labels if the row names them."""
+    """Return the endings in the choice columns of a row, and their labels if the row has some."""
     first = row_cells[0]
     named = first.get("label") if isinstance(first, dict) else None
     texts = (first.get("text") if isinstance(first, dict) else first) if len(row_cells) == 1 else list(row_cells)
@@ -288,7 +289,7 @@ def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
     if names and text in names:
         return names.index(text)
     if number is not None and number.is_integer() and 0 <= number < count:
-        return int(number)  # 1.0 is 1: pandas writes it so beside missing labels
+        return int(number)  # pandas writes 1 as 1.0 in a column with missing labels
     if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < count:
         return ord(text.upper()) - ord("A")
     raise DataError(
@@ -298,7 +299,7 @@ def _index(value: Any, count: int, names: list[str] | None, where: str) -> int:
 
 
 def _masked(outputs: Any, targets: Tensor) -> Tensor:
-    """Return the logits (B, C), with minus infinity for endings that a row does not have."""
+    """Return the logits (B, C), with minus infinity for the padding of rows with fewer endings."""
     logits: Tensor = outputs.logits.float()
     numbers = torch.arange(logits.shape[1], device=logits.device)
     return logits.masked_fill(numbers >= targets[:, 1:], -torch.inf)

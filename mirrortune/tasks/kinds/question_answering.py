@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """question-answering: question and context -> the span of the context that answers, or no answer.
 
-Long contexts are split into overlapping windows; a question is scored once, by its best span over all of its windows
-(Devlin et al. 2019, sections 4.2 and 4.3: no answer if the first token scores higher).
+Long contexts are split into overlapping windows. A question is scored once, by the best span over its windows; the
+answer is none if the first token scores higher (Devlin et al. 2019, sections 4.2 and 4.3).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from mirrortune.tasks.base import TextTask
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.predicting import Predictions, PredictOptions, plain_numbers, probabilities, refuse_nan
 
-_LONGEST = 384  # tokens of a window, the default
+_LONGEST = 384  # default length of a window, in tokens
 _STRIDE = 128
-_N_BEST, _MAX_ANSWER = 20, 30  # spans considered per window end; tokens of an answer
+_N_BEST, _MAX_ANSWER = 20, 30  # begins and ends considered per window; maximum length of an answer, in tokens
 
 _SPAN_FIELDS = ("score", "start", "end")
 
@@ -42,7 +42,7 @@ Answer = tuple[str, int]  # text, and its first character in the context (-1 if 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowExamples(TokenExamples):
-    """Windows of questions; ``references`` says which belong together."""
+    """Windows of questions; ``references`` maps them to their questions."""
 
     @property
     @override
@@ -57,7 +57,7 @@ class Task(TextTask):
 
     Attributes:
         text_columns: question and context.
-        label_column: answers: the Hub's ``{text: [...], answer_start: [...]}``, a list of texts, or a text.
+        label_column: the answers: ``{text: [...], answer_start: [...]}`` as on the Hub, a list of texts, or a text.
         may_lack_answer: whether some training questions have no answer.
         stride: overlap of neighbouring windows, in tokens; None for 128, or a third of a short window.
     """
@@ -79,7 +79,7 @@ class Task(TextTask):
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         stride: int | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; DataError if there are no columns of questions, contexts and answers."""
+        """Create the task; raise a DataError if columns of questions, contexts or answers are missing."""
         names = {n.lower(): n for n in table.column_names}
         text = text_columns or tuple(names[n] for n in ("question", "context") if n in names)
         label = label_column or next((names[n] for n in ("answers", "answer") if n in names), None)
@@ -98,7 +98,7 @@ class Task(TextTask):
         notes = [] if text_columns else [detected("text", text[0]), detected("text", text[1])]
         notes += [] if label_column else [detected("label", label)]
         chosen = scores.fields(("squad_f1", "exact_match"), "answers")
-        # Cells that do not hold answers are reported with their rows by strata.
+        # Invalid cells are reported by strata, with their rows.
         may_lack_answer = any(_is_answered(value) is False for value in cells(table, label))
         task = cls(text_columns=text, label_column=label, may_lack_answer=may_lack_answer, stride=stride, **chosen)
         return task, notes
@@ -116,7 +116,7 @@ class Task(TextTask):
 
     @override
     def config_fields(self) -> dict[str, Any]:
-        """Return a head of two outputs: the begin and the end of a span."""
+        """Return the configuration of a head with two outputs: begin and end of a span."""
         return {"num_labels": 2}
 
     @override
@@ -130,7 +130,7 @@ class Task(TextTask):
 
     @override
     def encode(self, split: Split, processor: Any, reading: Reading) -> TokenExamples:
-        """Split every row into one window or more, which are the rows of the result."""
+        """Split each row into windows, at least one; the windows are the rows of the result."""
         max_length = reading.num_tokens
         missing, places = nulls(split.table, self.label_column), split.places
         if not reading.allow_missing:
@@ -140,7 +140,7 @@ class Task(TextTask):
         def make(columns: Columns, numbers: Rows) -> Tokens:
             contexts = [str(text or "") for text in columns[1]]
             answers = [_answers(v, places.where(n)) for n, v in zip(numbers, columns[2], strict=True)]
-            # Leading white space is not part of the question, and would fill windows of its own (SQuAD has some).
+            # Leading white space is not part of the question and would take up room in the windows (SQuAD has some).
             questions = [str(text or "").lstrip() for text in columns[0]]
             return _windows(questions, contexts, answers, processor, max_length, stride)
 
@@ -167,7 +167,7 @@ class Task(TextTask):
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Return the mean of the cross-entropies of begin and end (B, 2), summed over windows."""
+        """Return the mean of the cross-entropies of begin and end, targets (B, 2), summed over windows."""
         both = torch.cat([outputs.start_logits.float(), outputs.end_logits.float()])
         return F.cross_entropy(both, targets.T.flatten(), reduction="sum") / 2, targets.shape[0]
 
@@ -197,8 +197,8 @@ class Task(TextTask):
     def prediction_columns(
         self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
     ) -> Predictions:
-        """Return the best answers of each question: text ("" for no answer), probability among the spans considered,
-        first character in the context and the one after the last (None for no answer).
+        """Return the best answers of each question: text, probability among the considered spans, and begin and end in
+        characters of the context (end exclusive). No answer has the text "", and None as begin and end.
         """
         scoring: _Scoring = examples.references
         top = options.top or 1
@@ -221,13 +221,13 @@ class Task(TextTask):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Scoring:
-    """What is needed to turn logits of windows into answers of questions.
+    """Data needed to convert the logits of windows to answers of questions.
 
     Attributes:
-        split, columns: contexts and answers.
-        counts: windows of each question, shape (N,).
-        starts, ends: characters of its context that every token of every window covers; -1 outside of it; (T,).
-        offsets: of the windows.
+        split, columns: the contexts and answers.
+        counts: number of windows of each question, shape (N,).
+        starts, ends: range of characters of the context that each token covers, -1 outside the context, shape (T,).
+        offsets: shape (number of windows + 1,); window i has the tokens [offsets[i], offsets[i + 1]).
     """
 
     split: Split
@@ -238,7 +238,7 @@ class _Scoring:
     offsets: IntArray
 
     def questions(self) -> Iterator[tuple[str, tuple[Answer, ...] | None, range]]:
-        """Yield the context of each question, its true answers, and the numbers of its windows."""
+        """Yield the context of each question, its true answers, and the indices of its windows."""
         stop = 0
         rows = rows_of(self.split.table, self.columns)
         for count, (context, value) in zip(self.counts.tolist(), rows, strict=True):
@@ -248,9 +248,9 @@ class _Scoring:
     def ranked(
         self, windows: range, judged: Sequence[Any], *, may_lack_answer: bool
     ) -> list[tuple[tuple[int, int], float]]:
-        """Return spans of the context (begin, end in characters) and their scores over some windows, the best first.
+        """Return spans of the context (begin and end in characters) with their scores, the best first.
 
-        ``(0, 0)``, no answer, is one of them if ``may_lack_answer`` or if there is no other.
+        ``(0, 0)``, no answer, is included if ``may_lack_answer`` or if there is no other span.
         """
         spans, none = [], float("inf")
         for window in windows:
@@ -260,15 +260,15 @@ class _Scoring:
             spans += _best_spans(starts, ends, np.stack([self.starts[begin:end], self.ends[begin:end]], axis=1))
         found: dict[tuple[int, int], float] = {}
         for score, low, high in sorted(spans, reverse=True):
-            found.setdefault((low, high), score)  # windows overlap, and may hold the same span
+            found.setdefault((low, high), score)  # windows overlap, so two may contain the same span
         if may_lack_answer or not found:
             found[0, 0] = none
-        # Of equal scores, no answer comes last, and before it the later span.
+        # Among equal scores, later spans come first, and no answer last.
         return sorted(found.items(), key=lambda item: item[1], reverse=True)
 
 
 def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArray) -> list[tuple[float, int, int]]:
-    """Return (score, begin, end) in characters of the best spans of a window that lie in its context."""
+    """Return (score, begin, end) of the best spans of a window within its context; begin and end in characters."""
     inside = np.flatnonzero(places[:, 1] > 0)
     begin = inside[np.argsort(-starts[inside])[:_N_BEST]]
     finish = inside[np.argsort(-ends[inside])[:_N_BEST]]
@@ -281,11 +281,11 @@ def _best_spans(starts: npt.NDArray[Any], ends: npt.NDArray[Any], places: IntArr
 
 
 def _span(places: IntArray, answer: Answer | None) -> tuple[int, int]:
-    """Return the first and last token of a window's answer; 0, 0 if the window does not hold all of it.
+    """Return the first and last token of the answer in a window; 0, 0 if the window does not contain all of it.
 
     Args:
-        places: characters of the context that each token covers, shape (L, 2).
-        answer: text and place, or None.
+        places: range of characters of the context that each token covers, shape (L, 2).
+        answer: the answer, or None.
     """
     if answer is None:
         return 0, 0
@@ -299,7 +299,7 @@ def _span(places: IntArray, answer: Answer | None) -> tuple[int, int]:
 def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
     """Return the first answer that occurs in the context, with its place there; None if none does."""
     for text, start in answers or ():
-        is_there = start >= 0 and context.startswith(text, start)  # some data sets count bytes, or other white space
+        is_there = start >= 0 and context.startswith(text, start)  # some data sets count bytes, or strip white space
         place = start if is_there else context.find(text)
         if text and place >= 0:
             return text, place
@@ -307,7 +307,7 @@ def _located(answers: tuple[Answer, ...] | None, context: str) -> Answer | None:
 
 
 def _answers(value: Any, where: str) -> tuple[Answer, ...] | None:
-    """Return the answers in a cell: empty for a question without one, None if the label is missing."""
+    """Return the answers in a cell: empty for a question without answer, None if the label is missing."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -335,7 +335,7 @@ def _is_answered(value: Any) -> bool | None:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return a list as it is, None as an empty list, and anything else as a list of one."""
+    """Return a list unchanged, None as an empty list, and any other value as a list of one."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -347,13 +347,14 @@ def _windows(
     max_length: int,
     stride: int,
 ) -> Tokens:
-    """Tokenise some questions into windows.
+    """Tokenise questions and contexts into windows.
 
-    Besides the tokens: ``starts`` and ``ends`` (T,), the characters of the context that each token covers, -1 outside
-    of it; ``first`` and ``last``, the answer tokens of each window; ``windows``, the number of windows per question.
+    Additional fields: ``starts`` and ``ends`` (T,), the range of characters of the context that each token covers, -1
+    outside the context; ``first`` and ``last``, the first and last answer token of each window; ``windows``, the
+    number of windows of each question.
     """
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
-    # A question may fill no more than half of a window.
+    # A question may fill at most half of a window.
     asked = tokenizer(questions, add_special_tokens=False, truncation=True, max_length=max(1, max_length // 2 - 4),
                       return_offsets_mapping=True)  # fmt: skip
     ends = (pieces[-1][1] if pieces else 0 for pieces in asked["offset_mapping"])

@@ -29,7 +29,7 @@ _LARGEST = float(np.finfo(np.float32).max)  # targets are float32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(TextTask):
-    """Prediction of a number. Targets are used as they are, neither centred nor scaled."""
+    """Prediction of a number. Targets are neither centred nor scaled."""
 
     text_columns: tuple[str, ...]
     label_column: str
@@ -45,10 +45,10 @@ class Task(TextTask):
         cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN, *,
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; DataError if the label column holds a single value."""
+        """Create the task; raise a DataError if all labels are equal."""
         text, label, notes = choose_columns(table, text_columns, label_column, source, numbers=True)
         task = cls(text_columns=text, label_column=label, **scores.fields(("pearson", "spearmanr"), "number"))
-        # Cells that are not numbers are reported with their rows by strata.
+        # Cells that are not numbers are reported by strata, with their rows.
         values = np.array([_number(value) for value in cells(table, label)], dtype=np.float64)
         known = values[~np.isnan(values)]
         if len(known) and np.isfinite(known).all() and np.ptp(known) == 0:
@@ -65,7 +65,7 @@ class Task(TextTask):
         return [*(("text", c) for c in self.text_columns), ("label", self.label_column)]
 
     def targets(self, split: Split) -> npt.NDArray[np.float32]:
-        """Return the numbers, (N,) float32, NaN where there is none; DataError for cells that are not numbers."""
+        """Return the targets, (N,) float32, NaN if missing; raise a DataError for cells that are not numbers."""
         found = np.empty(split.table.num_rows, dtype=np.float32)
         for row, value in enumerate(cells(split.table, self.label_column)):
             number = _number(value)
@@ -93,7 +93,7 @@ class Task(TextTask):
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Return the squared error of logits (B, 1) against numbers (B,), summed."""
+        """Return the squared error of logits (B, 1) against targets (B,), summed."""
         return (outputs.logits.float().squeeze(-1) - targets).square().sum(), targets.shape[0]
 
     @override
@@ -119,7 +119,7 @@ class Task(TextTask):
 
 
 def _number(value: Any) -> float:
-    """Return the number in a cell; NaN for none, infinity for anything that is not a number."""
+    """Return the number in a cell; NaN for an empty cell, infinity for a value that is not a number."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
         return float("nan")
     try:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """text-classification: one or two texts -> one of C classes, or any number of them.
 
-One class per row: cross-entropy; accuracy by default. Several (the label column holds lists, or ``labels`` names
-columns of 0 and 1): binary cross-entropy of every class; f1_micro and f1_macro by default.
+With one class per row, the loss is cross-entropy and the default metric accuracy. With several (the label column holds
+lists, or ``labels`` names columns of 0 and 1), the loss is the binary cross-entropy of each class and the default
+metrics are f1_micro and f1_macro.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Task(TextTask, OneOfClasses):
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         labels: tuple[str, ...] | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
+        """Create the task; class names are ``labels``, else those of the column's features, else its sorted values."""
         as_columns = label_column is None and bool(labels) and set(labels or ()) <= set(table.column_names)
         if as_columns:
             label_column = (labels or ("",))[0]
@@ -113,8 +114,8 @@ class Task(TextTask, OneOfClasses):
     def training_loss(
         self, outputs: Any, targets: Tensor, *, smoothing: float, weights: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """Return the loss with classes weighed and labels smoothed. With several labels, a weight multiplies the loss
-        of the rows that have the class, and not of those that lack it.
+        """Return the loss with class weights and label smoothing. With several labels per row, a class weight
+        multiplies the loss of the rows that have the class only.
         """
         if not self.multi_label:
             return OneOfClasses.training_loss(self, outputs, targets, smoothing=smoothing, weights=weights)
@@ -130,7 +131,7 @@ class Task(TextTask, OneOfClasses):
 
     @override
     def balanced_weights(self, examples: Any) -> npt.NDArray[np.float32]:
-        """Return the weights of one class per row; with several labels, rows without the class over rows with it."""
+        """Return the balanced weights; with several labels per row, rows without the class over rows with it."""
         if not self.multi_label:
             return OneOfClasses.balanced_weights(self, examples)
         counts = self.class_counts(examples)
@@ -139,7 +140,7 @@ class Task(TextTask, OneOfClasses):
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Targets, Targets]:
-        """Return predicted and true classes, each (N,); with several labels, those of positive logits, each (N, C)."""
+        """Return predicted and true classes, each (N,), or with several labels per row 0 and 1, each (N, C)."""
         if self.multi_label:
             return (np.stack(judged) > 0).astype(np.int64), examples.targets
         return OneOfClasses.answers(self, judged, examples)
@@ -159,8 +160,8 @@ class Task(TextTask, OneOfClasses):
     def prediction_columns(
         self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
     ) -> Predictions:
-        """Return the most probable classes; with several labels, lists of the names whose probabilities are above the
-        threshold (0.5 by default), and of these probabilities.
+        """Return the most probable classes; with several labels per row, lists of the classes whose probability is
+        above the threshold (0.5 by default), and of their probabilities.
         """
         if not self.multi_label:
             return OneOfClasses.prediction_columns(self, judged, examples, split, options)
