@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kinds of task share: columns, encoding, loss, answers, metrics."""
+"""Code shared by the kinds of task: columns, encoding, losses, answers and metrics."""
 
 __all__ = [
     "answered_rows",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Final answers in texts: how to find the answer in a reference and in a generated text, and when two are equal."""
+"""Extract the final answer from reference and generated texts, in a normal form in which answers are compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import regex
 
 from mirrortune.errors import ConfigError, unknown_name
 
-_SECONDS = 1.0  # a search by a user's pattern may take
+_SECONDS = 1.0  # time limit of a search with a user's pattern
 _NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+"
 _NUMBERS = re.compile(rf"(?:{_NUMBER})(?:\s*/\s*\d[\d,]*)?(?:\s+\d+\s*/\s*\d+)?")
 _MINUS = str.maketrans("\u2212\u2013\u2010\u2011", "----")
@@ -23,11 +23,11 @@ _UNITS = re.compile(r"\\(?:text|mbox|textrm|mathrm)\s*\{[^{}]*\}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerFormat:
-    """A way to write answers.
+    """How the final answer is written in a text.
 
     Attributes:
-        expected: the answer in a reference text, in normal form; None if there is none.
-        given: the answer in a generated text, in normal form; None if there is none.
+        expected: reference text -> its answer in normal form; None if there is none.
+        given: generated text -> its answer in normal form; None if there is none.
     """
 
     expected: Callable[[str], str | None]
@@ -35,13 +35,13 @@ class AnswerFormat:
 
 
 def answer_format(name: str) -> AnswerFormat:
-    """Return the format with a name of :data:`FORMATS`, or the one of a ``regex:PATTERN``.
+    """Return the format of a name in :data:`FORMATS`, or of a ``regex:PATTERN``.
 
-    A pattern's answer is its first group, or the whole match if it has no group; of several matches the last one
-    counts. A reference that the pattern does not match is an answer as a whole.
+    The answer is the pattern's first group, or the complete match if it has no group. If there are several matches,
+    the last one counts. A reference text without a match is itself the answer.
 
     Raises:
-        ConfigError: for an unknown name, or a pattern that is not valid.
+        ConfigError: the name is unknown or the pattern is invalid.
     """
     kind, colon, pattern = name.partition(":")
     if kind.strip() == "regex" and colon:
@@ -71,12 +71,12 @@ def _pattern_format(pattern: str) -> AnswerFormat:
 
 
 def _plain(text: str) -> str | None:
-    """Return the text with single spaces; None if it is blank."""
+    """Collapse white space to single spaces; return None if the text is blank."""
     return " ".join(text.split()) or None
 
 
 def _number(text: str) -> Fraction | None:
-    """Return the first number of a text, exactly: integers, decimals, fractions and mixed numbers."""
+    """Return the first number in a text as an exact fraction; reads integers, decimals, fractions and mixed numbers."""
     found = _NUMBERS.search(text.translate(_MINUS).replace("- ", "-"))
     if found is None:
         return None
@@ -105,7 +105,7 @@ def _last_number(text: str) -> str | None:
 
 
 def _gsm8k(text: str) -> str | None:
-    """Find the number after ``####``, else the one after the last "the answer is", else the last of the text."""
+    """Return the number after ``####``, else after the last "the answer is", else the last number in the text."""
     if "####" in text and (found := _as_number(text.partition("####")[2])) is not None:
         return found
     if (behind := _behind_answer_is(text)) is not None and (found := _as_number(behind)) is not None:
@@ -142,10 +142,10 @@ def _boxed_given(text: str) -> str | None:
 
 
 def _mathematical(text: str) -> str | None:
-    r"""Return a formula in a normal form: no spaces, units, degrees and sizes; ``a/b`` as ``\frac{a}{b}``.
+    r"""Normalise a formula: drop spaces, units, degree signs and delimiter sizes; write ``a/b`` as ``\frac{a}{b}``.
 
-    Follows the comparison of MATH (Hendrycks et al. 2021): formulas are compared as text, not as mathematics; plain
-    numbers as numbers.
+    As in the evaluation of MATH (Hendrycks et al. 2021), formulas are compared as text, not by their mathematical
+    meaning. Plain numbers are compared by value.
     """
     text = text.strip().strip("$").strip().rstrip(".").translate(_MINUS)
     for word in ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\$", "\\%", "%", "$", "^\\circ", "^{\\circ}"):
@@ -176,7 +176,7 @@ def _canonical_number(text: str) -> str | None:
 
 
 def _letter(text: str) -> str | None:
-    """Find the letter of a choice, A to Z: after "the answer is", at the beginning, in brackets, or the last alone."""
+    """Return the letter of a choice, A to Z: after "the answer is", at the start, in brackets, or the last alone."""
     for wanted in (_behind_answer_is(text), text):
         # "A film" begins with an article, not with a choice
         if wanted is not None and (found := re.match(r"[\s*\"'(\[]*(?![AI]\s+[a-z])([A-Z])(?![A-Za-z'])", wanted)):
@@ -188,7 +188,7 @@ def _letter(text: str) -> str | None:
 
 
 def _option(text: str) -> str | None:
-    """Find ``answer2``, ``option1``, ``true`` and the like: after "correct answer is", else the first of the text."""
+    """Return ``answer2``, ``option1``, ``true`` and the like: after "correct answer is", else the first in the text."""
     behind = text.lower().rpartition("correct answer is")
     for part in (behind[2] if behind[1] else "", text):
         if found := _OPTIONS.search(part):
@@ -206,5 +206,5 @@ FORMATS: dict[str, AnswerFormat] = {
     "exact": AnswerFormat(expected=_plain, given=_plain),
 }  # fmt: skip
 """Formats by name. ``gsm8k``: a number after ``####``. ``boxed``: a formula in LaTeX's ``\\boxed``, as in MATH.
-``letter``: A, B, C, ... of a choice. ``option``: ``answer2``, ``true`` and the like, as in Commonsense-170k. ``exact``:
-the whole text, but for the spaces."""
+``letter``: the letter of a choice. ``option``: ``answer2``, ``true`` and the like, as in Commonsense-170k. ``exact``:
+the complete text, up to white space."""

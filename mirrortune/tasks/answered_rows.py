@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a language model that are scored by the answer that the model generates."""
+"""Examples of a language model that are scored by the generated answer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mirrortune.tasks.answer_formats import AnswerFormat, answer_format
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredExamples(TokenExamples):
-    """Tokens of prompts and answers; the model is scored on the tokens, and on what it generates after the prompt.
+    """Tokens of prompts and answers, scored by the loss of the tokens and by the answer generated after the prompt.
 
     Attributes:
-        expected: the answer of each row, in the normal form of ``format``.
-        format: how answers are written.
-        tokenizer: decodes what is generated.
-        stops: tokens that end an answer.
-        max_new_tokens: longest answer that is generated, in tokens.
+        expected: reference answer of each row, in the normal form of ``format``.
+        format: extracts answers from texts.
+        tokenizer: decodes generated tokens.
+        stops: ids of the tokens that end an answer.
+        max_new_tokens: maximum length of a generated answer, in tokens.
     """
 
     expected: tuple[str, ...]
@@ -37,7 +37,7 @@ class AnsweredExamples(TokenExamples):
     max_new_tokens: int
 
     def prompt(self, row: int) -> npt.NDArray[np.int64]:
-        """Return the tokens of a row before the last run of learned tokens, which is the answer."""
+        """Return the tokens of a row before its answer, the last run of tokens with a target."""
         start, end = int(self.offsets[row]), int(self.offsets[row + 1])
         is_learned = self.features["targets"][start:end] != IGNORE_INDEX
         last = int(np.flatnonzero(is_learned)[-1])
@@ -47,7 +47,7 @@ class AnsweredExamples(TokenExamples):
 
     @torch.no_grad()
     def generate(self, model: Any, rows: Rows) -> list[str]:
-        """Generate an answer to each of the given prompts: greedily, in one batch padded on the left."""
+        """Generate answers to the prompts of ``rows``: greedily, in one batch with left padding."""
         prompts = [self.prompt(int(row)) for row in rows]
         ids, mask = _padded_left(prompts, self.tokenizer.pad_token_id or 0)
         device = next(model.parameters()).device
@@ -60,11 +60,11 @@ class AnsweredExamples(TokenExamples):
         return [self._text(answer) for answer in written[:, width:].tolist()]
 
     def num_correct(self, row: int, text: str) -> int:
-        """Return 1 if the answer in a generated text is the expected one of a row, else 0."""
+        """Return 1 if the answer in the generated text is the expected answer of the row, else 0."""
         return int(self.format.given(text) == self.expected[row])
 
     def _room(self, model: nn.Module, width: int) -> int:
-        """Return the number of tokens that fit into the model's positions after a prompt."""
+        """Return how many tokens may follow a prompt of ``width`` tokens within the model's maximum length."""
         positions = getattr(model.config, "max_position_embeddings", None)
         return self.max_new_tokens if positions is None else max(1, min(self.max_new_tokens, positions - width))
 
@@ -74,17 +74,17 @@ class AnsweredExamples(TokenExamples):
 
 
 def expected_answers(texts: Sequence[str], answer: str, split: Split, numbers: Rows, column: str) -> tuple[str, ...]:
-    """Return the expected answers in the texts of some rows, in the normal form of the format ``answer``.
+    """Extract the expected answers from reference texts, in the normal form of the format ``answer``.
 
     Args:
-        texts: one per row.
+        texts: reference texts, one per row.
         answer: name of the format.
-        split: of the rows, for messages.
-        numbers: of the rows in the split.
-        column: that the texts come from, for messages.
+        split: split of the rows, for messages.
+        numbers: indices of the rows in the split.
+        column: column of the texts, for messages.
 
     Raises:
-        DataError: for texts without an answer in this format.
+        DataError: a text has no answer in this format.
     """
     form = answer_format(answer)
     expected = [form.expected(text) for text in texts]
@@ -98,7 +98,7 @@ def expected_answers(texts: Sequence[str], answer: str, split: Split, numbers: R
 
 
 def _padded_left(prompts: list[npt.NDArray[np.int64]], fill: int) -> tuple[Tensor, Tensor]:
-    """Return ids and attention mask, each (B, L)."""
+    """Pad prompts on the left with ``fill``; return ids and attention mask, each (B, L)."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), fill)
     mask = torch.zeros_like(ids)

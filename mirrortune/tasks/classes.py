@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of classes: their loss, weighed and smoothed where a recipe asks, and the scores of each class."""
+"""Classification tasks: the loss, with optional class weights and label smoothing, and the scores of each class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answer
 
 
 class SmoothsLabels(ABC):
-    """A task whose training loss can spread a share of each target evenly over all classes."""
+    """A task whose training loss supports label smoothing: a share of each target is spread evenly over all classes."""
 
     __slots__ = ()
 
@@ -36,15 +36,15 @@ class SmoothsLabels(ABC):
         """Return the summed loss of a batch and its number of items; see :meth:`mirrortune.tasks.base.Task.loss`.
 
         Args:
-            outputs: of the model.
-            targets: of the batch.
+            outputs: outputs of the model.
+            targets: targets of the batch.
             smoothing: share of each target that is spread, in [0, 1).
-            weights: factor of the loss of each class's items, (C,) on the device of ``targets``; None for all 1.
+            weights: factor of each class in the loss, (C,) on the device of ``targets``; None for 1 everywhere.
         """
 
 
 class WeighsClasses(HasLabels, SmoothsLabels):
-    """A task whose training loss can weigh classes."""
+    """A task whose training loss supports class weights."""
 
     __slots__ = ()
 
@@ -53,8 +53,8 @@ class WeighsClasses(HasLabels, SmoothsLabels):
         """Return how many items of ``examples`` have each class, (C,)."""
 
     def balanced_weights(self, examples: Any) -> npt.NDArray[np.float32]:
-        """Return weights (C,) by which all classes have the same part in the loss, 1 on average over items: those of
-        scikit-learn's ``class_weight="balanced"``. Classes without an item get 1.
+        """Return weights (C,) that give all classes an equal share of the loss, with mean 1 over items, as
+        scikit-learn's ``class_weight="balanced"`` does. A class without items gets 1.
         """
         counts = self.class_counts(examples)
         even = counts.sum() / max(1, np.count_nonzero(counts))
@@ -66,8 +66,8 @@ class OneOfClasses(Task, WeighsClasses):
     """A task that predicts one of C classes.
 
     Attributes:
-        label_column: the column of classes.
-        labels: the class names, in the order of the model's outputs.
+        label_column: column that holds the class.
+        labels: class names, in the order of the model's outputs.
     """
 
     label_column: str
@@ -76,7 +76,7 @@ class OneOfClasses(Task, WeighsClasses):
     labels: tuple[str, ...]
 
     def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
-        """Return the class of every row (N,), -1 where there is none; DataError for that unless ``allow_missing``."""
+        """Return the class index of each row, (N,); -1 for a missing label, or DataError unless ``allow_missing``."""
         return class_indices(split.table, self.label_column, self.labels, split.places, allow_missing=allow_missing)
 
     @override
@@ -128,16 +128,16 @@ class OneOfClasses(Task, WeighsClasses):
 
 
 def class_scores(task: Task, predictions: Any, references: Any) -> list[dict[str, Any]]:
-    """Score each class on its own.
+    """Score each class separately.
 
     Args:
-        task: whose classes are scored.
+        task: the task, with its class names.
         predictions: as :meth:`mirrortune.tasks.base.Task.answers` returns them.
-        references: the same.
+        references: as for ``predictions``.
 
     Returns:
-        ``class``, ``precision``, ``recall``, ``f1`` and ``count``, the number of references of the class, in the order
-        of the classes; empty for kinds of task without classes. A score whose denominator is 0 is 0.
+        One entry for each class, in their order, with ``class``, ``precision``, ``recall``, ``f1`` and ``count`` (the
+        number of references of the class); empty for tasks without classes. A score with denominator 0 is 0.
     """
     has_class_of_row = isinstance(task, OneOfClasses)
     if not isinstance(task, WeighsClasses):
@@ -171,8 +171,8 @@ def class_scores(task: Task, predictions: Any, references: Any) -> list[dict[str
 def _counted_scores(predictions: Any, references: Any, count: int) -> tuple[npt.NDArray[Any], ...]:
     """Return precision, recall, F1 and the number of references of each of ``count`` classes.
 
-    They are scikit-learn's, whose import takes a tenth of a short run. Predictions and references are classes (N,), or
-    0 and 1 for each of several (N, C).
+    The results equal those of scikit-learn, whose import would take a tenth of a short run. Predictions and references
+    are class indices (N,), or 0 and 1 for each class (N, C).
     """
     if references.ndim == 2:
         said_rows, right_rows = predictions.astype(bool), references.astype(bool)  # a file may hold 0.0 and 1.0

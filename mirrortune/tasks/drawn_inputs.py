@@ -2,8 +2,8 @@
 """Random inputs for a model known only by its class and configuration: token ids, pixels, waveforms and spectrograms
 of the sizes in the configuration.
 
-Configurations do not tell everything that a forward needs, so there are several candidates, the likeliest first;
-:func:`first_that_runs` returns the first that the model accepts.
+A configuration does not determine all inputs of the forward pass, so several candidates are tried, the likeliest first;
+:func:`first_that_runs` returns the first one that the model accepts.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from mirrortune.errors import MirrortuneError, raised_here
 from mirrortune.tasks.model_outputs import NothingToCompareError
 
 _ROWS, _LENGTH, _DECODER_LENGTH, _CHOICES = 2, 16, 7, 3
-_SIDES = (64, 224, 256)  # pixels, if the configuration gives none or a wrong one
+_SIDES = (64, 224, 256)  # pixels, if the configuration has no image size or a wrong one
 _SAMPLES = (4000, 16_000)  # of a recording
 _UNNAMED_VOCABULARY = 32
 T = TypeVar("T")
 Draw = Callable[[Any, Any], list[Tensor]]
-"""(model class, configuration) -> variants of one argument of the forward, the likeliest first."""
+"""(model class, configuration) -> candidates for one argument of the forward pass, the likeliest first."""
 
 
 def first_that_runs(candidates: Iterable[Batch], run: Callable[[Batch], T]) -> tuple[Batch, T] | str:
-    """Return the first candidate that a model accepts and the result of ``run``; or why it refused the likeliest.
+    """Return the first candidate that a model accepts and the result of ``run``, or why it refused the likeliest one.
 
     Args:
-        candidates: inputs of the model's forward.
-        run: runs the model. Exceptions of other libraries mean that the model refuses the inputs; exceptions from this
-            package are raised.
+        candidates: inputs of the forward pass.
+        run: runs the model. An exception from another library means that the model refuses the inputs; exceptions of
+            this package are raised.
     """
     reason = ""
     for batch in candidates:
@@ -50,7 +50,7 @@ def first_that_runs(candidates: Iterable[Batch], run: Callable[[Batch], T]) -> t
 
 
 def input_names(model_class: Any) -> set[str]:
-    """Return the names of the arguments of a class's forward, including the main input if it takes ``**kwargs``."""
+    """Return the argument names of a class's ``forward``, with the main input if ``forward`` takes ``**kwargs``."""
     parameters = inspect.signature(model_class.forward).parameters.values()
     names = {p.name for p in parameters}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -58,14 +58,14 @@ def input_names(model_class: Any) -> set[str]:
 
 
 def drawn_inputs(model_class: Any, config: Any) -> Iterator[Batch]:
-    """Yield inputs for the forward of a model, with fixed seeds and without padding.
+    """Yield candidate inputs of a model's forward pass, drawn with fixed seeds and without padding.
 
     Args:
-        model_class: a model class of transformers (not an Auto class).
-        config: its configuration.
+        model_class: model class of transformers, not an Auto class.
+        config: configuration of the model.
 
     Yields:
-        Arguments of the forward: the main input alone, then with others; tensors of 2 rows.
+        Arguments of ``forward``, with 2 rows in each tensor, or 1: the main input alone, then with further inputs.
     """
     signature, taken = inspect.signature(model_class.forward), input_names(model_class)
     main = getattr(model_class, "main_input_name", None)
@@ -84,7 +84,7 @@ def drawn_inputs(model_class: Any, config: Any) -> Iterator[Batch]:
 
 
 def _variants(model_class: Any, config: Any, names: list[str]) -> Iterator[Batch]:
-    """Yield the named inputs in all variants of their sizes."""
+    """Yield the named inputs in all candidate shapes."""
     drawn = {name: found for name in names if (found := _DRAW[name](model_class, config))}
     for index in range(max(map(len, drawn.values()), default=0)):
         yield {name: found[min(index, len(found) - 1)] for name, found in drawn.items()}
@@ -102,7 +102,7 @@ def _with_decoder(batch: Batch, model_class: Any, config: Any) -> Iterator[Batch
 
 
 def _beside(batch: Batch, taken: Mapping[str, Any], config: Any) -> Batch:
-    """Return what accompanies the inputs: attention mask, boxes of words, features of objects, words of a task."""
+    """Return the inputs that go with ``batch``: attention mask, word boxes, object features, task tokens."""
     found: Batch = {}
     ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
     if ids is not None and "attention_mask" in taken:
@@ -129,7 +129,7 @@ def _masked(batch: Batch, taken: Mapping[str, Any], config: Any) -> Batch | None
 
 
 def _draw_ids(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, L), or (2, choices, L) for multiple choice; with the end token that the model's encoder expects."""
+    """Draw token ids (2, L), or (2, choices, L) for multiple choice, with the end token that an encoder expects."""
     positions = _number(config, "max_position_embeddings") or _number(config, "n_positions") or 512
     length = min(_LENGTH, max(1, positions - 4))  # some models reserve their first positions for padding
     lead = (_ROWS, _CHOICES) if model_class.__name__.endswith("MultipleChoice") else (_ROWS,)
@@ -144,7 +144,7 @@ def _draw_ids(model_class: Any, config: Any) -> list[Tensor]:
 
 
 def _draw_images(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, channels, height, width), or clips (2, frames, channels, height, width)."""
+    """Draw images (2, channels, height, width), or clips (2, frames, channels, height, width)."""
     channels = next((n for key in ("num_channels", "in_channels", "in_chans") if (n := _number(config, key))), 3)
     own = _pair(_setting(config, "image_size")) or _pair(_setting(config, "input_size"))
     sides = list(dict.fromkeys(([own] if own else []) + [(side, side) for side in _SIDES]))
@@ -155,7 +155,7 @@ def _draw_images(model_class: Any, config: Any) -> list[Tensor]:
 
 
 def _draw_waves(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, samples), spectrograms (2, frames, mel bins), or (2, 1, samples)."""
+    """Draw waveforms (2, samples), spectrograms (2, frames, mel bins), or waveforms (2, 1, samples)."""
     shapes: list[tuple[int, ...]] = [(_ROWS, count) for count in _SAMPLES]
     bins, frames = _number(config, "num_mel_bins"), _number(config, "max_length")
     if bins and frames:
@@ -164,7 +164,7 @@ def _draw_waves(model_class: Any, config: Any) -> list[Tensor]:
 
 
 def _draw_spectrograms(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, mel bins, frames), (2, frames, mel bins) or (2, 1, frames, mel bins)."""
+    """Draw spectrograms (2, mel bins, frames), (2, frames, mel bins) or (2, 1, frames, mel bins)."""
     named = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "input_size")
     bins = next((n for key in named if (n := _number(config, key))), 80)
     positions = _number(config, "max_source_positions")
@@ -175,7 +175,7 @@ def _draw_spectrograms(model_class: Any, config: Any) -> list[Tensor]:
 
 
 def _draw_series(model_class: Any, config: Any) -> list[Tensor]:
-    """(2, steps, channels), (2, steps)."""
+    """Draw time series (2, steps, channels) or (2, steps)."""
     steps = _number(config, "context_length") or 32
     channels = _number(config, "num_input_channels") or _number(config, "input_size") or 1
     return [_noise((_ROWS, steps, channels)), _noise((_ROWS, steps))]
@@ -188,7 +188,7 @@ _DRAW: dict[str, Draw] = {
 
 
 def _ids(config: Any, size: int, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Draw token ids below ``size``, without special ones, such as those that stand for an image."""
+    """Draw token ids below ``size``, without special tokens such as image placeholders."""
     special = {value for part in _parts(config) for name, value in vars(part).items() if name.endswith("_id")
                for value in (value if isinstance(value, list) else [value]) if isinstance(value, int)}  # fmt: skip
     allowed = torch.tensor([i for i in range(size) if i not in special] or list(range(size)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics, under the names of GLUE and its successors; computed by scikit-learn and SciPy, nothing is downloaded."""
+"""Metrics, with the names used by GLUE and its successors; most are computed by scikit-learn or SciPy, offline."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ class Metric:
     """A score of predictions against references.
 
     Attributes:
-        compute: (predictions, references) -> value, both with an entry for each row.
+        compute: (predictions, references) -> value; both arguments have one entry per row.
         higher_is_better: whether the best checkpoint has the highest or the lowest value.
         is_share: whether the value is in [0, 1] (or [-1, 1]) and shown as a percentage.
-        targets: what it can score: ``"class"`` indices (N,); the index (N,) of a ``"choice"`` among endings, which have
-            no classes; real ``"number"`` values (N,); sets of ``"labels"`` (N, C) of 0 and 1; ``"tags"``, lists of
-            names; ``"answers"``, a text against several; ``"text"`` against one; ``"token"`` sums: loss and number of
-            correct tokens (N, 2), and number of tokens (N,); ``"written"``, the same with a third column, 1 where a
-            generated answer is correct; the ``"rank"`` (N,) of the right text among all of a split, as references,
-            whatever the predictions (N,).
-        binary: whether it is defined for two classes only (class 1 is the positive one).
+        targets: types of target that the metric can score. ``"class"``: class indices (N,). ``"choice"``: indices (N,)
+            of endings, which are not classes. ``"number"``: real values (N,). ``"labels"``: 0 and 1 for each class
+            (N, C). ``"tags"``: lists of tag names. ``"answers"``: a text, against several references. ``"text"``: a
+            text, against one reference. ``"token"``: loss and number of correct tokens (N, 2), against the number of
+            tokens (N,). ``"written"``: as ``"token"``, with a third column that is 1 where the generated answer is
+            correct. ``"rank"``: the references are ranks (N,) of the right text among all texts of the split, and the
+            predictions are ignored.
+        binary: whether the metric is defined for two classes only (class 1 is the positive class).
         requires: an optional module, and the extra of this package that installs it.
         takes_probabilities: whether ``compute`` takes the probability of each class (N, C) instead of predictions.
     """
@@ -59,7 +60,7 @@ def _f1(predictions: Array, references: Array, *, average: str) -> float:
 def _matthews(predictions: Array, references: Array) -> float:
     from sklearn.metrics import matthews_corrcoef  # noqa: PLC0415
 
-    with warnings.catch_warnings():  # a single predicted class is a valid, if poor, result: 0
+    with warnings.catch_warnings():  # if only one class is predicted, the result is 0, without a warning
         warnings.simplefilter("ignore")
         return float(matthews_corrcoef(references, predictions))
 
@@ -79,9 +80,9 @@ def _log_loss(probabilities: Array, references: Array) -> float:
 
 
 def _roc_auc(probabilities: Array, references: Array) -> float:
-    """Return the area under the ROC curve: of class 1 of two, else the mean over classes, each against the rest.
+    """Return the area under the ROC curve: of class 1 if there are two classes, else the one-vs-rest mean over classes.
 
-    Classes that no row has, or that all rows have, are left out; without any other class the area is 0.5.
+    Classes that no row or every row has are left out; if no class remains, the area is 0.5.
     """
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415
 
@@ -95,7 +96,7 @@ def _roc_auc(probabilities: Array, references: Array) -> float:
 def _r2(predictions: Array, references: Array) -> float:
     from sklearn.metrics import r2_score  # noqa: PLC0415
 
-    if not np.isfinite(predictions).all():  # scikit-learn refuses them, and whoever trains has to see the loss
+    if not np.isfinite(predictions).all():  # scikit-learn refuses them, but evaluation must still report the loss
         return math.nan
     return float(r2_score(references, predictions)) if len(references) > 1 else 0.0
 
@@ -104,7 +105,7 @@ def _correlation(predictions: Array, references: Array, *, name: str) -> float:
     import scipy.stats  # noqa: PLC0415
 
     if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
-        return 0.0  # the correlation with a constant is undefined, and no evidence of any
+        return 0.0  # the correlation with a constant is undefined
     return float(getattr(scipy.stats, name)(predictions, references).statistic)
 
 
@@ -117,7 +118,7 @@ def _subset_accuracy(predictions: Array, references: Array) -> float:
 
 
 def _tags(predictions: Array, references: Array, *, name: str) -> float:
-    """Return a seqeval score of whole entities; an entity counts if its boundaries and its type are correct."""
+    """Return a seqeval score of entities; an entity is correct if its boundaries and its type are correct."""
     import seqeval.metrics  # noqa: PLC0415
 
     return float(getattr(seqeval.metrics, name)(references, predictions, zero_division=0))
@@ -131,7 +132,7 @@ def _tag_accuracy(predictions: Any, references: Any) -> float:
 
 
 def _plain(text: str) -> str:
-    """Normalise as SQuAD does: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    """Normalise text as SQuAD does: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -149,9 +150,9 @@ def _overlap(answer: str, truth: str) -> float:
 
 
 def _best_answer(predictions: Any, references: Any, *, compare: Callable[[str, str], float]) -> float:
-    """Return the mean over questions of the best comparison with any true answer; without one, "" is correct.
+    """Return the mean over questions of the best score against any true answer; "" is correct if there is none.
 
-    As in the official script of SQuAD 2.0, an answer of only articles and punctuation counts as none.
+    As in the official script of SQuAD 2.0, an answer of only articles and punctuation counts as no answer.
     """
     rights = ([truth for truth in right if _plain(truth)] or [""] for right in references)
     pairs = zip(predictions, rights, strict=True)
@@ -159,7 +160,7 @@ def _best_answer(predictions: Any, references: Any, *, compare: Callable[[str, s
 
 
 def _exact_match(predictions: Any, references: Any) -> float:
-    """Return the share of correct answers: generated ones were compared already, spans are compared as SQuAD does."""
+    """Return the share of correct answers. Generated answers are compared before; spans are compared as in SQuAD."""
     if isinstance(predictions, np.ndarray):
         return float(predictions[:, 2].mean())
     return _best_answer(predictions, references, compare=_exact)
@@ -179,7 +180,7 @@ def _mrr(_: Array, ranks: npt.NDArray[np.int64], *, k: int) -> float:
 
 
 def _ndcg(_: Array, ranks: npt.NDArray[np.int64], *, k: int) -> float:
-    """Return the mean NDCG of lists of k places, of which the right text takes one, or none if its rank is above k."""
+    """Return the mean NDCG at k, with one relevant text per query: 0 for a query whose rank is above k."""
     from sklearn.metrics import ndcg_score  # noqa: PLC0415
 
     places = np.arange(1, k + 1)
@@ -256,16 +257,16 @@ METRICS: dict[str, Metric] = {
 def check_metrics(
     names: Sequence[str], target: str, num_classes: int | None = None, selection: str | None = None
 ) -> None:
-    """Check that metrics exist and fit the task, before any training.
+    """Check that metrics exist and fit the task.
 
     Args:
-        names: names of metrics, at least one.
-        target: what is scored; see :class:`Metric`.
+        names: names of the metrics, at least one.
+        target: type of target that is scored; see :class:`Metric`.
         num_classes: number of classes, if known.
-        selection: the metric that chooses the best checkpoint, if it was named.
+        selection: metric that selects the best checkpoint, if one was named.
 
     Raises:
-        ConfigError: with the nearest name, or the metrics that fit.
+        ConfigError: a metric is unknown or does not fit; the fix gives the nearest name, or the metrics that fit.
     """
     fitting = [n for n, m in METRICS.items() if target in m.targets]
     for name in names:
@@ -287,19 +288,20 @@ def check_metrics(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """The metrics that a recipe asks for.
+    """The metrics named in a recipe.
 
     Attributes:
-        metrics: names, or None for the defaults of the kind of task.
-        selection_metric: the one that chooses the best checkpoint, or None for the first.
+        metrics: names of the metrics; None for the defaults of the kind of task.
+        selection_metric: metric that selects the best checkpoint; None for the first one.
     """
 
     metrics: tuple[str, ...] | None = None
     selection_metric: str | None = None
 
     def fields(self, own: tuple[str, ...], target: str, num_classes: int | None = None) -> dict[str, Any]:
-        """Return ``metric_names`` and ``selection_metric`` of a task whose kind has the default metrics ``own``; see
-        :func:`check_metrics` for the other arguments and the errors.
+        """Return the fields ``metric_names`` and ``selection_metric`` of a task.
+
+        ``own`` are the default metrics of its kind; see :func:`check_metrics` for the other arguments and the errors.
         """
         names = self.metrics or own
         check_metrics(names, target, num_classes, self.selection_metric)
@@ -313,17 +315,17 @@ KINDS_OWN = Scores()
 def score(
     names: Sequence[str], predictions: Any, references: Any, probabilities: Callable[[], Array | None] = lambda: None
 ) -> dict[str, float]:
-    """Compute each named metric of ``predictions`` against ``references``, both with an entry for each row.
+    """Compute metrics of ``predictions`` against ``references``; both have one entry per row.
 
     Args:
-        names: of the metrics.
-        predictions: as the metrics' targets take them.
-        references: the same.
-        probabilities: returns the probability of each class (N, C), None where the kind of task has none; called only
+        names: names of the metrics.
+        predictions: as the type of target requires; see :class:`Metric`.
+        references: as for ``predictions``.
+        probabilities: returns the probability of each class (N, C), or None if the kind of task has none; called only
             if a metric needs them.
 
     Raises:
-        ConfigError: a metric needs probabilities, and there are none.
+        ConfigError: a metric needs probabilities, but there are none.
     """
     found: dict[str, float] = {}
     for name in names:

@@ -27,14 +27,14 @@ _INTERNAL = (
 
 
 def meaningful_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Return the tensors by which a model's result is judged, by name.
+    """Return the output tensors by which two models are compared, by name.
 
-    These are the outputs of a head (logits, boxes, masks, depth, waveforms, ...); without a head, features (last hidden
-    state, pooled output, embeddings, feature maps); without either, all floating-point outputs except losses, caches,
-    attentions and hidden states.
+    These are the outputs of the head (logits, boxes, masks, depth, waveforms, ...). A model without a head has features
+    (last hidden state, pooled output, embeddings, feature maps). If there are neither, all floating-point outputs are
+    returned except losses, caches, attentions and hidden states.
 
     Args:
-        outputs: of a model's forward: transformers' ``ModelOutput``, a mapping, a tuple or a tensor.
+        outputs: result of ``forward``: a ``ModelOutput`` of transformers, a mapping, a tuple or a tensor.
     """
     tensors = {n: t for n, t in _flatten("", outputs) if t.is_floating_point() and t.numel()}
     found = {name: tensor for name, tensor in tensors.items() if not _ends_in(name, _INTERNAL)}
@@ -59,7 +59,7 @@ def _flatten(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _ends_in(name: str, words: tuple[str, ...]) -> bool:
-    """Return whether the field (last part of a dotted name, numbers aside) is one of ``words`` or ends in ``_word``."""
+    """Return whether the field (last part of a dotted name that is no number) is or ends in one of ``words``."""
     field = next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
     return any(field == word or field.endswith(f"_{word}") for word in words)
 
@@ -72,10 +72,10 @@ def compared_outputs(
     """Return the meaningful outputs of a model, concatenated; shape (N,), float32, on the CPU.
 
     Args:
-        model: in evaluation mode.
-        probe: inputs of its forward.
-        dtype: of the weights of a model that loads them when called, on the CPU; None for other models.
-        compared: inputs and outputs -> what is compared of them; see :meth:`mirrortune.tasks.base.Task.compared`.
+        model: model in evaluation mode.
+        probe: inputs of its forward pass.
+        dtype: weight dtype of a model that loads its weights when it is called, on the CPU; None for other models.
+        compared: (inputs, outputs) -> outputs to compare; see :meth:`mirrortune.tasks.base.Task.compared`.
     """
     device = next(iter(model.parameters())).device if dtype is None else torch.device("cpu")
     call: Any = model.forward
@@ -92,10 +92,10 @@ def compared_outputs(
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference of two results of :func:`compared_outputs`; NaN if either is not finite,
-    infinity if their sizes differ.
+    """Return the largest absolute difference between two results of :func:`compared_outputs`.
 
-    Minus infinity on both sides is a masked value and counts as equal, unless all values are.
+    The result is infinity if the sizes differ, and not finite if one of the values is not. The exception is minus
+    infinity in both at the same place: a masked value, which counts as equal unless all values are masked.
     """
     if found.shape != expected.shape:  # a detector may find more in one than in the other
         return float("inf")
@@ -106,11 +106,11 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 
 class NothingToCompareError(ValueError):
-    """A forward pass returned nothing by which a model can be judged."""
+    """A forward pass returned no output that can be compared."""
 
 
 def _without_padding(name: str, value: Tensor, probe: Batch) -> Tensor:
-    """Return ``value`` without positions of padding, which are meaningless and most sensitive to rounding."""
+    """Drop the padded positions of ``value``, which have no meaning and are the most sensitive to rounding."""
     mask = probe.get("attention_mask")
     is_of_tokens = value.ndim == 3 or name.endswith("_logits")
     if mask is not None and is_of_tokens and value.shape[:2] == mask.shape:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss that training minimises: the task's own, with classes weighed and labels smoothed where the recipe asks.
+"""The loss that training minimises: the task's loss, with optional class weights and label smoothing.
 
-Evaluation always has the task's own loss, so that runs with different weights can be compared.
+Evaluation always uses the unweighted loss of the task, so that runs with different weights can be compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Weights = Literal["balanced"] | Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassSettings:
-    """How training treats unequal classes: ``train.class_weights``, ``label_smoothing`` and ``balance`` of a recipe."""
+    """Settings for imbalanced classes: ``train.class_weights``, ``label_smoothing`` and ``balance`` of a recipe."""
 
     class_weights: Weights | None = None
     label_smoothing: float = 0.0
@@ -37,10 +37,10 @@ class Objective:
     """The training loss of a task.
 
     Args:
-        task: the kind's loss.
-        weights: of each class in the loss, shape (C,); None for the task's own loss.
+        task: defines the loss.
+        weights: class weights in the loss, shape (C,); None for an unweighted loss.
         smoothing: share of each target that is spread evenly over all classes.
-        classes: class of each training row, shape (N,), from which every epoch draws evenly; None to use each row once.
+        classes: class of each training row, shape (N,), to draw every epoch evenly from; None to use each row once.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ _SHOWN = 8
 
 
 def setting_problems(settings: ClassSettings, kind: str | None, *, is_streamed: bool) -> list[ConfigError]:
-    """Return an error for each setting that the kind of task or a stream does not allow."""
+    """Return an error for each setting that the kind of task, or streamed data, does not support."""
     weights, found = settings.class_weights, []
     if weights == "balanced" and settings.balance:
         found.append(ConfigError("train.class_weights", "balanced and train.balance correct the same twice",
@@ -114,12 +114,12 @@ def make_objective(task: Task, settings: ClassSettings, train: Examples) -> Obje
     """Make the training loss of a task.
 
     Args:
-        task: with its classes.
-        settings: how classes are weighed.
-        train: training rows.
+        task: defines the loss and the classes.
+        settings: settings for imbalanced classes.
+        train: training examples.
 
     Raises:
-        ConfigError: a weight names no class, or rows may have several classes, which cannot be drawn evenly.
+        ConfigError: a weight is for an unknown class, or even draws are asked for rows with several classes.
     """
     weights = None
     if settings.class_weights is not None:
@@ -136,7 +136,7 @@ def make_objective(task: Task, settings: ClassSettings, train: Examples) -> Obje
 
 
 def _named(weights: Mapping[str, float], labels: tuple[str, ...]) -> npt.NDArray[np.float32]:
-    """Return the weight of each class, 1 where none is named."""
+    """Return the weight of each class, 1 by default."""
     if unknown := [name for name in weights if name not in labels]:
         shown = ", ".join(labels[:_MOST_LISTED]) + (", ..." if len(labels) > _MOST_LISTED else "")
         raise ConfigError.several([

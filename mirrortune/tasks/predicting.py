@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions as columns of a table: the options of ``predict``, and what the kinds of task share in answering rows."""
+"""Predictions as columns of a table: the options of ``predict``, and helpers that the kinds of task share."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Predictions = dict[str, list[Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictOptions:
-    """What a user asks of predictions; None leaves an option to the task.
+    """Options of predictions; None uses the task's default.
 
     Attributes:
         top: number of answers for each row, the best first.
-        threshold: probability above which a class of several is predicted, at least 0 and below 1.
-        max_new_tokens: longest text that is generated, in tokens.
-        temperature: of sampling; 0 to generate greedily.
-        top_p: sample from the most probable tokens whose probabilities add up to this; above 0, at most 1.
-        seed: of sampling. What is sampled for a row depends on it, on the number of the row, and on nothing else.
-        first_row: number of the first row of the split among all rows that are predicted, from 0.
+        threshold: probability above which a class is predicted if a row may have several, in [0, 1).
+        max_new_tokens: maximum length of a generated text, in tokens.
+        temperature: temperature of sampling; 0 to generate greedily.
+        top_p: sample from the most probable tokens whose probabilities add up to this, in (0, 1].
+        seed: seed of sampling. The random numbers of a row depend only on the seed and on the index of the row.
+        first_row: index of the split's first row among all predicted rows.
     """
 
     top: int | None = None
@@ -40,14 +40,14 @@ class PredictOptions:
     first_row: int = 0
 
     def check(self, kind: str, used: Sequence[str]) -> None:
-        """Check the options for a task.
+        """Check the options against a task.
 
         Args:
-            kind: of the task, for messages.
-            used: names of the options that it uses, besides seed.
+            kind: kind of the task, for messages.
+            used: names of the options that the task uses, except ``seed``.
 
         Raises:
-            ConfigError: for every option out of its range, or that the task does not use.
+            ConfigError: options are out of their ranges or not used by the task; all are reported together.
         """
         errors = [] if self.seed >= 0 else [ConfigError("--seed", f"got {self.seed}", allowed="0 or more")]
         for name, (allowed, fits) in _RANGES.items():
@@ -80,18 +80,18 @@ GENERATION = ("max_new_tokens", "temperature", "top_p")
 
 
 def plain_numbers(values: npt.NDArray[Any]) -> list[float]:
-    """Return float32 numbers (N,) as the Python numbers with the fewest digits that round to them."""
+    """Convert float32 values (N,) to the Python floats with the fewest digits that round to them."""
     return [float(text) for text in values.astype(np.float32).astype(str)]
 
 
 def probabilities(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the softmax of logits over their last dimension; minus infinity gives 0."""
+    """Return the softmax of logits over the last dimension; minus infinity gives 0."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
 def refuse_no_tokens(lengths: npt.NDArray[Any], places: RowPlaces) -> None:
-    """Raise a DataError if rows at ``places`` have no tokens (``lengths`` (N,) are 0): no model can answer them."""
+    """Raise a DataError if rows at ``places`` have no tokens (``lengths`` (N,) is 0), which no model can process."""
     if len(empty := np.flatnonzero(lengths == 0)):
         problem = f"{len(empty)} of {len(lengths)} rows have no text to answer ({places.listed(empty)})"
         raise DataError(places.source, problem, fix="Fill or remove them")
@@ -103,7 +103,7 @@ def check_numbers(numbers: npt.NDArray[Any], places: RowPlaces) -> None:
 
 
 def refuse_nan(rows: Sequence[int] | npt.NDArray[np.int64], places: RowPlaces) -> None:
-    """Raise a VerificationError for ``rows`` whose outputs contain NaN, if there are any: no answer follows from it."""
+    """Raise a VerificationError unless ``rows``, the rows whose outputs contain NaN, is empty."""
     if len(rows):
         raise VerificationError(
             places.source, f"the model's output is not a number (NaN) for {counted(len(rows), 'row')} "
@@ -113,12 +113,12 @@ def refuse_nan(rows: Sequence[int] | npt.NDArray[np.int64], places: RowPlaces) -
 
 
 def best_answers(logits: npt.NDArray[Any], names: Sequence[Sequence[Any]], top: int) -> Predictions:
-    """Return the most probable answers of rows, and their probabilities.
+    """Return the most probable answers of each row, and their probabilities.
 
     Args:
-        logits: shape (N, C); minus infinity for answers that a row does not have.
-        names: of the answers of each row, C at most.
-        top: number of answers, at most C.
+        logits: shape (N, C); minus infinity where a row has fewer than C possible answers.
+        names: names of the possible answers of each row, at most C.
+        top: number of answers to return, at most C.
 
     Returns:
         Columns ``prediction`` and ``score``, then ``prediction_2``, ``score_2``, ...; None where a row has fewer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes: inputs on which a merged model is compared with base + adapter."""
+"""Probes: inputs on which the outputs of a merged model are compared with those of base + adapter."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SENTENCES = (
 
 
 def text_probe(tokenizer: Any, config: Any, *, num_texts: int = 1) -> Batch:
-    """Return the sentences, or pairs of them, as padded tokens (4, L)."""
+    """Tokenise :data:`SENTENCES`, or pairs of them, with padding, (4, L)."""
     texts = [list(SENTENCES), list(reversed(SENTENCES))][:num_texts]
     limit = resolve_max_length(None, tokenizer, config)
     return dict(tokenizer(*texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
 
 
 def noise_images(num_channels: int = 3, *, count: int = 2, side: int = 64) -> list[Any]:
-    """Return square images of seeded noise, RGB or grey."""
+    """Return square images of seeded noise, RGB or grayscale."""
     from PIL import Image  # noqa: PLC0415
 
     random = np.random.default_rng(0)
@@ -48,13 +48,13 @@ def noise_images(num_channels: int = 3, *, count: int = 2, side: int = 64) -> li
 
 
 def noise_audio(reader: AudioReader) -> Batch:
-    """Return model inputs for half a second and for a second of seeded noise."""
+    """Return model inputs made from 0.5 s and 1 s of seeded noise."""
     random = np.random.default_rng(0)
     return reader.features([random.normal(0, 0.1, n).astype(np.float32) for n in (reader.rate // 2, reader.rate)])
 
 
 def probes(task: Any, processors: Sequence[Any], source: ModelSource, auto_class: str) -> Batch | Iterator[Batch]:
-    """Return the task's probe; for a model without a task or a processor, candidates drawn from its configuration."""
+    """Return the task's probe, or, without a task or processor, candidates drawn from the model's configuration."""
     if task is not None and processors:
         found: Batch = task.probe(processors[0], source.config)
         return found
@@ -72,13 +72,13 @@ def find_processors(task: Any, source: ModelSource, auto_class: str) -> tuple[li
     """Load the processors of a model that are stored with its weights.
 
     Args:
-        task: of the adapter; None for one that was saved outside a task.
-        source: of the base model.
-        auto_class: name of an Auto class, or of a model class.
+        task: task of the adapter; None for an adapter that was saved without a task.
+        source: source of the base model.
+        auto_class: name of an Auto class or of a model class.
 
     Returns:
-        The task's processor, or without a task the tokenizer, the image processor and the feature extractor that the
-        model's inputs need; and the names of missing ones.
+        The processors found, and the names of the missing ones. With a task, this is its processor; without one, those
+        of tokenizer, image processor and feature extractor that the model's inputs need.
     """
     if task is not None:
         try:
@@ -87,7 +87,7 @@ def find_processors(task: Any, source: ModelSource, auto_class: str) -> tuple[li
             return [], [error.problem.removeprefix("it has no ").removesuffix(" files")]
     found_class = _class_of(source, auto_class)
     taken = {"input_ids"} if found_class is None else input_names(found_class)
-    # A model of audio may generate text, which its inputs do not show.
+    # An audio model may also generate text, which its inputs do not show.
     kinds: tuple[tuple[str, Callable[[ModelSource], Any], set[str], set[str]], ...] = (
         ("tokenizer", load_tokenizer, {"input_ids", "decoder_input_ids"}, {"input_values", "input_features"}),
         ("image processor", load_image_processor, {"pixel_values", "pixel_values_videos"}, set()),

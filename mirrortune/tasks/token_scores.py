@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token-level loss and accuracy from logits over a vocabulary, computed in pieces: the logits of a batch are large, and
-a float32 copy of all of them larger still.
+"""Token-level loss and accuracy from logits over a vocabulary, computed in pieces so that the logits of a batch, which
+are large, are never copied to float32 all at once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ WEIGHT_UNIT = 1_000_000  # weights in the loss are stored as integers, in millio
 
 
 def score_tokens(logits: Tensor, targets: Tensor) -> Tensor:
-    """Compute loss and accuracy of every row of a batch.
+    """Compute the token-level loss and accuracy of each row of a batch.
 
     Args:
-        logits: shape (B, L, V), any floating dtype.
-        targets: token at each position, shape (B, L); ``IGNORE_INDEX`` where none is scored.
+        logits: shape (B, L, V), any floating-point dtype.
+        targets: target token at each position, shape (B, L); ``IGNORE_INDEX`` at positions that are not scored.
 
     Returns:
         Summed cross-entropy, number of correct predictions, and number of scored positions: shape (B, 3), float64, on
@@ -43,7 +43,7 @@ def score_tokens(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy summed over all scored positions of a batch, and their number.
+    """Return the cross-entropy summed over the scored positions of a batch, and the number of these positions.
 
     The arguments are those of :func:`score_tokens`. With gradients enabled, all positions are computed at once.
     """
@@ -58,7 +58,7 @@ def weighted_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: shape (B, L, V).
-        targets: tokens and their weights in millionths, shape (B, 2, L).
+        targets: target tokens and their weights in millionths, shape (B, 2, L).
     """
     wanted, weights = targets[:, 0, 1:], targets[:, 1, 1:]
     learned = wanted != IGNORE_INDEX
