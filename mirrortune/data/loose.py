@@ -38,14 +38,17 @@ def read_loose_files(place: DataPlace) -> DataSet | None:
     if not place.is_local or place.kind == "pattern" or not place.path().is_dir() or files_by_split(place.path()):
         return None
     folder = place.path()
-    files = sorted(file for file in folder.iterdir() if file.is_file() and not is_system(file.name))
+    there = sorted(path for path in folder.iterdir() if not is_system(path.name))
+    files, num_folders = [path for path in there if path.is_file()], sum(path.is_dir() for path in there)
     for column, suffixes in (("image", tuple(IMAGE_FORMATS)), ("audio", AUDIO_SUFFIXES)):
         found = [file for file in files if file.suffix.lower() in suffixes]
         if found:
             names, others = [file.name for file in found], len(files) - len(found)
-            remarks = (f"{counted(others, 'file')} left out: no {column}",) if others else ()
+            remarks = [f"{counted(others, 'file')} left out: no {column}"] if others else []
+            if num_folders:
+                remarks.append(f"{counted(num_folders, 'folder')} left out; predict each by itself")
             table = pa.table({column: text_array(names)})
-            split = Split(table=table, source=str(folder), folder=folder, remarks=remarks)
+            split = Split(table=table, source=str(folder), folder=folder, remarks=tuple(remarks))
             digest = names_and_sizes_sha256(found, names)
             return DataSet(splits={"test": split}, origin={"path": str(folder), "sha256": digest})
     return None

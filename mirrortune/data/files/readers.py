@@ -103,11 +103,11 @@ def read_rows(path: Path, encoding: str = "utf-8") -> tuple[pa.Table, FileRows]:
 def _read_parquet(path: Path, encoding: str) -> Iterator[_Part]:
     with _arrow_errors(path, "parquet"), pq.ParquetFile(pa.BufferReader(_mapped(path))) as file:
         schema, facts = file.schema_arrow, file.metadata
-        yield schema.empty_table(), None
+        yield _decoded(schema.empty_table()), None
         size = sum(facts.row_group(i).total_byte_size for i in range(facts.num_row_groups))
         rows = max(1, min(_PART_ROWS, _PART_SIZE * facts.num_rows // max(1, size)))  # a few, if they are images
         for batch in file.iter_batches(batch_size=rows):
-            yield pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata), None
+            yield _decoded(pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata)), None
 
 
 def _read_arrow(path: Path, encoding: str) -> Iterator[_Part]:
@@ -115,7 +115,16 @@ def _read_arrow(path: Path, encoding: str) -> Iterator[_Part]:
         data = _mapped(path)
         opened = pa.ipc.open_file(data) if data[:6].to_pybytes() == b"ARROW1" else pa.ipc.open_stream(data)
         found = opened.read_all()
-        yield found.select(found.column_names), None
+        yield _decoded(found.select(found.column_names)), None
+
+
+def _decoded(table: pa.Table) -> pa.Table:
+    """Return the table with plain columns in place of dictionary-encoded ones, such as those of pandas' categories."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            plain = field.with_type(field.type.value_type)
+            table = table.set_column(place, plain, table.column(place).cast(plain.type))
+    return table
 
 
 @contextmanager
@@ -315,7 +324,7 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
         if not line.strip():
             continue
         try:
-            yield (number, json.loads(line)), len(line)
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or first_line(error)
             raise DataError(
@@ -324,6 +333,23 @@ def _json_rows(path: Path, encoding: str) -> Iterator[tuple[Any, int]]:
                 allowed="one JSON object a line"
                 + (", or an array of objects" if table_suffix(path) == ".json" else ""),
             ) from error
+        if number == 1 and _is_frame(row):
+            raise DataError(
+                str(path), "one object for all rows, as to_json of pandas writes it", allowed="one JSON object a row",
+                fix="Write it with to_json(..., orient='records', lines=True)",
+            )  # fmt: skip
+        yield (number, row), len(line)
+
+
+def _is_frame(row: Any) -> bool:
+    """Return whether an object holds a whole table in one of pandas' layouts: by columns, by rows, or in parts."""
+    if not isinstance(row, dict):
+        return False
+    if row.keys() == {"columns", "index", "data"}:
+        return True
+    if not row or not all(isinstance(cells, dict) and cells for cells in row.values()):
+        return False
+    return any(all(key.isdecimal() for key in keys) for keys in (row, set[str]().union(*row.values())))
 
 
 def _from_objects(path: Path, rows: list[tuple[int, Any]], sign: str) -> pa.Table:

@@ -65,6 +65,34 @@ def test_parquet_keeps_its_types_and_metadata(tmp_path: Path) -> None:
     assert (found.schema.metadata or {}).get(b"k") == b"v"
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_categories_of_pandas_are_plain_columns(tmp_path: Path, suffix: str) -> None:
+    plain = pa.table({"text": ["a", "b", "a"], "n": [1, 2, 1]})
+    table = pa.table({name: plain.column(name).dictionary_encode() for name in plain.column_names})
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    assert read_table(tmp_path / f"a.{suffix}").equals(plain)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"text": {"0": "a", "7": "b"}, "label": {"0": 1, "7": 0}},  # as to_json writes by default
+        {"0": {"text": "a", "label": 1}, "7": {"text": "b", "label": 0}},
+        {"columns": ["text", "label"], "index": [0, 7], "data": [["a", 1], ["b", 0]]},
+    ],
+)
+def test_an_object_that_holds_all_rows_is_no_row(tmp_path: Path, frame: dict[str, object]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(frame), encoding="utf-8")
+
+    with pytest.raises(DataError, match=r"one object for all rows.*orient='records', lines=True"):
+        read_table(tmp_path / "a.json")
+
+
 def test_cells_stay_text_and_empty_ones_are_null(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, "a.csv", "text,label\n2024-01-01,1\nNA,\n007,1.0\n"))
 
