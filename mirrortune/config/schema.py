@@ -7,7 +7,7 @@ import json
 import typing
 from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from mirrortune.config import strict_yaml
 from mirrortune.system.paths import PLAIN_NAME, is_plain_name
@@ -86,6 +86,10 @@ class SourceSection(_Section):
     """Its column of images."""
     audio_column: str | None = None
     """Its column of recordings."""
+
+    @model_serializer(mode="wrap")
+    def _given(self, handler: SerializerFunctionWrapHandler) -> dict[str, typing.Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
 
     def __str__(self) -> str:
         return self.path if self.weight == 1 else f"{self.path} (weight {self.weight:g})"

@@ -164,6 +164,9 @@ class Redaction:
         def cut(data: dict[str, Any]) -> None:
             if isinstance(data["run_dir"], str):
                 data["run_dir"] = self.path(data["run_dir"], f"{place}: run_dir", is_known_local=True)
+            for source in filter(lambda s: isinstance(s, dict), data.get("sources") or ()):
+                if isinstance(source.get("path"), str):
+                    source["path"] = self.path(source["path"], f"{place}: sources")
             for key in data.keys() - {"run_dir"}:
                 data[key] = self._values(data[key], f"{place}: {key}")
 

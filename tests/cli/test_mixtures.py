@@ -187,6 +187,9 @@ def test_paths_of_a_list_are_made_absolute_and_cut_when_pushed(desk: Path) -> No
     assert [str(item) for item in found] == [f"{desk / 'reviews.csv'}#9", str(desk / "other.jsonl"), "owner/name"]
     text = Redaction().recipe(with_absolute_paths(recipe).to_yaml(), "recipe.yaml")
     assert str(desk) not in text
+    results = {"run_dir": "x", "sources": [{"path": f"{desk}/my own/a.csv", "weight": 1.0}, {"path": "owner/name"}]}
+    cut = json.loads(Redaction().results(json.dumps(results), "results.json"))
+    assert [source["path"] for source in cut["sources"]] == ["./a.csv", "owner/name"]
     assert "owner/name" in text
 
 

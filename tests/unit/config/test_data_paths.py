@@ -17,8 +17,8 @@ from mirrortune.config.data_paths import (
     walks_far,
     with_paths,
 )
-from mirrortune.config.recipe import flag_layer, override_layer, resolve
-from mirrortune.config.schema import SourceSection
+from mirrortune.config.recipe import flag_layer, flatten, override_layer, resolve
+from mirrortune.config.schema import Recipe, SourceSection
 
 LIST = ["a.csv#9", {"path": "hf://owner/name:sst2", "weight": 2}, SourceSection(path="b.csv")]
 
@@ -61,6 +61,13 @@ def test_paths_of_a_list_are_anchored_and_made_absolute(tmp_path: Path, monkeypa
 def test_a_pattern_that_walks_every_disk_is_seen_in_a_list() -> None:
     assert walks_far(["a.csv", {"path": "/**/*.csv"}])
     assert not walks_far(["a.csv", "rows/*.csv"])
+
+
+def test_an_item_of_a_list_is_shown_without_what_is_not_set() -> None:
+    recipe = resolve([override_layer(["data.path=[a.csv, {path: b.csv, weight: 2}]"])]).recipe
+    assert flatten(recipe)["data.path"] == ["a.csv", {"path": "b.csv", "weight": 2.0}]
+    assert [str(item) for item in recipe.data.path or ()] == ["a.csv", "b.csv (weight 2)"]
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
 def test_another_list_leaves_the_settings_of_the_first_data_set_behind() -> None:

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mirrortune.data.draws import SourceDraws, repeated_rows
 from mirrortune.data.duplicates import rows_in_both
+from mirrortune.data.loader import Feed
 from mirrortune.data.mixture import joined_splits
+from tests.tiny_runs import as_examples
 from tests.unit.data.test_mixture import part
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
@@ -57,3 +62,26 @@ def test_rows_that_are_in_a_source_before_are_counted() -> None:
     split = joined_splits([part(0, text=["a", "b"]), part(1, text=["b", "b", "c"]), part(2, text=["c", "d"])])
     assert repeated_rows(split, [("text", "text")], 3) == [0, 2, 1]
     assert rows_in_both(split, split, [("text", "text")]) == 7
+
+
+def steps(draws: SourceDraws, epoch: int, step: int, count: int, ranks: int, rank: int) -> list[list[int]]:
+    """Row numbers of the micro-batches of a process, beginning at a step of an epoch."""
+    accelerator = SimpleNamespace(num_processes=ranks, process_index=rank, device=torch.device("cpu"))
+    rows = as_examples([[5] * (3 + row % 4) for row in range(len(draws.sources))])
+    feed = Feed(rows, accelerator, batch_size=3, num_micro=1, num_workers=0, seed=4, draws=draws)
+    assert feed.steps_per_epoch == -(-draws.size // (3 * ranks))
+    return [[] if made.is_empty else made.batch["targets"].tolist() for made in feed.micro_batches(epoch, step, count)]
+
+
+def test_processes_share_what_an_epoch_draws_and_go_on_in_the_middle_of_one() -> None:
+    draws = draws_of([9, 7], [1.5, 0.5])
+    size = -(-draws.size // 6)
+    both = [steps(draws, 0, 0, 2 * size, ranks=2, rank=rank) for rank in (0, 1)]
+    for epoch in (0, 1):
+        own = slice(epoch * size, (epoch + 1) * size)
+        found = [row for part in both for batch in part[own] for row in batch]
+        assert sorted(found) == sorted(draws.rows(4, epoch).tolist())
+    for step in (1, size + 1):
+        for rank in (0, 1):
+            again = steps(draws, *divmod(step, size), 2 * size - step, ranks=2, rank=rank)
+            assert again == both[rank][step:]
