@@ -21,7 +21,7 @@ from mirrortune.tasks.classes import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN, Scores
 from mirrortune.tasks.probes import noise_audio
 
-_LONGEST = 10.0  # seconds, the default
+_LONGEST = 10.0  # default maximum length of a recording, in seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,8 @@ class Task(OneOfClasses):
     """Classification of recordings.
 
     Attributes:
-        audio_column: the column of recordings.
-        max_seconds: maximum length of a recording; longer ones are cut.
+        audio_column: column of the recordings.
+        max_seconds: maximum length of a recording; longer ones are truncated.
     """
 
     audio_column: str
@@ -45,7 +45,7 @@ class Task(OneOfClasses):
         audio_column: str | None = None, label_column: str | None = None, labels: tuple[str, ...] | None = None,
         max_seconds: float | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
+        """Create the task; class names are ``labels``, else those of the column's features, else its sorted values."""
         audio, label, notes = choose_media_columns(table, "audio", audio_column, label_column, source)
         names = class_names(table, label, source, labels)
         chosen = scores.fields(("accuracy",), "class", len(names))

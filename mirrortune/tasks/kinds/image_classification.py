@@ -27,9 +27,9 @@ class Task(OneOfClasses):
     """Classification of images.
 
     Attributes:
-        image_column: the column of images.
-        image_size: side of the square that the model gets, in pixels; None for the image processor's own size.
-        augment: name of the augmentation of training images.
+        image_column: column of the images.
+        image_size: side of the square input, in pixels; None for the size that the image processor defines.
+        augment: name of the augmentation applied to training images.
     """
 
     image_column: str
@@ -45,7 +45,7 @@ class Task(OneOfClasses):
         image_column: str | None = None, label_column: str | None = None, labels: tuple[str, ...] | None = None,
         image_size: int | None = None, augment: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; class names are ``labels``, else the column's features, else the values found, sorted."""
+        """Create the task; class names are ``labels``, else those of the column's features, else its sorted values."""
         check_augmentation(augment or "none")
         image, label, notes = choose_media_columns(table, "image", image_column, label_column, source)
         names = class_names(table, label, source, labels)
