@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Detection of the text, label, image and audio columns of a table: by their names, else by their contents.
+"""Detect the text, label, image and audio columns of a table by their names, else by their contents.
 
-A label repeats few values, a text is long and hardly repeats, an id never does. Every detected column gets a note that
-says why it was chosen.
+A label has few values, which repeat; a text is long and rarely repeats; an id never repeats. Each detected column comes
+with a note that says why it was chosen.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _PAIR_NAMES = (
     ("text_a", "text_b"),
 )
 _TEXT_NAMES = ("text", "sentence", "content", "review", "document", "body", "comment", "message", "tweet")
-# A title is the text only if nothing else is.
+# A title is the text only if no other column is.
 _WEAK_TEXT_NAMES = ("title",)
 _LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "score", "rating", "stars", "y")
-_FIRST = 100  # rows looked at to recognise lists written as text
+_FIRST = 100  # number of rows that are checked for lists written as text
 _MEDIA_NAMES = {
     "image": ("image", "img", "picture", "photo"), "audio": ("audio", "speech", "recording", "sound"),
 }  # fmt: skip
 _PATH_NAMES = ("path", "file_name", "filename", "file")
-# Rows of the sample, and the number of places that they come from: files are often sorted by class.
+# Number of sampled rows, and of the slices that they come from: files are often sorted by class.
 _SAMPLE, _PLACES = 4000, 80
-# A label has a handful of words, and each of its values occurs in several rows.
+# A label has few words, and each of its values occurs in several rows.
 _LABEL_CHARACTERS, _LABEL_WORDS, _FEW = 80, 6, 5
 _TEXT_WORDS, _TEXT_CHARACTERS = 3, 20
-_LONGER = 10  # a column is taken for the text if it is so many times as long as any other
+_LONGER = 10  # a column that is this many times as long as any other is taken as the text
 _LIST = re.compile(r"""\s*(\[\s*(["'\d{\[-].*)?\]|\{\s*["'].*\})\s*""", re.DOTALL)
 
-# Words in names of labels, and in names of columns that are no labels although they may repeat.
+# Words in the names of labels, and in the names of columns that are not labels although their values may repeat.
 _HINTS = frozenset({
     "label", "labels", "class", "classes", "category", "categories", "target", "targets", "sentiment", "intent",
     "topic", "tag", "type", "kind", "genre", "emotion", "polarity", "verdict", "outcome", "stars", "rating", "score",
@@ -70,13 +70,13 @@ def choose_columns(
         text: text columns, or None to detect them.
         label: label column, or None to detect it.
         source: name of the table in messages.
-        numbers: whether labels are numbers to predict rather than classes.
+        numbers: whether labels are numbers (regression) rather than classes.
 
     Returns:
-        Text columns, label column, and a note for each that was detected.
+        Text columns, label column, and a note for each detected column.
 
     Raises:
-        DataError: if a named column does not exist or cannot be read, or if no column or several could be meant.
+        DataError: a named column does not exist or cannot be read, or detection finds no column or several.
     """
     check_named(table, source, {"--text-column": text, "--label-column": label})
     notes = []
@@ -103,8 +103,8 @@ def choose_media_columns(
 
     Args:
         table: the training rows.
-        role: what the files are, a key of ``_MEDIA_NAMES``.
-        column: column of files, or None to detect it.
+        role: type of the files, a key of ``_MEDIA_NAMES``.
+        column: column of the files, or None to detect it.
         label: label column, or None to detect it.
         source: name of the table in messages.
     """
@@ -139,7 +139,7 @@ def choose_media_columns(
 
 
 def check_named(table: pa.Table, source: str, named: Mapping[str, str | Sequence[str] | None]) -> None:
-    """Check that the columns named by flags (flag -> one or more, or None) exist and could be read."""
+    """Check that the columns named by flags (flag -> column, columns or None) exist and are readable."""
     if not table.column_names:
         raise DataError(source, "it has no columns", fix="Give the file a header line")
     pairs = [(f, c) for f, found in named.items() for c in ([found] if isinstance(found, str) else found or ())]
@@ -154,7 +154,7 @@ def check_named(table: pa.Table, source: str, named: Mapping[str, str | Sequence
 
 
 def detected(role: str, column: str, why: str = "") -> str:
-    """Return the note on a detected column; ``why`` it was chosen, unless its name says so."""
+    """Return the note on a detected column; ``why`` is the reason, empty if its name is the reason."""
     return f"{role} column '{column}' (detected{f': {why}' if why else ''}; --{role}-column to change)"
 
 
@@ -174,7 +174,7 @@ def _detect_label(
     known = {n: c for n, c in contents(table).items() if n in names and n not in texts and n.lower() not in paired}
     fitting = [c for c in known.values() if (c.may_be_target if numbers else c.may_be_label)]
     by_name = [n for wanted in _LABEL_NAMES for n in names if n.lower() == wanted]
-    # A name is doubted only if its column clearly holds something else, and another column holds labels.
+    # A column with the name of a label is rejected only if it clearly holds something else and another holds labels.
     trusted = [n for n in by_name if n not in known or not _is_no_label(known[n], numbers=numbers)]
     if trusted or (by_name and not fitting):
         name = (trusted or by_name)[0]
@@ -202,7 +202,7 @@ def _detect_label(
 
 
 def _is_no_label(column: Contents, *, numbers: bool) -> bool:
-    """Return whether a column with the name of a label holds something else."""
+    """Return whether a column that has the name of a label does not hold labels."""
     if numbers:
         return column.share_of_numbers < 0.5
     is_measure = column.is_number and not column.is_whole and column.distinct > column.rows / 10
@@ -210,10 +210,10 @@ def _is_no_label(column: Contents, *, numbers: bool) -> bool:
 
 
 def detect_text(table: pa.Table, label: str | None, source: str) -> tuple[tuple[str, ...], str]:
-    """Return the text columns, none of which is ``label``, and the note on them.
+    """Detect the text columns among all columns except ``label``; return them and the note on them.
 
     Raises:
-        DataError: no column, or several, could be meant.
+        DataError: there is no candidate, or several.
     """
     lowered = {n.lower(): n for n in table.column_names if n != label}
     for first, second in _PAIR_NAMES:
@@ -244,7 +244,7 @@ def detect_text(table: pa.Table, label: str | None, source: str) -> tuple[tuple[
 
 
 def refuse_written_lists(table: pa.Table, column: str, source: str) -> None:
-    """Raise a DataError if a column holds lists or objects written as text, which only look like what a task needs."""
+    """Raise a DataError if a column holds lists or objects written as text."""
     if column in table.column_names and is_string(table.schema.field(column).type):
         sample = table.column(column).slice(0, _FIRST).to_pylist()
         if holds_lists_as_text(sample):
@@ -257,10 +257,9 @@ def refuse_written_lists(table: pa.Table, column: str, source: str) -> None:
 
 
 def refuse_preferences(table: pa.Table, source: str) -> None:
-    """Raise a DataError if rows hold preferences: a rejected answer must not be learned because its column looks like
-    text.
+    """Raise a DataError if rows hold preferences, so that no rejected answer is trained on as if it were plain text.
 
-    Preferences are columns chosen and rejected, or prompt, completion and a label of true and false.
+    Preferences have the columns chosen and rejected, or prompt, completion and a label of true and false.
     """
     lowered = {name.lower(): table.schema.field(name).type for name in table.column_names}
     if {"chosen", "rejected"} <= lowered.keys():
@@ -277,7 +276,7 @@ def refuse_preferences(table: pa.Table, source: str) -> None:
 
 
 def check_text_type(table: pa.Table, column: str, source: str) -> None:
-    """Raise a DataError if a column holds anything but text and nulls."""
+    """Raise a DataError unless a column holds only text and nulls."""
     kind = table.schema.field(column).type
     if not (is_string(kind) or pa.types.is_null(kind)):
         raise DataError(
@@ -287,7 +286,7 @@ def check_text_type(table: pa.Table, column: str, source: str) -> None:
 
 
 def check_is_text(table: pa.Table, column: str, source: str) -> None:
-    """Raise a DataError if a column does not hold text, or nothing at all."""
+    """Raise a DataError if a column does not hold text, or holds only nulls."""
     check_text_type(table, column, source)
     if table.num_rows and table.column(column).null_count == table.num_rows:
         raise DataError(
@@ -297,7 +296,7 @@ def check_is_text(table: pa.Table, column: str, source: str) -> None:
 
 
 def check_words_type(table: pa.Table, column: str, source: str) -> None:
-    """Raise a DataError if a column holds anything but lists, perhaps as JSON, and nulls."""
+    """Raise a DataError unless a column holds only lists (also as JSON) and nulls."""
     kind = table.schema.field(column).type
     if not (is_list(kind) or is_json(kind) or pa.types.is_null(kind)):
         raise DataError(
@@ -311,16 +310,16 @@ class Contents:
     """Statistics of a sample of a column.
 
     Attributes:
-        name: of the column.
-        rows: cells that are not null.
-        distinct: distinct values among them.
-        is_text: whether they are text that is not numbers.
-        share_of_numbers: fraction of them that are numbers, or text that reads as one, in [0, 1].
-        is_number: whether all of them are.
-        is_whole: whether all are whole numbers.
-        is_sequence: whether they are strictly increasing whole numbers, as an index is.
-        characters, words: mean length of the texts.
-        codes: number of each sampled row's value, shape (S,); -1 for null.
+        name: name of the column.
+        rows: number of cells that are not null.
+        distinct: number of distinct values among these cells.
+        is_text: whether these cells are text, except text that reads as numbers.
+        share_of_numbers: fraction of these cells that are numbers, or text that reads as a number, in [0, 1].
+        is_number: whether all of these cells are numbers.
+        is_whole: whether all of these cells are integers.
+        is_sequence: whether these cells are strictly increasing integers, as an index is.
+        characters, words: mean length of the texts, in characters and in words.
+        codes: index of each sampled row's value among the distinct values, shape (S,); -1 for null.
     """
 
     name: str
@@ -337,7 +336,7 @@ class Contents:
 
     @property
     def tokens(self) -> frozenset[str]:
-        """Words of the name, in lower case."""
+        """The words of the column's name, in lower case."""
         split = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", self.name)
         return frozenset(re.split(r"[^a-z]+", split.lower()))
 
@@ -348,7 +347,7 @@ class Contents:
 
     @property
     def may_be_label(self) -> bool:
-        """Whether the column looks like a label: few values, which repeat."""
+        """Whether the column looks like a label: it has few values, which repeat."""
         is_short = self.characters <= _LABEL_CHARACTERS and self.words <= _LABEL_WORDS
         is_class = self.is_whole if self.is_number else self.is_text and is_short
         few = self.distinct <= _FEW or self.distinct <= self.rows / 10 or self.has_hint
@@ -358,18 +357,18 @@ class Contents:
 
     @property
     def may_be_text(self) -> bool:
-        """Whether the column looks like a text: long cells, which hardly repeat."""
+        """Whether the column looks like a text: its cells are long and rarely repeat."""
         is_long = self.words >= _TEXT_WORDS or (self.characters >= _TEXT_CHARACTERS and self.words > 1)
         return self.is_text and is_long and self.distinct > self.rows / 2
 
     @property
     def may_be_target(self) -> bool:
-        """Whether the column looks like a number to predict."""
+        """Whether the column looks like the target of a regression."""
         is_other = bool(self.tokens & _OTHERS) and not self.has_hint
         return self.is_number and self.distinct > 1 and not (self.is_sequence or is_other)
 
     def determines(self, other: Contents) -> bool:
-        """Return whether rows with equal values here have equal values in ``other``."""
+        """Return whether rows with equal values in this column have equal values in ``other``."""
         pairs = np.unique(np.stack([self.codes, other.codes]), axis=1)
         return bool(pairs.shape[1] == len(np.unique(self.codes)))
 
@@ -383,7 +382,7 @@ class Contents:
 
 
 def contents(table: pa.Table) -> dict[str, Contents]:
-    """Return the statistics of all columns of text, numbers and booleans, by name."""
+    """Return the statistics of the columns of text, numbers and booleans, by name."""
     names = [field.name for field in table.schema if _is_plain(field)]
     sample, size = table.select(names), _SAMPLE // _PLACES
     if table.num_rows > _SAMPLE:  # slices, which copy nothing
@@ -400,7 +399,7 @@ def holds_lists_as_text(cells: Sequence[Any]) -> bool:
 
 
 def longest_text(found: Sequence[Contents]) -> Contents | None:
-    """Return the column that is by far the longest text; None if there is none."""
+    """Return the column whose texts are by far the longest; None if there is none."""
     ordered = sorted(found, key=lambda column: -column.characters)
     if not ordered or (len(ordered) > 1 and ordered[0].characters < _LONGER * ordered[1].characters):
         return None
@@ -408,15 +407,16 @@ def longest_text(found: Sequence[Contents]) -> Contents | None:
 
 
 def finest(found: Sequence[Contents]) -> Contents | None:
-    """Return the label column that determines all others (``fine_label`` beside ``coarse_label``), names rather than
-    numbers if two are equivalent; None if there is none.
+    """Return the label column that determines all others, as ``fine_label`` does ``coarse_label``; None if none does.
+
+    If two are equivalent, the one with names is returned rather than the one with numbers.
     """
     best = [column for column in found if all(column.determines(other) for other in found)]
     return min(best, key=lambda column: column.is_number) if best else None
 
 
 def number_of(value: Any) -> float | None:
-    """Return a finite number, or the one that a text reads as; None for anything else."""
+    """Convert a finite number, or a text that reads as one, to float; return None for any other value."""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return None
     try:

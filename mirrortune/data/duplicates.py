@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count validation rows that are also training rows: texts are compared by characters, files by content."""
+"""Count the validation rows that are also training rows; texts are compared by characters, files by content."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mirrortune.data.dataset import Split
 from mirrortune.data.files.arrow import rows_of
 from mirrortune.data.files.media import FILE_ROLES, FileCells
 
-_BEGIN = 1 << 16  # bytes of a file that are compared before the whole file is
+_BEGIN = 1 << 16  # bytes at the start of a file, which are compared first
 
 
 def rows_in_both(train: Split, validation: Split, columns: Sequence[tuple[str, str]]) -> int:
     """Return how many rows of ``validation`` equal a row of ``train`` in all of ``columns`` (role, column).
 
-    Cells of the roles in ``FILE_ROLES`` are compared by the content of their files, whatever their paths. Files are
-    read only as far as needed: most differ in size.
+    Cells of the roles in ``FILE_ROLES`` are compared by the content of their files, not by their paths. Files are read
+    only as far as needed, because most of them differ in size.
     """
     texts = [column for role, column in columns if role not in FILE_ROLES]
     files = [column for role, column in columns if role in FILE_ROLES]
@@ -51,7 +51,7 @@ def _same_cells(train: pa.Table, validation: pa.Table, columns: Sequence[str]) -
 
 
 def _row_hashes(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Return a 64-bit hash of each row (N,), valid in this process: rows may not fit into memory."""
+    """Return a 64-bit hash of each row, (N,), valid within this process. Hashes fit into memory where rows may not."""
     rows = rows_of(table, columns)
     hashes = (hash(tuple(cell if isinstance(cell, str | None) else repr(cell) for cell in row)) for row in rows)
     return np.fromiter(hashes, dtype=np.int64, count=table.num_rows)

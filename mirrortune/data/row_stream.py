@@ -20,7 +20,7 @@ import pyarrow as pa
 from mirrortune.data.files.arrow import with_json_aligned
 from mirrortune.errors import DataError
 
-# Rows that are read at a time.
+# Number of rows that are read at a time.
 _READ = 512
 
 
@@ -54,18 +54,18 @@ class Place:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Place:
-        """Return the place that :meth:`to_dict` described."""
+        """Create a place from the result of :meth:`to_dict`."""
         others = tuple((int(epoch), int(piece), int(row)) for epoch, piece, row in data.get("others", ()))
         return cls(**{**data, "others": others})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStream:
-    """A split that is streamed.
+    """A streamed split.
 
     Attributes:
         rows: a ``datasets.IterableDataset``.
-        flatten: applied to every table that is read.
+        flatten: function applied to every table that is read.
         guard: returns a context manager that converts exceptions of readers to MirrortuneErrors.
         source: name of the rows in messages.
     """
@@ -95,7 +95,9 @@ class RowStream:
             yield self.flatten(table)
 
     def shares_pieces(self, num_ranks: int) -> bool:
-        """Return whether each process reads its own pieces; otherwise all read everything and keep every n-th row."""
+        """Return whether each process reads its own pieces; otherwise all processes read all rows and each keeps every
+        n-th.
+        """
         return bool(self.rows.num_shards % num_ranks == 0)
 
     def blocks(
@@ -104,10 +106,10 @@ class RowStream:
         """Yield the share of a process, endlessly: blocks of at most ``size`` rows, each with the place it begins at.
 
         Args:
-            rank: of the process.
-            num_ranks: of the run.
-            size: rows of a block; the last one of an epoch may have fewer, or none.
-            seed: of the order of pieces.
+            rank: rank of the process.
+            num_ranks: number of processes of the run.
+            size: number of rows of a block; the last block of an epoch may have fewer, or none.
+            seed: seed of the order of pieces.
             start: place of the first block.
         """
         every = 1 if self.shares_pieces(num_ranks) else num_ranks
@@ -118,10 +120,10 @@ class RowStream:
     def whole_blocks(
         self, *, rank: int, num_ranks: int, size: int, seed: int, start: Place
     ) -> Iterator[tuple[Place, pa.Table]]:
-        """Yield what :meth:`blocks` does, with exactly ``size`` rows in each block: the next epoch fills it up.
+        """Yield blocks as :meth:`blocks` does, but with exactly ``size`` rows each: rows of the next epoch fill them.
 
         Raises:
-            DataError: if an epoch has no rows.
+            DataError: an epoch has no rows.
         """
         every = 1 if self.shares_pieces(num_ranks) else num_ranks
 
@@ -174,7 +176,7 @@ class RowStream:
 
 
 def _share(table: pa.Table, rank: int, every: int) -> pa.Table:
-    """Return every so many rows of a table, those of one process."""
+    """Return every ``every``-th row of a table, the share of one process."""
     return table if every == 1 else table.take(pa.array(np.arange(rank, table.num_rows, every)))
 
 

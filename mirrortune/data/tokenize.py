@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenisation of rows, chunk by chunk and cached; shared by all kinds of task that read text."""
+"""Tokenise rows in chunks, with a cache on disk; shared by all kinds of task that read text."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Reading:
     """How the rows of a split are encoded.
 
     Attributes:
-        max_length: maximum length of a row in tokens, special ones included; longer rows are truncated and counted.
+        max_length: maximum length of a row in tokens, including special tokens; longer rows are truncated and counted.
             None for rows that are not text.
-        for_training: whether the rows are trained on.
+        for_training: whether the rows are training rows.
         drop_blank: leave out rows whose texts are empty or white space (they are counted in any case).
-        allow_missing: keep rows without a label (a test split).
-        seed: of random draws in training, such as augmentation.
-        tell: called with a line on whether the tokens came from the cache, and if not, why.
+        allow_missing: keep rows without a label, as in a test split.
+        seed: seed of random draws in training, such as augmentation.
+        tell: called with a line that says whether the tokens came from the cache, and if not, why.
     """
 
     max_length: int | None
@@ -58,10 +58,10 @@ class TokenRows:
     """Tokenised rows; large arrays are memory-mapped.
 
     Attributes:
-        arrays: what ``make`` returned, all rows concatenated.
-        counts: what ``make`` returned, summed.
-        keep: which rows of the split were tokenised, shape (N,).
-        num_blank: blank rows of the split.
+        arrays: arrays returned by ``make``, concatenated over rows.
+        counts: counts returned by ``make``, summed over rows.
+        keep: whether each row of the split was tokenised, shape (N,).
+        num_blank: number of blank rows in the split.
     """
 
     arrays: dict[str, IntArray]
@@ -80,7 +80,7 @@ class TokenRows:
         return np.flatnonzero(self.keep) if self.num_dropped else None
 
     def spread(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """Return flags of the kept rows as flags of all rows of the split, False for the others."""
+        """Expand flags of the kept rows to all rows of the split, with False for the others."""
         found = np.zeros(len(self.keep), dtype=bool)
         found[self.keep] = flags
         return found
@@ -101,25 +101,25 @@ def tokenise_rows(
 ) -> TokenRows:
     """Tokenise the rows of a split, or read their tokens from the cache.
 
-    Rows are read twice: once for blank rows and the digest of the cache key, and again only if the cache does not hold
-    their tokens. Neither rows nor tokens need to fit into memory: a thousand rows are tokenised at a time and written
-    to the cache.
+    Rows are read once to find blank rows and compute the cache key, and a second time only if their tokens are not in
+    the cache. Neither rows nor tokens need to fit into memory: a thousand rows at a time are tokenised and written to
+    the cache.
 
     Args:
         split: the rows.
         columns: all columns that ``make`` reads.
         tokenizer: a transformers tokenizer.
         reading: which rows to leave out, and where to report.
-        task: the kind of task and the version of its code.
-        make: cells of some rows (a list for each column) and their numbers in the split (from 0) -> arrays, counts.
+        task: kind of the task, and version of its code.
+        make: (cells of some rows, a list for each column; indices of these rows in the split) -> arrays, counts.
         is_blank: returns whether a row is blank; None if no row can be.
         keep: rows to tokenise, shape (N,), whether blank or not.
         what: appended to the name of the rows in messages.
-        facts: everything else that the tokens depend on, as JSON data.
+        facts: all other values that the tokens depend on, as JSON data.
 
     Raises:
-        NoRowsError: if no row is left.
-        ResourceError: if the disk has no room for the tokens.
+        NoRowsError: no row is left.
+        ResourceError: the disk has too little space for the tokens.
     """
     table = split.table
     blank, kept, digest = _scan(table, columns, is_blank, keep, drop_blank=reading.drop_blank)
@@ -194,18 +194,18 @@ def encode_texts(
     Args:
         split: the rows.
         columns: one or two columns of text.
-        targets: one per row, shape (N, ...), or None.
-        missing: which rows have no target, shape (N,).
+        targets: targets of the rows, shape (N, ...), or None.
+        missing: whether each row lacks a target, shape (N,).
         tokenizer: a transformers tokenizer.
-        reading: what to cut and to leave out.
+        reading: maximum length, and which rows to leave out.
         task: the kind of task and the version of its code.
         prefix: prepended to every text of the first column.
 
     Returns:
-        The examples, and which rows of the split they hold, shape (N,).
+        The examples, and whether each row of the split is among them, shape (N,).
 
     Raises:
-        DataError: if a column holds something else than text.
+        DataError: a column does not hold text.
         NoRowsError: if no row is left.
     """
     max_length = reading.num_tokens
@@ -240,12 +240,12 @@ def is_blank_text(row: Sequence[Any]) -> bool:
 
 
 def pieces(texts: list[list[str]], tokenizer: Any, max_length: int) -> Tokens:
-    """Return ``input_ids`` (and ``token_type_ids``) of texts or pairs cut to a length, and the number of those cut."""
+    """Tokenise and truncate texts or pairs; return ``input_ids`` (and ``token_type_ids``) and the number truncated."""
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
     encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
     rows = {n: list(encoded[n]) for n in names}
     long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
-    if long:  # only these are tokenised again: most rows are short, and counting needs the whole length
+    if long:  # counting needs the untruncated length, so only the long rows are tokenised again
         again = [[column[i] for i in long] for column in texts]
         cut = tokenizer(*again, truncation=True, max_length=max_length, return_attention_mask=False)
         for position, i in enumerate(long):
@@ -260,11 +260,11 @@ def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: 
     """Return the maximum length of a row: ``asked``, or the model's limit but at most ``default``.
 
     Raises:
-        ConfigError: if ``asked`` exceeds the model's limit.
+        ConfigError: ``asked`` exceeds the model's limit.
     """
     stated = getattr(tokenizer, "model_max_length", None)
     positions = getattr(config, "max_position_embeddings", None)
-    # Tokenizers without a limit state an astronomical one; then the model's position embeddings are the limit.
+    # Tokenizers without a limit report a huge number; then the model's position embeddings are the limit.
     limit = stated if isinstance(stated, int) and stated < 1_000_000 else positions
     if asked is None:
         return min(limit or default, default)
