@@ -45,6 +45,17 @@ class Part:
         return options
 
 
+def _steps(length: int) -> Part:
+    """Steps of few methods in more turns, for targets that a busy machine would blur; 8 rows of ``length`` tokens."""
+    methods = ("mirror", "mirror r=64", "full", "frozen") if length < 512 else ("mirror", "full")
+    turns = {32: "21", 128: "9", 512: "4"}[length]
+    return Part(
+        module="methods", folder=f"steps-cpu-{8 * length}",
+        words=("--length", str(length), "--steps", turns, "--methods", *methods, "--no-peaks"),
+        quick=("--size", "mini", "--steps", "3", "--warmup", "1", "--length", "32"),
+    )  # fmt: skip
+
+
 _FEW = ("--methods", "mirror", "mirror r=64", "frozen", "dora r=8")
 _TINY = ("--size", "mini", "--steps", "3", "--warmup", "1", *_FEW)
 # By the time that they take, shortest first: a run that is stopped has what came before. HRA takes ten times a step of
@@ -68,6 +79,7 @@ CPU = {
     ),
     "methods-256": Part(module="methods", folder="methods-cpu", words=("--length", "32"), quick=_TINY),
     "methods": Part(module="methods", folder="methods-cpu-1024", quick=(*_TINY, "--length", "64", "--no-peaks")),
+    **{f"steps-{8 * length}": _steps(length) for length in (32, 128, 512)},
     "end-to-end": Part(
         module="end_to_end", folder="end-to-end-cpu", quick=("--rows", "80", "--repeats", "1", "--starts", "1"),
     ),

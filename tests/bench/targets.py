@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.contestants import FROZEN, REFERENCE
+from tests.bench.contestants import REFERENCE
 from tests.bench.parts import PARTS
 
 Results = dict[str, Any]
@@ -70,13 +70,17 @@ def _of_steps(part: str, where: str) -> list[Target]:
         Target(part=part, line=f"step at rank 64, of LoRA's ({where})", aim=1.0, read=_steps("mirror r=64", REFERENCE)),
         Target(part=part, line=f"saved activations at rank 64, of LoRA's ({where})", aim=0.75,
                read=_saved("mirror r=64")),
-        Target(part=part, line=f"step at full rank, of the frozen backbone's ({where})", aim=1.25,
-               read=_steps("mirror", FROZEN)),
     ]  # fmt: skip
     for other in ("dora r=8", "oft", "boft", "hra r=8"):
         found.append(Target(part=part, line=f"step at full rank, of {other}'s ({where})", aim=1.0, is_strict=True,
                             read=_steps("mirror", other)))  # fmt: skip
     return found
+
+
+def _of_full_rank(part: str, where: str, aim: float) -> Target:
+    """All directions against all weights: the gradient of all directions takes as much as that of the weight."""
+    line = f"step at full rank, of the full fine-tune's ({where})"
+    return Target(part=part, line=line, aim=aim, read=_steps("mirror", "full"))
 
 
 def _of_runs(clock: str) -> list[Target]:
@@ -118,12 +122,15 @@ def targets(device: str, clock: str) -> list[Target]:
         ]  # fmt: skip
         for name in PARTS[device]:
             if name.startswith("methods"):
-                found += _of_steps(name, name.removeprefix("methods-").replace("-", ", ") + " tokens a row")
+                where = name.removeprefix("methods-").replace("-", ", ") + " tokens a row"
+                found += [*_of_steps(name, where), _of_full_rank(name, where, 1.05)]
         return found + _of_runs(clock)
     exact = {"residual": 1e-12, "orthogonality": 1e-8}
     return [
         *_of_steps("methods", "1,024 tokens"),
-        *_of_steps("methods-256", "256 tokens")[:2],
+        *_of_steps("steps-256", "256 tokens")[:2],
+        _of_full_rank("steps-1024", "1,024 tokens", 1.05),
+        _of_full_rank("steps-4096", "4,096 tokens", 1.0),
         *_of_runs(clock),
         *_of_banks(),
         Target(part="factorise", line="72 matrices of a BERT-base on these cores, seconds", aim=15.0,
