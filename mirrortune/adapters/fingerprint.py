@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints of a weight and of its singular basis, and the repair of a basis computed by another driver.
+"""Fingerprint a weight and its singular basis, and repair a basis that another driver computed.
 
-Two correct decompositions differ in the signs of hundreds of vectors, and a flipped sign reverses a learned angle: an
-error above 100% of the adapter's effect, without any message. An adapter therefore stores, for each layer, a hash of
-the weight and a sketch p^T U of its basis with a fixed random p, or only its signs where probes of the layer's effect
-(``effect.py``) tell whether the basis is right. Loading sorts vectors by their singular values, flips signs back,
-rotates vectors of near-equal singular values back within their cluster (which each driver mixes differently; for these
-the sketch has more rows), and refuses what it cannot repair.
+Two correct decompositions may differ in the signs of hundreds of vectors. A flipped sign reverses a learned angle, a
+silent error of more than 100% of the adapter's effect. An adapter therefore stores, for each layer, a hash of the
+weight and a sketch p^T U of the basis with a fixed random p, or only the signs of the sketch if probes of the layer's
+effect (``effect.py``) can verify the basis. Loading sorts vectors by their singular values and flips signs back.
+Vectors of near-equal singular values form a cluster, which each driver mixes differently; they have a sketch with more
+rows and are rotated back within their cluster. A basis that cannot be repaired is refused.
 
-Shapes: O out_features, I in_features, R rank, E matrices of a stack (each with a probe of its own).
+Shapes: O out_features, I in_features, R rank, E matrices of a stack (each with its own probe).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from mirrortune.errors import VerificationError
 # Largest difference of |p^T u| between a repaired basis and the stored sketch; p has unit-variance entries, so this
 # bounds the distance of the vectors themselves to about 1e-5 and the adapter's effect to well under 1e-4 of itself.
 SKETCH_TOLERANCE = 1e-5
-# A vector p is good if no singular vector is nearly orthogonal to it: below this the sign of the sketch would be noise.
+# A vector p is accepted if no entry of its sketch is smaller than this; the sign of a smaller one would be noise.
 _SMALLEST_SKETCH = 1e-3
 _PROBE_ATTEMPTS = 64
-# Neighbouring singular values closer than this share of the largest form a cluster. Drivers agree on a vector to their
-# rounding (1e-15) over the gap, so that vectors outside of clusters agree to 1e-8.
+# Neighbouring singular values closer than this fraction of the largest form a cluster. Drivers agree on a vector to
+# rounding error (1e-15) divided by the gap, so vectors outside clusters agree to 1e-8.
 _CLUSTER_GAP = 1e-7
-_NULL = 1e-10  # below this share of the largest, left and right vectors are independent of each other
-_LARGEST_CLUSTER = 64  # of m vectors; m^2 numbers are stored, and a larger one cannot be repaired
+_NULL = 1e-10  # below this fraction of the largest value, left and right vectors are independent of each other
+_LARGEST_CLUSTER = 64  # m vectors; the sketch has 2 m^2 entries per side, and a larger cluster is not repaired
 
 Clusters = tuple[tuple[int, int], ...]
-"""(start, stop) of each cluster, as in a slice of directions."""
+"""(start, stop) of each cluster, the bounds of a slice of directions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """Identifies an adapted weight and the basis that its core was trained in.
+    """Identify an adapted weight and the basis in which its core was trained.
 
     Attributes:
         weight_hash: ``values:`` and the :func:`value_digest` of the weight.
@@ -66,12 +66,12 @@ class Fingerprint:
 
     @classmethod
     def of_weight(cls, weight: Tensor) -> Fingerprint:
-        """Return the fingerprint of a weight whose adapter does not depend on a basis: only its hash."""
+        """Return the fingerprint of a weight whose adapter does not depend on a basis: its hash only."""
         return cls.of_hash(f"values:{value_digest(weight)}")
 
     @classmethod
     def of_hash(cls, weight_hash: str) -> Fingerprint:
-        """Return the same for the stored hash of a weight."""
+        """Return the fingerprint without basis for the stored hash of a weight."""
         return cls(weight_hash=weight_hash, probe_seeds=(), side="none", sketch=torch.zeros(0, 0))
 
     @property
@@ -80,12 +80,12 @@ class Fingerprint:
         return self.sketch.shape[-1]
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether ``weight`` has the values that were hashed."""
+        """Return whether ``weight`` has the hashed values."""
         return self.weight_hash == f"values:{value_digest(weight)}"
 
 
 def weight_digest(weight: Tensor) -> str:
-    """Return the SHA-256 (hex) of dtype, shape and bytes of ``weight``."""
+    """Return the SHA-256 (hex) of the dtype, shape and bytes of ``weight``."""
     host = weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{host.dtype}:{tuple(host.shape)}:".encode())
     digest.update(host.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -93,8 +93,10 @@ def weight_digest(weight: Tensor) -> str:
 
 
 def value_digest(weight: Tensor) -> str:
-    """Return the SHA-256 (hex) of shape and values of ``weight``, the same for every dtype that holds them exactly: a
-    weight stored in 16 bits is the same weight when it is loaded in 32.
+    """Return the SHA-256 (hex) of the shape and values of ``weight``.
+
+    It does not depend on the dtype if this represents the values exactly: a weight that is stored in 16 bits has the
+    same digest when it is loaded in 32.
     """
     host = weight.detach().cpu().contiguous()
     single = host.to(torch.float32)
@@ -106,12 +108,12 @@ def value_digest(weight: Tensor) -> str:
 
 
 def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:
-    """Compute the fingerprint of ``weight``, (O, I) or (E, O, I), and its ``factors``; deterministic.
+    """Compute the fingerprint of ``weight``, (O, I) or (E, O, I), and of its ``factors``, deterministically.
 
     Args:
-        weight: of the base.
-        factors: of ``weight``.
-        side: of the core, see :class:`Fingerprint`.
+        weight: weight of the base model.
+        factors: factors of ``weight``.
+        side: side of the core, see :class:`Fingerprint`.
     """
     each = factors.each()
     chosen = [_choose_probe(matrix, side) for matrix in each]
@@ -131,7 +133,7 @@ def fingerprint(weight: Tensor, factors: Factors, side: str) -> Fingerprint:
 
 
 def completed(stored: Fingerprint, factors: Factors) -> Fingerprint:
-    """Return ``stored`` with the sketch of ``factors``, which are aligned with it, in place of mere signs."""
+    """Return ``stored`` with the complete sketch of ``factors``, which are aligned with it, instead of only signs."""
     if stored.has_sizes:
         return stored
     sketches = [_sketch(f, s, stored.side).float() for f, s in zip(factors.each(), stored.probe_seeds, strict=True)]
@@ -139,19 +141,19 @@ def completed(stored: Fingerprint, factors: Factors) -> Fingerprint:
 
 
 def try_align(factors: Factors, stored: Fingerprint, name: str) -> tuple[Factors, VerificationError | None]:
-    """Bring ``factors`` into the basis that ``stored`` describes.
+    """Align ``factors`` with the basis that ``stored`` describes.
 
     Args:
-        factors: a decomposition of the same weight, by any driver, float64.
-        stored: the fingerprint kept with the adapter.
-        name: of the layer, for the message.
+        factors: decomposition of the same weight by any driver, float64.
+        stored: fingerprint stored with the adapter.
+        name: name of the layer, for the message.
 
     Returns:
-        Factors equal to the trained ones up to the drivers' rounding, and None; or factors repaired as far as possible,
-        and the error that names the worst direction.
+        Factors equal to those of training up to rounding, and None; or factors repaired as far as possible, and an
+        error that names the worst direction.
 
     Raises:
-        VerificationError: the number of bases or directions is another.
+        VerificationError: the number of bases or directions differs.
     """
     each, references = factors.each(), stored.sketch if factors.is_stack else stored.sketch[None]
     if len(each) != len(references) or len(each) != len(stored.probe_seeds):
@@ -185,7 +187,7 @@ def _misaligned(place: str, factors: Factors, distance: Tensor) -> VerificationE
 
 
 def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int) -> tuple[Factors, Tensor]:
-    """Return one basis repaired as far as possible, and the distance of each direction from the sketch, (R,)."""
+    """Return one basis, repaired as far as possible, and the distance of each direction from the sketch, (R,)."""
     S = factors.S
     if not bool((S[:-1] >= S[1:]).all()):
         order = S.argsort(descending=True, stable=True)
@@ -206,7 +208,7 @@ def _repair(factors: Factors, stored: Fingerprint, reference: Tensor, index: int
 
 
 def _clusters(factors: Factors) -> Clusters:
-    """Return runs of near-equal singular values that can be repaired, and single vectors of value zero."""
+    """Return the clusters of near-equal singular values that can be repaired, and single vectors of value zero."""
     S = factors.S.double().cpu()
     limit = min(factors.U.shape[0], factors.Vh.shape[1], factors.rank)  # the complement of a basis follows from it
     largest = float(S[0])
@@ -226,11 +228,11 @@ def _runs(S: Tensor, gap: float) -> list[tuple[int, int]]:
 
 
 def redrawn(factors: Factors) -> Factors | None:
-    """Return ``factors`` of one matrix as another driver may find them: vectors are mixed at random where a fingerprint
-    cannot repair them. None if it can repair all.
+    """Return ``factors`` of one matrix as another driver may compute them, with vectors that a fingerprint cannot
+    repair mixed at random; None if it can repair all.
 
-    That is in runs of near-equal singular values too long for a fingerprint, and where the last kept ones may be part
-    of a longer run (of three values and more: of two it would be coincidence).
+    These vectors are in clusters too large for a fingerprint, and in a last cluster that may extend beyond the kept
+    directions (if it has three values or more, because two may be a coincidence).
     """
     gap = max(_CLUSTER_GAP, 2 * torch.finfo(factors.S.dtype).eps)  # layers hold theirs rounded
     S = factors.S.double().cpu()
@@ -258,7 +260,7 @@ def _random_turn(size: int, seed: int) -> Tensor:
 
 
 def _cluster_sketch(factors: Factors, cluster: tuple[int, int], side: str) -> list[Tensor]:
-    """Compute the sketch of the m vectors of a cluster, (2m, m) float64, for each side that matters."""
+    """Compute the sketch of the m vectors of a cluster, (2m, m) float64, for each side that the core depends on."""
     start, stop = cluster
     state = np.random.RandomState(1000 + start)  # frozen by NumPy's maintainers: the same in every version
     vectors = {"output": [factors.U], "input": [factors.Vh.T], "both": [factors.U, factors.Vh.T]}[side]
@@ -270,7 +272,7 @@ def _cluster_sketch(factors: Factors, cluster: tuple[int, int], side: str) -> li
 
 
 def _turn_back(factors: Factors, clusters: Clusters, sketches: Tensor, side: str) -> Factors:
-    """Rotate the vectors of each cluster onto the stored sketch (orthogonal Procrustes)."""
+    """Rotate the vectors of each cluster to match the stored sketch (orthogonal Procrustes)."""
     U, Vh, place = factors.U.clone(), factors.Vh.clone(), 0
     for start, stop in clusters:
         size = 2 * (stop - start) ** 2
@@ -298,7 +300,7 @@ def _procrustes(now: Tensor, then: Tensor) -> Tensor:
 
 
 def _choose_probe(factors: Factors, side: str) -> tuple[int, Tensor]:
-    """Return seed and sketch of the first good vector p for one basis, or of the best one tried."""
+    """Return the seed and sketch of the first accepted vector p for one basis, or of the best one tried."""
     best_seed, best_sketch, best_smallest = 0, None, -1.0
     for seed in range(_PROBE_ATTEMPTS):
         candidate = _sketch(factors, seed, side)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attach a core to each target of a model, and list what is trained.
+"""Attach a core to each target of a model, and list the trained parameters.
 
-PEFT's tuners are attached in ``peft_bridge``, by the same rules: an adapted layer only has to name its trained
-parameters and to merge (:class:`AdaptedLayer`).
+PEFT's tuners are attached in ``peft_bridge`` by the same rules. An adapted layer only needs the interface of
+:class:`AdaptedLayer`: its trained parameters and its merged tensors.
 """
 
 from __future__ import annotations
@@ -25,36 +25,35 @@ from mirrortune.adapters.targets import Target, Targets, find_targets
 from mirrortune.errors import ConfigError
 
 FactorSource = Callable[[str, Tensor, int], Factors]
-"""(layer name, matrix (O, I) or stack (E, O, I), rank) -> float64 factors; the default computes them, callers may pass
-a cache."""
+"""(layer name, matrix (O, I) or stack (E, O, I), rank) -> float64 factors, computed or read from a cache."""
 LayerHook = Callable[[str, Tensor, Factors, Core], None]
-"""Called with (layer name, matrix or stack, factors, core) for every layer that attach replaces."""
+"""Called with (layer name, matrix or stack, factors, core) for each layer that :func:`attach` replaces."""
 BANK = "_mirrortune_bank"
-"""Attribute of a model in an :class:`~mirrortune.AdapterBank`."""
+"""Name of the attribute that marks a model in an :class:`~mirrortune.AdapterBank`."""
 SpectralLayer = SpectralLinear | SpectralWeight
-"""Adapts a weight: in place of the layer that applies it, or as a parametrisation of the weight."""
+"""A module that adapts a weight: it replaces the layer of the weight, or is a parametrisation of the weight."""
 
 
 class AdaptedLayer(Protocol):
-    """The interface of a layer that an adapter has changed, mirrortune's or PEFT's."""
+    """The interface of a layer with an adapter, from mirrortune or PEFT."""
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained in this layer, by their names there."""
+        """Return the trained parameters of this layer, by their names in the layer."""
 
     def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the layer's plain tensors with the adapter merged.
+        """Return the plain tensors of the layer with the adapter merged.
 
         Args:
-            before: ``weight`` of the base model, in its own layout, and ``bias`` if the layer has one; any dtype.
+            before: ``weight`` of the base model, in its layout there, and ``bias`` if the layer has one; any dtype.
 
         Returns:
-            Those that the adapter changes, by the same names, in float64 on the CPU.
+            The tensors that the adapter changes, by the same names, in float64 on the CPU.
         """
 
 
 @dataclass(slots=True, kw_only=True)
 class Attachment:
-    """The adapter of a model, stored as ``model.mirrortune``: how it was built and what it trains.
+    """The adapter of a model: its specification and its layers. Stored as ``model.mirrortune``.
 
     Attributes:
         spec: how it was built.
@@ -78,17 +77,17 @@ def attach(
     on_layer: LayerHook | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> nn.Module:
-    """Adapt ``model`` in place: attach cores to its target layers and freeze everything else but the head.
+    """Adapt ``model`` in place: attach cores to its target layers, and freeze all other parameters except the head.
 
     Args:
         model: loaded model; its base weights are not changed.
-        spec: what to build.
-        targets: of ``model`` and ``spec``; None finds them.
+        spec: specification of the adapter.
+        targets: targets of ``spec`` in ``model``; None to find them.
         new_parameters: see :func:`find_targets`.
-        factor_source: computes factors or reads them from a cache; None computes them.
-        pairs: pairs by layer name, in place of the pairing's own (an adapter being loaded).
-        on_layer: called for every layer, while its factors are in memory.
-        strategies: by layer name, in place of the spec's.
+        factor_source: computes factors or reads them from a cache; None to compute them.
+        pairs: pairs by layer name, which replace those of the pairing when an adapter is loaded.
+        on_layer: called for each layer while its factors are in memory.
+        strategies: strategies by layer name, which override that of ``spec``.
 
     Returns:
         The same model, with ``model.mirrortune`` set.
@@ -97,7 +96,7 @@ def attach(
         ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
     """
     targets = checked_targets(model, spec, targets, new_parameters)
-    for name, target in targets.layers.items():  # a core refuses its options before the model is changed
+    for name, target in targets.layers.items():  # cores check their options before the model is changed
         S = torch.ones((target.count, target.rank) if target.count > 1 else (target.rank,))
         build_core(spec, S, name, target.shape, (pairs or {}).get(name))
     freeze(model, targets)
@@ -121,7 +120,7 @@ def attach(
 def checked_targets(
     model: nn.Module, spec: AdapterSpec, known: Targets | None, new_parameters: Iterable[str] = ()
 ) -> Targets:
-    """Return the targets of a model that is about to be adapted: ``known`` ones, or those found for a checked ``spec``.
+    """Return the targets of a model to adapt: ``known`` if given, else those found for ``spec``, which is checked.
 
     Raises:
         ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
@@ -138,7 +137,7 @@ def checked_targets(
 
 
 def freeze(model: nn.Module, targets: Targets) -> None:
-    """Require gradients for the head and the parameters trained as they are, and for nothing else."""
+    """Set ``requires_grad`` for the head and the parameters that are trained directly only; freeze all others."""
     trained = {*targets.head, *targets.plain}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -161,7 +160,7 @@ def spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
 
 
 def attachment(model: nn.Module) -> Attachment:
-    """Return the adapter of a model; ConfigError if it has none."""
+    """Return the adapter of a model; raise a ConfigError if it has none."""
     found = getattr(model, "mirrortune", None)
     if not isinstance(found, Attachment):
         raise ConfigError("model", "it has no adapter", fix="Call mirrortune.attach(model) first")
@@ -169,12 +168,12 @@ def attachment(model: nn.Module) -> Attachment:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters of the adapter by ``<layer>.<parameter>``; empty ones are left out."""
+    """Return the trained parameters of the adapter, by ``<layer>.<parameter>``, without empty ones."""
     return {
         f"{name}.{key}": parameter
         for name, layer in attachment(model).layers.items()
         for key, parameter in layer.adapter_parameters().items()
-        if getattr(parameter, "ds_numel", parameter.numel())  # parameters that ZeRO-3 shards are empty between uses
+        if getattr(parameter, "ds_numel", parameter.numel())  # parameters sharded by ZeRO-3 are empty between uses
     }
 
 
@@ -188,14 +187,14 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Count the numbers that an adapted model trains besides its task head."""
+    """Return the number of trained parameters of an adapted model, without its task head."""
     head = set(attachment(model).targets.head)
     trained = [p for n, p in plain_parameters(model).items() if n not in head]
     return sum(p.numel() for p in [*adapter_parameters(model).values(), *trained])
 
 
 def head_parameters(model: nn.Module) -> int:
-    """Count the numbers of an adapted model's task head."""
+    """Return the number of parameters in the task head of an adapted model."""
     head = attachment(model).targets.head
     return sum(p.numel() for n, p in model.named_parameters() if n in set(head))
 
@@ -205,9 +204,9 @@ def _compute(name: str, weight: Tensor, rank: int) -> Factors:
 
 
 def _listed_modules(model: nn.Module) -> set[int]:
-    """Return ids of modules that a forward may reach through a plain list, tuple or dict instead of by name.
+    """Return the ids of modules that ``forward`` may reach through a plain list, tuple or dict instead of an attribute.
 
-    A module put in their place would not be called.
+    Replacing such a module as an attribute would have no effect.
     """
     found: set[int] = set()
     for module in model.modules():
@@ -233,7 +232,7 @@ def _adapt(
         replace_weight(list(modules.values()), spectral)
         return spectral
     layer = SpectralLinear(first, factors, core, strategy, kind)
-    for path, _ in target.places:  # one layer, wherever the module stands
+    for path, _ in target.places:  # the same layer at every place of a shared module
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return layer

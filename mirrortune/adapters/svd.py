@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Singular value decomposition of a weight, in float64 and with canonical signs.
+"""Compute the singular value decomposition of a weight, in float64 and with canonical signs.
 
 Shapes: O out_features, I in_features, D = min(O, I), R rank (1 <= R <= D, or R = O). W (O, I) = U diag(S) Vh. A stack
 of E matrices has a leading dimension E everywhere.
@@ -21,15 +21,15 @@ from torch import Tensor
 
 from mirrortune.errors import ConfigError, DataError
 
-# ||A v - s u|| and ||A^T u - s v|| of every triplet, relative to the largest singular value. A careless randomised
-# decomposition is good on average and poor in single axes; these are triplets of a matrix that far away, every one.
+# Bound on ||A v - s u|| and ||A^T u - s v|| of each triplet, relative to the largest singular value. It holds for every
+# triplet, whereas a simple randomised decomposition is accurate on average and inaccurate for single triplets.
 RESIDUAL = 1e-11
-# Below this size, or for a larger share of the directions, LAPACK's own is as fast.
+# For a smaller matrix, or a larger share of the directions, LAPACK's full decomposition is as fast.
 _SMALLEST_SIDE, _LARGEST_SHARE = 1536, 1 / 16
 _ROUNDS, _LARGEST_DEGREE, _LARGEST_GROWTH = 24, 12, 1e10
 
-# Bounds for triplets found on a device other than the matrix's own: ||A - U S Vh|| relative to ||A||, and the largest
-# entry of U^T U - I and Vh Vh^T - I. LAPACK stays a hundred times below both.
+# Bounds for triplets computed on a device other than that of the matrix: ||A - U S Vh|| relative to ||A||, and the
+# largest entry of U^T U - I and Vh Vh^T - I. LAPACK stays a hundred times below both.
 _EXACT, _ORTHOGONAL = 1e-12, 1e-8
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -40,7 +40,7 @@ def decompose(matrix: Tensor, rank: int, name: str) -> Triplets:
     arbitrary signs.
 
     Raises:
-        DataError: if no algorithm converges.
+        DataError: no algorithm converges.
     """
     smaller = min(matrix.shape)
     if smaller >= _SMALLEST_SIDE and rank <= smaller * _LARGEST_SHARE:
@@ -56,8 +56,8 @@ def decompose_on(device: torch.device, matrix: Tensor, rank: int, name: str) -> 
     """Run :func:`decompose` on another device, such as a GPU, and return the result on the device of ``matrix``.
 
     Returns:
-        None if this fails: too little memory, an operation that is missing or does not converge, or triplets less exact
-        than LAPACK's.
+        The triplets; None if memory is insufficient, an operation is not implemented or does not converge, or the
+        triplets are less accurate than those of LAPACK.
     """
     try:
         there = matrix.to(device)
@@ -70,12 +70,12 @@ def decompose_on(device: torch.device, matrix: Tensor, rank: int, name: str) -> 
     finally:
         if device.type == "cuda":
             there = found = None  # type: ignore[assignment]
-            torch.cuda.empty_cache()  # the model needs the memory next
+            torch.cuda.empty_cache()  # leave the memory to the model
     return U, S, Vh
 
 
 def is_exact(matrix: Tensor, triplets: Triplets) -> bool:
-    """Whether ``triplets`` are as good as those of LAPACK, or of :func:`leading`, are promised to be."""
+    """Return whether ``triplets`` meet the accuracy guaranteed for LAPACK's, or for those of :func:`leading`."""
     U, S, Vh = triplets
     is_full = len(S) == min(matrix.shape)
     norm = torch.linalg.matrix_norm(matrix)
@@ -88,7 +88,7 @@ def is_exact(matrix: Tensor, triplets: Triplets) -> bool:
 
 
 def full(matrix: Tensor, name: str) -> Triplets:
-    """Compute all D triplets by divide and conquer; if that does not converge, by QR iteration, then eigenvectors."""
+    """Compute all D triplets by divide and conquer, or if it fails to converge by QR iteration, then eigenvectors."""
     try:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -98,16 +98,16 @@ def full(matrix: Tensor, name: str) -> Triplets:
 
 
 def leading(matrix: Tensor, rank: int) -> Triplets | None:
-    """Compute the ``rank`` leading triplets to :data:`RESIDUAL`; None if they do not converge soon enough.
+    """Compute the ``rank`` leading triplets to :data:`RESIDUAL`; return None if they do not converge soon enough.
 
-    Subspace iteration with a Chebyshev filter, which damps everything below the L-th singular value: the reduction of
-    the unwanted per product with the matrix is far better than a power iteration's for spectra that fall off slowly.
-    The start is random with a fixed seed, so that a weight always has the same factors.
+    The algorithm is subspace iteration with a Chebyshev filter, which damps the components below the L-th singular
+    value. For slowly decaying spectra it damps them far more per product with the matrix than power iteration does. The
+    start is random with a fixed seed, so that a weight always has the same factors.
 
     Reference: Halko, Martinsson & Tropp 2011 (arXiv:0909.4061), alg. 4.4, with the filter of Zhou, Saad, Tiago &
     Chelikowsky 2006 in place of powers.
     """
-    # The side on which vectors are iterated is the smaller one, of A A^T or A^T A.
+    # Vectors are iterated on the smaller side: with A A^T or A^T A.
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     columns = min(2 * rank + 10, tall.shape[1])
     generator = torch.Generator().manual_seed(0)
@@ -116,14 +116,14 @@ def leading(matrix: Tensor, rank: int) -> Triplets | None:
     for _ in range(_ROUNDS):
         U, S, Vh = _ritz(tall, basis)
         errors = torch.linalg.vector_norm(tall.T @ U[:, :rank] - Vh[:rank].T * S[:rank], dim=0)
-        # The number of leading triplets that have converged; they are kept out of the filter, whose degree would
-        # otherwise be limited by a few outliers of the spectrum.
+        # Number of leading triplets that have converged. They are excluded from the filter, because a few outliers of
+        # the spectrum would limit its degree.
         done = int((errors <= RESIDUAL * S[0]).cumprod(dim=0).sum())
         if done == rank:
             found = U[:, :rank], S[:rank], Vh[:rank]
             return found if tall is matrix else (found[2].T, found[1], found[0].T)
         if not float(S[-1]) > 0:
-            return None  # fewer directions than asked for: LAPACK completes the basis
+            return None  # fewer directions than ``rank``: LAPACK completes the basis
         kept, rest = Vh[:done].T, Vh[done:].T
         filtered = _filtered(tall, rest, kept, float(S[done]), float(S[-1]))
         basis = torch.linalg.qr(torch.cat([kept, filtered], dim=1)).Q
@@ -131,7 +131,7 @@ def leading(matrix: Tensor, rank: int) -> Triplets | None:
 
 
 def _ritz(tall: Tensor, basis: Tensor) -> Triplets:
-    """Compute the best triplets whose right vectors lie in ``basis`` (n, L); A v = s u holds for them exactly."""
+    """Compute the best triplets whose right vectors lie in ``basis`` (n, L); they satisfy A v = s u exactly."""
     U, S, small = torch.linalg.svd(tall @ basis, full_matrices=False)
     return U, S, small @ basis.T
 

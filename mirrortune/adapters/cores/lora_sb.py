@@ -18,14 +18,14 @@ class LoraSb(Core):
     """K = diag(S) + M, M (R, R) free, between singular vectors of a gradient; R^2 trained numbers.
 
     U, S and Vh are the leading singular triplets of -sign(G), the direction of Adam's first step in full fine-tuning,
-    where G is the gradient of the loss for the weight, measured on training rows. W' = W + U M Vh: singular values and
-    vectors of W have no part in it. Training starts at M = ``first_step`` diag(S), which makes W' - W the best
-    approximation of rank R of that step at the learning rate ``first_step``; 0 starts at the base model.
+    where G is the gradient of the loss with respect to the weight, measured on training rows. W' = W + U M Vh does not
+    depend on the singular values and vectors of W. Training starts at M = ``first_step`` diag(S), for which W' - W is
+    the best rank-R approximation of that step at the learning rate ``first_step``; 0 starts at the base model.
 
     Reference: LoRA-SB (arXiv 2411.19557), with s = 1: for orthonormal U and Vh, the gradient of M is the projection of
-    the weight's without a scale. Differs: gradients are measured without dropout and behind a head that has been warmed
-    up (``adapter.calibration_warmup_steps=0`` turns this off); ``first_step`` is a setting, where the paper's code has
-    the learning rate of the first step of the warm-up, ``train.lr`` over its number of steps.
+    the gradient of the weight, without a scale. Differs: gradients are measured without dropout and after a warm-up of
+    the head (``adapter.calibration_warmup_steps=0`` turns this off); ``first_step`` is a setting, where the paper's
+    code uses the learning rate of the first step of the warm-up, ``train.lr`` divided by its number of steps.
     """
 
     S: Tensor
