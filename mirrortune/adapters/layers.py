@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapted layers: a core in the singular basis of a frozen weight, W' = W + U (K - diag(S)) Vh.
 
-Shapes: O out_features, I in_features, R rank, E stacked matrices (a leading dimension of all, where there are several),
-N rows of activations. The autograd functions save z = Vh x (N, R) for the backward pass, not x (N, I): the factors are
-frozen, so the core's gradient needs only z and U^T dy.
+Shapes: O out_features, I in_features, R rank, E stacked matrices (an optional leading dimension), N rows of
+activations. The autograd functions save z = Vh x (N, R) for the backward pass instead of x (N, I): the factors are
+frozen, so the gradient of the core needs only z and U^T dy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+import torch.nn.functional as F  # noqa: N812  (its usual name)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
@@ -28,13 +28,13 @@ from mirrortune.errors import ConfigError
 
 
 class Spectral(nn.Module):
-    """The frozen factors of a base weight with a trained core between them.
+    """The frozen factors of a base weight, with a trained core between them.
 
     Args:
-        factors: singular triplets; of a stack, with a leading dimension E.
-        core: owns the trained numbers and K; a ``CoreStack`` for a stack.
-        layout: how the base's tensor holds matrices.
-        like: a tensor with the device and dtype of the stored factors.
+        factors: singular triplets, with a leading dimension E for a stack.
+        core: computes K from its trained parameters; a ``CoreStack`` for a stack.
+        layout: how the tensor of the base model holds matrices.
+        like: a tensor with the device and dtype to store the factors in.
     """
 
     def __init__(self, factors: Factors, core: Core, layout: Layout, like: Tensor) -> None:
@@ -42,7 +42,7 @@ class Spectral(nn.Module):
         self.layout = layout
         self.rank = factors.rank
         self.out_features, self.in_features = layout.matrix_shape
-        # Frozen parameters and not buffers, so that sharding wrappers (FSDP2) shard them instead of replicating them.
+        # Frozen parameters instead of buffers, so that sharding wrappers (FSDP2) shard rather than replicate them.
         cast = factors.to(device=like.device, dtype=like.dtype)
         self.U = nn.Parameter(cast.U, requires_grad=False)
         self.Vh = nn.Parameter(cast.Vh, requires_grad=False)
@@ -50,7 +50,7 @@ class Spectral(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        """U, S and Vh as the layer holds them."""
+        """U, S and Vh in the dtype and on the device of the layer."""
         return Factors(U=self.U, S=self.core.get_buffer("S"), Vh=self.Vh)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -63,11 +63,11 @@ class Spectral(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Compute U (K - diag(S)) Vh in float64 on the CPU, (O, I) or (E, O, I): what merging adds to the weight."""
+        """Compute U (K - diag(S)) Vh, which merging adds to the weight, (O, I) or (E, O, I), in float64 on the CPU."""
         return delta_weight(self.factors, self.core)
 
     def adapt(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute W' in the layout of the base's ``weight``, in float32 or better and rounded once to ``dtype``;
+        """Compute W' in the layout of the base's ``weight``, in float32 or better, and round once to ``dtype``;
         differentiable with respect to the core's parameters.
         """
         with torch.autocast(self.U.device.type, enabled=False):
@@ -77,7 +77,7 @@ class Spectral(nn.Module):
 
 
 def dense_delta(factors: Factors, core: Core) -> Tensor:
-    """Compute U (K - diag(S)) Vh plus what the core adds beside it, (O, I) or (E, O, I), in float32 or better;
+    """Compute U (K - diag(S)) Vh plus the core's additional terms, (O, I) or (E, O, I), in float32 or better;
     differentiable with respect to the core's parameters.
     """
     dtype = torch.promote_types(factors.U.dtype, torch.float32)
@@ -90,29 +90,29 @@ def dense_delta(factors: Factors, core: Core) -> Tensor:
 
 @torch.no_grad()
 def delta_weight(factors: Factors, core: Core) -> Tensor:
-    """Compute U (K - diag(S)) Vh plus what the core adds beside it, in float64 on the CPU, (O, I) or (E, O, I)."""
+    """Compute U (K - diag(S)) Vh plus the core's additional terms, (O, I) or (E, O, I), in float64 on the CPU."""
     exact = factors.to(device=torch.device("cpu"), dtype=torch.float64)
     return dense_delta(exact, core.in_float64())
 
 
 _LINEAR = Linear()
 _EXACT = (torch.float32, torch.float64)
-# Of singular values between which a core may act on one side of the weight: at most five bits are lost.
+# Largest ratio of singular values for which a core may act on one side of the weight: at most five bits are lost.
 _LARGEST_RATIO = 32
 
 
 class SpectralLinear(Spectral):
-    """Applies W' = W + U (K - diag(S)) Vh in place of a frozen layer that applies W.
+    """Apply W' = W + U (K - diag(S)) Vh in place of a frozen layer that applies W.
 
     Args:
-        base_layer: the layer to adapt, whose weight ``kind`` reads as a matrix (O, I); frozen and never changed.
-        factors: singular triplets of that matrix; of a quantised one on the device and in the dtype to compute in.
-        core: owns the trained numbers and K.
-        strategy: how to compute the output; None for the cheapest by the layer's shape.
-        kind: of the layer, with ``kind.is_callable(base_layer)``; a linear layer by default.
+        base_layer: layer to adapt, whose weight ``kind`` reads as a matrix (O, I). It is frozen and never changed.
+        factors: singular triplets of that matrix. For a quantised layer, their device and dtype are used to compute.
+        core: computes K from its trained parameters.
+        strategy: how to compute the output; None for the cheapest strategy for the layer's shape.
+        kind: kind of the layer, with ``kind.is_callable(base_layer)``; a linear layer by default.
 
     Raises:
-        ConfigError: if ``factored`` is asked for with fewer than min(O, I) directions.
+        ConfigError: the strategy is ``factored``, but there are fewer than min(O, I) directions.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SpectralLinear(Spectral):
         super().__init__(factors, core, kind.layouts(base_layer)["weight"], weight)
         self.base_layer = base_layer.requires_grad_(requires_grad=False)
         self.kind = kind
-        # Without the number of rows this is never dense.
+        # The result is never dense, because the number of rows is not given.
         self.strategy = strategy or cheapest_strategy(
             self.out_features, self.in_features, self.rank, weight.dtype, kind
         )
@@ -140,26 +140,26 @@ class SpectralLinear(Spectral):
             )
         self.cheaper_side = self._find_cheaper_side(weight) if self.strategy == "branch" else None
         if self.strategy == "factored":
-            # The factors replace the weight, which then need not follow the model to its device.
+            # The factors replace the weight, so the weight need not move to the device of the model.
             del base_layer.weight
-            base_layer.weight = weight.detach()  # a plain attribute: not in .to(), parameters() and state_dict()
+            base_layer.weight = weight.detach()  # a plain attribute: ignored by .to(), parameters() and state_dict()
 
     @property
     def weight(self) -> Tensor:
-        """W' in the base layer's own layout, for code that reads a layer's weight instead of calling the layer.
+        """W' in the layout of the base layer, for code that reads the weight of a layer instead of calling the layer.
 
-        Its shape, dtype and device, all that most readers want, cost nothing; W' is computed when it is used.
+        Reading only its shape, dtype or device costs nothing; W' is computed when its values are used.
         """
         return self.adapted_weight() if torch.compiler.is_compiling() else _AdaptedWeight.of(self)
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias (O,), or None."""
+        """The bias of the base layer, (O,), or None."""
         bias: Tensor | None = getattr(self.base_layer, "bias", None)
         return bias
 
     def __getattr__(self, name: str) -> Any:
-        """Delegate other attributes that model code reads (``stride``, ``embedding_dim``, ...) to the base layer."""
+        """Delegate attributes that model code may read (``stride``, ``embedding_dim``, ...) to the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -168,7 +168,7 @@ class SpectralLinear(Spectral):
             return getattr(self.base_layer, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the adapted layer's output for an input of the base layer; (..., O) for x (..., I) of a linear one."""
+        """Return the output of the adapted layer: (..., O) for x (..., I) if the base layer is linear."""
         is_branch = self.strategy == "branch"
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else self.U.dtype
@@ -177,7 +177,7 @@ class SpectralLinear(Spectral):
         is_fused = is_branch and self._adds_in_place(dtype)
         side = self.cheaper_side if is_fused and dtype in _EXACT else None
         if side == "input" and torch.is_grad_enabled() and not x.requires_grad:
-            side = None  # it would compute the input's gradient to find the core's
+            side = None  # acting on one side would need the gradient of the input to compute that of the core
         relative = self.core.relative_coefficients(side) if side else None
         coefficients = relative or self.core.coefficients(delta=is_branch)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -198,10 +198,10 @@ class SpectralLinear(Spectral):
 
     @torch.no_grad()
     def _find_cheaper_side(self, weight: Tensor) -> Literal["output", "input"] | None:
-        """Return the side with fewer features, where acting on that side alone gives the same to rounding; else None.
+        """Return the side with fewer features if acting on that side alone is exact up to rounding error, else None.
 
-        That takes factors of this very weight, not approximate ones, and singular values of similar size: relative to
-        weak directions, strong ones would be amplified.
+        This requires exact factors of this weight and singular values of similar size; otherwise the rounding errors of
+        strong directions would be amplified relative to weak ones.
         """
         S = self.core.get_buffer("S")
         is_plain = type(self.kind) is Linear and weight.dtype in _EXACT and weight.shape == self.layout.matrix_shape
@@ -220,7 +220,7 @@ class SpectralLinear(Spectral):
         return side if float(difference.norm()) <= allowed else None
 
     def _adds_in_place(self, dtype: torch.dtype) -> bool:
-        """Whether the base layer is exactly y = W x + b in ``dtype``, so that the adapter can accumulate into y."""
+        """Return whether the base layer computes y = W x + b in ``dtype``, so that y can be added to in place."""
         base = self.base_layer
         if type(self.kind) is not Linear or not self.kind.is_callable(base) or torch.compiler.is_compiling():
             return False
@@ -230,7 +230,7 @@ class SpectralLinear(Spectral):
         return is_frozen and not any(hooks) and weight.dtype == dtype
 
     def adapted_weight(self) -> Tensor:
-        """Compute W' in the layout and dtype of the base layer's weight, on the factors' device; differentiable."""
+        """Compute W', differentiably, in the layout and dtype of the base layer's weight, on the factors' device."""
         # The weight is a parameter, or a plain tensor under strategy factored.
         base: Any = self.kind.read(self.base_layer, "weight") if self.kind.is_quantised else self.base_layer.weight
         return self.adapt(base, self.U.dtype)
@@ -241,13 +241,13 @@ class SpectralLinear(Spectral):
 
 
 class _AdaptedWeight(Tensor):
-    """A lazy W': has its shape, dtype and device, and is computed by any operation on it."""
+    """A lazily computed W': it has the shape, dtype and device of W', and any operation on it computes W'."""
 
     layer: SpectralLinear
 
     @classmethod
     def of(cls, layer: SpectralLinear) -> _AdaptedWeight:
-        """Return the weight of ``layer``, not computed yet."""
+        """Create the lazy weight of ``layer``."""
         outline = layer.U.detach().new_empty(1).expand(layer.layout.shape)  # takes no memory
         weight = outline.as_subclass(cls)
         weight.layer = layer
@@ -255,7 +255,7 @@ class _AdaptedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer from the outline, or compute W'."""
+        """Answer operations on metadata without W', and compute W' for all others."""
         if func in _OUTLINE:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         given = tree_map(
@@ -274,13 +274,13 @@ _OUTLINE = {getattr(Tensor, name).__get__ for name in _PROPERTIES if hasattr(Ten
 
 
 class SpectralWeight(Spectral):
-    """Maps W to W', as a parametrisation in the sense of ``torch.nn.utils.parametrize``.
+    """Map W to W', as a parametrisation of ``torch.nn.utils.parametrize``.
 
     Args:
-        weight: the frozen tensor, in the layout of its module.
-        layout: how it holds matrices.
-        factors: singular triplets; of a stack, with a leading dimension E.
-        core: owns the trained numbers and K; a ``CoreStack`` for a stack.
+        weight: frozen tensor, in the layout of its module.
+        layout: how the tensor holds matrices.
+        factors: singular triplets, with a leading dimension E for a stack.
+        core: computes K from its trained parameters; a ``CoreStack`` for a stack.
     """
 
     strategy = "dense"
@@ -290,7 +290,7 @@ class SpectralWeight(Spectral):
         self._held: dict[bool, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return W' in the shape and dtype of ``weight``; equal to it, bit for bit, for an untrained core."""
+        """Return W' in the shape and dtype of ``weight``; for an untrained core it equals ``weight`` bit for bit."""
         if self._held is None or torch.compiler.is_compiling():
             return self.adapt(weight, weight.dtype)
         wants_graph = torch.is_grad_enabled()
@@ -299,7 +299,7 @@ class SpectralWeight(Spectral):
         return self._held[wants_graph]
 
     def hold(self, *, held: bool) -> None:
-        """Compute W' once from now on and return it to every reader, or drop it and compute it for each."""
+        """If ``held``, compute W' once and return it for every access; else drop it and compute it at each access."""
         self._held = {} if held else None
 
     def extra_repr(self) -> str:
@@ -308,11 +308,11 @@ class SpectralWeight(Spectral):
 
 
 def replace_weight(owners: list[tuple[nn.Module, str]], spectral: SpectralWeight) -> None:
-    """Parametrise a weight by ``spectral`` in every (module, parameter name) that holds it."""
+    """Parametrise a weight by ``spectral`` in each (module, parameter name) of ``owners``."""
     for module, parameter in owners:
-        # unsafe leaves out a check that would compute W' once more, on whatever device the model was loaded on
+        # ``unsafe`` skips a check that would compute W' once more, on the device that the model was loaded to.
         parametrize.register_parametrization(module, parameter, spectral, unsafe=True)
-        # A loop over experts reads the whole stack for each of them.
+        # A loop over experts accesses the complete stack for each of them.
         module.register_forward_pre_hook(_hold)
         module.register_forward_hook(_release, always_call=True)
 
@@ -328,7 +328,7 @@ def _release(module: nn.Module, *_: object) -> None:
 
 
 def _spectral_weights(module: nn.Module) -> list[SpectralWeight]:
-    # Found through the module instead of stored in the hooks, which a copy of the module would share.
+    # They are found through the module, because state stored in the hooks would be shared with a copy of the module.
     chains = module.get_submodule("parametrizations").children()
     return [p for chain in chains for p in chain.children() if isinstance(p, SpectralWeight)]
 
@@ -345,7 +345,7 @@ def spectral_product(
 ) -> Tensor:
     """Return U mix(Vh x) + bias, shape (..., O), for any kind of layer."""
     if torch.compiler.is_compiling():
-        # A compiler decides by itself what to save, and cannot look into a custom backward pass.
+        # A compiler decides itself what to save, and cannot trace a custom backward pass.
         z = kind.project(base, x, Vh)
         return F.linear(_mixed(z.reshape(-1, z.shape[-1]), core, coefficients), U, bias).reshape(*z.shape[:-1], -1)
     product: Tensor = _SpectralProduct.apply(x, U, Vh, bias, kind, base, core, *coefficients)  # type: ignore[no-untyped-call]
@@ -355,8 +355,8 @@ def spectral_product(
 def added_product(x: Tensor, base: nn.Module, U: Tensor, Vh: Tensor, core: Core, coefficients: Coefficients) -> Tensor:
     """Return W x + b + U mix(Vh x), shape (..., O), for a frozen ``nn.Linear``.
 
-    The second product accumulates into the first, forward and backward: adding two separate results would pass over
-    (N, O) and (N, I) numbers once more, which at low rank is much of what the adapter costs.
+    The second product accumulates into the first, forward and backward. Adding two separate results would read and
+    write (N, O) and (N, I) values once more, which is a large part of the adapter's cost at low rank.
     """
     added: Tensor = _AddedProduct.apply(x, base.weight, base.bias, U, Vh, core, *coefficients)  # type: ignore[no-untyped-call]
     return added
@@ -367,8 +367,8 @@ def one_sided_product(
 ) -> Tensor:
     """Return (1 + U M U^T) W x + b, or W (1 + V M V^T) x + b, shape (..., O), for a frozen ``nn.Linear``.
 
-    M z is ``core.mix`` with its relative coefficients. Where O and I differ, both products with the factor of the
-    smaller side take less than one with that of the larger.
+    M z is ``core.mix`` with its relative coefficients. If O and I differ, two products with the factor of the smaller
+    side cost less than one product with each factor.
     """
     changed: Tensor = _OneSidedProduct.apply(x, base.weight, base.bias, basis, side, core, *coefficients)  # type: ignore[no-untyped-call]
     return changed
@@ -386,7 +386,7 @@ class _SpectralProduct(torch.autograd.Function):
         z = projected.reshape(-1, projected.shape[-1])  # (N, R)
         ctx.kind, ctx.base, ctx.core, ctx.shapes = kind, base, core, (x.shape, projected.shape)
         ctx.save_for_backward(z, U, Vh, *coefficients)
-        # Reshaped before the product: model code may change the output in place, which autograd allows for no view.
+        # Reshape before the product: model code may change the output in place, which autograd forbids for views.
         return F.linear(_mixed(z, core, coefficients).reshape(projected.shape), U, bias)  # (..., O)
 
     @staticmethod
@@ -403,7 +403,7 @@ class _SpectralProduct(torch.autograd.Function):
 
 
 class _AddedProduct(torch.autograd.Function):
-    """x -> W x + b + U mix(Vh x), with gradients for x and the core's coefficients; all else is constant."""
+    """x -> W x + b + U mix(Vh x), with gradients for x and the core's coefficients; all other tensors are constants."""
 
     @staticmethod
     def forward(
@@ -473,14 +473,14 @@ class _OneSidedProduct(torch.autograd.Function):
 
 
 def _mixed(z: Tensor, core: Core, coefficients: Sequence[Tensor]) -> Tensor:
-    """Return the core's ``mix`` of z (N, R), in its dtype."""
+    """Return ``core.mix`` of z (N, R), in the dtype of z."""
     return core.mix(z.to(_mixing_dtype(z)), *matched(coefficients, z.dtype)).to(z.dtype)
 
 
 def _mixed_backward(
     rows: Tensor, z: Tensor, U: Tensor, core: Core, coefficients: list[Tensor]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Compute the gradients of z (N, R), in its dtype, and of the coefficients from that of the output (N, O)."""
+    """Compute the gradients of z (N, R), in its dtype, and of the coefficients from the output's gradient (N, O)."""
     dtype = _mixing_dtype(z)
     grad_mixed = rows.to(U.dtype) @ U  # (N, R)
     grad_z, grad_coefficients = core.mix_backward(z.to(dtype), grad_mixed.to(dtype), *matched(coefficients, z.dtype))
@@ -488,13 +488,13 @@ def _mixed_backward(
 
 
 def matched(coefficients: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Return a core's coefficients as a layer of ``dtype`` needs them: widened for a float64 one, else as they are."""
+    """Return the coefficients of a core for a layer of ``dtype``: converted to float64 for float64, else unchanged."""
     if dtype != torch.float64:
         return coefficients
     return [c.to(dtype) if c.is_floating_point() else c for c in coefficients]
 
 
 def _mixing_dtype(z: Tensor) -> torch.dtype:
-    # The core works in float32 even when the model runs in 16 bits: its coefficients are near 1 and differ in the last
-    # digits.
+    # The core computes in float32 even if the model runs in 16 bits, because its coefficients are close to 1 and differ
+    # from it only in the last digits.
     return torch.promote_types(z.dtype, torch.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of an adapter, their checks, and the core and pairs that they give a layer."""
+"""The settings of an adapter, their checks, and the cores and pairs that are built from them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mirrortune.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
-    """The settings of an adapter, independent of any model's weights; JSON-serialisable by its fields.
+    """The settings of an adapter, independent of the weights of a model; the fields are JSON data.
 
-    ``pairing`` is the name of a pairing, or the pairs of ``explicit``: a list of pairs, or lists by layer name or
-    pattern.
+    ``pairing`` is the name of a pairing, or the pairs for the pairing ``explicit``: a list of pairs, or lists by layer
+    name or pattern.
     """
 
     method: str = "mirror"
@@ -44,34 +44,34 @@ class AdapterSpec:
 
     @property
     def preset(self) -> Preset:
-        """The preset called ``method``."""
+        """The preset that ``method`` names."""
         return preset(self.method)
 
     @property
     def resolved_rank(self) -> Rank:
-        """The requested rank, or the preset's."""
+        """The requested rank, or that of the preset."""
         return self.preset.rank if self.rank is None else self.rank
 
     @property
     def resolved_pairing(self) -> str | None:
-        """The name of the requested pairing, or of the preset's."""
+        """The name of the requested pairing, or of that of the preset."""
         if self.pairing is None or isinstance(self.pairing, str):
             return self.pairing or self.preset.pairing
         return "explicit"
 
     @property
     def pair_lists(self) -> PairLists | None:
-        """The pairs that the user lists, if any."""
+        """The pairs listed by the user, if any."""
         return None if isinstance(self.pairing, str) else self.pairing
 
     @property
     def rounds(self) -> int:
-        """Number of rounds of pairs: the core's option of that name, 1 for a core without it."""
+        """Number of rounds of pairs: the option ``rounds`` of the core, 1 if the core has no such option."""
         return int(self.options.get("rounds", 1))
 
     @property
     def basis(self) -> Literal["weight", "gradient"] | None:
-        """Whose singular vectors the adapter uses, see ``Core.basis``; None without a core."""
+        """Source of the singular vectors that the adapter uses, see ``Core.basis``; None without a core."""
         core = self.preset.core
         return None if core is None else CORES.get(core, "adapter.method").basis
 
@@ -112,10 +112,11 @@ class AdapterSpec:
 
 
 def as_asked(spec: AdapterSpec) -> AdapterSpec:
-    """Return the spec for a user's settings: ``rank`` sets the option that the method's papers call the rank, and a
-    basis that is not the weight's is used beside the weight.
+    """Return the spec for a user's settings.
 
-    Settings that :func:`check_asked` refuses are left as they are. Specs from files are not to be passed here.
+    ``rank`` sets the option that the method's paper calls the rank, and the strategy for a basis that is not that of
+    the weight defaults to ``branch``. Settings that :func:`check_asked` refuses are unchanged. Specs from files must
+    not be passed.
     """
     if spec.method not in method_names():
         return spec
@@ -128,10 +129,10 @@ def as_asked(spec: AdapterSpec) -> AdapterSpec:
 
 
 def check_asked(spec: AdapterSpec) -> None:
-    """Refuse a rank that :func:`as_asked` could not use.
+    """Check that :func:`as_asked` can use the rank.
 
     Raises:
-        ConfigError: it is no number, or the option that it sets was given too.
+        ConfigError: it is not an integer, or the option that it sets is given as well.
     """
     option = spec.preset.rank_option
     if option is None or spec.rank is None:
@@ -144,15 +145,15 @@ def check_asked(spec: AdapterSpec) -> None:
 
 
 def check_spec(spec: AdapterSpec) -> None:
-    """Refuse unknown methods, pairings and options, and settings that the method would ignore, all at once.
+    """Check that the method, pairing and options exist, and that the method uses all settings.
 
     Raises:
-        ConfigError: naming each setting, the nearest name and what is allowed.
+        ConfigError: it reports all problems together, each with the nearest name and the allowed values.
     """
     errors: list[ConfigError] = []
     try:
         chosen = spec.preset
-    except ConfigError as error:  # other settings depend on the method, but names can be checked
+    except ConfigError as error:  # other settings depend on the method, but names can still be checked
         unknown = _unknown_pairing(spec.pairing)
         raise ConfigError.several([error, *([unknown] if unknown else [])]) from None
     if chosen.plain != "none" and spec.also_train:
@@ -193,7 +194,7 @@ def check_spec(spec: AdapterSpec) -> None:
 
 
 def _peft_errors(spec: AdapterSpec, tuner: PeftTuner) -> list[ConfigError]:
-    """Return errors for settings of all methods that a PEFT tuner would ignore."""
+    """Return errors for the settings common to all methods that a PEFT tuner would ignore."""
     errors = []
     ignored = {"pairing": spec.pairing, "strategy": spec.strategy}
     if tuner.rank is None:
@@ -213,14 +214,14 @@ def _no_rank_out(spec: AdapterSpec) -> ConfigError:
 
 
 def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], pairs: Tensor | None = None) -> Core:
-    """Build the untrained core that ``spec`` gives the layer ``name``.
+    """Build the untrained core of the layer ``name`` from ``spec``.
 
     Args:
-        spec: names the core.
-        S: singular values (R,), or (E, R) of a stack of matrices, each with a core of its own.
-        name: of the layer.
-        shape: (O, I) of each matrix.
-        pairs: (T, 2) or (E, T, 2), in place of the pairing's own.
+        spec: settings of the adapter.
+        S: singular values (R,), or (E, R) for a stack of matrices, each with its own core.
+        name: name of the layer.
+        shape: shape (O, I) of each matrix.
+        pairs: pairs (T, 2) or (E, T, 2) that replace those of the pairing.
     """
     if S.ndim == 2:
         chosen = [None] * len(S) if pairs is None else pairs
@@ -244,25 +245,25 @@ def needs_saliency(spec: AdapterSpec) -> bool:
 
 
 def follows_from_rank(pairs: Tensor, spec: AdapterSpec, rank: int, count: int = 1) -> bool:
-    """Whether ``pairs``, (T, 2) or (E, T, 2), are those of every layer with this ``rank`` and ``count`` of matrices."""
+    """Return whether every layer with this ``rank`` and ``count`` of matrices has ``pairs``, (T, 2) or (E, T, 2)."""
     if _asked(spec) & _OUTSIDE.keys():
         return False
-    # Drawn for a name that no layer has: equal to the layer's pairs only if the pairing ignores its generator.
+    # No layer has an empty name, so these pairs equal those of the layer only if the pairing ignores its generator.
     return torch.equal(pairs, make_pairs(spec, rank, "", count=count))
 
 
 def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None = None, count: int = 1) -> Tensor:
-    """Return the pairs of one layer, (T, 2), or (E, T, 2) for ``count`` = E > 1 stacked matrices, round after round.
+    """Return the pairs of one layer, round by round: (T, 2), or (E, T, 2) for ``count`` = E > 1 stacked matrices.
 
     Args:
-        spec: names the pairing; its seed and ``name`` seed the pairing's generator.
+        spec: settings of the adapter; its seed and ``name`` seed the generator of the pairing.
         rank: number of directions R.
-        name: of the layer.
-        saliency: measured gradients (R, R), or (E, R, R), for a pairing that needs them.
-        count: E.
+        name: name of the layer.
+        saliency: measured gradients (R, R) or (E, R, R), for a pairing that needs them.
+        count: number of stacked matrices, E.
 
     Raises:
-        ConfigError: the pairing needs gradients or listed pairs that are not given.
+        ConfigError: gradients or listed pairs that the pairing needs are missing.
     """
     if count > 1:
         each = [None] * count if saliency is None else saliency
@@ -280,13 +281,13 @@ def make_pairs(spec: AdapterSpec, rank: int, name: str, saliency: Tensor | None 
 
 
 def _named(spec: AdapterSpec, name: str) -> AdapterSpec:
-    """``spec`` for the matrices of the layer ``name``: its list of pairs applies to each."""
+    """Return ``spec`` for each matrix of the layer ``name``, with the pairs listed for this layer."""
     listed = None if spec.pair_lists is None else list_for(spec.pair_lists, name)
     return spec if listed is None else replace(spec, pairing=listed)
 
 
 # Arguments of pairings that follow neither from the rank nor from the seed: problem and fix where they are missing.
-_MOST_ROUNDS = 10_000  # of pairs; any rotation takes as many as there are directions
+_MOST_ROUNDS = 10_000  # upper limit; any rotation can be composed of as many rounds as there are directions
 _OUTSIDE = {
     "saliency": (
         "is measured on a task, and there is none here",
@@ -300,7 +301,7 @@ _OUTSIDE = {
 
 
 def _asked(spec: AdapterSpec) -> set[str]:
-    """Names of the parameters of the spec's pairing; empty without one."""
+    """Return the parameter names of the pairing; empty if there is no pairing."""
     pairing = spec.resolved_pairing
     return set(inspect.signature(PAIRINGS.get(pairing, "adapter.pairing")).parameters) if pairing else set()
 

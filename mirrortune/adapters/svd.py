@@ -140,8 +140,8 @@ def _filtered(tall: Tensor, vectors: Tensor, kept: Tensor, largest: float, small
     """Apply a Chebyshev polynomial of A^T A, small on [0, smallest^2] and growing fast above, to ``vectors`` (n, l) in
     the orthogonal complement of ``kept`` (n, k).
 
-    Its degree is bounded so that the weakest direction is not lost in the rounding of the strongest, of singular value
-    ``largest``.
+    The degree is bounded so that the weakest direction stays above the rounding error of the strongest one, whose
+    singular value is ``largest``.
     """
     top = 2 * (largest / smallest) ** 2 - 1
     degree = int(math.log(2 * _LARGEST_GROWTH) / max(math.acosh(top), 1e-3)) if top > 1 else _LARGEST_DEGREE
@@ -172,7 +172,7 @@ def _by_qr_iteration(matrix: Tensor, name: str) -> Triplets:
 
 
 def _by_eigenvectors(matrix: Tensor, name: str) -> Triplets:
-    """Decompose by the Gram matrix of the smaller side, and check the result: small singular values lose digits."""
+    """Decompose by the Gram matrix of the smaller side, and check the result, as small singular values lose digits."""
     is_tall = matrix.shape[0] >= matrix.shape[1]
     tall = matrix if is_tall else matrix.T
     failed = DataError(
@@ -197,24 +197,24 @@ def _by_eigenvectors(matrix: Tensor, name: str) -> Triplets:
     return (U, S, Vh) if is_tall else (Vh.T, S, U.T)
 
 
-# Part of every cache key: increase it when the factors of a given weight change.
+# Part of the cache keys: increase it when the factors of a given weight change.
 FACTORIZE_VERSION = 2
 
-_PROBED = 1e-4  # of the largest singular value: far above the rounding of float32 factors
+_PROBED = 1e-4  # tolerance relative to the largest singular value, far above the rounding error of float32 factors
 _POWER_STEPS = 4
 
 Rank = int | Literal["full", "out"]
-"""Directions kept: a number, all min(O, I), or all O on the output side."""
+"""Number of directions kept: an integer, ``"full"`` for min(O, I), or ``"out"`` for all O of the output side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factors:
-    """The R leading singular triplets of a weight, largest singular value first; or of each matrix of a stack.
+    """The R leading singular triplets of a weight, or of each matrix of a stack, largest singular value first.
 
     Attributes:
         U: left singular vectors, shape (O, R), orthonormal columns.
         S: singular values, shape (R,), descending, >= 0.
-        Vh: right singular vectors, shape (R, I), orthonormal rows; zero rows from D on, where S is zero.
+        Vh: right singular vectors, shape (R, I), orthonormal rows; rows from D on are zero, as is S.
     """
 
     U: Tensor
@@ -223,7 +223,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Number of directions kept, R."""
+        """R, the number of directions kept."""
         return self.S.shape[-1]
 
     @property
@@ -232,7 +232,7 @@ class Factors:
         return self.S.ndim == 2
 
     def each(self) -> list[Factors]:
-        """Return the factors of each matrix; of a single matrix, a list of one."""
+        """Return the factors of each matrix, a list of one if this is no stack."""
         if not self.is_stack:
             return [self]
         parts = zip(self.U, self.S, self.Vh, strict=True)
@@ -240,12 +240,12 @@ class Factors:
 
     @classmethod
     def stacked(cls, each: Sequence[Factors]) -> Factors:
-        """Return the factors of a stack of the matrices that ``each`` decomposes."""
+        """Stack the factors of several matrices."""
         U, S, Vh = (torch.stack(part) for part in zip(*((f.U, f.S, f.Vh) for f in each), strict=True))
         return cls(U=U, S=S, Vh=Vh)
 
     def flipped(self, signs: Tensor) -> Factors:
-        """Return the factors of one matrix with the vectors of each direction times its sign, shape (R,)."""
+        """Return the factors of one matrix with the vectors of each direction multiplied by ``signs``, shape (R,)."""
         return Factors(U=self.U * signs, S=self.S, Vh=self.Vh * signs[:, None])
 
     def to(self, *, device: torch.device, dtype: torch.dtype) -> Factors:
@@ -254,10 +254,10 @@ class Factors:
 
 
 def resolve_rank(rank: Rank, shape: tuple[int, int], where: str) -> int:
-    """Return R for a weight of ``shape``: the given number, min(O, I) for ``"full"``, O for ``"out"``.
+    """Return R for a weight of ``shape``: ``rank`` if it is an integer, min(O, I) for ``"full"``, O for ``"out"``.
 
     Raises:
-        ConfigError: if the rank is below 1 or above min(O, I).
+        ConfigError: the rank is below 1 or above min(O, I).
     """
     full = min(shape)
     if rank == "full":
@@ -277,24 +277,24 @@ def resolve_rank(rank: Rank, shape: tuple[int, int], where: str) -> int:
 def factorize(
     weight: Tensor, rank: Rank = "full", *, name: str = "weight", device: torch.device | None = None
 ) -> Factors:
-    """Compute the singular value decomposition of ``weight`` in float64, on its device unless another is given.
+    """Compute the singular value decomposition of ``weight`` in float64, by default on its device.
 
-    float64 whatever the weight's dtype: in float32 the vectors of near-equal singular values are arbitrary, and an
-    adapter's angles are meaningless in another basis.
+    float64 is used for every dtype of the weight: in float32 the vectors of near-equal singular values are arbitrary,
+    and the angles of an adapter have no meaning in another basis.
 
     Args:
-        weight: shape (O, I), or (E, O, I) for a stack, any floating dtype.
-        rank: number of leading triplets to keep; O, or ``"out"``, also where there are fewer.
-        name: of the layer, for messages.
-        device: where to compute; falls back to the weight's own device where this is not possible as exactly.
+        weight: shape (O, I), or (E, O, I) for a stack, any floating-point dtype.
+        rank: number of leading triplets to keep. O, or ``"out"``, is allowed even if there are fewer triplets.
+        name: name of the layer, for messages.
+        device: device to compute on; the device of ``weight`` is used if this one cannot reach the same accuracy.
 
     Returns:
         Factors in float64 on the device of ``weight`` with canonical signs: the largest entry of each column of U is
         positive. Columns of U beyond min(O, I) are those of :func:`complement`.
 
     Raises:
-        DataError: if the weight holds NaN or infinities, or cannot be decomposed.
-        ConfigError: if ``rank`` does not fit.
+        DataError: the weight contains NaN or infinity, or cannot be decomposed.
+        ConfigError: ``rank`` is out of range.
     """
     if weight.ndim == 3:
         each = [factorize(matrix, rank, name=f"{name}.{index}", device=device) for index, matrix in enumerate(weight)]
@@ -318,16 +318,16 @@ def factorize(
 def complement(U: Tensor) -> Tensor:
     """Compute orthonormal vectors that complete the columns of ``U`` (O, D), D < O, to a basis; (O, O - D), float64.
 
-    The weight does not determine them: any basis of its left null space is as good a decomposition. These are the Q of
-    a QR decomposition, diagonal of R positive, of fixed Gaussian vectors projected by I - U U^T. They depend only on
-    the span of U, so that neither flipped signs nor mixed vectors of near-equal singular values change them.
+    The weight does not determine them: any basis of its left null space gives a valid decomposition. The result is Q of
+    the QR decomposition, with a positive diagonal of R, of fixed Gaussian vectors projected by I - U U^T. It depends
+    only on the span of U, so neither flipped signs nor mixed vectors of near-equal singular values change it.
     """
     out_features, kept = U.shape
-    # NumPy's legacy generator is frozen by its maintainers: the same vectors in every version and on every device.
+    # NumPy's legacy generator is frozen, so the vectors are the same in every version and on every device.
     drawn = np.random.RandomState(0).standard_normal((out_features, out_features - kept))
     vectors = torch.from_numpy(drawn).to(U)
-    # A square Gaussian is ill-conditioned, and one projection would leave a share of U in the last vectors; projected
-    # twice, they are orthogonal to it to rounding.
+    # A square Gaussian matrix is ill-conditioned, so one projection would leave a part of U in the last vectors. After
+    # two projections they are orthogonal to U up to rounding error.
     for _ in range(2):
         vectors, triangle = torch.linalg.qr(vectors - U @ (U.T @ vectors))
         vectors = vectors * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(U)
@@ -335,19 +335,19 @@ def complement(U: Tensor) -> Tensor:
 
 
 def canonical_signs(U: Tensor) -> Tensor:
-    """Return +1 or -1 per column of ``U`` (O, R), which makes its entry of largest magnitude positive; shape (R,)."""
+    """Return the signs, (R,), that make the entry of largest magnitude in each column of ``U`` (O, R) positive."""
     largest = U.abs().argmax(dim=0, keepdim=True)
     return torch.where(U.gather(0, largest).squeeze(0) < 0, -1.0, 1.0).to(U.dtype)
 
 
 @torch.no_grad()
 def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
-    """Whether untrusted factors belong to ``weight`` (O, I), or to each matrix of a stack (E, O, I).
+    """Return whether untrusted factors are those of ``weight`` (O, I), or of each matrix of a stack (E, O, I).
 
-    A randomised test: along a random combination z of directions, W Vh' z = U S z, W' U z = Vh' S z, and U and Vh
-    preserve the length of z; and a few steps of the power method find no direction outside Vh that is stronger than the
-    weakest kept one. What passes differs from the factors by no more than 1e-4 of the largest singular value along
-    nearly every z; whoever writes a file cannot know z.
+    The test is randomised. For a random combination z of directions, W Vh' z = U S z and W' U z = Vh' S z must hold,
+    and U and Vh must preserve the length of z; a few steps of the power method must find no direction outside Vh that
+    is stronger than the weakest kept one. Factors that pass are wrong by at most 1e-4 of the largest singular value
+    along nearly every z, and the author of a file cannot know z.
     """
     out_features, in_features = weight.shape[-2:]
     rank, smaller = factors.rank, min(out_features, in_features)
@@ -371,7 +371,7 @@ def are_leading_triplets(factors: Factors, weight: Tensor) -> bool:
 
 
 def _has_nothing_stronger(W: Tensor, S: Tensor, Vh: Tensor, generator: torch.Generator) -> bool:
-    """Whether the power method finds no direction outside Vh that W stretches by more than the last of S."""
+    """Return whether the power method finds no direction outside Vh that W scales by more than the last value of S."""
     x = torch.randn((*W.shape[:-2], W.shape[-1], 1), generator=generator, dtype=W.dtype).to(W.device)
     most = S[..., -1:].double() + _PROBED * S[..., :1].double()
     for _ in range(_POWER_STEPS):
@@ -386,6 +386,6 @@ def _has_nothing_stronger(W: Tensor, S: Tensor, Vh: Tensor, generator: torch.Gen
 
 
 def _length(vectors: Tensor) -> Tensor:
-    """Compute the Euclidean lengths of columns (..., N, 1) in float64, to avoid overflow; shape (..., 1)."""
+    """Compute the Euclidean norms of columns (..., N, 1), in float64 to avoid overflow; shape (..., 1)."""
     found: Tensor = torch.linalg.vector_norm(vectors.double(), dim=-2)
     return found
