@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on disk: ``adapter.safetensors`` holds the trained numbers and what identifies the bases, ``adapter.json``
-everything else. The trained numbers of a PEFT tuner are in PEFT's own two files instead, beside ``adapter.json``.
+"""Adapters on disk: ``adapter.safetensors`` holds the trained parameters and the fingerprints of the bases, and
+``adapter.json`` all other data. For a PEFT tuner, PEFT's two files hold the trained parameters instead.
 
-Loading trusts none of them: every file must have the recorded hash, every adapted weight of the base must have the
-recorded hash, every basis must align with its sketch, and every layer must have the effect that it had when it was
-saved. What fails is refused with the layer's name.
+Loading verifies that each file and each adapted weight of the base has the recorded hash, that each basis aligns with
+its sketch, and that each layer has the effect that it had when it was saved. Otherwise an error names the layer.
 
 Tensors: ``core.<parameter>`` float32; pairs where they do not follow from the rank alone, as ``partners`` (int16 or
 int32, see ``pairings/encoding.py``) or, where that is no shorter, ``pairs`` (T, 2), round after round; ``clusters`` for
@@ -73,7 +72,7 @@ from mirrortune.errors import ConfigError, VerificationError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
-    """An adapter read from disk and checked, not yet compared with any base model; this class for mirrortune's own.
+    """An adapter read from disk and checked, but not yet compared with a base model; this class for mirrortune's cores.
 
     Attributes:
         folder: where it was read.
@@ -116,7 +115,7 @@ class AdapterFile:
 
     @staticmethod
     def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-        """Return what an adapted model trains, by the names in the file; the model's own tensors, not copies."""
+        """Return the trained tensors of an adapted model, without copying them, by their names in the file."""
         tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
         return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
 
@@ -124,11 +123,11 @@ class AdapterFile:
     def contents(
         model: nn.Module, fingerprints: dict[str, Fingerprint], form: Form, base: dict[str, Any]
     ) -> tuple[dict[str, bytes], dict[str, dict[str, Any]]]:
-        """Return the files beside ``adapter.json``, that of the tensors first, and the description of each layer.
+        """Return the files other than ``adapter.json``, the tensor file first, and the description of each layer.
 
         Args:
-            model: adapted.
-            fingerprints: of its layers.
+            model: adapted model.
+            fingerprints: fingerprints of its layers.
             form: compact or portable.
             base: see :class:`AdapterFile`.
         """
@@ -149,15 +148,15 @@ class AdapterFile:
 
     @classmethod
     def parsed(cls, fields: dict[str, Any], description: dict[str, Any], tensors: dict[str, Tensor], _: Any) -> Self:
-        """Build the adapter from its checked description and its tensors.
+        """Create the adapter from its checked description and its tensors.
 
         Args:
-            fields: that all adapters have in common.
-            description: of ``adapter.json``.
-            tensors: of the tensor file.
+            fields: fields common to all adapters.
+            description: content of ``adapter.json``.
+            tensors: content of the tensor file.
 
         Raises:
-            ValueError: tensors or the description of a basis are invalid.
+            ValueError: a tensor, or the description of a basis, is invalid.
         """
         layers, spec = description["layers"], fields["spec"]
         check_bases(description)
@@ -172,28 +171,28 @@ class AdapterFile:
         return cls(**fields, fingerprints=fingerprints, tensors=tensors, effects=effects)
 
     def plain_tensors(self) -> dict[str, Tensor]:
-        """Return the parameters that were trained as they are, by the model's names."""
+        """Return the directly trained parameters, by their names in the model."""
         kind = "param."
         return {key.removeprefix(kind): t for key, t in self.tensors.items() if key.startswith(kind)}
 
     @torch.no_grad()
     def restore(self, model: nn.Module, *, remarks: list[str] | None = None) -> None:
-        """Copy the stored numbers into an adapted model.
+        """Copy the stored parameters into an adapted model.
 
         Args:
-            model: adapted by the same spec.
-            remarks: deviations of PEFT's layers from what they computed are added here instead of raised.
+            model: model adapted by the same spec.
+            remarks: list that deviations of PEFT's layers are added to; None to raise an error.
 
         Raises:
-            VerificationError: names or shapes differ from what the model trains, a number is not finite, or a layer
-                of PEFT's computes something else.
+            VerificationError: names or shapes differ from the trained parameters of the model, a value is not finite,
+                or a PEFT layer does not compute what it did when it was saved.
         """
         stored = {name for name in self.tensors if name.startswith(("core.", "param."))}
         for name, parameter in self._matched(stored, self.trained_tensors(model)).items():
             parameter.copy_(checked_tensor(self, name, parameter.shape))
 
     def _matched(self, stored: set[str], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``wanted``; VerificationError if its names are not those of the ``stored`` tensors."""
+        """Return ``wanted``; raise a VerificationError if its names are not those of the ``stored`` tensors."""
         if stored != wanted.keys():
             odd = sorted(stored ^ wanted.keys())[0]
             place = "only in the adapter" if odd in stored else "missing from the adapter"
@@ -204,7 +203,7 @@ class AdapterFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftAdapterFile(AdapterFile):
-    """An adapter of one of PEFT's tuners."""
+    """An adapter of a PEFT tuner."""
 
     TENSOR_FILE: ClassVar[str] = peft_files.TENSOR_FILE
 
@@ -281,9 +280,9 @@ def write_adapter(
     extra: dict[str, Any],
     form: Form = "auto",
 ) -> int:
-    """Write all files into ``folder``, which exists, and return their size in bytes. Callers make the folder atomic.
+    """Write all files of an adapter into an existing ``folder``, and return their size in bytes.
 
-    Args: see :func:`adapter_contents`.
+    The files are not written atomically; this is left to the caller. For the arguments see :func:`adapter_contents`.
     """
     files = adapter_contents(model, fingerprints, base=base, task=task, extra=extra, form=form)
     for name, content in files.items():
@@ -300,17 +299,18 @@ def adapter_contents(
     extra: dict[str, Any],
     form: Form = "auto",
 ) -> dict[str, bytes]:
-    """Return the files of an adapter by name. The last is ``adapter.json``, which holds the hashes of the others, so
-    that files of two adapters are never taken for one.
+    """Return the content of the files of an adapter, by name.
+
+    The last is ``adapter.json``, which holds the hashes of the others, so that files of two adapters cannot be mixed.
 
     Args:
-        model: adapted.
-        fingerprints: of its layers.
+        model: adapted model.
+        fingerprints: fingerprints of its layers.
         base: see :class:`AdapterFile`.
         task: see :class:`AdapterFile`.
         extra: see :class:`AdapterFile`.
-        form: ``compact``: cores and sketches, the basis is computed again when it is loaded; ``portable``: the factors
-            too, as the layers hold them; ``auto``: see :func:`mirrortune.adapters.files.tensors.chosen_form`.
+        form: ``compact`` for cores and sketches only, so that loading computes the basis again; ``portable`` to store
+            the factors as well; ``auto``: see :func:`mirrortune.adapters.files.tensors.chosen_form`.
     """
     attached = attachment(model)
     if form == "auto":
@@ -337,7 +337,7 @@ def adapter_contents(
 
 
 def no_compact_form(method: str) -> ConfigError:
-    """Return the error for an adapter without bases, of a ``method`` whose bases do not follow from the weights."""
+    """Return the error for a compact adapter of a ``method`` whose bases cannot be computed from the weights."""
     problem = f"the bases of '{method}' are measured on the task, and have to be in the file"
     return ConfigError("adapter.form", problem, allowed="auto or portable")
 
@@ -347,7 +347,7 @@ _HASHES = {
     peft_files.TENSOR_FILE: "tensors_sha256",
     peft_files.CONFIG_FILE: "config_sha256",
 }
-"""Name of a file -> key of its hash in the description."""
+"""File name -> key of its hash in the description."""
 
 
 def _saved(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -355,8 +355,9 @@ def _saved(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def outdated_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Return files of the adapter in ``folder`` that a new adapter with files called ``names`` would leave behind, if
-    they are as they were saved: a stale ``adapter_config.json`` would still be loaded by PEFT.
+    """Return files of the adapter in ``folder`` that a new adapter with the files ``names`` would not overwrite.
+
+    PEFT would still load a stale ``adapter_config.json``. Files that changed since they were saved are left out.
     """
     try:
         described = strict_json((folder / DESCRIPTION).read_bytes())
@@ -382,7 +383,7 @@ def read_adapter(folder: Path) -> AdapterFile:
         data = _read_file(path, description)
         try:
             tensors = load(data)
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # also of dtypes that torch lacks
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # torch may also lack a dtype
             raise _damaged(path, error) from error
         if kind is AdapterFile:
             return tensors, None
@@ -394,15 +395,15 @@ def read_adapter(folder: Path) -> AdapterFile:
 def parse_adapter(
     folder: Path, description: dict[str, Any], tensors_of: Callable[[AdapterSpec], tuple[dict[str, Tensor], Any]]
 ) -> AdapterFile:
-    """Check what an adapter's description and tensors say, wherever they were read.
+    """Create an adapter from its description and tensors, and check them.
 
     Args:
-        folder: where that was, for messages.
+        folder: folder that they were read from, for messages.
         description: see :func:`~mirrortune.adapters.files.description.read_description`.
-        tensors_of: returns the tensors of the file and PEFT's own description, None for mirrortune's own adapters.
+        tensors_of: returns the tensors of the file and PEFT's description, or None for mirrortune's cores.
 
     Raises:
-        VerificationError: they are damaged, or of a method that is unknown here.
+        VerificationError: they are damaged, or the method is unknown to this version.
     """
     try:
         check_description(description)
@@ -442,7 +443,7 @@ def checked_tensor(adapter: AdapterFile, name: str, shape: Sequence[int]) -> Ten
     """Return a tensor of the file.
 
     Raises:
-        VerificationError: it is missing, of another ``shape``, or not finite.
+        VerificationError: it is missing, does not have this ``shape``, or is not finite.
     """
     where, found = str(adapter.folder), adapter.tensors.get(name)
     if found is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attach an adapter to a base model, fresh or from its file, with mirrortune's cores or a PEFT tuner.
+"""Attach a new or stored adapter to a base model, with mirrortune's cores or a PEFT tuner.
 
-What is loaded must belong to the base: every adapted weight has the recorded hash, every basis aligns with its sketch,
-and every layer has the effect that it had when it was saved. What does not is refused with the layer's name.
+A stored adapter must belong to the base model: each adapted weight must have the recorded hash, each basis must align
+with its sketch, and each layer must have the effect that it had when it was saved. Otherwise an error names the layer.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mirrortune.errors import ConfigError, VerificationError
 
 
 class FingerprintBook:
-    """Fingerprints of a model's layers, made once (the base does not change while training) and used at every save.
+    """Fingerprints of the layers of a model, computed once and used at each save, as training never changes the base.
 
     Attributes:
-        entries: by layer.
-        remarks: what did not match when an adapter was loaded by force.
+        entries: fingerprints by layer name.
+        remarks: mismatches found when an adapter was loaded with ``force_base``.
     """
 
     def __init__(self) -> None:
@@ -39,11 +39,11 @@ class FingerprintBook:
         self.remarks: list[str] = []
 
     def __call__(self, name: str, weight: Tensor, factors: Factors, core: Core) -> None:
-        """Record one layer; the hook for :func:`mirrortune.adapters.inject.attach`."""
+        """Record the fingerprint of one layer; this is the hook for :func:`mirrortune.adapters.inject.attach`."""
         self.entries[name] = fingerprint(weight, factors, core.side)
 
     def record_weight(self, name: str, weight: Tensor) -> None:
-        """Record one layer whose adapter has no basis."""
+        """Record the fingerprint of a layer whose adapter has no basis."""
         self.entries[name] = Fingerprint.of_weight(weight)
 
 
@@ -70,7 +70,7 @@ def adapt(
     book = FingerprintBook()
     targets = checked_targets(model, spec, targets, new_parameters)
     if spec.preset.peft is not None:
-        tuners.count_trained(model, spec, targets)  # what PEFT refuses, it refuses on a copy
+        tuners.count_trained(model, spec, targets)  # on a copy: if PEFT raises an error, the model is unchanged
         tuners.attach_tuner(model, spec, targets=targets, on_layer=book.record_weight)
     else:
         attach(
@@ -91,7 +91,7 @@ def _measured_factors(spec: AdapterSpec, bases: Mapping[str, Factors] | None) ->
 
 @torch.no_grad()
 def _start(model: nn.Module) -> None:
-    """Set the parameters of every core to those with which training starts."""
+    """Set the parameters of each core to their initial values for training."""
     for layer in spectral_layers(model).values():
         for name, value in layer.core.start().items():
             layer.core.get_parameter(name).copy_(value)
@@ -105,22 +105,20 @@ def load_into(
     force_base: bool = False,
     trained_on: nn.Module | None = None,
 ) -> FingerprintBook:
-    """Attach ``adapter`` to its base ``model``, in place, and restore its trained numbers.
+    """Attach ``adapter`` to its base ``model`` in place, and restore its trained parameters.
 
     Args:
-        model: the base, in the dtype that the adapter was trained in or a wider one.
-        adapter: from :func:`~mirrortune.adapters.files.adapter_file.read_adapter`.
+        model: base model, in the dtype of training or a wider one.
+        adapter: adapter returned by :func:`~mirrortune.adapters.files.adapter_file.read_adapter`.
         source: computes factors or reads them from a cache.
-        force_base: accept a base with other weights of the same shapes, and say so in ``remarks``.
-        trained_on: the quantised model whose weights the adapter was trained on, if ``model`` is the same one in full
-            precision.
+        force_base: accept a base with different weights of the same shapes, and record this in ``remarks``.
+        trained_on: quantised model that the adapter was trained on, if ``model`` is the same model in full precision.
 
     Returns:
-        The fingerprints, for saving again.
+        The fingerprints, with which the adapter can be saved again.
 
     Raises:
-        VerificationError: another base, a basis that cannot be aligned, or tensors that do not fit; with the layer's
-            name.
+        VerificationError: the base differs, a basis cannot be aligned, or tensors do not fit; it names the layer.
         ConfigError: ``trained_on`` is given for one of PEFT's tuners.
     """
     targets, book = stored_targets(model, adapter), FingerprintBook()
@@ -156,7 +154,7 @@ def _attach_cores(
     spec, remarks = adapter.spec, book.remarks if force_base else None
     own = {} if trained_on is None else stored_targets(trained_on, adapter).layers
     if trained_on is not None and spec.strategy != "dense":
-        spec = replace(spec, strategy="branch")  # beside the weights as they are
+        spec = replace(spec, strategy="branch")  # add to the output of the unchanged weights
 
     def trained_weight(name: str, weight: Tensor) -> Tensor:
         return weight if trained_on is None else own[name].read(trained_on)
@@ -179,18 +177,19 @@ def _attach_cores(
 def trained_factors(
     adapter: AdapterFile, name: str, weight: Tensor, source: FactorSource, *, remarks: list[str] | None = None
 ) -> Factors:
-    """Return the factors of ``weight`` that a layer of ``adapter`` was trained in, float64: stored ones, or computed
-    again, aligned, and rounded as they were when it was trained.
+    """Return the factors of ``weight`` with which a layer of ``adapter`` was trained, in float64.
+
+    They are the stored ones, or computed again, aligned with the fingerprint, and rounded as in training.
 
     Args:
-        adapter: from :func:`~mirrortune.adapters.files.adapter_file.read_adapter`.
-        name: of the layer.
-        weight: of the base, as matrix (O, I) or stack (E, O, I).
+        adapter: adapter returned by :func:`~mirrortune.adapters.files.adapter_file.read_adapter`.
+        name: name of the layer.
+        weight: weight of the base model, as matrix (O, I) or stack (E, O, I).
         source: computes factors or reads them from a cache.
-        remarks: what does not match is added here instead of raised.
+        remarks: list that mismatches are added to; None to raise an error.
 
     Raises:
-        VerificationError: another weight, a basis that cannot be aligned, or another effect than the trained one's.
+        VerificationError: the weight or the effect of the layer differs, or the basis cannot be aligned.
     """
     doubts: list[VerificationError] = []
     try:
@@ -207,7 +206,7 @@ def trained_factors(
     expected = adapter.effects.get(name)
     if expected is not None:
         distance = effect_error(effect(factors, stored_core(adapter, name, factors.S)), expected)
-        # Directions that could not be aligned may be such as the adapter does nothing to.
+        # The adapter may have no effect on the directions that could not be aligned.
         is_right = distance <= (EXACT_EFFECT_TOLERANCE if adapter.form == "portable" else EFFECT_TOLERANCE)
         doubt = None if is_right else doubt or _other_effect(name, distance)
     if doubt is not None:
@@ -220,10 +219,10 @@ def trained_factors(
 
 
 def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
-    """Refuse a base weight that is not the one that a layer was trained on, or is loaded in fewer bits.
+    """Check that a base weight is the one that a layer was trained on, and is not loaded in lower precision.
 
     Raises:
-        VerificationError: with the layer's name.
+        VerificationError: it is not; the error names the layer.
     """
     if not adapter.fingerprints[name].is_of(weight):
         raise VerificationError(
@@ -251,7 +250,7 @@ def _check_weight_or_remark(adapter: AdapterFile, name: str, weight: Tensor, rem
 
 
 def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:
-    """Return a layer's core with its trained numbers, for singular values ``S``, (R,) or (E, R)."""
+    """Return the core of a layer with its trained parameters, for singular values ``S``, (R,) or (E, R)."""
     core = build_core(adapter.spec, S, layer, adapter.layouts[layer].matrix_shape, stored_pairs(adapter).get(layer))
     with torch.no_grad():
         for key, parameter in core.named_parameters():
@@ -261,7 +260,7 @@ def stored_core(adapter: AdapterFile, layer: str, S: Tensor) -> Core:
 
 
 def _stored_factors(adapter: AdapterFile, name: str) -> Factors | None:
-    """The factors that a portable adapter holds, float64; None for a compact one."""
+    """Return the factors stored in a portable adapter, float64; None for a compact one."""
     if adapter.form != "portable":
         return None
     layout, rank = adapter.layouts[name], adapter.fingerprints[name].rank
@@ -273,13 +272,13 @@ def _stored_factors(adapter: AdapterFile, name: str) -> Factors | None:
 
 
 def _dtype(adapter: AdapterFile, name: str, weight: Tensor) -> torch.dtype:
-    """The dtype that the layer's factors were rounded to in training."""
+    """Return the dtype that the factors of the layer were rounded to in training."""
     found = getattr(torch, str(adapter.dtypes[name]), None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else weight.dtype
 
 
 def _as_held(factors: Factors, dtype: torch.dtype) -> Factors:
-    """Round ``factors`` as a layer of ``dtype`` holds them; float64."""
+    """Round ``factors`` to ``dtype``, as a layer of this dtype does, and return them in float64."""
     U, Vh = factors.U.to(dtype).double(), factors.Vh.to(dtype).double()
     return Factors(U=U, S=factors.S, Vh=Vh)
 
@@ -320,7 +319,7 @@ def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
 
 
 def stored_bases(adapter: AdapterFile) -> dict[str, Factors]:
-    """Return the factors that the file holds, by layer, float64; empty for a compact one."""
+    """Return the factors stored in the file, by layer, float64; empty for a compact adapter."""
     found = {name: _stored_factors(adapter, name) for name in adapter.layouts}
     return {name: factors for name, factors in found.items() if factors is not None}
 

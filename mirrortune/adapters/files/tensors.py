@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors and descriptions of layers in the files of an adapter."""
+"""Convert between layers and the tensors and descriptions in the files of an adapter."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _KINDS = ("core", "clusters", "pairs", "partners", "sketch")
 _SIGNS = "signs"
 
 Holds = dict[str, dict[str, list[int]]]
-"""Layer -> name of a joined tensor -> the shape of the layer's part."""
+"""Layer -> name of a joined tensor -> shape of the layer's part of it."""
 
 
 def pack_tensors(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> tuple[dict[str, Tensor], Holds]:
-    """Join the tensors of single layers, flat, into one tensor per kind.
+    """Flatten and join the tensors of all layers into one tensor for each name.
 
     Args:
-        tensors: ``core.<layer>.<parameter>``, ``clusters.<layer>`` and so on; others are left as they are.
-        layers: in order.
+        tensors: ``core.<layer>.<parameter>``, ``clusters.<layer>`` and so on; other tensors are not changed.
+        layers: layer names, in order.
 
     Returns:
-        The tensors, and the shape of each layer's part of the joined ones.
+        The tensors, and the shape of each layer's part of the joined tensors.
     """
     places = {name: index for index, name in enumerate(layers)}
     kept: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ def pack_tensors(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> tuple[
 
 
 def _layer_of(name: str, layers: Container[str]) -> str | None:
-    """Return the longest layer name that ``name`` begins with."""
+    """Return the longest layer name that is a prefix of ``name``."""
     while name and name not in layers:
         name = name.rpartition(".")[0]
     return name or None
@@ -69,11 +69,11 @@ def unpack_tensors(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> 
     """Invert :func:`pack_tensors`, and split ``signs`` into ``signs.<layer>``.
 
     Args:
-        tensors: of a file.
-        layers: their descriptions, with ``holds``.
+        tensors: tensors of a file.
+        layers: descriptions of the layers, with ``holds``.
 
     Raises:
-        ValueError: a tensor is longer or shorter than the layers' parts, or belongs to none.
+        ValueError: the size of a tensor is not that of the layers' parts, or it belongs to no layer.
     """
     used: Counter[str] = Counter()
     found: dict[str, Tensor] = {}
@@ -104,8 +104,8 @@ def unpack_tensors(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> 
 
 
 def to_bits(sketch: Tensor) -> Tensor:
-    """Encode the signs in the first row of a sketch (1 or 2, R) or (E, 1 or 2, R) as bits, every matrix in whole bytes
-    (uint8).
+    """Encode the signs in the first row of a sketch (1 or 2, R) or (E, 1 or 2, R) as bits, in uint8, with each matrix
+    padded to a full byte.
     """
     first = sketch.detach().cpu()[..., 0, :].reshape(-1, sketch.shape[-1])
     return torch.from_numpy(np.packbits((first < 0).numpy(), axis=1, bitorder="little").reshape(-1))
@@ -120,14 +120,14 @@ def _to_signs(bits: Tensor, rank: int) -> Tensor:
 
 Form = Literal["auto", "compact", "portable"]
 _LARGEST_SHORT = 2**15  # directions, numbered from 0
-_LOW = 8  # if at most one in so many directions is kept, factors are small beside weights
+_LOW = 8  # if at most one in this many directions is kept, factors are small compared with weights
 _SVD_WORK = 22  # floating-point operations of a decomposition, in units of O I min(O, I) (Golub and Van Loan, 8.6)
-_LONG_WORK = 2e12  # one to two minutes on two cores of a laptop, in float64
+_LONG_WORK = 2e12  # floating-point operations: one to two minutes on two cores of a laptop, in float64
 _PLAIN_LAYOUT = {"count": 1, "is_transposed": False, "rows": None}
 
 
 def fingerprint_of(layer: dict[str, Any], name: str, tensors: dict[str, Tensor]) -> Fingerprint:
-    """Return the stored fingerprint of the layer ``name``; ValueError if its tensors do not fit its description."""
+    """Return the stored fingerprint of the layer ``name``; raise a ValueError if its tensors do not match ``layer``."""
     flat, signs = tensors.get(f"clusters.{name}", torch.zeros(0)), tensors.get(f"signs.{name}")
     sketch = tensors[f"sketch.{name}"] if signs is None else signs
     if not (torch.isfinite(flat).all() and torch.isfinite(sketch).all()):
@@ -156,7 +156,7 @@ def split_effects(stored: Tensor | None, layouts: dict[str, Layout]) -> dict[str
 
 
 def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dict[str, Tensor]:
-    """Return sketches or their signs, pairs, and probes of every layer's effect; see ``adapter_file.py``."""
+    """Return sketches or their signs, pairs, and effect probes of all layers; see ``adapter_file.py``."""
     spec = attachment(model).spec
     tensors: dict[str, Tensor] = {}
     effects: list[Tensor] = []
@@ -174,7 +174,7 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
             effects.append(effect(_factors(layer), layer.core))
     own = {f"sketch.{name}": fingerprints[name].sketch for name in spectral_layers(model)}
     if len(effects) == len(own) > 0:
-        # Effects tell whether a basis is right; of its sketch only the signs are needed, to flip vectors back.
+        # The effects verify the basis, so only the signs of its sketch are needed, to flip vectors back.
         return {**tensors, "effects": torch.cat(effects).float(), "signs": torch.cat([*map(to_bits, own.values())])}
     return tensors | own
 
@@ -190,8 +190,9 @@ def with_pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict
 
 
 def usual_form(sizes: Iterable[tuple[tuple[int, int], int, int]]) -> Literal["compact", "portable"]:
-    """Return the form of an adapter whose bases can be computed again: compact, unless that takes minutes at every
-    loading and the factors are small.
+    """Return the default form of an adapter whose bases can be computed again.
+
+    It is compact, unless computing them takes minutes at each load and the factors are small.
 
     Args:
         sizes: shape (O, I), rank and number of matrices of each layer.
@@ -204,13 +205,15 @@ def usual_form(sizes: Iterable[tuple[tuple[int, int], int, int]]) -> Literal["co
 
 @torch.no_grad()
 def chosen_form(model: nn.Module) -> Literal["compact", "portable"]:
-    """Return the default form of an adapter: :func:`usual_form`, but portable where its bases are not those of the
-    weights, or where one cannot be computed again and another would change the adapter's effect.
+    """Return the default form of an adapter.
+
+    It is portable if the bases are not those of the weights, or if one cannot be reproduced and a different one would
+    change the adapter's effect; compact if the factors are sharded; otherwise :func:`usual_form`.
     """
     if attachment(model).spec.basis == "gradient":
         return "portable"
     layers = spectral_layers(model).values()
-    if not all(is_whole(layer.U) for layer in layers):  # no process has whole factors
+    if not all(is_whole(layer.U) for layer in layers):  # no process has the complete factors
         return "compact"
     usual = usual_form((layer.layout.matrix_shape, layer.rank, layer.layout.count) for layer in layers)
     return usual if all(map(_can_be_found_again, layers)) else "portable"
@@ -227,7 +230,7 @@ def _can_be_found_again(layer: SpectralLayer) -> bool:
 
 
 def factor_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the factors of every layer, as it holds them."""
+    """Return the factors of all layers, in the dtype of the layers."""
     return {
         f"factor.{name}.{key}": tensor
         for name, layer in spectral_layers(model).items()
@@ -240,14 +243,14 @@ def _factors(layer: SpectralLayer) -> Factors:
 
 
 def describe_target(name: str, target: Target) -> dict[str, Any]:
-    """Return the part of a layer's description on its kind, the names of its weight and its layout."""
+    """Return the part of a layer's description with its kind, the names of its weight, and its layout."""
     layout = {k: v for k, v in asdict(target.layout).items() if v != _PLAIN_LAYOUT.get(k, ...)}
     tensors = {} if target.tensors == (f"{name}.weight",) else {"tensors": list(target.tensors)}
     return {"kind": target.kind.name, **tensors, "layout": layout}
 
 
 def describe_basis(found: Fingerprint) -> dict[str, Any]:
-    """Return the part of a layer's description on its weight and basis."""
+    """Return the part of a layer's description with the fingerprint of its weight and basis."""
     return {
         "rank": found.rank,
         "weight": found.weight_hash,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check types, ranges, names and shapes in the files of an adapter before anything is built from them.
+"""Check types, ranges, names and shapes in the files of an adapter before any object is built from them.
 
-A malicious file comes with hashes that match it, so hashes are no defence. Every function here raises ValueError for
-invalid content, and nothing else: code that runs after the checks may rely on the types that they establish.
+The hashes of a malicious file match its content, so they are no protection. All functions raise ValueError, and no
+other exception, for invalid content; code that runs after the checks may rely on the types that they establish.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _SIDES = {"output": 1, "input": 1, "both": 2}
 _PAIRS = ("pairs", "partners")
 _LARGEST_SIZE = 2**40
 _LARGEST_CLUSTER = 64
-# No setting counts more than the stored numbers, or the directions of a layer; this many are always allowed.
+# A count in the settings is at most the number of stored values or of directions of a layer; this many are always
+# allowed.
 _ALWAYS_ALLOWED = 1024
 
 Types = type | tuple[type, ...]
@@ -41,7 +42,7 @@ _BASIS: dict[str, Types] = {"rank": int, "side": str, "probe_seeds": list, "hold
 
 
 def check_description(description: Mapping[str, Any]) -> None:
-    """Check everything in ``adapter.json`` but what depends on the method."""
+    """Check all parts of ``adapter.json`` that do not depend on the method."""
     _check_types(description, _DESCRIPTION, "")
     settings, base, task = description["adapter"], description["base"], description["task"]
     _check_types(settings, _SETTINGS, "adapter.")
@@ -95,7 +96,7 @@ def _check_layer(name: str, layer: dict[str, Any]) -> None:
 
 
 def check_responses(description: Mapping[str, Any]) -> None:
-    """Check the layers' responses in the description of one of PEFT's adapters."""
+    """Check the responses of the layers in the description of a PEFT adapter."""
     for name, layer in description["layers"].items():
         response = layer.get("response")
         _require(
@@ -104,7 +105,7 @@ def check_responses(description: Mapping[str, Any]) -> None:
 
 
 def check_bases(description: Mapping[str, Any]) -> None:
-    """Check the layers' bases in the description of one of mirrortune's adapters."""
+    """Check the bases of the layers in the description of a mirrortune adapter."""
     for name, layer in description["layers"].items():
         _check_types(layer, _BASIS, f"{name}: ")
         count = layer["layout"].get("count", 1)
@@ -133,9 +134,9 @@ def _check_clusters(name: str, layer: dict[str, Any], count: int) -> None:
 
 
 def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Check names and dtypes of the tensors of one of mirrortune's adapters against its description.
+    """Check the names and dtypes of the tensors of a mirrortune adapter against its description.
 
-    Sizes are compared with the model's when tensors are put into it; only those of the basis are compared here.
+    Of the sizes, only those of the bases are checked; the others are compared with the model when tensors are loaded.
     """
     layers = description["layers"]
     plain = {*description["head"], *description["plain"]}
@@ -197,7 +198,7 @@ def largest_count(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> i
 
 
 def check_counts(rank: object, options: Mapping[str, Any], largest: int) -> None:
-    """Refuse counts that would build more than ``largest``, see :func:`largest_count`."""
+    """Check that no count in the settings exceeds ``largest``, see :func:`largest_count`."""
     for key, value in {**options, "rank": rank}.items():
         _require(not isinstance(value, int) or value <= largest, f"'{key}'")
 
