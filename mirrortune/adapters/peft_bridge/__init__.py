@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's tuners as methods beside mirrortune's own."""
+"""PEFT's tuners as additional methods."""
 
 __all__ = ["files", "options", "single_layer", "tuners"]

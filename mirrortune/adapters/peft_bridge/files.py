@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's own two files, which ``PeftModel.from_pretrained`` reads, and a check of the layers loaded from them.
+"""Write and read the two files of a PEFT adapter, as ``PeftModel.from_pretrained`` does, and verify its layers.
 
-PEFT recomputes a part of some tuners on loading (a singular value decomposition, random projections), and does not
-notice when another machine gets another result. The stored response of each layer to a fixed input does.
+PEFT recomputes parts of some tuners when it loads them (a singular value decomposition, random projections), and does
+not detect that the result differs on another machine. The stored response of each layer to a fixed input reveals this.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mirrortune.system.distributed.sharding import is_in_shards, is_whole
 from mirrortune.system.paths import ModelPlace
 
 PREFIX = "base_model.model."
-"""Before the model's names in PEFT's files."""
+"""Prefix of the model's parameter names in PEFT's files."""
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-# A change of a layer's output below this changes no prediction; rounding is a hundredth of it.
+# Relative change of a layer's output that is tolerated: it changes no prediction, and is 100 times the rounding error.
 RESPONSE_TOLERANCE = 1e-4
 _NUM_DIRECTIONS = 4
-# Endings of the names of transformers' classes, Auto classes and those of model families.
+# Suffixes of the class names of transformers, for Auto classes and model classes.
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -99,11 +99,11 @@ def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
-    """Return PEFT's own description of an adapted model's adapter.
+    """Return PEFT's description of the adapter of a model.
 
     Args:
-        model: adapted by :func:`attach_tuner`.
-        base: the base model's identity; ``auto_class``, ``name`` and ``commit`` are read.
+        model: model adapted by :func:`attach_tuner`.
+        base: identity of the base model; ``auto_class``, ``name`` and ``commit`` are used.
     """
     found = _attached(model)
     configs: Any = found.tuner.peft_config
@@ -132,8 +132,9 @@ def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_responses(model: nn.Module) -> dict[str, list[float]]:
-    """Compute the response of each adapted layer to a fixed random input, projected on fixed directions: a few numbers
-    that depend on all of its parameters. Empty for a layer of which this process has only a shard.
+    """Compute the response of each adapted layer to a fixed random input, projected on a few fixed directions.
+
+    It depends on all parameters of the layer, and is empty for a layer of which this process has only a shard.
     """
     layers = {name: (model.get_submodule(name), target) for name, target in _attached(model).targets.layers.items()}
     return {
@@ -143,10 +144,10 @@ def layer_responses(model: nn.Module) -> dict[str, list[float]]:
 
 
 def compare_responses(model: nn.Module, stored: dict[str, list[float]]) -> None:
-    """Refuse an adapter whose layers do not respond as they did when it was saved; empty responses are not compared.
+    """Check that each layer responds as it did when the adapter was saved; empty responses are not compared.
 
     Raises:
-        VerificationError: with the layer's name.
+        VerificationError: a response differs; the error names the layer.
     """
     for name, expected in stored.items():
         if not expected:
@@ -175,7 +176,7 @@ def _response(module: nn.Module, shape: tuple[int, int]) -> list[float]:
 
 
 class _Wrapped(nn.Module):
-    """Gives parameters the names of PEFT's files: a ``PeftModel`` calls its tuner ``base_model``."""
+    """Wrapper that gives parameters their names in PEFT's files: a ``PeftModel`` calls its tuner ``base_model``."""
 
     def __init__(self, tuner: nn.Module) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ def _attached(model: nn.Module) -> PeftAttachment:
 
 
 def _modules_of(model: nn.Module, head: Iterable[str]) -> list[str]:
-    """Return the largest modules with parameters of the head only: PEFT saves modules, not parameters."""
+    """Return the largest modules that have only parameters of the head, because PEFT saves modules, not parameters."""
     wanted = set(head)
     found: list[str] = []
     for name, module in model.named_modules():

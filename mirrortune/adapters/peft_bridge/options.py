@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build the configuration of a PEFT tuner from an adapter's settings, and check options and stored configurations.
+"""Build the configuration of a PEFT tuner from the settings of an adapter, and check options and stored configurations.
 
-The only module that imports PEFT (an optional extra), when a method needs it.
+No other module imports PEFT, an optional dependency; it is imported when a method needs it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError, VerificationError, first_line
 from mirrortune.registry import option_errors
 
-# Fields of a tuner's configuration that follow from other settings, or have no use for plain linear layers.
+# Fields of a tuner's configuration that follow from other settings, or are not applicable to plain linear layers.
 _DERIVED = {
     "target_modules": "adapter.target_modules",
     "exclude_modules": "adapter.target_modules",
@@ -40,16 +40,16 @@ _UNUSED = ("auto_mapping", "peft_version", "target_parameters", "layer_replicati
 CHOOSE_LAYERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _BY_PATTERN = ("feedforward_modules", "modules_to_save")
 _NAME = re.compile(r"[\w.-]+")
-_NEED_MORE = ("eva", "corda", "loftq")  # initialisations of LoRA
+_NEED_MORE = ("eva", "corda", "loftq")  # initialisations of LoRA that need data or quantisation
 _ITERATIONS = re.compile(r"_niter_(\d+)$")  # in an initialisation's name; otherwise the field's name ends in "iter"
 _MOST_ITERATIONS = 128
 _NO_COUNTS = ("alpha", "prng", "seed", "token_indices")  # words in names of fields whose integers may be large
 
 
 def import_peft(method: str) -> Any:
-    """Import and return the package; ConfigError with the command to install it if it is missing."""
+    """Import and return ``peft``; raise a ConfigError with the install command if it is missing."""
     try:
-        import peft  # noqa: PLC0415  (optional, and seconds to import)
+        import peft  # noqa: PLC0415  (optional, and takes seconds to import)
     except ImportError as error:
         raise ConfigError(
             "adapter.method",
@@ -60,10 +60,10 @@ def import_peft(method: str) -> Any:
 
 
 def check_options(spec: AdapterSpec) -> None:
-    """Refuse options that the method's tuner lacks or that follow from other settings, all at once.
+    """Check that the tuner of the method has all given options, and that none follows from other settings.
 
     Raises:
-        ConfigError: also if the ``peft`` package is not installed.
+        ConfigError: it reports all problems together; also if the ``peft`` package is not installed.
     """
     chosen = spec.preset.peft
     if chosen is None:
@@ -91,12 +91,12 @@ def check_options(spec: AdapterSpec) -> None:
     if errors:
         raise ConfigError.several(errors)
     if spec.rank != "full":
-        with recorded_warnings():  # they are shown when the adapter is attached
+        with recorded_warnings():  # warnings are shown when the adapter is attached
             make_config(spec, ["anything"])
 
 
 def make_config(spec: AdapterSpec, names: list[str]) -> Any:
-    """Build PEFT's configuration of the spec's tuner for the layers ``names``; ConfigError if PEFT refuses it."""
+    """Build PEFT's configuration of the tuner for the layers ``names``; raise a ConfigError if PEFT refuses it."""
     chosen = spec.preset.peft
     assert chosen is not None
     config_class = import_peft(spec.method).PEFT_TYPE_TO_CONFIG_MAPPING[chosen.kind]
@@ -112,7 +112,7 @@ def make_config(spec: AdapterSpec, names: list[str]) -> Any:
 
 
 def stored_config(described: dict[str, Any], names: list[str]) -> Any:
-    """Build the configuration stored in an adapter folder, for the layers ``names``.
+    """Build the configuration that is stored with an adapter, for the layers ``names``.
 
     Raises:
         VerificationError: PEFT cannot read it.
@@ -127,14 +127,14 @@ def stored_config(described: dict[str, Any], names: list[str]) -> Any:
 
 
 def objection(described: Mapping[str, Any], largest: int) -> str | None:
-    """Return why a configuration from a file must not be passed to PEFT; None if it may be.
+    """Return the reason why a configuration from a file must not be passed to PEFT; None if it may be passed.
 
-    PEFT does not check it: it matches patterns with the names of layers, allocates any number of directions, and runs
-    any number of iterations.
+    PEFT does not check the configuration: it matches patterns with layer names, allocates any number of directions, and
+    runs any number of iterations.
 
     Args:
-        described: the content of ``adapter_config.json``.
-        largest: bound for numbers of directions, tokens or layers.
+        described: content of ``adapter_config.json``.
+        largest: upper bound on the numbers of directions, tokens and layers.
     """
     if key := _holds_pattern(described):
         return f"'{key}' of its adapter_config.json holds a pattern, and patterns of a file are not run"
@@ -149,8 +149,9 @@ def objection(described: Mapping[str, Any], largest: int) -> str | None:
 
 
 def _holds_pattern(described: Mapping[str, Any]) -> str | None:
-    """Return the first field by which PEFT would match layer names with a regular expression from a file; None if there
-    is none. Fields that choose the layers are ignored when it is loaded.
+    """Return the first field with a regular expression that PEFT would match with layer names; None if there is none.
+
+    Fields that select the layers are not considered, because loading ignores them.
     """
     for key, value in described.items():
         if key.endswith("_pattern") and isinstance(value, dict):
@@ -165,8 +166,8 @@ def _holds_pattern(described: Mapping[str, Any]) -> str | None:
 
 
 def _endless(described: Mapping[str, Any]) -> str | None:
-    """Return the first field that asks for too many iterations, such as
-    ``{"init_lora_weights": "pissa_niter_10000"}``; None if there is none.
+    """Return the first field that sets too many iterations, such as ``{"init_lora_weights": "pissa_niter_10000"}``;
+    None if there is none.
     """
     for key, value in described.items():
         if isinstance(value, dict) and (inner := _endless(value)):
@@ -187,8 +188,8 @@ def _whole_numbers(value: Any) -> Iterator[int]:
 
 
 def spelt_out(described: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Replace the user's patterns in PEFT's description by the ``names`` of layers that they match, so that no pattern
-    is run on loading.
+    """Replace the patterns in PEFT's description by the layers among ``names`` that they match, so that loading runs no
+    pattern.
     """
     found = dict(described)
     for key, value in described.items():
@@ -203,14 +204,14 @@ def spelt_out(described: Mapping[str, Any], names: Collection[str]) -> dict[str,
 
 @contextlib.contextmanager
 def recorded_warnings() -> Iterator[list[warnings.WarningMessage]]:
-    """Collect PEFT's warnings, to be shown once and elsewhere."""
+    """Collect PEFT's warnings instead of showing them, so that the caller can show them once."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         yield found
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a recipe can express values of the type ``hint``."""
+    """Return whether a recipe can express values of the type ``hint``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return all(map(_is_plain, typing.get_args(hint)))
     kind = typing.get_origin(hint) or hint

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build a single layer of a PEFT adapter without the rest of its model, for merging tensor by tensor.
+"""Build a single layer of a PEFT adapter without the rest of its model, to merge tensor by tensor.
 
-PEFT attaches its tuner to a model of one layer with the layer's name and weight, or, where layers share parameters or
-draw them one after another, to all layers of a model whose weights take no memory, of which one is filled at a time.
-The stored response tells whether the layer then computes what it did in its own model. It does not if the tuner depends
-on the weights of missing layers; such tuners are merged as whole models.
+PEFT attaches its tuner to a model of one layer with this layer's name and weight. If layers share parameters, or draw
+them one after another, it attaches the tuner to all layers of a model whose weights take no memory, and one of them is
+filled at a time. The stored response verifies that the layer computes the same as in the complete model. It does not if
+the tuner depends on the weights of missing layers; such a tuner is merged with its complete model in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mirrortune.errors import VerificationError
 
 
 def is_of_linear_layers(adapter: AdapterFile) -> bool:
-    """Whether a PEFT adapter has only plain linear layers."""
+    """Return whether all layers of a PEFT adapter are plain linear layers."""
     return all(
         layout.count == 1 and not layout.is_transposed and not layout.rows and len(layout.shape) == 2
         for layout in adapter.layouts.values()
@@ -46,19 +46,19 @@ def whole_keys(adapter: AdapterFile) -> set[str]:
 
 
 def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | None) -> PeftLayer | None:
-    """Build a layer of ``adapter`` as in training, in evaluation mode.
+    """Build one trained layer of ``adapter``, in evaluation mode.
 
     Args:
-        adapter: of a tuner that :func:`stands_alone`.
-        name: of the layer.
-        weight: of the base, in the dtype that the adapter was trained in.
-        bias: likewise.
+        adapter: adapter for which :func:`stands_alone` is true.
+        name: name of the layer.
+        weight: weight of the base model, in the dtype of training.
+        bias: bias of the base model, in the dtype of training.
 
     Returns:
-        None if the layer needs its model.
+        The layer; None if it cannot be built without its model.
 
     Raises:
-        VerificationError: another base weight, or numbers that are missing or not finite.
+        VerificationError: the base weight differs, or stored values are missing or not finite.
     """
     model = _model_of(name, weight, bias)
     attach_tuner(
@@ -74,7 +74,7 @@ def lone_layer(adapter: AdapterFile, name: str, weight: Tensor, bias: Tensor | N
 
 
 def _as_saved(model: nn.Module, adapter: AdapterFile, name: str) -> PeftLayer | None:
-    """Return a layer of an adapted model if it responds as it did when it was saved; otherwise None."""
+    """Return a layer of an adapted model if it responds as it did when it was saved, else None."""
     if not adapter.responses[name]:
         return None
     try:
@@ -89,11 +89,11 @@ def _as_saved(model: nn.Module, adapter: AdapterFile, name: str) -> PeftLayer | 
 
 
 class SharedLayers:
-    """All layers of a PEFT adapter, with one base weight at a time in memory.
+    """The layers of a PEFT adapter, with one base weight in memory at a time.
 
     Args:
-        adapter: of plain linear layers that share parameters.
-        model: the base without weights.
+        adapter: adapter of plain linear layers that share parameters.
+        model: base model without weights.
     """
 
     def __init__(self, adapter: AdapterFile, model: nn.Module) -> None:
@@ -110,7 +110,7 @@ class SharedLayers:
         self._filled: tuple[nn.Module, dict[str, nn.Parameter]] | None = None
 
     def layer(self, name: str, weight: Tensor, bias: Tensor | None) -> PeftLayer | None:
-        """Do as :func:`lone_layer`; empties the layer that was returned before."""
+        """Build one trained layer as :func:`lone_layer` does; the weight of the layer returned before is dropped."""
         check_weight(self._adapter, name, weight)
         if self._filled is not None:
             base, hollow = self._filled
@@ -128,7 +128,7 @@ class SharedLayers:
 
 
 def _model_of(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """Build a model with one linear layer, of this name."""
+    """Build a model with one linear layer called ``name``."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

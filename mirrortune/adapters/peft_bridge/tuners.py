@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attach the tuners of the ``peft`` package (an optional extra) in place of mirrortune's cores: to the same layers,
-with the same head and training loop.
+"""Attach the tuners of the ``peft`` package (an optional dependency) instead of mirrortune's cores, to the same layers
+and with the same head and training loop.
 
-They are attached in place and without a wrapper, so that the model keeps its own class and forward. ``options.py``
-builds their configuration, ``files.py`` their files.
+Tuners are attached in place and without a wrapper, so that the model keeps its class and ``forward``. ``options.py``
+builds their configurations, and ``files.py`` their files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.targets import Targets
 from mirrortune.errors import ConfigError, first_line
 
-ADAPTER_NAME = "default"  # PEFT allows several adapters in a model; there is only one here
+ADAPTER_NAME = "default"  # PEFT supports several adapters in a model; mirrortune attaches one
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class PeftLayer:
     """A layer that a tuner has replaced, as a :class:`mirrortune.adapters.inject.AdaptedLayer`.
 
     Attributes:
-        method: of the adapter, for messages.
-        module: PEFT's layer, which holds the base layer.
-        trained: names of its trained parameters.
+        method: method of the adapter, for messages.
+        module: layer of PEFT, which holds the base layer.
+        trained: names of the trained parameters of ``module``.
     """
 
     method: str
@@ -48,20 +48,20 @@ class PeftLayer:
 
     @property
     def base_layer(self) -> nn.Linear:
-        """The linear layer inside; the tuner may have changed its weight (PiSSA leaves the residual there)."""
+        """The wrapped linear layer. The tuner may have changed its weight (PiSSA leaves the residual there)."""
         found: nn.Linear = self.module.get_base_layer()  # type: ignore[operator]
         return found
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters trained in this layer."""
+        """Return the trained parameters of this layer."""
         return {name: self.module.get_parameter(name) for name in self.trained}
 
     @torch.no_grad()
     def merged(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Merge weight and bias by PEFT's own method, on a copy in float64 on the CPU.
+        """Merge weight and bias with PEFT's method, on a copy in float64 on the CPU.
 
         Raises:
-            ConfigError: PEFT cannot merge this tuner, with its reason.
+            ConfigError: PEFT cannot merge this tuner; the error gives PEFT's reason.
         """
         layer: Any = copy.deepcopy(self.module).to(device="cpu", dtype=torch.float64)
         base = layer.get_base_layer()
@@ -86,11 +86,11 @@ class PeftLayer:
 
 @dataclass(slots=True, kw_only=True)
 class PeftAttachment(Attachment):
-    """An attachment whose layers are PEFT's.
+    """The adapter of a model whose layers are PEFT's.
 
     Attributes:
-        tuner: PEFT's wrapper of the model, with the parameters that layers share.
-        remarks: for the user, before training: PEFT's warnings, and whether it cannot be merged.
+        tuner: PEFT's tuner of the model, which holds the parameters shared by layers.
+        remarks: remarks to show before training: PEFT's warnings, and the reason if the tuner cannot be merged.
     """
 
     tuner: nn.Module
@@ -125,7 +125,7 @@ def attach_tuner(
     with recorded_warnings() as warned:
         built = make_config(spec, chosen) if config is None else stored_config(config, chosen)
     if not spec.options:
-        warned.clear()  # about defaults
+        warned.clear()  # these warnings are about defaults
     for name in chosen if on_layer else ():
         on_layer(name, targets.layers[name].read(model))  # type: ignore[misc]
     freeze(model, targets)
@@ -139,7 +139,7 @@ def attach_tuner(
                 "adapter", f"PEFT cannot put '{spec.method}' into this model: {first_line(error)}"
             ) from error
     peft.tuners.tuners_utils.cast_adapter_dtype(model, ADAPTER_NAME)
-    # Some tuners create sparse tensors; torch warns until this default is set explicitly.
+    # Some tuners create sparse tensors, and torch warns unless this default is set explicitly.
     torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     layers = _tuned_layers(model, spec, targets, peft)
     _check_as_asked(model, spec)
@@ -152,14 +152,15 @@ def attach_tuner(
 
 
 def remarks(model: nn.Module) -> tuple[str, ...]:
-    """Return remarks on a PEFT tuner for the user, before training; empty for other methods."""
+    """Return the remarks on a PEFT tuner to show before training; empty for other methods."""
     found = attachment(model)
     return found.remarks if isinstance(found, PeftAttachment) else ()
 
 
 def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None = None) -> tuple[int, int]:
-    """Count the numbers that the spec's tuner trains in ``model``, and those that it adds in all, on a copy without
-    weights.
+    """Return the number of parameters that a tuner trains in ``model``, and the number that it adds.
+
+    Both are counted on a copy of the model without weights.
 
     Raises:
         ConfigError: see :func:`attach_tuner`.
@@ -168,7 +169,7 @@ def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None =
     adapted = None
     with contextlib.suppress(ConfigError, RuntimeError, NotImplementedError), torch.device("meta"):
         adapted = attach_tuner(hollow_copy(model, "meta"), spec, targets=targets, config=config)
-    if adapted is None:  # a tuner that reads weights gets zeros that take no memory
+    if adapted is None:  # the tuner reads weights: give it zeros that take no memory
         adapted = attach_tuner(hollow_copy(model, "cpu"), spec, targets=targets, config=config)
     layers = attachment(adapted).layers.values()
     trained = sum(p.numel() for layer in layers for p in layer.adapter_parameters().values())
@@ -177,7 +178,7 @@ def count_trained(model: nn.Module, spec: AdapterSpec, targets: Targets | None =
 
 
 def plain_start(spec: AdapterSpec) -> dict[str, Any] | None:
-    """Return a configuration of the same size without the initialisation that decomposes every weight; None if there is
+    """Return a configuration of the same size without an initialisation that decomposes all weights; None if there is
     no such initialisation.
     """
     assert spec.preset.peft is not None
@@ -186,7 +187,7 @@ def plain_start(spec: AdapterSpec) -> dict[str, Any] | None:
 
 
 def hollow_copy(model: nn.Module, device: str) -> nn.Module:
-    """Copy ``model`` with parameters of zeros that take no memory."""
+    """Copy ``model`` with all parameters set to zeros that take no memory."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.zeros((), dtype=p.dtype, device=device).expand(p.shape), requires_grad=False)
         for p in model.parameters()
@@ -195,7 +196,7 @@ def hollow_copy(model: nn.Module, device: str) -> nn.Module:
 
 
 def _check_as_asked(model: nn.Module, spec: AdapterSpec) -> None:
-    # If its CUDA extension cannot be built, PEFT takes 1 in place of the requested factor.
+    # If its CUDA extension cannot be built, PEFT uses 1 instead of the requested factor.
     asked = spec.options.get("boft_n_butterfly_factor", 1)
     factors = {len(p) for name, p in model.named_parameters() if f"boft_R.{ADAPTER_NAME}" in name}
     if factors - {asked}:
@@ -206,7 +207,7 @@ def _check_as_asked(model: nn.Module, spec: AdapterSpec) -> None:
 
 
 def _merge_remark(layers: dict[str, PeftLayer]) -> list[str]:
-    """Return a line with the reason if the smallest layer cannot be merged."""
+    """Return a remark with the reason if the smallest layer cannot be merged, else an empty list."""
     smallest = min(layers.values(), key=lambda layer: layer.base_layer.weight.numel())
     if smallest.base_layer.weight.device.type != "meta":
         try:
@@ -231,7 +232,7 @@ def _tuned_layers(model: nn.Module, spec: AdapterSpec, targets: Targets, peft: A
 
 @contextlib.contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Seed torch's generators, and restore the caller's."""
+    """Seed torch's generators, and restore their states on exit."""
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         torch.manual_seed(seed)
