@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets: found by file, folder or Hub id, read into splits, and divided into training and validation rows."""
+"""Read data sets from a file, folder or Hub id into splits, and divide rows into training and validation rows."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Split:
     """Rows of one split.
 
     Attributes:
-        table: the rows; of a stream, the first ones.
+        table: the rows; for a stream, its first rows.
         source: name of the rows in messages (a path, or ``id split``).
-        folder: what relative paths in the rows are relative to, or None.
-        stream: all rows, if they are streamed.
-        files: the files that the rows were read from, if known.
-        kept: which rows of the files these are, shape (N,); None for all of them.
+        folder: base folder of relative paths in the rows, or None.
+        stream: stream of all rows, if they are streamed.
+        files: files that the rows were read from, if known.
+        kept: indices of the rows in the files, shape (N,); None for all rows.
         remarks: notes on files that were left out when the split was read.
-        is_contained: whether files that the rows name must be in ``folder``.
+        is_contained: whether files named in the rows must be in ``folder``.
     """
 
     table: pa.Table
@@ -65,7 +65,7 @@ class Split:
         return replace(self, table=take_rows(self.table, keep), kept=self.places.take(keep).kept)
 
     def with_columns(self, columns: Iterable[str]) -> Split:
-        """Return the split with a column of nulls for each of ``columns`` that it lacks."""
+        """Return the split with a column of nulls added for each missing one of ``columns``."""
         table = self.table
         for column in columns:
             if column not in table.column_names:
@@ -75,13 +75,13 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """The splits of a data set by name, and their origin (for environment.json).
+    """The splits of a data set.
 
     Attributes:
-        splits: by name.
-        origin: where they came from.
-        task: the task that reads them, where joining several data sets had to find it; else None.
-        notes: what was found then.
+        splits: splits by name.
+        origin: origin of the data set, for environment.json.
+        task: task that reads the rows, if joining several data sets had to find it; else None.
+        notes: notes on how the task was found.
     """
 
     splits: dict[str, Split]
@@ -90,18 +90,18 @@ class DataSet:
     notes: tuple[str, ...] = ()
 
     def find(self, wanted: str) -> Split | None:
-        """Return the split called ``wanted``, or by another common name for it; None if there is none."""
+        """Return the split called ``wanted``, or by another common name of it; None if there is none."""
         for name in (wanted, *SPLIT_NAMES.get(wanted, ())):
             if name in self.splits:
                 return self.splits[name]
         return None
 
     def name_of(self, split: Split) -> str:
-        """Return the data set's own name for one of its splits."""
+        """Return the name of one of the splits."""
         return next(name for name, own in self.splits.items() if own is split)
 
     def require(self, wanted: str, where: str) -> Split:
-        """Return the split called ``wanted``, see :meth:`find`; DataError with the existing splits if there is none."""
+        """Return the split called ``wanted``, see :meth:`find`; raise a DataError that lists the splits if none is."""
         found = self.find(wanted)
         if found is None:
             problem = f"there is no split '{wanted}'.{did_you_mean(wanted, self.splits)}"
@@ -115,17 +115,17 @@ def load_data(
     """Read a data set.
 
     Args:
-        place: a file; a pattern for several; a folder with train/validation/test files, or with a folder of images for
-            each class; ``shipped:NAME`` for data inside this package; a Hub id, or ``hf://ID:CONFIG:SPLIT``. With a
-            number of rows, that many of the training rows are taken.
+        place: a file; a pattern for several files; a folder with train/validation/test files, or with a folder of
+            images for each class; ``shipped:NAME`` for data inside this package; a Hub id, or ``hf://ID:CONFIG:SPLIT``.
+            If it has a number of rows, at most that many training rows are used.
         config: configuration of a Hub data set (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
-        encoding: of local text files.
+        encoding: encoding of local text files.
 
     Raises:
-        DataError: if files are missing or cannot be read.
-        ConfigError: if local data is given a configuration or revision.
-        HubError: if the Hub refuses.
+        DataError: files are missing or cannot be read.
+        ConfigError: a configuration or revision is given for local data.
+        HubError: the Hub cannot be reached, or refuses the request.
     """
     if not place.is_local:
         return _sampled(_load_from_hub(place, config, revision), place.rows)
@@ -139,14 +139,14 @@ def load_data(
 
 
 def refuse_hub_settings(config: str | None, revision: str | None) -> None:
-    """Raise ConfigError if local data is given a configuration or revision."""
+    """Raise a ConfigError if a configuration or revision is given; called for local data."""
     for key, value in (("data.config", config), ("data.revision", revision)):
         if value is not None:
             raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
 
 
 def _sampled(data: DataSet, count: int | None) -> DataSet:
-    """Return the data set with at most ``count`` training rows, always the same ones."""
+    """Return the data set with at most ``count`` training rows, drawn with a fixed seed."""
     train = data.find("train")
     if count is None or train is None:
         return data
@@ -158,7 +158,7 @@ def _sampled(data: DataSet, count: int | None) -> DataSet:
 
 
 def _load_files(pattern: str, encoding: str) -> DataSet:
-    """Read all files that match a pattern such as ``rows/*.jsonl``, in the order of their names, as one split."""
+    """Read all files that match a pattern such as ``rows/*.jsonl`` as one split, in the order of their names."""
     files = matching_files(pattern)
     if not files:
         raise DataError(pattern, "no file matches", fix="Check the pattern given to --data, and quote it in the shell")
@@ -169,19 +169,19 @@ def _load_files(pattern: str, encoding: str) -> DataSet:
 
 
 def _read_files(files: Sequence[Path], source: str, folder: Path, encoding: str) -> Split:
-    """Read one or more files, one after the other."""
+    """Read one or more files in the given order as one split."""
     tables, rows = zip(*(read_rows(file, encoding) for file in files), strict=True)
     return Split(table=flat(joined(tables, source)), source=source, folder=folder, files=rows)
 
 
 def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.generic] | None) -> tuple[Split, Split]:
-    """Divide a training split at random into training and validation rows, stratified by groups.
+    """Divide a training split at random into training and validation rows, optionally stratified.
 
     Args:
-        split: at least two rows.
+        split: split with at least two rows.
         fraction: share of the rows for validation, in (0, 1).
-        seed: of the draw; the same rows are drawn for a seed.
-        strata: group of every row, or None; a group of two rows or more has some in both parts.
+        seed: seed of the draw, which determines the rows.
+        strata: group of each row, or None. A group of at least two rows has rows in both parts.
 
     Returns:
         Training and validation rows, each in their original order.
@@ -195,7 +195,7 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
     for members in groups:
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         chosen += list(random.permutation(members)[:count])
-    if not chosen:  # every group has a single row: take one of them
+    if not chosen:  # each group has a single row: draw one of them
         chosen = [int(random.integers(rows))]
     held = np.zeros(rows, dtype=bool)
     held[chosen] = True
@@ -203,7 +203,7 @@ def set_aside(split: Split, fraction: float, seed: int, strata: npt.NDArray[np.g
 
 
 def take_subset(split: Split, limit: int | None, seed: int) -> Split:
-    """Return a random subset of at most ``limit`` rows in their original order, the same for a seed."""
+    """Return a random subset of at most ``limit`` rows in their original order; ``seed`` determines it."""
     rows = split.table.num_rows
     if limit is None or limit >= rows:
         return split
@@ -260,7 +260,7 @@ def _load_folder(folder: Path, encoding: str) -> DataSet:
 
 
 def _class_folders(folder: Path) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """Read a folder for each class, or folders train, validation and test of such folders; also return remarks."""
+    """Read one folder for each class, or folders train, validation and test of such folders; also return remarks."""
     subs = {p.name.lower(): p for p in folder.iterdir() if p.is_dir() and not is_system(p.name)}
     parts = {split: next(subs[n] for n in names if n in subs) for split, names in SPLIT_NAMES.items()
              if any(n in subs for n in names)}  # fmt: skip
@@ -283,7 +283,7 @@ def _load_from_hub(place: DataPlace, config: str | None, revision: str | None) -
     name, split = place.name, place.split
     commit, used = origin["commit"], _cached_commit(loaded)
     if used is not None and used != commit:
-        # Offline, the library falls back to whatever it has cached, whichever revision was asked for.
+        # Offline, the library falls back to any cached revision, not only to the requested one.
         raise HubError(
             f"data set '{name}'",
             f"commit {commit[:12]} is not in the local cache (it holds {used[:12]})",
@@ -299,19 +299,19 @@ def _load_from_hub(place: DataPlace, config: str | None, revision: str | None) -
 def open_hub(
     place: DataPlace, config: str | None, revision: str | None, *, streaming: bool = False
 ) -> tuple[Any, dict[str, Any]]:
-    """Load a Hub data set by the datasets library.
+    """Load a Hub data set with the datasets library.
 
     Args:
         place: an id or address.
-        config: the configuration, unless the address names one.
+        config: configuration, unless the address names one.
         revision: branch, tag or commit.
         streaming: open the data set without downloading it.
 
     Returns:
-        Its splits by name, and its origin.
+        The splits by name, and the origin of the data set.
 
     Raises:
-        ConfigError: ``config`` is not the configuration of the address.
+        ConfigError: ``config`` differs from the configuration in the address.
     """
     name, own = place.name, place.config
     if own is not None and config not in (None, own):
@@ -329,7 +329,7 @@ def open_hub(
 
 @contextmanager
 def _hub_data_errors(path: str) -> Iterator[None]:
-    """Raise what ``datasets`` raises because of a data set's own files as a DataError; let failures of the Hub pass."""
+    """Convert exceptions of ``datasets`` about the files of a data set to DataErrors; let failures of the Hub pass."""
     import datasets  # noqa: PLC0415
 
     where = f"data set '{path}'"
@@ -357,13 +357,13 @@ def _hub_data_errors(path: str) -> Iterator[None]:
 
 
 def _arrow(rows: Any) -> pa.Table:
-    # with_format keeps the names of ClassLabel in the schema's metadata, where tasks look for them.
+    # with_format keeps the names of ClassLabel in the metadata of the schema, where tasks read them.
     table = rows.with_format("arrow")[:]
     return flat(table.replace_schema_metadata(rows.features.arrow_schema.metadata))
 
 
 def _cached_commit(loaded: Any) -> str | None:
-    """Return the commit in the path of the library's cache, if there is one."""
+    """Return the commit in the path of the library's cache, or None."""
     for rows in loaded.values():
         for file in rows.cache_files:
             if re.fullmatch(r"[0-9a-f]{40}", Path(file["filename"]).parent.name):
@@ -377,6 +377,6 @@ def _file_sha256(path: Path) -> str:
 
 
 def names_and_sizes_sha256(files: Iterable[Path], names: Iterable[str]) -> str:
-    """Return a hash of names and sizes, for files whose content may be many gigabytes."""
+    """Return a hash of names and sizes, for files whose contents may be many gigabytes."""
     lines = [f"{name} {file.stat().st_size}" for file, name in zip(files, names, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

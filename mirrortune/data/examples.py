@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded rows: the interface that training needs of rows of any kind, and rows of tokens.
+"""Encoded rows: the interface that training uses for all types of rows, and its implementation for tokens.
 
-Token sequences are stored concatenated, without padding, with offsets; batches are padded. Shapes: N rows, B rows of a
+Token sequences are stored concatenated without padding, with offsets; batches are padded. Shapes: N rows, B rows of a
 batch, T tokens of all rows, L tokens of the longest row of a batch.
 """
 
@@ -23,18 +23,18 @@ IntArray = npt.NDArray[np.integer[Any]]
 Targets = npt.NDArray[np.generic]
 Rows = npt.NDArray[np.int64]
 Batch = dict[str, Any]
-"""Arguments of a model's forward by name, and ``targets``: tensors whose first dimension is B, and plain flags."""
+"""Arguments of a model's ``forward`` by name, and ``targets``: tensors whose first dimension is B, and flags."""
 OPTIONAL_ROLE = "optional"
-"""Role, in :meth:`mirrortune.tasks.base.Task.columns`, of a column that a split may lack."""
-IGNORE_INDEX = -100  # target of a position without one; the value that torch's cross-entropy ignores
+"""Role of a column that may be missing in a split; see :meth:`mirrortune.tasks.base.Task.columns`."""
+IGNORE_INDEX = -100  # target of positions that are not scored; ignored by torch's cross-entropy
 
 
 class Examples(ABC):
     """The encoded rows of one split, from which batches are made.
 
     Attributes:
-        num_truncated: rows cut to the maximum length.
-        num_unlabelled: rows without a target.
+        num_truncated: number of rows truncated to the maximum length.
+        num_unlabelled: number of rows without a target.
     """
 
     __slots__ = ()
@@ -44,43 +44,41 @@ class Examples(ABC):
     @property
     @abstractmethod
     def lengths(self) -> IntArray:
-        """Positions that each row takes in the model, shape (N,); rows of similar length are batched together."""
+        """Number of model positions of each row, shape (N,); rows of similar length are batched together."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """Return the given rows as tensors; ``epoch`` (from 0) for training, None for evaluation."""
+        """Return a batch of the given rows; ``epoch`` (from 0) is given in training, and None in evaluation."""
 
     @abstractmethod
     def describe(self) -> str:
-        """Return a line on the number of rows, their lengths, and what was cut or left out."""
+        """Return a line with the number of rows, their lengths, and the numbers truncated and left out."""
 
     @property
     def row_numbers(self) -> Rows:
-        """Row of the split, among those that were kept, that each of these rows is a part of, shape (N,)."""
+        """Index of each row's source among the kept rows of the split, shape (N,)."""
         return np.arange(len(self))
 
     @property
     def split_rows(self) -> Rows:
-        """Row of the split, counting those that were left out, that each of these rows is a part of, shape (N,); of
-        several that share a sequence, the first.
-        """
+        """Index of each row's source among all rows of the split, shape (N,); the first if several share a sequence."""
         kept: Rows | None = getattr(self, "kept", None)
         return self.row_numbers if kept is None else kept[self.row_numbers]
 
     @property
     def used_rows(self) -> Rows:
-        """Rows of the split that were not left out."""
+        """Indices of the rows of the split that were not left out."""
         return np.unique(self.split_rows)
 
     def extremes(self) -> Rows:
-        """Return a few rows that include the longest, and those with the largest index of each kind."""
+        """Return the indices of a few rows, among them the longest and those with the largest index of each type."""
         return np.array([int(self.lengths.argmax())])
 
     def token_ids(self) -> list[IntArray]:
-        """Return all token ids of the rows, as arrays of any length; none for rows that are not text."""
+        """Return the token ids of all rows, as arrays of any length; an empty list for rows that are not text."""
         return []
 
     def input_ids(self, row: int) -> IntArray | None:
@@ -88,17 +86,17 @@ class Examples(ABC):
         return None
 
     def verify(self, model: nn.Module) -> None:
-        """Check that a model handles these batches correctly; ConfigError otherwise."""
+        """Check that a model processes these batches correctly; raise a ConfigError if it does not."""
         return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Padding:
-    """How sequences are padded to one length.
+    """How the sequences of a batch are padded to the same length.
 
     Attributes:
         side: ``"right"`` or ``"left"``.
-        fill: padding value by name of feature.
+        fill: padding value of each feature, by name.
     """
 
     side: str
@@ -106,7 +104,7 @@ class Padding:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Padding:
-        """Return the padding that ``tokenizer`` itself uses; targets of padded positions are ignored."""
+        """Return the padding that ``tokenizer`` uses; targets at padded positions are ignored."""
         types = tokenizer.pad_token_type_id
         fill = {
             "input_ids": tokenizer.pad_token_id or 0,
@@ -119,23 +117,23 @@ class Padding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenExamples(Examples):
-    """Rows of tokens.
+    """Tokenised rows.
 
     Attributes:
-        features: concatenated values of all rows by name, shape (T,), int32: ``input_ids``, and where the kind has them
-            ``token_type_ids``, a target for every token (``targets``) and its weight in the loss (``weights``).
+        features: values of all rows by name, concatenated, shape (T,), int32: ``input_ids`` and, depending on the kind
+            of task, ``token_type_ids``, the target of each token (``targets``) and its loss weight (``weights``).
         offsets: shape (N + 1,), int64; row i is [offsets[i], offsets[i + 1]).
-        targets: one per row, shape (N, ...), or None if every token has its own.
-        padding: of batches.
+        targets: target of each row, shape (N, ...); None if each token has a target.
+        padding: padding of batches.
         max_length: maximum length of a row, in tokens.
-        num_truncated: rows cut to ``max_length``.
-        num_empty: rows whose texts are all blank.
-        num_dropped: blank rows that were left out.
-        num_unlabelled: rows without a target.
-        switches: additional arguments of the model's forward.
+        num_truncated: number of rows truncated to ``max_length``.
+        num_empty: number of rows whose texts are all blank.
+        num_dropped: number of blank rows that were left out.
+        num_unlabelled: number of rows without a target.
+        switches: additional arguments of the model's ``forward``.
         notes: further remarks on the rows.
-        references: what metrics compare with if not ``targets``; its type is up to the kind of task.
-        kept: which rows of the split these are, shape (N,); None for all of them.
+        references: references of the metrics, if these are not ``targets``; the type depends on the kind of task.
+        kept: indices of the rows in the split, shape (N,); None for all rows.
     """
 
     features: dict[str, IntArray]
@@ -177,7 +175,7 @@ class TokenExamples(Examples):
 
     @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """Return the given rows, padded to the longest of them.
+        """Return a batch of the given rows, padded to the longest of them.
 
         Returns:
             ``input_ids``, ``attention_mask`` (and ``token_type_ids``), each (B, L) int64, and ``targets``, (B, ...) or

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of class labels: the classes, and the class of each row."""
+"""Read columns of class labels: the class names, and the class of each row."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mirrortune.data.files.row_places import RowPlaces
 from mirrortune.errors import DataError, did_you_mean
 
 MISSING = -1
-# A column with more distinct values than this, and more than one per two rows, is a text or an id, not a label.
+# A column with more distinct values than this, and more than one for every two rows, is a text or an id, not a label.
 _MANY_CLASSES = 50
 
 
 def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of the classes: ``given``, else the column's features, else the values found, sorted.
+    """Return the class names: ``given``, else those of the column's features, else its sorted values.
 
     Raises:
-        DataError: if the column does not hold classes, or only one.
+        DataError: the column does not hold classes, or only one.
     """
     names = tuple(given or ()) or feature_names(table, column) or names_in(table.column(column), source, column)
     if len(names) < 2:
@@ -42,7 +42,7 @@ def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] 
 
 
 def label_remarks(table: pa.Table, column: str, names: Sequence[str]) -> list[str]:
-    """Return notes on labels that may be misread: lists written as text, numbers as classes, nan among numbers."""
+    """Return notes on labels that may be misread: lists written as text, numbers used as classes, nan among numbers."""
     if feature_names(table, column) or pa.types.is_nested(table.schema.field(column).type):
         return []
     notes = []
@@ -67,9 +67,9 @@ class LabelReading:
     """How the cells of a label column map to names of classes.
 
     Attributes:
-        features: names of the classes by number, or None.
-        known: names of the classes by the values that stand for them.
-        nan_is_missing: whether the text ``nan`` means no label: only if all classes are numbers.
+        features: class names by index, or None.
+        known: cell value -> class name.
+        nan_is_missing: whether the text ``nan`` means a missing label, as it does if all classes are numbers.
         has_empty: whether the empty text is a class; csv files read it as null.
     """
 
@@ -80,9 +80,9 @@ class LabelReading:
 
     @classmethod
     def of(cls, table: pa.Table, column: str, names: Sequence[str]) -> LabelReading:
-        """Return how to read one column as the classes ``names``."""
+        """Create the mapping from the cells of one column to the classes ``names``."""
         known = {name: name for name in names}
-        for name in names:  # 1.0 is 1, unless both are classes
+        for name in names:  # 1.0 is read as 1, unless both are classes
             number = number_of(name)
             if number is not None and number.is_integer():
                 for other in (str(int(number)), f"{int(number)}.0"):
@@ -93,7 +93,7 @@ class LabelReading:
         return cls(feature_names(table, column), known, are_numbers, is_text and "" in known)
 
     def name(self, value: Any) -> str | None:
-        """Return the name of the class in a cell, known or not; None if there is no label."""
+        """Return the class name in a cell, which may be unknown; None if there is no label."""
         if self.features is not None and isinstance(value, int) and not isinstance(value, bool):
             return self.features[value] if 0 <= value < len(self.features) else None
         if self.has_empty and (value is None or (isinstance(value, str) and not value.strip())):
@@ -107,10 +107,10 @@ class LabelReading:
 def class_indices(
     table: pa.Table, column: str, names: Sequence[str], places: RowPlaces, *, allow_missing: bool
 ) -> npt.NDArray[np.int64]:
-    """Return the class of every row as an index into ``names``, shape (N,); -1 for rows without a label.
+    """Return the class of each row as an index into ``names``, shape (N,); -1 for rows without a label.
 
     Raises:
-        DataError: if a label is not among the classes, or, unless ``allow_missing``, if a row has no label.
+        DataError: a label is not among the classes, or, unless ``allow_missing``, a row has no label.
     """
     reading = LabelReading.of(table, column, names)
     index: dict[str | None, int] = {**{name: i for i, name in enumerate(names)}, None: MISSING}
@@ -130,19 +130,20 @@ def class_indices(
 def label_sets(
     table: pa.Table, column: str, names: Sequence[str], places: RowPlaces
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Return which of the classes ``names`` each row has.
+    """Return which of the classes ``names`` each row has, for rows with any number of classes.
 
     Args:
         table: the rows; ``column`` holds lists of classes, or there is a column of 0 and 1 for each class.
-        column: of lists, or the name of the first class.
-        names: the classes.
-        places: of the rows, for messages.
+        column: column of lists, or the name of the first class.
+        names: class names.
+        places: places of the rows, for messages.
 
     Returns:
-        0 and 1, shape (N, C), and which rows have no label (N,): null, unlike an empty list.
+        0 and 1, shape (N, C), and whether each row lacks a label, (N,). A null is a missing label; an empty list is
+        not.
 
     Raises:
-        DataError: if a label is not among the classes, or a cell is neither 0 nor 1.
+        DataError: a label is not among the classes, or a cell is neither 0 nor 1.
     """
     if column in names and not is_list(table.schema.field(column).type):
         return _flags(table, names, places)
@@ -167,7 +168,7 @@ def _unknown_label(name: str, names: Sequence[str], where: str) -> DataError:
 def _flags(
     table: pa.Table, names: Sequence[str], places: RowPlaces
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Return what :func:`label_sets` does, for a column of 0 and 1 for each class."""
+    """Return the same as :func:`label_sets`, for a column of 0 and 1 for each class."""
     found = np.zeros((table.num_rows, len(names)), dtype=np.float32)
     missing = np.ones(table.num_rows, dtype=bool)
     for place, name in enumerate(names):
@@ -183,7 +184,7 @@ def _flags(
 
 
 def _flag(value: Any) -> float | None:
-    """Return 0 or 1 for a boolean or a number, or the text of one (1.0 is 1, -1 is 0); None for anything else."""
+    """Convert a boolean, a number or the text of one to 0 or 1 (1.0 to 1, -1 to 0); return None for other values."""
     if isinstance(value, bool) or str(value).strip().lower() in ("true", "false"):
         return float(str(value).strip().lower() == "true")
     number = number_of(value)
@@ -191,7 +192,7 @@ def _flag(value: Any) -> float | None:
 
 
 def refuse_missing(missing: npt.NDArray[np.bool_], places: RowPlaces, column: str, what: str = "label") -> None:
-    """Raise a DataError that lists the first rows without a target, if there are any; ``missing`` has shape (N,)."""
+    """Raise a DataError that lists the first rows without a target, if ``missing`` (N,) is true for any row."""
     count = int(missing.sum())
     if count:
         raise DataError(
@@ -204,7 +205,7 @@ def refuse_missing(missing: npt.NDArray[np.bool_], places: RowPlaces, column: st
 
 
 def without_labels(table: pa.Table, column: str, missing: str) -> pa.Table:
-    """Return the table with null in ``column`` where its value is ``missing``, as a class or as a number."""
+    """Return the table with null in ``column`` where the value is ``missing``, compared as class name or number."""
     if column not in table.column_names or pa.types.is_nested(table.schema.field(column).type):
         return table
     import pyarrow.compute as pc  # noqa: PLC0415
@@ -222,12 +223,12 @@ def without_labels(table: pa.Table, column: str, missing: str) -> pa.Table:
 
 
 def _whole(name: str) -> str:
-    """Return ``2`` for ``2.0``, which pandas writes in columns with missing values; other names unchanged."""
+    """Return ``2`` for ``2.0``, which pandas writes in columns with missing values, and other names unchanged."""
     return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name
 
 
 def label_fields(names: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of the transformers config for a head with these classes."""
+    """Return the fields of a transformers configuration for a head with these classes."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -236,7 +237,7 @@ def label_fields(names: Sequence[str]) -> dict[str, Any]:
 
 
 def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
-    """Return the class names that the datasets library stored with a column of ClassLabel or lists of it, or None."""
+    """Return the class names stored by the datasets library for a column of ClassLabel or lists of it, or None."""
     stored = (table.schema.metadata or {}).get(b"huggingface")
     feature = json.loads(stored).get("info", {}).get("features", {}).get(column) if stored else None
     while isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
@@ -246,8 +247,9 @@ def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
 
 
 def as_name(value: Any) -> str | None:
-    """Return the class name of a label value: text stripped, 1.0 the same as 1; None for null, an empty text or a float
-    NaN. The text "nan" is a name (a kind of bread).
+    """Convert a label value to a class name: text is stripped, and 1.0 is the same as 1.
+
+    Returns None for null, empty text and a float NaN. The text "nan" is a class name (it may be the bread).
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
@@ -257,7 +259,7 @@ def as_name(value: Any) -> str | None:
 
 
 def in_order(names: set[str]) -> list[str]:
-    """Return class names sorted, as numbers if all of them are ("10" after "9"), else as text."""
+    """Sort class names, as numbers if all of them are numbers ("10" after "9"), else as text."""
     found = sorted(names)
     if found and all(number_of(v) is not None for v in found):
         found.sort(key=float)
@@ -265,7 +267,7 @@ def in_order(names: set[str]) -> list[str]:
 
 
 def names_in(column: pa.ChunkedArray, source: str, name: str) -> tuple[str, ...]:
-    """Return the class names in a column, sorted; DataError if it does not hold classes."""
+    """Return the sorted class names in a column; raise a DataError if it does not hold classes."""
     kind = column.type
     if pa.types.is_nested(kind):
         raise DataError(

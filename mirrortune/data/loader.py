@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: their order, and the threads that make them ahead of training. Results do not depend on the threads.
+"""Determine the order of batches, and make them in threads ahead of training. Results do not depend on the threads.
 
-Threads rather than processes: making a batch is mostly NumPy, decoding and copying, which release the GIL; and signals,
-CUDA and token arrays need no second copy.
+Threads suffice because making a batch is mostly NumPy, decoding and copying, which release the GIL. Processes would
+need copies of token arrays, and special handling of signals and CUDA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mirrortune.data.row_stream import Place, RowStream
 from mirrortune.errors import DataError, NoRowsError
 from mirrortune.system.devices import autocast
 
-# Global batches sorted together by length: enough to keep padding small, few enough to keep the order random.
+# Number of global batches sorted together by length: large enough for little padding, small enough for a random order.
 _BUCKET = 32
 
 
@@ -40,15 +40,17 @@ def epoch_batches(
     classes: npt.NDArray[np.int64] | None = None,
     drawn: Rows | None = None,
 ) -> list[Rows]:
-    """Return the global batches of one epoch, in order: every row once, rows of similar length together.
+    """Return the global batches of one epoch, in order, with rows of similar length together.
+
+    By default each row is used once.
 
     Args:
-        lengths: of each row, shape (N,).
-        global_batch_size: rows of one optimizer step; the last batch may be smaller.
-        seed: of the run.
-        epoch: from 0; every epoch has its own order.
-        classes: of each row, shape (N,), to draw as many rows, N, evenly from all classes instead of every row once.
-        drawn: the rows of the epoch, instead of every row once.
+        lengths: length of each row, shape (N,).
+        global_batch_size: number of rows of an optimizer step; the last batch may be smaller.
+        seed: seed of the run.
+        epoch: index of the epoch, from 0; each epoch has a different order.
+        classes: class of each row, shape (N,), to draw N rows evenly from all classes; None for no even draws.
+        drawn: indices of the rows to use in this epoch; None for all rows.
     """
     random = np.random.default_rng([seed, epoch])
     if drawn is None and classes is not None:
@@ -64,7 +66,7 @@ def epoch_batches(
 
 
 def _drawn_evenly(classes: npt.NDArray[np.int64], random: np.random.Generator) -> Rows:
-    """Return N rows, as many of each class but for one: all rows of a class before any of them again."""
+    """Draw N rows so that the class counts differ by at most one; no row repeats before all rows of its class occur."""
     found = np.unique(classes)
     each, rest = divmod(len(classes), len(found))
     more = random.permutation(len(found)) < rest
@@ -77,9 +79,9 @@ def _drawn_evenly(classes: npt.NDArray[np.int64], random: np.random.Generator) -
 
 
 def micro_batches(batch: Rows, lengths: npt.NDArray[Any], *, num_micro: int, num_ranks: int, rank: int) -> list[Rows]:
-    """Return the parts of a global batch that ``rank`` computes: exactly ``num_micro``, some possibly empty.
+    """Return the ``num_micro`` parts of a global batch that ``rank`` computes, some of which may be empty.
 
-    Rows are sorted by length first, so that each part needs little padding.
+    Rows are sorted by length before they are divided, so that each part needs little padding.
     """
     ordered = batch[np.argsort(lengths[batch], kind="stable")]
     return np.array_split(ordered, num_micro * num_ranks)[rank::num_ranks]
@@ -95,23 +97,24 @@ def forward(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Batch
 
 Job = TypeVar("Job")
 Made = TypeVar("Made")
-# Batches that wait besides those being made: one is enough, if they are made as fast as they are used.
+# Number of finished batches that wait, besides those being made. One suffices if making is as fast as using them.
 _SPARE = 1
-# Consecutive blocks without a usable row after which a stream is given up.
+# Number of consecutive blocks without a usable row after which reading a stream fails.
 _MAX_EMPTY_BLOCKS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """What one rank computes at a time.
+    """The rows of one forward and backward pass of a rank.
 
     Attributes:
-        batch: inputs by name and ``targets``; in pinned memory if they go to a GPU.
-        is_empty: whether it stands for no row and must not count: the last global batch may have fewer rows than parts,
-            and the other ranks wait for this one's gradients.
-        num_rows_of_step: rows of the global batch that it is a part of.
-        num_tokens_of_step: tokens of the global batch without padding; None for rows that are not text.
-        num_tokens, num_positions: of this batch's inputs, without and with padding; 0 for rows that are not text.
+        batch: inputs by name and ``targets``; in pinned memory if they are copied to a GPU.
+        is_empty: whether the batch is a placeholder that must not contribute to the loss. The last global batch may
+            have fewer rows than parts, but all ranks must take part in the reduction of gradients.
+        num_rows_of_step: number of rows of the global batch.
+        num_tokens_of_step: number of tokens of the global batch without padding; None for rows that are not text.
+        num_tokens, num_positions: number of tokens in this batch without and with padding; 0 for rows that are not
+            text.
     """
 
     batch: Batch
@@ -127,9 +130,9 @@ class StreamedExamples:
     """Training rows that are encoded while they are read.
 
     Attributes:
-        stream: of rows.
-        encode: rows and a seed -> examples.
-        block_rows: rows of a process that are shuffled together.
+        stream: stream of the rows.
+        encode: (rows, seed) -> examples.
+        block_rows: number of rows of a process that are shuffled together.
     """
 
     stream: RowStream
@@ -139,15 +142,15 @@ class StreamedExamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What this rank computes in one optimizer step.
+    """The rows of one optimizer step of this rank.
 
     Attributes:
-        examples: rows in memory.
-        parts: rows of each micro-batch; some may be empty.
-        any_row: one row, for micro-batches without any.
-        epoch: from 0.
-        num_rows, num_tokens: of the global batch.
-        place: after the step, in a stream; else None.
+        examples: encoded rows.
+        parts: row indices of each micro-batch, some of which may be empty.
+        any_row: index of one row, used for empty micro-batches.
+        epoch: index of the epoch, from 0.
+        num_rows, num_tokens: number of rows and tokens in the global batch.
+        place: place in the stream after the step; None for rows in memory.
     """
 
     examples: Examples
@@ -163,17 +166,18 @@ class Feed:
     """The micro-batches of this rank, from rows in memory or from its share of a stream.
 
     Args:
-        rows: to train on.
-        accelerator: accelerate's.
-        batch_size: rows of a micro-batch.
-        num_micro: micro-batches per rank and step.
-        num_workers: threads that make batches; 0 makes each when it is asked for. One more reads a stream.
-        seed: of the order of rows.
-        classes: of rows in memory, to draw them evenly; None to use each row once an epoch.
-        draws: what an epoch draws from each source of a mixture; None to use each row once an epoch.
+        rows: training rows.
+        accelerator: an ``accelerate.Accelerator``.
+        batch_size: number of rows of a micro-batch.
+        num_micro: number of micro-batches per rank and step.
+        num_workers: number of threads that make batches; 0 to make each batch on demand. Another thread reads a stream.
+        seed: seed of the order of rows.
+        classes: classes of rows in memory, to draw them evenly; None to use each row once per epoch.
+        draws: rows that an epoch draws from each source of a mixture; None to use each row once per epoch.
 
     Attributes:
-        num_tokens, num_positions: of all micro-batches so far, without and with padding; 0 for rows that are not text.
+        num_tokens, num_positions: number of tokens in all micro-batches so far, without and with padding; 0 for rows
+            that are not text.
     """
 
     def __init__(
@@ -196,8 +200,8 @@ class Feed:
 
     @property
     def place(self) -> dict[str, Any] | None:
-        """Place in the stream after the step whose micro-batches were taken last; None for rows in memory, where epoch
-        and step suffice to continue.
+        """Place in the stream after the last step whose micro-batches were consumed; None for rows in memory, for which
+        epoch and step suffice to resume.
         """
         return None if self._place is None else self._place.to_dict()
 
@@ -207,7 +211,7 @@ class Feed:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Steps of an epoch, mostly every row once; None for a stream, whose end is not known."""
+        """Number of steps of an epoch; None for a stream, whose length is unknown."""
         if isinstance(self.rows, StreamedExamples):
             return None
         ranks: int = self.accelerator.num_processes
@@ -215,8 +219,9 @@ class Feed:
         return math.ceil(size / (self.rows_per_step * ranks))
 
     def micro_batches(self, epoch: int, step_in_epoch: int, num_steps: int) -> Generator[MicroBatch, None, None]:
-        """Yield ``num_micro`` micro-batches for each of ``num_steps`` steps, beginning at a step of an epoch and going
-        on through the following epochs; a stream begins at :attr:`place` instead.
+        """Yield ``num_micro`` micro-batches for each of ``num_steps`` steps, across epochs.
+
+        The first step is ``step_in_epoch`` of ``epoch``; for a stream, it is the one at :attr:`place`.
         """
         rows = self.rows
         found = self._streamed(rows) if isinstance(rows, StreamedExamples) else self._stored(rows, epoch, step_in_epoch)
@@ -243,12 +248,12 @@ class Feed:
 
     def _streamed(self, rows: StreamedExamples) -> Generator[_Step, None, None]:
         start, empty, ranks = self._place or Place(), 0, self.accelerator.num_processes
-        # Whole batches, so that only rows left out can make the last batch of a block smaller.
+        # A multiple of the batch size, so that the last batch of a block is smaller only if rows are left out.
         size = -(-rows.block_rows // self.rows_per_step) * self.rows_per_step
         tables = rows.stream.blocks(
             rank=self.accelerator.process_index, num_ranks=ranks, size=size, seed=self.seed, start=start
         )
-        # A single thread reads, so that blocks come in order.
+        # A single thread reads, so that blocks are in order.
         blocks = made_ahead(
             itertools.repeat(None), lambda _: self._encode(rows, *next(tables)), min(self.num_workers, 1)
         )
@@ -262,7 +267,7 @@ class Feed:
                 skipped = start.batch if place == replace(start, batch=0) else 0
                 batches = epoch_batches(examples.lengths, self.rows_per_step, place.seed(self.seed), place.epoch)
                 for number, batch in itertools.islice(enumerate(batches), skipped, None):
-                    # What other ranks read is known only to them, and is about as much.
+                    # The counts of other ranks are not known here; they are about the same.
                     yield _Step(
                         examples=examples,
                         parts=micro_batches(batch, examples.lengths, num_micro=self.num_micro, num_ranks=1, rank=0),
@@ -271,7 +276,7 @@ class Feed:
                     )  # fmt: skip
 
     def _encode(self, rows: StreamedExamples, place: Place, table: pa.Table) -> tuple[Place, Examples | None]:
-        """Return the examples of a block, None if it has no usable row."""
+        """Return the examples of a block, or None if it has no usable row."""
         try:
             examples = rows.encode(table, place.seed(self.seed)) if table.num_rows else None
         except NoRowsError:
@@ -291,7 +296,7 @@ class Feed:
 
 
 def _token_counts(batch: Batch) -> tuple[int, int]:
-    """Return the tokens of a batch's inputs without and with padding; 0 where the mask does not say which are which."""
+    """Return the number of tokens in a batch without and with padding; 0 if the mask does not tell them apart."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is None or mask is None or mask.shape != ids.shape:
         return 0, 0
@@ -306,12 +311,12 @@ def pinned(batch: Batch, device: torch.device) -> Batch:
 
 
 def made_ahead(jobs: Iterator[Job], make: Callable[[Job], Made], num_workers: int) -> Generator[Made, None, None]:
-    """Yield ``make(job)`` for every job, in order; ``num_workers`` threads work ahead by a bounded number of jobs.
+    """Yield ``make(job)`` for each job, in order; ``num_workers`` threads work ahead by a bounded number of jobs.
 
     Args:
-        jobs: read in the caller's thread.
-        make: called in the threads, so it must depend on its job alone; its exceptions are raised here, in order.
-        num_workers: 0 calls ``make`` in the caller's thread, when its result is asked for.
+        jobs: jobs, read in the caller's thread.
+        make: called in the threads, so it must depend only on its job. Its exceptions are raised here, in order.
+        num_workers: number of threads; 0 to call ``make`` in the caller's thread on demand.
     """
     if num_workers == 0:
         yield from map(make, jobs)
