@@ -231,6 +231,7 @@ def evaluate(
     )
     if own and (named := _describe_data(resolved, own)):
         reporter.note(named)
+    is_own_data = _is_own_data(resolved, own)
     from mirrortune.merging import bases  # noqa: PLC0415
     from mirrortune.runs import evaluate as evaluation  # noqa: PLC0415
     from mirrortune.runs.checks import inputs_of  # noqa: PLC0415
@@ -238,7 +239,7 @@ def evaluate(
     file = local_path(predictions) if predictions else None
     inputs = [*inputs_of(resolved), *bases.inputs_of_targets(target)] if file else []
     result = evaluation.evaluate(
-        target, resolved.recipe, reporter, split=split, is_own_data=_is_own_data(resolved, own), predictions=file, inputs=inputs,
+        target, resolved.recipe, reporter, split=split, is_own_data=is_own_data, predictions=file, inputs=inputs,
         makes_folder=bool(predictions) and str(predictions).endswith(("/", os.sep)), overwrite=overwrite,
         force_base=force_base,
     )  # fmt: skip
@@ -431,9 +432,23 @@ def _recipe_of(target: str, reporter: Reporter) -> Layer | None:
 
 
 def _is_own_data(resolved: Resolved, own: Layer | None) -> bool:
-    """Return whether the recipe names the data set that the recipe of the target, if any, names."""
-    trained_on, asked = ((own.values.get("data") or {}).get("path") if own else None), resolved.recipe.data.path
-    return is_same_data(trained_on, asked)
+    """Return whether the data is that of the target's recipe.
+
+    Raises:
+        ConfigError: the recipe names data or validation rows by a pattern that is not followed, and the user named
+            none; other rows, such as those that were trained on, must not take their place.
+    """
+    asked, withheld = resolved.recipe.data.path, own.withheld if own else {}
+    trained_on = withheld.get("path") or ((own.values.get("data") or {}).get("path") if own else None)
+    is_own = is_same_data(trained_on, asked)
+    needed = {"path": asked is None, "validation_path": is_own and resolved.recipe.data.validation_path is None}
+    for key, pattern in withheld.items():
+        if own and needed[key]:
+            flag = "--data" if key == "path" else f"data.{key}"
+            typed = f"--data '{pattern}'" if key == "path" else f"'data.{key}={pattern}'"
+            problem = f"the recipe's pattern '{pattern}' may search the whole disk, and {flag} not given"
+            raise ConfigError(own.place(("data", key)), problem, fix=f"To follow it, give {typed}")
+    return is_own
 
 
 def _describe_data(resolved: Resolved, beneath: Layer) -> str | None:

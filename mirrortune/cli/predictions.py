@@ -104,7 +104,7 @@ def _rows(
     settings = unpack_for_eval(resolved.recipe)
     columns = [key.partition(".")[2] for key in resolved.origins if key.endswith(("_column", "_columns"))]
     return {
-        "is_own_data": _is_own_data(resolved, own),
+        "is_own_data": _is_own_data(resolved, own) if text is None and image is None else False,
         "settings": replace(settings, data=_data_settings(settings.data, resolved, own)),
         "row": None if text is None and image is None else RowRequest(texts=tuple(text or ()), image=image),
         "named": [n for n in columns if _is_named(resolved, own, f"data.{n}") and n != "label_column"],

@@ -35,6 +35,7 @@ class Layer:
         lines: line number of each key, for files.
         flags: flag that set each key, for the command line.
         file: recipe file that was read, or None.
+        withheld: data paths in the recipe of a target that are not followed: patterns that search many folders.
     """
 
     values: dict[str, Any]
@@ -42,6 +43,7 @@ class Layer:
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
     flags: dict[tuple[str, ...], str] = field(default_factory=dict)
     file: Path | None = None
+    withheld: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_typed(self) -> bool:
@@ -155,11 +157,11 @@ def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
         if own:
             kept[name] = own
         ignored += [key for key in settings or [name] if key not in _OF_TARGET]
-    far = [key for key in _DATA_PATHS if walks_far(_setting(kept, "data", key))]
+    far = {key: str(path) for key in _DATA_PATHS if walks_far(path := _setting(kept, "data", key))}
     if far:
         kept["data"] = {key: value for key, value in kept["data"].items() if key not in far}
         ignored += [f"data.{key}" for key in far]
-    return Layer(values=kept, origin=whole.origin, lines=whole.lines), ignored
+    return Layer(values=kept, origin=whole.origin, lines=whole.lines, withheld=far), ignored
 
 
 def read_saved_recipe(path: Path) -> Recipe:

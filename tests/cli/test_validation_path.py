@@ -36,6 +36,21 @@ def test_a_run_is_scored_on_the_other_rows_and_so_is_eval(desk: Path, tiny_model
     assert origin["validation"]["path"] == str(desk / "other.csv")
 
 
+def test_rows_named_by_a_far_reaching_pattern_are_not_replaced_by_others(desk: Path, tiny_model_dir: Path) -> None:
+    """The pattern in a run's recipe is not followed, since the recipe may be anybody's."""
+    write_table(desk / "val" / "a" / "x.csv", reviews(7, seed=3))
+    words = ["-m", tiny_model_dir, *KIND, "-d", "reviews.csv", "data.validation_path=val/**/*.csv"]
+    assert mirrortune("train", *words, "-o", "run", "--max-steps", 1).exit_code == 0
+
+    for command in ("eval", "predict"):
+        outcome = mirrortune(command, "run", "--split", "validation")
+        assert outcome.exit_code == 2, outcome.stderr
+        assert "recipe.yaml" in outcome.said
+        assert "give 'data.validation_path=val/**/*.csv'" in outcome.said
+    assert mirrortune("eval", "run", "data.validation_path=val/**/*.csv", "--json").data["rows"] == 7
+    assert mirrortune("eval", "run", "-d", write_table(desk / "new.csv", reviews(5)), "--json").data["rows"] == 5
+
+
 def test_a_recipe_names_it_beside_itself(desk: Path, other: Path, tiny_model_dir: Path) -> None:
     folder = desk / "recipes"
     folder.mkdir()
