@@ -140,10 +140,8 @@ _DATA_PATHS = ("path", "validation_path")
 
 
 def read_target_recipe(path: Path) -> tuple[Layer, list[str]]:
-    """Read the recipe inside a run, an adapter or a merged folder, accepting only settings that are safe if untrusted.
-
-    Returns:
-        The layer of accepted settings, and the dotted keys of the others.
+    """Read the recipe inside a run, an adapter or a merged folder: return the layer of those settings that are safe if
+    untrusted, and the dotted keys of the others.
     """
     whole = read_recipe(str(path))
     kept: dict[str, Any] = {}
