@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """causal-lm: next-token prediction on conversations, prompts with completions, instructions (Alpaca columns) or text.
 
-Cross-entropy of every learned token; perplexity and token accuracy. The end token of an answer is learned with it.
+Loss: cross-entropy of the learned tokens, including the end token of an answer. Metrics: perplexity and token accuracy.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from mirrortune.tasks.probes import text_probe
 from mirrortune.tasks.prompts import PromptExamples, halved_texts, prompt_examples
 from mirrortune.tasks.token_scores import WEIGHT_UNIT, score_tokens, summed_loss, weighted_loss
 
-_LONGEST = 1024  # the default, where the model takes more
+_LONGEST = 1024  # default maximum length, in tokens, if the model supports more
 _LONGEST_ANSWER = 256  # tokens
 _OF_FORMAT = ("text_columns", "label_column", "added_columns", "layout", "loss_on", "is_spaced")
 _FORMATS, _LOSSES = ("auto", "chat", "text"), ("completions", "all")
@@ -91,10 +91,10 @@ class Task(TextTask, WritesText, Answers):
             instructions if there is a template.
         packing: whether training rows share sequences.
         added_columns: columns that a split may have: a row's system prompt, tools, documents, earlier turns, weight.
-        answer: how answers are written (:mod:`mirrortune.tasks.answer_formats`) that the model generates when it is
-            scored; None to score tokens alone.
-        max_new_tokens: longest answer that is generated, in tokens.
-        is_spaced: whether answers begin with white space of their own, so that no line break is put before them.
+        answer: format of the generated answers that are scored (:mod:`mirrortune.tasks.answer_formats`); None to score
+            tokens only.
+        max_new_tokens: maximum length of a generated answer, in tokens.
+        is_spaced: whether answers begin with white space, so that no line break is inserted before them.
         formats: the fields of :data:`_OF_FORMAT` of each source of a mixture whose rows are written in different ways.
         system: system turn of conversations that have none.
     """
@@ -125,7 +125,7 @@ class Task(TextTask, WritesText, Answers):
         loss_on: str | None = None, format: str | None = None, packing: bool | None = None,
         answer: str | None = None, max_new_tokens: int | None = None, system: str | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; DataError if no column holds text."""
+        """Create the task; raise a DataError if no column holds text."""
         for key, value, allowed in (("loss_on", loss_on, _LOSSES), ("format", format, _FORMATS)):
             if value not in (None, *allowed):
                 raise unknown_name(f"task.{key}", "value", str(value), allowed)
@@ -156,7 +156,7 @@ class Task(TextTask, WritesText, Answers):
 
     @override
     def united(self, others: Sequence[base.Task]) -> base.Task:
-        """Return a task that reads each source by its own columns and in its own format."""
+        """Return a task that reads each source with its columns and format."""
         if all(other == self for other in others):
             return self
         return replace(self, formats=tuple({n: getattr(t, n) for n in _OF_FORMAT} for t in (self, *others)))
@@ -167,7 +167,7 @@ class Task(TextTask, WritesText, Answers):
         return [replace(self, formats=(), **own) for own in known] or [self]
 
     def _parts(self, split: Split) -> list[tuple[Task, Split, Rows]]:
-        """Return the rows of each source, the task that reads them, and their numbers; in the order of the rows."""
+        """Return, for each source of rows, the task that reads it, its rows, and their indices in the split."""
         numbers = source_numbers(split.table) if self.formats else None
         if numbers is None:
             reader = self.narrowed(split.table.column_names)
@@ -195,7 +195,7 @@ class Task(TextTask, WritesText, Answers):
         return [*own, *((OPTIONAL_ROLE, c) for c in self.added_columns)]
 
     def needs_template(self) -> bool:
-        """Return whether rows cannot be written without a chat template."""
+        """Return whether the rows require a chat template."""
         return self.format == "chat" or self.layout in ("messages", "turns")
 
     def writes_chat(self, tokenizer: Any) -> bool:
@@ -205,7 +205,7 @@ class Task(TextTask, WritesText, Answers):
 
     @override
     def load_processor(self, source: ModelSource) -> TextReader:
-        """Load the tokenizer; ConfigError if rows need a chat template and it has none."""
+        """Load the tokenizer; raise a ConfigError if rows require a chat template and it has none."""
         tokenizer = with_end_token(load_tokenizer(source), source)
         has_template, readers = tokenizer.chat_template is not None, self._readers()
         if any(r.needs_template() for r in readers) and (not has_template or self.format == "text"):
@@ -222,7 +222,7 @@ class Task(TextTask, WritesText, Answers):
         taken = forward_parameters(self.auto_class, source.config)
         return TextReader(
             tokenizer=tokenizer, is_chat=is_chat,
-            # Training needs no cache, and even an empty one makes transformers' masks ignore packed rows.
+            # Training needs no cache, and with one, even empty, the masks of transformers ignore packed rows.
             switches={"use_cache": False} if "use_cache" in taken else {},
             takes_positions="position_ids" in taken,
         )  # fmt: skip
@@ -291,7 +291,7 @@ class Task(TextTask, WritesText, Answers):
     def _answered(
         self, examples: TokenExamples, found: Sequence[tuple[tuple[Task, Split, Rows], Tokens]], processor: TextReader
     ) -> AnsweredExamples:
-        """Return rows that are scored by generated answers; DataError for rows without a readable expected answer."""
+        """Return examples that are scored by generated answers; raise a DataError if an expected answer is missing."""
         assert self.answer is not None
         expected: list[str] = []
         for (reader, split, _), (arrays, _) in found:
@@ -313,7 +313,7 @@ class Task(TextTask, WritesText, Answers):
         return tuple(stop for stop in stops if stop is not None)
 
     def answer_text(self, cell: Any) -> str:
-        """Return the text of a row's answer: the cell itself, or the last message of the assistant in it."""
+        """Return the text of an answer: the cell itself, or the last message of the assistant in it."""
         if self.layout not in ("messages", "turns"):
             return str(cell or "")
         said = [m for m in as_messages(cell, "task.answer") if m.get("role") == "assistant"]
@@ -359,7 +359,7 @@ class Task(TextTask, WritesText, Answers):
     def encode_to_predict(
         self, split: Split, processor: TextReader, reading: Reading, options: PredictOptions
     ) -> PromptExamples:
-        """Return what training read before a row's last answer as a prompt; of a plain text, all of it."""
+        """Create prompts as in training: the text of a row before its last answer, or a complete plain text."""
         options.check(self.kind, self.prediction_options())
         tokenizer, places = processor.tokenizer, split.places
         split = without_targets(split, self)
@@ -382,12 +382,12 @@ class Task(TextTask, WritesText, Answers):
     def prediction_columns(
         self, judged: Sequence[Any], examples: PromptExamples, split: Split, options: PredictOptions
     ) -> Predictions:
-        """Return the generated answers, and whether each was finished rather than cut at its longest."""
+        """Return the generated answers, and whether each ended before the maximum length."""
         return examples.columns(judged, strip=any(reader.layout != "text" for reader in self._readers()))
 
     @override
     def asked(self, split: Split) -> tuple[Split, list[str]]:
-        """Return the rows and their answers; plain texts are cut in half."""
+        """Return the rows and their answers; plain texts are split in half."""
         found = [reader.asked_of(own) for reader, own, _ in self._parts(split)]
         if len(found) == 1:
             return found[0]
@@ -395,7 +395,7 @@ class Task(TextTask, WritesText, Answers):
         return replace(split, table=table), [text for _, texts in found for text in texts]
 
     def asked_of(self, split: Split) -> tuple[Split, list[str]]:
-        """Return what :meth:`asked` does, for rows of one format."""
+        """Return the same as :meth:`asked`, for rows of one format."""
         if self.layout != "text":
             column = self.label_column or self.text_columns[0]
             return split, [self.answer_text(cell) for cell in cells(split.table, column)]
@@ -408,7 +408,7 @@ class Task(TextTask, WritesText, Answers):
     def _tokenise(
         self, columns: Columns, numbers: Rows, processor: TextReader, reading: Reading, places: RowPlaces
     ) -> Tokens:
-        """Tokenise some rows: tokens, targets, a weight per row, and in ``faults`` (N,) a code for what is wrong."""
+        """Tokenise rows; return tokens, targets, a weight per row, and in ``faults`` (N,) a code for a problem or 0."""
         ids, targets, weights, kept, counts = [], [], [], [], Counter[str]()
         faults, max_length = np.zeros(len(numbers), dtype=np.int32), reading.max_length
         for place, (number, *row) in enumerate(zip(numbers, *columns, strict=True)):
@@ -453,7 +453,7 @@ class Task(TextTask, WritesText, Answers):
         if self.layout == "text":
             return encode_continuation(processor.tokenizer, "", prompt)[0][:-1]
         if prompt and not (prompt[-1].isspace() or self.is_spaced):
-            prompt += "\n"  # as training does
+            prompt += "\n"  # as in training
         return encode_continuation(processor.tokenizer, prompt, "", before)[0][:-1]
 
     def _encode_row(
@@ -490,7 +490,7 @@ class Task(TextTask, WritesText, Answers):
             features=arrays,
             offsets=arrays.pop("offsets"),
             targets=None,
-            padding=Padding(side="right", fill=padding.fill),  # left padding is for generation
+            padding=Padding(side="right", fill=padding.fill),  # left padding is needed for generation only
             max_length=max_length,
             num_truncated=counts["num_truncated"],
             num_dropped=counts["num_answers_cut"] + counts["num_weightless"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sentence-similarity: texts -> embeddings, whose cosines order pairs by their scores, or rank the right text first.
+"""sentence-similarity: texts -> embeddings, whose cosines order pairs by score, or rank the right text first.
 
 Rows are pairs with a score (CoSENT, Huang et al. 2024; Spearman and Pearson correlation of cosines by default), or an
 anchor, a text that belongs to it, and optionally texts that do not (cross-entropy with in-batch negatives, as
@@ -47,29 +47,29 @@ _SCORES = ("score", "similarity", "similarity_score", "label")
 _NEGATIVE = re.compile(r"(hard_)?negative_?\d*", re.IGNORECASE)
 _CORRELATION = ("spearmanr", "pearson"), "number"
 _RANKING = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10"), "rank"
-_SCALE = 20.0  # of cosines in both losses, the default of sentence-transformers
-_BLOCK = 1 << 22  # cosines in memory at a time when a split is ranked
-_ABSENT = 0  # digest of a text that a row does not have
+_SCALE = 20.0  # scale of the cosines in both losses, the default of sentence-transformers
+_BLOCK = 1 << 22  # number of cosines in memory at a time in ranking
+_ABSENT = 0  # digest of a missing text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingReader(TokenizerReader):
-    """A tokenizer, and what a model's sentence-transformers folder says about its texts.
+    """A tokenizer, and the settings in the sentence-transformers folder of a model.
 
     Attributes:
-        modules: read from the folder.
+        modules: settings read from the folder.
     """
 
     modules: SentenceModules
 
     @override
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files, and those that sentence-transformers reads."""
+        """Save the tokenizer, and the files that sentence-transformers reads."""
         TokenizerReader.save_pretrained(self, folder)
         self.modules.write(Path(folder))
 
     def prepared(self, text: str | None) -> str:
-        """Return a text as it is tokenised."""
+        """Return a text prepared for tokenisation."""
         whole = self.modules.prompt + (text or "")
         return whole.lower() if self.modules.lowercase else whole
 
@@ -79,15 +79,15 @@ class EmbeddedExamples(Examples):
     """Rows of T texts, each of which gets an embedding.
 
     Attributes:
-        texts: of all rows, those of a row one after the other.
-        num_texts: T.
-        targets: the score of a pair, shape (N,), NaN where there is none; or digests of the texts, shape (N, T), which
-            tell equal texts.
-        num_truncated: texts that were cut.
-        num_unlabelled: pairs without a score.
-        num_empty, num_dropped: rows with a blank text among their first two, and those of them that were left out.
-        switches: additional arguments of the model's forward.
-        kept: which rows of the split these are, shape (N,); None for all of them.
+        texts: texts of all rows, row by row.
+        num_texts: T, the number of texts of a row.
+        targets: score of each pair, shape (N,), NaN if it is missing; or digests of the texts, shape (N, T), which are
+            equal for equal texts.
+        num_truncated: number of truncated texts.
+        num_unlabelled: number of pairs without a score.
+        num_empty, num_dropped: number of rows with a blank text among their first two, and of such rows left out.
+        switches: additional arguments of the model's ``forward``.
+        kept: indices of the rows in the split, shape (N,); None for all rows.
     """
 
     texts: TokenExamples
@@ -103,7 +103,7 @@ class EmbeddedExamples(Examples):
     @property
     @override
     def lengths(self) -> IntArray:
-        """Positions of the row's texts, each padded to the longest of them."""
+        """Number of positions of the texts of each row, all padded to the longest."""
         longest: IntArray = self.texts.lengths.reshape(-1, self.num_texts).max(axis=1) * self.num_texts
         return longest
 
@@ -127,7 +127,7 @@ class EmbeddedExamples(Examples):
 
     @override
     def batch(self, rows: Rows, epoch: int | None = None) -> Batch:
-        """Return tokens (B * T, L), the texts of a row one after the other, and targets (B,) or (B, T)."""
+        """Return tokens (B * T, L), row by row, and targets (B,) or (B, T)."""
         places = rows[:, None] * self.num_texts + np.arange(self.num_texts)
         targets = torch.from_numpy(np.ascontiguousarray(self.targets[rows]))
         return {**self.texts.batch(places.flatten()), **self.switches, "targets": targets}
@@ -144,10 +144,10 @@ class Task(TextTask, ComparesRows):
     """Embedding of texts.
 
     Attributes:
-        text_columns: two texts with a score; or an anchor, a text that belongs to it, and texts that do not.
-        label_column: the score; None for pairs without one.
-        pooling: how an embedding is made of token vectors, from the model's folder.
-        is_normalised: whether embeddings have unit length, from the model's folder.
+        text_columns: two texts with a score; or an anchor, a positive text, and optionally negative texts.
+        label_column: column of the score; None for pairs without a score.
+        pooling: pooling of token vectors to an embedding, read from the model's folder.
+        is_normalised: whether embeddings have unit length, read from the model's folder.
     """
 
     text_columns: tuple[str, ...]
@@ -264,19 +264,19 @@ class Task(TextTask, ComparesRows):
         )  # fmt: skip
 
     def embeddings(self, inputs: Batch, outputs: Any) -> Tensor:
-        """Return an embedding for each text (B * T, D), float32, as the model's folder defines it."""
+        """Return the embedding of each text, (B * T, D) float32, as defined in the model's folder."""
         vectors = outputs.last_hidden_state
         return pool(vectors, inputs["attention_mask"], self.pooling, is_normalised=self.is_normalised)
 
     @override
     def vectors(self, inputs: Batch, outputs: Any) -> Tensor:
-        """Return the embeddings of each row at unit length, (B, T, D)."""
+        """Return the embeddings of each row, normalised to unit length, (B, T, D)."""
         found = F.normalize(self.embeddings(inputs, outputs), dim=-1)
         return found.reshape(-1, len(self.text_columns), found.shape[-1])
 
     @override
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
-        """Return the loss of rows that are compared with each other alone."""
+        """Return the loss of rows that are compared with each other only."""
         vectors, count = self.vectors(inputs, outputs), targets.shape[0]
         is_row = torch.ones(count, dtype=torch.bool, device=targets.device)
         return self.loss_of_rows(vectors, targets, is_row, slice(0, count))
@@ -287,7 +287,7 @@ class Task(TextTask, ComparesRows):
         with torch.autocast(vectors.device.type, enabled=False):
             if self.label_column is None:
                 return _ranking_loss(vectors, targets, is_row, own), count
-            # The loss of all rows is one number; every row takes an equal share of it.
+            # The loss is a single value for all rows; each row gets an equal share of it.
             return _cosent(vectors, targets, is_row) * count, count
 
     @override
@@ -311,7 +311,7 @@ class Task(TextTask, ComparesRows):
 
     @override
     def difficulty(self, predictions: Targets, references: Targets) -> npt.NDArray[np.float64]:
-        """Return the rank of the right text, or the distance between a pair's places by score and by cosine."""
+        """Return the rank of the right text, or the difference between the ranks of a pair by score and by cosine."""
         from scipy.stats import rankdata  # noqa: PLC0415
 
         if self.label_column is None:
@@ -320,7 +320,7 @@ class Task(TextTask, ComparesRows):
 
     @override
     def narrowed(self, columns: Collection[str]) -> Task:
-        """Return the task for rows that hold some of its texts, such as those of a corpus to embed."""
+        """Return the task for rows with only some of its text columns, such as a corpus to embed."""
         there = tuple(name for name in self.text_columns if name in columns)
         return replace(self, text_columns=there) if there else self
 
@@ -328,7 +328,7 @@ class Task(TextTask, ComparesRows):
     def prediction_columns(
         self, judged: Sequence[Any], examples: EmbeddedExamples, split: Split, options: PredictOptions
     ) -> Predictions:
-        """Return the cosine of the first two texts, and the embedding of each; of one text the embedding alone."""
+        """Return the cosine of the first two texts and the embedding of each, or of a single text its embedding."""
         vectors = np.stack(judged)
         check_numbers(vectors, split.places)
         found = [[plain_numbers(vector) for vector in vectors[:, text]] for text in range(vectors.shape[1])]
@@ -343,12 +343,12 @@ class Task(TextTask, ComparesRows):
 
     @override
     def compared(self, inputs: Batch, outputs: Any) -> dict[str, Tensor]:
-        """Return the token vectors and the embeddings; the model's own pooled output is used by neither."""
+        """Return the token vectors and the embeddings; the pooled output of the model is not used."""
         features = self.embeddings(inputs, outputs)
         return {"last_hidden_state": outputs.last_hidden_state, "pooled_features": features}
 
     def _targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.float32] | None:
-        """Return the scores (N,), NaN where there is none; None for pairs without scores."""
+        """Return the scores, (N,), NaN if missing; None if the task has no scores."""
         if self.label_column is None:
             return None
         found = np.full(split.table.num_rows, np.nan, dtype=np.float32)
@@ -366,7 +366,7 @@ class Task(TextTask, ComparesRows):
 
 
 def _find_texts(table: pa.Table, *, has_score: bool) -> tuple[str, ...]:
-    """Return the text columns by their names: an anchor, a positive text and any negative ones, or a scored pair."""
+    """Find the text columns by their names: an anchor, a positive text and any negative texts, or a scored pair."""
     names = {name.lower(): name for name in table.column_names}
     pairs = (*_SCORED, *_PAIRS) if has_score else (*_PAIRS, *_SCORED)
     pair = next((tuple(names[n] for n in pair) for pair in pairs if set(pair) <= names.keys()), ())
@@ -375,7 +375,7 @@ def _find_texts(table: pa.Table, *, has_score: bool) -> tuple[str, ...]:
 
 
 def _find_score(table: pa.Table, text: Sequence[str]) -> str | None:
-    """Return the column of numbers with the name of a score; None for texts that are not a plain pair."""
+    """Find the column of numbers with the name of a score; return None if the texts are not a plain pair."""
     if len(text) != 2 or text[1].lower() == "positive":
         return None
     names = {name.lower(): name for name in table.column_names if name not in text}
@@ -389,7 +389,7 @@ def _has_blank(row: tuple[Any, ...]) -> bool:
 
 
 def _digest(text: str | None) -> int:
-    """Return a number that tells equal texts; white space around them does not count."""
+    """Return an integer that is equal for equal texts, ignoring white space around them."""
     plain = (text or "").strip().encode("utf-8", "surrogatepass")
     if not plain:
         return _ABSENT
@@ -397,19 +397,19 @@ def _digest(text: str | None) -> int:
 
 
 def _ranking_loss(vectors: Tensor, digests: Tensor, is_row: Tensor, own: slice) -> Tensor:
-    """Return the cross-entropy of each own anchor's second text among the texts of all rows, summed.
+    """Return the cross-entropy of the second text of each anchor among the texts of all rows, summed over ``own``.
 
     Args:
-        vectors: of unit length, shape (N, T, D).
-        digests: of the texts, shape (N, T).
-        is_row: False for fillers, shape (N,).
-        own: rows that are summed over.
+        vectors: embeddings of unit length, shape (N, T, D).
+        digests: digests of the texts, shape (N, T).
+        is_row: False for placeholders, shape (N,).
+        own: slice of the rows to sum over.
     """
     per_row = vectors.shape[1] - 1
     cosines = vectors[own, 0] @ vectors[:, 1:].flatten(0, 1).T
     anchors, right, others = digests[own, 0, None], digests[own, 1, None], digests[:, 1:].flatten()
     is_absent = (others == _ABSENT) | ~is_row.repeat_interleave(per_row)
-    # A text that belongs to the anchor in another row is no negative, and neither is the anchor itself.
+    # A positive text of the same anchor in another row is not a negative, and neither is the anchor itself.
     belongs = torch.zeros(len(digests), per_row, dtype=torch.bool, device=digests.device)
     belongs[:, 0] = True
     is_another = (anchors == digests[:, 0].repeat_interleave(per_row)) & belongs.flatten()
@@ -429,7 +429,7 @@ def _cosent(vectors: Tensor, scores: Tensor, is_row: Tensor) -> Tensor:
 
 
 def _cosent_of_split(cosines: npt.NDArray[np.float64], scores: Targets) -> float:
-    """Return what :func:`_cosent` does, in N log N steps."""
+    """Return the same as :func:`_cosent`, in O(N log N)."""
     order = np.argsort(scores, kind="stable")
     scaled, ordered = _SCALE * cosines[order], scores[order]
     above = np.append(np.logaddexp.accumulate(-scaled[::-1])[::-1], -np.inf)  # of the rows from each place on
@@ -438,7 +438,7 @@ def _cosent_of_split(cosines: npt.NDArray[np.float64], scores: Targets) -> float
 
 
 def _unit(judged: Sequence[Any]) -> npt.NDArray[np.float32]:
-    """Return embeddings (N, T, D) at unit length."""
+    """Return embeddings (N, T, D), normalised to unit length."""
     vectors = np.stack(judged)
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12))
 
@@ -449,16 +449,16 @@ def _cosines(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def _ranks(vectors: npt.NDArray[np.float32], digests: Targets) -> tuple[Targets, npt.NDArray[np.float64]]:
-    """Rank the second text of each row among all distinct texts of a split but the anchors' own.
+    """Rank the second text of each row among all distinct texts of a split, without its column of anchors.
 
-    Other texts that belong to the same anchor are left out, and so is the anchor itself. Ties count as worse.
+    Other texts that belong to the same anchor are left out, and so is the anchor itself. Ties get the worst rank.
 
     Args:
-        vectors: of unit length, shape (N, T, D).
-        digests: of the texts, shape (N, T).
+        vectors: embeddings of unit length, shape (N, T, D).
+        digests: digests of the texts, shape (N, T).
 
     Returns:
-        Ranks, from 1, and cross-entropies of the right text, both (N,).
+        Ranks of the right text, from 1, and its cross-entropies, both (N,).
     """
     anchors, others = digests[:, 0], digests[:, 1:].flatten()
     distinct, first = np.unique(others, return_index=True)
@@ -478,14 +478,14 @@ def _ranks(vectors: npt.NDArray[np.float32], digests: Targets) -> tuple[Targets,
         cosines[:, absent] = -np.inf
         for row, anchor in enumerate(anchors[rows].tolist()):
             cosines[row, belonging[anchor]] = -np.inf
-        ranks[rows] = 1 + (~(cosines < own[:, None])).sum(axis=1)  # NaN is the worst
+        ranks[rows] = 1 + (~(cosines < own[:, None])).sum(axis=1)  # NaN gets the worst rank
         with np.errstate(invalid="ignore"):
             losses[rows] = np.logaddexp(0.0, np.logaddexp.reduce(_SCALE * (cosines - own[:, None]), axis=1))
     return ranks, losses
 
 
 def _blocks(count: int, width: int) -> Iterator[Rows]:
-    """Yield the numbers of rows in blocks of a bounded number of cosines with ``width`` texts."""
+    """Yield row indices in blocks, so that the cosines with ``width`` texts fit into a bounded memory."""
     size = max(1, _BLOCK // max(1, width))
     for start in range(0, count, size):
         yield np.arange(start, min(start + size, count))

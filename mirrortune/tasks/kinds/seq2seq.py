@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""seq2seq: text -> text (summaries, translations) by an encoder and a decoder. Cross-entropy of every target token;
-ROUGE of text that the model generates by greedy search, by default.
+"""seq2seq: text -> text (summaries, translations) by an encoder and a decoder. The loss is the cross-entropy of the
+target tokens; the default metric is ROUGE of greedily generated text.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _LONGEST_TARGET = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairReader(TokenizerReader):
-    """A tokenizer, and the token that the decoder begins with.
+    """A tokenizer, and the start token of the decoder.
 
     Attributes:
-        start_id: the decoder's first token.
+        start_id: id of the start token.
     """
 
     start_id: int
@@ -51,17 +51,17 @@ class PairReader(TokenizerReader):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairExamples(Examples):
-    """Rows of a source and a target text.
+    """Rows of a source text and a target text.
 
     Attributes:
-        sources: what the encoder reads.
+        sources: tokens of the source texts.
         targets: concatenated tokens of the target texts.
-        target_offsets: shape (N + 1,).
-        references: reads the target texts.
-        reader: knows the decoder's first token.
-        num_truncated: source texts that were cut.
-        num_unlabelled: rows without a target text.
-        num_cut: target texts that were cut.
+        target_offsets: shape (N + 1,); row i has the targets [target_offsets[i], target_offsets[i + 1]).
+        references: returns the target texts.
+        reader: has the start token of the decoder.
+        num_truncated: number of truncated source texts.
+        num_unlabelled: number of rows without a target text.
+        num_cut: number of truncated target texts.
     """
 
     sources: TokenExamples
@@ -84,7 +84,7 @@ class PairExamples(Examples):
 
     @property
     def kept(self) -> Rows | None:
-        """Which rows of the split these are, shape (N,); None for all of them."""
+        """Indices of the rows in the split, shape (N,); None for all rows."""
         return self.sources.kept
 
     @override
@@ -128,8 +128,8 @@ class Task(TextTask, WritesText, Generates):
     Attributes:
         text_columns: the source text.
         label_column: the target text.
-        prefix: prepended to every source text (``summarize:`` and the like, which T5 was trained with).
-        max_target_length: of targets and of generated texts, in tokens.
+        prefix: text prepended to each source text, such as ``summarize:``, with which T5 was trained.
+        max_target_length: maximum length of targets and of generated texts, in tokens.
     """
 
     text_columns: tuple[str, ...]
@@ -149,7 +149,7 @@ class Task(TextTask, WritesText, Generates):
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         prefix: str | None = None, max_target_length: int | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; DataError if there are no columns of source and target texts."""
+        """Create the task; raise a DataError if the columns of source or target texts are missing."""
         names = {n.lower(): n for n in table.column_names}
         check_named(table, source, {"--text-column": text_columns, "--label-column": label_column})
         if not text_columns:
@@ -183,7 +183,7 @@ class Task(TextTask, WritesText, Generates):
 
     @override
     def load_processor(self, source: ModelSource) -> PairReader:
-        """Load the tokenizer; ConfigError if the model's config does not give the decoder's first token."""
+        """Load the tokenizer; raise a ConfigError if the model's configuration has no start token of the decoder."""
         config = source.config
         known = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id"))
         start = next((i for i in known if isinstance(i, int)), None)
@@ -199,7 +199,7 @@ class Task(TextTask, WritesText, Generates):
 
     @override
     def resolve_length(self, asked: int | None, processor: PairReader, config: Any) -> int:
-        """Return the length of source texts."""
+        """Return the maximum length of source texts."""
         return resolve_max_length(asked, processor.tokenizer, config)
 
     @override
@@ -232,7 +232,7 @@ class Task(TextTask, WritesText, Generates):
 
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
-        """Generate a text for each row; its tokens."""
+        """Generate a text for each row, and return its tokens."""
         asked = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         written = model.generate(**asked, max_new_tokens=self.max_target_length, num_beams=1, do_sample=False)
         return list(written.cpu().numpy())
@@ -268,7 +268,7 @@ class Task(TextTask, WritesText, Generates):
     def prediction_columns(
         self, judged: Sequence[Any], examples: PromptExamples, split: Split, options: PredictOptions
     ) -> Predictions:
-        """Return the generated texts, and whether each was finished rather than cut at its longest."""
+        """Return the generated texts, and whether each ended before the maximum length."""
         return examples.columns(judged)
 
     @override
@@ -287,7 +287,7 @@ def _target_tokens(texts: list[str], tokenizer: Any, max_length: int) -> Tokens:
     ids = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids = [row if row[-1:] == [end] else [*row, end] for row in ids]  # some tokenizers do not add it
-    # A cut target ends with the end token too, which is learned all the same.
+    # A truncated target also ends with the end token, which is learned.
     cut = [row if len(row) <= max_length else [*row[: max_length - 1], end] for row in ids]
     flat, offsets = ragged(cut)
     return {"targets": flat, "offsets": offsets}, {"num_truncated": sum(len(row) > max_length for row in ids)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""token-classification: words -> a tag for each (entities, parts of speech).
+"""token-classification: words -> a tag for each word (entities, parts of speech).
 
-Cross-entropy on the first token of every word. If the tags have the form B-X, I-X, O, whole entities are scored
-(seqeval), otherwise single words.
+The loss is the cross-entropy at the first token of each word. Tags of the form B-X, I-X, O are scored by entities
+(seqeval), and other tags by words.
 """
 
 from __future__ import annotations
