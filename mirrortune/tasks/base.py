@@ -39,14 +39,14 @@ from mirrortune.tasks.probes import text_probe
 
 _VOCABULARY_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 TARGET_ROLES = ("label", "tag", "answer", "target")
-"""Roles of the columns, among those of :meth:`Task.columns`, that hold what the model learns to predict."""
+"""Roles in :meth:`Task.columns` of the columns that hold targets."""
 RARE = MappingProxyType({"rare": True})
 """Metadata of a field that is stored only if it differs from its default."""
-_MOST_NAMED = 8  # columns in a note
+_MOST_NAMED = 8  # maximum number of columns that a note lists
 
 
 class Task(ABC):
-    """What data, training, evaluation and adapter files need to know of a kind of task.
+    """The interface of a kind of task for data, training, evaluation and adapter files.
 
     A kind is a frozen dataclass whose fields are JSON data; it is created once the columns are known.
 
@@ -54,7 +54,7 @@ class Task(ABC):
         kind: name of the kind.
         auto_class: name of the transformers class that loads its models.
         metric_names: metrics that every evaluation computes.
-        selection_metric: the one of them that chooses the best checkpoint.
+        selection_metric: metric among them that selects the best checkpoint.
     """
 
     __slots__ = ()
@@ -66,13 +66,13 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def from_rows(cls, table: pa.Table, source: str, scores: Scores = KINDS_OWN) -> tuple[Task, list[str]]:
-        """Create the task from the training rows, which give its columns and labels.
+        """Create the task with the columns and labels found in the training rows.
 
         Returns:
             The task, and a note for each column that was detected rather than named.
 
         Raises:
-            DataError, ConfigError: if rows or settings do not fit the kind.
+            DataError, ConfigError: rows or settings do not fit the kind of task.
         """
 
     @abstractmethod
@@ -88,87 +88,87 @@ class Task(ABC):
             A group for each row, shape (N,); None to divide at random.
 
         Raises:
-            DataError: if a row has no label, or one that cannot be read.
+            DataError: the label of a row is missing or cannot be read.
         """
         return None
 
     def for_model(self, source: ModelSource) -> tuple[Task, list[str]]:
-        """Return the task completed by what the folder of its model says, and notes for the user.
+        """Return the task completed with settings from the folder of its model, and notes for the user.
 
         Raises:
-            ConfigError: if the model does not fit the kind.
+            ConfigError: the model does not fit the kind of task.
         """
         return self, []
 
     def united(self, others: Sequence[Task]) -> Task | None:
-        """Return a task that reads rows of several sources by the columns of each: those of this task, and of others.
+        """Return a task that reads rows of several sources, each with its own columns: of this task, and of ``others``.
 
         Returns:
-            None where the columns of all sources must be called the same.
+            The task; None if the kind requires the same column names in all sources.
         """
         return None
 
     def trim(self, model: nn.Module) -> nn.Module:
-        """Remove the modules that no output of the kind depends on, in place; they are neither trained nor run."""
+        """Remove the modules that no output of the task depends on, in place; they are neither trained nor run."""
         return model
 
     def config_fields(self) -> dict[str, Any]:
-        """Return the fields of the transformers config that set the size and the labels of the model's head."""
+        """Return the fields of the transformers configuration that define the size and labels of the head."""
         return {}
 
     @abstractmethod
     def load_processor(self, source: ModelSource) -> Any:
-        """Load what turns rows into model inputs (a tokenizer, an image processor); it has ``save_pretrained``."""
+        """Load the processor of rows (a tokenizer, an image processor, ...), which has ``save_pretrained``."""
 
     @abstractmethod
     def resolve_length(self, asked: int | None, processor: Any, config: Any) -> int | None:
-        """Return the maximum length of a row in tokens, None for rows that are not text.
+        """Return the maximum length of a row in tokens; None for rows that are not text.
 
         Raises:
-            ConfigError: if the model does not support the length ``asked`` for.
+            ConfigError: the model does not support the requested length ``asked``.
         """
 
     @abstractmethod
     def encode(self, split: Split, processor: Any, reading: Reading) -> Examples:
-        """Convert the rows of a split to model inputs; DataError for rows that cannot be used."""
+        """Convert the rows of a split to model inputs; raise a DataError for invalid rows."""
 
     @abstractmethod
     def loss(self, inputs: Batch, outputs: Any, targets: Tensor) -> tuple[Tensor, int | Tensor]:
-        """Return the summed loss of a batch, from the inputs and outputs of the model, and the number of items.
+        """Return the summed loss of a batch, and the number of items summed over.
 
-        The number of items summed over is a tensor where an int would make the program wait for the device.
+        This number is a tensor if an int would require synchronisation with the device.
         """
 
     @abstractmethod
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Iterable[Any]:
-        """Reduce the outputs of a batch to what :meth:`answers` needs, an entry for each row, on the CPU."""
+        """Reduce the outputs of a batch to the data that :meth:`answers` needs, one entry per row, on the CPU."""
 
     @abstractmethod
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
-        """Return predictions and references, as the kind's metrics take them, from the judged rows of ``examples``."""
+        """Return predictions and references for the metrics of the task, from the judged rows of ``examples``."""
 
     def probabilities(self, judged: Sequence[Any]) -> npt.NDArray[np.float64] | None:
         """Return the probability of each class (N, C), which some metrics need; None for kinds without classes."""
         return None
 
     def target_columns(self) -> list[str]:
-        """Return the columns that hold what the model learns to predict, which rows to predict may lack."""
+        """Return the columns of targets, which may be missing in rows to predict."""
         return [column for role, column in self.columns() if role in TARGET_ROLES]
 
     def narrowed(self, columns: Collection[str]) -> Task:
-        """Return the task for rows to predict that have these columns, where it can do without some of its own."""
+        """Return the task for rows to predict that have only ``columns``, if some of its columns are optional then."""
         return self
 
     def prediction_options(self) -> tuple[str, ...]:
-        """Return the names of the fields of :class:`PredictOptions` that the task uses, besides ``seed``."""
+        """Return the names of the fields of :class:`PredictOptions` that the task uses, except ``seed``."""
         return ()
 
     def encode_to_predict(self, split: Split, processor: Any, reading: Reading, options: PredictOptions) -> Examples:
-        """Convert the rows of a split, which may lack the columns of targets, to model inputs without these.
+        """Convert the rows of a split to model inputs without targets; columns of targets may be missing.
 
         Raises:
-            ConfigError: for options that the task does not use, or out of their ranges.
-            DataError: for rows that cannot be used.
+            ConfigError: an option is not used by the task, or out of its range.
+            DataError: a row is invalid.
         """
         options.check(self.kind, self.prediction_options())
         rows = without_targets(split, self)
@@ -185,29 +185,29 @@ class Task(ABC):
         """Return the predictions of the rows of ``split`` as columns, ``prediction`` first.
 
         Args:
-            judged: from :meth:`judge`, in the order of ``examples``.
-            examples: from :meth:`encode_to_predict`.
+            judged: results of :meth:`judge`, in the order of ``examples``.
+            examples: result of :meth:`encode_to_predict`.
             split: the rows.
-            options: those that ``examples`` were made with.
+            options: options that ``examples`` were encoded with.
 
         Raises:
-            VerificationError: if the model's output for a row is NaN.
+            VerificationError: the output of the model for a row is NaN.
         """
 
     @abstractmethod
     def probe(self, processor: Any, config: Any) -> Batch:
-        """Return a small batch of model inputs, on which a merged model is compared with base + adapter."""
+        """Return a small batch of inputs, on which the outputs of a merged model are compared with base + adapter."""
 
     def compared(self, inputs: Batch, outputs: Any) -> Any:
-        """Return what a merged model is compared by: its outputs, or others that follow from them, by name."""
+        """Return the values by which a merged model is compared: its outputs, or values computed from them, by name."""
         return outputs
 
 
 class HasLabels(ABC):
-    """A task whose predictions are among named classes or tags.
+    """A task that predicts named classes or tags.
 
     Attributes:
-        labels: their names, in the order of the model's outputs.
+        labels: names of the classes or tags, in the order of the model's outputs.
     """
 
     __slots__ = ()
@@ -215,10 +215,10 @@ class HasLabels(ABC):
 
 
 class Generates(ABC):
-    """A task that is scored by text that the model generates, token by token.
+    """A task that is scored by generated text.
 
     Attributes:
-        max_target_length: of targets and of generated texts, in tokens.
+        max_target_length: maximum length of targets and of generated texts, in tokens.
     """
 
     __slots__ = ()
@@ -226,11 +226,11 @@ class Generates(ABC):
 
 
 class Answers(ABC):
-    """A task that can be scored by the answers that the model generates, besides the tokens of the right ones.
+    """A task that can be scored by generated answers, in addition to the tokens of the right answers.
 
     Attributes:
-        answer: how answers are written; None to generate none.
-        max_new_tokens: longest answer that is generated, in tokens.
+        answer: format of answers; None to generate none.
+        max_new_tokens: maximum length of a generated answer, in tokens.
     """
 
     __slots__ = ()
@@ -245,12 +245,12 @@ class WritesText(ABC):
 
     @abstractmethod
     def asked(self, split: Split) -> tuple[Split, list[str]]:
-        """Return the rows to show what the model writes, and the text that is expected of each."""
+        """Return rows as prompts for samples of generated text, and the expected text of each."""
 
 
 class ComparesRows(ABC):
-    """A task whose loss compares rows with each other: with those of a micro-batch on all ranks in training, and with
-    all rows of a split in evaluation.
+    """A task whose loss compares each row with other rows: in training with those of the micro-batch on all ranks, in
+    evaluation with all rows of the split.
     """
 
     __slots__ = ()
@@ -260,7 +260,7 @@ class ComparesRows(ABC):
     def to_predict(
         cls, table: pa.Table, source: str, text_columns: tuple[str, ...] | None = None
     ) -> tuple[Task, list[str]]:
-        """Create the task for rows without anything to be compared with, such as a corpus to embed.
+        """Create the task for rows that are not compared, such as a corpus to embed.
 
         Args:
             table: the rows.
@@ -271,40 +271,40 @@ class ComparesRows(ABC):
             The task, and notes on what was detected.
 
         Raises:
-            DataError: no column, or several, could be meant.
+            DataError: there is no candidate for the text column, or several.
         """
 
     @abstractmethod
     def vectors(self, inputs: Batch, outputs: Any) -> Tensor:
-        """Return what rows are compared by, shape (B, ...), float32."""
+        """Return the vectors by which rows are compared, shape (B, ...), float32."""
 
     @abstractmethod
     def loss_of_rows(self, vectors: Tensor, targets: Tensor, is_row: Tensor, own: slice) -> tuple[Tensor, int]:
-        """Return the summed loss of some rows among those that they are compared with, and their number.
+        """Return the loss summed over the rows ``own``, each compared with all rows, and the number of these rows.
 
         Args:
-            vectors: from :meth:`vectors`, shape (N, ...).
-            targets: shape (N, ...).
-            is_row: False for fillers, which are compared with nothing, shape (N,).
-            own: the rows that are summed over.
+            vectors: vectors of all rows, from :meth:`vectors`, shape (N, ...).
+            targets: targets of all rows, shape (N, ...).
+            is_row: False for placeholders, which are not compared, shape (N,).
+            own: slice of the rows to sum over.
         """
 
     @abstractmethod
     def loss_of_split(self, judged: Sequence[Any], examples: Any) -> float:
-        """Return the mean loss of the judged rows of a split, each compared with all of them."""
+        """Return the mean loss of the judged rows of a split, each compared with all rows."""
 
     @abstractmethod
     def difficulty(self, predictions: Any, references: Any) -> npt.NDArray[np.float64]:
-        """Return how far each row is from where it should be among the others, (N,), from :meth:`Task.answers`."""
+        """Return the distance of each row from its right rank, (N,), given the results of :meth:`Task.answers`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerReader:
-    """A tokenizer, as part of the processor of a kind of task that needs more than it.
+    """A processor that consists of a tokenizer and further settings.
 
     Attributes:
-        tokenizer: of transformers.
-        switches: additional arguments of the model's forward.
+        tokenizer: a transformers tokenizer.
+        switches: additional arguments of the model's ``forward``.
     """
 
     tokenizer: Any
@@ -312,12 +312,12 @@ class TokenizerReader:
 
     @property
     def pad_token_id(self) -> int | None:
-        """Id of the tokenizer's padding token."""
+        """Id of the padding token."""
         found: int | None = self.tokenizer.pad_token_id
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files."""
+        """Save the tokenizer."""
         self.tokenizer.save_pretrained(folder)
 
 
@@ -326,7 +326,7 @@ class TextTask(Task):
 
     Attributes:
         text_columns: columns of text, in the order in which the model reads them.
-        version: of the code that makes the tokens.
+        version: version of the code that tokenises rows.
     """
 
     __slots__ = ()
@@ -335,7 +335,7 @@ class TextTask(Task):
 
     @property
     def code(self) -> tuple[str, int]:
-        """Kind and version, for the key of cached tokens."""
+        """Kind and version, for the cache key of tokens."""
         return self.kind, self.version
 
     @override
@@ -352,24 +352,24 @@ class TextTask(Task):
 
 
 def scores_vocabulary(task: Task) -> bool:
-    """Return whether the task's models output logits over a vocabulary at every position."""
+    """Return whether the models of the task output logits over a vocabulary at each position."""
     return task.auto_class in _VOCABULARY_CLASSES
 
 
 def generated_tokens(task: Task) -> int:
-    """Return how many tokens are generated for a row when it is scored, at most."""
+    """Return the maximum number of tokens that are generated to score a row; 0 if none are."""
     if isinstance(task, Answers) and task.answer is not None:
         return task.max_new_tokens
     return task.max_target_length if isinstance(task, Generates) else 0
 
 
 def labels_of(task: Task) -> tuple[str, ...]:
-    """Return the names of the task's classes or tags; empty if it has none."""
+    """Return the names of the classes or tags of a task; empty if it has none."""
     return task.labels if isinstance(task, HasLabels) else ()
 
 
 def task_class(kind: str, where: str = "task.kind") -> type[Task]:
-    """Return the class of a kind of task; ConfigError with the nearest name if there is none."""
+    """Return the class of a kind of task; raise a ConfigError with the nearest name if the kind is unknown."""
     if kind not in task_kinds():
         raise unknown_name(where, "kind of task", kind, task_kinds())
     module = importlib.import_module(f"mirrortune.tasks.kinds.{kind.replace('-', '_')}")
@@ -377,20 +377,20 @@ def task_class(kind: str, where: str = "task.kind") -> type[Task]:
 
 
 def settings_of(kind: str) -> list[str]:
-    """Return the names of the settings that a kind takes from the recipe."""
+    """Return the names of the recipe settings of a kind of task."""
     parameters = inspect.signature(task_class(kind).from_rows).parameters.values()
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:
-    """Return the task as JSON data, enough to evaluate again; without fields of :data:`RARE` that are not set."""
+    """Return the task as JSON data, without :data:`RARE` fields that have their default; see :func:`task_from_dict`."""
     unset = {f.name for f in fields(task) if f.metadata.get("rare") and getattr(task, f.name) == f.default}  # type: ignore[arg-type]
     found: dict[str, Any] = asdict(task)  # type: ignore[call-overload]
     return {name: value for name, value in found.items() if name not in unset}
 
 
 def task_from_dict(data: dict[str, Any]) -> Task:
-    """Return the task that :func:`task_to_dict` described; VerificationError for unknown or damaged fields."""
+    """Restore the task from the result of :func:`task_to_dict`; raise a VerificationError for invalid fields."""
     found, where = task_class(data["kind"], "adapter.json: task"), "adapter.json: task"
     known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
     errors = option_errors(known, get_type_hints(found), owner=f"task '{data['kind']}'", where=where)
@@ -410,12 +410,12 @@ def with_columns(task: Task, named: dict[str, Any], *, to_predict: bool = False)
     """Return the task with other columns.
 
     Args:
-        task: as trained.
-        named: new values of settings that name columns; None leaves one unchanged.
-        to_predict: accept fewer texts where the task can do without some, as for a corpus to embed.
+        task: trained task.
+        named: new values of the settings that name columns; None to keep a value.
+        to_predict: allow fewer text columns if the task supports it, as for a corpus to embed.
 
     Raises:
-        ConfigError: if the kind does not read such a column, or reads another number of them.
+        ConfigError: the kind of task has no such column, or needs a different number of them.
     """
     given = {key: value for key, value in named.items() if value is not None}
     for key, value in given.items():
@@ -435,29 +435,27 @@ _READING = (
 
 
 def reading_like(task: Task, other: Task) -> Task:
-    """Return the task with the columns of another task of its kind, and what it says of how these are written."""
+    """Return the task with the columns, and the settings on how they are written, of another task of its kind."""
     return replace(task, **{name: getattr(other, name) for name in _READING if hasattr(other, name)})  # type: ignore[type-var]
 
 
 def with_label_columns(split: Split, task: Task) -> Split:
-    """Return the split with a column of nulls for each target column that it lacks: rows to predict often come without
-    one.
-    """
+    """Return the split with a column of nulls for each missing target column, because rows to predict may have none."""
     return split.with_columns(column for role, column in task.columns() if role in TARGET_ROLES)
 
 
 def without_targets(split: Split, task: Task) -> Split:
-    """Return the split with nulls in each target column, whether it is there or not."""
+    """Return the split with nulls in all target columns, including missing ones."""
     targets = task.target_columns()
     kept = [column for column in split.table.column_names if column not in targets]
     return replace(split, table=split.table.select(kept)).with_columns(targets)
 
 
 def check_alike(tasks: Sequence[Task], names: Sequence[str]) -> None:
-    """Refuse sources of rows, called ``names``, that have other columns than the first.
+    """Check that the tasks of several sources, called ``names``, have the same columns.
 
     Raises:
-        DataError: names two such sources.
+        DataError: two sources differ; the error names them.
     """
     described = [_roles(task) for task in tasks]
     for found, name in zip(described, names, strict=True):
@@ -477,7 +475,7 @@ def _roles(task: Task) -> list[tuple[str, str]]:
 
 
 def unused_columns(table: pa.Table, task: Task) -> str:
-    """Return a note on the columns that a task does not read; "" if it reads all."""
+    """Return a note on the columns that a task does not use; "" if it uses all."""
     read = {SOURCE_COLUMN, *(column for _, column in task.columns())}
     names = [name for name in table.column_names if name not in read]
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
@@ -486,7 +484,7 @@ def unused_columns(table: pa.Table, task: Task) -> str:
 
 
 def check_columns(split: Split, task: Task) -> None:
-    """Check that a split has all columns of the task, and that they can be read as such; DataError otherwise."""
+    """Check that a split has all columns of the task, with suitable types; raise a DataError if not."""
     for role, column in task.columns():
         if column not in split.table.column_names and role != OPTIONAL_ROLE:
             raise DataError(
@@ -494,7 +492,7 @@ def check_columns(split: Split, task: Task) -> None:
                 allowed=", ".join(split.table.column_names),
             )  # fmt: skip
     refuse_unreadable(split.table, [column for _, column in task.columns()])
-    # Rows of a language model, which may be conversations, are read one by one.
+    # Rows of a language model, which may be conversations, are checked one by one when they are read.
     for column in task.text_columns if isinstance(task, TextTask) and not isinstance(task, Answers) else ():
         check = check_words_type if ("word", column) in task.columns() else check_text_type
         check(split.table, column, split.source)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing: several short rows in one sequence, which do not attend to each other.
 
-Rows are separated by ``position_ids`` that restart at 0, without an attention mask or a cache: transformers' masks and
-its flash attention recognise packed rows by that. A model that ignores it would silently train on mixed-up rows, so
-:meth:`PackedExamples.verify` measures it before training.
+Rows are separated by ``position_ids`` that restart at 0, without an attention mask or a cache. The attention masks and
+flash attention of transformers detect packed rows in this way. In a model that does not, rows would attend to each
+other without an error, so :meth:`PackedExamples.verify` tests it before training.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mirrortune.system.devices import autocast
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedExamples(Examples):
-    """Sequences of packed rows; a row here is a sequence.
+    """Sequences of packed rows; each row of these examples is a sequence.
 
     Attributes:
-        documents: the rows, with a target for every token.
-        bins: which of them share a sequence.
-        num_truncated: rows cut before they were packed.
-        num_unlabelled: 0, as rows without an answer are not packed.
+        documents: rows to pack, with a target for each token.
+        bins: indices of the rows in each sequence.
+        num_truncated: number of rows truncated before packing.
+        num_unlabelled: 0, because rows without an answer are not packed.
     """
 
     documents: TokenExamples
@@ -39,7 +39,7 @@ class PackedExamples(Examples):
 
     @classmethod
     def of(cls, documents: TokenExamples, groups: IntArray | None = None) -> PackedExamples:
-        """Pack rows into sequences of at most their ``max_length``; rows of different ``groups`` (N,) share none."""
+        """Pack rows into sequences of at most ``max_length``; rows of different ``groups`` (N,) are kept apart."""
         lengths, longest = documents.lengths, documents.max_length
         found = np.zeros(len(documents)) if groups is None else groups
         parts = [np.flatnonzero(found == group) for group in np.unique(found)]
@@ -95,7 +95,7 @@ class PackedExamples(Examples):
                 targets[i, start:stop] = documents.features["targets"][piece]
                 if weights is not None:
                     weights[i, start:stop] = documents.features["weights"][piece]
-                targets[i, start] = IGNORE_INDEX  # it is not predicted from the row before
+                targets[i, start] = IGNORE_INDEX  # the first token must not be predicted from the row before
                 positions[i, start:stop] = np.arange(stop - start)
                 start = stop
         made = {"input_ids": ids, "position_ids": positions, "targets": targets}
@@ -111,7 +111,7 @@ class PackedExamples(Examples):
     @torch.no_grad()
     @override
     def verify(self, model: nn.Module) -> None:
-        """Compare the outputs of a packed sequence with those of its rows; ConfigError if they differ."""
+        """Compare the outputs of a packed sequence with those of its rows; raise a ConfigError if they differ."""
         several = [rows for rows in self.bins if len(rows) > 1]
         if not several:
             return
@@ -133,17 +133,17 @@ class PackedExamples(Examples):
 
 
 def best_fit(lengths: IntArray, capacity: int) -> list[Rows]:
-    """Distribute rows over bins by best-fit decreasing: the longest first, each to the bin with the least room left.
+    """Distribute rows over bins by best-fit decreasing: the longest first, each to the fullest bin that it fits into.
 
     Args:
-        lengths: of the rows, shape (N,), each at most ``capacity``.
-        capacity: of a bin.
+        lengths: lengths of the rows, shape (N,), each at most ``capacity``.
+        capacity: capacity of a bin.
 
     Returns:
-        Row numbers of each bin, ascending; bins in the order of their first row.
+        Row indices of each bin, ascending; the bins are in the order of their first row.
     """
     bins: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room left in them
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by remaining capacity
     counts = np.zeros(capacity + 1, dtype=np.int64)
     for row in np.argsort(-lengths, kind="stable"):
         length = int(lengths[row])

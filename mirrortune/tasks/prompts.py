@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that a model answers by generating text, greedily or sampled."""
+"""Generate text for prompts, greedily or by sampling."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mirrortune.errors import DataError
 from mirrortune.tasks.predicting import Predictions, PredictOptions
 
 Around = Callable[[Rows, int], AbstractContextManager[None]]
-"""(rows of the examples, number of rows of the model's batch) -> what is entered while the model computes them."""
+"""(rows of the examples, number of rows of the model's batch) -> context manager entered while the model runs."""
 
 
 def unchanged(rows: Rows, count: int) -> AbstractContextManager[None]:
-    """Enter nothing: the model computes all rows as it is."""
+    """Return a context manager without effect."""
     return nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """A generated text: its tokens without the one that ended it, and whether there was one."""
+    """A generated text: its tokens without the end token, and whether an end token was generated."""
 
     ids: list[int]
     is_finished: bool
@@ -45,12 +45,12 @@ class PromptExamples(TokenExamples):
     """Prompts without answers.
 
     Attributes:
-        tokenizer: decodes what is generated.
-        options: of sampling.
-        max_new_tokens: longest text that is generated, in tokens.
-        stops: tokens that end a text; empty for those of the model.
-        is_continued: whether the model continues the prompt, rather than reads it by an encoder.
-        numbers: number of each row in sampling, (N,); None to count from ``options.first_row``.
+        tokenizer: decodes generated tokens.
+        options: options of sampling.
+        max_new_tokens: maximum length of a generated text, in tokens.
+        stops: ids of the tokens that end a text; empty to use those of the model.
+        is_continued: whether the model continues the prompt (a decoder) or encodes it (an encoder and decoder).
+        numbers: index of each row for sampling, (N,); None to count from ``options.first_row``.
     """
 
     tokenizer: Any
@@ -63,7 +63,7 @@ class PromptExamples(TokenExamples):
     @property
     @override
     def lengths(self) -> IntArray:
-        """Positions of each row with all that may be generated."""
+        """Number of positions of each row, including the maximum number of generated tokens."""
         return np.diff(self.offsets) + self.max_new_tokens
 
     @override
@@ -74,10 +74,10 @@ class PromptExamples(TokenExamples):
 
     @torch.no_grad()
     def generate(self, model: Any, rows: Rows, around: Around = unchanged) -> list[Written]:
-        """Generate a text for each of the given rows; a text does not depend on the rows beside it."""
+        """Generate a text for each of the given rows; it does not depend on the other rows of the batch."""
         room = self._room(model, rows)
         found: dict[int, Written] = {}
-        for most in np.unique(room):  # one value, unless prompts reach the end of the model's positions
+        for most in np.unique(room):  # a single value, unless prompts come close to the model's maximum length
             here = rows[room == most]
             with around(here, len(here)):
                 found |= dict(zip(here.tolist(), self._generate(model, here, int(most)), strict=True))
@@ -97,7 +97,7 @@ class PromptExamples(TokenExamples):
         return [_until(ids, stops) for ids in made[:, begin:].tolist()]
 
     def _room(self, model: Any, rows: Rows) -> IntArray:
-        """Return the number of tokens that may be generated for each row, (B,): as many as the model's positions."""
+        """Return the number of tokens that may be generated for each row, (B,), limited by the model's positions."""
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is None:
             return np.full(len(rows), self.max_new_tokens)
@@ -105,7 +105,7 @@ class PromptExamples(TokenExamples):
         return np.asarray(np.clip(positions - taken, 1, self.max_new_tokens))
 
     def columns(self, written: Sequence[Written], *, strip: bool = True) -> Predictions:
-        """Return generated texts as columns: ``prediction``, and ``finished``, whether the model ended it."""
+        """Return generated texts as the column ``prediction``, and as ``finished`` whether the model ended each."""
         texts = [str(self.tokenizer.decode(text.ids, skip_special_tokens=True)) for text in written]
         return {
             "prediction": [text.strip() for text in texts] if strip else texts,
@@ -114,13 +114,13 @@ class PromptExamples(TokenExamples):
 
 
 class RowSampler(LogitsProcessor):
-    """Samples each row by random numbers of its own, and leaves a single token to choose.
+    """Sample each row with its own random numbers, and mask all other tokens.
 
-    transformers draws for a whole batch at once, so that a row's text would depend on the rows beside it.
+    transformers samples a complete batch at once, so the text of a row would depend on the other rows of the batch.
 
     Args:
         options: temperature, top_p and seed.
-        numbers: of the rows of the batch among all rows, (B,).
+        numbers: index of each row of the batch among all rows, (B,).
     """
 
     def __init__(self, options: PredictOptions, numbers: Rows) -> None:
@@ -130,7 +130,7 @@ class RowSampler(LogitsProcessor):
 
     @override
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return ``scores`` (B, V) with minus infinity for all but a token drawn from their softmax."""
+        """Draw a token from the softmax of ``scores`` (B, V), and return them with minus infinity for all others."""
         shares = (scores.double() / self._temperature).softmax(dim=-1)
         order: Tensor | None = None
         if self._top_p < 1:
@@ -138,14 +138,14 @@ class RowSampler(LogitsProcessor):
             shares = shares * (shares.cumsum(dim=-1) - shares < self._top_p)
         ends = shares.cumsum(dim=-1)
         drawn = torch.tensor([[draw.random()] for draw in self._draws], dtype=ends.dtype, device=ends.device)
-        # A draw is below 1, so that a token of probability 0 is never the first to exceed it.
+        # Draws are below 1, so a token of probability 0 is never the first to exceed one.
         chosen = torch.searchsorted(ends, drawn * ends[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
         token = chosen if order is None else order.gather(1, chosen)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 def halved_texts(split: Split, column: str) -> tuple[Split, list[str]]:
-    """Cut the texts of a column in half, at a space; returns the rows with the first halves, and the second ones."""
+    """Split the texts of a column in half at a space; return the rows with the first halves, and the second halves."""
     texts = [str(cell or "") for cell in cells(split.table, column)]
     places = [text.rfind(" ", 1, len(text) // 2 + 1) for text in texts]
     places = [len(text) // 2 if place < 0 else place for text, place in zip(texts, places, strict=True)]
@@ -158,20 +158,20 @@ def prompt_examples(
     prompts: Sequence[Sequence[int]], places: RowPlaces, tokenizer: Any, options: PredictOptions, *,
     max_length: int, max_new_tokens: int, stops: tuple[int, ...], cut: bool,
 ) -> PromptExamples:  # fmt: skip
-    """Return prompts that a model continues, padded on the left.
+    """Create examples from prompts that a model continues, padded on the left.
 
     Args:
-        prompts: tokens of each row.
-        places: of the rows, for messages.
-        tokenizer: of transformers.
-        options: of sampling.
-        max_length: longest prompt, in tokens.
-        max_new_tokens: unless ``options`` has another number.
-        stops: tokens that end an answer.
-        cut: keep the last ``max_length`` tokens of longer prompts, rather than refuse them.
+        prompts: token ids of each row.
+        places: places of the rows, for messages.
+        tokenizer: a transformers tokenizer.
+        options: options of sampling.
+        max_length: maximum length of a prompt, in tokens.
+        max_new_tokens: maximum length of a generated text, unless ``options`` sets it.
+        stops: ids of the tokens that end an answer.
+        cut: keep the last ``max_length`` tokens of longer prompts instead of raising an error.
 
     Raises:
-        DataError: for prompts that are too long.
+        DataError: a prompt is too long, unless ``cut``.
     """
     long = [row for row, ids in enumerate(prompts) if len(ids) > max_length]
     if long and not cut:
