@@ -58,7 +58,7 @@ class Task(TextTask, WeighsClasses):
         text_columns: tuple[str, ...] | None = None, label_column: str | None = None,
         labels: tuple[str, ...] | None = None,
     ) -> tuple[Task, list[str]]:  # fmt: skip
-        """Create the task; tags are ``labels``, else the column's features, else the values found, sorted."""
+        """Create the task; the tags are ``labels``, else those of the column's features, else its sorted values."""
         words, tags, notes = _choose(table, text_columns, label_column, source)
         found = {name for row in cells(table, tags) for name in map(as_name, row or ()) if name is not None}
         names = labels or feature_names(table, tags) or tuple(in_order(found))
@@ -86,7 +86,7 @@ class Task(TextTask, WeighsClasses):
 
     @override
     def load_processor(self, source: ModelSource) -> Any:
-        """Load the tokenizer, with ``add_prefix_space`` if it cannot tokenise single words without."""
+        """Load the tokenizer, with ``add_prefix_space`` if it needs this to tokenise single words."""
         tokenizer = load_tokenizer(source)
         try:
             tokenizer(["a"], is_split_into_words=True)
@@ -136,7 +136,7 @@ class Task(TextTask, WeighsClasses):
     ) -> tuple[Tensor, Tensor]:
         logits, tags = outputs.logits.float().flatten(0, 1), targets.flatten()
         losses = F.cross_entropy(logits, tags, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing)
-        if weights is not None:  # the loss of a position without a tag is 0
+        if weights is not None:  # the loss at positions without a tag is 0
             losses = losses * weights[tags.clamp(min=0)]
         return losses.sum(), (targets != IGNORE_INDEX).sum()
 
@@ -147,7 +147,7 @@ class Task(TextTask, WeighsClasses):
 
     @override
     def judge(self, model: Any, inputs: Batch, outputs: Any, targets: Tensor) -> Sequence[Any]:
-        """Return the tag of every word of each row and its probability, (W,) each, except words that were cut off."""
+        """Return the tag and probability of each word of each row, (W,) each, without truncated words."""
         logits = outputs.logits.float()
         best = logits.argmax(dim=-1)
         shares = logits.softmax(dim=-1).amax(dim=-1).cpu().numpy()
@@ -156,8 +156,8 @@ class Task(TextTask, WeighsClasses):
 
     @override
     def answers(self, judged: Sequence[Any], examples: Any) -> tuple[Any, Any]:
-        """Return the names of the tags of each row, predicted and true. Words that were cut off, or that have no
-        tokens, count as predicted ``O`` (or the first tag).
+        """Return the names of the predicted and true tags of each row. For words that were truncated or have no tokens,
+        the prediction is ``O``, or the first tag if there is no ``O``.
         """
         found, references = [], []
         for (tags, _), (right, count, seen) in zip(judged, examples.references(), strict=True):
@@ -169,8 +169,8 @@ class Task(TextTask, WeighsClasses):
     def prediction_columns(
         self, judged: Sequence[Any], examples: Any, split: Split, options: PredictOptions
     ) -> Predictions:
-        """Return the entities of each row and the tags of its words; without entities, the tags and their
-        probabilities, None for words that were cut off.
+        """Return the entities and the tags of each row; if tags are not entities, the tags and their probabilities,
+        which are None for truncated words.
         """
         tags, scores, entities, are_entities = [], [], [], _are_entities(self.labels)
         rows = zip(judged, examples.references(), cells(split.table, self.text_columns[0]), strict=True)
@@ -187,7 +187,7 @@ class Task(TextTask, WeighsClasses):
         return {"prediction": tags, "scores": scores}
 
     def _names(self, tags: npt.NDArray[np.integer[Any]], count: int, seen: Sequence[int]) -> list[str]:
-        """Return the tags of ``count`` words, from those of the words ``seen``."""
+        """Return the tags of ``count`` words, given those of the words ``seen``."""
         row = ["O" if "O" in self.labels else self.labels[0]] * count
         for word, tag in zip(seen, tags.tolist(), strict=True):
             row[word] = self.labels[tag]
@@ -196,7 +196,7 @@ class Task(TextTask, WeighsClasses):
     def _references(
         self, split: Split, keep: npt.NDArray[np.bool_], places: IntArray, offsets: IntArray
     ) -> Iterator[tuple[list[int] | None, int, list[int]]]:
-        """Yield the tags of each row, the number of its words, and the words whose first token was not cut off."""
+        """Yield the tags of each row, the number of its words, and the words whose first token was not truncated."""
         features = feature_names(split.table, self.label_column)
         rows = rows_of(split.table, [column for _, column in self.columns()], keep)
         for (words, tags), (start, stop) in zip(rows, itertools.pairwise(offsets), strict=True):
@@ -204,9 +204,9 @@ class Task(TextTask, WeighsClasses):
             yield self._indices(tags, features, split.source), len(words or ()), firsts[firsts >= 0].tolist()
 
     def _indices(self, row: list[Any] | None, features: tuple[str, ...] | None, where: str) -> list[int] | None:
-        """Return the tags of a row as indices into ``labels``; None if it has none."""
+        """Return the tags of a row as indices into ``labels``; None if the row has no tags."""
         if row is None or (features and any(isinstance(t, int) and t < 0 for t in row)):
-            return None  # below 0: unlabelled test splits on the Hub
+            return None  # unlabelled test splits on the Hub have negative tags
         index = {name: i for i, name in enumerate(self.labels)}
         names = [features[t] if features and isinstance(t, int) else as_name(t) for t in row]
         unknown = next((n for n in names if n not in index), None) if names else None
@@ -224,12 +224,14 @@ def _are_entities(names: Sequence[str]) -> bool:
 
 
 def entities_of(tags: Sequence[str], scores: Sequence[float | None], words: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the entities in the tags of a row, as seqeval reads them: a word with I- (or E-, L-) continues the entity
-    of the word before if that has the same type and has not ended, and begins one otherwise.
+    """Find the entities in the tags of a row, as seqeval does.
+
+    A word with I- (or E-, L-) continues the entity of the word before it if this has the same type and has not ended;
+    otherwise it begins an entity.
 
     Returns:
-        For each its tag (without the prefix), its first word, the word after its last, its words joined by spaces, and
-        the mean of their probabilities.
+        For each entity its type (the tag without prefix), the indices of its first word and of the word after its last,
+        its words joined by spaces, and the mean of their probabilities.
     """
     spans: list[list[int]] = []
     before = "O"
@@ -250,10 +252,10 @@ def entities_of(tags: Sequence[str], scores: Sequence[float | None], words: Sequ
 
 
 def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: Any, max_length: int) -> Tokens:
-    """Tokenise the words of some rows.
+    """Tokenise the words of rows.
 
-    Besides the tokens: ``words``, the word that a token begins, or -1; ``targets``, its tag; ``missing`` (N,), 1 for a
-    row without tags.
+    Additional fields: ``words``, the index of the word that a token begins, or -1; ``targets``, the tag of this word;
+    ``missing`` (N,), 1 for rows without tags.
     """
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
     options: dict[str, Any] = {"is_split_into_words": True, "verbose": False}
@@ -263,10 +265,10 @@ def _tokenise(rows: list[list[str]], tags: list[list[int] | None], tokenizer: An
         pieces = made.word_ids(i)
         begun = [-1 if w is None or w == before else w for w, before in zip(pieces, [None, *pieces], strict=False)]
         firsts.append(begun)
-        # A row without tags gets arbitrary ones: its words are tagged all the same, and nothing is scored.
+        # A row without tags gets arbitrary targets, which are not scored, so that its words can be predicted.
         wanted = [0] * len(words) if right is None else right
         targets.append([IGNORE_INDEX if word < 0 else wanted[word] for word in begun])
-        # A word in the middle of a row may have no tokens; only the last ones can have been cut off.
+        # A word inside a row may have no tokens; only words at its end can be truncated.
         truncated += len(pieces) == max_length and max(begun) < len(words) - 1
     arrays = {name: ragged(list(made[name]))[0] for name in names}
     arrays |= {"words": ragged(firsts)[0], "targets": ragged(targets)[0], "offsets": ragged(firsts)[1]}
