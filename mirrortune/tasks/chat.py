@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations, prompts and plain texts -> token ids, and which of them are learned as answers.
+"""Tokenise conversations, prompts and plain texts, and determine which tokens are learned as answers.
 
-A conversation is formatted by the tokenizer's chat template. The assistant's answers are found by the template's
-``{% generation %}`` marks, if it has them. Otherwise they are found by prefix: the text of the turns before an answer,
-with the generation prompt, is a prefix of the whole text, and so is the text that includes the answer; the answer is
-between. Without a prompt (the conversation begins with the assistant) an answer begins with its content: where the text
-changes if the content is replaced.
+The tokenizer's chat template formats a conversation. The assistant's answers are found by the ``{% generation %}``
+marks of the template, if it has them, and otherwise by prefix: both the text of the turns before an answer, with the
+generation prompt, and the text of the turns including the answer are prefixes of the complete text; the answer lies
+between their ends. If the conversation begins with the assistant, there is no prompt; the first answer then begins
+where the text changes if its content is replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mirrortune.errors import DataError, first_line
 from mirrortune.tasks.conversations import Conversation, Message, conversation, meaning_of, row_conversation
 
 Encoding = tuple[list[int], list[bool]]
-"""Token ids of a row, and whether each is learned."""
+"""Token ids of a row, and whether each token is learned."""
 SILENT, CALLS, EMPTY = 1, 2, 3
 """What is wrong with a row: no answer, tool calls that are not written, an empty answer."""
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -36,19 +36,19 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
-# Contents that share neither their first nor their last character: whatever the formatted texts have in common belongs
-# to the template.
+# Contents with different first and last characters, so that the common parts of the formatted texts belong to the
+# template.
 _PROBES = ("0", "1")
-# Limits of a conversation whose answers are found by prefix, which takes the square of its length.
+# Limits of a conversation whose answers are found by prefix, which takes quadratic time in its length.
 _MOST_TURNS = 1000
 _MOST_CHARACTERS = 10**9
 
 
 class LostAnswerError(DataError):
-    """An answer from which the model would learn nothing.
+    """An answer has nothing to learn.
 
     Attributes:
-        kind: ``"calls"``, the template does not write its tool calls; ``"empty"``, only its end would be learned.
+        kind: ``"calls"`` if the template omits its tool calls; ``"empty"`` if only its end token would be learned.
     """
 
     def __init__(self, where: str, kind: Literal["calls", "empty"]) -> None:
@@ -60,13 +60,13 @@ class LostAnswerError(DataError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextReader:
-    """A tokenizer, and what the model's forward takes besides tokens.
+    """A tokenizer, and further arguments of the model's ``forward``.
 
     Attributes:
-        tokenizer: of transformers.
-        is_chat: whether rows are formatted by the tokenizer's chat template.
-        switches: additional arguments of the model's forward.
-        takes_positions: whether the forward takes ``position_ids``, so that rows can be packed.
+        tokenizer: a transformers tokenizer.
+        is_chat: whether the tokenizer's chat template formats rows.
+        switches: additional arguments of the model's ``forward``.
+        takes_positions: whether ``forward`` accepts ``position_ids``, so that rows can be packed.
     """
 
     tokenizer: Any
@@ -75,14 +75,14 @@ class TextReader:
     takes_positions: bool
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's files, and the tokens that end generation: the end of a turn was learned as one."""
+        """Save the tokenizer and the tokens that end generation, which include the learned end of a turn."""
         self.tokenizer.save_pretrained(folder)
         if self.is_chat:
             save_turn_ends(self.tokenizer, Path(folder))
 
 
 def alpaca_prompt(instruction: str, context: str) -> str:
-    """Return the prompt of an instruction and an optional input in the format of Stanford Alpaca."""
+    """Return the prompt for an instruction and an optional input in the format of Stanford Alpaca."""
     if not context.strip():
         return f"{_ALPACA.format('')}### Instruction:\n{instruction}\n\n### Response:\n"
     more = ", paired with an input that provides further context"
@@ -92,18 +92,18 @@ def alpaca_prompt(instruction: str, context: str) -> str:
 def encode_conversation(
     tokenizer: Any, conversation: Conversation, where: str, *, learn_all: bool = False, may_be_empty: bool = False
 ) -> Encoding:
-    """Tokenise a conversation formatted by the tokenizer's chat template; the assistant's turns are learned.
+    """Tokenise a conversation with the tokenizer's chat template; the assistant's turns are learned.
 
     Args:
-        tokenizer: has a chat template.
-        conversation: turns and further arguments of the template.
-        where: the row, for messages.
-        learn_all: learn all tokens.
-        may_be_empty: allow empty answers (in evaluation).
+        tokenizer: tokenizer with a chat template.
+        conversation: turns, and further arguments of the template.
+        where: place of the row, for messages.
+        learn_all: whether all tokens are learned.
+        may_be_empty: whether empty answers are allowed, as in evaluation.
 
     Raises:
-        LostAnswerError: if only the end of an answer would be learned, or its tool calls are not written.
-        DataError: if the template refuses the turns, or it has no marks and its turns are not prefixes.
+        LostAnswerError: only the end of an answer would be learned, or the template omits its tool calls.
+        DataError: the template refuses the turns, or it has no marks and its turns are not prefixes.
     """
     talk, whole = _written(tokenizer, conversation, where)
     if learn_all:
@@ -131,7 +131,7 @@ def encode_conversation(
 def asked_text(
     layout: str, texts: Sequence[str], added: dict[str, Any], where: str
 ) -> tuple[str, list[Message]]:  # fmt: skip
-    """Return the prompt in the texts of a row that no chat template formats, and the turns before it."""
+    """Return the prompt and the earlier turns of a row that is not formatted by a chat template."""
     if layout == "text":
         return texts[0], []
     prompt = alpaca_prompt(texts[0], "".join(texts[1:])) if layout == "alpaca" else texts[0]
@@ -145,12 +145,12 @@ def asked_text(
 
 
 def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, column: str) -> None:
-    """Raise a DataError for rows from which nothing, or only the wrong thing, would be learned.
+    """Raise a DataError if rows have no valid answer to learn.
 
     Args:
-        faults: of each row, shape (N,): 0, :data:`SILENT`, :data:`CALLS` or :data:`EMPTY`.
-        places: of the rows.
-        column: of answers, for messages.
+        faults: code of each row, shape (N,): 0, :data:`SILENT`, :data:`CALLS` or :data:`EMPTY`.
+        places: places of the rows.
+        column: column of the answers, for messages.
     """
     refuse_missing(faults == SILENT, places, column, "answer to learn")
     reasons = {
@@ -167,15 +167,15 @@ def refuse_faults(faults: npt.NDArray[np.integer[Any]], places: RowPlaces, colum
 def num_tools_lost(
     columns: Columns, names: Sequence[str], reader: TextReader, layout: str, system: str, source: str
 ) -> int:
-    """Return 1 if the chat template leaves out the tools of the first row that has any, else 0.
+    """Return 1 if the chat template omits the tools of the first row that has tools, else 0.
 
     Args:
-        columns: cells; the last ones are those of ``names``.
-        names: of the columns that add to conversations.
-        reader: with the tokenizer.
-        layout: of the rows.
-        system: system turn of conversations that have none.
-        source: of the rows, for messages.
+        columns: cells of the rows by column; the last columns are those of ``names``.
+        names: names of the columns that add to conversations.
+        reader: reader with the tokenizer.
+        layout: layout of the rows.
+        system: system turn for conversations without one.
+        source: source of the rows, for messages.
     """
     with_tools = [name for name in names if meaning_of(name) == "tools"]
     count = len(columns) - len(names)
@@ -191,10 +191,10 @@ def num_tools_lost(
 
 
 def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Sequence[Message] = ()) -> Encoding:
-    """Tokenise a prompt and its completion, which is learned, and the end token.
+    """Tokenise a prompt, its completion and the end token; the completion and the end token are learned.
 
-    They are concatenated, with a line break between them if neither has white space there. Earlier turns come first,
-    each followed by an empty line except for questions; their answers are learned.
+    The texts are concatenated, with a line break between them if neither has white space there. Earlier turns come
+    first, each followed by an empty line except for questions; their answers are learned.
     """
     text, spans = "", []
     turns = [*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
@@ -206,7 +206,7 @@ def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Se
             spans.append((len(text), len(text) + len(said)))
         text += said if turn["role"] == "user" or turn is turns[-1] else f"{said}\n\n"
     ids, learned = encode_spans(tokenizer, text, spans)
-    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add it themselves
+    while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add the end token
         ids, learned = ids[:-1], learned[:-1]
     return [*ids, tokenizer.eos_token_id], [*learned, True]
 
@@ -214,24 +214,24 @@ def encode_continuation(tokenizer: Any, prompt: str, completion: str, before: Se
 def encode_spans(
     tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], *, add_special_tokens: bool = True
 ) -> Encoding:
-    """Tokenise ``text``; tokens that overlap one of ``spans`` (begin, end in characters) are learned."""
+    """Tokenise ``text``; the tokens that overlap one of ``spans`` (begin and end in characters) are learned."""
     made = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
     learned = [any(start < high and end > low for low, high in spans) for start, end in made["offset_mapping"]]
     return list(made["input_ids"]), learned
 
 
 def encode_prompt(tokenizer: Any, conversation: Conversation, where: str) -> list[int]:
-    """Tokenise the turns before an answer, and the beginning of that answer by the tokenizer's chat template.
+    """Tokenise the turns before an answer with the tokenizer's chat template, including its generation prompt.
 
     Raises:
-        DataError: if the template refuses the turns, or leaves their tool calls out.
+        DataError: the template refuses the turns, or omits their tool calls.
     """
     _, text = _written(tokenizer, conversation, where, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def writes_system(tokenizer: Any, system: str) -> bool:
-    """Return whether the template writes a system turn; some refuse it, and some leave it out."""
+    """Return whether the template writes a system turn; some templates refuse it, and some omit it."""
     messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
     text = _text_of(tokenizer, messages, Conversation(messages=messages))
     return text is not None and system.strip() in text
@@ -259,7 +259,7 @@ def turn_end_ids(tokenizer: Any) -> list[int]:
 
 
 def save_turn_ends(tokenizer: Any, folder: Path) -> None:
-    """Add the ends of a turn to the end tokens in ``generation_config.json`` of a model folder."""
+    """Add the tokens that end a turn to the end tokens in ``generation_config.json`` of a model folder."""
     path = folder / "generation_config.json"
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     known = data.get("eos_token_id")
@@ -270,7 +270,7 @@ def save_turn_ends(tokenizer: Any, folder: Path) -> None:
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the texts of all special tokens, including those without a name (``eos_token``, ...)."""
+    """Return the texts of all special tokens, including those without a role such as ``eos_token``."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(dict.fromkeys((*tokenizer.all_special_tokens, *added)))
 
@@ -298,7 +298,7 @@ def _apply(tokenizer: Any, messages: list[Message], talk: Conversation, where: s
 
 
 def _text_of(tokenizer: Any, messages: list[Message], talk: Conversation, **options: Any) -> str | None:
-    """Return the text that the template writes, or None if it refuses."""
+    """Return the text that the template writes, or None if it refuses the messages."""
     try:
         return str(_apply(tokenizer, messages, talk, "", tokenize=False, **options))
     except DataError:
@@ -306,11 +306,11 @@ def _text_of(tokenizer: Any, messages: list[Message], talk: Conversation, **opti
 
 
 def _written(tokenizer: Any, talk: Conversation, where: str, **options: Any) -> tuple[Conversation, str]:
-    """Return a conversation with its tool calls in a form that the template supports, and the text that it writes.
+    """Return a conversation with its tool calls in a form that the template supports, and the formatted text.
 
     Raises:
-        LostAnswerError: if the template leaves tool calls out.
-        DataError: if it refuses the conversation.
+        LostAnswerError: the template omits tool calls.
+        DataError: the template refuses the conversation.
     """
     if not any("tool_calls" in message for message in talk.messages):
         return talk, _apply(tokenizer, talk.messages, talk, where, tokenize=False, **options)
@@ -318,7 +318,7 @@ def _written(tokenizer: Any, talk: Conversation, where: str, **options: Any) -> 
     texts = [_text_of(tokenizer, form.messages, form, **options) for form in forms]
     written = [(form, text) for form, text in zip(forms, texts, strict=True) if text is not None]
     if not written:
-        _apply(tokenizer, forms[0].messages, forms[0], where, tokenize=False)  # which refuses it
+        _apply(tokenizer, forms[0].messages, forms[0], where, tokenize=False)  # raises the error
     with_calls = [(form, text) for form, text in written if _writes_calls(tokenizer, form, text, **options)]
     if not with_calls:
         raise LostAnswerError(where, "calls")
@@ -333,8 +333,10 @@ def _writes_calls(tokenizer: Any, talk: Conversation, text: str, **options: Any)
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the forms in which templates expect tool calls, that of transformers first: arguments as a mapping, or as
-    OpenAI's JSON text; content null or empty; ids unchanged, or nine letters as Mistral's templates require.
+    """Yield the forms in which templates expect tool calls, that of transformers first.
+
+    Arguments are a mapping, or JSON text as in OpenAI's format; content is null or empty; ids are unchanged, or nine
+    letters as Mistral's templates require.
     """
     for short_ids in (False, True):
         for as_text in (False, True):
@@ -375,7 +377,7 @@ def _short_id(value: Any) -> str:
 
 
 def _is_understood(tokenizer: Any, talk: Conversation, text: str, **options: Any) -> bool:
-    """Return whether a template wrote values correctly, neither null as ``None`` nor a mapping in Python's notation."""
+    """Return whether a template wrote values correctly: no null as ``None``, and no mapping in Python's notation."""
     calls = [call for m in talk.messages for call in m.get("tool_calls", ())]
     mappings = [call["function"]["arguments"] for call in calls if call["function"]["arguments"]]
     if any(isinstance(value, dict) and str(value) in text for value in mappings):
@@ -387,7 +389,7 @@ def _is_understood(tokenizer: Any, talk: Conversation, text: str, **options: Any
 
 
 def _answer_spans(tokenizer: Any, talk: Conversation, whole: str, where: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield the learned turns of the assistant, and their spans in the text of the whole conversation."""
+    """Yield the learned turns of the assistant, and their spans in the text of the complete conversation."""
     special, messages = special_tokens(tokenizer), talk.messages
     if len(messages) > _MOST_TURNS or len(messages) * len(whole) > _MOST_CHARACTERS:
         raise DataError(
@@ -415,7 +417,7 @@ def _answer_spans(tokenizer: Any, talk: Conversation, whole: str, where: str) ->
 
 
 def _begin(tokenizer: Any, talk: Conversation, turn: int, answered: str) -> int | None:
-    """Return where an answer begins in the text that ends with it; None if the turns before are written differently."""
+    """Return where an answer begins in the text that ends with it; None if the text of the turns before it differs."""
     before = talk.messages[:turn]
     if before:
         prompt = _text_of(tokenizer, before, talk, add_generation_prompt=True)
@@ -424,7 +426,7 @@ def _begin(tokenizer: Any, talk: Conversation, turn: int, answered: str) -> int 
         plain = _text_of(tokenizer, before, talk)
         if plain is not None and not answered.startswith(plain):
             return None
-    # Without a prompt, the answer begins where another one would change the text.
+    # Without a prompt, the answer begins where the text would change with another answer.
     said = str(talk.messages[turn]["content"] or "").lstrip()
     probe = next(text for text in _PROBES if not said.startswith(text))
     other = _text_of(tokenizer, [*before, {"role": "assistant", "content": probe}], talk)
@@ -432,7 +434,7 @@ def _begin(tokenizer: Any, talk: Conversation, turn: int, answered: str) -> int 
 
 
 def _is_empty(message: Message) -> bool:
-    """Return whether a turn has neither content nor tool calls nor reasoning."""
+    """Return whether a turn has no content, tool calls or reasoning."""
     said = [value for key, value in message.items() if key not in ("role", "name", "weight")]
     return not any(value.strip() if isinstance(value, str) else value for value in said)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of chat data -> conversations as chat templates take them: messages, tools, documents.
+"""Convert rows of chat data to the arguments of chat templates: messages, tools, documents.
 
-Reads the formats of OpenAI (``messages``, ``tool_calls``, ``functions``, a ``weight`` of 0 or 1), ShareGPT
-(``conversations`` of ``from`` and ``value``), and LLaMA-Factory (columns ``system``, ``tools`` and ``history``).
+The supported formats are those of OpenAI (``messages``, ``tool_calls``, ``functions``, a ``weight`` of 0 or 1),
+ShareGPT (``conversations`` of ``from`` and ``value``), and LLaMA-Factory (columns ``system``, ``tools`` and
+``history``).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from mirrortune.data.files.arrow import cells, is_json, is_list, is_string, refu
 from mirrortune.errors import DataError
 
 Message = dict[str, Any]
-# Names of roles in data sets, in lower case. Other roles are passed to the template.
+# Names of roles in data sets, in lower case. Other roles are passed to the template unchanged.
 _ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
     "ai": "assistant", "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
 _ALLOWED = "role (system, user, assistant, tool, ...) and content, both text"
 _OWN_KEYS = ("role", "content", "from", "value", "weight", "function_call")
-# What columns add to the conversation of a row, by their names in data sets.
+# Column name in data sets -> the part that the column adds to the conversation of a row.
 _ADDITIONS = {
     "system": "system", "system_prompt": "system", "system_message": "system", "tools": "tools",
     "functions": "tools", "documents": "documents", "history": "history", "chat_template_kwargs": "options",
@@ -47,8 +48,8 @@ class Conversation:
     """The arguments of a chat template.
 
     Attributes:
-        messages: with ``role``, ``content`` (None for tool calls alone) and other keys of the row.
-        options: further arguments of the template: ``tools``, ``documents`` and its own.
+        messages: turns with ``role``, ``content`` (None if there are only tool calls) and other keys of the row.
+        options: further arguments of the template: ``tools``, ``documents`` and others that it defines.
         given: indices of the assistant's turns that are not learned.
     """
 
@@ -58,7 +59,7 @@ class Conversation:
 
 
 def additions(table: pa.Table, layout: str, used: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns of ``table`` that add to conversations of a layout, except those in ``used``."""
+    """Return the columns of ``table`` that add to conversations of ``layout``, except those in ``used``."""
     return tuple(
         name
         for name in table.column_names
@@ -67,26 +68,26 @@ def additions(table: pa.Table, layout: str, used: Sequence[str]) -> tuple[str, .
 
 
 def meaning_of(column: str) -> str:
-    """Return what a column adds to a conversation: ``system``, ``tools``, ...; "" for nothing."""
+    """Return the part that a column adds to a conversation: ``system``, ``tools``, ...; "" for none."""
     return _ADDITIONS.get(column.lower(), "")
 
 
 def choose_layout(
     table: pa.Table, text: tuple[str, ...] | None, label: str | None, source: str
 ) -> tuple[str, tuple[str, ...], str | None, list[str]]:
-    """Choose the columns of a language model's data.
+    """Choose the columns and the layout of data for a language model.
 
     Args:
         table: the rows.
-        text: columns of texts, or None to detect all.
-        label: the column of answers, or None.
+        text: columns of texts, or None to detect all columns.
+        label: column of answers, or None.
         source: name of the rows, for messages.
 
     Returns:
         The layout, the text columns, the column of answers, and notes on what was detected.
 
     Raises:
-        DataError: if no column looks like text to learn.
+        DataError: no column looks like text to learn.
     """
     check_named(table, source, {"--text-column": text, "--label-column": label})
     if text and len(text) > 2:
@@ -124,7 +125,7 @@ def choose_layout(
 
 
 def _holds_turns(table: pa.Table, column: str) -> bool:
-    """Return whether a column holds lists of messages, or their JSON text (in csv files)."""
+    """Return whether a column holds lists of messages, or their JSON text, as in csv files."""
     kind = table.schema.field(column).type
     if is_string(kind):
         first = next((value for value in cells(table, column) if value and value.strip()), "")
@@ -144,13 +145,13 @@ def conversation(messages: list[Message], added: dict[str, Any], where: str, def
     """Return the conversation of a row.
 
     Args:
-        messages: its turns, as returned by :func:`as_messages`.
+        messages: turns, as returned by :func:`as_messages`.
         added: cells of the columns of :func:`additions`, by name.
-        where: the row, for messages.
-        default: system turn of conversations that have none; "" for none.
+        where: place of the row, for messages.
+        default: system turn for a conversation without one; "" for none.
 
     Raises:
-        DataError: if a cell does not hold what its column's name says.
+        DataError: the content of a cell does not match the name of its column.
     """
     options: dict[str, Any] = {}
     before: list[Message] = []
@@ -177,7 +178,7 @@ def conversation(messages: list[Message], added: dict[str, Any], where: str, def
 
 
 def row_conversation(layout: str, row: Sequence[Any], added: dict[str, Any], where: str, default: str) -> Conversation:
-    """Return the conversation in the cells of a row of a layout; see :func:`conversation`."""
+    """Return the conversation in the cells of a row; see :func:`conversation`."""
     if layout == "messages":
         return conversation(as_messages(row[0], where), added, where, default)
     if layout == "turns":
@@ -192,7 +193,7 @@ def row_conversation(layout: str, row: Sequence[Any], added: dict[str, Any], whe
 def asked_conversation(
     layout: str, row: Sequence[Any], added: dict[str, Any], where: str, default: str
 ) -> Conversation:  # fmt: skip
-    """Return the conversation in the cells of a row without its last answer; a text is what the user says."""
+    """Return the conversation in the cells of a row without its last answer; a plain text becomes a user turn."""
     if layout not in ("messages", "turns"):
         talk = row_conversation(layout, [*row, None], added, where, default)
         return replace(talk, messages=talk.messages[:-1])
@@ -209,7 +210,7 @@ def row_weight(added: dict[str, Any], where: str) -> float:
     """Return the weight of a row in the loss, from the cells of the columns of :func:`additions`.
 
     Raises:
-        DataError: if it is not a number of 0 or more.
+        DataError: the weight is not a number, or is negative.
     """
     for name, value in added.items():
         if meaning_of(name) == "weight" and value is not None and value != "":
@@ -220,12 +221,12 @@ def row_weight(added: dict[str, Any], where: str) -> float:
 def as_messages(value: Any, where: str) -> list[Message]:
     """Convert a cell of a column of conversations to messages with ``role`` and ``content``.
 
-    Also takes ``from`` and ``value``. The content of a turn with tool calls may be None.
+    Turns may also have ``from`` and ``value``. The content of a turn with tool calls may be None.
 
     Raises:
-        DataError: if it holds anything else.
+        DataError: the cell does not hold messages.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):  # csv files hold lists as JSON
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a csv file is JSON text
         value = _parsed(value, where)
     messages = [_as_message(given, where) for given in (value if isinstance(value, (list, tuple)) else [value])]
     if not messages:
@@ -234,7 +235,7 @@ def as_messages(value: Any, where: str) -> list[Message]:
 
 
 def as_history(value: Any, where: str) -> list[Message]:
-    """Convert earlier turns to messages; they are messages, or pairs of a user's and an assistant's text."""
+    """Convert earlier turns to messages; ``value`` holds messages, or pairs of a user's and an assistant's text."""
     turns: list[Message] = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, list) and len(part) == 2 and all(isinstance(text, str) for text in part):
@@ -248,7 +249,7 @@ def as_history(value: Any, where: str) -> list[Message]:
 
 
 def _fits(table: pa.Table, column: str) -> bool:
-    """Return whether a column holds what its name says."""
+    """Return whether the content of a column matches its name."""
     kind, meaning = table.schema.field(column).type, meaning_of(column)
     if meaning == "weight":
         return _are_numbers(table, column)
@@ -281,13 +282,13 @@ def _as_message(given: Any, where: str) -> Message:
         kept.pop("tool_calls", None)
     elif not isinstance(kept["tool_calls"], list):
         raise DataError(where, f"tool_calls are {str(kept['tool_calls'])[:120]!r}", allowed="a list of calls")
-    # Unknown roles are left as they are: the template may support them.
+    # Unknown roles are unchanged, because the template may support them.
     known = _ROLES.get(name, name if name in ("system", "user", "assistant", "tool") else role)
     return {"role": known, "content": content, **kept}
 
 
 def _as_weight(value: Any, where: str) -> float:
-    """Return a weight in the loss; DataError if it is not a number of 0 or more."""
+    """Convert a cell to a loss weight; raise a DataError if it is not a number, or negative."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -304,12 +305,12 @@ def _as_calls(value: Any) -> list[Any]:
 
 
 def _as_tool(tool: Any) -> Any:
-    """Return a tool as chat templates expect it; OpenAI's older ``functions`` lack the outer object."""
+    """Convert a tool to the form that chat templates expect; OpenAI's older ``functions`` lack the outer object."""
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 
 def _as_objects(value: Any, where: str) -> list[Any]:
-    """Return a list of objects, an object, or JSON text of them, as a list."""
+    """Convert a list of objects, a single object, or the JSON text of either to a list."""
     value = _parsed(value, where) if isinstance(value, str) else value
     listed = value if isinstance(value, list) else [] if value is None else [value]
     listed = [_parsed(part, where) if isinstance(part, str) else part for part in listed]
