@@ -220,8 +220,8 @@ def _clusters(factors: Factors) -> Clusters:
 
 
 def _runs(S: Tensor, gap: float) -> list[tuple[int, int]]:
-    """Return (start, stop) of runs of singular values (R,), float64, whose neighbours differ by at most ``gap`` of the
-    largest.
+    """Return (start, stop) of runs of singular values, (R,) float64, in which neighbours differ by at most ``gap``
+    times the largest value.
     """
     behind = (S[:-1] - S[1:] > gap * S[0]).nonzero().flatten() + 1
     return list(itertools.pairwise([0, *behind.tolist(), len(S)]))

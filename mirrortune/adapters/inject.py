@@ -56,9 +56,9 @@ class Attachment:
     """The adapter of a model: its specification and its layers. Stored as ``model.mirrortune``.
 
     Attributes:
-        spec: how it was built.
-        targets: the adapted weights and the head.
-        layers: the adapted layers by name, in module order.
+        spec: specification that the adapter was built from.
+        targets: the adapted weights, and the head.
+        layers: adapted layers by name, in module order.
     """
 
     spec: AdapterSpec
@@ -153,7 +153,7 @@ def thaw(model: nn.Module) -> None:
 
 
 def spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
-    """Return the layers of ``model`` that have a core, by name, in module order."""
+    """Return the layers of ``model`` with a core, by name, in module order."""
     found = getattr(model, "mirrortune", None)
     layers = found.layers if isinstance(found, Attachment) else {}
     return {name: layer for name, layer in layers.items() if isinstance(layer, SpectralLayer)}

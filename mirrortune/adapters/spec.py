@@ -90,9 +90,10 @@ class AdapterSpec:
         return (*head, *plain) if self.preset.plain == "none" else tuple(head)
 
     def settled(self) -> AdapterSpec:
-        """Return this spec with the method's pairing and options filled in, so that it depends on no default.
+        """Return this spec with the pairing and options of the method filled in, so that it depends on no default.
 
-        The rank stays: a method's own is lowered where a layer has fewer directions, a requested one is refused.
+        ``rank`` is not filled in, because a default rank is lowered for a layer with fewer directions, whereas a
+        requested rank is refused.
         """
         if self.preset.core is None:
             return self
@@ -240,7 +241,7 @@ def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], 
 
 
 def needs_saliency(spec: AdapterSpec) -> bool:
-    """Whether the spec's pairing needs gradients measured on the task."""
+    """Return whether the pairing needs gradients measured on the task."""
     return "saliency" in _asked(spec)
 
 

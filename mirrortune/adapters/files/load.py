@@ -58,12 +58,12 @@ def adapt(
     bases: Mapping[str, Factors] | None = None,
     strategies: Mapping[str, Strategy] | None = None,
 ) -> FingerprintBook:
-    """Attach a fresh adapter by ``spec``, where its training starts; see :func:`mirrortune.adapters.inject.attach`.
+    """Attach a new adapter in its initial state; see :func:`mirrortune.adapters.inject.attach` for the arguments.
 
-    ``bases`` are factors by layer, of a method whose bases are measured on a task.
+    ``bases`` are the factors by layer name, for a method whose bases are measured on a task.
 
     Raises:
-        ConfigError: see there; also if the bases have to be measured and are not given.
+        ConfigError: see :func:`~mirrortune.adapters.inject.attach`; also if measured bases are needed but not given.
     """
     if spec.basis == "gradient":
         factor_source = _measured_factors(spec, bases)
@@ -325,5 +325,5 @@ def stored_bases(adapter: AdapterFile) -> dict[str, Factors]:
 
 
 def stored_pairs(adapter: AdapterFile) -> dict[str, Tensor]:
-    """Return the pairs (T, 2) that the file holds, by layer."""
+    """Return the pairs (T, 2) stored in the file, by layer."""
     return {n.removeprefix("pairs."): t.long() for n, t in adapter.tensors.items() if n.startswith("pairs.")}

@@ -170,7 +170,7 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
             stored = pairs if partners is None else partners
             kind = "pairs" if partners is None else "partners"
             tensors[f"{kind}.{name}"] = stored.to(torch.int16 if layer.rank <= _LARGEST_SHORT else torch.int32)
-        if is_whole(layer.U):  # a process with a shard cannot compute the effect
+        if is_whole(layer.U):  # the effect cannot be computed from a shard
             effects.append(effect(_factors(layer), layer.core))
     own = {f"sketch.{name}": fingerprints[name].sketch for name in spectral_layers(model)}
     if len(effects) == len(own) > 0:
@@ -180,7 +180,7 @@ def basis_tensors(model: nn.Module, fingerprints: dict[str, Fingerprint]) -> dic
 
 
 def with_pairs(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Replace the partners among a file's checked tensors by the pairs that they encode."""
+    """Replace the encoded partners in the checked tensors of a file by pairs."""
     pairs = {
         f"pairs.{name}": pairs_of(tensors[key], layer["rank"])
         for name, layer in layers.items()

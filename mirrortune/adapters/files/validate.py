@@ -192,7 +192,7 @@ def check_new_tokens(description: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 
 def largest_count(layers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """Return the largest number of directions, tokens or layers of an adapter: it stores no numbers for more."""
+    """Return an upper bound on the directions, tokens or layers of an adapter, from the sizes that it stores."""
     sizes: list[int] = [size for layer in layers.values() for size in layer["layout"]["shape"]]
     return max([_ALWAYS_ALLOWED, sum(t.numel() for t in tensors.values()), *sizes])
 

@@ -82,12 +82,12 @@ def token_indices(names: Iterable[str]) -> dict[str, list[int]] | None:
 
 @torch.no_grad()
 def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy the tensors of :func:`adapter_tensors`, by the same names and shapes, back into an adapted model."""
+    """Copy tensors with the names and shapes of :func:`adapter_tensors` into an adapted model."""
     found = _attached(model)
     trained = {id(parameter) for parameter in plain_parameters(model).values()}
     whole = saved_whole(model)
     plain = {key for key, parameter in whole.items() if id(parameter) in trained}
-    # PEFT calls load_state_dict, which would replace the parameters that FSDP2 has just gathered.
+    # PEFT calls load_state_dict, which would replace parameters that FSDP2 has gathered.
     is_sharded = is_in_shards(model)
     for key, tensor in adapter_tensors(model).items():
         if key in plain or (is_sharded and key not in whole):
@@ -117,9 +117,9 @@ def peft_config(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def common_fields(model: nn.Module, base: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of PEFT's description that every adapter has: base model, task, head and inference mode."""
+    """Return the fields of PEFT's description common to all adapters: base model, task, head and inference mode."""
     model_class, name, targets = str(base.get("auto_class")), base.get("name"), attachment(model).targets
-    # PEFT does not know models inside packages.
+    # PEFT does not support models inside packages.
     place = None if not name else ModelPlace.parse(name)
     return {
         "task_type": next((kind for ending, kind in _TASK_TYPES.items() if model_class.endswith(ending)), None),

@@ -41,7 +41,7 @@ CHOOSE_LAYERS = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _BY_PATTERN = ("feedforward_modules", "modules_to_save")
 _NAME = re.compile(r"[\w.-]+")
 _NEED_MORE = ("eva", "corda", "loftq")  # initialisations of LoRA that need data or quantisation
-_ITERATIONS = re.compile(r"_niter_(\d+)$")  # in an initialisation's name; otherwise the field's name ends in "iter"
+_ITERATIONS = re.compile(r"_niter_(\d+)$")  # in the name of an initialisation; other such fields end in "iter"
 _MOST_ITERATIONS = 128
 _NO_COUNTS = ("alpha", "prng", "seed", "token_indices")  # words in names of fields whose integers may be large
 

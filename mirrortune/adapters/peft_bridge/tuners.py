@@ -105,18 +105,17 @@ def attach_tuner(
     config: dict[str, Any] | None = None,
     on_layer: Callable[[str, Tensor], None] | None = None,
 ) -> nn.Module:
-    """Attach a PEFT tuner to ``model`` in place: to the layers that mirrortune would adapt, everything else frozen but
-    the head.
+    """Attach a PEFT tuner to the target layers of ``model`` in place, and freeze all other parameters except the head.
 
     Args:
-        model: loaded model, or one on the meta device.
-        spec: what to build; its seed seeds the tuner's random numbers.
-        targets: of ``model`` and ``spec``; None finds them.
-        config: PEFT's own configuration, of an adapter that is being loaded.
-        on_layer: called with (name, weight) of every layer before it is replaced.
+        model: loaded model, or model on the meta device.
+        spec: settings of the adapter; its seed also seeds the random numbers of the tuner.
+        targets: targets of ``spec`` in ``model``; None to find them.
+        config: PEFT's configuration of an adapter that is loaded; None for a new adapter.
+        on_layer: called with (name, weight) of each layer before it is replaced.
 
     Raises:
-        ConfigError: a missing package, a wrong option, or a layer that the tuner cannot take.
+        ConfigError: ``peft`` is not installed, an option is invalid, or the tuner does not support a layer.
     """
     peft = import_peft(spec.method)
     targets = checked_targets(model, spec, targets)
