@@ -30,7 +30,7 @@ class LoraSb(Core):
 
     S: Tensor
     basis = "gradient"
-    default_lr = 3e-3
+    default_lr = 1e-2
     default_rank = 20
 
     def __init__(self, S: Tensor, *, first_step: float = 5e-5) -> None:
