@@ -78,6 +78,17 @@ def meetings(accelerator: Any) -> dict[str, Any]:
         sync.from_main(accelerator, fail)
     except MirrortuneError as error:
         found["failed"] = [type(error).__name__, error.exit_code]
+
+    def fail_after_meeting() -> int:
+        sync.gather_lists(accelerator, [index])
+        if accelerator.is_main_process:
+            raise ResourceError("disk", "it is full")
+        return index
+
+    try:
+        sync.from_all(accelerator, fail_after_meeting)
+    except MirrortuneError as error:
+        found["failed together"] = [type(error).__name__, error.exit_code]
     told = sync.told_once(accelerator, ResourceError("disk", "it is full"))
     found["told"] = [isinstance(told, PeerError), told.exit_code]
     return found

@@ -248,11 +248,11 @@ def choose_bases(
         return stored_bases(read_adapter(run.checkpoint(steps[-1])))
     assert job.settings.calibration is not None
     started = time.perf_counter()
-    measured = measure_bases(
-        loaded.model, loaded.targets, job.objective, job.train, settings=job.settings.calibration,
+    measure = partial(
+        measure_bases, loaded.model, loaded.targets, job.objective, job.train, settings=job.settings.calibration,
         accelerator=accelerator, draws=job.draws,
     )  # fmt: skip
-    bases = sync.from_main(accelerator, lambda: measured)
+    bases = sync.from_all(accelerator, measure)
     reporter.note(f"bases measured on the task in {time.perf_counter() - started:.1f} s")
     return bases
 

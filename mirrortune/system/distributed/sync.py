@@ -47,6 +47,27 @@ def from_main(accelerator: Any, make: Callable[[], T]) -> T:
     return result
 
 
+def from_all(accelerator: Any, make: Callable[[], T]) -> T:
+    """Call ``make``, in which the processes meet, on all of them and return the main process's result on each.
+
+    Raises:
+        MirrortuneError: error raised by ``make`` on the main process, on that process.
+        PeerError: on the other processes in that case.
+    """
+    made, failures = list[T](), list[MirrortuneError]()
+    try:
+        made.append(make())
+    except MirrortuneError as error:  # on the main process alone: without a word the others would wait for its result
+        failures.append(error)
+
+    def outcome() -> T:
+        if failures:
+            raise failures[0]
+        return made[0]
+
+    return from_main(accelerator, outcome)
+
+
 def gather_lists(accelerator: Any, own: list[T]) -> list[T]:
     """Concatenate the lists of all processes, in rank order, and return the result on every process."""
     if accelerator.num_processes == 1:

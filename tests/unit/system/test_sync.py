@@ -76,6 +76,7 @@ def test_when_the_main_process_fails_the_others_end_in_silence(pair: Pair) -> No
     main, other = (found["meetings"] for found in pair[1])
     assert main["failed"] == ["ResourceError", 4]
     assert other["failed"] == ["PeerError", 4]
+    assert (main["failed together"], other["failed together"]) == (["ResourceError", 4], ["PeerError", 4])
     assert (main["told"], other["told"]) == ([False, 4], [True, 4])
 
 
