@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that an epoch draws from each source of a mixture, by its weight, and how many rows each source has."""
+"""Draw the rows of an epoch from the sources of a mixture by weight, and count the rows of each source."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mirrortune.errors import counted
 class SourceDraws:
     """The rows that an epoch draws from each source.
 
-    A source of n rows and weight w gives the whole number nearest to n w in every epoch, at least one. Over epochs, all
-    of its rows are drawn before any is drawn again, in a random order that is another one each time: at weight 2 each
-    row twice an epoch, at weight 0.5 one half in an epoch and the other in the next.
+    From a source of n rows and weight w, n w rows are drawn per epoch, rounded, and at least one. Over epochs, all rows
+    of a source are drawn before any is drawn again, each time in a different random order: at weight 2 each row twice
+    per epoch, at weight 0.5 one half of the rows in one epoch and the other half in the next.
 
     Attributes:
         sources: source of each row, shape (N,), from 0.
@@ -36,17 +36,17 @@ class SourceDraws:
 
     @property
     def counts(self) -> list[int]:
-        """Rows of each source in an epoch."""
+        """Number of rows of each source in an epoch."""
         rows = np.bincount(self.sources, minlength=len(self.weights)).tolist()
         return [max(1, math.floor(n * w + 0.5)) if n else 0 for n, w in zip(rows, self.weights, strict=True)]
 
     @property
     def size(self) -> int:
-        """Rows of an epoch."""
+        """Number of rows of an epoch."""
         return sum(self.counts)
 
     def rows(self, seed: int, epoch: int) -> Rows:
-        """Return the rows of an epoch, those of one source after those of another; a function of its arguments."""
+        """Return the row indices of an epoch, source by source; they depend only on the arguments."""
         drawn = [np.zeros(0, dtype=np.int64)]
         for number, count in enumerate(self.counts):
             own = np.flatnonzero(self.sources == number)
@@ -60,12 +60,12 @@ class SourceDraws:
 
 
 def make_draws(table: pa.Table, examples: Examples, weights: Sequence[float]) -> SourceDraws | None:
-    """Return what an epoch draws; None where every row is drawn once.
+    """Return the draws of an epoch; None if each row is drawn once.
 
     Args:
         table: training rows.
-        examples: made of them.
-        weights: of the sources.
+        examples: examples encoded from these rows.
+        weights: weights of the sources.
     """
     numbers = source_numbers(table)
     if numbers is None or all(weight == 1 for weight in weights):

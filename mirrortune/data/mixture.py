@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures: several data sets joined to one table, or to one stream, which keeps the number of each row's source."""
+"""Mixtures: several data sets joined to one table or stream, with a column for the source of each row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.paths import DataPlace
 
 SOURCE_COLUMN = "mirrortune.source"
-"""Column of a mixture with the number of each row's source, from 0."""
+"""Column of a mixture with the index of each row's source, from 0."""
 _FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _MOST_NAMED, _MOST_VALUES = 3, 5
 
@@ -39,8 +39,8 @@ class DataSource:
     """A data set of a recipe.
 
     Attributes:
-        place: where it is.
-        weight: how often each of its rows is drawn in an epoch.
+        place: path, pattern, folder or Hub id.
+        weight: number of times that each row is drawn per epoch, on average.
         revision: branch, tag or commit on the Hub, where ``data.revision`` does not give it.
         columns: settings that name its columns, where they differ from those of the recipe's ``data`` section.
         is_item: whether it is an item of a list, and not the only data set.
@@ -54,7 +54,7 @@ class DataSource:
 
     @property
     def name(self) -> str:
-        """The path or id, as it was given."""
+        """The path or id given by the user."""
         return self.place.text
 
 
@@ -65,8 +65,8 @@ def mixture_problems(
 
     Args:
         sources: the data sets.
-        of_hub: ``data.config`` and ``data.revision``, by key, which hold for a single data set.
-        of_classes: settings that count or draw rows by class, by key, and whether they are set.
+        of_hub: values of ``data.config`` and ``data.revision``, by key, which apply to a single data set only.
+        of_classes: settings that count or draw rows by class -> whether they are set.
     """
     if not any(source.is_item for source in sources):
         return []
@@ -101,17 +101,17 @@ def source_numbers(table: pa.Table) -> IntArray | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adjustment:
-    """What makes the tables of one source fit those of the others.
+    """The changes that make the tables of one source match those of the others.
 
     Attributes:
-        number: of the source.
-        names: new names of its columns, by their own.
-        dropped: columns that would be taken for those of other sources.
-        features: class names of columns that hold numbers of classes, by new name.
-        as_text: columns, by new name, whose values become text: names of classes, or numbers.
-        files: columns of files, by new name.
-        as_structs: whether files become the datasets library's structs of bytes and path.
-        folder: what relative paths of files are relative to.
+        number: index of the source.
+        names: original column name -> new name.
+        dropped: columns that would be mistaken for those of other sources.
+        features: class names of the columns that hold class indices, by new column name.
+        as_text: new names of the columns whose values become text: class names, or numbers.
+        files: new names of the columns of files.
+        as_structs: whether files become structs of bytes and path, as in the datasets library.
+        folder: base folder of relative paths.
     """
 
     number: int
@@ -124,7 +124,7 @@ class Adjustment:
     folder: Path | None = None
 
     def table(self, table: pa.Table) -> pa.Table:
-        """Return a table of the source as a part of the mixture."""
+        """Apply the changes to a table of the source."""
         kept = [name for name in table.column_names if name not in self.dropped]
         found = table.select(kept).rename_columns([self.names.get(name, name) for name in kept])
         found = found.replace_schema_metadata(None)
@@ -140,7 +140,7 @@ class Adjustment:
 
 
 def _texts(values: pa.ChunkedArray, features: tuple[str, ...] | None) -> pa.Array:
-    """Return labels, or lists of them, as text; numbers of classes become their names, null where there is none."""
+    """Convert labels, or lists of them, to text; class indices become class names, or null if there is none."""
 
     def text(value: Any) -> str | None:
         if features is not None and isinstance(value, int) and not isinstance(value, bool):
@@ -150,7 +150,7 @@ def _texts(values: pa.ChunkedArray, features: tuple[str, ...] | None) -> pa.Arra
     cells = python_values(values)
     if not any(isinstance(cell, list) for cell in cells):
         return text_array([text(cell) for cell in cells])
-    # A negative number among tags marks a row without tags.
+    # A negative tag marks a row without tags.
     named = (None if cell is None else [text(part) for part in cell] for cell in cells)
     lists = [None if row is None or (row and all(name is None for name in row)) else row for row in named]
     return pa.array(lists, pa.list_(pa.string()))
@@ -175,11 +175,11 @@ def _files(values: pa.ChunkedArray, folder: Path | None, *, as_structs: bool) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixedStream(RowStream):
-    """Several streams, of each of which a block has a fixed number of rows; one that ends begins again.
+    """Several streams read together: each block has a fixed number of rows of each, and a stream that ends restarts.
 
     Attributes:
-        streams: of the sources.
-        weights: of the sources: their shares of the rows, relative to each other.
+        streams: streams of the sources.
+        weights: relative shares of the sources in the rows.
     """
 
     streams: tuple[RowStream, ...]
@@ -187,14 +187,14 @@ class MixedStream(RowStream):
 
     @classmethod
     def of(cls, streams: Sequence[RowStream], weights: Sequence[float]) -> MixedStream:
-        """Mix streams."""
+        """Create the mixture of several streams."""
         return cls(
             rows=None, flatten=lambda table: table, guard=nullcontext,
             source=joint_name([stream.source for stream in streams]), streams=tuple(streams), weights=tuple(weights),
         )  # fmt: skip
 
     def counts(self, size: int) -> list[int]:
-        """Return how many of ``size`` rows each source gives: at least one, the nearest numbers otherwise."""
+        """Divide ``size`` rows among the sources by weight, rounded, with at least one row each."""
         exact = [size * weight / sum(self.weights) for weight in self.weights]
         found = [max(1, math.floor(count)) for count in exact]
         order = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
@@ -289,10 +289,10 @@ def joined_data(
     """Join data sets split by split; a split has the rows of those sources that have it.
 
     Args:
-        parts: the sources.
-        adjust: makes the splits of each fit the others.
-        weights: of the sources.
-        task: that reads all of them.
+        parts: data sets of the sources.
+        adjust: for each source, the function that makes its splits match the others.
+        weights: weights of the sources.
+        task: task that reads all sources.
     """
     splits = {}
     for name in dict.fromkeys(name for part in parts for name in part.splits):
@@ -307,7 +307,7 @@ def root_folder(split: Split) -> Path | None:
 
 
 def refuse_outside(split: Split, column: str, role: str) -> None:
-    """Raise the DataError of the first file outside of the split's folder, where the split is contained."""
+    """Raise a DataError for the first file outside the folder of the split, if the split must not name such files."""
     files = FileCells.of(split, column, role=role, readable="")
     for row in files.outside() if split.is_contained else ():
         files.open(row)
@@ -318,11 +318,11 @@ class LabelValues:
     """The labels of one source.
 
     Attributes:
-        name: of the source.
-        column: of the labels.
-        features: class names of a column of numbers of classes, or None.
-        names: the values as class names, sorted.
-        kind: ``text``, ``numbers`` or ``lists``.
+        name: name of the source.
+        column: column of the labels.
+        features: class names of a column of class indices, or None.
+        names: values of the column as class names, sorted.
+        kind: type of the values: ``text``, ``numbers`` or ``lists``.
     """
 
     name: str
@@ -333,7 +333,7 @@ class LabelValues:
 
     @classmethod
     def of(cls, table: pa.Table, column: str, name: str, *, are_classes: bool = True) -> LabelValues:
-        """Read the labels of a source; DataError if they should be classes and are none."""
+        """Read the labels of a source; raise a DataError if ``are_classes`` and they are not classes."""
         features, are_lists, values = feature_names(table, column), is_list(table.schema.field(column).type), set()
         for chunk in table.column(column).chunks:
             for cell in python_values(chunk):
@@ -351,16 +351,16 @@ class LabelValues:
         )  # fmt: skip
 
     def describe(self) -> str:
-        """Return the number of labels and the first of them."""
+        """Return a text with the number of labels and the first of them."""
         more = ", ..." if len(self.names) > _MOST_VALUES else ""
         return f"{len(self.names)} of {self.name} ({', '.join(self.names[:_MOST_VALUES])}{more})"
 
 
 def check_labels_match(labels: Sequence[LabelValues]) -> None:
-    """Refuse sources whose labels are of different types, such as 0 and 1 in one and names in another.
+    """Check that the labels of all sources have the same type, and not 0 and 1 in one and names in another.
 
     Raises:
-        DataError: names two such sources.
+        DataError: the types differ; the error names two such sources.
     """
     known = [own for own in labels if own.names]
     for own in known[1:]:
@@ -377,14 +377,14 @@ def check_labels_match(labels: Sequence[LabelValues]) -> None:
 
 
 def united_names(labels: Sequence[LabelValues]) -> tuple[str, ...] | None:
-    """Return the class names of all sources if one of them has a list of its own; None to read them from the rows."""
+    """Return the class names of all sources if one of them defines a list; None to read them from the rows."""
     if not any(own.features for own in labels):
         return None
     return tuple(dict.fromkeys(name for own in sorted(labels, key=lambda own: not own.features) for name in own.names))
 
 
 def label_notes(labels: Sequence[LabelValues]) -> list[str]:
-    """Return a note on the classes that are united, where sources have different ones."""
+    """Return a note on the union of classes if the sources have different classes."""
     sets = [set(own.names) for own in labels if own.names]
     if len(sets) < 2 or all(found == sets[0] for found in sets):
         return []
@@ -406,7 +406,7 @@ def strata_of_sources(table: pa.Table, strata: npt.NDArray[np.generic] | None) -
 
 
 def rows_of_sources(split: Split, chosen: Sequence[int], *, are_taken: bool = True) -> Split:
-    """Return the rows of the chosen sources, or of all others."""
+    """Return the rows of the chosen sources, or, unless ``are_taken``, of all others."""
     numbers = source_numbers(split.table)
     assert numbers is not None
     return split.take(np.isin(numbers, chosen) == are_taken)
