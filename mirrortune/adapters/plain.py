@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of the base model that are trained as they are, beside the adapter: chosen by a word or by a pattern, or
-the rows of new tokens alone.
+"""Parameters of the base model that are trained directly, in addition to the adapter: those chosen by a group name or a
+pattern, or only the rows of new tokens.
 
-Such a parameter goes by its name in the base model, and rows of it by ``NAME[first:stop]``.
+Such a parameter is identified by its name in the base model, and rows of it by ``NAME[first:stop]``.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def _biases(model: nn.Module) -> set[int]:
 _WORDS: Mapping[str, Callable[[nn.Module], set[int]]] = {
     "biases": _biases, "embeddings": _embeddings, "norms": _norms,
 }  # fmt: skip
-"""Words that choose parameters by what they are; every other entry is a pattern for names."""
+"""Names of groups of parameters; every other entry is a pattern for parameter names."""
 
 
 def own(module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that a module holds itself."""
+    """Return the parameters of a module without those of its submodules."""
     return list(module.parameters(recurse=False))
 
 
@@ -96,7 +96,7 @@ def _matched(entry: str, aliases: Mapping[int, list[str]], places: Iterable[str]
 
 
 def _with_owners(name: str) -> list[str]:
-    """Return the name of a parameter, and those of the modules around it."""
+    """Return the name of a parameter and the names of the modules that contain it."""
     parts = name.split(".")
     return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
@@ -127,10 +127,10 @@ def chosen_by_method(
 
 @dataclass(frozen=True, slots=True)
 class RowRange:
-    """Some rows of a matrix of the base model, which are trained alone.
+    """Rows of a matrix of the base model of which only these rows are trained.
 
     Attributes:
-        weight: name of the matrix, the first one of a tied matrix.
+        weight: name of the matrix; the first name of a tied matrix.
         first, stop: the rows are ``weight[first:stop]``.
     """
 
@@ -140,7 +140,7 @@ class RowRange:
 
     @classmethod
     def parse(cls, name: str) -> RowRange | None:
-        """Return the rows that a name stands for; None for the name of a whole parameter."""
+        """Parse ``NAME[first:stop]``; return None for the name of a parameter."""
         found = _ROWS.fullmatch(name)
         return None if found is None else cls(found[1], int(found[2]), int(found[3]))
 
@@ -148,11 +148,11 @@ class RowRange:
         return f"{self.weight}[{self.first}:{self.stop}]"
 
     def fit(self, weight: Tensor) -> bool:
-        """Whether a matrix has these rows."""
+        """Return whether a matrix has these rows."""
         return weight.ndim == 2 and 0 <= self.first < self.stop <= weight.shape[0]
 
     def put(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Return ``weight`` with ``rows`` (stop - first, D) in their place, in its dtype."""
+        """Return ``weight`` with ``rows`` (stop - first, D) inserted, in the dtype of ``weight``."""
         return torch.cat([weight[: self.first], rows.to(weight), weight[self.stop :]])
 
 
