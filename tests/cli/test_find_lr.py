@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.cli.console import mirrortune
+
+pytestmark = pytest.mark.figures
 
 
 def words(model: Path, *more: object) -> list[object]:
