@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Container
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mirrortune.adapters.svd import Factors
 from mirrortune.errors import VerificationError
@@ -34,6 +35,7 @@ _PROBE_ATTEMPTS = 64
 # rounding error (1e-15) divided by the gap, so vectors outside clusters agree to 1e-8.
 _CLUSTER_GAP = 1e-7
 _NULL = 1e-10  # below this fraction of the largest value, left and right vectors are independent of each other
+_SAMPLE = 2**14  # values of a parameter
 _LARGEST_CLUSTER = 64  # m vectors; the sketch has 2 m^2 entries per side, and a larger cluster is not repaired
 
 Clusters = tuple[tuple[int, int], ...]
@@ -104,6 +106,23 @@ def value_digest(weight: Tensor) -> str:
     numbers = (single if is_exact else host) + 0.0  # no negative zeros
     digest = hashlib.sha256(f"{tuple(host.shape)}:".encode())
     digest.update(numbers.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sampled_digest(model: nn.Module, left_out: Container[str]) -> str:
+    """Return a digest of samples of a model's weights, up to 16,384 values of every parameter not in ``left_out``.
+
+    Values are compared in float32, so that the digest does not depend on the dtype. Quantised weights are left out.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name in left_out or not parameter.is_floating_point():
+            continue
+        values = parameter.detach().reshape(-1)
+        stride = max(1, len(values) // _SAMPLE) | 1  # odd, so that columns of even matrices are not skipped
+        sample = values[::stride].float().cpu() + 0.0  # no negative zeros
+        digest.update(f"{name}:{tuple(parameter.shape)}:".encode())
+        digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, stored_bases, stored_pairs
+from mirrortune.adapters.fingerprint import sampled_digest
 from mirrortune.adapters.spec import AdapterSpec, make_pairs, needs_saliency
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors
@@ -108,12 +110,14 @@ class AdaptedBase:
         book: fingerprints of its layers.
         strategies: how layers compute, by layer.
         pairing_seconds: time in which pairs or bases were measured; 0 if they were not.
+        weights: digests of the base's weights: of samples of all, and of the adapted ones.
     """
 
     model: nn.Module
     book: FingerprintBook
     strategies: dict[str, Strategy]
     pairing_seconds: float
+    weights: dict[str, str]
 
 
 def load_adapted_base(
@@ -121,6 +125,7 @@ def load_adapted_base(
 ) -> AdaptedBase:
     """Load a job's base model and attach its adapter; pairs and strategies of a resumed run are those it began with."""
     loaded = load_base(job)
+    weights = {"sampled": sampled_digest(loaded.model, loaded.targets.head)}
     cache = FactorCache(on_remark=reporter.note, device=factorising_device(accelerator.device))
     if layers := _layers(job, loaded):  # together with the other processes of the run; none waits for another here
         _share(job, layers, cache, reporter.bar, accelerator.process_index, accelerator.num_processes)
@@ -130,7 +135,11 @@ def load_adapted_base(
     pairing_seconds = time.perf_counter() - started if pairs or bases else 0.0
     strategies = choose_strategies(job, loaded.targets, run, accelerator, resume=resume)
     book = adapt_model(loaded, job.spec, cache, pairs, strategies, bases)
-    return AdaptedBase(model=loaded.model, book=book, strategies=strategies, pairing_seconds=pairing_seconds)
+    hashes = json.dumps({name: entry.weight_hash for name, entry in sorted(book.entries.items())})
+    weights["adapted"] = hashlib.sha256(hashes.encode()).hexdigest()
+    return AdaptedBase(
+        model=loaded.model, book=book, strategies=strategies, pairing_seconds=pairing_seconds, weights=weights
+    )
 
 
 def adapt_model(

@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,7 @@ from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, VerificationError, counted
 from mirrortune.reports import html, model_card
 from mirrortune.reports.drawing import write_figure
-from mirrortune.reports.finished_run import FinishedRun, regular_file
+from mirrortune.reports.finished_run import FinishedRun, read_json, regular_file
 from mirrortune.reports.run_figures import learning_curves
 from mirrortune.reports.run_page import run_page
 from mirrortune.runs.checks import RunSettings
@@ -36,10 +37,12 @@ from mirrortune.system.console import Reporter, describe_metrics
 from mirrortune.system.devices import peak_resident_bytes, resolve_precision
 from mirrortune.system.distributed.sharding import Sharding, whole_parameters
 from mirrortune.system.paths import PACKAGE_SCHEME, ModelPlace
-from mirrortune.system.run_directory import RunDirectory, read_text
+from mirrortune.system.run_directory import RunDirectory
 from mirrortune.tasks.base import task_to_dict
 from mirrortune.training.evaluate import evaluate_split
 from mirrortune.training.settings import FitResult
+
+_ENVIRONMENT = "environment.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,22 +127,56 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
         raise ConfigError.several(differing)
 
 
-def changed_data(run: RunDirectory, origin: dict[str, Any]) -> list[str]:
-    """Return the data sets whose content differs from what a run recorded when it was started.
+def check_same_data(job: Job, run: RunDirectory, reporter: Reporter) -> None:
+    """Check that a run is resumed on the data that it was started with; note another version of mirrortune.
 
-    Args:
-        run: that is resumed.
-        origin: of the data now, as of :class:`mirrortune.data.dataset.DataSet`.
+    Raises:
+        ConfigError: files or the commit differ; the error names all of them.
     """
-    try:
-        before = json.loads(read_text(run.path / "environment.json"))["data"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return []  # damaged or missing: nothing to compare with
-    now = json.loads(json.dumps(origin))
-    parts = [own.get("sources") or [own] for own in (before, now) if isinstance(own, dict)]
-    if len(parts) != 2 or len(parts[0]) != len(parts[1]):
-        return []
-    return [str(new.get("path") or new.get("repository")) for old, new in zip(*parts, strict=True) if old != new]
+    known = read_json(run.path / _ENVIRONMENT)
+    if "data" not in known:
+        reporter.note(f"warning: {_ENVIRONMENT} does not say what the run was started on: data and base not compared")
+        return
+    if (version := known.get("mirrortune")) != __version__:
+        reporter.note(f"the run was started with mirrortune {version}, this is {__version__}")
+    before, now = dict(_leaves(known["data"])), dict(_leaves(json.loads(json.dumps(job.data_origin))))
+    changes = [_change(key, before, now) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changes:
+        fix = "Restore the data, or start anew with --overwrite"
+        raise ConfigError("--resume", f"the data is not that of the run: {'; '.join(changes)}", fix=fix)
+
+
+def check_same_base(digests: dict[str, str], run: RunDirectory) -> None:
+    """Check that a run is resumed on the base that it was started with, by the digests of its weights.
+
+    Raises:
+        ConfigError: its weights differ.
+    """
+    known = read_json(run.path / _ENVIRONMENT)
+    model = known.get("model")
+    model = model if isinstance(model, dict) else {}
+    if model.get("weights", digests) != digests:  # absent from runs of older versions
+        raise ConfigError(
+            "--resume", f"the weights of '{model.get('name')}' are not those that the run was started with",
+            fix="Restore the model, or start anew with --overwrite",
+        )  # fmt: skip
+
+
+def _leaves(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the values of nested JSON data by their keys, without paths, which do not say what the data is."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if key != "path":
+                yield from _leaves(inner, *path, str(key))
+    else:
+        yield path, value
+
+
+def _change(key: tuple[str, ...], before: dict[tuple[str, ...], Any], now: dict[tuple[str, ...], Any]) -> str:
+    if not any("sha256" in part for part in key):
+        return f"{'.'.join(key)} was {_brief(before.get(key))}, is {_brief(now.get(key))}"
+    name = ".".join(part for part in key if "sha256" not in part) or "a file"
+    return f"{name} {'is new' if key not in before else 'is gone' if key not in now else 'has changed'}"
 
 
 def _brief(value: Any) -> str:
@@ -226,7 +263,9 @@ def score_reported(
     return found
 
 
-def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict[str, list[str]]) -> dict[str, Any]:
+def environment(
+    job: Job, resolved: Resolved, accelerator: Any, strategies: dict[str, list[str]], weights: dict[str, str]
+) -> dict[str, Any]:
     """Return the content of ``environment.json``: everything besides the recipe that is needed to repeat a run.
 
     Args:
@@ -234,6 +273,7 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
         resolved: recipe with the origins of its values.
         accelerator: accelerate's ``Accelerator``.
         strategies: layer names by strategy.
+        weights: digests of the base.
     """
     precision = resolve_precision(job.settings.model.precision)
     packages = ["torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy"]
@@ -249,7 +289,12 @@ def environment(job: Job, resolved: Resolved, accelerator: Any, strategies: dict
         "mixed_precision": {"fp32": "no"}.get(precision, precision),
         "strategies": strategies,
         "seed": job.settings.loop.seed,
-        "model": {"name": job.source.name, "revision": job.source.revision, "commit": job.source.commit},
+        "model": {
+            "name": job.source.name,
+            "revision": job.source.revision,
+            "commit": job.source.commit,
+            "weights": weights,
+        },
         "data": job.data_origin,
         "argv": sys.argv,
         "origins": resolved.origins,

@@ -24,7 +24,8 @@ from mirrortune.runs.load import base_identity, by_strategy, load_adapted_base
 from mirrortune.runs.recorder import record_validation, recording
 from mirrortune.runs.results import (
     RunResult,
-    changed_data,
+    check_same_base,
+    check_same_data,
     check_same_recipe,
     environment,
     peak_memory_bytes,
@@ -131,11 +132,7 @@ def _train(
 ) -> RunResult:
     """Train in a claimed run directory; ``create`` creates it and is None if the run is resumed."""
     recipe, resume = resolved.recipe, create is None
-    job = assemble(settings, reporter)
-    for name in changed_data(run, job.data_origin) if resume else ():
-        reporter.note(f"warning: {name} has changed since the run was started, which goes on with what it holds now")
-    if Sharding.of(accelerator).stage and job.source.is_quantised:
-        raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
+    job = _assemble(settings, run if resume else None, accelerator, reporter)
     describe_processes(accelerator, reporter, run.path)
     seed_everything(settings.loop.seed)  # the head's initial weights
     adapted = load_adapted_base(job, run, accelerator, reporter, resume=resume)
@@ -144,9 +141,12 @@ def _train(
         reporter.note(text)
 
     def record() -> None:
-        if create is not None:
+        if create is None:
+            check_same_base(adapted.weights, run)
+        else:
             create()
-            run.write_json("environment.json", environment(job, resolved, accelerator, by_strategy(adapted.strategies)))
+            found = environment(job, resolved, accelerator, by_strategy(adapted.strategies), adapted.weights)
+            run.write_json("environment.json", found)
         run.write_text(run.recipe.name, recipe.to_yaml())  # a resumed run may have changed settings
 
     # An earlier run is replaced only now that everything that could fail has been loaded.
@@ -171,6 +171,16 @@ def _train(
         if accelerator.is_main_process:
             write_results(run, job, recipe, result)
     return result
+
+
+def _assemble(settings: RunSettings, resumed: RunDirectory | None, accelerator: Any, reporter: Reporter) -> Job:
+    """Assemble the job of a run, and check that it can be resumed on this data and launched in this way."""
+    job = assemble(settings, reporter)
+    if resumed is not None:
+        sync.from_main(accelerator, lambda: check_same_data(job, resumed, reporter))
+    if Sharding.of(accelerator).stage and job.source.is_quantised:
+        raise ConfigError("model.load_in", "DeepSpeed was not tried with quantised weights", fix="Use ddp")
+    return job
 
 
 def _rounded(fitted: FitResult) -> dict[str, Any]:

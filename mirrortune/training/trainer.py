@@ -388,7 +388,7 @@ class Trainer:
         good = (
             f"the last good checkpoint is {self.run.checkpoint(steps[-1])}" if steps else "there is no checkpoint yet"
         )
-        fix = "Lower --lr or --head-lr, or look at the rows for broken values; then start again or --resume"
+        fix = "Lower --lr or --head-lr, or look at the rows for broken values; then start again"
         if self.update.scale is not None:
             fix = f"Use --precision fp32 if the model's own numbers exceed float16's. {fix}"
         error = DivergedError(step, f"{problem}, and {good}", fix=fix)

@@ -453,6 +453,24 @@ def test_a_run_is_continued_only_with_its_own_settings(finished: Finished, copy:
     assert (copy / "metrics.jsonl").read_bytes() == log
 
 
+def test_a_run_is_continued_only_on_its_own_data_and_base(desk: Path, tiny_model_dir: Path) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, desk / "base"))
+    words = ["train", "-m", "base", "-t", "text-classification", "-d", "reviews.csv", "--max-steps", 1, "-o", "run"]
+    assert mirrortune(*words).exit_code == 0
+    log, rows = (desk / "run" / "metrics.jsonl").read_bytes(), (desk / "reviews.csv").read_bytes()
+    write_table(desk / "reviews.csv", reviews(59))
+    other_data = mirrortune(*words, "--resume")
+    (desk / "reviews.csv").write_bytes(rows)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weight * 3 for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    other_base = mirrortune(*words, "--resume")
+
+    assert (other_data.exit_code, other_base.exit_code) == (2, 2)
+    assert "the data is not that of the run: reviews.csv has changed. Restore the data, or start" in other_data.said
+    assert f"the weights of '{base}' are not those that the run was started with" in other_base.said
+    assert (desk / "run" / "metrics.jsonl").read_bytes() == log
+
+
 def test_a_finished_run_that_is_continued_stays_as_it_is(finished: Finished, copy: Path) -> None:
     outcome = mirrortune(*finished.words, "-o", copy, "--resume", "--json", cache=finished.cache)
 

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which settings a continued run may change: those on which no number depends, and no others."""
+"""What a continued run may change: settings on which no number depends, and neither the data nor the base."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from mirrortune.adapters.fingerprint import sampled_digest
 from mirrortune.config.recipe import flatten, override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError
-from mirrortune.runs.results import changed_data, check_same_recipe
+from mirrortune.runs.results import check_same_base, check_same_data, check_same_recipe
 from mirrortune.system.run_directory import RunDirectory
+from tests.tiny_models import tiny_bert
+from tests.tiny_runs import HEAD
 
 FREE = {
     "output_dir": "elsewhere",
@@ -92,17 +98,64 @@ def test_everything_else_is_refused_by_name(run: RunDirectory, key: str) -> None
         check_same_recipe(changed, run)
 
 
-def test_data_that_changed_since_a_run_began_is_named(run: RunDirectory) -> None:
-    one, two = {"path": "/a.csv", "sha256": {"a.csv": "1"}}, {"path": "/b.csv", "sha256": {"b.csv": "2"}}
-    assert changed_data(run, one) == []  # nothing is recorded
-    run.write_json("environment.json", {"data": {"sources": [one, two]}})
-    assert changed_data(run, {"sources": [one, two]}) == []
-    assert changed_data(run, {"sources": [one, {**two, "sha256": {"b.csv": "3"}}]}) == ["/b.csv"]
-    run.write_json("environment.json", {"data": one})
-    assert changed_data(run, {**one, "sha256": {"a.csv": "3"}}) == ["/a.csv"]
-
-
 def test_a_permission_in_a_saved_recipe_permits_nothing_and_is_no_difference(run: RunDirectory) -> None:
     run.write_text("recipe.yaml", "model: {trust_remote_code: true}\n")
 
     check_same_recipe(Recipe(), run)
+
+
+DATA: dict[str, Any] = {
+    "path": "/a/rows",
+    "sha256": {"train.csv": "12", "validation.csv": "34"},
+    "validation": {"path": "v", "sha256": "56"},
+}
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        ({"sha256": {"train.csv": "00", "validation.csv": "34"}}, "train.csv has changed"),
+        ({"sha256": {"train.csv": "12"}}, "validation.csv is gone"),
+        ({"sha256": {**DATA["sha256"], "new.csv": "78"}}, "new.csv is new"),
+        ({"validation": {"path": "v", "sha256": "57"}}, "validation has changed"),
+        ({"commit": "abc"}, "commit was None, is 'abc'"),
+    ],
+)
+def test_other_data_is_refused_and_the_error_says_what_changed(
+    run: RunDirectory, now: dict[str, Any], says: str
+) -> None:
+    run.write_json("environment.json", {"data": DATA})
+
+    with pytest.raises(ConfigError, match=rf"the data is not that of the run: {says}.*start anew with --over"):
+        check_same_data(Mock(data_origin=DATA | now), run, Mock())
+
+
+def test_the_same_data_in_another_place_and_another_version_of_the_program_are_accepted(run: RunDirectory) -> None:
+    run.write_json("environment.json", {"mirrortune": "0.0.1", "data": DATA})
+    reporter = Mock()
+
+    check_same_data(Mock(data_origin=DATA | {"path": "/b/rows"}), run, reporter)
+
+    assert "was started with mirrortune 0.0.1, this is" in reporter.note.call_args.args[0]
+
+
+def test_data_that_was_not_recorded_is_not_compared_and_a_note_says_so(run: RunDirectory) -> None:
+    reporter = Mock()
+
+    check_same_data(Mock(data_origin=DATA), run, reporter)
+
+    assert "not compared" in reporter.note.call_args.args[0]
+
+
+@pytest.mark.parametrize("name", ["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.bias"])
+def test_a_base_with_another_weight_is_refused(run: RunDirectory, name: str) -> None:
+    model = tiny_bert()
+    run.write_json("environment.json", {"model": {"name": "tiny", "weights": {"sampled": sampled_digest(model, HEAD)}}})
+    with torch.no_grad():
+        model.get_parameter(HEAD[0]).add_(1)  # drawn anew, and restored from the checkpoint
+    check_same_base({"sampled": sampled_digest(model.to(torch.float64), HEAD)}, run)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.5).add_(0.1)
+
+    with pytest.raises(ConfigError, match=r"--resume: the weights of 'tiny' are not those .*--overwrite"):
+        check_same_base({"sampled": sampled_digest(model, HEAD)}, run)
