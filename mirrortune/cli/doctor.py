@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
+from mirrortune.errors import counted
 from mirrortune.system.console import Reporter
 
 
@@ -34,7 +35,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     for name, answer in found["abilities"].items():
         yield f"{name}: {answer}"
     for name, cache in found["caches"].items():
-        state = "" if cache["exists"] else ", not made yet"
+        state = ", cannot be written" if not cache["writable"] else "" if cache["exists"] else ", not made yet"
         free = "" if cache["free_bytes"] is None else f" ({_gibibytes(cache['free_bytes'])} free)"
         yield f"cache of {name}: {cache['path']}{free}{state}"
     yield f"Hub: {'a token is stored' if found['hub_token'] else 'no token'}"
@@ -45,7 +46,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 def _device(device: dict[str, Any]) -> str:
     parts = [f"{device['kind']} {device['name']}"]
     if "cores" in device:
-        parts.append(f"{device['cores']} cores, {device['threads']} threads in use")
+        parts.append(f"{counted(device['cores'], 'core')}, {counted(device['threads'], 'thread')} in use")
     if "memory_bytes" in device:
         parts.append(f"{_gibibytes(device['memory_bytes'])} of memory ({_gibibytes(device['free_bytes'])} free)")
     if "capability" in device:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def check_disk(needs: dict[Path, dict[str, int]]) -> None:
     """
     by_disk: dict[int, tuple[Path, dict[str, int]]] = {}
     for folder, wanted in needs.items():
-        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        # os.path, because pathlib raises an error for a folder that may not be looked into.
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))  # noqa: PTH110
         by_disk.setdefault(place.stat().st_dev, (place, {}))[1].update(wanted)
     for place, wanted in by_disk.values():
         total, free = sum(wanted.values()), shutil.disk_usage(place).free

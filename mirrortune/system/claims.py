@@ -100,6 +100,8 @@ def _acquire(place: Path, made: list[Path]) -> Callable[[], None] | None:
             return _lock(place)
         except FileNotFoundError:  # another claim has just removed a folder that it had created
             continue
+    if place.parent.is_dir():  # such as /proc
+        raise PermissionError(errno.EACCES, "no file can be created there", str(place.parent))
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place.parent))
 
 
@@ -154,8 +156,13 @@ else:
         common = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             return os.open(place, common | os.O_CREAT | os.O_RDWR, 0o666)
-        except PermissionError:  # another user's file, which can still be locked for reading
-            return os.open(place, common | os.O_RDONLY)
+        except PermissionError as error:
+            try:  # another user's file, which can still be locked for reading
+                return os.open(place, common | os.O_RDONLY)
+            except FileNotFoundError:
+                if os.access(place.parent, os.W_OK | os.X_OK):  # it was removed in the meantime
+                    raise
+                raise error from None
 
 
 def _soft_lock(place: Path) -> Callable[[], None] | None:

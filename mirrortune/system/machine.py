@@ -6,6 +6,7 @@ The description contains no user name, host name or token, so that it can be pos
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import importlib.util
@@ -36,12 +37,12 @@ from mirrortune.system.paths import cache_folder
 _PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "tokenizers", "huggingface-hub", "safetensors", "numpy", "scipy",
     "scikit-learn", "pyarrow", "peft", "bitsandbytes", "flash-attn", "triton", "deepspeed", "trl", "seqeval",
-    "rouge-score", "sacrebleu", "soundfile", "gguf",
+    "rouge-score", "sacrebleu", "soundfile", "gguf", "schedulefree", "tensorboard",
 )  # fmt: skip
 _VARIABLES = (
     "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "MIRRORTUNE_CACHE", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF",
     "OMP_NUM_THREADS", "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED",
-    "TOKENIZERS_PARALLELISM",
+    "TOKENIZERS_PARALLELISM", "MIRRORTUNE_DEVICE_MEMORY",
 )  # fmt: skip
 """Environment variables that affect results or speed; none of them holds a secret."""
 
@@ -52,7 +53,8 @@ def describe_machine() -> dict[str, Any]:
     Returns:
         ``mirrortune``, ``python`` and ``platform`` (versions); ``packages`` (version by name, None if not installed);
         ``devices``; ``precision`` (the choice of ``auto``); ``abilities`` (see :func:`abilities`); ``caches`` (with
-        free space in bytes); ``hub_token`` (whether one is stored); ``environment`` (variables that are set).
+        free space in bytes, and whether they can be written); ``hub_token`` (whether one is stored); ``environment``
+        (variables that are set).
     """
     return {
         "mirrortune": __version__,
@@ -167,11 +169,16 @@ def _caches() -> dict[str, Path]:
 
 
 def _cache(folder: Path) -> dict[str, Any]:
-    place = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    # os.path, because pathlib raises an error for a folder that may not be looked into.
+    place = next((p for p in (folder, *folder.parents) if os.path.exists(p)), None)  # noqa: PTH110
+    free = None
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(place).free if place else None
     return {
         "path": without_names(str(folder)),
-        "exists": folder.is_dir(),
-        "free_bytes": shutil.disk_usage(place).free if place.exists() else None,
+        "exists": os.path.isdir(folder),  # noqa: PTH112
+        "writable": place is not None and os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK),  # noqa: PTH112
+        "free_bytes": free,
     }
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,3 +201,19 @@ def test_a_claim_that_is_removed_while_it_is_opened_is_taken_anew(
         with pytest.raises(ConfigError, match="is writing there"), claimed(tmp_path / "out"):
             pass
     assert tree(tmp_path) == {}
+
+
+def test_a_folder_in_which_no_file_may_be_created_is_reported_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = os.open
+
+    def refusing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ResourceError, match="Permission denied"), claimed(tmp_path / "x"):
+        pass

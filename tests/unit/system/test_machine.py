@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from mirrortune.system import machine
+from mirrortune.system.cache import check_disk
 
 
 @pytest.fixture
@@ -78,3 +82,22 @@ def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
         "kind": "cuda", "name": "Tesla T4 1", "memory_bytes": 16 * 2**30, "free_bytes": 3 * 2**30, "capability": "7.5",
         "runtime": "12.8",
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("ada")
+def test_a_cache_that_may_not_be_looked_into_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, really = tmp_path / "closed", os.stat
+
+    def refusing(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if isinstance(path, str | os.PathLike) and str(path).startswith(f"{closed}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, *args, **kwargs)
+
+    closed.mkdir()
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refusing)
+        assert machine._cache(closed / "hub")["exists"] is False
+        check_disk({closed / "hub": {"weights": 1}})
+    assert machine._cache(tmp_path / "file")["writable"] is False
+    assert machine._cache(tmp_path / "new")["writable"] is True
