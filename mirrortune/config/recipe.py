@@ -127,6 +127,7 @@ _SHOWN = 200  # characters shown of an invalid value
 _FORMS: dict[tuple[str, ...], str] = {
     ("adapter", "layers"): 'a list of numbers of blocks, from 0 on, and of "last N": [0, 1, last 4]',
     ("data", "path"): "a path or Hub id, or a list of these and of {path: PATH, weight: 2}",
+    ("train", "betas"): "a list of two numbers from 0 to below 1, such as [0.9, 0.999]",
     ("train", "class_weights"): "balanced, or {NAME: WEIGHT} with weights above 0, at most 1e6",
 }
 # Settings that are accepted from the recipe inside a target: which rows are scored, and how. Never the model, its code,

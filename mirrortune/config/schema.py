@@ -243,7 +243,7 @@ class TrainSection(_Section):
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training rows."""
     max_steps: int | None = Field(default=None, gt=0)
-    """Stop after this many optimizer steps, whatever epochs says."""
+    """Stop after this many optimizer steps, or after epochs if that is earlier; raise epochs to train longer."""
     schedule: Literal["linear", "cosine", "constant", "cosine-restarts", "wsd", "inverse-sqrt"] = "linear"
     """Decay of the learning rates after warm-up: to zero at the last step, not at all (constant), in num_cycles
     cosines, in the last decay_ratio of the steps alone (wsd), or as 1 / sqrt(step)."""

@@ -180,7 +180,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], so
     for key_node, value_node in node.value:
         place = f"{source}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-            raise ConfigError(place, f"a key must be text, got {key_node.value!r}", fix="Quote it")
+            raise ConfigError(place, f"a key must be text, got {key_node.value!r}", fix=f'Quote it: "{key_node.value}"')
         key_path = (*path, key_node.value)
         if key_path in lines:
             raise ConfigError(

@@ -17,7 +17,7 @@ import pyarrow as pa
 from mirrortune.data.columns import holds_lists_as_text, is_nan, number_of
 from mirrortune.data.files.arrow import cells, is_list, is_string, nulls
 from mirrortune.data.files.row_places import RowPlaces
-from mirrortune.errors import DataError, did_you_mean
+from mirrortune.errors import ConfigError, DataError, did_you_mean
 
 MISSING = -1
 # A column with more distinct values than this, and more than one for every two rows, is a text or an id, not a label.
@@ -29,8 +29,11 @@ def class_names(table: pa.Table, column: str, source: str, given: Sequence[str] 
 
     Raises:
         DataError: the column does not hold classes, or only one.
+        ConfigError: only one class is given.
     """
     names = tuple(given or ()) or feature_names(table, column) or names_in(table.column(column), source, column)
+    if given and len(names) < 2:
+        raise ConfigError("task.labels", f"got {list(names)}", allowed="two classes or more", fix="Name every class")
     if len(names) < 2:
         raise DataError(
             source,

@@ -355,6 +355,10 @@ def problems_of_names(recipe: Recipe, spec: AdapterSpec | None = None) -> list[C
     train = recipe.train
     chosen = OptimizerSettings(name=train.optimizer, betas=train.betas, eps=train.eps, momentum=train.momentum)
     errors += optimizer_problems(chosen, schedule=train.schedule, min_lr_ratio=train.min_lr_ratio)
+    for key, owner in (("num_cycles", "cosine-restarts"), ("decay_ratio", "wsd")):
+        if train.schedule != owner and getattr(train, key) != type(train).model_fields[key].default:
+            problem = f"{train.schedule} has none, got {getattr(train, key)}"
+            errors.append(ConfigError(f"train.{key}", problem, fix=f"Remove it, or set train.schedule={owner}"))
     metrics = recipe.task.metrics
     errors += [unknown_name("task.metrics", "metric", n, METRICS) for n in metrics or () if n not in METRICS]
     return errors

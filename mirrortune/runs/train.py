@@ -275,9 +275,19 @@ def _fit(
             sample=sample if job.samples is not None else None,
             draws=job.draws,
         )
+        for text in _remarks_on_steps(job.settings.loop, trainer.total_steps):
+            reporter.note(text)
         if resume:
             trainer.resume()
         return trainer.fit(), trainer.best_result
+
+
+def _remarks_on_steps(loop: LoopSettings, steps: int) -> Iterator[str]:
+    """Yield remarks on settings that ``steps`` optimizer steps are too few for."""
+    if loop.max_steps is not None and steps < loop.max_steps:
+        yield f"train.max_steps={loop.max_steps} is not reached: train.epochs={loop.epochs:g} ends after step {steps}"
+    if loop.warmup_steps is not None and loop.warmup_steps >= steps:
+        yield f"warning: the warm-up of {loop.warmup_steps} steps does not end within the {steps} steps of the run"
 
 
 def _settings(job: Job, accelerator: Any) -> LoopSettings:

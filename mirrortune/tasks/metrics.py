@@ -106,7 +106,9 @@ def _correlation(predictions: Array, references: Array, *, name: str) -> float:
 
     if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0  # the correlation with a constant is undefined
-    return float(getattr(scipy.stats, name)(predictions, references).statistic)
+    with warnings.catch_warnings():  # nearly constant values, such as those before training, are valid
+        warnings.simplefilter("ignore")
+        return float(getattr(scipy.stats, name)(predictions, references).statistic)
 
 
 def _accuracy(predictions: Array, references: Array) -> float:
@@ -283,7 +285,10 @@ def check_metrics(
                 "task.metrics", f"'{name}' needs two classes, got {num_classes}", allowed="f1_macro, f1_micro, accuracy"
             )
     if selection not in (None, *names):
-        raise ConfigError("task.selection_metric", f"'{selection}' is not computed", allowed=", ".join(names))
+        # The logged loss depends on smoothing and weights of classes, so it is not a metric.
+        fix = "Use log_loss, and list it in task.metrics" if selection == "loss" and "log_loss" in fitting else None
+        problem = f"'{selection}' is not computed" if selection != "loss" else "the loss is only logged"
+        raise ConfigError("task.selection_metric", problem, allowed=", ".join(names), fix=fix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -298,6 +298,17 @@ BAD: dict[str, Bad] = {
     "half a gzip file": data(gzip.compress(b"text,label\n" * 99)[:40], "not a whole gzip file", name="bad.csv.gz"),
     "no gzip file": data("text,label\n", "not a whole gzip file (Not a gzipped file", name="bad.csv.gz"),
     "no arrow file": data("text,label\n", "not a whole arrow file", name="bad.arrow"),
+    "cycles of no cosine": setting(
+        "--schedule linear train.num_cycles=3",
+        "train.num_cycles: linear has none, got 3. Remove it, or set",
+    ),
+    "a share of no decay": setting("train.decay_ratio=0.5", "train.decay_ratio: linear has none, got 0.5. Remove it"),
+    "a class called 1": setting('--class-weights "{1: 3}"', """a key must be text, got '1'. Quote it: "1"."""),
+    "one decay rate of two": setting("train.betas=[0.9]", "Allowed: a list of two numbers from 0 to below 1, such as"),
+    "one class alone": setting("task.labels=[good]", "task.labels: got ['good']. Allowed: two classes or more."),
+    "a checkpoint by the loss": setting(
+        "task.selection_metric=loss", "task.selection_metric: the loss is only logged. Allowed: accuracy. Use log_loss"
+    ),
     "sample of one row": setting("-d reviews.csv#1", "--data: got #1. Allowed: #2 or more"),
     "two configurations": setting(
         "-d hf://nyu-mll/glue:sst2 data.config=cola", "data.config: got 'cola', and hf://nyu-mll/glue:sst2. Give one"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -249,3 +250,10 @@ def test_glues_keys_and_numbers(task: str) -> None:
 
     assert list(found) == GLUE_KEYS[task]
     assert found == pytest.approx({key: GLUE[key](predictions, references) for key in GLUE_KEYS[task]}, rel=1e-6)
+
+
+def test_nearly_constant_values_raise_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = METRICS["pearson"].compute(np.array([1.0, 1.0 + 1e-15, 1.0]), np.array([1.0, 2.0, 3.0]))
+    assert -1 <= found <= 1
