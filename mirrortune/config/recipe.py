@@ -188,10 +188,8 @@ def _saved_recipe(layer: Layer) -> Recipe:
     if isinstance(layer.values.get(section), dict):
         layer.values[section].pop(key, None)
     if str(_setting(layer.values, "adapter", "pairing")).endswith(".json"):
-        where = layer.place(("adapter", "pairing"))
-        raise ConfigError(
-            where, "the recipe of a run lists the pairs, it does not name a file of them", fix="Restore the file"
-        )
+        problem = "the recipe of a run lists the pairs, it does not name a file of them"
+        raise ConfigError(layer.place(("adapter", "pairing")), problem, fix="Restore the file")
     return resolve([layer]).recipe
 
 

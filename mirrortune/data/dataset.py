@@ -110,8 +110,9 @@ class DataSet:
 
 
 def load_data(
-    place: DataPlace, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8"
-) -> DataSet:
+    place: DataPlace, *, config: str | None = None, revision: str | None = None, encoding: str = "utf-8",
+    least_rows: int = 2,
+) -> DataSet:  # fmt: skip
     """Read a data set.
 
     Args:
@@ -121,6 +122,7 @@ def load_data(
         config: configuration of a Hub data set (``sst2`` of ``nyu-mll/glue``).
         revision: branch, tag or commit of a Hub data set.
         encoding: encoding of local text files.
+        least_rows: smallest number of rows that may be taken.
 
     Raises:
         DataError: files are missing or cannot be read.
@@ -128,14 +130,14 @@ def load_data(
         HubError: the Hub cannot be reached, or refuses the request.
     """
     if not place.is_local:
-        return _sampled(_load_from_hub(place, config, revision), place.rows)
+        return _sampled(_load_from_hub(place, config, revision), place.rows, least_rows)
     refuse_hub_settings(config, revision)
     local = place.path()
     if place.kind == "pattern":
         found = _load_files(place.name, encoding)
     else:
         found = _load_folder(local, encoding) if local.is_dir() else _load_file(local, encoding)
-    return _sampled(found, place.rows)
+    return _sampled(found, place.rows, least_rows)
 
 
 def refuse_hub_settings(config: str | None, revision: str | None) -> None:
@@ -145,12 +147,14 @@ def refuse_hub_settings(config: str | None, revision: str | None) -> None:
             raise ConfigError(key, f"local data has none, got {value!r}", fix="Remove it")
 
 
-def _sampled(data: DataSet, count: int | None) -> DataSet:
+def _sampled(data: DataSet, count: int | None, least: int) -> DataSet:
     """Return the data set with at most ``count`` training rows, drawn with a fixed seed."""
     train = data.find("train")
     if count is None or train is None:
         return data
-    if count < 2:
+    if count < least:
+        if least == 1:
+            raise ConfigError("data.validation_path", f"got #{count}", allowed="#1 or more")
         raise ConfigError("--data", f"got #{count}", allowed="#2 or more: rows to train on and rows to validate on")
     name = next(n for n, split in data.splits.items() if split is train)
     fewer = {**data.splits, name: take_subset(train, count, 0)}

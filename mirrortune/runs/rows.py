@@ -103,7 +103,8 @@ def _read(settings: DataSettings, request: TaskRequest) -> DataSet:
     found = _mixed(settings, request) if settings.is_mixture else _read_place(settings)
     if settings.validation_place is None:
         return found
-    return with_validation(found, load_data(settings.validation_place, encoding=settings.encoding), settings)
+    other = load_data(settings.validation_place, encoding=settings.encoding, least_rows=1)
+    return with_validation(found, other, settings)
 
 
 def with_validation(data: DataSet, other: DataSet, settings: DataSettings) -> DataSet:

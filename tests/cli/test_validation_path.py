@@ -73,6 +73,7 @@ def test_a_recipe_names_it_beside_itself(desk: Path, other: Path, tiny_model_dir
         (["data.validation_path=other.csv", "data.validation_column_names={text: sentences}"], 3,
          "other.csv: it has no column 'sentences'. Did you mean 'sentence'?"),
         (["data.validation_path=nowhere.csv"], 3, "nowhere.csv"),
+        (["data.validation_path=other.csv#0"], 2, "data.validation_path: got #0. Allowed: #1 or more."),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(tiny_model_dir: Path, words: list[str], exit_code: int, says: str) -> None:
