@@ -72,6 +72,8 @@ def find_lr(resolved: Resolved, reporter: Reporter, *, recipe_name: str | None) 
         raise ConfigError("train.lr", f"got {settings.loop.lr:g}", allowed="a rate above 0, to sweep around")
     folder = local_path(settings.output_dir or f"runs/{run_name(settings, recipe_name)}")
     page = folder.with_name(f"{folder.name}-lr.html")
+    if page.is_dir():
+        raise ConfigError("--find-lr", f"its page would be {page}, which is a folder", fix="Choose another with -o")
     accelerator = make_accelerator(settings.model.precision, has_idle_parameters=settings.adapter.trains_base)
     reporter.is_main = accelerator.is_main_process
     if Sharding.of(accelerator).library or accelerator.num_processes > 1:

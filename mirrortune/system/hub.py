@@ -41,7 +41,7 @@ _CAUSES: dict[str, tuple[str, str]] = {
     "EntryNotFoundError": ("a file is missing from the repository", "Check that it is a {what} repository"),
     "OfflineModeIsEnabled": (
         "not in the local cache, and HF_HUB_OFFLINE forbids the network",
-        "Run prepare online first",
+        "Run prepare online first; if {flag} is a local file or folder, check that it exists",
     ),
 }
 # fmt: off

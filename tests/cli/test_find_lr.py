@@ -44,6 +44,11 @@ def test_what_it_cannot_do_is_refused_before_anything_is_read(desk: Path, tiny_m
     assert "run-lr.html was not written by mirrortune and is left alone" in foreign.stderr
     assert "data:" not in foreign.stderr
     assert (desk / "run-lr.html").read_text() == "of somebody else"
+    (desk / "run-lr.html").unlink()
+    (desk / "run-lr.html").mkdir()
+    folder = mirrortune(*words(tiny_model_dir))
+    assert folder.exit_code == 2
+    assert "its page would be run-lr.html, which is a folder. Choose another with -o." in folder.said
 
 
 def test_a_sweep_needs_a_rate_and_something_to_adapt(desk: Path, tiny_model_dir: Path) -> None:
