@@ -125,9 +125,9 @@ class Reporter:
             sys.stdout.buffer.write(content)
 
     def note(self, text: str, *, level: int = _NORMAL) -> None:
-        """Print a line to stderr if ``level`` is at most the verbosity."""
+        """Print a line to stderr if ``level`` is at most the verbosity, with line breaks in names escaped."""
         if self.is_main and level <= self.verbosity:
-            _say(self._err, text)
+            _say(self._err, text.replace("\n", r"\n"))
 
     def detail(self, text: str) -> None:
         """Print a line with ``-v``."""

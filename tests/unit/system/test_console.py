@@ -247,3 +247,8 @@ def test_every_way_of_speaking_shows_it(capfd: pytest.CaptureFixture[str]) -> No
     written = "".join(capfd.readouterr())
     assert written.count(printable(HOSTILE)) == 6
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", written)
+
+
+def test_a_line_break_in_a_name_starts_no_line_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    Reporter().note("text column 'te\nerror: forged'")
+    assert capfd.readouterr().err == "text column 'te\\nerror: forged'\n"
