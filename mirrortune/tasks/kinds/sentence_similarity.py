@@ -185,6 +185,9 @@ class Task(TextTask, ComparesRows):
         notes += [] if label_column or label is None else [detected("label", label, "the score of a pair")]
         if label is None:
             notes.append(f"no score: learning which '{text[1]}' belongs to each '{text[0]}', among those of its batch")
+        compared = label or text[1]
+        if len(text) == 2 and table.num_rows > 1 and len(table.column(compared).unique()) < 2:
+            notes.append(f"warning: column '{compared}' has the same value in every row: there is nothing to learn")
         own, target = _RANKING if label is None else _CORRELATION
         return cls(text_columns=text, label_column=label, **scores.fields(own, target)), notes
 

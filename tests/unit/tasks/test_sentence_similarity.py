@@ -265,3 +265,12 @@ def test_all_texts_of_a_row_are_shown(tokenizer: Any) -> None:
         "text: [CLS] dull film [SEP] (text 3)",
     ]  # fmt: skip
     assert not any("learned" in line or "labels" in line for line in lines)
+
+
+@pytest.mark.parametrize("columns", [{"score": [1, 1, 1]}, {"sentence2": ["fun", "fun", "fun"]}])
+def test_rows_without_anything_to_compare_are_remarked_on(columns: dict[str, Any]) -> None:
+    _, notes = KIND.from_rows(pa.table({**PAIRS, **columns}), "rows")
+    _, of_others = KIND.from_rows(pa.table(PAIRS), "rows")
+
+    assert [note for note in notes if note.endswith("has the same value in every row: there is nothing to learn")]
+    assert not [note for note in of_others if note.startswith("warning")]
