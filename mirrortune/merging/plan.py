@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mirrortune.adapters.peft_bridge.single_layer import (
     stands_alone,
 )
 from mirrortune.adapters.peft_bridge.tuners import PeftLayer
+from mirrortune.adapters.plain import RowRange
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.models.load import ModelSource, resolve_dtype
 from mirrortune.models.parts import CannotLoadParts, LoadedTensor, PartLoader, value_of
@@ -205,7 +206,7 @@ def plan_merge(
     auto_class = str(adapters[-1].base["auto_class"])
     loader, stored = _stored(source, auto_class, model, dtype, files)
     turned = None if packed is None else _stored(packed, auto_class, model, dtype, checkpoint_files(packed))[1]
-    trained = _trained(adapters, names)
+    trained = _trained(adapters, names, stored)
     adapted = _adapted(adapters, stored, names)
     if both := trained.keys() & adapted.keys():
         problem = f"'{min(both)}' is trained as a whole by one adapter and changed by another"
@@ -279,11 +280,30 @@ def _without_twins(
     return sorted(kept, key=lambda tensor: places.get(tensor.name, len(places)))
 
 
-def _trained(adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+def _direct_tensors(
+    adapter: AdapterFile, names: dict[str, tuple[str, ...]], stored: Stored
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """Yield the tensors that an adapter has trained directly, by name; rows within the base's matrix, which new ones
+    make longer.
+    """
+    for name, tensor in adapter.plain_tensors().items():
+        rows = RowRange.parse(name)
+        if rows is None:
+            yield name, tensor
+            continue
+        held = next((twin for twin in names.get(rows.weight, ()) if twin in stored), None)
+        if held is None or stored[held].shape[0] < rows.first:
+            raise NotTensorByTensor(f"the files hold '{rows.weight}' otherwise than the model")
+        yield rows.weight, rows.put(tensor, value_of(stored[held]))
+
+
+def _trained(
+    adapters: Sequence[AdapterFile], names: dict[str, tuple[str, ...]], stored: Stored
+) -> dict[str, Tensor]:  # fmt: skip
     found: dict[str, Tensor] = {}
     owners: dict[str, AdapterFile] = {}
     for adapter in adapters:
-        for name, tensor in adapter.plain_tensors().items():
+        for name, tensor in _direct_tensors(adapter, names, stored):
             key = f"param.{name}"
             if name not in names:
                 raise VerificationError(str(adapter.folder), f"the model has no tensor '{key}'")

@@ -274,8 +274,8 @@ def _by_tensors(merge: _Merge, folder: Path, report: dict[str, Any]) -> Verifica
     is_quantised = merge.source.is_stored_packed or any(a.base.get("quantised") for a in merge.adapters)
     if merge.source.gguf_file or (is_quantised and not is_single):
         raise NotTensorByTensor("the base is quantised")
-    if any(adapter.base.get("new_tokens") for adapter in merge.adapters):
-        raise NotTensorByTensor("its embeddings are made longer, for new tokens")
+    if len(merge.adapters) > 1 and any(adapter.base.get("new_tokens") for adapter in merge.adapters):
+        raise NotTensorByTensor("one of them has new tokens, and with them a vocabulary of its own")
     ledger = TensorLedger()
     packed = trained_on(merge.adapters[0], merge.source, merge.base) if is_single else None
     merge, model, plan = _plan(merge, packed)

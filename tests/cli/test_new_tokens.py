@@ -33,6 +33,7 @@ def tokens_in(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_run_with_new_tokens_is_scored_answered_and_merged(desk: Path, tiny_model_dir: Path) -> None:
     text = (desk / "reviews.csv").read_text().replace(" the ", " <user> ").replace(" a ", " Zweig ")
     (desk / "reviews.csv").write_text(text)
@@ -79,7 +80,7 @@ def test_a_run_with_new_tokens_is_scored_answered_and_merged(desk: Path, tiny_mo
 @pytest.mark.parametrize(
     ("is_tied", "rows", "how"),
     [
-        (False, 272, "lora"), (True, 259, "hf"),
+        (True, 259, "hf"), pytest.param(False, 272, "lora", marks=pytest.mark.slow),
         pytest.param(True, 259, "lora", marks=pytest.mark.slow), pytest.param(False, 272, "hf", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -110,6 +111,11 @@ def test_a_language_model_reads_and_writes_them(desk: Path, is_tied: bool, rows:
     assert adapted.config.vocab_size == max(rows, start + 2)
     if how == "hf":
         found = AutoModelForCausalLM.from_pretrained(desk / "out")
+        before = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+        after = load_file(desk / "out" / "model.safetensors")["model.embed_tokens.weight"]
+        assert "in_memory" not in json.loads((desk / "out" / "merge.json").read_text())
+        assert torch.equal(after[:start], before[:start])
+        assert torch.equal(after[start : start + 2], adapter.plain_tensors()[adapter.plain[0]])
     else:
         from peft import AutoPeftModelForCausalLM
 
