@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
-from mirrortune.adapters.plain import attach_rows, held_in
+from mirrortune.adapters.plain import RowRange, attach_rows, call_in_autocast, held_in
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.adapters.targets import Target, Targets, find_targets
 from mirrortune.errors import ConfigError
+from mirrortune.system.devices import holds_half
 
 FactorSource = Callable[[str, Tensor, int], Factors]
 """(layer name, matrix (O, I) or stack (E, O, I), rank) -> float64 factors, computed or read from a cache."""
@@ -147,7 +148,13 @@ def thaw(model: nn.Module) -> None:
     """Make rows that are trained alone parameters, and require gradients for all that is trained as it is: adapted
     layers have frozen all of their own.
     """
-    attach_rows(model, attachment(model).targets.plain)
+    attached = attachment(model)
+    attach_rows(model, attached.targets.plain)
+    held = held_in(model)
+    whole = [name for name in attached.targets.plain if RowRange.parse(name) is None]
+    wide = [name for name in whole if held[name].dtype == torch.float32]
+    if wide and attached.spec.preset.plain == "none" and holds_half(model):
+        call_in_autocast(model)
     for parameter in plain_parameters(model).values():
         parameter.requires_grad = True
 

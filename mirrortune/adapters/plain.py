@@ -20,6 +20,7 @@ from typing_extensions import override
 from mirrortune.adapters.kinds import is_plain
 from mirrortune.adapters.layer_patterns import fits
 from mirrortune.errors import ConfigError, did_you_mean
+from mirrortune.system.devices import autocast
 
 WHERE = "adapter.also_train"
 ADD_TOKENS = "data.add_tokens"
@@ -247,6 +248,27 @@ def attach_rows(model: nn.Module, names: Iterable[str]) -> None:
             if not parametrize.is_parametrized(module):
                 held = next(name for name, p in module.named_parameters(recurse=False) if p is weight)
                 parametrize.register_parametrization(module, held, new, unsafe=True)
+
+
+def call_in_autocast(model: nn.Module) -> None:
+    """Call a 16-bit model under autocast from now on, where its caller does not: some of its own layers are in float32,
+    and the next one takes 16 bits.
+    """
+    model.register_forward_pre_hook(_enter_autocast)
+    model.register_forward_hook(_leave_autocast, always_call=True)
+
+
+_CONTEXTS = "_mirrortune_contexts"  # attribute of a model that is being called
+
+
+def _enter_autocast(module: nn.Module, _: object) -> None:
+    context = autocast(module)
+    context.__enter__()
+    vars(module).setdefault(_CONTEXTS, []).append(context)
+
+
+def _leave_autocast(module: nn.Module, *_: object) -> None:
+    vars(module)[_CONTEXTS].pop().__exit__(None, None, None)
 
 
 def held_in(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,6 +19,7 @@ from mirrortune.adapters.files.description import edited_text
 from mirrortune.adapters.inject import AdapterSpec, adapter_parameters, attach, plain_parameters
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.system.devices import widen
 from mirrortune.training.optim import build_optimizer
 from tests.bank_cases import Cases, logits_of, save_trained, token_ids
 from tests.tiny_models import tiny_bert, tiny_causal
@@ -223,3 +224,19 @@ def test_a_bank_refuses_what_it_would_compute_wrong(tmp_path: Path, family: str,
     save_trained(base, tmp_path / "a", 0, also_train=[entry])
     with pytest.raises(ConfigError, match=f"it is trained whole, and {said}"):
         mirrortune.AdapterBank(base).add("a", tmp_path / "a")
+
+
+def test_a_model_in_16_bits_writes_with_norms_in_32() -> None:
+    """They are trained in float32, in which small steps count; generate calls the model without autocast."""
+    model = tiny_causal("Llama").bfloat16()
+    spec = AdapterSpec(method="none", also_train=("norms",))
+    widen(model, spec.in_float32((), find_targets(model, spec).plain))
+    attach(model, spec)
+    assert model.get_parameter("model.norm.weight").dtype == torch.float32
+    written: Any = model
+    found = written.generate(torch.tensor([[5, 6]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert found.shape == (1, 5)
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[5000]]))
+    assert not torch.is_autocast_enabled("cpu")
