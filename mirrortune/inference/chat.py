@@ -23,7 +23,8 @@ from typing_extensions import override
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
-from mirrortune.system.outputs import Input, check_file
+from mirrortune.system.links import real
+from mirrortune.system.outputs import Input, check_file, read_marker
 from mirrortune.tasks.chat import alpaca_prompt, encode_continuation, encode_prompt, turn_end_ids, writes_system
 from mirrortune.tasks.conversations import Conversation, Message
 from mirrortune.tasks.predicting import PredictOptions
@@ -224,7 +225,8 @@ class Chat:
         Saving the conversation again with more turns replaces its earlier row if that is the last one of the file.
 
         Raises:
-            ConfigError: there is nothing to save, or the file has another suffix or holds anything but such rows.
+            ConfigError: there is nothing to save, or the file has another suffix, lies in a folder that mirrortune
+                wrote or holds anything but such rows.
             ResourceError: the file cannot be written.
         """
         if not self.turns:
@@ -232,6 +234,10 @@ class Chat:
         if path.suffix != ".jsonl":
             raise ConfigError("/save", f"got {path}", allowed="a file that ends in .jsonl, which train reads")
         check_file(path, inputs, "/save")
+        # A file of the user in a run would keep `train --overwrite` from replacing that run.
+        for above in real(path).parents:
+            if (marker := read_marker(above)) is not None:
+                raise ConfigError("/save", f"{path} lies in the {marker.kind} {above}", fix="Give a name elsewhere")
         with claimed(path):
             before = _rows(path)
             text = json.dumps({"messages": self.messages()}, ensure_ascii=False)

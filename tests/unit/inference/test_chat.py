@@ -15,7 +15,8 @@ import torch
 from mirrortune.data.dataset import load_data
 from mirrortune.errors import ConfigError, DataError, ResourceError
 from mirrortune.inference.chat import Chat, Form, Speaker
-from mirrortune.system.outputs import Input
+from mirrortune.system.atomic import MARKER
+from mirrortune.system.outputs import RUN, Input, Marker, write_marker
 from mirrortune.system.paths import DataPlace
 from mirrortune.tasks.chat import alpaca_prompt, encode_continuation
 from mirrortune.tasks.predicting import PredictOptions
@@ -239,3 +240,15 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path) 
 
     with pytest.raises((ConfigError, ResourceError), match="file"):
         talk.save(tmp_path / "file" / "talks.jsonl")
+
+
+@pytest.mark.parametrize("below", ["talks.jsonl", "deep/er/talks.jsonl"])
+def test_nothing_is_saved_in_a_run(tmp_path: Path, below: str) -> None:
+    """Also in a run that the command does not read."""
+    write_marker(tmp_path / "run", Marker(RUN.name, frozenset()))
+    talk = chat()
+    talk.turns.append(("one", "two"))
+
+    with pytest.raises(ConfigError, match=r"/save: .*talks\.jsonl lies in the run .*run\. Give a name elsewhere"):
+        talk.save(tmp_path / "run" / below)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [MARKER]
