@@ -175,7 +175,8 @@ def _leaves(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
 def _change(key: tuple[str, ...], before: dict[tuple[str, ...], Any], now: dict[tuple[str, ...], Any]) -> str:
     if not any("sha256" in part for part in key):
         return f"{'.'.join(key)} was {_brief(before.get(key))}, is {_brief(now.get(key))}"
-    name = ".".join(part for part in key if "sha256" not in part) or "a file"
+    number, key_of_file = (f"data set {int(key[1]) + 1}: ", key[2:]) if key[0] == "sources" else ("", key)
+    name = number + (".".join(part for part in key_of_file if "sha256" not in part) or "a file")
     return f"{name} {'is new' if key not in before else 'is gone' if key not in now else 'has changed'}"
 
 
