@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from mirrortune.data.dataset import DataSet, Split, flat, names_and_sizes_sha256
-from mirrortune.data.files.arrow import text_array
+from mirrortune.data.files.arrow import rename_problems, text_array
 from mirrortune.data.files.class_folders import AUDIO_SUFFIXES, IMAGE_FORMATS
 from mirrortune.data.files.readers import read_rows
 from mirrortune.data.files.row_places import FileRows
@@ -96,6 +96,7 @@ def _lines(path: Path, encoding: str) -> tuple[Split, bool]:
     start = next((line.strip() for line in lines_of(path, encoding, "\n") if line.strip()), "")
     if start.startswith("{"):
         table, rows = read_rows(path, encoding)
+        table = rename_problems(table, str(path), _STDIN_NAME)
         return Split(table=flat(table), source=_STDIN_NAME, files=(replace(rows, name=_STDIN_NAME),)), False
     # Every line is a row, including blank ones, so that answers can be matched with the lines.
     lines = (line.removesuffix("\n") for line in lines_of(path, encoding, "\n"))

@@ -169,6 +169,18 @@ def is_unreadable(field: pa.Field) -> bool:
     return _PROBLEM in (field.metadata or {})
 
 
+def rename_problems(table: pa.Table, old: str, new: str) -> pa.Table:
+    """Replace the path ``old`` by ``new`` in the errors of the columns that could not be read."""
+    fields = []
+    for field in table.schema:
+        if is_unreadable(field):
+            where, problem, fix = json.loads(field.metadata[_PROBLEM])
+            fields.append(problem_field(field.name, where.replace(old, new), problem, fix))
+        else:
+            fields.append(field)
+    return pa.table(table.columns, schema=pa.schema(fields))
+
+
 def refuse_unreadable(table: pa.Table, columns: Iterable[str]) -> None:
     """Raise the DataError of the first of ``columns`` that could not be read; columns that do not exist are ignored."""
     wanted = set(columns)
