@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mirrortune.errors import ResourceError
+from mirrortune.system.paths import cache_folder
 
 # Suffixes of the hidden temporary names, by which leftovers of a killed process are recognised.
 PARTIAL, _REPLACED = ".partial", ".replaced"
@@ -271,14 +272,15 @@ def leftover_of(name: str) -> str | None:
 
 
 def cannot_write(path: Path, error: Exception) -> ResourceError:
-    """Return the error for a file that could not be written, with advice that depends on whether the disk is full."""
+    """Return the error for a file or folder that could not be written, with advice for outputs or for the cache."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # An exception of safetensors has the error number only in its text.
     is_full = getattr(error, "errno", None) in full or any(f"(os error {n})" in str(error) for n in full)
+    is_cached = path.absolute().is_relative_to(cache_folder())
     return ResourceError(
         str(path),
         f"cannot be written ({'the disk is full' if is_full else error})",
-        fix="Free space or choose another place with -o",
+        fix=f"Free space or choose another place with {'MIRRORTUNE_CACHE' if is_cached else '-o'}",
     )
 
 

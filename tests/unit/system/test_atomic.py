@@ -206,6 +206,15 @@ def test_every_way_to_say_full_is_understood(number: int) -> None:
     assert str(error) == "a: cannot be written (the disk is full). Free space or choose another place with -o."
 
 
+def test_a_cache_that_cannot_be_written_is_moved_by_its_own_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MIRRORTUNE_CACHE", str(tmp_path))
+    for path in (tmp_path, tmp_path / "tokens" / "a"):
+        error = cannot_write(path, PermissionError(errno.EACCES, "Permission denied"))
+        assert str(error).endswith("Free space or choose another place with MIRRORTUNE_CACHE.")
+
+
 def test_what_is_replaced_may_be_private_and_makes_nothing_public(tmp_path: Path) -> None:
     """An entry of a shared cache that everybody may write is no model for the one that replaces it."""
     place, usual = tmp_path / "file", tmp_path / "usual"
