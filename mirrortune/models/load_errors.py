@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
+import shlex
 import struct
 from collections.abc import Iterator
 
@@ -60,12 +62,23 @@ def load_errors(name: str) -> Iterator[None]:
     except ImportError as error:  # a package that reads a quantised format is missing
         raise ConfigError(f"model '{name}'", str(error).strip().split("\n")[0][:300], fix="Install it") from error
     except OSError as error:
-        text = str(error).strip().split("\n")[0]
-        # An incomplete local folder; transformers names the missing file. (Causes on the Hub are explained by
-        # hub_errors.)
-        if ModelPlace.parse(name).is_local and error.__cause__ is None:
-            raise ConfigError(f"model '{name}'", text[:300]) from error
+        if ModelPlace.parse(name).is_local:  # causes on the Hub are explained by hub_errors
+            _refuse_folder(name, error)
         raise
+
+
+def _refuse_folder(name: str, error: OSError) -> None:
+    """Raise ConfigError for a local model that is incomplete, or of which this user may not read a file.
+
+    Transformers names a missing file; safetensors reports one that may not be read as missing, too.
+    """
+    folder = ModelPlace.parse(name).path()
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if closed := [str(file) for file in files if file.is_file() and not os.access(file, os.R_OK)]:
+        fix = f"Permit it: chmod u+r {shlex.join(closed)}"
+        raise ConfigError(f"model '{name}'", "its files may not be read (permission denied)", fix=fix) from error
+    if error.__cause__ is None:
+        raise ConfigError(f"model '{name}'", str(error).strip().split("\n")[0][:300]) from error
 
 
 @contextlib.contextmanager

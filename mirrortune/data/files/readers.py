@@ -30,6 +30,7 @@ from mirrortune.data.files.text_files import (
     is_gzipped,
     is_unicode,
     lines_of,
+    not_permitted,
     open_bytes,
     reading_errors,
 )
@@ -132,6 +133,8 @@ def _arrow_errors(path: Path, kind: str) -> Iterator[None]:
     """Raise the errors of a damaged file as a DataError."""
     try:
         yield
+    except PermissionError as error:
+        raise not_permitted(path) from error
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column name that is not UTF-8
         raise DataError(
             str(path), f"not a whole {kind} file ({first_line(error)})", fix="Copy or download it again"

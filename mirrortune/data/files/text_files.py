@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mirrortune.errors import DataError, first_line
@@ -94,9 +95,18 @@ def reading_errors(path: Path) -> Iterator[None]:
     """Raise errors of reading or decompressing a file as a DataError."""
     try:
         yield
+    except PermissionError as error:
+        raise not_permitted(path) from error
     except (OSError, EOFError, zlib.error) as error:
         problem = "not a whole gzip file" if is_gzipped(path) else "it cannot be read"
         raise DataError(str(path), f"{problem} ({first_line(error)})", fix="Copy or download it again") from error
+
+
+def not_permitted(path: Path) -> DataError:
+    """Return the error for a file that this user may not read."""
+    return DataError(
+        str(path), "it may not be read (permission denied)", fix=f"Permit it: chmod u+r {quote(str(path))}"
+    )
 
 
 @contextmanager

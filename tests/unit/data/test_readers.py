@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 from pathlib import Path
@@ -382,3 +383,19 @@ def test_a_folder_with_the_name_of_a_table_is_said_to_be_one(tmp_path: Path) -> 
     (tmp_path / "train.csv").mkdir()
     with pytest.raises(DataError, match=r"train\.csv: it is a folder"):
         read_table(tmp_path / "train.csv")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.json", "a.jsonl", "a.txt", "a.parquet", "a.arrow"])
+def test_a_file_that_may_not_be_read_need_not_be_copied(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", name)
+
+    path = write(tmp_path, name, "a")
+    monkeypatch.setattr(Path, "open", refused)  # root may read every file
+    monkeypatch.setattr(gzip, "open", refused)
+    monkeypatch.setattr(pa, "memory_map", refused)
+    with pytest.raises(DataError) as caught:
+        read_table(path)
+    assert str(caught.value) == f"{path}: it may not be read (permission denied). Permit it: chmod u+r {path}."

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exceptions of transformers while it loads a model, and the errors that they become."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirrortune.errors import ConfigError
+from mirrortune.models.load_errors import load_errors
+
+
+def test_a_file_that_may_not_be_read_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Safetensors says "No such file or directory" of both."""
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    access = os.access
+    closed: Any = lambda path, mode: Path(path) != weights and access(path, mode)  # noqa: E731
+    monkeypatch.setattr(os, "access", closed)  # root may read every file
+
+    with pytest.raises(ConfigError) as caught, load_errors(str(tmp_path)):
+        raise FileNotFoundError(f"No such file or directory: {weights}")
+    assert str(caught.value) == (
+        f"model '{tmp_path}': its files may not be read (permission denied). Permit it: chmod u+r {weights}."
+    )
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No such file or directory: model\.safetensors"), load_errors(str(tmp_path)):
+        raise FileNotFoundError("No such file or directory: model.safetensors")
