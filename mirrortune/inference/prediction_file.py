@@ -104,8 +104,12 @@ class Parts:
                     fix="Continue with --resume, start again with --overwrite, or choose another name",
                 )  # fmt: skip
             self.discard()
-        write_marker(self.folder, _RESERVED)
-        self._write_state({"facts": facts, "overwrite": overwrite})
+        try:
+            write_marker(self.folder, _RESERVED)
+            self._write_state({"facts": facts, "overwrite": overwrite})
+        except MirrortuneError:
+            self.discard()
+            raise
 
     def resume(self, facts: dict[str, Any]) -> int:
         """Continue unfinished predictions and return the number of finished rows.
@@ -128,7 +132,7 @@ class Parts:
         if changed:
             told = "; ".join(_difference(name, before.get(name), facts.get(name)) for name in changed)
             raise ConfigError(
-                "--resume", f"the finished rows of {self.output} were made with another {told}",
+                "--resume", f"the finished rows of {self.output} were made otherwise: {told}",
                 fix="Give what the first command was given, or start again with --overwrite",
             )  # fmt: skip
         for _, _, path in self._found():  # all of them now, not after hours of predicting
@@ -397,17 +401,21 @@ def _as_stored(facts: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+_DIGEST = re.compile("[0-9a-f]{64}")  # of SHA-256
 _MOST_NAMED = 3  # differences listed for one value
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
     if isinstance(before, str | int | float | None) and isinstance(now, str | int | float | None):
-        return f"{name} ({before} before, {now} now)"
+        if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (before, now)):
+            return f"{name} has changed"
+        was, is_now = ("not given" if value is None else value for value in (before, now))
+        return f"{name} ({was} before, {is_now} now)"
     if isinstance(before, dict) and isinstance(now, dict):
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         more = ", ..." if len(changed) > _MOST_NAMED else ""
         parts = ", ".join(_difference(key, before.get(key), now.get(key)) for key in changed[:_MOST_NAMED])
-        return f"{name}: {parts}{more}"
+        return f"{parts}{more}" if name == "sha256" else f"{name}: {parts}{more}"  # its keys are files
     return name
 
 

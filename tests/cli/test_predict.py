@@ -136,7 +136,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     assert again.exit_code == 2
     assert "holds 128 predicted rows" in again.said
     for more, told in (
-        (("--top", 2), "options: top (None before, 2 now)"), (("--max-length", 8), "length (64 before, 8 now)"),
+        (("--top", 2), "options: top (not given before, 2 now)"), (("--max-length", 8), "length (64 before, 8 now)"),
         (("--precision", "bf16"), "precision"), (("data.encoding=latin-1",), "encoding"),
     ):  # fmt: skip
         changed = mirrortune(*words, *more, "--resume")

@@ -140,6 +140,32 @@ def test_the_folder_of_parts_is_ours_or_left_alone(tmp_path: Path) -> None:
         parts.begin({}, overwrite=True)
 
 
+def test_what_differs_is_named_in_words(tmp_path: Path) -> None:
+    digests = [char * 64 for char in "ab"]
+    facts = [
+        {"data": {"sha256": {"rows.csv": digest}}, "options": {"top": top}, "encoding": "utf-8"}
+        for digest, top in zip(digests, (None, 2), strict=True)
+    ]
+    parts = Parts(tmp_path / "a.csv")
+    parts.begin(facts[0], overwrite=False)
+
+    with pytest.raises(ConfigError) as caught:
+        parts.resume(facts[1])
+    assert "were made otherwise: data: rows.csv has changed; options: top (not given before, 2 now)." in str(
+        caught.value
+    )
+
+
+def test_parts_that_cannot_be_begun_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise ResourceError("state.json", "cannot be written (the disk is full)")
+
+    monkeypatch.setattr(Parts, "_write_state", full)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        Parts(tmp_path / "a.csv").begin({}, overwrite=False)
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_rows_after_a_missing_part_do_not_count(tmp_path: Path) -> None:
     table = pa.table({"prediction": ["a", "b"]})
     parts = parts_of(tmp_path / "a.csv", [table, table, table])
