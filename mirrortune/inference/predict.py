@@ -208,7 +208,9 @@ def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]
     left_out: dict[str, str] = {}
     for schema in schemas:
         kept = {*storable(schema, kind)}
-        left_out |= {name: f"{kind} holds no files" for name in schema.names if name not in kept}
+        left_out |= {
+            name: f"{kind} cannot hold bytes, such as those of images" for name in schema.names if name not in kept
+        }
         left_out |= {field.name: _why_unread(schema, field) for field in schema if is_unreadable(field)}
     for name, why in left_out.items():
         reporter.note(f"warning: column '{name}' is left out of the output: {why}")
