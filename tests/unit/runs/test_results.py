@@ -118,6 +118,7 @@ DATA: dict[str, Any] = {
         ({"sha256": {"train.csv": "12"}}, "validation.csv is gone"),
         ({"sha256": {**DATA["sha256"], "new.csv": "78"}}, "new.csv is new"),
         ({"validation": {"path": "v", "sha256": "57"}}, "validation has changed"),
+        ({"sources": [{"sha256": {"a.csv": "1"}}]}, "data set 1: a.csv is new"),
         ({"commit": "abc"}, "commit was None, is 'abc'"),
     ],
 )
