@@ -268,7 +268,8 @@ def _enter_autocast(module: nn.Module, _: object) -> None:
 
 
 def _leave_autocast(module: nn.Module, *_: object) -> None:
-    vars(module)[_CONTEXTS].pop().__exit__(None, None, None)
+    if contexts := vars(module).get(_CONTEXTS):  # none if another hook has raised before
+        contexts.pop().__exit__(None, None, None)
 
 
 def held_in(model: nn.Module) -> dict[str, nn.Parameter]:

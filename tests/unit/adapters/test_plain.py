@@ -239,4 +239,11 @@ def test_a_model_in_16_bits_writes_with_norms_in_32() -> None:
     assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(IndexError):
         model(input_ids=torch.tensor([[5000]]))
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    model.register_forward_pre_hook(stop, prepend=True)
+    with pytest.raises(InterruptedError):  # and no warning: the suite makes an error of it
+        model(input_ids=torch.tensor([[5]]))
     assert not torch.is_autocast_enabled("cpu")
