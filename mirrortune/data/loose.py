@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shlex
 import sys
 import tempfile
 from dataclasses import replace
@@ -34,8 +35,17 @@ _LINES = 65_536
 
 
 def read_loose_files(place: DataPlace) -> DataSet | None:
-    """Read a folder of images or recordings that lie in no folders of classes; None for any other data."""
-    if not place.is_local or place.kind == "pattern" or not place.path().is_dir() or files_by_split(place.path()):
+    """Read a folder of images or recordings that lie in no folders of classes; None for any other data.
+
+    Raises:
+        DataError: the place is a single image or recording.
+    """
+    if not place.is_local or place.kind == "pattern":
+        return None
+    if place.path().is_file() and place.path().suffix.lower() in (*IMAGE_FORMATS, *AUDIO_SUFFIXES):
+        fix = f"Give it as --image {shlex.quote(place.name)}"
+        raise DataError(place.name, "it is a single image or recording, not a table", fix=fix)
+    if not place.path().is_dir() or files_by_split(place.path()):
         return None
     folder = place.path()
     there = sorted(path for path in folder.iterdir() if not is_system(path.name))

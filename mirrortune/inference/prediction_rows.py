@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mirrortune.data.columns import refuse_written_lists
 from mirrortune.data.dataset import DataSet, Split
 from mirrortune.data.examples import OPTIONAL_ROLE
 from mirrortune.data.files.arrow import is_string, json_array, refuse_unreadable, text_array
@@ -81,7 +82,7 @@ class PredictionRows:
         split = next(iter(rows.data.splits.values()))
         if not are_named and (absent := _absent(split, task)):
             with suppress(DataError, ConfigError):
-                task, notes = detect_columns(task, split)
+                task, notes = detect_columns(task, _with_lists(split, task))
                 for note in (f"the data has no column '{absent[0][1]}'", *notes):
                     reporter.note(note)
         for split in rows.data.splits.values():
@@ -158,6 +159,22 @@ def needed_columns(task: Task) -> list[tuple[str, str]]:
 
 def _absent(split: Split, task: Task) -> list[tuple[str, str]]:
     return [(role, column) for role, column in needed_columns(task) if column not in split.table.column_names]
+
+
+def _with_lists(split: Split, task: Task) -> Split:
+    """Return the split with columns of text as lists of words, for detection, if the task reads such lists.
+
+    The lists are null: columns of words are detected by their names and types.
+    """
+    if _WORDS not in (role for role, _ in task.columns()):
+        return split
+    table = split.table
+    for place, field in enumerate(table.schema):
+        if is_string(field.type):
+            refuse_written_lists(table, field.name, split.source)
+            words = pa.nulls(table.num_rows, pa.list_(pa.string()))
+            table = table.set_column(place, field.name, words)
+    return replace(split, table=table)
 
 
 def with_words(split: Split, task: Task) -> Split:

@@ -462,7 +462,8 @@ def detect_columns(task: Task, rows: Split) -> tuple[Task, list[str]]:
         for name in settings_of(task.kind)
         if name.endswith(("_column", "_columns")) and name != "label_column"
     }
-    return with_columns(task, named, to_predict=True), notes
+    # Nothing is trained here, so what the loss would be computed on is no news.
+    return with_columns(task, named, to_predict=True), [note for note in notes if not note.startswith("the loss is on")]
 
 
 def _unlabelled_task(settings: EvaluationSettings, data: DataSet, config: Any) -> Task:

@@ -97,6 +97,9 @@ class FileCells:
         name = f" '{path}'" if isinstance(path, str) else ""
         reason = error if isinstance(error, str) else f"{type(error).__name__}: {first_line(error)}"
         reason = "it is missing" if value is None else reason
+        if self.places.source.startswith("--"):  # a flag, whose value is the only file
+            problem = f"{path} cannot be read ({reason})"
+            return DataError(self.places.source, problem, allowed=self.readable, fix="Give another file")
         return DataError(
             self.places.where(row), f"its {self.role}{name} cannot be read ({reason})",
             allowed=f"{self.readable}; paths are relative to the table's folder", fix="Replace or remove the row",
