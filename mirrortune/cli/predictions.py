@@ -35,7 +35,7 @@ def predict(
     adapter_column: Annotated[str | None, typer.Option("--adapter-column", metavar="TEXT", show_default=False, help="Column with the name of each row's adapter in the bank.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="TEXT", show_default=False, help="One split of the data, by the data set's own name or train, validation, test; all by default.")] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", show_default=False, help="File to make: .csv, .tsv, .jsonl or .parquet; standard output by default.")] = None,
-    format: Annotated[Literal["csv", "tsv", "jsonl"], typer.Option("--format", help="Format of standard output.")] = "csv",
+    format: Annotated[Literal["csv", "tsv", "jsonl"] | None, typer.Option("--format", show_default=False, help="Format of standard output; csv by default.")] = None,
     top: Annotated[int | None, typer.Option("--top", metavar="N", show_default=False, help="Answers a row, the best first; 1 by default.")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", metavar="X", show_default=False, help="Several labels a row: probability above which a label is predicted; 0.5 by default.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", metavar="N", show_default=False, help="Longest text that is written, in tokens.")] = None,
@@ -54,7 +54,7 @@ def predict(
 
     mirrortune predict runs/sst2-roberta-base-mirror --data rows.csv -o answers.csv
     """
-    from mirrortune.cli.app import _launch_if_asked, _recipe_of, _resolve  # noqa: PLC0415  (it registers this command)
+    from mirrortune.cli.app import _describe_data, _launch_if_asked, _recipe_of, _resolve  # noqa: PLC0415  (it registers this command)
 
     if json and output in (None, _STDIN):
         raise ConfigError("--json", "answers go to standard output", fix="Name a file with -o, or use --format jsonl")
@@ -63,6 +63,8 @@ def predict(
     asked = {**given, "eval__batch_size": batch_size}
     resolved, _ = _resolve(words, task, asked, reporter, beneath=own, has_target=True)
     _check_rows(resolved, own, text, image, split)
+    if own and split is not None and (described := _describe_data(resolved, own)):
+        reporter.note(described)
     _launch_if_asked(num_processes, None)
     from mirrortune.inference import predict as predicting  # noqa: PLC0415
     from mirrortune.tasks.predicting import PredictOptions  # noqa: PLC0415

@@ -67,14 +67,14 @@ class Output:
 
     Attributes:
         file: output file, whose suffix determines the format; None for standard output.
-        format: format of standard output.
+        format: format of standard output; None for csv or, with a file, for that of its name.
         skips_errors: for a row that cannot be predicted, write the reason to a column ``error`` instead of failing.
         resume: continue the unfinished output of an earlier command.
         overwrite: replace earlier predictions.
     """
 
     file: Path | None = None
-    format: str = "csv"
+    format: str | None = None
     skips_errors: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -93,8 +93,12 @@ class Output:
                     raise ConfigError(flag, "answers go to standard output", fix="Name a file with -o, or remove it")
             if self.format == "parquet":
                 raise ConfigError("--format", "parquet cannot be written to standard output", fix="Name a file with -o")
-        else:
-            format_of(self.file)
+        elif self.format not in (None, known := format_of(self.file)):
+            raise ConfigError("--format", f"got {self.format}, and {self.file} is {known}", fix="Keep one of them")
+
+    def kind(self) -> str:
+        """Return the format of the output."""
+        return self.format or "csv" if self.file is None else format_of(self.file)
 
 
 def predict(
@@ -204,7 +208,7 @@ def _for_rows(settings: EvaluationSettings, rows: PredictionRows, named: Collect
 def _kept(rows: PredictionRows, output: Output, reporter: Reporter) -> list[str]:
     """Return the columns of the rows that the output format can store, and print a note on the others."""
     schemas = [split.table.schema for split in rows.data.splits.values()]
-    kind = output.format if output.file is None else format_of(output.file)
+    kind = output.kind()
     left_out: dict[str, str] = {}
     for schema in schemas:
         kept = {*storable(schema, kind)}
@@ -399,7 +403,7 @@ class _PredictionLoop:
         if self._held and self._writer is None:
             names = dict.fromkeys([*self._answers.own, *(n for table in self._held for n in table.column_names)])
             last = self._answers.names([ERROR])[ERROR]
-            self._writer = TableWriter(self._reporter.data, self._output.format, sorted(names, key=last.__eq__))
+            self._writer = TableWriter(self._reporter.data, self._output.kind(), sorted(names, key=last.__eq__))
         for table in self._held:
             assert self._writer is not None
             self._writer.write(table)

@@ -288,6 +288,12 @@ def test_all_splits_are_answered_and_named(run: Path, place: Path) -> None:
     assert len(table_of(mirrortune("predict", run, "-d", "rows", "--split", "test").stdout)) == 1
 
 
+def test_the_data_that_a_run_names_is_printed(run: Path, place: Path) -> None:
+    done = mirrortune("predict", run, "--split", "validation")
+    assert done.exit_code == 0, done.stderr
+    assert f"data named by {run}/recipe.yaml: path " in done.stderr
+
+
 def test_streamed_rows_are_answered_in_their_order(run: Path, place: Path) -> None:
     lines = [json.dumps({"text": text}) + "\n" for text in texts(1200)]  # more than a stream's first rows
     (place / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -308,6 +314,12 @@ def test_streamed_rows_are_answered_in_their_order(run: Path, place: Path) -> No
         (("-d", "rows.csv", "-o", "rows.csv", "--overwrite"), 2, "it is the data that is read"),
         (("-d", "rows.csv", "-o", "mine.csv"), 2, "is there already"),
         (("-d", "rows.csv", "-o", "mine.csv", "--overwrite"), 2, "so predict did not write it"),
+        (("-d", "rows.csv", "-o", "a.csv", "--format", "jsonl"), 2, "--format: got jsonl, and a.csv is csv. Keep one"),
+        (
+            ("-d", "photo.PNG"),
+            3,
+            "not a table. Give it as --image photo.PNG",
+        ),
         (("-d", "rows.csv", "--json"), 2, "answers go to standard output"),
         (("-d", "rows.csv", "--resume"), 2, "answers go to standard output"),
         (("-d", "rows.csv", "-o", "a.csv", "--resume"), 2, "no unfinished predictions"),
@@ -323,6 +335,7 @@ def test_what_cannot_be_meant_is_refused(run: Path, place: Path, words: tuple[st
     (place / "mine.csv").write_text("a,b\n1,2\n")
     (place / "lists.jsonl").write_text('{"text": ["good"]}\n')
     (place / "empty.csv").touch()
+    (place / "photo.PNG").touch()
     done = mirrortune("predict", run, *words)
     assert (done.exit_code, told in done.said) == (code, True), done.stderr
     assert (place / "mine.csv").read_text() == "a,b\n1,2\n"
