@@ -23,7 +23,17 @@ from mirrortune.cli import recipes as recipe_commands
 from mirrortune.cli.chat import chat
 from mirrortune.cli.doctor import doctor
 from mirrortune.cli.exports import merge, push
-from mirrortune.cli.flags import NOT_FOR_EVAL, Debug, Json, OnceEach, Quiet, Verbose, given_flags, with_recipe_flags
+from mirrortune.cli.flags import (
+    NOT_FOR_EVAL,
+    Debug,
+    Json,
+    OnceEach,
+    Quiet,
+    Verbose,
+    given_flags,
+    refuse_training_only,
+    with_recipe_flags,
+)
 from mirrortune.cli.predictions import predict
 from mirrortune.cli.reports import analyze, besides_head, report, train_lines
 from mirrortune.config.data_paths import is_same_data, short_name
@@ -391,6 +401,8 @@ def _resolve(
             errors.append(error)
         raise ConfigError.several(errors)
     resolved = recipe.resolve(layers, more)
+    if has_target:
+        refuse_training_only(overrides, resolved.origins)
     for key, value in recipe.flatten(resolved.recipe).items():
         reporter.detail(f"{key} = {value!r}  ({resolved.origins.get(key, 'default')})")
     shipped = task if task is not None and task not in kinds else None

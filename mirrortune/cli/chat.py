@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mirrortune.cli.flags import FLAGS, Debug, Json, Quiet, Verbose, given_flags, with_recipe_flags
+from mirrortune.cli.flags import (
+    FLAGS,
+    Debug,
+    Json,
+    Quiet,
+    Verbose,
+    given_flags,
+    refuse_training_only,
+    with_recipe_flags,
+)
 from mirrortune.errors import ConfigError, DataError, MirrortuneError, counted, did_you_mean
 from mirrortune.system.console import Reporter, digits, is_interactive, piped_lines, significant, typed_lines
 from mirrortune.system.paths import local_path
@@ -81,7 +90,9 @@ def _recipe(target: str, words: list[str], given: dict[str, Any], reporter: Repo
     over = recipe.override_layer([word for word in words if "=" in word], errors)
     if errors:
         raise ConfigError.several(errors)
-    return recipe.resolve([*([own] if own else []), over, flags]).recipe
+    resolved = recipe.resolve([*([own] if own else []), over, flags])
+    refuse_training_only(words, resolved.origins)
+    return resolved.recipe
 
 
 @dataclass(slots=True, kw_only=True)

@@ -7,7 +7,7 @@ The former are one table, from which the signatures of commands and the top laye
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -112,6 +112,26 @@ FLAGS: tuple[Flag, ...] = (
 _KEPT = ("train.seed", "train.precision")
 _EVAL_BATCH = _flag(_LOOP, "--batch-size", "eval.batch_size", int, "Rows per device.")
 NOT_FOR_EVAL = tuple(f.key for f in FLAGS if f.key.startswith(("adapter.", "train.")) and f.key not in _KEPT)
+
+
+_READ_OF_TRAIN = (*_KEPT, "train.batch_size", "train.num_workers")
+
+
+def refuse_training_only(words: Sequence[str], origins: Mapping[str, str]) -> None:
+    """Raise ConfigError for settings on the command line that have no effect, because the command trains nothing.
+
+    Args:
+        words: settings, as typed.
+        origins: where each setting was set, by dotted key.
+    """
+    typed = {f"'{word}'" for word in words}
+    unused = [
+        origin for key, origin in origins.items()
+        if origin in typed and key.startswith(("train.", "adapter.", "output_dir")) and key not in _READ_OF_TRAIN
+    ]  # fmt: skip
+    if unused:
+        problem = "it is a setting of training, and this command trains nothing"
+        raise ConfigError.several([ConfigError(word, problem, fix="Remove it") for word in unused])
 
 
 def with_recipe_flags(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

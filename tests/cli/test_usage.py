@@ -158,3 +158,15 @@ def test_one_side_of_preferences_is_not_learned(
     assert outcome.exit_code == 3, outcome.stderr
     assert "it holds preferences (columns" in outcome.said
     assert "--label-column" not in outcome.said
+
+
+@pytest.mark.parametrize("command", ["eval run", "predict run --text good", "chat run"])
+def test_settings_of_training_are_refused_where_nothing_is_trained(desk: Path, command: str) -> None:
+    outcome = mirrortune(*command.split(), "train.lr=1", "adapter.rank=4", "train.precision=fp32", "train.seed=3")
+
+    assert outcome.exit_code == 2
+    for word in ("train.lr=1", "adapter.rank=4"):
+        says = f"'{word}': it is a setting of training, and this command trains nothing. Remove it."
+        assert says in outcome.stderr
+    assert "train.precision=" not in outcome.stderr
+    assert "train.seed=" not in outcome.stderr
