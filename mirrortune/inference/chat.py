@@ -23,7 +23,6 @@ from typing_extensions import override
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.atomic import write_atomically
 from mirrortune.system.claims import claimed
-from mirrortune.system.links import real
 from mirrortune.system.outputs import Input, check_file, read_marker
 from mirrortune.tasks.chat import alpaca_prompt, encode_continuation, encode_prompt, turn_end_ids, writes_system
 from mirrortune.tasks.conversations import Conversation, Message
@@ -235,7 +234,7 @@ class Chat:
             raise ConfigError("/save", f"got {path}", allowed="a file that ends in .jsonl, which train reads")
         check_file(path, inputs, "/save")
         # A file of the user in a run would keep `train --overwrite` from replacing that run.
-        for above in real(path).parents:
+        for above in path.resolve().parents:
             if (marker := read_marker(above)) is not None:
                 raise ConfigError("/save", f"{path} lies in the {marker.kind} {above}", fix="Give a name elsewhere")
         with claimed(path):
