@@ -64,7 +64,7 @@ def prepare(resolved: Resolved, reporter: Reporter, *, dry_run: bool = False, sh
     for line in class_warnings(job.task, job.train, job.validation):
         reporter.note(f"warning: {line}")
     for line in show_rows(job.train, job.task, job.processor, show):
-        reporter.note(line)
+        reporter.note(line, has_lines=True)
     counted = {"validation": job.validation} if job.stream else {"train": job.train, "validation": job.validation}
     rows = {name: len(examples) for name, examples in {**counted, **job.reported}.items()}
     if job.test_rows is not None:

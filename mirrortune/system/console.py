@@ -124,10 +124,13 @@ class Reporter:
                 content = printable(content.decode()).encode()
             sys.stdout.buffer.write(content)
 
-    def note(self, text: str, *, level: int = _NORMAL) -> None:
-        """Print a line to stderr if ``level`` is at most the verbosity, with line breaks in names escaped."""
+    def note(self, text: str, *, level: int = _NORMAL, has_lines: bool = False) -> None:
+        """Print a line to stderr if ``level`` is at most the verbosity, with line breaks in names escaped.
+
+        ``has_lines`` keeps line breaks, for a text that is shown as it is.
+        """
         if self.is_main and level <= self.verbosity:
-            _say(self._err, text.replace("\n", r"\n"))
+            _say(self._err, text if has_lines else text.replace("\n", r"\n"))
 
     def detail(self, text: str) -> None:
         """Print a line with ``-v``."""

@@ -23,8 +23,6 @@ from tests.cli.console import REPOSITORY, mirrortune, reviews, write_table
 from tests.cli.test_hostile_adapters import peft_says, say
 from tests.tiny_models import write_tiny_model
 
-pytestmark = pytest.mark.figures
-
 Attack = Callable[[Path], object]
 """(place) -> what a stranger's folders hold: ``run``, ``model`` and others, beside ``bystander``."""
 

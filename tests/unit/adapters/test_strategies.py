@@ -114,7 +114,7 @@ def spied(seen: list[Any]) -> Any:
     from mirrortune.runs.load import adapt_model
 
     def adapting(*words: Any) -> Any:
-        seen.append(words[-1])
+        seen.append(words[4])
         return adapt_model(*words)
 
     return adapting
