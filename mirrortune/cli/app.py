@@ -39,7 +39,7 @@ from mirrortune.cli.reports import analyze, besides_head, report, train_lines
 from mirrortune.config.data_paths import is_same_data, short_name
 from mirrortune.errors import ConfigError, MirrortuneError, PeerError, all_of, counted
 from mirrortune.system.console import Reporter, describe_metrics
-from mirrortune.system.paths import local_path, shown_path
+from mirrortune.system.paths import local_path, shown_path, table_suffix
 
 if TYPE_CHECKING:
     from mirrortune.config.recipe import Layer, Resolved
@@ -371,6 +371,7 @@ def _resolve(
 
     overrides = [w for w in words or [] if _OVERRIDE.match(w)]
     names = [w for w in words or [] if not _OVERRIDE.match(w)]
+    _refuse_tables(names)
     kinds = task_kinds()
     layers = [beneath] if beneath else []
     errors: list[ConfigError] = []
@@ -407,6 +408,14 @@ def _resolve(
         reporter.detail(f"{key} = {value!r}  ({resolved.origins.get(key, 'default')})")
     shipped = task if task is not None and task not in kinds else None
     return resolved, Path(names[0]).stem if names else shipped
+
+
+def _refuse_tables(names: list[str]) -> None:
+    """Raise ConfigError for words that stand where a recipe does, but are names of tables."""
+    tables = [name for name in names if table_suffix(Path(name)) not in (None, ".json", ".txt")]  # these may hold YAML
+    if tables:
+        problem = f"got {', '.join(tables)}, and a recipe is YAML"
+        raise ConfigError("arguments", problem, fix=f"Name rows with --data {shlex.quote(tables[0])}")
 
 
 def _problems_of_names(recipe: Recipe) -> list[ConfigError]:

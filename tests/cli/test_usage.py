@@ -170,3 +170,12 @@ def test_settings_of_training_are_refused_where_nothing_is_trained(desk: Path, c
         assert says in outcome.stderr
     assert "train.precision=" not in outcome.stderr
     assert "train.seed=" not in outcome.stderr
+
+
+@pytest.mark.parametrize("command", ["predict run", "eval run", "train -m bert -t text-classification"])
+def test_a_table_in_the_place_of_a_recipe_is_given_its_flag(desk: Path, command: str) -> None:
+    outcome = mirrortune(*command.split(), "my rows.csv")
+
+    assert outcome.exit_code == 2
+    says = "arguments: got my rows.csv, and a recipe is YAML. Name rows with --data 'my rows.csv'."
+    assert says in outcome.stderr
