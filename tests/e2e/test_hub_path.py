@@ -144,6 +144,7 @@ def test_a_model_and_a_task_are_all_it_takes(hub: LoopbackHub, trained: Trained)
     assert result["metrics"].keys() == {"accuracy", "loss"}
     model, data = hub.find("models", "roberta-base", "main"), hub.find("datasets", "nyu-mll/glue", "main")
     environment = read(trained.run / "environment.json")
+    assert set(environment["model"].pop("weights")) == {"sampled", "adapted"}
     assert environment["model"] == {"name": "roberta-base", "revision": None, "commit": model.commit}
     assert (
         environment["data"].items() >= {"repository": "nyu-mll/glue", "config": "sst2", "commit": data.commit}.items()

@@ -141,7 +141,8 @@ def test_rows_are_mixed_by_their_own_coefficients(
 
 def test_every_core_is_mixed() -> None:
     presets = {mirrortune.adapters.methods.preset(own["method"]).core for own in EVERY_CORE.values()}
-    assert presets >= set(CORES.names())
+    # Those of a task's gradients are mixed in tests/cli/test_measured_bases.py, which trains.
+    assert presets >= {name for name in CORES.names() if CORES.get(name, "test").basis == "weight"}
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit", "resnet", "t5"])
