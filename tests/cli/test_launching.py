@@ -182,7 +182,7 @@ def test_two_machines_train_like_two_processes_of_one(pair: Pair, tmp_path: Path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ddp = REPOSITORY / "mirrortune" / "profiles" / "ddp.yaml"
+    ddp = REPOSITORY / "mirrortune" / "system" / "distributed" / "profiles" / "ddp.yaml"
     options = f"--num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}"
     env = {**pair.env, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     machines = [
