@@ -153,6 +153,18 @@ class Core(nn.Module, metaclass=abc.ABCMeta):
         return self
 
 
+class MatrixCore(Core):
+    """A core whose only coefficient is a dense matrix: K, or K - diag(S), shape (R, R)."""
+
+    @override
+    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
+        return z @ coefficients[0].T
+
+    @override
+    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
+        return z @ coefficients[0].mT
+
+
 def trained(S: Tensor, count: int) -> nn.Parameter:
     """Return a parameter of ``count`` zeros in the dtype and on the device of ``S``.
 

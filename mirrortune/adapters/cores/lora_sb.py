@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mirrortune.adapters.core import CORES, Coefficients, Core
+from mirrortune.adapters.core import CORES, Coefficients, MatrixCore
 from mirrortune.errors import ConfigError
 
 
 @CORES.register("lora-sb")
-class LoraSb(Core):
+class LoraSb(MatrixCore):
     """K = diag(S) + M, M (R, R) free, between singular vectors of a gradient; R^2 trained numbers.
 
     U, S and Vh are the leading singular triplets of -sign(G), the direction of Adam's first step in full fine-tuning,
@@ -48,11 +47,3 @@ class LoraSb(Core):
     def coefficients(self, *, delta: bool) -> Coefficients:
         """Return (K,) or (K - diag(S),), shape (R, R)."""
         return (self.matrix if delta else self.matrix + self.S.diag(),)
-
-    @override
-    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        return z @ coefficients[0].T
-
-    @override
-    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
-        return z @ coefficients[0].mT

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
-from typing_extensions import override
 
-from mirrortune.adapters.core import CORES, Coefficients, Core
+from mirrortune.adapters.core import CORES, Coefficients, MatrixCore
 
 
 @CORES.register("lora-xs")
-class LoraXs(Core):
+class LoraXs(MatrixCore):
     """K = diag(S) (I + M), M (R, R) free, R^2 trained numbers, all zero at the start.
 
     Reference: LoRA-XS (arXiv 2405.17604), W + U_r diag(S_r) M Vh_r. Differs: M starts at zero instead of small noise.
@@ -32,11 +29,3 @@ class LoraXs(Core):
         """Return (K,) or (K - diag(S),), shape (R, R)."""
         change = self.S[:, None] * self.matrix
         return (change if delta else change + self.S.diag(),)
-
-    @override
-    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        return z @ coefficients[0].T
-
-    @override
-    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
-        return z @ coefficients[0].mT

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mirrortune.adapters.core import CORES, Coefficients, Core
+from mirrortune.adapters.core import CORES, Coefficients, MatrixCore
 from mirrortune.errors import ConfigError
 
 
 @CORES.register("psoft")
-class Psoft(Core):
+class Psoft(MatrixCore):
     """K = diag(S) diag(beta) R^T diag(alpha) with R = (I - Q)(I + Q)^-1, Q skew-symmetric; R(R-1)/2 + 2R numbers.
 
     Initially Q = 0 and alpha = beta = 1. The paper's convention is h = W^T x, so a factor on the left of R there is on
@@ -85,14 +83,6 @@ class Psoft(Core):
         Q = self.S.new_zeros(rank, rank).index_put((self.upper, self.lower), self.skew).double()
         tangents: Tensor = torch.linalg.eigvals(Q - Q.T).imag
         return 2 * tangents.sort(descending=True).values[: rank // 2].clamp(min=0).atan()
-
-    @override
-    def mix(self, z: Tensor, *coefficients: Tensor) -> Tensor:
-        return z @ coefficients[0].T
-
-    @override
-    def mix_rows(self, z: Tensor, dims: Sequence[int | None], *coefficients: Tensor) -> Tensor:
-        return z @ coefficients[0].mT
 
     @torch.no_grad()
     def _check_norm(self, Q: Tensor) -> None:
