@@ -215,12 +215,16 @@ def test_a_run_is_scored_and_merged_and_the_merged_model_is_published(root: Path
     rows = ["-d", "nyu-mll/glue", "data.config=sst2", "--split", "validation", "--format", "jsonl"]
     answered = ours.mirrortune("predict", "me/sst2", "-t", "text-classification", *rows)
     answers = [json.loads(line) for line in answered.stdout.splitlines()]
+    shutil.copytree(trained.run / "adapter", root / "models" / "me" / "adapter")
+    adapted = ours.mirrortune("predict", "me/adapter", *rows)
     spectra = [ours.mirrortune("analyze", "roberta-base", tuned, "--json").data for tuned in (RUN, "me/sst2")]
 
     assert verification["passed"]
     assert spectra[0]["overall"]["changed"] == spectra[1]["overall"]["changed"] > 0
     assert spectra[0]["overall"]["shares"] == pytest.approx(spectra[1]["overall"]["shares"], abs=1e-4)
     assert len(answers) == 40
+    by_adapter = [json.loads(line) for line in adapted.stdout.splitlines()]
+    assert [row["prediction"] for row in by_adapter] == [row["prediction"] for row in answers]
     right = [["negative", "positive"][row["label"]] == row["prediction"] for row in answers]
     assert sum(right) / 40 == pytest.approx(expected["accuracy"])
     for score in scores:
