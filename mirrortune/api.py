@@ -45,7 +45,7 @@ _NEW_TOKENS = "_mirrortune_new_tokens"  # attribute of a model with rows for the
 
 def attach(
     model: M,
-    method: str = "mirror",
+    method: str = "mirror-scale",
     rank: Rank | None = None,
     pairing: str | PairLists | None = None,
     target_modules: str = "all-linear",

@@ -50,6 +50,7 @@ class Preset:
         pairing: name in ``PAIRINGS``, or None if the core takes no pairs.
         rank: default number of leading singular directions, or ``"full"`` for min(out, in); for a PEFT tuner, its
             default rank.
+        options: options of the core whose defaults differ from those of its class.
         rank_option: option of the core that the user's rank sets, instead of the number of directions.
         lr: default learning rate of the adapter or, without an adapter, of the trained base parameters.
         plain: parameters of the base model that are trained directly, in addition to the task head.
@@ -60,6 +61,7 @@ class Preset:
     peft: PeftTuner | None = None
     pairing: str | None = None
     rank: int | Literal["full"] = "full"
+    options: Mapping[str, Any] = field(default_factory=dict)
     rank_option: str | None = None
     lr: float
     plain: Literal["none", "bias", "all"] = "none"
@@ -138,23 +140,30 @@ PRESETS: dict[str, Preset] = {
         lr=2e-2,
         summary="plane rotations of the output-side singular vectors, strongest paired with weakest",
     ),
+    "mirror-scale": Preset(
+        core="givens",
+        pairing="mirror",
+        options={"scale_top_k": "all"},
+        lr=2e-2,
+        summary="the rotations of mirror, and a scale for every singular value",
+    ),
     "neighbor": Preset(
         core="givens",
         pairing="neighbor",
         lr=2e-2,
-        summary="the same rotations, each direction paired with the next one",
+        summary="the rotations of mirror, each direction paired with the next one",
     ),
     "random": Preset(
         core="givens",
         pairing="random",
         lr=2e-2,
-        summary="the same rotations, pairs drawn by the seed",
+        summary="the rotations of mirror, pairs drawn by the seed",
     ),
     "adaptive": Preset(
         core="givens",
         pairing="adaptive",
         lr=2e-2,
-        summary="the same rotations, pairs matched to the task's own gradients",
+        summary="the rotations of mirror, pairs matched to the task's own gradients",
     ),
     "none": Preset(lr=1e-3, summary="the task head alone, the base model frozen"),
     "bitfit": Preset(lr=1e-3, plain="bias", summary="every bias of the base model, and the head"),

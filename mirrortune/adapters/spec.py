@@ -30,7 +30,7 @@ class AdapterSpec:
     name or pattern.
     """
 
-    method: str = "mirror"
+    method: str = "mirror-scale"
     rank: Rank | None = None
     pairing: str | PairLists | None = None
     target_modules: str = "all-linear"
@@ -65,9 +65,14 @@ class AdapterSpec:
         return None if isinstance(self.pairing, str) else self.pairing
 
     @property
+    def resolved_options(self) -> dict[str, Any]:
+        """The requested options, and those of the preset that are not requested."""
+        return {**self.preset.options, **self.options}
+
+    @property
     def rounds(self) -> int:
         """Number of rounds of pairs: the option ``rounds`` of the core, 1 if the core has no such option."""
-        return int(self.options.get("rounds", 1))
+        return int(self.resolved_options.get("rounds", 1))
 
     @property
     def basis(self) -> Literal["weight", "gradient"] | None:
@@ -100,7 +105,7 @@ class AdapterSpec:
         options = CORES.options(self.preset.core)
         own = {key: p.default for key, p in options.items() if p.default is not inspect.Parameter.empty}
         pairing = self.pairing or self.preset.pairing
-        return replace(self, pairing=pairing, options=own | self.options)
+        return replace(self, pairing=pairing, options=own | self.resolved_options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settled fields as JSON data; of listed pairs, which adapters store as tensors, only the name.
@@ -183,7 +188,7 @@ def check_spec(spec: AdapterSpec) -> None:
         if spec.strategy == "factored" and core.basis == "gradient":
             problem = f"factored replaces the weight by its factors, and the basis of '{spec.method}' is another"
             errors.append(ConfigError("adapter.strategy", problem, allowed="auto, branch or dense"))
-        if spec.resolved_rank == "out" and spec.options.get("side", core.side) != "output":
+        if spec.resolved_rank == "out" and spec.resolved_options.get("side", core.side) != "output":
             errors.append(_no_rank_out(spec))
         for check in checks:
             try:
@@ -237,7 +242,7 @@ def build_core(spec: AdapterSpec, S: Tensor, name: str, shape: tuple[int, int], 
         runtime.append(pairs if pairs is not None else make_pairs(spec, S.shape[0], name))
     if "shape" in wanted:
         runtime.append(shape)
-    return core_class(*runtime, **spec.options)
+    return core_class(*runtime, **spec.resolved_options)
 
 
 def needs_saliency(spec: AdapterSpec) -> bool:

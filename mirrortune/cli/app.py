@@ -232,7 +232,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Score a run, a merged folder or any plain model by the task's own metrics.
 
-    mirrortune eval runs/sst2-roberta-base-mirror
+    mirrortune eval runs/sst2-roberta-base-mirror-scale
     """
     reporter = _reporter(json=json, quiet=quiet, verbose=verbose)
     own = _recipe_of(target, reporter)

@@ -59,7 +59,7 @@ def chat(
 ) -> None:  # fmt: skip
     """Talk to a language model; /help lists what a line may be. Piped input is answered line by line.
 
-    mirrortune chat runs/sft-dolly-smollm2-mirror
+    mirrortune chat runs/sft-dolly-smollm2-mirror-scale
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     recipe = _recipe(target, words or [], given, reporter)

@@ -33,7 +33,7 @@ def merge(
 ) -> None:  # fmt: skip
     """Write plain weights that need nothing of ours; reopened and verified, or not written.
 
-    mirrortune merge runs/sst2-roberta-base-mirror -o merged
+    mirrortune merge runs/sst2-roberta-base-mirror-scale -o merged
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     if format not in ("hf", "lora", "gguf"):
@@ -71,7 +71,7 @@ def push(
 ) -> None:  # fmt: skip
     """Send an adapter or a merged model to the Hub, with a model card made from the run; checked before it is sent.
 
-    mirrortune push runs/sst2-roberta-base-mirror me/sst2-mirror
+    mirrortune push runs/sst2-roberta-base-mirror-scale me/sst2-mirror
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     from mirrortune.merging import push as sharing  # noqa: PLC0415

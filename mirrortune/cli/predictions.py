@@ -52,7 +52,7 @@ def predict(
 ) -> None:  # fmt: skip
     """Answer every row of a table, a folder or standard input, and write the rows with their answers.
 
-    mirrortune predict runs/sst2-roberta-base-mirror --data rows.csv -o answers.csv
+    mirrortune predict runs/sst2-roberta-base-mirror-scale --data rows.csv -o answers.csv
     """
     from mirrortune.cli.app import _describe_data, _launch_if_asked, _recipe_of, _resolve  # noqa: PLC0415  (it registers this command)
 

@@ -189,7 +189,7 @@ class Interleaved(_Section):
 class AdapterSection(_Section):
     """The adapter and the other trained parameters."""
 
-    method: str = "mirror"
+    method: str = "mirror-scale"
     """Name of the method; docs/methods.md and docs/peft.md describe them."""
     rank: Literal["full", "out"] | typing.Annotated[int, Field(gt=0)] | None = None
     """Number of leading singular directions of each matrix that the adapter acts on: a number, full for min(out, in),

@@ -245,7 +245,7 @@ def test_the_run_directory_says_what_was_run(finished: Finished, tiny_model_dir:
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"accuracy | {finished.result['metrics']['accuracy']:.4f}" in card
     adapter = read(finished.run / "adapter" / "adapter.json")
-    assert (adapter["format_version"], adapter["adapter"]["method"]) == (FORMAT_VERSION, "mirror")
+    assert (adapter["format_version"], adapter["adapter"]["method"]) == (FORMAT_VERSION, "mirror-scale")
     assert adapter["task"]["labels"] == ["negative", "positive"]
     assert len(adapter["layers"]) == 13
 

@@ -249,5 +249,5 @@ def test_a_terminal_gets_one_live_bar(desk: Path, tiny_model_dir: Path) -> None:
     assert "rows/s" in written
     assert "loss 0." in written
     assert "validation: accuracy" in written
-    assert "mirrortune eval runs/reviews-tiny-bert-mirror" in written
+    assert "mirrortune eval runs/reviews-tiny-bert-mirror-scale" in written
     assert "Traceback" not in written

@@ -183,4 +183,4 @@ def test_a_recipe_beside_its_data_runs_from_anywhere(
 
     outcome = mirrortune("train", desk / "my.yaml", "--json")
 
-    assert outcome.data["run_dir"].endswith("runs/my-tiny-bert-mirror")
+    assert outcome.data["run_dir"].endswith("runs/my-tiny-bert-mirror-scale")

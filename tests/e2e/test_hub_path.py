@@ -26,7 +26,7 @@ from tests.hub_fixtures import client_env, write_glue, write_tiny_roberta
 from tests.hub_server import LoopbackHub
 
 TRAIN = ["train", "--model", "roberta-base", "--task", "glue/sst2"]
-RUN = "runs/sst2-roberta-base-mirror"
+RUN = "runs/sst2-roberta-base-mirror-scale"
 
 CLIENT = """
 import dataclasses, json, os, sys, time

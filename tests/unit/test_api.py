@@ -68,8 +68,8 @@ def test_attach_changes_the_model_in_place() -> None:
     assert mirrortune.attach(model) is model
     # Factored layers equal the base to float32 rounding.
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
-    assert mirrortune.trainable_parameters(model) == 13 * 16
-    assert model.mirrortune.spec.method == "mirror"
+    assert mirrortune.trainable_parameters(model) == 13 * (16 + 32)
+    assert model.mirrortune.spec.method == "mirror-scale"
 
 
 def test_every_argument_is_used() -> None:

@@ -50,7 +50,7 @@ def test_every_linear_layer_of_the_base_is_adapted_and_the_head_trained(family: 
     layers = spectral_layers(model)
     assert len(layers) == count
     assert {name.rpartition(".")[0] for name in attachment(model).targets.head} == head
-    cores = {f"{name}.core.theta" for name in layers}
+    cores = {f"{name}.core.{part}" for name in layers for part in ("theta", "scale")}
     assert trained(model) == cores | set(attachment(model).targets.head)
     # The factored layers of an untrained adapter equal the base to float32 rounding.
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
@@ -68,10 +68,12 @@ def test_an_untrained_branch_gives_exactly_the_base_model(family: str, dtype: to
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_counts_are_one_angle_a_pair(family: str) -> None:
-    model = attach(FAMILIES[family](), AdapterSpec())
-    angles = sum(min(layer.out_features, layer.in_features) // 2 for layer in spectral_layers(model).values())
-    assert trainable_parameters(model) == angles
+@pytest.mark.parametrize("method", ["mirror", "mirror-scale"])
+def test_counts_are_one_angle_a_pair_and_one_scale_a_direction(family: str, method: str) -> None:
+    model = attach(FAMILIES[family](), AdapterSpec(method=method))
+    ranks = [min(layer.out_features, layer.in_features) for layer in spectral_layers(model).values()]
+    scales = sum(ranks) if method == "mirror-scale" else 0
+    assert trainable_parameters(model) == sum(rank // 2 for rank in ranks) + scales
     assert head_parameters(model) == sum(p.numel() for p in plain_parameters(model).values())
     assert trainable_parameters(model) + head_parameters(model) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
@@ -166,7 +168,7 @@ def test_a_language_models_output_embedding_stays_frozen() -> None:
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=32, tie_word_embeddings=False,
     )  # fmt: skip
-    model = attach(GPTNeoXForCausalLM(config), AdapterSpec())
+    model = attach(GPTNeoXForCausalLM(config), AdapterSpec(method="mirror"))
     assert attachment(model).targets.head == ()
     assert "embed_out" not in spectral_layers(model)
     assert trained(model) == {f"{name}.core.theta" for name in spectral_layers(model)}

@@ -119,7 +119,7 @@ def test_pairs_are_put_in_order_round_after_round() -> None:
 
 
 def test_a_list_means_every_layer_and_leaves_the_other_directions() -> None:
-    model = attach(tiny_bert(), AdapterSpec(pairing=[[9, 2], [0, 31]]))
+    model = attach(tiny_bert(), AdapterSpec(method="givens", pairing=[[9, 2], [0, 31]]))
     assert {tuple(map(tuple, m.core.pairs.tolist())) for m in spectral_layers(model).values()} == {((0, 31), (2, 9))}
     assert trainable_parameters(model) == 13 * 2
 

@@ -177,7 +177,7 @@ def test_an_adapter_is_merged_matrix_by_matrix(tmp_path: Path, spec: AdapterSpec
         expected = layer.base_layer.weight.double() + layer.delta_weight()
         assert torch.allclose(after.read(own), expected, atol=1e-6)
         angles = after.angles(own)
-        if spec.method == "mirror":
+        if spec.preset.pairing is not None:
             theta = layer.core.get_parameter("theta").double().rad2deg()
             assert angles == pytest.approx(theta.tolist())
         else:
