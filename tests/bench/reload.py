@@ -67,7 +67,7 @@ def sizes() -> list[str]:
     from transformers import AutoModel
 
     lines = ["| MiniLM-L6, 37 layers | trained numbers | compact | portable |", "|---|---|---|---|"]
-    for title, spec in {"mirror": AdapterSpec(), "mirror, rank 16": AdapterSpec(rank=16),
+    for title, spec in {"mirror": AdapterSpec(method="mirror"), "mirror, rank 16": AdapterSpec(method="mirror", rank=16),
                         "psoft, rank 46": AdapterSpec(method="psoft")}.items():  # fmt: skip
         model = AutoModel.from_pretrained(package_folder(REAL), dtype=torch.float32)
         book = adapt(model, spec, factor_source=FactorCache())

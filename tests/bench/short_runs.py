@@ -35,13 +35,12 @@ STEPS = (80, 40, 160, 400)
 BATCH, ROWS = 16, 2400
 _SENTENCES = Path(__file__).parents[2] / "recipes" / "data" / "movie-sentences"
 PEER = "Trainer + PEFT LoRA r=8"
-_SCALES = "adapter.options.scale_top_k=all"
 METHODS: dict[str, tuple[str, ...]] = {
-    "mirror": (),
+    "mirror": ("adapter.method=mirror",),
     PEER: (),
-    "mirror with scales": (_SCALES,),
+    "mirror with scales": ("adapter.method=mirror-scale",),
     "svft": ("adapter.method=svft",),
-    "adaptive with scales": ("adapter.method=adaptive", _SCALES),
+    "adaptive with scales": ("adapter.method=adaptive", "adapter.options.scale_top_k=all"),
     "scale": ("adapter.method=scale",),
     "lora r=8": ("adapter.method=lora", "train.lr=1e-3"),
 }

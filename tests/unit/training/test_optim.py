@@ -254,9 +254,7 @@ def test_muon_leaves_vectors_embeddings_and_the_head_to_adamw() -> None:
 
 
 def test_muon_is_refused_where_nothing_is_a_matrix() -> None:
-    with pytest.raises(
-        ConfigError, match=r"muon updates matrices, and 'mirror-scale' trains none.*Allowed: adamw, sgd"
-    ):
+    with pytest.raises(ConfigError, match=r"muon updates matrices, and 'mirror-scale' trains none.*adamw, sgd"):
         build_optimizer(adapt().model, lr=1e-3, head_lr=1e-3, weight_decay=0.0, settings=OptimizerSettings(name="muon"))
 
 
