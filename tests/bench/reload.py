@@ -67,8 +67,13 @@ def sizes() -> list[str]:
     from transformers import AutoModel
 
     lines = ["| MiniLM-L6, 37 layers | trained numbers | compact | portable |", "|---|---|---|---|"]
-    for title, spec in {"mirror": AdapterSpec(method="mirror"), "mirror, rank 16": AdapterSpec(method="mirror", rank=16),
-                        "psoft, rank 46": AdapterSpec(method="psoft")}.items():  # fmt: skip
+    low = AdapterSpec(method="mirror", rank=16)
+    specs = {
+        "mirror": AdapterSpec(method="mirror"),
+        "mirror, rank 16": low,
+        "psoft, rank 46": AdapterSpec(method="psoft"),
+    }
+    for title, spec in specs.items():
         model = AutoModel.from_pretrained(package_folder(REAL), dtype=torch.float32)
         book = adapt(model, spec, factor_source=FactorCache())
         for index, layer in enumerate(spectral_layers(model).values()):
