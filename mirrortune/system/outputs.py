@@ -66,12 +66,14 @@ class OutputKind:
         reserved: regular expression for relative paths that belong to mirrortune without being listed in the marker; a
             folder's path ends in ``/``.
         is_exchanged: the folder is written under a temporary name and exchanged, not written in place.
+        preface: names of files that are written first; a folder without others is one that was not begun.
     """
 
     name: str
     ways_out: str = "Choose another with -o, or replace it with --overwrite"
     reserved: str = r"(?!)"
     is_exchanged: bool = False
+    preface: frozenset[str] = frozenset()
 
     def reserves(self, below: str) -> bool:
         """Return whether the relative path ``below`` is reserved for this kind of folder."""
@@ -101,6 +103,7 @@ RUN = OutputKind(
     rf"|curves\.png|report\.html|predictions\.safetensors|reports/(merge\.json)?|adapter/{_ADAPTER}?"
     rf"|checkpoints/(step-\d+/({_ADAPTER}|training\.safetensors|state\.json|SHA256SUMS)?)?"
     rf"|mlflow\.db(-(journal|wal|shm))?|{_TENSORBOARD}|{_WANDB}",
+    preface=frozenset({"environment.json"}),  # without recipe.yaml, a run cannot be resumed
 )
 MERGED = OutputKind("merged model", is_exchanged=True)
 LORA = OutputKind("LoRA export", is_exchanged=True)
@@ -349,7 +352,7 @@ def strangers(folder: Path, marker: Marker) -> list[str]:
 
 
 def holds_nothing(folder: Path, kind: OutputKind) -> bool:
-    """Return whether a folder is missing or empty, or holds only a marker from a process that ended too early."""
+    """Return whether a folder is missing or empty, or holds only what a process that ended too early wrote first."""
     if not folder.is_dir():
         return not folder.exists()
     if _is_unbegun(folder):
@@ -357,7 +360,7 @@ def holds_nothing(folder: Path, kind: OutputKind) -> bool:
     marker = read_marker(folder)
     if marker is None or marker.kind != kind.name or marker.files:
         return False
-    kept = {name for _, _, files in os.walk(folder) for name in files} - {MARKER, place_of_claim(folder).name}
+    kept = {f for *_, files in os.walk(folder) for f in files} - {MARKER, place_of_claim(folder).name, *kind.preface}
     return all(map(leftover_of, kept)) and not strangers(folder, marker)
 
 

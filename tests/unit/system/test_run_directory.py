@@ -392,6 +392,8 @@ def test_a_folder_that_holds_anything_is_refused(tmp_path: Path) -> None:
     run.create()
     (run.path / ".recipe.yaml.mt-ab12cd34.partial").write_text("ta")
     run.check(overwrite=False, resume=False)  # it was killed before it began
+    run.write_json("environment.json", {})
+    run.check(overwrite=False, resume=False)  # it was killed before its recipe was written: --resume finds no run
     run.write_text("recipe.yaml", "task: {}")
     with pytest.raises(ConfigError, match="--resume, choose another with -o, or replace it with --overwrite"):
         run.check(overwrite=False, resume=False)
