@@ -60,7 +60,7 @@ def compare(
     shared = {name: comparable(recipe) for name, recipe in recipes.items()}
     comparison = Comparison(root=root, grid=grid, recipes=shared, reporter=reporter)
     with comparison_folder(root, inputs):
-        comparison.prepare()
+        comparison.prepare(report_only=report_only)
         try:
             if not report_only:
                 comparison.run(jobs or default_jobs())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mirrortune.adapters.fingerprint import sampled_digest
 from mirrortune.compare.grid import Cell, Contender, Grid, Score, next_cells, slug
 from mirrortune.config import strict_yaml
 from mirrortune.config.recipe import Layer, read_saved_recipe, resolve, with_absolute_paths
@@ -24,7 +26,9 @@ from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
 from mirrortune.reports.finished_run import read_json
 from mirrortune.runs.checks import unpack
-from mirrortune.runs.job import assemble
+from mirrortune.runs.job import Job, assemble
+from mirrortune.runs.load import load_base
+from mirrortune.runs.results import check_same_base, check_same_data
 from mirrortune.runs.rows import read_data
 from mirrortune.system.atomic import write_text_atomically
 from mirrortune.system.claims import claimed
@@ -70,12 +74,15 @@ class Comparison:
         """Return the method with the given label."""
         return next(c for c in self.grid.contenders if c.label == label)
 
-    def prepare(self) -> None:
+    def prepare(self, *, report_only: bool = False) -> None:
         """Check every method on every task, read the data once, and write the recipes.
+
+        Args:
+            report_only: accept runs on other data, to which none will be added.
 
         Raises:
             ConfigError: settings of methods are not valid, all reported together; or the folder holds another
-                comparison.
+                comparison, or runs on other data or another base.
             DataError, HubError, ResourceError: the data or the model cannot be used.
         """
         errors = []
@@ -84,13 +91,16 @@ class Comparison:
                 try:
                     unpack(self.cell_recipe(Cell(task, who.label, who.lrs[0], 0)))
                 except ConfigError as error:
-                    errors.append(ConfigError(f"{task}, {who.label}", error.describe()))
+                    errors += [ConfigError(f"{task}, {who.label}", line) for line in str(error).split("\n")]
         if errors:
             raise ConfigError.several(errors)
         for task, recipe in self.recipes.items():
             self.reporter.note(f"task {task}")
-            self.recipes[task] = with_test_split(recipe, self.reporter)
-        self._check_folder()
+            job = assemble(unpack(recipe), self.reporter)
+            self.recipes[task] = with_test_split(recipe, job)
+            self._check_recipe(task)
+            if not report_only:
+                self._check_runs(task, job)
         if read_marker(self.root) is None:
             self.root.mkdir(parents=True, exist_ok=True)
             write_marker(self.root, Marker(COMPARISON.name, frozenset()))
@@ -189,7 +199,9 @@ class Comparison:
         if code and not self.has_diverged(cell):
             # Warnings of libraries may precede the error.
             problem = re.split(r"^error: ", said, flags=re.MULTILINE)[-1]
-            error = MirrortuneError(f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}", problem)
+            where = f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}"
+            error = MirrortuneError(where, problem)
+            error.args = (f"{where}: {problem}",)  # which may have several lines
             error.exit_code = code
             raise error
         RunDirectory(folder).remove_checkpoints()
@@ -223,20 +235,40 @@ class Comparison:
             f"{name}: {metric} {found['metrics'][metric]:.4f}  {found['train_seconds']:.0f} s  ({left} or more to go)"
         )
 
-    def _check_folder(self) -> None:
-        stored = self.root / "recipes"
-        for task in self.grid.tasks:
-            path = stored / f"{slug(task)}.yaml"
-            if not path.is_file():
+    def _check_recipe(self, task: str) -> None:
+        path = self.root / "recipes" / f"{slug(task)}.yaml"
+        if not path.is_file():
+            return
+        before = read_saved_recipe(path)
+        changed = _changed(before.model_dump(), self.recipes[task].model_dump())
+        if changed:
+            raise ConfigError(
+                str(self.root),
+                f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
+                fix="Choose another folder with -o, or use the same settings",
+            )
+
+    def _check_runs(self, task: str, job: Job) -> None:
+        """Check that the runs of a task were started with its present data and base, as ``train --resume`` does."""
+        weights: dict[str, str] = {}
+        for who in self.grid.contenders:
+            folders = sorted((self.root / "cells" / slug(task) / slug(who.label)).glob("lr-*/seed-*"))
+            found = {folder: read_json(folder / "environment.json") for folder in folders}
+            facts = {f: [known.get(key) for key in ("mirrortune", "data", "model")] for f, known in found.items()}
+            distinct = {json.dumps(own): RunDirectory(folder) for folder, own in facts.items() if any(own)}
+            if not distinct:
                 continue
-            before = read_saved_recipe(path)
-            changed = _changed(before.model_dump(), self.recipes[task].model_dump())
-            if changed:
-                raise ConfigError(
-                    str(self.root),
-                    f"it holds a comparison of '{task}' with other settings ({path}): {'; '.join(changed)}",
-                    fix="Choose another folder with -o, or use the same settings",
-                )
+            own, own_weights = job, weights
+            if any(key.startswith(("data.", "model.", "task.")) for key in who.settings):
+                recipe = self.cell_recipe(Cell(task, who.label, who.lrs[0], 0))
+                own, own_weights = assemble(unpack(recipe), Reporter(verbosity=-1)), {}
+            if not own_weights:  # loaded once for all methods that share it
+                base = load_base(own)
+                own_weights["sampled"] = sampled_digest(base.model, base.targets.head)
+            for run in distinct.values():
+                where, otherwise = str(run.path), "choose another folder with -o"
+                check_same_data(own, run, self.reporter, where=where, otherwise=otherwise)
+                check_same_base(own_weights, run, where=where, otherwise=otherwise)
 
 
 @contextmanager
@@ -287,10 +319,9 @@ def comparable(recipe: Recipe) -> Recipe:
     return with_absolute_paths(recipe).model_copy(update={"output_dir": None, "train": train})
 
 
-def with_test_split(recipe: Recipe, reporter: Reporter) -> Recipe:
-    """Check a recipe and its data; if the data has a labelled test split, add it to the reported splits."""
-    settings = unpack(recipe)
-    job = assemble(settings, reporter)
+def with_test_split(recipe: Recipe, job: Job) -> Recipe:
+    """Return the recipe of a job; if its data has a labelled test split, add it to the reported splits."""
+    settings = job.settings
     data, name = read_data(settings.data, settings.task), recipe.data.test_split
     rows = data.find(name)
     if rows is None or name in recipe.eval.report_splits or rows is data.find(recipe.data.train_split):

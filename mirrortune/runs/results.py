@@ -127,8 +127,20 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
         raise ConfigError.several(differing)
 
 
-def check_same_data(job: Job, run: RunDirectory, reporter: Reporter) -> None:
+_ANEW = "start anew with --overwrite"
+
+
+def check_same_data(
+    job: Job, run: RunDirectory, reporter: Reporter, *, where: str = "--resume", otherwise: str = _ANEW
+) -> None:
     """Check that a run is resumed on the data that it was started with; note another version of mirrortune.
+
+    Args:
+        job: job of the command.
+        run: run that is resumed, or kept as a part of a comparison.
+        reporter: prints the notes.
+        where: flag or path to name in the error.
+        otherwise: what the error advises if the data cannot be restored.
 
     Raises:
         ConfigError: files or the commit differ; the error names all of them.
@@ -140,14 +152,20 @@ def check_same_data(job: Job, run: RunDirectory, reporter: Reporter) -> None:
     if (version := known.get("mirrortune")) != __version__:
         reporter.note(f"the run was started with mirrortune {version}, this is {__version__}")
     before, now = dict(_leaves(known["data"])), dict(_leaves(json.loads(json.dumps(job.data_origin))))
+    if not any(key[0] == "media" for key in before):  # not recorded by older versions
+        now = {key: value for key, value in now.items() if key[0] != "media"}
     changes = [_change(key, before, now) for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changes:
-        fix = "Restore the data, or start anew with --overwrite"
-        raise ConfigError("--resume", f"the data is not that of the run: {'; '.join(changes)}", fix=fix)
+        fix = f"Restore the data, or {otherwise}"
+        raise ConfigError(where, f"the data is not that of the run: {'; '.join(changes)}", fix=fix)
 
 
-def check_same_base(digests: dict[str, str], run: RunDirectory) -> None:
-    """Check that a run is resumed on the base that it was started with, by the digests of its weights.
+def check_same_base(
+    digests: dict[str, str], run: RunDirectory, *, where: str = "--resume", otherwise: str = _ANEW
+) -> None:
+    """Check that a run is resumed on the base that it was started with, by some or all digests of its weights.
+
+    The arguments are those of :func:`check_same_data`.
 
     Raises:
         ConfigError: its weights differ.
@@ -155,10 +173,11 @@ def check_same_base(digests: dict[str, str], run: RunDirectory) -> None:
     known = read_json(run.path / _ENVIRONMENT)
     model = known.get("model")
     model = model if isinstance(model, dict) else {}
-    if model.get("weights", digests) != digests:  # absent from runs of older versions
+    weights = model.get("weights", digests)  # absent from runs of older versions
+    if any(weights.get(name) != digest for name, digest in digests.items()):
         raise ConfigError(
-            "--resume", f"the weights of '{model.get('name')}' are not those that the run was started with",
-            fix="Restore the model, or start anew with --overwrite",
+            where, f"the weights of '{model.get('name')}' are not those that the run was started with",
+            fix=f"Restore the model, or {otherwise}",
         )  # fmt: skip
 
 

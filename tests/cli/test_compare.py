@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mirrortune.compare.grid import Cell, make_grid
 from mirrortune.compare.run import Comparison
@@ -146,6 +147,37 @@ def test_other_settings_do_not_mix_with_what_is_there(compared: Compared) -> Non
     assert "data.max_length was " in refused.said
     assert "is 16. " in refused.said
     assert compared.run("--report-only", "train.num_workers=0").exit_code == 0
+
+
+def test_runs_on_other_data_or_another_base_are_not_mixed_with_new_ones(compared: Compared, tmp_path: Path) -> None:
+    root, data, model = (tmp_path / name for name in ("out", "data", "model"))
+    shutil.copytree(compared.root, root)
+    shutil.copytree(compared.root.parent / "data", data)
+    words = [{compared.root.parent / "data": data, compared.root: root}.get(w, w) for w in compared.words]
+    model = Path(shutil.copytree(compared.words[2], model))
+    words[2] = model
+    for file in root.rglob("*.yaml"):  # the same rows and weights in another place
+        text = file.read_text(encoding="utf-8").replace(str(compared.root.parent / "data"), str(data))
+        file.write_text(text.replace(str(compared.words[2]), str(model)), encoding="utf-8")
+    kept = tree(root / "cells")
+    assert mirrortune(*words, cache=compared.cache).exit_code == 0
+    assert tree(root / "cells") == kept
+
+    rows, swapped = (data / "train.csv").read_bytes(), {b"positive": b"negative", b"negative": b"positive"}
+    (data / "train.csv").write_bytes(re.sub(b"positive|negative", lambda found: swapped[found[0]], rows))
+    refused = mirrortune(*words, cache=compared.cache)
+    assert refused.exit_code == 2
+    assert ": the data is not that of the run: train.csv has changed. Restore the data, or choose" in refused.said
+    assert mirrortune(*words, "--report-only", cache=compared.cache).exit_code == 0
+    (data / "train.csv").write_bytes(rows)
+
+    weights = load_file(model / "model.safetensors")
+    weights = {name: 2 * tensor for name, tensor in weights.items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refused = mirrortune(*words, cache=compared.cache)
+    assert refused.exit_code == 2
+    assert "are not those that the run was started with. Restore the model, or choose another folder" in refused.said
+    assert tree(root / "cells") == kept
 
 
 def test_all_methods_are_checked_before_any_is_trained(compared: Compared, tmp_path: Path) -> None:
