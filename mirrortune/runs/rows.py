@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mirrortune.data.dataset import DataSet, Split, load_data, set_aside, take_subset
 from mirrortune.data.files.arrow import is_string
-from mirrortune.data.files.media import FILE_ROLES, remarks_on
+from mirrortune.data.files.media import FILE_ROLES, named_files, remarks_on
 from mirrortune.data.labels import as_name, without_labels
 from mirrortune.data.mixture import (
     Adjustment,
@@ -268,7 +268,9 @@ def choose_rows(settings: RunSettings, data: DataSet, reporter: Reporter) -> Run
         reporter.note(f"  validation: {validation.table.num_rows:,} of {whole_validation:,} rows (eval.max_rows)")
     used = (whole, data.find(section.validation_split), *reported.values())
     test = _test_rows(data.find(section.test_split), used, task, whole)
-    return RunRows(task=task, train=train, validation=validation, reported=reported, test=test, origin=data.origin)
+    media = named_files(data, task.columns())
+    origin = {**data.origin, **({"media": {"sha256": media}} if media else {})}
+    return RunRows(task=task, train=train, validation=validation, reported=reported, test=test, origin=origin)
 
 
 def _validation(

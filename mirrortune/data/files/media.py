@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -88,6 +89,11 @@ class FileCells:
         found = ((row, self._found(row)) for row in range(len(self)))
         return [row for row, place in found if isinstance(place, Path) and self._leads_out(place, real)]
 
+    def named(self) -> list[str]:
+        """Return the name and the size of the file of each row whose cell holds a path."""
+        found = ((self._found(row), self.size(row)) for row in range(len(self)))
+        return [f"{place.name} {size}" for place, size in found if isinstance(place, Path)]
+
     def unreadable(self, row: int, error: Exception | str) -> MirrortuneError:
         """Return the error for a file that could not be decoded, because of an exception or for the reason given."""
         if isinstance(error, MirrortuneError):
@@ -151,6 +157,25 @@ def remarks_on(data: DataSet, columns: Sequence[tuple[str, str]]) -> list[str]:
         first = f"{split.places.where(row)}: {cells.path(row)}"
         lines.append(f"{count} outside the folder of the data ({first}); data.contained=true refuses them")
     return lines
+
+
+def named_files(data: DataSet, columns: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return a hash of the names and sizes of the files that the rows of each split name; empty without such files.
+
+    Rows of a stream are left out, since most of them have not been read yet.
+
+    Args:
+        data: the data set.
+        columns: (role, column), as of ``Task.columns``.
+    """
+    found = {}
+    for name, split in data.splits.items():
+        own = [FileCells.of(split, column, role=role, readable="") for role, column in columns
+               if role in FILE_ROLES and column in split.table.column_names and split.stream is None]  # fmt: skip
+        lines = [line for cells in own for line in cells.named()]
+        if lines:
+            found[name] = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
+    return found
 
 
 def _real(folder: Path, known: dict[Path, Path]) -> Path:

@@ -120,15 +120,22 @@ DATA: dict[str, Any] = {
         ({"validation": {"path": "v", "sha256": "57"}}, "validation has changed"),
         ({"sources": [{"sha256": {"a.csv": "1"}}]}, "data set 1: a.csv is new"),
         ({"commit": "abc"}, "commit was None, is 'abc'"),
+        ({"media": {"sha256": {"train": "91"}}}, "media.train has changed"),
     ],
 )
 def test_other_data_is_refused_and_the_error_says_what_changed(
     run: RunDirectory, now: dict[str, Any], says: str
 ) -> None:
-    run.write_json("environment.json", {"data": DATA})
+    run.write_json("environment.json", {"data": DATA | {"media": {"sha256": {"train": "90"}}}})
 
     with pytest.raises(ConfigError, match=rf"the data is not that of the run: {says}.*start anew with --over"):
-        check_same_data(Mock(data_origin=DATA | now), run, Mock())
+        check_same_data(Mock(data_origin=DATA | {"media": {"sha256": {"train": "90"}}} | now), run, Mock())
+
+
+def test_files_that_an_older_version_did_not_record_are_no_difference(run: RunDirectory) -> None:
+    run.write_json("environment.json", {"data": DATA})
+
+    check_same_data(Mock(data_origin=DATA | {"media": {"sha256": {"train": "90"}}}), run, Mock())
 
 
 def test_the_same_data_in_another_place_and_another_version_of_the_program_are_accepted(run: RunDirectory) -> None:

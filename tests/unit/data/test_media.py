@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that the rows of a table name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+from PIL import Image
+
+from mirrortune.data.dataset import DataSet, Split
+from mirrortune.data.files.media import named_files
+
+COLUMNS = [("image", "file"), ("label", "label")]
+
+
+def named_in(folder: Path, cells: list[object]) -> dict[str, str]:
+    """What identifies the files of a table in ``folder``."""
+    table = pa.table({"file": cells, "label": ["a"] * len(cells)})
+    return named_files(DataSet(splits={"train": Split(table=table, source="rows", folder=folder)}), COLUMNS)
+
+
+def test_files_of_a_table_are_known_by_their_names_and_sizes(tmp_path: Path) -> None:
+    for folder in ("here", "there"):
+        for name, size in (("a.png", 8), ("b.png", 12)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.new("RGB", (size, size)).save(tmp_path / folder / name)
+    first = named_in(tmp_path / "here", ["a.png", "b.png"])
+
+    assert first.keys() == {"train"}
+    assert named_in(tmp_path / "there", ["a.png", "b.png"]) == first
+    assert named_in(tmp_path / "there", [str(tmp_path / "here" / "a.png"), "b.png"]) == first
+    assert named_in(tmp_path / "here", ["b.png", "a.png"]) != first
+    Image.effect_noise((64, 64), 50).save(tmp_path / "here" / "b.png")
+    assert named_in(tmp_path / "here", ["a.png", "b.png"]) != first
+    (tmp_path / "here" / "b.png").unlink()
+    assert named_in(tmp_path / "here", ["a.png", "b.png"]) != first
+
+
+def test_content_in_the_table_names_no_file(tmp_path: Path) -> None:
+    assert named_in(tmp_path, [b"12", b"34"]) == {}
