@@ -22,6 +22,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 2000
+"""Number of characters after which a part of a message is cut."""
+
+
+def on_one_line(text: str | None) -> str:
+    """Escape line breaks and cut overlong text: names of columns and files are untrusted."""
+    plain = (text or "").replace("\n", r"\n")
+    return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 200]} ... {plain[-200:]}"
+
 
 class MirrortuneError(Exception):
     """A failure with a message for the user.
@@ -40,13 +49,12 @@ class MirrortuneError(Exception):
         super().__init__(self.describe())
 
     def describe(self) -> str:
-        """Return the message on one line: where, problem, allowed, fix."""
-        problem = self.problem.rstrip(".")
-        parts = [f"{self.where}: {problem}" + ("" if problem.endswith("?") else ".")]
-        if self.allowed:
-            parts.append(f"Allowed: {self.allowed.rstrip('.')}.")
-        if self.fix:
-            parts.append(f"{self.fix.rstrip('.')}.")
+        """Return the message on one line, in which line breaks are escaped: where, problem, allowed, fix."""
+        where, problem, allowed, fix = map(on_one_line, (self.where, self.problem, self.allowed, self.fix))
+        problem = problem.rstrip(".")
+        parts = [f"{where}: {problem}" + ("" if problem.endswith("?") else ".")]
+        parts += [f"Allowed: {allowed.rstrip('.')}."] if allowed else []
+        parts += [f"{fix.rstrip('.')}."] if fix else []
         return " ".join(parts)
 
 
@@ -58,7 +66,7 @@ class ConfigError(MirrortuneError):
     @classmethod
     def several(cls, errors: Sequence[ConfigError]) -> ConfigError:
         """Combine one or more errors into one error with a line for each; duplicate lines are dropped."""
-        lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
+        lines = dict.fromkeys(line for error in errors for line in str(error).split("\n"))
         if len(errors) == 1 or len(lines) == 1:
             return errors[0]
         combined = cls("configuration", f"{len(lines)} problems")
@@ -80,7 +88,7 @@ def all_of(*steps: Callable[[], Any]) -> list[Any]:
             errors.append(error)
     if not errors:
         return results
-    lines = dict.fromkeys(line for error in errors for line in str(error).splitlines())
+    lines = dict.fromkeys(line for error in errors for line in str(error).split("\n"))
     if len(errors) > 1:
         errors[0].args = ("\n".join(lines),)
     raise errors[0]

@@ -30,7 +30,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mirrortune.errors import DataError, ResourceError
+from mirrortune.errors import DataError, ResourceError, on_one_line
 from mirrortune.system.signals import describe_stop
 
 # Verbosity with -q, by default, and with -v.
@@ -125,12 +125,12 @@ class Reporter:
             sys.stdout.buffer.write(content)
 
     def note(self, text: str, *, level: int = _NORMAL, has_lines: bool = False) -> None:
-        """Print a line to stderr if ``level`` is at most the verbosity, with line breaks in names escaped.
+        """Print a line to stderr if ``level`` is at most the verbosity.
 
-        ``has_lines`` keeps line breaks, for a text that is shown as it is.
+        Line breaks are escaped and overlong text is cut, unless ``has_lines`` says that the text is shown as it is.
         """
         if self.is_main and level <= self.verbosity:
-            _say(self._err, text if has_lines else text.replace("\n", r"\n"))
+            _say(self._err, text if has_lines else on_one_line(text))
 
     def detail(self, text: str) -> None:
         """Print a line with ``-v``."""

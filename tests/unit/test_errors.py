@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-from mirrortune.errors import ConfigError
+from unittest.mock import Mock
+
+import pytest
+
+from mirrortune.errors import ConfigError, DataError, all_of
 
 
 def test_several_problems_are_a_line_each() -> None:
@@ -25,3 +29,14 @@ def test_what_is_found_twice_is_said_once() -> None:
 def test_problems_that_stand_for_several_keep_their_lines() -> None:
     inner = ConfigError.several([ConfigError("a", "wrong"), ConfigError("b", "wrong")])
     assert str(ConfigError.several([inner, ConfigError("c", "wrong")])) == "a: wrong.\nb: wrong.\nc: wrong."
+
+
+def test_a_name_with_line_breaks_or_without_an_end_stays_one_short_line() -> None:
+    forged = DataError("a\nb.csv", "no column 'x\nerror: y'", allowed="p" * 5000, fix="Name one")
+    assert str(forged).startswith(r"a\nb.csv: no column 'x\nerror: y'. Allowed: ppp")
+    assert str(forged).endswith("ppp. Name one.")
+    assert len(str(forged)) < 2100
+    breaks = DataError("a", "1\r2\u20283", fix="Mend it")
+    with pytest.raises(DataError) as caught:
+        all_of(Mock(side_effect=breaks), Mock(side_effect=DataError("b", "4")))
+    assert str(caught.value) == "a: 1\r2\u20283. Mend it.\nb: 4."
