@@ -42,7 +42,7 @@ from mirrortune.system.signals import StopSignals
 from mirrortune.tasks.kinds.sentence_similarity import EmbeddingReader, Task
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import Tally
-from mirrortune.training.calibration import CalibrationSettings, measure_bases
+from mirrortune.training.calibration import Calibration, CalibrationSettings
 from mirrortune.training.step import Stepper, Update
 from tests import tiny_runs
 from tests.spectral import Problem
@@ -136,7 +136,9 @@ def bases(accelerator: Any) -> list[float]:
     )
     targets = find_targets(model, spec, tiny_runs.HEAD)
     objective = Objective(tiny_runs.classification())
-    found = measure_bases(model, targets, objective, rows, settings=settings, accelerator=accelerator)
+    found = Calibration(
+        model=model, targets=targets, objective=objective, examples=rows, settings=settings, accelerator=accelerator
+    ).measure_bases()
     return [float(value) for f in found.values() for value in (f.U * f.S @ f.Vh).flatten()]
 
 

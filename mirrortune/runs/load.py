@@ -63,7 +63,7 @@ from mirrortune.tasks.base import (
 )
 from mirrortune.tasks.classes import OneOfClasses
 from mirrortune.tasks.metrics import KINDS_OWN
-from mirrortune.training.calibration import measure_bases, measure_saliency
+from mirrortune.training.calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,18 +229,8 @@ def choose_pairs(
 
 
 def _measured_pairs(job: Job, loaded: Base, cache: FactorCache, accelerator: Any) -> dict[str, Tensor]:
-    spec, settings, targets = job.spec, job.settings.calibration, loaded.targets
-    assert settings is not None
-    saliency = measure_saliency(
-        loaded.model,
-        targets,
-        job.objective,
-        job.train,
-        cache,
-        settings=settings,
-        accelerator=accelerator,
-        draws=job.draws,
-    )
+    spec, targets = job.spec, loaded.targets
+    saliency = _calibration(job, loaded, accelerator).measure_saliency(cache)
     return {name: make_pairs(spec, s.shape[-1], name, s, targets.layers[name].count) for name, s in saliency.items()}
 
 
@@ -255,15 +245,19 @@ def choose_bases(
     steps = run.saved_steps()
     if resume and steps:
         return stored_bases(read_adapter(run.checkpoint(steps[-1])))
-    assert job.settings.calibration is not None
     started = time.perf_counter()
-    measure = partial(
-        measure_bases, loaded.model, loaded.targets, job.objective, job.train, settings=job.settings.calibration,
-        accelerator=accelerator, draws=job.draws,
-    )  # fmt: skip
-    bases = sync.from_all(accelerator, measure)
+    bases = sync.from_all(accelerator, _calibration(job, loaded, accelerator).measure_bases)
     reporter.note(f"bases measured on the task in {time.perf_counter() - started:.1f} s")
     return bases
+
+
+def _calibration(job: Job, loaded: Base, accelerator: Any) -> Calibration:
+    settings = job.settings.calibration
+    assert settings is not None
+    return Calibration(
+        model=loaded.model, targets=loaded.targets, objective=job.objective, examples=job.train, settings=settings,
+        accelerator=accelerator, draws=job.draws,
+    )  # fmt: skip
 
 
 def choose_strategies(

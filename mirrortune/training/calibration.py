@@ -61,169 +61,169 @@ class CalibrationSettings:
     seed: int
 
 
-def measure_saliency(
-    model: nn.Module,
-    targets: Targets,
-    objective: Objective,
-    examples: Examples,
-    factor_source: FactorSource,
-    *,
-    settings: CalibrationSettings,
-    accelerator: Any,
-    draws: SourceDraws | None = None,
-) -> dict[str, Tensor]:
-    """Measure the saliency of every pair of directions of every target layer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Measures the gradients of a base model's weights on training rows; the model is left as it was.
 
-    Args:
-        model: base model without an adapter; its parameters and mode are restored.
-        targets: layers and head.
-        objective: training loss.
-        examples: training rows.
-        factor_source: computes or caches the factors of each layer.
-        settings: how saliency is measured.
-        accelerator: accelerate's ``Accelerator``, which provides device and precision.
-        draws: what an epoch draws from each source of a mixture.
-
-    Returns:
-        The saliency of each layer by name, shape (R, R), or (E, R, R) for a stack of E matrices; float64 on the CPU,
-        antisymmetric for ``mean`` and symmetric for ``rms``.
-    """
-    if packed := next((n for n, target in targets.layers.items() if target.kind.is_quantised), None):
-        raise ConfigError(
-            "adapter.pairing", f"pairs are measured by gradients of weights, and {packed} is quantised",
-            allowed="mirror, neighbor, random, or pairs that you list", fix="Measure on the model in full precision",
-        )  # fmt: skip
-    found: dict[str, Tensor] = {}
-    with _gradients(model, targets, objective, examples, settings, accelerator, draws=draws) as batches:
-        for _ in batches:
-            if settings.saliency == "rms":
-                _add(found, model, targets, factor_source, settings)
-        if settings.saliency == "mean":
-            _add(found, model, targets, factor_source, settings)
-    return {name: s.sqrt() if settings.saliency == "rms" else s for name, s in found.items()}
-
-
-def measure_bases(
-    model: nn.Module,
-    targets: Targets,
-    objective: Objective,
-    examples: Examples,
-    *,
-    settings: CalibrationSettings,
-    accelerator: Any,
-    draws: SourceDraws | None = None,
-) -> dict[str, Factors]:
-    """Compute the leading singular triplets of -sign(G) of every target layer, G the gradient of its weight.
-
-    Adam's first step is -lr sign(G): these triplets are its best approximation of their rank. Collective: each process
-    measures its share of the batches, and gradients are summed over all processes.
-
-    Args:
-        model: base model without an adapter; its parameters and mode are restored.
+    Attributes:
+        model: base model without an adapter.
         targets: layers and head.
         objective: training loss.
         examples: training rows.
         settings: how gradients are measured.
-        accelerator: accelerate's ``Accelerator``: device and precision.
+        accelerator: accelerate's ``Accelerator``, which provides device and precision.
         draws: what an epoch draws from each source of a mixture.
-
-    Returns:
-        Layer name -> factors, float64 on the CPU, on the main process; empty on the others.
-
-    Raises:
-        DataError: a gradient is not finite.
     """
-    found: dict[str, Factors] = {}
-    with _gradients(
-        model, targets, objective, examples, settings, accelerator, draws=draws, is_shared=True
-    ) as batches:  # fmt: skip
-        for _ in batches:
-            pass
-        weights = {id(weight): weight for target in targets.layers.values() for weight in [target.weight(model)]}
-        for weight in weights.values():
-            own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.grad = accelerator.reduce(own, reduction="sum")
-        for name, target in targets.layers.items() if accelerator.is_main_process else ():
-            slope = target.weight(model).grad
-            assert slope is not None
-            if not bool(torch.isfinite(slope).all()):
-                fix = "Use --precision fp32, or another base"
-                raise DataError(name, "the gradient of this weight is not finite", fix=fix)
-            found[name] = factorize(-target.matrix(slope).sign(), target.rank, name=name).to(
-                device=torch.device("cpu"), dtype=torch.float64
-            )
-    return found
 
+    model: nn.Module
+    targets: Targets
+    objective: Objective
+    examples: Examples
+    settings: CalibrationSettings
+    accelerator: Any
+    draws: SourceDraws | None = None
 
-@contextmanager
-def _gradients(
-    model: nn.Module,
-    targets: Targets,
-    objective: Objective,
-    examples: Examples,
-    settings: CalibrationSettings,
-    accelerator: Any,
-    *,
-    draws: SourceDraws | None,
-    is_shared: bool = False,
-) -> Iterator[Iterator[None]]:
-    """Yield an iterator that adds the gradient of one more batch to those of the target weights at each step.
+    def measure_saliency(self, factor_source: FactorSource) -> dict[str, Tensor]:
+        """Measure the saliency of every pair of directions of every target layer.
 
-    The model is left as it was. With ``is_shared``, a process takes only its share of the batches.
-    """
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    was_training = model.training
-    model.to(accelerator.device).eval()  # without dropout: the gradient of the model that evaluation sees
-    rows = _batches(examples, settings, objective, draws)
-    head = {n: p for n, p in model.named_parameters() if n in set(targets.head)}
-    start = {n: p.detach().clone() for n, p in head.items()}
-    _only(model, list(head.values()))
-    with _autocast(accelerator):
-        _warm_up(model, list(head.values()), objective, examples, rows, settings, accelerator.device)
-    _only(model, [target.weight(model) for target in targets.layers.values()])
-    first, step = (accelerator.process_index, accelerator.num_processes) if is_shared else (0, 1)
+        Args:
+            factor_source: computes or caches the factors of each layer.
 
-    def batches() -> Iterator[None]:
-        for batch in itertools.islice(rows, first, settings.num_batches, step):
-            with _autocast(accelerator):
-                _backward(model, objective, examples, batch, accelerator.device)
-            yield
+        Returns:
+            The saliency of each layer by name, shape (R, R), or (E, R, R) for a stack of E matrices; float64 on the
+            CPU, antisymmetric for ``mean`` and symmetric for ``rms``.
 
-    yield batches()
-    _only(model, [])
-    with torch.no_grad():
-        for name, parameter in head.items():
-            parameter.copy_(start[name])
-    for parameter, wants_gradient in wanted.items():
-        parameter.requires_grad_(wants_gradient)
-    model.train(was_training)
+        Raises:
+            ConfigError: a layer is quantised, so its weight has no gradient.
+        """
+        if packed := next((n for n, target in self.targets.layers.items() if target.kind.is_quantised), None):
+            raise ConfigError(
+                "adapter.pairing", f"pairs are measured by gradients of weights, and {packed} is quantised",
+                allowed="mirror, neighbor, random, or pairs that you list",
+                fix="Measure on the model in full precision",
+            )  # fmt: skip
+        found: dict[str, Tensor] = {}
+        is_rms = self.settings.saliency == "rms"
+        with self._gradients() as batches:
+            for _ in batches:
+                if is_rms:
+                    self._add(found, factor_source)
+            if not is_rms:
+                self._add(found, factor_source)
+        return {name: s.sqrt() if is_rms else s for name, s in found.items()}
+
+    def measure_bases(self) -> dict[str, Factors]:
+        """Compute the leading singular triplets of -sign(G) of every target layer, G the gradient of its weight.
+
+        Adam's first step is -lr sign(G): these triplets are its best approximation of their rank. Collective: each
+        process measures its share of the batches, and gradients are summed over all processes.
+
+        Returns:
+            Layer name -> factors, float64 on the CPU, on the main process; empty on the others.
+
+        Raises:
+            DataError: a gradient is not finite.
+        """
+        found: dict[str, Factors] = {}
+        with self._gradients(is_shared=True) as batches:
+            for _ in batches:
+                pass
+            weights = {id(w): w for target in self.targets.layers.values() for w in [target.weight(self.model)]}
+            for weight in weights.values():
+                own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self.accelerator.reduce(own, reduction="sum")
+            for name, target in self.targets.layers.items() if self.accelerator.is_main_process else ():
+                slope = target.weight(self.model).grad
+                assert slope is not None
+                if not bool(torch.isfinite(slope).all()):
+                    fix = "Use --precision fp32, or another base"
+                    raise DataError(name, "the gradient of this weight is not finite", fix=fix)
+                found[name] = factorize(-target.matrix(slope).sign(), target.rank, name=name).to(
+                    device=torch.device("cpu"), dtype=torch.float64
+                )
+        return found
+
+    @contextmanager
+    def _gradients(self, *, is_shared: bool = False) -> Iterator[Iterator[None]]:
+        """Yield an iterator that adds the gradient of one more batch to those of the target weights at each step.
+
+        With ``is_shared``, a process takes only its share of the batches.
+        """
+        model, device = self.model, self.accelerator.device
+        wanted = {p: p.requires_grad for p in model.parameters()}
+        was_training = model.training
+        model.to(device).eval()  # without dropout: the gradient of the model that evaluation sees
+        rows = self._batches()
+        head = {n: p for n, p in model.named_parameters() if n in set(self.targets.head)}
+        start = {n: p.detach().clone() for n, p in head.items()}
+        _only(model, list(head.values()))
+        with _autocast(self.accelerator):
+            self._warm_up(list(head.values()), rows)
+        _only(model, [target.weight(model) for target in self.targets.layers.values()])
+        first, step = (self.accelerator.process_index, self.accelerator.num_processes) if is_shared else (0, 1)
+
+        def batches() -> Iterator[None]:
+            for batch in itertools.islice(rows, first, self.settings.num_batches, step):
+                with _autocast(self.accelerator):
+                    self._backward(batch)
+                yield
+
+        yield batches()
+        _only(model, [])
+        with torch.no_grad():
+            for name, parameter in head.items():
+                parameter.copy_(start[name])
+        for parameter, wants_gradient in wanted.items():
+            parameter.requires_grad_(wants_gradient)
+        model.train(was_training)
+
+    def _batches(self) -> Iterator[Any]:
+        """Yield the rows of one batch after another, epoch by epoch without end."""
+        lengths, size, seed = self.examples.lengths, self.settings.batch_size, self.settings.seed
+        for epoch in itertools.count():
+            drawn = None if self.draws is None else self.draws.rows(seed, epoch)
+            yield from epoch_batches(lengths, size, seed, epoch, self.objective.classes, drawn)
+
+    def _warm_up(self, head: list[nn.Parameter], rows: Iterator[Any]) -> None:
+        """Train only the head; the frozen base computes each batch once, regardless of the number of steps."""
+        steps = self.settings.warmup_steps
+        if not head or not steps:
+            return
+        batches = list(itertools.islice(rows, min(steps, _WARMUP_BATCHES)))
+        optimizer = torch.optim.AdamW(head, lr=self.settings.head_lr)
+        with _remembered_base(self.model) as of_batch:
+            for step in range(steps):
+                of_batch(step % len(batches))
+                self._backward(batches[step % len(batches)])
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def _backward(self, rows: Any) -> None:
+        inputs, outputs, targets = forward(self.model, self.examples.batch(rows), self.accelerator.device)
+        total, items = self.objective.loss(inputs, outputs, targets)
+        torch.autograd.backward(total / items)
+
+    def _add(self, found: dict[str, Tensor], factor_source: FactorSource) -> None:
+        """Project the accumulated gradients onto the angles, add them to ``found``, squared for rms, and clear."""
+        for name, target in self.targets.layers.items():
+            weight = target.weight(self.model)
+            assert weight.grad is not None
+            factors = factor_source(name, target.matrix(weight), target.rank)
+            exact = factors.to(device=weight.device, dtype=torch.float32)
+            slope = target.matrix(weight.grad).float()
+            assert self.settings.side is not None
+            gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, self.settings.side).double().cpu()
+            if self.settings.unit == "movement":
+                S = factors.S.double().cpu()
+                gradient *= even_steps(plane_strengths(S), S)
+            found[name] = found.get(name, 0) + (gradient.square() if self.settings.saliency == "rms" else gradient)
+        for target in self.targets.layers.values():  # only after all layers: parts of a fused weight share its gradient
+            target.weight(self.model).grad = None
 
 
 def _autocast(accelerator: Any) -> AbstractContextManager[object]:
     """Return the autocast context of the run, or float32 for a float16 run, in which unscaled gradients underflow."""
     return nullcontext() if accelerator.scaler is not None else Sharding.of(accelerator).autocast()
-
-
-def _warm_up(
-    model: nn.Module,
-    head: list[nn.Parameter],
-    objective: Objective,
-    examples: Examples,
-    rows: Iterator[Any],
-    settings: CalibrationSettings,
-    device: torch.device,
-) -> None:
-    """Train only the head; the frozen base computes each batch once, regardless of the number of steps."""
-    if not head or not settings.warmup_steps:
-        return
-    batches = list(itertools.islice(rows, min(settings.warmup_steps, _WARMUP_BATCHES)))
-    optimizer = torch.optim.AdamW(head, lr=settings.head_lr)
-    with _remembered_base(model) as of_batch:
-        for step in range(settings.warmup_steps):
-            of_batch(step % len(batches))
-            _backward(model, objective, examples, batches[step % len(batches)], device)
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 @contextmanager
@@ -254,46 +254,8 @@ def _remembered_base(model: nn.Module) -> Iterator[Callable[[int], None]]:
         del base.forward
 
 
-def _backward(model: nn.Module, objective: Objective, examples: Examples, rows: Any, device: torch.device) -> None:
-    inputs, outputs, targets = forward(model, examples.batch(rows), device)
-    total, items = objective.loss(inputs, outputs, targets)
-    torch.autograd.backward(total / items)
-
-
-def _add(
-    found: dict[str, Tensor],
-    model: nn.Module,
-    targets: Targets,
-    factor_source: FactorSource,
-    settings: CalibrationSettings,
-) -> None:
-    """Project the accumulated gradients onto the angles, add them to ``found`` (squared for rms), and clear them."""
-    for name, target in targets.layers.items():
-        weight = target.weight(model)
-        assert weight.grad is not None
-        factors = factor_source(name, target.matrix(weight), target.rank)
-        exact = factors.to(device=weight.device, dtype=torch.float32)
-        slope = target.matrix(weight.grad).float()
-        assert settings.side is not None
-        gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, settings.side).double().cpu()
-        if settings.unit == "movement":
-            S = factors.S.double().cpu()
-            gradient *= even_steps(plane_strengths(S), S)
-        found[name] = found.get(name, 0) + (gradient.square() if settings.saliency == "rms" else gradient)
-    for target in targets.layers.values():  # only after all layers: parts of a fused weight share its gradient
-        target.weight(model).grad = None
-
-
 def _only(model: nn.Module, trained: list[nn.Parameter]) -> None:
     chosen = {id(p) for p in trained}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
         parameter.grad = None
-
-
-def _batches(
-    examples: Examples, settings: CalibrationSettings, objective: Objective, draws: SourceDraws | None
-) -> Iterator[Any]:
-    for epoch in itertools.count():
-        drawn = None if draws is None else draws.rows(settings.seed, epoch)
-        yield from epoch_batches(examples.lengths, settings.batch_size, settings.seed, epoch, objective.classes, drawn)

@@ -69,7 +69,7 @@ def test_a_run_goes_on_with_the_bases_of_its_checkpoint(
     *_, last = sorted((copy / "checkpoints").iterdir())
     shutil.rmtree(last)
     shutil.rmtree(copy / "adapter")
-    monkeypatch.setattr(load, "measure_bases", None)  # it would be called
+    monkeypatch.setattr(load, "Calibration", None)  # it would be called
     resumed = mirrortune(*run.words, "-o", copy, "--resume", "--json", cache=run.cache).data
     assert resumed["metrics"] == run.result["metrics"]
     for file in ("metrics.jsonl", "adapter/adapter.safetensors"):

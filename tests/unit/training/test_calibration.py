@@ -28,7 +28,7 @@ from mirrortune.runs.evaluate import evaluate
 from mirrortune.runs.train import train
 from mirrortune.system.console import Reporter
 from mirrortune.tasks.objective import Objective
-from mirrortune.training.calibration import CalibrationSettings, measure_bases, measure_saliency
+from mirrortune.training.calibration import Calibration, CalibrationSettings
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import HEAD, classification, sentences
 
@@ -50,17 +50,16 @@ def settings(**changes: Any) -> CalibrationSettings:
     return CalibrationSettings(**{**fields, **changes})
 
 
+def calibration(model: Any, spec: AdapterSpec, **changes: Any) -> Calibration:
+    return Calibration(
+        model=model, targets=find_targets(model, spec, HEAD), objective=Objective(classification()),
+        examples=sentences(12), settings=settings(**changes), accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+
+
 def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
     """Saliency of the tiny model on 12 sentences, all of them in one batch unless changed."""
-    return measure_saliency(
-        model,
-        find_targets(model, SPEC, HEAD),
-        Objective(classification()),
-        sentences(12),
-        lambda name, weight, rank: factorize(weight, rank),
-        settings=settings(**changes),
-        accelerator=Accelerator(cpu=True),
-    )
+    return calibration(model, SPEC, **changes).measure_saliency(lambda name, weight, rank: factorize(weight, rank))
 
 
 @pytest.mark.parametrize(("side", "unit"), [("output", "movement"), ("input", "movement"), ("output", "angle")])
@@ -104,10 +103,7 @@ def test_rms_counts_what_batches_pull_in_opposite_directions() -> None:
 
 def bases_of(model: Any, **changes: Any) -> dict[str, Factors]:
     """Bases of the tiny model's gradients, three directions of each weight."""
-    return measure_bases(
-        model, find_targets(model, AdapterSpec(method="lora-sb", rank=3), HEAD), Objective(classification()),
-        sentences(12), settings=settings(**changes), accelerator=Accelerator(cpu=True),
-    )  # fmt: skip
+    return calibration(model, AdapterSpec(method="lora-sb", rank=3), **changes).measure_bases()
 
 
 def test_bases_are_those_of_adams_first_step() -> None:

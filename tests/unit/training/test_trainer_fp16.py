@@ -174,7 +174,7 @@ def test_pairs_are_measured_in_float32(tmp_path: Path) -> None:
     """Unscaled gradients of float16 round to zero, and pairs of zeros are any pairs."""
     from mirrortune.adapters.svd import factorize
     from mirrortune.adapters.targets import find_targets
-    from mirrortune.training.calibration import CalibrationSettings, measure_saliency
+    from mirrortune.training.calibration import Calibration, CalibrationSettings
     from tests.tiny_models import tiny_bert
 
     settings = CalibrationSettings(
@@ -185,13 +185,11 @@ def test_pairs_are_measured_in_float32(tmp_path: Path) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
         model = tiny_bert()
         targets = find_targets(model, tiny_runs.MIRROR, tiny_runs.HEAD)
-        found.append(
-            measure_saliency(
-                model, targets, Objective(tiny_runs.classification()), tiny_runs.sentences(8),
-                lambda name, matrix, rank: factorize(matrix, rank, name=name),
-                settings=settings, accelerator=make_accelerator(precision),
-            )
+        calibration = Calibration(
+            model=model, targets=targets, objective=Objective(tiny_runs.classification()),
+            examples=tiny_runs.sentences(8), settings=settings, accelerator=make_accelerator(precision),
         )  # fmt: skip
+        found.append(calibration.measure_saliency(lambda name, matrix, rank: factorize(matrix, rank, name=name)))
     assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
 
 
