@@ -52,7 +52,8 @@ def lr_factor(
         length = min(left, max(1, math.ceil(decay_ratio * total_steps)))
         factor = _decay("warmup_stable_decay", 0, left, num_decay_steps=length)(step - warmup_steps)
     else:
-        factor = _decay("inverse_sqrt", warmup_steps, None)(step)
+        start = max(1, warmup_steps)  # transformers takes 10,000 steps in place of a warm-up of 0
+        factor = _decay("inverse_sqrt", start, None)(step - warmup_steps + start)
     return min_lr_ratio + (1.0 - min_lr_ratio) * factor if min_lr_ratio else factor
 
 

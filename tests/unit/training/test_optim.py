@@ -83,6 +83,7 @@ def test_known_values_of_transformers_schedules() -> None:
     decays = [lr_factor(s, total_steps=8, warmup_steps=2, schedule="wsd", decay_ratio=0.25) for s in range(9)]
     assert decays == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.5, 0])
     assert factors(9, 4, "inverse-sqrt")[4:] == pytest.approx([(4 / s) ** 0.5 for s in range(4, 9)])
+    assert factors(5, 0, "inverse-sqrt") == pytest.approx([s**-0.5 for s in range(1, 6)])  # without a warm-up
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine-restarts", "wsd"])
