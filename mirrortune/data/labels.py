@@ -249,6 +249,11 @@ def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
     return tuple(names) if names else None
 
 
+def has_class(table: pa.Table, column: str, name: str) -> bool:
+    """Return whether ``name`` is a class of a column, by the names stored for it or by its values."""
+    return name in (feature_names(table, column) or table.column(column).unique().to_pylist())
+
+
 def as_name(value: Any) -> str | None:
     """Convert a label value to a class name: text is stripped, and 1.0 is the same as 1.
 

@@ -45,7 +45,7 @@ from mirrortune.system.outputs import restore
 from mirrortune.system.paths import local_path
 from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import recorded_status
-from mirrortune.tasks.base import generated_tokens, task_to_dict
+from mirrortune.tasks.base import ComparesRows, Task, generated_tokens, task_to_dict
 from mirrortune.tasks.metrics import METRICS
 from mirrortune.training.evaluate import EvalResult
 from mirrortune.training.settings import FitResult, LoopSettings
@@ -275,7 +275,8 @@ def _fit(
             sample=sample if job.samples is not None else None,
             draws=job.draws,
         )
-        for text in _remarks_on_steps(job.settings.loop, trainer.total_steps):
+        rows = job.settings.loop.batch_size * accelerator.num_processes
+        for text in (*_remarks_on_steps(job.settings.loop, trainer.total_steps), *_remarks_on_batches(job.task, rows)):
             reporter.note(text)
         if resume:
             trainer.resume()
@@ -288,6 +289,15 @@ def _remarks_on_steps(loop: LoopSettings, steps: int) -> Iterator[str]:
         yield f"train.max_steps={loop.max_steps} is not reached: train.epochs={loop.epochs:g} ends after step {steps}"
     if loop.warmup_steps is not None and loop.warmup_steps >= steps:
         yield f"warning: the warm-up of {loop.warmup_steps} steps does not end within the {steps} steps of the run"
+    if loop.schedule == "cosine-restarts" and loop.num_cycles >= steps:
+        yield f"warning: train.num_cycles={loop.num_cycles} is not below the {steps} steps of the run: nothing decays"
+
+
+def _remarks_on_batches(task: Task, rows: int) -> Iterator[str]:
+    """Yield remarks on micro-batches of ``rows`` rows, counted over all processes."""
+    texts = [column for role, column in task.columns() if role == "text"]
+    if isinstance(task, ComparesRows) and rows == 1 and len(texts) == 2:  # a third one is a negative of the same row
+        yield "warning: a batch of one row has nothing to compare it with, and nothing is learned: raise --batch-size"
 
 
 def _settings(job: Job, accelerator: Any) -> LoopSettings:

@@ -28,7 +28,7 @@ from mirrortune.data.columns import check_is_text, check_named, contents, detect
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Examples, IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.data.files.arrow import Columns, cells, refuse_unreadable
-from mirrortune.data.labels import refuse_missing
+from mirrortune.data.labels import has_class, refuse_missing
 from mirrortune.data.token_cache import Tokens
 from mirrortune.data.tokenize import Reading, is_blank_text, pieces, resolve_max_length, tokenise_rows
 from mirrortune.errors import DataError, counted
@@ -44,6 +44,7 @@ _PAIRS = (
 )  # fmt: skip
 _SCORED = (("sentence1", "sentence2"), ("text1", "text2"), ("text_a", "text_b"), ("question1", "question2"))
 _SCORES = ("score", "similarity", "similarity_score", "label")
+_CONTRADICTS = "contradiction"  # a class of natural language inference, whose index is no score
 _NEGATIVE = re.compile(r"(hard_)?negative_?\d*", re.IGNORECASE)
 _CORRELATION = ("spearmanr", "pearson"), "number"
 _RANKING = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_10"), "rank"
@@ -185,6 +186,9 @@ class Task(TextTask, ComparesRows):
         notes += [] if label_column or label is None else [detected("label", label, "the score of a pair")]
         if label is None:
             notes.append(f"no score: learning which '{text[1]}' belongs to each '{text[0]}', among those of its batch")
+            verdicts = [n for n in table.column_names if n.lower() in _SCORES and has_class(table, n, _CONTRADICTS)]
+            how = f"marks rows of {_CONTRADICTS}, which are learned as pairs that belong together: leave them out"
+            notes += [f"warning: column '{name}' {how}" for name in verdicts]
         compared = label or text[1]
         if len(text) == 2 and table.num_rows > 1 and len(table.column(compared).unique()) < 2:
             notes.append(f"warning: column '{compared}' has the same value in every row: there is nothing to learn")
@@ -384,7 +388,7 @@ def _find_score(table: pa.Table, text: Sequence[str]) -> str | None:
     names = {name.lower(): name for name in table.column_names if name not in text}
     known = contents(table)
     fitting = [names[n] for n in _SCORES if n in names and names[n] in known and known[names[n]].is_number]
-    return next(iter(fitting), None)
+    return next((name for name in fitting if not has_class(table, name, _CONTRADICTS)), None)
 
 
 def _has_blank(row: tuple[Any, ...]) -> bool:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from mirrortune.runs.train import _remarks_on_steps
+from mirrortune.runs.train import _remarks_on_batches, _remarks_on_steps
+from mirrortune.tasks.base import task_class
 from tests.tiny_runs import SETTINGS
 
 
@@ -18,7 +21,28 @@ from tests.tiny_runs import SETTINGS
         ({"max_steps": 12}, []),
         ({"warmup_steps": 12}, ["warning: the warm-up of 12 steps does not end within the 12 steps of the run"]),
         ({"warmup_steps": 11}, []),
+        (
+            {"schedule": "cosine-restarts", "num_cycles": 12},
+            ["warning: train.num_cycles=12 is not below the 12 steps of the run: nothing decays"],
+        ),
+        ({"schedule": "cosine-restarts", "num_cycles": 11}, []),
     ],
 )
-def test_steps_that_a_run_does_not_have_are_remarked_on(settings: dict[str, int], says: list[str]) -> None:
+def test_steps_that_a_run_does_not_have_are_remarked_on(settings: dict[str, Any], says: list[str]) -> None:
     assert list(_remarks_on_steps(replace(SETTINGS, **settings), 12)) == says
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "is_warned"),
+    [
+        (("sentence1", "sentence2"), 1, True),
+        (("sentence1", "sentence2"), 2, False),
+        (("sentence1", "sentence2", "score"), 1, True),
+        (("anchor", "positive", "negative"), 1, False),
+    ],
+)
+def test_a_batch_without_anything_to_compare_is_warned_of(columns: tuple[str, ...], rows: int, is_warned: bool) -> None:
+    cells = {name: [1.0, 2.0] if name == "score" else [f"{name} a", f"{name} b"] for name in columns}
+    task, _ = task_class("sentence-similarity").from_rows(pa.table(cells), "rows")
+
+    assert any("nothing is learned" in text for text in _remarks_on_batches(task, rows)) is is_warned

@@ -267,6 +267,27 @@ def test_all_texts_of_a_row_are_shown(tokenizer: Any) -> None:
     assert not any("learned" in line or "labels" in line for line in lines)
 
 
+VERDICTS = ["entailment", "neutral", "contradiction"]
+CLASSES = {"info": {"features": {"label": {"names": VERDICTS, "_type": "ClassLabel"}}}}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table({**PAIRS, "label": VERDICTS}),
+        # Their indices are no scores: an entailment would have the lowest.
+        pa.table({**PAIRS, "label": [0, 1, 2]}).replace_schema_metadata({"huggingface": json.dumps(CLASSES)}),
+    ],
+)
+def test_pairs_that_contradict_each_other_are_warned_of(table: pa.Table) -> None:
+    task, notes = KIND.from_rows(table, "rows")
+    _, of_others = KIND.from_rows(pa.table({**PAIRS, "label": ["x", "y", "x"]}), "rows")
+
+    assert task.label_column is None
+    assert [note for note in notes if note.startswith("warning: column 'label' marks rows of contradiction, which are")]
+    assert not [note for note in of_others if note.startswith("warning")]
+
+
 @pytest.mark.parametrize("columns", [{"score": [1, 1, 1]}, {"sentence2": ["fun", "fun", "fun"]}])
 def test_rows_without_anything_to_compare_are_remarked_on(columns: dict[str, Any]) -> None:
     _, notes = KIND.from_rows(pa.table({**PAIRS, **columns}), "rows")
