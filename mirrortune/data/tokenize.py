@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -242,18 +243,22 @@ def is_blank_text(row: Sequence[Any]) -> bool:
 def pieces(texts: list[list[str]], tokenizer: Any, max_length: int) -> Tokens:
     """Tokenise and truncate texts or pairs; return ``input_ids`` (and ``token_type_ids``) and the number truncated."""
     names = [n for n in tokenizer.model_input_names if n in ("input_ids", "token_type_ids")]
-    encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
-    rows = {n: list(encoded[n]) for n in names}
-    long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
-    if long:  # counting needs the untruncated length, so only the long rows are tokenised again
-        again = [[column[i] for i in long] for column in texts]
-        cut = tokenizer(*again, truncation=True, max_length=max_length, return_attention_mask=False)
+    cut = partial(tokenizer, truncation=True, max_length=max_length, verbose=False, return_attention_mask=False)
+    if tokenizer.is_fast:
+        rows = cut(*texts)
+        num_truncated = sum(bool(row.overflowing) for row in rows.encodings)
+    else:  # what was cut off is not known, so the long rows are tokenised again
+        encoded = tokenizer(*texts, truncation=False, verbose=False, return_attention_mask=False)
+        rows = {name: list(encoded[name]) for name in names}
+        long = [i for i, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
+        again = cut(*([column[i] for i in long] for column in texts)) if long else {}
         for position, i in enumerate(long):
             for name in names:
-                rows[name][i] = cut[name][position]
-    made = {name: ragged(values) for name, values in rows.items()}
+                rows[name][i] = again[name][position]
+        num_truncated = len(long)
+    made = {name: ragged(rows[name]) for name in names}
     arrays = {name: flat for name, (flat, _) in made.items()}
-    return {**arrays, "offsets": made["input_ids"][1]}, {"num_truncated": len(long)}
+    return {**arrays, "offsets": made["input_ids"][1]}, {"num_truncated": num_truncated}
 
 
 def resolve_max_length(asked: int | None, tokenizer: Any, config: Any, default: int = 512) -> int:

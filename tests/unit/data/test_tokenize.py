@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from transformers import ByT5Tokenizer
 
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import TokenExamples
-from mirrortune.data.tokenize import Reading, resolve_max_length
+from mirrortune.data.tokenize import Reading, pieces, resolve_max_length
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.paths import cache_folder
 from mirrortune.tasks.base import check_columns
@@ -76,6 +77,31 @@ def test_long_rows_are_cut_and_counted(tokenizer: Any) -> None:
     assert found.lengths.tolist() == [4, 5]
     assert found.num_truncated == 1
     assert tokens(found)[1][-1] == tokenizer.sep_token_id
+
+
+def test_rows_that_are_cut_are_tokenised_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    call = type(tokenizer).__call__
+
+    def counted(self: Any, texts: list[str], *others: Any, **options: Any) -> Any:
+        given.extend(texts)
+        return call(self, texts, *others, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    assert encode(tokenizer, split_of(ROWS), max_length=5).num_truncated == 1
+    assert given == ["the film", "a very very very long film"]
+
+
+def test_a_tokenizer_written_in_python_cuts_rows_alike() -> None:
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    texts = ["abc", "abcdefgh", "abcd"]
+
+    arrays, counts = pieces([texts], tokenizer, 5)
+
+    expected = [tokenizer(text, truncation=True, max_length=5)["input_ids"] for text in texts]
+    assert [list(row) for row in np.split(arrays["input_ids"], arrays["offsets"][1:-1])] == expected
+    assert counts == {"num_truncated": 1}
 
 
 def test_pairs_are_encoded_together_and_blank_only_if_both_are(tokenizer: Any) -> None:
