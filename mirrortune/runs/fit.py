@@ -228,10 +228,10 @@ def device_memory(device: str) -> tuple[int, str]:
     """
     asked = os.environ.get(LIMIT_VARIABLE)
     if asked:
-        try:
-            return int(float(asked) * _GIB), f"{LIMIT_VARIABLE}={asked}"
-        except (ValueError, OverflowError) as error:
-            raise ConfigError(LIMIT_VARIABLE, f"got {asked!r}", allowed="a number of GiB") from error
+        with contextlib.suppress(ValueError, OverflowError):
+            if (limit := int(float(asked) * _GIB)) > 0:
+                return limit, f"{LIMIT_VARIABLE}={asked}"
+        raise ConfigError(LIMIT_VARIABLE, f"got {asked!r}", allowed="a number of GiB above 0")
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory), "the GPU"
     import psutil  # noqa: PLC0415

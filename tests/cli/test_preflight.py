@@ -64,11 +64,12 @@ def test_what_does_not_fit_is_refused_with_what_would(
     assert mirrortune(*PREPARE, "-m", without_weights, "--dry-run", *flags).exit_code == 0, "what it said is so"
 
 
-def test_a_limit_that_is_none_is_refused(without_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LIMIT_VARIABLE, "plenty")
+@pytest.mark.parametrize("limit", ["plenty", "-1", "0", "nan", "inf"])
+def test_a_limit_that_is_none_is_refused(limit: str, without_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, limit)
     outcome = mirrortune(*PREPARE, "-m", without_weights, "--dry-run")
     assert outcome.exit_code == 2
-    assert "MIRRORTUNE_DEVICE_MEMORY: got 'plenty'. Allowed: a number of GiB." in outcome.said
+    assert f"MIRRORTUNE_DEVICE_MEMORY: got '{limit}'. Allowed: a number of GiB above 0." in outcome.said
 
 
 def test_a_model_that_fits_nothing_says_so(without_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
