@@ -7,7 +7,7 @@ import re
 import shlex
 import signal
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,11 +29,13 @@ from mirrortune.system.paths import local_path
 from mirrortune.system.signals import StopSignals
 
 if TYPE_CHECKING:
-    from mirrortune.config.schema import Recipe
+    from mirrortune.config.recipe import Resolved
     from mirrortune.inference.chat import Answer, Chat
     from mirrortune.system.outputs import Input
 
 _READ = ("model.name", "model.revision", "train.precision", "model.trust_remote_code")
+_SHAPES_TURNS = ("data.path", "data.label_column", "data.text_columns", "data.system")
+"""Settings of data that shape the turns of a model without an adapter."""
 _COMMAND = re.compile(r"/([A-Za-z]\w*)(?:\s+(.*))?", flags=re.DOTALL)
 _HELP = (
     ("/reset", "forget the conversation; the system prompt stays"),
@@ -62,7 +64,7 @@ def chat(
     mirrortune chat runs/sft-dolly-smollm2-mirror-scale
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
-    recipe = _recipe(target, words or [], given, reporter)
+    resolved = _resolved(target, words or [], given, reporter)
     from mirrortune.inference.chat import Chat  # noqa: PLC0415
     from mirrortune.inference.speakers import load_speaker  # noqa: PLC0415
     from mirrortune.merging.bases import inputs_of_targets  # noqa: PLC0415
@@ -70,12 +72,29 @@ def chat(
 
     options = PredictOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options.check("chat", GENERATION)
-    speaker = load_speaker(target, recipe, reporter)
+    _refuse_unread(target, words or [], resolved.origins)
+    speaker = load_speaker(target, resolved.recipe, reporter)
     talk = Chat(speaker=speaker, options=options, system=speaker.system if system is None else system)
     _Session(chat=talk, reporter=reporter, inputs=inputs_of_targets(target)).run()
 
 
-def _recipe(target: str, words: list[str], given: dict[str, Any], reporter: Reporter) -> Recipe:
+def _refuse_unread(target: str, words: Sequence[str], origins: Mapping[str, str]) -> None:
+    """Raise ConfigError for settings of data and evaluation on the command line that a conversation does not use."""
+    from mirrortune.adapters.files.find import adapter_to_score  # noqa: PLC0415
+
+    typed = {f"'{word}'" for word in words}
+    found = [origin for key, origin in origins.items() if origin in typed and key.startswith(("data.", "eval."))
+             and key not in _SHAPES_TURNS]  # fmt: skip
+    if not found and adapter_to_score(target) is not None:  # which records how turns are written
+        found = [origin for key, origin in origins.items() if origin in typed and key in _SHAPES_TURNS]
+    if found:
+        fix = "Remove it; a system prompt is given by --system"
+        raise ConfigError.several(
+            [ConfigError(word, "it has no effect on this conversation", fix=fix) for word in found]
+        )
+
+
+def _resolved(target: str, words: list[str], given: dict[str, Any], reporter: Reporter) -> Resolved:
     """Return the settings of the target's recipe, overridden by those of the command line."""
     from mirrortune.cli.app import _recipe_of  # noqa: PLC0415  (which imports this module)
     from mirrortune.config import recipe  # noqa: PLC0415
@@ -92,7 +111,7 @@ def _recipe(target: str, words: list[str], given: dict[str, Any], reporter: Repo
         raise ConfigError.several(errors)
     resolved = recipe.resolve([*([own] if own else []), over, flags])
     refuse_training_only(words, resolved.origins)
-    return resolved.recipe
+    return resolved
 
 
 @dataclass(slots=True, kw_only=True)

@@ -172,6 +172,15 @@ def test_settings_of_training_are_refused_where_nothing_is_trained(desk: Path, c
     assert "train.seed=" not in outcome.stderr
 
 
+@pytest.mark.parametrize("setting", ["data.path=rows.csv", "data.system=Hello", "data.max_length=9", "eval.samples=2"])
+def test_settings_that_do_not_change_a_conversation_are_refused(desk: Path, setting: str) -> None:
+    Path("run/adapter").mkdir(parents=True)
+    outcome = mirrortune("chat", "run", setting)
+
+    assert outcome.exit_code == 2
+    assert f"'{setting}': it has no effect on this conversation. Remove it" in outcome.stderr
+
+
 @pytest.mark.parametrize("command", ["predict run", "eval run", "train -m bert -t text-classification"])
 def test_a_table_in_the_place_of_a_recipe_is_given_its_flag(desk: Path, command: str) -> None:
     outcome = mirrortune(*command.split(), "my rows.csv")
