@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +44,8 @@ class Split:
         kept: indices of the rows in the files, shape (N,); None for all rows.
         remarks: notes on files that were left out when the split was read.
         is_contained: whether files named in the rows must be in ``folder``.
+        known: values that were computed from the rows, each (N,): hashes of cells by column, classes by column and
+            names. :meth:`take` carries them over; any other copy begins without.
     """
 
     table: pa.Table
@@ -54,6 +56,7 @@ class Split:
     kept: IntArray | None = None
     remarks: tuple[str, ...] = ()
     is_contained: bool = False
+    known: dict[Hashable, npt.NDArray[np.int64]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @property
     def places(self) -> RowPlaces:
@@ -62,7 +65,9 @@ class Split:
 
     def take(self, keep: npt.NDArray[np.bool_]) -> Split:
         """Return the rows where ``keep`` (N,) is true, in order."""
-        return replace(self, table=take_rows(self.table, keep), kept=self.places.take(keep).kept)
+        part = replace(self, table=take_rows(self.table, keep), kept=self.places.take(keep).kept)
+        part.known.update((key, values[keep]) for key, values in self.known.items())
+        return part
 
     def with_columns(self, columns: Iterable[str]) -> Split:
         """Return the split with a column of nulls added for each missing one of ``columns``."""
@@ -70,7 +75,7 @@ class Split:
         for column in columns:
             if column not in table.column_names:
                 table = table.append_column(column, pa.nulls(table.num_rows))
-        return replace(self, table=table)
+        return self if table is self.table else replace(self, table=table)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

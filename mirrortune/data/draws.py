@@ -118,8 +118,5 @@ def repeated_rows(split: Split, columns: Sequence[tuple[str, str]], count: int) 
     """
     numbers = source_numbers(split.table)
     assert numbers is not None
-    found = [0]
-    for number in range(1, count):
-        before, own = split.take(numbers < number), split.take(numbers == number)
-        found.append(rows_in_both(before, own, columns) if own.table.num_rows else 0)
-    return found
+    chosen = [(np.flatnonzero(numbers < number), np.flatnonzero(numbers == number)) for number in range(1, count)]
+    return [0, *(rows_in_both(split, split, columns, rows) for rows in chosen)]

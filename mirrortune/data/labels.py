@@ -107,13 +107,11 @@ class LabelReading:
         return self.known.get(name) or self.known.get(_whole(name), name)
 
 
-def class_indices(
-    table: pa.Table, column: str, names: Sequence[str], places: RowPlaces, *, allow_missing: bool
-) -> npt.NDArray[np.int64]:
+def class_indices(table: pa.Table, column: str, names: Sequence[str], places: RowPlaces) -> npt.NDArray[np.int64]:
     """Return the class of each row as an index into ``names``, shape (N,); -1 for rows without a label.
 
     Raises:
-        DataError: a label is not among the classes, or, unless ``allow_missing``, a row has no label.
+        DataError: a label is not among the classes.
     """
     reading = LabelReading.of(table, column, names)
     index: dict[str | None, int] = {**{name: i for i, name in enumerate(names)}, None: MISSING}
@@ -125,8 +123,6 @@ def class_indices(
             raise _unknown_label(str(values[unknown]), names, places.where(done + unknown))
         found[done : done + len(chunk)] = [index[v] for v in values]
         done += len(chunk)
-    if not allow_missing:
-        refuse_missing(found == MISSING, places, column)
     return found
 
 

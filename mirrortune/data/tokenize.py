@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from mirrortune.data.columns import check_text_type
 from mirrortune.data.dataset import Split
+from mirrortune.data.duplicates import hashed_chunks
 from mirrortune.data.examples import IntArray, Padding, Rows, Targets, TokenExamples
 from mirrortune.data.files.arrow import Columns, row_chunks
 from mirrortune.data.token_cache import Chunk, TokenKey, Tokens, cached_tokens, data_digest, ragged
@@ -123,7 +123,7 @@ def tokenise_rows(
         ResourceError: the disk has too little space for the tokens.
     """
     table = split.table
-    blank, kept, digest = _scan(table, columns, is_blank, keep, drop_blank=reading.drop_blank)
+    blank, kept, digest = _scan(split, columns, is_blank, keep, drop_blank=reading.drop_blank)
     if not kept.any():
         raise NoRowsError(
             split.source, f"all {len(blank)} rows are blank", fix="Name another column with --text-column"
@@ -142,20 +142,24 @@ def tokenise_rows(
 
 
 def _scan(
-    table: pa.Table,
+    split: Split,
     columns: Sequence[str],
     is_blank: Callable[[tuple[Any, ...]], bool] | None,
     keep: npt.NDArray[np.bool_] | None,
     *,
     drop_blank: bool,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], str]:
-    """Return which rows are blank, which are kept (both (N,)), and the digest of the kept rows, in one pass."""
+    """Return which rows are blank, which are kept (both (N,)), and the digest of the kept rows.
+
+    The same pass hashes the cells, by which duplicates are counted.
+    """
+    table = split.table
     blank = np.zeros(table.num_rows, dtype=bool)
     kept = np.ones_like(blank) if keep is None else keep
 
     def chunks() -> Iterator[Columns]:
         start = 0
-        for chunk in row_chunks(table, columns):
+        for chunk in hashed_chunks(split, columns):
             here = slice(start, start := start + len(chunk[0]))
             if is_blank is not None:
                 blank[here] = [is_blank(row) for row in zip(*chunk, strict=True)]

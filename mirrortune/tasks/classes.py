@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from mirrortune.data.dataset import Split
 from mirrortune.data.examples import Batch, Targets
-from mirrortune.data.labels import class_indices
+from mirrortune.data.labels import MISSING, class_indices, refuse_missing
 from mirrortune.tasks.base import HasLabels, Task, labels_of
 from mirrortune.tasks.predicting import Predictions, PredictOptions, best_answers, check_numbers
 
@@ -77,7 +77,13 @@ class OneOfClasses(Task, WeighsClasses):
 
     def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
         """Return the class index of each row, (N,); -1 for a missing label, or DataError unless ``allow_missing``."""
-        return class_indices(split.table, self.label_column, self.labels, split.places, allow_missing=allow_missing)
+        column, names, places = self.label_column, self.labels, split.places
+        if (column, names) not in split.known:
+            split.known[column, names] = class_indices(split.table, column, names, places)
+        found: npt.NDArray[np.int64] = split.known[column, names]
+        if not allow_missing:
+            refuse_missing(found == MISSING, places, column)
+        return found
 
     @override
     def strata(self, split: Split) -> Targets | None:

@@ -14,7 +14,9 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from mirrortune.data.dataset import Split
+from mirrortune.data.duplicates import rows_in_both
 from mirrortune.data.examples import TokenExamples
+from mirrortune.data.files import arrow
 from mirrortune.data.tokenize import Reading, pieces, resolve_max_length
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.system.paths import cache_folder
@@ -102,6 +104,22 @@ def test_a_tokenizer_written_in_python_cuts_rows_alike() -> None:
     expected = [tokenizer(text, truncation=True, max_length=5)["input_ids"] for text in texts]
     assert [list(row) for row in np.split(arrays["input_ids"], arrays["offsets"][1:-1])] == expected
     assert counts == {"num_truncated": 1}
+
+
+def test_a_pass_that_finds_blank_rows_and_their_digest_serves_to_find_duplicates(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, other = split_of(ROWS), split_of([("the film", "bad"), ("a film", "bad"), (None, "good"), ("", "good")])
+    train, other = (split.with_columns(["note"]) for split in (train, other))
+    for split in (train, other, train.with_columns(["text"])):  # from the cache the third time
+        encode(tokenizer, split)
+    monkeypatch.setattr(arrow, "python_values", lambda column: pytest.fail("the rows are read again"))
+
+    assert rows_in_both(train, other, [("text", "text")]) == 3
+    changed = replace(other, table=pa.table({"text": ["a very very very long film"]}))
+    monkeypatch.undo()
+    assert rows_in_both(train, changed, [("text", "text")]) == 1
+    assert rows_in_both(train, other, [("text", "text"), ("label", "label")]) == 1
 
 
 def test_pairs_are_encoded_together_and_blank_only_if_both_are(tokenizer: Any) -> None:

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from mirrortune.data.dataset import Split
-from mirrortune.data.files.row_places import RowPlaces
-from mirrortune.data.labels import class_indices
 from mirrortune.errors import ConfigError, DataError
 from mirrortune.tasks.base import task_class, task_from_dict, task_to_dict
 from mirrortune.tasks.metrics import Scores, score
@@ -35,7 +33,8 @@ def make(kind: str, rows: pa.Table, **settings: Any) -> Any:
 
 def indices(task: Any, rows: pa.Table, *, allow_missing: bool = False) -> list[int]:
     """The classes of rows in rows.csv."""
-    return class_indices(rows, "label", task.labels, RowPlaces(source="rows.csv"), allow_missing=allow_missing).tolist()
+    found: list[int] = task.class_targets(rows_of(rows), allow_missing=allow_missing).tolist()
+    return found
 
 
 def outputs(logits: torch.Tensor) -> Any:

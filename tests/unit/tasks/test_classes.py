@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from mirrortune.tasks.base import task_class
-from mirrortune.tasks.classes import class_scores
+from mirrortune.data.dataset import Split, set_aside
+from mirrortune.errors import DataError
+from mirrortune.tasks import classes
+from mirrortune.tasks.base import task_class, without_targets
+from mirrortune.tasks.classes import OneOfClasses, class_scores
 from mirrortune.tasks.metrics import Scores
 from tests.tiny_runs import classification
 
@@ -69,3 +74,31 @@ def test_numbers_have_no_classes() -> None:
     task = task_class("regression").from_rows(pa.table({"text": ["a", "b"], "score": [0.5, 1.5]}), "rows")[0]
 
     assert class_scores(task, np.array([0.1]), np.array([0.5])) == []
+
+
+def test_labels_are_read_once_before_and_after_rows_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.table({"text": list("abcdefgh"), "label": ["x", "y", "x", "y", "x", "y", "x", None]})
+    task, _ = task_class("text-classification").from_rows(rows, "rows.csv")
+    assert isinstance(task, OneOfClasses)
+    whole = Split(table=rows, source="rows.csv")
+    with pytest.raises(DataError, match="1 of 8 rows have no label"):
+        task.strata(whole)
+    known = whole.take(np.arange(8) < 7)
+    monkeypatch.setattr(classes, "class_indices", lambda *_: pytest.fail("the labels are read again"))
+
+    train, validation = set_aside(known, 0.3, 0, task.strata(known))
+
+    read: dict[str, int] = {}
+    for part in (train, validation):
+        read |= zip(part.table["text"].to_pylist(), task.class_targets(part, allow_missing=False), strict=True)
+    assert read == {"a": 0, "b": 1, "c": 0, "d": 1, "e": 0, "f": 1, "g": 0}
+
+
+def test_rows_with_other_labels_are_read_anew() -> None:
+    rows = pa.table({"text": ["a", "b"], "label": ["x", "y"]})
+    task, _ = task_class("text-classification").from_rows(rows, "rows.csv")
+    assert isinstance(task, OneOfClasses)
+    split = Split(table=rows, source="rows.csv")
+    assert task.class_targets(split, allow_missing=True).tolist() == [0, 1]
+    assert replace(task, labels=("y", "x")).class_targets(split, allow_missing=True).tolist() == [1, 0]
+    assert task.class_targets(without_targets(split, task), allow_missing=True).tolist() == [-1, -1]
