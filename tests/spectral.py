@@ -34,6 +34,7 @@ _OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
         {"rounds": 3},
         {"side": "input", "rounds": 2, "scale_top_k": 1},
         {"unit": "angle", "scale_top_k": 1},
+        {"unit": "weight", "scale_top_k": "all"},
     ),
     "scale": ({}, {"top_k": 1}),
     "svft": ({}, {"pattern": "banded"}, {"pattern": "random", "bands": 1}),

@@ -204,7 +204,9 @@ def plane_strengths(S: Tensor) -> Tensor:
     return ((square[..., :, None] + square[..., None, :]) / 2).sqrt()
 
 
-def even_steps(strength: Tensor, S: Tensor, *, largest: float = 10.0) -> Tensor:
+def even_steps(
+    strength: Tensor, S: Tensor, *, unit: Literal["movement", "weight"] = "movement", largest: float = 10.0
+) -> Tensor:
     """Compute factors rms(S) / strength, with which steps of all parameters change the weight by the same amount.
 
     Factors are bounded for directions of strength near zero, where larger steps would gain next to nothing and could
@@ -213,9 +215,13 @@ def even_steps(strength: Tensor, S: Tensor, *, largest: float = 10.0) -> Tensor:
     Args:
         strength: strength of each parameter, shape (..., n) or (..., R, R).
         S: singular values, shape (..., R).
+        unit: ``movement`` for changes that are equal within a layer and proportional to rms(S) across layers;
+            ``weight`` for the factors 1 / strength, with which changes are equal in all layers.
         largest: upper bound of the factors.
     """
     average = S.square().mean(dim=-1).sqrt()
+    if unit == "weight":
+        average = torch.ones_like(average)
     average = average.reshape(*average.shape, *[1] * (strength.ndim - average.ndim))
     is_weak = strength * largest <= average
     return torch.where(is_weak, largest, average / strength.masked_fill(is_weak, 1.0))

@@ -143,7 +143,7 @@ PRESETS: dict[str, Preset] = {
     "mirror-scale": Preset(
         core="givens",
         pairing="mirror",
-        options={"scale_top_k": "all"},
+        options={"scale_top_k": "all", "unit": "weight"},
         lr=2e-2,
         summary="the rotations of mirror, and a scale for every singular value",
     ),

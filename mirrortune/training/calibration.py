@@ -47,7 +47,7 @@ class CalibrationSettings:
         batch_size: rows per batch.
         head_lr: learning rate of the warm-up.
         side: side of the weight that the core rotates; None for a core without pairs.
-        unit: unit of the trained parameters, ``movement`` or ``angle``; None for a core without pairs.
+        unit: unit of the trained parameters, see the core; None for a core without pairs.
         seed: seed of the choice of rows.
     """
 
@@ -57,7 +57,7 @@ class CalibrationSettings:
     batch_size: int
     head_lr: float
     side: str | None
-    unit: str | None
+    unit: Literal["movement", "weight", "angle"] | None
     seed: int
 
 
@@ -213,9 +213,9 @@ class Calibration:
             slope = target.matrix(weight.grad).float()
             assert self.settings.side is not None
             gradient = rotation_gradient(slope, exact.U, exact.S, exact.Vh, self.settings.side).double().cpu()
-            if self.settings.unit == "movement":
+            if self.settings.unit in ("movement", "weight"):
                 S = factors.S.double().cpu()
-                gradient *= even_steps(plane_strengths(S), S)
+                gradient *= even_steps(plane_strengths(S), S, unit=self.settings.unit)
             found[name] = found.get(name, 0) + (gradient.square() if self.settings.saliency == "rms" else gradient)
         for target in self.targets.layers.values():  # only after all layers: parts of a fused weight share its gradient
             target.weight(self.model).grad = None

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirrortune.adapters.cores.lora_sb import LoraSb
+from mirrortune.adapters.methods import preset
 from mirrortune.compare.grid import ChooseBy, make_grid, slug, step_from
 from mirrortune.compare.report import write_report as write_comparison
 from mirrortune.compare.run import Comparison
@@ -48,7 +48,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 VISION = "dinov2-small"
 WAVES: tuple[tuple[str, ...], ...] = (
-    ("mirror", "mirror:scale_top_k=all", "svft", "lora:rank=8", "lora-sb", "none"),
+    ("mirror", "mirror-scale", "mirror:scale_top_k=all", "svft", "lora:rank=8", "lora-sb", "none"),
     ("adaptive", "neighbor", "random", "adaptive:scale_top_k=all", "psoft"),
     ("scale", "lora:rank=1", "road", "lora-xs", "full"),
 )
@@ -111,15 +111,16 @@ def plan(only: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
 def kept_rates(task: Task) -> dict[str, float]:
     """Return the learning rate of each method, as chosen for the model of a task by the comparisons that are kept.
 
-    Adaptive pairs with scales were in none and take the rate of mirror pairs with scales, LoRA-SB its default; full
-    fine-tuning of DINOv2-small takes that of MiniLM-L6.
+    Adaptive pairs with scales were in none and take the rate of mirror pairs with scales, mirror-scale and LoRA-SB
+    their defaults; full fine-tuning of DINOv2-small takes that of MiniLM-L6.
     """
     found: dict[str, float] = {}
     for name in ("movie-sentences",) if task.is_text else ("movie-sentences", "fashion-mnist"):
         for folder in (RESULTS / "rates" / name, RESULTS / name):
             (own,) = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"].values()
             found |= {_plain(label): method["lr"] for label, method in own["methods"].items()}
-    return {**found, "adaptive:scale_top_k=all": found["mirror:scale_top_k=all"], "lora-sb": LoraSb.default_lr}
+    found["adaptive:scale_top_k=all"] = found["mirror:scale_top_k=all"]
+    return {**found, **{name: preset(name).lr for name in ("mirror-scale", "lora-sb")}}
 
 
 def rates(name: str, methods: Sequence[str], folder: Path) -> dict[str, str]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -246,11 +248,13 @@ def test_scales_stretch_exactly_the_leading_directions(variant: Variant, problem
     assert relative(core.delta_matrix(), torch.diag(expected)) <= EXACT
 
 
-@given(problem=problems(), seed=SEEDS)
-def test_equal_numbers_move_the_weight_equally(problem: Problem, seed: int) -> None:
+@given(problem=problems(), seed=SEEDS, unit=st.sampled_from(["movement", "weight"]))
+def test_equal_numbers_move_the_weight_equally(
+    problem: Problem, seed: int, unit: Literal["movement", "weight"]
+) -> None:
     S = spectrum(problem)
-    core = Givens(S, draw_pairs("random", problem.rank, seed), scale_top_k="all")
-    average = S.square().mean().sqrt()
+    core = Givens(S, draw_pairs("random", problem.rank, seed), scale_top_k="all", unit=unit)
+    average = S.square().mean().sqrt() if unit == "movement" else torch.tensor(1.0)
     for parameter, strengths, moved in (
         (core.theta, plane_strengths(S)[core.pairs[:, 0], core.pairs[:, 1]], 2**0.5),
         (core.scale, S, 1.0),
@@ -265,10 +269,10 @@ def test_equal_numbers_move_the_weight_equally(problem: Problem, seed: int) -> N
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
 
 
-@given(problem=problems(), seed=SEEDS)
-def test_both_units_reach_the_same_weights(problem: Problem, seed: int) -> None:
+@given(problem=problems(), seed=SEEDS, unit=st.sampled_from(["movement", "weight"]))
+def test_all_units_reach_the_same_weights(problem: Problem, seed: int, unit: Literal["movement", "weight"]) -> None:
     S, pairs = spectrum(problem), draw_pairs("mirror", problem.rank, seed)
-    moved = train_a_little(Givens(S, pairs, scale_top_k="all"), seed)
+    moved = train_a_little(Givens(S, pairs, scale_top_k="all", unit=unit), seed)
     turned = Givens(S, pairs, scale_top_k="all", unit="angle")
     with torch.no_grad():
         turned.theta.copy_(moved.theta * moved.theta_step)

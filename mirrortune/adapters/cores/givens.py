@@ -45,13 +45,14 @@ class Givens(Core):
     singular value. An optimizer that makes equal steps in all parameters, like Adam, then moves the weight by
     sqrt(S_i^2 + S_j^2) per angle and S_i per scale: far in strong directions and hardly at all in weak ones. With
     ``movement``, parameters are multiplied by factors such that every step moves the weight as far as in a plane or
-    direction of the layer's root mean square strength (:func:`~mirrortune.adapters.core.even_steps`). Both units reach
-    the same weights.
+    direction of the layer's root mean square strength (:func:`~mirrortune.adapters.core.even_steps`); with ``weight``,
+    such that it moves the weight by its own size in the Frobenius norm, in every layer, as do the parameters of SVFT
+    and LoRA-XS. All units reach the same weights.
 
     Reference: mirror-paired rotation of the output-side singular subspace (Kim & Baik), with one round. It specifies
     neither the position of diag(S) nor the initial angles; only between U and diag(S) are the axes of R ordered by
-    strength. Several rounds and the unit ``movement`` are additions of mirrortune. The scale is the rescaling half of
-    SpecLoRA (arXiv 2505.23099), combined with the rotation here.
+    strength. Several rounds and the units ``movement`` and ``weight`` are additions of mirrortune. The scale is the
+    rescaling half of SpecLoRA (arXiv 2505.23099), combined with the rotation here.
     """
 
     S: Tensor
@@ -73,13 +74,13 @@ class Givens(Core):
         side: Literal["output", "input"] = "output",
         rounds: int = 1,
         scale_top_k: int | Literal["all"] = 0,
-        unit: Literal["movement", "angle"] = "movement",
+        unit: Literal["movement", "weight", "angle"] = "movement",
     ) -> None:
         super().__init__()
         if side not in ("output", "input"):
             raise ConfigError("adapter.options.side", f"got {side!r}", allowed="output, input")
-        if unit not in ("movement", "angle"):
-            raise ConfigError("adapter.options.unit", f"got {unit!r}", allowed="movement, angle")
+        if unit not in ("movement", "weight", "angle"):
+            raise ConfigError("adapter.options.unit", f"got {unit!r}", allowed="movement, weight, angle")
         self.side = side
         rank = S.shape[0]
         num_scales = checked_top_k(scale_top_k, rank, "adapter.options.scale_top_k")
@@ -231,12 +232,14 @@ class Givens(Core):
         return torch.cat([scaled[None], others] if self.side == "output" else [others, scaled[None]])
 
 
-def _steps(S: Tensor, pairs: Tensor, num_scales: int, unit: str) -> dict[str, Tensor]:
+def _steps(
+    S: Tensor, pairs: Tensor, num_scales: int, unit: Literal["movement", "weight", "angle"]
+) -> dict[str, Tensor]:
     """Return the radians per unit of theta, and the relative change of the singular value per unit of scale."""
     if unit == "angle":
         return {"theta_step": S.new_ones(len(pairs)), "scale_step": S.new_ones(num_scales)}
     of_plane = plane_strengths(S)[pairs[:, 0], pairs[:, 1]]
-    return {"theta_step": even_steps(of_plane, S), "scale_step": even_steps(S[:num_scales], S)}
+    return {"theta_step": even_steps(of_plane, S, unit=unit), "scale_step": even_steps(S[:num_scales], S, unit=unit)}
 
 
 def _check_pairs(pairs: Tensor, needed: int, rank: int, rounds: int) -> None:

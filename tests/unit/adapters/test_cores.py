@@ -80,7 +80,7 @@ def test_a_wrong_number_of_scales_is_refused(top_k: object) -> None:
 
 
 def test_another_unit_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^adapter\.options\.unit: got 'degrees'.*Allowed: movement, angle"):
+    with pytest.raises(ConfigError, match=r"^adapter\.options\.unit: got 'degrees'.*Allowed: movement, weight, angle"):
         Givens(S, PAIRS, unit="degrees")  # type: ignore[arg-type]
 
 

@@ -62,11 +62,14 @@ def measure(model: Any, **changes: Any) -> dict[str, Tensor]:
     return calibration(model, SPEC, **changes).measure_saliency(lambda name, weight, rank: factorize(weight, rank))
 
 
-@pytest.mark.parametrize(("side", "unit"), [("output", "movement"), ("input", "movement"), ("output", "angle")])
+@pytest.mark.parametrize(
+    ("side", "unit"), [("output", "movement"), ("input", "movement"), ("output", "weight"), ("output", "angle")]
+)
 def test_it_measures_the_gradient_of_every_trained_number(side: str, unit: str) -> None:
     model = tiny_bert()
     saliency = measure(copy.deepcopy(model), side=side, unit=unit)
-    adapted = attach(model.eval(), AdapterSpec(options={"side": side, "unit": unit}), new_parameters=HEAD)
+    spec = AdapterSpec(method="givens", options={"side": side, "unit": unit})
+    adapted = attach(model.eval(), spec, new_parameters=HEAD)
     rows = sentences(12)
     batch = rows.batch(np.arange(12))
     targets = batch.pop("targets")
