@@ -55,7 +55,7 @@ class Cell:
 
     def folder(self, root: Path) -> Path:
         """Return the run directory of the cell."""
-        return root / "cells" / slug(self.task) / slug(self.label) / f"lr-{self.lr:.0e}" / f"seed-{self.seed}"
+        return root / "cells" / slug(self.task) / slug(self.label) / lr_folder(self.lr) / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +226,17 @@ def make_grid(
         choose_by=choose_by,
         extensions=extensions,
     )
+
+
+def lr_folder(lr: float) -> str:
+    """Name the folder of a learning rate, with as many digits as it needs: ``lr-1e-02``, ``lr-1.4e-02``."""
+    written = (f"{lr:.{digits}e}" for digits in range(17))
+    return f"lr-{next(text for text in written if float(text) == lr)}"
+
+
+def shown_lr(lr: float) -> str:
+    """Format a learning rate with as many digits as it needs, so that different rates never look the same."""
+    return short if float(short := f"{lr:g}") == lr else repr(lr)
 
 
 def slug(name: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mirrortune.compare.figures import comparison_drawings
-from mirrortune.compare.grid import Cell, Contender, Grid, Score, choose
+from mirrortune.compare.grid import Cell, Contender, Grid, Score, choose, shown_lr
 from mirrortune.compare.run import Comparison, comparable, comparison_folder, default_jobs
 from mirrortune.compare.significance import Sample, compare_with_reference
 from mirrortune.config.schema import Recipe
@@ -143,7 +143,7 @@ def _row(label: str, method: dict[str, Any], found: dict[str, Any], splits: Sequ
         against = f"{difference}{f' [{low}, {high}]' if low else ''} {test['verdict']}"
     return [
         label,
-        f"{method['lr']:g}{' (edge of the grid)' if method['is_at_edge'] else ''}",
+        f"{shown_lr(method['lr'])}{' (edge of the grid)' if method['is_at_edge'] else ''}",
         *scores,
         against,
         f"{method['trainable_parameters']:,}",
@@ -166,7 +166,7 @@ def _rates_table(found: dict[str, Any]) -> Table:
             elif tuning[rate] is None:
                 cells.append("diverged")
             else:
-                mark = " *" if chosen is not None and f"{chosen:g}" == rate else ""
+                mark = " *" if chosen is not None and shown_lr(chosen) == rate else ""
                 cells.append(f"{_score(tuning[rate]['score'], found)} ({tuning[rate]['loss']:.3f}){mark}")
         rows.append([label, *cells])
     return Table(["method, by learning rate", *rates], rows)
@@ -231,7 +231,7 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
         "lr_key": who.lr_key,
         "lr": state.lr,
         "is_at_edge": state.is_at_edge,
-        "tuning": {f"{lr:g}": _tuned(comparison, task, who.label, lr, score) for lr, score in state.scores.items()},
+        "tuning": {shown_lr(lr): _tuned(comparison, task, who.label, lr, score) for lr, score in state.scores.items()},
         "seeds": [],
     }
     if state.lr is None:

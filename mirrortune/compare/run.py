@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from mirrortune.adapters.fingerprint import sampled_digest
-from mirrortune.compare.grid import Cell, Contender, Grid, Score, next_cells, slug
+from mirrortune.compare.grid import Cell, Contender, Grid, Score, next_cells, shown_lr, slug
 from mirrortune.config import strict_yaml
-from mirrortune.config.recipe import Layer, read_saved_recipe, resolve, with_absolute_paths
+from mirrortune.config.recipe import Layer, read_recipe, read_saved_recipe, resolve, with_absolute_paths
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, DataError, InterruptedRun, MirrortuneError
 from mirrortune.reports.finished_run import read_json
@@ -69,6 +69,7 @@ class Comparison:
     reporter: Reporter
     _running: list[subprocess.Popen[str]] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _lrs: dict[Path, tuple[int, Any]] = field(default_factory=dict)
 
     def contender(self, label: str) -> Contender:
         """Return the method with the given label."""
@@ -122,11 +123,12 @@ class Comparison:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """Read ``results.json`` of a cell, or return None if the cell has not finished."""
-        return read_json(cell.folder(self.root) / "results.json") or None
+        return (read_json(cell.folder(self.root) / "results.json") or None) if self._has_lr(cell) else None
 
     def has_diverged(self, cell: Cell) -> bool:
         """Return whether the training of a cell diverged."""
-        return read_status(RunDirectory(cell.folder(self.root))).get("status") == "diverged"
+        status = read_status(RunDirectory(cell.folder(self.root))).get("status")
+        return status == "diverged" and self._has_lr(cell)
 
     def score(self, cell: Cell) -> Score | None:
         """Return the score of a cell: -inf if it diverged, None if it has not finished."""
@@ -181,11 +183,25 @@ class Comparison:
         silent = {"eval.samples": 0} if self.recipes[cell.task].eval.samples is None else {}
         return {**silent, **who.settings, who.lr_key: cell.lr, "train.seed": cell.seed}
 
+    def _has_lr(self, cell: Cell) -> bool:
+        """Return whether the run in the folder of a cell has its learning rate; True if the run has no recipe.
+
+        Older versions named folders by one digit of the rate, so that the folder of 0.01 may hold a run with 0.014.
+        """
+        file = RunDirectory(cell.folder(self.root)).recipe
+        if not file.is_file():
+            return True
+        changed = file.stat().st_mtime_ns
+        if file not in self._lrs or self._lrs[file][0] != changed:
+            section, _, name = self.contender(cell.label).lr_key.partition(".")
+            self._lrs[file] = changed, (read_recipe(str(file)).values.get(section) or {}).get(name)
+        return bool(self._lrs[file][1] == cell.lr)
+
     def _run_cell(self, cell: Cell, slot: int, jobs: int) -> None:
         folder = cell.folder(self.root)
         file = folder.parent / f"{folder.name}.yaml"
         write_text_atomically(file, self.cell_recipe(cell).to_yaml())
-        has_begun = any((folder / "checkpoints").glob("step-*/state.json"))
+        has_begun = self._has_lr(cell) and any((folder / "checkpoints").glob("step-*/state.json"))
         words = ["train", str(file), "-o", str(folder), "-q"]
         if self.recipes[cell.task].model.trust_remote_code:  # must be a flag, because recipes cannot permit it
             words.append("--trust-remote-code")
@@ -199,7 +215,7 @@ class Comparison:
         if code and not self.has_diverged(cell):
             # Warnings of libraries may precede the error.
             problem = re.split(r"^error: ", said, flags=re.MULTILINE)[-1]
-            where = f"{cell.task}, {cell.label}, lr {cell.lr:g}, seed {cell.seed}"
+            where = f"{cell.task}, {cell.label}, lr {shown_lr(cell.lr)}, seed {cell.seed}"
             error = MirrortuneError(where, problem)
             error.args = (f"{where}: {problem}",)  # which may have several lines
             error.exit_code = code
@@ -225,7 +241,7 @@ class Comparison:
             process.send_signal(signal.SIGTERM)
 
     def _describe(self, cell: Cell) -> str:
-        name = f"{cell.task}  {cell.label}  lr {cell.lr:g}  seed {cell.seed}"
+        name = f"{cell.task}  {cell.label}  lr {shown_lr(cell.lr)}  seed {cell.seed}"
         found = self.result(cell)
         if found is None:
             return f"{name}: {'diverged' if self.has_diverged(cell) else 'stopped'}"

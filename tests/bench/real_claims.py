@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mirrortune.compare.grid import slug
+from mirrortune.compare.grid import lr_folder, slug
 
 Found = dict[str, dict[str, Any]]
 CONTRASTS = (
@@ -74,7 +74,8 @@ def spectra(found: Found, folder: Path, task: str) -> str:
     for method, own in found[task]["methods"].items():
         if not own["trainable_parameters"]:
             continue
-        (run,) = (folder / task / "cells").glob(f"*/{slug(own['label'])}/lr-{own['lr']:.0e}/seed-{own['seeds'][0]}")
+        cells = folder / task / "cells"
+        (run,) = cells.glob(f"*/{slug(own['label'])}/{lr_folder(own['lr'])}/seed-{own['seeds'][0]}")
         seen = analysed(run, folder / "spectra" / f"{task}-{slug(method)}.json")
         overall, values = seen["overall"], seen["overall"]["value_change"]
         shares = [f"{100 * overall['shares'][name]:.1f}%" for name in ("amplification", "reorientation", "new")]

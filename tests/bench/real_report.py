@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mirrortune.compare.grid import slug
+from mirrortune.compare.grid import lr_folder, slug
 from mirrortune.reports.drawing import COLOURS, DASHES, MARKERS, Drawing, legend_beside, svg_for_page, tidy
 from mirrortune.system.run_directory import RunDirectory
 
@@ -203,7 +203,7 @@ def pairing_curves(found: Found, folder: Path, task: str, event: str, key: str) 
         if own is None:
             continue
         by_epoch: dict[float, list[float]] = {}
-        for run in sorted((folder / task / "cells").glob(f"*/{slug(own['label'])}/lr-{own['lr']:.0e}/seed-*")):
+        for run in sorted((folder / task / "cells").glob(f"*/{slug(own['label'])}/{lr_folder(own['lr'])}/seed-*")):
             for entry in RunDirectory(run).events():
                 if entry["event"] == event and key in entry:
                     by_epoch.setdefault(entry["epoch"], []).append(entry[key])
