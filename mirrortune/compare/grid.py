@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -214,6 +214,8 @@ def make_grid(
     labels = [c.label for c in contenders]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         errors.append(ConfigError(_WHERE, f"{', '.join(twice)} named twice", fix="Name each once"))
+    errors += _one_folder_each(_WHERE, labels, "Leave one out, or write one in another way")
+    errors += _one_folder_each("RECIPE", recipes, "Rename one of the files, or compare each with a folder of its own")
     if tune_seeds > seeds:
         errors.append(ConfigError("--tune-seeds", f"got {tune_seeds}", allowed=f"1 to {seeds}, the number of seeds"))
     if errors:
@@ -226,6 +228,17 @@ def make_grid(
         choose_by=choose_by,
         extensions=extensions,
     )
+
+
+def _one_folder_each(where: str, names: Iterable[str], fix: str) -> list[ConfigError]:
+    """Return an error for each two names whose runs would be in the same folder."""
+    found: dict[str, str] = {}
+    errors = []
+    for name in names:
+        if (other := found.setdefault(slug(name), name)) != name:
+            problem = f"the runs of '{other}' and '{name}' would be in the same folder, '{slug(name)}'"
+            errors.append(ConfigError(where, problem, fix=fix))
+    return errors
 
 
 def lr_folder(lr: float) -> str:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -100,6 +101,7 @@ class Comparison:
             job = assemble(unpack(recipe), self.reporter)
             self.recipes[task] = with_test_split(recipe, job)
             self._check_recipe(task)
+            self._check_labels(task)
             if not report_only:
                 self._check_runs(task, job)
         if read_marker(self.root) is None:
@@ -264,6 +266,20 @@ class Comparison:
                 fix="Choose another folder with -o, or use the same settings",
             )
 
+    def _check_labels(self, task: str) -> None:
+        """Check that the runs in the folder of each method have its settings: labels may share the name of a folder."""
+        for who in self.grid.contenders:
+            folder = self.root / "cells" / slug(task) / slug(who.label)
+            expected = strict_yaml.load(self.cell_recipe(Cell(task, who.label, who.lrs[0], 0)).to_yaml(), task)[0]
+            for file in sorted(folder.glob("lr-*/seed-*/recipe.yaml")):
+                known = read_recipe(str(file)).values
+                found = {key: (_setting(known, key), _setting(expected, key)) for key in who.settings}
+                other = [f"{key} is {_brief(a)}, not {_brief(b)}" for key, (a, b) in found.items() if a != b]
+                if other:
+                    problem = f"{folder} holds runs of another method than '{who.label}': {'; '.join(other)}"
+                    fix = "Choose another folder with -o, or write the method in another way"
+                    raise ConfigError(str(self.root), problem, fix=fix)
+
     def _check_runs(self, task: str, job: Job) -> None:
         """Check that the runs of a task were started with its present data and base, as ``train --resume`` does."""
         weights: dict[str, str] = {}
@@ -324,6 +340,17 @@ def _changed(before: dict[str, Any], now: dict[str, Any], where: str = "") -> li
         elif value != old and name not in _FREE:
             found.append(f"{name} was {old}, is {value}")
     return found
+
+
+def _setting(values: Any, key: str) -> Any:
+    """Return the setting with a dotted key from nested values, or None."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
+def _brief(value: Any) -> str:
+    return textwrap.shorten(repr(value), 200, placeholder=" ...")  # there may be thousands of pairs
 
 
 def comparable(recipe: Recipe) -> Recipe:

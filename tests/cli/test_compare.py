@@ -149,6 +149,18 @@ def test_other_settings_do_not_mix_with_what_is_there(compared: Compared) -> Non
     assert compared.run("--report-only", "train.num_workers=0").exit_code == 0
 
 
+def test_runs_of_another_method_in_the_same_folder_are_not_taken(compared: Compared, tmp_path: Path) -> None:
+    root = shutil.copytree(compared.root, tmp_path / "out")
+    (root / "cells" / "data" / "mirror").rename(root / "cells" / "data" / "mirror-rank-8")
+    words = [{compared.root: root, "mirror,none": "none,mirror:rank=8"}.get(w, w) for w in compared.words]
+    before = tree(root)
+    for more in ((), ("--report-only",)):
+        refused = mirrortune(*words, *more, cache=compared.cache)
+        assert refused.exit_code == 2
+        assert "mirror-rank-8 holds runs of another method than 'mirror:rank=8': adapter.rank is None" in refused.said
+        assert tree(root) == before
+
+
 def test_runs_on_other_data_or_another_base_are_not_mixed_with_new_ones(compared: Compared, tmp_path: Path) -> None:
     root, data, model = (tmp_path / name for name in ("out", "data", "model"))
     shutil.copytree(compared.root, root)

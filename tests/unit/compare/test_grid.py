@@ -190,6 +190,17 @@ def test_every_cell_has_a_folder_of_its_own() -> None:
     assert slug("lora:rank=8") == "lora-rank-8"
 
 
+def test_names_that_lead_to_the_same_folder_are_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        make_grid(
+            {"glue/rte": Recipe(), "glue-rte": Recipe()}, "lora:alpha=1,lora:alpha=-1,none", seeds=2, tune_seeds=1,
+            lr_grid=None, extensions=1,
+        )  # fmt: skip
+    said = str(error.value)
+    assert "--methods: the runs of 'lora:alpha=1' and 'lora:alpha=-1' would be in the same folder" in said
+    assert "RECIPE: the runs of 'glue/rte' and 'glue-rte' would be in the same folder, 'glue-rte'" in said
+
+
 @given(st.floats(1e-12, 1e3), st.floats(1e-12, 1e3))
 def test_only_equal_rates_have_the_same_name(one: float, other: float) -> None:
     for name in (lr_folder, shown_lr):
