@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from mirrortune.adapters.methods import preset
 from mirrortune.config import strict_yaml
+from mirrortune.config.recipe import flatten
 from mirrortune.config.schema import AdapterSection, Recipe
 from mirrortune.errors import ConfigError
 
@@ -25,6 +26,14 @@ comes first; the other breaks ties."""
 ChooseBy = Literal["score", "loss"]
 
 _WHERE = "--methods"
+
+# Settings that methods may have of their own: they change no scored row, reference or metric. trust_remote_code has an
+# error of its own.
+_OWN = (
+    "adapter", "train", "model.attention", "model.dropout", "model.dtype", "model.load_in", "model.trust_remote_code",
+    "data.augment", "data.blank_text", "data.contained", "data.image_size", "data.max_seconds", "data.max_train_rows",
+    "data.packing", "data.prefix", "data.shuffle_buffer", "eval.batch_size", "eval.before", "eval.samples",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +118,11 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
         lr_grid: learning rates for methods without ``lr``; by default, rates around the default of each method.
 
     Raises:
-        ConfigError: the method is unknown, or a part is not ``key=value``.
+        ConfigError: the method is unknown, a part is not ``key=value``, or a key is not one that methods may differ in.
     """
     name, *parts = word.split(":")
     chosen = preset(name, _WHERE)
+    lr_key, default = ("train.head_lr", base_head_lr) if chosen.is_head_only else ("train.lr", chosen.lr)
     settings: dict[str, Any] = {"adapter.method": name}
     lrs: tuple[float, ...] = ()
     for part in parts:
@@ -125,11 +135,43 @@ def parse_contender(word: str, base_head_lr: float, lr_grid: str | None = None) 
         dotted = key if "." in key else f"adapter.{'' if key in AdapterSection.model_fields else 'options.'}{key}"
         if dotted in settings:
             raise ConfigError(_WHERE, f"'{word}' sets {dotted} twice", fix="Keep one of them")
+        _check_key(word, dotted, [*settings, lr_key, "train.seed"])
         settings[dotted] = strict_yaml.parse_scalar(text, f"{_WHERE} {word}")
-    lr_key, default = ("train.head_lr", base_head_lr) if chosen.is_head_only else ("train.lr", chosen.lr)
-    if not lrs:
-        lrs = parse_lrs(lr_grid) if lr_grid is not None else around(float(settings.get(lr_key, default)))
+    if lrs and lr_key in settings:
+        raise ConfigError(_WHERE, f"'{word}' sets both lr and {lr_key}", fix="Keep one of them")
+    if not lrs and lr_grid is not None:
+        lrs = parse_lrs(lr_grid)
+    elif not lrs:
+        lrs = parse_lrs(str(settings.get(lr_key, default)), f"{_WHERE} {word}")
+        lrs = around(lrs[0]) if len(lrs) == 1 else lrs
     return Contender(label=word, settings=settings, lr_key=lr_key, lrs=lrs)
+
+
+def _check_key(word: str, dotted: str, known: Iterable[str]) -> None:
+    """Check a dotted key of a method.
+
+    Args:
+        word: method as given by the user.
+        dotted: key that it sets.
+        known: keys that are set before, or by the comparison.
+
+    Raises:
+        ConfigError: methods that differ in the key could not be compared, or the key is a section of a key in ``known``
+            or the reverse.
+    """
+    section, _, name = dotted.partition(".")
+    if dotted == "train.seed":
+        raise ConfigError(_WHERE, f"'{word}' sets {dotted}", fix="Use --seeds: every method runs with the same ones")
+    own = (section, f"{section}.{name.partition('.')[0]}")
+    if own[1] in flatten(Recipe()) and not any(key in _OWN for key in own):
+        named = [key for key in _OWN if "." in key and key != "model.trust_remote_code"]
+        allowed = f"settings of adapter and train, {', '.join(named)}"
+        problem = f"'{word}' sets {own[1]}, so that it could be scored on other rows or in another way than the others"
+        raise ConfigError(_WHERE, problem, allowed=allowed, fix="Set it for all methods, outside of --methods")
+    for key in known:
+        if key.startswith(f"{dotted}.") or dotted.startswith(f"{key}."):
+            value, inside = sorted((key, dotted), key=len)
+            raise ConfigError(_WHERE, f"'{word}' sets {value} both as a value and, in {inside}, as a section")
 
 
 def parse_lrs(text: str, where: str = "--lr-grid") -> tuple[float, ...]:

@@ -33,7 +33,7 @@ from mirrortune.compare.grid import (
     step_from,
 )
 from mirrortune.compare.run import Comparison
-from mirrortune.config.recipe import override_layer, resolve
+from mirrortune.config.recipe import flatten, override_layer, resolve
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError
 from mirrortune.system.console import Reporter
@@ -188,6 +188,57 @@ def test_every_cell_has_a_folder_of_its_own() -> None:
     # Finished comparisons have these names.
     assert [lr_folder(lr) for lr in (1e-5, 0.03, 1.0, 30.0)] == ["lr-1e-05", "lr-3e-02", "lr-1e+00", "lr-3e+01"]
     assert slug("lora:rank=8") == "lora-rank-8"
+
+
+SCORED = [
+    key
+    for key in flatten(Recipe())
+    if key.startswith(("model.", "task.", "data.", "eval.")) and key != "model.trust_remote_code"
+]
+
+
+@pytest.mark.parametrize("key", SCORED)
+def test_methods_differ_in_nothing_that_changes_what_is_scored(key: str) -> None:
+    # Those named here train or compute otherwise and are scored on the same rows, references and metrics.
+    own = {
+        "model": "attention dropout dtype load_in",
+        "data": "augment blank_text contained image_size max_seconds max_train_rows packing prefix shuffle_buffer",
+        "eval": "batch_size before samples",
+        "task": "",
+    }
+    section, name = key.split(".")
+    if name in own[section].split():
+        assert parse_contender(f"none:{key}=1", base_head_lr=1e-3).settings[key] == 1
+        return
+    for word in (f"none:{key}=1", f"none:{key}.x=1"):
+        with pytest.raises(ConfigError, match=rf"sets {key}, so that it could be scored on other rows") as error:
+            make_grid({"t": Recipe()}, f"mirror,{word}", seeds=1, tune_seeds=1, lr_grid="1e-2", extensions=0)
+        assert "Set it for all methods" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("mirror:adapter.options=3:scale_top_k=2", "sets adapter.options both as a value and, in adapter.options.scal"),
+        ("mirror:scale_top_k=2:adapter.options=3", "sets adapter.options both as a value and, in adapter.options.scal"),
+        ("mirror:adapter.method.x=1", "sets adapter.method both"),
+        ("mirror:train.lr.x=1", "sets train.lr both"),
+        ("mirror:train.seed.x=1", "sets train.seed both"),
+        ("mirror:train.seed=1", "Use --seeds"),
+        ("mirror:lr=1e-3:train.lr=1e-2", "sets both lr and train.lr"),
+        ("none:train.head_lr=0", "learning rates '0'"),
+        ("mirror:train.lr=x", "learning rates 'x'"),
+        ("mirror:train.lr=null", "learning rates 'None'"),
+    ],
+)
+def test_settings_of_methods_that_contradict_each_other_are_refused(word: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_contender(word, base_head_lr=1e-3)
+    assert said in str(error.value)
+
+
+def test_a_rate_of_a_method_is_the_middle_of_its_grid() -> None:
+    assert parse_contender("mirror:train.lr=1e-4", base_head_lr=1e-3).lrs == (3e-5, 1e-4, 3e-4)
 
 
 def test_names_that_lead_to_the_same_folder_are_refused() -> None:
