@@ -18,7 +18,7 @@ from mirrortune.compare.grid import Cell, Contender, Grid, Score, choose, shown_
 from mirrortune.compare.run import Comparison, comparable, comparison_folder, default_jobs
 from mirrortune.compare.significance import Sample, compare_with_reference
 from mirrortune.config.schema import Recipe
-from mirrortune.errors import counted
+from mirrortune.errors import ConfigError, counted
 from mirrortune.reports import html
 from mirrortune.reports.drawing import Drawing, write_figure
 from mirrortune.reports.finished_run import read_json
@@ -205,6 +205,7 @@ def _caption(results: dict[str, Any], found: dict[str, Any]) -> str:
 def _task(comparison: Comparison, task: str) -> dict[str, Any]:
     methods = {who.label: _method(comparison, task, who) for who in comparison.grid.contenders}
     finished = {label: m for label, m in methods.items() if m["seeds"]}
+    _check_alike(task, {label: (m["metric"], tuple(m["reported"])) for label, m in finished.items()})
     any_result = next((m for m in finished.values()), None)
     metric = any_result["metric"] if any_result else ""
     splits = list(any_result["reported"]) if any_result else []
@@ -240,6 +241,10 @@ def _method(comparison: Comparison, task: str, who: Contender) -> dict[str, Any]
     results = {cell.seed: r for cell in cells if (r := comparison.result(cell)) is not None}
     if not results:
         return found
+    _check_alike(
+        f"{task}, {who.label}",
+        {f"seed {seed}": (r["selection_metric"], tuple(r["reported"])) for seed, r in results.items()},
+    )
     first = next(iter(results.values()))
     metric = first["selection_metric"]
     # Under the protocol dev-best, the rows that select the checkpoint are the only ones to report on.
@@ -270,6 +275,25 @@ def _tuned(comparison: Comparison, task: str, label: str, lr: float, score: Scor
     }
 
 
+def _check_alike(where: str, scored: dict[str, tuple[str, tuple[str, ...]]]) -> None:
+    """Check that runs were scored by the same metric on the same splits.
+
+    Args:
+        where: what the runs belong to, for the message.
+        scored: metric and names of the splits of each run or method.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    first, expected = next(iter(scored.items()), ("", ("", ())))
+    for name, own in scored.items():
+        if own != expected:
+            got, other = (f"by {metric} on {', '.join(splits) or 'validation'}" for metric, splits in (own, expected))
+            raise ConfigError(
+                where, f"{name} was scored {got}, {first} {other}", fix="Compare in another folder with -o"
+            )  # fmt: skip
+
+
 def _spread(values: list[float]) -> dict[str, Any]:
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {"mean": float(np.mean(values)), "std": deviation, "values": values}
@@ -281,7 +305,7 @@ def _sample(comparison: Comparison, task: str, label: str, method: dict[str, Any
     for seed in method["seeds"]:
         path = Cell(task, label, method["lr"], seed).folder(comparison.root) / "predictions.safetensors"
         arrays = load_file(path) if path.is_file() else {}
-        if f"{split}.predictions" not in arrays:
+        if not {f"{split}.predictions", f"{split}.references"} <= arrays.keys():
             return Sample(values=values)
         predictions.append(arrays[f"{split}.predictions"])
         references.append(arrays[f"{split}.references"])

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mirrortune.errors import ConfigError, counted
+
 Array = npt.NDArray[Any]
 _RESAMPLES = 2_000
 _LEVEL = 0.05
@@ -70,8 +72,17 @@ def compare_with_reference(
         reference: name of the reference method in ``samples``.
         metric: function (predictions, references) -> score.
         higher_is_better: a larger score is better.
+
+    Raises:
+        ConfigError: a method was scored with other seeds, rows or references than the reference method.
     """
     base = samples[reference]
+    for label, sample in samples.items():
+        if other := _difference(sample, base):
+            raise ConfigError(
+                "compare", f"'{label}' cannot be tested against '{reference}': {other}",
+                fix="Leave it out of --methods, or compare in another folder with -o",
+            )  # fmt: skip
     others = [label for label in samples if label != reference]
     p_values = [_t_test(samples[label].values, base.values) for label in others]
     adjusted = holm(p_values)
@@ -123,6 +134,21 @@ def bootstrap_interval(
         differences[index] = np.mean(gaps)
     low, high = np.quantile(differences, [0.025, 0.975])
     return float(low), float(high)
+
+
+def _difference(sample: Sample, base: Sample) -> str:
+    """Describe how the rows of two samples differ, or return an empty string."""
+    if len(sample.values) != len(base.values):
+        return f"it has {len(sample.values)} seeds, not {len(base.values)}"
+    for seed, (predicted, own) in enumerate(zip(sample.predictions or (), sample.references or (), strict=True)):
+        if len(predicted) != len(own):
+            return f"run {seed + 1} has {counted(len(predicted), 'prediction')} for {counted(len(own), 'row')}"
+    for seed, (own, expected) in enumerate(zip(sample.references or (), base.references or (), strict=False)):
+        if len(own) != len(expected):
+            return f"run {seed + 1} was scored on {counted(len(own), 'row')}, not {len(expected):,}"
+        if not np.array_equal(own, expected, equal_nan=own.dtype.kind == "f"):
+            return f"run {seed + 1} was scored on rows with other references"
+    return ""
 
 
 def _t_test(values: Sequence[float], base: Sequence[float]) -> float | None:

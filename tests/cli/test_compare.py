@@ -161,6 +161,30 @@ def test_runs_of_another_method_in_the_same_folder_are_not_taken(compared: Compa
         assert tree(root) == before
 
 
+def test_runs_that_were_scored_in_different_ways_are_not_compared(compared: Compared, tmp_path: Path) -> None:
+    root = shutil.copytree(compared.root, tmp_path / "out")
+    words = [*(w if w != compared.root else root for w in compared.words), "--report-only"]
+    table = (root / "table.md").read_text(encoding="utf-8")
+    (run,) = root.glob("cells/data/none/lr-*/seed-1")
+
+    predictions, results = run / "predictions.safetensors", run / "results.json"
+    kept = predictions.read_bytes()
+    arrays = load_file(predictions)
+    save_file({name: array[:3].clone() for name, array in arrays.items()}, predictions)
+    refused = mirrortune(*words, cache=compared.cache)
+    assert refused.exit_code == 2
+    assert "'none' cannot be tested against 'mirror': run 2 was scored on 3 rows, not 16" in refused.said
+    predictions.write_bytes(kept)
+
+    found = json.loads(results.read_text(encoding="utf-8"))
+    del found["reported"]["test"]
+    results.write_text(json.dumps(found), encoding="utf-8")
+    refused = mirrortune(*words, cache=compared.cache)
+    assert refused.exit_code == 2
+    assert "seed 1 was scored by accuracy on held-out half, seed 0 by accuracy on held-out half, test" in refused.said
+    assert (root / "table.md").read_text(encoding="utf-8") == table
+
+
 def test_runs_on_other_data_or_another_base_are_not_mixed_with_new_ones(compared: Compared, tmp_path: Path) -> None:
     root, data, model = (tmp_path / name for name in ("out", "data", "model"))
     shutil.copytree(compared.root, root)

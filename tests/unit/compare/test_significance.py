@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from mirrortune.compare.significance import Paired, Sample, bootstrap_interval, compare_with_reference, holm
+from mirrortune.errors import ConfigError
 from mirrortune.tasks.metrics import METRICS
 
 ACCURACY = METRICS["accuracy"].compute
@@ -67,6 +70,29 @@ def test_noise_is_called_noise() -> None:
 def test_one_seed_proves_nothing() -> None:
     found = against(0.9, 0.5, seeds=1)
     assert (found.p_value, found.low, found.verdict) == (None, None, "not tested")
+
+
+@pytest.mark.parametrize("changed", ["rows", "references", "order", "seeds", "predictions"])
+def test_methods_that_were_scored_on_other_rows_are_not_tested(changed: str) -> None:
+    base, other = sample(0.7, rows=30, seeds=3, seed=0), sample(0.9, rows=30, seeds=3, seed=1)
+    assert base.references is not None
+    assert other.predictions is not None
+    last = {"rows": base.references[2][:6], "references": 1 - base.references[2], "order": base.references[2][::-1]}
+    if changed == "predictions":
+        other = dataclasses.replace(other, predictions=(*other.predictions[:2], other.predictions[2][:6]))
+    elif changed == "seeds":
+        other = Sample(values=other.values[:1])
+    else:
+        other = dataclasses.replace(other, references=(*base.references[:2], last[changed]))
+    with pytest.raises(ConfigError, match="'other' cannot be tested against 'base': "):
+        compare_with_reference({"base": base, "other": other}, "base", ACCURACY, higher_is_better=True)
+
+
+def test_missing_numbers_among_the_references_are_the_same() -> None:
+    rows = np.array([0.5, np.nan, 1.0])
+    same = Sample(values=(0.5, 0.6), predictions=(rows, rows), references=(rows, rows.copy()))
+    found = compare_with_reference({"base": same, "other": same}, "base", lambda *_: 0.0, higher_is_better=True)
+    assert found[0].verdict == "within the noise"
 
 
 def test_equal_scores_are_no_difference() -> None:
