@@ -303,7 +303,8 @@ def compare(
         root, grid, recipes, reporter, inputs=[given for resolved, _ in found for given in inputs_of(resolved)],
         jobs=jobs, report_only=report_only, command=shlex.join(["mirrortune", *sys.argv[1:]]),
     )  # fmt: skip
-    lines = [(root / "table.md").read_text(encoding="utf-8"), f"tables, figures and runs: {output_dir}"]
+    table = (root / "table.md").read_text(encoding="utf-8")
+    lines = [*table.split("\n"), f"tables, figures and runs: {output_dir}"]
     reporter.result(results, lines)
 
 

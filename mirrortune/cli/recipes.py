@@ -61,7 +61,7 @@ def cat(name: RecipeName, *, json: Json = False, debug: Debug = False) -> None:
     mirrortune recipes cat glue/sst2
     """
     text = _path(name).read_text(encoding="utf-8")
-    Reporter(as_json=json).result({"name": name, "text": text}, [text.rstrip("\n")])
+    Reporter(as_json=json).result({"name": name, "text": text}, text.rstrip("\n").split("\n"))
 
 
 def cp(
@@ -103,7 +103,7 @@ def schema(*, json: Json = False, debug: Debug = False) -> None:
     mirrortune recipes schema > recipe.schema.json
     """
     text = _schema_file().read_text(encoding="utf-8")
-    Reporter(as_json=json).result(loads(text), [text.rstrip("\n")])
+    Reporter(as_json=json).result(loads(text), text.rstrip("\n").split("\n"))
 
 
 def _path(name: str) -> Path:

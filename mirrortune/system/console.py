@@ -108,14 +108,14 @@ class Reporter:
         self._out, self._err = _console(), _console(stderr=True)
 
     def result(self, data: dict[str, Any], lines: Sequence[str]) -> None:
-        """Print the result of the command: ``data`` with ``--json``, else ``lines``."""
+        """Print the result of the command: ``data`` with ``--json``, else ``lines``, whose line breaks are escaped."""
         if not self.is_main:
             return
         with _written_out():
             if self.as_json:
                 sys.stdout.write(json.dumps(data) + "\n")
             else:
-                _say(self._out, "\n".join(lines))
+                _say(self._out, "\n".join(line.replace("\n", r"\n") for line in lines))
 
     def data(self, content: bytes) -> None:
         """Write UTF-8 text to stdout unchanged; control characters are escaped on a terminal only."""

@@ -43,6 +43,11 @@ def quarters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mirrortune.system.console.time.perf_counter", lambda: next(ticks) / 4)
 
 
+def test_a_name_with_a_line_break_stays_on_its_line_of_the_result(capsys: pytest.CaptureFixture[str]) -> None:
+    Reporter().result({}, ["merged into a\nerror: b", "score it"])
+    assert capsys.readouterr().out == "merged into a\\nerror: b\nscore it\n"
+
+
 def show(progress: TrainingProgress, tokens: int | None = 250) -> None:
     """A training loop of 20 steps, as it is reported."""
     with progress:
