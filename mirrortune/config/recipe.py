@@ -105,6 +105,12 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
     return Layer(values=data, origin=str(path), lines=lines, file=path)
 
 
+def _kind(value: Any) -> str:
+    """Return a name for the kind of a value that was read from a file: ``a list``, ``a text``."""
+    names: dict[type, str] = {list: "a list", dict: "a mapping", str: "a text", bool: "true or false"}
+    return "nothing" if value is None else names.get(type(value), "a number")
+
+
 def _text_of(path: Path, where: str, what: str) -> str:
     """Return the text of a settings file; raise ConfigError if it is too large or not a regular file."""
     if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device, whose content may never end
@@ -116,8 +122,11 @@ def _text_of(path: Path, where: str, what: str) -> str:
 
 def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     data, lines = strict_yaml.load(text, source)
+    if data is None:
+        fix = "Write sections such as model, data and train into it; `mirrortune recipes cat quickstart` shows some"
+        raise ConfigError(source, "the recipe is empty", fix=fix)
     if not isinstance(data, dict):
-        raise ConfigError(source, f"a recipe is a mapping of sections, got {type(data).__name__}")
+        raise ConfigError(source, f"a recipe is a mapping of sections, got {_kind(data)}")
     return data, lines
 
 
@@ -494,6 +503,6 @@ def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) ->
         raise ConfigError(where, f"cannot read {given} ({error})", fix="Check the path and the file") from error
     if not isinstance(found, list | dict):
         allowed = "a list of pairs, or an object of such lists by layer name"
-        raise ConfigError(where, f"{given} holds {type(found).__name__}", allowed=allowed)
+        raise ConfigError(where, f"{given} holds {_kind(found)}", allowed=allowed)
     merged["adapter"]["pairing"] = found
     return local_path(given)

@@ -205,8 +205,8 @@ BAD: dict[str, Bad] = {
     ),
     "recipe that is no YAML": recipe("train: {lr: [1\n", "my.yaml:2: not valid YAML", "Correct the line."),
     "recipe with a tab": recipe("train:\n\tlr: 1\n", "my.yaml:2: not valid YAML"),
-    "empty recipe": recipe("", "my.yaml: a recipe is a mapping of sections, got NoneType."),
-    "recipe that is a list": recipe("- train\n", "my.yaml: a recipe is a mapping of sections, got list."),
+    "empty recipe": recipe("", "my.yaml: the recipe is empty. Write sections such as model"),
+    "recipe that is a list": recipe("- train\n", "my.yaml: a recipe is a mapping of sections, got a list."),
     "recipe that is not text": recipe(b"\xff\xfe", "cannot read", "my.yaml"),
     "section that is a value": recipe(
         "model: roberta-base\n", "my.yaml:1: model: got 'roberta-base'. Allowed: a section"

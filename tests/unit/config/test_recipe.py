@@ -160,7 +160,14 @@ def test_a_section_of_comments_is_an_empty_section(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "got NoneType"), ("- a\n", "got list"), ("just text\n", "got str"), ("a: [\n", "not valid YAML")],
+    [
+        ("", "the recipe is empty"),
+        ("# a comment\n", "the recipe is empty"),
+        ("- a\n", "got a list"),
+        ("just text\n", "got a text"),
+        ("2\n", "got a number"),
+        ("a: [\n", "not valid YAML"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
