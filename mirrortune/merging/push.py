@@ -65,7 +65,7 @@ def push(
         if is_merged:
             parcel = merged_parcel(folder, _checked_report(folder), Path(staged))
         else:
-            parcel = pack_adapter(require_adapter(target), Path(staged), repository)
+            parcel = pack_adapter(require_adapter(target, "push"), Path(staged), repository)
         _check_card(parcel.files.get("README.md"), folder)
         total = sum(path.stat().st_size for path in parcel.files.values())
         where = f"{repository}{' (private)' if private else ''}"

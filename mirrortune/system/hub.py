@@ -44,6 +44,18 @@ _CAUSES: dict[str, tuple[str, str]] = {
         "Run prepare online first; if {flag} is a local file or folder, check that it exists",
     ),
 }
+_SENDING: dict[str, tuple[str, str]] = {
+    "RepositoryNotFoundError": (
+        "no such repository on the Hub, or this token may not write to it",
+        "Check the spelling of {flag}; set HF_TOKEN to a token that may write there",
+    ),
+    "LocalEntryNotFoundError": ("the Hub cannot be reached", "Check the network and HF_ENDPOINT"),
+    "OfflineModeIsEnabled": (
+        "nothing was sent, because HF_HUB_OFFLINE forbids the network",
+        "Unset HF_HUB_OFFLINE, then run the same command again",
+    ),
+}
+"""Explanations in place of those of ``_CAUSES`` when files are uploaded."""
 # fmt: off
 _NETWORK = frozenset((
     "RevisionResolutionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "ReadError", "WriteError",
@@ -55,12 +67,13 @@ _NETWORK = frozenset((
 
 
 @contextmanager
-def hub_errors(where: str, *, flag: str) -> Iterator[None]:
+def hub_errors(where: str, *, flag: str, sends: bool = False) -> Iterator[None]:
     """Turn errors of the Hub and the network that the block raises into errors of mirrortune.
 
     Args:
         where: description of the download, such as ``"model 'roberta-base'"``.
         flag: command-line flag that named it; used in the advice.
+        sends: the block uploads files, so that advice about downloads does not apply.
 
     Raises:
         ConfigError: the name is not a valid repository id.
@@ -74,7 +87,7 @@ def hub_errors(where: str, *, flag: str) -> Iterator[None]:
         if type(error).__name__ == "HFValidationError":
             problem = f"{where} is neither here nor an id that the Hub could have"
             raise ConfigError(flag, problem, allowed="what exists here, or owner/name", fix="Check the path") from error
-        explained = _explain(error)
+        explained = _explain(error, sends=sends)
         if explained is None:
             raise
         problem, fix = explained
@@ -147,7 +160,11 @@ def check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError("ID", str(error).split(".")[0], allowed="name or owner/name") from error
+        raise ConfigError(
+            "ID", f"'{repository}' is not the id of a repository",
+            allowed="name or owner/name, of letters, digits, '-', '_' and '.', at most 96 characters, without '-' or "
+            "'.' at the ends, and without '--', '..' or '.git' at the end",
+        ) from error  # fmt: skip
 
 
 def upload(
@@ -179,7 +196,7 @@ def upload(
 
     check_repository(repository)
     inside = path_inside(subfolder)
-    with hub_errors(f"repository '{repository}'", flag="the repository's id"):
+    with hub_errors(f"repository '{repository}'", flag="the repository's id", sends=True):
         api = huggingface_hub.HfApi(library_name="mirrortune", library_version=__version__)
         full = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
         # Creating a repository that exists does not change its visibility.
@@ -210,28 +227,30 @@ def path_inside(subfolder: str | None) -> PurePosixPath:
     return inside
 
 
-def _explain(error: BaseException) -> tuple[str, str] | None:
+def _explain(error: BaseException, *, sends: bool) -> tuple[str, str] | None:
+    causes = {**_CAUSES, **_SENDING} if sends else _CAUSES
     chain = list(_chain(error))
     by_class = {cls.__name__: e for e in chain for cls in type(e).__mro__}
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    for name, explained in _CAUSES.items():
+    for name, explained in causes.items():
         if name in by_class:
             if name == "LocalEntryNotFoundError" and offline:
-                return _CAUSES["OfflineModeIsEnabled"]
+                return causes["OfflineModeIsEnabled"]
             return explained
     status = next((s for e in chain if (s := _status(e)) is not None), None)
     if status in (401, 403):
-        return f"access denied (HTTP {status})", "Set HF_TOKEN to a token that may read it"
+        return f"access denied (HTTP {status})", f"Set HF_TOKEN to a token that may {'write' if sends else 'read'} it"
     if status is not None:
         return f"the Hub answered HTTP {status}", "Try again later"
     failed = next((name for name in by_class if name in _NETWORK), None)
     if failed is not None:
+        kept = "" if sends else ": finished files are kept"
         return (
             f"the connection failed ({failed}: {first_line(by_class[failed], 120)})",
-            "Check the network and HF_ENDPOINT, then run the same command again: finished files are kept",
+            f"Check the network and HF_ENDPOINT, then run the same command again{kept}",
         )
     if any("couldn't connect" in str(e).lower() or "offline" in str(e).lower() for e in chain):
-        return _CAUSES["OfflineModeIsEnabled" if offline else "LocalEntryNotFoundError"]
+        return causes["OfflineModeIsEnabled" if offline else "LocalEntryNotFoundError"]
     return None
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from mirrortune.system.outputs import COMPARISON, Marker, write_marker
 from tests.cli.console import mirrortune, reviews, write_table
 from tests.hub_fixtures import client_env
 from tests.hub_server import LoopbackHub
@@ -237,9 +238,18 @@ def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(desk: Path, tm
     (tmp_path / "damaged").mkdir()
     for file in (desk / "run" / "adapter").iterdir():
         (tmp_path / "damaged" / file.name).write_bytes(file.read_bytes()[:-1])
+    compared = tmp_path / "compared"
+    cell = compared / "cells" / "reviews" / "mirror" / "lr-1e-02" / "seed-0"
+    cell.mkdir(parents=True)
+    (cell / "results.json").write_text("{}")
+    write_marker(compared, Marker(COMPARISON.name, frozenset()))
     for words, code, said in (
+        ((desk / "nothing", "me/x"), 2, "push: '"),
         ((desk / "nothing", "me/x"), 2, "neither a run directory nor an adapter folder"),
+        ((compared, "me/x"), 2, f"is a comparison of many runs. Give one of them, such as {cell}."),
         ((desk / "run", "a/b/c"), 2, "name or owner/name"),
+        ((desk / "run", "me/../x"), 2, "ID: 'me/../x' is not the id of a repository. Allowed: name or owner/name, of"),
+        ((desk / "run", ""), 2, "ID: '' is not the id of a repository. Allowed: name or owner/name, of letters"),
         ((tmp_path / "damaged", "me/x"), 5, "damaged"),
     ):
         done = mirrortune("push", *words, cache=desk / "cache")

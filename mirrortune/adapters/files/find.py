@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mirrortune.errors import ConfigError
 from mirrortune.system.hub import holds_adapter, local_adapter
-from mirrortune.system.outputs import restore
+from mirrortune.system.outputs import COMPARISON, read_marker, restore
 from mirrortune.system.paths import ModelPlace, hub_place, local_path
 
 
@@ -29,10 +29,14 @@ def find_adapter(target: str) -> Path | None:
     return None
 
 
-def require_adapter(target: str) -> Path:
+def require_adapter(target: str, command: str = "merge") -> Path:
     """Return the folder of an adapter that is local (:func:`find_adapter`) or on the Hub.
 
     On the Hub, ``target`` is ``owner/name@revision:subfolder`` with optional revision and subfolder.
+
+    Args:
+        target: folder or repository.
+        command: command that needs the adapter, for the error.
 
     Raises:
         ConfigError: there is no adapter.
@@ -41,9 +45,13 @@ def require_adapter(target: str) -> Path:
     if folder is None and _is_on_hub(target):
         return local_adapter(target)
     if folder is None:
-        raise ConfigError(
-            "merge", f"'{target}' is neither a run directory nor an adapter folder", fix="Give what train wrote"
-        )
+        problem, fix = f"'{target}' is neither a run directory nor an adapter folder", "Give what train wrote"
+        marker = read_marker(local_path(target))
+        if marker is not None and marker.kind == COMPARISON.name:
+            runs = sorted(local_path(target).glob("cells/*/*/*/*/results.json"))
+            problem = f"'{target}' is a comparison of many runs"
+            fix = f"Give one of them, such as {runs[0].parent}" if runs else "Give one of its runs, in cells"
+        raise ConfigError(command, problem, fix=fix)
     return folder
 
 

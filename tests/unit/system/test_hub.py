@@ -85,6 +85,27 @@ def test_what_is_not_cached_is_the_users_own_wish_when_offline(monkeypatch: pyte
         raise exception("huggingface_hub.errors.LocalEntryNotFoundError", "x")
 
 
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        ("huggingface_hub.errors.OfflineModeIsEnabled", "HF_HUB_OFFLINE forbids the network. Unset HF_HUB_OFFLINE"),
+        ("huggingface_hub.errors.LocalEntryNotFoundError", "HF_HUB_OFFLINE forbids the network. Unset HF_HUB_OFFLINE"),
+        ("huggingface_hub.errors.RepositoryNotFoundError", "set HF_TOKEN to a token that may write there."),
+        (AnsweredError(403), "Set HF_TOKEN to a token that may write it."),
+        ("httpx2.RemoteProtocolError", "then run the same command again."),
+    ],
+)
+def test_a_failure_to_send_is_not_explained_as_one_to_download(
+    monkeypatch: pytest.MonkeyPatch, failure: Any, says: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HubError) as caught, hub_errors("repository 'a/b'", flag="the repository's id", sends=True):
+        raise exception(failure, "x") if isinstance(failure, str) else failure
+    assert says in str(caught.value)
+    for word in ("prepare", "cache", "local", "{"):
+        assert word not in str(caught.value)
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), OSError("disk"), KeyError("x"), DataError("a", "b")])
 def test_what_is_not_the_hubs_is_let_through(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, hub_errors("model 'x'", flag="--model"):
