@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mirrortune.cli.flags import Debug, Json, Quiet, Verbose
+from mirrortune.errors import ConfigError
 from mirrortune.system.console import Reporter, describe_metrics, kilobytes, significant
 from mirrortune.system.paths import local_path
 
@@ -35,6 +36,9 @@ def report(
     from mirrortune.system.run_directory import RunDirectory  # noqa: PLC0415
 
     folders = [local_path(run) for run in runs]
+    places = [folder.resolve() for folder in folders]
+    if twice := [run for number, run in enumerate(runs) if places[number] in places[:number]]:
+        raise ConfigError("RUN", f"'{twice[0]}' is the same run as one named before", fix="Name each run once")
     output = output and str(local_path(output))
     path = Path(output or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     with html.page_output(path, [Input("run", folder) for folder in folders]) as put:

@@ -61,7 +61,7 @@ def run_drawings(runs: Sequence[FinishedRun]) -> list[Drawing]:
 
 def learning_curves(runs: Sequence[FinishedRun]) -> Drawing:
     """Plot loss, metric, learning rate, gradient norm and speed over optimizer steps."""
-    metric = runs[0].metric
+    metric = " or ".join(dict.fromkeys(run.metric for run in runs))
 
     def draw(figure: Any) -> None:
         loss, score, rate, norm, speed, validation = figure.subplots(2, 3).flat

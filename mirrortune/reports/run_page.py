@@ -27,9 +27,20 @@ _MOST_EVALUATIONS = 12
 
 def run_page(runs: Sequence[FinishedRun]) -> str:
     """Build the page of one run, or of several side by side."""
+    _tell_apart(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = _one(runs[0]) if len(runs) == 1 else _several(runs)
     return html.page(title, f"mirrortune {__version__}", *parts)
+
+
+def _tell_apart(runs: Sequence[FinishedRun]) -> None:
+    """Name runs whose directories have the same name by as many folders above as it takes."""
+    places = [run.directory.path.resolve().parts for run in runs]
+    deepest = max(map(len, places))
+    depth = next(d for d in range(1, deepest + 1) if d == deepest or len({p[-d:] for p in places}) == len(runs))
+    if depth > 1:
+        for run, parts in zip(runs, places, strict=True):
+            run.name = "/".join(parts[-depth:])
 
 
 def _one(run: FinishedRun) -> list[Html]:

@@ -143,6 +143,20 @@ def test_several_runs_go_on_one_page(runs: Runs, tmp_path: Path) -> None:
     assert Reader(text).tags.count("svg") == 1
 
 
+def test_runs_whose_folders_have_the_same_name_are_told_apart(runs: Runs, tmp_path: Path) -> None:
+    first, second = tmp_path / "monday" / "run", tmp_path / "tuesday" / "run"
+    shutil.copytree(runs.mirror, first)
+    shutil.copytree(runs.number, second)
+    done = mirrortune("report", first, second, "-o", tmp_path / "both.html")
+    text = text_of(tmp_path / "both.html")
+
+    assert done.exit_code == 0, done.stderr
+    assert "monday/run" in text
+    assert "tuesday/run" in text
+    one, other = (read(run / "results.json")["selection_metric"] for run in (first, second))
+    assert f"validation {one} or {other}" in text
+
+
 def test_every_axis_has_a_label(runs: Runs) -> None:
     from mirrortune.reports.finished_run import FinishedRun
     from mirrortune.reports.run_figures import run_drawings
@@ -160,6 +174,7 @@ def test_bad_input_is_answered_in_words(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "theirs.html").write_text("<p>mine", encoding="utf-8")
     for words, said in (
         ([tmp_path / "nowhere"], "it is not a run directory"),
+        ([runs.mirror, f"{runs.mirror}/../{runs.mirror.name}"], "is the same run as one named before. Name each run"),
         ([unfinished], "this run has not finished"),
         ([runs.none, "-o", runs.none / "results.json"], "results.json belongs to the run there"),
         ([runs.none, "-o", tmp_path / "theirs.html"], "was not written by mirrortune and is left alone"),
