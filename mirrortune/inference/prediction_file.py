@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 
 from mirrortune.data.files.arrow import python_values, text_array
 from mirrortune.errors import ConfigError, MirrortuneError
-from mirrortune.system.atomic import discard, write_atomically, write_files_atomically
-from mirrortune.system.outputs import PARTS, Marker, read_marker, write_marker
+from mirrortune.system.atomic import clear_leftovers, discard, write_atomically, write_files_atomically
+from mirrortune.system.outputs import PARTS, Marker, holds_nothing, read_marker, write_marker
 
 FORMATS = ("csv", "tsv", "jsonl", "parquet")
 PREDICTION = "prediction"
@@ -195,6 +195,7 @@ class Parts:
 
         if not self.is_joined():  # check again, since predicting may have taken hours
             refuse_replacing(self.output, kind, overwrite=self.replaces)
+        clear_leftovers(self.output.parent, {self.output.name}.__contains__)  # of a join that was killed
         self._write(self.output, write)
         self.discard()
         return errors
@@ -205,9 +206,9 @@ class Parts:
 
     def _check_ours(self) -> None:
         marker = None if self.folder.is_symlink() else read_marker(self.folder)
-        is_there = self.folder.exists() or self.folder.is_symlink()
-        is_empty = self.folder.is_dir() and not any(self.folder.iterdir())
-        if is_there and not is_empty and (marker is None or marker.kind != PARTS.name):
+        is_broken = self.folder.is_symlink() and not self.folder.exists()
+        is_free = holds_nothing(self.folder, PARTS) and not is_broken
+        if not is_free and (marker is None or marker.kind != PARTS.name):
             raise ConfigError("-o", f"{self.folder} is in the way", fix="Move it elsewhere, or choose another name")
 
     def _found(self) -> list[tuple[int, int, Path]]:

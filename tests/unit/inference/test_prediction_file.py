@@ -88,8 +88,10 @@ def test_parts_whose_columns_differ_are_joined(tmp_path: Path, name: str) -> Non
         pa.table({"text": ["c"], "own": ["d"], "prediction": ["no"], "score": [0.5], "error": pa.nulls(1)}),
     ]
     parts = parts_of(tmp_path / name, tables)
+    for output in (name, "another.csv"):
+        (tmp_path / f".{output}.mt-ab12cd34.partial").write_text("te")  # a process was killed while it joined them
     assert parts.join(own=["text", "own"], last="error") == 1
-    assert not parts.folder.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".another.csv.mt-ab12cd34.partial"}
     path = tmp_path / name
     rows: list[dict[str, object]]
     if name.endswith("parquet"):
@@ -136,6 +138,19 @@ def test_the_folder_of_parts_is_ours_or_left_alone(tmp_path: Path) -> None:
     parts.discard()
     assert {path.name for path in parts.folder.iterdir()} == {MARKER, "notes.txt"}, "somebody's own file stays"
     (parts.folder / MARKER).unlink()
+    with pytest.raises(ConfigError, match="is in the way"):
+        parts.begin({}, overwrite=True)
+
+
+def test_parts_that_were_not_begun_are_begun_again(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "a.csv")
+    parts.folder.mkdir()
+    (parts.folder / f".{MARKER}.mt-ab12cd34.partial").write_text('{"vers')  # the process was killed there
+    parts.begin({}, overwrite=False)
+
+    assert {path.name for path in parts.folder.iterdir()} == {MARKER, "state.json"}
+    parts.discard()
+    parts.folder.symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="is in the way"):
         parts.begin({}, overwrite=True)
 
