@@ -38,7 +38,8 @@ PEER = "Trainer + PEFT LoRA r=8"
 METHODS: dict[str, tuple[str, ...]] = {
     "mirror": ("adapter.method=mirror",),
     PEER: (),
-    "mirror with scales": ("adapter.method=mirror-scale",),
+    "mirror-scale": ("adapter.method=mirror-scale",),
+    "mirror with scales": ("adapter.method=mirror", "adapter.options.scale_top_k=all"),
     "svft": ("adapter.method=svft",),
     "adaptive with scales": ("adapter.method=adaptive", "adapter.options.scale_top_k=all"),
     "scale": ("adapter.method=scale",),
