@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,8 +44,8 @@ class Split:
         kept: indices of the rows in the files, shape (N,); None for all rows.
         remarks: notes on files that were left out when the split was read.
         is_contained: whether files named in the rows must be in ``folder``.
-        known: values that were computed from the rows, each (N,): hashes of cells by column, classes by column and
-            names. :meth:`take` carries them over; any other copy begins without.
+        known: values that were computed from the rows, each (N,): hashes of cells by column, and those of
+            :meth:`once`. :meth:`take` carries them over; any other copy begins without.
     """
 
     table: pa.Table
@@ -56,7 +56,7 @@ class Split:
     kept: IntArray | None = None
     remarks: tuple[str, ...] = ()
     is_contained: bool = False
-    known: dict[Hashable, npt.NDArray[np.int64]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    known: dict[Hashable, npt.NDArray[Any]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @property
     def places(self) -> RowPlaces:
@@ -68,6 +68,12 @@ class Split:
         part = replace(self, table=take_rows(self.table, keep), kept=self.places.take(keep).kept)
         part.known.update((key, values[keep]) for key, values in self.known.items())
         return part
+
+    def once(self, key: Hashable, read: Callable[[Split], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Return what ``read`` returns for the rows, (N,); it is called once for them and the parts taken of them."""
+        if key not in self.known:
+            self.known[key] = read(self)
+        return self.known[key]
 
     def with_columns(self, columns: Iterable[str]) -> Split:
         """Return the split with a column of nulls added for each missing one of ``columns``."""

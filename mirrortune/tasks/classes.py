@@ -77,12 +77,10 @@ class OneOfClasses(Task, WeighsClasses):
 
     def class_targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.int64]:
         """Return the class index of each row, (N,); -1 for a missing label, or DataError unless ``allow_missing``."""
-        column, names, places = self.label_column, self.labels, split.places
-        if (column, names) not in split.known:
-            split.known[column, names] = class_indices(split.table, column, names, places)
-        found: npt.NDArray[np.int64] = split.known[column, names]
+        column, names = self.label_column, self.labels
+        found = split.once((column, names), lambda rows: class_indices(rows.table, column, names, rows.places))
         if not allow_missing:
-            refuse_missing(found == MISSING, places, column)
+            refuse_missing(found == MISSING, split.places, column)
         return found
 
     @override

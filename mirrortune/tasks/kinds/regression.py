@@ -66,6 +66,9 @@ class Task(TextTask):
 
     def targets(self, split: Split) -> npt.NDArray[np.float32]:
         """Return the targets, (N,) float32, NaN if missing; raise a DataError for cells that are not numbers."""
+        return split.once((self.label_column, "numbers"), self._numbers)
+
+    def _numbers(self, split: Split) -> npt.NDArray[np.float32]:
         found = np.empty(split.table.num_rows, dtype=np.float32)
         for row, value in enumerate(cells(split.table, self.label_column)):
             number = _number(value)

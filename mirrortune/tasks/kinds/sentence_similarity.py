@@ -358,6 +358,13 @@ class Task(TextTask, ComparesRows):
         """Return the scores, (N,), NaN if missing; None if the task has no scores."""
         if self.label_column is None:
             return None
+        found = split.once((self.label_column, "scores"), self._scores)
+        if not allow_missing:
+            refuse_missing(np.isnan(found), split.places, self.label_column, "score")
+        return found
+
+    def _scores(self, split: Split) -> npt.NDArray[np.float32]:
+        assert self.label_column is not None
         found = np.full(split.table.num_rows, np.nan, dtype=np.float32)
         for row, value in enumerate(cells(split.table, self.label_column)):
             number = number_of(value)
@@ -367,8 +374,6 @@ class Task(TextTask, ComparesRows):
                     fix="Correct the row, or name another column with --label-column",
                 )  # fmt: skip
             found[row] = np.nan if number is None else number
-        if not allow_missing:
-            refuse_missing(np.isnan(found), split.places, self.label_column, "score")
         return found
 
 

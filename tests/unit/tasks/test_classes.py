@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -92,6 +93,20 @@ def test_labels_are_read_once_before_and_after_rows_are_set_aside(monkeypatch: p
     for part in (train, validation):
         read |= zip(part.table["text"].to_pylist(), task.class_targets(part, allow_missing=False), strict=True)
     assert read == {"a": 0, "b": 1, "c": 0, "d": 1, "e": 0, "f": 1, "g": 0}
+
+
+@pytest.mark.parametrize(("kind", "texts"), [("regression", ["text"]), ("sentence-similarity", ["text", "other"])])
+def test_numbers_are_read_once(kind: str, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.table({name: list("abcdefgh") for name in texts} | {"score": [0.1 * i for i in range(8)]})
+    task, _ = task_class(kind).from_rows(rows, "rows.csv", text_columns=tuple(texts), label_column="score")  # type: ignore[call-arg]
+    whole = Split(table=rows, source="rows.csv")
+    assert task.strata(whole) is None
+    module = importlib.import_module(type(task).__module__)
+    monkeypatch.setattr(module, "cells", lambda *_: pytest.fail("the numbers are read again"))
+
+    train, validation = set_aside(whole, 0.3, 0, None)
+
+    assert task.strata(train) is task.strata(validation) is None
 
 
 def test_rows_with_other_labels_are_read_anew() -> None:
