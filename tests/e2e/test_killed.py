@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.console import mirrortune, reviews, write_table
+from tests.cli.console import Outcome, mirrortune, reviews, write_table
 from tests.kills import count_changes, ends_before
 from tests.tiny_models import write_tiny_model
 from tests.trees import tree
@@ -95,3 +96,42 @@ def test_a_killed_command_leaves_the_old_or_the_new(name: str, tmp_path: Path, m
             assert load_file("a/adapter_model.safetensors")
         left = {p: w for p, w in tree(tmp_path).items() if Path(p).relative_to(tmp_path).parts[0] not in ("a", "run")}
         assert left == before, change
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_killed_run_goes_on_as_its_error_says(
+    is_resumed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every fifth change, and at every one up to the recipe: the same command goes on, or the one that it names."""
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "reviews.csv", reviews(40))
+    write_tiny_model(tmp_path / "model")
+    words = f"{TRAIN} --keep 5 train.save_every_steps=1".split()
+    assert mirrortune(*words, "-o", "whole").exit_code == 0
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    log, names = (whole / "metrics.jsonl").read_bytes(), {path.name for path in whole.rglob("*")}
+
+    def prepare() -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        if is_resumed:  # it was stopped after its first step
+            shutil.copytree(whole, run)
+            shutil.rmtree(run / "checkpoints" / "step-000002")
+            shutil.rmtree(run / "adapter")
+
+    def work() -> Outcome:
+        return mirrortune(*words, "-o", "run", *(["--resume"] if is_resumed else []))
+
+    prepare()
+    assert work().exit_code == 0  # the first one imports modules
+    prepare()
+    changes = count_changes(work)
+    for change in sorted({*range(1, changes, 5), *(() if is_resumed else range(1, 30))}):
+        prepare()
+        assert ends_before(work, change), change
+        outcome = work()
+        if outcome.exit_code:
+            assert "Continue it with --resume" in outcome.stderr, (change, outcome.stderr)
+            outcome = mirrortune(*words, "-o", "run", "--resume")
+        assert outcome.exit_code == 0, (change, outcome.stderr)
+        assert (run / "metrics.jsonl").read_bytes() == log, change
+        assert {path.name for path in run.rglob("*")} == names, change
