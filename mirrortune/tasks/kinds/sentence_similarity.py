@@ -356,17 +356,14 @@ class Task(TextTask, ComparesRows):
 
     def _targets(self, split: Split, *, allow_missing: bool) -> npt.NDArray[np.float32] | None:
         """Return the scores, (N,), NaN if missing; None if the task has no scores."""
-        if self.label_column is None:
-            return None
-        found = split.once((self.label_column, "scores"), self._scores)
-        if not allow_missing:
-            refuse_missing(np.isnan(found), split.places, self.label_column, "score")
+        found = None if self.label_column is None else split.once((self.label_column, "scores"), self._scores)
+        if found is not None and not allow_missing:
+            refuse_missing(np.isnan(found), split.places, self.label_column or "", "score")
         return found
 
     def _scores(self, split: Split) -> npt.NDArray[np.float32]:
-        assert self.label_column is not None
         found = np.full(split.table.num_rows, np.nan, dtype=np.float32)
-        for row, value in enumerate(cells(split.table, self.label_column)):
+        for row, value in enumerate(cells(split.table, self.label_column or "")):
             number = number_of(value)
             if number is None and str("" if value is None else value).strip().lower() not in ("", "nan"):
                 raise DataError(
