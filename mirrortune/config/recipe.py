@@ -2,8 +2,7 @@
 """Resolve the recipe of a run from its layers, with the origin of each value.
 
 Layers are merged key by key, in descending priority: flags, ``key=value`` arguments, the recipe, the shipped recipe of
-the task, defaults. The result is checked once, and all errors are reported together, each with its file and line or its
-flag. Imports no torch.
+the task, defaults. The result is checked once; all errors are reported together, each with its place. Imports no torch.
 """
 
 from __future__ import annotations
@@ -105,12 +104,6 @@ def read_recipe(name: str, where: str = "RECIPE") -> Layer:
     return Layer(values=data, origin=str(path), lines=lines, file=path)
 
 
-def _kind(value: Any) -> str:
-    """Return a name for the kind of a value that was read from a file: ``a list``, ``a text``."""
-    names: dict[type, str] = {list: "a list", dict: "a mapping", str: "a text", bool: "true or false"}
-    return "nothing" if value is None else names.get(type(value), "a number")
-
-
 def _text_of(path: Path, where: str, what: str) -> str:
     """Return the text of a settings file; raise ConfigError if it is too large or not a regular file."""
     if path.exists() and not path.is_dir() and not path.is_file():  # a pipe or a device, whose content may never end
@@ -122,11 +115,10 @@ def _text_of(path: Path, where: str, what: str) -> str:
 
 def _mapping(text: str, source: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     data, lines = strict_yaml.load(text, source)
-    if data is None:
-        fix = "Write sections such as model, data and train into it; `mirrortune recipes cat quickstart` shows some"
-        raise ConfigError(source, "the recipe is empty", fix=fix)
     if not isinstance(data, dict):
-        raise ConfigError(source, f"a recipe is a mapping of sections, got {_kind(data)}")
+        wrong = f"a recipe is a mapping of sections, got {strict_yaml.value_kind(data)}"
+        fix = "Write sections such as model, data and train into it; `mirrortune recipes cat quickstart` shows some"
+        raise ConfigError(source, "the recipe is empty" if data is None else wrong, fix=fix)
     return data, lines
 
 
@@ -502,7 +494,7 @@ def _read_pairs(merged: dict[str, Any], owners: dict[tuple[str, ...], Layer]) ->
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(where, f"cannot read {given} ({error})", fix="Check the path and the file") from error
     if not isinstance(found, list | dict):
-        allowed = "a list of pairs, or an object of such lists by layer name"
-        raise ConfigError(where, f"{given} holds {_kind(found)}", allowed=allowed)
+        problem = f"{given} holds {strict_yaml.value_kind(found)}"
+        raise ConfigError(where, problem, allowed="a list of pairs, or an object of such lists by layer name")
     merged["adapter"]["pairing"] = found
     return local_path(given)

@@ -199,3 +199,9 @@ def _check_tag(node: yaml.Node, source: str) -> None:
     if not is_plain:
         place = f"{source}:{node.start_mark.line + 1}"
         raise ConfigError(place, f"'{node.value}' tagged as {kind}", allowed="plain YAML values", fix="Remove the tag")
+
+
+def value_kind(value: Any) -> str:
+    """Return a name for the kind of a value that was read from a file: ``a list``, ``a text``."""
+    names: dict[type, str] = {list: "a list", dict: "a mapping", str: "a text", bool: "true or false"}
+    return "nothing" if value is None else names.get(type(value), "a number")

@@ -25,7 +25,7 @@ from mirrortune.runs.index_checks import check_rows
 from mirrortune.runs.load import Evaluable, load_evaluable
 from mirrortune.runs.rows import evaluation_rows, read_data
 from mirrortune.runs.size import default_eval_batch
-from mirrortune.system.atomic import write_text_atomically
+from mirrortune.system.atomic import clear_leftovers, write_text_atomically
 from mirrortune.system.claims import claimed
 from mirrortune.system.console import Reporter
 from mirrortune.system.distributed import sync
@@ -284,6 +284,7 @@ def predictions_output(path: Path, inputs: Sequence[Input], *, overwrite: bool) 
     check_file(path, inputs, "--predictions")
     with claimed(path):
         check_replaceable(path, overwrite=overwrite)
+        clear_leftovers(path.parent, {path.name}.__contains__)  # of a process that was killed while it wrote the file
         yield
 
 

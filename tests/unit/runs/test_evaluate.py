@@ -11,7 +11,7 @@ import pytest
 
 from mirrortune.config.recipe import override_layer, resolve
 from mirrortune.errors import ConfigError
-from mirrortune.runs.evaluate import prediction_file, write_predictions
+from mirrortune.runs.evaluate import prediction_file, predictions_output, write_predictions
 
 PLAIN = ["RTE.tsv", "my answers.txt", "a-b_c.1", "\u00e9.tsv"]
 NOT_PLAIN = [
@@ -68,3 +68,12 @@ def test_predictions_go_to_no_pipe_and_no_device(tmp_path: Path, place: str) -> 
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="is no regular file"):
         prediction_file(tmp_path / place, "test", {})
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    for name in ("p.tsv", "other.tsv"):
+        (tmp_path / f".{name}.mt-ab12cd34.partial").write_text("ind")
+    with predictions_output(tmp_path / "p.tsv", [], overwrite=False):
+        write_predictions(tmp_path / "p.tsv", ["a"], None, None)
+
+    assert {path.name for path in tmp_path.iterdir()} == {"p.tsv", ".other.tsv.mt-ab12cd34.partial"}
