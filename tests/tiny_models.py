@@ -221,3 +221,33 @@ def _build(family: str, seed: int, fields: dict[str, Any]) -> nn.Module:
 
 def _dropout(rate: float) -> dict[str, float]:
     return {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate, "classifier_dropout_prob": rate}
+
+
+def normed_bert(seed: int = 0, **fields: Any) -> nn.Module:
+    """A BERT sequence classifier with batch normalisations: one in the pooler, and one in the head."""
+    model: Any = tiny_bert(seed, **fields)
+    model.bert.pooler.activation = nn.Sequential(nn.Tanh(), nn.BatchNorm1d(32))
+    model.classifier = nn.Sequential(nn.BatchNorm1d(32), model.classifier)
+    found: nn.Module = model.eval()
+    return found
+
+
+def write_tiny_levit(folder: Path, *, seed: int = 0) -> Path:
+    """A saved tiny LeViT (32 x 32 pixels), which has batch normalisations throughout and in its head."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    small: dict[str, Any] = {"hidden_sizes": [16] * 3, "num_attention_heads": [2] * 3, "depths": [1] * 3}
+    small |= {"key_dim": [4] * 3, "attention_ratio": [1] * 3, "mlp_ratio": [1] * 3, "image_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: Any = transformers.LevitForImageClassification(transformers.LevitConfig(**small))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            model.train()(pixel_values=torch.rand(8, 3, 32, 32))  # running statistics as training leaves them
+    model.levit.save_pretrained(folder)
+    crop = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+    transformers.BitImageProcessorPil(**crop).save_pretrained(folder)
+    return folder

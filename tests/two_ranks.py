@@ -70,6 +70,9 @@ def meetings(accelerator: Any) -> dict[str, Any]:
         "made": sync.from_main(accelerator, lambda: f"by {index}"),
         "gathered": sync.gather_lists(accelerator, [index] * (index + 1)),
     }
+    copied = torch.full((2,), index + 1)
+    sync.copy_from_main(accelerator, [copied])
+    found["copied"] = copied.tolist()
 
     def fail() -> None:
         raise ResourceError("disk", "it is full")

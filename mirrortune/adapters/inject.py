@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layers import SpectralLinear, SpectralWeight, replace_weight
-from mirrortune.adapters.plain import RowRange, attach_rows, call_in_autocast, held_in
+from mirrortune.adapters.plain import RowRange, attach_rows, call_in_autocast, held_in, hold_statistics
 from mirrortune.adapters.spec import AdapterSpec, build_core, check_spec
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
@@ -138,10 +138,13 @@ def checked_targets(
 
 
 def freeze(model: nn.Module, targets: Targets) -> None:
-    """Set ``requires_grad`` for the head and the parameters that are trained directly only; freeze all others."""
+    """Set ``requires_grad`` for the head and the parameters that are trained directly only; freeze all others, and the
+    running statistics of normalisation layers that are not trained.
+    """
     trained = {*targets.head, *targets.plain}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+    hold_statistics(model, targets.statistics)
 
 
 def thaw(model: nn.Module) -> None:
@@ -191,6 +194,11 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     targets = attachment(model).targets
     parameters = held_in(model)
     return {name: parameters[name] for name in (*targets.head, *targets.plain)}
+
+
+def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics that move in training and are saved, by their names without an adapter."""
+    return {name: model.get_buffer(name) for name in attachment(model).targets.statistics}
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters of the base model that are trained directly, in addition to the adapter: those chosen by a group name or a
-pattern, or only the rows of new tokens.
+pattern, or only the rows of new tokens; and the running statistics of normalisation layers, which follow them.
 
 Such a parameter is identified by its name in the base model, and rows of it by ``NAME[first:stop]``.
 """
@@ -15,6 +15,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from typing_extensions import override
 
 from mirrortune.adapters.kinds import is_plain
@@ -288,3 +290,64 @@ def modules_of(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
         for path, module in model.named_modules(remove_duplicate=False)
         if any(id(parameter) in wanted for parameter in own(module))
     }
+
+
+def own_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a module itself updates in training mode, by their names in it: the running statistics of
+    a batch or instance normalisation, the singular vectors of a spectral normalisation.
+    """
+    own = module._buffers  # noqa: SLF001  (of this module alone)
+    is_normalised = isinstance(module, _SpectralNorm) or any(
+        isinstance(hook, SpectralNorm)
+        for hook in module._forward_pre_hooks.values()  # noqa: SLF001
+    )
+    if own.get("running_mean") is None and own.get("running_var") is None and not is_normalised:
+        return {}
+    left_out = module._non_persistent_buffers_set  # noqa: SLF001
+    return {name: tensor for name, tensor in own.items() if tensor is not None and name not in left_out}
+
+
+def trained_statistics(model: nn.Module, trained: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the running statistics that belong to trained parameters, in the model's order.
+
+    A layer's statistics are trained if any of its own parameters is. Those of a layer without parameters are trained if
+    all parameters of the nearest module around it are.
+
+    Args:
+        model: not adapted.
+        trained: names of the parameters that are trained as they are.
+    """
+    return tuple(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if (own := own_statistics(module)) and _is_trained(model, path, set(trained))
+        for name in own
+    )
+
+
+def _is_trained(model: nn.Module, path: str, trained: set[str]) -> bool:
+    start = f"{path}." if path else ""
+    if names := [start + name for name, _ in model.get_submodule(path).named_parameters(recurse=False)]:
+        return not trained.isdisjoint(names)
+    while path:
+        path = path.rpartition(".")[0]
+        start = f"{path}." if path else ""
+        if names := [start + name for name, _ in model.get_submodule(path).named_parameters()]:
+            return trained.issuperset(names)
+    return False
+
+
+def hold_statistics(model: nn.Module, trained: Collection[str]) -> None:
+    """Keep every layer with running statistics in evaluation mode, except those whose statistics are ``trained``.
+
+    The layer is switched whenever it is called, because any training loop calls ``model.train()``.
+    """
+    for path, module in model.named_modules():
+        own = own_statistics(module)
+        if own and not any((f"{path}.{name}" if path else name) in trained for name in own):
+            module.register_forward_pre_hook(_evaluate, prepend=True)
+
+
+def _evaluate(module: nn.Module, _: object) -> None:
+    if module.training:
+        module.training = False

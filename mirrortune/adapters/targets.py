@@ -9,7 +9,7 @@ stay frozen unless a pattern names them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.pairings.listed import check_fit
 from mirrortune.adapters.plain import ADD_TOKENS, choose_parameters, chosen_by_method, fit, rows_of_embeddings
 from mirrortune.adapters.plain import WHERE as ALSO_TRAIN
+from mirrortune.adapters.plain import trained_statistics as find_statistics
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Rank, resolve_rank
 from mirrortune.errors import ConfigError
@@ -206,6 +207,7 @@ class Targets:
             them.
         skipped: reason for each weight that stays frozen, by layer name.
         clipped: layers whose min(O, I) is below the requested rank, and which use all of their directions.
+        statistics: names of the running statistics that move in training and are saved; all others are frozen.
     """
 
     layers: dict[str, Target]
@@ -213,6 +215,7 @@ class Targets:
     plain: tuple[str, ...]
     skipped: dict[str, str]
     clipped: tuple[str, ...] = ()
+    statistics: tuple[str, ...] = ()
 
 
 def find_targets(
@@ -220,7 +223,7 @@ def find_targets(
     spec: AdapterSpec,
     new_parameters: Iterable[str] = (),
     stored: Mapping[str, Layout] | None = None,
-    stored_plain: Iterable[str] = (),
+    stored_plain: Collection[str] = (),
 ) -> Targets:
     """Find the weights of ``model`` that an adapter with ``spec`` changes, and the parameters of the task head.
 
@@ -230,7 +233,8 @@ def find_targets(
         new_parameters: names of parameters that the checkpoint lacks; they belong to the head.
         stored: layouts from an adapter file by layer name. Exactly these layers are selected, except those that the
             model lacks, and no pattern is matched.
-        stored_plain: names of the parameters that the adapter of the file trains directly; as for ``stored``.
+        stored_plain: names of the parameters that the adapter of the file trains directly, and of the running
+            statistics that it holds; as for ``stored``.
 
     Raises:
         ConfigError: ``target_modules`` or one of its alternatives matches no layer (the nearest names are suggested),
@@ -244,8 +248,10 @@ def find_targets(
         name for name, p in parameters.items() if (name in new or not name.startswith(prefix)) and id(p) not in output
     )
     plain, beside = _trained_as_they_are(model, spec, head, None if stored is None else stored_plain)
+    moving = find_statistics(model, {*head, *plain})
+    statistics = tuple(name for name in moving if stored is None or name in stored_plain)
     if not spec.preset.is_adapter:
-        return Targets(layers={}, head=head, plain=plain, skipped={})
+        return Targets(layers={}, head=head, plain=plain, skipped={}, statistics=statistics)
     candidates, skipped = find_candidates(model, prefix, new, output)
     candidates = _split(candidates, spec.split) if stored is None else _stored_parts(candidates, stored)
     if spec.preset.peft is not None:
@@ -271,7 +277,7 @@ def find_targets(
         if name in wanted
     }
     skipped |= {name: _why_not(c) for name, c in candidates.items() if name not in wanted and not _is_default(c)}
-    return Targets(layers=layers, head=head, plain=plain, skipped=skipped, clipped=clipped)
+    return Targets(layers=layers, head=head, plain=plain, skipped=skipped, clipped=clipped, statistics=statistics)
 
 
 def _trained_as_they_are(

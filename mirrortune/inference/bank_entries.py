@@ -303,6 +303,9 @@ def _check_method(adapter: AdapterFile) -> None:
             where, f"method '{spec.method}' trains every weight: it shares no base with others",
             fix="Merge it, and load the merged model",
         )  # fmt: skip
+    if adapter.statistics:
+        problem = f"it has running statistics of its own ({adapter.statistics[0]}), which rows of a batch cannot have"
+        raise ConfigError(where, problem, fix="Merge it, and load the merged model")
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import attachment, plain_parameters
+from mirrortune.adapters.inject import attachment, plain_parameters, trained_buffers
 from mirrortune.adapters.plain import RowRange
 from mirrortune.merging.verify import Compared, Probes, TensorLedger, Verification, check_ties, compare_models
 
@@ -39,16 +39,20 @@ def merged_state(plain: nn.Module, adapted: nn.Module, ledger: TensorLedger | No
 
 
 def _trained_tensors(adapted: nn.Module, plain: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that were trained directly, as a whole or in some rows, in the dtypes of ``plain`` and under
-    each of their names in it.
+    """Return the tensors that were trained directly, as a whole or in some rows, and running statistics, in the dtypes
+    of ``plain`` and under each of their names in it.
     """
+    held = {
+        **dict(plain.named_parameters(remove_duplicate=False)),
+        **dict(plain.named_buffers(remove_duplicate=False)),
+    }
     names: dict[int, list[str]] = {}
-    for name, parameter in plain.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for name, tensor in held.items():
+        names.setdefault(id(tensor), []).append(name)
     found: dict[str, Tensor] = {}
-    for name, parameter in plain_parameters(adapted).items():
-        rows, trained = RowRange.parse(name), parameter.detach().cpu()
-        before = plain.get_parameter(name if rows is None else rows.weight)
+    for name, tensor in {**plain_parameters(adapted), **trained_buffers(adapted)}.items():
+        rows, trained = RowRange.parse(name), tensor.detach().cpu()
+        before = held[name if rows is None else rows.weight]
         value = trained.to(before.dtype) if rows is None else rows.put(trained, before.detach())
         found |= dict.fromkeys(names[id(before)], value)
     return found

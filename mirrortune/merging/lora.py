@@ -323,7 +323,10 @@ def _write_peft(folder: Path, low_rank: LowRankAdapter) -> LoraExport:
     tensors: dict[str, Tensor] = {}
     for name, A, B in low_rank.factors():
         tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = A, B
-    tensors |= {key: parameter.detach().cpu().float().clone() for key, parameter in saved_whole(adapted).items()}
+    tensors |= {
+        key: (held.float() if held.is_floating_point() else held).detach().cpu().clone()
+        for key, held in saved_whole(adapted).items()
+    }
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",

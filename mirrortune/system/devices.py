@@ -160,14 +160,19 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def widen(model: nn.Module, names: Iterable[str]) -> None:
-    """Convert the named 16-bit parameters to float32, in place.
+    """Convert the named 16-bit parameters to float32, in place, and the 16-bit buffers of the modules that hold them.
 
     A head in bfloat16 stops learning early: AdamW's small updates are lost to rounding with 8 bits of precision.
     """
-    wanted = set(names)
+    wanted, widened = set(names), set[int]()
     for name, parameter in model.named_parameters():
         if name in wanted and parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
+            widened.add(id(parameter))
+    for module in model.modules():
+        if any(id(parameter) in widened for parameter in module.parameters(recurse=False)):
+            for buffer in module.buffers(recurse=False):
+                buffer.data = buffer.data.float() if buffer.dtype in _HALF else buffer.data
 
 
 def autocast(model: nn.Module) -> AbstractContextManager[object]:

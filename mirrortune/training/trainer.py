@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from mirrortune.adapters.inject import attachment
+from mirrortune.adapters.inject import attachment, trained_buffers
 from mirrortune.data.draws import SourceDraws
 from mirrortune.data.examples import Examples
 from mirrortune.data.loader import Feed, StreamedExamples
@@ -303,6 +303,8 @@ class Trainer:
             self._stop()
 
     def _score_validation(self) -> EvalResult:
+        # Processes see other rows; the adapter that is saved has the statistics of the main one.
+        sync.copy_from_main(self.accelerator, trained_buffers(self.bare_model).values())
         with averaged_weights(self.optimizer.optimizer):
             result = evaluate_split(
                 self.bare_model,
@@ -367,6 +369,7 @@ class Trainer:
 
     def _save(self, *, is_interim: bool = False) -> None:
         reading = self._read_tally()
+        sync.copy_from_main(self.accelerator, trained_buffers(self.bare_model).values())
         self.state.window_loss, self.state.window_items = reading.loss_sum, reading.num_items
         if self.feed.place is not None:
             self.state.places = sync.gather_lists(self.accelerator, [self.feed.place])

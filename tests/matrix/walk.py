@@ -218,6 +218,7 @@ def _live(model_class: Any, inputs: dict[str, Tensor], base: Path, spec: Adapter
         raise Failure(f"an untrained adapter changes the output by {error:.0e}")
     loss(output).backward()
     _check_gradients(model, used)
+    _check_buffers(model, inputs)
     with torch.no_grad():
         for index, parameter in enumerate(adapter_parameters(model).values()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
@@ -254,6 +255,18 @@ def _check_gradients(model: nn.Module, used: set[str]) -> None:
             raise Failure(f"{name}: a gradient that is not finite")
         if numbers and not moved and name in used:
             raise Failure(f"{name}: the weight is used, and its core gets no gradient")
+
+
+def _check_buffers(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Training moves no buffer of a checkpoint that the adapter does not hold."""
+    held = {n: t for n, t in model.state_dict(keep_vars=True).items() if not isinstance(t, nn.Parameter)}
+    before = {name: tensor.clone() for name, tensor in held.items()}
+    with contextlib.suppress(ValueError):  # a batch normalisation of the head that gets one value
+        run(model.train(), inputs)
+    after = model.eval().state_dict(keep_vars=True)
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    if strange := sorted(moved - {*attachment(model).targets.statistics}):
+        raise Failure(f"training moves {strange[0]}, which the adapter does not hold")
 
 
 def _factors(name: str, weight: Tensor, rank: int) -> Factors:

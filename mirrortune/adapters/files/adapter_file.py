@@ -10,9 +10,9 @@ int32, see ``pairings/encoding.py``) or, where that is no shorter, ``pairs`` (T,
 near-equal singular values (``fingerprint.py``). Each of these holds all layers in order (``tensors.py``) and is read as
 ``core.<layer>.<parameter>``, ``partners.<layer>`` and so on. ``effects`` (layers, 16) holds the probes of every layer's
 effect and ``signs`` one bit for each singular vector; a model in shards has ``sketch`` (1 or 2, R) float32 per layer in
-place of both. ``param.<name>`` are the head and other parameters trained as they are; ``factor.<layer>.U``, ``S`` and
-``Vh`` the factors, in the portable form. A weight that holds several matrices (experts) has one more leading dimension
-in all of these.
+place of both. ``param.<name>`` are the head and other parameters trained as they are, with the running statistics of
+their layers; ``factor.<layer>.U``, ``S`` and ``Vh`` the factors, in the portable form. A weight that holds several
+matrices (experts) has one more leading dimension in all of these.
 """
 
 from __future__ import annotations
@@ -62,7 +62,13 @@ from mirrortune.adapters.files.validate import (
     largest_count,
 )
 from mirrortune.adapters.fingerprint import Fingerprint
-from mirrortune.adapters.inject import adapter_parameters, attachment, plain_parameters, spectral_layers
+from mirrortune.adapters.inject import (
+    adapter_parameters,
+    attachment,
+    plain_parameters,
+    spectral_layers,
+    trained_buffers,
+)
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.peft_bridge import files as peft_files
 from mirrortune.adapters.peft_bridge.options import objection
@@ -87,6 +93,7 @@ class AdapterFile:
         task: the task's own description, or None for an adapter trained outside mirrortune's loop.
         head: names of the head's parameters.
         plain: names of base parameters that were trained as they are.
+        statistics: names of the running statistics of normalisation layers among ``head`` and ``plain``.
         extra: what else the writer recorded (max_length, ...).
         effects: probes of each layer's effect, (E, 16); none for an adapter trained in shards.
         peft_config: PEFT's own description of the adapter; None for mirrortune's own.
@@ -109,6 +116,7 @@ class AdapterFile:
     head: tuple[str, ...]
     plain: tuple[str, ...]
     extra: dict[str, Any]
+    statistics: tuple[str, ...] = ()
     effects: dict[str, Tensor] = field(default_factory=dict)
     peft_config: dict[str, Any] | None = None
     responses: dict[str, list[float]] = field(default_factory=dict)
@@ -117,7 +125,7 @@ class AdapterFile:
     def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         """Return the trained tensors of an adapted model, without copying them, by their names in the file."""
         tensors: dict[str, Tensor] = {f"core.{n}": p for n, p in adapter_parameters(model).items()}
-        return tensors | {f"param.{n}": p for n, p in plain_parameters(model).items()}
+        return tensors | {f"param.{n}": t for n, t in {**plain_parameters(model), **trained_buffers(model)}.items()}
 
     @staticmethod
     def contents(
@@ -171,7 +179,7 @@ class AdapterFile:
         return cls(**fields, fingerprints=fingerprints, tensors=tensors, effects=effects)
 
     def plain_tensors(self) -> dict[str, Tensor]:
-        """Return the directly trained parameters, by their names in the model."""
+        """Return the directly trained parameters and running statistics, by their names in the model."""
         kind = "param."
         return {key.removeprefix(kind): t for key, t in self.tensors.items() if key.startswith(kind)}
 
@@ -249,7 +257,7 @@ class PeftAdapterFile(AdapterFile):
 
     @override
     def plain_tensors(self) -> dict[str, Tensor]:
-        keys = {name: peft_files.rows_key(name) for name in (*self.head, *self.plain)}
+        keys = {name: peft_files.rows_key(name) for name in (*self.head, *self.plain, *self.statistics)}
         return {name: self.tensors[key] for name, key in keys.items() if key in self.tensors}
 
     @override
@@ -328,6 +336,7 @@ def adapter_contents(
         "layers": layers,
         "head": list(attached.targets.head),
         "plain": list(attached.targets.plain),
+        **({"statistics": list(attached.targets.statistics)} if attached.targets.statistics else {}),
         "skipped": attached.targets.skipped,
         **{_HASHES[name]: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         **extra,
@@ -423,6 +432,7 @@ def parse_adapter(
             "task": description["task"],
             "head": tuple(description["head"]),
             "plain": tuple(description["plain"]),
+            "statistics": tuple(description.get("statistics", ())),
             "extra": {k: v for k, v in description.items() if k in ("max_length",)},
         }
         return _class_of(spec).parsed(fields, description, tensors, peft_config)

@@ -301,11 +301,11 @@ def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
             as a whole too.
     """
     weights = {name for names in adapter.weights.values() for name in names}
-    if both := weights.intersection((*adapter.head, *adapter.plain)):
+    if both := weights.intersection((*adapter.head, *adapter.plain, *adapter.statistics)):
         raise VerificationError(
             min(both), "the adapter changes it, and holds it whole", fix="Restore the adapter folder"
         )
-    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts, adapter.plain)
+    found = find_targets(model, adapter.spec, adapter.head, adapter.layouts, (*adapter.plain, *adapter.statistics))
     for name, layout in adapter.layouts.items():
         own = found.layers[name].layout if name in found.layers else None
         if own != layout:

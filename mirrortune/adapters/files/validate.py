@@ -64,8 +64,8 @@ def check_description(description: Mapping[str, Any]) -> None:
     )
     _require(task is None or isinstance(task.get("kind"), str), "task")
     _require(description.get("max_length") is None or _is_count(description["max_length"]), "max_length")
-    for key in ("head", "plain"):
-        _require(_are_names(description[key]), key)
+    for key in ("head", "plain", "statistics"):
+        _require(_are_names(description.get(key, [])), key)
     _require(description["form"] in ("compact", "portable"), "form")
     for name, layer in description["layers"].items():
         _require(bool(name) and isinstance(layer, dict), "layers")
@@ -139,7 +139,8 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
     Of the sizes, only those of the bases are checked; the others are compared with the model when tensors are loaded.
     """
     layers = description["layers"]
-    plain = {*description["head"], *description["plain"]}
+    statistics = {*description.get("statistics", ())}
+    plain = {*description["head"], *description["plain"], *statistics}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition(".")
         is_known = {
@@ -150,6 +151,7 @@ def check_tensors(description: Mapping[str, Any], tensors: Mapping[str, Tensor])
         }.get(kind, kind in ("sketch", "signs", "clusters", *_PAIRS) and rest in layers)
         _require(is_known, f"tensor '{key}'")
         is_right = tensor.dtype in (torch.int16, torch.int32) if kind in _PAIRS else tensor.is_floating_point()
+        is_right |= kind == "param" and rest in statistics and tensor.dtype == torch.int64  # a number of batches
         _require(is_right, f"the dtype {str(tensor.dtype).removeprefix('torch.')} of tensor '{key}'")
     counts = {name: layer["layout"].get("count", 1) for name, layer in layers.items()}
     if "effects" in tensors:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mirrortune.adapters.inject import attachment, plain_parameters
+from mirrortune.adapters.inject import attachment, plain_parameters, trained_buffers
 from mirrortune.adapters.peft_bridge.options import import_peft, spelt_out
 from mirrortune.adapters.peft_bridge.tuners import ADAPTER_NAME, PeftAttachment
 from mirrortune.adapters.plain import RowRange, held_in, modules_of
@@ -51,12 +51,13 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return state | {key: parameter.detach() for key, parameter in saved_whole(model).items()}
 
 
-def saved_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+def saved_whole(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters trained as they are by PEFT's names, with what else their modules hold, because PEFT saves
     modules; a tied one under each of its names.
     """
     targets, parameters = attachment(model).targets, held_in(model)
-    found = {PREFIX + name: parameters[name] for name in targets.head}
+    found: dict[str, Tensor] = {PREFIX + name: parameters[name] for name in targets.head}
+    found |= {PREFIX + name: tensor for name, tensor in trained_buffers(model).items()}
     for path, module in modules_of(model, _without_rows(targets.plain)).items():
         found |= {f"{PREFIX}{path}.{name}": p for name, p in module.named_parameters(recurse=False)}
     return found | {rows_key(name): parameters[name] for name in targets.plain if RowRange.parse(name)}
@@ -84,7 +85,7 @@ def token_indices(names: Iterable[str]) -> dict[str, list[int]] | None:
 def restore_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors with the names and shapes of :func:`adapter_tensors` into an adapted model."""
     found = _attached(model)
-    trained = {id(parameter) for parameter in plain_parameters(model).values()}
+    trained = {id(tensor) for tensor in (*plain_parameters(model).values(), *trained_buffers(model).values())}
     whole = saved_whole(model)
     plain = {key for key, parameter in whole.items() if id(parameter) in trained}
     # PEFT calls load_state_dict, which would replace parameters that FSDP2 has gathered.

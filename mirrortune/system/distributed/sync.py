@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from mirrortune.errors import MirrortuneError, PeerError
 from mirrortune.system.signals import StopSignals
@@ -75,6 +75,15 @@ def gather_lists(accelerator: Any, own: list[T]) -> list[T]:
     found: list[Any] = [None] * accelerator.num_processes
     distributed.all_gather_object(found, own, group=_group())
     return [item for part in found for item in part]
+
+
+def copy_from_main(accelerator: Any, tensors: Iterable[Tensor]) -> None:
+    """Copy the main process's values into the tensors of all processes, in place."""
+    if accelerator.num_processes > 1:
+        for tensor in tensors:
+            held = tensor.detach().cpu()
+            distributed.broadcast(held, src=0, group=_group())
+            tensor.copy_(held)
 
 
 def told_once(accelerator: Any, error: MirrortuneError) -> MirrortuneError:

@@ -19,10 +19,11 @@ from mirrortune.adapters.files.description import edited_text
 from mirrortune.adapters.inject import AdapterSpec, adapter_parameters, attach, plain_parameters
 from mirrortune.adapters.targets import find_targets
 from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.merging.in_memory import merged_state
 from mirrortune.system.devices import widen
 from mirrortune.training.optim import build_optimizer
 from tests.bank_cases import Cases, logits_of, save_trained, token_ids
-from tests.tiny_models import tiny_bert, tiny_causal
+from tests.tiny_models import normed_bert, tiny_bert, tiny_causal
 from tests.tiny_runs import HEAD, logits
 
 TYPE = "bert.embeddings.token_type_embeddings.weight"
@@ -247,3 +248,88 @@ def test_a_model_in_16_bits_writes_with_norms_in_32() -> None:
     with pytest.raises(InterruptedError):  # and no warning: the suite makes an error of it
         model(input_ids=torch.tensor([[5]]))
     assert not torch.is_autocast_enabled("cpu")
+
+
+POOLER, HEADS = "bert.pooler.activation.1", "classifier.0"
+
+
+def trained(base: nn.Module, **settings: Any) -> nn.Module:
+    """An adapted copy after a few steps of a loop of the user's own, in training mode."""
+    model = mirrortune.attach(copy.deepcopy(base), **settings)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    for step in range(3):
+        ids = torch.randint(5, 45, (6, 9), generator=torch.Generator().manual_seed(step))
+        torch.as_tensor(model(input_ids=ids, labels=ids[:, 0] % 2).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "norms"),
+    [
+        ({}, [HEADS]),
+        ({"method": "none"}, [HEADS]),
+        ({"method": "lora"}, [HEADS]),
+        ({"also_train": ["norms"]}, [POOLER, HEADS]),
+        ({"also_train": [r"activation\.1"]}, [POOLER, HEADS]),
+        ({"method": "bitfit"}, [POOLER, HEADS]),
+        ({"method": "full"}, [POOLER, HEADS]),
+        ({"method": "lora", "also_train": ["norms"]}, [POOLER, HEADS]),
+    ],
+    ids=str,
+)
+def test_running_statistics_move_where_their_layer_is_trained_and_are_saved(
+    tmp_path: Path, settings: dict[str, Any], norms: list[str]
+) -> None:
+    if settings.get("method") == "lora":
+        pytest.importorskip("peft")
+    base = normed_bert()
+    model = trained(base, **settings)
+    before, after = dict(base.named_buffers()), dict(model.named_buffers())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    assert moved == {f"{norm}.{name}" for norm in norms for name in names}
+
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    loaded = mirrortune.load_adapter(copy.deepcopy(base), tmp_path / "adapter")
+    again = dict(loaded.named_buffers())
+    assert all(torch.equal(again[name], after[name]) for name in before)
+    assert torch.equal(logits(loaded), logits(model))
+    merged = copy.deepcopy(base)
+    merged.load_state_dict(merged_state(base, loaded))
+    assert all(torch.equal(value, after[name]) for name, value in merged.named_buffers())
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+
+
+def test_statistics_of_a_layer_without_parameters_follow_what_is_around_it() -> None:
+    base: Any = normed_bert()
+    base.bert.pooler.activation[1] = nn.BatchNorm1d(32, affine=False)
+    base.classifier[0] = nn.BatchNorm1d(32, affine=False)
+    found = {m: find_targets(base, AdapterSpec(method=m)).statistics for m in ("mirror", "bitfit", "full")}
+    assert {m: {n.rpartition(".")[0] for n in names} for m, names in found.items()} == {
+        "mirror": {HEADS}, "bitfit": {HEADS}, "full": {POOLER, HEADS},
+    }  # fmt: skip
+
+
+def test_statistics_of_a_model_in_16_bits_are_held_in_32_with_their_norm() -> None:
+    model = normed_bert().to(torch.bfloat16)
+    widen(model, [f"{POOLER}.weight", f"{POOLER}.bias"])
+    assert model.get_buffer(f"{POOLER}.running_var").dtype == torch.float32
+    assert model.get_buffer(f"{HEADS}.running_var").dtype == torch.bfloat16
+
+
+def test_a_bank_refuses_running_statistics(tmp_path: Path) -> None:
+    base = normed_bert()
+    mirrortune.save_adapter(trained(base), tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"running statistics of its own \(classifier\.0\.running_mean\)"):
+        mirrortune.AdapterBank(base).add("one", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_the_vectors_of_a_spectral_normalisation_are_held_too(normalise: Any) -> None:
+    base: Any = tiny_bert()
+    base.bert.pooler.dense = normalise(base.bert.pooler.dense)
+    before, after = (dict(model.named_buffers()) for model in (base, trained(base)))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []

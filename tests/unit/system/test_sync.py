@@ -70,6 +70,7 @@ def test_what_the_main_process_makes_all_have(pair: Pair) -> None:
     for found in pair[1]:
         assert found["meetings"]["made"] == "by 0"
         assert found["meetings"]["gathered"] == [0, 1, 1]
+        assert found["meetings"]["copied"] == [1, 1]
 
 
 def test_when_the_main_process_fails_the_others_end_in_silence(pair: Pair) -> None:

@@ -21,11 +21,13 @@ from torch import nn
 
 from mirrortune.adapters.files.adapter_file import read_adapter
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters
+from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.errors import ConfigError, DivergedError, InterruptedRun, VerificationError
 from mirrortune.tasks.objective import Objective
 from mirrortune.training.accumulator import StepClock
+from mirrortune.training.evaluate import evaluate_split
 from mirrortune.training.trainer import Trainer
-from tests.tiny_models import tiny_bert
+from tests.tiny_models import normed_bert, tiny_bert
 from tests.tiny_runs import (
     SETTINGS,
     Adapted,
@@ -589,3 +591,32 @@ def test_events_of_a_device_are_let_go_of_at_every_line_of_the_log(
     assert result.global_step == 40
     assert result.train_seconds == 40
     assert most <= 6
+
+
+@pytest.mark.parametrize("method", ["mirror", "full"])
+def test_running_statistics_are_those_of_the_saved_adapter(tmp_path: Path, method: str) -> None:
+    def adapted() -> Adapted:
+        return adapt(AdapterSpec(method=method), model=normed_bert(), trained=None)
+
+    settings: dict[str, Any] = {"lr": 1e-3, "eval_every_steps": 2, "save_every_steps": 2, "eval_before": True}
+    whole = make_trainer(tmp_path / "whole", adapted=adapted(), **settings)
+    whole.fit()
+    with pytest.raises(InterruptedRun):
+        make_trainer(tmp_path / "cut", adapted=adapted(), progress=terminate_after(3), **settings).fit()
+    resumed = make_trainer(tmp_path / "cut", adapted=adapted(), fresh=False, **settings)
+    resumed.resume()
+    resumed.fit()
+    ends = [dict(trainer.bare_model.named_buffers()) for trainer in (whole, resumed)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert events(tmp_path / "whole", "evaluate") == events(tmp_path / "cut", "evaluate")
+
+    loaded = adapted()
+    read_adapter(tmp_path / "whole" / "adapter").restore(loaded.model)
+    scored = evaluate_split(
+        loaded.model, whole.task, whole.validation, whole.accelerator, batch_size=16, source="validation"
+    )
+    assert whole.best_result is not None
+    assert scored.metrics == whole.best_result.metrics
+    before = dict(normed_bert().named_buffers())
+    moved = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, ends[0][name])}
+    assert moved == ({"bert", "classifier"} if method == "full" else {"classifier"})
