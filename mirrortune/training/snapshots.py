@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.files.adapter_file import read_adapter
-from mirrortune.adapters.inject import adapter_parameters, plain_parameters
+from mirrortune.adapters.inject import adapter_parameters, plain_parameters, trained_buffers
 from mirrortune.errors import ConfigError
 from mirrortune.system.distributed import sharding, sync
 from mirrortune.system.distributed.sharding import whole_parameters
@@ -114,6 +114,36 @@ class Snapshots:
         owes = state.owes_evaluation
         sync.from_main(self.accelerator, lambda: self.run.rewind_log(state.global_step, owes_evaluation=owes))
         return state
+
+
+class FrozenBuffers:
+    """The buffers that a checkpoint of the base would hold and that are not trained, such as a codebook or a counter.
+
+    Some modules change theirs in training. No adapter holds them, so they get their values back after every step.
+
+    Args:
+        model: adapted model, on its device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        trained = {id(tensor) for tensor in trained_buffers(model).values()}
+        self._kept: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
+        for module in model.modules():
+            own, left_out = module._buffers, module._non_persistent_buffers_set  # noqa: SLF001
+            for name, tensor in own.items():
+                if tensor is None or name in left_out or id(tensor) in trained:
+                    continue
+                if tensor.is_floating_point() or tensor.numel() == 1:  # others are quantised weights, which are large
+                    self._kept.append((own, name, tensor, tensor.detach().clone()))
+        self._versions = [tensor._version for _, _, tensor, _ in self._kept]  # noqa: SLF001
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every buffer that has been replaced or written to its value back."""
+        for index, (own, name, tensor, value) in enumerate(self._kept):
+            if own[name] is not tensor or tensor._version != self._versions[index]:  # noqa: SLF001
+                tensor.copy_(value)
+                own[name], self._versions[index] = tensor, tensor._version  # noqa: SLF001
 
 
 def optimizer_tensors(optimizer: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from mirrortune.training.neftune import add_noise
 from mirrortune.training.optim import averaged_weights, build_optimizer
 from mirrortune.training.schedules import lr_factor
 from mirrortune.training.settings import FitResult, LoopSettings, Progress
-from mirrortune.training.snapshots import Snapshots, random_states_kept
+from mirrortune.training.snapshots import FrozenBuffers, Snapshots, random_states_kept
 from mirrortune.training.step import Stepper, StepResult, make_update
 
 _SHOW_AFTER_SECONDS = 10.0
@@ -108,6 +108,7 @@ class Trainer:
             model, optimizer, accelerator, self.tally,
             max_grad_norm=settings.max_grad_norm, num_micro=settings.gradient_accumulation_steps,
         )  # fmt: skip
+        self.frozen = FrozenBuffers(model)
         self.snapshots = Snapshots(
             model, self.optimizer.optimizer, accelerator, run=run, write_adapter_files=write_adapter_files,
             keep=settings.keep, update=self.update,
@@ -191,6 +192,7 @@ class Trainer:
                 # Skipped steps do not advance the schedule.
                 factor = self._lr_factor(state.global_step - state.skipped_steps)
                 done = self.stepper.step(state.global_step + 1, micro_batches, factor)
+                self.frozen.restore()
                 self.clock.stop()
                 state.global_step += 1
                 state.step_in_epoch += 1

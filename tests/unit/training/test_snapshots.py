@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mirrortune.training.snapshots import optimizer_tensors, random_tensors, restore_optimizer, restore_random
+from mirrortune.training.snapshots import (
+    FrozenBuffers,
+    optimizer_tensors,
+    random_tensors,
+    restore_optimizer,
+    restore_random,
+)
+from tests.tiny_models import normed_bert
+from tests.tiny_runs import adapt
 
 
 def test_random_states_come_back() -> None:
@@ -56,3 +64,21 @@ def test_optimizer_states_come_back() -> None:
         one["ab"](one["a"](torch.ones(1, 2))).sum().backward()
         its_optimizer.step()
     assert all(torch.equal(other.get_parameter(name), parameter) for name, parameter in model.named_parameters())
+
+
+def test_frozen_buffers_get_back_what_a_module_has_written_or_replaced() -> None:
+    model: Any = adapt(model=normed_bert()).model
+    pooler = model.bert.pooler
+    pooler.register_buffer("codebook", torch.ones(3))
+    pooler.register_buffer("calls", torch.tensor(4))
+    pooler.register_buffer("scratch", torch.zeros(1), persistent=False)
+    codebook, frozen = pooler.codebook, FrozenBuffers(model)
+    for _ in range(2):
+        codebook.mul_(2)
+        pooler.calls = pooler.calls + 1
+        pooler.scratch.add_(1)
+        model.classifier[0].running_mean.add_(1)  # trained with the head
+        frozen.restore()
+    assert pooler.codebook is codebook
+    assert (codebook.tolist(), int(pooler.calls), int(pooler.scratch)) == ([1, 1, 1], 4, 2)
+    assert torch.equal(model.classifier[0].running_mean, torch.full((32,), 2.0))
