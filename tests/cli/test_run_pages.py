@@ -138,7 +138,7 @@ def test_several_runs_go_on_one_page(runs: Runs, tmp_path: Path) -> None:
 
     assert done.exit_code == 0, done.stderr
     assert done.stdout == f"page: {path}\n"
-    assert re.search(r"<td>adapter.method</td><td>mirror</td><td>none</td>", text)
+    assert re.search(r"<td>adapter.method</td><td>mirror-scale</td><td>none</td>", text)
     assert "train.schedule" not in text, "the same in both"
     assert Reader(text).tags.count("svg") == 1
 
