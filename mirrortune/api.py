@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mirrortune.adapters import inject
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import adapter_contents, outdated_files, read_adapter
-from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into
+from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into, restore_into
 from mirrortune.adapters.files.tensors import Form
 from mirrortune.adapters.inject import attachment
 from mirrortune.adapters.pairings.listed import PairLists
@@ -131,11 +131,9 @@ def save_adapter(
         raise ConfigError("revision", f"'{directory}' is a folder and has none", fix="Name a repository, or remove it")
     model = getattr(model, "_orig_mod", model)  # unwrap a compiled model
     attachment(model)
-    book = model._mirrortune_fingerprints  # noqa: SLF001  (set by mirrortune)
-    assert isinstance(book, FingerprintBook)
     base = _describe_base(model)
 
-    files = adapter_contents(model, book.entries, base=base, task=None, extra={}, form=form)
+    files = adapter_contents(model, _book_of(model).entries, base=base, task=None, extra={}, form=form)
     target = local_path(directory) / path_inside(subfolder)
     _save_files(target, files)
     if repository is not None:
@@ -191,6 +189,16 @@ def load_adapter(
         warnings.warn(f"loaded by force: {remark}", stacklevel=2)
     _remember(model, book)
     return model
+
+
+def restore_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Restore the trained parameters of a saved adapter in a ``model`` that has the same adapter attached.
+
+    Raises:
+        VerificationError: the adapter or the base of the model differs from that of the saved one.
+    """
+    attachment(model)
+    restore_into(model, read_adapter(local_adapter(directory)), _book_of(model))
 
 
 def merge_adapter(
@@ -279,3 +287,9 @@ def _warn(text: str) -> None:
 
 def _remember(model: nn.Module, book: FingerprintBook) -> None:
     model._mirrortune_fingerprints = book  # type: ignore[assignment]  # noqa: SLF001
+
+
+def _book_of(model: nn.Module) -> FingerprintBook:
+    book = model._mirrortune_fingerprints  # noqa: SLF001
+    assert isinstance(book, FingerprintBook)
+    return book

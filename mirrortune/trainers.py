@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune.adapters.files.adapter_file import read_adapter
-from mirrortune.api import save_adapter
-from mirrortune.system.hub import local_adapter
+from mirrortune.api import restore_adapter, save_adapter
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
@@ -24,6 +22,9 @@ def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
 
     Example:
         >>> Trainer = mirrortune.adapter_trainer(transformers.Trainer)  # doctest: +SKIP
+
+    Raises:
+        VerificationError: raised by ``train`` if it resumes from a checkpoint of another adapter or base.
     """
 
     class AdapterTrainer(trainer_class):  # type: ignore[misc]  # a class chosen by the caller
@@ -51,4 +52,4 @@ def _bare(trainer: Any) -> nn.Module:
 
 
 def _restore(trainer: Any, checkpoint: str) -> None:
-    read_adapter(local_adapter(checkpoint)).restore(_bare(trainer))
+    restore_adapter(_bare(trainer), checkpoint)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mirrortune.adapters.files.adapter_file import read_adapter
+from mirrortune.adapters.files.load import restore_into
 from mirrortune.adapters.inject import adapter_parameters, plain_parameters, trained_buffers
 from mirrortune.errors import ConfigError
 from mirrortune.system.distributed import sharding, sync
@@ -84,7 +85,7 @@ class Snapshots:
 
         Raises:
             ConfigError: the checkpoint was written by a different number of processes.
-            VerificationError: the checkpoint is damaged.
+            VerificationError: the checkpoint is damaged, or was trained in another basis.
         """
         sync.from_main(self.accelerator, self.run.clear_leftovers)
         steps = self.run.saved_steps()
@@ -101,7 +102,7 @@ class Snapshots:
             )
         folder = self.run.checkpoint(steps[-1])
         with whole_parameters(self.model, write_back=True):
-            read_adapter(folder).restore(self.model)
+            restore_into(self.model, read_adapter(folder))
         restore_optimizer(self.optimizer, self._trained, tensors)
         self.update.restore(tensors)
         with torch.no_grad():

@@ -248,6 +248,69 @@ def test_checkpoints_of_the_trainer_hold_the_adapter_and_resume(tiny_model_dir: 
     assert torch.equal(logits(loaded), logits(resumed))
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of two steps, of the default method."""
+    from transformers import Trainer
+
+    folder = tmp_path_factory.mktemp("trainer")
+    model = mirrortune.attach(load_base(tiny_model_dir))
+    mirrortune.adapter_trainer(Trainer)(model, arguments_for(folder, 2), train_dataset=rows_of()).train()
+    return folder / "checkpoint-2"
+
+
+def noisy(model: nn.Module) -> nn.Module:
+    """Add noise to a weight of the encoder."""
+    with torch.no_grad():
+        weight = model.get_parameter("bert.encoder.layer.1.output.dense.weight")
+        weight += 0.1 * torch.randn_like(weight)
+    return model
+
+
+def flipped(model: nn.Module) -> nn.Module:
+    """Turn a layer's basis into another valid one, as another machine may compute it."""
+    layer = model.get_submodule("bert.encoder.layer.0.attention.self.query")
+    with torch.no_grad():
+        layer.get_parameter("U")[:, ::2] *= -1
+        layer.get_parameter("Vh")[::2] *= -1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda base: mirrortune.attach(base, pairing="neighbor"), "pair the directions of this weight differently"),
+        (lambda base: mirrortune.attach(base, pairing="random"), "pair the directions of this weight differently"),
+        (lambda base: mirrortune.attach(base, unit="angle"), "its adapter has options"),
+        (lambda base: mirrortune.attach(base, method="mirror"), "its adapter has method 'mirror-scale'"),
+        (lambda base: mirrortune.attach(base, target_modules="query"), "differ in the layers that they adapt"),
+        (lambda base: mirrortune.attach(base, rank=8), "a basis of rank 32, the model has one of rank 8"),
+        (lambda base: mirrortune.attach(noisy(base)), r"layer\.1\.output\.dense: the base weight is not the one"),
+        (lambda base: flipped(mirrortune.attach(base)), "another basis of this weight"),
+    ],
+)
+def test_a_checkpoint_is_restored_in_its_own_adapter_only(
+    tiny_model_dir: Path, checkpoint: Path, tmp_path: Path, build: Any, message: str
+) -> None:
+    from transformers import Trainer
+
+    model = build(load_base(tiny_model_dir))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = mirrortune.adapter_trainer(Trainer)(model, arguments_for(tmp_path, 4), train_dataset=rows_of())
+    with pytest.raises(VerificationError, match=message):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_checkpoint_that_was_loaded_is_resumed(tiny_model_dir: Path, checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    model = mirrortune.load_adapter(load_base(tiny_model_dir), checkpoint)
+    trainer = mirrortune.adapter_trainer(Trainer)(model, arguments_for(tmp_path, 4), train_dataset=rows_of())
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 4
+
+
 def test_an_attached_model_works_inside_a_pipeline(tiny_model_dir: Path) -> None:
     from transformers import AutoTokenizer, pipeline
 

@@ -7,8 +7,10 @@ with its sketch, and each layer must have the effect that it had when it was sav
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,21 @@ from mirrortune.adapters.cores import Core
 from mirrortune.adapters.effect import EFFECT_TOLERANCE, EXACT_EFFECT_TOLERANCE, effect, effect_error
 from mirrortune.adapters.files.adapter_file import AdapterFile, PeftAdapterFile, checked_tensor
 from mirrortune.adapters.fingerprint import Fingerprint, completed, fingerprint, try_align
-from mirrortune.adapters.inject import FactorSource, attach, checked_targets, spectral_layers
+from mirrortune.adapters.inject import (
+    FactorSource,
+    SpectralLayer,
+    attach,
+    attachment,
+    checked_targets,
+    spectral_layers,
+)
 from mirrortune.adapters.peft_bridge import tuners
 from mirrortune.adapters.spec import AdapterSpec, build_core
 from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Targets, find_targets
 from mirrortune.errors import ConfigError, VerificationError
+from mirrortune.system.distributed.sharding import is_whole
 
 
 class FingerprintBook:
@@ -174,6 +184,66 @@ def _attach_cores(
     attach(model, spec, targets=targets, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note)
 
 
+def restore_into(model: nn.Module, adapter: AdapterFile, book: FingerprintBook | None = None) -> None:
+    """Restore the trained parameters of ``adapter`` in a model that has the same adapter attached to the same base.
+
+    Args:
+        model: adapted model.
+        adapter: adapter returned by :func:`~mirrortune.adapters.files.adapter_file.read_adapter`.
+        book: fingerprints of the layers of ``model``; None if the base is known to be the same.
+
+    Raises:
+        VerificationError: method, options, layers, pairs, base weights or bases differ; nothing is restored. Layers of
+            PEFT are compared after they have been restored.
+    """
+    where, found = str(adapter.folder), attachment(model)
+    for key, own in _function_of(found.spec).items():
+        stored = _function_of(adapter.spec)[key]
+        if own != stored:
+            problem = f"its adapter has {key} {stored!r}, the model's has {own!r}"
+            raise VerificationError(where, problem, fix=_ATTACH_THE_SAME)
+    own_layouts = {name: target.layout for name, target in found.targets.layers.items()}
+    if odd := [n for n in {**adapter.layouts, **own_layouts} if adapter.layouts.get(n) != own_layouts.get(n)]:
+        problem = f"its adapter and the model's differ in the layers that they adapt, such as {odd[0]}"
+        raise VerificationError(where, problem, fix=_ATTACH_THE_SAME)
+    for name, entry in ({} if book is None else book.entries).items():
+        if entry.weight_hash != adapter.fingerprints[name].weight_hash:
+            raise _other_weight(adapter, name)
+    for name, layer in spectral_layers(model).items():
+        _compare_core(adapter, name, layer)
+    adapter.restore(model)
+
+
+_ATTACH_THE_SAME = "Attach the adapter with the settings of the checkpoint, or load that with mirrortune.load_adapter"
+
+
+def _function_of(spec: AdapterSpec) -> dict[str, Any]:
+    """Return the settings that determine what a layer computes from its base weight, rank, pairs and parameters."""
+    settled = spec.settled()
+    return {"method": settled.method, "options": json.loads(json.dumps(settled.options))}
+
+
+def _compare_core(adapter: AdapterFile, name: str, layer: SpectralLayer) -> None:
+    """Raise an error if the stored core acts on other directions than that of ``layer``."""
+    stored_rank = adapter.fingerprints[name].rank
+    if layer.rank != stored_rank:
+        problem = f"the adapter holds a basis of rank {stored_rank}, the model has one of rank {layer.rank}"
+        raise VerificationError(name, problem, fix=_ATTACH_THE_SAME)
+    core = stored_core(adapter, name, layer.core.get_buffer("S").cpu())
+    pairs, own = getattr(core, "pairs", None), getattr(layer.core, "pairs", None)
+    if isinstance(pairs, Tensor) and isinstance(own, Tensor) and not torch.equal(pairs.cpu(), own.cpu()):
+        problem = "the adapter and the model pair the directions of this weight differently"
+        raise VerificationError(name, problem, fix=_ATTACH_THE_SAME)
+    expected = adapter.effects.get(name)
+    if expected is not None and is_whole(layer.U):
+        distance = effect_error(effect(layer.factors, core), expected)
+        if not distance <= EFFECT_TOLERANCE:  # also catches NaN
+            raise VerificationError(
+                name, f"the model holds another basis of this weight: the effect would differ by {distance:.1e}",
+                fix="Resume on the machine that trained it; mirrortune.load_adapter aligns the basis on any machine",
+            )  # fmt: skip
+
+
 def trained_factors(
     adapter: AdapterFile, name: str, weight: Tensor, source: FactorSource, *, remarks: list[str] | None = None
 ) -> Factors:
@@ -225,12 +295,7 @@ def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
         VerificationError: it is not; the error names the layer.
     """
     if not adapter.fingerprints[name].is_of(weight):
-        raise VerificationError(
-            name,
-            "the base weight is not the one that the adapter was trained on",
-            allowed="{name} at commit {commit}, in {dtype}".format_map({"commit": "unknown", **adapter.base}),
-            fix="Load that base; an adapter of another base turns the wrong directions",
-        )
+        raise _other_weight(adapter, name)
     trained_in = _dtype(adapter, name, weight)
     if torch.promote_types(weight.dtype, trained_in) != weight.dtype:
         found, wanted = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, trained_in))
@@ -238,6 +303,16 @@ def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
             name, f"the adapter was trained in {wanted}, the base is loaded in {found}, which would round its factors",
             fix=f"Load the base with dtype={wanted}",
         )  # fmt: skip
+
+
+def _other_weight(adapter: AdapterFile, name: str) -> VerificationError:
+    base: dict[str, Any] = {"commit": "unknown", **adapter.base}
+    return VerificationError(
+        name,
+        "the base weight is not the one that the adapter was trained on",
+        allowed="{name} at commit {commit}, in {dtype}".format_map(base) if base.get("name") else None,
+        fix="Load that base; an adapter of another base turns the wrong directions",
+    )
 
 
 def _check_weight_or_remark(adapter: AdapterFile, name: str, weight: Tensor, remarks: list[str] | None) -> None:

@@ -447,6 +447,17 @@ def test_resuming_with_other_processes_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, fresh=False).resume()
 
 
+def test_resuming_in_another_basis_is_refused(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path)
+    adapted = adapt(trained=None)
+    layer = adapted.model.get_submodule("bert.encoder.layer.0.attention.self.query")
+    with torch.no_grad():  # another decomposition of the same weight, as another machine may compute it
+        layer.get_parameter("U")[:, ::2] *= -1
+        layer.get_parameter("Vh")[::2] *= -1
+    with pytest.raises(VerificationError, match=r"self\.query: the model holds another basis of this weight"):
+        make_trainer(folder, adapted=adapted, fresh=False).resume()
+
+
 def test_resuming_from_a_damaged_adapter_is_refused(tmp_path: Path) -> None:
     folder = interrupted(tmp_path / "run")
     path = folder / "checkpoints" / "step-000003" / "adapter.safetensors"
