@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 M = TypeVar("M", bound="nn.Module")
-_NEW_TOKENS = "_mirrortune_new_tokens"  # attribute of a model with rows for them
+# Attributes of a model:
+_NEW_TOKENS = "_mirrortune_new_tokens"  # the new tokens that it has rows for
+_TRAINED = "_mirrortune_trained"  # names of the parameters that the adapter trains
 
 
 def attach(
@@ -122,7 +124,8 @@ def save_adapter(
         subfolder: subfolder of ``directory`` and of the repository; pass it to :func:`load_adapter` as well.
 
     Raises:
-        ConfigError: the model has no adapter, ``directory`` is a file, or the id is invalid.
+        ConfigError: the model has no adapter, ``directory`` is a file, the id is invalid, or parameters require
+            gradients that neither the adapter nor ``also_train`` holds.
         HubError: the upload failed.
     """
     if repository is not None:
@@ -130,7 +133,7 @@ def save_adapter(
     elif revision is not None:
         raise ConfigError("revision", f"'{directory}' is a folder and has none", fix="Name a repository, or remove it")
     model = getattr(model, "_orig_mod", model)  # unwrap a compiled model
-    attachment(model)
+    check_saved_whole(model)
     base = _describe_base(model)
 
     files = adapter_contents(model, _book_of(model).entries, base=base, task=None, extra={}, form=form)
@@ -189,6 +192,27 @@ def load_adapter(
         warnings.warn(f"loaded by force: {remark}", stacklevel=2)
     _remember(model, book)
     return model
+
+
+def check_saved_whole(model: nn.Module) -> None:
+    """Check that an adapted ``model`` trains only parameters that :func:`save_adapter` saves.
+
+    Raises:
+        ConfigError: the model has no adapter, or other parameters require gradients; the error names them.
+    """
+    attachment(model)
+    saved = vars(model)[_TRAINED]
+    if others := [name for name in _requiring_gradients(model) if name not in saved]:
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise ConfigError(
+            "model", f"parameters outside the adapter require gradients, and an adapter would not hold them: {shown}",
+            fix="Name them at the start with attach(..., also_train=[...]); or freeze them with requires_grad_(False), "
+            "and what they have learned is not saved",
+        )  # fmt: skip
+
+
+def _requiring_gradients(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def restore_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -287,6 +311,7 @@ def _warn(text: str) -> None:
 
 def _remember(model: nn.Module, book: FingerprintBook) -> None:
     model._mirrortune_fingerprints = book  # type: ignore[assignment]  # noqa: SLF001
+    vars(model)[_TRAINED] = frozenset(_requiring_gradients(model))
 
 
 def _book_of(model: nn.Module) -> FingerprintBook:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mirrortune.api import restore_adapter, save_adapter
+from mirrortune.api import check_saved_whole, restore_adapter, save_adapter
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
@@ -24,10 +24,16 @@ def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
         >>> Trainer = mirrortune.adapter_trainer(transformers.Trainer)  # doctest: +SKIP
 
     Raises:
+        ConfigError: raised by ``train`` if the model has no adapter, or parameters require gradients that no adapter
+            would hold.
         VerificationError: raised by ``train`` if it resumes from a checkpoint of another adapter or base.
     """
 
     class AdapterTrainer(trainer_class):  # type: ignore[misc]  # a class chosen by the caller
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            check_saved_whole(_bare(self))  # before the training instead of at its first checkpoint
+            return super().train(*args, **kwargs)
+
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             if not self.args.should_save:
                 return

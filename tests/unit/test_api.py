@@ -170,6 +170,36 @@ def test_what_has_no_adapter_cannot_be_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+def test_parameters_that_would_not_be_saved_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    model = mirrortune.attach(load_base(tiny_model_dir), target_modules="query")
+    norm = model.get_submodule("bert.encoder.layer.0.output.LayerNorm").requires_grad_(requires_grad=True)
+    message = r"outside the adapter .*: bert\.encoder\.layer\.0\.output\.LayerNorm\.weight, .*also_train"
+    with pytest.raises(ConfigError, match=message):
+        mirrortune.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    trainer = mirrortune.adapter_trainer(Trainer)(model, arguments_for(tmp_path, 2), train_dataset=rows_of())
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    norm.requires_grad_(requires_grad=False)
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    other = mirrortune.attach(load_base(tiny_model_dir), target_modules="query", also_train=["output.LayerNorm"])
+    mirrortune.save_adapter(trained(other), tmp_path / "adapter")
+    mirrortune.save_adapter(mirrortune.load_adapter(load_base(tiny_model_dir), tmp_path / "adapter"), tmp_path / "b")
+
+
+def test_a_trainer_without_an_adapter_is_refused_before_training(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    model = load_base(tiny_model_dir)
+    trainer = mirrortune.adapter_trainer(Trainer)(model, arguments_for(tmp_path, 2), train_dataset=rows_of())
+    with pytest.raises(ConfigError, match="it has no adapter"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_a_foreign_base_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     mirrortune.save_adapter(mirrortune.attach(load_base(tiny_model_dir)), tmp_path / "adapter")
     with pytest.raises(VerificationError, match="the base weight is not the one"):
