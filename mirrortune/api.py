@@ -19,7 +19,7 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import adapter_contents, outdated_files, read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into, restore_into
 from mirrortune.adapters.files.tensors import Form
-from mirrortune.adapters.inject import attachment
+from mirrortune.adapters.inject import attachment, check_unwrapped, unwrapped
 from mirrortune.adapters.pairings.listed import PairLists
 from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
@@ -82,6 +82,7 @@ def attach(
     Raises:
         ConfigError: a name is unknown, the rank or pairs do not fit, or no layer matches.
     """
+    check_unwrapped(model, "attach")
     asked = AdapterSpec(
         method=method,
         rank=rank,
@@ -113,7 +114,8 @@ def save_adapter(
     the process ends between two files, loading refuses the folder.
 
     Args:
-        model: model adapted by :func:`attach` or :func:`load_adapter`.
+        model: model adapted by :func:`attach` or :func:`load_adapter`; torch's wrappers (``torch.compile``,
+            ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel``) are removed.
         directory: folder to write to.
         form: ``compact`` writes kilobytes, and loading recomputes and aligns the basis. ``portable`` also writes the
             factors, about the size of a LoRA of the same rank, and loads without a decomposition. ``auto`` is compact,
@@ -132,7 +134,7 @@ def save_adapter(
         check_repository(repository)
     elif revision is not None:
         raise ConfigError("revision", f"'{directory}' is a folder and has none", fix="Name a repository, or remove it")
-    model = getattr(model, "_orig_mod", model)  # unwrap a compiled model
+    model = unwrapped(model)
     check_saved_whole(model)
     base = _describe_base(model)
 
@@ -182,6 +184,7 @@ def load_adapter(
     Raises:
         VerificationError: the base is not that of the adapter, a basis cannot be aligned, or a file is damaged.
     """
+    check_unwrapped(model, "load_adapter")
     folder = local_adapter(directory, revision=revision, subfolder=subfolder)
     adapter = read_adapter(folder)
     for rows in filter(None, map(RowRange.parse, adapter.plain)):
@@ -221,6 +224,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
     Raises:
         VerificationError: the adapter or the base of the model differs from that of the saved one.
     """
+    model = unwrapped(model)
     attachment(model)
     restore_into(model, read_adapter(local_adapter(directory)), _book_of(model))
 
@@ -278,7 +282,7 @@ def merge_adapter(
 
 def trainable_parameters(model: nn.Module) -> int:
     """Return the number of trained parameters of an adapted ``model``, without the task head, as papers count them."""
-    return inject.trainable_parameters(getattr(model, "_orig_mod", model))
+    return inject.trainable_parameters(unwrapped(model))
 
 
 def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from mirrortune.adapters.cores import Core
 from mirrortune.adapters.kinds import CallableKind
@@ -169,12 +170,37 @@ def spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
     return {name: layer for name, layer in layers.items() if isinstance(layer, SpectralLayer)}
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch: ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``
+    and ``AveragedModel``.
+    """
+    inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")  # noqa: SLF001
+    return unwrapped(inner) if isinstance(inner, nn.Module) else model
+
+
+def check_unwrapped(model: nn.Module, where: str) -> None:
+    """Check that ``model`` is no wrapper of torch, whose parameters have other names.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if unwrapped(model) is not model:
+        problem = f"got a model in {type(model).__name__}"
+        raise ConfigError(where, problem, fix=f"Call {where} with the model itself, then wrap it")
+
+
 def attachment(model: nn.Module) -> Attachment:
     """Return the adapter of a model; raise a ConfigError if it has none."""
     found = getattr(model, "mirrortune", None)
-    if not isinstance(found, Attachment):
-        raise ConfigError("model", "it has no adapter", fix="Call mirrortune.attach(model) first")
-    return found
+    if isinstance(found, Attachment):
+        return found
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "mirrortune", None), Attachment):
+            raise ConfigError("model", f"its adapter is that of the module '{name}' inside", fix="Pass that module")
+    raise ConfigError("model", "it has no adapter", fix="Call mirrortune.attach(model) first")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
-from mirrortune.adapters.inject import BANK, Attachment
+from mirrortune.adapters.inject import BANK, Attachment, check_unwrapped
 from mirrortune.errors import ConfigError, did_you_mean
 from mirrortune.inference.bank_entries import Admission, Entry
 from mirrortune.inference.bank_file import ReadAdapter, open_bank, save_bank
@@ -44,7 +44,7 @@ class AdapterBank:
         on_layer: called with the name of each layer whose weight has been factorised, to show progress.
 
     Raises:
-        ConfigError: the model has an adapter or is in another bank.
+        ConfigError: the model has an adapter, is in another bank, or is wrapped by torch.
 
     Example:
         >>> bank = mirrortune.AdapterBank(model)  # doctest: +SKIP
@@ -54,6 +54,7 @@ class AdapterBank:
     """
 
     def __init__(self, model: nn.Module, *, on_layer: Callable[[str], None] | None = None) -> None:
+        check_unwrapped(model, "AdapterBank")
         if isinstance(getattr(model, "mirrortune", None), Attachment):
             raise ConfigError("AdapterBank", "the model has an adapter already", fix="Load the base model anew")
         if BANK in vars(model):

@@ -170,6 +170,45 @@ def test_what_has_no_adapter_cannot_be_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+WRAPPERS = [
+    nn.DataParallel,
+    torch.optim.swa_utils.AveragedModel,
+    lambda model: torch.compile(model, backend="eager"),
+    lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_model_is_saved_like_the_model(tmp_path: Path, wrap: Any) -> None:
+    model = trained(mirrortune.attach(tiny_bert(), target_modules="query"))
+    wrapped = wrap(model)
+    assert mirrortune.trainable_parameters(wrapped) == mirrortune.trainable_parameters(model)
+    mirrortune.save_adapter(wrapped, tmp_path / "wrapped")
+    mirrortune.save_adapter(model, tmp_path / "bare")
+    for name in ("adapter.json", "adapter.safetensors"):
+        assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_nothing_is_attached_to_a_wrapper(tmp_path: Path, wrap: Any) -> None:
+    mirrortune.save_adapter(mirrortune.attach(tiny_bert(), target_modules="query"), tmp_path)
+    wrapped = wrap(tiny_bert())
+    with pytest.raises(ConfigError, match=r"attach: got a model in .* Call attach with the model itself"):
+        mirrortune.attach(wrapped)
+    with pytest.raises(ConfigError, match="load_adapter: got a model in"):
+        mirrortune.load_adapter(wrapped, tmp_path)
+    with pytest.raises(ConfigError, match="AdapterBank: got a model in"):
+        mirrortune.AdapterBank(wrapped)
+
+
+def test_a_module_around_the_model_is_named(tmp_path: Path) -> None:
+    outer = nn.Sequential(nn.Identity(), mirrortune.attach(tiny_bert(), target_modules="query"))
+    with pytest.raises(ConfigError, match=r"its adapter is that of the module .1. inside\. Pass that module"):
+        mirrortune.save_adapter(outer, tmp_path)
+    with pytest.raises(ConfigError, match="its adapter is that of the module '1' inside"):
+        mirrortune.trainable_parameters(outer)
+
+
 def test_parameters_that_would_not_be_saved_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     from transformers import Trainer
 
