@@ -316,6 +316,29 @@ def _warn(text: str) -> None:
 def _remember(model: nn.Module, book: FingerprintBook) -> None:
     model._mirrortune_fingerprints = book  # type: ignore[assignment]  # noqa: SLF001
     vars(model)[_TRAINED] = frozenset(_requiring_gradients(model))
+    if attachment(model).layers and callable(getattr(model, "save_pretrained", None)):
+        vars(model)["save_pretrained"] = _SavePretrained(model)
+
+
+class _SavePretrained:
+    """The ``save_pretrained`` of an adapted model, which warns: ``from_pretrained`` ignores the adapter's tensors.
+
+    An error would lose a training whose plain Trainer saves at its end; the file does hold everything.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            "save_pretrained writes the tensors of the adapted layers, which from_pretrained does not read: it would "
+            "initialise these layers at random. Save with mirrortune.save_adapter(model, folder), and merge the saved "
+            "adapter into plain weights with mirrortune.merge_adapter; a Trainer saves adapters if its class is "
+            "mirrortune.adapter_trainer(Trainer)",
+            stacklevel=2,
+        )
+        kind: Any = type(self.model)
+        return kind.save_pretrained(self.model, *args, **kwargs)
 
 
 def _book_of(model: nn.Module) -> FingerprintBook:

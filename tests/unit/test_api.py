@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +239,18 @@ def test_a_trainer_without_an_adapter_is_refused_before_training(tiny_model_dir:
     with pytest.raises(ConfigError, match="it has no adapter"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_save_pretrained_of_an_adapted_model_warns(tmp_path: Path, tiny_model_dir: Path) -> None:
+    model = mirrortune.attach(load_base(tiny_model_dir), target_modules="query")
+    for adapted in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.warns(UserWarning, match=r"which from_pretrained does not read.*save_adapter") as said:
+            adapted.save_pretrained(tmp_path / "model")
+        assert said[0].filename == __file__
+    load_base(tiny_model_dir).save_pretrained(tmp_path / "plain")  # type: ignore[operator]
+    bare = mirrortune.attach(load_base(tiny_model_dir), method="bitfit")
+    bare.save_pretrained(tmp_path / "bitfit")  # type: ignore[operator]
+    assert torch.equal(logits(load_base(tmp_path / "bitfit")), logits(bare))
 
 
 def test_a_foreign_base_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
