@@ -6,13 +6,14 @@ Functions change the model in place.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mirrortune.adapters import inject
 from mirrortune.adapters.factor_cache import FactorCache
@@ -50,10 +51,10 @@ def attach(
     method: str = "mirror-scale",
     rank: Rank | None = None,
     pairing: str | PairLists | None = None,
-    target_modules: str = "all-linear",
+    target_modules: str | Sequence[str] = "all-linear",
     seed: int = 0,
     split: dict[str, Any] | None = None,
-    also_train: Sequence[str] = (),
+    also_train: str | Sequence[str] = (),
     **core_options: Any,
 ) -> M:
     """Attach an adapter to ``model``: add cores to its linear layers and freeze everything else except the task head.
@@ -67,13 +68,13 @@ def attach(
             (for several rounds, a list of such lists), or a dict of lists by layer name or pattern. None for the
             method's default.
         target_modules: ``all-linear``, ``all-layers`` (includes convolutions), or a regular expression for layer names,
-            which may match from any dot on.
+            which may match from any dot on, or a list of such expressions.
         seed: seed of random pairs.
         split: fused layers whose parts get separate bases, by a regular expression for their names: ``{"c_attn": 3}``,
             ``{"qkv_proj": [4, 1, 1]}``, or ``{"query_key_value": {"parts": 3, "repeat": 12}}`` if each of 12 heads has
             its own q, k and v.
         also_train: parameters of the model that are trained as they are, beside the adapter: ``norms``, ``biases``,
-            ``embeddings``, or regular expressions for names of parameters or of modules.
+            ``embeddings``, or regular expressions for names of parameters or of modules; one, or a list.
         **core_options: options of the method's core, such as ``scale_top_k=8``.
 
     Returns:
@@ -87,12 +88,13 @@ def attach(
         method=method,
         rank=rank,
         pairing=pairing,
-        target_modules=target_modules,
+        target_modules=_one_pattern(_texts("target_modules", target_modules)),
         seed=seed,
         options=core_options,
         split=split or {},
-        also_train=tuple(also_train),
+        also_train=_texts("also_train", also_train),
     )
+    _check_types(asked)
     spec = as_asked(asked)
     check_asked(spec)
     _remember(model, adapt(model, spec, factor_source=FactorCache()))
@@ -134,6 +136,8 @@ def save_adapter(
         check_repository(repository)
     elif revision is not None:
         raise ConfigError("revision", f"'{directory}' is a folder and has none", fix="Name a repository, or remove it")
+    if form not in get_args(Form):
+        raise ConfigError("form", f"got {form!r}", allowed=", ".join(get_args(Form)))
     model = unwrapped(model)
     check_saved_whole(model)
     base = _describe_base(model)
@@ -230,7 +234,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 def merge_adapter(
-    base: str | None,
+    base: str | Path | None,
     adapter: str | Path,
     output_dir: str | Path,
     format: str = "hf",
@@ -265,6 +269,9 @@ def merge_adapter(
     folder, target = local_adapter(adapter, revision=revision, subfolder=subfolder), local_path(output_dir)
     if format not in ("hf", "lora", "gguf"):
         raise ConfigError("format", f"got {format!r}", allowed="hf, lora, gguf")
+    base = None if base is None else os.fspath(base)
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise ConfigError("rank", f"got {rank!r}", allowed="a whole number, or None")
     if rank is not None and format == "hf":
         raise ConfigError("rank", "plain weights have none", allowed="None, or format lora or gguf")
     verdict: Any
@@ -283,6 +290,41 @@ def merge_adapter(
 def trainable_parameters(model: nn.Module) -> int:
     """Return the number of trained parameters of an adapted ``model``, without the task head, as papers count them."""
     return inject.trainable_parameters(unwrapped(model))
+
+
+def _texts(where: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one text, or several, as a tuple."""
+    found = (given,) if isinstance(given, str) else given
+    if not isinstance(found, Collection) or not all(isinstance(t, str) for t in found):
+        raise ConfigError(where, f"got {given!r}", allowed="a text or a list of texts")
+    return tuple(found)
+
+
+def _one_pattern(entries: tuple[str, ...]) -> str:
+    if len(entries) > 1 and (words := [entry for entry in entries if entry in ("all-linear", "all-layers")]):
+        problem = f"'{words[0]}' stands alone, got it in a list of {len(entries)}"
+        raise ConfigError("target_modules", problem, fix="Give it alone, or patterns for names")
+    return "|".join(entries)
+
+
+def _check_types(asked: AdapterSpec) -> None:
+    """Check the types of arguments that the recipe's schema checks for a run.
+
+    Raises:
+        ConfigError: types are wrong; it reports all of them.
+    """
+    rank, seed = asked.rank, asked.seed
+    is_rank = rank in (None, "full", "out") or (isinstance(rank, int) and not isinstance(rank, bool))
+    is_seed = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63
+    checks = [
+        ("method", isinstance(asked.method, str), "a text"),
+        ("rank", is_rank, "a whole number, 'full', 'out', or None"),
+        ("pairing", isinstance(asked.pairing, str | list | tuple | dict | None), "a name, a list, a dict, or None"),
+        ("seed", is_seed, "a whole number from 0 to 2**63 - 1"),
+        ("split", isinstance(asked.split, dict), "a dict of parts by layer names, or None"),
+    ]
+    if errors := [ConfigError(key, f"got {getattr(asked, key)!r}", allowed=a) for key, ok, a in checks if not ok]:
+        raise ConfigError.several(errors)
 
 
 def _send(folder: Path, repository: str, revision: str | None, subfolder: str | None) -> None:

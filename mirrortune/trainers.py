@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mirrortune.api import check_saved_whole, restore_adapter, save_adapter
+from mirrortune.errors import ConfigError
 
 
 def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
@@ -24,10 +25,15 @@ def adapter_trainer(trainer_class: type[Any]) -> type[Any]:
         >>> Trainer = mirrortune.adapter_trainer(transformers.Trainer)  # doctest: +SKIP
 
     Raises:
-        ConfigError: raised by ``train`` if the model has no adapter, or parameters require gradients that no adapter
-            would hold.
+        ConfigError: ``trainer_class`` is no such class. Raised by ``train`` if the model has no adapter, or parameters
+            require gradients that no adapter would hold.
         VerificationError: raised by ``train`` if it resumes from a checkpoint of another adapter or base.
     """
+    import transformers  # noqa: PLC0415
+
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
+        problem, allowed = f"got {trainer_class!r:.60}", "the class transformers.Trainer, or a subclass of it"
+        raise ConfigError("trainer_class", problem, allowed=allowed)
 
     class AdapterTrainer(trainer_class):  # type: ignore[misc]  # a class chosen by the caller
         def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -173,10 +174,16 @@ def spectral_layers(model: nn.Module) -> dict[str, SpectralLayer]:
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: object) -> nn.Module:
     """Return the model inside the wrappers of torch: ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``
     and ``AveragedModel``.
+
+    Raises:
+        ConfigError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        problem = f"got {model!r:.60}" if isinstance(model, (str, Path)) else f"got a {type(model).__name__}"
+        raise ConfigError("model", problem, allowed="a model, such as AutoModel.from_pretrained(...) returns")
     inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")  # noqa: SLF001
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,69 @@ def test_save_pretrained_of_an_adapted_model_warns(tmp_path: Path, tiny_model_di
     bare = mirrortune.attach(load_base(tiny_model_dir), method="bitfit")
     bare.save_pretrained(tmp_path / "bitfit")  # type: ignore[operator]
     assert torch.equal(logits(load_base(tmp_path / "bitfit")), logits(bare))
+
+
+def test_lists_and_single_texts_mean_the_same() -> None:
+    def layers(**arguments: Any) -> dict[str, bool]:
+        model = mirrortune.attach(tiny_bert(), **arguments)
+        return {name: p.requires_grad for name, p in model.named_parameters()}
+
+    assert layers(target_modules=["query", "value"]) == layers(target_modules="query|value")
+    assert layers(target_modules=["all-linear"]) == layers()
+    assert layers(also_train="norms") == layers(also_train=["norms"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": "8"}, "rank: got '8'. Allowed: a whole number"),
+        ({"rank": True}, "rank: got True"),
+        ({"rank": 4.0}, "rank: got 4.0"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"seed": "1"}, "seed: got '1'"),
+        ({"method": None}, "method: got None"),
+        ({"pairing": 3}, "pairing: got 3"),
+        ({"split": "c_attn"}, "split: got 'c_attn'"),
+        ({"target_modules": 3}, "target_modules: got 3"),
+        ({"target_modules": ["query", 3]}, "target_modules: got"),
+        ({"target_modules": ["all-linear", "query"]}, "'all-linear' stands alone"),
+        ({"also_train": [3]}, "also_train: got"),
+    ],
+)
+def test_wrong_types_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        mirrortune.attach(tiny_bert(), **arguments)
+
+
+@pytest.mark.parametrize("model", ["roberta-base", Path("bert"), None, tiny_bert])
+def test_what_is_no_model_is_refused(model: Any, tmp_path: Path) -> None:
+    for call in (
+        mirrortune.attach,
+        mirrortune.trainable_parameters,
+        mirrortune.AdapterBank,
+        lambda given: mirrortune.save_adapter(given, tmp_path / "a"),
+        lambda given: mirrortune.load_adapter(given, tmp_path / "a"),
+    ):
+        with pytest.raises(ConfigError, match="model: got"):
+            call(model)
+
+
+def test_other_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    with pytest.raises(ConfigError, match="form: got 'portabel'"):
+        mirrortune.save_adapter(mirrortune.attach(tiny_bert()), tmp_path / "a", form="portabel")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="rank: got '8'"):
+        mirrortune.merge_adapter(None, tmp_path, tmp_path / "m", format="lora", rank="8")  # type: ignore[arg-type]
+    for wrong in ("Trainer", nn.Module, object.__new__(Trainer)):
+        with pytest.raises(ConfigError, match="trainer_class: got"):
+            mirrortune.adapter_trainer(wrong)  # type: ignore[arg-type]
+
+
+def test_a_base_may_be_a_path(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = mirrortune.attach(load_base(tiny_model_dir), target_modules="query")
+    mirrortune.save_adapter(model, tmp_path / "a")
+    assert mirrortune.merge_adapter(tiny_model_dir, tmp_path / "a", tmp_path / "m")["passed"]
 
 
 def test_a_foreign_base_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
