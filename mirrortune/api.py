@@ -25,7 +25,7 @@ from mirrortune.adapters.pairings.listed import PairLists
 from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
 from mirrortune.adapters.svd import Rank
-from mirrortune.errors import ConfigError, ResourceError
+from mirrortune.errors import ConfigError, ResourceError, in_python_terms
 from mirrortune.merging.gguf import export_gguf
 from mirrortune.merging.lora import export_lora
 from mirrortune.merging.push import pack_adapter
@@ -46,6 +46,7 @@ _NEW_TOKENS = "_mirrortune_new_tokens"  # the new tokens that it has rows for
 _TRAINED = "_mirrortune_trained"  # names of the parameters that the adapter trains
 
 
+@in_python_terms
 def attach(
     model: M,
     method: str = "mirror-scale",
@@ -101,6 +102,7 @@ def attach(
     return model
 
 
+@in_python_terms
 def save_adapter(
     model: nn.Module,
     directory: str | Path,
@@ -164,6 +166,7 @@ def _save_files(folder: Path, files: dict[str, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
+@in_python_terms
 def load_adapter(
     model: M,
     directory: str | Path,
@@ -196,7 +199,7 @@ def load_adapter(
         vars(model)[_NEW_TOKENS] = adapter.base.get("new_tokens", [])
     book = load_into(model, adapter, FactorCache(), force_base=force_base)
     for remark in book.remarks:
-        warnings.warn(f"loaded by force: {remark}", stacklevel=2)
+        warnings.warn(f"loaded by force: {remark}", stacklevel=3)
     _remember(model, book)
     return model
 
@@ -233,6 +236,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
     restore_into(model, read_adapter(local_adapter(directory)), _book_of(model))
 
 
+@in_python_terms
 def merge_adapter(
     base: str | Path | None,
     adapter: str | Path,
@@ -283,7 +287,7 @@ def merge_adapter(
         write: Any = export_lora if format == "lora" else export_gguf
         verdict = write(str(folder), target, rank=rank, base=base, remarks=remarks)
     for remark in remarks or ():
-        warnings.warn(f"merged by force: {remark}", stacklevel=2)
+        warnings.warn(f"merged by force: {remark}", stacklevel=3)
     return asdict(verdict)
 
 
@@ -333,7 +337,7 @@ def _send(folder: Path, repository: str, revision: str | None, subfolder: str | 
         if subfolder is not None:  # the model card describes the repository, not a subfolder
             del parcel.files["README.md"]
         for line in parcel.redaction.describe():
-            warnings.warn(line, stacklevel=3)
+            warnings.warn(line, stacklevel=4)
         upload(parcel.files, repository, revision=revision, subfolder=subfolder)
 
 
@@ -352,7 +356,7 @@ def _describe_base(model: nn.Module) -> dict[str, Any]:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=5)
 
 
 def _remember(model: nn.Module, book: FingerprintBook) -> None:

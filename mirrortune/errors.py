@@ -18,9 +18,12 @@ module of mirrortune.
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 _LONGEST = 2000
 """Number of characters after which a part of a message is cut."""
@@ -47,6 +50,12 @@ class MirrortuneError(Exception):
     def __init__(self, where: str, problem: str, *, allowed: str | None = None, fix: str | None = None) -> None:
         self.where, self.problem, self.allowed, self.fix = where, problem, allowed, fix
         super().__init__(self.describe())
+
+    def rephrase(self, change: Callable[[str], str]) -> None:
+        """Change the wording of the message."""
+        self.where, self.problem = change(self.where), change(self.problem)
+        self.allowed, self.fix = self.allowed and change(self.allowed), self.fix and change(self.fix)
+        self.args = tuple(change(text) if isinstance(text, str) else text for text in self.args)
 
     def describe(self) -> str:
         """Return the message on one line, in which line breaks are escaped: where, problem, allowed, fix."""
@@ -187,6 +196,39 @@ def unknown_name(where: str, kind: str, name: str, candidates: Iterable[str]) ->
     """Return the error for an unknown name, which suggests the nearest name and lists all names."""
     names = sorted(candidates)
     return ConfigError(where, f"unknown {kind} '{name}'.{did_you_mean(name, names)}", allowed=", ".join(names))
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_FLAG = re.compile(r"(?<![\w-])(?:--[a-z]+(?:-[a-z]+)*|-o\b)(?![\w-])")
+_ALIASES = {
+    "-o": ("output_dir", "directory", "path"),
+    "--model": ("base", "model"),
+    "--target-modules": ("target_modules",),
+}
+_OVERWRITE = re.compile(r",? or replace it with --overwrite")
+
+
+def in_python_terms(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a function of the Python API name its own parameters in errors, instead of the flags of the command line.
+
+    Flags that are no parameter of the function are left as they are.
+    """
+    parameters = inspect.signature(function).parameters
+
+    def parameter(flag: re.Match[str]) -> str:
+        names = _ALIASES.get(flag[0], (flag[0].removeprefix("--").replace("-", "_"),))
+        return next((name for name in names if name in parameters), flag[0])
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except MirrortuneError as error:
+            error.rephrase(lambda text: _FLAG.sub(parameter, _OVERWRITE.sub("", text)))
+            raise
+
+    return call
 
 
 PREFERENCES = ("dpo", "ipo", "kto", "orpo", "simpo", "cpo", "ppo", "grpo", "rloo", "rlhf", "reward")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import AdapterFile, read_adapter
 from mirrortune.adapters.inject import BANK, Attachment, check_unwrapped
-from mirrortune.errors import ConfigError, did_you_mean
+from mirrortune.errors import ConfigError, did_you_mean, in_python_terms
 from mirrortune.inference.bank_entries import Admission, Entry
 from mirrortune.inference.bank_file import ReadAdapter, open_bank, save_bank
 from mirrortune.inference.bank_layers import Seat, Serving
@@ -99,6 +99,7 @@ class AdapterBank:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
+    @in_python_terms
     def add(
         self,
         name: str,

@@ -35,7 +35,7 @@ from mirrortune.adapters.targets import Target, Targets, kind_of
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.inference.bank_bases import Basis, CoreDesign, LayerBases, encoded
 
-_FIX = "Merge the adapter, or leave this layer out with --target-modules when training"
+_FIX = "Merge the adapter, or leave this layer out (target_modules) when training"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -291,7 +291,7 @@ class _Unread(Tensor):
         place = next((a.place for a in args if isinstance(a, _Unread)), "a parameter")
         raise ConfigError(
             place, "the model reads it instead of calling its layer, so rows of a batch cannot have their own",
-            fix="Merge the adapter, or leave this layer out with --target-modules when training",
+            fix="Merge the adapter, or leave this layer out (target_modules) when training",
         )  # fmt: skip
 
 

@@ -311,6 +311,18 @@ def test_other_wrong_arguments_are_refused(tmp_path: Path) -> None:
             mirrortune.adapter_trainer(wrong)  # type: ignore[arg-type]
 
 
+def test_errors_name_arguments_instead_of_flags(tiny_model_dir: Path, tmp_path: Path) -> None:
+    mirrortune.save_adapter(mirrortune.attach(tiny_bert(), target_modules="query"), tmp_path / "a")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"Choose another with output_dir\.$"):
+        mirrortune.merge_adapter(tiny_model_dir, tmp_path / "a", tmp_path / "used")
+    with pytest.raises(ConfigError, match=r"Name it with base\.$"):
+        mirrortune.merge_adapter(None, tmp_path / "a", tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"Lower rank, or leave this layer out with target_modules\.$"):
+        mirrortune.attach(tiny_bert(), rank=99)
+
+
 def test_a_base_may_be_a_path(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = mirrortune.attach(load_base(tiny_model_dir), target_modules="query")
     mirrortune.save_adapter(model, tmp_path / "a")
