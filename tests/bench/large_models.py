@@ -111,8 +111,8 @@ def main() -> None:
     cache = given.folder / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     numbers = "|".join(map(str, range(given.layers)))
-    recipe = ["-m", base, "-t", "causal-lm", "-d", rows, "--rank", given.rank, "--batch-size", 2, "--max-length", 64,
-              "--target-modules", rf"layers\.({numbers})\..*_proj"]  # fmt: skip
+    recipe = ["-m", base, "-t", "causal-lm", "-d", rows, "--method", "mirror", "--rank", given.rank,
+              "--batch-size", 2, "--max-length", 64, "--target-modules", rf"layers\.({numbers})\..*_proj"]  # fmt: skip
     recipe += ["--load-in", given.load_in] if given.load_in else []
     found: dict[str, Any] = {
         "checkpoint_gigabytes": round(sum(f.stat().st_size for f in base.glob("*.safetensors")) / 1e9, 3),

@@ -87,7 +87,7 @@ def run(name: str, assets: Path, folder: Path) -> dict[str, Any]:
     if "causal-lm" in case.words and "--load-in" not in case.words:
         found["before"] = _json("eval", assets / case.model, "-d", data, "-t", "causal-lm", "--max-length", 64,
                                 "model.dtype=float32")["metrics"]  # fmt: skip
-    result = _json("train", *words, "-o", trained)
+    result = _json("train", *words, "--method", "mirror", "-o", trained)
     found |= {key: result[key] for key in ("metrics", "trainable_parameters", "adapter_bytes", "train_seconds")}
     found["merge"] = _json("merge", trained, "-o", merged)["verification"]
     found["merged_bytes"] = sum(file.stat().st_size for file in merged.iterdir())

@@ -193,7 +193,7 @@ def test_an_adapter_alone_is_compared_with_its_own_base(done: Checkpoints, tmp_p
 
     base = tmp_path / "base"
     tiny_bert().get_submodule("bert").save_pretrained(base)
-    adapt(AdapterSpec(), model=tiny_bert()).save(tmp_path / "adapter", name=str(base))
+    adapt(AdapterSpec(method="mirror"), model=tiny_bert()).save(tmp_path / "adapter", name=str(base))
     data = mirrortune("analyze", tmp_path / "adapter", "--json", "-o", tmp_path / "page.html").data
 
     assert data["overall"]["changed"] == 13
