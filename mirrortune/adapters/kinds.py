@@ -250,6 +250,15 @@ class Parameter(Kind):
         return found
 
 
+def no_view(y: Tensor) -> Tensor:
+    """Return the output of an ``autograd.Function`` as a tensor that is no view; ``F.linear`` makes one with a bias.
+
+    Model code may change it in place, as SpecAugment does, which autograd forbids for views that a Function returns.
+    """
+    found: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # noqa: SLF001
+    return found
+
+
 def own_matrix(module: nn.Module, ndim: int) -> nn.Parameter | None:
     """Return ``module.weight`` if it is a floating-point parameter of ``ndim`` dimensions, neither quantised nor
     computed.

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from mirrortune.adapters.core import Coefficients, Core
-from mirrortune.adapters.kinds import CallableKind, Linear
+from mirrortune.adapters.kinds import CallableKind, Linear, no_view
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.strategies import cheapest_strategy
 from mirrortune.adapters.svd import Factors
@@ -386,8 +386,7 @@ class _SpectralProduct(torch.autograd.Function):
         z = projected.reshape(-1, projected.shape[-1])  # (N, R)
         ctx.kind, ctx.base, ctx.core, ctx.shapes = kind, base, core, (x.shape, projected.shape)
         ctx.save_for_backward(z, U, Vh, *coefficients)
-        # Reshape before the product: model code may change the output in place, which autograd forbids for views.
-        return F.linear(_mixed(z, core, coefficients).reshape(projected.shape), U, bias)  # (..., O)
+        return no_view(F.linear(_mixed(z, core, coefficients).reshape(projected.shape), U, bias))  # (..., O)
 
     @staticmethod
     @once_differentiable
@@ -415,7 +414,7 @@ class _AddedProduct(torch.autograd.Function):
         y.view(-1, U.shape[0]).addmm_(_mixed(z, core, coefficients), U.T)
         ctx.core, ctx.shape = core, x.shape
         ctx.save_for_backward(z, weight, U, Vh, *coefficients)
-        return y
+        return no_view(y)
 
     @staticmethod
     @once_differentiable
@@ -452,7 +451,7 @@ class _OneSidedProduct(torch.autograd.Function):
             y = F.linear(changed.reshape(x.shape), weight, bias)
         ctx.core, ctx.side, ctx.shape = core, side, x.shape
         ctx.save_for_backward(z, weight, basis, *coefficients)
-        return y
+        return no_view(y)
 
     @staticmethod
     @once_differentiable

@@ -188,3 +188,12 @@ def test_an_input_without_a_gradient_needs_no_product_with_the_weight() -> None:
     assert type(learning.grad_fn).__name__ == "_AddedProductBackward"
     assert type(layer(TALL.rows(3).requires_grad_()).grad_fn).__name__ == "_OneSidedProductBackward"
     torch.testing.assert_close(silent, learning.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(("problem", "strategy"), [(FULL, "factored"), (FULL, "branch"), (PART, "branch")], ids=str)
+def test_model_code_may_change_the_output_in_place(problem: Problem, strategy: str, variant: Variant) -> None:
+    layer = build_layer(problem, variant, strategy, dtype=torch.float32)
+    y = layer(torch.ones(2, 3, problem.in_features))
+    y[:, 1] = 0  # as SpecAugment does
+    y.sum().backward()
