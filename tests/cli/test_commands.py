@@ -93,7 +93,7 @@ def test_train_tells_what_it_did_and_has_learned_something(finished: Finished) -
     assert result["run_dir"] == str(finished.run)
     assert result["metrics"]["accuracy"] > 0.9
     # Mirror: an angle for each of the 16 pairs of each of the 13 layers; a head of 2 x 32 weights and 2 biases.
-    assert (result["trainable_parameters"], result["head_parameters"]) == (13 * 16, 66)
+    assert (result["trainable_parameters"], result["head_parameters"]) == (13 * (16 + 32), 66)
     assert result["adapter_bytes"] == sum(f.stat().st_size for f in (finished.run / "adapter").iterdir()) < 100_000
     assert result["train_seconds"] > 0
     assert result["samples_per_second"] == pytest.approx(4 * 240 / result["train_seconds"], rel=0.01)
@@ -110,7 +110,7 @@ def test_prepare_tells_what_train_would_do_and_fills_its_caches(finished: Finish
 
     assert list(first) == ["targets", "trainable_parameters", "head_parameters", "svd_seconds", "svd_cache", "rows",
                            "truncated_rows", "duplicated_rows", "estimated_memory_bytes", "memory"]  # fmt: skip
-    assert (first["targets"], first["trainable_parameters"], first["head_parameters"]) == (13, 13 * 16, 66)
+    assert (first["targets"], first["trainable_parameters"], first["head_parameters"]) == (13, 13 * (16 + 32), 66)
     assert first["rows"] == {"train": 240, "validation": 40, "test": 20}
     assert first["truncated_rows"] == {"train": 0, "validation": 0}
     assert first["estimated_memory_bytes"] > 0

@@ -27,10 +27,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 
 SPECS = {
     "mirror": (AdapterSpec(), 32),
-    "rank 5": (AdapterSpec(rank=5), 4),  # the middle axis of an odd rank stays
+    "rank 5": (AdapterSpec(method="mirror", rank=5), 4),  # the middle axis of an odd rank stays
     "scaled": (AdapterSpec(method="random", rank=6, options={"scale_top_k": "all", "side": "input"}), 6),
     "rounds over all outputs": (AdapterSpec(rank="out", options={"rounds": 2}), 32),
-    "listed": (AdapterSpec(pairing=[[0, 9], [3, 4]]), 4),
+    "listed": (AdapterSpec(method="givens", pairing=[[0, 9], [3, 4]]), 4),
     "psoft": (AdapterSpec(method="psoft", rank=5), 5),
     "lora-xs": (AdapterSpec(method="lora-xs", rank=9), 9),
     "speclora": (AdapterSpec(method="speclora", options={"top_k": 3, "lora_rank": 4}), 7),
