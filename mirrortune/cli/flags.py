@@ -83,7 +83,7 @@ FLAGS: tuple[Flag, ...] = (
     _flag(_DATA, "--image-column", "data.image_column", str, "Column of images, encoded or as paths. Detected by default."),
     _flag(_DATA, "--audio-column", "data.audio_column", str, "Column of recordings, encoded or as paths. Detected by default."),
     _flag(_DATA, "--max-length", "data.max_length", int, "Longest sequence in tokens; longer rows are truncated and counted."),
-    _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see docs/peft.md); mirror by default."),
+    _flag(_ADAPTER, "--method", "adapter.method", str, f"{', '.join(method_names(with_peft=False))}, or a tuner of PEFT such as lora, dora, oft, road (see docs/peft.md); mirror-scale by default."),
     _flag(_ADAPTER, "--rank", "adapter.rank", "yaml", "Leading singular directions kept: full (min of out and in), out or a number; r of a tuner of PEFT and of the LoRA branch of speclora."),
     _flag(_ADAPTER, "--pairing", "adapter.pairing", str, "Which directions turn together: mirror, neighbor, random or adaptive, or a .json file of pairs."),
     _flag(_ADAPTER, "--target-modules", "adapter.target_modules", str, "Regular expression for layer names, all-linear or all-layers."),

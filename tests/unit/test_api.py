@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 import subprocess
@@ -17,6 +18,9 @@ from torch import nn
 
 import mirrortune
 from mirrortune.adapters.inject import adapter_parameters
+from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.cli.flags import FLAGS
+from mirrortune.config.schema import Recipe
 from mirrortune.errors import ConfigError, VerificationError
 from tests.tiny_models import tiny_bert
 from tests.tiny_runs import logits
@@ -63,6 +67,13 @@ def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, mirrortune; assert 'torch' not in sys.modules, 'torch'; print(mirrortune.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == mirrortune.__version__
+
+
+def test_one_method_is_the_default_everywhere() -> None:
+    default = Recipe().adapter.method
+    assert AdapterSpec().method == inspect.signature(mirrortune.attach).parameters["method"].default == default
+    (flag,) = (flag for flag in FLAGS if flag.key == "adapter.method")
+    assert f"; {default} by default" in flag.help
 
 
 def test_attach_changes_the_model_in_place() -> None:
