@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+import weakref
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -41,9 +43,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 M = TypeVar("M", bound="nn.Module")
+T = TypeVar("T")
 # Attributes of a model:
 _NEW_TOKENS = "_mirrortune_new_tokens"  # the new tokens that it has rows for
 _TRAINED = "_mirrortune_trained"  # names of the parameters that the adapter trains
+# Parts of names that torch.compile, activation checkpointing, FSDP and parallel wrappers add to the modules inside.
+_OF_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
 @in_python_terms
@@ -87,10 +92,10 @@ def attach(
     check_unwrapped(model, "attach")
     asked = AdapterSpec(
         method=method,
-        rank=rank,
+        rank=_whole(rank),
         pairing=pairing,
         target_modules=_one_pattern(_texts("target_modules", target_modules)),
-        seed=seed,
+        seed=_whole(seed),
         options=core_options,
         split=split or {},
         also_train=_texts("also_train", also_train),
@@ -211,8 +216,8 @@ def check_saved_whole(model: nn.Module) -> None:
         ConfigError: the model has no adapter, or other parameters require gradients; the error names them.
     """
     attachment(model)
-    saved = vars(model)[_TRAINED]
-    if others := [name for name in _requiring_gradients(model) if name not in saved]:
+    saved = vars(model).get(_TRAINED)  # None for a module that only forwards attributes of the model inside
+    if saved is not None and (others := [name for name in _requiring_gradients(model) if name not in saved]):
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise ConfigError(
             "model", f"parameters outside the adapter require gradients, and an adapter would not hold them: {shown}",
@@ -222,7 +227,9 @@ def check_saved_whole(model: nn.Module) -> None:
 
 
 def _requiring_gradients(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    """Return the names of parameters that require gradients, without the parts that wrappers of modules inside add."""
+    found = [name.split(".") for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [".".join(part for part in parts if part not in _OF_WRAPPERS) for parts in found]
 
 
 def restore_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -304,6 +311,11 @@ def _texts(where: str, given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _whole(value: T) -> T | int:
+    """Return a whole number of NumPy's as one of Python, which can be written to a file; others as they are."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
 def _one_pattern(entries: tuple[str, ...]) -> str:
     if len(entries) > 1 and (words := [entry for entry in entries if entry in ("all-linear", "all-layers")]):
         problem = f"'{words[0]}' stands alone, got it in a list of {len(entries)}"
@@ -373,7 +385,13 @@ class _SavePretrained:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # else the model would be part of a cycle, and outlive its last reference
+
+    def __getstate__(self) -> nn.Module | None:
+        return self._model()
+
+    def __setstate__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(
@@ -383,8 +401,9 @@ class _SavePretrained:
             "mirrortune.adapter_trainer(Trainer)",
             stacklevel=2,
         )
-        kind: Any = type(self.model)
-        return kind.save_pretrained(self.model, *args, **kwargs)
+        model = self._model()
+        kind: Any = type(model)
+        return kind.save_pretrained(model, *args, **kwargs)
 
 
 def _book_of(model: nn.Module) -> FingerprintBook:

@@ -184,7 +184,9 @@ def unwrapped(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         problem = f"got {model!r:.60}" if isinstance(model, (str, Path)) else f"got a {type(model).__name__}"
         raise ConfigError("model", problem, allowed="a model, such as AutoModel.from_pretrained(...) returns")
-    inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")  # noqa: SLF001
+    # torch.compile registers the model as a submodule, accelerate's regional compilation keeps it as an attribute.
+    compiled = model._modules.get("_orig_mod") or vars(model).get("_orig_mod")  # noqa: SLF001
+    inner = model.module if isinstance(model, _WRAPPERS) else compiled
     return unwrapped(inner) if isinstance(inner, nn.Module) else model
 
 

@@ -344,6 +344,9 @@ def hold_statistics(model: nn.Module, trained: Collection[str]) -> None:
     """
     for path, module in model.named_modules():
         own = own_statistics(module)
+        hooks = module._forward_pre_hooks  # noqa: SLF001
+        for key in [key for key, hook in hooks.items() if hook is _evaluate]:  # of an adapter that failed to attach
+            del hooks[key]
         if own and not any((f"{path}.{name}" if path else name) in trained for name in own):
             module.register_forward_pre_hook(_evaluate, prepend=True)
 

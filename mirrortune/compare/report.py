@@ -215,10 +215,14 @@ def _task(comparison: Comparison, task: str) -> dict[str, Any]:
     rows: dict[str, int] = {}
     for split in splits:
         samples = {label: _sample(comparison, task, label, methods[label], split) for label in complete}
+        compute = METRICS[metric].compute
+        if "rank" in METRICS[metric].targets:  # references that each model gave, which is what is tested then
+            samples = {label: sample.by_ranks() for label, sample in samples.items()}
+            compute = METRICS[metric].of_ranks
         rows[split] = next((len(s.references[0]) for s in samples.values() if s.references), 0)
         if reference in complete:
             paired = compare_with_reference(
-                samples, reference, METRICS[metric].compute, higher_is_better=METRICS[metric].higher_is_better
+                samples, reference, compute, higher_is_better=METRICS[metric].higher_is_better
             )
             tests[split] = [asdict(p) for p in paired]
     found = {"metric": metric, "reference": reference, "splits": splits, "rows": rows}

@@ -49,8 +49,9 @@ from mirrortune.system.run_directory import RunDirectory
 from mirrortune.system.run_status import read_status
 from mirrortune.tasks.metrics import METRICS
 
-# Settings that do not affect results: where batches are prepared, and the permission to run a model's code.
-_FREE = ("train.num_workers", "model.trust_remote_code")
+# Settings that do not affect results: where batches are prepared, the permission to run a model's code, and the method
+# of the recipe, since every run has that of its contender.
+_FREE = ("train.num_workers", "model.trust_remote_code", "adapter.method")
 
 
 @dataclass(slots=True)
@@ -273,7 +274,8 @@ class Comparison:
             expected = strict_yaml.load(self.cell_recipe(Cell(task, who.label, who.lrs[0], 0)).to_yaml(), task)[0]
             for file in sorted(folder.glob("lr-*/seed-*/recipe.yaml")):
                 known = read_recipe(str(file)).values
-                found = {key: (_setting(known, key), _setting(expected, key)) for key in who.settings}
+                keys = [key for key in who.settings if key != who.lr_key]  # of which each run has its own
+                found = {key: (_setting(known, key), _setting(expected, key)) for key in keys}
                 other = [f"{key} is {_brief(a)}, not {_brief(b)}" for key, (a, b) in found.items() if a != b]
                 if other:
                     problem = f"{folder} holds runs of another method than '{who.label}': {'; '.join(other)}"

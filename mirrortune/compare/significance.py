@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,12 @@ class Sample:
     values: tuple[float, ...]
     predictions: tuple[Array, ...] | None = None
     references: tuple[Array, ...] | None = None
+
+    def by_ranks(self) -> Sample:
+        """Return the sample of a task whose references are ranks that the model gave: with these as predictions."""
+        if self.references is None:
+            return self
+        return replace(self, predictions=self.references, references=tuple(np.ones_like(r) for r in self.references))
 
 
 def compare_with_reference(

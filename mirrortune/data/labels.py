@@ -247,7 +247,11 @@ def feature_names(table: pa.Table, column: str) -> tuple[str, ...] | None:
 
 def has_class(table: pa.Table, column: str, name: str) -> bool:
     """Return whether ``name`` is a class of a column, by the names stored for it or by its values."""
-    return name in (feature_names(table, column) or table.column(column).unique().to_pylist())
+    if names := feature_names(table, column):
+        return name in names
+    values = table.column(column)
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind)) and name in values.unique().to_pylist()
 
 
 def as_name(value: Any) -> str | None:

@@ -50,6 +50,10 @@ class Metric:
     requires: tuple[str, str] | None = None
     takes_probabilities: bool = False
 
+    def of_ranks(self, ranks: Array, _: Array) -> float:
+        """Score ranks alone, for a metric of the target ``"rank"``; the second argument is ignored."""
+        return self.compute(ranks, ranks)
+
 
 def _f1(predictions: Array, references: Array, *, average: str) -> float:
     from sklearn.metrics import f1_score  # noqa: PLC0415  (scikit-learn takes a second to import)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mirrortune.compare.grid import Cell, make_grid
+from mirrortune.compare.grid import Cell, make_grid, slug
 from mirrortune.compare.run import Comparison
 from mirrortune.config.schema import Recipe
 from mirrortune.errors import DataError, DivergedError, MirrortuneError
@@ -146,7 +146,8 @@ def test_other_settings_do_not_mix_with_what_is_there(compared: Compared) -> Non
     assert "it holds a comparison of 'data' with other settings" in refused.said
     assert "data.max_length was " in refused.said
     assert "is 16. " in refused.said
-    assert compared.run("--report-only", "train.num_workers=0").exit_code == 0
+    for free in ("train.num_workers=0", "adapter.method=svft"):  # every method of --methods has its own
+        assert compared.run("--report-only", free).exit_code == 0
 
 
 def test_runs_of_another_method_in_the_same_folder_are_not_taken(compared: Compared, tmp_path: Path) -> None:
@@ -159,6 +160,16 @@ def test_runs_of_another_method_in_the_same_folder_are_not_taken(compared: Compa
         assert refused.exit_code == 2
         assert "mirror-rank-8 holds runs of another method than 'mirror:rank=8': adapter.rank is None" in refused.said
         assert tree(root) == before
+
+
+def test_a_method_may_name_its_learning_rate_by_its_key(compared: Compared, tmp_path: Path) -> None:
+    root, label = shutil.copytree(compared.root, tmp_path / "out"), "mirror:train.lr=1e-2"
+    (root / "cells" / "data" / "mirror").rename(root / "cells" / "data" / slug(label))
+    words = [{compared.root: root, "mirror,none": f"none,{label}"}.get(w, w) for w in compared.words]
+    again = mirrortune(*words, "--report-only", cache=compared.cache)
+    assert again.exit_code == 0, again.stderr
+    results = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    assert results["tasks"]["data"]["methods"][label]["seeds"] == [0, 1]
 
 
 def test_runs_that_were_scored_in_different_ways_are_not_compared(compared: Compared, tmp_path: Path) -> None:

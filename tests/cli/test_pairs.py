@@ -36,7 +36,7 @@ def write_pairs(path: Path, pairs: object) -> Path:
 
 def test_a_file_of_pairs_goes_the_whole_way(desk: Path, tiny_model_dir: Path) -> None:
     write_pairs(desk / "pairs.json", PAIRS)
-    trained = train(tiny_model_dir, "--pairing", "pairs.json").data
+    trained = train(tiny_model_dir, "--method", "givens", "--pairing", "pairs.json").data
     found = pairs_of(desk / "run")
     assert trained["trainable_parameters"] == sum(map(len, found.values())) == 6 * 2 + 7
     query = next(pairs for name, pairs in found.items() if name.endswith("layer.0.attention.self.query"))
@@ -68,7 +68,8 @@ def test_pairs_are_listed_in_a_recipe_or_beside_it(desk: Path, tiny_model_dir: P
     recipe = desk / "recipes" / "mine.yaml"
     found = []
     for pairing in ("pairs.json", "[[0, 5], [1, 7]]", "\n    - [5, 0]\n    - [1, 7]"):
-        recipe.write_text(f"adapter:\n  pairing: {pairing}\n  target_modules: query\n", encoding="utf-8")
+        text = f"adapter:\n  method: givens\n  pairing: {pairing}\n  target_modules: query\n"
+        recipe.write_text(text, encoding="utf-8")
         trained = train(tiny_model_dir, recipe, "--overwrite").data
         found.append((trained["metrics"], pairs_of(desk / "run")))
         assert trained["trainable_parameters"] == 4
@@ -77,9 +78,11 @@ def test_pairs_are_listed_in_a_recipe_or_beside_it(desk: Path, tiny_model_dir: P
 
 def test_a_mapping_replaces_a_name_and_a_name_a_mapping(desk: Path, tiny_model_dir: Path) -> None:
     recipe = desk / "mine.yaml"
-    recipe.write_text("adapter: {pairing: random, target_modules: query}\n", encoding="utf-8")
+    recipe.write_text("adapter: {method: givens, pairing: random, target_modules: query}\n", encoding="utf-8")
     assert train(tiny_model_dir, recipe, "adapter.pairing={query: [[0, 1]]}").data["trainable_parameters"] == 2
-    recipe.write_text("adapter: {pairing: {query: [[0, 1]]}, target_modules: query}\n", encoding="utf-8")
+    recipe.write_text(
+        "adapter: {method: givens, pairing: {query: [[0, 1]]}, target_modules: query}\n", encoding="utf-8"
+    )
     assert train(tiny_model_dir, recipe, "--pairing", "mirror", out="other").data["trainable_parameters"] == 32
 
 
@@ -89,7 +92,7 @@ def test_a_mapping_replaces_a_name_and_a_name_a_mapping(desk: Path, tiny_model_d
         ("nowhere.json", "--pairing: cannot read nowhere.json"),
         ("text.json", "--pairing: cannot read text.json (Expecting value"),
         ("twice.json", "--pairing: cannot read twice.json (key 'query' stands twice)"),
-        ("number.json", "--pairing: number.json holds int. Allowed: a list of pairs, or an object of such lists"),
+        ("number.json", "--pairing: number.json holds a number. Allowed: a list of pairs, or an object of such lists"),
         ("overlap.json", "direction 1 is in the pairs [0, 1] and [1, 2]"),
         ("far.json", "direction 32 is listed, and 32 are kept in"),
         ("typo.json", "'querry' matches none of the 13 linear layers. Nearest: query"),

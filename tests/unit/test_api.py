@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -523,3 +526,66 @@ def test_trl_trains_it(tmp_path: Path) -> None:
     )
     for name, parameter in adapter_parameters(again).items():  # nothing was left to train
         assert torch.equal(parameter, adapter_parameters(model)[name])
+
+
+def _compiled_regions(model: Any) -> Any:
+    from accelerate.utils import compile_regions
+
+    return compile_regions(model, backend="eager")
+
+
+def _compiled_layers(model: Any) -> Any:
+    layers = model.bert.encoder.layer
+    for index in range(len(layers)):
+        layers[index] = torch.compile(layers[index], backend="eager")
+    return model
+
+
+def _checkpointed(model: Any) -> Any:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, type(model.bert.encoder.layer[0])))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [_compiled_regions, _compiled_layers, _checkpointed])
+def test_a_model_whose_layers_are_wrapped_is_saved(tmp_path: Path, wrap: Any) -> None:
+    model = wrap(mirrortune.attach(tiny_bert()))
+    mirrortune.save_adapter(model, tmp_path / "adapter")
+    loaded = mirrortune.load_adapter(tiny_bert(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(tiny_bert()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_that_forwards_attributes_is_saved(tmp_path: Path) -> None:
+    class Forwarding(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inside"), name)
+
+    mirrortune.save_adapter(Forwarding(mirrortune.attach(tiny_bert().bert)), tmp_path / "adapter")
+    mirrortune.load_adapter(tiny_bert().bert, tmp_path / "adapter")
+
+
+def test_an_adapted_model_goes_with_its_last_reference(tmp_path: Path) -> None:
+    model = mirrortune.attach(tiny_bert())
+    other = copy.deepcopy(model)
+    seen = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
+    with pytest.warns(UserWarning, match="save_pretrained"):
+        other.save_pretrained(tmp_path)  # of the copy itself
+
+
+def test_whole_numbers_of_numpy_are_taken() -> None:
+    spec = mirrortune.attach(tiny_bert(), rank=np.int64(4), seed=np.int64(3)).mirrortune.spec  # type: ignore[arg-type]
+    assert (type(spec.rank), spec.rank, type(spec.seed), spec.seed) == (int, 4, int, 3)

@@ -91,8 +91,9 @@ class FileCells:
 
     def named(self) -> list[str]:
         """Return the name and the size of the file of each row whose cell holds a path."""
-        found = ((self._found(row), self.size(row)) for row in range(len(self)))
-        return [f"{place.name} {size}" for place, size in found if isinstance(place, Path)]
+        found = (self._found(row) for row in range(len(self)))
+        places = (place for place in found if isinstance(place, Path))
+        return [f"{place.name} {place.stat().st_size if place.is_file() else None}" for place in places]
 
     def unreadable(self, row: int, error: Exception | str) -> MirrortuneError:
         """Return the error for a file that could not be decoded, because of an exception or for the reason given."""

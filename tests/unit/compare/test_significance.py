@@ -125,3 +125,18 @@ def test_rows_that_differ_between_seeds_are_drawn_for_each_seed() -> None:
     right = Sample(values=(1.0,) * 3, predictions=references, references=references)
     wrong = Sample(values=(0.0,) * 3, predictions=tuple(1 - r for r in references), references=references)
     assert bootstrap_interval(right, wrong, ACCURACY, seed=0) == (1.0, 1.0)
+
+
+def test_ranks_that_each_model_gave_are_compared() -> None:
+    better, worse = np.tile([1, 1, 2], 40), np.tile([1, 3, 4], 40)
+    samples = {
+        name: Sample(values=(score, score + 0.01), predictions=(np.zeros(120),) * 2, references=(ranks,) * 2)
+        for name, ranks, score in (("base", worse, 0.3), ("ours", better, 0.6))
+    }
+    ranked = {name: own.by_ranks() for name, own in samples.items()}
+    metric = METRICS["recall_at_1"]
+    (found,) = compare_with_reference(ranked, "base", metric.of_ranks, higher_is_better=True)
+    assert found.low is not None
+    assert found.high is not None
+    expected = metric.compute(better, better) - metric.compute(worse, worse)
+    assert 0 < found.low < expected < found.high

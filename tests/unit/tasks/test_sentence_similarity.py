@@ -288,6 +288,12 @@ def test_pairs_that_contradict_each_other_are_warned_of(table: pa.Table) -> None
     assert not [note for note in of_others if note.startswith("warning")]
 
 
+@pytest.mark.parametrize("scores", [[[0.1, 0.2]] * 3, [{"a": 1}] * 3, [None] * 3])
+def test_a_column_of_lists_is_no_score_and_no_verdict(scores: list[Any]) -> None:
+    task, _ = KIND.from_rows(pa.table({**PAIRS, "score": scores}), "rows")
+    assert task.label_column is None
+
+
 @pytest.mark.parametrize("columns", [{"score": [1, 1, 1]}, {"sentence2": ["fun", "fun", "fun"]}])
 def test_rows_without_anything_to_compare_are_remarked_on(columns: dict[str, Any]) -> None:
     _, notes = KIND.from_rows(pa.table({**PAIRS, **columns}), "rows")
