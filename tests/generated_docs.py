@@ -114,7 +114,10 @@ def method_options() -> str:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 kind = re.sub(r"Literal\[(.*)\]", r"\1", str(parameter.annotation)).replace("'", "")
                 key = f"`adapter.options.{parameter.name}`"
-                rows.append((key, ", ".join(f"`{user}`" for user in users), kind, f"`{parameter.default}`"))
+                others = {u: PRESETS[u].options[parameter.name] for u in users
+                          if u in PRESETS and parameter.name in PRESETS[u].options}  # fmt: skip
+                default = ", ".join([f"`{parameter.default}`", *(f"`{own}` for `{u}`" for u, own in others.items())])
+                rows.append((key, ", ".join(f"`{user}`" for user in users), kind, default))
     return table(("option", "methods", "value", "default"), rows)
 
 
