@@ -56,6 +56,8 @@ class Fingerprint:
         clusters: of each matrix.
         cluster_sketches: of each matrix, flat, float32: (2m, m) for each cluster of m vectors and side.
         has_sizes: False if the sketch has only signs.
+        rounded_to: dtype that the factors of a loaded adapter are rounded to, which may be narrower than that of the
+            layer that holds them; None for the dtype of the layer.
     """
 
     weight_hash: str
@@ -65,6 +67,7 @@ class Fingerprint:
     clusters: tuple[Clusters, ...] = ()
     cluster_sketches: tuple[Tensor, ...] = ()
     has_sizes: bool = True
+    rounded_to: torch.dtype | None = None
 
     @classmethod
     def of_weight(cls, weight: Tensor) -> Fingerprint:
@@ -84,6 +87,10 @@ class Fingerprint:
     def is_of(self, weight: Tensor) -> bool:
         """Return whether ``weight`` has the hashed values."""
         return self.weight_hash == f"values:{value_digest(weight)}"
+
+    def coarsest(self, held_in: torch.dtype) -> torch.dtype:
+        """Return the dtype of the coarsest rounding of the factors that a layer holds in the dtype ``held_in``."""
+        return max(held_in, self.rounded_to or held_in, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def weight_digest(weight: Tensor) -> str:

@@ -87,7 +87,7 @@ class AdapterFile:
         fingerprints: by layer, in module order.
         layouts: how each layer's weight holds matrices.
         weights: every name of each layer's weight in the base model's state.
-        dtypes: of each layer's factors where it was trained.
+        dtypes: dtype that each layer's factors were rounded to in training.
         tensors: as in the module's docstring, without the effects.
         base: name, revision, commit, dtype and auto_class of the base model.
         task: the task's own description, or None for an adapter trained outside mirrortune's loop.
@@ -146,7 +146,7 @@ class AdapterFile:
             name: {
                 **describe_target(name, target),
                 **describe_basis(fingerprints[name]),
-                "dtype": str(held[name].U.dtype).removeprefix("torch."),
+                "dtype": str(fingerprints[name].coarsest(held[name].U.dtype)).removeprefix("torch."),
             }
             for name, target in attachment(model).targets.layers.items()
         }

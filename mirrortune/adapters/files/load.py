@@ -180,6 +180,8 @@ def _attach_cores(
             book(name, trained_weight(name, weight), factors, core)
         else:
             book.entries[name] = completed(adapter.fingerprints[name], factors)
+        # A layer in a wider dtype holds the rounded factors too; the adapter must be saved with this dtype.
+        book.entries[name] = replace(book.entries[name], rounded_to=_dtype(adapter, name, weight))
 
     attach(model, spec, targets=targets, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note)
 

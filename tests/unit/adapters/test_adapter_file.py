@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import mirrortune
-from mirrortune.adapters.files.adapter_file import read_adapter, write_adapter
+from mirrortune.adapters.files.adapter_file import Form, read_adapter, write_adapter
 from mirrortune.adapters.files.description import FORMAT_VERSION
 from mirrortune.adapters.files.load import load_into, stored_targets
 from mirrortune.adapters.files.tensors import pack_tensors, to_bits, unpack_tensors
@@ -28,6 +28,7 @@ from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.errors import MirrortuneError, VerificationError
+from tests.spectral import relative, train_a_little
 from tests.tiny_models import tiny_bert, tiny_roberta
 from tests.tiny_runs import adapt, logits
 
@@ -372,3 +373,73 @@ def test_an_adapter_without_a_core_holds_parameters_alone(tmp_path: Path) -> Non
     loaded = load(folder)
     assert not spectral_layers(loaded)
     assert torch.equal(logits(loaded), adapted.logits())
+
+
+def base_of(dtype: torch.dtype) -> torch.nn.Module:
+    """Return the tiny BERT in ``dtype``."""
+    return tiny_bert().to(dtype)
+
+
+def trained(model: torch.nn.Module, method: str = "mirror") -> torch.nn.Module:
+    """Attach an adapter to ``model`` and give its cores random parameters."""
+    return train_cores(mirrortune.attach(model, method=method), 0)
+
+
+@torch.no_grad()
+def train_cores(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Give all cores of ``model`` random parameters."""
+    for index, layer in enumerate(spectral_layers(model).values()):
+        train_a_little(layer.core, seed + index)
+    return model
+
+
+WIDER = [
+    ("mirror", torch.bfloat16),
+    ("mirror-scale", torch.bfloat16),
+    ("scale", torch.float16),
+    ("svft", torch.float16),
+]
+
+
+@pytest.mark.parametrize("form", ["compact", "portable"])
+@pytest.mark.parametrize(("method", "dtype"), WIDER)
+def test_an_adapter_loaded_in_a_wider_dtype_can_be_saved_again(
+    tmp_path: Path, method: str, dtype: torch.dtype, form: Form
+) -> None:
+    narrow = trained(base_of(dtype), method)
+    mirrortune.save_adapter(narrow, tmp_path / "first", form=form)
+    wide = mirrortune.load_adapter(base_of(dtype).float(), tmp_path / "first")
+    for again in ("compact", "portable"):
+        mirrortune.save_adapter(wide, tmp_path / again, form=again)
+        assert set(read_adapter(tmp_path / again).dtypes.values()) == {str(dtype).removeprefix("torch.")}
+        loaded = mirrortune.load_adapter(base_of(dtype).float(), tmp_path / again)
+        assert torch.equal(logits(loaded), logits(wide))
+        assert torch.equal(logits(mirrortune.load_adapter(base_of(dtype), tmp_path / again)), logits(narrow))
+    train_cores(wide, 5)
+    mirrortune.save_adapter(wide, tmp_path / "trained", form=form)
+    loaded = mirrortune.load_adapter(base_of(dtype).float(), tmp_path / "trained")
+    assert torch.equal(logits(loaded), logits(wide))
+
+
+@pytest.mark.parametrize("form", ["compact", "portable"])
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_an_adapter_converted_to_a_narrower_dtype_is_saved_with_it(tmp_path: Path, form: Form, is_loaded: bool) -> None:
+    model = trained(base_of(torch.bfloat16).float())
+    if is_loaded:
+        mirrortune.save_adapter(model, tmp_path / "first")
+        model = mirrortune.load_adapter(base_of(torch.bfloat16).float(), tmp_path / "first")
+    mirrortune.save_adapter(model.bfloat16(), tmp_path / "adapter", form=form)
+    assert set(read_adapter(tmp_path / "adapter").dtypes.values()) == {"bfloat16"}
+    for base in (base_of(torch.bfloat16), base_of(torch.bfloat16).float()):
+        loaded = mirrortune.load_adapter(base, tmp_path / "adapter")
+        for name, layer in spectral_layers(loaded).items():  # outputs differ: the loaded core computes in float32
+            assert relative(layer.delta_weight(), spectral_layers(model)[name].delta_weight()) <= 1e-4
+
+
+def test_the_coarser_of_two_16_bit_dtypes_is_saved(tmp_path: Path) -> None:
+    mirrortune.save_adapter(trained(base_of(torch.bfloat16)), tmp_path / "first")
+    model = mirrortune.load_adapter(base_of(torch.bfloat16).float(), tmp_path / "first").half()
+    mirrortune.save_adapter(model, tmp_path / "adapter", form="compact")
+    loaded = mirrortune.load_adapter(base_of(torch.bfloat16).float(), tmp_path / "adapter")
+    for name, layer in spectral_layers(loaded).items():
+        assert relative(layer.delta_weight(), spectral_layers(model)[name].delta_weight()) <= 1e-4
