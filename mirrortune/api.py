@@ -281,6 +281,7 @@ def merge_adapter(
     if format not in ("hf", "lora", "gguf"):
         raise ConfigError("format", f"got {format!r}", allowed="hf, lora, gguf")
     base = None if base is None else os.fspath(base)
+    rank = _whole(rank)
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
         raise ConfigError("rank", f"got {rank!r}", allowed="a whole number, or None")
     if rank is not None and format == "hf":

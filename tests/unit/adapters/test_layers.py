@@ -194,6 +194,12 @@ def test_an_input_without_a_gradient_needs_no_product_with_the_weight() -> None:
 @pytest.mark.parametrize(("problem", "strategy"), [(FULL, "factored"), (FULL, "branch"), (PART, "branch")], ids=str)
 def test_model_code_may_change_the_output_in_place(problem: Problem, strategy: str, variant: Variant) -> None:
     layer = build_layer(problem, variant, strategy, dtype=torch.float32)
-    y = layer(torch.ones(2, 3, problem.in_features))
+    x = torch.ones(2, 3, problem.in_features)
+    y = layer(x)
     y[:, 1] = 0  # as SpecAugment does
     y.sum().backward()
+    changed = {name: p.grad for name, p in layer.core.named_parameters() if p.requires_grad}
+    layer.zero_grad()
+    layer(x)[:, ::2].sum().backward()
+    for name, p in layer.core.named_parameters():
+        torch.testing.assert_close(changed.get(name), p.grad)
