@@ -9,8 +9,9 @@
 SmolLM2-135M-Instruct on the commonsense questions at hand and on GSM8K (rows: ``tests/bench/real_hub.py``; weights:
 ``tests/bench/assets.py``, or ``--model``). FOLDER gets a comparison for each task, whose finished runs are kept: the
 same command continues. Learning rates are those that ``tests/bench/results/rates/chatterbot`` has chosen for this
-model; LoRA was not in it and chooses between two by the loss on the rows that are scored here, which can only favour
-it. The model is scored once before training and once after the last step, on rows set aside from the training rows.
+model; mirror-scale and LoRA were not in it and choose between two by the loss on the rows that are scored here, which
+can only favour them. The model is scored once before training and once after the last step, on rows set aside from
+the training rows.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.bench.real_hub import FOLDER_VARIABLE, data_folder, real_hub
 MODEL = "smollm2-135m-instruct"
 SEED = 0
 METHODS = (
-    "mirror:scale_top_k=all:lr=1e-2", "lora:rank=8:lr=1e-3/3e-3", "svft:lr=1e-1", "psoft:lr=1e-3", "mirror:lr=1e-2",
+    "mirror-scale:lr=1e-2/2e-2", "lora:rank=8:lr=1e-3/3e-3", "svft:lr=1e-1", "psoft:lr=1e-3", "mirror:lr=1e-2",
 )  # fmt: skip
 
 

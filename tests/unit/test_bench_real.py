@@ -218,6 +218,6 @@ def test_answers_are_tabled_beside_those_before_training(tmp_path: Path) -> None
     said = answers.table(answers.read(tmp_path))
 
     assert "| gsm8k | before training |  |  |  | 9.00 | 0.0 ± 0.5 |  |" in said
-    assert "| gsm8k | `mirror:scale_top_k=all` | 0.01 | 1,200 | 5 kB | 3.00 | 4.0 ± 2.0 | 1.5 min |" in said
+    assert "| gsm8k | `mirror-scale` | 0.01 | 1,200 | 5 kB | 3.00 | 4.0 ± 2.0 | 1.5 min |" in said
     assert "16 steps of 8 rows, 100 rows answered" in said
     assert str(tmp_path) not in said
