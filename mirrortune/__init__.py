@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune any transformers model by turning the singular directions of its pretrained weights.
+"""Fine-tune any transformers model by rotating and rescaling the singular directions of its pretrained weights.
 
 Importing this package does not import torch; the names below are imported on first use.
 """

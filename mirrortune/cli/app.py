@@ -67,7 +67,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="mirrortune",
     cls=_Commands,
-    help="Fine-tune any transformers model by turning the singular directions of its weights.",
+    help="Fine-tune any transformers model by rotating and rescaling the singular directions of its weights.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -175,11 +175,11 @@ def prepare(
 @with_recipe_flags()
 def train(
     words: Words = None, *, task: TaskName = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run that is there.")] = False, overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output directory.")] = False, overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; fetch no weights, train nothing.")] = False,
     find_lr: Annotated[bool, typer.Option("--find-lr", help="Sweep learning rates for a minute and propose one; train nothing.")] = False,
     num_processes: Annotated[int | None, typer.Option("--num-processes", min=1, metavar="N", rich_help_panel="Processes", show_default=False, help="Processes on this machine: one for each GPU, or sharing the cores.")] = None,
-    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, zero2, zero3, cpu-2, or a config file of accelerate's.")] = None,
+    accelerate_config: Annotated[str | None, typer.Option("--accelerate-config", metavar="NAME", rich_help_panel="Processes", show_default=False, help="How they work together: ddp (default), fsdp2, zero2, zero3, cpu-2, or an accelerate config file.")] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
     """Fine-tune, and write a run directory with the adapter, its metrics and its curves.
@@ -268,7 +268,7 @@ def compare(
     output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder of the comparison; finished runs in it are kept.")] = "comparison",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each method that are reported.")] = 5,
     tune_seeds: Annotated[int, typer.Option("--tune-seeds", min=1, help="Runs by which each learning rate is judged.")] = 1,
-    choose_by: Annotated[Literal["score", "loss"], typer.Option("--choose-by", help="What judges a learning rate; the loss is the less noisy one on few rows.")] = "score",
+    choose_by: Annotated[Literal["score", "loss"], typer.Option("--choose-by", help="Choose learning rates by score or by loss, which is less noisy on few rows.")] = "score",
     lr_grid: Annotated[str | None, typer.Option("--lr-grid", metavar="X,Y,...", help="Learning rates for every method; around its own default otherwise.", show_default=False)] = None,
     extensions: Annotated[int, typer.Option("--extensions", min=0, help="Learning rates added while the best lies at the edge of the grid.")] = 2,
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Runs at a time; one for each GPU by default.", show_default=False)] = None,

@@ -59,9 +59,9 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of sampling.")] = 0,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False, **given: Any,
 ) -> None:  # fmt: skip
-    """Talk to a language model; /help lists what a line may be. Piped input is answered line by line.
+    """Talk to a language model; /help lists the commands. Piped input is answered line by line.
 
-    mirrortune chat runs/sft-dolly-smollm2-mirror-scale
+    mirrortune chat runs/sft-dolly-smollm2-135m-instruct-mirror-scale
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     resolved = _resolved(target, words or [], given, reporter)

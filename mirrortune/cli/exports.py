@@ -21,17 +21,17 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def merge(
     targets: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directory or adapter folder; several are merged in order.", show_default=False)], *,
-    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Folder to make.", show_default=False)],
+    output_dir: Annotated[str, typer.Option("-o", "--output-dir", metavar="TEXT", help="Output folder.", show_default=False)],
     format: Annotated[str, typer.Option("--format", metavar="hf|lora|gguf", help="Plain weights (hf), a LoRA adapter in PEFT's format (lora) or in llama.cpp's (gguf).")] = "hf",
     rank: Annotated[int | None, typer.Option("--rank", metavar="N", help="With lora and gguf: directions kept; all by default.", show_default=False)] = None,
     max_shard_size: Annotated[str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Largest file of plain weights, such as 2GB; as in the base by default.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="Another place of the same base model.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option("--base", "-m", "--model", metavar="TEXT", help="The base model: the same weights elsewhere, or the full-precision weights of a quantised base.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier merge wrote there.")] = False,
     force_base: Annotated[bool, typer.Option("--force-base", rich_help_panel="Dangerous options", help="Merge into a base with other weights than the adapter was trained on.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", rich_help_panel="Dangerous options", help="Run Python code from the model's repository.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Write plain weights that need nothing of ours; reopened and verified, or not written.
+    """Merge adapters into plain weights, and verify the result before it is put in place.
 
     mirrortune merge runs/sst2-roberta-base-mirror-scale -o merged
     """
@@ -64,7 +64,7 @@ def merge(
 
 def push(
     target: Annotated[str, typer.Argument(metavar="RUN", help="Run directory, adapter folder, or what merge wrote.", show_default=False)],
-    repository: Annotated[str, typer.Argument(metavar="ID", help="Repository on the Hub: name or owner/name; made if need be.", show_default=False)], *,
+    repository: Annotated[str, typer.Argument(metavar="ID", help="Repository on the Hub: name or owner/name; created if it does not exist.", show_default=False)], *,
     revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch to send to.", show_default=False)] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,

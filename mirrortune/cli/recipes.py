@@ -67,7 +67,7 @@ def cat(name: RecipeName, *, json: Json = False, debug: Debug = False) -> None:
 def cp(
     name: RecipeName,
     target: Annotated[str | None, typer.Argument(metavar="[FILE]", help="File or folder to copy to; its own name here by default.", show_default=False)] = None,
-    *, overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    *, overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Copy a shipped recipe, to change it.

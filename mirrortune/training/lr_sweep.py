@@ -20,7 +20,7 @@ from mirrortune.errors import DivergedError
 from mirrortune.training.trainer import Trainer
 
 _BELOW, _ABOVE = 1e-3, 1e2
-"""Lowest and highest rate of a sweep, relative to the method's default."""
+"""Lowest and highest rate of a sweep, relative to the set rate."""
 _STOPS_AT = 4.0
 """A sweep ends when the loss exceeds the lowest loss so far by this factor."""
 _WINDOW = 0.12
@@ -79,7 +79,7 @@ def sweep_rates(trainer: Trainer, *, lr: float, num_steps: int, on_step: Callabl
 
     Args:
         trainer: trainer with a learning rate of 1; its model is changed and must not be used afterwards.
-        lr: default learning rate of the method.
+        lr: set learning rate; the sweep spans a thousandth to a hundred times it.
         num_steps: number of steps and rates.
         on_step: called after each step.
 
