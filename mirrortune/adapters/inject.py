@@ -78,7 +78,7 @@ def attach(
     factor_source: FactorSource | None = None,
     pairs: dict[str, Tensor] | None = None,
     on_layer: LayerHook | None = None,
-    strategies: Mapping[str, Strategy] | None = None,
+    strategies: Mapping[str, Strategy | None] | None = None,
 ) -> nn.Module:
     """Adapt ``model`` in place: attach cores to its target layers, and freeze all other parameters except the head.
 

@@ -88,3 +88,15 @@ def cheapest_strategy(
         return found * _GAIN if strategy == "dense" else found
 
     return min(candidates(out_features, in_features, rank, dtype, kind), key=weighted)
+
+
+def loaded_strategy(asked: Strategy | None, rounded_to: torch.dtype, held_in: torch.dtype) -> Strategy | None:
+    """Return the strategy for a loaded layer whose factors were rounded to another dtype than that which holds them:
+    ``branch`` in place of ``factored``, because rounded factors do not reproduce a weight that is held more exactly.
+
+    Args:
+        asked: strategy of the adapter; None for the cheapest.
+        rounded_to: dtype that the factors were rounded to in training.
+        held_in: dtype of the layer.
+    """
+    return asked if asked == "dense" or rounded_to == held_in else "branch"

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from mirrortune import __version__
 from mirrortune.adapters.files.adapter_file import AdapterFile, checked_tensor
 from mirrortune.adapters.files.description import FORMAT_VERSION
-from mirrortune.adapters.files.load import stored_pairs, stored_targets
+from mirrortune.adapters.files.load import factors_dtype, stored_pairs, stored_targets
 from mirrortune.adapters.files.tensors import describe_basis, describe_target, pack_tensors, to_bits
 from mirrortune.adapters.fingerprint import weight_digest
 from mirrortune.adapters.inject import FactorSource
 from mirrortune.adapters.kinds import CallableKind
 from mirrortune.adapters.layout import Layout
 from mirrortune.adapters.plain import modules_of
-from mirrortune.adapters.spec import AdapterSpec
-from mirrortune.adapters.strategies import Strategy, cheapest_strategy
+from mirrortune.adapters.strategies import Strategy, cheapest_strategy, loaded_strategy
 from mirrortune.adapters.targets import Target, Targets, kind_of
 from mirrortune.errors import ConfigError, VerificationError
 from mirrortune.inference.bank_bases import Basis, CoreDesign, LayerBases, encoded
@@ -241,7 +240,9 @@ class Admission:
         own: dict[str, Any] = {"spec": spec, "layer": name, "shape": target.shape, "rank": rank}
         own["design"] = json.dumps(said, sort_keys=True)
         basis, signs = bases.match(adapter, CoreDesign(**own), pairs, self.source)
-        strategy = _strategy(spec, target, basis.held.factors.U.dtype)
+        U = basis.held.factors.U
+        asked = loaded_strategy(spec.strategy, factors_dtype(adapter, name, U), U.dtype)
+        strategy = _strategy(asked, target, U.dtype)
         return Part(**own, layout=target.layout, kind=kind, basis=basis, signs=signs, strategy=strategy)
 
     def _structure(
@@ -348,12 +349,12 @@ def _check_cores(
             raise VerificationError(str(adapter.folder), problem, fix="Use the model that the adapter was made for")
 
 
-def _strategy(spec: AdapterSpec, target: Target, dtype: torch.dtype) -> Strategy:
+def _strategy(asked: Strategy | None, target: Target, dtype: torch.dtype) -> Strategy:
     """Return how a layer computes if all rows have this adapter; ``branch`` replaces ``dense``."""
     is_whole = target.layout.rows is None and len(target.places) == 1 and target.rank >= min(target.shape)
-    if not is_whole or spec.strategy == "dense":
+    if not is_whole or asked == "dense":
         return "branch"
-    return spec.strategy or cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
+    return asked or cheapest_strategy(*target.shape, target.rank, dtype, target.kind)
 
 
 def _packed(adapter: AdapterFile) -> tuple[dict[str, Tensor], dict[str, dict[str, list[int]]]]:

@@ -29,7 +29,7 @@ from mirrortune.adapters.inject import (
 )
 from mirrortune.adapters.peft_bridge import tuners
 from mirrortune.adapters.spec import AdapterSpec, build_core
-from mirrortune.adapters.strategies import Strategy
+from mirrortune.adapters.strategies import Strategy, loaded_strategy
 from mirrortune.adapters.svd import Factors
 from mirrortune.adapters.targets import Targets, find_targets
 from mirrortune.errors import ConfigError, VerificationError
@@ -181,9 +181,17 @@ def _attach_cores(
         else:
             book.entries[name] = completed(adapter.fingerprints[name], factors)
         # A layer in a wider dtype holds the rounded factors too; the adapter must be saved with this dtype.
-        book.entries[name] = replace(book.entries[name], rounded_to=_dtype(adapter, name, weight))
+        book.entries[name] = replace(book.entries[name], rounded_to=factors_dtype(adapter, name, weight))
 
-    attach(model, spec, targets=targets, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note)
+    plain = {name: target.weight(model) for name, target in targets.layers.items() if not target.kind.is_quantised}
+    strategies = {
+        name: loaded_strategy(spec.strategy, factors_dtype(adapter, name, weight), weight.dtype)
+        for name, weight in plain.items()
+    }
+    attach(
+        model, spec, targets=targets, factor_source=factors_of, pairs=stored_pairs(adapter), on_layer=note,
+        strategies=strategies,
+    )  # fmt: skip
 
 
 def restore_into(model: nn.Module, adapter: AdapterFile, book: FingerprintBook | None = None) -> None:
@@ -274,7 +282,7 @@ def trained_factors(
     if factors is None:
         found = source(name, weight, adapter.fingerprints[name].rank)
         aligned, doubt = try_align(found, adapter.fingerprints[name], name)
-        factors = _as_held(aligned, _dtype(adapter, name, weight))
+        factors = _as_held(aligned, factors_dtype(adapter, name, weight))
     expected = adapter.effects.get(name)
     if expected is not None:
         distance = effect_error(effect(factors, stored_core(adapter, name, factors.S)), expected)
@@ -298,7 +306,7 @@ def check_weight(adapter: AdapterFile, name: str, weight: Tensor) -> None:
     """
     if not adapter.fingerprints[name].is_of(weight):
         raise _other_weight(adapter, name)
-    trained_in = _dtype(adapter, name, weight)
+    trained_in = factors_dtype(adapter, name, weight)
     if torch.promote_types(weight.dtype, trained_in) != weight.dtype:
         found, wanted = (str(dtype).removeprefix("torch.") for dtype in (weight.dtype, trained_in))
         raise VerificationError(
@@ -348,7 +356,7 @@ def _stored_factors(adapter: AdapterFile, name: str) -> Factors | None:
     return Factors(U=U, S=S, Vh=Vh)
 
 
-def _dtype(adapter: AdapterFile, name: str, weight: Tensor) -> torch.dtype:
+def factors_dtype(adapter: AdapterFile, name: str, weight: Tensor) -> torch.dtype:
     """Return the dtype that the factors of the layer were rounded to in training."""
     found = getattr(torch, str(adapter.dtypes[name]), None)
     return found if isinstance(found, torch.dtype) and found.is_floating_point else weight.dtype

@@ -26,6 +26,7 @@ from mirrortune.adapters.files.tensors import pack_tensors, to_bits, unpack_tens
 from mirrortune.adapters.fingerprint import fingerprint
 from mirrortune.adapters.inject import spectral_layers
 from mirrortune.adapters.spec import AdapterSpec
+from mirrortune.adapters.strategies import Strategy
 from mirrortune.adapters.svd import Factors, factorize
 from mirrortune.errors import MirrortuneError, VerificationError
 from tests.spectral import relative, train_a_little
@@ -419,6 +420,15 @@ def test_an_adapter_loaded_in_a_wider_dtype_can_be_saved_again(
     mirrortune.save_adapter(wide, tmp_path / "trained", form=form)
     loaded = mirrortune.load_adapter(base_of(dtype).float(), tmp_path / "trained")
     assert torch.equal(logits(loaded), logits(wide))
+
+
+@pytest.mark.parametrize("strategy", [None, "factored", "dense"])
+def test_an_untrained_adapter_loaded_in_a_wider_dtype_is_its_base(tmp_path: Path, strategy: Strategy | None) -> None:
+    narrow = adapt(AdapterSpec(method="mirror", strategy=strategy), model=base_of(torch.bfloat16), trained=None)
+    folder = narrow.save(tmp_path / "adapter", dtype="bfloat16")
+    base = base_of(torch.bfloat16).float()
+    expected = logits(base)
+    assert relative(logits(mirrortune.load_adapter(base, folder)), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("form", ["compact", "portable"])

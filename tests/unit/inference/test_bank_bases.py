@@ -82,8 +82,11 @@ def test_a_basis_that_is_another_one_is_held_beside_the_first(tmp_path: Path) ->
     with torch.no_grad(), bank.rows(["wide", "narrow"]):
         found = logits_of(bank.model, {"input_ids": cases.batch["input_ids"][:2]})
         expected = alone(input_ids=cases.batch["input_ids"][1:2]).logits
+        with bank.rows(["narrow", "narrow"]):  # exact factors could replace the weight for them
+            both = logits_of(bank.model, {"input_ids": cases.batch["input_ids"][1:3]})
     torch.testing.assert_close(found[0], cases.alone["wide"][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[1:], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(both[:1], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_second_adapter_factorises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

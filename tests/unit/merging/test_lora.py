@@ -149,6 +149,35 @@ def test_it_is_compared_and_used_in_the_dtype_of_training_and_in_the_stored_one(
         assert difference <= max(1e-5, 8 * coarsest) * largest
 
 
+@pytest.mark.parametrize(("method", "trained_in"), [("mirror-scale", "bfloat16"), ("mirror", "float16")])
+def test_an_adapter_that_was_loaded_in_a_wider_dtype_is_exported(tmp_path: Path, method: str, trained_in: str) -> None:
+    """Its layers hold factors rounded to 16 bits beside the whole weight; the reference is W + delta in float64."""
+    dtype = getattr(torch, trained_in)
+    tiny_causal().to(dtype).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    tiny_chat_tokenizer().save_pretrained(tmp_path / "base")
+    wide, exact = (AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=d) for d in ("float32", "float64"))
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    mirrortune.attach(narrow, method=method)
+    for index, layer in enumerate(spectral_layers(narrow).values()):
+        train_a_little(layer.core, index)
+    mirrortune.save_adapter(narrow, tmp_path / "narrow")
+    mirrortune.load_adapter(wide, tmp_path / "narrow")
+    mirrortune.save_adapter(wide, tmp_path / "wide")
+
+    verdict = mirrortune.merge_adapter(None, tmp_path / "wide", tmp_path / "lora", "lora")
+
+    with torch.no_grad():
+        for name, layer in spectral_layers(narrow).items():
+            weight = exact.get_parameter(f"{name}.weight")
+            weight.add_(layer.layout.tensor(layer.delta_weight()))
+    expected = causal_logits(exact.eval())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="float32")
+    by_peft = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    assert (verdict["passed"], verdict["tolerance"] < 1e-4) == (True, True)
+    assert relative(causal_logits(by_peft), expected) <= 1e-6
+    assert relative(causal_logits(wide.eval()), expected) <= 1e-6
+
+
 def causal_logits(model: Any) -> torch.Tensor:
     """Logits of a language model on fixed tokens, in the model's own dtype."""
     ids = torch.randint(0, 250, (2, 11), generator=torch.Generator().manual_seed(4))
