@@ -22,7 +22,7 @@ from mirrortune.adapters.factor_cache import FactorCache
 from mirrortune.adapters.files.adapter_file import adapter_contents, outdated_files, read_adapter
 from mirrortune.adapters.files.load import FingerprintBook, adapt, load_into, restore_into
 from mirrortune.adapters.files.tensors import Form
-from mirrortune.adapters.inject import attachment, check_unwrapped, unwrapped
+from mirrortune.adapters.inject import attachment, check_plain, check_unwrapped, unwrapped
 from mirrortune.adapters.pairings.listed import PairLists
 from mirrortune.adapters.plain import RowRange
 from mirrortune.adapters.spec import AdapterSpec, as_asked, check_asked
@@ -135,8 +135,8 @@ def save_adapter(
         subfolder: subfolder of ``directory`` and of the repository; pass it to :func:`load_adapter` as well.
 
     Raises:
-        ConfigError: the model has no adapter, ``directory`` is a file, the id is invalid, or parameters require
-            gradients that neither the adapter nor ``also_train`` holds.
+        ConfigError: the model has no adapter, ``directory`` is a file, the id is invalid, parameters require
+            gradients that neither the adapter nor ``also_train`` holds, or trained parameters are not finite.
         HubError: the upload failed.
     """
     if repository is not None:
@@ -147,6 +147,7 @@ def save_adapter(
         raise ConfigError("form", f"got {form!r}", allowed=", ".join(get_args(Form)))
     model = unwrapped(model)
     check_saved_whole(model)
+    _check_finite(model)
     base = _describe_base(model)
 
     files = adapter_contents(model, _book_of(model).entries, base=base, task=None, extra={}, form=form)
@@ -194,9 +195,11 @@ def load_adapter(
         ``model``, with the adapter attached.
 
     Raises:
+        ConfigError: the model has an adapter already, or is in a bank.
         VerificationError: the base is not that of the adapter, a basis cannot be aligned, or a file is damaged.
     """
     check_unwrapped(model, "load_adapter")
+    check_plain(model, "load_adapter")
     folder = local_adapter(directory, revision=revision, subfolder=subfolder)
     adapter = read_adapter(folder)
     for rows in filter(None, map(RowRange.parse, adapter.plain)):
@@ -223,6 +226,16 @@ def check_saved_whole(model: nn.Module) -> None:
             "model", f"parameters outside the adapter require gradients, and an adapter would not hold them: {shown}",
             fix="Name them at the start with attach(..., also_train=[...]); or freeze them with requires_grad_(False), "
             "and what they have learned is not saved",
+        )  # fmt: skip
+
+
+def _check_finite(model: nn.Module) -> None:
+    trained = {**inject.adapter_parameters(model), **inject.plain_parameters(model)}
+    if broken := [name for name, parameter in trained.items() if not parameter.isfinite().all()]:
+        shown = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+        raise ConfigError(
+            "model", f"the training has diverged: trained parameters hold NaN or infinities: {shown}",
+            fix="Train again with a lower learning rate; train a float16 model in bfloat16 or float32",
         )  # fmt: skip
 
 

@@ -120,6 +120,19 @@ def attach(
     return model
 
 
+def check_plain(model: nn.Module, where: str) -> None:
+    """Check that a model has no adapter and is in no bank.
+
+    Raises:
+        ConfigError: it has, at ``where``.
+    """
+    if isinstance(getattr(model, "mirrortune", None), Attachment):
+        raise ConfigError(where, "the model has an adapter already", fix="Load the base model anew")
+    if BANK in vars(model):
+        fix = "add() it to the bank, or close() the bank first"
+        raise ConfigError(where, "the model is in an AdapterBank", fix=fix)
+
+
 def checked_targets(
     model: nn.Module, spec: AdapterSpec, known: Targets | None, new_parameters: Iterable[str] = ()
 ) -> Targets:
@@ -128,11 +141,7 @@ def checked_targets(
     Raises:
         ConfigError: see :func:`check_spec` and :func:`find_targets`; also if the model is adapted already.
     """
-    if isinstance(getattr(model, "mirrortune", None), Attachment):
-        raise ConfigError("attach", "the model has an adapter already", fix="Load the base model anew")
-    if BANK in vars(model):
-        fix = "add() it to the bank, or close() the bank first"
-        raise ConfigError("attach", "the model is in an AdapterBank", fix=fix)
+    check_plain(model, "attach")
     if known is not None:
         return known
     check_spec(spec)

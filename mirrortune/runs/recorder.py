@@ -133,7 +133,7 @@ def recording(
 
 
 def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the rotation angles in degrees of the planes of each layer's core; empty if no core has planes."""
+    """Return the rotation angles in degrees of the planes of each layer's core, (T,) or (E, T); empty if no core has planes."""
     found = {name: layer.core.angles() for name, layer in spectral_layers(model).items()}
     return {n: a.detach().double().rad2deg() for n, a in found.items() if a is not None and a.numel()}
 
@@ -151,7 +151,7 @@ def record_validation(
         outcome: evaluation of that checkpoint, or None to evaluate it again.
     """
     with whole_parameters(model):
-        angles = {name: [round(a, 4) for a in part.tolist()] for name, part in plane_angles(model).items()}
+        angles = {name: [round(a, 4) for a in part.flatten().tolist()] for name, part in plane_angles(model).items()}
     if outcome is None:
         outcome = evaluate_split(
             model, job.task, job.validation, accelerator,

@@ -150,3 +150,15 @@ def test_a_quantised_base_is_trained_beside_and_merged_either_way(desk: Path, tm
     refused = mirrortune("train", *words, "--overwrite", "--method", "full")
     assert refused.exit_code == 2
     assert "'full' trains every weight" in refused.said
+
+
+def test_a_mixture_of_experts_trains_to_its_page(desk: Path, tmp_path: Path) -> None:
+    write_tiny_causal(tmp_path / "experts", family="Mixtral", num_local_experts=3, num_experts_per_tok=2)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8, encoding="utf-8")
+    outcome = mirrortune(
+        "train", "-m", tmp_path / "experts", "-t", "causal-lm", "-d", "rows.jsonl", "-o", "run", "--max-steps", 2
+    )
+    assert outcome.exit_code == 0, outcome.said
+    angles = json.loads(Path("run/validation.json").read_text(encoding="utf-8"))["angles"]
+    assert len(angles["model.layers.0.mlp.experts.gate_up_proj"]) == 3 * 16, "one list for all experts"
+    assert Path("run/report.html").is_file()

@@ -187,6 +187,21 @@ def test_what_has_no_adapter_cannot_be_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+def test_what_has_diverged_is_not_saved(tmp_path: Path) -> None:
+    model = mirrortune.attach(tiny_bert(), target_modules="query")
+    adapter_parameters(model)["bert.encoder.layer.0.attention.self.query.theta"].data.view(-1)[0] = torch.nan
+    with pytest.raises(ConfigError, match=r"diverged: .* hold NaN or infinities: bert\.encoder.*query\.theta"):
+        mirrortune.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_is_loaded_once(tmp_path: Path) -> None:
+    mirrortune.save_adapter(mirrortune.attach(tiny_bert(), target_modules="query"), tmp_path / "adapter")
+    model = mirrortune.load_adapter(tiny_bert(), tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"load_adapter: the model has an adapter already.*Load the base model anew"):
+        mirrortune.load_adapter(model, tmp_path / "adapter")
+
+
 WRAPPERS = [
     nn.DataParallel,
     torch.optim.swa_utils.AveragedModel,
