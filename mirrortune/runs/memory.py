@@ -8,9 +8,10 @@ any weight is loaded.
 from __future__ import annotations
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,18 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live -= size
 
 
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging operations that cannot run without values: they raise, and the caller goes on."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+
+
+@_unlogged()
 def rehearse(
     model: nn.Module,
     batch: Batch,

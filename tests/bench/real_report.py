@@ -19,11 +19,13 @@ Found = dict[str, dict[str, Any]]
 _THEMES = {"light": ("#1a1a1a", "#d9d9d9"), "dark": ("#e6e6e6", "#4d4d4d")}
 _METRICS = {"matthews_correlation": "Matthews corr."}
 SEEDS = 3
+COMPARED = ("mirror", "mirror-scale", "svft", "lora:rank=8", "none")
+"""The methods that a task needs to count in the means, and that the summary shows."""
 PAIRINGS = ("mirror", "neighbor", "random", "adaptive")
 
 
 def write_report(found: Found, folder: Path, output: Path) -> None:
-    """Write ``results.json``, ``table.md`` and the figures; nothing if no run has finished.
+    """Write ``results.json``, ``table.md``, ``summary.md`` and the figures; nothing if no run has finished.
 
     Args:
         found: finished comparisons.
@@ -35,6 +37,7 @@ def write_report(found: Found, folder: Path, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     (output / "table.md").write_text(table(found), encoding="utf-8")
+    (output / "summary.md").write_text(summary(found), encoding="utf-8")
     for drawing in drawings(found, folder):
         text = svg_for_page(drawing)
         for theme, (ink, faint) in _THEMES.items():
@@ -54,10 +57,10 @@ def score(task: dict[str, Any], method: str) -> dict[str, Any] | None:
 
 
 def complete_tasks(found: Found, model: str) -> list[str]:
-    """Return the tasks of a model that the most methods have finished, one seed or more of each."""
-    counts = {name: sum(score(task, method) is not None for method in task["methods"])
-              for name, task in found.items() if task["model"] == model}  # fmt: skip
-    return [name for name, count in counts.items() if count == max(counts.values())]
+    """Return the tasks of a model that all of ``COMPARED`` have finished, one seed or more of each."""
+    wanted = [method for method in COMPARED if method in methods_of(found)]
+    return [name for name, task in found.items()
+            if task["model"] == model and all(score(task, method) for method in wanted)]  # fmt: skip
 
 
 def averages(found: Found, model: str) -> dict[str, tuple[int, float]]:
@@ -100,6 +103,17 @@ def table(found: Found) -> str:
         rows = ", ".join(f"{count:,} of {split}" for split, count in task["rows"].items())
         env = task["environment"]
         lines += ["", f"{name}: scored on {rows}; {env.get('device')}, torch {env.get('torch')}. `{task['command']}`"]
+    return "\n".join(lines) + "\n"
+
+
+def summary(found: Found) -> str:
+    """Return the rows of ``COMPARED`` and the tasks that all of them have finished, in Markdown."""
+    names = [name for model in ("text", "images") for name in complete_tasks(found, model)]
+    heads = [f"{name}, {_METRICS.get(found[name]['metric'], found[name]['metric'])}" for name in names]
+    lines = [f"| method | trained numbers | {' | '.join(heads)} |", "|" + "---|" * (2 + len(heads))]
+    for method in (own for own in COMPARED if own in methods_of(found)):
+        cells = [_cell(found[name], method) for name in names]
+        lines.append(f"| `{method}` | {_numbers(found, method)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -159,6 +159,7 @@ def test_a_mixture_of_experts_trains_to_its_page(desk: Path, tmp_path: Path) -> 
         "train", "-m", tmp_path / "experts", "-t", "causal-lm", "-d", "rows.jsonl", "-o", "run", "--max-steps", 2
     )
     assert outcome.exit_code == 0, outcome.said
+    assert "failed while attempting" not in outcome.said, "torch's log of an estimate that cannot be made"
     angles = json.loads(Path("run/validation.json").read_text(encoding="utf-8"))["angles"]
     assert len(angles["model.layers.0.mlp.experts.gate_up_proj"]) == 3 * 16, "one list for all experts"
     assert Path("run/report.html").is_file()

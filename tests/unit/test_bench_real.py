@@ -89,6 +89,12 @@ def test_the_table_and_the_figures_are_of_the_runs_that_have_finished(tmp_path: 
     assert lines[2] == "| `mirror` | 10 | 85.0 ± 1.0 (2) | 55.0 ± 1.0 (2) | 85.0 |"
     assert lines[3] == "| `lora:rank=8` | 100 | 80.0 (1) |  | 80.0 |", "its mean leaves out the task without it"
     assert "Mean, text: over trec." in lines
+    assert (tmp_path / "report" / "summary.md").read_text(encoding="utf-8").splitlines() == [
+        "| method | trained numbers | trec, accuracy |",
+        "|---|---|---|",
+        "| `mirror` | 10 | 85.0 ± 1.0 (2) |",
+        "| `lora:rank=8` | 100 | 80.0 (1) |",
+    ]
     assert str(tmp_path) not in table(found)
     assert averages(found, "text") == {"mirror": (10, pytest.approx(0.85)), "lora:rank=8": (100, pytest.approx(0.8))}
     figures = {path.name for path in (tmp_path / "report").glob("*.svg")}
