@@ -115,7 +115,7 @@ class Held:
         whole = self._probes
         flip = torch.ones(rank, dtype=torch.float64) if signs is None else signs.cpu().double()
         left, right = whole.left[:, :rank] * flip, whole.right[:, :rank] * flip
-        return Probed(left=left, right=right, shape=whole.shape, dtype=whole.dtype)
+        return Probed(left=left, right=right, shape=whole.shape)
 
 
 @dataclass(slots=True, eq=False)

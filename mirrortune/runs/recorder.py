@@ -133,7 +133,7 @@ def recording(
 
 
 def plane_angles(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the rotation angles in degrees of the planes of each layer's core, (T,) or (E, T); empty if no core has planes."""
+    """Return the plane angles of each layer's core in degrees, (T,) or (E, T); empty if no core has planes."""
     found = {name: layer.core.angles() for name, layer in spectral_layers(model).items()}
     return {n: a.detach().double().rad2deg() for n, a in found.items() if a is not None and a.numel()}
 

@@ -287,8 +287,8 @@ def trained_factors(
     if expected is not None:
         distance = effect_error(effect(factors, stored_core(adapter, name, factors.S)), expected)
         # The adapter may have no effect on the directions that could not be aligned.
-        is_right = distance <= (EXACT_EFFECT_TOLERANCE if adapter.form == "portable" else EFFECT_TOLERANCE)
-        doubt = None if is_right else doubt or _other_effect(name, distance)
+        limit = EXACT_EFFECT_TOLERANCE if adapter.form == "portable" else EFFECT_TOLERANCE
+        doubt = None if distance <= limit else doubt or _other_effect(name, distance, limit)
     if doubt is not None:
         doubts.append(doubt)
     if remarks is None and doubts:
@@ -368,14 +368,16 @@ def _as_held(factors: Factors, dtype: torch.dtype) -> Factors:
     return Factors(U=U, S=factors.S, Vh=Vh)
 
 
-def _other_effect(name: str, error: float) -> VerificationError:
+def _other_effect(name: str, error: float, limit: float) -> VerificationError:
+    is_stored = limit == EXACT_EFFECT_TOLERANCE
     return VerificationError(
         name,
         f"the adapter changes this weight differently than when it was saved: its effect differs by {error:.1e}",
-        allowed=f"at most {EFFECT_TOLERANCE:.0e} of itself",
-        fix="Its basis cannot be found again here (singular values too close to each other), or the file is damaged; "
+        allowed=f"at most {limit:.0e} of itself",
+        fix="The file is damaged: restore the adapter folder" if is_stored else
+        "Its basis cannot be found again here (singular values too close to each other), or the file is damaged; "
         "load it where it was trained and save it again with form='portable', or merge it there",
-    )
+    )  # fmt: skip
 
 
 def stored_targets(model: nn.Module, adapter: AdapterFile) -> Targets:
